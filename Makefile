@@ -1,0 +1,61 @@
+# Each target sets up .venv by itself, from requirements.lock.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_VERSION := 26.3
+EXTRAS := gateway,local,tokens
+INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-sdks check docs bench lock clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: $(VENV)/.run ## Train a small model through the whole system, on this machine
+	$(BIN)/training-backends quickstart
+
+test: $(VENV)/.dev ## Run the tests
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
+	$(BIN)/python tests/e2e/sdks.py
+
+check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml --site-dir $(CURDIR)/.cache/site
+
+docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs serve --config-file .mkdocs.yml
+
+bench: $(VENV)/.dev ## Print ratios against peers
+	$(BIN)/python benchmarks/startup.py
+
+lock: ## Resolve every dependency anew into requirements.lock
+	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/pip install --quiet pip==$(PIP_VERSION)
+	.cache/lock/bin/pip install --quiet torch==2.13.0 '.[$(EXTRAS)]' --group dev --group docs
+	{ echo '# Written by `make lock`: every version that this project is built and tested with.'; \
+	  .cache/lock/bin/pip freeze --exclude training-backends | sed 's/+cpu$$//'; } > requirements.lock
+	rm -rf .cache/lock
+
+clean: ## Remove the environment and all caches
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# torch goes first and alone, so that nothing else decides which build of it is taken.
+$(VENV)/.run: pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Setting up $(VENV) from requirements.lock (about a minute the first time) …'
+	@$(BIN)/pip install --quiet pip==$(PIP_VERSION)
+	@$(INSTALL) torch
+	@$(INSTALL) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@$(INSTALL) --group dev --group docs
+	@touch $@
