@@ -1,0 +1,59 @@
+"""What all tests share."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training_backends import TrainingConfig
+from training_backends.core import settings
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Run asynchronous tests on asyncio, the loop that the package runs on."""
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own settings, keys and state out of the tests."""
+    for name in list(os.environ):
+        if name.startswith("TRAINING_BACKENDS_") or name.endswith("_API_KEY"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TRAINING_BACKENDS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
+    monkeypatch.setattr(settings, "config_file", lambda: tmp_path / "config" / "config.toml")
+
+
+def chat(question: str, answer: str) -> dict[str, object]:
+    """Make a chat row."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> Path:
+    """Write a small training file."""
+    path = tmp_path / "train.jsonl"
+    rows = [chat(f"What is {n} plus {n}?", f"It is {n + n}.") for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make_config(train_file: Path) -> Callable[..., TrainingConfig]:
+    """Make a configuration over the small training file."""
+
+    def make(**fields: object) -> TrainingConfig:
+        values = {"model": "tiny-mistral", "data": {"train": train_file}, **fields}
+        return TrainingConfig.model_validate(values)
+
+    return make

@@ -1,0 +1,112 @@
+"""A configuration says what it takes, and refuses what it does not."""
+
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from training_backends import TrainingConfig
+
+FULL: dict[str, Any] = {
+    "model": "open-mistral-7b",
+    "method": "classifier",
+    "tuning": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": ["q_proj"]},
+    "data": {"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}], "validation": "c.jsonl"},
+    "hyperparameters": {"learning_rate": 1e-4, "epochs": 2, "batch_size": 8, "seed": 1},
+    "suffix": "mine",
+    "classifier_targets": [{"name": "mood", "labels": ["happy", "sad"]}],
+    "integrations": [{"project": "p", "credential": "wandb/team"}],
+    "budget": {"max_cost": "25 USD", "max_duration": "2h 30m"},
+    "labels": {"team": "a"},
+    "options": {"anything": [1, {"a": None}]},
+}
+
+
+def make(**fields: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}, **fields})
+
+
+def test_short_forms_mean_the_long_ones() -> None:
+    """One path, and just the kind of tuning, may be written as they are."""
+    short = make(tuning="lora", data={"train": "a.jsonl", "validation": ["b.jsonl"]})
+    long = make(
+        tuning={"kind": "lora"},
+        data={"train": [{"path": "a.jsonl", "weight": 1.0}], "validation": [{"path": "b.jsonl"}]},
+    )
+    assert short == long
+    assert make(data={"train": {"path": "a.jsonl"}}).data.train[0].path == Path("a.jsonl")
+
+
+def test_a_configuration_survives_json() -> None:
+    """What the store keeps is what was given, money and durations too."""
+    config = TrainingConfig.model_validate(FULL)
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
+    assert TrainingConfig.model_validate(config.model_dump(mode="json")) == config
+    assert config.budget.max_cost
+    assert config.budget.max_cost.amount == Decimal(25)
+    assert config.budget.max_duration == timedelta(hours=2, minutes=30)
+
+
+def test_the_schema_can_be_exported() -> None:
+    """Editors complete and check with it."""
+    schema = TrainingConfig.model_json_schema()
+    assert set(schema["properties"]) == set(FULL)
+    assert schema["required"] == ["model", "data"]
+
+
+def test_a_configuration_does_not_change() -> None:
+    """It is frozen, so that a run's record stays true."""
+    with pytest.raises(ValidationError):
+        make().model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"n_epochs": 3}, "n_epochs"),
+        ({"hyperparameters": {"n_epochs": 3}}, "n_epochs"),
+        ({"hyperparameters": {"epochs": 1, "training_steps": 2}}, "hyperparameters"),
+        ({"hyperparameters": {"learning_rate": 2}}, "learning_rate"),
+        ({"hyperparameters": {"learning_rate": 0}}, "learning_rate"),
+        ({"hyperparameters": {"epochs": 0}}, "epochs"),
+        ({"hyperparameters": {"training_steps": 0}}, "training_steps"),
+        ({"data": {"train": []}}, "train"),
+        ({"data": {"train": [{"path": "a", "weight": 0}]}}, "weight"),
+        ({"suffix": "x" * 19}, "suffix"),
+        ({"model": ""}, "model"),
+        ({"method": "rl"}, "method"),
+        ({"tuning": "prefix"}, "kind"),
+        ({"tuning": {"kind": "lora", "dropout": 1}}, "dropout"),
+        ({"integrations": [{"project": "p", "api_key": "x"}]}, "api_key"),
+        ({"budget": {"max_cost": "25"}}, "max_cost"),
+        ({"budget": {"max_duration": "soon"}}, "max_duration"),
+        ({"budget": {"max_duration": 0}}, "max_duration"),
+        ({"labels": {"a": None}}, "a"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], place: str) -> None:
+    """The error names the field, so that the command line can point at it."""
+    with pytest.raises(ValidationError) as caught:
+        make(**fields)
+    assert place in [error["loc"][-1] for error in caught.value.errors()]
+
+
+def test_classifier_targets_need_the_method() -> None:
+    """Targets that would be silently left out are refused."""
+    with pytest.raises(ValidationError, match="method: classifier"):
+        make(classifier_targets=FULL["classifier_targets"])
+
+
+def test_paths_are_resolved_against_the_file_they_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative, home and absolute paths each become what their writer meant."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = make(data={"train": ["a.jsonl", "~/b.jsonl"], "validation": "/data/c.jsonl"})
+    resolved = config.resolved(tmp_path)
+    paths = [source.path for source in (*resolved.data.train, *resolved.data.validation)]
+    assert paths == [tmp_path / "a.jsonl", Path("/home/someone/b.jsonl"), Path("/data/c.jsonl")]
+    assert resolved.resolved(Path("/elsewhere")) == resolved

@@ -1,0 +1,115 @@
+"""Errors say what happened, survive pickling and are also what Python calls them."""
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from training_backends.core import errors
+from training_backends.core.errors import Issue, TrainingBackendError
+
+CONTEXT: dict[str, Any] = {
+    "hint": "do this",
+    "backend": "local",
+    "run_id": "r-1",
+    "retryable": True,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "ConfigError": {"issues": (Issue(code="a", message="b"),)},
+    "DatasetError": {"issues": (Issue(code="a", message="b", path="c", line=3),)},
+    "DuplicateRun": {"other": "r-2"},
+    "RateLimited": {"retry_after": 1.5},
+    "BackendUnavailable": {"sent": False},
+    "ProtocolError": {"excerpt": "<html>"},
+    "BudgetExceeded": {"limit": "1.00 USD", "found": "2.00 USD"},
+    "BackendNotInstalled": {"install": "pip install x"},
+}
+
+
+def _family(kind: type[TrainingBackendError]) -> Iterator[type[TrainingBackendError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)
+
+
+KINDS = sorted(
+    {kind for kind in _family(TrainingBackendError) if kind.__module__ == errors.__name__},
+    key=lambda kind: kind.__name__,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_error_survives_pickling(kind: type[TrainingBackendError]) -> None:
+    """What crosses a process keeps its text once and all its attributes."""
+    error = kind("It broke.", **OWN.get(kind.__name__, {}), **CONTEXT)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert str(copy) == str(error) == copy.message == "It broke."
+    assert vars(copy) == vars(error)
+    assert copy.hint == "do this"
+    for name, value in OWN.get(kind.__name__, {}).items():
+        assert getattr(copy, name) == value
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_error_needs_only_a_message(kind: type[TrainingBackendError]) -> None:
+    """Context may be left out."""
+    error = kind("It broke.")
+    assert (error.hint, error.backend, error.run_id) == (None, None, None)
+    assert error.retryable == kind.retryable_by_default
+
+
+def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
+    """The docstring's tree and `__all__` know every class that can be raised."""
+    public = {kind.__name__ for kind in KINDS if not kind.__name__.startswith("_")}
+    assert public <= set(errors.__all__)
+    assert not [name for name in public if name not in (errors.__doc__ or "")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (errors.ConfigError, ValueError),
+        (errors.DatasetError, ValueError),
+        (errors.CredentialNotFound, LookupError),
+        (errors.RunNotFound, LookupError),
+        (errors.BackendUnavailable, ConnectionError),
+        (errors.UnsupportedOperation, NotImplementedError),
+        (errors.BackendNotInstalled, ImportError),
+        (errors.WaitTimeout, TimeoutError),
+    ],
+)
+def test_an_error_is_also_the_built_in_that_fits(
+    kind: type[TrainingBackendError], builtin: type[Exception]
+) -> None:
+    """Who does not know this package can still catch it."""
+    with pytest.raises(builtin, match="It broke"):
+        raise kind("It broke.")
+
+
+def test_what_may_succeed_later_is_retryable() -> None:
+    """Only trouble that passes by itself is tried again."""
+    retryable = {kind.__name__ for kind in KINDS if kind("x").retryable}
+    assert retryable == {"BackendUnavailable", "RateLimited", "VaultLocked", "WaitTimeout"}
+    assert not errors.BackendUnavailable("x", retryable=False).retryable
+
+
+def test_an_excerpt_is_cut() -> None:
+    """A whole page of HTML does not fill the screen."""
+    assert len(errors.ProtocolError("x", excerpt="y" * 9999).excerpt) == 500
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "wrong"),
+        ({"path": "a.jsonl"}, "a.jsonl: wrong"),
+        ({"path": "a.jsonl", "line": 3}, "a.jsonl:3: wrong"),
+        ({"path": "a.jsonl", "line": 3, "field": "text"}, "a.jsonl:3: text: wrong"),
+        ({"field": "model", "fix": "right it"}, "model: wrong (right it)"),
+    ],
+)
+def test_an_issue_reads_as_a_line(fields: dict[str, Any], text: str) -> None:
+    """Place, field, what and fix, as compilers write it."""
+    assert str(Issue(code="x", message="wrong", **fields)) == text

@@ -1,0 +1,119 @@
+"""Backends are found by entry point, and one that is broken hurts only who asks for it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training_backends import (
+    BackendNotInstalled,
+    ConfigError,
+    TrainingBackend,
+    backend_class,
+    installed_backends,
+)
+
+GOOD = """
+from training_backends.core.backend import TrainingBackend
+class Plugin(TrainingBackend):
+    name = "plugin"
+"""
+
+Install = Callable[[str, str, str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install a package with one backend, as pip would lay it out."""
+
+    def add(package: str, backend: str, source: str) -> None:
+        site = tmp_path / package
+        info = site / f"{package}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{package}.py").write_text(source)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            f"[training_backends.backends]\n{backend} = {package}:Plugin\n"
+        )
+        monkeypatch.syspath_prepend(site)
+
+    return add
+
+
+def test_what_ships_with_the_package_is_registered_like_a_plugin() -> None:
+    """No list of backends exists beside the entry points."""
+    found = installed_backends()
+    assert {"local", "mistral"} <= set(found)
+    assert found["local"] == "training-backends"
+
+
+def test_a_strangers_backend_is_found(install: Install) -> None:
+    """A package of somebody else needs nothing but its entry point."""
+    install("stranger", "plugin", GOOD)
+    assert installed_backends()["plugin"] == "stranger"
+    loaded = backend_class("plugin")
+    assert issubclass(loaded, TrainingBackend)
+    assert loaded.name == "plugin"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import not_there_at_all", "not_there_at_all"),
+        ("Other = 1", "Plugin"),
+        ("raise RuntimeError('half-made')", "half-made"),
+        ("class Plugin(:", "invalid syntax"),
+        ("class Plugin: pass", "not a TrainingBackend"),
+        ("Plugin = 3", "not a TrainingBackend"),
+    ],
+)
+def test_a_broken_backend_is_wrapped(install: Install, source: str, reason: str) -> None:
+    """Whatever its import raises becomes one error that names package and reason."""
+    install("broken", "plugin", source)
+    with pytest.raises(BackendNotInstalled, match=reason) as caught:
+        backend_class("plugin")
+    assert "broken" in str(caught.value)
+    assert caught.value.backend == "plugin"
+    sys.modules.pop("broken", None)
+
+
+def test_a_broken_backend_hurts_nobody_else(install: Install) -> None:
+    """It is listed without being loaded, and the others load."""
+    install("broken", "plugin", "raise RuntimeError")
+    install("stranger", "other", GOOD)
+    assert {"plugin", "other"} <= set(installed_backends())
+    assert backend_class("other").name == "plugin"
+
+
+def test_a_name_that_two_packages_claim_is_refused(install: Install) -> None:
+    """Neither wins by chance; both are named."""
+    install("first", "plugin", GOOD)
+    install("second", "plugin", GOOD)
+    with pytest.raises(ConfigError, match="first and second"):
+        backend_class("plugin")
+
+
+def test_an_unknown_name_gets_the_nearest(install: Install) -> None:
+    """A slip is answered with what was probably meant."""
+    install("stranger", "plugin", GOOD)
+    with pytest.raises(ConfigError) as caught:
+        backend_class("plugni")
+    (issue,) = caught.value.issues
+    assert issue.field == "backend"
+    assert "'plugin'" in (issue.fix or "")
+    with pytest.raises(ConfigError) as caught:
+        backend_class("xyzzy")
+    assert "local" in (caught.value.issues[0].fix or "")
+
+
+def test_one_backend_is_loaded_without_the_others() -> None:
+    """Asking for one does not import another."""
+    program = (
+        "import sys\n"
+        "from training_backends import backend_class\n"
+        "backend_class('mistral')\n"
+        "assert 'training_backends.backends.local.backend' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

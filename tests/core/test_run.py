@@ -1,0 +1,107 @@
+"""A run's record over time."""
+
+import re
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from training_backends import Checkpoint, LogRecord, TrainingConfig, TrainingRun, TrainingStatus
+from training_backends.core.run import RUN_ID_PATTERN, RunState, new_run_id
+
+CONFIG = TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}})
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def make(**fields: Any) -> TrainingRun:
+    return TrainingRun.model_validate({"id": "r-1", "backend": "local", "config": CONFIG, **fields})
+
+
+def state(status: str, **fields: Any) -> RunState:
+    return RunState.model_validate({"status": status, **fields})
+
+
+def test_a_state_adds_what_it_knows() -> None:
+    """What the state leaves out stays; what it says is taken."""
+    run = make(remote_id="job-1", step=5, raw_status="QUEUED")
+    after = run.updated(state("running", raw_status="RUNNING", total_steps=9), seen_at=NOW)
+    assert (after.status, after.raw_status) == (TrainingStatus.RUNNING, "RUNNING")
+    assert (after.remote_id, after.step, after.total_steps) == ("job-1", 5, 9)
+    assert after.last_seen_at == NOW
+    assert run.status is TrainingStatus.PENDING
+
+
+def test_metrics_keep_the_latest_value_of_each_name() -> None:
+    """A metric that is not in the newest state is not forgotten."""
+    run = make(metrics={"train_loss": 2.0, "valid_loss": 3.0})
+    assert run.updated(state("running", metrics={"train_loss": 1.0})).metrics == {
+        "train_loss": 1.0,
+        "valid_loss": 3.0,
+    }
+
+
+@pytest.mark.parametrize("terminal", ["completed", "failed", "cancelled"])
+@pytest.mark.parametrize("later", ["running", "pending", "failed", "completed", "unknown"])
+def test_a_terminal_run_stays_what_it_is(terminal: str, later: str) -> None:
+    """A provider that says otherwise is kept as the raw word, and changes nothing else."""
+    run = make(status=terminal, raw_status="DONE", step=9)
+    after = run.updated(state(later, raw_status="LATER", step=1))
+    assert after.status == terminal
+    assert after.raw_status == "LATER"
+    assert after.step == (1 if later == terminal else 9)
+
+
+def test_a_differing_word_is_kept_even_if_the_provider_gave_none() -> None:
+    """Without a raw word our own says what came."""
+    assert make(status="failed").updated(state("running")).raw_status == "running"
+
+
+def test_a_terminal_run_still_learns_its_result() -> None:
+    """The same status may bring what was not there before."""
+    run = make(status="completed").updated(state("completed", result_model="ft:m"))
+    assert run.result_model == "ft:m"
+
+
+def test_ids_are_valid_and_sort_by_time() -> None:
+    """An id made later never sorts before one of an earlier second."""
+    ids = [new_run_id() for _ in range(50)]
+    assert len(set(ids)) == len(ids)
+    assert all(re.match(RUN_ID_PATTERN, one) for one in ids)
+    seconds = [one.rsplit("-", 1)[0] for one in ids]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "-a", ".a", "a b", "a" * 129, "a\n"])
+def test_an_id_is_safe_as_a_file_name(name: str) -> None:
+    """A run's id becomes a directory, so it may not lead out of it."""
+    with pytest.raises(ValidationError):
+        make(id=name)
+
+
+def test_times_are_kept_in_utc() -> None:
+    """Any aware time is turned to UTC; a naive one is refused."""
+    local = datetime(2026, 1, 2, 5, 4, 5, tzinfo=timezone(timedelta(hours=2)))
+    run = make(started_at=local)
+    assert run.started_at == NOW
+    assert run.started_at.utcoffset() == timedelta(0)
+    with pytest.raises(ValidationError):
+        make(started_at=datetime(2026, 1, 2))  # noqa: DTZ001  # naive on purpose
+
+
+def test_a_run_survives_json() -> None:
+    """What the store writes it reads again."""
+    run = make(
+        status="failed",
+        failure={"kind": "out_of_memory", "message": "x", "retryable": True},
+        checkpoints=[Checkpoint(step=1, at=NOW, metrics={"train_loss": 1.0})],
+        cost="4.00 USD",
+        resumed_from="r-0",
+    )
+    assert TrainingRun.model_validate_json(run.model_dump_json()) == run
+
+
+def test_a_log_record_survives_json() -> None:
+    """Log lines are written as JSON lines."""
+    record = LogRecord(at=NOW, message="x", source="metrics", step=1, fields={"a": 1}, cursor="7")
+    assert LogRecord.model_validate_json(record.model_dump_json()) == record

@@ -1,0 +1,115 @@
+"""The run directory: what its readers and writers promise each other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from training_backends.core.files import append_line, hold_lock, is_locked, write_atomic
+from training_backends.core.rundir import Event, RunDir, RunSpec, rows_per_epoch
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from training_backends.core.files import hold_lock
+with hold_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """An empty run directory."""
+    return RunDir(tmp_path)
+
+
+def test_a_spec_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Writing creates the directory; reading gives an equal spec."""
+    spec = RunSpec.model_validate(
+        {"run_id": "r", "model": "m", "train": ["a.jsonl"], "training_steps": 3}
+    )
+    run = RunDir(tmp_path / "new")
+    run.write_spec(spec)
+    assert run.read_spec() == spec
+
+
+@pytest.mark.parametrize("length", [{}, {"epochs": 1, "training_steps": 2}])
+def test_a_spec_has_exactly_one_length(length: dict[str, int]) -> None:
+    """Neither both nor none of epochs and training_steps."""
+    with pytest.raises(ValidationError, match="either epochs or training_steps"):
+        RunSpec.model_validate({"run_id": "r", "model": "m", "train": ["a"], **length})
+
+
+def test_a_torn_last_line_is_left_alone_and_then_closed(run: RunDir) -> None:
+    """Half a line is not read, and what is appended behind it is a line of its own."""
+    run.add_event(Event(name="message", message="one"))
+    with run.events.open("ab") as file:
+        file.write(b'{"at": "2026-01-01T00:00')
+    (first, offset), *others = run.read_events()
+    assert (first.message, others) == ("one", [])
+    run.add_event(Event(name="message", message="two"))
+    assert [event.message for event, _ in run.read_events(offset)] == ["two"]
+
+
+def test_reading_goes_on_behind_an_offset(run: RunDir) -> None:
+    """Each event comes with the offset behind it, from which the rest is read."""
+    for word in ("one", "two", "three"):
+        run.add_event(Event(name="message", message=word))
+    offset = run.read_events()[1][1]
+    assert [event.message for event, _ in run.read_events(offset)] == ["three"]
+
+
+def test_a_lock_lives_as_long_as_its_holder(tmp_path: Path) -> None:
+    """Others see it held, cannot take it, and get it once the holder is killed."""
+    lock = tmp_path / "lock"
+    assert not is_locked(lock)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        assert is_locked(lock)
+        assert is_locked(lock), "looking must not take it"
+        with pytest.raises(BlockingIOError), hold_lock(lock, patience=0):
+            pass
+        holder.kill()
+        holder.wait()
+    with hold_lock(lock):
+        assert is_locked(lock)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """Nothing half-written is ever seen under the name, and no temporary file stays."""
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    """Each call adds one line."""
+    path = tmp_path / "lines"
+    append_line(path, "a")
+    append_line(path, "b")
+    assert path.read_bytes() == b"a\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "expected"),
+    [
+        ((10, 10), (1.0, 1.0), (10, 10)),
+        ((10, 10), (3.0, 3.0), (10, 10)),
+        ((10, 10), (3.0, 1.0), (15, 5)),
+        ((0, 0), (1.0, 1.0), (0, 0)),
+    ],
+)
+def test_weights_are_relative(
+    rows: tuple[int, ...], weights: tuple[float, ...], expected: tuple[int, ...]
+) -> None:
+    """An epoch is as long as all files together, shared out by weight."""
+    assert rows_per_epoch(rows, weights) == expected

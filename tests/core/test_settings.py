@@ -1,0 +1,125 @@
+"""Settings come from the environment, `.env` and the settings file, in this order."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import PositiveFloat
+
+from training_backends import ConfigError
+from training_backends.core import settings
+from training_backends.core.settings import SectionSettings, Settings, load_settings
+
+
+class PartSettings(SectionSettings):
+    """The settings of a made-up part."""
+
+    section: ClassVar[str | None] = "part"
+
+    patience: PositiveFloat = 30.0
+    where: str = "default"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no `.env` of the project be read."""
+    monkeypatch.chdir(tmp_path)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Give up root's right to read everything, where the tests run as root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def write_file(text: str) -> None:
+    path = settings.config_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_environment_wins_over_dotenv_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source is seen only where no earlier one says anything."""
+    assert load_settings(PartSettings).where == "default"
+    write_file('[part]\nwhere = "file"\npatience = 1\n')
+    assert load_settings(PartSettings).where == "file"
+    Path(".env").write_text("TRAINING_BACKENDS_PART__WHERE=dotenv\n")
+    assert load_settings(PartSettings).where == "dotenv"
+    monkeypatch.setenv("TRAINING_BACKENDS_PART__WHERE", "environment")
+    loaded = load_settings(PartSettings)
+    assert (loaded.where, loaded.patience) == ("environment", 1.0)
+
+
+def test_the_top_of_the_file_is_not_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and the top level do not mix."""
+    monkeypatch.delenv("TRAINING_BACKENDS_HOME")
+    write_file('home = "/srv/runs"\nlog_format = "json"\n[part]\nwhere = "file"\n')
+    top = load_settings(Settings)
+    assert (top.home, top.log_format) == (Path("/srv/runs"), "json")
+    assert load_settings(PartSettings).where == "file"
+
+
+def test_the_home_comes_from_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRAINING_BACKENDS_HOME moves all state."""
+    monkeypatch.setenv("TRAINING_BACKENDS_HOME", str(tmp_path / "state"))
+    assert load_settings(Settings).home == tmp_path / "state"
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty home must not put all state into the current directory."""
+    monkeypatch.setenv("TRAINING_BACKENDS_HOME", "")
+    monkeypatch.setenv("TRAINING_BACKENDS_STORE_URL", "")
+    loaded = load_settings(Settings)
+    assert loaded.home.is_absolute()
+    assert loaded.store_url is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("TRAINING_BACKENDS_LOG_LEVEL", "loud", "TRAINING_BACKENDS_LOG_LEVEL"),
+        ("TRAINING_BACKENDS_LOG_FORMAT", "xml", "TRAINING_BACKENDS_LOG_FORMAT"),
+    ],
+)
+def test_a_wrong_value_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, field: str
+) -> None:
+    """The user sees which variable to correct."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Settings)
+    assert [issue.field for issue in caught.value.issues] == [field]
+
+
+def test_a_wrong_value_of_the_file_names_its_key() -> None:
+    """What does not come from a variable is named as the file has it."""
+    write_file('[part]\npatience = "long"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_settings(PartSettings)
+    assert [issue.field for issue in caught.value.issues] == ["part.patience"]
+
+
+@pytest.mark.parametrize("text", ["not toml", "[part\n", 'a = "\x00"'])
+def test_a_file_that_is_no_toml_is_named(text: str) -> None:
+    """The error names the file."""
+    write_file(text)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        load_settings(Settings)
+
+
+def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permission is a matter of the settings too."""
+    write_file("")
+    settings.config_file().chmod(0)
+    monkeypatch.chdir("/")  # a directory that everybody may look into
+    with as_nobody(), pytest.raises(ConfigError, match=r"config\.toml"):
+        load_settings(Settings)

@@ -1,0 +1,43 @@
+"""What a backend can do, as data."""
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Capabilities"]
+
+
+class Capabilities(BaseModel):
+    """What a backend can do; callers ask this first, never `hasattr`.
+
+    A verb declared False raises `UnsupportedOperation`.
+
+    Attributes:
+        methods: Values of `TrainingConfig.method` that it trains.
+        tunings: Values of `Tuning.kind` that it trains.
+        quotes: The provider names a price before the run starts.
+        stops: A run can be stopped.
+        keeps_checkpoint_on_stop: What was learnt before a stop is kept.
+        resumes: A stopped or failed run can be continued.
+        downloads: The result can be fetched as files.
+        deletes: Runs can be deleted.
+        lists_remote: Runs that others made can be listed.
+        validation_files: Validation data is used.
+        max_file_bytes: Largest data file, or None.
+        suffix: The result's name takes a suffix.
+        integrations: Types of `TrainingConfig.integrations` that it reports to.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    methods: frozenset[str] = frozenset({"sft"})
+    tunings: frozenset[str] = frozenset()
+    quotes: bool = False
+    stops: bool = True
+    keeps_checkpoint_on_stop: bool = False
+    resumes: bool = False
+    downloads: bool = False
+    deletes: bool = False
+    lists_remote: bool = False
+    validation_files: bool = True
+    max_file_bytes: int | None = None
+    suffix: bool = False
+    integrations: frozenset[str] = frozenset()

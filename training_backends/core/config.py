@@ -1,0 +1,146 @@
+"""What to train, on what, and how: the configuration of a run, the same for every backend."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from training_backends.core.estimate import Budget
+
+__all__ = [
+    "ClassifierTarget",
+    "Data",
+    "DataSource",
+    "Hyperparameters",
+    "TrainingConfig",
+    "Tuning",
+    "WandbIntegration",
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSource(_Model):
+    """One data file and how much of it counts; also written as just its path."""
+
+    path: Path
+    weight: float = Field(default=1.0, gt=0, description="Share relative to the other files.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+
+class Data(_Model):
+    """The files to train and to validate on; relative to the configuration file."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    validation: tuple[DataSource, ...] = ()
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path | dict) else value
+
+
+class Tuning(_Model):
+    """Which weights are trained; also written as just the kind."""
+
+    kind: Literal["full", "lora", "qlora"]
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="Twice the rank if not given.")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class Hyperparameters(_Model):
+    """How to train; what is None is left to the backend, which says what it took."""
+
+    learning_rate: float | None = Field(
+        default=None, ge=1e-8, le=1, description="The peak, after a linear warm-up."
+    )
+    epochs: float | None = Field(default=None, gt=0)
+    training_steps: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    seq_len: int | None = Field(default=None, ge=100, description="Tokens in a row at most.")
+    weight_decay: float | None = Field(default=None, ge=0, le=1)
+    warmup_fraction: float | None = Field(default=None, ge=0, le=1)
+    fim_ratio: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.training_steps is not None:
+            raise ValueError("give epochs or training_steps, not both")
+        return self
+
+
+class ClassifierTarget(_Model):
+    """One thing that a classifier decides."""
+
+    name: str
+    labels: tuple[str, ...] = Field(min_length=1)
+    weight: float = Field(default=1.0, ge=0)
+    loss_function: Literal["single_class", "multi_class"] | None = None
+
+
+class WandbIntegration(_Model):
+    """Report the run to Weights & Biases. The key is named, never written down."""
+
+    type: Literal["wandb"] = "wandb"
+    project: str
+    name: str | None = None
+    run_name: str | None = None
+    credential: str = Field(
+        default="wandb",
+        description="Where the key lies in the vault: PROVIDER or PROVIDER/PROFILE.",
+    )
+
+
+class TrainingConfig(_Model):
+    """A run as its user wants it. Frozen; the JSON schema is `model_json_schema()`."""
+
+    model: str = Field(min_length=1, description="Name of the base model.")
+    method: Literal["sft", "dpo", "classifier"] = "sft"
+    tuning: Tuning | None = Field(default=None, description="None: the backend's own choice.")
+    data: Data
+    hyperparameters: Hyperparameters = Hyperparameters()
+    suffix: str | None = Field(default=None, min_length=1, max_length=18)
+    classifier_targets: tuple[ClassifierTarget, ...] = ()
+    integrations: tuple[WandbIntegration, ...] = ()
+    budget: Budget = Budget()
+    labels: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The backend's own options, checked by its own model."
+    )
+
+    @model_validator(mode="after")
+    def _targets_go_with_classifiers(self) -> Self:
+        if self.classifier_targets and self.method != "classifier":
+            raise ValueError("classifier_targets need method: classifier")
+        return self
+
+    def resolved(self, base: Path) -> Self:
+        """Return the same configuration with every data path made absolute from `base`."""
+
+        def absolute(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+            return tuple(
+                source.model_copy(update={"path": (base / source.path.expanduser()).absolute()})
+                for source in sources
+            )
+
+        data = self.data.model_copy(
+            update={
+                "train": absolute(self.data.train),
+                "validation": absolute(self.data.validation),
+            }
+        )
+        return self.model_copy(update={"data": data})

@@ -1,0 +1,87 @@
+"""What was found in the data files of a configuration."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from training_backends.core.errors import Issue
+
+__all__ = ["DataFile", "Dataset", "SampleType"]
+
+SampleType = Literal["instruct", "pretrain", "classifier"]
+
+
+class DataFile(BaseModel):
+    """One inspected file.
+
+    Attributes:
+        role: What the file is for.
+        weight: Share relative to the other training files.
+        size: Bytes.
+        sha256: Hex digest of the whole content.
+        rows: Samples, blank lines not counted.
+        bad_rows: Samples with an error.
+        turns: Messages in all rows.
+        sample_type: What the rows are, from the first valid one; None for an empty file.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    role: Literal["train", "validation"]
+    weight: float = 1.0
+    size: int
+    sha256: str
+    rows: int
+    bad_rows: int = 0
+    turns: int = 0
+    sample_type: SampleType | None = None
+
+
+class Dataset(BaseModel):
+    """All inspected files of a run and what is wrong with them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    files: tuple[DataFile, ...]
+    issues: tuple[Issue, ...] = ()
+
+    @property
+    def train(self) -> tuple[DataFile, ...]:
+        """The files to train on."""
+        return tuple(file for file in self.files if file.role == "train")
+
+    @property
+    def validation(self) -> tuple[DataFile, ...]:
+        """The files to validate on."""
+        return tuple(file for file in self.files if file.role == "validation")
+
+    @property
+    def errors(self) -> tuple[Issue, ...]:
+        """The issues that stop a launch."""
+        return tuple(issue for issue in self.issues if issue.severity == "error")
+
+    def tolerating(self, fraction: float) -> Self:
+        """Return the dataset with bad rows as warnings, where a file has few enough of them.
+
+        Args:
+            fraction: Share of a file's rows that may be bad, 0 to 1.
+        """
+        tolerated = {
+            str(file.path)
+            for file in self.files
+            if file.bad_rows and file.bad_rows <= fraction * file.rows
+        }
+        if not tolerated:
+            return self
+        # Behind the issues of single lines stands one per code that counts the rest.
+        of_rows = {(issue.path, issue.code) for issue in self.issues if issue.line is not None}
+        issues = tuple(
+            replace(issue, severity="warning")
+            if issue.path in tolerated and (issue.path, issue.code) in of_rows
+            else issue
+            for issue in self.issues
+        )
+        return self.model_copy(update={"issues": issues})

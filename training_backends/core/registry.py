@@ -1,0 +1,66 @@
+"""Find backends by name among the installed entry points, loading only the one asked for."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue
+
+__all__ = ["ENTRY_POINT_GROUP", "backend_class", "installed_backends"]
+
+ENTRY_POINT_GROUP = "training_backends.backends"
+
+
+def installed_backends() -> Mapping[str, str]:
+    """Return every registered backend name with the distribution that brings it."""
+    return MappingProxyType(
+        {entry.name: _owner(entry) for entry in sorted(entry_points(group=ENTRY_POINT_GROUP))}
+    )
+
+
+def backend_class(name: str) -> type[TrainingBackend]:
+    """Load the backend registered as `name`, and no other.
+
+    Raises:
+        ConfigError: No backend has this name, or two packages claim it.
+        BackendNotInstalled: The package that brings it cannot be imported.
+    """
+    claims = {entry.value: entry for entry in entry_points(group=ENTRY_POINT_GROUP, name=name)}
+    if not claims:
+        raise _unknown(name)
+    if len(claims) > 1:
+        owners = " and ".join(sorted(_owner(entry) for entry in claims.values()))
+        raise ConfigError(
+            f"Two packages bring a backend named {name!r}: {owners}.", hint="Uninstall one of them."
+        )
+    entry = next(iter(claims.values()))
+    try:
+        loaded = entry.load()
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        raise BackendNotInstalled(
+            f"The backend {name!r} of {_owner(entry)} cannot be loaded: {error}", backend=name
+        ) from error
+    if not (isinstance(loaded, type) and issubclass(loaded, TrainingBackend)):
+        raise BackendNotInstalled(
+            f"{entry.value} of {_owner(entry)} is not a TrainingBackend.", backend=name
+        )
+    return loaded
+
+
+def _unknown(name: str) -> ConfigError:
+    known = sorted(installed_backends())
+    near = get_close_matches(name, known, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(known)}"
+    message = f"no backend named {name!r} is installed"
+    issue = Issue(code="unknown_backend", message=message, field="backend", fix=fix)
+    return ConfigError(
+        f"There is no backend named {name!r}.",
+        issues=[issue],
+        hint="`training-backends backends` lists what is installed.",
+    )
+
+
+def _owner(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unknown package"
