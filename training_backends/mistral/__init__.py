@@ -1,0 +1,1 @@
+"""The Mistral fine-tuning protocol, both directions; no I/O."""

@@ -1,0 +1,39 @@
+"""The protocol's job statuses and ours, both directions."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["JOB_STATUSES", "to_status", "to_wire"]
+
+_STATUS: Mapping[str, TrainingStatus] = MappingProxyType(
+    {
+        "QUEUED": TrainingStatus.PENDING,
+        "VALIDATING": TrainingStatus.VALIDATING,
+        "VALIDATED": TrainingStatus.READY,
+        "STARTED": TrainingStatus.INITIALIZING,
+        "RUNNING": TrainingStatus.RUNNING,
+        "CANCELLATION_REQUESTED": TrainingStatus.STOPPING,
+        "SUCCESS": TrainingStatus.COMPLETED,
+        "FAILED": TrainingStatus.FAILED,
+        "FAILED_VALIDATION": TrainingStatus.FAILED,
+        "CANCELLED": TrainingStatus.CANCELLED,
+    }
+)
+_WORD: Mapping[TrainingStatus, str] = MappingProxyType(
+    {status: word for word, status in _STATUS.items() if word != "FAILED_VALIDATION"}
+)
+
+JOB_STATUSES: tuple[str, ...] = tuple(_STATUS)
+"""Every status word of the specification."""
+
+
+def to_status(word: str) -> TrainingStatus:
+    """Translate a provider's word; one never seen stays UNKNOWN."""
+    return _STATUS.get(word, TrainingStatus.UNKNOWN)
+
+
+def to_wire(status: TrainingStatus) -> str | None:
+    """Translate our status into the protocol's word; None for UNKNOWN, which has none."""
+    return _WORD.get(status)
