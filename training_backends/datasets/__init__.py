@@ -1,0 +1,1 @@
+"""Data files: rows, inspection, token counts; knows no run."""

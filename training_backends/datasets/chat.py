@@ -1,0 +1,286 @@
+"""Rows of a training file, and the byte-level chat encoding of `tiny-mistral`.
+
+`parse_row` turns one JSON line into typed structs; it checks shape and types
+only, the rules of a conversation are checked by `datasets.inspect`. The
+encoding lives here, in plain Python, so that tokens can be counted exactly
+without torch; the engine makes tensors of the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import msgspec
+
+__all__ = [
+    "BYTE_VOCABULARY_SIZE",
+    "CONTROL_TEXT",
+    "ChatRow",
+    "ContentPart",
+    "Control",
+    "FunctionCall",
+    "FunctionDefinition",
+    "Message",
+    "TextRow",
+    "Tool",
+    "ToolCall",
+    "byte_encode",
+    "byte_token_count",
+    "parse_row",
+    "row_pieces",
+]
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class ContentPart(msgspec.Struct, frozen=True, gc=False):
+    """One part of a message whose content is a list; only `text` carries text."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(msgspec.Struct, frozen=True, gc=False):
+    """What a tool call calls; arguments are a JSON string, or already an object."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
+    """One call that an assistant makes; the answer repeats its `id`."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: str = "function"
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, gc=False):
+    """A function on offer; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, gc=False):
+    """One entry of a row's `tools`."""
+
+    function: FunctionDefinition
+    type: str = "function"
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One message, as Mistral and OpenAI write it; unknown keys are ignored."""
+
+    role: Role
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: Literal[0, 1] | None = None
+
+    @property
+    def text(self) -> str:
+        """The message's text; parts of a list are joined, others than text left out."""
+        if self.content is None:
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content if part.type == "text")
+
+    @property
+    def has_other_parts(self) -> bool:
+        """Whether the content holds parts that are not text, such as images."""
+        return isinstance(self.content, list) and any(p.type != "text" for p in self.content)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the loss counts this message: an assistant's, unless its weight is 0."""
+        return self.role == "assistant" and self.weight != 0
+
+
+class ChatRow(msgspec.Struct, frozen=True, gc=False):
+    """A conversation, with the tools on offer in it."""
+
+    messages: list[Message]
+    tools: list[Tool] | None = None
+
+
+class TextRow(msgspec.Struct, frozen=True, gc=False):
+    """Plain text to continue the pre-training with."""
+
+    text: str
+
+
+class _AnyRow(msgspec.Struct, frozen=True, gc=False):
+    """Any row; null stands for a key that is left out."""
+
+    messages: list[Message] | None = None
+    text: str | None = None
+    tools: list[Tool] | None = None
+
+
+_DECODER: Final = msgspec.json.Decoder(_AnyRow)
+
+
+def parse_row(line: bytes) -> ChatRow | TextRow:
+    """Decode one line of a JSONL file: a chat where it has `messages`, else a text.
+
+    Raises:
+        msgspec.ValidationError: Valid JSON of the wrong shape; the message ends
+            with the place, such as "- at `$.messages[0].role`".
+        msgspec.DecodeError: Not JSON (the parent class of the former).
+    """
+    row = _DECODER.decode(line)
+    if row.messages is not None:
+        return ChatRow(row.messages, row.tools)
+    if row.text is not None:
+        return TextRow(row.text)
+    raise msgspec.ValidationError("Object has neither `messages` nor `text`")
+
+
+class Control(IntEnum):
+    """Control tokens of the byte-level vocabulary; ids 0-255 are the bytes."""
+
+    BOS = 256
+    EOS = 257
+    PAD = 258
+    INST = 259
+    INST_END = 260
+    SYSTEM = 261
+    SYSTEM_END = 262
+    TOOLS = 263
+    TOOLS_END = 264
+    TOOL_CALLS = 265
+    CALL_ID = 266
+    ARGS = 267
+    TOOL_RESULTS = 268
+    TOOL_CONTENT = 269
+    TOOL_RESULTS_END = 270
+
+
+CONTROL_TEXT: Final[Mapping[Control, str]] = MappingProxyType(
+    {
+        Control.BOS: "<s>",
+        Control.EOS: "</s>",
+        Control.PAD: "<pad>",
+        Control.INST: "[INST]",
+        Control.INST_END: "[/INST]",
+        Control.SYSTEM: "[SYSTEM_PROMPT]",
+        Control.SYSTEM_END: "[/SYSTEM_PROMPT]",
+        Control.TOOLS: "[AVAILABLE_TOOLS]",
+        Control.TOOLS_END: "[/AVAILABLE_TOOLS]",
+        Control.TOOL_CALLS: "[TOOL_CALLS]",
+        Control.CALL_ID: "[CALL_ID]",
+        Control.ARGS: "[ARGS]",
+        Control.TOOL_RESULTS: "[TOOL_RESULTS]",
+        Control.TOOL_CONTENT: "[TOOL_CONTENT]",
+        Control.TOOL_RESULTS_END: "[/TOOL_RESULTS]",
+    }
+)
+
+BYTE_VOCABULARY_SIZE: Final = 272  # 256 bytes + 15 control tokens, rounded up to a multiple of 8
+
+Piece = tuple[Control | str, bool]
+"""A control token or a text, and whether the loss counts it."""
+
+
+def row_pieces(row: ChatRow | TextRow) -> Iterator[Piece]:
+    """Lay a row out in the order in which `tiny-mistral` reads it."""
+    yield Control.BOS, False
+    if isinstance(row, TextRow):
+        yield row.text, True
+        yield Control.EOS, True
+        return
+    if row.tools:
+        yield Control.TOOLS, False
+        yield _tools_json(row.tools), False
+        yield Control.TOOLS_END, False
+    for message in row.messages:
+        yield from _message_pieces(message)
+
+
+def _message_pieces(message: Message) -> Iterator[Piece]:
+    if message.role == "assistant":
+        yield from _assistant_pieces(message)
+    elif message.role == "user":
+        yield Control.INST, False
+        yield message.text, False
+        yield Control.INST_END, False
+    elif message.role == "tool":
+        yield Control.TOOL_RESULTS, False
+        yield message.tool_call_id or "", False
+        yield Control.TOOL_CONTENT, False
+        yield message.text, False
+        yield Control.TOOL_RESULTS_END, False
+    else:
+        yield Control.SYSTEM, False
+        yield message.text, False
+        yield Control.SYSTEM_END, False
+
+
+def _assistant_pieces(message: Message) -> Iterator[Piece]:
+    trained = message.is_trained
+    yield message.text, trained
+    for call in message.tool_calls or ():
+        arguments = call.function.arguments
+        yield Control.TOOL_CALLS, trained
+        yield call.function.name, trained
+        yield Control.CALL_ID, trained
+        yield call.id or "", trained
+        yield Control.ARGS, trained
+        yield arguments if isinstance(arguments, str) else _dumps(arguments), trained
+    yield Control.EOS, trained
+
+
+def _tools_json(tools: list[Tool]) -> str:
+    return "[" + ", ".join(_function_json(tool.function) for tool in tools) + "]"
+
+
+def _function_json(function: FunctionDefinition) -> str:
+    # One fixed key order, so that the saved chat template can say the same.
+    return _dumps(
+        {
+            "name": function.name,
+            "description": function.description or "",
+            "parameters": function.parameters or {},
+        }
+    )
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def byte_encode(row: ChatRow | TextRow) -> tuple[list[int], list[bool]]:
+    """Encode a row for `tiny-mistral`.
+
+    Text only ever gives bytes: "[INST]" written in a message stays seven
+    characters and never becomes the control token.
+
+    Returns:
+        The token ids, and for each whether the loss counts it.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for piece, is_trained in row_pieces(row):
+        tokens = [int(piece)] if isinstance(piece, Control) else piece.encode("utf-8", "replace")
+        ids.extend(tokens)
+        trained.extend([is_trained] * len(tokens))
+    return ids, trained
+
+
+def byte_token_count(row: ChatRow | TextRow) -> int:
+    """Count the tokens that `byte_encode` gives, without making them."""
+    count = 0
+    for piece, _ in row_pieces(row):
+        if isinstance(piece, Control):
+            count += 1
+        else:
+            count += len(piece) if piece.isascii() else len(piece.encode("utf-8", "replace"))
+    return count
