@@ -1,0 +1,322 @@
+"""The asynchronous client: launches once, remembers, follows, ends."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+
+from training_backends import (
+    AsyncTrainingClient,
+    BackendUnavailable,
+    BudgetExceeded,
+    ConfigError,
+    DatasetError,
+    DuplicateRun,
+    Estimate,
+    Issue,
+    Money,
+    RunNotFound,
+    TrainingConfig,
+    TrainingStatus,
+    UnsupportedOperation,
+    ValidationReport,
+    WaitTimeout,
+)
+from training_backends.testing.backend import ScriptedBackend
+
+pytestmark = pytest.mark.anyio
+
+MakeConfig = Callable[..., TrainingConfig]
+
+
+@pytest.fixture
+def backend() -> ScriptedBackend:
+    return ScriptedBackend()
+
+
+@pytest.fixture
+async def client(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[AsyncTrainingClient]:
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+async def other(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[AsyncTrainingClient]:
+    """A second client on the same home, as another process has it."""
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        yield client
+
+
+async def test_a_launched_run_is_seen_by_another_client(
+    client: AsyncTrainingClient, other: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """Runs live in the store, not in a process."""
+    run = await client.launch(make_config(), backend="scripted")
+    assert (await other.get(run.id)).remote_id == run.remote_id
+
+
+async def test_another_client_stops_the_run(
+    client: AsyncTrainingClient, other: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """Stopping needs only the run's id, and reports stopping until it is over."""
+    run = await client.launch(make_config(), backend="scripted")
+    assert (await other.stop(run.id)).status is TrainingStatus.STOPPING
+
+
+async def test_the_same_id_launches_once(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Repeating a launch returns the run that is there."""
+    first = await client.launch(make_config(), backend="scripted", run_id="mine")
+    second = await client.launch(make_config(), backend="scripted", run_id="mine")
+    assert (second.remote_id, len(backend.created)) == (first.remote_id, 1)
+
+
+async def test_simultaneous_launches_of_one_id_make_one_job(
+    client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+) -> None:
+    """Two clients at the same moment agree on one run."""
+    config = make_config()
+    async with anyio.create_task_group() as tasks:
+        for launcher in (client, other) * 5:
+            tasks.start_soon(
+                lambda c: c.launch(config, backend="scripted", run_id="mine"), launcher
+            )
+    assert len(backend.created) == 1
+
+
+async def test_an_id_with_another_config_is_a_conflict(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """An id stands for one configuration."""
+    await client.launch(make_config(), backend="scripted", run_id="mine")
+    with pytest.raises(DuplicateRun, match="another config"):
+        await client.launch(make_config(suffix="new"), backend="scripted", run_id="mine")
+
+
+async def test_a_launch_cut_off_continues(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """After a lost answer the repeated launch adopts the job that was made."""
+    backend.after_create = backend.refusing(BackendUnavailable("reset", sent=True))
+    run = await client.launch(make_config(), backend="scripted", run_id="mine")
+    assert backend.created == [run.remote_id]
+
+
+async def test_a_refused_launch_is_remembered_and_can_be_repeated(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The reason stays visible until a later launch succeeds."""
+    backend.before_create = backend.refusing(BackendUnavailable("no route", sent=False))
+    with pytest.raises(BackendUnavailable):
+        await client.launch(make_config(), backend="scripted", run_id="mine")
+    failure = (await client.get("mine")).failure
+    backend.before_create = lambda: None
+    run = await client.launch(make_config(), backend="scripted", run_id="mine")
+    assert (failure is not None, run.failure) == (True, None)
+
+
+async def test_an_estimate_over_budget_leaves_no_run(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """What is refused before anything happened is not recorded."""
+    backend.price = Money.model_validate("9 USD")
+    with pytest.raises(BudgetExceeded):
+        await client.launch(make_config(budget={"max_cost": "5 USD"}), backend="scripted")
+    assert await client.list() == []
+
+
+async def test_a_cost_is_confirmed_first(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A no ends the launch before a job exists."""
+    backend.price = Money.model_validate("9 USD")
+
+    async def refuse(_: Estimate) -> bool:
+        return False
+
+    with pytest.raises(BudgetExceeded, match="not confirmed"):
+        await client.launch(make_config(), backend="scripted", confirm=refuse)
+    assert backend.created == []
+
+
+async def test_a_config_that_the_backend_refuses_is_not_launched(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The backend's issues reach the caller."""
+    backend.report = ValidationReport(issues=(Issue(code="no_model", message="unknown"),))
+    with pytest.raises(ConfigError) as caught:
+        await client.launch(make_config(), backend="scripted")
+    assert caught.value.issues[0].code == "no_model"
+
+
+async def test_unknown_options_are_refused_by_name(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A backend's options are checked by its own model."""
+    report = await client.validate(make_config(options={"gpus": 8}), backend="scripted")
+    assert report.errors[0].field == "options.gpus"
+
+
+async def test_bad_data_stops_the_launch(
+    client: AsyncTrainingClient, make_config: MakeConfig, train_file: Path
+) -> None:
+    """Nothing is launched on a file that cannot be read."""
+    config = make_config()
+    train_file.write_text("not json\n")
+    with pytest.raises(DatasetError) as caught:
+        await client.launch(config, backend="scripted")
+    assert caught.value.issues[0].line == 1
+
+
+async def test_wait_returns_every_ending(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Completed, failed and cancelled all end a wait."""
+    runs = [await client.launch(make_config(), backend="scripted") for _ in range(3)]
+    backend.finish(str(runs[0].remote_id))
+    backend.fail(str(runs[1].remote_id))
+    backend.say(str(runs[2].remote_id), TrainingStatus.CANCELLED)
+    over = await client.wait(*(run.id for run in runs), timeout=10)
+    assert [run.status.value for run in over] == ["completed", "failed", "cancelled"]
+
+
+async def test_wait_times_out_while_the_run_goes_on(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """Giving up waiting is not giving up the run."""
+    run = await client.launch(make_config(), backend="scripted")
+    with pytest.raises(WaitTimeout):
+        await client.wait(run.id, timeout=0.05)
+    assert (await client.get(run.id)).status is TrainingStatus.RUNNING
+
+
+async def test_wait_knows_a_wrong_id_at_once(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A typo behind a run that goes on is not waited for."""
+    run = await client.launch(make_config(), backend="scripted")
+    with pytest.raises(RunNotFound):
+        await client.wait(run.id, "typo", timeout=10)
+
+
+async def test_a_finished_run_never_changes(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """What a provider says after the end does not undo it."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    await client.status(run.id)
+    backend.say(str(run.remote_id), TrainingStatus.RUNNING)
+    assert (await client.status(run.id)).status is TrainingStatus.COMPLETED
+
+
+async def test_logs_follow_to_the_end_and_the_record_is_up_to_date(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Following ends with the run, and the store knows how it ended."""
+    run = await client.launch(make_config(), backend="scripted")
+    remote_id = str(run.remote_id)
+    messages = []
+    backend.log(remote_id, "one")
+    async with aclosing(client.logs(run.id, follow=True)) as records:
+        async for record in records:
+            messages.append(record.message)
+            if record.message == "one":
+                backend.log(remote_id, "two")
+                backend.finish(remote_id)
+    assert messages == ["one", "two"]
+    assert (await client.get(run.id)).status is TrainingStatus.COMPLETED
+
+
+async def test_logs_go_on_behind_a_cursor(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Nothing is repeated and nothing is left out."""
+    run = await client.launch(make_config(), backend="scripted")
+    for number in range(4):
+        backend.log(str(run.remote_id), str(number))
+    seen = [record async for record in client.logs(run.id)]
+    rest = [record.message async for record in client.logs(run.id, after=seen[1].cursor)]
+    assert rest == ["2", "3"]
+
+
+async def test_a_failed_run_is_resumed_as_a_new_one(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The new run says what it continues."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+    await client.status(run.id)
+    resumed = await client.resume(run.id, new_id="second")
+    assert (resumed.id, resumed.resumed_from) == ("second", run.id)
+
+
+async def test_a_running_run_is_not_resumed(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """There is nothing to continue."""
+    run = await client.launch(make_config(), backend="scripted")
+    with pytest.raises(UnsupportedOperation, match="running"):
+        await client.resume(run.id)
+
+
+async def test_only_a_completed_run_is_downloaded(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """There is no half of a model."""
+    run = await client.launch(make_config(), backend="scripted")
+    with pytest.raises(UnsupportedOperation):
+        await client.download(run.id, tmp_path / "model")
+    backend.finish(str(run.remote_id))
+    path = await client.download(run.id, tmp_path / "model")
+    assert (path / "model.txt").read_text() == run.id
+
+
+async def test_a_deleted_run_is_gone(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Afterwards nobody knows it."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    await client.delete(run.id)
+    with pytest.raises(RunNotFound):
+        await client.get(run.id)
+
+
+async def test_a_live_run_is_not_deleted(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """Deleting would lose what still costs money."""
+    run = await client.launch(make_config(), backend="scripted")
+    with pytest.raises(UnsupportedOperation, match="running"):
+        await client.delete(run.id)
+
+
+async def test_an_unknown_backend_names_the_nearest(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A misspelt name is answered with the right one."""
+    with pytest.raises(ConfigError) as caught:
+        await client.launch(make_config(), backend="mistrl")
+    assert caught.value.issues[0].fix == "did you mean 'mistral'?"
+
+
+@pytest.mark.parametrize("run_id", ["", "../etc", "a b", "x" * 129])
+async def test_an_id_that_cannot_be_a_name_is_refused(
+    client: AsyncTrainingClient, make_config: MakeConfig, run_id: str
+) -> None:
+    """Ids become file names, so they are plain."""
+    if run_id == "":
+        run_id = "-"
+    with pytest.raises(ConfigError, match="id"):
+        await client.launch(make_config(), backend="scripted", run_id=run_id)

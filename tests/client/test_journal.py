@@ -1,0 +1,191 @@
+"""The launch journal: a step happens at most once, whatever is lost on the way."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training_backends import (
+    AmbiguousLaunch,
+    AuthenticationFailed,
+    BackendUnavailable,
+    Budget,
+    BudgetExceeded,
+    Estimate,
+    Money,
+    ProtocolError,
+    TrainingConfig,
+    TrainingRun,
+)
+from training_backends.client.journal import LaunchWatch, StoreJournal
+from training_backends.client.store import RunStore
+
+pytestmark = pytest.mark.anyio
+
+
+class World:
+    """Counts what was done to it, and loses answers on demand."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.lose: BaseException | None = None
+
+    async def do(self) -> int:
+        self.done += 1
+        if self.lose:
+            raise self.lose
+        return self.done
+
+    async def find(self) -> int | None:
+        return self.done or None
+
+
+def make_journal(
+    path: Path, config: TrainingConfig, watch: LaunchWatch | None = None
+) -> StoreJournal:
+    store = RunStore(f"sqlite:///{path}")
+    if not store.list():
+        store.insert(TrainingRun(id="r", backend="scripted", config=config))
+    return StoreJournal(store, "r", watch or LaunchWatch())
+
+
+@pytest.fixture
+def again(tmp_path: Path, make_config: Callable[..., TrainingConfig]) -> Callable[[], StoreJournal]:
+    """Open the journal as a new process would."""
+    return lambda: make_journal(tmp_path / "runs.db", make_config())
+
+
+async def test_a_finished_step_is_remembered(again: Callable[[], StoreJournal]) -> None:
+    """Its result comes back and nothing is done."""
+    world = World()
+    await again().step("create", world.do)
+    assert await again().step("create", world.do) == 1
+    assert world.done == 1
+
+
+async def test_a_lost_answer_is_found(again: Callable[[], StoreJournal]) -> None:
+    """When the request got through and the answer did not, the effect is adopted."""
+    world = World()
+    world.lose = BackendUnavailable("reset", sent=True)
+    assert await again().step("create", world.do, world.find) == 1
+
+
+async def test_a_killed_step_is_found_by_the_next_process(
+    again: Callable[[], StoreJournal],
+) -> None:
+    """A process that died after sending leaves one effect, not two."""
+    world = World()
+    world.lose = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        await again().step("create", world.do, world.find)
+    assert await again().step("create", world.do, world.find) == 1
+    assert world.done == 1
+
+
+async def test_a_step_that_cannot_be_found_is_ambiguous(
+    again: Callable[[], StoreJournal],
+) -> None:
+    """Without a way to look, an unsafe step is not tried again."""
+    world = World()
+    world.lose = BackendUnavailable("timeout", sent=True)
+    with pytest.raises(BackendUnavailable):
+        await again().step("create", world.do)
+    with pytest.raises(AmbiguousLaunch, match="create"):
+        await again().step("create", world.do)
+
+
+async def test_a_repeatable_step_is_repeated(again: Callable[[], StoreJournal]) -> None:
+    """What does no harm twice is simply done again."""
+    world = World()
+    world.lose = BackendUnavailable("timeout", sent=True)
+    with pytest.raises(BackendUnavailable):
+        await again().step("start", world.do, repeatable=True)
+    world.lose = None
+    assert await again().step("start", world.do, repeatable=True) == 2
+
+
+@pytest.mark.parametrize(
+    "refusal", [AuthenticationFailed("no"), BackendUnavailable("no route", sent=False)]
+)
+async def test_a_clear_refusal_leaves_nothing_behind(
+    again: Callable[[], StoreJournal], refusal: Exception
+) -> None:
+    """What certainly did not happen may be tried again without asking."""
+    world = World()
+    world.lose = refusal
+    with pytest.raises(type(refusal)):
+        await again().step("create", world.do)
+    world.lose = None
+    assert await again().step("create", world.do) == 2
+
+
+async def test_an_unreadable_answer_may_have_happened(again: Callable[[], StoreJournal]) -> None:
+    """Truncated JSON after a create is looked into, not repeated."""
+    world = World()
+    world.lose = ProtocolError("truncated")
+    assert await again().step("create", world.do, world.find) == 1
+
+
+async def test_a_quote_over_budget_is_refused_and_kept(
+    tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> None:
+    """The numbers stay with the run, so that people see why."""
+    budget = Budget(max_cost=Money.model_validate("1 USD"))
+    journal = make_journal(tmp_path / "runs.db", make_config(budget=budget))
+    with pytest.raises(BudgetExceeded, match=r"4\.00 USD.*1\.00 USD"):
+        await journal.quote(Estimate(cost=Money.model_validate("4 USD"), basis="quote"))
+    stored = RunStore(f"sqlite:///{tmp_path / 'runs.db'}").get("r")
+    assert str(stored.cost) == "4.00 USD"
+
+
+async def test_a_free_quote_is_not_asked_about(
+    tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> None:
+    """Nobody is asked to spend nothing."""
+
+    async def never(_: Estimate) -> bool:
+        raise AssertionError("asked about a free run")
+
+    watch = LaunchWatch(confirm=never)
+    journal = make_journal(tmp_path / "runs.db", make_config(), watch)
+    await journal.quote(Estimate(cost=Money.model_validate("0 EUR"), basis="quote"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(faults=st.lists(st.sampled_from(["none", "lost", "killed", "refused"]), max_size=8))
+async def test_no_sequence_of_faults_does_a_step_twice(
+    tmp_path_factory: pytest.TempPathFactory, faults: list[str]
+) -> None:
+    """However often a launch is cut off and repeated, the world changes once."""
+    path = tmp_path_factory.mktemp("journal")
+    data = path / "train.jsonl"
+    config = TrainingConfig.model_validate({"model": "m", "data": {"train": data}})
+    effects = 0
+
+    for fault in [*faults, "none"]:
+
+        async def do(fault: str = fault) -> int:
+            nonlocal effects
+            if fault == "refused":
+                raise AuthenticationFailed("no")
+            effects += 1
+            if fault == "lost":
+                raise BackendUnavailable("reset", sent=True)
+            if fault == "killed":
+                raise KeyboardInterrupt
+            return effects
+
+        async def find() -> int | None:
+            return effects or None
+
+        await _swallow(make_journal(path / "runs.db", config).step("create", do, find))
+    assert effects == 1
+
+
+async def _swallow(step: Awaitable[object]) -> None:
+    try:
+        await step
+    except (AuthenticationFailed, BackendUnavailable, KeyboardInterrupt):
+        return

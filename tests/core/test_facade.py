@@ -1,0 +1,81 @@
+"""The package's front: one list of names, loaded on first use."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import training_backends
+
+HEAVY = (
+    "pydantic",
+    "httpx",
+    "structlog",
+    "keyring",
+    "asyncio",
+    "rich",
+    "typer",
+    "sqlalchemy",
+    "torch",
+    "ray",
+)
+
+
+def imported_for_type_checkers() -> dict[str, str]:
+    """Return each name in the TYPE_CHECKING block with its module."""
+    tree = ast.parse(Path(training_backends.__file__).read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    return {
+        alias.name: node.module or ""
+        for block in blocks
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def test_the_map_the_imports_and_all_say_the_same() -> None:
+    """Type checkers, `import *` and the running program see the same names."""
+    mapped = {
+        name: f"training_backends.{home}" for name, home in training_backends._HOME_OF.items()
+    }
+    assert mapped == imported_for_type_checkers()
+    assert sorted(training_backends.__all__) == sorted([*mapped, "__version__"])
+    assert set(dir(training_backends)) >= set(training_backends.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(training_backends._HOME_OF))
+def test_every_name_can_be_loaded_and_is_public_at_home(name: str) -> None:
+    """A name leads to the object of its module, which exports it."""
+    module = import_module(f"training_backends.{training_backends._HOME_OF[name]}")
+    assert getattr(training_backends, name) is getattr(module, name)
+    assert name in module.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Misspelling a name fails as for any module."""
+    with pytest.raises(AttributeError, match="Trainer"):
+        getattr(training_backends, "Trainer")  # noqa: B009  # as a user's code would
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """The import costs next to nothing because it loads none of these."""
+    program = (
+        "import sys, training_backends\n"
+        "training_backends.TrainingStatus, training_backends.RunNotFound\n"
+        f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_module_exports_what_it_has() -> None:
+    """`__all__` names nothing that is not there, in every module that imports here."""
+    package = Path(training_backends.__file__).parent
+    for path in sorted((package / "core").glob("[a-z]*.py")):
+        module = import_module(f"training_backends.core.{path.stem}")
+        missing = [name for name in module.__all__ if not hasattr(module, name)]
+        assert not missing, (path.name, missing)

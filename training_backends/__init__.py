@@ -1,0 +1,201 @@
+"""Fine-tuning that outlives the provider: one interface, any backend.
+
+Names are loaded on first use, so that importing the package costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training_backends.client.aio import AsyncTrainingClient
+    from training_backends.client.sync import TrainingClient
+    from training_backends.core.backend import (
+        BackendContext,
+        CredentialSource,
+        Health,
+        Journal,
+        RemoteFilters,
+        RemoteRun,
+        TrainingBackend,
+    )
+    from training_backends.core.capabilities import Capabilities
+    from training_backends.core.config import (
+        ClassifierTarget,
+        Data,
+        DataSource,
+        Hyperparameters,
+        TrainingConfig,
+        Tuning,
+        WandbIntegration,
+    )
+    from training_backends.core.dataset import DataFile, Dataset
+    from training_backends.core.errors import (
+        AmbiguousLaunch,
+        AuthenticationFailed,
+        BackendNotInstalled,
+        BackendRetired,
+        BackendUnavailable,
+        BudgetExceeded,
+        ConfigError,
+        CredentialNotFound,
+        DatasetError,
+        DuplicateRun,
+        Issue,
+        PayloadTooLarge,
+        PermissionDenied,
+        ProtocolError,
+        RateLimited,
+        RunNotFound,
+        StoreError,
+        TrainingBackendError,
+        UnsupportedOperation,
+        VaultLocked,
+        WaitTimeout,
+    )
+    from training_backends.core.estimate import Budget, Estimate, Money, PriceSource
+    from training_backends.core.registry import backend_class, installed_backends
+    from training_backends.core.run import (
+        Checkpoint,
+        Failure,
+        LogRecord,
+        RunState,
+        TrainingRun,
+        ValidationReport,
+    )
+    from training_backends.core.status import TrainingStatus
+    from training_backends.credentials.vault import CredentialVault
+
+_HOMES = {
+    "client.aio": ("AsyncTrainingClient",),
+    "client.sync": ("TrainingClient",),
+    "core.backend": (
+        "BackendContext",
+        "CredentialSource",
+        "Health",
+        "Journal",
+        "RemoteFilters",
+        "RemoteRun",
+        "TrainingBackend",
+    ),
+    "core.capabilities": ("Capabilities",),
+    "core.config": (
+        "ClassifierTarget",
+        "Data",
+        "DataSource",
+        "Hyperparameters",
+        "TrainingConfig",
+        "Tuning",
+        "WandbIntegration",
+    ),
+    "core.dataset": ("DataFile", "Dataset"),
+    "core.errors": (
+        "AmbiguousLaunch",
+        "AuthenticationFailed",
+        "BackendNotInstalled",
+        "BackendRetired",
+        "BackendUnavailable",
+        "BudgetExceeded",
+        "ConfigError",
+        "CredentialNotFound",
+        "DatasetError",
+        "DuplicateRun",
+        "Issue",
+        "PayloadTooLarge",
+        "PermissionDenied",
+        "ProtocolError",
+        "RateLimited",
+        "RunNotFound",
+        "StoreError",
+        "TrainingBackendError",
+        "UnsupportedOperation",
+        "VaultLocked",
+        "WaitTimeout",
+    ),
+    "core.estimate": ("Budget", "Estimate", "Money", "PriceSource"),
+    "core.registry": ("backend_class", "installed_backends"),
+    "core.run": (
+        "Checkpoint",
+        "Failure",
+        "LogRecord",
+        "RunState",
+        "TrainingRun",
+        "ValidationReport",
+    ),
+    "core.status": ("TrainingStatus",),
+    "credentials.vault": ("CredentialVault",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AmbiguousLaunch",
+    "AsyncTrainingClient",
+    "AuthenticationFailed",
+    "BackendContext",
+    "BackendNotInstalled",
+    "BackendRetired",
+    "BackendUnavailable",
+    "Budget",
+    "BudgetExceeded",
+    "Capabilities",
+    "Checkpoint",
+    "ClassifierTarget",
+    "ConfigError",
+    "CredentialNotFound",
+    "CredentialSource",
+    "CredentialVault",
+    "Data",
+    "DataFile",
+    "DataSource",
+    "Dataset",
+    "DatasetError",
+    "DuplicateRun",
+    "Estimate",
+    "Failure",
+    "Health",
+    "Hyperparameters",
+    "Issue",
+    "Journal",
+    "LogRecord",
+    "Money",
+    "PayloadTooLarge",
+    "PermissionDenied",
+    "PriceSource",
+    "ProtocolError",
+    "RateLimited",
+    "RemoteFilters",
+    "RemoteRun",
+    "RunNotFound",
+    "RunState",
+    "StoreError",
+    "TrainingBackend",
+    "TrainingBackendError",
+    "TrainingClient",
+    "TrainingConfig",
+    "TrainingRun",
+    "TrainingStatus",
+    "Tuning",
+    "UnsupportedOperation",
+    "ValidationReport",
+    "VaultLocked",
+    "WaitTimeout",
+    "WandbIntegration",
+    "__version__",
+    "backend_class",
+    "installed_backends",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module the first time that it is asked for."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List public names, loaded or not."""
+    return sorted(__all__)

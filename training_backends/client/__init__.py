@@ -1,0 +1,1 @@
+"""Where runs live: the clients, the journal and the store."""

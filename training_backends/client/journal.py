@@ -1,0 +1,141 @@
+"""The journal of one launch, kept in the run store."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+from anyio import to_thread
+
+from training_backends.client.store import RunStore
+from training_backends.core.backend import JSONValue
+from training_backends.core.errors import (
+    AmbiguousLaunch,
+    BackendUnavailable,
+    BudgetExceeded,
+    ProtocolError,
+    TrainingBackendError,
+)
+from training_backends.core.estimate import Estimate
+from training_backends.core.run import RunState, TrainingRun
+
+__all__ = ["Confirm", "LaunchWatch", "OnProgress", "OnUpdate", "StoreJournal"]
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a step's name, bytes done and bytes in all."""
+OnUpdate = Callable[[TrainingRun], None]
+"""Called with the run whenever something new is known."""
+Confirm = Callable[[Estimate], Awaitable[bool]]
+"""Asked before money is spent; False ends the launch."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchWatch:
+    """Who is told, and asked, while a launch goes on."""
+
+    on_progress: OnProgress | None = None
+    on_update: OnUpdate | None = None
+    confirm: Confirm | None = None
+
+    async def decide(self, estimate: Estimate) -> None:
+        """Ask whether to spend what `estimate` says; what costs nothing needs no asking.
+
+        Raises:
+            BudgetExceeded: The answer was no.
+        """
+        free = estimate.cost is not None and estimate.cost.amount == 0
+        if self.confirm is None or free or await self.confirm(estimate):
+            return
+        raise BudgetExceeded("The launch was not confirmed; nothing was started.")
+
+
+class StoreJournal:
+    """Implements `core.backend.Journal` over a `RunStore`."""
+
+    def __init__(self, store: RunStore, run_id: str, watch: LaunchWatch) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._watch = watch
+
+    async def step(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None = None,
+        *,
+        repeatable: bool = False,
+    ) -> JSONValue:
+        """See `Journal.step`."""
+        entry = await to_thread.run_sync(self._store.entry, self._run_id, name)
+        if entry is None:
+            await to_thread.run_sync(self._store.begin, self._run_id, name)
+        elif entry.finished:
+            return entry.result
+        elif find is not None:
+            found = await find()
+            if found is not None:
+                log.info("step found again", run_id=self._run_id, step=name)
+                return await self._finish(name, found)
+        elif not repeatable:
+            raise AmbiguousLaunch(
+                f"An earlier launch was cut off during {name!r}, and whether it got through "
+                "cannot be asked.",
+                hint="Look at the provider's own list of jobs before launching again.",
+                run_id=self._run_id,
+            )
+        return await self._finish(name, await self._do(name, do, find))
+
+    async def record(self, state: RunState) -> None:
+        """See `Journal.record`."""
+        run = await to_thread.run_sync(
+            self._store.update, self._run_id, lambda run: run.updated(state)
+        )
+        if self._watch.on_update:
+            self._watch.on_update(run)
+
+    async def quote(self, estimate: Estimate) -> None:
+        """See `Journal.quote`."""
+        run = await to_thread.run_sync(
+            self._store.update,
+            self._run_id,
+            lambda run: run.model_copy(update={"estimate": estimate, "cost": estimate.cost}),
+        )
+        if self._watch.on_update:
+            self._watch.on_update(run)
+        run.config.budget.check(estimate)
+        await self._watch.decide(estimate)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """See `Journal.progress`."""
+        if self._watch.on_progress:
+            self._watch.on_progress(name, done, total)
+
+    async def _do(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None,
+    ) -> JSONValue:
+        try:
+            return await do()
+        except TrainingBackendError as error:
+            if not _may_have_happened(error):
+                await to_thread.run_sync(self._store.forget, self._run_id, name)
+                raise
+            found = await find() if find is not None else None
+            if found is None:
+                raise
+            log.info("answer lost, effect found", run_id=self._run_id, step=name)
+            return found
+
+    async def _finish(self, name: str, result: JSONValue) -> JSONValue:
+        await to_thread.run_sync(self._store.finish, self._run_id, name, result)
+        return result
+
+
+def _may_have_happened(error: TrainingBackendError) -> bool:
+    """Tell a clear refusal from an answer that never came or could not be read."""
+    if isinstance(error, BackendUnavailable):
+        return error.sent
+    return isinstance(error, ProtocolError)

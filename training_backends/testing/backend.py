@@ -1,0 +1,209 @@
+"""A backend without a provider: runs move when a test says so."""
+
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import anyio
+
+from training_backends.core.backend import Journal, TrainingBackend
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.estimate import Estimate, Money
+from training_backends.core.run import (
+    Failure,
+    LogRecord,
+    RunState,
+    TrainingRun,
+    ValidationReport,
+    utc_now,
+)
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["ScriptedBackend"]
+
+
+class ScriptedBackend(TrainingBackend):
+    """Keeps its jobs in memory; the methods under "back door" change them from outside.
+
+    Attributes:
+        created: Remote ids in the order in which jobs were created.
+        before_create: Called inside the step that creates a job; may raise.
+        after_create: Called when the job exists and before its id is returned; may raise,
+            as when an answer is lost.
+        price: What estimates say, or None.
+        report: What `validate` says.
+    """
+
+    name: ClassVar[str] = "scripted"
+    summary: ClassVar[str] = "Runs that move when a test says so."
+
+    def __init__(self, *, capabilities: Capabilities | None = None) -> None:
+        self._capabilities = capabilities or Capabilities(
+            resumes=True, downloads=True, deletes=True
+        )
+        self._jobs: dict[str, RunState] = {}
+        self._owners: dict[str, str] = {}
+        self._logs: dict[str, list[LogRecord]] = {}
+        self._changed = anyio.Event()
+        self.created: list[str] = []
+        self.closed = False
+        self.before_create: Callable[[], None] = lambda: None
+        self.after_create: Callable[[], None] = lambda: None
+        self.price: Money | None = Money.model_validate("0 USD")
+        self.report = ValidationReport()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it was made with."""
+        return self._capabilities
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """Say what `report` holds."""
+        del config, dataset
+        return self.report
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Say what `price` holds; tokens are the bytes of the training files."""
+        del config
+        tokens = sum(file.size for file in dataset.train)
+        return Estimate(data_tokens=tokens, train_tokens=tokens, steps=10, cost=self.price)
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Create a job, once."""
+
+        async def create() -> str:
+            self.before_create()
+            remote_id = str(uuid4())
+            self.created.append(remote_id)
+            self._owners[run.id] = remote_id
+            self._jobs[remote_id] = RunState(
+                status=TrainingStatus.RUNNING, remote_id=remote_id, started_at=utc_now()
+            )
+            self._logs[remote_id] = []
+            self.after_create()
+            return remote_id
+
+        async def find() -> str | None:
+            return self._owners.get(run.id)
+
+        remote_id = str(await journal.step("create", create, find))
+        await journal.record(self._jobs[remote_id])
+        return self._jobs[remote_id]
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """Tell the job's state."""
+        return self._job(run)
+
+    async def logs(
+        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogRecord, None]:
+        """Yield what the back door logged."""
+        self._job(run)
+        position = int(after) + 1 if after is not None else 0
+        while True:
+            changed = self._changed
+            records = self._logs[str(run.remote_id)]
+            while position < len(records):
+                yield records[position]
+                position += 1
+            if not follow or self._job(run).status.is_terminal:
+                return
+            await changed.wait()
+
+    async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        """Begin to stop; the back door's `say` ends it."""
+        del save_checkpoint
+        state = self._job(run)
+        if not state.status.is_terminal:
+            self.say(str(run.remote_id), TrainingStatus.STOPPING)
+
+    async def resume(
+        self,
+        run: TrainingRun,
+        new_run: TrainingRun,
+        journal: Journal,
+        *,
+        checkpoint: str | None = None,
+    ) -> RunState:
+        """Start a job anew."""
+        del run, checkpoint
+        return await self.launch(new_run, journal)
+
+    async def download(self, run: TrainingRun, target: Path) -> Path:
+        """Write a file that names the run."""
+        self._job(run)
+        await anyio.Path(target).mkdir(parents=True)
+        await anyio.Path(target / "model.txt").write_text(run.id, encoding="utf-8")
+        return target
+
+    async def delete(self, run: TrainingRun) -> None:
+        """Forget the job."""
+        self._job(run)
+        del self._jobs[str(run.remote_id)]
+
+    async def aclose(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True
+
+    # -- back door --------------------------------------------------------------------
+
+    def say(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
+        """Put a job into a state."""
+        finished = {"finished_at": utc_now()} if status.is_terminal else {}
+        job = self._jobs[remote_id]
+        self._jobs[remote_id] = job.model_copy(update={"status": status, **finished, **state})
+        self._notify()
+
+    def finish(self, remote_id: str, result_model: str = "model") -> None:
+        """Complete a job."""
+        self.say(remote_id, TrainingStatus.COMPLETED, result_model=result_model)
+
+    def fail(self, remote_id: str, message: str = "it broke") -> None:
+        """Fail a job."""
+        failure = Failure(kind="internal", message=message)
+        self.say(remote_id, TrainingStatus.FAILED, failure=failure)
+
+    def log(
+        self, remote_id: str, message: str, *, step: int | None = None, **fields: float
+    ) -> None:
+        """Add a record to a job's log; with fields it is one of metrics."""
+        records = self._logs[remote_id]
+        source = "metrics" if fields else "event"
+        cursor = str(len(records))
+        records.append(
+            LogRecord(
+                at=utc_now(),
+                message=message,
+                source=source,
+                step=step,
+                fields=dict(fields),
+                cursor=cursor,
+            )
+        )
+        self._notify()
+
+    def lose(self, remote_id: str) -> None:
+        """Make the provider forget a job."""
+        del self._jobs[remote_id]
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _job(self, run: TrainingRun) -> RunState:
+        state = self._jobs.get(run.remote_id or "")
+        if state is None:
+            raise RunNotFound(f"There is no job {run.remote_id}.", backend=self.name, run_id=run.id)
+        return state
+
+    def refusing(self, error: TrainingBackendError) -> Callable[[], None]:
+        """Return a hook that raises `error`."""
+
+        def raise_it() -> None:
+            raise error
+
+        return raise_it
