@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-import structlog
 from anyio import from_thread, to_thread
 from pydantic import ValidationError
 
@@ -41,6 +40,7 @@ from training_backends.core.errors import (
     WaitTimeout,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.logs import get_logger
 from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     Failure,
@@ -59,7 +59,7 @@ from training_backends.datasets.inspect import inspect, raise_for_errors
 
 __all__ = ["AsyncTrainingClient"]
 
-log = structlog.get_logger()
+log = get_logger()
 
 _LAUNCHED = "launched"
 """Journal step that is finished once the provider accepted the start."""

@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import structlog
 from anyio import to_thread
 
 from training_backends.client.store import RunStore
@@ -16,6 +15,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.logs import get_logger
 from training_backends.core.run import RunState, TrainingRun
 
 __all__ = ["Confirm", "LaunchWatch", "OnProgress", "OnUpdate", "StoreJournal"]
@@ -27,7 +27,7 @@ OnUpdate = Callable[[TrainingRun], None]
 Confirm = Callable[[Estimate], Awaitable[bool]]
 """Asked before money is spent; False ends the launch."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

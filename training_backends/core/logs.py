@@ -8,7 +8,7 @@ from typing import Any, Literal, TextIO
 
 import structlog
 
-__all__ = ["REDACTED", "configure_logs", "redact"]
+__all__ = ["REDACTED", "QuietLog", "configure_logs", "get_logger", "redact"]
 
 REDACTED = "[redacted]"
 _SECRET_NAME = re.compile(
@@ -89,3 +89,44 @@ def configure_logs(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(numeric, logging.WARNING))
+
+
+class QuietLog:
+    """A structlog logger that is silent until the program has set structlog up.
+
+    Left alone, structlog writes to standard output, which belongs to the program that uses
+    this package as a library.
+    """
+
+    def __init__(self, **bound: Any) -> None:
+        self._log = structlog.get_logger(**bound)
+
+    def debug(self, event: str, **values: Any) -> None:
+        """Say what only matters when something is looked into."""
+        if structlog.is_configured():
+            self._log.debug(event, **values)
+
+    def info(self, event: str, **values: Any) -> None:
+        """Say what happened."""
+        if structlog.is_configured():
+            self._log.info(event, **values)
+
+    def warning(self, event: str, **values: Any) -> None:
+        """Say what somebody may have to look at."""
+        if structlog.is_configured():
+            self._log.warning(event, **values)
+
+    def error(self, event: str, **values: Any) -> None:
+        """Say what went wrong."""
+        if structlog.is_configured():
+            self._log.error(event, **values)
+
+    def exception(self, event: str, **values: Any) -> None:
+        """Say what went wrong, with the traceback of the exception being handled."""
+        if structlog.is_configured():
+            self._log.exception(event, **values)
+
+
+def get_logger(**bound: Any) -> QuietLog:
+    """Return the logger that this package's modules use."""
+    return QuietLog(**bound)

@@ -27,6 +27,7 @@ from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
     "TINY_MODEL",
+    "TINY_POSITIONS",
     "CheckpointState",
     "Event",
     "ExitCode",
@@ -42,6 +43,9 @@ Row = TypeVar("Row", bound=BaseModel)
 
 TINY_MODEL: Final = "tiny-mistral"
 """The model that is made on the spot, from the seed, without a network."""
+
+TINY_POSITIONS: Final = 32768
+"""Tokens that it reads at most."""
 
 
 class ExitCode(IntEnum):

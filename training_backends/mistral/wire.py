@@ -85,7 +85,9 @@ class _Out(BaseModel):
 class _In(BaseModel):
     """A request."""
 
-    model_config = ConfigDict(extra="forbid")
+    # A bound also makes pydantic look at the text, so that half a surrogate pair, which
+    # JSON can write and UTF-8 cannot, is refused.
+    model_config = ConfigDict(extra="forbid", str_max_length=100_000)
 
 
 def _empty_for_none(value: Any) -> Any:

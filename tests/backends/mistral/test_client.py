@@ -1,0 +1,126 @@
+"""The backend under the real client and its store."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from training_backends import (
+    AsyncTrainingClient,
+    BackendRetired,
+    BackendUnavailable,
+    BudgetExceeded,
+    TrainingConfig,
+    TrainingStatus,
+)
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.testing.faults import LoseAnswer, OtherAnswer
+from training_backends.testing.provider import ScriptedProvider
+from training_backends.testing.server import Received, Reply
+
+pytestmark = pytest.mark.anyio
+Open = Callable[[], AbstractAsyncContextManager[AsyncTrainingClient]]
+
+
+@pytest.fixture
+def open_client(make_backend: Callable[..., MistralAPIBackend], tmp_path: Path) -> Open:
+    """Open clients over one store, each as if in a process of its own."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[AsyncTrainingClient, None]:
+        backend = make_backend()
+        async with AsyncTrainingClient(
+            home=tmp_path / "home", backends={"mistral": backend}
+        ) as client:
+            yield client
+        await backend.aclose()
+
+    return opened
+
+
+async def test_run_is_seen_from_another_process(
+    open_client: Open, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """A run launched by one client is followed to its end by another."""
+    async with open_client() as client:
+        run = await client.launch(config, backend="mistral", run_id="mine")
+        assert run.estimate is not None
+        assert run.estimate.basis == "quote"
+    async with open_client() as client:
+        async with aclosing(client.logs("mine", follow=True)) as records:
+            messages = [record.message async for record in records]
+        seen = await client.get("mine")
+    assert messages[-1] == "SUCCESS"
+    assert seen.status is TrainingStatus.COMPLETED
+    assert seen.result_model is not None
+    assert [point.step for point in seen.checkpoints] == [1, 10]
+
+
+@pytest.mark.parametrize("path", ["/files", "/jobs", "/start"])
+async def test_broken_launch_is_repeated_by_its_id(
+    path: str, open_client: Open, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """After a launch that broke behind any request, its repetition gives one job, one start."""
+    answer = provider.answer
+
+    def and_be_away(request: Received) -> Reply:
+        if request.method == "POST" and request.path.endswith(path):
+            provider.fail(OtherAnswer(status=500), times=10_000)
+        return answer(request)
+
+    provider.answer = and_be_away  # type: ignore[method-assign]
+    provider.fail(LoseAnswer(), method="POST", path=path)
+    async with open_client() as client:
+        with pytest.raises(BackendUnavailable):
+            await client.launch(config, backend="mistral", run_id="mine")
+    provider.answer = answer  # type: ignore[method-assign]
+    provider.heal()
+    async with open_client() as client:
+        await client.launch(config, backend="mistral", run_id="mine")
+        (run,) = await client.wait("mine", timeout=10)
+    assert run.status is TrainingStatus.COMPLETED
+    assert len(provider.asked("POST", path)) == 1
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_refused_price_ends_the_run(
+    open_client: Open, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """Who says no to the quote has no job that runs or waits."""
+
+    async def refuse(_: object) -> bool:
+        return False
+
+    async with open_client() as client:
+        with pytest.raises(BudgetExceeded):
+            await client.launch(config, backend="mistral", run_id="mine", confirm=refuse)
+        run = await client.get("mine")
+    assert run.status is TrainingStatus.CANCELLED
+    assert [job.status for job in provider.jobs.values()] == ["CANCELLED"]
+
+
+async def test_stopped_run_is_resumed_as_a_new_one(
+    open_client: Open, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """Stop, wait for the provider's word, and resume: two jobs, one upload."""
+    provider.auto = "validate"
+    async with open_client() as client:
+        run = await client.launch(config, backend="mistral", run_id="mine")
+        await client.stop(run.id)
+        (run,) = await client.wait(run.id, timeout=10)
+        assert run.status is TrainingStatus.CANCELLED
+        again = await client.resume(run.id, new_id="again")
+    assert (again.resumed_from, again.remote_id) == ("mine", list(provider.jobs)[1])
+    assert len(provider.asked("POST", "/files")) == 1
+
+
+async def test_retired_service_leaves_no_run(
+    open_client: Open, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """A service that has ended is told before there is a run."""
+    provider.retired = True
+    async with open_client() as client:
+        with pytest.raises(BackendRetired):
+            await client.launch(config, backend="mistral", run_id="mine")
+        assert list(await client.list()) == []

@@ -1,0 +1,482 @@
+"""Launching: exactly one job, quoted and started, whatever breaks on the way."""
+
+import json
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends import (
+    AmbiguousLaunch,
+    BackendRetired,
+    BackendUnavailable,
+    BudgetExceeded,
+    ConfigError,
+    DuplicateRun,
+    RunState,
+    TrainingConfig,
+    TrainingStatus,
+    WaitTimeout,
+)
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.core.backend import JSONValue
+from training_backends.testing.faults import CutAnswer, Fault, LoseAnswer, OtherAnswer
+from training_backends.testing.journal import Killed, MemoryJournal
+from training_backends.testing.provider import ScriptedProvider
+
+pytestmark = pytest.mark.anyio
+MakeJournal = Callable[..., MemoryJournal]
+MakeConfig = Callable[..., TrainingConfig]
+CREATE: dict[str, Any] = {"method": "POST", "path": "/jobs"}
+
+
+def created(provider: ScriptedProvider) -> list[dict[str, object]]:
+    """Return the bodies of all create requests."""
+    return [json.loads(request.body) for request in provider.asked("POST", "/jobs")]
+
+
+async def test_create_says_exactly_what_was_configured(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+    tmp_path: Path,
+) -> None:
+    """The request holds the specification's names, files as objects, and nothing unasked."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    config = make_config(
+        model="open-mistral-7b",
+        suffix="mine",
+        data={
+            "train": [str(tmp_path / "train.jsonl"), {"path": str(other), "weight": 2}],
+            "validation": str(other),
+        },
+        hyperparameters={"epochs": 2, "learning_rate": 1e-5, "seq_len": 2048},
+        options={"invalid_sample_skip_percentage": 0.1},
+    )
+    journal = make_journal(config)
+    await backend.launch(journal.run, journal)
+    first, second = [file.id for file in provider.files.values()]
+    assert created(provider) == [
+        {
+            "model": "open-mistral-7b",
+            "training_files": [
+                {"file_id": first, "weight": 1.0},
+                {"file_id": second, "weight": 2.0},
+            ],
+            "validation_files": [second],
+            "suffix": "mine",
+            "auto_start": False,
+            "invalid_sample_skip_percentage": 0.1,
+            "job_type": "completion",
+            "hyperparameters": {"epochs": 2.0, "learning_rate": 1e-5, "seq_len": 2048},
+        }
+    ]
+
+
+async def test_created_job_is_started(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A launch waits for the quote, has it judged, and starts the job, once."""
+    journal = make_journal()
+    state = await backend.launch(journal.run, journal)
+    job = next(iter(provider.jobs.values()))
+    assert (job.started, job.starts) == (True, 1)
+    assert state.remote_id == job.id
+    assert not state.status.is_terminal
+    quote = journal.quotes[0]
+    assert (quote.basis, quote.train_tokens, quote.steps) == ("quote", 1_310_720, 10)
+    assert quote.cost is not None
+    assert (quote.cost.amount, quote.cost.currency) == (Decimal("2.5"), "USD")
+
+
+async def test_uploads_tell_their_progress(
+    backend: MistralAPIBackend, make_journal: MakeJournal, train_file: Path
+) -> None:
+    """The journal hears of an upload up to its last byte."""
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    size = train_file.stat().st_size
+    assert journal.uploaded[-1] == ("upload train.jsonl", size, size)
+
+
+async def test_remote_id_is_recorded_before_the_quote(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """The first thing recorded after the create is the job's id."""
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert journal.states[0].remote_id == next(iter(provider.jobs))
+    assert [state.status for state in journal.states[:2]] == [
+        TrainingStatus.PENDING,
+        TrainingStatus.VALIDATING,
+    ]
+
+
+async def test_quote_above_the_budget_starts_nothing(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """A quote above the budget cancels the job, which costs nothing until it is started."""
+    config = make_config(model="open-mistral-7b", budget={"max_cost": "2 USD"})
+    journal = make_journal(config)
+    with pytest.raises(BudgetExceeded):
+        await backend.launch(journal.run, journal)
+    job = next(iter(provider.jobs.values()))
+    assert (job.status, job.starts) == ("CANCELLED", 0)
+    assert journal.run.status is TrainingStatus.CANCELLED
+
+
+async def test_uncancellable_job_is_named(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """If the job above the budget cannot be cancelled, the error says which one it is."""
+    provider.fail(OtherAnswer(status=500), method="POST", path="/cancel", times=9)
+    config = make_config(model="open-mistral-7b", budget={"max_cost": "2 USD"})
+    journal = make_journal(config)
+    with pytest.raises(BudgetExceeded) as caught:
+        await backend.launch(journal.run, journal)
+    assert next(iter(provider.jobs)) in caught.value.__notes__[0]
+
+
+async def test_no_price_is_said(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A server that names no price leaves the cost unknown, with a note."""
+    provider.cost = None
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert journal.quotes[0].cost is None
+    assert any("no price" in note for note in journal.quotes[0].notes)
+
+
+async def test_missing_quote_is_judged_too(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that gives no quote at all does not get around whoever decides on it."""
+    monkeypatch.setattr(provider, "_metadata", lambda _: None)
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    (quote,) = journal.quotes
+    assert (quote.basis, quote.cost) == ("quote", None)
+    assert "no quote" in quote.notes[0]
+
+
+@pytest.mark.parametrize("fault", [LoseAnswer(), CutAnswer(), OtherAnswer(done=True)])
+@pytest.mark.parametrize("path", ["/jobs", "/start", "/files"])
+async def test_lost_answer_does_nothing_twice(
+    path: str,
+    fault: Fault,
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+) -> None:
+    """An upload, create or start that was carried out unheard is found, not repeated."""
+    provider.fail(fault, method="POST", path=path)
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert len(provider.asked("POST", path)) == 1
+    assert len(provider.jobs) == len(provider.files) == 1
+    assert next(iter(provider.jobs.values())).starts == 1
+
+
+async def test_half_an_answer_is_not_taken_for_none(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A create that was answered with half a JSON document is looked for before another."""
+    provider.fail(OtherAnswer(status=200, body=b'{"id": "12', done=True), **CREATE)
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert len(provider.jobs) == len(created(provider)) == 1
+
+
+async def test_lost_job_is_found_in_a_list_that_lags(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A job that lists do not show at once is found by looking again."""
+    provider.fail(LoseAnswer(), **CREATE)
+    journal = make_journal()
+    provider.lists_lag = 3
+    await backend.launch(journal.run, journal)
+    assert len(provider.jobs) == 1
+
+
+async def test_failed_create_is_tried_again(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A create that failed without effect is repeated once nothing was found."""
+    provider.fail(OtherAnswer(status=500), **CREATE)
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert (len(created(provider)), len(provider.jobs)) == (2, 1)
+
+
+async def test_create_that_keeps_failing_is_reported(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A provider that fails every create is reported, with the run's id."""
+    provider.fail(OtherAnswer(status=500, body={"detail": "sorry"}), **CREATE, times=99)
+    journal = make_journal()
+    with pytest.raises(BackendUnavailable, match="sorry") as caught:
+        await backend.launch(journal.run, journal)
+    assert (caught.value.run_id, caught.value.backend) == (journal.run.id, "mistral")
+    assert len(created(provider)) == 2
+
+
+async def test_two_candidates_are_ambiguous(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """If two new jobs could be the lost one, both are named and none is started."""
+    journal = make_journal()
+    provider.fail(LoseAnswer(), **CREATE)
+    step = journal.step
+
+    async def and_a_twin(name: str, *args: Any, **kwargs: Any) -> JSONValue:
+        try:
+            return await step(name, *args, **kwargs)
+        except BackendUnavailable:
+            provider.add_job(next(iter(provider.jobs.values())).asked, "QUEUED")
+            raise
+
+    journal.step = and_a_twin  # type: ignore[method-assign]
+    with pytest.raises(AmbiguousLaunch) as caught:
+        await backend.launch(journal.run, journal)
+    assert all(job_id in caught.value.message for job_id in provider.jobs)
+    assert [job.starts for job in provider.jobs.values()] == [0, 0]
+
+
+async def test_similar_job_of_others_is_named(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A 409 for a job that was there before is a DuplicateRun that names it."""
+    provider.auto = "validate"
+    first = make_journal()
+    await backend.launch(first.run, first)
+    second = make_journal()
+    with pytest.raises(DuplicateRun) as caught:
+        await backend.launch(second.run, second)
+    assert caught.value.other == first.run.remote_id
+    assert len(provider.jobs) == 1
+
+
+async def test_conflict_with_our_own_lost_job_is_adopted(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A 409 that is caused by our own unseen create ends with that job."""
+    provider.fail(LoseAnswer(), **CREATE)
+    provider.lists_lag = 5  # before the create, three looks for it, one after the 409
+    journal = make_journal()
+    state = await backend.launch(journal.run, journal)
+    assert [state.remote_id] == list(provider.jobs)
+    assert len(created(provider)) == 2
+
+
+async def test_other_runs_with_the_same_data_are_not_taken_for_ours(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A lost create finds its own job, not the finished one of an equal run before."""
+    first = make_journal()
+    await backend.launch(first.run, first)
+    provider.set_status(str(first.run.remote_id), "SUCCESS")
+    provider.fail(LoseAnswer(), **CREATE)
+    second = make_journal()
+    await backend.launch(second.run, second)
+    assert second.run.remote_id != first.run.remote_id
+    assert len(provider.jobs) == 2
+
+
+async def test_file_is_uploaded_once_for_all_runs(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A second run on the same data finds the file by its content's name."""
+    for _ in range(2):
+        journal = make_journal()
+        await backend.launch(journal.run, journal)
+        provider.set_status(str(journal.run.remote_id), "SUCCESS")
+    assert len(provider.asked("POST", "/files")) == 1
+
+
+async def test_other_content_under_the_same_name_is_uploaded(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+    train_file: Path,
+) -> None:
+    """A file of the same name and size, changed since, is never mistaken for the old one."""
+    first = make_journal()
+    await backend.launch(first.run, first)
+    provider.set_status(str(first.run.remote_id), "SUCCESS")
+    train_file.write_bytes(train_file.read_bytes().replace(b"It is", b"It IS"))
+    second = make_journal()
+    await backend.launch(second.run, second)
+    assert len(provider.files) == 2
+    assert len({file.size for file in provider.files.values()}) == 1
+
+
+async def test_vanished_upload_is_done_again(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A file remembered by the journal and deleted at the provider is uploaded again."""
+    journal = make_journal(kill_at=4)
+    with pytest.raises(Killed):
+        await backend.launch(journal.run, journal)
+    assert list(journal.rows) == [next(iter(journal.rows)), "before create"]
+    provider.files.clear()
+    journal.kill_at = None
+    await backend.launch(journal.run, journal)
+    assert len(provider.files) == len(provider.jobs) == 1
+
+
+async def test_failed_validation_is_told_with_its_reasons(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A job that fails validation ends the launch as failed, with what the events say."""
+    provider.auto = "none"
+    journal = make_journal()
+
+    async def record(state: RunState) -> None:
+        job_id = str(state.remote_id)
+        if provider.jobs[job_id].status == "QUEUED":
+            provider.set_status(job_id, "FAILED_VALIDATION", error="line 3: no messages")
+
+    journal.record = record  # type: ignore[method-assign]
+    state = await backend.launch(journal.run, journal)
+    assert state.status is TrainingStatus.FAILED
+    assert state.failure is not None
+    assert (state.failure.kind, state.failure.message) == ("validation", "line 3: no messages")
+
+
+async def test_unknown_word_is_waited_through(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A status never heard of before validation is neither started nor given up on."""
+    provider.auto = "none"
+    journal = make_journal()
+    words = iter(["PREPARING", "VALIDATED"])
+    record = journal.record
+
+    async def go_on(state: RunState) -> None:
+        await record(state)
+        if word := next(words, None):
+            provider.set_status(str(state.remote_id), word)
+
+    journal.record = go_on  # type: ignore[method-assign]
+    await backend.launch(journal.run, journal)
+    assert [state.status for state in journal.states] == ["pending", "unknown", "ready"]
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_endless_validation_times_out_and_goes_on(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """Validation that takes too long is an error; the same launch repeated goes on."""
+    provider.auto = "none"
+    config = make_config(model="open-mistral-7b", options={"validate_timeout": 0.1})
+    journal = make_journal(config)
+    with pytest.raises(WaitTimeout, match="QUEUED") as caught:
+        await backend.launch(journal.run, journal)
+    assert journal.run.id in str(caught.value.hint)
+    provider.auto = "complete"
+    await backend.launch(journal.run, journal)
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_job_that_was_queued_again_is_not_started_twice(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """QUEUED after the start is told from QUEUED before validation, by the events."""
+    provider.auto = "validate"
+    journal = make_journal()
+    await backend.launch(journal.run, journal)
+    assert journal.run.remote_id is not None
+    assert provider.jobs[journal.run.remote_id].status == "QUEUED"
+    journal.rows.clear()
+    state = await backend.launch(journal.run, journal)
+    assert provider.jobs[journal.run.remote_id].starts == 1
+    assert state.status is TrainingStatus.PENDING
+
+
+async def test_retired_service_is_told_before_the_upload(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """410 is told as a retired service: since when, what else can run it; nothing uploaded."""
+    provider.retired = True
+    journal = make_journal()
+    with pytest.raises(BackendRetired, match="ended its fine-tuning API") as caught:
+        await backend.launch(journal.run, journal)
+    assert "2026-07-13" in str(caught.value.hint)
+    assert "serve" in str(caught.value.hint)
+    assert provider.files == {}
+
+
+async def test_empty_list_of_models_means_retired(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """The 422 that offers no model at all is told as a retired service too."""
+    provider.offers_no_model = True
+    journal = make_journal()
+    with pytest.raises(BackendRetired):
+        await backend.launch(journal.run, journal)
+
+
+async def test_model_that_is_not_offered_is_a_config_error(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """The same 422 with models in its list is an error of the configuration that shows them."""
+    journal = make_journal(make_config(model="gpt-5"))
+    with pytest.raises(ConfigError, match="tiny-mistral"):
+        await backend.launch(journal.run, journal)
+
+
+async def test_memory_is_not_needed_to_go_on(
+    make_backend: Callable[..., MistralAPIBackend],
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+) -> None:
+    """Killed after the create, another backend object starts the job from the record alone."""
+    journal = make_journal()
+    points = 0
+    while not provider.jobs:
+        journal.kill_at, journal.points = points, 0
+        first = make_backend()
+        with pytest.raises(Killed):
+            await first.launch(journal.run, journal)
+        await first.aclose()
+        points += 1
+    second = make_backend()
+    journal.kill_at = None
+    await second.launch(journal.run, journal)
+    await second.aclose()
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_missing_file_is_told_before_anything_is_made(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+    train_file: Path,
+) -> None:
+    """A data file that is gone is an error that names it; there is no job."""
+    os.unlink(train_file)  # noqa: PTH108
+    journal = make_journal()
+    with pytest.raises(Exception, match=r"train\.jsonl cannot be uploaded"):
+        await backend.launch(journal.run, journal)
+    assert provider.jobs == {}

@@ -1,0 +1,214 @@
+"""What a job of the protocol means in our words."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training_backends import TrainingStatus
+from training_backends.backends.mistral.states import (
+    failure_of,
+    has_started,
+    quote_of,
+    sorted_events,
+    state_of,
+)
+from training_backends.mistral.status import JOB_STATUSES
+from training_backends.mistral.wire import DetailedJob, EventOut, read_detailed_job, read_job
+
+LIFE = ["QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING", "SUCCESS"]
+METADATA = {
+    "expected_duration_seconds": 400,
+    "cost": 2.62,
+    "cost_currency": "USD",
+    "train_tokens_per_step": 131_072,
+    "train_tokens": 1_310_720,
+    "data_tokens": 305_375,
+}
+
+
+def job_document(**fields: Any) -> dict[str, Any]:
+    """Return a job as the service shows it."""
+    return {
+        "id": "j",
+        "auto_start": False,
+        "model": "open-mistral-7b",
+        "status": "RUNNING",
+        "created_at": 1000,
+        "modified_at": 2000,
+        "training_files": ["f"],
+        "hyperparameters": {"learning_rate": 1e-4},
+        "job_type": "completion",
+        "metadata": None,
+        **fields,
+    }
+
+
+def job(**fields: Any) -> DetailedJob:
+    """Read a job."""
+    return read_detailed_job(job_document(**fields))
+
+
+def event(word: str, at: int, **data: Any) -> dict[str, Any]:
+    """Return an event as the service shows it."""
+    return {"name": "status-updated", "data": {"status": word, **data}, "created_at": at}
+
+
+def checkpoint(step: int, at: int, **metrics: float | None) -> dict[str, Any]:
+    """Return a checkpoint as the service shows it."""
+    return {"step_number": step, "created_at": at, "metrics": metrics}
+
+
+def test_running_job_is_told_in_full() -> None:
+    """Checkpoints, step, metrics, quote and start of a running job are all there."""
+    state = state_of(
+        job(
+            metadata=METADATA,
+            validation_files=["v"],
+            events=[event("RUNNING", 1500), event("QUEUED", 1000)],
+            checkpoints=[
+                checkpoint(20, 1700, train_loss=1.0, valid_loss=1.2, valid_mean_token_accuracy=2.3),
+                checkpoint(10, 1600, train_loss=2.0, valid_loss=0.0, valid_mean_token_accuracy=0.0),
+            ],
+        )
+    )
+    assert (state.status, state.raw_status) == (TrainingStatus.RUNNING, "RUNNING")
+    assert (state.step, state.total_steps) == (20, 10)
+    assert state.started_at == datetime.fromtimestamp(1500, UTC)
+    assert state.finished_at is None
+    assert state.checkpoints is not None
+    assert [point.step for point in state.checkpoints] == [10, 20]
+    assert state.checkpoints[0].metrics == {"train_loss": 2.0}  # zeros: nothing was measured
+    assert state.metrics == {
+        "train_loss": 1.0,
+        "valid_loss": 1.2,
+        "valid_mean_token_accuracy": 2.3,  # not bounded by 1 at the hosted service
+    }
+    assert state.cost is None
+
+
+def test_completed_job_has_result_cost_and_end() -> None:
+    """A completed job names its model, what it cost, and when the event says it ended."""
+    state = state_of(
+        job(
+            status="SUCCESS",
+            fine_tuned_model="ft:x",
+            metadata=METADATA,
+            events=[event("SUCCESS", 1900)],
+        )
+    )
+    assert state.status is TrainingStatus.COMPLETED
+    assert state.result_model == "ft:x"
+    assert state.cost is not None
+    assert (state.cost.amount, state.cost.currency) == (Decimal("2.62"), "USD")
+    assert state.finished_at == datetime.fromtimestamp(1900, UTC)
+
+
+@given(st.text(max_size=30))
+def test_any_word_gives_a_state(word: str) -> None:
+    """A job with any status word is read; one never heard of is unknown and kept."""
+    state = state_of(job(status=word))
+    assert state.raw_status == word
+    assert (state.status is TrainingStatus.UNKNOWN) == (word not in JOB_STATUSES)
+
+
+def test_unknown_is_not_pending() -> None:
+    """An invented word is not taken for pending, nor SUCCEEDED for SUCCESS."""
+    for word in ("PAUSED", "SUCCEEDED", "success", ""):
+        assert state_of(job(status=word)).status is TrainingStatus.UNKNOWN
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@given(st.lists(st.integers(0, 3), min_size=len(LIFE), max_size=len(LIFE)))
+def test_events_are_put_in_order(step: int, gaps: list[int]) -> None:
+    """Listed either way, with equal times or not, a life's events come out in its order."""
+    at = 0
+    told = []
+    for word, gap in zip(LIFE, gaps, strict=True):
+        at += gap
+        told.append(EventOut.model_validate(event(word, at)))
+    words = [entry.data["status"] for entry in sorted_events(told[::step]) if entry.data]
+    assert words == LIFE
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "metadata", "started"),
+    [
+        ("QUEUED", ["QUEUED"], None, False),
+        ("QUEUED", [], None, False),
+        ("VALIDATING", ["QUEUED", "VALIDATING"], None, False),
+        ("VALIDATED", ["QUEUED", "VALIDATING", "VALIDATED"], METADATA, False),
+        ("QUEUED", ["QUEUED", "VALIDATING", "VALIDATED"], METADATA, True),
+        ("QUEUED", [], METADATA, True),
+        ("QUEUED", ["VALIDATED", "VALIDATING", "QUEUED"], None, True),
+        ("STARTED", [], None, True),
+        ("RUNNING", [], None, True),
+        ("SUCCESS", [], None, True),
+        ("PAUSED", ["VALIDATED"], METADATA, False),
+    ],
+)
+def test_queued_again_is_told_from_queued(
+    status: str, words: list[str], metadata: dict[str, Any] | None, started: bool
+) -> None:
+    """QUEUED counts as started only where validation is behind it."""
+    events = [event(word, 1000 + n) for n, word in enumerate(words)]
+    assert has_started(job(status=status, events=events, metadata=metadata)) is started
+
+
+def test_quote_is_read() -> None:
+    """The quote holds tokens, steps, cost and duration, and says that it is one."""
+    quote = quote_of(job(metadata=METADATA), hosted=True)
+    assert quote is not None
+    assert (quote.basis, quote.steps, quote.data_tokens) == ("quote", 10, 305_375)
+    assert quote.duration == timedelta(seconds=400)
+    assert any("4 USD" in note for note in quote.notes)
+
+
+@pytest.mark.parametrize("metadata", [None, {"cost": 0.0}, {"cost": None, "train_tokens": None}])
+def test_no_quote_before_validation(metadata: dict[str, Any] | None) -> None:
+    """Null, or a cost of zero without tokens, is no quote."""
+    assert quote_of(job(status="QUEUED", metadata=metadata)) is None
+
+
+def test_cost_alone_is_a_quote() -> None:
+    """A price without token counts is not lost."""
+    quote = quote_of(job(metadata={"cost": 5, "cost_currency": "EUR"}))
+    assert quote is not None
+    assert str(quote.cost) == "5.00 EUR"
+    assert quote.train_tokens is None
+
+
+@pytest.mark.parametrize("currency", [None, "", "credits"])
+def test_cost_without_a_currency_is_unknown(currency: str | None) -> None:
+    """A cost without a currency is no amount of money, and that is said."""
+    quote = quote_of(job(metadata={**METADATA, "cost_currency": currency}))
+    assert quote is not None
+    assert quote.cost is None
+    assert quote.notes
+
+
+@pytest.mark.parametrize(
+    ("status", "data", "kind", "message"),
+    [
+        ("FAILED_VALIDATION", {"error": "line 3"}, "validation", "line 3"),
+        ("FAILED", {"message": "CUDA out of memory"}, "out_of_memory", "CUDA out of memory"),
+        ("FAILED", {"reason": {"message": "quota exceeded"}}, "quota", "quota exceeded"),
+        ("FAILED", {"errors": ["a", {"msg": "b"}]}, "provider", "a; b"),
+        ("FAILED", {}, "provider", "the server gave no reason"),
+    ],
+)
+def test_failure_has_kind_and_reason(
+    status: str, data: dict[str, Any], kind: str, message: str
+) -> None:
+    """Why a job failed is taken from its events, and sorted by what they mention."""
+    failure = failure_of(job(status=status, events=[event(status, 1500, **data)]))
+    assert (failure.kind, failure.message) == (kind, message)
+
+
+def test_listed_job_says_nothing_of_what_lists_leave_out() -> None:
+    """A job from a list leaves checkpoints and metrics as they are known."""
+    state = state_of(read_job(job_document()))
+    assert (state.checkpoints, state.metrics, state.step) == (None, None, None)

@@ -1,0 +1,389 @@
+"""What the HTTP client promises: one pool, lawful retries, a private key, clear errors."""
+
+import pickle
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+import pytest
+import structlog
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from training_backends import (
+    AuthenticationFailed,
+    BackendUnavailable,
+    ConfigError,
+    ProtocolError,
+    RateLimited,
+)
+from training_backends.net.client import HttpClient
+from training_backends.testing.faults import (
+    CutAnswer,
+    DropRequest,
+    LoseAnswer,
+    OtherAnswer,
+    SlowAnswer,
+)
+from training_backends.testing.server import LoopbackServer, Received, Reply
+
+pytestmark = pytest.mark.anyio
+
+MakeClient = Callable[..., HttpClient]
+AnswerBy = Callable[[Callable[[Received], Reply]], None]
+SAFE = OtherAnswer(status=503, body={"detail": "busy"})
+
+
+class Keys(Protocol):
+    """The key source of the fixtures."""
+
+    value: str
+    asked: int
+
+
+@pytest.fixture
+async def client(make_client: MakeClient) -> AsyncGenerator[HttpClient, None]:
+    """Make a client, and close it in the end."""
+    made = make_client()
+    yield made
+    await made.aclose()
+
+
+async def test_many_calls_use_one_connection(client: HttpClient, server: LoopbackServer) -> None:
+    """Calls one after another share a single connection."""
+    for _ in range(50):
+        await client.json("GET", "/a")
+    assert (len(server.requests), server.connections) == (50, 1)
+
+
+async def test_few_requests_are_in_flight(client: HttpClient, server: LoopbackServer) -> None:
+    """However many are asked for at once, at most five connections are open."""
+    async with anyio.create_task_group() as tasks:
+        for _ in range(40):
+            tasks.start_soon(client.json, "GET", "/a")
+    assert len(server.requests) == 40
+    assert server.connections <= 5
+    assert server.largest_burst <= 5
+
+
+async def test_version_and_key_are_sent(client: HttpClient, server: LoopbackServer) -> None:
+    """Each request says who asks, and carries the key as a bearer token."""
+    await client.json("GET", "/a")
+    headers = server.requests[0].headers
+    assert headers["user-agent"].startswith("training-backends/")
+    assert headers["authorization"] == "Bearer first-key"
+
+
+async def test_query_repeats_keys(client: HttpClient, server: LoopbackServer) -> None:
+    """A query goes out as given: a list repeats its key, values are escaped."""
+    await client.json("GET", "/a", query=[("x", "1"), ("y", "a b&c+d"), ("x", "2")])
+    assert server.requests[0].target == "/a?x=1&x=2&y=a+b%26c%2Bd"
+    assert server.requests[0].query == [("x", "1"), ("x", "2"), ("y", "a b&c+d")]
+
+
+async def test_body_is_json(client: HttpClient, server: LoopbackServer) -> None:
+    """A body goes out as UTF-8 JSON with its length."""
+    await client.json("POST", "/a", body={"name": "é"})
+    request = server.requests[0]
+    assert request.headers["content-type"] == "application/json"
+    assert request.body == '{"name": "é"}'.encode()
+
+
+async def test_post_without_body_is_empty(client: HttpClient, server: LoopbackServer) -> None:
+    """A POST without a body announces that it has none."""
+    await client.json("POST", "/a/start")
+    assert server.requests[0].headers["content-length"] == "0"
+
+
+async def test_safe_request_is_repeated(client: HttpClient, server: LoopbackServer) -> None:
+    """A GET survives a busy server, a lost answer and a cut one."""
+    for fault in (SAFE, LoseAnswer(), CutAnswer()):
+        server.fail(fault)
+        assert await client.json("GET", "/a") == {"ok": True}
+    assert len(server.requests) == 6
+
+
+async def test_attempts_are_bounded(client: HttpClient, server: LoopbackServer) -> None:
+    """A server that stays broken is given up on after the set number of attempts."""
+    server.fail(SAFE, times=99)
+    with pytest.raises(BackendUnavailable, match="busy"):
+        await client.json("GET", "/a")
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("fault", [SAFE, LoseAnswer(), DropRequest(), CutAnswer()])
+async def test_unsafe_request_is_sent_once(
+    fault: OtherAnswer, client: HttpClient, server: LoopbackServer
+) -> None:
+    """A POST that may have arrived is not repeated, and the error says that it may have."""
+    server.fail(fault, times=99)
+    with pytest.raises(BackendUnavailable) as caught:
+        await client.json("POST", "/jobs", body={})
+    assert caught.value.sent is True
+    assert len(server.requests) == 1
+
+
+async def test_marked_request_is_repeated(client: HttpClient, server: LoopbackServer) -> None:
+    """A POST that the caller marks as repeatable is repeated."""
+    server.fail(LoseAnswer())
+    assert await client.json("POST", "/cancel", repeatable=True) == {"ok": True}
+    assert len(server.requests) == 2
+
+
+async def test_refused_connection_was_not_sent(make_client: MakeClient) -> None:
+    """Where nobody listens, even a POST is tried again, and the error says it never left."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening
+        client = make_client(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(BackendUnavailable) as caught:
+            await client.json("POST", "/jobs", body={})
+        await client.aclose()
+    assert caught.value.sent is False
+    assert caught.value.hint is not None
+
+
+async def test_server_that_comes_back_gets_the_post_once(
+    make_client: MakeClient, server: LoopbackServer
+) -> None:
+    """A POST to a server that is away for a moment arrives exactly once."""
+    port = server.port
+    server.stop()
+    client = make_client(f"http://127.0.0.1:{port}", attempts=50)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(client.json, "POST", "/jobs")
+        await anyio.wait_all_tasks_blocked()
+        await anyio.to_thread.run_sync(server.start, port)
+    await client.aclose()
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_rate_limit_is_waited_for(
+    method: str, client: HttpClient, server: LoopbackServer
+) -> None:
+    """A refusal for the rate changed nothing, so any request is repeated after the pause."""
+    server.fail(OtherAnswer(status=429, body={"message": "slow"}, headers={"Retry-After": "0.3"}))
+    began = time.monotonic()
+    assert await client.json(method, "/a") == {"ok": True}
+    assert time.monotonic() - began >= 0.3
+
+
+async def test_retry_after_may_be_a_date(client: HttpClient, server: LoopbackServer) -> None:
+    """A Retry-After that is an HTTP date is honoured."""
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    server.fail(OtherAnswer(status=503, headers={"Retry-After": at}))
+    began = time.monotonic()
+    await client.json("GET", "/a")
+    assert time.monotonic() - began >= 0.9  # the date has whole seconds
+
+
+async def test_long_pause_is_reported_at_once(client: HttpClient, server: LoopbackServer) -> None:
+    """A pause beyond the call's time is told to the caller instead of waited for."""
+    server.fail(OtherAnswer(status=429, headers={"Retry-After": "3600"}), times=9)
+    began = time.monotonic()
+    with pytest.raises(RateLimited) as caught:
+        await client.json("GET", "/a")
+    assert caught.value.retry_after == 3600
+    assert time.monotonic() - began < 5
+
+
+async def test_a_call_has_a_deadline(make_client: MakeClient, server: LoopbackServer) -> None:
+    """An answer that trickles in, never silent for long, still ends at the deadline."""
+    client = make_client(call_timeout=0.6)
+    server.fail(SlowAnswer(pause=0.2), times=9)
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"within 0\.6 s") as caught:
+        await client.json("POST", "/a")
+    await client.aclose()
+    assert caught.value.sent is True
+    assert time.monotonic() - began < 3
+
+
+async def test_silence_ends_a_request(make_client: MakeClient, server: LoopbackServer) -> None:
+    """A server that says nothing is given up on after the read timeout."""
+    client = make_client(read_timeout=0.3, attempts=1)
+    server.fail(SlowAnswer(pause=3.0))
+    with pytest.raises(BackendUnavailable, match="no answer within"):
+        await client.json("GET", "/a")
+    await client.aclose()
+
+
+async def test_changed_key_is_read_again(
+    client: HttpClient, server: LoopbackServer, keys: Keys, answer_by: AnswerBy
+) -> None:
+    """After a 401 the key is asked for again, and a new one is tried, even for a POST."""
+
+    def answer(request: Received) -> Reply:
+        good = request.headers["authorization"] == "Bearer second-key"
+        return Reply(status=200 if good else 401, content=b"{}")
+
+    answer_by(answer)
+    client_calls = [("POST", "/jobs"), ("GET", "/a")]
+    keys.value = "first-key"
+    with pytest.raises(AuthenticationFailed):
+        await client.json("GET", "/a")
+    keys.value = "second-key"
+    for method, path in client_calls:
+        assert await client.json(method, path) == {}
+    assert [r.headers["authorization"][7:] for r in server.requests[1:]] == [
+        "first-key",
+        "second-key",
+        "second-key",
+    ]
+
+
+async def test_wrong_key_is_tried_once(
+    client: HttpClient, server: LoopbackServer, keys: Keys
+) -> None:
+    """A key that has not changed is not sent a second time."""
+    server.fail(OtherAnswer(status=401, body={"message": "Unauthorized"}), times=9)
+    with pytest.raises(AuthenticationFailed):
+        await client.json("GET", "/a")
+    assert (len(server.requests), keys.asked) == (1, 2)
+
+
+@pytest.mark.parametrize("value", ["", "  ", "two words", "tab\tkey", "line\nkey", "kéy", "k\x00"])
+async def test_key_that_is_none_is_refused_unseen(
+    value: str, client: HttpClient, server: LoopbackServer, keys: Keys
+) -> None:
+    """A key that no header can carry is an error that does not show it; nothing is sent."""
+    keys.value = value
+    with pytest.raises(AuthenticationFailed) as caught:
+        await client.json("GET", "/a")
+    assert not value.strip() or value not in repr(caught.value)
+    assert server.requests == []
+
+
+async def test_key_may_end_in_a_newline(
+    client: HttpClient, server: LoopbackServer, keys: Keys
+) -> None:
+    """White space around a key, as files and pipes leave it, does no harm."""
+    keys.value = "first-key\n"
+    await client.json("GET", "/a")
+    assert server.requests[0].headers["authorization"] == "Bearer first-key"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://api.example.com", "http://10.0.0.1:8080", "http://127.evil.example"]
+)
+async def test_key_never_leaves_over_plain_http(url: str, make_client: MakeClient) -> None:
+    """A client with a key for a remote plain http server cannot even be made."""
+    with pytest.raises(ConfigError, match="plain http") as caught:
+        make_client(url)
+    assert "https" in str(caught.value.hint)
+
+
+async def test_loopback_ignores_a_proxy(
+    make_client: MakeClient, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy from the environment does not get to see a key that stays on this machine."""
+    with LoopbackServer(lambda _: Reply()) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.base_url)
+        client = make_client()
+        await client.json("GET", "/a")
+        await client.aclose()
+        assert proxy.requests == []
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_redirect_is_not_followed(
+    status: int, client: HttpClient, server: LoopbackServer
+) -> None:
+    """A redirect to another host is an error that names the place; nothing is sent there."""
+    with LoopbackServer(lambda _: Reply()) as other:
+        server.fail(OtherAnswer(status=status, headers={"Location": f"{other.base_url}/v1"}))
+        with pytest.raises(ProtocolError, match=str(other.port)) as caught:
+            await client.json("GET", "/a")
+        assert other.requests == []
+    assert "base URL" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OtherAnswer(status=200, body=b'{"id": "x", "sta'),
+        OtherAnswer(status=200, body="<html>Sign in</html>", content_type="text/html"),
+        OtherAnswer(status=200, body=[1, 2]),
+        OtherAnswer(status=200, body=b""),
+    ],
+)
+async def test_answer_that_is_no_object_breaks_the_protocol(
+    fault: OtherAnswer, client: HttpClient, server: LoopbackServer
+) -> None:
+    """Half a JSON document, a web page, a list or nothing: an error with the beginning of it."""
+    server.fail(fault)
+    with pytest.raises(ProtocolError) as caught:
+        await client.json("GET", "/a")
+    assert caught.value.excerpt == fault.content().decode()
+
+
+async def test_html_error_page_is_reported(client: HttpClient, server: LoopbackServer) -> None:
+    """An error page of a proxy is a server that failed, with its words."""
+    page = OtherAnswer(status=502, body="<html>Bad gateway</html>", content_type="text/html")
+    server.fail(page, times=9)
+    with pytest.raises(BackendUnavailable, match="Bad gateway"):
+        await client.json("GET", "/a")
+
+
+async def test_no_error_shows_the_key(client: HttpClient, server: LoopbackServer) -> None:
+    """A server that repeats our secrets in its errors does not get them into ours."""
+    said = {"detail": "bad key first-key and token gh-secret-1"}
+    for status in (400, 401, 422, 500, 418):
+        server.fail(OtherAnswer(status=status, body=said), times=1)
+        with pytest.raises(Exception, match=r"redacted|protocol") as caught:
+            await client.json("POST", "/a", body={}, secrets=[SecretStr("gh-secret-1")])
+        shown = repr(pickle.loads(pickle.dumps(caught.value)).__dict__)
+        assert "first-key" not in shown
+        assert "gh-secret-1" not in shown
+
+
+async def test_excerpt_hides_the_key_and_data_keeps_it(
+    client: HttpClient, server: LoopbackServer
+) -> None:
+    """An unreadable answer is shown without the key; a readable one is left as it is."""
+    server.fail(OtherAnswer(status=200, body="you sent first-key"))
+    with pytest.raises(ProtocolError) as caught:
+        await client.json("GET", "/a")
+    assert "first-key" not in caught.value.excerpt
+    server.fail(OtherAnswer(status=200, body={"name": "first-key"}))
+    assert await client.json("GET", "/a") == {"name": "first-key"}
+
+
+async def test_events_are_logged_without_the_key(
+    client: HttpClient, server: LoopbackServer
+) -> None:
+    """A configured log is told of answers and failures, never of the key."""
+    server.fail(SAFE)
+    structlog.configure()
+    try:
+        with capture_logs() as events:
+            await client.json("GET", "/a", query=[("q", "private")])
+    finally:
+        structlog.reset_defaults()
+    ours = [event for event in events if event["event"].startswith("http.")]
+    assert [event.get("status") for event in ours] == [503, None, 200]
+    assert "first-key" not in str(events)
+
+
+async def test_unconfigured_log_stays_silent(
+    client: HttpClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program that uses the package as a library finds nothing on its output."""
+    structlog.reset_defaults()
+    await client.json("GET", "/a")
+    assert capsys.readouterr() == ("", "")
+
+
+async def test_closing_twice_is_fine(client: HttpClient) -> None:
+    """Closing is safe to repeat, and safe before anything was asked."""
+    await client.aclose()
+    await client.json("GET", "/a")
+    await client.aclose()
+    await client.aclose()

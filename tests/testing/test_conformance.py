@@ -1,0 +1,143 @@
+"""The kit lets a backend that conforms pass, and notices those that do not."""
+
+from collections.abc import AsyncGenerator, Callable
+
+import pytest
+
+from training_backends import (
+    Capabilities,
+    Journal,
+    LogRecord,
+    RunState,
+    TrainingConfig,
+    TrainingRun,
+    TrainingStatus,
+    ValidationReport,
+)
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import Issue
+from training_backends.testing.backend import ScriptedBackend
+from training_backends.testing.conformance import BackendConformance, Subject
+from training_backends.testing.journal import MemoryJournal
+
+pytestmark = pytest.mark.anyio
+MakeConfig = Callable[..., TrainingConfig]
+
+
+class Honest(ScriptedBackend):
+    """Names what it does not train, and a source of its price."""
+
+    def __init__(self) -> None:
+        super().__init__(capabilities=Capabilities(resumes=True, downloads=True, deletes=True))
+        self.price = None
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """Refuse other methods."""
+        del dataset
+        if config.method in self.capabilities.methods:
+            return ValidationReport()
+        return ValidationReport(issues=(Issue(code="x", message="no", field="method"),))
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset):  # type: ignore[no-untyped-def]
+        """Say why there is no price."""
+        found = await super().estimate(config, dataset)
+        return found.model_copy(update={"notes": ("it has no price",)})
+
+
+class Forgetful(Honest):
+    """Makes a job each time that it is asked, whatever the journal says."""
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Make a job."""
+        state = await super().launch(run, MemoryJournal(run))
+        await journal.record(state)
+        return state
+
+
+class Blind(Honest):
+    """Never sees an end."""
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """Say that all is well."""
+        state = await super().status(run)
+        return state.model_copy(update={"status": TrainingStatus.RUNNING})
+
+
+class Stammering(Honest):
+    """Repeats the record of the cursor."""
+
+    async def logs(
+        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogRecord, None]:
+        """Begin one too early."""
+        earlier = str(int(after) - 1) if after else None
+        async for record in super().logs(run, after=earlier, follow=follow):
+            yield record
+
+
+class Eager(Honest):
+    """Can do more than it declares."""
+
+    async def list_remote(self, filters: object) -> list[object]:  # type: ignore[override]
+        """List nothing, instead of refusing."""
+        del filters
+        return []
+
+
+class ScriptedSubject(Subject):
+    """A scripted backend; it is its own provider."""
+
+    def __init__(self, backend: ScriptedBackend, config: TrainingConfig) -> None:
+        self.backend = self.scripted = backend
+        self.config, self.dataset = config, Dataset(files=())
+
+    def reopen(self) -> ScriptedBackend:
+        """Return the same: it holds the jobs."""
+        return self.scripted
+
+    def job_ids(self) -> list[str]:
+        """Return all jobs."""
+        return list(self.scripted.created)
+
+    async def finish(self, remote_id: str) -> None:
+        """Let a job succeed."""
+        self.scripted.log(remote_id, "one")
+        self.scripted.log(remote_id, "two")
+        self.scripted.finish(remote_id)
+
+    async def fail(self, remote_id: str) -> None:
+        """Let a job fail."""
+        self.scripted.fail(remote_id)
+
+    async def confirm_stop(self, remote_id: str) -> None:
+        """End what is stopping."""
+        self.scripted.say(remote_id, TrainingStatus.CANCELLED)
+
+
+@pytest.mark.parametrize("check", BackendConformance.checks())
+async def test_conforming_backend_passes(check: str, make_config: MakeConfig) -> None:
+    """A backend that keeps the contract passes every check."""
+    config = make_config()
+    await BackendConformance(lambda: ScriptedSubject(Honest(), config)).run(check)
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "message"),
+    [
+        (Forgetful, "killed_anywhere_makes_one_job", "one job when killed"),
+        (Blind, "ends_are_told", "completed"),
+        (Blind, "another_process_goes_on", "completed"),
+        (Stammering, "logs_have_no_gap_and_no_repeat", "records behind number 0"),
+        (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
+        (ScriptedBackend, "undeclared_method_is_refused", "issue of `method`"),
+        (ScriptedBackend, "estimate_gives_reasons", "source of the cost"),
+    ],
+)
+async def test_fault_is_noticed(
+    kind: type[ScriptedBackend], check: str, message: str, make_config: MakeConfig
+) -> None:
+    """Each way to break the contract is found by its check."""
+    config = make_config()
+    kit = BackendConformance(lambda: ScriptedSubject(kind(), config))
+    with pytest.raises(AssertionError, match=message):
+        await kit.run(f"check_{check}")

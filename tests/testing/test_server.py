@@ -1,0 +1,119 @@
+"""The server that tests rely on does what it is told."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
+
+import pytest
+
+from training_backends.testing.faults import CutAnswer, DropRequest, LoseAnswer, OtherAnswer
+from training_backends.testing.server import LoopbackServer, Received, Reply
+
+
+class Counter:
+    """Counts what was carried out."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __call__(self, request: Received) -> Reply:
+        """Carry a request out."""
+        if request.path == "/broken":
+            raise ValueError("a mistake in the script")
+        self.done += 1
+        return Reply(content=b'{"ok": true}')
+
+
+@pytest.fixture
+def counter() -> Counter:
+    """Return a counter."""
+    return Counter()
+
+
+@pytest.fixture
+def server(counter: Counter) -> Iterator[LoopbackServer]:
+    """Serve the counter."""
+    with LoopbackServer(counter) as server:
+        yield server
+
+
+def ask(server: LoopbackServer, method: str = "GET", path: str = "/a") -> tuple[int, bytes]:
+    """Send one request over its own connection."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def test_requests_and_connections_are_counted(server: LoopbackServer, counter: Counter) -> None:
+    """Each request is kept as it came, and each connection counted."""
+    ask(server, path="/a?x=1&x=2")
+    ask(server, "POST", "/b%20c")
+    assert [(r.method, r.path, r.query) for r in server.requests] == [
+        ("GET", "/a", [("x", "1"), ("x", "2")]),
+        ("POST", "/b c", []),
+    ]
+    assert (server.connections, counter.done) == (2, 2)
+
+
+def test_lost_answer_is_carried_out(server: LoopbackServer, counter: Counter) -> None:
+    """A lost answer leaves its effect; a dropped request leaves none."""
+    server.fail(LoseAnswer())
+    with pytest.raises(RemoteDisconnected):
+        ask(server)
+    assert counter.done == 1
+    server.fail(DropRequest())
+    with pytest.raises(RemoteDisconnected):
+        ask(server)
+    assert counter.done == 1
+
+
+def test_cut_answer_ends_early(server: LoopbackServer) -> None:
+    """A cut answer announces more than it holds."""
+    server.fail(CutAnswer(after=4))
+    with pytest.raises(IncompleteRead):
+        ask(server)
+
+
+def test_faults_choose_their_requests(server: LoopbackServer) -> None:
+    """A fault waits for the request that it is meant for, and for its turn."""
+    server.fail(OtherAnswer(status=500), method="POST", path="/jobs", skip=1, times=2)
+    answers = [ask(server, "POST", "/v1/jobs")[0] for _ in range(4)]
+    assert [ask(server, "GET", "/v1/jobs")[0], *answers] == [200, 200, 500, 500, 200]
+
+
+def test_healed_server_answers(server: LoopbackServer) -> None:
+    """After healing nothing breaks any more."""
+    server.fail(OtherAnswer(status=500), times=9)
+    server.heal()
+    assert ask(server) == (200, b'{"ok": true}')
+
+
+def test_mistake_in_a_script_is_shown(server: LoopbackServer) -> None:
+    """A script that raises answers 500 with its traceback, so that the test sees it."""
+    status, body = ask(server, path="/broken")
+    assert status == 500
+    assert b"a mistake in the script" in body
+
+
+def test_server_can_be_started_again(server: LoopbackServer) -> None:
+    """A stopped server refuses, and started again on its port it answers."""
+    port = server.port
+    server.stop()
+    with pytest.raises(RuntimeError):
+        _ = server.port
+    server.start(port)
+    assert ask(server)[0] == 200
+
+
+def test_testing_needs_no_pytest() -> None:
+    """The parts for other people's tests import without pytest and without the gateway's extra."""
+    modules = ("conformance", "faults", "journal", "provider", "server", "stored")
+    code = "import sys\n" + "\n".join(f"import training_backends.testing.{m}" for m in modules)
+    code += "\nprint({'pytest', 'starlette', 'fastapi', 'uvicorn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"

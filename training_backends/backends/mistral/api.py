@@ -1,0 +1,344 @@
+"""Every operation of the Mistral files, fine-tuning and models API, typed."""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from training_backends.core.errors import ProtocolError, RunNotFound
+from training_backends.core.logs import redact
+from training_backends.mistral import wire
+from training_backends.net.client import HttpClient
+from training_backends.net.multipart import FileUpload, Progress
+
+__all__ = ["PAGE_SIZE", "JobFilters", "MistralAPI"]
+
+PAGE_SIZE: Final = 100
+"""Entries asked for at once; the specification's default."""
+
+_FILES: Final = "/v1/files"
+_JOBS: Final = "/v1/fine_tuning/jobs"
+_TUNED: Final = "/v1/fine_tuning/models"
+_MODELS: Final = "/v1/models"
+
+_M = TypeVar("_M")
+_QueryValue = str | int | float | bool | datetime | Sequence[str] | None
+
+
+class JobFilters(BaseModel):
+    """Which jobs to list; None does not filter.
+
+    Attributes:
+        created_after: Aware; a time without a zone would be read in the server's own.
+        created_by_me: Only jobs that were made with the same key.
+        status: A word of the protocol, for example `RUNNING`.
+    """
+
+    model: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    created_by_me: bool | None = None
+    status: str | None = None
+    wandb_project: str | None = None
+    wandb_name: str | None = None
+    suffix: str | None = None
+
+
+class MistralAPI:
+    """The operations of the specification over one client; holds nothing else.
+
+    Every method raises the errors of `mistral.errors.error_from_answer`, and
+    `ProtocolError` for an answer that does not have the specified shape.
+    """
+
+    def __init__(self, http: HttpClient) -> None:
+        self._http = http
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    # -- files -------------------------------------------------------------------------
+
+    async def upload_file(
+        self,
+        path: Path,
+        *,
+        purpose: str | None = "fine-tune",
+        filename: str | None = None,
+        expiry: int | None = None,
+        visibility: str | None = None,
+        sha256: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> wire.UploadFileOut:
+        """Upload a file as a stream; the same name and content again give the same file.
+
+        Args:
+            expiry: Hours until the server deletes it.
+            sha256: What the file must hold; checked before the upload is complete.
+            on_progress: Told how many of how many bytes are read.
+
+        Raises:
+            DatasetError: The file cannot be read, is empty or changed meanwhile.
+        """
+        given = {"expiry": expiry, "visibility": visibility, "purpose": purpose}
+        fields = {name: str(value) for name, value in given.items() if value is not None}
+        upload = FileUpload(
+            path, fields=fields, filename=filename, sha256=sha256, on_progress=on_progress
+        )
+        return _read(wire.UploadFileOut.model_validate, await self._http.upload(_FILES, upload))
+
+    async def list_files(
+        self,
+        *,
+        page: int | None = None,
+        page_size: int | None = None,
+        include_total: bool | None = None,
+        sample_type: Sequence[str] | None = None,
+        source: Sequence[str] | None = None,
+        search: str | None = None,
+        purpose: str | None = None,
+        mimetypes: Sequence[str] | None = None,
+    ) -> wire.ListFilesOut:
+        """Return one page of files; pages count from 0."""
+        query = _query(
+            page=page,
+            page_size=page_size,
+            include_total=include_total,
+            sample_type=sample_type,
+            source=source,
+            search=search,
+            purpose=purpose,
+            mimetypes=mimetypes,
+        )
+        return _read(
+            wire.ListFilesOut.model_validate, await self._http.json("GET", _FILES, query=query)
+        )
+
+    async def iter_files(
+        self,
+        *,
+        sample_type: Sequence[str] | None = None,
+        source: Sequence[str] | None = None,
+        search: str | None = None,
+        purpose: str | None = None,
+        mimetypes: Sequence[str] | None = None,
+    ) -> AsyncGenerator[wire.FileSchema, None]:
+        """Yield every file, page by page, each once."""
+        seen: set[str] = set()
+        for page in range(1_000_000):
+            found = await self.list_files(
+                page=page,
+                page_size=PAGE_SIZE,
+                include_total=False,
+                sample_type=sample_type,
+                source=source,
+                search=search,
+                purpose=purpose,
+                mimetypes=mimetypes,
+            )
+            fresh = [file for file in found.data if file.id not in seen]
+            for file in fresh:
+                seen.add(file.id)
+                yield file
+            # A server that knows no pages answers the same again: no fresh one, the end.
+            if len(found.data) < PAGE_SIZE or not fresh:
+                return
+
+    async def retrieve_file(self, file_id: str) -> wire.RetrieveFileOut:
+        """Return what the server knows of a file."""
+        document = await self._http.json("GET", f"{_FILES}/{_segment(file_id)}")
+        return _read(wire.RetrieveFileOut.model_validate, document)
+
+    async def download_file(
+        self, file_id: str, target: Path, *, on_progress: Progress | None = None
+    ) -> Path:
+        """Fetch a file's content to `target`, which appears whole or not at all."""
+        path = f"{_FILES}/{_segment(file_id)}/content"
+        return await self._http.download(path, target, on_progress=on_progress)
+
+    async def get_signed_url(self, file_id: str, *, expiry: int | None = None) -> str:
+        """Return a URL that gives the file without a key, for `expiry` hours (24)."""
+        path = f"{_FILES}/{_segment(file_id)}/url"
+        document = await self._http.json("GET", path, query=_query(expiry=expiry))
+        return _read(wire.FileSignedURL.model_validate, document).url
+
+    async def delete_file(self, file_id: str) -> wire.DeleteFileOut:
+        """Delete a file."""
+        document = await self._http.json("DELETE", f"{_FILES}/{_segment(file_id)}")
+        return _read(wire.DeleteFileOut.model_validate, document)
+
+    # -- jobs --------------------------------------------------------------------------
+
+    async def list_jobs(
+        self,
+        filters: JobFilters | None = None,
+        *,
+        page: int | None = None,
+        page_size: int | None = None,
+    ) -> wire.JobsOut:
+        """Return one page of jobs, without their events and checkpoints.
+
+        Raises:
+            ValueError: A time of `filters` has no zone.
+        """
+        chosen = (filters or JobFilters()).model_dump()
+        query = _query(page=page, page_size=page_size, **chosen)
+        return _read(wire.JobsOut.model_validate, await self._http.json("GET", _JOBS, query=query))
+
+    async def iter_jobs(self, filters: JobFilters | None = None) -> AsyncGenerator[wire.Job, None]:
+        """Yield every job, a hundred a request, each once."""
+        seen: set[str] = set()
+        for page in range(1_000_000):
+            found = await self.list_jobs(filters, page=page, page_size=PAGE_SIZE)
+            fresh = [job for job in found.data if job.id not in seen]
+            for job in fresh:
+                seen.add(job.id)
+                yield job
+            if len(found.data) < PAGE_SIZE or not fresh:
+                return
+
+    async def create_job(self, job: wire.JobIn) -> wire.Job:
+        """Create a job. Never repeated once it may have arrived.
+
+        Raises:
+            BackendUnavailable: `sent` tells whether there may be a job now.
+        """
+        return _read(wire.read_job, await self._create(job))
+
+    async def dry_run_job(self, job: wire.JobIn) -> wire.LegacyJobMetadataOut:
+        """Ask what a job would take, without creating it."""
+        return _read(
+            wire.LegacyJobMetadataOut.model_validate, await self._create(job, dry_run=True)
+        )
+
+    async def _create(self, job: wire.JobIn, *, dry_run: bool | None = None) -> dict[str, Any]:
+        secrets = [SecretStr(entry.api_key) for entry in job.integrations or ()]
+        secrets += [SecretStr(entry.token) for entry in job.repositories or ()]
+        return await self._http.json(
+            "POST",
+            _JOBS,
+            query=_query(dry_run=dry_run),
+            body=job.to_wire(),
+            repeatable=bool(dry_run),
+            secrets=secrets,
+        )
+
+    async def get_job(self, job_id: str) -> wire.DetailedJob:
+        """Return a job with its events and checkpoints."""
+        document = await self._http.json("GET", f"{_JOBS}/{_segment(job_id)}")
+        return _read(wire.read_detailed_job, document)
+
+    async def start_job(self, job_id: str) -> wire.DetailedJob:
+        """Start a validated job. Not repeated once it may have arrived."""
+        document = await self._http.json("POST", f"{_JOBS}/{_segment(job_id)}/start")
+        return _read(wire.read_detailed_job, document)
+
+    async def cancel_job(self, job_id: str) -> wire.DetailedJob:
+        """Cancel a job; safe to repeat."""
+        path = f"{_JOBS}/{_segment(job_id)}/cancel"
+        return _read(wire.read_detailed_job, await self._http.json("POST", path, repeatable=True))
+
+    # -- models ------------------------------------------------------------------------
+
+    async def list_models(
+        self, *, provider: str | None = None, model: str | None = None
+    ) -> wire.ModelList:
+        """Return all models that the key may use."""
+        query = _query(provider=provider, model=model)
+        return _read(
+            wire.ModelList.model_validate, await self._http.json("GET", _MODELS, query=query)
+        )
+
+    async def retrieve_model(self, model_id: str) -> wire.ModelCard:
+        """Return what the server knows of a model."""
+        document = await self._http.json("GET", f"{_MODELS}/{_segment(model_id)}")
+        return _read(wire.read_model_card, document)
+
+    async def delete_model(self, model_id: str) -> wire.DeleteModelOut:
+        """Delete a fine-tuned model."""
+        document = await self._http.json("DELETE", f"{_MODELS}/{_segment(model_id)}")
+        return _read(wire.DeleteModelOut.model_validate, document)
+
+    async def update_model(self, model_id: str, changes: wire.UpdateFTModelIn) -> wire.FTModel:
+        """Change a fine-tuned model's name or description; only what is set is sent."""
+        document = await self._http.json(
+            "PATCH",
+            f"{_TUNED}/{_segment(model_id)}",
+            body=changes.model_dump(mode="json", exclude_unset=True),
+            repeatable=True,
+        )
+        return _read(wire.read_ft_model, document)
+
+    async def archive_model(self, model_id: str) -> wire.ArchiveFTModelOut:
+        """Put a fine-tuned model away; safe to repeat."""
+        path = f"{_TUNED}/{_segment(model_id)}/archive"
+        document = await self._http.json("POST", path, repeatable=True)
+        return _read(wire.ArchiveFTModelOut.model_validate, document)
+
+    async def unarchive_model(self, model_id: str) -> wire.UnarchiveFTModelOut:
+        """Bring a fine-tuned model back; safe to repeat."""
+        path = f"{_TUNED}/{_segment(model_id)}/archive"
+        document = await self._http.json("DELETE", path, repeatable=True)
+        return _read(wire.UnarchiveFTModelOut.model_validate, document)
+
+
+def _query(**values: _QueryValue) -> list[tuple[str, str]]:
+    """Write query parameters; None is left out, a list repeats its key."""
+    query: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        entries = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+        query += [(name, _text(entry)) for entry in entries]
+    return query
+
+
+def _text(value: str | float | datetime) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError("a time to filter by needs a time zone")
+        return value.isoformat()
+    return str(value)
+
+
+def _segment(identifier: str) -> str:
+    """Quote an id for a path; `ft:a:b` stays readable, as the official client writes it."""
+    if identifier.strip("./ ") == "":
+        # The URL of nothing is that of everything: never ask, or delete, there.
+        raise RunNotFound(f"{identifier!r} is no id.")
+    return quote(identifier, safe=":")
+
+
+def _read(reader: Callable[[Mapping[str, Any]], _M], document: Mapping[str, Any]) -> _M:
+    try:
+        return reader(document)
+    except ValidationError as error:
+        places = "; ".join(
+            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
+            for detail in error.errors(
+                include_input=False, include_url=False, include_context=False
+            )
+        )
+        raise ProtocolError(
+            f"The server's answer does not have the shape of the protocol: {places[:400]}.",
+            excerpt=_excerpt(document),
+        ) from None
+
+
+def _excerpt(document: Mapping[str, Any]) -> str:
+    """Write a document down without what a server may have repeated of our secrets."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            kept = {name: without(inner) for name, inner in value.items()}
+            return {name: kept[name] for name in kept if name not in {"api_key", "token"}}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return redact(json.dumps(without(document), ensure_ascii=False))

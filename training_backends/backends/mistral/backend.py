@@ -1,0 +1,329 @@
+"""The backend that speaks the Mistral fine-tuning protocol, to whoever serves it."""
+
+import time
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar, Final, Self
+
+import anyio.to_thread
+from pydantic import BaseModel, SecretStr
+
+from training_backends.backends.mistral.api import JobFilters, MistralAPI
+from training_backends.backends.mistral.checks import check_config, check_secrets, check_server
+from training_backends.backends.mistral.estimates import estimate_from_count
+from training_backends.backends.mistral.launch import Launch
+from training_backends.backends.mistral.options import MistralOptions
+from training_backends.backends.mistral.polling import Pace, ask_patiently
+from training_backends.backends.mistral.records import LogReader
+from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.backends.mistral.states import quote_of, state_of
+from training_backends.core.backend import (
+    BackendContext,
+    CredentialSource,
+    Health,
+    Journal,
+    RemoteFilters,
+    RemoteRun,
+    TrainingBackend,
+)
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import (
+    BackendUnavailable,
+    RunNotFound,
+    TrainingBackendError,
+)
+from training_backends.core.estimate import Estimate
+from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
+from training_backends.core.settings import load_settings
+from training_backends.core.status import TrainingStatus
+from training_backends.datasets.tokens import count_tokens
+from training_backends.mistral.errors import error_from_answer
+from training_backends.mistral.status import to_status, to_wire
+from training_backends.mistral.wire import MAX_FILE_BYTES, Job
+from training_backends.net.client import HttpClient
+
+__all__ = ["MistralAPIBackend"]
+
+_FEW: Final = 3
+"""Up to so many runs are asked for one by one, which tells their checkpoints too."""
+_CAPABILITIES: Final = Capabilities(
+    methods=frozenset({"sft", "classifier"}),
+    quotes=True,
+    stops=True,
+    resumes=True,
+    lists_remote=True,
+    validation_files=True,
+    max_file_bytes=MAX_FILE_BYTES,
+    suffix=True,
+    integrations=frozenset({"wandb"}),
+)
+
+
+class MistralAPIBackend(TrainingBackend):
+    """Trains at a server of the Mistral fine-tuning protocol.
+
+    The hosted service has ended its jobs; `training-backends serve` offers the same
+    protocol on your own compute. The protocol hands out no weights and keeps no checkpoint
+    to go on from: resuming a failed or cancelled run trains anew on the files uploaded
+    before.
+    """
+
+    name: ClassVar[str] = "mistral"
+    summary: ClassVar[str] = "The Mistral fine-tuning protocol: your own server or the hosted one."
+    options_model: ClassVar[type[BaseModel]] = MistralOptions
+
+    def __init__(
+        self, *, credentials: CredentialSource, settings: MistralSettings | None = None
+    ) -> None:
+        self._credentials = credentials
+        self._settings = settings or load_settings(MistralSettings)
+        self._opened: MistralAPI | None = None
+
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Make the backend with the settings of section `mistral`."""
+        return cls(credentials=context.credentials)
+
+    @property
+    def api(self) -> MistralAPI:
+        """The operations of the protocol, over one pool of connections.
+
+        Raises:
+            ConfigError: The key would travel unencrypted to another host.
+        """
+        if self._opened is None:
+            http = HttpClient(
+                self._settings.base_url,
+                key=self._key,
+                decode_error=_decode_error,
+                policy=self._settings.policy(),
+                backend=self.name,
+            )
+            self._opened = MistralAPI(http)
+        return self._opened
+
+    async def _key(self) -> SecretStr:
+        return await self._credentials.get("mistral", self._settings.profile)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the protocol can do."""
+        return _CAPABILITIES
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """See the base; also asks the server whether it trains and has the model.
+
+        Raises:
+            BackendRetired: The server trains no more.
+            ConfigError: The key would travel unencrypted to another host.
+        """
+        issues = check_config(config, dataset, hosted=self._settings.is_hosted)
+        issues += await check_secrets(config, self._credentials)
+        if not any(issue.severity == "error" for issue in issues):
+            issues += await check_server(config, self.api)
+        return ValidationReport(issues=tuple(issues))
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Count here what can be counted; the server's own quote comes during the launch."""
+        count = await anyio.to_thread.run_sync(count_tokens, dataset, config.model)
+        return estimate_from_count(config, count, hosted=self._settings.is_hosted)
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Upload, create, wait for the quote, start; see the base.
+
+        Raises:
+            WaitTimeout: The server did not check the data in time; repeat to go on.
+        """
+        with self._named(run):
+            return await self._launch(run, journal).go()
+
+    def _launch(self, run: TrainingRun, journal: Journal) -> Launch:
+        return Launch(
+            api=self.api,
+            settings=self._settings,
+            credentials=self._credentials,
+            run=run,
+            journal=journal,
+        )
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """See the base."""
+        with self._named(run):
+            return self._state(await self.api.get_job(self._job_id(run)), run)
+
+    async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
+        """Ask for many runs by pages of a hundred; see the base.
+
+        A list leaves out checkpoints and reasons: a run whose status has changed into a
+        terminal one is asked for by itself.
+        """
+        wanted = {run.remote_id: run for run in runs if run.remote_id is not None}
+        if len(wanted) <= _FEW:
+            return await super().statuses(list(wanted.values()))
+        found: dict[str, RunState] = {}
+        oldest = min(run.created_at for run in wanted.values()) - timedelta(days=1)
+        async with aclosing(self.api.iter_jobs(JobFilters(created_after=oldest))) as jobs:
+            async for job in jobs:
+                run = wanted.get(job.id)
+                if run is None:
+                    continue
+                if run.status is to_status(job.status) or not to_status(job.status).is_terminal:
+                    found[run.id] = self._state(job, run)
+                    del wanted[job.id]
+                if not wanted:
+                    break
+        return {**found, **await super().statuses(list(wanted.values()))}
+
+    async def logs(
+        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogRecord, None]:
+        """Yield events, checkpoints and status changes; see the base.
+
+        Raises:
+            ConfigError: `after` is no cursor of this backend.
+            BackendUnavailable: The server stayed away longer than `follow_patience`.
+        """
+        job_id = self._job_id(run)
+        reader = LogReader.after(after)
+        pace = Pace(self._settings.poll_min, self._settings.longest_poll)
+        patience = self._settings.follow_patience if follow else 0.0
+        while True:
+            with self._named(run):
+                job = await ask_patiently(lambda: self.api.get_job(job_id), pace, patience)
+            for record in reader.read(job):
+                pace.quicken()
+                yield record
+            if not follow or to_status(job.status).is_terminal:
+                return
+            await pace.rest()
+
+    async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        """Cancel the job; the protocol keeps nothing of what it learnt. See the base."""
+        del save_checkpoint
+        with self._named(run):
+            job_id = self._job_id(run)
+            if _is_ending(await self.api.get_job(job_id)):
+                return
+            try:
+                await self.api.cancel_job(job_id)
+            except BackendUnavailable:
+                raise
+            except TrainingBackendError:
+                # Refused, perhaps because it has ended meanwhile.
+                if not _is_ending(await self.api.get_job(job_id)):
+                    raise
+
+    async def resume(
+        self,
+        run: TrainingRun,
+        new_run: TrainingRun,
+        journal: Journal,
+        *,
+        checkpoint: str | None = None,
+    ) -> RunState:
+        """Start a job that waits for it, or train anew on the files of one that ended badly.
+
+        Raises:
+            UnsupportedOperation: A checkpoint is named, or the run is going or completed.
+        """
+        if checkpoint is not None:
+            raise self.unsupported(
+                "go on from a checkpoint", "Leave the checkpoint out to train anew."
+            )
+        with self._named(new_run):
+            launch = self._launch(new_run, journal)
+            if new_run.remote_id is not None:
+                return await launch.go()
+            job = await self.api.get_job(self._job_id(run))
+            status = to_status(job.status)
+            if status is TrainingStatus.READY:
+                await journal.record(state_of(job))
+                return await launch.start(job.id)
+            if status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
+                raise self.unsupported(
+                    f"resume a run that is {status}", "Only a failed or cancelled run is resumed."
+                )
+            launch.reuse = job if new_run.config.data == run.config.data else None
+            launch.notes = (
+                "The server keeps no checkpoint to go on from: this trains anew on the same files.",
+            )
+            return await launch.go()
+
+    async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
+        """See the base."""
+        wanted = filters.status
+        # FAILED stands for two words of the protocol and UNKNOWN for any: filtered here.
+        word = to_wire(wanted) if wanted and wanted is not TrainingStatus.FAILED else None
+        asked = JobFilters(model=filters.model, suffix=filters.suffix, status=word)
+        async with aclosing(self.api.iter_jobs(asked)) as jobs:
+            return [
+                RemoteRun(remote_id=job.id, model=job.model, state=self._state(job))
+                async for job in jobs
+                if wanted is None or to_status(job.status) is wanted
+            ]
+
+    async def download(self, run: TrainingRun, target: Path) -> Path:
+        """Refuse: the protocol hands out no weights."""
+        del target
+        model = run.result_model or "the fine-tuned model"
+        raise self.unsupported(
+            "download the trained model",
+            f"The protocol hands out no weights: use {model} at the server by its name. Behind "
+            "your own gateway the files lie on the gateway's machine: run `training-backends "
+            "download` there.",
+        )
+
+    async def health(self) -> Health:
+        """Ask for one job, which changes nothing and costs nothing."""
+        began = time.monotonic()
+        try:
+            await self.api.list_jobs(page=0, page_size=1)
+        except TrainingBackendError as error:
+            return Health(ok=False, message=error.message, hint=error.hint)
+        took = time.monotonic() - began
+        return Health(ok=True, message=f"{self._settings.base_url} answered in {took:.2f} s")
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.aclose()
+
+    def _state(self, job: Job, run: TrainingRun | None = None) -> RunState:
+        quoted = run and run.estimate and run.estimate.basis == "quote"
+        quote = None if quoted else quote_of(job, hosted=self._settings.is_hosted)
+        return state_of(job).model_copy(update={"estimate": quote})
+
+    def _job_id(self, run: TrainingRun) -> str:
+        if run.remote_id is None:
+            raise RunNotFound(
+                f"The run {run.id} has no job at the provider yet.",
+                hint=f"`training-backends launch --id {run.id}` with the same configuration goes "
+                "on where it stood.",
+                backend=self.name,
+                run_id=run.id,
+            )
+        return run.remote_id
+
+    @contextmanager
+    def _named(self, run: TrainingRun) -> Generator[None, None, None]:
+        """Say in every error which run and backend it is about."""
+        try:
+            yield
+        except TrainingBackendError as error:
+            error.run_id = error.run_id or run.id
+            error.backend = error.backend or self.name
+            raise
+
+
+def _is_ending(job: Job) -> bool:
+    status = to_status(job.status)
+    return status.is_terminal or status is TrainingStatus.STOPPING
+
+
+def _decode_error(status: int, headers: Mapping[str, str], body: bytes) -> TrainingBackendError:
+    return error_from_answer(status, headers, body, backend=MistralAPIBackend.name)

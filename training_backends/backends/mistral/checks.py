@@ -1,0 +1,178 @@
+"""What would go wrong with a configuration, before anything is uploaded."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from training_backends.backends.mistral.api import MistralAPI
+from training_backends.backends.mistral.options import MistralOptions
+from training_backends.backends.mistral.requests import (
+    check_wandb_key,
+    find_credential,
+    read_options,
+    sent_fields,
+)
+from training_backends.core.backend import CredentialSource
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import DataFile, Dataset
+from training_backends.core.errors import (
+    BackendRetired,
+    ConfigError,
+    CredentialNotFound,
+    Issue,
+    TrainingBackendError,
+    VaultLocked,
+)
+from training_backends.mistral.wire import MAX_FILE_BYTES, FTModelCard
+
+__all__ = ["check_config", "check_secrets", "check_server"]
+
+_MAX_VALIDATION_BYTES = 10**6
+_MAX_VALIDATION_SHARE = 0.05
+
+
+def check_config(config: TrainingConfig, dataset: Dataset, *, hosted: bool) -> list[Issue]:
+    """Return what the protocol cannot express and what is over its limits; asks nobody."""
+    issues = [*_config_issues(config), *_data_issues(config, dataset, hosted=hosted)]
+    try:
+        read_options(config)
+    except ConfigError as error:
+        issues += error.issues
+    return issues
+
+
+def _config_issues(config: TrainingConfig) -> Iterator[Issue]:
+    if config.method == "dpo":
+        yield _lacking("method", "preference training (dpo)", "use `sft`, or another backend")
+    if config.tuning is not None:
+        yield _lacking(
+            "tuning", "a choice of what is tuned", "leave it out, or use another backend"
+        )
+    sent = sent_fields(config)
+    for name, value in config.hyperparameters.model_dump(exclude_none=True).items():
+        if name not in sent:
+            fix = f"leave it out ({value} would have no effect), or use another backend"
+            yield _lacking(f"hyperparameters.{name}", f"`{name}`", fix)
+    if config.method == "classifier":
+        if config.hyperparameters.fim_ratio is not None:
+            yield _lacking(
+                "hyperparameters.fim_ratio", "`fim_ratio` for classifiers", "leave it out"
+            )
+        if not config.classifier_targets:
+            yield Issue(
+                code="missing_field",
+                message="a classifier needs to know what it decides",
+                field="classifier_targets",
+                fix="list each target with its name and labels",
+            )
+    for index, source in enumerate(config.data.validation):
+        if source.weight != 1.0:
+            field = f"data.validation.{index}.weight"
+            yield _lacking(field, "weights of validation files", "leave it out")
+
+
+def _lacking(field: str, what: str, fix: str) -> Issue:
+    return Issue(
+        code="not_in_protocol",
+        message=f"the Mistral protocol has no {what}",
+        field=field,
+        fix=fix,
+    )
+
+
+def _data_issues(config: TrainingConfig, dataset: Dataset, *, hosted: bool) -> Iterator[Issue]:
+    for file in dataset.files:
+        if file.size > MAX_FILE_BYTES:
+            yield Issue(
+                code="file_too_large",
+                message=f"{file.size} bytes; the protocol takes {MAX_FILE_BYTES}",
+                path=str(file.path),
+                fix="`training-backends data shard` cuts it; any number of files can be used",
+            )
+        wanted = config.method == "classifier"
+        if file.sample_type is not None and (file.sample_type == "classifier") is not wanted:
+            yield _wrong_samples(file, config.method)
+    train = sum(file.size for file in dataset.train)
+    validation = sum(file.size for file in dataset.validation)
+    limit = min(_MAX_VALIDATION_BYTES, int(train * _MAX_VALIDATION_SHARE))
+    if validation > limit:
+        yield Issue(
+            code="validation_too_large",
+            message=f"{validation} bytes of validation data; the hosted service takes at most "
+            f"{limit} (1 MB, and 5 % of the training data)",
+            field="data.validation",
+            fix="validate on fewer rows",
+            severity="error" if hosted else "warning",
+        )
+
+
+def _wrong_samples(file: DataFile, method: str) -> Issue:
+    return Issue(
+        code="wrong_samples",
+        message=f"{file.sample_type} samples cannot be trained on with method {method}",
+        path=str(file.path),
+        fix="use `method: classifier` for samples with labels, `method: sft` for all others",
+    )
+
+
+async def check_secrets(config: TrainingConfig, credentials: CredentialSource) -> list[Issue]:
+    """Return which of the secrets that the configuration names cannot be used."""
+    wanted = [
+        (f"integrations.{index}.credential", entry.credential, True)
+        for index, entry in enumerate(config.integrations)
+    ]
+    wanted += [
+        (f"options.repositories.{index}.credential", entry.credential, False)
+        for index, entry in enumerate(_options(config).repositories)
+    ]
+    issues: list[Issue] = []
+    for field, reference, is_wandb in wanted:
+        try:
+            secret = await find_credential(credentials, reference)
+            if is_wandb:
+                check_wandb_key(secret)
+        except ConfigError as error:
+            issues += error.issues
+        except (CredentialNotFound, VaultLocked) as error:
+            provider, _, profile = reference.partition("/")
+            command = f"training-backends credentials set {provider}"
+            fix = f"`{command}{f' --profile {profile}' if profile else ''}`"
+            issues.append(Issue(code="no_credential", message=error.message, field=field, fix=fix))
+    return issues
+
+
+def _options(config: TrainingConfig) -> MistralOptions:
+    try:
+        return read_options(config)
+    except ConfigError:
+        return MistralOptions()  # reported by check_config
+
+
+async def check_server(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
+    """Ask the server, changing nothing, whether it trains at all and knows the model.
+
+    What cannot be asked now (no key, no network) is a warning: the launch will say it.
+
+    Raises:
+        BackendRetired: It trains no more.
+    """
+    try:
+        await api.list_jobs(page=0, page_size=1)
+        cards = (await api.list_models()).data
+    except BackendRetired:
+        raise
+    except TrainingBackendError as error:
+        message = f"the server could not be asked: {error.message}"
+        return [Issue(code="server_not_asked", message=message, fix=error.hint, severity="warning")]
+    names = {name for card in cards for name in (card.id, *card.aliases)}
+    if not names or config.model in names:
+        return []
+    offered = sorted(card.id for card in cards if not isinstance(card, FTModelCard))
+    near = get_close_matches(config.model, sorted(names), n=1)
+    return [
+        Issue(
+            code="unknown_model",
+            message=f"the server has no model {config.model!r}",
+            field="model",
+            fix=f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(offered[:12])}",
+        )
+    ]

@@ -1,0 +1,190 @@
+"""A configuration as the protocol's create request, and which job answers to it."""
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from training_backends.backends.mistral.options import MistralOptions
+from training_backends.core.backend import CredentialSource
+from training_backends.core.config import TrainingConfig
+from training_backends.core.errors import ConfigError, Issue
+from training_backends.mistral.wire import (
+    ClassifierTargetIn,
+    CompletionTrainingParametersIn,
+    GithubRepositoryIn,
+    Job,
+    JobIn,
+    TrainingFile,
+    WandbIntegration,
+)
+
+__all__ = ["find_credential", "job_type_of", "make_job", "matches", "read_options", "sent_fields"]
+
+
+def read_options(config: TrainingConfig) -> MistralOptions:
+    """Check and return the options of this backend.
+
+    Raises:
+        ConfigError: One does not fit; the issues name it and the nearest right name.
+    """
+    try:
+        return MistralOptions.model_validate(config.options)
+    except ValidationError as error:
+        issues = [
+            _option_issue(detail["type"], detail["loc"], detail["msg"])
+            for detail in error.errors(include_input=False, include_url=False)
+        ]
+    raise ConfigError("The options do not fit the backend 'mistral'.", issues=issues)
+
+
+def _option_issue(code: str, place: tuple[int | str, ...], message: str) -> Issue:
+    name = str(place[0]) if place else ""
+    near = get_close_matches(name, MistralOptions.model_fields, n=1)
+    fix = None
+    if code == "extra_forbidden" and len(place) == 1:
+        known = ", ".join(MistralOptions.model_fields)
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {known}"
+    return Issue(
+        code="unknown_field" if code == "extra_forbidden" else code,
+        message=message,
+        field=".".join(str(part) for part in ("options", *place)),
+        fix=fix,
+    )
+
+
+def job_type_of(config: TrainingConfig) -> str:
+    """Return the protocol's word for the method."""
+    return "classifier" if config.method == "classifier" else "completion"
+
+
+def sent_fields(config: TrainingConfig) -> dict[str, Any]:
+    """Return the hyperparameters that are sent: those set, by the specification's names."""
+    known = CompletionTrainingParametersIn.model_fields
+    chosen = config.hyperparameters.model_dump(exclude_none=True)
+    return {name: value for name, value in chosen.items() if name in known}
+
+
+async def find_credential(credentials: CredentialSource, reference: str) -> str:
+    """Return the secret that `PROVIDER` or `PROVIDER/PROFILE` names.
+
+    Raises:
+        CredentialNotFound: There is none.
+    """
+    provider, _, profile = reference.partition("/")
+    return (await credentials.get(provider, profile or None)).get_secret_value()
+
+
+async def make_job(
+    config: TrainingConfig,
+    train: Sequence[str],
+    validation: Sequence[str],
+    credentials: CredentialSource,
+) -> JobIn:
+    """Write the create request. It holds secrets where the configuration names some.
+
+    Args:
+        train: File ids in the order of the configuration.
+
+    Raises:
+        CredentialNotFound: A named secret does not exist.
+        ConfigError: The server could not take it, for example a key of the wrong length.
+    """
+    options = read_options(config)
+    values: dict[str, Any] = {
+        "model": config.model,
+        "training_files": [
+            TrainingFile(file_id=file_id, weight=source.weight)
+            for file_id, source in zip(train, config.data.train, strict=True)
+        ],
+        "auto_start": False,
+        "invalid_sample_skip_percentage": options.invalid_sample_skip_percentage,
+        "job_type": job_type_of(config),
+        "hyperparameters": CompletionTrainingParametersIn(**sent_fields(config)),
+    }
+    if validation:
+        values["validation_files"] = list(validation)
+    if config.suffix is not None:
+        values["suffix"] = config.suffix
+    if config.classifier_targets:
+        values["classifier_targets"] = [
+            ClassifierTargetIn(**target.model_dump(exclude_none=True))
+            for target in config.classifier_targets
+        ]
+    values |= await _with_secrets(config, options, credentials)
+    return JobIn(**values)
+
+
+async def _with_secrets(
+    config: TrainingConfig, options: MistralOptions, credentials: CredentialSource
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if config.integrations:
+        values["integrations"] = [
+            WandbIntegration(
+                project=entry.project,
+                name=entry.name,
+                run_name=entry.run_name,
+                api_key=check_wandb_key(await find_credential(credentials, entry.credential)),
+            )
+            for entry in config.integrations
+        ]
+    if options.repositories:
+        values["repositories"] = [
+            GithubRepositoryIn(
+                name=entry.name,
+                owner=entry.owner,
+                ref=entry.ref,
+                weight=entry.weight,
+                token=await find_credential(credentials, entry.credential),
+            )
+            for entry in options.repositories
+        ]
+    return values
+
+
+def check_wandb_key(key: str) -> str:
+    """Return the key if the protocol takes it.
+
+    Raises:
+        ConfigError: It does not have 40 characters.
+    """
+    if len(key) == 40:
+        return key
+    issue = Issue(
+        code="bad_wandb_key",
+        message=f"the Weights & Biases key has {len(key)} characters; the protocol takes 40",
+        field="integrations",
+        fix="store the right one: `training-backends credentials set wandb`",
+    )
+    raise ConfigError("The Weights & Biases key cannot be used.", issues=[issue])
+
+
+def matches(job: Job, wanted: JobIn) -> bool:
+    """Tell whether a job is what `wanted` asks for; what the server filled in is ignored."""
+    return (
+        sorted(job.training_files) == sorted(file.file_id for file in wanted.training_files)
+        and sorted(job.validation_files or ()) == sorted(wanted.validation_files or ())
+        and job.suffix == wanted.suffix
+        and job.job_type == wanted.job_type
+        and _same_model(job.model, wanted.model)
+        and _same_values(job, wanted)
+    )
+
+
+def _same_model(found: str, wanted: str) -> bool:
+    # A server may answer `...-latest` with the dated name that it stands for.
+    return found == wanted or (
+        wanted.endswith("-latest") and found.startswith(wanted.removesuffix("latest"))
+    )
+
+
+def _same_values(job: Job, wanted: JobIn) -> bool:
+    found = job.hyperparameters.model_dump()
+    for name, value in wanted.hyperparameters.model_dump(exclude_unset=True).items():
+        other = found.get(name)
+        if other is not None and value is not None and not math.isclose(other, value, rel_tol=1e-6):
+            return False
+    return True

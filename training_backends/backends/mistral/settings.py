@@ -1,0 +1,71 @@
+"""Where the server of the Mistral protocol is and how patient we are with it."""
+
+from typing import ClassVar, Final
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from training_backends.core.errors import ConfigError
+from training_backends.core.settings import SectionSettings
+from training_backends.net.pool import HttpPolicy
+from training_backends.net.urls import is_loopback, normalize_base_url
+
+__all__ = ["HOSTED_URL", "MistralSettings"]
+
+HOSTED_URL: Final = "https://api.mistral.ai"
+
+
+class MistralSettings(SectionSettings):
+    """Section `mistral`: `TRAINING_BACKENDS_MISTRAL__BASE_URL` and so on. Times in seconds."""
+
+    section: ClassVar[str | None] = "mistral"
+
+    base_url: str = Field(
+        default=HOSTED_URL, description="With or without a trailing slash or /v1."
+    )
+    profile: str | None = Field(default=None, description="Which of several keys to use.")
+    connect_timeout: PositiveFloat = 10.0
+    read_timeout: PositiveFloat = Field(default=30.0, description="Silence before giving up.")
+    write_timeout: PositiveFloat = 30.0
+    call_timeout: PositiveFloat = Field(default=120.0, description="A call with all its attempts.")
+    upload_timeout: PositiveFloat = Field(
+        default=600.0, description="Until an uploaded file is answered for; it is checked there."
+    )
+    attempts: PositiveInt = Field(default=5, description="How often a request is sent at most.")
+    poll_min: PositiveFloat = Field(default=0.5, description="Between two looks at a new state.")
+    poll_max: PositiveFloat | None = Field(
+        default=None, description="Between two looks at an old one; default 2 here, 10 elsewhere."
+    )
+    follow_patience: PositiveFloat = Field(
+        default=600.0, description="How long following a run outlasts a server that is away."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _normalized(cls, value: str) -> str:
+        try:
+            return normalize_base_url(value, drop_suffix="v1")
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether this is the provider's own service, with its prices and limits."""
+        return self.base_url == HOSTED_URL
+
+    @property
+    def longest_poll(self) -> float:
+        """Seconds between two looks at a state that does not change."""
+        if self.poll_max is not None:
+            return self.poll_max
+        return 2.0 if is_loopback(self.base_url) else 10.0
+
+    def policy(self) -> HttpPolicy:
+        """Return the timeouts in the words of `net`."""
+        return HttpPolicy(
+            connect_timeout=self.connect_timeout,
+            read_timeout=self.read_timeout,
+            write_timeout=self.write_timeout,
+            call_timeout=self.call_timeout,
+            upload_timeout=self.upload_timeout,
+            attempts=self.attempts,
+        )

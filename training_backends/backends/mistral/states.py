@@ -1,0 +1,229 @@
+"""What a job of the protocol means in our words: state, quote, failure, checkpoints."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from types import MappingProxyType
+from typing import Any, Final
+
+from training_backends.backends.mistral.prices import MINIMUM_FEE_NOTE, STORAGE_NOTE
+from training_backends.core.estimate import Estimate, Money, PriceSource
+from training_backends.core.run import Checkpoint, Failure, FailureKind, RunState, utc_now
+from training_backends.core.status import TrainingStatus
+from training_backends.mistral.status import to_status
+from training_backends.mistral.wire import CheckpointOut, DetailedJob, EventOut, Job
+
+__all__ = [
+    "event_reason",
+    "event_word",
+    "failure_of",
+    "has_started",
+    "metrics_of",
+    "moment",
+    "quote_of",
+    "sorted_events",
+    "state_of",
+]
+
+_STARTED: Final = frozenset({"STARTED", "RUNNING", "SUCCESS"})
+_CHECKED: Final = frozenset({"VALIDATED", *_STARTED})
+_RANK: Mapping[str, int] = MappingProxyType(
+    {
+        "QUEUED": 0,
+        "VALIDATING": 1,
+        "VALIDATED": 2,
+        "FAILED_VALIDATION": 2,
+        "STARTED": 3,
+        "RUNNING": 4,
+        "CANCELLATION_REQUESTED": 5,
+        "CANCELLED": 6,
+        "FAILED": 6,
+        "SUCCESS": 6,
+    }
+)  # order of a job's life; QUEUED tells an event only the first time
+_REASON_KEYS: Final = ("error", "message", "reason", "detail", "details", "errors", "description")
+
+_KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
+    {
+        "out of memory": "out_of_memory",
+        "quota": "quota",
+        "insufficient": "quota",
+        "timed out": "timeout",
+        "timeout": "timeout",
+        "preempt": "preempted",
+    }
+)  # what a reason mentions, in the order in which it is looked for
+
+
+def moment(seconds: int) -> datetime:
+    """Read a time of the wire."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def sorted_events(events: Iterable[EventOut]) -> list[EventOut]:
+    """Return events oldest first, whichever way they were listed.
+
+    The service listed them newest first in 2024, oldest first in 2025. Times are whole
+    seconds: within one, the order of a job's life decides, then the list's own.
+    """
+    listed = list(events)
+    if len(listed) > 1 and listed[0].created_at > listed[-1].created_at:
+        listed.reverse()
+    rank = 0
+    places: list[tuple[int, int, EventOut]] = []
+    for event in listed:
+        rank = _RANK.get(event_word(event) or "", rank)
+        places.append((event.created_at, rank, event))
+    return [event for _, _, event in sorted(places, key=lambda place: place[:2])]
+
+
+def event_word(event: EventOut) -> str | None:
+    """Return the status that an event tells of, or None."""
+    word = (event.data or {}).get("status")
+    return word if isinstance(word, str) else None
+
+
+def event_reason(event: EventOut) -> str | None:
+    """Return what an event says beyond its status, as one text."""
+    said = [_as_text((event.data or {}).get(key)) for key in _REASON_KEYS]
+    return "; ".join(text for text in said if text) or None
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, Mapping):
+        return _as_text(value.get("message") or value.get("msg") or "")
+    if isinstance(value, list):
+        return "; ".join(text for text in map(_as_text, value) if text)
+    return ""
+
+
+def has_started(job: Job) -> bool:
+    """Tell whether the start was accepted, as far as the answer shows.
+
+    QUEUED is told after the start as it is before validation. Which one it is, the events
+    say, or the quote, which is not there before validation.
+    """
+    if job.status in _STARTED:
+        return True
+    if job.status != "QUEUED":
+        return False
+    events = job.events if isinstance(job, DetailedJob) else []
+    words = {event_word(event) for event in events}
+    quoted = job.metadata is not None and job.metadata.train_tokens is not None
+    return bool(words & _CHECKED) or quoted
+
+
+def state_of(job: Job) -> RunState:
+    """Translate a job; what a list leaves out stays None."""
+    status = to_status(job.status)
+    detailed = job if isinstance(job, DetailedJob) else None
+    events = sorted_events(detailed.events) if detailed else []
+    checkpoints = _checkpoints(detailed) if detailed else None
+    over = status is TrainingStatus.COMPLETED
+    return RunState(
+        status=status,
+        raw_status=job.status,
+        remote_id=job.id,
+        failure=failure_of(job) if status is TrainingStatus.FAILED else None,
+        started_at=_first(events, _STARTED),
+        finished_at=_finished_at(job, events) if status.is_terminal else None,
+        step=checkpoints[-1].step if checkpoints else None,
+        total_steps=_total_steps(job),
+        metrics=_latest(checkpoints) if checkpoints else None,
+        checkpoints=checkpoints or None,
+        result_model=job.fine_tuned_model,
+        estimate=quote_of(job),
+        cost=_money(job) if over else None,
+    )
+
+
+def _first(events: list[EventOut], words: frozenset[str]) -> datetime | None:
+    return next((moment(e.created_at) for e in events if event_word(e) in words), None)
+
+
+def _finished_at(job: Job, events: list[EventOut]) -> datetime:
+    told = [event.created_at for event in events if event_word(event) == job.status]
+    return moment(told[-1] if told else job.modified_at)
+
+
+def _checkpoints(job: DetailedJob) -> tuple[Checkpoint, ...]:
+    newest = {entry.step_number: entry for entry in job.checkpoints}
+    return tuple(
+        Checkpoint(step=step, at=moment(entry.created_at), metrics=metrics_of(entry, job))
+        for step, entry in sorted(newest.items())
+    )
+
+
+def metrics_of(checkpoint: CheckpointOut, job: Job) -> dict[str, float]:
+    """Return what was measured; the service writes 0.0 where it measured nothing."""
+    measured = checkpoint.metrics.model_dump(exclude_none=True)
+    if not job.validation_files or not any(
+        value for name, value in measured.items() if name.startswith("valid_")
+    ):
+        return {name: value for name, value in measured.items() if not name.startswith("valid_")}
+    return measured
+
+
+def _latest(checkpoints: Iterable[Checkpoint]) -> dict[str, float]:
+    return {name: value for point in checkpoints for name, value in point.metrics.items()}
+
+
+def _total_steps(job: Job) -> int | None:
+    if job.hyperparameters.training_steps:
+        return job.hyperparameters.training_steps
+    meta = job.metadata
+    if meta is None or not meta.train_tokens or not meta.train_tokens_per_step:
+        return None
+    return max(1, round(meta.train_tokens / meta.train_tokens_per_step))
+
+
+def _money(job: Job) -> Money | None:
+    meta = job.metadata
+    if meta is None or meta.cost is None or not meta.cost_currency or meta.cost < 0:
+        return None
+    currency = meta.cost_currency.upper()
+    if len(currency) != 3 or not currency.isalpha():
+        return None
+    return Money(amount=Decimal(str(meta.cost)), currency=currency)
+
+
+def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
+    """Return the server's own quote; None until it has checked the data."""
+    meta = job.metadata
+    if meta is None or (meta.train_tokens is None and not meta.cost):
+        return None  # until then the service wrote null, or a cost of zero
+    cost = _money(job)
+    notes = ["Expected durations of the hosted service were far off."] if hosted else []
+    if cost is None:
+        notes.append("The server named no price.")
+    elif hosted:
+        notes += [MINIMUM_FEE_NOTE, STORAGE_NOTE]
+    seconds = meta.expected_duration_seconds
+    return Estimate(
+        train_tokens=meta.train_tokens,
+        data_tokens=meta.data_tokens,
+        steps=_total_steps(job),
+        cost=cost,
+        duration=None if seconds is None else timedelta(seconds=seconds),
+        basis="quote",
+        price_source=PriceSource(name="quote of the server", as_of=utc_now().date())
+        if cost
+        else None,
+        notes=tuple(notes),
+    )
+
+
+def failure_of(job: Job) -> Failure:
+    """Say why a job failed, from its events where they say it."""
+    events = sorted_events(job.events) if isinstance(job, DetailedJob) else []
+    reasons = [reason for event in events if (reason := event_reason(event))]
+    message = "; ".join(dict.fromkeys(reasons)) or "the server gave no reason"
+    if job.status == "FAILED_VALIDATION":
+        return Failure(kind="validation", message=message)
+    heard = message.lower()
+    kind = next((kind for words, kind in _KIND_OF.items() if words in heard), "provider")
+    return Failure(
+        kind=kind, message=message, retryable=kind in {"provider", "timeout", "preempted"}
+    )

@@ -1,0 +1,1 @@
+"""HTTP for every backend: the only place that imports httpx. Knows no provider."""

@@ -1,0 +1,75 @@
+"""How patient a client is, and the pool of connections that it talks over."""
+
+import ssl
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import httpx
+
+from training_backends.net.urls import is_loopback
+
+__all__ = ["HttpPolicy", "make_pool", "timeouts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpPolicy:
+    """How patient a client is. All times in seconds.
+
+    Attributes:
+        connect_timeout: For one connection, TLS included.
+        read_timeout: Silence while an answer is awaited or read.
+        write_timeout: Silence while a request is sent.
+        pool_timeout: For a free connection.
+        call_timeout: For a whole call with all its attempts; not for uploads and downloads,
+            which last as long as bytes move.
+        upload_timeout: Silence after a file has been sent, while the server looks into it.
+        attempts: How often a request is sent at most.
+        max_connections: httpx's cost a request triples beyond about five in flight.
+    """
+
+    connect_timeout: float = 10.0
+    read_timeout: float = 30.0
+    write_timeout: float = 30.0
+    pool_timeout: float = 60.0
+    call_timeout: float = 120.0
+    upload_timeout: float = 600.0
+    attempts: int = 5
+    max_connections: int = 5
+
+
+def timeouts(policy: HttpPolicy, read_timeout: float | None = None) -> httpx.Timeout:
+    """Return the policy's timeouts, with another one for reading where it is given."""
+    return httpx.Timeout(
+        connect=policy.connect_timeout,
+        read=read_timeout or policy.read_timeout,
+        write=policy.write_timeout,
+        pool=policy.pool_timeout,
+    )
+
+
+def make_pool(
+    base_url: str, policy: HttpPolicy, transport: httpx.AsyncBaseTransport | None = None
+) -> httpx.AsyncClient:
+    """Make the pool for one server.
+
+    Reads certificates and package metadata from the disk: not for the event loop.
+    """
+    encrypted = base_url.startswith("https://")
+    return httpx.AsyncClient(
+        timeout=timeouts(policy),
+        limits=httpx.Limits(
+            max_connections=policy.max_connections,
+            max_keepalive_connections=policy.max_connections,
+            keepalive_expiry=60.0,
+        ),
+        headers={
+            "User-Agent": f"training-backends/{version('training-backends')}",
+            "Accept": "application/json",
+        },
+        follow_redirects=False,
+        # A proxy from the environment would see a key that goes to loopback unencrypted.
+        trust_env=not is_loopback(base_url),
+        # Without TLS the certificates need not be read; an empty context trusts nobody.
+        verify=httpx.create_ssl_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        transport=transport,
+    )

@@ -1,0 +1,272 @@
+"""What every backend must do, as checks that any test runner can call.
+
+A backend's tests lend a `Subject`; its back door moves the provider without the backend, so
+that nothing is proved by the part that is under test.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from training_backends.core.backend import RemoteFilters, TrainingBackend
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import RunNotFound, UnsupportedOperation
+from training_backends.core.run import LogRecord, TrainingRun, new_run_id
+from training_backends.core.status import TrainingStatus
+from training_backends.testing.journal import Killed, MemoryJournal
+
+__all__ = ["BackendConformance", "Subject"]
+
+_PATIENCE = 30.0
+"""Seconds in which a check must be over."""
+
+
+class Subject(ABC):
+    """A backend under test, and the back door to its provider.
+
+    Attributes:
+        backend: Ready to launch `config`.
+        dataset: What lies behind `config.data`.
+    """
+
+    backend: TrainingBackend
+    config: TrainingConfig
+    dataset: Dataset
+
+    @abstractmethod
+    def reopen(self) -> TrainingBackend:
+        """Make another backend object for the same provider, as another process would."""
+
+    @abstractmethod
+    def job_ids(self) -> Sequence[str]:
+        """Return the ids of all jobs that the provider ever made."""
+
+    @abstractmethod
+    async def finish(self, remote_id: str) -> None:
+        """Let a started job come to its good end."""
+
+    @abstractmethod
+    async def fail(self, remote_id: str) -> None:
+        """Let a started job fail."""
+
+    async def confirm_stop(self, remote_id: str) -> None:  # noqa: B027  # most need none
+        """Let a stop that was asked for take effect; override if it never does by itself."""
+
+    def run(self, config: TrainingConfig | None = None) -> TrainingRun:
+        """Make a record as the client would."""
+        chosen = config or self.config
+        return TrainingRun(id=new_run_id(), backend=self.backend.name, config=chosen)
+
+    async def launched(self) -> TrainingRun:
+        """Launch, and return the record as the client would keep it."""
+        run = self.run()
+        return run.updated(await self.backend.launch(run, MemoryJournal(run)))
+
+
+class BackendConformance:
+    """The checks; each raises AssertionError with what was expected."""
+
+    def __init__(self, make_subject: Callable[[], Subject]) -> None:
+        self._make = make_subject
+
+    @classmethod
+    def checks(cls) -> list[str]:
+        """Return the names of all checks, for a test runner to list."""
+        return [name for name in dir(cls) if name.startswith("check_")]
+
+    async def run(self, name: str) -> None:
+        """Run one check on a fresh subject, and close the subject's backend."""
+        subject = self._make()
+        check: Any = getattr(self, name)
+        try:
+            with anyio.fail_after(_PATIENCE):
+                await check(subject)
+        finally:
+            await subject.backend.aclose()
+
+    async def check_validate_changes_nothing(self, subject: Subject) -> None:
+        """A good configuration has no errors, and asking leaves no job behind."""
+        report = await subject.backend.validate(subject.config, subject.dataset)
+        _expect(report.ok, f"no errors, not {report.errors}")
+        _expect(not subject.job_ids(), "validate makes no job")
+
+    async def check_undeclared_method_is_refused(self, subject: Subject) -> None:
+        """A training method that is not declared is an issue of the field `method`."""
+        for method in {"sft", "dpo", "classifier"} - subject.backend.capabilities.methods:
+            config = subject.config.model_copy(update={"method": method})
+            report = await subject.backend.validate(config, subject.dataset)
+            fields = [issue.field for issue in report.errors]
+            _expect("method" in fields, f"an issue of `method` for {method}, not {fields}")
+
+    async def check_estimate_gives_reasons(self, subject: Subject) -> None:
+        """What an estimate does not know, it explains."""
+        estimate = await subject.backend.estimate(subject.config, subject.dataset)
+        unknown = None in {estimate.train_tokens, estimate.steps, estimate.cost}
+        _expect(not unknown or bool(estimate.notes), "a note about what is not known")
+        _expect(estimate.cost is None or estimate.price_source is not None, "a source of the cost")
+
+    async def check_launch_makes_one_job(self, subject: Subject) -> None:
+        """Launching makes one job, started, and tells its id early."""
+        run = subject.run()
+        journal = MemoryJournal(run)
+        state = await subject.backend.launch(run, journal)
+        _expect(list(subject.job_ids()) == [state.remote_id], "one job, with the id returned")
+        _expect(journal.run.remote_id == state.remote_id, "the id recorded in the journal")
+        _expect(state.status not in {TrainingStatus.READY, TrainingStatus.FAILED}, "a started job")
+
+    async def check_killed_anywhere_makes_one_job(self, subject: Subject) -> None:
+        """Killed at any point of a launch, the same launch repeated makes one job."""
+        for point in range(1000):
+            before = set(subject.job_ids())
+            journal = MemoryJournal(subject.run(), kill_at=point)
+            survived = await self._launch_or_die(subject.backend, journal)
+            if not survived:
+                journal.kill_at = None
+                again = subject.reopen()
+                try:
+                    await self._launch_or_die(again, journal)
+                finally:
+                    await again.aclose()
+            made = set(subject.job_ids()) - before
+            _expect(len(made) == 1, f"one job when killed at point {point}, not {len(made)}")
+            _expect(journal.run.remote_id in made, f"its id recorded, killed at point {point}")
+            await subject.finish(next(iter(made)))
+            if survived:
+                return
+
+    async def _launch_or_die(self, backend: TrainingBackend, journal: MemoryJournal) -> bool:
+        try:
+            await journal.record(await backend.launch(journal.run, journal))
+        except Killed:
+            return False
+        return True
+
+    async def check_another_process_goes_on(self, subject: Subject) -> None:
+        """A backend object that never saw the run works from its record alone."""
+        run = await subject.launched()
+        other = subject.reopen()
+        try:
+            seen = await other.status(run)
+            _expect(seen.remote_id in {None, run.remote_id}, "the state of the same job")
+            await subject.finish(str(run.remote_id))
+            end = await other.status(run)
+        finally:
+            await other.aclose()
+        _expect(end.status is TrainingStatus.COMPLETED, f"completed, not {end.status}")
+
+    async def check_ends_are_told(self, subject: Subject) -> None:
+        """A good and a bad end are seen, with a result or a reason."""
+        run = await subject.launched()
+        await subject.finish(str(run.remote_id))
+        good = await subject.backend.status(run)
+        _expect(good.status is TrainingStatus.COMPLETED, f"completed, not {good.status}")
+        _expect(good.result_model is not None, "the name of the result")
+        run = await subject.launched()
+        await subject.fail(str(run.remote_id))
+        bad = await subject.backend.status(run)
+        _expect(bad.status is TrainingStatus.FAILED, f"failed, not {bad.status}")
+        _expect(bad.failure is not None and bool(bad.failure.message), "why it failed")
+
+    async def check_statuses_agree(self, subject: Subject) -> None:
+        """Asking for many runs says the same as asking for each."""
+        runs = []
+        for _ in range(5):
+            runs.append(await subject.launched())
+            await subject.finish(str(runs[-1].remote_id))
+        gone = runs[0].model_copy(update={"id": "gone", "remote_id": _unknown(runs[0])})
+        together = await subject.backend.statuses([*runs, gone])
+        for run in runs:
+            alone = await subject.backend.status(run)
+            found = together.get(run.id)
+            _expect(found is not None, f"a state of {run.id}")
+            _expect(found is None or found.status is alone.status, f"{alone.status} for {run.id}")
+        _expect("gone" not in together, "nothing about a run that the provider does not know")
+
+    async def check_stop_is_repeatable(self, subject: Subject) -> None:
+        """A stop ends the run, and stopping an ending or ended run does no harm."""
+        run = await subject.launched()
+        for _ in range(2):
+            await subject.backend.stop(run)
+        await subject.confirm_stop(str(run.remote_id))
+        state = await subject.backend.status(run)
+        while not state.status.is_terminal:  # the provider tells nobody
+            await anyio.sleep(0.02)
+            state = await subject.backend.status(run)
+        _expect(state.status is TrainingStatus.CANCELLED, f"cancelled, not {state.status}")
+        await subject.backend.stop(run)
+
+    async def check_logs_have_no_gap_and_no_repeat(self, subject: Subject) -> None:
+        """Following ends with the run, and from any cursor the rest comes again."""
+        run = await subject.launched()
+        await subject.finish(str(run.remote_id))
+        told = await _collect(subject.backend, run, follow=True)
+        _expect(bool(told), "at least one record")
+        _expect(len({r.cursor for r in told}) == len(told), "a cursor of its own for each record")
+        _expect(told == sorted(told, key=lambda record: record.at), "records in order of time")
+        for index, record in enumerate(told):
+            rest = await _collect(subject.backend, run, after=record.cursor)
+            _expect(rest == told[index + 1 :], f"the records behind number {index}")
+
+    async def check_unknown_run_is_not_found(self, subject: Subject) -> None:
+        """A run that the provider does not know is an error, whatever is asked."""
+        run = subject.run()
+        run = run.model_copy(update={"remote_id": _unknown(await subject.launched())})
+        for ask in (subject.backend.status, subject.backend.stop):
+            try:
+                await ask(run)
+            except RunNotFound:
+                continue
+            raise AssertionError(f"{ask.__name__} of an unknown run raises RunNotFound")
+
+    async def check_lacking_verbs_are_unsupported(self, subject: Subject) -> None:
+        """A verb that is not declared raises UnsupportedOperation."""
+        run = await subject.launched()
+        await subject.finish(str(run.remote_id))
+        run = run.updated(await subject.backend.status(run))
+        can, backend = subject.backend.capabilities, subject.backend
+        new = subject.run()
+        verbs: list[tuple[bool, Callable[[], Awaitable[object]]]] = [
+            (can.lists_remote, lambda: backend.list_remote(RemoteFilters())),
+            (can.downloads, lambda: backend.download(run, Path("never-written"))),
+            (can.deletes, lambda: backend.delete(run)),
+            (can.resumes, lambda: backend.resume(run, new, MemoryJournal(new))),
+        ]
+        for declared, verb in verbs:
+            if declared:
+                continue
+            try:
+                await verb()
+            except UnsupportedOperation:
+                continue
+            raise AssertionError("a verb that is not declared raises UnsupportedOperation")
+
+    async def check_listed_runs_include_ours(self, subject: Subject) -> None:
+        """Where the provider's runs can be listed, a launched one is among them."""
+        if not subject.backend.capabilities.lists_remote:
+            return
+        run = await subject.launched()
+        listed = await subject.backend.list_remote(RemoteFilters())
+        _expect(run.remote_id in {entry.remote_id for entry in listed}, "the run in the list")
+
+
+async def _collect(
+    backend: TrainingBackend, run: TrainingRun, *, after: str | None = None, follow: bool = False
+) -> list[LogRecord]:
+    async with aclosing(backend.logs(run, after=after, follow=follow)) as records:
+        return [record async for record in records]
+
+
+def _unknown(run: TrainingRun) -> str:
+    """Return an id of the provider's form that it never gave."""
+    known = str(run.remote_id)
+    return "".join("0" if letter.isalnum() else letter for letter in known)
+
+
+def _expect(condition: bool, what: str) -> None:  # noqa: FBT001  # reads like assert
+    if not condition:
+        raise AssertionError(f"expected {what}")

@@ -1,0 +1,88 @@
+"""A journal in memory that can be cut off at any point, as by a killed process."""
+
+import json
+from collections.abc import Awaitable, Callable
+
+from training_backends.core.backend import JSONValue
+from training_backends.core.errors import AmbiguousLaunch
+from training_backends.core.estimate import Estimate
+from training_backends.core.run import RunState, TrainingRun
+
+__all__ = ["Killed", "MemoryJournal"]
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing below may catch it."""
+
+
+class MemoryJournal:
+    """Implements `core.backend.Journal`; keeps what a store would keep.
+
+    Attributes:
+        run: The record, as a store would have it.
+        quotes: Every quote that was asked about.
+        kill_at: Die at this point, counted from 0 (before, within and after each step,
+            and at each record); None never dies. Reset for every launch.
+        points: How many points were passed since then.
+    """
+
+    def __init__(self, run: TrainingRun, *, kill_at: int | None = None) -> None:
+        self.run = run
+        self.quotes: list[Estimate] = []
+        self.states: list[RunState] = []
+        self.uploaded: list[tuple[str, int, int]] = []
+        self.kill_at = kill_at
+        self.points = 0
+        self.rows: dict[str, str | None] = {}
+
+    def _point(self) -> None:
+        here, self.points = self.points, self.points + 1
+        if here == self.kill_at:
+            raise Killed
+
+    async def step(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None = None,
+        *,
+        repeatable: bool = False,
+    ) -> JSONValue:
+        """See `Journal.step`."""
+        if name in self.rows:
+            known = self.rows[name]
+            if known is not None:
+                remembered: JSONValue = json.loads(known)
+                return remembered
+            if find is None and not repeatable:
+                raise AmbiguousLaunch(f"{name!r} was begun and cannot be looked for.")
+            found = await find() if find is not None else None
+            if found is not None:
+                return self._finish(name, found)
+        self.rows[name] = None
+        self._point()
+        result = await do()
+        self._point()
+        self._finish(name, result)
+        self._point()
+        return result
+
+    def _finish(self, name: str, result: JSONValue) -> JSONValue:
+        self.rows[name] = json.dumps(result)
+        return result
+
+    async def record(self, state: RunState) -> None:
+        """See `Journal.record`."""
+        self._point()
+        self.run = self.run.updated(state)
+        self.states.append(state)
+
+    async def quote(self, estimate: Estimate) -> None:
+        """See `Journal.quote`."""
+        self._point()
+        self.quotes.append(estimate)
+        self.run.config.budget.check(estimate)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """See `Journal.progress`."""
+        self.uploaded.append((name, done, total))

@@ -1,0 +1,334 @@
+"""A server of the Mistral protocol in memory, with a back door to set what happens."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from hashlib import sha256
+from threading import RLock
+from typing import Any, ClassVar, Literal
+from urllib.parse import parse_qsl
+
+from pydantic import ValidationError
+
+from training_backends.mistral.errors import ErrorItem, no_model_message, validation_body
+from training_backends.mistral.wire import JobIn
+from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.stored import (
+    StoredFile,
+    StoredJob,
+    base_card,
+    file_id_of,
+    tuned_card,
+    tuned_model,
+)
+
+__all__ = ["ScriptedProvider", "read_form"]
+
+_OVER = frozenset({"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"})
+_WAITING = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
+
+
+class _Refused(Exception):
+    """An error answer."""
+
+    def __init__(self, status: int, body: Any) -> None:
+        super().__init__(status)
+        self.reply = _json(body, status)
+
+
+class ScriptedProvider(LoopbackServer):
+    """Speaks the protocol; what happens beyond that, the test decides.
+
+    Attributes:
+        key: The only key accepted; None accepts any.
+        auto: How far jobs go by themselves, a step each time that they are looked at.
+        newest_first: Order of events and checkpoints.
+        retired: The job routes answer 410.
+        offers_no_model: A create is answered with the 422 that lists no model.
+        lists_lag: How many job lists do not show the newest job yet.
+        clock: Unix seconds.
+        cost: The quote's cost; its currency is USD.
+    """
+
+    key: str | None = "test-key"
+    auto: Literal["none", "validate", "complete"] = "complete"
+    newest_first = True
+    retired = False
+    offers_no_model = False
+    lists_lag = 0
+    cost: float | None = 2.5
+    models: ClassVar[tuple[str, ...]] = ("open-mistral-7b", "ministral-3b-latest", "tiny-mistral")
+
+    def __init__(self) -> None:
+        super().__init__(self._respond)
+        self.files: dict[str, StoredFile] = {}
+        self.jobs: dict[str, StoredJob] = {}
+        self.clock: Callable[[], int] = lambda: int(time.time())
+        self._state = RLock()
+
+    # -- the back door -----------------------------------------------------------------
+
+    def set_status(self, job_id: str, word: str, *, event: bool = True, **data: Any) -> None:
+        """Move a job on.
+
+        Args:
+            event: Whether an event tells of it.
+            data: More of the event's data, for example `error="…"`.
+        """
+        with self._state:
+            job = self.jobs[job_id]
+            job.status = word
+            job.modified_at = self.clock()
+            if event:
+                entry = {"status": word, **data}
+                job.events.append(
+                    {"name": "status-updated", "data": entry, "created_at": job.modified_at}
+                )
+            if word == "VALIDATED":
+                job.metadata = self._metadata(job)
+            if word == "SUCCESS":
+                job.fine_tuned_model = f"ft:{job.asked['model']}:0a1b2c3d:20260101:{job.id[:8]}"
+
+    def add_checkpoint(self, job_id: str, step: int, **metrics: float | None) -> None:
+        """Let a job reach a point."""
+        with self._state:
+            job = self.jobs[job_id]
+            job.modified_at = self.clock()
+            job.checkpoints.append(
+                {"step_number": step, "created_at": job.modified_at, "metrics": metrics}
+            )
+
+    def add_job(self, asked: Mapping[str, Any], status: str = "RUNNING") -> str:
+        """Make a job that somebody else created."""
+        with self._state:
+            job = self._make_job(dict(asked))
+            job.status = status
+            return job.id
+
+    def _metadata(self, job: StoredJob) -> dict[str, Any]:
+        steps = job.asked["hyperparameters"].get("training_steps") or 10
+        return {
+            "expected_duration_seconds": 60,
+            "cost": self.cost,
+            "cost_currency": None if self.cost is None else "USD",
+            "train_tokens_per_step": 131_072,
+            "train_tokens": 131_072 * steps,
+            "data_tokens": 50_000,
+        }
+
+    def _make_job(self, asked: dict[str, Any]) -> StoredJob:
+        now = self.clock()
+        job = StoredJob(id=str(uuid.uuid4()), asked=asked, created_at=now, modified_at=now)
+        self.jobs[job.id] = job
+        self.set_status(job.id, "QUEUED")
+        return job
+
+    def _go_on(self, job: StoredJob) -> None:
+        """Take a job one step further, as far as `auto` says."""
+        if job.started and self.auto == "complete":
+            if job.status == "QUEUED":
+                self.set_status(job.id, "RUNNING")
+                self.add_checkpoint(job.id, 1, train_loss=2.0, valid_loss=None)
+            elif job.status == "RUNNING":
+                self.add_checkpoint(job.id, 10, train_loss=1.0, valid_loss=None)
+                self.set_status(job.id, "SUCCESS")
+        if job.status == "CANCELLATION_REQUESTED" and self.auto != "none":
+            self.set_status(job.id, "CANCELLED")
+        elif not job.started and self.auto != "none":
+            following = {"QUEUED": "VALIDATING", "VALIDATING": "VALIDATED"}.get(job.status)
+            if following:
+                self.set_status(job.id, following)
+
+    # -- the front door ----------------------------------------------------------------
+
+    def _respond(self, request: Received) -> Reply:
+        with self._state:
+            try:
+                return self._route(request)
+            except _Refused as refusal:
+                return refusal.reply
+
+    def _route(self, request: Received) -> Reply:
+        given = request.headers.get("authorization", "")
+        if not given.startswith("Bearer ") or self.key not in {None, given[7:]}:
+            raise _Refused(401, {"message": "Unauthorized", "request_id": "0"})
+        parts = request.path.strip("/").split("/")
+        if parts[:2] == ["v1", "files"]:
+            return self._files(request, parts[2:])
+        if parts[:3] == ["v1", "fine_tuning", "jobs"]:
+            if self.retired:
+                raise _Refused(410, {"detail": "Gone"})
+            return self._jobs(request, parts[3:])
+        if parts[:2] == ["v1", "models"] or parts[:3] == ["v1", "fine_tuning", "models"]:
+            return self._models(request, parts[2:] if parts[1] == "models" else parts[3:])
+        raise _Refused(404, {"detail": "Not Found"})
+
+    def _files(self, request: Received, rest: list[str]) -> Reply:
+        if not rest:
+            return self._upload(request) if request.method == "POST" else self._list_files(request)
+        file = self.files.get(rest[0])
+        if file is None:
+            raise _Refused(404, {"detail": "No file matches the given query."})
+        if rest[1:] == ["content"]:
+            return Reply(content=file.content, content_type="application/octet-stream")
+        if rest[1:] == ["url"]:
+            return _json({"url": f"{self.base_url}/signed/{file.id}"})
+        if request.method == "DELETE":
+            del self.files[file.id]
+            return _json({"id": file.id, "object": "file", "deleted": True})
+        return _json({**file.document(), "deleted": False})
+
+    def _list_files(self, request: Received) -> Reply:
+        asked = dict(request.query)
+        found = [
+            file.document()
+            for file in reversed(self.files.values())
+            if asked.get("search", "") in file.filename
+            and asked.get("purpose") in {None, file.purpose}
+        ]
+        return _json(_page(found, asked))
+
+    def _upload(self, request: Received) -> Reply:
+        fields, filename, content = read_form(request)
+        digest = sha256(content).hexdigest()
+        for file in self.files.values():
+            if (file.filename, file.digest) == (filename, digest):
+                return _json(file.document())
+        file = StoredFile(
+            id=str(uuid.uuid4()),
+            filename=filename,
+            size=len(content),
+            digest=digest,
+            purpose=fields.get("purpose", "fine-tune"),
+            visibility=fields.get("visibility"),
+            created_at=self.clock(),
+            content=content,
+        )
+        self.files[file.id] = file
+        return _json(file.document())
+
+    def _jobs(self, request: Received, rest: list[str]) -> Reply:
+        if not rest:
+            return self._create(request) if request.method == "POST" else self._list_jobs(request)
+        job = self.jobs.get(rest[0])
+        if job is None:
+            raise _Refused(404, {"detail": "No fine tuning job matches the given query."})
+        if rest[1:] == ["start"]:
+            if job.status != "VALIDATED":
+                raise _Refused(422, {"detail": f"Job is {job.status}, not VALIDATED."})
+            job.started = True
+            job.starts += 1
+            self.set_status(job.id, "QUEUED", event=False)
+        elif rest[1:] == ["cancel"]:
+            self._cancel(job)
+        else:
+            self._go_on(job)
+        return _json(job.document(newest_first=self.newest_first))
+
+    def _cancel(self, job: StoredJob) -> None:
+        if job.status in _WAITING and not job.started:
+            self.set_status(job.id, "CANCELLED")
+        elif job.status not in _OVER:
+            self.set_status(job.id, "CANCELLATION_REQUESTED")
+
+    def _list_jobs(self, request: Received) -> Reply:
+        asked = dict(request.query)
+        jobs = list(reversed(self.jobs.values()))
+        if self.lists_lag and len(request.query) > 2:
+            self.lists_lag -= 1
+            jobs = jobs[1:]
+        found = [
+            job.document(detailed=False)
+            for job in jobs
+            if asked.get("model") in {None, job.asked["model"]}
+            and asked.get("suffix") in {None, job.asked.get("suffix")}
+            and asked.get("status") in {None, job.status}
+            and job.created_at >= _seconds(asked.get("created_after"), 0)
+            and job.created_at <= _seconds(asked.get("created_before"), 2**40)
+        ]
+        return _json(_page(found, asked))
+
+    def _create(self, request: Received) -> Reply:
+        body = json.loads(request.body)
+        try:
+            JobIn.model_validate(body)
+        except ValidationError as error:
+            raise _Refused(422, _field_errors(error)) from None
+        if self.offers_no_model or body["model"] not in self.models:
+            kind = body.get("job_type") or "completion"
+            offered = [] if self.offers_no_model else list(self.models)
+            raise _Refused(422, {"detail": no_model_message(kind, offered)})
+        missing = [f for f in map(file_id_of, body["training_files"]) if f not in self.files]
+        if missing:
+            raise _Refused(422, {"detail": f"Training file {missing[0]} not found."})
+        if dict(request.query).get("dry_run") == "true":
+            job = StoredJob(id="", asked=body, created_at=0)
+            return _json({**self._metadata(job), "deprecated": True, "details": "dry run"})
+        if any(_similar(job, body) for job in self.jobs.values()):
+            raise _Refused(409, {"detail": "A similar job is in progress."})
+        return _json(self._make_job(body).document(detailed=False))
+
+    def _models(self, request: Received, rest: list[str]) -> Reply:
+        if not rest:
+            base = [base_card(name, self.clock()) for name in self.models]
+            tuned = [tuned_card(job) for job in self.jobs.values() if job.fine_tuned_model]
+            return _json({"object": "list", "data": base + tuned})
+        name = rest[0]
+        job = next((job for job in self.jobs.values() if job.fine_tuned_model == name), None)
+        if job is None and name not in self.models:
+            raise _Refused(404, {"detail": "No model matches the given query."})
+        if rest[1:] == ["archive"]:
+            archived = request.method == "POST"
+            return _json({"id": name, "object": "model", "archived": archived})
+        if request.method == "DELETE":
+            return _json({"id": name, "object": "model", "deleted": True})
+        if job is None:
+            return _json(base_card(name, self.clock()))
+        if request.method == "PATCH":
+            return _json({**tuned_model(job), **json.loads(request.body)})
+        return _json(tuned_card(job))
+
+
+def _json(body: Any, status: int = 200) -> Reply:
+    return Reply(status=status, content=json.dumps(body).encode())
+
+
+def _page(found: list[dict[str, Any]], asked: Mapping[str, str]) -> dict[str, Any]:
+    page, size = int(asked.get("page", 0)), int(asked.get("page_size", 100))
+    shown = found[page * size : (page + 1) * size]
+    return {"object": "list", "data": shown, "total": len(found)}
+
+
+def _seconds(text: str | None, default: float) -> float:
+    return default if text is None else datetime.fromisoformat(text).timestamp()
+
+
+def _similar(job: StoredJob, body: Mapping[str, Any]) -> bool:
+    names = ("model", "training_files", "hyperparameters", "suffix")
+    return job.status not in _OVER and all(job.asked.get(n) == body.get(n) for n in names)
+
+
+def _field_errors(error: ValidationError) -> dict[str, Any]:
+    items = [
+        ErrorItem(type=detail["type"], loc=["body", *detail["loc"]], msg=detail["msg"])
+        for detail in error.errors(include_input=False, include_url=False)
+    ]
+    return validation_body(items)
+
+
+def read_form(request: Received) -> tuple[dict[str, str], str, bytes]:
+    """Read a multipart body; the file is its last part."""
+    boundary = request.headers["content-type"].partition("boundary=")[2].encode()
+    fields: dict[str, str] = {}
+    for part in request.body.split(b"--" + boundary)[1:-1]:
+        head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        content = content.removesuffix(b"\r\n")
+        line = next(entry for entry in head.decode().split("\r\n") if "form-data" in entry)
+        values = dict(parse_qsl(line.partition("form-data; ")[2].replace("; ", "&")))
+        name = values["name"].strip('"')
+        if "filename" in values:
+            return fields, values["filename"].strip('"'), content
+        fields[name] = content.decode()
+    raise _Refused(422, {"detail": "No file."})

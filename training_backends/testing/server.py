@@ -1,0 +1,314 @@
+"""A plain HTTP/1.1 server on loopback, in threads, that breaks when it is told to."""
+
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from tempfile import SpooledTemporaryFile
+from threading import Lock, Thread
+from typing import IO, Any, ClassVar, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from training_backends.testing.faults import (
+    CutAnswer,
+    DropRequest,
+    Fault,
+    LoseAnswer,
+    OtherAnswer,
+    SlowAnswer,
+)
+
+__all__ = ["LoopbackServer", "Received", "Reply"]
+
+_IN_MEMORY = 1_000_000
+
+
+@dataclass(slots=True, kw_only=True)
+class Received:
+    """A request as it came.
+
+    Attributes:
+        target: Path and query as they were on the wire.
+        path: The path, decoded.
+        headers: Names in lower case.
+        content: The body; on disk when it is large.
+    """
+
+    method: str
+    target: str
+    path: str
+    query: list[tuple[str, str]]
+    headers: dict[str, str]
+    content: IO[bytes]
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        self.content.seek(0)
+        return self.content.read()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What to answer."""
+
+    status: int = 200
+    content: bytes = b""
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Planned:
+    fault: Fault
+    method: str | None
+    path: str | None
+    times: int
+    skip: int
+
+
+class LoopbackServer:
+    """Serves `answer` at `base_url` while it is entered; sync, so usable from any test.
+
+    Attributes:
+        requests: Everything that was asked, in order.
+        connections: How many were opened.
+        largest_burst: Most requests that were in the works at the same time.
+    """
+
+    def __init__(self, answer: Callable[[Received], Reply]) -> None:
+        self._answer = answer
+        self._planned: list[_Planned] = []
+        self._lock = Lock()
+        self._working = 0
+        self._server: ThreadingHTTPServer | None = None
+        self._thread: Thread | None = None
+        self._open: set[socket.socket] = set()
+        self.requests: list[Received] = []
+        self.connections = 0
+        self.largest_burst = 0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self, port: int = 0) -> None:
+        """Begin to serve; a port of 0 takes any that is free."""
+        handler = type("_Bound", (_Handler,), {"owner": self})
+        self._server = _Server(("127.0.0.1", port), handler)
+        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and cut every connection; may be started again."""
+        if self._server is None or self._thread is None:
+            return
+        self._server.shutdown()
+        self._thread.join()
+        with self._lock:
+            opened, self._open = self._open, set()
+        for connection in opened:
+            _cut(connection)
+        self._server.server_close()
+        self._server = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens.
+
+        Raises:
+            RuntimeError: It is not started.
+        """
+        if self._server is None:
+            raise RuntimeError("the server is not started")
+        return int(self._server.server_address[1])
+
+    @property
+    def base_url(self) -> str:
+        """The URL of its root, without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def fail(
+        self,
+        fault: Fault,
+        *,
+        method: str | None = None,
+        path: str | None = None,
+        times: int = 1,
+        skip: int = 0,
+    ) -> None:
+        """Break the next requests that fit.
+
+        Args:
+            method: None fits all.
+            path: The end of the path; None fits all.
+            times: How many of them.
+            skip: How many are let through before.
+        """
+        with self._lock:
+            self._planned.append(_Planned(fault, method, path, times, skip))
+
+    def heal(self) -> None:
+        """Forget all planned faults."""
+        with self._lock:
+            self._planned.clear()
+
+    def asked(self, method: str, path: str = "") -> list[Received]:
+        """Return the requests with this method whose path ends so."""
+        return [r for r in self.requests if r.method == method and r.path.endswith(path)]
+
+    def opened(self, connection: socket.socket) -> None:
+        """Count a connection."""
+        with self._lock:
+            self.connections += 1
+            self._open.add(connection)
+
+    def closed(self, connection: socket.socket) -> None:
+        """Forget a connection."""
+        with self._lock:
+            self._open.discard(connection)
+
+    @contextmanager
+    def received(self, request: Received) -> Iterator[Fault | None]:
+        """Note a request for the time that it is worked on; give the fault planned for it."""
+        with self._lock:
+            self.requests.append(request)
+            self._working += 1
+            self.largest_burst = max(self.largest_burst, self._working)
+            fault = self._next_fault(request)
+        try:
+            yield fault
+        finally:
+            with self._lock:
+                self._working -= 1
+
+    def _next_fault(self, request: Received) -> Fault | None:
+        for plan in self._planned:
+            fits = plan.method in {None, request.method} and request.path.endswith(plan.path or "")
+            if fits and plan.skip:
+                plan.skip -= 1
+            elif fits and plan.times:
+                plan.times -= 1
+                return plan.fault
+        return None
+
+    def answer(self, request: Received) -> Reply:
+        """Carry a request out; a fault of the script is answered, not hidden."""
+        try:
+            return self._answer(request)
+        except Exception:  # whatever it is, the test shall see it
+            return Reply(
+                status=500, content=traceback.format_exc().encode(), content_type="text/plain"
+            )
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay silent: a client that hangs up is part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: ClassVar[LoopbackServer]
+    # Head and body of an answer leave in one packet, not forty milliseconds apart.
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.owner.opened(self.connection)
+
+    def finish(self) -> None:
+        self.owner.closed(self.connection)
+        super().finish()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base's name
+        """Write nothing."""
+
+    def _serve(self) -> None:
+        request = self._read()
+        with self.owner.received(request) as fault:
+            reply = self.owner.answer(request) if fault is None or fault.done else Reply()
+            if fault is None:
+                self._send(reply)
+            else:
+                self._break(fault, reply)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = _serve  # noqa: N815  # the base's names
+
+    def _read(self) -> Received:
+        parts = urlsplit(self.path)
+        content: IO[bytes] = SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # lives on
+        left = int(self.headers.get("content-length") or 0)
+        while left > 0:
+            chunk = self.rfile.read(min(left, 65_536))
+            if not chunk:
+                raise ConnectionResetError("the client hung up")
+            content.write(chunk)
+            left -= len(chunk)
+        return Received(
+            method=self.command,
+            target=self.path,
+            path=unquote(parts.path),
+            query=parse_qsl(parts.query, keep_blank_values=True),
+            headers={name.lower(): value for name, value in self.headers.items()},
+            content=content,
+        )
+
+    def _break(self, fault: Fault, reply: Reply) -> None:
+        if isinstance(fault, LoseAnswer | DropRequest):
+            self._hang_up()
+        elif isinstance(fault, OtherAnswer):
+            self._send(
+                Reply(
+                    status=fault.status,
+                    content=fault.content(),
+                    content_type=fault.content_type,
+                    headers=dict(fault.headers),
+                )
+            )
+        elif isinstance(fault, CutAnswer):
+            self._head(reply)
+            self.wfile.write(reply.content[: fault.after])
+            self._hang_up()
+        elif isinstance(fault, SlowAnswer):
+            self._head(reply)
+            for byte in reply.content:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(fault.pause)
+
+    def _send(self, reply: Reply) -> None:
+        self._head(reply)
+        self.wfile.write(reply.content)
+
+    def _head(self, reply: Reply) -> None:
+        self.send_response(reply.status, HTTPStatus(reply.status).phrase)
+        self.send_header("Content-Type", reply.content_type)
+        self.send_header("Content-Length", str(len(reply.content)))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        _cut(self.connection)
+
+
+def _cut(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # gone already
