@@ -1,0 +1,207 @@
+"""A gateway on loopback in front of a backend whose runs move when a test says so."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from blockbuster import blockbuster_ctx
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
+from training_backends.core.run import LogRecord, ValidationReport, utc_now
+from training_backends.core.status import TrainingStatus
+from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.serve import RunningGateway, running
+from training_backends.gateway.settings import GatewaySettings
+from training_backends.testing.backend import ScriptedBackend
+
+KEY = "a-static-key-for-tests"
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {n} plus {n}?"},
+            {"role": "assistant", "content": f"It is {n + n}."},
+        ]
+    }
+    for n in range(8)
+]
+
+
+def jsonl(rows: Sequence[object] = ROWS) -> bytes:
+    """Write rows as a training file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+class Backend(ScriptedBackend):
+    """The scripted backend, with status changes and metrics in its logs."""
+
+    def __init__(self, **capabilities: Any) -> None:
+        values: dict[str, Any] = {"downloads": True, "deletes": True, **capabilities}
+        super().__init__(capabilities=Capabilities(**values))
+        self.gate: anyio.Event | None = None
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """Wait for the gate, if there is one, and say what `report` holds."""
+        if self.gate is not None:
+            await self.gate.wait()
+        return await super().validate(config, dataset)
+
+    def tell(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
+        """Put a job into a state and say so in its log."""
+        self._add(remote_id, "status", None, {"status": status.value})
+        self.say(remote_id, status, **state)
+
+    def measure(self, remote_id: str, step: int, **metrics: float | None) -> None:
+        """Add a row of metrics to a job's log."""
+        self._add(remote_id, "metrics", step, metrics)
+        self._notify()
+
+    def forget_process(self) -> None:
+        """Do what the end of a process does to those who wait."""
+        self._notify()
+
+    def _add(self, remote_id: str, source: str, step: int | None, fields: dict[str, Any]) -> None:
+        records = self._logs[remote_id]
+        records.append(
+            LogRecord(
+                at=utc_now(),
+                message=source,
+                source=source,
+                step=step,
+                fields=fields,
+                cursor=str(len(records)),
+            )
+        )
+
+
+@dataclass
+class Site:
+    """A gateway, its backend and somebody who asks it over HTTP."""
+
+    home: Path
+    backend: Backend
+    http: httpx.AsyncClient
+    served: RunningGateway
+
+    async def upload(
+        self, content: bytes = jsonl(), name: str = "train.jsonl", **fields: str
+    ) -> str:
+        """Upload a file and return its id."""
+        answer = await self.http.post("/v1/files", files={"file": (name, content)}, data=fields)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    async def create(self, *, files: Sequence[str] | None = None, **fields: Any) -> dict[str, Any]:
+        """Create a job and return it."""
+        answer = await self.try_create(files=files, **fields)
+        assert answer.status_code == 200, answer.text
+        created: dict[str, Any] = answer.json()
+        return created
+
+    async def try_create(
+        self, *, files: Sequence[str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        """Ask for a job."""
+        ids = files if files is not None else [await self.upload()]
+        body = {
+            "model": "tiny-mistral",
+            "training_files": [{"file_id": one, "weight": 1} for one in ids],
+            "hyperparameters": {"training_steps": 10, "learning_rate": 1e-4},
+            **fields,
+        }
+        return await self.http.post("/v1/fine_tuning/jobs", json=body)
+
+    async def get(self, job_id: str) -> dict[str, Any]:
+        """Return a job."""
+        answer = await self.http.get(f"/v1/fine_tuning/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+    async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
+        """Wait until a job has one of these statuses."""
+
+        async def reached() -> dict[str, Any] | None:
+            job = await self.get(job_id)
+            return job if job["status"] in statuses else None
+
+        found: dict[str, Any] = await eventually(reached)
+        return found
+
+    async def started(self, **fields: Any) -> tuple[str, str]:
+        """Create and start a job; return its id and the id that the backend gave it."""
+        before = len(self.backend.created)
+        job = await self.create(auto_start=True, **fields)
+
+        async def launched() -> str | None:
+            return self.backend.created[before] if len(self.backend.created) > before else None
+
+        return job["id"], await eventually(launched)
+
+    async def finished(self, **fields: Any) -> dict[str, Any]:
+        """Take a job to its successful end."""
+        job_id, remote_id = await self.started(**fields)
+        self.backend.measure(remote_id, 10, train_loss=1.0)
+        self.backend.finish(remote_id)
+        return await self.until(job_id, "SUCCESS")
+
+
+async def eventually(look: Callable[[], Awaitable[Any]], patience: float = 20.0) -> Any:
+    """Return the first true value that `look` returns."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if found := await look():
+            return found
+        await anyio.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+@asynccontextmanager
+async def site(
+    home: Path,
+    backend: Backend | None = None,
+    *,
+    blobs: BlobStore | None = None,
+    **settings: Any,
+) -> AsyncIterator[Site]:
+    """Open a gateway on a free port."""
+    backend = backend or Backend()
+    values: dict[str, Any] = {"api_key": SecretStr(KEY), **settings}
+    async with (
+        running(
+            GatewaySettings(**values),
+            home=home,
+            backend="scripted",
+            port=0,
+            backends={"scripted": backend},
+            blobs=blobs,
+        ) as served,
+        httpx.AsyncClient(
+            base_url=served.url, headers={"authorization": f"Bearer {KEY}"}, timeout=30
+        ) as http,
+    ):
+        yield Site(home, backend, http, served)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[Any]]:
+    """Keep what is logged, and fail any blocking call of the gateway in the event loop."""
+    with capture_logs() as entries, blockbuster_ctx("training_backends.gateway"):
+        yield entries
+
+
+@pytest.fixture
+async def here(tmp_path: Path) -> AsyncIterator[Site]:
+    """A gateway with a static key."""
+    async with site(tmp_path / "home") as opened:
+        yield opened

@@ -1,0 +1,65 @@
+"""What is offered, and what a user's own file changes in it."""
+
+from pathlib import Path
+
+import pytest
+
+from training_backends.core.errors import ConfigError
+from training_backends.gateway.catalogue import Catalogue
+
+
+def test_the_built_in_names_stand_for_open_weights() -> None:
+    """The model made on the spot is among them."""
+    catalogue = Catalogue.load()
+    tiny, seven = catalogue.get("tiny-mistral"), catalogue.get("open-mistral-7b")
+    assert tiny is not None
+    assert seven is not None
+    assert (tiny.target, seven.target) == ("tiny-mistral", "mistralai/Mistral-7B-v0.3")
+    assert catalogue.get("mistral-medium-latest") is None
+    assert "open-mistral-nemo" in catalogue.names("completion")
+    assert catalogue.names("classifier") == []
+
+
+def test_a_file_adds_and_replaces(tmp_path: Path) -> None:
+    """The rest of the built-in names stays."""
+    path = tmp_path / "catalogue.toml"
+    path.write_text(
+        '[models.mine]\ntarget = "org/mine"\njob_types = ["classifier"]\n'
+        '[models.open-mistral-7b]\ntarget = "/models/seven"\ncontext_length = 4096\n'
+    )
+    catalogue = Catalogue.load(path)
+    seven = catalogue.get("open-mistral-7b")
+    assert seven is not None
+    assert (seven.target, seven.context_length) == ("/models/seven", 4096)
+    assert catalogue.names("classifier") == ["mine"]
+    assert catalogue.get("tiny-mistral") is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[models.a]\ntraget = "x"\n', "models.a.target"),
+        ('[models.a]\ntarget = "x"\njob_types = ["chat"]\n', "models.a.job_types.0"),
+        ('[models.a]\ntarget = "x"\ncontext_length = "8k"\n', "models.a.context_length"),
+        ('[models."a/b"]\ntarget = "x"\n', "models.a/b"),
+        ("[models]\na = 1\n", "models.a"),
+        ("models = 1\n", "models"),
+        ("[model.a]\n", "model"),
+        ("[models.a\n", None),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, text: str, key: str | None) -> None:
+    """Each issue says where to look."""
+    path = tmp_path / "catalogue.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        Catalogue.load(path)
+    assert raised.value.issues[0].path == str(path)
+    assert key in [issue.field for issue in raised.value.issues]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """With what is wrong with it."""
+    with pytest.raises(ConfigError) as raised:
+        Catalogue.load(tmp_path / "none.toml")
+    assert "No such file" in raised.value.issues[0].message

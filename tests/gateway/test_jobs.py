@@ -1,0 +1,593 @@
+"""The life of jobs over HTTP."""
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import pytest
+
+from tests.gateway.conftest import Backend, Site, eventually, jsonl, site
+from training_backends.core.errors import BackendUnavailable, Issue
+from training_backends.core.estimate import Money
+from training_backends.core.run import ValidationReport
+from training_backends.core.status import TrainingStatus
+from training_backends.gateway.jobstore import STATUS_EVENT
+
+pytestmark = pytest.mark.anyio
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+def statuses(job: dict[str, Any]) -> list[str]:
+    """Return the statuses that a job's events tell of."""
+    return [event["data"]["status"] for event in job["events"] if event["name"] == STATUS_EVENT]
+
+
+async def test_a_job_lives_from_upload_to_model(here: Site) -> None:
+    """Quoted once validated, queued again without event, followed to its model."""
+    job = await here.create(suffix="mine")
+    assert (job["status"], job["metadata"], job["fine_tuned_model"]) == ("QUEUED", None, None)
+    validated = await here.until(job["id"], "VALIDATED")
+    assert validated["metadata"]["cost"] == 0
+    assert validated["metadata"]["cost_currency"] == "USD"
+    assert validated["metadata"]["data_tokens"] == len(jsonl())
+    assert here.backend.created == []
+    started = (await here.http.post(f"{JOBS}/{job['id']}/start")).json()
+    assert (started["status"], statuses(started)[-1]) == ("QUEUED", "VALIDATED")
+    running = await here.until(job["id"], "RUNNING")
+    assert running["checkpoints"] == []
+    (remote,) = here.backend.created
+    here.backend.measure(remote, 1, train_loss=2.0)
+    here.backend.measure(remote, 2, train_loss=1.5, valid_loss=1.6, valid_mean_token_accuracy=0.4)
+    here.backend.finish(remote)
+    done = await here.until(job["id"], "SUCCESS")
+    assert statuses(done) == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
+    assert [point["step_number"] for point in done["checkpoints"]] == [2, 1]
+    assert done["checkpoints"][0]["metrics"] == {
+        "train_loss": 1.5,
+        "valid_loss": 1.6,
+        "valid_mean_token_accuracy": 0.4,
+    }
+    assert done["checkpoints"][1]["metrics"]["valid_loss"] is None
+    head, base, org, day, suffix, tail = done["fine_tuned_model"].split(":")
+    assert (head, base, suffix, tail) == ("ft", "tiny-mistral", "mine", job["id"][:8])
+    assert (len(org), len(day)) == (8, 8)
+
+
+async def test_auto_start_needs_no_start(here: Site) -> None:
+    """A job that asks for it is started once it is validated."""
+    job_id, remote = await here.started()
+    await here.until(job_id, "RUNNING")
+    here.backend.finish(remote)
+    assert statuses(await here.until(job_id, "SUCCESS"))[-2:] == ["RUNNING", "SUCCESS"]
+
+
+async def test_the_backend_s_own_steps_are_told(here: Site) -> None:
+    """Initializing is STARTED, and a status never goes back."""
+    backend = here.backend
+    job_id, remote = await here.started()
+    await here.until(job_id, "RUNNING")
+    backend.tell(remote, TrainingStatus.INITIALIZING)
+    backend.measure(remote, 1, train_loss=1.0)
+
+    async def measured() -> dict[str, Any] | None:
+        job = await here.get(job_id)
+        return job if job["checkpoints"] else None
+
+    assert (await eventually(measured))["status"] == "RUNNING"
+    backend.finish(remote)
+
+
+async def test_nothing_is_null_that_clients_cannot_read(here: Site) -> None:
+    """A TypeScript client drops a job in which one of these is null."""
+    job = await here.create()
+    detailed = await here.get(job["id"])
+    assert job["repositories"] == []
+    assert job["validation_files"] == []
+    assert job["hyperparameters"]["learning_rate"] == 1e-4
+    assert (detailed["repositories"], detailed["checkpoints"]) == ([], [])
+    assert isinstance(detailed["events"][0]["created_at"], int)
+    listed = (await here.http.get(JOBS)).json()
+    assert (listed["object"], listed["total"]) == ("list", 1)
+    assert "events" not in listed["data"][0]
+
+
+async def test_bare_ids_are_read_as_training_files(here: Site) -> None:
+    """The documentation's own sample sends them."""
+    file_id = await here.upload()
+    job = await here.create(training_files=[file_id])
+    assert job["training_files"] == [file_id]
+
+
+async def test_a_job_that_names_no_length_gets_one_and_shows_it(here: Site) -> None:
+    """What is taken by default stands in the job."""
+    job = await here.create(hyperparameters={})
+    assert job["hyperparameters"]["epochs"] == 3.0
+    assert job["hyperparameters"]["training_steps"] is None
+
+
+async def test_the_quote_is_the_backend_s(tmp_path: Path) -> None:
+    """Cost and currency come from the estimate."""
+    backend = Backend()
+    backend.price = Money.model_validate("12.5 EUR")
+    async with site(tmp_path, backend) as here:
+        job = await here.create()
+        quote = (await here.until(job["id"], "VALIDATED"))["metadata"]
+    assert (quote["cost"], quote["cost_currency"]) == (12.5, "EUR")
+    assert quote["train_tokens_per_step"] == round(quote["train_tokens"] / 10)
+
+
+async def test_a_dry_run_quotes_and_makes_no_job(here: Site) -> None:
+    """The answer is metadata, and nothing is left."""
+    file_id = await here.upload()
+    body = {
+        "model": "tiny-mistral",
+        "training_files": [{"file_id": file_id}],
+        "hyperparameters": {"epochs": 2},
+    }
+    answer = await here.http.post(f"{JOBS}?dry_run=true", json=body)
+    found = answer.json()
+    assert (answer.status_code, found["object"]) == (200, "job.metadata")
+    assert (found["deprecated"], found["epochs"], found["training_steps"]) == (True, 2, 10)
+    assert isinstance(found["details"], str)
+    assert (await here.http.get(JOBS)).json()["total"] == 0
+
+
+async def test_a_dry_run_of_what_cannot_run_says_why(here: Site) -> None:
+    """The backend's objections are the answer."""
+    here.backend.report = ValidationReport(issues=(Issue(code="x", message="not on this chip"),))
+    answer = await here.http.post(
+        f"{JOBS}?dry_run=true",
+        json={
+            "model": "tiny-mistral",
+            "training_files": [await here.upload()],
+            "hyperparameters": {},
+        },
+    )
+    assert (answer.status_code, answer.json()) == (422, {"detail": "not on this chip"})
+
+
+async def test_every_filter_of_the_list(here: Site) -> None:
+    """Each filter keeps what fits and leaves out what does not."""
+    done = await here.finished(suffix="one")
+    waits = await here.create(suffix="two", model="open-mistral-7b")
+    await here.until(waits["id"], "VALIDATED")
+    created = datetime.fromtimestamp(done["created_at"], UTC)
+    hour = timedelta(hours=1)
+
+    async def ids(**query: Any) -> list[str]:
+        answer = await here.http.get(JOBS, params=query)
+        assert answer.status_code == 200, answer.text
+        found = [job["id"] for job in answer.json()["data"]]
+        assert answer.json()["total"] == len(found)
+        return found
+
+    both = [waits["id"], done["id"]]
+    assert await ids() == both
+    assert await ids(model="open-mistral-7b") == [waits["id"]]
+    assert await ids(status="SUCCESS") == [done["id"]]
+    assert await ids(suffix="one") == [done["id"]]
+    assert await ids(created_by_me=True) == both
+    assert await ids(wandb_project="p") == []
+    assert await ids(wandb_name="n") == []
+    for moment in (created - hour, (created - hour).replace(tzinfo=None)):
+        assert await ids(created_after=moment.isoformat()) == both
+        assert await ids(created_before=moment.isoformat()) == []
+    assert await ids(created_after=(created + hour).isoformat()) == []
+    assert await ids(created_before=f"{created + hour:%Y-%m-%dT%H:%M:%S}.000Z") == both
+
+
+async def test_pages_of_the_list_count_all(here: Site) -> None:
+    """The total is that of the filter, not of the page."""
+    made = [(await here.create(suffix=f"n{n}"))["id"] for n in range(3)]
+    page = (await here.http.get(f"{JOBS}?page=1&page_size=2")).json()
+    assert ([job["id"] for job in page["data"]], page["total"]) == ([made[0]], 3)
+
+
+async def test_created_by_me_knows_the_key(here: Site) -> None:
+    """Another key's jobs are left out."""
+    await here.create()
+    keys = here.served.gateway.keys
+    other = await anyio.to_thread.run_sync(keys.create, "other")
+    here.http.headers["authorization"] = f"Bearer {other.key.get_secret_value()}"
+    assert (await here.http.get(f"{JOBS}?created_by_me=true")).json()["total"] == 0
+    assert (await here.http.get(JOBS)).json()["total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"hyperparameters": {"n_epochs": 3}}, ["body", "hyperparameters", "n_epochs"]),
+        ({"hyperparameters": {"trainingSteps": 3}}, ["body", "hyperparameters", "trainingSteps"]),
+        ({"hyperparameters": {"learning_rate": 2}}, ["body", "hyperparameters", "learning_rate"]),
+        (
+            {"hyperparameters": {"epochs": 1, "training_steps": 1}},
+            ["body", "hyperparameters"],
+        ),
+        ({"n_epochs": 3}, ["body", "n_epochs"]),
+        ({"suffix": "a" * 19}, ["body", "suffix"]),
+        ({"suffix": "a:b"}, ["body", "suffix"]),
+        ({"training_files": []}, ["body", "training_files"]),
+        ({"training_files": [str(uuid4())]}, ["body", "training_files", 0, "file_id"]),
+        ({"training_files": ["no-id"]}, ["body", "training_files", 0, "file_id"]),
+        ({"validation_files": [str(uuid4())]}, ["body", "validation_files", 0]),
+        (
+            {"repositories": [{"name": "r", "owner": "o", "token": "secret-token"}]},
+            ["body", "repositories"],
+        ),
+        (
+            {"integrations": [{"type": "wandb", "project": "p", "api_key": "k" * 40}]},
+            ["body", "integrations", 0],
+        ),
+        (
+            {"integrations": [{"type": "wandb", "project": "p", "api_key": "short-key"}]},
+            ["body", "integrations", 0, "api_key"],
+        ),
+        ({"invalid_sample_skip_percentage": 0.6}, ["body", "invalid_sample_skip_percentage"]),
+        ({"classifier_targets": []}, None),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_by_name(
+    here: Site, fields: dict[str, Any], place: list[str | int] | None
+) -> None:
+    """The refusal names the field, and never repeats a secret."""
+    answer = await here.try_create(**fields)
+    if place is None:
+        assert answer.status_code == 200
+        return
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == place
+    assert "secret-token" not in answer.text
+    assert "short-key" not in answer.text
+    assert (await here.http.get(JOBS)).json()["total"] == 0
+
+
+async def test_a_model_that_is_not_offered_is_refused_with_those_that_are(here: Site) -> None:
+    """The service's words, with a list that is not empty."""
+    answer = await here.try_create(model="gpt-4")
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith(
+        "Model not available for this type of fine-tuning (completion). Available model(s): "
+        "tiny-mistral, open-mistral-7b"
+    )
+
+
+async def test_a_kind_of_job_that_the_backend_lacks_is_refused_in_a_sentence(here: Site) -> None:
+    """Not in the words that clients read as: retired."""
+    targets = [{"name": "mood", "labels": ["good", "bad"]}]
+    answer = await here.try_create(job_type="classifier", classifier_targets=targets)
+    assert answer.status_code == 422
+    assert "classifier" in answer.json()["detail"]
+    assert "Available model(s)" not in answer.json()["detail"]
+
+
+async def test_files_for_another_purpose_are_no_training_files(here: Site) -> None:
+    """A batch file is refused by its place."""
+    batch = await here.upload(b"{}\n", "b.jsonl", purpose="batch")
+    answer = await here.try_create(files=[batch])
+    assert answer.json()["detail"][0]["type"] == "file_purpose"
+
+
+async def test_a_classifier_job_has_its_targets(tmp_path: Path) -> None:
+    """Where the backend can, a classifier is trained and named as one."""
+    catalogue = tmp_path / "catalogue.toml"
+    catalogue.write_text('[models.small]\ntarget = "small"\njob_types = ["classifier"]\n')
+    backend = Backend(methods=frozenset({"sft", "classifier"}))
+    async with site(tmp_path / "home", backend, catalogue=catalogue) as here:
+        rows = [{"text": "fine", "labels": {"mood": "good"}}]
+        fields: dict[str, Any] = {
+            "files": [await here.upload(jsonl(rows))],
+            "model": "small",
+            "classifier_targets": [{"name": "mood", "labels": ["good", "bad"]}],
+        }
+        wrong = {"hyperparameters": {"training_steps": 1, "fim_ratio": 0.5}}
+        refused = await here.try_create(**{**fields, **wrong})
+        assert refused.json()["detail"][0]["loc"] == ["body", "hyperparameters", "fim_ratio"]
+        done = await here.finished(**fields)
+        assert done["job_type"] == "classifier"
+        assert done["fine_tuned_model"].startswith("ft:classifier:small:")
+        assert done["classifier_targets"] == [
+            {
+                "name": "mood",
+                "labels": ["good", "bad"],
+                "weight": 1.0,
+                "loss_function": "single_class",
+            }
+        ]
+        renamed = await here.http.patch(
+            f"/v1/fine_tuning/models/{done['fine_tuned_model']}", json={"name": "n"}
+        )
+        assert renamed.json()["model_type"] == "classifier"
+        assert renamed.json()["classifier_targets"][0]["name"] == "mood"
+
+
+async def test_a_similar_job_is_refused_while_the_first_is_under_way(here: Site) -> None:
+    """409 names the other; once it is over the same is welcome again."""
+    file_id = await here.upload()
+    first = await here.create(files=[file_id])
+    answer = await here.try_create(files=[file_id])
+    assert (answer.status_code, answer.json()["job_id"]) == (409, first["id"])
+    await here.create(files=[file_id], suffix="else")
+    await here.http.post(f"{JOBS}/{first['id']}/cancel")
+    await here.create(files=[file_id])
+
+
+async def test_of_many_similar_jobs_at_once_one_is_made(here: Site) -> None:
+    """Whoever comes first; the others hear of it."""
+    file_id = await here.upload()
+    codes: list[int] = []
+
+    async def one() -> None:
+        codes.append((await here.try_create(files=[file_id])).status_code)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(6):
+            tasks.start_soon(one)
+    assert sorted(codes) == [200, 409, 409, 409, 409, 409]
+
+
+async def test_a_start_repeated_is_harmless_and_one_too_early_or_late_refused(here: Site) -> None:
+    """One run comes of many starts."""
+    gate = here.backend.gate = anyio.Event()
+    job = await here.create()
+    early = await here.http.post(f"{JOBS}/{job['id']}/start")
+    assert early.status_code == 422
+    assert "VALIDATED" in early.json()["detail"]
+    gate.set()
+    await here.until(job["id"], "VALIDATED")
+    for _ in range(3):
+        assert (await here.http.post(f"{JOBS}/{job['id']}/start")).status_code == 200
+    await here.until(job["id"], "RUNNING")
+    assert (await here.http.post(f"{JOBS}/{job['id']}/start")).status_code == 200
+    assert len(here.backend.created) == 1
+    here.backend.finish(here.backend.created[0])
+    await here.until(job["id"], "SUCCESS")
+    assert (await here.http.post(f"{JOBS}/{job['id']}/start")).status_code == 422
+
+
+@pytest.mark.parametrize("while_validating", [True, False])
+async def test_a_job_cancelled_before_its_start_is_over_at_once(
+    here: Site, while_validating: bool
+) -> None:
+    """Whether its validation is over or not."""
+    gate = here.backend.gate = anyio.Event() if while_validating else None
+    job = await here.create()
+    await here.until(job["id"], "VALIDATING" if while_validating else "VALIDATED")
+    answer = await here.http.post(f"{JOBS}/{job['id']}/cancel")
+    assert answer.json()["status"] == "CANCELLED"
+    if gate:
+        gate.set()
+    assert (await here.http.post(f"{JOBS}/{job['id']}/cancel")).json()["status"] == "CANCELLED"
+    assert (await here.http.post(f"{JOBS}/{job['id']}/start")).status_code == 422
+    assert here.backend.created == []
+
+
+async def test_a_running_job_is_cancelled_when_the_backend_has_stopped(here: Site) -> None:
+    """CANCELLATION_REQUESTED first; CANCELLED is not said before it is true."""
+    job_id, remote = await here.started()
+    await here.until(job_id, "RUNNING")
+    answer = await here.http.post(f"{JOBS}/{job_id}/cancel")
+    assert answer.json()["status"] == "CANCELLATION_REQUESTED"
+
+    async def asked() -> bool:
+        return here.backend._jobs[remote].status is TrainingStatus.STOPPING
+
+    await eventually(asked)
+    again = await here.http.post(f"{JOBS}/{job_id}/cancel")
+    assert again.json()["status"] == "CANCELLATION_REQUESTED"
+    here.backend.say(remote, TrainingStatus.CANCELLED)
+    job = await here.until(job_id, "CANCELLED")
+    assert statuses(job)[-3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
+    assert job["fine_tuned_model"] is None
+
+
+async def test_a_job_cancelled_while_its_launch_fails_is_over(here: Site) -> None:
+    """A backend that is away must not keep a job alive that nobody wants."""
+    error = BackendUnavailable("away", sent=False)
+    here.backend.before_create = here.backend.refusing(error)
+    job = await here.create(auto_start=True)
+
+    async def tried() -> bool:
+        found = (await here.get(job["id"]))["status"] == "QUEUED"
+        return found and "VALIDATED" in statuses(await here.get(job["id"]))
+
+    await eventually(tried)
+    await here.http.post(f"{JOBS}/{job['id']}/cancel")
+    await here.until(job["id"], "CANCELLED")
+    assert here.backend.created == []
+
+
+async def test_a_backend_that_cannot_stop_keeps_its_jobs(tmp_path: Path) -> None:
+    """The refusal says so, and the job goes on."""
+    async with site(tmp_path, Backend(stops=False)) as here:
+        job_id, remote = await here.started()
+        answer = await here.http.post(f"{JOBS}/{job_id}/cancel")
+        assert (answer.status_code, "cannot stop" in answer.json()["detail"]) == (422, True)
+        here.backend.finish(remote)
+        await here.until(job_id, "SUCCESS")
+
+
+async def test_a_failure_stands_in_an_event(here: Site) -> None:
+    """With the reason that the backend gave."""
+    job_id, remote = await here.started()
+    here.backend.fail(remote, "out of luck")
+    job = await here.until(job_id, "FAILED")
+    assert job["events"][-1]["data"] == {
+        "status": "FAILED",
+        "error": "out of luck",
+        "kind": "internal",
+    }
+
+
+async def test_a_job_that_cannot_run_fails_validation_with_the_reasons(here: Site) -> None:
+    """File names as the client gave them; nobody hears where they lie here."""
+    file_id = await here.upload(name="mine.jsonl")
+    path = next((here.home / "gateway" / "files").iterdir())
+    here.backend.report = ValidationReport(
+        issues=(
+            Issue(code="x", message=f"{path} is odd", path=str(path), line=3),
+            Issue(code="y", message="too deep", field="hyperparameters.seq_len"),
+        )
+    )
+    job = await here.create(files=[file_id])
+    failed = await here.until(job["id"], "FAILED_VALIDATION")
+    data = failed["events"][-1]["data"]
+    assert data["error"] == (
+        "mine.jsonl line 3: mine.jsonl is odd; hyperparameters.seq_len: too deep"
+    )
+    assert data["errors"][0] == {
+        "message": "mine.jsonl is odd",
+        "file": "mine.jsonl",
+        "line_number": 3,
+    }
+    assert str(here.home) not in str(failed)
+    assert (failed["metadata"], here.backend.created) == (None, [])
+
+
+async def test_the_same_content_to_train_and_validate_fails_validation(here: Site) -> None:
+    """What the dataset inspection finds stops a job too."""
+    both = [await here.upload(), await here.upload(name="again.jsonl")]
+    job = await here.create(files=both[:1], validation_files=both[1:])
+    failed = await here.until(job["id"], "FAILED_VALIDATION")
+    assert "same content" in failed["events"][-1]["data"]["error"]
+
+
+async def test_a_bug_in_a_backend_fails_one_job_and_not_the_gateway(
+    here: Site, logs: list[Any]
+) -> None:
+    """The event names the kind of error only; the log has the rest."""
+
+    def bug() -> None:
+        raise ZeroDivisionError("secret detail")
+
+    here.backend.before_create = bug
+    job = await here.create(auto_start=True)
+    failed = await here.until(job["id"], "FAILED")
+    assert "ZeroDivisionError" in failed["events"][-1]["data"]["error"]
+    assert "secret detail" not in str(failed)
+    assert any(entry.get("exc_info") for entry in logs)
+    here.backend.before_create = lambda: None
+    await here.finished(suffix="next")
+
+
+async def test_a_run_that_the_backend_lost_fails(here: Site) -> None:
+    """Instead of running for ever."""
+    job_id, remote = await here.started()
+    await here.until(job_id, "RUNNING")
+    here.backend.lose(remote)
+    here.backend.forget_process()
+    failed = await here.until(job_id, "FAILED")
+    assert "There is no job" in failed["events"][-1]["data"]["error"]
+
+
+async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:
+    """The launch is tried again, and one run comes of it."""
+    tries: list[int] = []
+
+    def away_once() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise BackendUnavailable("away", sent=False)
+
+    here.backend.before_create = away_once
+    await here.finished()
+    assert (len(tries), len(here.backend.created)) == (2, 1)
+
+
+async def test_many_checkpoints_are_thinned_and_validated_ones_stay(here: Site) -> None:
+    """About a hundred, newest first, the last among them, spread over the run."""
+    job_id, remote = await here.started()
+    for step in range(1, 1501):
+        valid = {"valid_loss": 1.0} if step % 500 == 7 else {}
+        here.backend.measure(remote, step, train_loss=1 / step, total_steps=1500, **valid)
+    here.backend.finish(remote)
+    points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+    steps = [point["step_number"] for point in points]
+    assert 60 <= len(steps) <= 105
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == 1500
+    assert {7, 507, 1007} <= set(steps)
+    assert max(a - b for a, b in pairwise(steps)) <= 50
+
+
+async def test_a_step_measured_twice_is_one_checkpoint(here: Site) -> None:
+    """Training and validation of a step may come in records of their own."""
+    job_id, remote = await here.started()
+    here.backend.measure(remote, 5, train_loss=2.0)
+    here.backend.measure(remote, 5, valid_loss=1.0, train_loss=None)
+    here.backend.measure(remote, 6, train_loss=float("nan"))
+    here.backend.finish(remote)
+    (point,) = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+    assert (point["step_number"], point["metrics"]["train_loss"]) == (5, 2.0)
+    assert point["metrics"]["valid_loss"] == 1.0
+
+
+async def test_tokens_trained_are_told_when_known(here: Site) -> None:
+    """From the backend's own count."""
+    job_id, remote = await here.started()
+    here.backend.say(remote, TrainingStatus.RUNNING, metrics={"tokens": 1234.0})
+    here.backend.finish(remote)
+    assert (await here.until(job_id, "SUCCESS"))["trained_tokens"] == 1234
+
+
+async def test_unknown_jobs_are_not_found(here: Site) -> None:
+    """In the service's words."""
+    for method, path in (("GET", ""), ("POST", "/start"), ("POST", "/cancel")):
+        answer = await here.http.request(method, f"{JOBS}/{uuid4()}{path}")
+        assert answer.status_code == 404
+        assert answer.json() == {"detail": "No fine tuning job matches the given query."}
+        assert (await here.http.request(method, f"{JOBS}/x{path}")).status_code == 422
+
+
+class Secrets:
+    """Keeps secrets where the test can see them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str | None], str] = {}
+
+    async def set(self, provider: str, secret: Any, profile: str | None = None) -> None:
+        """Keep one."""
+        self.kept[provider, profile] = secret.get_secret_value()
+
+    async def delete(self, provider: str, profile: str | None = None) -> None:
+        """Forget one."""
+        del self.kept[provider, profile]
+
+
+async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is named in the configuration and written nowhere in the gateway's home."""
+    async with site(tmp_path, Backend(integrations=frozenset({"wandb"}))) as here:
+        secrets = Secrets()
+        monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
+        monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
+        key = "w" * 40
+        wandb = {"type": "wandb", "project": "p", "name": "n", "api_key": key}
+        job_id, remote = await here.started(integrations=[wandb])
+        assert secrets.kept == {("wandb", f"job-{job_id}"): key}
+        job = await here.get(job_id)
+        assert job["integrations"][0]["project"] == "p"
+        for query, total in (("wandb_project=p", 1), ("wandb_name=n", 1), ("wandb_name=x", 0)):
+            assert (await here.http.get(f"{JOBS}?{query}")).json()["total"] == total
+        here.backend.finish(remote)
+        await here.until(job_id, "SUCCESS")
+        assert key.encode() not in (tmp_path / "gateway" / "gateway.db").read_bytes()
+        assert key.encode() not in (tmp_path / "gateway" / "runs.db").read_bytes()
+
+        async def forgotten() -> bool:
+            return not secrets.kept
+
+        await eventually(forgotten)
+
+
+async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> None:
+    """Without a keyring the job is refused instead of writing the key down."""
+    async with site(tmp_path, Backend(integrations=frozenset({"wandb"}))) as here:
+        wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
+        answer = await here.try_create(integrations=[wandb])
+        assert answer.status_code == 422
+        assert answer.json()["detail"][0]["loc"] == ["body", "integrations", 0, "api_key"]

@@ -1,0 +1,154 @@
+"""A gateway that ends in the middle goes on where it was."""
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.gateway.conftest import Backend, Site, eventually, site
+from training_backends.core.errors import BackendUnavailable
+from training_backends.core.status import TrainingStatus
+
+pytestmark = pytest.mark.anyio
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+async def test_a_running_job_is_followed_again_without_gap_or_repeat(tmp_path: Path) -> None:
+    """What the backend said in the meantime is not missed, what was stored not repeated."""
+    backend = Backend()
+    async with site(tmp_path, backend) as here:
+        job_id, remote = await here.started()
+        await here.until(job_id, "RUNNING")
+        backend.measure(remote, 1, train_loss=3.0)
+
+        async def stored() -> bool:
+            return bool((await here.get(job_id))["checkpoints"])
+
+        await eventually(stored)
+    backend.measure(remote, 2, train_loss=2.0)
+    async with site(tmp_path, backend) as here:
+        backend.measure(remote, 3, train_loss=1.0)
+        backend.finish(remote)
+        done = await here.until(job_id, "SUCCESS")
+    assert [point["step_number"] for point in done["checkpoints"]] == [3, 2, 1]
+    words = [event["data"]["status"] for event in done["events"]]
+    assert words == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
+    assert len(backend.created) == 1
+
+
+async def test_a_job_that_ended_while_the_gateway_was_away_is_seen_to_have(tmp_path: Path) -> None:
+    """Its model is listed after the restart."""
+    backend = Backend()
+    async with site(tmp_path, backend) as here:
+        job_id, remote = await here.started()
+        await here.until(job_id, "RUNNING")
+    backend.finish(remote)
+    async with site(tmp_path, backend) as here:
+        done = await here.until(job_id, "SUCCESS")
+        assert (await here.http.get(f"/v1/models/{done['fine_tuned_model']}")).status_code == 200
+
+
+async def test_a_validated_job_still_waits_for_its_start(tmp_path: Path) -> None:
+    """Its quote is kept, and the start works."""
+    backend = Backend()
+    async with site(tmp_path, backend) as here:
+        job = await here.create()
+        quote = (await here.until(job["id"], "VALIDATED"))["metadata"]
+    async with site(tmp_path, backend) as here:
+        kept = await here.get(job["id"])
+        assert (kept["status"], kept["metadata"]) == ("VALIDATED", quote)
+        await here.http.post(f"{JOBS}/{job['id']}/start")
+        await here.until(job["id"], "RUNNING")
+
+
+async def test_a_validation_cut_off_is_done_again(tmp_path: Path) -> None:
+    """VALIDATING is told once."""
+    backend = Backend()
+    backend.gate = anyio.Event()
+    async with site(tmp_path, backend) as here:
+        job = await here.create()
+        await here.until(job["id"], "VALIDATING")
+    backend.gate = None
+    async with site(tmp_path, backend) as here:
+        validated = await here.until(job["id"], "VALIDATED")
+    words = [event["data"]["status"] for event in validated["events"]]
+    assert words == ["QUEUED", "VALIDATING", "VALIDATED"]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_start_that_was_accepted_is_carried_out_once(tmp_path: Path, sent: bool) -> None:
+    """Whether or not the backend had made the run before the gateway ended."""
+    backend = Backend()
+    error = BackendUnavailable("away", sent=sent)
+    tried = anyio.Event()
+
+    def away() -> None:
+        tried.set()
+        raise error
+
+    if sent:
+        backend.after_create = away
+    else:
+        backend.before_create = away
+    async with site(tmp_path, backend) as here:
+        job = await here.create(auto_start=True)
+        await tried.wait()
+    backend.before_create = backend.after_create = lambda: None
+    async with site(tmp_path, backend) as here:
+        await here.until(job["id"], "RUNNING")
+        assert len(backend.created) == 1
+        backend.finish(backend.created[0])
+        await here.until(job["id"], "SUCCESS")
+
+
+async def test_a_cancellation_asked_for_is_carried_out_after_the_restart(tmp_path: Path) -> None:
+    """The backend hears of it even if it was away before."""
+    backend = Backend()
+    stop = backend.stop
+
+    async def away(*args: Any, **kwargs: Any) -> None:
+        raise BackendUnavailable("away")
+
+    backend.stop = away  # type: ignore[method-assign]
+    async with site(tmp_path, backend) as here:
+        job_id, remote = await here.started()
+        await here.http.post(f"{JOBS}/{job_id}/cancel")
+    backend.stop = stop  # type: ignore[method-assign]
+    async with site(tmp_path, backend) as here:
+        assert (await here.get(job_id))["status"] == "CANCELLATION_REQUESTED"
+
+        async def asked() -> bool:
+            return backend._jobs[remote].status is TrainingStatus.STOPPING
+
+        await eventually(asked)
+        backend.say(remote, TrainingStatus.CANCELLED)
+        await here.until(job_id, "CANCELLED")
+
+
+async def test_files_and_links_outlive_a_restart(tmp_path: Path) -> None:
+    """A signed link made before works after."""
+    async with site(tmp_path) as here:
+        file_id = await here.upload()
+        url = (await here.http.get(f"/v1/files/{file_id}/url")).json()["url"]
+        path = url.removeprefix(here.served.url)
+    async with site(tmp_path) as here:
+        del here.http.headers["authorization"]
+        assert (await here.http.get(path)).status_code == 200
+
+
+async def test_many_jobs_go_on_together(tmp_path: Path) -> None:
+    """A restart takes up all of them, not only the first."""
+    backend = Backend()
+    async with site(tmp_path, backend) as here:
+        made = [await here.started(suffix=f"n{n}") for n in range(5)]
+    async with site(tmp_path, backend) as here:
+        await _finish_all(here, made)
+
+
+async def _finish_all(here: Site, made: list[tuple[str, str]]) -> None:
+    for _, remote in made:
+        here.backend.finish(remote)
+    for job_id, _ in made:
+        await here.until(job_id, "SUCCESS")

@@ -1,0 +1,230 @@
+"""The server itself: where it listens, and how it answers what is no request of the API."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from tests.gateway.conftest import KEY, Backend, Site, eventually, site
+from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
+from training_backends.gateway.guard import MAX_JSON_BYTES
+from training_backends.gateway.serve import running
+from training_backends.gateway.settings import GatewaySettings
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_the_default_is_loopback(here: Site) -> None:
+    """Nobody else can reach a gateway that was not told to be reachable."""
+    assert here.served.url.startswith("http://127.0.0.1:")
+    assert here.served.api_key is not None
+
+
+async def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path: Path) -> None:
+    """Before anything is opened."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"Port {port} on 127.0.0.1 is taken") as raised:
+            async with running(GatewaySettings(), home=tmp_path, backend="local", port=port):
+                pass
+    assert "--port" in str(raised.value.hint)
+    assert not (tmp_path / "gateway").exists()
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+async def test_an_address_that_is_not_ours_is_told(tmp_path: Path, host: str) -> None:
+    """Both a name that nobody knows and another machine's address."""
+    with pytest.raises(ConfigError, match=host):
+        async with running(GatewaySettings(), home=tmp_path, backend="local", host=host, port=0):
+            pass
+
+
+async def test_plain_http_beyond_this_machine_is_warned_of(tmp_path: Path, logs: list[Any]) -> None:
+    """It has to be asked for, and is logged."""
+    async with running(
+        GatewaySettings(),
+        home=tmp_path,
+        backend="scripted",
+        host="0.0.0.0",
+        port=0,
+        backends={"scripted": Backend()},
+    ):
+        pass
+    assert any("plain http" in entry["event"] for entry in logs)
+
+
+async def test_two_gateways_cannot_share_a_home(here: Site) -> None:
+    """The second says so instead of running every job twice."""
+    with pytest.raises(DuplicateRun, match="Another gateway"):
+        async with site(here.home):
+            pass
+
+
+async def test_a_backend_that_is_not_installed_is_told(tmp_path: Path) -> None:
+    """And the home is free again afterwards."""
+    with pytest.raises(ConfigError, match="no backend named"):
+        async with running(GatewaySettings(), home=tmp_path, backend="none", port=0):
+            pass
+    async with site(tmp_path):
+        pass
+
+
+async def test_an_error_of_the_block_arrives_as_it_is(tmp_path: Path) -> None:
+    """Whoever serves within a block can catch what the block raises."""
+    with pytest.raises(ConfigError, match="mine"):
+        async with site(tmp_path):
+            raise ConfigError("mine")
+
+
+async def test_what_is_not_there_is_answered_in_json(here: Site) -> None:
+    """Unknown paths and methods too, each with an id to ask about."""
+    answer = await here.http.get("/v1/nothing")
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+    assert answer.headers["x-request-id"]
+    answer = await here.http.get("/elsewhere")
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+    answer = await here.http.put("/v1/models")
+    assert (answer.status_code, answer.json()) == (405, {"detail": "Method Not Allowed"})
+
+
+async def test_a_bug_is_answered_with_an_id_and_no_trace(
+    here: Site, logs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log has the trace under the same id."""
+
+    async def bug(**_: object) -> None:
+        raise ZeroDivisionError("inner detail")
+
+    monkeypatch.setattr(here.served.gateway.models, "list", bug)
+    answer = await here.http.get("/v1/models")
+    assert answer.status_code == 500
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert "inner detail" not in answer.text
+    assert any(entry.get("exc_info") for entry in logs)
+    assert (await here.http.get("/health")).status_code == 200
+
+
+async def test_trouble_with_the_store_is_no_client_s_fault(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503, and nothing of where things lie."""
+
+    async def trouble(**_: object) -> None:
+        raise StoreError(f"{here.home} is read-only")
+
+    monkeypatch.setattr(here.served.gateway.models, "list", trouble)
+    answer = await here.http.get("/v1/models")
+    assert answer.status_code == 503
+    assert str(here.home) not in answer.text
+    assert answer.json()["request_id"]
+
+
+@pytest.mark.parametrize(
+    "query", ["page=-1", "page_size=0", "page=x", "status=DONE", "created_after=soon"]
+)
+async def test_bad_query_parameters_are_named(here: Site, query: str) -> None:
+    """In the service's list of details."""
+    answer = await here.http.get(f"/v1/fine_tuning/jobs?{query}")
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["query", query.split("=", maxsplit=1)[0]]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b'{"model": NaN}'])
+async def test_a_body_that_is_no_job_is_refused(here: Site, body: bytes) -> None:
+    """As a client's mistake, never as ours."""
+    headers = {"content-type": "application/json"}
+    answer = await here.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["detail"]
+
+
+async def test_text_that_is_no_unicode_is_refused_by_its_place(here: Site) -> None:
+    """JSON can write half a surrogate pair; neither the database nor an answer can hold it."""
+    job = await here.finished()
+    headers = {"content-type": "application/json"}
+    body = b'{"name": "\\ud800"}'
+    path = f"/v1/fine_tuning/models/{job['fine_tuned_model']}"
+    answer = await here.http.patch(path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", "name"])
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bool) -> None:
+    """Declared or not, a request that is no upload has a bound."""
+    body = json.dumps({"model": "m" * (MAX_JSON_BYTES + 1)}).encode()
+
+    async def chunks() -> Any:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    headers = {"content-type": "application/json"}
+    content = body if declared else chunks()
+    answer = await here.http.post("/v1/fine_tuning/jobs", content=content, headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["detail"]
+
+
+async def test_a_request_under_way_is_answered_before_the_server_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing is clean: no client sees its connection torn."""
+    backend = Backend()
+    release, begun = anyio.Event(), anyio.Event()
+    codes: list[int] = []
+    async with anyio.create_task_group() as tasks, site(tmp_path, backend) as here:
+        retrieve = here.served.gateway.models.retrieve
+
+        async def slow(model_id: str) -> Any:
+            begun.set()
+            await release.wait()
+            return await retrieve(model_id)
+
+        monkeypatch.setattr(here.served.gateway.models, "retrieve", slow)
+
+        async def ask() -> None:
+            async with httpx.AsyncClient() as http:
+                answer = await http.get(
+                    f"{here.served.url}/v1/models/tiny-mistral",
+                    headers={"authorization": f"Bearer {KEY}"},
+                )
+                codes.append(answer.status_code)
+
+        tasks.start_soon(ask)
+        await begun.wait()
+        tasks.start_soon(_once_closed, here.served.url, release)
+    assert codes == [200]
+
+
+async def _once_closed(url: str, event: anyio.Event) -> None:
+    host, port = url.removeprefix("http://").split(":")
+
+    async def refused() -> bool:
+        try:
+            async with await anyio.connect_tcp(host, int(port)):
+                return False
+        except OSError:
+            return True
+
+    await eventually(refused)
+    event.set()
+
+
+def test_the_organization_is_eight_hex_digits() -> None:
+    """Given as such, or made of its name."""
+    assert GatewaySettings(organization="25bf8e1a").organization_id == "25bf8e1a"
+    named = GatewaySettings(organization="ACME").organization_id
+    assert len(named) == 8
+    assert int(named, 16) >= 0
+
+
+def test_the_static_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is never shown."""
+    monkeypatch.setenv("TRAINING_BACKENDS_GATEWAY__API_KEY", "from-the-environment")
+    settings = GatewaySettings()
+    assert settings.api_key == SecretStr("from-the-environment")
+    assert "from-the-environment" not in repr(settings)

@@ -1,0 +1,1 @@
+"""The Mistral protocol served in front of any backend."""

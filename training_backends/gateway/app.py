@@ -1,0 +1,89 @@
+"""The ASGI application: the Mistral files, fine-tuning and models API over one gateway."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+
+from training_backends import __version__
+from training_backends.core.errors import StoreError, TrainingBackendError
+from training_backends.core.logs import get_logger
+from training_backends.gateway.errors import Refusal
+from training_backends.gateway.guard import Guard
+from training_backends.gateway.routes_files import files_router, links_router
+from training_backends.gateway.routes_jobs import jobs_router
+from training_backends.gateway.routes_models import models_router
+from training_backends.gateway.service import Gateway
+from training_backends.mistral.errors import ErrorItem, validation_body
+
+__all__ = ["create_app"]
+
+log = get_logger()
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """Return the application that serves an open gateway."""
+    app = FastAPI(
+        title="training-backends gateway",
+        summary="The Mistral files, fine-tuning and models API in front of any backend.",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        middleware=[Middleware(Guard, keys=gateway.keys)],
+        exception_handlers={
+            Refusal: _refused,
+            HTTPException: _http_error,
+            RequestValidationError: _invalid,
+            TrainingBackendError: _trouble,
+        },
+    )
+    app.state.gateway = gateway
+    for router in (files_router, links_router, jobs_router, models_router):
+        app.include_router(router)
+
+    @app.get("/health", tags=["health"])
+    async def health() -> dict[str, str]:
+        """Say that the gateway answers; needs no key."""
+        return {"status": "ok", "backend": gateway.backend, "version": __version__}
+
+    return app
+
+
+async def _refused(_: Request, refusal: Exception) -> JSONResponse:
+    assert isinstance(refusal, Refusal)  # noqa: S101  # registered for it only
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101  # registered for it only
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it only
+    return JSONResponse(validation_body(_items(error.errors())), 422)
+
+
+def _items(errors: Sequence[Any]) -> list[ErrorItem]:
+    """Keep what a client needs; never its input, which may hold a key."""
+    items: list[ErrorItem] = []
+    for error in errors:
+        item: ErrorItem = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
+        if error.get("ctx"):
+            item["ctx"] = {name: str(value) for name, value in error["ctx"].items()}
+        items.append(item)
+    return items
+
+
+async def _trouble(request: Request, error: Exception) -> JSONResponse:
+    """Answer for what is wrong on this side, without telling where things lie here."""
+    assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
+    log.error("request failed", path=request.url.path, reason=error.message)
+    passing = error.retryable or isinstance(error, StoreError)
+    sentence = "The gateway cannot do this now." if passing else "Internal server error"
+    body = {"message": sentence, "request_id": request.state.request_id}
+    return JSONResponse(body, 503 if passing else 500)

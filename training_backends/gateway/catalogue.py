@@ -1,0 +1,198 @@
+"""What the gateway offers, and what the backend trains for it.
+
+The built-in names are those that the hosted service fine-tuned, mapped to the open
+weights that stood behind each name while it did (the provider's model overview of
+2024-10, ids as published on the Hugging Face hub). Names whose weights were never
+published are not offered. A TOML file adds names or replaces them:
+
+    [models.my-model]
+    target = "my-org/my-model"      # what the backend is told to train
+    job_types = ["completion"]      # default
+    context_length = 32768          # default
+    licence = "Apache-2.0"          # shown to clients
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training_backends.core.errors import ConfigError, Issue
+
+__all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
+
+JobType = Literal["completion", "classifier"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """One model on offer.
+
+    Attributes:
+        name: What clients ask for.
+        target: What the backend is told to train.
+        job_types: Kinds of job that it can be the base of.
+        context_length: Tokens.
+        licence: Short name of the licence of the weights.
+    """
+
+    name: str
+    target: str
+    job_types: frozenset[JobType] = frozenset({"completion"})
+    context_length: int = 32768
+    licence: str = ""
+
+
+BUILT_IN = (
+    Offer(
+        name="tiny-mistral",
+        target="tiny-mistral",
+        context_length=2048,
+        licence="made on the spot, no weights to license",
+    ),
+    Offer(
+        name="open-mistral-7b",
+        target="mistralai/Mistral-7B-v0.3",
+        licence="Apache-2.0",
+    ),
+    Offer(
+        name="open-mistral-nemo",
+        target="mistralai/Mistral-Nemo-Base-2407",
+        context_length=131072,
+        licence="Apache-2.0",
+    ),
+    Offer(
+        name="ministral-8b-latest",
+        target="mistralai/Ministral-8B-Instruct-2410",
+        context_length=131072,
+        licence="Mistral Research License",
+    ),
+    Offer(
+        name="mistral-small-latest",
+        target="mistralai/Mistral-Small-Instruct-2409",
+        licence="Mistral Research License",
+    ),
+    Offer(
+        name="mistral-large-latest",
+        target="mistralai/Mistral-Large-Instruct-2407",
+        context_length=131072,
+        licence="Mistral Research License",
+    ),
+    Offer(
+        name="codestral-latest",
+        target="mistralai/Codestral-22B-v0.1",
+        licence="Mistral Non-Production License",
+    ),
+    Offer(
+        name="pixtral-12b-latest",
+        target="mistralai/Pixtral-12B-Base-2409",
+        context_length=131072,
+        licence="Apache-2.0",
+    ),
+)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    target: str = Field(min_length=1)
+    job_types: list[JobType] = Field(default=["completion"], min_length=1)
+    context_length: int = Field(default=32768, ge=1)
+    licence: str = ""
+
+
+class Catalogue:
+    """All models on offer, by name."""
+
+    def __init__(self, offers: Mapping[str, Offer]) -> None:
+        self._offers = dict(offers)
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Self:
+        """Return the built-in models and those of a TOML file.
+
+        Raises:
+            ConfigError: The file cannot be read, or an entry does not fit; the issues name
+                file and key.
+        """
+        offers = {offer.name: offer for offer in BUILT_IN}
+        if path is not None:
+            offers.update(_read(path))
+        return cls(offers)
+
+    def get(self, name: str) -> Offer | None:
+        """Return what stands behind a name, or None."""
+        return self._offers.get(name)
+
+    def names(self, job_type: str) -> list[str]:
+        """Return what can be the base of this kind of job."""
+        return [offer.name for offer in self.all() if job_type in offer.job_types]
+
+    def all(self) -> list[Offer]:
+        """Return every offer, built-in ones first."""
+        return list(self._offers.values())
+
+
+def _read(path: Path) -> dict[str, Offer]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _error(path, [_issue(path, None, f"cannot be read: {error.strerror}")]) from error
+    except ValueError as error:
+        raise _error(path, [_issue(path, None, f"is not TOML: {error}")]) from error
+    tables = document.pop("models", {})
+    issues = [_issue(path, key, "unknown; expected [models.<name>] tables") for key in document]
+    if not isinstance(tables, dict):
+        raise _error(path, [_issue(path, "models", "expected tables [models.<name>]")])
+    offers: dict[str, Offer] = {}
+    for name, table in tables.items():
+        found = _offer(path, name, table)
+        if isinstance(found, Offer):
+            offers[name] = found
+        else:
+            issues.extend(found)
+    if issues:
+        raise _error(path, issues)
+    return offers
+
+
+def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
+    if not _NAME.fullmatch(name):
+        wanted = "a name has up to 100 letters, digits, dots, dashes and underscores"
+        return [_issue(path, f"models.{name}", wanted)]
+    try:
+        entry = _Entry.model_validate(table)
+    except ValidationError as error:
+        return [
+            _issue(
+                path,
+                ".".join(("models", name, *(str(part) for part in detail["loc"]))),
+                detail["msg"],
+            )
+            for detail in error.errors(include_url=False, include_input=False)
+        ]
+    return Offer(
+        name=name,
+        target=entry.target,
+        job_types=frozenset(entry.job_types),
+        context_length=entry.context_length,
+        licence=entry.licence,
+    )
+
+
+def _issue(path: Path, key: str | None, message: str) -> Issue:
+    return Issue(code="catalogue", message=message, path=str(path), field=key)
+
+
+def _error(path: Path, issues: list[Issue]) -> ConfigError:
+    return ConfigError(
+        f"The model catalogue {path} cannot be used.",
+        issues=issues,
+        hint="Correct the file, or unset TRAINING_BACKENDS_GATEWAY__CATALOGUE.",
+    )

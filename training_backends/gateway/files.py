@@ -1,0 +1,319 @@
+"""The files that clients uploaded."""
+
+import errno
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import sqlalchemy as sa
+from anyio import to_thread
+
+from training_backends.core.errors import StoreError
+from training_backends.core.logs import get_logger
+from training_backends.gateway.blobs import BlobStore, Incoming
+from training_backends.gateway.errors import Refusal, invalid, not_found, plain
+from training_backends.gateway.rows import read_facts
+from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
+from training_backends.gateway.uploads import FORM_OVERHEAD, Upload, receive, too_large
+from training_backends.mistral.wire import (
+    FILE_PURPOSES,
+    FILE_VISIBILITIES,
+    DeleteFileOut,
+    FileSchema,
+    ListFilesOut,
+    RetrieveFileOut,
+    UploadFileOut,
+)
+
+__all__ = ["FileFilters", "FileService", "StoredFile"]
+
+log = get_logger()
+
+_SWEEP_EVERY = 3600.0
+"""Seconds."""
+_MAX_EXPIRY_HOURS = 24 * 365 * 10
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFilters:
+    """Which files to list; None does not filter."""
+
+    sample_type: Sequence[str] | None = None
+    source: Sequence[str] | None = None
+    search: str | None = None
+    purpose: str | None = None
+    mimetypes: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file as downloads and jobs use it."""
+
+    id: str
+    filename: str
+    purpose: str
+    sha256: str
+    path: Path
+
+
+class FileService:
+    """Receives, lists, hands out and deletes files."""
+
+    def __init__(self, store: GatewayStore, blobs: BlobStore, *, limit: int) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._limit = limit
+        # A blob is kept or removed together with the row that refers to it.
+        self._lock = anyio.Lock()
+
+    async def open(self) -> None:
+        """Make the directories and remove what nothing refers to."""
+        needed = await self._store.aread(_needed)
+        await to_thread.run_sync(self._blobs.prepare, needed)
+
+    async def upload(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        content_type: str,
+        content_length: int | None,
+        caller: str,
+    ) -> UploadFileOut:
+        """Receive a file; the same name and content again is the same file.
+
+        Raises:
+            Refusal: It is too large, no training file, or does not fit on the disk.
+        """
+        if content_length is not None:
+            if content_length > self._limit + FORM_OVERHEAD:
+                raise too_large(self._limit)
+            if content_length > await to_thread.run_sync(self._blobs.free):
+                raise _disk_full()
+        try:
+            incoming = await to_thread.run_sync(self._blobs.receive)
+            try:
+                form = await receive(chunks, content_type, incoming, limit=self._limit)
+                return await self._accept(form, incoming, caller)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await to_thread.run_sync(incoming.discard)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            log.error("disk full during an upload", reason=str(error))  # noqa: TRY400
+            raise _disk_full() from error
+
+    async def list(
+        self, filters: FileFilters, *, page: int, page_size: int, include_total: bool
+    ) -> ListFilesOut:
+        """Return one page of files, newest first."""
+        conditions = [*_present(), *_conditions(filters)]
+        query = (
+            sa.select(files)
+            .where(*conditions)
+            .order_by(files.c.created_at.desc(), files.c.id)
+            .limit(page_size)
+            .offset(page * page_size)
+        )
+        counting = sa.select(sa.func.count()).select_from(files).where(*conditions)
+
+        def work(connection: sa.Connection) -> ListFilesOut:
+            data = [FileSchema(**_wire(row)) for row in connection.execute(query)]
+            total = connection.execute(counting).scalar_one() if include_total else None
+            return ListFilesOut(data=data, total=total)
+
+        return await self._store.aread(work)
+
+    async def retrieve(self, file_id: str) -> RetrieveFileOut:
+        """Return what is known of a file."""
+        return RetrieveFileOut(**_wire(await self._row(file_id)))
+
+    async def stored(self, file_id: str) -> StoredFile:
+        """Return where a file lies."""
+        return self._stored(await self._row(file_id))
+
+    def find(self, connection: sa.Connection, file_ids: Sequence[str]) -> dict[str, StoredFile]:
+        """Return those of these files that are there, by id."""
+        query = sa.select(files).where(files.c.id.in_(file_ids), *_present())
+        return {row.id: self._stored(row) for row in connection.execute(query)}
+
+    async def delete(self, file_id: str) -> DeleteFileOut:
+        """Delete a file; its bytes go once no other file or unfinished job needs them."""
+        row = await self._row(file_id)
+        gone = files.update().where(files.c.id == file_id).values(deleted_at=time.time())
+        async with self._lock:
+            await self._store.awrite(lambda connection: connection.execute(gone))
+        await self.collect([row.sha256])
+        return DeleteFileOut(id=file_id)
+
+    async def sweep(self) -> None:
+        """Delete, now and then, the files that have expired; never ends."""
+        while True:
+            await anyio.sleep(_SWEEP_EVERY)
+            try:
+                await self.collect(await self._store.awrite(_delete_expired))
+            except (StoreError, OSError) as error:
+                log.error("expired files not removed", reason=str(error))  # noqa: TRY400
+
+    async def collect(self, digests: Sequence[str]) -> None:
+        """Remove those of these blobs that nothing refers to any more."""
+        async with self._lock:
+            needed = await self._store.aread(_needed)
+            for digest in set(digests) - needed:
+                await to_thread.run_sync(self._blobs.remove, digest)
+
+    def _stored(self, row: Any) -> StoredFile:
+        path = self._blobs.path(row.sha256)
+        return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
+
+    async def names(self, digests: Sequence[str]) -> dict[str, str]:
+        """Return the names that clients gave to blobs, by the path at which they lie."""
+        query = sa.select(files.c.sha256, files.c.filename).where(files.c.sha256.in_(digests))
+        found = await self._store.aread(lambda connection: connection.execute(query).all())
+        return {str(self._blobs.path(row.sha256)): row.filename for row in found}
+
+    async def _row(self, file_id: str) -> Any:
+        query = sa.select(files).where(files.c.id == file_id, *_present())
+        row = await self._store.aread(lambda connection: connection.execute(query).first())
+        if row is None:
+            raise not_found("file")
+        return row
+
+    async def _accept(self, form: Upload, incoming: Incoming, caller: str) -> UploadFileOut:
+        row = _new_row(form, incoming, caller)
+        facts = await to_thread.run_sync(read_facts, incoming.path, row["purpose"])
+        row.update(num_lines=facts.num_lines, sample_type=facts.sample_type)
+
+        def work(connection: sa.Connection) -> Any:
+            same = (files.c[name] == row[name] for name in ("filename", "sha256", "purpose"))
+            found = connection.execute(sa.select(files).where(*same, *_present())).first()
+            if found is None:
+                connection.execute(files.insert().values(row))
+                mine = sa.select(files).where(files.c.id == row["id"])
+                found = connection.execute(mine).first()
+            return found
+
+        async with self._lock:
+            await to_thread.run_sync(self._blobs.keep, incoming)
+            return UploadFileOut(**_wire(await self._store.awrite(work)))
+
+
+def _new_row(form: Upload, incoming: Incoming, caller: str) -> dict[str, Any]:
+    """Check a form's fields and make the file's row of them."""
+    if form.filename is None:
+        raise invalid(["body", "file"], "Field required", "missing")
+    if incoming.size == 0:
+        raise invalid(["body", "file"], "The file is empty.")
+    purpose = form.fields.get("purpose") or "fine-tune"
+    visibility = form.fields.get("visibility") or "workspace"
+    _one_of("purpose", purpose, FILE_PURPOSES)
+    _one_of("visibility", visibility, FILE_VISIBILITIES)
+    now = time.time()
+    return {
+        "id": str(uuid4()),
+        "filename": _clean(form.filename),
+        "sha256": incoming.sha256,
+        "bytes": incoming.size,
+        "purpose": purpose,
+        "source": "upload",
+        "mimetype": _mimetype(purpose, form.content_type),
+        "visibility": visibility,
+        "created_at": now,
+        "created_by": caller,
+        "expires_at": _expires(form.fields.get("expiry"), now),
+    }
+
+
+def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        wanted = " or ".join(repr(word) for word in allowed)
+        raise invalid(["body", field], f"Input should be {wanted}", "enum")
+
+
+def _expires(hours: str | None, now: float) -> float | None:
+    if not hours:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}", hours) or not 1 <= int(hours) <= _MAX_EXPIRY_HOURS:
+        raise invalid(
+            ["body", "expiry"], f"Input should be a number of hours, 1 to {_MAX_EXPIRY_HOURS}"
+        )
+    return now + int(hours) * 3600
+
+
+def _clean(filename: str) -> str:
+    """Keep the last part of a name, so that a client's folders never matter here."""
+    name = re.split(r"[\\/]", filename)[-1].strip()
+    name = "".join(char for char in name if char.isprintable())[:255]
+    if name in {"", ".", ".."}:
+        raise invalid(["body", "file"], "The file needs a name.")
+    return name
+
+
+def _mimetype(purpose: str, content_type: str | None) -> str:
+    if purpose in {"fine-tune", "batch"}:
+        return "application/jsonl"
+    return content_type or "application/octet-stream"
+
+
+def _disk_full() -> Refusal:
+    return plain(507, "There is not enough space left on the gateway's disk for this file.")
+
+
+def _present() -> list[sa.ColumnElement[bool]]:
+    """Files that are neither deleted nor expired."""
+    alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
+    return [files.c.deleted_at.is_(None), alive]
+
+
+def _delete_expired(connection: sa.Connection) -> Sequence[str]:
+    """Mark files whose time is over as deleted, and return their digests."""
+    over = files.c.deleted_at.is_(None), files.c.expires_at <= time.time()
+    digests = connection.execute(sa.select(files.c.sha256).where(*over)).scalars().all()
+    connection.execute(files.update().where(*over).values(deleted_at=files.c.expires_at))
+    return digests
+
+
+def _needed(connection: sa.Connection) -> set[str]:
+    """Digests that a present file or a job not yet over refers to."""
+    found = set(connection.execute(sa.select(files.c.sha256).where(*_present())).scalars())
+    for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
+        found.update(blobs[0])
+    return found
+
+
+def _conditions(filters: FileFilters) -> list[sa.ColumnElement[bool]]:
+    conditions: list[sa.ColumnElement[bool]] = []
+    if filters.sample_type:
+        conditions.append(files.c.sample_type.in_(filters.sample_type))
+    if filters.source:
+        conditions.append(files.c.source.in_(filters.source))
+    if filters.search:
+        conditions.append(files.c.filename.icontains(filters.search, autoescape=True))
+    if filters.purpose:
+        conditions.append(files.c.purpose == filters.purpose)
+    if filters.mimetypes:
+        conditions.append(files.c.mimetype.in_(filters.mimetypes))
+    return conditions
+
+
+def _wire(row: Any) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "bytes": row.bytes,
+        "created_at": int(row.created_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "sample_type": row.sample_type,
+        "num_lines": row.num_lines,
+        "mimetype": row.mimetype,
+        "source": row.source,
+        "signature": row.sha256[:16],
+        "expires_at": None if row.expires_at is None else int(row.expires_at),
+        "visibility": row.visibility,
+    }

@@ -1,0 +1,330 @@
+"""What clients ask of jobs: create, list, look at, start and cancel them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from training_backends.client.aio import AsyncTrainingClient
+from training_backends.core.config import TrainingConfig
+from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
+from training_backends.gateway.catalogue import Catalogue
+from training_backends.gateway.ending import JobEnding, SecretKeeper
+from training_backends.gateway.errors import Refusal, invalid, plain
+from training_backends.gateway.files import FileService, StoredFile
+from training_backends.gateway.jobspec import CheckedJob, check_job, make_config, secret_profile
+from training_backends.gateway.jobstore import (
+    STATUS_EVENT,
+    DetailedJobOut,
+    JobOut,
+    add_event,
+    change_status,
+    detailed_job,
+    load_job,
+    short_job,
+)
+from training_backends.gateway.outcome import error_data, issue_data, quote
+from training_backends.gateway.runner import JobRunner, accept_start
+from training_backends.gateway.store import ENDED, GatewayStore, jobs
+from training_backends.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
+
+__all__ = ["JobFilters", "JobService"]
+
+_BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
+_IN_THE_WAY = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilters:
+    """Which jobs to list; None does not filter. Times without a zone are UTC."""
+
+    model: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    created_by: str | None = None
+    status: str | None = None
+    wandb_project: str | None = None
+    wandb_name: str | None = None
+    suffix: str | None = None
+
+
+class JobService:
+    """The jobs of one gateway, as its clients see them."""
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        client: AsyncTrainingClient,
+        files: FileService,
+        runner: JobRunner,
+        ending: JobEnding,
+        *,
+        backend: str,
+        catalogue: Catalogue,
+        secrets: SecretKeeper,
+        default_epochs: float,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._files = files
+        self._runner = runner
+        self._ending = ending
+        self._backend = backend
+        self._catalogue = catalogue
+        self._secrets = secrets
+        self._default_epochs = default_epochs
+
+    async def list(self, filters: JobFilters, *, page: int, page_size: int) -> JobsOut:
+        """Return one page of jobs, newest first, and how many there are in all."""
+        conditions = _conditions(filters)
+        query = (
+            sa.select(jobs)
+            .where(*conditions)
+            .order_by(jobs.c.created_at.desc(), jobs.c.id)
+            .limit(page_size)
+            .offset(page * page_size)
+        )
+        counting = sa.select(sa.func.count()).select_from(jobs).where(*conditions)
+
+        def work(connection: sa.Connection) -> JobsOut:
+            data = [short_job(row) for row in connection.execute(query)]
+            return JobsOut(data=data, total=connection.execute(counting).scalar_one())
+
+        return await self._store.aread(work)
+
+    async def create(self, request: JobIn, *, caller: str) -> JobOut:
+        """Take a job; it is validated soon, and trained once it is started.
+
+        Raises:
+            Refusal: It cannot be served, or a similar job is under way (409).
+        """
+        job = self._check(request)
+        job_id = str(uuid4())
+        await self._keep_secret(job, job_id)
+        try:
+            row = await self._store.awrite(lambda c: self._insert(c, job, job_id, caller))
+        except Refusal:
+            await self._forget_secret(job, job_id)
+            raise
+        self._runner.watch(job_id)
+        return short_job(row)
+
+    async def dry_run(self, request: JobIn) -> LegacyJobMetadataOut:
+        """Say what a job would take, without making one.
+
+        Raises:
+            Refusal: It cannot be served.
+        """
+        job = self._check(request)
+        found = await self._store.aread(lambda connection: self._find(connection, job))
+        config = make_config(job, found, job_id="dry-run")
+        names = {str(file.path): file.filename for file in found.values()}
+        try:
+            report = await self._client.validate(config, backend=self._backend)
+            if not report.ok:
+                raise plain(422, issue_data(report.errors, names)["error"])
+            estimate = await self._client.estimate(config, backend=self._backend)
+        except (ConfigError, DatasetError) as error:
+            raise plain(422, error_data(error, names)["error"]) from error
+        except TrainingBackendError as error:
+            raise plain(503, error_data(error, names)["error"]) from error
+        passes = None
+        if estimate.train_tokens and estimate.data_tokens:
+            passes = round(estimate.train_tokens / estimate.data_tokens, 4)
+        return LegacyJobMetadataOut(
+            **quote(estimate).model_dump(),
+            details=" ".join(estimate.notes) or "Nothing was started.",
+            epochs=config.hyperparameters.epochs or passes,
+            training_steps=estimate.steps or config.hyperparameters.training_steps,
+        )
+
+    async def get(self, job_id: str) -> DetailedJobOut:
+        """Return a job with its events and checkpoints."""
+        return await self._store.aread(lambda connection: detailed_job(connection, job_id))
+
+    async def start(self, job_id: str) -> DetailedJobOut:
+        """Start a validated job; harmless while it is under way already.
+
+        Raises:
+            Refusal: It is not validated yet, or over.
+        """
+
+        def work(connection: sa.Connection) -> DetailedJobOut:
+            job = load_job(connection, job_id)
+            under_way = job.started_at is not None and job.status not in ENDED
+            if not under_way and not accept_start(connection, job_id):
+                raise plain(422, f"Only a VALIDATED job can be started; this one is {job.status}.")
+            return detailed_job(connection, job_id)
+
+        started = await self._store.awrite(work)
+        self._runner.watch(job_id)
+        return started
+
+    async def cancel(self, job_id: str) -> DetailedJobOut:
+        """End a job: at once before its start, on request while it runs; harmless after.
+
+        Raises:
+            Refusal: It runs, and the backend cannot stop a run.
+        """
+
+        def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
+            job = load_job(connection, job_id)
+            at_once = job.started_at is None and change_status(
+                connection, job_id, "CANCELLED", only_from=_BEFORE_START
+            )
+            if job.started_at is not None and job.status not in ENDED:
+                if not self._client.backend(job.backend).capabilities.stops:
+                    raise plain(422, "This gateway's backend cannot stop a job that was started.")
+                change_status(
+                    connection,
+                    job_id,
+                    "CANCELLATION_REQUESTED",
+                    only_from=("QUEUED", "STARTED", "RUNNING"),
+                )
+            return detailed_job(connection, job_id), at_once
+
+        job, at_once = await self._store.awrite(work)
+        if at_once:
+            self._runner.drop(job_id)
+            await self._ending(job_id)
+        elif job.status == "CANCELLATION_REQUESTED":
+            self._runner.stop(job_id)
+        return job
+
+    def _check(self, request: JobIn) -> CheckedJob:
+        return check_job(
+            request,
+            self._catalogue,
+            self._client.backend(self._backend).capabilities,
+            default_epochs=self._default_epochs,
+        )
+
+    def _find(self, connection: sa.Connection, job: CheckedJob) -> Mapping[str, StoredFile]:
+        """Return the files of a job by the ids that it gave."""
+        places: dict[str, list[str | int]] = {}
+        for index, entry in enumerate(job.training_files):
+            places[entry["file_id"]] = ["body", "training_files", index, "file_id"]
+        for index, file_id in enumerate(job.validation_files):
+            places.setdefault(file_id, ["body", "validation_files", index])
+        canonical = {file_id: _canonical(file_id, place) for file_id, place in places.items()}
+        found = self._files.find(connection, list(canonical.values()))
+        for file_id, place in places.items():
+            file = found.get(canonical[file_id])
+            if file is None:
+                raise invalid(place, f"No file {file_id} is here.", "file_not_found")
+            if file.purpose != "fine-tune":
+                message = f"The file's purpose is {file.purpose}, not fine-tune."
+                raise invalid(place, message, "file_purpose")
+        return {file_id: found[one] for file_id, one in canonical.items()}
+
+    def _insert(self, connection: sa.Connection, job: CheckedJob, job_id: str, caller: str) -> Any:
+        found = self._find(connection, job)
+        similar = connection.execute(
+            sa.select(jobs.c.id).where(
+                jobs.c.fingerprint == job.fingerprint, jobs.c.status.in_(_IN_THE_WAY)
+            )
+        ).scalar()
+        if similar is not None:
+            raise plain(
+                409,
+                f"A similar job is queued, validated or running: {similar}.",
+                job_id=similar,
+            )
+        config = make_config(job, found, job_id)
+        now = time.time()
+        connection.execute(
+            jobs.insert().values(
+                self._row(
+                    job=job, found=found, config=config, job_id=job_id, caller=caller, now=now
+                )
+            )
+        )
+        add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"}, now)
+        return load_job(connection, job_id)
+
+    def _row(
+        self,
+        *,
+        job: CheckedJob,
+        found: Mapping[str, StoredFile],
+        config: TrainingConfig,
+        job_id: str,
+        caller: str,
+        now: float,
+    ) -> dict[str, Any]:
+        integrations = [
+            given.model_dump(exclude={"api_key"}) for given in job.request.integrations or ()
+        ]
+        wandb = integrations[0] if integrations else {}
+        return {
+            "id": job_id,
+            "backend": self._backend,
+            "model": job.offer.name,
+            "context_length": job.offer.context_length,
+            "job_type": job.job_type,
+            "status": "QUEUED",
+            "suffix": job.suffix,
+            "auto_start": job.request.auto_start,
+            "fingerprint": job.fingerprint,
+            "created_at": now,
+            "modified_at": now,
+            "created_by": caller,
+            "training_files": [
+                {**entry, "file_id": found[entry["file_id"]].id} for entry in job.training_files
+            ],
+            "validation_files": [found[file_id].id for file_id in job.validation_files],
+            "blobs": sorted({file.sha256 for file in found.values()}),
+            "hyperparameters": job.hyperparameters,
+            "classifier_targets": job.classifier_targets,
+            "integrations": integrations,
+            "wandb_project": wandb.get("project"),
+            "wandb_name": wandb.get("name"),
+            "config": config.model_dump_json(),
+        }
+
+    async def _keep_secret(self, job: CheckedJob, job_id: str) -> None:
+        for index, given in enumerate(job.request.integrations or ()):
+            try:
+                profile = secret_profile(job_id)
+                await self._secrets.set(given.type, SecretStr(given.api_key), profile)
+            except TrainingBackendError as error:
+                message = f"The key cannot be kept safely here: {error.message}"
+                raise invalid(["body", "integrations", index, "api_key"], message) from error
+
+    async def _forget_secret(self, job: CheckedJob, job_id: str) -> None:
+        for given in job.request.integrations or ():
+            await self._ending.forget(given.type, job_id)
+
+
+def _canonical(file_id: str, place: list[str | int]) -> str:
+    try:
+        return str(UUID(file_id))
+    except ValueError:
+        raise invalid(place, "Input should be a valid UUID", "uuid_parsing") from None
+
+
+def _conditions(filters: JobFilters) -> list[sa.ColumnElement[bool]]:
+    equal = {
+        jobs.c.model: filters.model,
+        jobs.c.created_by: filters.created_by,
+        jobs.c.status: filters.status,
+        jobs.c.wandb_project: filters.wandb_project,
+        jobs.c.wandb_name: filters.wandb_name,
+        jobs.c.suffix: filters.suffix,
+    }
+    conditions = [column == value for column, value in equal.items() if value is not None]
+    if filters.created_after is not None:
+        conditions.append(jobs.c.created_at >= _seconds(filters.created_after))
+    if filters.created_before is not None:
+        conditions.append(jobs.c.created_at <= _seconds(filters.created_before))
+    return conditions
+
+
+def _seconds(moment: datetime) -> float:
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return aware.timestamp()

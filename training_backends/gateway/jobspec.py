@@ -1,0 +1,180 @@
+"""From the request for a job to what the backend is told to train."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.config import (
+    ClassifierTarget,
+    Data,
+    DataSource,
+    Hyperparameters,
+    TrainingConfig,
+    WandbIntegration,
+)
+from training_backends.gateway.catalogue import Catalogue, Offer
+from training_backends.gateway.errors import invalid, plain
+from training_backends.gateway.files import StoredFile
+from training_backends.mistral.errors import no_model_message
+from training_backends.mistral.wire import ClassifierTargetIn, JobIn
+
+__all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
+
+_METHODS = {"completion": "sft", "classifier": "classifier"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedJob:
+    """A request that this gateway can serve.
+
+    Attributes:
+        hyperparameters: As they are shown in the job.
+        training_files: Each `{file_id, weight}`.
+        fingerprint: Equal for similar jobs.
+    """
+
+    request: JobIn
+    offer: Offer
+    job_type: str
+    suffix: str | None
+    hyperparameters: dict[str, Any]
+    training_files: list[dict[str, Any]]
+    validation_files: list[str]
+    classifier_targets: list[dict[str, Any]]
+    fingerprint: str
+
+
+def check_job(
+    request: JobIn, catalogue: Catalogue, capabilities: Capabilities, *, default_epochs: float
+) -> CheckedJob:
+    """Check all of a request that can be checked without looking at files.
+
+    Raises:
+        Refusal: Something in it cannot be served; it is named.
+    """
+    job_type = request.job_type or ("classifier" if request.classifier_targets else "completion")
+    offer = _offer(request.model, job_type, catalogue, capabilities)
+    _refuse_what_cannot_be_done(request, job_type, capabilities)
+    if not request.training_files:
+        raise invalid(["body", "training_files"], "Give at least one training file.", "missing")
+    hyperparameters = _hyperparameters(request, job_type, default_epochs)
+    training_files = [file.model_dump() for file in request.training_files]
+    targets = [_target(target) for target in request.classifier_targets or ()]
+    validation_files = list(request.validation_files or ())
+    suffix = request.suffix or None
+    similar: list[Any] = [request.model, job_type, suffix, hyperparameters, targets]
+    similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
+    return CheckedJob(
+        request=request,
+        offer=offer,
+        job_type=job_type,
+        suffix=suffix,
+        hyperparameters=hyperparameters,
+        training_files=training_files,
+        validation_files=validation_files,
+        classifier_targets=targets,
+        fingerprint=hashlib.sha256(json.dumps(similar, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def make_config(job: CheckedJob, files: Mapping[str, StoredFile], job_id: str) -> TrainingConfig:
+    """Say in the backend's words what to train, on the files where they lie."""
+    return TrainingConfig(
+        model=job.offer.target,
+        method="classifier" if job.job_type == "classifier" else "sft",
+        data=Data(
+            train=tuple(
+                DataSource(path=files[file["file_id"]].path, weight=file["weight"])
+                for file in job.training_files
+            ),
+            validation=tuple(DataSource(path=files[name].path) for name in job.validation_files),
+        ),
+        hyperparameters=Hyperparameters(**job.hyperparameters),
+        suffix=job.suffix,
+        classifier_targets=tuple(
+            ClassifierTarget.model_validate(target) for target in job.classifier_targets
+        ),
+        integrations=_integrations(job, job_id),
+    )
+
+
+def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabilities) -> Offer:
+    if _METHODS[job_type] not in capabilities.methods:
+        raise plain(422, f"This gateway's backend cannot train {job_type} models.")
+    offer = catalogue.get(model)
+    if offer is not None and job_type in offer.job_types:
+        return offer
+    names = catalogue.names(job_type)
+    if not names:
+        # The service's own sentence with an empty list is read as: retired.
+        raise plain(422, f"This gateway offers no model for {job_type} fine-tuning.")
+    raise plain(422, no_model_message(job_type, names))
+
+
+def _refuse_what_cannot_be_done(request: JobIn, job_type: str, capabilities: Capabilities) -> None:
+    if request.repositories:
+        raise invalid(
+            ["body", "repositories"],
+            "This gateway cannot train on repositories; upload their content as files.",
+        )
+    for index, integration in enumerate(request.integrations or ()):
+        if integration.type not in capabilities.integrations:
+            message = f"This gateway's backend cannot report to {integration.type}."
+            raise invalid(["body", "integrations", index], message)
+        if index:
+            raise invalid(["body", "integrations", index], "Give one integration.")
+    if job_type == "classifier" and not request.classifier_targets:
+        raise invalid(["body", "classifier_targets"], "A classifier job needs them.", "missing")
+    if job_type != "classifier" and request.classifier_targets:
+        raise invalid(["body", "classifier_targets"], "Only a classifier job takes them.")
+    if job_type == "classifier" and "fim_ratio" in request.hyperparameters.model_fields_set:
+        raise invalid(
+            ["body", "hyperparameters", "fim_ratio"],
+            "Extra inputs are not permitted",
+            "extra_forbidden",
+        )
+    if request.suffix and not _is_suffix(request.suffix):
+        raise invalid(["body", "suffix"], "Use letters, digits, dots, dashes and underscores.")
+    if request.validation_files and not capabilities.validation_files:
+        raise invalid(["body", "validation_files"], "This gateway's backend does not use them.")
+
+
+def _is_suffix(text: str) -> bool:
+    return text.isascii() and all(char.isalnum() or char in "._-" for char in text)
+
+
+def _hyperparameters(request: JobIn, job_type: str, default_epochs: float) -> dict[str, Any]:
+    given = request.hyperparameters
+    if given.epochs is not None and given.training_steps is not None:
+        raise invalid(["body", "hyperparameters"], "Give epochs or training_steps, not both.")
+    shown = given.model_dump(exclude={"fim_ratio"} if job_type == "classifier" else None)
+    if given.epochs is None and given.training_steps is None:
+        shown["epochs"] = default_epochs
+    if "fim_ratio" in shown and "fim_ratio" not in given.model_fields_set:
+        # The protocol's default is meant for code; a job that did not ask gets none.
+        shown["fim_ratio"] = None
+    return shown
+
+
+def _target(target: ClassifierTargetIn) -> dict[str, Any]:
+    return {**target.model_dump(), "loss_function": target.loss_function or "single_class"}
+
+
+def _integrations(job: CheckedJob, job_id: str) -> tuple[WandbIntegration, ...]:
+    return tuple(
+        WandbIntegration(
+            project=given.project,
+            name=given.name,
+            run_name=given.run_name,
+            credential=f"wandb/{secret_profile(job_id)}",
+        )
+        for given in job.request.integrations or ()
+    )
+
+
+def secret_profile(job_id: str) -> str:
+    """Return the profile in the vault under which a job's own key is kept."""
+    return f"job-{job_id}"

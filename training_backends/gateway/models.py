@@ -1,0 +1,196 @@
+"""The models that can be fine-tuned here, and those that were."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from training_backends.client.aio import AsyncTrainingClient
+from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.logs import get_logger
+from training_backends.gateway.catalogue import Catalogue, Offer
+from training_backends.gateway.errors import not_found, plain
+from training_backends.gateway.store import GatewayStore, models
+from training_backends.mistral.wire import (
+    ArchiveFTModelOut,
+    BaseModelCard,
+    ClassifierFTModelOut,
+    CompletionFTModelOut,
+    DeleteModelOut,
+    FTModelCapabilitiesOut,
+    FTModelCard,
+    ModelCapabilities,
+    ModelList,
+    UnarchiveFTModelOut,
+    UpdateFTModelIn,
+)
+
+__all__ = ["ModelService"]
+
+log = get_logger()
+
+_METHODS = {"completion": "sft", "classifier": "classifier"}
+FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
+
+
+class ModelService:
+    """Base models of the catalogue and fine-tuned models of this gateway.
+
+    A base model's card says what it can be used for here, which is fine-tuning; a
+    fine-tuned one's says what it was trained for. Neither is served for inference.
+    """
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        client: AsyncTrainingClient,
+        *,
+        backend: str,
+        catalogue: Catalogue,
+        organization_id: str,
+        opened_at: float,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._backend = backend
+        self._catalogue = catalogue
+        self._organization_id = organization_id
+        self._opened_at = int(opened_at)
+
+    async def list(self, *, provider: str | None = None, model: str | None = None) -> ModelList:
+        """Return base models first, then fine-tuned ones, newest first.
+
+        Args:
+            provider: Only those that this one owns.
+            model: Only the one with this id.
+        """
+        query = sa.select(models).where(models.c.deleted_at.is_(None))
+        query = query.order_by(models.c.created_at.desc())
+        rows = await self._store.aread(lambda connection: connection.execute(query).all())
+        cards = [*(self._base_card(offer) for offer in self._offers()), *map(self._card, rows)]
+        return ModelList(
+            data=[
+                card
+                for card in cards
+                if (provider is None or card.owned_by == provider)
+                and (model is None or card.id == model)
+            ]
+        )
+
+    async def retrieve(self, model_id: str) -> BaseModelCard | FTModelCard:
+        """Return one model.
+
+        Raises:
+            Refusal: There is none of this name.
+        """
+        for offer in self._offers():
+            if offer.name == model_id:
+                return self._base_card(offer)
+        return self._card(await self._store.aread(lambda c: self._row(c, model_id)))
+
+    async def update(self, model_id: str, change: UpdateFTModelIn) -> FTModelOut:
+        """Change what was sent of a fine-tuned model's name and description."""
+        values = change.model_dump(exclude_unset=True)
+        row = await self._store.awrite(lambda c: self._change(c, model_id, values))
+        return self._updated(row)
+
+    async def archive(self, model_id: str) -> ArchiveFTModelOut:
+        """Archive a fine-tuned model; safe to repeat."""
+        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": True}))
+        return ArchiveFTModelOut(id=model_id)
+
+    async def unarchive(self, model_id: str) -> UnarchiveFTModelOut:
+        """Bring an archived model back; safe to repeat."""
+        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": False}))
+        return UnarchiveFTModelOut(id=model_id)
+
+    async def delete(self, model_id: str) -> DeleteModelOut:
+        """Delete a fine-tuned model, and its weights where the backend can."""
+        row = await self._store.awrite(
+            lambda c: self._change(c, model_id, {"deleted_at": time.time()})
+        )
+        try:
+            await self._client.delete(row.job_id)
+        except RunNotFound:
+            log.info("result already gone", model=model_id)
+        except TrainingBackendError as error:
+            # The model is gone for clients; what is left is the operator's to remove.
+            log.error("result not deleted", model=model_id, reason=error.message)  # noqa: TRY400
+        return DeleteModelOut(id=model_id)
+
+    def _offers(self) -> Sequence[Offer]:
+        methods = self._client.backend(self._backend).capabilities.methods
+        return [
+            offer
+            for offer in self._catalogue.all()
+            if any(_METHODS[kind] in methods for kind in offer.job_types)
+        ]
+
+    def _row(self, connection: sa.Connection, model_id: str) -> Any:
+        found = models.select().where(models.c.id == model_id, models.c.deleted_at.is_(None))
+        row = connection.execute(found).first()
+        if row is None:
+            raise not_found("model")
+        return row
+
+    def _change(self, connection: sa.Connection, model_id: str, values: dict[str, Any]) -> Any:
+        if any(offer.name == model_id for offer in self._catalogue.all()):
+            raise plain(403, f"{model_id} is a base model; only fine-tuned ones can be changed.")
+        self._row(connection, model_id)
+        mine = models.c.id == model_id
+        if values:
+            connection.execute(models.update().where(mine).values(values))
+        return connection.execute(models.select().where(mine)).first()
+
+    def _base_card(self, offer: Offer) -> BaseModelCard:
+        licence = f" Licence: {offer.licence}." if offer.licence else ""
+        return BaseModelCard(
+            id=offer.name,
+            created=self._opened_at,
+            capabilities=ModelCapabilities(
+                fine_tuning=True, classification="classifier" in offer.job_types
+            ),
+            name=offer.name,
+            description=f"Trained as {offer.target}.{licence}",
+            max_context_length=offer.context_length,
+        )
+
+    def _card(self, row: Any) -> FTModelCard:
+        classifies = row.model_type == "classifier"
+        return FTModelCard(
+            id=row.id,
+            created=int(row.created_at),
+            owned_by=self._organization_id,
+            capabilities=ModelCapabilities(
+                completion_chat=not classifies, classification=classifies
+            ),
+            name=row.name,
+            description=row.description,
+            max_context_length=row.context_length,
+            job=row.job_id,
+            root=row.root,
+            archived=row.archived,
+        )
+
+    def _updated(self, row: Any) -> FTModelOut:
+        classifies = row.model_type == "classifier"
+        fields: dict[str, Any] = {
+            "id": row.id,
+            "created": int(row.created_at),
+            "owned_by": self._organization_id,
+            "workspace_id": self._organization_id,
+            "root": row.root,
+            "root_version": "",
+            "archived": row.archived,
+            "name": row.name,
+            "description": row.description,
+            "capabilities": FTModelCapabilitiesOut(
+                completion_chat=not classifies, classification=classifies
+            ),
+            "max_context_length": row.context_length,
+            "job": row.job_id,
+        }
+        if classifies:
+            return ClassifierFTModelOut(**fields, classifier_targets=row.classifier_targets)
+        return CompletionFTModelOut(**fields)

@@ -1,0 +1,153 @@
+"""Routes of the files API."""
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import anyio
+from fastapi import APIRouter, Query, Request
+from starlette.responses import FileResponse
+
+from training_backends.gateway.errors import not_found, plain
+from training_backends.gateway.files import FileFilters
+from training_backends.gateway.routes import (
+    Caller,
+    FileProblem,
+    Opened,
+    Page,
+    PageSize,
+    answers,
+)
+from training_backends.gateway.service import Gateway
+from training_backends.mistral.wire import (
+    DeleteFileOut,
+    FileSignedURL,
+    ListFilesOut,
+    RetrieveFileOut,
+    UploadFileOut,
+)
+
+__all__ = ["files_router", "links_router"]
+
+files_router = APIRouter(prefix="/v1/files", tags=["files"])
+links_router = APIRouter(prefix="/files", tags=["files"])
+
+Purpose = Literal["fine-tune", "batch", "ocr"]
+SampleType = Literal["pretrain", "instruct", "batch_request", "batch_result", "batch_error"]
+Source = Literal["upload", "repository", "mistral"]
+Hours = Annotated[int, Query(ge=1, le=24 * 365, description="Hours for which the link works.")]
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["fine-tune", "batch", "ocr"]},
+                        "expiry": {"type": "integer", "minimum": 1, "description": "Hours."},
+                        "visibility": {"type": "string", "enum": ["workspace", "user"]},
+                    },
+                }
+            }
+        },
+    }
+}
+_BYTES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file's bytes.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@files_router.post(
+    "", openapi_extra=_FORM, responses=answers(507, _422=FileProblem), name="upload_file"
+)
+async def upload(request: Request, gateway: Opened, caller: Caller) -> UploadFileOut:
+    """Upload a file; parts may come in any order, and the same file again is the same file."""
+    length = request.headers.get("content-length", "")
+    return await gateway.files.upload(
+        request.stream(),
+        content_type=request.headers.get("content-type", ""),
+        content_length=int(length) if length.isdigit() else None,
+        caller=caller,
+    )
+
+
+@files_router.get("", responses=answers(), name="list_files")
+async def list_files(
+    *,
+    gateway: Opened,
+    page: Page = 0,
+    page_size: PageSize = 100,
+    include_total: bool = True,
+    sample_type: Annotated[list[SampleType] | None, Query()] = None,
+    source: Annotated[list[Source] | None, Query()] = None,
+    search: str | None = None,
+    purpose: Purpose | None = None,
+    mimetypes: Annotated[list[str] | None, Query()] = None,
+) -> ListFilesOut:
+    """List files, newest first."""
+    filters = FileFilters(
+        sample_type=sample_type,
+        source=source,
+        search=search,
+        purpose=purpose,
+        mimetypes=mimetypes,
+    )
+    return await gateway.files.list(
+        filters, page=page, page_size=page_size, include_total=include_total
+    )
+
+
+@files_router.get("/{file_id}", responses=answers(404), name="retrieve_file")
+async def retrieve(file_id: UUID, gateway: Opened) -> RetrieveFileOut:
+    """Return what is known of a file."""
+    return await gateway.files.retrieve(str(file_id))
+
+
+@files_router.delete("/{file_id}", responses=answers(404), name="delete_file")
+async def delete(file_id: UUID, gateway: Opened) -> DeleteFileOut:
+    """Delete a file; jobs under way that train on it go on."""
+    return await gateway.files.delete(str(file_id))
+
+
+@files_router.get(
+    "/{file_id}/content",
+    response_class=FileResponse,
+    responses=_BYTES | answers(404),
+    name="download_file",
+)
+async def download(file_id: UUID, gateway: Opened) -> FileResponse:
+    """Return a file's bytes."""
+    return await _content(gateway, file_id)
+
+
+@files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
+async def signed_url(
+    file_id: UUID, request: Request, gateway: Opened, expiry: Hours = 24
+) -> FileSignedURL:
+    """Return a link to a file that works without a key for a while."""
+    await gateway.files.stored(str(file_id))
+    base = str(gateway.settings.public_url or request.base_url).rstrip("/")
+    return FileSignedURL(url=base + gateway.links.path(str(file_id), expiry))
+
+
+@links_router.get(
+    "/{file_id}", response_class=FileResponse, responses=_BYTES | answers(403, 404), name="linked"
+)
+async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -> FileResponse:
+    """Return a file's bytes to whoever has a valid link."""
+    if not gateway.links.allows(str(file_id), expires, signature):
+        raise plain(403, "The link is not valid, or not any more.")
+    return await _content(gateway, file_id)
+
+
+async def _content(gateway: Gateway, file_id: UUID) -> FileResponse:
+    file = await gateway.files.stored(str(file_id))
+    if not await anyio.Path(file.path).exists():
+        raise not_found("file")
+    return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)

@@ -1,0 +1,99 @@
+"""Routes of the fine-tuning API."""
+
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from fastapi import APIRouter
+
+from training_backends.gateway.jobs import JobFilters
+from training_backends.gateway.routes import Caller, Conflict, Opened, Page, PageSize, answers
+from training_backends.mistral.wire import (
+    ClassifierDetailedJobOut,
+    ClassifierJobOut,
+    CompletionDetailedJobOut,
+    CompletionJobOut,
+    JobIn,
+    JobsOut,
+    LegacyJobMetadataOut,
+)
+
+__all__ = ["jobs_router"]
+
+jobs_router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+JobStatus = Literal[
+    "QUEUED",
+    "STARTED",
+    "VALIDATING",
+    "VALIDATED",
+    "RUNNING",
+    "FAILED_VALIDATION",
+    "FAILED",
+    "SUCCESS",
+    "CANCELLED",
+    "CANCELLATION_REQUESTED",
+]
+DetailedJobOut = CompletionDetailedJobOut | ClassifierDetailedJobOut
+
+
+@jobs_router.get("", responses=answers(), name="list_jobs")
+async def list_jobs(
+    *,
+    gateway: Opened,
+    caller: Caller,
+    page: Page = 0,
+    page_size: PageSize = 100,
+    model: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+    created_by_me: bool = False,
+    status: JobStatus | None = None,
+    wandb_project: str | None = None,
+    wandb_name: str | None = None,
+    suffix: str | None = None,
+) -> JobsOut:
+    """List jobs, newest first."""
+    filters = JobFilters(
+        model=model,
+        created_after=created_after,
+        created_before=created_before,
+        created_by=caller if created_by_me else None,
+        status=status,
+        wandb_project=wandb_project,
+        wandb_name=wandb_name,
+        suffix=suffix,
+    )
+    return await gateway.jobs.list(filters, page=page, page_size=page_size)
+
+
+@jobs_router.post("", responses=answers(503, _409=Conflict), name="create_job")
+async def create_job(
+    *,
+    job: JobIn,
+    gateway: Opened,
+    caller: Caller,
+    dry_run: bool | None = None,
+) -> CompletionJobOut | ClassifierJobOut | LegacyJobMetadataOut:
+    """Create a job, or say with `dry_run` what it would take."""
+    if dry_run:
+        return await gateway.jobs.dry_run(job)
+    return await gateway.jobs.create(job, caller=caller)
+
+
+@jobs_router.get("/{job_id}", responses=answers(404), name="get_job")
+async def get_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+    """Return a job with its events and checkpoints."""
+    return await gateway.jobs.get(str(job_id))
+
+
+@jobs_router.post("/{job_id}/start", responses=answers(404), name="start_job")
+async def start_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+    """Start a VALIDATED job; harmless when it was started before."""
+    return await gateway.jobs.start(str(job_id))
+
+
+@jobs_router.post("/{job_id}/cancel", responses=answers(404), name="cancel_job")
+async def cancel_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+    """Cancel a job; harmless when it is over."""
+    return await gateway.jobs.cancel(str(job_id))

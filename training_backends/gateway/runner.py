@@ -1,0 +1,390 @@
+"""Moves jobs on: one task a job, from validation to its end, taken up again after a restart.
+
+What a job's task does depends on its row only, so a task can end at any moment and be
+started again: validation is repeated, `client.launch` with the job's id never starts a
+second run, and the log is followed from behind the stored cursor.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import anyio
+import sqlalchemy as sa
+import structlog
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from training_backends.client.aio import AsyncTrainingClient
+from training_backends.core.config import TrainingConfig
+from training_backends.core.errors import RateLimited, RunNotFound, TrainingBackendError
+from training_backends.core.logs import get_logger
+from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.status import TrainingStatus
+from training_backends.gateway.files import FileService
+from training_backends.gateway.jobstore import add_metrics, change_status, load_job
+from training_backends.gateway.outcome import (
+    NOT_ENDED,
+    error_data,
+    finish_job,
+    issue_data,
+    quote,
+)
+from training_backends.gateway.store import ENDED, GatewayStore, jobs
+from training_backends.mistral.status import to_wire
+
+__all__ = ["JobRunner", "OnEnd"]
+
+log = get_logger()
+
+OnEnd = Callable[[str], Awaitable[None]]
+"""Told the id of a job that is over."""
+_T = TypeVar("_T")
+
+_FIRST_PAUSE: Final = 0.5
+_LONGEST_PAUSE: Final = 60.0
+"""Seconds between two tries while a backend is not available."""
+_LOOK_EVERY: Final = 5.0
+"""Seconds between two looks at a running job's status, beside its log."""
+_BATCH: Final = 500
+"""Log records stored in one transaction at most."""
+_LAWFUL: Final[dict[str, tuple[str, ...]]] = {
+    "STARTED": ("QUEUED",),
+    "RUNNING": ("QUEUED", "STARTED"),
+    "CANCELLATION_REQUESTED": ("QUEUED", "STARTED", "RUNNING"),
+}
+"""From where a job that was started may move to what its backend tells of it."""
+
+_STATUSES: Final = {status.value: status for status in TrainingStatus}
+
+
+class JobRunner:
+    """The tasks of all jobs under way, in the task group that it is given."""
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        client: AsyncTrainingClient,
+        files: FileService,
+        tasks: TaskGroup,
+        *,
+        organization_id: str,
+        on_end: OnEnd,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._files = files
+        self._tasks = tasks
+        self._organization_id = organization_id
+        self._on_end = on_end
+        self._scopes: dict[str, anyio.CancelScope] = {}
+        self._again: set[str] = set()
+        self._stops: dict[str, anyio.Event] = {}
+        # Validation reads all data; two at a time keep the machine usable.
+        self._validating = anyio.Semaphore(2)
+
+    async def take_up(self) -> None:
+        """Go on with every job that was under way when the gateway ended."""
+        query = sa.select(jobs.c.id).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.created_at)
+        for job_id in await self._store.aread(lambda c: c.execute(query).scalars().all()):
+            self.watch(job_id)
+
+    def watch(self, job_id: str) -> None:
+        """See to a job whose row has changed; safe to repeat."""
+        if job_id in self._scopes:
+            self._again.add(job_id)
+            return
+        self._scopes[job_id] = anyio.CancelScope()
+        self._tasks.start_soon(self._task, job_id, self._scopes[job_id])
+
+    def drop(self, job_id: str) -> None:
+        """Leave a job alone that was cancelled before its start."""
+        if job_id in self._scopes:
+            self._scopes[job_id].cancel()
+
+    def stop(self, job_id: str) -> None:
+        """See to it that a job's run ends, now or as soon as it was launched."""
+        self._stop_event(job_id).set()
+        self.watch(job_id)
+
+    def _stop_event(self, job_id: str) -> anyio.Event:
+        return self._stops.setdefault(job_id, anyio.Event())
+
+    async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
+        # A task begins with the context of the request that started it.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(job_id=job_id)
+        try:
+            with scope:
+                await self._guarded(job_id)
+        finally:
+            del self._scopes[job_id]
+        if job_id in self._again:
+            self._again.discard(job_id)
+            self.watch(job_id)
+        else:
+            self._stops.pop(job_id, None)
+
+    async def _guarded(self, job_id: str) -> None:
+        """Let no job's trouble reach the others or the server."""
+        try:
+            await self._drive(job_id)
+        except Exception as group:  # whatever it is, it is this job's failure
+            error = _single(group)
+            if isinstance(error, TrainingBackendError):
+                log.error("job failed", reason=error.message)  # noqa: TRY400
+            else:
+                log.exception("job failed")
+            try:
+                await self._fail(job_id, error)
+            except TrainingBackendError as again:
+                log.error("failure not stored", reason=again.message)  # noqa: TRY400
+
+    async def _drive(self, job_id: str) -> None:
+        while True:
+            job = await self._load(job_id)
+            if job.status in ENDED:
+                return
+            if job.started_at is not None:
+                await self._train(job)
+                return
+            if job.status != "VALIDATED":
+                await self._validate(job)
+            elif job.auto_start:
+                await self._store.awrite(lambda c: accept_start(c, job_id))
+            else:
+                return
+
+    async def _load(self, job_id: str) -> Any:
+        return await self._store.aread(lambda connection: load_job(connection, job_id))
+
+    async def _move(self, job: Any, status: str, *only_from: str, **values: Any) -> bool:
+        return await self._store.awrite(
+            lambda c: change_status(c, job.id, status, only_from=only_from, **values)
+        )
+
+    async def _fail(self, job_id: str, error: BaseException) -> None:
+        job = await self._load(job_id)
+        data = error_data(error, await self._files.names(job.blobs))
+        if await self._move(job, "FAILED", *NOT_ENDED, data=data):
+            await self._on_end(job_id)
+
+    # -- before the start --------------------------------------------------------------
+
+    async def _validate(self, job: Any) -> None:
+        async with self._validating:
+            await self._move(job, "VALIDATING", "QUEUED")
+            config = TrainingConfig.model_validate_json(job.config)
+            try:
+                report = await self._patiently(
+                    lambda: self._client.validate(config, backend=job.backend)
+                )
+                if not report.ok:
+                    names = await self._files.names(job.blobs)
+                    await self._refuse(job, issue_data(report.errors, names))
+                    return
+                estimate = await self._patiently(
+                    lambda: self._client.estimate(config, backend=job.backend)
+                )
+            except TrainingBackendError as error:
+                await self._refuse(job, error_data(error, await self._files.names(job.blobs)))
+                return
+            metadata = quote(estimate).model_dump()
+            await self._move(job, "VALIDATED", "VALIDATING", quote=metadata)
+
+    async def _refuse(self, job: Any, data: dict[str, Any]) -> None:
+        if await self._move(job, "FAILED_VALIDATION", "VALIDATING", data=data):
+            await self._on_end(job.id)
+
+    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat a call for as long as its backend is away."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await call()
+            except TrainingBackendError as error:
+                if not error.retryable:
+                    raise
+                pause = await _wait(error, pause)
+
+    # -- after the start ---------------------------------------------------------------
+
+    async def _train(self, job: Any) -> None:
+        stop = self._stop_event(job.id)
+        if job.status == "CANCELLATION_REQUESTED":
+            stop.set()
+        if not job.launched and not await self._launch(job, stop):
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._stop_when_asked, job.id, stop)
+            tasks.start_soon(self._look, job.id)
+            run = await self._follow(job.id)
+            tasks.cancel_scope.cancel()
+        await self._end(job, run)
+
+    async def _launch(self, job: Any, stop: anyio.Event) -> bool:
+        """Have the backend start the run; False when the job is over instead."""
+        config = TrainingConfig.model_validate_json(job.config)
+        pause = _FIRST_PAUSE
+        while not stop.is_set():
+            try:
+                run = await self._client.launch(config, backend=job.backend, run_id=job.id)
+                break
+            except TrainingBackendError as error:
+                if not error.retryable:
+                    raise
+                with anyio.move_on_after(pause):
+                    await stop.wait()
+                pause = _longer(error, pause)
+        else:
+            if not await self._may_have_run(job):
+                return False
+            return await self._launched(job, None)
+        return await self._launched(job, run.status)
+
+    async def _launched(self, job: Any, status: TrainingStatus | None) -> bool:
+        def work(connection: sa.Connection) -> None:
+            mine = jobs.update().where(jobs.c.id == job.id)
+            connection.execute(mine.values(launched=True))
+            _move_on(connection, job.id, status)
+
+        await self._store.awrite(work)
+        return True
+
+    async def _may_have_run(self, job: Any) -> bool:
+        """End a job that is cancelled before it is known to be launched, if it was not."""
+        try:
+            run = await self._patiently(lambda: self._client.stop(job.id))
+        except RunNotFound:
+            if await self._move(job, "CANCELLED", *NOT_ENDED):
+                await self._on_end(job.id)
+            return False
+        if run.status.is_terminal:
+            await self._end(job, run)
+        return not run.status.is_terminal
+
+    async def _stop_when_asked(self, job_id: str, stop: anyio.Event) -> None:
+        await stop.wait()
+        try:
+            await self._patiently(lambda: self._client.stop(job_id))
+        except TrainingBackendError as error:
+            log.error("run cannot be stopped", reason=error.message)  # noqa: TRY400
+
+    async def _look(self, job_id: str) -> None:
+        """Ask for a run's status now and then: not every backend tells it in its log."""
+        while True:
+            await anyio.sleep(_LOOK_EVERY)
+            try:
+                run = await self._client.status(job_id)
+            except TrainingBackendError as error:
+                log.debug("run cannot be seen now", reason=error.message)
+            else:
+                await self._store.awrite(partial(_move_on, job_id=job_id, status=run.status))
+
+    async def _follow(self, job_id: str) -> TrainingRun:
+        """Stay with a run to its end, however often its backend is away."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                if await self._drain(job_id):
+                    pause = _FIRST_PAUSE
+                run = await self._client.status(job_id)
+                if run.status.is_terminal:
+                    return run
+                await anyio.sleep(_FIRST_PAUSE)
+            except TrainingBackendError as error:
+                if not error.retryable:
+                    raise
+                pause = await _wait(error, pause)
+
+    async def _drain(self, job_id: str) -> bool:
+        """Store a run's log from behind the cursor to its end; tell whether there was any."""
+        cursor = (await self._load(job_id)).log_cursor
+        send, receive = anyio.create_memory_object_stream[LogRecord](_BATCH)
+        failure: TrainingBackendError | None = None
+        any_record = False
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._keep, job_id, receive)
+            async with (
+                send,
+                aclosing(self._client.logs(job_id, after=cursor, follow=True)) as records,
+            ):
+                try:
+                    async for record in records:
+                        any_record = True
+                        await send.send(record)
+                except TrainingBackendError as error:
+                    failure = error  # told once all records before it are stored
+        if failure is not None and not (failure.retryable and any_record):
+            raise failure
+        return any_record
+
+    async def _keep(self, job_id: str, records: MemoryObjectReceiveStream[LogRecord]) -> None:
+        """Store records as they come, together with the cursor behind them."""
+        async with records:
+            async for record in records:
+                batch = [record]
+                while len(batch) < _BATCH:
+                    try:
+                        batch.append(records.receive_nowait())
+                    except (anyio.WouldBlock, anyio.EndOfStream):
+                        break
+                await self._store.awrite(partial(_apply, job_id=job_id, batch=batch))
+
+    async def _end(self, job: Any, run: TrainingRun) -> None:
+        await self._store.awrite(lambda c: finish_job(c, job, run, self._organization_id))
+        await self._on_end(job.id)
+
+
+def accept_start(connection: sa.Connection, job_id: str) -> bool:
+    """Queue a validated job for training; no event tells of it, as at the service."""
+    return change_status(
+        connection,
+        job_id,
+        "QUEUED",
+        only_from=("VALIDATED",),
+        silent=True,
+        started_at=time.time(),
+    )
+
+
+def _apply(connection: sa.Connection, *, job_id: str, batch: list[LogRecord]) -> None:
+    for record in batch:
+        if record.source == "status":
+            word = str(record.fields.get("status"))
+            _move_on(connection, job_id, _STATUSES.get(word), at=record.at.timestamp())
+    add_metrics(connection, job_id, batch)
+    cursor = batch[-1].cursor
+    connection.execute(jobs.update().where(jobs.c.id == job_id).values(log_cursor=cursor))
+
+
+def _move_on(
+    connection: sa.Connection, job_id: str, status: TrainingStatus | None, at: float | None = None
+) -> None:
+    """Take over what a backend says of a started job, where that is a step forward."""
+    word = to_wire(status) if status else None
+    if word in _LAWFUL:
+        change_status(connection, job_id, word, only_from=_LAWFUL[word], at=at)
+
+
+def _single(error: BaseException) -> BaseException:
+    """Take an error out of the groups that task groups put it into."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _longer(error: TrainingBackendError, pause: float) -> float:
+    log.warning("backend not available", reason=error.message, pause=pause)
+    asked = error.retry_after if isinstance(error, RateLimited) else None
+    return min(max(pause * 2, asked or 0.0), _LONGEST_PAUSE)
+
+
+async def _wait(error: TrainingBackendError, pause: float) -> float:
+    """Sleep, and return how long to sleep the next time."""
+    longer = _longer(error, pause)
+    asked = error.retry_after if isinstance(error, RateLimited) else None
+    await anyio.sleep(max(pause, min(asked or 0.0, _LONGEST_PAUSE)))
+    return longer

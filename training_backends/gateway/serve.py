@@ -1,0 +1,166 @@
+"""Serve a gateway over HTTP within the running event loop."""
+
+import errno
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import uvicorn
+from anyio import to_thread
+from pydantic import SecretStr
+
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.errors import ConfigError
+from training_backends.core.logs import get_logger
+from training_backends.gateway.app import create_app
+from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.service import Gateway, open_gateway
+from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.tasks import beside
+
+__all__ = ["RunningGateway", "running"]
+
+log = get_logger()
+
+_PATIENCE = 5
+"""Seconds that requests under way are given when the server ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningGateway:
+    """A gateway that answers.
+
+    Attributes:
+        url: Where, without `/v1`.
+        api_key: The static key from the settings, if there is one.
+    """
+
+    url: str
+    api_key: SecretStr | None
+    gateway: Gateway
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to the program it is a part of."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+@asynccontextmanager
+async def running(
+    settings: GatewaySettings,
+    *,
+    home: Path,
+    backend: str,
+    host: str | None = None,
+    port: int | None = None,
+    backends: Mapping[str, TrainingBackend] | None = None,
+    blobs: BlobStore | None = None,
+) -> AsyncIterator[RunningGateway]:
+    """Serve for as long as the block lasts; jobs under way go on at the next start.
+
+    Args:
+        home: Directory of all state; the gateway's lies in `<home>/gateway`.
+        backend: Name of the backend that trains.
+        host: Address to listen on; default that of the settings. Beyond loopback
+            everybody on the network can reach the gateway, over plain http.
+        port: 0 for any free one; default that of the settings.
+
+    Raises:
+        ConfigError: The port is taken or the address is not this machine's.
+        DuplicateRun: Another gateway is using this home.
+    """
+    host = host or settings.host
+    listener = await to_thread.run_sync(_bind, host, settings.port if port is None else port)
+    try:
+        async with open_gateway(
+            settings, home=home, backend=backend, backends=backends, blobs=blobs
+        ) as gateway:
+            url = _url(listener)
+            if not _is_loopback(listener):
+                log.warning("serving plain http beyond this machine", url=url)
+            async with _serving(gateway, listener):
+                yield RunningGateway(url=url, api_key=settings.api_key, gateway=gateway)
+    finally:
+        listener.close()
+
+
+@asynccontextmanager
+async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
+    config = uvicorn.Config(
+        create_app(gateway),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_PATIENCE,
+        # A client's pool must not find its connection closed under its next request.
+        timeout_keep_alive=75,
+    )
+    server = _Server(config)
+    async with beside() as tasks:
+        tasks.start_soon(server.serve, [listener])
+        while not server.started:  # noqa: ASYNC110  # uvicorn sets no event
+            await anyio.sleep(0.01)
+        try:
+            yield
+        finally:
+            server.should_exit = True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Listen on an address, before anything else is begun."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"{host!r} is no address of this machine: {error.strerror}.",
+            hint="Use 127.0.0.1, or 0.0.0.0 to be reached from the network.",
+        ) from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from error
+    listener.setblocking(False)  # noqa: FBT003  # its only argument
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"Port {port} on {host} is taken by another program.",
+            hint="Choose another with --port, or --port 0 for any free one.",
+        )
+    if error.errno == errno.EACCES:
+        return ConfigError(
+            f"Port {port} on {host} needs more rights than this program has.",
+            hint="Choose a --port above 1023.",
+        )
+    return ConfigError(
+        f"Cannot listen on {host}, port {port}: {error.strerror}.",
+        hint="Use 127.0.0.1, or 0.0.0.0 to be reached from the network.",
+    )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback

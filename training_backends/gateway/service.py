@@ -1,0 +1,158 @@
+"""The gateway's life: what it is made of, opened and closed in one block."""
+
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from anyio import to_thread
+
+from training_backends.client.aio import AsyncTrainingClient
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.errors import DuplicateRun, RunNotFound
+from training_backends.credentials.vault import CredentialVault
+from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.catalogue import Catalogue
+from training_backends.gateway.ending import JobEnding
+from training_backends.gateway.files import FileService
+from training_backends.gateway.jobs import JobService
+from training_backends.gateway.keys import KeyStore
+from training_backends.gateway.models import ModelService
+from training_backends.gateway.runner import JobRunner
+from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.signing import LinkSigner, load_secret
+from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.tasks import beside
+
+__all__ = ["Gateway", "open_gateway"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """An open gateway; everything that HTTP routes need.
+
+    Attributes:
+        home: Directory of all its state.
+        client: Runs the jobs; a job's id is its run's id.
+    """
+
+    settings: GatewaySettings
+    home: Path
+    backend: str
+    client: AsyncTrainingClient
+    keys: KeyStore
+    files: FileService
+    jobs: JobService
+    models: ModelService
+    links: LinkSigner
+
+    async def result_of(self, job_id: str) -> str | None:
+        """Return where the model of a job lies, in its backend's words; None before its end.
+
+        The protocol has no download of weights, so this is for programs that run the
+        gateway themselves.
+        """
+        try:
+            return (await self.client.get(job_id)).result_model
+        except RunNotFound:
+            return None
+
+
+@asynccontextmanager
+async def open_gateway(
+    settings: GatewaySettings,
+    *,
+    home: Path,
+    backend: str,
+    backends: Mapping[str, TrainingBackend] | None = None,
+    vault: CredentialVault | None = None,
+    blobs: BlobStore | None = None,
+) -> AsyncIterator[Gateway]:
+    """Open the gateway whose state lies in `<home>/gateway` and go on with its jobs.
+
+    Args:
+        backend: Name of the backend that trains.
+        backends: Backends to use instead of the registered ones.
+        vault: Keeps the keys of jobs' integrations; default the keyring.
+        blobs: Where uploads are kept; default below the gateway's home.
+
+    Raises:
+        ConfigError: The backend or the catalogue cannot be used.
+        BackendNotInstalled: The backend cannot be loaded.
+        DuplicateRun: Another gateway is using this home.
+    """
+    root = (home / "gateway").expanduser().absolute()
+    async with AsyncExitStack() as stack:
+        lock = await to_thread.run_sync(_hold, root)
+        stack.callback(os.close, lock)
+        catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
+        store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
+        stack.callback(store.close)
+        vault = vault or CredentialVault(home=root)
+        make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
+        client = await stack.enter_async_context(await to_thread.run_sync(make_client))
+        await to_thread.run_sync(client.backend, backend)
+        files = FileService(store, blobs or BlobStore(root), limit=settings.max_upload_bytes)
+        await files.open()
+        ending = JobEnding(store, files, vault)
+        tasks = await stack.enter_async_context(beside())
+        stack.callback(tasks.cancel_scope.cancel)
+        runner = JobRunner(
+            store,
+            client,
+            files,
+            tasks,
+            organization_id=settings.organization_id,
+            on_end=ending,
+        )
+        secret = await to_thread.run_sync(load_secret, root / "secret")
+        gateway = Gateway(
+            settings=settings,
+            home=root,
+            backend=backend,
+            client=client,
+            keys=KeyStore(store, settings.api_key),
+            files=files,
+            jobs=JobService(
+                store,
+                client,
+                files,
+                runner,
+                ending,
+                backend=backend,
+                catalogue=catalogue,
+                secrets=vault,
+                default_epochs=settings.default_epochs,
+            ),
+            models=ModelService(
+                store,
+                client,
+                backend=backend,
+                catalogue=catalogue,
+                organization_id=settings.organization_id,
+                opened_at=time.time(),
+            ),
+            links=LinkSigner(secret),
+        )
+        await runner.take_up()
+        tasks.start_soon(files.sweep)
+        yield gateway
+
+
+def _hold(root: Path) -> int:
+    """Take the home for this process; the kernel lets go of it when the process dies."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DuplicateRun(
+            f"Another gateway is using {root}.",
+            hint="Stop it first, or set TRAINING_BACKENDS_HOME to another directory.",
+        ) from None
+    return descriptor

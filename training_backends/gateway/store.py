@@ -1,0 +1,202 @@
+"""The gateway's own database: files, jobs, events, checkpoints, models and keys."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import sqlalchemy as sa
+from anyio import to_thread
+from sqlalchemy.exc import DatabaseError
+
+from training_backends.core.errors import StoreError
+
+__all__ = [
+    "ENDED",
+    "SCHEMA_VERSION",
+    "GatewayStore",
+    "checkpoints",
+    "events",
+    "files",
+    "jobs",
+    "keys",
+    "models",
+]
+
+SCHEMA_VERSION = 1
+ENDED = ("SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
+"""Statuses that a job never leaves."""
+
+_T = TypeVar("_T")
+_metadata = sa.MetaData()
+
+files = sa.Table(
+    "files",
+    _metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("filename", sa.String, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False, index=True),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("purpose", sa.String, nullable=False),
+    sa.Column("sample_type", sa.String, nullable=False),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("num_lines", sa.Integer),
+    sa.Column("mimetype", sa.String),
+    sa.Column("visibility", sa.String),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("deleted_at", sa.Float),
+)
+jobs = sa.Table(
+    "jobs",
+    _metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("backend", sa.String, nullable=False),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("job_type", sa.String, nullable=False),
+    sa.Column("status", sa.String, nullable=False, index=True),
+    sa.Column("suffix", sa.String),
+    sa.Column("auto_start", sa.Boolean, nullable=False),
+    sa.Column("fingerprint", sa.String(64), nullable=False, index=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+    sa.Column("modified_at", sa.Float, nullable=False),
+    # When the start was accepted; launched once the backend has accepted it too.
+    sa.Column("started_at", sa.Float),
+    sa.Column("launched", sa.Boolean, nullable=False, default=False),
+    sa.Column("training_files", sa.JSON, nullable=False),
+    sa.Column("validation_files", sa.JSON, nullable=False),
+    sa.Column("blobs", sa.JSON, nullable=False),
+    sa.Column("hyperparameters", sa.JSON, nullable=False),
+    sa.Column("classifier_targets", sa.JSON, nullable=False),
+    sa.Column("context_length", sa.Integer, nullable=False),
+    sa.Column("integrations", sa.JSON, nullable=False),
+    sa.Column("wandb_project", sa.String),
+    sa.Column("wandb_name", sa.String),
+    sa.Column("config", sa.Text, nullable=False),
+    sa.Column("quote", sa.JSON(none_as_null=True)),
+    sa.Column("log_cursor", sa.String),
+    sa.Column("checkpoint_stride", sa.Integer, nullable=False, default=1),
+    sa.Column("trained_tokens", sa.Integer),
+    sa.Column("fine_tuned_model", sa.String),
+)
+events = sa.Table(
+    "events",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False, index=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+checkpoints = sa.Table(
+    "checkpoints",
+    _metadata,
+    sa.Column("job_id", sa.String(36), primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("train_loss", sa.Float),
+    sa.Column("valid_loss", sa.Float),
+    sa.Column("valid_mean_token_accuracy", sa.Float),
+)
+models = sa.Table(
+    "models",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False),
+    sa.Column("root", sa.String, nullable=False),
+    sa.Column("model_type", sa.String, nullable=False),
+    sa.Column("context_length", sa.Integer, nullable=False),
+    sa.Column("classifier_targets", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("name", sa.String),
+    sa.Column("description", sa.String),
+    sa.Column("archived", sa.Boolean, nullable=False, default=False),
+    sa.Column("deleted_at", sa.Float),
+)
+keys = sa.Table(
+    "keys",
+    _metadata,
+    sa.Column("id", sa.String(8), primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("revoked_at", sa.Float),
+)
+
+
+def _prepare_connection(connection: Any, _record: Any) -> None:
+    # SQLAlchemy begins transactions itself (below), so the driver must not.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class GatewayStore:
+    """One SQLite file. Each call is one transaction; writes are durable when it returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._reads = sa.create_engine(f"sqlite:///{path}")
+        sa.event.listen(self._reads, "connect", _prepare_connection)
+        sa.event.listen(self._reads, "begin", _begin)
+        self._writes = self._reads.execution_options(writes=True)
+        self._writer = anyio.CapacityLimiter(1)
+        self.write(self._create)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._reads.dispose()
+
+    def read(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Return what `work` makes of a consistent view of the database.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        return self._run(self._reads, work)
+
+    def write(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Return what `work` returns once all that it changed is durable.
+
+        Raises:
+            StoreError: The database cannot be used; nothing was changed.
+        """
+        return self._run(self._writes, work)
+
+    async def aread(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do as `read` does, in a worker thread."""
+        return await to_thread.run_sync(self.read, work)
+
+    async def awrite(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do as `write` does, in a worker thread, one at a time."""
+        return await to_thread.run_sync(self.write, work, limiter=self._writer)
+
+    def _run(self, engine: sa.Engine, work: Callable[[sa.Connection], _T]) -> _T:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except DatabaseError as error:
+            raise StoreError(
+                f"The gateway's database {self._path} cannot be used: {error.orig or error}",
+                hint="Check the disk and the file's permissions.",
+            ) from error
+
+    def _create(self, connection: sa.Connection) -> None:
+        found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        if found > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self._path} was written by a newer version (schema {found}, this one knows "
+                f"{SCHEMA_VERSION}).",
+                hint="Upgrade training-backends.",
+            )
+        if found < SCHEMA_VERSION:
+            _metadata.create_all(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")

@@ -1,0 +1,141 @@
+"""Receive a multipart upload as it arrives, in any order of its parts."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import anyio
+from anyio import to_thread
+from multipart import (
+    MultipartError,
+    MultipartSegment,
+    PushMultipartParser,
+    parse_options_header,
+)
+
+from training_backends.gateway.blobs import Incoming
+from training_backends.gateway.errors import Refusal, invalid, plain
+
+__all__ = ["FORM_OVERHEAD", "Upload", "receive", "too_large"]
+
+FORM_OVERHEAD = 64 * 1024
+"""Bytes that a form may have beside its file."""
+_BLOCK = 2**20
+"""Bytes written to disk at a time."""
+_PATIENCE = 120.0
+"""Seconds of silence before an upload is given up."""
+_MAX_FIELD = 1024
+_MAX_PARTS = 16
+
+
+@dataclass(slots=True)
+class Upload:
+    """What a form held; the file's bytes are in the `Incoming` it was received into.
+
+    Attributes:
+        filename: As the client named it, or None when there was no file.
+    """
+
+    fields: dict[str, str] = field(default_factory=dict)
+    filename: str | None = None
+    content_type: str | None = None
+
+
+def too_large(limit: int) -> Refusal:
+    """Return the answer to a file that is larger than allowed."""
+    return plain(413, f"The file is too large; at most {limit} bytes are accepted.")
+
+
+async def receive(
+    chunks: AsyncIterator[bytes], content_type: str, into: Incoming, *, limit: int
+) -> Upload:
+    """Read a whole form; the part named `file` goes to disk while it arrives.
+
+    Memory stays at a block or two whatever the file's size: reading waits for the disk.
+
+    Args:
+        limit: Largest file, in bytes.
+
+    Raises:
+        Refusal: It is no form, or a part is too large.
+        OSError: The disk is full, or fails.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != "multipart/form-data" or not options.get("boundary"):
+        raise invalid(["body", "file"], "Send the file as multipart/form-data.", "missing")
+    form = _Form(into, limit)
+    try:
+        await form.read(chunks, options["boundary"])
+    except MultipartError as error:
+        raise plain(422, f"The form cannot be read: {error.args[0]}.") from error
+    await to_thread.run_sync(into.finish)
+    return form.upload
+
+
+async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+    """Return what arrived next, or None at the end."""
+    try:
+        with anyio.fail_after(_PATIENCE):
+            return await anext(chunks, None)
+    except TimeoutError:
+        raise plain(408, f"Nothing arrived for {_PATIENCE:g} s; upload the file again.") from None
+
+
+class _Form:
+    """Sorts a form's parts: fields are collected, the file is written in blocks."""
+
+    def __init__(self, into: Incoming, limit: int) -> None:
+        self.upload = Upload()
+        self._into = into
+        self._limit = limit
+        self._part: MultipartSegment | None = None
+        self._text = b""
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+
+    async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
+        """Read the form to its end."""
+        parser = PushMultipartParser(boundary, max_segment_count=_MAX_PARTS)
+        with parser:
+            while (chunk := await _next(chunks)) is not None:
+                if not chunk or parser.closed:
+                    continue
+                for event in parser.parse(chunk):
+                    self._take(event)
+                if self._pending_size >= _BLOCK:
+                    await self._flush()
+        await self._flush()
+
+    def _take(self, event: MultipartSegment | bytes | None) -> None:
+        if isinstance(event, MultipartSegment):
+            self._begin(event)
+        elif event is None:
+            self._end()
+        elif self._part is not None and self._part.name == "file":
+            if self._part.bytes_received > self._limit:
+                raise too_large(self._limit)
+            self._pending.append(event)
+            self._pending_size += len(event)
+        else:
+            self._text += event
+            if len(self._text) > _MAX_FIELD:
+                raise plain(422, "A field of the form is too long.")
+
+    def _begin(self, part: MultipartSegment) -> None:
+        self._part, self._text = part, b""
+        if part.name != "file":
+            return
+        if self.upload.filename is not None:
+            raise invalid(["body", "file"], "Send one file at a time.")
+        if part.filename is None:
+            raise invalid(["body", "file"], "Send `file` as a file with a name.")
+        self.upload.filename, self.upload.content_type = part.filename, part.content_type
+
+    def _end(self) -> None:
+        if self._part is not None and self._part.name != "file":
+            self.upload.fields[self._part.name] = self._text.decode("utf-8", "replace")
+        self._part = None
+
+    async def _flush(self) -> None:
+        if self._pending:
+            block, self._pending, self._pending_size = b"".join(self._pending), [], 0
+            await to_thread.run_sync(self._into.write, block)
