@@ -1,0 +1,147 @@
+"""Small runs of the local backend."""
+
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.core.backend import JSONValue
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import DataFile, Dataset
+from training_backends.core.estimate import Estimate
+from training_backends.core.run import RunState, TrainingRun
+from training_backends.core.rundir import RunDir
+
+
+class MemoryJournal:
+    """Keeps to the contract of `Journal` in memory; `begun` are steps without an end."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, JSONValue] = {}
+        self.begun: set[str] = set()
+        self.recorded: list[RunState] = []
+
+    async def step(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None = None,
+        *,
+        repeatable: bool = False,
+    ) -> JSONValue:
+        """See `Journal.step`."""
+        if name in self.done:
+            return self.done[name]
+        found = await find() if name in self.begun and find else None
+        assert found is not None or name not in self.begun or find or repeatable
+        self.begun.add(name)
+        self.done[name] = found if found is not None else await do()
+        return self.done[name]
+
+    async def record(self, state: RunState) -> None:
+        """See `Journal.record`."""
+        self.recorded.append(state)
+
+    async def quote(self, estimate: Estimate) -> None:
+        """See `Journal.quote`."""
+        raise AssertionError(f"nothing is billed here, but {estimate}")
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """See `Journal.progress`."""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.jsonl (40 rows) and valid.jsonl (5 rows)."""
+    directory = tmp_path_factory.mktemp("data")
+    for name, rows in (("train", 40), ("valid", 5)):
+        chats = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{n} plus {n}?"},
+                    {"role": "assistant", "content": f"It is {n + n}."},
+                ]
+            }
+            for n in range(rows)
+        ]
+        text = "".join(json.dumps(chat) + "\n" for chat in chats)
+        (directory / f"{name}.jsonl").write_text(text)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_run(data: Path) -> Callable[..., TrainingRun]:
+    """Return a function that makes a run's record; keywords change its configuration."""
+
+    def make(run_id: str = "r", **changes: Any) -> TrainingRun:
+        config = {
+            "model": "tiny-mistral",
+            "data": {"train": data / "train.jsonl", "validation": data / "valid.jsonl"},
+            "hyperparameters": {"training_steps": 20, "batch_size": 4, "learning_rate": 3e-3},
+            "options": {"device": "cpu"},
+        }
+        changed = TrainingConfig.model_validate({**config, **changes})
+        return TrainingRun(id=run_id, backend="local", config=changed)
+
+    return make
+
+
+def inspected(run: TrainingRun, **changes: Any) -> Dataset:
+    """Say of a run's files what an inspection would."""
+    config = run.config
+    files = [(source, "train") for source in config.data.train]
+    files += [(source, "validation") for source in config.data.validation]
+    return Dataset(
+        files=tuple(
+            DataFile.model_validate(
+                {
+                    "path": source.path,
+                    "role": role,
+                    "size": source.path.stat().st_size,
+                    "sha256": "0" * 64,
+                    "rows": len(source.path.read_bytes().splitlines()),
+                    "sample_type": "instruct",
+                    **changes,
+                }
+            )
+            for source, role in files
+        )
+    )
+
+
+@pytest.fixture(scope="session", name="inspected")
+def inspected_fixture() -> Callable[..., Dataset]:
+    """Return a function that says of a run's files what an inspection would."""
+    return inspected
+
+
+@pytest.fixture
+def journal() -> MemoryJournal:
+    """An empty journal."""
+    return MemoryJournal()
+
+
+@pytest.fixture(scope="session")
+def make_journal() -> type[MemoryJournal]:
+    """Return what makes a journal."""
+    return MemoryJournal
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """The state of a machine; what trains in it is killed with the test."""
+    yield tmp_path
+    for path in tmp_path.glob("runs/*"):
+        if pid := RunDir(path).active_pid():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def backend(home: Path) -> LocalBackend:
+    """A backend with no runs."""
+    return LocalBackend(home)

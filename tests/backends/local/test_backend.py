@@ -1,0 +1,314 @@
+"""The local backend with real training processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.core.config import TrainingConfig
+from training_backends.core.errors import (
+    ConfigError,
+    DuplicateRun,
+    RunNotFound,
+    UnsupportedOperation,
+)
+from training_backends.core.run import LogRecord, RunState, TrainingRun
+from training_backends.core.rundir import RunDir
+from training_backends.core.status import TrainingStatus
+
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+
+MakeRun = Callable[..., TrainingRun]
+
+PARENT = """
+import anyio, os, signal, sys
+from pathlib import Path
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.core.run import TrainingRun
+
+class Journal:
+    async def step(self, name, do, find=None, *, repeatable=False): return await do()
+    async def record(self, state): pass
+
+run = TrainingRun.model_validate_json(sys.argv[2])
+state = anyio.run(LocalBackend(Path(sys.argv[1])).launch, run, Journal())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+async def collect(
+    backend: LocalBackend, run: TrainingRun, after: str | None = None, *, follow: bool = False
+) -> list[LogRecord]:
+    """Read a run's log."""
+    async with aclosing(backend.logs(run, after=after, follow=follow)) as records:
+        return [record async for record in records]
+
+
+async def until(
+    backend: LocalBackend, run: TrainingRun, reached: Callable[[RunState], object]
+) -> RunState:
+    """Poll a run until its state is as wanted."""
+    deadline = time.monotonic() + 60
+    while not reached(state := await backend.status(run)):
+        assert time.monotonic() < deadline, f"waited in vain, at {state}"
+        await anyio.sleep(0.02)
+    return state
+
+
+def is_over(state: RunState) -> bool:
+    """Tell whether a run is over."""
+    return state.status.is_terminal
+
+
+@pytest.fixture(scope="module")
+def finished(
+    make_run: MakeRun, make_journal: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LocalBackend, TrainingRun, list[LogRecord]]:
+    """A completed run, and its log as it was followed live."""
+    backend = LocalBackend(tmp_path_factory.mktemp("home"))
+    run = make_run(options={"device": "cpu", "sample_prompt": "3 plus 3?"})
+
+    async def live() -> list[LogRecord]:
+        journal = make_journal()
+        await backend.launch(run, journal)
+        assert [state.remote_id for state in journal.recorded] == [run.id]
+        return await collect(backend, run, follow=True)
+
+    return backend, run, anyio.run(live)
+
+
+Finished = tuple[LocalBackend, TrainingRun, list[LogRecord]]
+
+
+async def test_a_run_completes_with_its_result_and_checkpoints(finished: Finished) -> None:
+    """The state of a finished run says everything that is to be known of it."""
+    backend, run, _ = finished
+    state = await backend.status(run)
+    assert state.status is TrainingStatus.COMPLETED
+    assert (state.step, state.total_steps) == (20, 20)
+    assert state.result_model is not None
+    assert (Path(state.result_model) / "config.json").is_file()
+    assert state.started_at is not None
+    assert state.finished_at is not None
+    assert state.started_at < state.finished_at
+    assert state.metrics is not None
+    assert {"train_loss", "learning_rate", "valid_loss", "tokens"} <= set(state.metrics)
+    assert state.checkpoints is not None
+    assert [c.step for c in state.checkpoints] == list(range(2, 21, 2))
+    losses = [c.metrics["train_loss"] for c in state.checkpoints]
+    assert losses[-1] < losses[0]
+    assert [c.path is not None for c in state.checkpoints] == [False] * 7 + [True] * 3
+
+
+async def test_a_followed_log_is_whole_and_in_order(finished: Finished) -> None:
+    """Followed live, the log holds what a later reading holds, and ends with the end."""
+    backend, run, live = finished
+    assert await collect(backend, run) == live
+    assert [r.at for r in live] == sorted(r.at for r in live)
+    statuses = [r.fields["status"] for r in live if r.source == "status"]
+    assert statuses == ["initializing", "running", "completed"]
+    assert [r.step for r in live if r.source == "metrics"] == list(range(1, 21))
+    assert len([r for r in live if r.source == "checkpoint"]) == 10
+    assert [r.fields["stage"] for r in live if r.source == "sample"] == ["before", "after"]
+
+
+async def test_a_log_goes_on_behind_any_cursor(finished: Finished) -> None:
+    """Each record's cursor gives exactly the records behind it."""
+    backend, run, live = finished
+    for index in range(0, len(live), 7):
+        assert await collect(backend, run, live[index].cursor) == live[index + 1 :]
+    with pytest.raises(ConfigError, match="no cursor"):
+        await collect(backend, run, "nonsense")
+
+
+async def test_a_result_is_copied_whole_or_not_at_all(finished: Finished, tmp_path: Path) -> None:
+    """A new or an empty directory gets the model, any other is left alone."""
+    backend, run, _ = finished
+    target = await backend.download(run, tmp_path / "deep" / "model")
+    assert json.loads((target / "config.json").read_text())["model_type"] == "mistral"
+    with pytest.raises(ConfigError, match="not empty"):
+        await backend.download(run, target)
+
+
+async def test_an_estimate_counts_exactly_and_learns_the_speed(
+    finished: Finished, inspected: Callable[..., Any]
+) -> None:
+    """Steps and tokens are those of the run; its speed gives the next one's duration."""
+    backend, run, live = finished
+    estimate = await backend.estimate(run.config, inspected(run))
+    assert estimate.steps == 20
+    assert estimate.data_tokens is not None
+    read = next(r.fields["tokens"] for r in reversed(live) if r.source == "metrics")
+    assert estimate.data_tokens * 2 == read, "twenty steps of four are two epochs of forty"
+    assert estimate.train_tokens == read
+    assert estimate.basis == "exact"
+    assert estimate.cost is not None
+    assert estimate.cost.amount == 0
+    assert estimate.duration is not None
+    assert 0 < estimate.duration.total_seconds() < 60
+
+
+async def test_the_same_id_is_not_used_twice(
+    finished: Finished, make_run: MakeRun, journal: Any
+) -> None:
+    """A directory that another run left is neither continued nor overwritten."""
+    backend, run, _ = finished
+    with pytest.raises(DuplicateRun):
+        await backend.launch(make_run(run.id), journal)
+
+
+async def test_a_stopped_run_is_continued_as_a_new_one(
+    backend: LocalBackend, make_run: MakeRun, make_journal: Any
+) -> None:
+    """Stop saves what was learnt; resume goes on from there, or from a named checkpoint."""
+    steps = {"training_steps": 400, "batch_size": 4, "learning_rate": 3e-3}
+    options = {"device": "cpu", "checkpoint_every": 3}
+    run = make_run(hyperparameters=steps, options=options)
+    await backend.launch(run, make_journal())
+    await until(backend, run, lambda state: (state.step or 0) >= 4)
+    with pytest.raises(DuplicateRun):
+        await backend.resume(run, make_run("early"), make_journal())
+    with pytest.raises(UnsupportedOperation):
+        await backend.delete(run)
+    await backend.stop(run)
+    await backend.stop(run)
+    state = await until(backend, run, is_over)
+    assert state.status is TrainingStatus.CANCELLED
+    assert state.checkpoints is not None
+    last = state.checkpoints[-1].step
+    assert last == state.step
+    assert 4 <= last < 400
+
+    shorter = {**steps, "training_steps": last + 2}
+    again = make_run("again", hyperparameters=shorter, options=options)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        await backend.resume(run, again, make_journal(), checkpoint="399")
+    await backend.resume(run, again, make_journal(), checkpoint=f"step-{last}")
+    assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
+    told = await collect(backend, again)
+    assert [r.step for r in told if r.source == "metrics"] == [last + 1, last + 2]
+
+    await backend.delete(run)
+    with pytest.raises(RunNotFound):
+        await backend.status(run)
+    assert list(await backend.statuses([run, again])) == ["again"]
+
+
+async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
+    backend: LocalBackend, home: Path, make_run: MakeRun, make_journal: Any
+) -> None:
+    """A new parent finds the child of a killed one; a killed child is lost, and resumable."""
+    steps = {"training_steps": 400, "batch_size": 4}
+    run = make_run(hyperparameters=steps, options={"device": "cpu", "checkpoint_every": 2})
+    parent = await anyio.run_process(
+        [sys.executable, "-c", PARENT, str(home), run.model_dump_json()],
+        check=False,
+        stderr=subprocess.PIPE,
+    )
+    assert parent.returncode == -signal.SIGKILL, parent.stderr.decode()
+
+    # The journal of the killed parent knows only that the start was begun.
+    journal = make_journal()
+    journal.begun.add("start")
+    await until(backend, run, lambda state: state.status is TrainingStatus.RUNNING)
+    await backend.launch(run, journal)
+    assert journal.done["start"] == {"found": True}
+
+    await until(backend, run, lambda state: state.checkpoints)
+    pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    state = await until(backend, run, is_over)
+    assert state.status is TrainingStatus.FAILED
+    assert state.failure is not None
+    assert (state.failure.kind, state.failure.retryable) == ("lost", True)
+    told = await collect(backend, run, follow=True)
+    assert told[-1].fields["raw_status"] == "lost"
+    assert await collect(backend, run, told[-1].cursor) == []
+
+    assert state.checkpoints is not None
+    known = [c.step for c in state.checkpoints if c.path]
+    longer = {**steps, "training_steps": max(known) + 1}
+    again = make_run("again", hyperparameters=longer)
+    await backend.resume(run, again, make_journal())
+    assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
+
+
+async def test_one_trains_and_the_next_waits(
+    backend: LocalBackend, make_run: MakeRun, make_journal: Any
+) -> None:
+    """With one place, a second run is pending until the first ends; a stop ends its wait."""
+    first = make_run("first", hyperparameters={"training_steps": 4000, "batch_size": 4})
+    second = make_run("second")
+    await backend.launch(first, make_journal())
+    await until(backend, first, lambda state: state.raw_status == "initializing")
+    await backend.launch(second, make_journal())
+    state = await until(backend, second, lambda state: state.raw_status == "queued")
+    assert state.status is TrainingStatus.PENDING
+    await backend.stop(second)
+    assert (await until(backend, second, is_over)).status is TrainingStatus.CANCELLED
+    await backend.stop(first, save_checkpoint=False)
+    state = await until(backend, first, is_over)
+    assert state.status is TrainingStatus.CANCELLED
+
+
+async def test_what_the_engine_refuses_is_a_failure(
+    backend: LocalBackend, make_run: MakeRun, make_journal: Any, tmp_path: Path
+) -> None:
+    """Data that changed behind the check's back fails the run, as validation."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text("nonsense\n")
+    config = TrainingConfig.model_validate({"model": "tiny-mistral", "data": {"train": path}})
+    run = make_run().model_copy(update={"config": config})
+    await backend.launch(run, make_journal())
+    state = await until(backend, run, is_over)
+    assert state.status is TrainingStatus.FAILED
+    assert state.failure is not None
+    assert state.failure.kind == "validation"
+    assert "line 1" in state.failure.message
+
+
+async def test_the_child_gets_no_keys(
+    backend: LocalBackend,
+    home: Path,
+    make_run: MakeRun,
+    make_journal: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the parent's environment holds of secrets is not in the child's."""
+    monkeypatch.setenv("MISTRAL_API_KEY", "secret-1")
+    monkeypatch.setenv("HF_TOKEN", "secret-2")
+    run = make_run(hyperparameters={"training_steps": 4000, "batch_size": 4})
+    await backend.launch(run, make_journal())
+    await until(backend, run, lambda state: state.raw_status == "initializing")
+    pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    assert b"PATH=" in environment
+    assert b"secret" not in environment
+    assert os.getsid(pid or 0) == pid
+    await backend.stop(run, save_checkpoint=False)
+    await until(backend, run, is_over)
+
+
+async def test_an_unknown_run_is_said(backend: LocalBackend, make_run: MakeRun) -> None:
+    """Every verb about a run that is not here says that it is not."""
+    run = make_run("nowhere")
+    with pytest.raises(RunNotFound):
+        await backend.status(run)
+    with pytest.raises(RunNotFound):
+        await backend.stop(run)
+    with pytest.raises(RunNotFound):
+        await collect(backend, run)
+    with pytest.raises(RunNotFound):
+        await backend.delete(run)

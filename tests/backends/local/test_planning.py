@@ -1,0 +1,139 @@
+"""What the local backend says of a configuration, and the spec that it makes of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends.backends.local import backend as module
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.planning import build_spec
+from training_backends.core.errors import BackendNotInstalled
+from training_backends.core.run import TrainingRun
+
+pytestmark = pytest.mark.anyio
+
+MakeRun = Callable[..., TrainingRun]
+
+
+async def test_a_plain_configuration_has_no_issues(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """What the examples use is fine."""
+    run = make_run()
+    assert (await backend.validate(run.config, inspected(run))).issues == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": "tiny-mistrel"}, ("model", "did you mean 'tiny-mistral'?")),
+        ({"model": "open-mistral-7b"}, ("model", "offered")),
+        ({"method": "dpo"}, ("method", "use sft")),
+        ({"tuning": "qlora", "model": "org/model"}, ("tuning.kind", "use lora or full")),
+        ({"tuning": "lora"}, ("tuning.kind", "use full")),
+        ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "leave it out")),
+        ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
+        ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
+        ({"integrations": [{"project": "p"}]}, ("integrations", "leave it out")),
+        ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),
+    ],
+)
+async def test_what_cannot_be_honoured_is_an_issue(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Callable[..., Any],
+    changes: dict[str, Any],
+    expected: tuple[str, str],
+) -> None:
+    """Nothing is dropped in silence: the field is named, with what to do."""
+    run = make_run(**changes)
+    report = await backend.validate(run.config, inspected(run))
+    (issue,) = report.errors
+    field, fix = expected
+    assert issue.field == field
+    assert issue.fix is not None
+    assert fix in issue.fix
+
+
+async def test_an_unused_suffix_is_a_warning(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """It does no harm, but it is said."""
+    run = make_run(suffix="mine")
+    report = await backend.validate(run.config, inspected(run))
+    assert report.ok
+    assert [issue.field for issue in report.issues] == ["suffix"]
+
+
+async def test_classifier_rows_are_refused(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """Rows with labels cannot be trained on here, in whichever file."""
+    run = make_run()
+    report = await backend.validate(run.config, inspected(run, sample_type="classifier"))
+    assert len(report.errors) == 2
+
+
+async def test_a_missing_library_names_the_extra(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    journal: Any,
+) -> None:
+    """Without the engine's libraries the message says what to install."""
+    monkeypatch.setattr(module, "_NEEDED", ("torch", "not_there_at_all"))
+    run = make_run()
+    with pytest.raises(BackendNotInstalled, match="not_there_at_all") as raised:
+        await backend.validate(run.config, inspected(run))
+    assert raised.value.install == "pip install 'training-backends[local]'"
+    with pytest.raises(BackendNotInstalled):
+        await backend.launch(run, journal)
+    health = await backend.health()
+    assert not health.ok
+
+
+async def test_an_estimate_without_any_run_knows_no_duration(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """What is not known is None, with the reason; defaults that were taken are named."""
+    run = make_run(hyperparameters={"epochs": 1})
+    estimate = await backend.estimate(run.config, inspected(run))
+    assert estimate.duration is None
+    assert any("has been measured" in note for note in estimate.notes)
+    assert any("learning_rate 0.002" in note for note in estimate.notes)
+    assert estimate.steps == 3, "forty rows in batches of sixteen"
+
+
+async def test_other_models_are_counted_when_they_are_loaded(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """Steps follow from the rows; tokens need the model's own tokenizer."""
+    run = make_run(model="org/model", hyperparameters={"epochs": 2, "batch_size": 10})
+    estimate = await backend.estimate(run.config, inspected(run))
+    assert (estimate.steps, estimate.data_tokens, estimate.train_tokens) == (8, None, None)
+    assert any("org/model" in note for note in estimate.notes)
+
+
+def test_a_spec_settles_every_default(make_run: MakeRun, tmp_path: Path) -> None:
+    """Full tuning for the built-in model, an adapter for others, no relative model path."""
+    spec = build_spec("r", make_run().config, tmp_path)
+    assert (spec.tuning.kind, spec.training_steps, spec.epochs) == ("full", 20, None)
+    assert (spec.slots, spec.slots_dir) == (1, tmp_path)
+    other = build_spec("r", make_run(model="org/model", hyperparameters={}).config, tmp_path)
+    assert (other.tuning.kind, other.epochs, other.learning_rate) == ("lora", 3.0, 1e-4)
+
+
+def test_importing_the_backend_loads_no_torch() -> None:
+    """The class can be named, listed and asked without the engine."""
+    code = (
+        "import sys, training_backends.backends.local.backend as b; "
+        "heavy = {'torch', 'transformers', 'peft', 'training_backends.engine'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,116 @@
+"""What a run directory says of its run, at the moments that are hard to catch live."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from training_backends.backends.local.records import Cursor, read_records
+from training_backends.backends.local.state import START_PATIENCE, read_state
+from training_backends.core.files import hold_lock
+from training_backends.core.run import Failure
+from training_backends.core.rundir import Event, ExitRecord, MetricsRow, RunDir, RunSpec
+from training_backends.core.status import TrainingStatus
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run directory whose process was started just now."""
+    run = RunDir(tmp_path / "r")
+    spec = {"run_id": "r", "model": "m", "train": ["a.jsonl"], "training_steps": 3}
+    run.write_spec(RunSpec.model_validate(spec))
+    return run
+
+
+def say(run: RunDir, word: str) -> None:
+    """Write a status event."""
+    run.add_event(Event(name="status", data={"status": word}))
+
+
+def test_a_process_has_time_to_take_its_lock(run: RunDir) -> None:
+    """Just started it is pending; a minute later without a lock it is lost."""
+    assert read_state(run).status is TrainingStatus.PENDING
+    long_ago = time.time() - START_PATIENCE - 1
+    os.utime(run.spec, (long_ago, long_ago))
+    state = read_state(run)
+    assert state.status is TrainingStatus.FAILED
+    assert state.failure is not None
+    assert state.failure.kind == "lost"
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [
+        ("queued", TrainingStatus.PENDING),
+        ("initializing", TrainingStatus.INITIALIZING),
+        ("running", TrainingStatus.RUNNING),
+        ("failed", TrainingStatus.RUNNING),
+        ("a word of tomorrow", TrainingStatus.PENDING),
+    ],
+)
+def test_a_living_process_is_never_over(run: RunDir, word: str, status: TrainingStatus) -> None:
+    """While the lock is held, the last event says the state, and only exit.json an end."""
+    with hold_lock(run.lock):
+        say(run, word)
+        state = read_state(run)
+    assert (state.status, state.raw_status) == (status, word)
+
+
+def test_a_stop_is_seen_until_it_is_obeyed(run: RunDir) -> None:
+    """Stopping while it lives; cancelled if it died before it could hear."""
+    run.request_stop()
+    assert read_state(run).status is TrainingStatus.STOPPING
+    with hold_lock(run.lock):
+        say(run, "running")
+        assert read_state(run).status is TrainingStatus.STOPPING
+    assert read_state(run).status is TrainingStatus.CANCELLED
+
+
+def test_an_exit_record_says_the_end(run: RunDir) -> None:
+    """Its failure, time and words are the run's."""
+    failure = Failure(kind="out_of_memory", message="too big")
+    record = ExitRecord(status="failed", code=1, failure=failure)
+    run.write_exit(record)
+    state = read_state(run)
+    assert (state.status, state.failure) == (TrainingStatus.FAILED, failure)
+    assert state.finished_at == record.at
+
+
+def test_the_last_row_of_a_step_counts(run: RunDir) -> None:
+    """After a crash steps are done again; validation is kept from where it was measured."""
+    for step, loss, valid in ((1, 9.0, None), (2, 8.0, 7.0), (2, 6.0, None), (3, 5.0, None)):
+        run.add_metrics(
+            MetricsRow(
+                step=step,
+                total_steps=3,
+                epoch=0.1,
+                train_loss=loss,
+                learning_rate=0.1,
+                valid_loss=valid,
+            )
+        )
+    state = read_state(run)
+    assert (state.step, state.total_steps) == (3, 3)
+    assert state.metrics is not None
+    assert state.metrics["train_loss"] == 5.0
+    assert state.metrics["valid_loss"] == 7.0
+
+
+def test_what_is_too_young_waits_while_the_process_lives(run: RunDir) -> None:
+    """A live log holds back the last moment, so that both files are merged in order."""
+    with hold_lock(run.lock):
+        say(run, "running")
+        assert read_records(run, Cursor()) == ([], False)
+    run.write_exit(ExitRecord(status="completed", code=0))
+    records, over = read_records(run, Cursor())
+    assert [record.fields["status"] for record in records] == ["running"]
+    assert over
+
+
+@pytest.mark.parametrize("text", ["", "1", "a-b", "1-2-3", "1-2-end-end"])
+def test_a_foreign_cursor_is_refused(text: str) -> None:
+    """Only what we gave is taken back."""
+    with pytest.raises(ValueError, match=r".*"):
+        Cursor.parse(text)
+    assert Cursor.parse("3-4-end") == Cursor(3, 4, ended=True)

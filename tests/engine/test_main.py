@@ -1,0 +1,47 @@
+"""The commands of the engine, as a shell starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def sample(*arguments: str, env: Mapping[str, str] = {}) -> "subprocess.CompletedProcess[str]":
+    """Run `sample` and wait for it."""
+    return subprocess.run(
+        [sys.executable, "-m", "training_backends.engine", "sample", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def test_the_untrained_model_says_the_same_thing_every_time() -> None:
+    """One JSON line, from the seed alone, even for a prompt that is no UTF-8."""
+    asked = ("tiny-mistral", "--prompt", "hi \udcff", "--seed", "5", "--max-tokens", "6")
+    first, second = sample(*asked), sample(*asked)
+    assert first.returncode == 0, first.stderr
+    assert set(json.loads(first.stdout)) == {"answer"}
+    assert first.stdout == second.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "said"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, 1, "cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_model_out_of_reach_is_said_at_once(env: dict[str, str], code: int, said: str) -> None:
+    """An unreachable hub, or one that is not to be asked, gives one clear line."""
+    done = sample("nobody/nothing", "--prompt", "x", env=env)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

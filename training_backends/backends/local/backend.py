@@ -1,0 +1,328 @@
+"""Train on this machine, in a child process that outlives its parent."""
+
+import os
+import shutil
+import signal
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, Final, Self
+
+import anyio
+from anyio import to_thread
+from pydantic import BaseModel
+
+from training_backends.backends.local.estimating import estimate_run
+from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.planning import build_spec, defaults_taken, find_issues
+from training_backends.backends.local.process import spawn
+from training_backends.backends.local.records import Cursor, read_records
+from training_backends.backends.local.state import has_begun, read_state
+from training_backends.core.backend import BackendContext, Health, Journal, TrainingBackend
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import (
+    BackendNotInstalled,
+    ConfigError,
+    DuplicateRun,
+    Issue,
+    RunNotFound,
+)
+from training_backends.core.estimate import Estimate
+from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
+from training_backends.core.rundir import RunDir, RunSpec
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["LocalBackend"]
+
+_NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
+_INSTALL: Final = "pip install 'training-backends[local]'"
+_POLL_FIRST: Final = 0.05
+_POLL_LAST: Final = 1.0
+
+
+class LocalBackend(TrainingBackend):
+    """Fine-tuning on this machine.
+
+    All state of a run lies in its run directory, `HOME/runs/ID`; any process of the same
+    user finds it there again.
+    """
+
+    name: ClassVar[str] = "local"
+    summary: ClassVar[str] = "Trains on this machine, CPU or one GPU; no key, no bill."
+    options_model: ClassVar[type[BaseModel]] = LocalOptions
+
+    def __init__(self, home: Path) -> None:
+        self._runs = home / "runs"
+        self._slots = home / "slots"
+
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Make the backend for the state under `context.home`."""
+        return cls(context.home)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this backend can do."""
+        return Capabilities(
+            methods=frozenset({"sft"}),
+            tunings=frozenset({"full", "lora"}),
+            keeps_checkpoint_on_stop=True,
+            resumes=True,
+            downloads=True,
+            deletes=True,
+        )
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """See `TrainingBackend.validate`."""
+        await to_thread.run_sync(_require_engine)
+        issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
+        return ValidationReport(issues=issues)
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Count tokens and steps; a duration is known only from earlier runs here."""
+        spec = await to_thread.run_sync(build_spec, "estimate", config, self._slots)
+        taken = ", ".join(f"{name} {value:g}" for name, value in defaults_taken(config).items())
+        notes = (f"Taken by default: {taken}.",) if taken else ()
+        return await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes)
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """See `TrainingBackend.launch`; the run may still wait for a free place to train."""
+        await to_thread.run_sync(_require_engine)
+        return await self._start(run, journal)
+
+    async def _start(self, run: TrainingRun, journal: Journal) -> RunState:
+        directory = self._directory(run)
+        spec = await to_thread.run_sync(build_spec, run.id, run.config, self._slots)
+        await journal.record(RunState(status=TrainingStatus.PENDING, remote_id=run.id))
+
+        async def do() -> dict[str, int]:
+            return {"pid": await to_thread.run_sync(_start_process, directory, spec, run)}
+
+        async def find() -> dict[str, bool] | None:
+            begun = await to_thread.run_sync(has_begun, directory)
+            return {"found": True} if begun else None
+
+        await journal.step("start", do, find)
+        return await self.status(run)
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """See `TrainingBackend.status`."""
+        return await to_thread.run_sync(self._read, run)
+
+    async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
+        """Read all run directories in one go."""
+
+        def read_all() -> dict[str, RunState]:
+            found = {}
+            for run in runs:
+                try:
+                    found[run.id] = self._read(run)
+                except RunNotFound:
+                    continue
+            return found
+
+        return await to_thread.run_sync(read_all)
+
+    def _read(self, run: TrainingRun) -> RunState:
+        return read_state(self._existing(run))
+
+    async def logs(
+        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogRecord, None]:
+        """Yield status changes, metrics, checkpoints and samples as one log."""
+        directory = await to_thread.run_sync(self._existing, run)
+        try:
+            cursor = Cursor.parse(after)
+        except ValueError as error:
+            raise ConfigError(
+                f"{after!r} is no cursor of this run's log.", backend=self.name, run_id=run.id
+            ) from error
+        pause = _POLL_FIRST
+        while True:
+            records, over = await to_thread.run_sync(read_records, directory, cursor)
+            for record in records:
+                yield record
+            if over or not follow:
+                return
+            cursor = Cursor.parse(records[-1].cursor) if records else cursor
+            pause = _POLL_FIRST if records else min(pause * 1.5, _POLL_LAST)
+            await anyio.sleep(pause)
+
+    async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        """See `TrainingBackend.stop`."""
+        await to_thread.run_sync(self._stop, run, save_checkpoint)
+
+    def _stop(self, run: TrainingRun, save_checkpoint: bool) -> None:  # noqa: FBT001  # for a thread
+        directory = self._existing(run)
+        if read_state(directory).status.is_terminal:
+            return
+        directory.request_stop(save_checkpoint=save_checkpoint)
+        # The file alone is obeyed at the next step; the signal also wakes who waits in the queue.
+        if (pid := directory.active_pid()) is not None:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                return  # it ended by itself in between
+
+    async def resume(
+        self,
+        run: TrainingRun,
+        new_run: TrainingRun,
+        journal: Journal,
+        *,
+        checkpoint: str | None = None,
+    ) -> RunState:
+        """Continue in a new run directory; without a checkpoint, from the beginning.
+
+        Args:
+            checkpoint: A step, such as `120` or `step-120`.
+        """
+        await to_thread.run_sync(_require_engine)
+        source = await to_thread.run_sync(self._existing, run)
+        target = self._directory(new_run)
+
+        async def copy() -> dict[str, int]:
+            return {"step": await to_thread.run_sync(self._copy, run, source, target, checkpoint)}
+
+        await journal.step("copy-checkpoint", copy, repeatable=True)
+        return await self._start(new_run, journal)
+
+    def _copy(self, run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:
+        if not read_state(source).status.is_terminal:
+            raise DuplicateRun(
+                f"The run {run.id} still trains.",
+                other=run.id,
+                hint="Stop it first.",
+                backend=self.name,
+                run_id=run.id,
+            )
+        path = self._choose(run, source, wanted)
+        if path is None:
+            return 0
+        target.checkpoints.mkdir(parents=True, exist_ok=True)
+        _copy_whole(path, target.checkpoints / path.name)
+        return int(path.name.removeprefix("step-"))
+
+    def _choose(self, run: TrainingRun, source: RunDir, wanted: str | None) -> Path | None:
+        found = {state.step: path for path, state in source.read_checkpoints()}
+        if wanted is None:
+            return found[max(found)] if found else None
+        step = wanted.removeprefix("step-")
+        if step.isdecimal() and int(step) in found:
+            return found[int(step)]
+        there = ", ".join(str(step) for step in sorted(found)) or "none"
+        issue = Issue(
+            code="unknown_checkpoint",
+            message=f"run {run.id} has no checkpoint {wanted!r} on disk",
+            field="checkpoint",
+            fix=f"there are: {there}",
+        )
+        raise ConfigError(
+            f"There is no checkpoint {wanted!r}.", issues=[issue], backend=self.name, run_id=run.id
+        )
+
+    async def download(self, run: TrainingRun, target: Path) -> Path:
+        """Copy the finished model to `target`."""
+        return await to_thread.run_sync(self._download, run, target)
+
+    def _download(self, run: TrainingRun, target: Path) -> Path:
+        directory = self._existing(run)
+        record = directory.read_exit()
+        if record is None or record.result is None:
+            raise self.unsupported(
+                "download the model of a run that has none", "Only a completed run has a model."
+            )
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(
+                f"{target} exists and is not empty.", hint="Name a new directory.", run_id=run.id
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy_whole(directory.path / record.result.path, target, link=False)
+        return target
+
+    async def delete(self, run: TrainingRun) -> None:
+        """Remove the run directory of a run that is over."""
+        await to_thread.run_sync(self._delete, run)
+
+    def _delete(self, run: TrainingRun) -> None:
+        directory = self._existing(run)
+        if not read_state(directory).status.is_terminal:
+            raise self.unsupported("delete a run that is not over", "Stop it first.")
+        shutil.rmtree(directory.path)
+
+    async def health(self) -> Health:
+        """Say whether the training libraries are there."""
+        missing = await to_thread.run_sync(_missing)
+        if missing:
+            return Health(ok=False, message=f"not installed: {', '.join(missing)}", hint=_INSTALL)
+        return Health(ok=True, message="the training libraries are installed")
+
+    def _directory(self, run: TrainingRun) -> RunDir:
+        return RunDir(self._runs / run.id)
+
+    def _existing(self, run: TrainingRun) -> RunDir:
+        directory = self._directory(run)
+        if not directory.spec.is_file():
+            raise RunNotFound(
+                f"There is no run {run.id} on this machine.", backend=self.name, run_id=run.id
+            )
+        return directory
+
+
+def _missing() -> list[str]:
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def _require_engine() -> None:
+    if missing := _missing():
+        raise BackendNotInstalled(
+            f"The local backend needs {', '.join(missing)}, which training-backends[local] brings.",
+            install=_INSTALL,
+            hint=_INSTALL,
+            backend="local",
+        )
+
+
+def _start_process(directory: RunDir, spec: RunSpec, run: TrainingRun) -> int:
+    """Start the run's process; 0 if an earlier try of the same run did, just now."""
+    if directory.spec.is_file():
+        if not _is_same(directory, spec, run):
+            raise DuplicateRun(
+                f"The directory of another run {run.id} exists already.",
+                other=run.id,
+                hint="Take another id, or delete the earlier run.",
+                backend="local",
+                run_id=run.id,
+            )
+        if has_begun(directory):
+            return 0
+    directory.write_spec(spec)
+    return spawn(directory)
+
+
+def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
+    try:
+        same = directory.read_spec() == spec
+    except ValueError:
+        return False
+    record = directory.read_exit()
+    return same and (record is None or record.at >= run.created_at)
+
+
+def _copy_whole(source: Path, target: Path, *, link: bool = True) -> None:
+    """Copy a directory so that `target` appears whole or not at all."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy if link else shutil.copy2)
+    if link:
+        shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # a checkpoint never changes
+    except OSError:
+        shutil.copy2(source, target)

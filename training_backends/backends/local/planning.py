@@ -1,0 +1,159 @@
+"""From a configuration to the spec of a training process, and what speaks against it."""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Final
+
+from training_backends.backends.local.options import LocalOptions
+from training_backends.core.config import TrainingConfig, Tuning
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import Issue
+from training_backends.core.rundir import TINY_MODEL, TINY_POSITIONS, RunSpec
+
+__all__ = ["MODELS_OFFERED", "build_spec", "find_issues", "settled_values"]
+
+MODELS_OFFERED: Final = (
+    f"{TINY_MODEL} (built in, no network), a model directory, or ORGANISATION/NAME on the hub"
+)
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DEFAULT_EPOCHS: Final = 3.0
+_SEEDS: Final = 2**32
+
+
+def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
+    """Yield everything in a configuration that this backend cannot honour."""
+    if config.method != "sft":
+        yield _unsupported("method", f"method {config.method!r} is not trained here", "use sft")
+    yield from _model_issues(config)
+    yield from _hyperparameter_issues(config)
+    if config.integrations:
+        yield _unsupported(
+            "integrations", "nothing is reported to other services from here", "leave it out"
+        )
+    if config.suffix:
+        yield Issue(
+            code="unused_field",
+            message="the result is a directory of its own, so the suffix is not used",
+            field="suffix",
+            severity="warning",
+        )
+    for file in dataset.files:
+        if file.sample_type == "classifier":
+            yield Issue(
+                code="unsupported_sample_type",
+                message="the rows are for a classifier, which is not trained here",
+                path=str(file.path),
+                fix="use rows with `messages` or `text`",
+            )
+
+
+def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
+    if not _is_model(config.model):
+        near = get_close_matches(config.model, [TINY_MODEL], n=1, cutoff=0.8)
+        yield Issue(
+            code="unknown_model",
+            message=f"there is no model {config.model!r} here",
+            field="model",
+            fix=f"did you mean {TINY_MODEL!r}?" if near else f"offered: {MODELS_OFFERED}",
+        )
+    kind = config.tuning.kind if config.tuning else None
+    if kind == "qlora":
+        yield _unsupported("tuning.kind", "qlora is not trained here", "use lora or full")
+    elif kind == "lora" and config.model == TINY_MODEL:
+        yield _unsupported(
+            "tuning.kind",
+            f"{TINY_MODEL} starts from random weights, which an adapter cannot make up for",
+            "use full, or leave tuning out",
+        )
+
+
+def _is_model(name: str) -> bool:
+    if name == TINY_MODEL:
+        return True
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return (directory / "config.json").is_file()
+    return bool(_HUB_NAME.fullmatch(name))
+
+
+def _hyperparameter_issues(config: TrainingConfig) -> Iterator[Issue]:
+    given = config.hyperparameters
+    if given.fim_ratio is not None:
+        yield _unsupported(
+            "hyperparameters.fim_ratio", "fill-in-the-middle is not trained here", "leave it out"
+        )
+    if given.seed is not None and given.seed >= _SEEDS:
+        yield _unsupported("hyperparameters.seed", "the seed is too large", "use less than 2^32")
+    if config.model == TINY_MODEL and given.seq_len and given.seq_len > TINY_POSITIONS:
+        yield _unsupported(
+            "hyperparameters.seq_len",
+            f"{TINY_MODEL} reads at most {TINY_POSITIONS} tokens",
+            f"use {TINY_POSITIONS} or less",
+        )
+    options = LocalOptions.model_validate(config.options)
+    batch_size = settled_values(config)["batch_size"]
+    if options.micro_batch_size and batch_size % options.micro_batch_size:
+        yield _unsupported(
+            "options.micro_batch_size",
+            f"it does not divide the batch of {batch_size:g} rows",
+            f"use a divisor of {batch_size:g}",
+        )
+
+
+def _unsupported(field: str, message: str, fix: str) -> Issue:
+    return Issue(code="unsupported_field", message=message, field=field, fix=fix)
+
+
+def settled_values(config: TrainingConfig) -> dict[str, float]:
+    """Return every hyperparameter, ours where the configuration leaves it open."""
+    given = config.hyperparameters
+    tiny = config.model == TINY_MODEL
+    ours: dict[str, float] = {
+        "learning_rate": 2e-3 if tiny else 1e-4,
+        "weight_decay": 0.1,
+        "warmup_fraction": 0.05,
+        "batch_size": 16 if tiny else 8,
+        "seq_len": 1024 if tiny else 2048,
+        "seed": 0,
+    }
+    if given.training_steps is None:
+        ours["epochs"] = _DEFAULT_EPOCHS
+    else:
+        ours["training_steps"] = given.training_steps
+    return {
+        name: value if (own := getattr(given, name)) is None else own
+        for name, value in ours.items()
+    }
+
+
+def defaults_taken(config: TrainingConfig) -> dict[str, float]:
+    """Return the hyperparameters that the configuration leaves to this backend."""
+    given = config.hyperparameters
+    return {
+        name: value
+        for name, value in settled_values(config).items()
+        if getattr(given, name) is None
+    }
+
+
+def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
+    """Make the spec of a valid configuration, with every default settled."""
+    options = LocalOptions.model_validate(config.options)
+    tuning = config.tuning or Tuning(kind="full" if config.model == TINY_MODEL else "lora")
+    directory = Path(config.model).expanduser()
+    local = config.model != TINY_MODEL and directory.is_dir()
+    values = {
+        "run_id": run_id,
+        # The process runs elsewhere, so a relative path would mean something else there.
+        "model": str(directory.absolute()) if local else config.model,
+        "tuning": tuning,
+        "train": config.data.train,
+        "validation": config.data.validation,
+        "slots_dir": slots_dir,
+        "slots": options.max_runs,
+        **settled_values(config),
+        **options.model_dump(exclude={"max_runs"}),
+    }
+    return RunSpec.model_validate(values)

@@ -1,0 +1,118 @@
+"""A run directory's events and metrics as one log, resumable from any record."""
+
+import heapq
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Final, NamedTuple
+
+from training_backends.backends.local.state import ENGINE_STATUS, LOST, metrics_of, read_state
+from training_backends.core.run import LogRecord, utc_now
+from training_backends.core.rundir import Event, MetricsRow, RunDir
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["Cursor", "read_records"]
+
+_SETTLED: Final = timedelta(seconds=0.2)
+"""Rows younger than this wait: one with an earlier time may just be being written to the
+other file, and the log must be the same however it is read."""
+
+
+class Cursor(NamedTuple):
+    """How far both files were read, in bytes, and whether the last word was said."""
+
+    events: int = 0
+    metrics: int = 0
+    ended: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.events}-{self.metrics}" + ("-end" if self.ended else "")
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Cursor":
+        """Read a cursor; None is the beginning.
+
+        Raises:
+            ValueError: It is none of ours.
+        """
+        if text is None:
+            return cls()
+        events, metrics, *ended = text.split("-")
+        if ended not in ([], ["end"]):
+            raise ValueError(f"not a cursor: {text!r}")
+        return cls(int(events), int(metrics), bool(ended))
+
+
+def read_records(run: RunDir, after: Cursor) -> tuple[list[LogRecord], bool]:
+    """Return what is new behind a cursor, in order, and whether nothing more will come."""
+    if after.ended:
+        return [], True
+    state = read_state(run)  # first: what is written later is read next time, so none is missed
+    over = state.status.is_terminal
+    limit = None if over else utc_now() - _SETTLED
+    records = list(_merged(run, after, limit))
+    if over and state.failure == LOST:
+        # The process could not say it itself, so the log would end in mid-sentence.
+        cursor = Cursor.parse(records[-1].cursor) if records else after
+        records.append(_lost(state.finished_at or utc_now(), cursor))
+    return records, over
+
+
+def _lost(at: datetime, cursor: Cursor) -> LogRecord:
+    return LogRecord(
+        at=at,
+        level="error",
+        message=LOST.message,
+        source="status",
+        fields={"status": TrainingStatus.FAILED.value, "raw_status": "lost"},
+        cursor=str(cursor._replace(ended=True)),
+    )
+
+
+def _merged(run: RunDir, after: Cursor, limit: datetime | None) -> Iterator[LogRecord]:
+    rows: Iterator[tuple[Event | MetricsRow, int]] = heapq.merge(
+        run.read_events(after.events), run.read_metrics(after.metrics), key=lambda row: row[0].at
+    )
+    cursor = after
+    for row, end in rows:
+        if limit is not None and row.at > limit:
+            return
+        if isinstance(row, Event):
+            cursor = cursor._replace(events=end)
+            yield _from_event(row, cursor)
+        else:
+            cursor = cursor._replace(metrics=end)
+            yield _from_metrics(row, cursor)
+
+
+def _from_event(event: Event, cursor: Cursor) -> LogRecord:
+    fields = dict(event.data)
+    if event.name == "status":
+        raw = str(fields.get("status"))
+        status = ENGINE_STATUS.get(raw, TrainingStatus.UNKNOWN)
+        fields |= {"status": status.value, "raw_status": raw}
+    elif event.name == "checkpoint":
+        fields = {**fields, **(fields.pop("metrics", None) or {})}
+    return LogRecord(
+        at=event.at,
+        level=event.level,
+        message=event.message,
+        source="event" if event.name == "message" else event.name,
+        step=event.step,
+        fields=fields,
+        cursor=str(cursor),
+    )
+
+
+def _from_metrics(row: MetricsRow, cursor: Cursor) -> LogRecord:
+    fields = metrics_of(row)
+    said = f"train_loss {row.train_loss:.4f}"
+    if row.valid_loss is not None:
+        said += f", valid_loss {row.valid_loss:.4f}"
+    return LogRecord(
+        at=row.at,
+        message=f"step {row.step}/{row.total_steps}: {said}",
+        source="metrics",
+        step=row.step,
+        fields={**fields, "total_steps": row.total_steps},
+        cursor=str(cursor),
+    )

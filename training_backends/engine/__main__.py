@@ -1,0 +1,53 @@
+"""`python -m training_backends.engine train RUN_DIR` and `… sample MODEL --prompt TEXT`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from training_backends.core.rundir import ExitCode
+from training_backends.engine.threads import prepare_threads
+from training_backends.engine.training import train
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that is given; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training_backends.engine")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train what a run directory asks for")
+    training.add_argument("run_dir", type=Path)
+    sampling = commands.add_parser("sample", help="ask a model one question")
+    sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
+    sampling.add_argument("--prompt", required=True)
+    sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
+    sampling.add_argument("--max-tokens", type=int, default=64)
+    given = parser.parse_args(arguments)
+    if given.command == "train":
+        return int(train(given.run_dir))
+    return _sample(given.model, given.prompt, given.seed, given.max_tokens)
+
+
+def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+    prepare_threads()
+    # Imported here: `train` must be able to queue without torch.
+    from training_backends.engine.errors import EngineError  # noqa: PLC0415
+    from training_backends.engine.models import choose_device, load_model  # noqa: PLC0415
+    from training_backends.engine.sampling import answer  # noqa: PLC0415
+    from training_backends.engine.work import set_up_torch  # noqa: PLC0415
+
+    set_up_torch(model)
+    device = choose_device("auto")
+    try:
+        loaded = load_model(model, seed=seed, tuning=None, device=device)
+    except EngineError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(error.code)
+    said = answer(loaded.model.to(device), loaded.encoder, prompt, max_tokens)
+    print(json.dumps({"answer": said}))  # noqa: T201
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

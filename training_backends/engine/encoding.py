@@ -1,0 +1,340 @@
+"""From rows to token ids and the mask of tokens that the loss counts.
+
+An encoder never lets text become a control token and never masks by guess: a row that
+cannot be encoded exactly raises `UnusableRow`, a model for which that holds for every row
+is refused.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from training_backends.datasets.chat import (
+    ChatRow,
+    Control,
+    Message,
+    TextRow,
+    byte_encode,
+)
+from training_backends.engine.errors import EngineError
+
+__all__ = [
+    "ByteEncoder",
+    "Encoder",
+    "MistralEncoder",
+    "TemplateEncoder",
+    "UnusableRow",
+    "encoder_for",
+]
+
+Row = ChatRow | TextRow
+Encoded = tuple[list[int], list[bool]]
+
+
+class UnusableRow(ValueError):
+    """This row cannot be trained on; the message says why."""
+
+
+class Encoder(Protocol):
+    """What turns rows into tokens for one model, and answers back into text."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up to the longest of a batch."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """Ends an answer."""
+        ...
+
+    def encode(self, row: Row) -> Encoded:
+        """Return the ids, and for each whether the loss counts it.
+
+        Raises:
+            UnusableRow: The row cannot be encoded exactly.
+        """
+        ...
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a user's message that waits for its answer."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of an answer; bytes that are no UTF-8 are replaced."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer beside the model."""
+        ...
+
+
+def encoder_for(model: str, directory: Path | None) -> Encoder:
+    """Choose the encoder that is exact for a model.
+
+    Args:
+        model: Its name, for messages.
+        directory: Where its files lie; None for `tiny-mistral`.
+
+    Raises:
+        EngineError: There is no way to encode chats for it exactly.
+    """
+    if directory is None or _is_byte_level(directory):
+        return ByteEncoder()
+    if source := _mistral_tokenizer(directory):
+        return MistralEncoder(source)
+    return TemplateEncoder(model, directory)
+
+
+def _is_byte_level(directory: Path) -> bool:
+    from training_backends.engine.tiny import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
+
+    template = directory / "chat_template.jinja"
+    return template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+def _mistral_tokenizer(directory: Path) -> Path | None:
+    named = [directory / "tekken.json", *sorted(directory.glob("tokenizer.model.v*"))]
+    return next((path for path in named if path.is_file()), None)
+
+
+def _refuse_images(row: ChatRow) -> None:
+    if any(message.has_other_parts for message in row.messages):
+        raise UnusableRow("a message holds parts that are not text (images are not supported)")
+
+
+class ByteEncoder:
+    """The byte-level vocabulary of `tiny-mistral`."""
+
+    pad_id: Final = int(Control.PAD)
+    eos_id: Final = int(Control.EOS)
+
+    def encode(self, row: Row) -> Encoded:
+        """Encode with `datasets.chat`."""
+        if isinstance(row, ChatRow):
+            _refuse_images(row)
+        return byte_encode(row)
+
+    def prompt(self, text: str) -> list[int]:
+        """Lay out one user message."""
+        return byte_encode(ChatRow([Message("user", text)]))[0]
+
+    def decode(self, ids: list[int]) -> str:
+        """Join the bytes and leave the control tokens out."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def save(self, directory: Path) -> None:
+        """Write the equivalent tokenizer for transformers."""
+        from training_backends.engine.tiny import save_tiny_tokenizer  # noqa: PLC0415
+
+        save_tiny_tokenizer(directory)
+
+
+class MistralEncoder:
+    """Mistral's own encoding, by mistral-common, masked by its control tokens."""
+
+    def __init__(self, source: Path) -> None:
+        # Imported here: it costs half a second, and only Mistral's own models need it.
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest  # noqa: PLC0415
+        from mistral_common.protocol.instruct.validator import ValidationMode  # noqa: PLC0415
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: PLC0415
+
+        self._source = source
+        self._request = ChatCompletionRequest
+        try:
+            self._training = MistralTokenizer.from_file(source, ValidationMode.finetuning)
+            self._asking = MistralTokenizer.from_file(source, ValidationMode.test)
+        except ImportError as error:
+            raise EngineError(
+                f"The tokenizer {source.name} needs the package sentencepiece: "
+                "pip install 'mistral-common[sentencepiece]'"
+            ) from error
+        self._tokens = self._training.instruct_tokenizer.tokenizer
+        self.eos_id: int = self._tokens.eos_id
+        self.pad_id: int = self._tokens.pad_id if self._tokens.pad_id >= 0 else self.eos_id
+        self._opening = {self._control("[/INST]")} | self._optional("[/TOOL_RESULTS]")
+        self._closing = {self._control("[INST]")} | self._optional(
+            "[TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]"
+        )
+
+    def _control(self, text: str) -> int:
+        found = self._optional(text)
+        if not found:
+            raise EngineError(
+                f"{self._source.name} has no control token {text}: its chats cannot be masked. "
+                "Take a model with a tokenizer of version 2 or later."
+            )
+        return found.pop()
+
+    def _optional(self, *texts: str) -> set[int]:
+        found = set()
+        for text in texts:
+            try:
+                found.add(int(self._tokens.get_special_token(text)))
+            except (KeyError, ValueError, AttributeError):
+                continue  # not every version has every control token
+        return found
+
+    def encode(self, row: Row) -> Encoded:
+        """Encode by mistral-common; the loss counts from `[/INST]` through `</s>`."""
+        if isinstance(row, TextRow):
+            ids = self._tokens.encode(row.text, bos=True, eos=True)
+            return ids, [False] + [True] * (len(ids) - 1)
+        _refuse_images(row)
+        ids = self._encode_chat(row)
+        spans = self._answers(ids)
+        messages = [message for message in row.messages if message.role == "assistant"]
+        if len(spans) != len(messages):
+            raise UnusableRow("assistant messages that follow each other cannot be told apart")
+        trained = [False] * len(ids)
+        for (start, end), message in zip(spans, messages, strict=True):
+            trained[start:end] = [message.is_trained] * (end - start)
+        return ids, trained
+
+    def _encode_chat(self, row: ChatRow) -> list[int]:
+        from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
+
+        content = _openai_row(row)
+        try:
+            request = self._request.from_openai(**content)
+            return list(self._training.encode_chat_completion(request).tokens)
+        except (MistralCommonException, ValueError) as error:
+            raise UnusableRow(str(error).splitlines()[0]) from error
+
+    def _answers(self, ids: list[int]) -> list[tuple[int, int]]:
+        spans = []
+        start: int | None = None
+        for position, token in enumerate(ids):
+            if token in self._closing:
+                start = None
+            elif token in self._opening:
+                start = position + 1
+            elif token == self.eos_id and start is not None:
+                spans.append((start, position + 1))
+                # Behind </s> comes the next user message, or tool results, or another answer.
+                start = position + 1
+        return spans
+
+    def prompt(self, text: str) -> list[int]:
+        """Lay out one user message."""
+        request = self._request.from_openai(messages=[{"role": "user", "content": text}])
+        return list(self._asking.encode_chat_completion(request).tokens)
+
+    def decode(self, ids: list[int]) -> str:
+        """Decode, control tokens left out."""
+        return str(self._training.decode(ids))
+
+    def save(self, directory: Path) -> None:
+        """Copy the tokenizer's file."""
+        for name in (self._source.name, "tokenizer_config.json", "tokenizer.json"):
+            if (self._source.parent / name).is_file():
+                shutil.copy(self._source.parent / name, directory / name)
+
+
+class TemplateEncoder:
+    """Any other model: its own chat template, where the answers in it can be found exactly."""
+
+    def __init__(self, model: str, directory: Path) -> None:
+        from transformers import AutoTokenizer  # noqa: PLC0415  # loads for seconds
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
+        if self._tokenizer.eos_token_id is None:
+            raise EngineError(f"The tokenizer of {model!r} has no end-of-text token.")
+        self._model = model
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        pad = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else int(pad)
+        specials = {*self._tokenizer.all_special_tokens}
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._specials = specials | {token.content for token in added if token.special}
+
+    def encode(self, row: Row) -> Encoded:
+        """Encode by the template; an answer lies between two prefixes of the conversation."""
+        if isinstance(row, TextRow):
+            return self._encode_text(row.text)
+        _refuse_images(row)
+        if self._tokenizer.chat_template is None:
+            raise EngineError(
+                f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
+                "be encoded. Take the instruct version of the model, or rows with `text`."
+            )
+        self._refuse_control_text(row)
+        content = _openai_row(row)
+        whole = self._render(content, len(row.messages), waiting=False)
+        trained = [False] * len(whole)
+        for index, message in enumerate(row.messages):
+            if message.is_trained:
+                start = self._render(content, index, waiting=True)
+                end = self._render(content, index + 1, waiting=False)
+                if whole[: len(start)] != start or whole[: len(end)] != end:
+                    raise UnusableRow(
+                        "the chat template changes earlier messages, so its answers cannot be "
+                        "told from the rest"
+                    )
+                trained[len(start) : len(end)] = [True] * (len(end) - len(start))
+        return whole, trained
+
+    def _encode_text(self, text: str) -> Encoded:
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        bos = self._tokenizer.bos_token_id
+        head = [] if bos is None else [int(bos)]
+        return [*head, *ids, self.eos_id], [False] * len(head) + [True] * (len(ids) + 1)
+
+    def _refuse_control_text(self, row: ChatRow) -> None:
+        text = msgspec.json.encode(row).decode()
+        escaped = (msgspec.json.encode(special).decode()[1:-1] for special in self._specials)
+        if found := next((special for special in escaped if special in text), None):
+            raise UnusableRow(f"the text holds {found}, which this tokenizer takes for control")
+
+    def _render(self, content: dict[str, Any], count: int, *, waiting: bool) -> list[int]:
+        from jinja2.exceptions import TemplateError  # noqa: PLC0415  # comes with transformers
+
+        try:
+            return list(
+                self._tokenizer.apply_chat_template(
+                    content["messages"][:count],
+                    tools=content.get("tools"),
+                    add_generation_prompt=waiting,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UnusableRow(f"the chat template refuses it: {error}") from error
+
+    def prompt(self, text: str) -> list[int]:
+        """Lay out one user message, or plain text for a model without a chat template."""
+        if self._tokenizer.chat_template is None:
+            return self._encode_text(text)[0][:-1]
+        content = _openai_row(ChatRow([Message("user", text)]))
+        return self._render(content, 1, waiting=True)
+
+    def decode(self, ids: list[int]) -> str:
+        """Decode, control tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer as transformers does."""
+        self._tokenizer.save_pretrained(directory)
+
+
+def _openai_row(row: ChatRow) -> dict[str, Any]:
+    """Return a row as plain data in OpenAI's form, without weights and empty keys."""
+    messages = []
+    for message in row.messages:
+        plain: dict[str, Any] = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": message.text,
+        }
+        if message.tool_calls:
+            plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+        if message.tool_call_id is not None:
+            plain["tool_call_id"] = message.tool_call_id
+        messages.append(plain)
+    tools = msgspec.to_builtins(row.tools) if row.tools else None
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}

@@ -1,0 +1,66 @@
+"""Why a training process ended early, in the words of a run's `Failure`."""
+
+import errno
+
+from training_backends.core.run import Failure, FailureKind
+from training_backends.core.rundir import ExitCode
+
+__all__ = ["EngineError", "Stopped", "failure_of"]
+
+
+class EngineError(Exception):
+    """The run cannot go on; says why in a `Failure` and with which exit code."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: FailureKind = "validation",
+        retryable: bool = False,
+        code: ExitCode | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.failure = Failure(kind=kind, message=message, retryable=retryable)
+        default = ExitCode.BAD_INPUT if kind == "validation" else ExitCode.CRASHED
+        self.code = code if code is not None else default
+
+
+class Stopped(Exception):
+    """A stop was asked for before the first step of this process."""
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Say in a `Failure` what an unexpected exception means."""
+    if _is_out_of_memory(error):
+        message = (
+            f"Out of memory: {_first_line(error)} "
+            "Lower batch_size, micro_batch_size or seq_len, or train a smaller model."
+        )
+        return Failure(kind="out_of_memory", message=message)
+    if _is_disk_full(error):
+        message = "The disk is full. Free some space and resume from the last checkpoint."
+        return Failure(kind="internal", message=message, retryable=True)
+    return Failure(kind="internal", message=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch raises OutOfMemoryError on a GPU, but a plain RuntimeError for the CPU allocator.
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in text
+        or "not enough memory" in text
+        or "CUDA out of memory" in text
+    )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors writes in Rust and raises an error of its own, with the system's words.
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "No space left on device" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

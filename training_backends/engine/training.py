@@ -1,0 +1,111 @@
+"""One training process from the spec to the result."""
+
+import sys
+import traceback
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from training_backends.core.files import hold_lock
+from training_backends.core.rundir import (
+    Event,
+    ExitCode,
+    ExitRecord,
+    RunDir,
+    RunSpec,
+)
+from training_backends.engine.errors import EngineError, Stopped, failure_of
+from training_backends.engine.slots import hold_slot
+from training_backends.engine.status import say_status
+from training_backends.engine.stop import StopRequest
+from training_backends.engine.threads import prepare_threads
+
+__all__ = ["train"]
+
+
+def train(path: Path) -> ExitCode:
+    """Train what a run directory asks for, from its newest checkpoint if it has one.
+
+    Repeating it is safe: a completed run stays as it is, a run that another process works
+    on is left alone.
+    """
+    run = RunDir(path)
+    if not path.is_dir():
+        print(f"{path} is not a directory", file=sys.stderr)  # noqa: T201  # the child's log
+        return ExitCode.BAD_INPUT
+    stop = StopRequest(run)
+    try:
+        with stop.listening(), hold_lock(run.lock):
+            return _train_locked(run, stop)
+    except BlockingIOError:
+        print(f"another process trains in {path}", file=sys.stderr)  # noqa: T201
+        return ExitCode.ALREADY_ACTIVE
+
+
+def _train_locked(run: RunDir, stop: StopRequest) -> ExitCode:
+    before = run.read_exit()
+    if before is not None and before.status == "completed":
+        return ExitCode.DONE
+    if before is not None:
+        run.clear_stale()
+    try:
+        record = _train_in_slot(run, stop)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # such as SystemExit: say so, then go on with it
+            _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
+            raise
+        record = _failed(run, error)
+    _end(run, record)
+    return ExitCode(record.code)
+
+
+def _failed(run: RunDir, error: Exception) -> ExitRecord:
+    step = max((state.step for _, state in run.read_checkpoints()), default=0)
+    if isinstance(error, Stopped):
+        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=step)
+    traceback.print_exception(error)
+    if isinstance(error, EngineError):
+        return ExitRecord(status="failed", code=error.code, step=step, failure=error.failure)
+    code = ExitCode.CRASHED
+    return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
+
+
+def _end(run: RunDir, record: ExitRecord) -> None:
+    message = record.failure.message if record.failure else record.status
+    level = "error" if record.status == "failed" else "info"
+    data = {"status": record.status}
+    run.add_event(Event(name="status", level=level, message=message, step=record.step, data=data))
+    run.write_exit(record)
+    run.stop.unlink(missing_ok=True)  # obeyed
+
+
+def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
+    spec = _read_spec(run)
+    with hold_slot(
+        spec.slots_dir,
+        spec.slots,
+        on_wait=lambda: say_status(run, "queued", "waits for a free place to train"),
+        should_stop=lambda: stop.requested,
+    ):
+        say_status(run, "initializing", f"loads {spec.model}")
+        prepare_threads()
+        # Imported here: loading torch takes seconds and memory, which a queued process
+        # should not take from the one that trains.
+        from training_backends.engine.work import Work  # noqa: PLC0415
+
+        work = Work(run, spec, stop)
+        outcome = work.run()
+        if outcome is None:
+            return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
+        return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+
+
+def _read_spec(run: RunDir) -> RunSpec:
+    try:
+        return run.read_spec()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise EngineError(f"spec.json is not valid: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise EngineError(str(error)) from error
