@@ -1,0 +1,65 @@
+"""Run the command line as a user does: a process, its output and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on standard output."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `training-backends` in an empty directory with a home of its own."""
+
+    def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
+        done = subprocess.run(
+            [sys.executable, "-m", "training_backends", *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), **environment},
+            timeout=100,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, train_file: Path) -> Path:
+    """Write a configuration that the local backend can run."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "backend: local\n"
+        "model: tiny-mistral\n"
+        "data:\n"
+        f"  train: {train_file.name}\n"
+        "hyperparameters:\n"
+        "  training_steps: 4\n"
+        "  batch_size: 2\n"
+    )
+    return path

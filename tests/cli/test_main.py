@@ -1,0 +1,237 @@
+"""The command line: exit codes, one JSON document, and what is said of wrong input."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends import __version__
+
+pytestmark = pytest.mark.e2e
+
+Run = Any
+
+
+def test_version_is_printed(run: Run) -> None:
+    """The version is the package's."""
+    assert run("--version").out == f"training-backends {__version__}\n"
+
+
+def test_an_unknown_command_is_a_usage_error(run: Run) -> None:
+    """Exit code 2, as everywhere."""
+    assert run("lauch").code == 2
+
+
+def test_backends_are_listed_from_the_registry(run: Run) -> None:
+    """Both built-in backends are there with what they can do."""
+    found = {entry["name"]: entry for entry in run("backends", "--json").document}
+    assert found["local"]["capabilities"]["resumes"] is True
+    assert found["mistral"]["capabilities"]["quotes"] is True
+
+
+def test_a_good_configuration_is_ready(run: Run, config_file: Path) -> None:
+    """`validate` ends with 0 and says so."""
+    done = run("validate", config_file.name)
+    assert (done.code, done.out) == (0, "")
+    assert "ready to launch" in done.err
+
+
+def test_validate_gives_one_document(run: Run, config_file: Path) -> None:
+    """`--json` puts the files and issues on standard output."""
+    document = run("validate", config_file.name, "--json").document
+    assert (document["ok"], document["files"][0]["rows"]) == (True, 20)
+
+
+def test_an_estimate_counts_tokens(run: Run, config_file: Path) -> None:
+    """The tokens are those of the data, not a guess a sample."""
+    document = run("estimate", config_file.name, "--json").document
+    assert (document["basis"], document["steps"]) == ("exact", 4)
+    assert 600 < document["data_tokens"] < 1200
+
+
+def test_a_missing_file_is_invalid(run: Run) -> None:
+    """Exit code 3, and the path is repeated."""
+    done = run("launch", "none.yaml")
+    assert done.code == 3
+    assert "none.yaml: there is no such file" in done.err
+
+
+def test_an_unknown_key_names_line_and_nearest(run: Run, config_file: Path) -> None:
+    """A misspelt hyperparameter does not vanish."""
+    config_file.write_text(config_file.read_text().replace("training_steps", "n_epochs"))
+    done = run("validate", config_file.name)
+    assert done.code == 3
+    assert (
+        "run.yaml:6: hyperparameters.n_epochs: no such field (did you mean 'epochs'?)" in done.err
+    )
+
+
+def test_an_error_is_one_json_document_too(run: Run, config_file: Path) -> None:
+    """A script reads the reason where it reads the result."""
+    error = run("validate", config_file.name, "--backend", "mistrl", "--json").document["error"]
+    assert (error["type"], error["exit_code"]) == ("ConfigError", 3)
+    assert error["issues"][0]["fix"] == "did you mean 'mistral'?"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b'{"messages": [}\n', "train.jsonl:1"),
+        (b'{"foo": 1}\n', "train.jsonl:1"),
+        (b"\xff\xfe\n", "UTF-8"),
+    ],
+)
+def test_bad_data_is_named_by_line(
+    run: Run, config_file: Path, train_file: Path, content: bytes, said: str
+) -> None:
+    """Nothing is launched on data that cannot be used."""
+    train_file.write_bytes(content)
+    done = run("launch", config_file.name)
+    assert done.code == 3
+    assert said in done.err
+
+
+def test_missing_data_is_named(run: Run, config_file: Path, train_file: Path) -> None:
+    """The path in the configuration leads nowhere."""
+    train_file.unlink()
+    done = run("validate", config_file.name)
+    assert done.code == 3
+    assert "train.jsonl" in done.err
+
+
+def test_a_failed_launch_leaves_no_run(run: Run, config_file: Path, train_file: Path) -> None:
+    """What never began is not in the list."""
+    train_file.write_text("")
+    run("launch", config_file.name, "--id", "mine")
+    assert run("list", "--json").document == []
+
+
+def test_an_unknown_run_is_not_found(run: Run) -> None:
+    """Exit code 5."""
+    assert run("status", "none").code == 5
+
+
+def test_an_unknown_model_names_what_is_offered(run: Run, config_file: Path) -> None:
+    """The local backend says what it can train."""
+    done = run("validate", config_file.name, "--set", "model=tiny-mistrel")
+    assert done.code == 3
+    assert "did you mean 'tiny-mistral'?" in done.err
+
+
+def test_no_key_says_where_to_put_one(run: Run, config_file: Path) -> None:
+    """Exit code 4, with the variable, the command and the way without a key."""
+    done = run(
+        "launch", config_file.name, "-b", "mistral", "--yes", "--set", "hyperparameters.batch_size="
+    )
+    assert done.code == 4
+    for hint in ("MISTRAL_API_KEY", "credentials set mistral", "local"):
+        assert hint in done.err
+
+
+def test_a_key_is_not_sent_over_plain_http(run: Run, config_file: Path) -> None:
+    """Another host is refused before anything is sent."""
+    done = run(
+        "launch",
+        config_file.name,
+        "--backend=mistral",
+        "--yes",
+        "--set=hyperparameters.batch_size=",
+        MISTRAL_API_KEY="k" * 32,
+        TRAINING_BACKENDS_MISTRAL__BASE_URL="http://192.0.2.1",
+    )
+    assert done.code in {3, 4}
+    assert "http://192.0.2.1" in done.err
+    assert "k" * 32 not in done.err
+
+
+def test_nobody_to_ask_needs_consent(run: Run, config_file: Path) -> None:
+    """What may cost money is not started from a pipe without --yes or a budget."""
+    done = run("launch", config_file.name, "--backend=mistral", MISTRAL_API_KEY="k" * 32)
+    assert done.code == 2
+    assert "--yes" in done.err
+
+
+def test_a_server_that_is_away_is_unavailable(run: Run, config_file: Path) -> None:
+    """Exit code 8 after the retries."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    done = run(
+        "launch",
+        config_file.name,
+        "--backend=mistral",
+        "--yes",
+        "--set=hyperparameters.batch_size=",
+        MISTRAL_API_KEY="k" * 32,
+        TRAINING_BACKENDS_MISTRAL__BASE_URL=f"http://127.0.0.1:{port}",
+        TRAINING_BACKENDS_MISTRAL__ATTEMPTS="2",
+    )
+    assert done.code == 8
+
+
+def test_a_taken_port_is_named(run: Run) -> None:
+    """`serve` says which port, and what to do."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run("serve", "--port", port, TRAINING_BACKENDS_GATEWAY__API_KEY="x" * 20)
+    assert done.code == 3
+    assert f"Port {port}" in done.err
+    assert "--port 0" in done.err
+
+
+def test_a_gateway_without_a_key_does_not_start(run: Run) -> None:
+    """A server that nobody could use, or everybody, is refused."""
+    done = run("serve", "--port", "0")
+    assert done.code == 3
+    assert "keys create" in done.err
+
+
+def test_gateway_keys_are_made_listed_and_revoked(run: Run) -> None:
+    """A key is shown once; afterwards only its id."""
+    made = run("keys", "create", "--name", "ci", "--json").document
+    listed = run("keys", "list", "--json")
+    assert made["key"].startswith("tb-")
+    assert made["key"] not in listed.out
+    assert run("keys", "revoke", made["id"], "--json").document["active"] is False
+
+
+def test_a_keyring_that_is_not_there_is_explained(run: Run) -> None:
+    """Storing a key without a keyring fails with exit code 4 and loses nothing silently."""
+    done = run("credentials", "set", "mistral", stdin="secret-value\n")
+    assert done.code == 4
+    assert "environment variable" in done.err
+    assert "secret-value" not in done.err
+
+
+def test_a_key_from_the_environment_is_listed_without_its_value(run: Run) -> None:
+    """People see where a key comes from."""
+    done = run("credentials", "list", "--json", MISTRAL_API_KEY="k" * 32)
+    assert done.document[0]["provider"] == "mistral"
+    assert "k" * 32 not in done.out + done.err
+
+
+def test_bad_status_is_a_usage_error(run: Run) -> None:
+    """The words that exist are listed."""
+    done = run("list", "--status", "done")
+    assert done.code == 2
+    assert "completed" in done.err
+
+
+def test_wrong_settings_name_their_variable(run: Run) -> None:
+    """A value that does not fit is found by its name."""
+    done = run("list", TRAINING_BACKENDS_LOG_LEVEL="loud")
+    assert done.code == 3
+    assert "TRAINING_BACKENDS_LOG_LEVEL" in done.err
+
+
+def test_quickstart_does_not_write_into_another_directory(run: Run, tmp_path: Path) -> None:
+    """What lies there already is left alone."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    done = run("quickstart", "--dir", "mine")
+    assert done.code == 3
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

@@ -1,0 +1,54 @@
+"""A gateway as users start it: the installed program, on loopback, in front of the engine."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import training_backends
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where a gateway answers, and with which key."""
+
+    url: str
+    key: str
+    home: Path
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """Run `training-backends serve --backend local` until the test ends."""
+    key = secrets.token_urlsafe(24)
+    home = tmp_path / "served"
+    command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
+    environment = {
+        **os.environ,
+        "TRAINING_BACKENDS_HOME": str(home),
+        "TRAINING_BACKENDS_GATEWAY__API_KEY": key,
+    }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            yield Served(json.loads(server.stdout.readline())["url"], key, home)
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> tuple[Path, Path]:
+    """Copy the package's sample data: training and validation."""
+    source = Path(training_backends.__file__).parent / "samples"
+    paths = (tmp_path / "train.jsonl", tmp_path / "validation.jsonl")
+    for path in paths:
+        path.write_bytes((source / path.name).read_bytes())
+    return paths

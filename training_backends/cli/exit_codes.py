@@ -1,0 +1,61 @@
+"""What the process says when it ends; scripts rely on these numbers."""
+
+from enum import IntEnum
+
+from training_backends.core import errors
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["ExitCode", "exit_code_of", "exit_code_of_status"]
+
+
+class ExitCode(IntEnum):
+    """Every exit code of the command line."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    INVALID = 3
+    CREDENTIALS = 4
+    NOT_FOUND = 5
+    CONFLICT = 6
+    BUDGET = 7
+    UNAVAILABLE = 8
+    UNSUPPORTED = 9
+    RUN_FAILED = 10
+    RUN_CANCELLED = 11
+    TIMEOUT = 124
+    INTERRUPTED = 130
+
+
+_CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
+    (errors.ConfigError, ExitCode.INVALID),
+    (errors.DatasetError, ExitCode.INVALID),
+    (errors.PayloadTooLarge, ExitCode.INVALID),
+    (errors.CredentialNotFound, ExitCode.CREDENTIALS),
+    (errors.VaultLocked, ExitCode.CREDENTIALS),
+    (errors.AuthenticationFailed, ExitCode.CREDENTIALS),
+    (errors.PermissionDenied, ExitCode.CREDENTIALS),
+    (errors.RunNotFound, ExitCode.NOT_FOUND),
+    (errors.DuplicateRun, ExitCode.CONFLICT),
+    (errors.AmbiguousLaunch, ExitCode.CONFLICT),
+    (errors.BudgetExceeded, ExitCode.BUDGET),
+    (errors.BackendRetired, ExitCode.UNAVAILABLE),
+    (errors.BackendUnavailable, ExitCode.UNAVAILABLE),
+    (errors.BackendNotInstalled, ExitCode.UNAVAILABLE),
+    (errors.RateLimited, ExitCode.UNAVAILABLE),
+    (errors.ProtocolError, ExitCode.UNAVAILABLE),
+    (errors.UnsupportedOperation, ExitCode.UNSUPPORTED),
+    (errors.WaitTimeout, ExitCode.TIMEOUT),
+)
+
+
+def exit_code_of(error: errors.TrainingBackendError) -> ExitCode:
+    """Return the exit code for an error; the first class that fits."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.UNEXPECTED)
+
+
+def exit_code_of_status(status: TrainingStatus) -> ExitCode:
+    """Return the exit code with which `wait` and `--follow` end for a run."""
+    if status is TrainingStatus.FAILED:
+        return ExitCode.RUN_FAILED
+    return ExitCode.RUN_CANCELLED if status is TrainingStatus.CANCELLED else ExitCode.DONE

@@ -1,0 +1,118 @@
+"""Commands that look before anything is started: backends, validate, estimate."""
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from training_backends.cli.session import (
+    BackendOption,
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    backend_of,
+    with_client,
+)
+
+if TYPE_CHECKING:
+    from training_backends import AsyncTrainingClient
+
+__all__ = ["backends", "estimate", "validate"]
+
+
+def backends(json: JsonOption = False) -> None:
+    """Show what is installed and what each backend can do."""
+    from training_backends import BackendNotInstalled, ConfigError, installed_backends
+    from training_backends.cli.render import console, write_json
+
+    async def describe(client: "AsyncTrainingClient") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for name, package in installed_backends().items():
+            entry: dict[str, Any] = {"name": name, "package": package}
+            try:
+                backend = client.backend(name)
+                entry["summary"] = backend.summary
+                entry["capabilities"] = backend.capabilities.model_dump(mode="json")
+            except (BackendNotInstalled, ConfigError) as error:
+                entry["error"] = error.message
+            found.append(entry)
+        return found
+
+    found = with_client(describe)
+    if json:
+        write_json(found)
+        return
+    out = console()
+    for entry in found:
+        out.print(f"[bold]{entry['name']}[/] [dim]({entry['package']})[/]")
+        if "error" in entry:
+            out.print(f"  [red]cannot be loaded:[/] {entry['error']}")
+            continue
+        out.print(f"  {entry['summary']}")
+        for line in _capability_lines(entry["capabilities"]):
+            out.print(f"  {line}")
+
+
+def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
+    yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
+    lists = [
+        f"{name}: {', '.join(sorted(value))}"
+        for name, value in capabilities.items()
+        if isinstance(value, list) and value
+    ]
+    return [*lists, f"can: {', '.join(yes)}"]
+
+
+def validate(
+    config: ConfigArgument,
+    backend: BackendOption = None,
+    overrides: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a configuration and its data; nothing is uploaded or spent."""
+    from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.render import (
+        console,
+        issue_document,
+        show_dataset,
+        show_issues,
+        write_json,
+    )
+    from training_backends.client.configfile import load_config
+
+    file = load_config(config, overrides or ())
+    name = backend_of(file, backend)
+
+    report = with_client(lambda client: client.validate(file.config, backend=name))
+    if json:
+        issues = [issue_document(issue) for issue in report.issues]
+        found = report.dataset.files if report.dataset else ()
+        files = [each.model_dump(mode="json") for each in found]
+        write_json({"ok": report.ok, "backend": name, "files": files, "issues": issues})
+    else:
+        out = console()
+        if report.dataset:
+            show_dataset(report.dataset, out)
+        show_issues(report.issues, out)
+        verdict = "[green]ready to launch[/]" if report.ok else "[red]cannot be launched[/]"
+        out.print(f"{config.name} on {name}: {verdict}")
+    if not report.ok:
+        raise typer.Exit(ExitCode.INVALID)
+
+
+def estimate(
+    config: ConfigArgument,
+    backend: BackendOption = None,
+    overrides: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a run will take: tokens, steps, cost and time, as far as they are known."""
+    from training_backends.cli.render import show_estimate, write_json
+    from training_backends.client.configfile import load_config
+
+    file = load_config(config, overrides or ())
+    name = backend_of(file, backend)
+    found = with_client(lambda client: client.estimate(file.config, backend=name))
+    if json:
+        write_json(found.model_dump(mode="json"))
+    else:
+        show_estimate(found)

@@ -1,0 +1,226 @@
+"""The whole main job on this machine: MistralAPIBackend, gateway, local engine."""
+
+import shlex
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from training_backends.cli.session import JsonOption, run_async
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from training_backends import TrainingConfig, TrainingRun
+
+__all__ = ["quickstart"]
+
+QUESTION = "What does the status ready mean?"
+"""From the training data: so small a model learns by heart and does not generalize."""
+_CONFIG = """\
+# The quickstart's run. Put your own data in its place and launch it:
+#   training-backends launch {name} --follow
+
+backend: local
+model: tiny-mistral          # about 1 M random parameters, tuned in full: shows the machinery
+data:
+  train: data/train.jsonl
+  validation: data/validation.jsonl
+hyperparameters:
+  training_steps: 240
+  learning_rate: 0.002
+  seq_len: 256               # tokens of a row; tiny-mistral counts bytes
+suffix: quickstart
+"""
+
+
+def quickstart(
+    directory: Annotated[
+        Path, typer.Option("--dir", metavar="DIR", help="Everything is written below it.")
+    ] = Path("quickstart"),
+    json: JsonOption = False,
+) -> None:
+    """Train a small model through the whole system, on this machine and without a key."""
+    from training_backends.cli.render import console, write_json
+    from training_backends.core.run import new_run_id
+
+    _need_extras()
+    home = directory.expanduser().absolute()
+    run_id = new_run_id()
+    out = console()
+    out.quiet = json
+    show = _Quickstart(home, run_id, out)
+    note = f"\nInterrupted; the training goes on by itself. Everything lies in {home}"
+    found = run_async(show.run, on_interrupt=note)
+    if json:
+        write_json(found.document())
+    else:
+        found.show_next_steps(out)
+    _end(found.run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What the quickstart found."""
+
+    home: Path
+    run: "TrainingRun"
+    model: Path | None
+    before: str
+    after: str
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "run": self.run.model_dump(mode="json"),
+            "model": str(self.model) if self.model else None,
+            "question": QUESTION,
+            "answer_before": self.before,
+            "answer_after": self.after,
+        }
+
+    def show_next_steps(self, out: "Console") -> None:
+        """Say what to type next."""
+        if self.model is None:
+            return
+        config = shlex.quote(str(_short(self.home / "run.yaml")))
+        out.print("\n[bold]Next, with your own data[/]")
+        out.print(f"  put your chats into {_short(self.home / 'data')}/train.jsonl", markup=False)
+        for command in (f"validate {config}", f"launch {config} --follow", "list"):
+            out.print(f"  training-backends {command}", markup=False)
+        out.print("[bold]To keep Mistral clients working[/], the official SDKs for example")
+        out.print("  training-backends keys create", markup=False)
+        out.print("  training-backends serve --backend local", markup=False)
+
+
+class _Quickstart:
+    """The steps of the quickstart, each shown as it happens."""
+
+    def __init__(self, home: Path, run_id: str, out: "Console") -> None:
+        self._home = home
+        self._run_id = run_id
+        self._out = out
+
+    async def run(self) -> _Result:
+        """Do it all; returns when the run is over."""
+        from training_backends import AsyncTrainingClient, CredentialVault
+        from training_backends.backends.mistral.backend import MistralAPIBackend
+        from training_backends.backends.mistral.settings import MistralSettings
+        from training_backends.cli.follow import LaunchView, follow_run
+        from training_backends.client.configfile import load_config
+        from training_backends.gateway.serve import running
+        from training_backends.gateway.settings import GatewaySettings
+
+        state = self._home / "state"
+        config = load_config(_prepare(self._home)).config
+        async with AsyncExitStack() as stack:
+            self._title("Gateway", "the Mistral protocol, in front of the local backend")
+            gateway = await stack.enter_async_context(
+                running(GatewaySettings(port=0), home=state, backend="local")
+            )
+            key = gateway.gateway.keys.create("quickstart").key
+            self._out.print(f"  {gateway.url}", markup=False)
+            backend = MistralAPIBackend(
+                settings=MistralSettings(base_url=gateway.url),
+                credentials=CredentialVault(home=state, explicit={"mistral": key}),
+            )
+            client = await stack.enter_async_context(
+                AsyncTrainingClient(home=state, backends={"mistral": backend})
+            )
+            await self._look(client, config)
+            before = await self._ask("tiny-mistral", "before training")
+            self._title("Launch", "upload, create, wait for the quote, start")
+            with LaunchView(quiet=self._out.quiet, out=self._out) as view:
+                run = await client.launch(
+                    config,
+                    backend="mistral",
+                    run_id=self._run_id,
+                    on_progress=view.progress,
+                    on_update=view.update,
+                )
+            self._title("Training", f"run {run.id}, job {run.remote_id}")
+            run = await follow_run(client, run.id, quiet=self._out.quiet, out=self._out)
+            if run.status != "completed":
+                return _Result(self._home, run, None, before, "")
+            target = self._home / "models" / run.id
+            model = await gateway.gateway.client.download(str(run.remote_id), target)
+            after = await self._ask(str(model), "after training")
+            self._title("Model", str(_short(model)))
+            return _Result(self._home, run, model, before, after)
+
+    async def _look(self, client: Any, config: "TrainingConfig") -> None:
+        """Say what is in the data and what the run will take."""
+        from training_backends.cli.render import show_dataset, show_estimate, show_issues
+
+        self._title("Data", str(_short(self._home / "data")))
+        dataset = await client.inspect(config)
+        show_dataset(dataset, self._out)
+        show_issues(dataset.issues, self._out)
+        self._title("Estimate", "counted on this data")
+        show_estimate(await client.estimate(config, backend="mistral"), self._out)
+
+    async def _ask(self, model: str, when: str) -> str:
+        from training_backends.backends.local.sampling import sample_answer
+
+        answer = await sample_answer(model, QUESTION)
+        self._title(f"Answer {when}", f"{QUESTION} (a question of the training data)")
+        self._out.print(f"  {answer!r}", markup=False)
+        return answer
+
+    def _title(self, title: str, what: str) -> None:
+        from rich.markup import escape
+
+        self._out.print(f"\n[bold]{title}[/]  [dim]{escape(what)}[/]")
+
+
+def _prepare(home: Path) -> Path:
+    """Lay down the sample data and the configuration, unless the user has edited them."""
+    from importlib.resources import files
+
+    from training_backends import ConfigError
+
+    config = home / "run.yaml"
+    if config.exists():
+        return config
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise ConfigError(
+            f"{home} exists and is not a quickstart directory.",
+            hint="Give another one with --dir.",
+        )
+    data = home / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name in ("train.jsonl", "validation.jsonl"):
+        sample = files("training_backends") / "samples" / name
+        (data / name).write_bytes(sample.read_bytes())
+    # Written last: a directory with this file is complete.
+    config.write_text(_CONFIG.format(name=config.name), encoding="utf-8")
+    return config
+
+
+def _need_extras() -> None:
+    from importlib.util import find_spec
+
+    from training_backends import BackendNotInstalled
+
+    needed = {"gateway": ("fastapi", "multipart", "uvicorn"), "local": ("torch", "transformers")}
+    missing = [name for name, parts in needed.items() if not all(map(find_spec, parts))]
+    if missing:
+        extras = ",".join(missing)
+        raise BackendNotInstalled(
+            f"The quickstart needs the extras {extras}.",
+            install=f"pip install 'training-backends[{extras}]'",
+        )
+
+
+def _short(path: Path) -> Path:
+    """Return a path relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _end(run: "TrainingRun") -> None:
+    from training_backends.cli.exit_codes import exit_code_of_status
+
+    if code := exit_code_of_status(run.status):
+        raise typer.Exit(code)

@@ -1,0 +1,216 @@
+"""How runs, estimates, issues and errors look, for people (stderr) and programs (stdout)."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import Issue, TrainingBackendError
+from training_backends.core.estimate import Estimate, format_duration
+from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.status import TrainingStatus
+
+__all__ = [
+    "console",
+    "show_dataset",
+    "show_error",
+    "show_estimate",
+    "show_issues",
+    "show_log_record",
+    "show_run",
+    "show_runs",
+    "write_json",
+    "write_json_line",
+]
+
+_STYLES = {
+    TrainingStatus.COMPLETED: "green",
+    TrainingStatus.FAILED: "red",
+    TrainingStatus.CANCELLED: "yellow",
+    TrainingStatus.UNKNOWN: "magenta",
+}
+_MOST_ISSUES = 50
+
+
+def console() -> Console:
+    """Return the console for people; standard output is kept for programs."""
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not out.is_terminal:
+        # A file or a pipe has no edge at which a table would have to be cut.
+        out.width = 200
+    return out
+
+
+def write_json(document: Any) -> None:
+    """Write the one JSON document of a command."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))  # noqa: T201
+
+
+def write_json_line(document: Any) -> None:
+    """Write one document of a stream, at once."""
+    print(json.dumps(document, ensure_ascii=False, default=str), flush=True)  # noqa: T201
+
+
+def show_error(error: TrainingBackendError, code: int, *, as_json: bool) -> None:
+    """Say what went wrong and what to do."""
+    issues: Sequence[Issue] = getattr(error, "issues", ())
+    out = console()
+    out.print(f"[bold red]error:[/] {escape(error.message)}")
+    show_issues(issues, out)
+    if install := getattr(error, "install", None):
+        out.print(f"  install it with: {escape(install)}")
+    if error.hint:
+        out.print(f"  {escape(error.hint)}")
+    if as_json:
+        write_json(
+            {
+                "error": {
+                    "type": type(error).__name__,
+                    "message": error.message,
+                    "hint": error.hint,
+                    "backend": error.backend,
+                    "run_id": error.run_id,
+                    "retryable": error.retryable,
+                    "issues": [issue_document(issue) for issue in issues],
+                    "exit_code": int(code),
+                }
+            }
+        )
+
+
+def issue_document(issue: Issue) -> dict[str, Any]:
+    """Return an issue as JSON has it."""
+    return {name: getattr(issue, name) for name in Issue.__dataclass_fields__}
+
+
+def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
+    """List issues, one a line."""
+    out = out or console()
+    listed = list(issues)
+    for issue in listed[:_MOST_ISSUES]:
+        style = "red" if issue.severity == "error" else "yellow"
+        out.print(f"  [{style}]{issue.severity}[/] {escape(str(issue))}")
+    if len(listed) > _MOST_ISSUES:
+        out.print(f"  … and {len(listed) - _MOST_ISSUES} more (--json has them all)")
+
+
+def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
+    """Say what was found in the data."""
+    out = out or console()
+    for file in dataset.files:
+        kind = file.sample_type or "no samples"
+        out.print(
+            f"  {file.role:<10} {escape(file.path.name)}: {file.rows:,} rows ({kind}), "
+            f"{file.turns:,} messages, {_size(file.size)}"
+        )
+
+
+def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
+    """Say what a run will take, and why something is not known."""
+    out = out or console()
+    rows: list[tuple[str, str]] = []
+    if estimate.data_tokens is not None:
+        interval = ""
+        if estimate.interval:
+            interval = f" (95 % between {estimate.interval[0]:,} and {estimate.interval[1]:,})"
+        rows.append(("data tokens", f"{estimate.data_tokens:,}{interval}"))
+    if estimate.train_tokens is not None:
+        rows.append(("train tokens", f"{estimate.train_tokens:,}"))
+    if estimate.steps is not None:
+        rows.append(("steps", f"{estimate.steps:,}"))
+    rows.append(("cost", str(estimate.cost) if estimate.cost else "not known"))
+    if estimate.price_source:
+        source = estimate.price_source
+        rows.append(("price from", f"{source.name}, {source.as_of.isoformat()}"))
+    duration = format_duration(estimate.duration) if estimate.duration else "not known"
+    rows.extend((("duration", duration), ("basis", estimate.basis)))
+    for name, value in rows:
+        out.print(f"  {name:<13} {escape(value)}")
+    for note in estimate.notes:
+        out.print(f"  [dim]note[/]          {escape(note)}")
+
+
+def show_run(run: TrainingRun, out: Console | None = None) -> None:
+    """Show one run with everything that is known of it."""
+    out = out or console()
+    style = _STYLES.get(run.status, "cyan")
+    word = f" ({escape(run.raw_status)})" if run.raw_status else ""
+    out.print(f"[bold]{escape(run.id)}[/]  [{style}]{run.status}[/]{word}")
+    rows = [
+        ("backend", run.backend),
+        ("model", run.config.model),
+        ("remote id", run.remote_id),
+        ("created", _time(run.created_at)),
+        ("started", _time(run.started_at)),
+        ("finished", _time(run.finished_at)),
+        ("step", _steps(run)),
+        ("metrics", _metrics(run.metrics)),
+        ("checkpoints", str(len(run.checkpoints)) if run.checkpoints else None),
+        ("cost", str(run.cost) if run.cost else None),
+        ("result", run.result_model),
+        ("resumed from", run.resumed_from),
+        ("failure", f"{run.failure.kind}: {run.failure.message}" if run.failure else None),
+        ("last seen", _time(run.last_seen_at)),
+    ]
+    for name, value in rows:
+        if value:
+            out.print(f"  {name:<13} {escape(value)}")
+
+
+def show_runs(runs: Sequence[TrainingRun]) -> None:
+    """List runs in a table, newest first."""
+    out = console()
+    if not runs:
+        out.print("No runs yet. `training-backends quickstart` makes the first one.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", no_wrap=True, min_width=max(len(run.id) for run in runs))
+    for column in ("status", "backend", "model", "step", "created"):
+        table.add_column(column, no_wrap=True)
+    for run in runs:
+        style = _STYLES.get(run.status, "cyan")
+        note = " (not launched)" if run.failure and not run.status.is_terminal else ""
+        table.add_row(
+            escape(run.id),
+            f"[{style}]{run.status}[/]{note}",
+            escape(run.backend),
+            escape(run.config.model),
+            _steps(run) or "",
+            _time(run.created_at)[:16],
+        )
+    out.print(table)
+
+
+def show_log_record(record: LogRecord, out: Console) -> None:
+    """Write one line of a log."""
+    style = {"error": "red", "warning": "yellow"}.get(record.level, "default")
+    time = record.at.astimezone().strftime("%H:%M:%S")
+    out.print(f"[dim]{time} {escape(record.source):<10}[/] [{style}]{escape(record.message)}[/]")
+
+
+def _steps(run: TrainingRun) -> str | None:
+    if run.step is None:
+        return None
+    return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def _metrics(metrics: dict[str, float]) -> str | None:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())) or None
+
+
+def _time(moment: datetime | None) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+
+
+def _size(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

@@ -1,0 +1,92 @@
+"""The command that serves the Mistral protocol in front of a backend."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_backends.cli.session import JsonOption, run_async
+
+if TYPE_CHECKING:
+    from training_backends.gateway.service import Gateway
+    from training_backends.gateway.settings import GatewaySettings
+
+__all__ = ["serve"]
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option("--host", help="Default 127.0.0.1: only this machine.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Default 8321; 0: any free one.")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", "-b", help="What trains.")] = "local",
+    json: JsonOption = False,
+) -> None:
+    """Serve the Mistral fine-tuning protocol in front of a backend, until Ctrl-C."""
+    from training_backends.core.settings import load_settings
+
+    _need_extra()
+    from training_backends.gateway.settings import GatewaySettings
+
+    settings = load_settings(GatewaySettings)
+    run_async(lambda: _serve(settings, host, port, backend, json=json))
+
+
+async def _serve(
+    settings: "GatewaySettings", host: str | None, port: int | None, backend: str, *, json: bool
+) -> None:
+    import signal
+
+    import anyio
+
+    from training_backends.cli.render import console, write_json_line
+    from training_backends.core.settings import Settings, load_settings
+    from training_backends.gateway.serve import running
+
+    home = load_settings(Settings).home.expanduser().absolute()
+    out = console()
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with running(settings, home=home, backend=backend, host=host, port=port) as served:
+            new_key = await _first_key(served.gateway)
+            if json:
+                write_json_line({"url": served.url, "backend": backend, "home": str(home)})
+            out.print(f"Serving the Mistral protocol at {served.url}", markup=False)
+            out.print(f"  backend {backend}, state in {served.gateway.home}", markup=False)
+            if new_key:
+                out.print(f"  first API key, shown this once: {new_key}", markup=False)
+            out.print("  Ctrl-C ends it; training that is under way goes on.", markup=False)
+            async for _ in signals:
+                break
+    out.print("Ended.", markup=False)
+
+
+async def _first_key(gateway: "Gateway") -> str | None:
+    """Make the first key on a terminal; elsewhere it would end in somebody's log."""
+    from anyio import to_thread
+
+    from training_backends import ConfigError
+
+    if await to_thread.run_sync(gateway.keys.usable):
+        return None
+    if not sys.stderr.isatty():
+        raise ConfigError(
+            "The gateway has no API key.",
+            hint="`training-backends keys create` makes one, or set "
+            "TRAINING_BACKENDS_GATEWAY__API_KEY.",
+        )
+    made = await to_thread.run_sync(gateway.keys.create, "first")
+    return made.key.get_secret_value()
+
+
+def _need_extra() -> None:
+    from importlib.util import find_spec
+
+    from training_backends import BackendNotInstalled
+
+    if not all(map(find_spec, ("fastapi", "multipart", "uvicorn"))):
+        raise BackendNotInstalled(
+            "The gateway's libraries are not installed.",
+            install="pip install 'training-backends[gateway]'",
+        )

@@ -1,0 +1,95 @@
+"""What every command does around its own work: settings, logs, client, Ctrl-C."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from training_backends import AsyncTrainingClient
+    from training_backends.client.configfile import ConfigFile
+
+__all__ = [
+    "BackendOption",
+    "ConfigArgument",
+    "JsonOption",
+    "RunArgument",
+    "SetOption",
+    "backend_of",
+    "run_async",
+    "with_client",
+]
+
+T = TypeVar("T")
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id or its beginning.")]
+BackendOption = Annotated[
+    str | None, typer.Option("--backend", "-b", help="Backend; default the one in CONFIG.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of CONFIG; repeatable."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
+]
+
+
+def run_async(work: Callable[[], Awaitable[T]], *, on_interrupt: str | None = None) -> T:
+    """Run `work` in an event loop, with logs set up, and end a Ctrl-C with its exit code."""
+    import anyio
+
+    from training_backends.cli.exit_codes import ExitCode
+    from training_backends.core.logs import configure_logs
+    from training_backends.core.settings import Settings, load_settings
+
+    settings = load_settings(Settings)
+    configure_logs(log_format=settings.log_format, level=settings.log_level)
+    try:
+        return anyio.run(work)
+    except BaseExceptionGroup as group:
+        raise _only(group) from None
+    except KeyboardInterrupt:
+        typer.echo(on_interrupt or "Interrupted.", err=True)
+        raise SystemExit(ExitCode.INTERRUPTED) from None
+
+
+def with_client(
+    work: "Callable[[AsyncTrainingClient], Awaitable[T]]", *, on_interrupt: str | None = None
+) -> T:
+    """Run `work` with a client that is closed afterwards."""
+
+    async def run() -> T:
+        from training_backends import AsyncTrainingClient
+
+        async with AsyncTrainingClient() as client:
+            return await work(client)
+
+    return run_async(run, on_interrupt=on_interrupt)
+
+
+def backend_of(file: "ConfigFile", option: str | None) -> str:
+    """Return the backend that is asked for on the command line or in the file."""
+    from training_backends import ConfigError, Issue
+
+    backend = option or file.backend
+    if backend is None:
+        issue = Issue(
+            code="missing",
+            message="no backend is named",
+            path=str(file.path),
+            field="backend",
+            fix="add `backend: local` to the file, or give --backend",
+        )
+        raise ConfigError(f"The configuration {file.path} names no backend.", issues=[issue])
+    return backend
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the one error inside nested groups, or the group if there are several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
