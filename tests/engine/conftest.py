@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from training_backends.core.rundir import RunDir, RunSpec
+from training_backends.rundir.directory import RunDir, RunSpec
 
 MakeRun = Callable[..., RunDir]
 

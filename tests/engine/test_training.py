@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training_backends.core.files import hold_lock
-from training_backends.core.rundir import ExitCode, MetricsRow, RunDir
 from training_backends.datasets.chat import byte_encode, parse_row
 from training_backends.engine.training import train
+from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
 
 pytestmark = pytest.mark.engine
 

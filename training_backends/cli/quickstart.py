@@ -29,7 +29,7 @@ data:
   train: data/train.jsonl
   validation: data/validation.jsonl
 hyperparameters:
-  training_steps: 240
+  training_steps: 300
   learning_rate: 0.002
   seq_len: 256               # tokens of a row; tiny-mistral counts bytes
 suffix: quickstart

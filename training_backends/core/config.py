@@ -1,13 +1,14 @@
 """What to train, on what, and how: the configuration of a run, the same for every backend."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from training_backends.core.estimate import Budget
 
 __all__ = [
+    "TINY_MODEL",
     "ClassifierTarget",
     "Data",
     "DataSource",
@@ -16,6 +17,10 @@ __all__ = [
     "Tuning",
     "WandbIntegration",
 ]
+
+
+TINY_MODEL: Final = "tiny-mistral"
+"""Name of the model that is made on the spot, with no network."""
 
 
 class _Model(BaseModel):

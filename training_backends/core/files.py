@@ -1,7 +1,6 @@
 """Files that several processes share: appended lines, whole-or-nothing writes, locks.
 
-Standard library only; used by `core.rundir`, which says why `core` touches files. POSIX
-only (`flock`).
+Standard library only, POSIX only (`flock`). Each function touches just the path it is given.
 """
 
 import errno

@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from training_backends.core.config import TINY_MODEL
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.core.rundir import TINY_MODEL
 from training_backends.datasets.chat import ChatRow, Message, TextRow, byte_token_count, parse_row
 from training_backends.datasets.lines import LineReader
 

@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from training_backends.core.rundir import ExitCode
 from training_backends.engine.threads import prepare_threads
 from training_backends.engine.training import train
+from training_backends.rundir.directory import ExitCode
 
 __all__ = ["main"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training_backends.core.files import sync_directory, write_atomic
-from training_backends.core.rundir import CheckpointState, RunDir
+from training_backends.rundir.directory import CheckpointState, RunDir
 
 __all__ = ["newest_checkpoint", "write_checkpoint"]
 

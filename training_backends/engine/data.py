@@ -11,10 +11,10 @@ import msgspec
 import torch
 from torch.utils.data import Dataset
 
-from training_backends.core.rundir import rows_per_epoch
 from training_backends.datasets.chat import parse_row
 from training_backends.engine.encoding import Encoder, UnusableRow
 from training_backends.engine.errors import EngineError, Stopped
+from training_backends.rundir.directory import rows_per_epoch
 
 __all__ = ["Batch", "LoadedFile", "Order", "Sample", "Schedule", "collate", "load_file"]
 

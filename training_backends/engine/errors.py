@@ -3,7 +3,7 @@
 import errno
 
 from training_backends.core.run import Failure, FailureKind
-from training_backends.core.rundir import ExitCode
+from training_backends.rundir.directory import ExitCode
 
 __all__ = ["EngineError", "Stopped", "failure_of"]
 

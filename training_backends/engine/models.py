@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training_backends.core.config import Tuning
-from training_backends.core.rundir import TINY_MODEL, ResultRecord, RunDir
+from training_backends.core.config import TINY_MODEL, Tuning
 from training_backends.engine.encoding import Encoder, encoder_for
 from training_backends.engine.errors import EngineError
 from training_backends.engine.tiny import make_tiny_model
+from training_backends.rundir.directory import ResultRecord, RunDir
 
 __all__ = [
     "LoadedModel",

@@ -1,7 +1,7 @@
 """When things are due in a run: log lines, checkpoints, the end."""
 
-from training_backends.core.rundir import RunSpec
 from training_backends.engine.data import Order, Sample, Schedule
+from training_backends.rundir.directory import RunSpec
 
 __all__ = ["Plan"]
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training_backends.core.rundir import Event, MetricsRow, RunDir
 from training_backends.engine.errors import EngineError
 from training_backends.engine.plan import Plan
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.validation import Validation
+from training_backends.rundir.directory import Event, MetricsRow, RunDir
 
 __all__ = ["Reporter"]
 

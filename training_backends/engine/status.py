@@ -1,6 +1,6 @@
 """Tell in the run directory what state the process is in."""
 
-from training_backends.core.rundir import Event, RunDir
+from training_backends.rundir.directory import Event, RunDir
 
 __all__ = ["say_status"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from training_backends.core.rundir import RunDir
+from training_backends.rundir.directory import RunDir
 
 __all__ = ["StopRequest"]
 

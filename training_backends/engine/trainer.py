@@ -9,13 +9,13 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from training_backends.core.rundir import RunDir, RunSpec
 from training_backends.engine.checkpoints import write_checkpoint
 from training_backends.engine.data import Batch, collate
 from training_backends.engine.loss import predict
 from training_backends.engine.models import save_model
 from training_backends.engine.plan import Plan
 from training_backends.engine.reporting import Reporter
+from training_backends.rundir.directory import RunDir, RunSpec
 
 __all__ = ["EngineTrainer", "precision_for"]
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from training_backends.core.files import hold_lock
-from training_backends.core.rundir import (
+from training_backends.engine.errors import EngineError, Stopped, failure_of
+from training_backends.engine.slots import hold_slot
+from training_backends.engine.status import say_status
+from training_backends.engine.stop import StopRequest
+from training_backends.engine.threads import prepare_threads
+from training_backends.rundir.directory import (
     Event,
     ExitCode,
     ExitRecord,
     RunDir,
     RunSpec,
 )
-from training_backends.engine.errors import EngineError, Stopped, failure_of
-from training_backends.engine.slots import hold_slot
-from training_backends.engine.status import say_status
-from training_backends.engine.stop import StopRequest
-from training_backends.engine.threads import prepare_threads
 
 __all__ = ["train"]
 

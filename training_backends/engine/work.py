@@ -7,7 +7,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from training_backends.core.rundir import TINY_MODEL, Event, ResultRecord, RunDir, RunSpec
+from training_backends.core.config import TINY_MODEL
 from training_backends.engine.checkpoints import newest_checkpoint
 from training_backends.engine.data import LoadedFile, Sample, load_file
 from training_backends.engine.encoding import Encoder
@@ -27,6 +27,7 @@ from training_backends.engine.stop import StopRequest
 from training_backends.engine.threads import thread_count
 from training_backends.engine.trainer import EngineTrainer, precision_for
 from training_backends.engine.validation import Validation
+from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
 
 __all__ = ["Work", "set_up_torch"]
 

@@ -15,7 +15,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
-from training_backends.core.rundir import RunDir
+from training_backends.rundir.directory import RunDir
 
 
 class MemoryJournal:

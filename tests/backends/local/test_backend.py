@@ -24,8 +24,8 @@ from training_backends.core.errors import (
     UnsupportedOperation,
 )
 from training_backends.core.run import LogRecord, RunState, TrainingRun
-from training_backends.core.rundir import RunDir
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import RunDir
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 

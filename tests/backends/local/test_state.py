@@ -10,8 +10,8 @@ from training_backends.backends.local.records import Cursor, read_records
 from training_backends.backends.local.state import START_PATIENCE, read_state
 from training_backends.core.files import hold_lock
 from training_backends.core.run import Failure
-from training_backends.core.rundir import Event, ExitRecord, MetricsRow, RunDir, RunSpec
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir, RunSpec
 
 
 @pytest.fixture

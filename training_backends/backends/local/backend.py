@@ -31,8 +31,8 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
-from training_backends.core.rundir import RunDir, RunSpec
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import RunDir, RunSpec
 
 __all__ = ["LocalBackend"]
 

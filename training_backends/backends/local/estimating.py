@@ -9,10 +9,11 @@ from typing import Final
 
 import msgspec
 
+from training_backends.core.config import TINY_MODEL
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import Estimate, Money
-from training_backends.core.rundir import TINY_MODEL, RunDir, RunSpec, rows_per_epoch
 from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.rundir.directory import RunDir, RunSpec, rows_per_epoch
 
 __all__ = ["estimate_run"]
 

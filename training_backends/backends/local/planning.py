@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from training_backends.backends.local.options import LocalOptions
-from training_backends.core.config import TrainingConfig, Tuning
+from training_backends.core.config import TINY_MODEL, TrainingConfig, Tuning
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
-from training_backends.core.rundir import TINY_MODEL, TINY_POSITIONS, RunSpec
+from training_backends.rundir.directory import TINY_POSITIONS, RunSpec
 
 __all__ = ["MODELS_OFFERED", "build_spec", "find_issues", "settled_values"]
 

@@ -8,7 +8,7 @@ import threading
 from typing import Final
 
 from training_backends.core.run import Failure
-from training_backends.core.rundir import ExitRecord, RunDir
+from training_backends.rundir.directory import ExitRecord, RunDir
 
 __all__ = ["child_environment", "spawn", "took_lock"]
 

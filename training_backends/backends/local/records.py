@@ -7,8 +7,8 @@ from typing import Final, NamedTuple
 
 from training_backends.backends.local.state import ENGINE_STATUS, LOST, metrics_of, read_state
 from training_backends.core.run import LogRecord, utc_now
-from training_backends.core.rundir import Event, MetricsRow, RunDir
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import Event, MetricsRow, RunDir
 
 __all__ = ["Cursor", "read_records"]
 

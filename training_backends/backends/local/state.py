@@ -8,8 +8,8 @@ from typing import Final
 
 from training_backends.backends.local.process import took_lock
 from training_backends.core.run import Checkpoint, Failure, RunState
-from training_backends.core.rundir import Event, ExitRecord, MetricsRow, RunDir
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
 __all__ = ["ENGINE_STATUS", "LOST", "has_begun", "read_state"]
 

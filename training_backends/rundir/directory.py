@@ -1,8 +1,7 @@
 """The directory that drives one training process and tells what it does.
 
-The only thing that a parent and its training child share. It does small file I/O, unlike
-the rest of `core`, because both sides (a backend and the engine) must read and write it
-the same way and may not import each other. POSIX only (`flock`).
+The only thing that a parent and its training child share: both sides, a backend and the
+engine, read and write it the same way and may not import each other. POSIX only (`flock`).
 
     spec.json       what to train; written by the parent before the child starts
     lock            held by the child for as long as it lives; holds its process id
@@ -26,7 +25,6 @@ from training_backends.core.files import append_line, is_locked, read_lines, wri
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
-    "TINY_MODEL",
     "TINY_POSITIONS",
     "CheckpointState",
     "Event",
@@ -41,8 +39,6 @@ __all__ = [
 
 Row = TypeVar("Row", bound=BaseModel)
 
-TINY_MODEL: Final = "tiny-mistral"
-"""The model that is made on the spot, from the seed, without a network."""
 
 TINY_POSITIONS: Final = 32768
 """Tokens that it reads at most."""

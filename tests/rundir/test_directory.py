@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from training_backends.core.files import append_line, hold_lock, is_locked, write_atomic
-from training_backends.core.rundir import Event, RunDir, RunSpec, rows_per_epoch
+from training_backends.rundir.directory import Event, RunDir, RunSpec, rows_per_epoch
 
 HOLDER = """
 import sys, time
