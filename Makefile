@@ -27,11 +27,11 @@ check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml --site-dir $(CURDIR)/.cache/site
+	$(BIN)/zensical build --strict --config-file .mkdocs.yml
 
 docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs serve --config-file .mkdocs.yml
+	$(BIN)/zensical serve --config-file .mkdocs.yml
 
 bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py

@@ -41,7 +41,7 @@ Row = TypeVar("Row", bound=BaseModel)
 
 
 TINY_POSITIONS: Final = 32768
-"""Tokens that it reads at most."""
+"""Tokens that `tiny-mistral` reads at most."""
 
 
 class ExitCode(IntEnum):

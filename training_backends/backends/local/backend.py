@@ -74,6 +74,10 @@ class LocalBackend(TrainingBackend):
             deletes=True,
         )
 
+    def tolerated_bad_rows(self, config: TrainingConfig) -> float:
+        """Take the share from the options."""
+        return LocalOptions.model_validate(config.options).max_invalid_fraction
+
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
         await to_thread.run_sync(_require_engine)

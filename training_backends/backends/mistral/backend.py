@@ -114,6 +114,10 @@ class MistralAPIBackend(TrainingBackend):
         """What the protocol can do."""
         return _CAPABILITIES
 
+    def tolerated_bad_rows(self, config: TrainingConfig) -> float:
+        """Take the share from the options; the server leaves such rows out."""
+        return MistralOptions.model_validate(config.options).invalid_sample_skip_percentage
+
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See the base; also asks the server whether it trains and has the model.
 

@@ -1,0 +1,171 @@
+"""Write the parts of the documentation that the program itself knows.
+
+A page keeps its own words; what stands between `<!-- generated: NAME -->` and
+`<!-- end -->` is replaced. `--check` changes nothing and fails if a page is out of date.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from training_backends import backend_class, installed_backends
+from training_backends.cli.exit_codes import ExitCode
+from training_backends.core.config import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def backends() -> str:
+    """One row a backend, from the registry."""
+    rows = ["| backend | what it is | trains | can |", "| --- | --- | --- | --- |"]
+    for name in installed_backends():
+        kind = backend_class(name)
+        capabilities = _capabilities(name)
+        can = [word for word, value in capabilities.items() if value is True]
+        methods = ", ".join(sorted(capabilities["methods"]))
+        verbs = ", ".join(word.replace("_", " ") for word in can)
+        rows.append(f"| `{name}` | {kind.summary} | {methods} | {verbs} |")
+    return "\n".join(rows)
+
+
+def _capabilities(name: str) -> dict[str, Any]:
+    from training_backends.core.backend import BackendContext
+    from training_backends.credentials.vault import CredentialVault
+
+    home = Path("unused")
+    context = BackendContext(home=home, credentials=CredentialVault(home=home))
+    return backend_class(name).create(context).capabilities.model_dump(mode="json")
+
+
+def exit_codes() -> str:
+    """One row an exit code."""
+    meaning = {
+        ExitCode.DONE: "done",
+        ExitCode.UNEXPECTED: "something unexpected; a traceback or a store that cannot be used",
+        ExitCode.USAGE: "the command line is wrong",
+        ExitCode.INVALID: "the configuration or the data is invalid",
+        ExitCode.CREDENTIALS: "no key, a locked keyring, or a key that was refused",
+        ExitCode.NOT_FOUND: "there is no such run",
+        ExitCode.CONFLICT: "a duplicate or a conflict",
+        ExitCode.BUDGET: "the budget would be exceeded, or the price was not confirmed",
+        ExitCode.UNAVAILABLE: "the backend cannot be reached, is retired or is not installed",
+        ExitCode.UNSUPPORTED: "the backend cannot do this",
+        ExitCode.RUN_FAILED: "the run failed",
+        ExitCode.RUN_CANCELLED: "the run was cancelled",
+        ExitCode.TIMEOUT: "`wait` ran out of time; the run goes on",
+        ExitCode.INTERRUPTED: "Ctrl-C; the run goes on and its id is printed",
+    }
+    rows = [f"| {code.value} | {meaning[code]} |" for code in ExitCode]
+    return "\n".join(["| code | meaning |", "| --- | --- |", *rows])
+
+
+def commands() -> str:
+    """The help of every command."""
+    parts = []
+    for words in _command_names():
+        title = " ".join(("training-backends", *words))
+        parts.append(f"### `{title}`\n\n```text\n{_help(*words)}\n```")
+    return "\n\n".join(parts)
+
+
+def _command_names() -> Iterator[tuple[str, ...]]:
+    for name in _listed(_help()):
+        inner = _listed(_help(name))
+        if inner:
+            yield from ((name, sub) for sub in inner)
+        else:
+            yield (name,)
+
+
+def _listed(text: str) -> list[str]:
+    _, _, listing = text.partition("Commands:\n")
+    return re.findall(r"^  ([a-z]+)", listing, re.MULTILINE)
+
+
+def _help(*words: str) -> str:
+    command = [sys.executable, "-m", "training_backends", *words, "--help"]
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return done.stdout.replace("python -m training_backends", "training-backends").strip()
+
+
+def config_fields() -> str:
+    """Every field of a configuration file, from its schema."""
+    schema = TrainingConfig.model_json_schema()
+    rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
+    rows.extend(_rows(schema, schema, ""))
+    return "\n".join(rows)
+
+
+def _rows(schema: dict[str, Any], root: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, field in schema.get("properties", {}).items():
+        inner = _object_in(field, root)
+        if inner is not None and "properties" in inner:
+            mark = "[]" if _is_list(field) else ""
+            yield from _rows(inner, root, f"{prefix}{name}{mark}.")
+            continue
+        default = field.get("default")
+        shown = "" if default in (None, "", [], {}) else f"`{default}`"
+        if name in schema.get("required", ()):
+            shown = "needed"
+        description = " ".join(field.get("description", "").split())
+        yield f"| `{prefix}{name}` | {_type(field, root)} | {shown} | {description} |"
+
+
+def _object_in(field: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | None:
+    for option in (field, *field.get("anyOf", ()), field.get("items", {})):
+        if reference := option.get("$ref"):
+            found: dict[str, Any] = root["$defs"][reference.rpartition("/")[2]]
+            return found
+    return None
+
+
+def _is_list(field: dict[str, Any]) -> bool:
+    return field.get("type") == "array"
+
+
+def _type(field: dict[str, Any], root: dict[str, Any]) -> str:
+    if "enum" in field:
+        return " \\| ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "anyOf" in field:
+        options = [_type(option, root) for option in field["anyOf"] if option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(options))
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items', {}), root)}"
+    return str(field.get("format") or field.get("type", "any"))
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "backends": backends,
+    "commands": commands,
+    "config-fields": config_fields,
+    "exit-codes": exit_codes,
+}
+
+
+def main() -> int:
+    """Write or check all pages; return the exit code."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = BLOCK.sub(lambda m: f"{m[1]}{GENERATORS[m['name']]()}\n{m[3]}", text)
+        if fresh != text:
+            stale.append(page.relative_to(ROOT))
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    for page in stale:
+        print(f"{page}: {'out of date, run python docs/generate.py' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
