@@ -1,9 +1,11 @@
 """The whole main job on this machine: MistralAPIBackend, gateway, local engine."""
 
 import shlex
+import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,10 +91,10 @@ class _Result:
         out.print("\n[bold]Next, with your own data[/]")
         out.print(f"  put your chats into {_short(self.home / 'data')}/train.jsonl", markup=False)
         for command in (f"validate {config}", f"launch {config} --follow", "list"):
-            out.print(f"  training-backends {command}", markup=False)
+            out.print(f"  {_program()} {command}", markup=False)
         out.print("[bold]To keep Mistral clients working[/], the official SDKs for example")
-        out.print("  training-backends keys create", markup=False)
-        out.print("  training-backends serve --backend local", markup=False)
+        for command in ("keys create", "serve --backend local"):
+            out.print(f"  {_program()} {command}", markup=False)
 
 
 class _Quickstart:
@@ -212,6 +214,17 @@ def _need_extras() -> None:
             f"The quickstart needs the extras {extras}.",
             install=f"pip install 'training-backends[{extras}]'",
         )
+
+
+def _program() -> str:
+    """Return what to type for this program: its name where the shell finds it."""
+    started = Path(sys.argv[0])
+    if started.name != "training-backends":
+        return "python -m training_backends"
+    found = which(started.name)
+    if found and Path(found).samefile(started):
+        return started.name
+    return shlex.quote(str(_short(started.absolute())))
 
 
 def _short(path: Path) -> Path:
