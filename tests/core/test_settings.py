@@ -123,3 +123,18 @@ def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir("/")  # a directory that everybody may look into
     with as_nobody(), pytest.raises(ConfigError, match=r"config\.toml"):
         load_settings(Settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hoem = 'there'", "did you mean 'home'"),
+        ("[part]\nwheer = 'a'", "did you mean 'where'"),
+        ("part = 5", "write \\[part\\]"),
+    ],
+)
+def test_a_misspelt_setting_of_the_file_is_refused(text: str, said: str) -> None:
+    """A setting that is not known does not silently vanish."""
+    write_file(text)
+    with pytest.raises(ConfigError, match=said):
+        load_settings(PartSettings if "part" in text else Settings)

@@ -31,7 +31,9 @@ class DataSource(_Model):
     """One data file and how much of it counts; also written as just its path."""
 
     path: Path
-    weight: float = Field(default=1.0, gt=0, description="Share relative to the other files.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, description="Share relative to the other files."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -55,8 +57,10 @@ class Tuning(_Model):
     """Which weights are trained; also written as just the kind."""
 
     kind: Literal["full", "lora", "qlora"]
-    rank: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0, description="Twice the rank if not given.")
+    rank: int = Field(default=16, ge=1, le=2**16)
+    alpha: float | None = Field(
+        default=None, gt=0, le=1e6, description="Twice the rank if not given."
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = None
 
@@ -72,10 +76,12 @@ class Hyperparameters(_Model):
     learning_rate: float | None = Field(
         default=None, ge=1e-8, le=1, description="The peak, after a linear warm-up."
     )
-    epochs: float | None = Field(default=None, gt=0)
-    training_steps: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    seq_len: int | None = Field(default=None, ge=100, description="Tokens in a row at most.")
+    epochs: float | None = Field(default=None, gt=0, le=10_000)
+    training_steps: int | None = Field(default=None, ge=1, le=2**31)
+    batch_size: int | None = Field(default=None, ge=1, le=2**16, description="Rows in a step.")
+    seq_len: int | None = Field(
+        default=None, ge=100, le=2**24, description="Tokens in a row at most."
+    )
     weight_decay: float | None = Field(default=None, ge=0, le=1)
     warmup_fraction: float | None = Field(default=None, ge=0, le=1)
     fim_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -93,7 +99,7 @@ class ClassifierTarget(_Model):
 
     name: str
     labels: tuple[str, ...] = Field(min_length=1)
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=1e6)
     loss_function: Literal["single_class", "multi_class"] | None = None
 
 

@@ -40,15 +40,22 @@ class Money(BaseModel):
         return f"{self.amount:.2f} {self.currency}"
 
 
+def _span(**parts: float) -> timedelta:
+    try:
+        return timedelta(**parts)
+    except OverflowError:
+        raise ValueError("the duration is too long") from None
+
+
 def _read_duration(value: Any) -> Any:
     if isinstance(value, str):
         text = value.strip()
         if text.replace(".", "", 1).isdigit():
-            return timedelta(seconds=float(text))
+            return _span(seconds=float(text))
         found = _DURATION.match(text)
         if text and found:
             days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
-            return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+            return _span(days=days, hours=hours, minutes=minutes, seconds=seconds)
         if not text.startswith(("P", "-P")):
             raise ValueError("give seconds or a duration such as '90m', '2h 30m' or '1d'")
     return value

@@ -6,6 +6,7 @@ Standard library only, POSIX only (`flock`). Each function touches just the path
 import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ __all__ = [
     "append_line",
     "hold_lock",
     "is_locked",
+    "make_private_directory",
     "read_lines",
     "sync_directory",
     "write_atomic",
@@ -57,7 +59,8 @@ def append_line(path: Path, line: str) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds the old or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -67,6 +70,16 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory, and those missing above it, for the owner only.
+
+    One that is there already keeps the rights that somebody gave it.
+    """
+    for place in (*reversed(path.parents), path):
+        if not place.is_dir():
+            place.mkdir(mode=0o700, exist_ok=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -4,6 +4,7 @@ Each part of the package owns one section: a subclass of `SectionSettings` with 
 """
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -39,9 +40,18 @@ class _SectionSource(TomlConfigSettingsSource):
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
         if self._section is None:
-            return {key: value for key, value in values.items() if not isinstance(value, dict)}
-        table = values.get(self._section, {})
-        return table if isinstance(table, dict) else {}
+            table = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        else:
+            table = values.get(self._section, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"{self._section!r} is a section: write [{self._section}]")
+        known = self.settings_cls.model_fields
+        for key in table:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"there is no setting {key!r} ({fix})")
+        return table
 
 
 class SectionSettings(BaseSettings):
@@ -104,7 +114,7 @@ def load_settings(kind: type[_S]) -> _S:
         issues = [
             Issue(
                 code=detail["type"],
-                message=detail["msg"],
+                message=detail["msg"].removeprefix("Value error, "),
                 field=_variable(kind, detail["loc"]),
                 fix="correct it in the environment, .env or config.toml",
             )
@@ -112,7 +122,8 @@ def load_settings(kind: type[_S]) -> _S:
         ]
         raise ConfigError("The settings cannot be used.", issues=issues) from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{config_file()} cannot be read: {error}") from None
+        source = ".env" if isinstance(error, UnicodeDecodeError) else str(config_file())
+        raise ConfigError(f"The settings in {source} cannot be used: {error}") from None
 
 
 def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> str:
