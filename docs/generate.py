@@ -47,7 +47,7 @@ def exit_codes() -> str:
     """One row an exit code."""
     meaning = {
         ExitCode.DONE: "done",
-        ExitCode.UNEXPECTED: "something unexpected; a traceback or a store that cannot be used",
+        ExitCode.UNEXPECTED: "something unexpected, or a store or a disk that cannot be used",
         ExitCode.USAGE: "the command line is wrong",
         ExitCode.INVALID: "the configuration or the data is invalid",
         ExitCode.CREDENTIALS: "no key, a locked keyring, or a key that was refused",

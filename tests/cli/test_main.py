@@ -1,6 +1,8 @@
 """The command line: exit codes, one JSON document, and what is said of wrong input."""
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,105 @@ def test_quickstart_does_not_write_into_another_directory(run: Run, tmp_path: Pa
     done = run("quickstart", "--dir", "mine")
     assert done.code == 3
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list", "--json", "--status", "done"),
+        ("launch", "--json", "--nope"),
+        ("lauch", "--json"),
+        ("wait", "--json"),
+        ("launch", "run.yaml", "--id", "", "--json"),
+    ],
+)
+def test_a_usage_error_is_one_json_document_too(
+    run: Run, config_file: Path, arguments: tuple[str, ...]
+) -> None:
+    """A script that misspells an option reads why where it reads everything else."""
+    del config_file
+    done = run(*arguments)
+    assert (done.code, done.document["error"]["exit_code"]) == (2, 2)
+    assert done.document["error"]["type"] == "UsageError"
+
+
+def test_an_error_ends_a_stream_of_json_lines(run: Run) -> None:
+    """The error of `logs --json` is a line like the records before it."""
+    done = run("logs", "none", "--json")
+    assert len(done.out.splitlines()) == 1
+    assert done.document["error"]["exit_code"] == 5
+
+
+def test_the_unforeseen_is_said_without_a_traceback(run: Run) -> None:
+    """Exit code 1 in plain words; the log shows where it was when it is asked to."""
+    url = {"TRAINING_BACKENDS_STORE_URL": "nonsense://user:secret-word@host/x"}
+    done = run("list", "--json", **url)
+    shown = run("list", TRAINING_BACKENDS_LOG_LEVEL="debug", **url)
+    assert (done.code, done.document["error"]["exit_code"]) == (1, 1)
+    assert "Traceback" not in done.err
+    assert "secret-word" not in done.out + done.err + shown.err
+
+
+def test_output_that_cannot_be_written_is_an_error(run: Run, config_file: Path) -> None:
+    """A full disk behind `>` is not taken for a success."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with full.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "training_backends", "list", "--json"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=config_file.parent,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_written_whatever_the_terminal_can_show(run: Run, config_file: Path) -> None:
+    """Where only ASCII can be written, the document is escaped and stays the same."""
+    done = run(
+        "validate", config_file.name, "--set", "model=ä🦄", "--json", PYTHONIOENCODING="ascii"
+    )
+    assert done.code == 3
+    assert "ä🦄" in done.document["issues"][0]["message"]
+
+
+def test_what_a_backend_refuses_is_named_by_file_and_line(run: Run, config_file: Path) -> None:
+    """The backend knows the values, the file knows where they stand."""
+    config_file.write_text(config_file.read_text().replace("tiny-mistral", "tiny-mistrel"))
+    done = run("validate", config_file.name)
+    launched = run("launch", config_file.name)
+    assert "run.yaml:2: model: there is no model" in done.err
+    assert "run.yaml:2: model: there is no model" in launched.err
+
+
+def test_what_the_command_line_gave_is_named_so(run: Run, config_file: Path) -> None:
+    """A value from `--set` or `--backend` is not blamed on a line of the file."""
+    overridden = run("validate", config_file.name, "--set", "model=tiny-mistrel")
+    other = run("validate", config_file.name, "--backend", "mistrl")
+    assert "--set: model: there is no model" in overridden.err
+    assert "run.yaml:" not in other.err
+
+
+def test_an_empty_filter_is_not_taken_for_an_empty_store(run: Run) -> None:
+    """Nobody is sent to the quickstart because of a filter."""
+    assert "quickstart" in run("list").err
+    assert "quickstart" not in run("list", "--backend", "local").err
+
+
+def test_retries_are_not_told_in_the_words_of_a_library(run: Run, config_file: Path) -> None:
+    """A server that is away is one clear line, not one a request."""
+    done = run(
+        "validate",
+        config_file.name,
+        "--backend=mistral",
+        "--set=hyperparameters.batch_size=",
+        MISTRAL_API_KEY="k" * 32,
+        TRAINING_BACKENDS_MISTRAL__BASE_URL="http://127.0.0.1:9",
+        TRAINING_BACKENDS_MISTRAL__ATTEMPTS="2",
+    )
+    assert "could not be asked" in done.err
+    assert "stamina" not in done.err

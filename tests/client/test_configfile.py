@@ -1,5 +1,6 @@
 """Configuration files: what is read, and what is said of what is wrong."""
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _all_issues(path: Path) -> tuple[Issue, ...]:
         ("backend: local\nmodel: m\n", "missing", None),
         (GOOD + "{[a]: b}: c\n", "not_yaml", 7),
         (GOOD + "suffix: !foo bar\n", "not_yaml", 7),
-        (GOOD + "suffix: 2026-13-45\n", "not_yaml", None),
+        (GOOD + "suffix: !!timestamp 2026-13-45\n", "not_yaml", None),
         ("a: " + "[" * 3000, "not_yaml", None),
         ("a: &a [*a]\n", "too_large", None),
         ("a: &a [1]\n" + ALIASES, "too_large", None),
@@ -129,3 +130,79 @@ def test_bad_override_is_refused(tmp_path: Path, override: str) -> None:
     """`--set` needs a key, a value and a place that has fields."""
     with pytest.raises(ConfigError):
         load_config(write(tmp_path, GOOD), [override])
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    """No field is a date, and a label may well look like one."""
+    file = load_config(write(tmp_path, GOOD + "labels: {made: 2026-11-21}\n"))
+    assert file.config.labels == {"made": "2026-11-21"}
+
+
+def test_what_set_gave_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    """The line in the file holds another value than the one that is wrong."""
+    path = write(tmp_path, GOOD)
+    for override in ("hyperparameters.epochs=x", "hyperparameters={epochs: x}"):
+        issue = issue_of(path, override)
+        assert (issue.path, issue.line, issue.field) == ("--set", None, "hyperparameters.epochs")
+
+
+def test_two_lengths_name_the_override(tmp_path: Path) -> None:
+    """The file was good before the command line added a second length."""
+    assert issue_of(write(tmp_path, GOOD), "hyperparameters.training_steps=5").path == "--set"
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    """Reading what nobody writes would never end."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    assert issue_of(path).code == "not_a_file"
+
+
+def test_a_file_of_data_is_not_read_as_a_configuration(tmp_path: Path) -> None:
+    """A mistaken path to gigabytes is refused after the first few."""
+    assert issue_of(write(tmp_path, "#" * 4_000_001)).code == "too_large"
+
+
+@pytest.mark.parametrize("override", ['model="a\\0"', 'data.train="a\\0.jsonl"'])
+def test_control_characters_are_refused(tmp_path: Path, override: str) -> None:
+    """The system takes no such path, and no such name is meant."""
+    assert issue_of(write(tmp_path, GOOD), override).code == "control_character"
+
+
+def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """`~name` of somebody whom this machine does not know."""
+    issue = issue_of(write(tmp_path, GOOD), "data.train=~no-such-user/train.jsonl")
+    assert issue.code == "no_such_home"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=train.jsonl", "expected fields below this one"),
+        ("data.train=[]", "the list is empty"),
+        ("model=7", "expected text"),
+        ("data.train=[{path: 3}]", "expected a path"),
+        ("budget.max_duration=0s", "it must be longer than nothing"),
+        ("labels=5", "expected fields below this one"),
+    ],
+)
+def test_faults_are_told_without_python(tmp_path: Path, override: str, message: str) -> None:
+    """No class name of this package or of the standard library is shown to people."""
+    assert issue_of(write(tmp_path, GOOD), override).message == message
+
+
+def test_bad_entries_are_not_an_empty_list_as_well(tmp_path: Path) -> None:
+    """One fault is told once."""
+    path = write(tmp_path, GOOD.replace("train.jsonl", "[4]"))
+    assert [issue.field for issue in _all_issues(path)] == ["data.train.0"]
+
+
+def test_issues_of_a_backend_find_their_line(tmp_path: Path) -> None:
+    """What names a field only gets the file and the line; the rest stays."""
+    file = load_config(write(tmp_path, GOOD), ["suffix=x"])
+    issues = [
+        Issue(code="c", message="m", field=field) for field in ("model", "suffix", "base_url", None)
+    ]
+    places = [(issue.path, issue.line) for issue in file.located(issues)]
+    here = str(tmp_path / "run.yaml")
+    assert places == [(here, 2), ("--set", None), (None, None), (None, None)]

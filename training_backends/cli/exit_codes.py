@@ -5,7 +5,7 @@ from enum import IntEnum
 from training_backends.core import errors
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["ExitCode", "exit_code_of", "exit_code_of_status"]
+__all__ = ["ExitCode", "Interrupted", "UsageError", "exit_code_of", "exit_code_of_status"]
 
 
 class ExitCode(IntEnum):
@@ -27,6 +27,14 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+class UsageError(errors.TrainingBackendError):
+    """The command line is wrong."""
+
+
+class Interrupted(errors.TrainingBackendError):
+    """Ctrl-C ended the command; what the provider does goes on."""
+
+
 _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
     (errors.ConfigError, ExitCode.INVALID),
     (errors.DatasetError, ExitCode.INVALID),
@@ -46,6 +54,8 @@ _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
     (errors.ProtocolError, ExitCode.UNAVAILABLE),
     (errors.UnsupportedOperation, ExitCode.UNSUPPORTED),
     (errors.WaitTimeout, ExitCode.TIMEOUT),
+    (UsageError, ExitCode.USAGE),
+    (Interrupted, ExitCode.INTERRUPTED),
 )
 
 

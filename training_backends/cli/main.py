@@ -1,13 +1,14 @@
 """The program `training-backends`: its commands, and how errors become exit codes."""
 
 import sys
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from training_backends import __version__
 from training_backends.cli import access, plan, quickstart, runs, serve
-from training_backends.cli.exit_codes import ExitCode, exit_code_of
+from training_backends.cli.exit_codes import Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
 
 __all__ = ["app", "main"]
@@ -61,12 +62,67 @@ app.add_typer(access.keys, name="keys")
 def main() -> None:
     """Run the command line and end the process with the documented exit code."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        # While a full disk can still be reported.
+        _flush()
     except TrainingBackendError as error:
-        from training_backends.cli.render import show_error
+        _end(error)
+    except typer.TyperException as error:
+        _end(_wrong_usage(error), shown=True)
+    except (KeyboardInterrupt, typer.Abort):
+        # Before anything was asked of a backend.
+        _end(Interrupted("Interrupted."))
+    except Exception as error:
+        _end(_unexpected(error))
+    sys.exit(code)
 
-        code = exit_code_of(error)
-        show_error(error, code, as_json="--json" in sys.argv[1:])
-        raise SystemExit(code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(ExitCode.INTERRUPTED) from None
+
+def _flush() -> None:
+    with suppress(BrokenPipeError):
+        if sys.stdout:
+            sys.stdout.flush()
+
+
+def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
+    from training_backends.cli.render import error_document, show_error, write_json_line
+
+    code = exit_code_of(error)
+    if isinstance(error, Interrupted):
+        # Below the ^C that the terminal has written.
+        typer.echo(f"\n{error.message}", err=True)
+    elif not shown:
+        show_error(error)
+    if "--json" in sys.argv[1:]:
+        # On one line, so that it is also a good last line of a stream. Where nothing can be
+        # written any more, the exit code still says it.
+        with suppress(OSError):
+            write_json_line(error_document(error, code))
+    raise SystemExit(code)
+
+
+def _wrong_usage(error: Any) -> TrainingBackendError:
+    """Show what is wrong with the command line, the usage line included."""
+    error.show()
+    return UsageError(error.format_message(), hint="--help shows what a command takes.")
+
+
+def _unexpected(error: Exception) -> TrainingBackendError:
+    """Say what nobody has foreseen without a traceback; the log has that, for debugging."""
+    from training_backends.core.logs import configure_logs, get_logger, redact
+    from training_backends.core.settings import Settings, load_settings
+
+    with suppress(TrainingBackendError):
+        settings = load_settings(Settings)
+        configure_logs(log_format=settings.log_format, level=settings.log_level)
+        get_logger().debug("unexpected_error", exc_info=error)
+    text = redact(str(error)) or "no more is known"
+    if isinstance(error, OSError):
+        return TrainingBackendError(
+            f"The system refused: {text}",
+            hint="Check the disk and the permissions of what is named.",
+        )
+    return TrainingBackendError(
+        f"Something unexpected happened: {type(error).__name__}: {text}",
+        hint="This is a fault of the program. With TRAINING_BACKENDS_LOG_LEVEL=debug it shows "
+        "where; please report it with that.",
+    )

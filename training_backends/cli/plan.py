@@ -10,6 +10,7 @@ from training_backends.cli.session import (
     JsonOption,
     SetOption,
     backend_of,
+    located,
     with_client,
 )
 
@@ -81,18 +82,25 @@ def validate(
 
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
-
-    report = with_client(lambda client: client.validate(file.config, backend=name))
+    with located(file, backend):
+        report = with_client(lambda client: client.validate(file.config, backend=name))
+        issues = file.located(report.issues)
     if json:
-        issues = [issue_document(issue) for issue in report.issues]
         found = report.dataset.files if report.dataset else ()
         files = [each.model_dump(mode="json") for each in found]
-        write_json({"ok": report.ok, "backend": name, "files": files, "issues": issues})
+        write_json(
+            {
+                "ok": report.ok,
+                "backend": name,
+                "files": files,
+                "issues": [issue_document(issue) for issue in issues],
+            }
+        )
     else:
         out = console()
         if report.dataset:
             show_dataset(report.dataset, out)
-        show_issues(report.issues, out)
+        show_issues(issues, out)
         verdict = "[green]ready to launch[/]" if report.ok else "[red]cannot be launched[/]"
         out.print(f"{config.name} on {name}: {verdict}")
     if not report.ok:
@@ -111,7 +119,8 @@ def estimate(
 
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
-    found = with_client(lambda client: client.estimate(file.config, backend=name))
+    with located(file, backend):
+        found = with_client(lambda client: client.estimate(file.config, backend=name))
     if json:
         write_json(found.model_dump(mode="json"))
     else:

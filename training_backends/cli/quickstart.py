@@ -54,8 +54,8 @@ def quickstart(
     out = console()
     out.quiet = json
     show = _Quickstart(home, run_id, out)
-    note = f"\nInterrupted; the training goes on by itself. Everything lies in {home}"
-    found = run_async(show.run, on_interrupt=note)
+    note = f"Interrupted; the training goes on by itself. Everything lies in {home}"
+    found = run_async(show.run, on_interrupt=note, run_id=run_id)
     if json:
         write_json(found.document())
     else:
@@ -155,10 +155,12 @@ class _Quickstart:
     async def _look(self, client: Any, config: "TrainingConfig") -> None:
         """Say what is in the data and what the run will take."""
         from training_backends.cli.render import show_dataset, show_estimate, show_issues
+        from training_backends.datasets.inspect import raise_for_errors
 
         self._title("Data", str(_short(self._home / "data")))
         dataset = await client.inspect(config)
         show_dataset(dataset, self._out)
+        raise_for_errors(dataset)
         show_issues(dataset.issues, self._out)
         self._title("Estimate", "counted on this data")
         show_estimate(await client.estimate(config, backend="mistral"), self._out)

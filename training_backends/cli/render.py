@@ -1,6 +1,7 @@
 """How runs, estimates, issues and errors look, for people (stderr) and programs (stdout)."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,8 @@ from training_backends.core.status import TrainingStatus
 
 __all__ = [
     "console",
+    "error_document",
+    "issue_document",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -48,39 +51,51 @@ def console() -> Console:
 
 def write_json(document: Any) -> None:
     """Write the one JSON document of a command."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))  # noqa: T201
+    print(_json(document, indent=2))  # noqa: T201
 
 
 def write_json_line(document: Any) -> None:
     """Write one document of a stream, at once."""
-    print(json.dumps(document, ensure_ascii=False, default=str), flush=True)  # noqa: T201
+    print(_json(document), flush=True)  # noqa: T201
 
 
-def show_error(error: TrainingBackendError, code: int, *, as_json: bool) -> None:
+def _json(document: Any, *, indent: int | None = None) -> str:
+    text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        # Escapes are the same document, and a terminal without UTF-8 can take them.
+        text = json.dumps(document, indent=indent, default=str)
+    return text
+
+
+def show_error(error: TrainingBackendError) -> None:
     """Say what went wrong and what to do."""
-    issues: Sequence[Issue] = getattr(error, "issues", ())
     out = console()
     out.print(f"[bold red]error:[/] {escape(error.message)}")
-    show_issues(issues, out)
-    if install := getattr(error, "install", None):
+    show_issues(getattr(error, "issues", ()), out)
+    install = getattr(error, "install", None)
+    if install:
         out.print(f"  install it with: {escape(install)}")
-    if error.hint:
+    if error.hint and error.hint != install:
         out.print(f"  {escape(error.hint)}")
-    if as_json:
-        write_json(
-            {
-                "error": {
-                    "type": type(error).__name__,
-                    "message": error.message,
-                    "hint": error.hint,
-                    "backend": error.backend,
-                    "run_id": error.run_id,
-                    "retryable": error.retryable,
-                    "issues": [issue_document(issue) for issue in issues],
-                    "exit_code": int(code),
-                }
-            }
-        )
+
+
+def error_document(error: TrainingBackendError, code: int) -> dict[str, Any]:
+    """Return an error as JSON has it."""
+    issues: Sequence[Issue] = getattr(error, "issues", ())
+    return {
+        "error": {
+            "type": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint or getattr(error, "install", None),
+            "backend": error.backend,
+            "run_id": error.run_id,
+            "retryable": error.retryable,
+            "issues": [issue_document(issue) for issue in issues],
+            "exit_code": int(code),
+        }
+    }
 
 
 def issue_document(issue: Issue) -> dict[str, Any]:
@@ -162,11 +177,12 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
             out.print(f"  {name:<13} {escape(value)}")
 
 
-def show_runs(runs: Sequence[TrainingRun]) -> None:
+def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
     """List runs in a table, newest first."""
     out = console()
     if not runs:
-        out.print("No runs yet. `training-backends quickstart` makes the first one.")
+        none_yet = "No runs yet. `training-backends quickstart` makes the first one."
+        out.print("No run is like that." if filtered else none_yet)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", no_wrap=True, min_width=max(len(run.id) for run in runs))

@@ -13,6 +13,7 @@ from training_backends.cli.session import (
     RunArgument,
     SetOption,
     backend_of,
+    located,
     with_client,
 )
 
@@ -51,7 +52,7 @@ def launch(
 
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
-    run_id = run_id or new_run_id()
+    run_id = _given_id(run_id) or new_run_id()
 
     async def start(client: "AsyncTrainingClient") -> "TrainingRun":
         _need_consent(client, name, file.config, yes=yes)
@@ -66,8 +67,9 @@ def launch(
             )
         return await follow_run(client, run.id, quiet=json) if follow else run
 
-    note = f"\nInterrupted. If it was started, the run {run_id} goes on; the same command with "
-    run = with_client(start, on_interrupt=f"{note}--id {run_id} continues it.")
+    note = f"Interrupted. If it was started, the run {run_id} goes on; the same command with "
+    with located(file, backend):
+        run = with_client(start, on_interrupt=f"{note}--id {run_id} continues it.", run_id=run_id)
     if json:
         write_json(run.model_dump(mode="json"))
     else:
@@ -96,7 +98,7 @@ def list_runs(
     if json:
         write_json([run.model_dump(mode="json") for run in runs])
     else:
-        show_runs(runs)
+        show_runs(runs, filtered=bool(backend or status))
 
 
 def status(run: RunArgument, json: JsonOption = False) -> None:
@@ -133,7 +135,7 @@ def logs(
 
 
 def wait(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids or their beginnings.")],
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Seconds at most.")
     ] = None,
@@ -176,7 +178,7 @@ def resume(
     json: JsonOption = False,
 ) -> None:
     """Continue a stopped or failed run as a new one."""
-    resumed = with_client(lambda c: c.resume(run, checkpoint=checkpoint, new_id=new_id))
+    resumed = with_client(lambda c: c.resume(run, checkpoint=checkpoint, new_id=_given_id(new_id)))
     _print(resumed, json=json)
     _exit_with(resumed)
 
@@ -221,6 +223,28 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
         show_run(run)
 
 
+def _ask(question: str) -> bool:
+    """Ask on the terminal, with a Ctrl-C that is heard at once.
+
+    The event loop stands still meanwhile. In a thread the question would stay open after a
+    Ctrl-C, and its own handler of that signal would wait for the answer.
+    """
+    from signal import SIGINT, default_int_handler, signal
+
+    handler = signal(SIGINT, default_int_handler)
+    try:
+        return typer.confirm(question, err=True)
+    finally:
+        signal(SIGINT, handler)
+
+
+def _given_id(run_id: str | None) -> str | None:
+    """Refuse an empty id: a script whose variable is not set would start a run each time."""
+    if run_id is not None and not run_id.strip():
+        raise typer.BadParameter("the id is empty; is a variable not set?", param_hint="--id")
+    return run_id
+
+
 def _exit_with(run: "TrainingRun") -> None:
     """End with the run's own exit code; a run that goes on is no failure."""
     from training_backends.cli.exit_codes import exit_code_of_status
@@ -231,7 +255,7 @@ def _exit_with(run: "TrainingRun") -> None:
 
 def _goes_on(*run_ids: str) -> str:
     names = " ".join(run_ids)
-    return f"\nInterrupted; the run goes on. Look with: training-backends status {names}"
+    return f"Interrupted; the run goes on. Look with: training-backends status {names}"
 
 
 def _need_consent(
@@ -252,8 +276,6 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
     """Return the question asked before money is spent."""
 
     async def agree(estimate: "Estimate") -> bool:
-        from anyio import to_thread
-
         if yes or config.budget.max_cost:
             return True
         if not sys.stdin.isatty():
@@ -263,6 +285,6 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
                 param_hint="--yes",
             )
         cost = f"for {estimate.cost}" if estimate.cost else "at a cost that is not known"
-        return await to_thread.run_sync(lambda: typer.confirm(f"Start {cost}?", err=True))
+        return _ask(f"Start {cost}?")
 
     return agree

@@ -1,12 +1,15 @@
 """What every command does around its own work: settings, logs, client, Ctrl-C."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from stamina.instrumentation import RetryDetails
+
     from training_backends import AsyncTrainingClient
     from training_backends.client.configfile import ConfigFile
 
@@ -17,11 +20,14 @@ __all__ = [
     "RunArgument",
     "SetOption",
     "backend_of",
+    "located",
     "run_async",
     "with_client",
 ]
 
 T = TypeVar("T")
+
+_LONG_WAIT = 5.0
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id or its beginning.")]
@@ -37,11 +43,16 @@ JsonOption = Annotated[
 ]
 
 
-def run_async(work: Callable[[], Awaitable[T]], *, on_interrupt: str | None = None) -> T:
+def run_async(
+    work: Callable[[], Awaitable[T]],
+    *,
+    on_interrupt: str | None = None,
+    run_id: str | None = None,
+) -> T:
     """Run `work` in an event loop, with logs set up, and end a Ctrl-C with its exit code."""
     import anyio
 
-    from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.exit_codes import Interrupted
     from training_backends.core.logs import configure_logs
     from training_backends.core.settings import Settings, load_settings
 
@@ -51,23 +62,51 @@ def run_async(work: Callable[[], Awaitable[T]], *, on_interrupt: str | None = No
         return anyio.run(work)
     except BaseExceptionGroup as group:
         raise _only(group) from None
-    except KeyboardInterrupt:
-        typer.echo(on_interrupt or "Interrupted.", err=True)
-        raise SystemExit(ExitCode.INTERRUPTED) from None
+    except (KeyboardInterrupt, typer.Abort):
+        raise Interrupted(on_interrupt or "Interrupted.", run_id=run_id) from None
 
 
 def with_client(
-    work: "Callable[[AsyncTrainingClient], Awaitable[T]]", *, on_interrupt: str | None = None
+    work: "Callable[[AsyncTrainingClient], Awaitable[T]]",
+    *,
+    on_interrupt: str | None = None,
+    run_id: str | None = None,
 ) -> T:
     """Run `work` with a client that is closed afterwards."""
 
     async def run() -> T:
+        from stamina.instrumentation import set_on_retry_hooks
+
         from training_backends import AsyncTrainingClient
 
+        set_on_retry_hooks([_say_retry])
         async with AsyncTrainingClient() as client:
             return await work(client)
 
-    return run_async(run, on_interrupt=on_interrupt)
+    return run_async(run, on_interrupt=on_interrupt, run_id=run_id)
+
+
+def _say_retry(details: "RetryDetails") -> None:
+    """Say that a request is repeated; aloud only when somebody would wonder at the silence."""
+    from training_backends.core.logs import get_logger
+
+    log = get_logger()
+    say = log.warning if details.wait_for >= _LONG_WAIT else log.info
+    say("http.retry", reason=str(details.caused_by), seconds=round(details.wait_for, 1))
+
+
+@contextmanager
+def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
+    """Add file and line to what a backend says of a field; it knows the values only."""
+    from training_backends import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        # What --backend says does not stand in the file.
+        if backend is None or all(issue.field != "backend" for issue in error.issues):
+            error.issues = tuple(file.located(error.issues))
+        raise
 
 
 def backend_of(file: "ConfigFile", option: str | None) -> str:

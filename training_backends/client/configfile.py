@@ -1,8 +1,9 @@
 """Read a run's YAML file, and say what is wrong with it by line and field."""
 
 import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -17,6 +18,20 @@ __all__ = ["ConfigFile", "load_config"]
 
 
 _MOST_NODES = 100_000
+_MOST_BYTES = 4_000_000
+_NO_TEXT = {"Cc", "Cs"}
+_OVERRIDDEN = "--set"
+"""Named in the place of a file by issues about what the command line gave."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: no field is one, and `2026-11-21` is a good label."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _FileModel(TrainingConfig):
@@ -37,6 +52,34 @@ class ConfigFile:
     path: Path
     config: TrainingConfig
     backend: str | None
+    _places: "_Places" = field(repr=False)
+
+    def located(self, issues: Iterable[Issue]) -> list[Issue]:
+        """Add file and line to issues that name nothing but a field of the configuration."""
+        return [self._located(issue) for issue in issues]
+
+    def _located(self, issue: Issue) -> Issue:
+        location = issue.field.split(".") if issue.field else []
+        if issue.path is not None or not location or location[0] not in _FileModel.model_fields:
+            return issue
+        path, line = self._places.of(location)
+        return replace(issue, path=path, line=line)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where each field of a configuration was given."""
+
+    path: Path
+    root: yaml.Node | None
+    overridden: tuple[tuple[str, ...], ...]
+
+    def of(self, location: Sequence[int | str]) -> tuple[str, int | None]:
+        """Return file and line of a field, or `--set` if the command line gave it."""
+        names = tuple(str(part) for part in location)
+        if any(names[: len(key)] == key or key[: len(names)] == names for key in self.overridden):
+            return _OVERRIDDEN, None
+        return str(self.path), _line(self.root, location)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
@@ -62,14 +105,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
                 fix="see the examples in configs/",
             ),
         )
-    for override in overrides:
-        _apply(values, override)
+    places = _Places(path, root, tuple(_apply(values, override) for override in overrides))
+    if issues := list(_control_issues(places, values)):
+        raise _error(path, *issues)
     try:
         loaded = _FileModel.model_validate(_given(values))
     except ValidationError as error:
-        raise _error(path, *_issues(path, error, root)) from None
+        raise _error(path, *_issues(error, places)) from None
     config = TrainingConfig.model_validate(loaded.model_dump(exclude={"backend"}))
-    return ConfigFile(path, config.resolved(path.absolute().parent), loaded.backend)
+    return ConfigFile(path, _resolved(config, places), loaded.backend, places)
+
+
+def _resolved(config: TrainingConfig, places: _Places) -> TrainingConfig:
+    try:
+        return config.resolved(places.path.absolute().parent)
+    except RuntimeError as error:
+        # The home of a user that this machine does not have.
+        where, line = places.of(["data"])
+        issue = Issue(
+            code="no_such_home",
+            message=f"a path beginning with ~ leads nowhere: {error}",
+            path=where,
+            line=line,
+            field="data",
+            fix="write the path out",
+        )
+        raise _error(places.path, issue) from None
 
 
 def _read(path: Path) -> str:
@@ -79,7 +140,18 @@ def _read(path: Path) -> str:
         PermissionError: ("unreadable_file", "no permission to read it", "check its mode"),
     }
     try:
-        return path.read_text(encoding="utf-8")
+        # Devices and pipes may have no end, or never begin.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            message, fix = "this is not a regular file", "copy the configuration to one"
+            issue = Issue(code="not_a_file", message=message, path=str(path), fix=fix)
+            raise _error(path, issue)
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            message = f"the file has more than {_MOST_BYTES:,} bytes"
+            fix = "give the configuration; the data files are named in it"
+            raise _error(path, Issue(code="too_large", message=message, path=str(path), fix=fix))
+        return content.decode("utf-8")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         code, message, fix = reasons[type(error)]
         raise _error(path, Issue(code=code, message=message, path=str(path), fix=fix)) from None
@@ -98,10 +170,10 @@ def _read(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
     """Return the file's nodes, which know their lines, and its values."""
-    root: yaml.Node | None = _yaml(path, lambda: yaml.compose(text, Loader=yaml.SafeLoader))
+    root: yaml.Node | None = _yaml(path, lambda: yaml.compose(text, Loader=_Loader))
     if issue := next(_structure_issues(path, root), None):
         raise _error(path, issue)
-    return root, _yaml(path, lambda: yaml.safe_load(text))
+    return root, _yaml(path, lambda: yaml.load(text, Loader=_Loader))  # noqa: S506
 
 
 def _yaml(path: Path, read: Callable[[], Any]) -> Any:
@@ -111,8 +183,10 @@ def _yaml(path: Path, read: Callable[[], Any]) -> Any:
         mark = getattr(error, "problem_mark", None)
         message = str(getattr(error, "problem", None) or error)
         line = mark.line + 1 if mark else None
-    except (ValueError, RecursionError) as error:
-        # A date that does not exist, or brackets nested without end.
+    except RecursionError:
+        message, line = "the values are nested too deeply", None
+    except ValueError as error:
+        # A date, asked for by its tag, that does not exist.
         message, line = str(error), None
     issue = Issue(
         code="not_yaml", message=message, path=str(path), line=line, fix="correct the YAML"
@@ -162,7 +236,30 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _control_issues(
+    places: _Places, value: Any, location: tuple[int | str, ...] = ()
+) -> Iterator[Issue]:
+    """Find characters that no name and no path can have, such as NUL."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, below in inner:
+            yield from _control_issues(places, below, (*location, key))
+    elif isinstance(value, str):
+        found = next((char for char in value if unicodedata.category(char) in _NO_TEXT), None)
+        if found and location[0] != "options" and found not in "\n\r\t":
+            where, line = places.of(location)
+            yield Issue(
+                code="control_character",
+                message=f"the character U+{ord(found):04X} cannot be used here",
+                path=where,
+                line=line,
+                field=".".join(str(part) for part in location),
+                fix="remove it",
+            )
+
+
+def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put one override into its place and return its key."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -170,41 +267,86 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"{override!r} is not key=value.", hint="For example hyperparameters.epochs=2."
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The value in {override!r} is not YAML: {error}") from None
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(
+            f"The value in {override!r} is not YAML: {reason}",
+            hint="Put a value with brackets, braces or colons in quotes of its own.",
+        ) from None
     place = values
     for part in parts[:-1]:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r} goes into {part!r}, which has no fields.")
+            raise ConfigError(
+                f"{override!r} goes into {part!r}, which has no fields.",
+                hint="A list is replaced as a whole: data.train=[a.jsonl, b.jsonl].",
+            )
         place = inner
     place[parts[-1]] = value
+    return tuple(parts)
 
 
-def _issues(path: Path, error: ValidationError, root: yaml.Node | None) -> list[Issue]:
+def _issues(error: ValidationError, places: _Places) -> list[Issue]:
     issues = []
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
         location = [part for part in detail["loc"] if not str(part).startswith("function-")]
-        message, fix = detail["msg"].removeprefix("Value error, "), None
-        if detail["type"] == "extra_forbidden":
-            message = "no such field"
-            known = _fields_at(location[:-1])
-            near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        elif detail["type"] == "missing":
-            message = "this field is needed"
+        if detail["type"] == "too_short" and _is_below(location, details):
+            # What is wrong with the entries is said; the list is only empty without them.
+            continue
+        message, fix = _explained(detail, location)
+        where, line = places.of(location)
         issues.append(
             Issue(
                 code="unknown_field" if detail["type"] == "extra_forbidden" else detail["type"],
                 message=message,
-                path=str(path),
-                line=_line(root, location),
+                path=where,
+                line=line,
                 field=".".join(str(part) for part in location) or None,
                 fix=fix,
             )
         )
     return issues
+
+
+def _is_below(location: Sequence[int | str], details: Iterable[Any]) -> bool:
+    depth = len(location)
+    return any(
+        len(other["loc"]) > depth and list(other["loc"][:depth]) == list(location)
+        for other in details
+    )
+
+
+def _explained(detail: Any, location: Sequence[int | str]) -> tuple[str, str | None]:
+    """Say what is wrong, and what to do, without the words of the language it is written in."""
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _fields_at(location[:-1])
+            near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            return "no such field", (
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            )
+        case "missing":
+            return "this field is needed", None
+        case "model_type" | "model_attributes_type" | "dict_type":
+            known = _fields_at(location)
+            fix = f"its fields: {', '.join(known)}" if known else "write it as name: value"
+            return "expected fields below this one", fix
+        case "string_type":
+            return "expected text", "put it in quotes"
+        case "path_type":
+            return "expected a path", "put it in quotes"
+        case "too_short":
+            return "the list is empty", "name at least one"
+        case "tuple_type" | "list_type":
+            return "expected a list", "write it as [a, b]"
+        case "invalid_key":
+            return "a field's name is text", "put it in quotes"
+        case "greater_than" if "timedelta" in detail["msg"]:
+            return "it must be longer than nothing", None
+        case _:
+            return detail["msg"].removeprefix("Value error, "), None
 
 
 def _line(root: yaml.Node | None, location: Sequence[int | str]) -> int | None:

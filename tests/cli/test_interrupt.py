@@ -1,0 +1,62 @@
+"""Ctrl-C on a terminal: heard at once, with the run's id, and nothing started."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training_backends.testing.provider import ScriptedProvider
+
+pytestmark = pytest.mark.e2e
+
+
+def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
+    """Exit code 130 without a second key, one JSON document, and a job that was not started."""
+    config_file.write_text(config_file.read_text().replace("  batch_size: 2\n", ""))
+    terminal, theirs = pty.openpty()
+    options = ["--backend", "mistral", "--id", "mine", "--json"]
+    with ScriptedProvider() as provider:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "training_backends", "launch", config_file.name, *options],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            cwd=config_file.parent,
+            env={
+                **os.environ,
+                "MISTRAL_API_KEY": "test-key",
+                "TRAINING_BACKENDS_MISTRAL__BASE_URL": provider.base_url,
+            },
+            start_new_session=True,
+        )
+        os.close(theirs)
+        try:
+            said = _read_until(terminal, "[y/N]")
+            # The question is written before it is waited for.
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()
+            os.close(terminal)
+        assert {job.status for job in provider.jobs.values()} == {"VALIDATED"}
+    error = json.loads(out)["error"]
+    assert "2.50 USD" in said
+    assert (process.returncode, error["exit_code"], error["run_id"]) == (130, 130, "mine")
+    assert "--id mine" in error["message"]
+
+
+def _read_until(terminal: int, text: str) -> str:
+    said = ""
+    deadline = time.monotonic() + 60
+    while text not in said and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            said += os.read(terminal, 4096).decode(errors="replace")
+    return said
