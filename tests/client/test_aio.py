@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from training_backends import (
     AsyncTrainingClient,
@@ -19,11 +20,16 @@ from training_backends import (
     Money,
     RunNotFound,
     TrainingConfig,
+    TrainingRun,
     TrainingStatus,
     UnsupportedOperation,
     ValidationReport,
     WaitTimeout,
 )
+from training_backends.client import aio
+from training_backends.client.locks import launch_lock
+from training_backends.core.backend import Journal
+from training_backends.core.run import RunState
 from training_backends.testing.backend import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -220,6 +226,29 @@ async def test_a_finished_run_never_changes(
     assert (await client.status(run.id)).status is TrainingStatus.COMPLETED
 
 
+async def test_what_is_told_after_the_end_is_kept_and_logged(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer that was under way when another process saw the end changes nothing."""
+    run = await client.launch(make_config(), backend="scripted")
+
+    async def late(asked: TrainingRun) -> RunState:
+        over = RunState(status=TrainingStatus.COMPLETED)
+        await anyio.to_thread.run_sync(
+            client._store.update, asked.id, lambda now: now.updated(over)
+        )
+        return RunState(status=TrainingStatus.RUNNING, raw_status="BUSY")
+
+    monkeypatch.setattr(backend, "status", late)
+    with capture_logs() as entries:
+        seen = await client.status(run.id)
+    assert (seen.status, seen.raw_status) == (TrainingStatus.COMPLETED, "BUSY")
+    assert [entry["told"] for entry in entries if entry["log_level"] == "warning"] == ["BUSY"]
+
+
 async def test_logs_follow_to_the_end_and_the_record_is_up_to_date(
     client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
 ) -> None:
@@ -320,3 +349,186 @@ async def test_an_id_that_cannot_be_a_name_is_refused(
         run_id = "-"
     with pytest.raises(ConfigError, match="id"):
         await client.launch(make_config(), backend="scripted", run_id=run_id)
+
+
+class CutOff(BaseException):
+    """Ends a launch where it stands, as the end of the process does."""
+
+
+def cut_off() -> None:
+    raise CutOff
+
+
+async def cut_off_launch(
+    client: AsyncTrainingClient, backend: ScriptedBackend, config: TrainingConfig
+) -> None:
+    """Leave a run that is recorded and has no job."""
+    backend.before_create = cut_off
+    with pytest.raises(CutOff):
+        await client.launch(config, backend="scripted", run_id="mine")
+    backend.before_create = lambda: None
+
+
+async def test_a_run_without_a_job_is_cancelled_at_once(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A launch that was cut off and stopped is not taken up again."""
+    await cut_off_launch(client, backend, make_config())
+    stopped = await client.stop("mine")
+    again = await client.launch(make_config(), backend="scripted", run_id="mine")
+    assert (stopped.status, again.status, backend.created) == (
+        TrainingStatus.CANCELLED,
+        TrainingStatus.CANCELLED,
+        [],
+    )
+
+
+async def test_a_run_being_launched_elsewhere_is_not_called_cancelled(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would get its job all the same, and nobody would know."""
+    monkeypatch.setattr(aio, "_LAUNCH_PATIENCE", 0.1)
+    await cut_off_launch(client, backend, make_config())
+    async with launch_lock(client.home / "locks", "mine"):
+        with pytest.raises(UnsupportedOperation, match="being launched"):
+            await client.stop("mine")
+    assert (await client.get("mine")).status is TrainingStatus.PENDING
+
+
+async def test_a_run_that_gets_its_job_while_it_is_stopped_is_stopped_there(
+    client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+) -> None:
+    """A stop waits for the launch that goes on, then ends what came of it."""
+    await cut_off_launch(client, backend, make_config())
+    stopped: list[TrainingRun] = []
+
+    async def stop() -> None:
+        stopped.append(await other.stop("mine"))
+
+    async with anyio.create_task_group() as tasks, launch_lock(client.home / "locks", "mine"):
+        tasks.start_soon(stop)
+        await anyio.sleep(0.1)  # the stop waits for the lock now
+        run = await other.get("mine")
+        remote = RunState(status=TrainingStatus.RUNNING, remote_id="job")
+        backend.adopt("job")
+        await anyio.to_thread.run_sync(
+            client._store.update, run.id, lambda now: now.updated(remote)
+        )
+    assert [run.status for run in stopped] == [TrainingStatus.STOPPING]
+
+
+class Announcing(ScriptedBackend):
+    """Records the run's id at the provider before the provider has it."""
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Announce, then fail as on a full disk."""
+        await journal.record(RunState(status=TrainingStatus.PENDING, remote_id=run.id))
+        raise OSError(28, "No space left on device")
+
+
+async def test_a_run_announced_but_never_started_can_be_ended_and_deleted(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """The provider does not know it, which says that there is nothing to end there."""
+    backends = {"scripted": Announcing()}
+    async with AsyncTrainingClient(home=tmp_path / "home", backends=backends) as client:
+        with pytest.raises(OSError, match="space"):
+            await client.launch(make_config(), backend="scripted", run_id="mine")
+        assert (await client.status("mine")).status is TrainingStatus.PENDING
+        assert (await client.stop("mine")).status is TrainingStatus.CANCELLED
+        await client.delete("mine")
+        assert await client.list() == []
+
+
+async def test_a_launched_run_that_the_provider_lost_is_not_called_cancelled(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Not knowing a run that was started is an error, not an ending."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.lose(str(run.remote_id))
+    with pytest.raises(RunNotFound):
+        await client.stop(run.id)
+    assert (await client.get(run.id)).status is TrainingStatus.RUNNING
+
+
+async def test_a_delete_that_was_cut_off_is_finished(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """What the provider has forgotten already does not keep the record for ever."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    await client.status(run.id)
+    backend.lose(str(run.remote_id))
+    await client.delete(run.id)
+    assert await client.list() == []
+
+
+async def test_a_run_whose_launch_was_cut_off_is_not_waited_for(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Nothing would ever happen, so waiting says so and what to do."""
+    await cut_off_launch(client, backend, make_config())
+    with pytest.raises(UnsupportedOperation, match="cut off") as caught:
+        await client.wait("mine", timeout=10)
+    assert "--id mine" in str(caught.value.hint)
+
+
+async def test_a_resumption_cut_off_goes_on_as_a_resumption(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Repeated, it starts from the checkpoint that was asked for, not from nothing."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+    backend.before_create = cut_off
+    with pytest.raises(CutOff):
+        await client.resume(run.id, checkpoint="step-5", new_id="second")
+    backend.before_create = lambda: None
+    await client.resume("second")
+    assert backend.resumed == [(run.id, "second", "step-5")] * 2
+
+
+async def test_a_resume_asks_first_how_the_run_stands(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A run that failed since it was last seen can be resumed."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+    assert (await client.resume(run.id)).resumed_from == run.id
+
+
+async def test_a_checkpoint_that_was_refused_is_not_held_on_to(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+) -> None:
+    """The same resumption works with another one, or with none."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+    backend.before_create = backend.refusing(ConfigError("There is no checkpoint '7'."))
+    with pytest.raises(ConfigError):
+        await client.resume(run.id, checkpoint="7", new_id="second")
+    backend.before_create = lambda: None
+    await client.resume(run.id, new_id="second")
+    assert backend.resumed[-1] == (run.id, "second", None)
+
+
+async def test_a_resumption_under_way_keeps_its_checkpoint(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+) -> None:
+    """Another one under the same id is a conflict, not silently left aside."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+    backend.before_create = cut_off
+    with pytest.raises(CutOff):
+        await client.resume(run.id, checkpoint="5", new_id="second")
+    backend.before_create = lambda: None
+    with pytest.raises(DuplicateRun, match="resumed from 5"):
+        await client.resume(run.id, checkpoint="6", new_id="second")

@@ -1,6 +1,8 @@
 """The run store: durable, shared between processes, honest about what it cannot do."""
 
+import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,3 +125,17 @@ def test_a_damaged_store_is_an_error_of_ours(tmp_path: Path) -> None:
     path.write_bytes(b"this is not a database at all" * 100)
     with pytest.raises(StoreError, match=r"runs\.db"):
         RunStore(f"sqlite:///{path}").list()
+
+
+def test_the_store_is_its_owner_s_only(tmp_path: Path) -> None:
+    """Whatever the umask, nobody else reads the runs, and what is made above them is private."""
+    before = os.umask(0)
+    try:
+        store = RunStore(f"sqlite:///{tmp_path / 'home' / 'runs.db'}")
+        store.list()
+    finally:
+        os.umask(before)
+    rights = [stat.S_IMODE(path.stat().st_mode) for path in sorted((tmp_path / "home").iterdir())]
+    store.close()
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+    assert set(rights) == {0o600}

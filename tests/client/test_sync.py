@@ -1,6 +1,8 @@
 """The synchronous client: the same shape, the same behaviour."""
 
 import inspect
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,3 +86,37 @@ def test_errors_of_a_log_reach_the_caller(client: TrainingClient) -> None:
     """An error inside the other thread is raised here."""
     with pytest.raises(RunNotFound):
         next(client.logs("none"))
+
+
+def test_an_interrupt_ends_the_call_and_the_client_closes(
+    tmp_path: Path, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Ctrl-C during a wait without a limit does not leave a program that cannot end."""
+    main = threading.main_thread().ident
+    assert main is not None
+    with TrainingClient(home=tmp_path / "home", backends={"scripted": backend}) as client:
+        run = client.launch(make_config(), backend="scripted")
+        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.wait(run.id)
+
+
+def test_closing_ends_a_log_that_another_thread_follows(
+    tmp_path: Path, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A reader does not wait for ever for records that nobody will bring."""
+    client = TrainingClient(home=tmp_path / "home", backends={"scripted": backend})
+    run = client.launch(make_config(), backend="scripted")
+    backend.log(str(run.remote_id), "one")
+    seen = threading.Event()
+
+    def read() -> None:
+        for _ in client.logs(run.id, follow=True):
+            seen.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    assert seen.wait(10)
+    client.close()
+    reader.join(10)
+    assert not reader.is_alive()

@@ -66,8 +66,8 @@ class Filler:
         await self._http.post(f"/v1/fine_tuning/jobs/{job_id}/start")
         await self.wait(job_id, "RUNNING")
         remote_id = self._backend.created[-1]
-        self._backend.log(remote_id, "step 1", step=1, train_loss=2.0, valid_loss=float("nan"))
-        self._backend.log(remote_id, "step 2", step=2, train_loss=1.0, valid_loss=1.5)
+        self._backend.measure(remote_id, 1, train_loss=2.0, valid_loss=float("nan"))
+        self._backend.measure(remote_id, 2, train_loss=1.0, valid_loss=1.5)
         return remote_id
 
     async def finish(self, job_id: str) -> str:

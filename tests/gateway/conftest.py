@@ -16,10 +16,6 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import TrainingConfig
-from training_backends.core.dataset import Dataset
-from training_backends.core.run import LogRecord, ValidationReport, utc_now
-from training_backends.core.status import TrainingStatus
 from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.serve import RunningGateway, running
 from training_backends.gateway.settings import GatewaySettings
@@ -42,46 +38,10 @@ def jsonl(rows: Sequence[object] = ROWS) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-class Backend(ScriptedBackend):
-    """The scripted backend, with status changes and metrics in its logs."""
-
-    def __init__(self, **capabilities: Any) -> None:
-        values: dict[str, Any] = {"downloads": True, "deletes": True, **capabilities}
-        super().__init__(capabilities=Capabilities(**values))
-        self.gate: anyio.Event | None = None
-
-    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Wait for the gate, if there is one, and say what `report` holds."""
-        if self.gate is not None:
-            await self.gate.wait()
-        return await super().validate(config, dataset)
-
-    def tell(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
-        """Put a job into a state and say so in its log."""
-        self._add(remote_id, "status", None, {"status": status.value})
-        self.say(remote_id, status, **state)
-
-    def measure(self, remote_id: str, step: int, **metrics: float | None) -> None:
-        """Add a row of metrics to a job's log."""
-        self._add(remote_id, "metrics", step, metrics)
-        self._notify()
-
-    def forget_process(self) -> None:
-        """Do what the end of a process does to those who wait."""
-        self._notify()
-
-    def _add(self, remote_id: str, source: str, step: int | None, fields: dict[str, Any]) -> None:
-        records = self._logs[remote_id]
-        records.append(
-            LogRecord(
-                at=utc_now(),
-                message=source,
-                source=source,
-                step=step,
-                fields=fields,
-                cursor=str(len(records)),
-            )
-        )
+def scripted(**capabilities: Any) -> ScriptedBackend:
+    """Make the backend, with these capabilities beside those that it has."""
+    values: dict[str, Any] = {"downloads": True, "deletes": True, **capabilities}
+    return ScriptedBackend(capabilities=Capabilities(**values))
 
 
 @dataclass
@@ -89,7 +49,7 @@ class Site:
     """A gateway, its backend and somebody who asks it over HTTP."""
 
     home: Path
-    backend: Backend
+    backend: ScriptedBackend
     http: httpx.AsyncClient
     served: RunningGateway
 
@@ -169,13 +129,13 @@ async def eventually(look: Callable[[], Awaitable[Any]], patience: float = 20.0)
 @asynccontextmanager
 async def site(
     home: Path,
-    backend: Backend | None = None,
+    backend: ScriptedBackend | None = None,
     *,
     blobs: BlobStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Site]:
     """Open a gateway on a free port."""
-    backend = backend or Backend()
+    backend = backend or scripted()
     values: dict[str, Any] = {"api_key": SecretStr(KEY), **settings}
     async with (
         running(

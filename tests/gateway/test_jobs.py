@@ -1,5 +1,6 @@
 """The life of jobs over HTTP."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -8,13 +9,15 @@ from uuid import uuid4
 
 import anyio
 import pytest
+import sqlalchemy as sa
 
-from tests.gateway.conftest import Backend, Site, eventually, jsonl, site
-from training_backends.core.errors import BackendUnavailable, Issue
+from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
+from training_backends.core.errors import BackendUnavailable, Issue, StoreError
 from training_backends.core.estimate import Money
 from training_backends.core.run import ValidationReport
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.jobstore import STATUS_EVENT
+from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +114,7 @@ async def test_a_job_that_names_no_length_gets_one_and_shows_it(here: Site) -> N
 
 async def test_the_quote_is_the_backend_s(tmp_path: Path) -> None:
     """Cost and currency come from the estimate."""
-    backend = Backend()
+    backend = scripted()
     backend.price = Money.model_validate("12.5 EUR")
     async with site(tmp_path, backend) as here:
         job = await here.create()
@@ -275,7 +278,7 @@ async def test_a_classifier_job_has_its_targets(tmp_path: Path) -> None:
     """Where the backend can, a classifier is trained and named as one."""
     catalogue = tmp_path / "catalogue.toml"
     catalogue.write_text('[models.small]\ntarget = "small"\njob_types = ["classifier"]\n')
-    backend = Backend(methods=frozenset({"sft", "classifier"}))
+    backend = scripted(methods=frozenset({"sft", "classifier"}))
     async with site(tmp_path / "home", backend, catalogue=catalogue) as here:
         rows = [{"text": "fine", "labels": {"mood": "good"}}]
         fields: dict[str, Any] = {
@@ -402,7 +405,7 @@ async def test_a_job_cancelled_while_its_launch_fails_is_over(here: Site) -> Non
 
 async def test_a_backend_that_cannot_stop_keeps_its_jobs(tmp_path: Path) -> None:
     """The refusal says so, and the job goes on."""
-    async with site(tmp_path, Backend(stops=False)) as here:
+    async with site(tmp_path, scripted(stops=False)) as here:
         job_id, remote = await here.started()
         answer = await here.http.post(f"{JOBS}/{job_id}/cancel")
         assert (answer.status_code, "cannot stop" in answer.json()["detail"]) == (422, True)
@@ -478,7 +481,7 @@ async def test_a_run_that_the_backend_lost_fails(here: Site) -> None:
     job_id, remote = await here.started()
     await here.until(job_id, "RUNNING")
     here.backend.lose(remote)
-    here.backend.forget_process()
+    here.backend.wake()
     failed = await here.until(job_id, "FAILED")
     assert "There is no job" in failed["events"][-1]["data"]["error"]
 
@@ -495,6 +498,31 @@ async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:
     here.backend.before_create = away_once
     await here.finished()
     assert (len(tries), len(here.backend.created)) == (2, 1)
+
+
+async def test_a_database_that_fails_for_a_while_fails_no_job(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on meanwhile, and its job takes over how it ends."""
+    job_id, remote_id = await here.started()
+    await here.until(job_id, "RUNNING")
+    write = GatewayStore.awrite
+    refused = anyio.Event()
+
+    async def full(store: GatewayStore, work: Callable[[sa.Connection], Any]) -> Any:
+        refused.set()
+        raise StoreError("The database cannot be used: disk is full")
+
+    monkeypatch.setattr(GatewayStore, "awrite", full)
+    here.backend.measure(remote_id, 5, train_loss=1.5)
+    with anyio.fail_after(20):
+        await refused.wait()
+    monkeypatch.setattr(GatewayStore, "awrite", write)
+    here.backend.measure(remote_id, 10, train_loss=1.0)
+    here.backend.finish(remote_id)
+    ended = await here.until(job_id, "SUCCESS", "FAILED")
+    steps = [point["step_number"] for point in ended["checkpoints"]]
+    assert (ended["status"], steps) == ("SUCCESS", [10, 5])
 
 
 async def test_many_checkpoints_are_thinned_and_validated_ones_stay(here: Site) -> None:
@@ -561,7 +589,7 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The key is named in the configuration and written nowhere in the gateway's home."""
-    async with site(tmp_path, Backend(integrations=frozenset({"wandb"}))) as here:
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
         secrets = Secrets()
         monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
         monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
@@ -584,9 +612,28 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
         await eventually(forgotten)
 
 
+async def test_a_job_that_cannot_be_stored_leaves_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever delete the key of a job that there is not."""
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
+        secrets = Secrets()
+        monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
+        monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
+        file_id = await here.upload()
+
+        async def full(store: GatewayStore, work: Callable[[sa.Connection], Any]) -> Any:
+            raise StoreError("The database cannot be used: disk is full")
+
+        monkeypatch.setattr(GatewayStore, "awrite", full)
+        wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
+        answer = await here.try_create(files=[file_id], integrations=[wandb])
+        assert (answer.status_code, secrets.kept) == (503, {})
+
+
 async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> None:
     """Without a keyring the job is refused instead of writing the key down."""
-    async with site(tmp_path, Backend(integrations=frozenset({"wandb"}))) as here:
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
         wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
         answer = await here.try_create(integrations=[wandb])
         assert answer.status_code == 422

@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.gateway.conftest import Backend, Site, eventually, site
+from tests.gateway.conftest import Site, eventually, scripted, site
 from training_backends.core.errors import BackendUnavailable
 from training_backends.core.status import TrainingStatus
 
@@ -17,7 +17,7 @@ JOBS = "/v1/fine_tuning/jobs"
 
 async def test_a_running_job_is_followed_again_without_gap_or_repeat(tmp_path: Path) -> None:
     """What the backend said in the meantime is not missed, what was stored not repeated."""
-    backend = Backend()
+    backend = scripted()
     async with site(tmp_path, backend) as here:
         job_id, remote = await here.started()
         await here.until(job_id, "RUNNING")
@@ -40,7 +40,7 @@ async def test_a_running_job_is_followed_again_without_gap_or_repeat(tmp_path: P
 
 async def test_a_job_that_ended_while_the_gateway_was_away_is_seen_to_have(tmp_path: Path) -> None:
     """Its model is listed after the restart."""
-    backend = Backend()
+    backend = scripted()
     async with site(tmp_path, backend) as here:
         job_id, remote = await here.started()
         await here.until(job_id, "RUNNING")
@@ -52,7 +52,7 @@ async def test_a_job_that_ended_while_the_gateway_was_away_is_seen_to_have(tmp_p
 
 async def test_a_validated_job_still_waits_for_its_start(tmp_path: Path) -> None:
     """Its quote is kept, and the start works."""
-    backend = Backend()
+    backend = scripted()
     async with site(tmp_path, backend) as here:
         job = await here.create()
         quote = (await here.until(job["id"], "VALIDATED"))["metadata"]
@@ -65,7 +65,7 @@ async def test_a_validated_job_still_waits_for_its_start(tmp_path: Path) -> None
 
 async def test_a_validation_cut_off_is_done_again(tmp_path: Path) -> None:
     """VALIDATING is told once."""
-    backend = Backend()
+    backend = scripted()
     backend.gate = anyio.Event()
     async with site(tmp_path, backend) as here:
         job = await here.create()
@@ -80,7 +80,7 @@ async def test_a_validation_cut_off_is_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [False, True])
 async def test_a_start_that_was_accepted_is_carried_out_once(tmp_path: Path, sent: bool) -> None:
     """Whether or not the backend had made the run before the gateway ended."""
-    backend = Backend()
+    backend = scripted()
     error = BackendUnavailable("away", sent=sent)
     tried = anyio.Event()
 
@@ -105,7 +105,7 @@ async def test_a_start_that_was_accepted_is_carried_out_once(tmp_path: Path, sen
 
 async def test_a_cancellation_asked_for_is_carried_out_after_the_restart(tmp_path: Path) -> None:
     """The backend hears of it even if it was away before."""
-    backend = Backend()
+    backend = scripted()
     stop = backend.stop
 
     async def away(*args: Any, **kwargs: Any) -> None:
@@ -140,7 +140,7 @@ async def test_files_and_links_outlive_a_restart(tmp_path: Path) -> None:
 
 async def test_many_jobs_go_on_together(tmp_path: Path) -> None:
     """A restart takes up all of them, not only the first."""
-    backend = Backend()
+    backend = scripted()
     async with site(tmp_path, backend) as here:
         made = [await here.started(suffix=f"n{n}") for n in range(5)]
     async with site(tmp_path, backend) as here:

@@ -1,7 +1,9 @@
 """The server itself: where it listens, and how it answers what is no request of the API."""
 
 import json
+import os
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, Backend, Site, eventually, site
+from tests.gateway.conftest import KEY, Site, eventually, scripted, site
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
+from training_backends.gateway import guard
 from training_backends.gateway.guard import MAX_JSON_BYTES
 from training_backends.gateway.serve import running
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.signing import load_secret
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +56,7 @@ async def test_plain_http_beyond_this_machine_is_warned_of(tmp_path: Path, logs:
         backend="scripted",
         host="0.0.0.0",
         port=0,
-        backends={"scripted": Backend()},
+        backends={"scripted": scripted()},
     ):
         pass
     assert any("plain http" in entry["event"] for entry in logs)
@@ -169,11 +173,28 @@ async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bo
     assert answer.json()["detail"]
 
 
+async def test_a_body_that_never_comes_is_not_waited_for(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who announces a body and falls silent does not hold a connection for ever."""
+    monkeypatch.setattr(guard, "_PATIENCE", 0.2)
+
+    head = (
+        "POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
+    )
+    address = httpx.URL(here.served.url)
+    async with await anyio.connect_tcp(address.host, address.port or 80) as connection:
+        await connection.send(head.encode())
+        with anyio.fail_after(10):
+            assert b" 408 " in (await connection.receive()).splitlines()[0]
+
+
 async def test_a_request_under_way_is_answered_before_the_server_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing is clean: no client sees its connection torn."""
-    backend = Backend()
+    backend = scripted()
     release, begun = anyio.Event(), anyio.Event()
     codes: list[int] = []
     async with anyio.create_task_group() as tasks, site(tmp_path, backend) as here:
@@ -228,3 +249,29 @@ def test_the_static_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPat
     settings = GatewaySettings()
     assert settings.api_key == SecretStr("from-the-environment")
     assert "from-the-environment" not in repr(settings)
+
+
+async def test_nobody_else_on_the_machine_can_read_the_state(tmp_path: Path) -> None:
+    """Uploads, keys' hashes and the signing secret lie where only the owner gets in."""
+    before = os.umask(0)
+    try:
+        async with site(tmp_path / "home") as here:
+            await here.upload()
+    finally:
+        os.umask(before)
+    root = tmp_path / "home" / "gateway"
+    open_to_others = {
+        path.relative_to(root).as_posix()
+        for path in (root, *root.iterdir())
+        if stat.S_IMODE(path.stat().st_mode) & 0o077
+    }
+    assert open_to_others == set()
+
+
+def test_a_signing_secret_that_was_emptied_is_made_anew(tmp_path: Path) -> None:
+    """With an empty one anybody could sign a link."""
+    path = tmp_path / "secret"
+    first = load_secret(path)
+    path.write_bytes(b"")
+    assert load_secret(path) not in {b"", first}
+    assert load_secret(path) == path.read_bytes()

@@ -356,6 +356,16 @@ async def test_excerpt_hides_the_key_and_data_keeps_it(
     assert await client.json("GET", "/a") == {"name": "first-key"}
 
 
+async def test_excerpt_hides_what_the_body_held(client: HttpClient, server: LoopbackServer) -> None:
+    """A secret that a proxy's page repeats is not shown, not even the half at the cut."""
+    secret = "gh-secret-" + "1" * 30
+    page = f"you sent {secret} " + "x" * (2000 - 20 - len(secret)) + secret
+    server.fail(OtherAnswer(status=200, body=page))
+    with pytest.raises(ProtocolError) as caught:
+        await client.json("POST", "/a", body={}, secrets=[SecretStr(secret)])
+    assert "gh-secret" not in caught.value.excerpt
+
+
 async def test_events_are_logged_without_the_key(
     client: HttpClient, server: LoopbackServer
 ) -> None:

@@ -2,8 +2,13 @@
 
 import hashlib
 import os
+import re
+import socket
+import threading
+import time
 import tracemalloc
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio.to_thread
@@ -175,3 +180,56 @@ async def test_refused_size_is_said(
     with pytest.raises(PayloadTooLarge) as caught:
         await client.upload("/v1/files", FileUpload(path, fields={}))
     assert "Split" in str(caught.value.hint)
+
+
+@contextmanager
+def slow_server() -> Iterator[str]:
+    """Read about 3 MB/s of one upload, then answer it."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            got = b""
+            while b"\r\n\r\n" not in got:
+                got += connection.recv(65536)
+            head, _, body = got.partition(b"\r\n\r\n")
+            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+            left = length - len(body)
+            while left > 0:
+                left -= len(connection.recv(min(left, 65536), socket.MSG_WAITALL))
+                time.sleep(0.02)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+
+
+async def test_an_upload_is_not_cut_off_while_bytes_flow(
+    make_client: Callable[..., HttpClient], tmp_path: Path
+) -> None:
+    """It may take much longer than any other call, and than one write."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"x" * (6 * 2**20))
+    with slow_server() as url:
+        slow = make_client(url, call_timeout=1.0, write_timeout=0.05)
+        began = time.monotonic()
+        assert await slow.upload("/v1/files", FileUpload(path, fields={})) == {}
+        assert time.monotonic() - began > 1.0
+        await slow.aclose()
+
+
+async def test_a_file_is_sent_in_small_pieces(tmp_path: Path) -> None:
+    """A piece must leave within the write timeout, on a slow line too."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"x" * (CHUNK_BYTES + 5))
+    upload = FileUpload(path, fields={})
+    length = int((await upload.headers())["Content-Length"])
+    pieces = [len(piece) async for piece in upload.stream(length)]
+    assert sum(pieces) == length
+    assert max(pieces) <= 65536

@@ -1,7 +1,7 @@
 """The asynchronous client: launches runs, remembers them, follows and ends them."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,14 @@ from training_backends.client.journal import (
     OnUpdate,
     StoreJournal,
 )
-from training_backends.client.locks import launch_lock
+from training_backends.client.locks import is_launching, launch_lock
+from training_backends.client.records import (
+    ended_state,
+    failure_kind,
+    new_run_record,
+    option_issues,
+    require_same,
+)
 from training_backends.client.store import RunStore
 from training_backends.core.backend import (
     BackendContext,
@@ -33,10 +40,10 @@ from training_backends.core.errors import (
     BudgetExceeded,
     ConfigError,
     DuplicateRun,
-    Issue,
     RateLimited,
     RunNotFound,
     TrainingBackendError,
+    UnsupportedOperation,
     WaitTimeout,
 )
 from training_backends.core.estimate import Estimate
@@ -44,13 +51,11 @@ from training_backends.core.logs import get_logger
 from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     Failure,
-    FailureKind,
     LogRecord,
     RunState,
     TrainingRun,
     ValidationReport,
     new_run_id,
-    utc_now,
 )
 from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus
@@ -61,12 +66,18 @@ __all__ = ["AsyncTrainingClient"]
 
 log = get_logger()
 
+_Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
+"""Has a backend start a run: `launch`, or `resume` from another one."""
 _LAUNCHED = "launched"
 """Journal step that is finished once the provider accepted the start."""
+_CHECKPOINT = "checkpoint"
+"""Journal step that remembers from where a resumed run starts."""
 _FIRST_POLL, _LONGEST_POLL = 0.2, 15.0
 """Seconds between two looks at a run: a tenth of the time watched, within these."""
 _FOLLOW_LOOK = 5.0
 """Seconds after which a followed log brings the run's record up to date again."""
+_LAUNCH_PATIENCE = 5.0
+"""Seconds for which a stop waits for a launch going on elsewhere to have a job."""
 
 
 class AsyncTrainingClient:
@@ -97,6 +108,8 @@ class AsyncTrainingClient:
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends: dict[str, TrainingBackend] = dict(backends or {})
         self._own: list[TrainingBackend] = []
+        self._locks = self.home / "locks"
+        self._making = anyio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -131,6 +144,13 @@ class AsyncTrainingClient:
             self._own.append(made)
         return self._backends[name]
 
+    async def _backend(self, name: str) -> TrainingBackend:
+        """Return the backend; importing it, its first use reads many files, so in a thread."""
+        async with self._making:
+            if name not in self._backends:
+                await to_thread.run_sync(self.backend, name)
+            return self._backends[name]
+
     async def inspect(self, config: TrainingConfig) -> Dataset:
         """Read the data files of a configuration and say what is in them."""
 
@@ -141,7 +161,7 @@ class AsyncTrainingClient:
 
     async def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
         """Check configuration and data; nothing is uploaded or spent."""
-        chosen = self.backend(backend)
+        chosen = await self._backend(backend)
         dataset, report = await self._checked(chosen, config)
         return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
 
@@ -151,7 +171,7 @@ class AsyncTrainingClient:
         Raises:
             DatasetError: The data cannot be used.
         """
-        chosen = self.backend(backend)
+        chosen = await self._backend(backend)
         dataset, _ = await self._checked(chosen, config)
         raise_for_errors(dataset)
         return await chosen.estimate(config, dataset)
@@ -184,18 +204,18 @@ class AsyncTrainingClient:
                 similar run.
             AmbiguousLaunch: It cannot be told whether an earlier try got through.
         """
-        chosen = self.backend(backend)
+        chosen = await self._backend(backend)
         run_id = run_id or new_run_id()
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
-        run = _new_run(run_id, backend, config)
-        async with launch_lock(self.home / "locks", run_id):
+        run = new_run_record(run_id, backend, config)
+        async with launch_lock(self._locks, run_id):
             known = await self._known(run_id)
             if known is None:
                 estimate = await self._prepare(chosen, config, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
             else:
-                _same(known, run)
+                require_same(known, run)
             return await self._launch(run_id, watch, chosen.launch)
 
     async def get(self, run_id: str) -> TrainingRun:
@@ -205,10 +225,15 @@ class AsyncTrainingClient:
     async def status(self, run_id: str) -> TrainingRun:
         """Ask the provider where a run stands, remember it and return the run."""
         run = await self.get(run_id)
-        at_provider = run.remote_id is not None or await self._was_launched(run)
-        if run.status.is_terminal or not at_provider:
+        if run.status.is_terminal or not await self._may_be_at_provider(run):
             return run
-        return await self._saw(run, await self.backend(run.backend).status(run))
+        backend = await self._backend(run.backend)
+        try:
+            return await self._saw(run, await backend.status(run))
+        except RunNotFound:
+            if await self._was_launched(run):
+                raise
+            return run  # its launch was cut off before the provider had it
 
     async def list(
         self, *, backend: str | None = None, status: TrainingStatus | None = None
@@ -221,7 +246,7 @@ class AsyncTrainingClient:
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield a run's log in order; see `TrainingBackend.logs`."""
         run = await self.get(run_id)
-        records = self.backend(run.backend).logs(run, after=after, follow=follow)
+        records = (await self._backend(run.backend)).logs(run, after=after, follow=follow)
         looked_at = anyio.current_time()
         async with aclosing(records):
             async for record in records:
@@ -241,30 +266,63 @@ class AsyncTrainingClient:
 
         Raises:
             WaitTimeout: The time is over first; the runs go on.
+            UnsupportedOperation: The launch of a run was cut off, so it would wait for ever.
         """
         runs = [await self.get(run_id) for run_id in run_ids]
-        try:
-            with anyio.fail_after(timeout):
-                return [await self._wait_for(run.id) for run in runs]
-        except TimeoutError:
-            raise WaitTimeout(
-                f"After {timeout:g} s not every run is over; they go on.",
-                hint="Wait again with a longer --timeout, or look with `status`.",
-            ) from None
+        with anyio.move_on_after(timeout):
+            return [await self._wait_for(run.id) for run in runs]
+        raise WaitTimeout(
+            f"After {timeout:g} s not every run is over; they go on.",
+            hint="Wait again with a longer --timeout, or look with `status`.",
+        )
 
     async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
         """Ask the provider to end a run; it may take a while until it is over.
 
         Safe to repeat. A run that was never launched is cancelled at once.
+
+        Raises:
+            UnsupportedOperation: It is being launched by somebody else, and has no job yet
+                that could be ended.
         """
         run = await self.get(run_id)
         if run.status.is_terminal:
             return run
-        if run.remote_id is None and not await self._was_launched(run):
-            return await self._saw(run, _ended(TrainingStatus.CANCELLED))
-        backend = self.backend(run.backend)
+        if await self._may_be_at_provider(run):
+            try:
+                return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
+            except RunNotFound:
+                if await self._was_launched(run):
+                    raise
+        run = await self._cancel_unlaunched(run)
+        if run.status.is_terminal:
+            return run
+        return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
+
+    async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
+        backend = await self._backend(run.backend)
         await backend.stop(run, save_checkpoint=save_checkpoint)
         return await self._saw(run, await backend.status(run))
+
+    async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
+        """Cancel a run that its provider does not have; leave it alone if it got there meanwhile.
+
+        Done under the launch's lock: a launch going on elsewhere would start what is
+        recorded as over here, and nobody would look at it again.
+        """
+        with anyio.move_on_after(_LAUNCH_PATIENCE):
+            async with launch_lock(self._locks, run.id):
+                now = await self.get(run.id)
+                if now.remote_id == run.remote_id and not await self._was_launched(now):
+                    return await self._saw(now, ended_state(TrainingStatus.CANCELLED))
+                return now
+        now = await self.get(run.id)
+        if now.remote_id == run.remote_id and not now.status.is_terminal:
+            raise (await self._backend(run.backend)).unsupported(
+                "stop a run that is just being launched",
+                "End the program that launches it, or try again in a while.",
+            )
+        return now
 
     async def resume(
         self, run_id: str, *, checkpoint: str | None = None, new_id: str | None = None
@@ -274,29 +332,35 @@ class AsyncTrainingClient:
         Raises:
             UnsupportedOperation: The backend cannot, or the run is still going.
         """
-        run = await self.get(run_id)
-        backend = self.backend(run.backend)
-        watch = LaunchWatch()
+        run = await self.status(run_id)
+        backend = await self._backend(run.backend)
         if not run.status.is_terminal and not await self._was_launched(run):
-            async with launch_lock(self.home / "locks", run.id):
-                return await self._launch(run.id, watch, backend.launch)
+            return await self._launch_again(run, backend, checkpoint)
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
                 f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
             )
-        new_run = _new_run(new_id or new_run_id(), run.backend, run.config)
+        new_run = new_run_record(new_id or new_run_id(), run.backend, run.config)
         new_run = new_run.model_copy(update={"resumed_from": run.id})
-        async with launch_lock(self.home / "locks", new_run.id):
+        async with launch_lock(self._locks, new_run.id):
             known = await self._known(new_run.id)
             if known is None:
                 await to_thread.run_sync(self._store.insert, new_run)
             else:
-                _same(known, new_run)
+                require_same(known, new_run)
             return await self._launch(
-                new_run.id,
-                watch,
-                lambda new, journal: backend.resume(run, new, journal, checkpoint=checkpoint),
+                new_run.id, LaunchWatch(), self._resuming(backend, run, checkpoint)
             )
+
+    async def _launch_again(
+        self, run: TrainingRun, backend: TrainingBackend, checkpoint: str | None
+    ) -> TrainingRun:
+        """Go on with a launch that was cut off, as what it was: a start or a resumption."""
+        start: _Start = backend.launch
+        if run.resumed_from is not None:
+            start = self._resuming(backend, await self.get(run.resumed_from), checkpoint)
+        async with launch_lock(self._locks, run.id):
+            return await self._launch(run.id, LaunchWatch(), start)
 
     async def download(self, run_id: str, target: Path) -> Path:
         """Fetch the finished model of a run into `target`; it appears whole or not at all.
@@ -305,7 +369,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend hands out no weights, or the run has no result.
         """
         run = await self.status(run_id)
-        backend = self.backend(run.backend)
+        backend = await self._backend(run.backend)
         if not backend.capabilities.downloads:
             return await backend.download(run, target)
         if run.status is not TrainingStatus.COMPLETED:
@@ -318,15 +382,18 @@ class AsyncTrainingClient:
     async def delete(self, run_id: str) -> None:
         """Forget a run that is over, and delete what the provider keeps of it where it can.
 
+        Safe to repeat after a crash: what is gone already is no hindrance.
+
         Raises:
             UnsupportedOperation: The run is not over.
         """
         run = await self.status(run_id)
-        backend = self.backend(run.backend)
+        backend = await self._backend(run.backend)
         if not run.status.is_terminal:
             raise backend.unsupported(f"delete a run that is {run.status}", "Stop it first.")
         if backend.capabilities.deletes:
-            await backend.delete(run)
+            with suppress(RunNotFound):
+                await backend.delete(run)
         await to_thread.run_sync(self._store.delete, run.id)
 
     async def _checked(
@@ -337,7 +404,7 @@ class AsyncTrainingClient:
         try:
             backend.options_model.model_validate(config.options)
         except ValidationError as error:
-            return dataset, ValidationReport(issues=tuple(_option_issues(backend, error)))
+            return dataset, ValidationReport(issues=tuple(option_issues(backend, error)))
         dataset = dataset.tolerating(backend.tolerated_bad_rows(config))
         return dataset, await backend.validate(config, dataset)
 
@@ -363,7 +430,7 @@ class AsyncTrainingClient:
         self,
         run_id: str,
         watch: LaunchWatch,
-        start: Callable[[TrainingRun, Journal], Awaitable[RunState]],
+        start: _Start,
     ) -> TrainingRun:
         """Have the backend start a recorded run, unless it was started before."""
         run = await self.get(run_id)
@@ -383,14 +450,41 @@ class AsyncTrainingClient:
         await journal.step(_LAUNCHED, accepted, repeatable=True)
         return await self._saw(run, state, forget_failure=True)
 
+    def _resuming(
+        self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
+    ) -> _Start:
+        """Return what starts a run as the continuation of `source`."""
+
+        async def start(run: TrainingRun, journal: Journal) -> RunState:
+            async def choose() -> str | None:
+                return checkpoint
+
+            # A repeated resumption goes on from where the first one was asked to.
+            chosen = await journal.step(_CHECKPOINT, choose, repeatable=True)
+            wanted = checkpoint if chosen is None else str(chosen)
+            if checkpoint not in {None, wanted}:
+                raise DuplicateRun(
+                    f"The run {run.id!r} is being resumed from {wanted} already.",
+                    hint="Leave the checkpoint out, or choose another --id.",
+                    other=run.id,
+                )
+            try:
+                return await backend.resume(source, run, journal, checkpoint=wanted)
+            except (ConfigError, UnsupportedOperation):
+                # It cannot start there: the next try may name another one, or none.
+                await to_thread.run_sync(self._store.forget, run.id, _CHECKPOINT)
+                raise
+
+        return start
+
     async def _launch_failed(self, run: TrainingRun, error: TrainingBackendError) -> None:
         """Remember why a launch did not work; only a refused price ends the run."""
         if isinstance(error, BudgetExceeded):
             failure = Failure(kind="quota", message=error.message)
-            ended = _ended(TrainingStatus.CANCELLED, failure)
+            ended = ended_state(TrainingStatus.CANCELLED, failure)
             await self._saw(run, ended)
             return
-        failure = Failure(kind=_kind(error), message=error.message, retryable=True)
+        failure = Failure(kind=failure_kind(error), message=error.message, retryable=True)
         await to_thread.run_sync(
             self._store.update, run.id, lambda now: now.model_copy(update={"failure": failure})
         )
@@ -406,6 +500,13 @@ class AsyncTrainingClient:
         seen = await to_thread.run_sync(self._store.update, run.id, change)
         if seen.status is not run.status:
             log.info("run changed", run_id=run.id, before=run.status, status=seen.status)
+        if seen.status is not state.status:
+            log.warning(
+                "run that is over is told of otherwise",
+                run_id=run.id,
+                status=seen.status,
+                told=state.raw_status or state.status,
+            )
         return seen
 
     async def _wait_for(self, run_id: str) -> TrainingRun:
@@ -414,6 +515,16 @@ class AsyncTrainingClient:
             run = await self._look(run_id)
             if run.status.is_terminal:
                 return run
+            if await self._is_abandoned(run):
+                again = (
+                    f"`training-backends resume {run.id}` goes on with it."
+                    if run.resumed_from
+                    else f"`training-backends launch --id {run.id}` with the same configuration "
+                    "goes on with it."
+                )
+                raise (await self._backend(run.backend)).unsupported(
+                    f"wait for the run {run.id}, whose launch was cut off", again
+                )
             watched = anyio.current_time() - watched_since
             await anyio.sleep(min(max(watched / 10, _FIRST_POLL), _LONGEST_POLL))
 
@@ -432,63 +543,17 @@ class AsyncTrainingClient:
             return None
         return run if run.id == run_id else None
 
+    async def _is_abandoned(self, run: TrainingRun) -> bool:
+        """Tell whether a run will stand still, because nobody launches it any more."""
+        if run.status not in {TrainingStatus.PENDING, TrainingStatus.READY}:
+            return False
+        # In this order: a launch that ends between the two looks has left its mark.
+        launching = await to_thread.run_sync(is_launching, self._locks, run.id)
+        return not launching and not await self._was_launched(run)
+
+    async def _may_be_at_provider(self, run: TrainingRun) -> bool:
+        return run.remote_id is not None or await self._was_launched(run)
+
     async def _was_launched(self, run: TrainingRun) -> bool:
         entry = await to_thread.run_sync(self._store.entry, run.id, _LAUNCHED)
         return entry is not None
-
-
-def _new_run(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:
-    try:
-        run = TrainingRun(id=run_id, backend=backend, config=config, created_at=utc_now())
-        # The way through JSON makes it equal to what the store gives back.
-        return TrainingRun.model_validate_json(run.model_dump_json())
-    except ValidationError:
-        raise ConfigError(
-            f"{run_id!r} cannot be a run's id.",
-            hint="Use up to 128 letters, digits, dots, dashes and underscores.",
-        ) from None
-
-
-def _same(known: TrainingRun, asked: TrainingRun) -> None:
-    """Refuse to continue a run under an id that stands for something else."""
-    differing = [
-        name
-        for name in ("backend", "config", "resumed_from")
-        if getattr(known, name) != getattr(asked, name)
-    ]
-    if differing:
-        raise DuplicateRun(
-            f"The run {known.id!r} exists already with another {' and '.join(differing)}.",
-            hint="Choose another --id, or launch the configuration that it was made with.",
-            other=known.id,
-            run_id=known.id,
-        )
-
-
-def _ended(status: TrainingStatus, failure: Failure | None = None) -> RunState:
-    return RunState(status=status, failure=failure, finished_at=utc_now())
-
-
-def _kind(error: TrainingBackendError) -> FailureKind:
-    names: dict[str, FailureKind] = {
-        "AuthenticationFailed": "auth",
-        "CredentialNotFound": "auth",
-        "PermissionDenied": "auth",
-        "ConfigError": "validation",
-        "DatasetError": "validation",
-        "PayloadTooLarge": "validation",
-    }
-    return names.get(type(error).__name__, "provider")
-
-
-def _option_issues(backend: TrainingBackend, error: ValidationError) -> list[Issue]:
-    known = ", ".join(backend.options_model.model_fields) or "none"
-    return [
-        Issue(
-            code=detail["type"],
-            message=detail["msg"],
-            field=".".join(("options", *(str(part) for part in detail["loc"]))),
-            fix=f"options of {backend.name}: {known}",
-        )
-        for detail in error.errors(include_url=False)
-    ]

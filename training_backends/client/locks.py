@@ -9,7 +9,9 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
-__all__ = ["launch_lock"]
+from training_backends.core.files import is_locked, make_private_directory
+
+__all__ = ["is_launching", "launch_lock"]
 
 _POLL = 0.05
 
@@ -21,7 +23,7 @@ async def launch_lock(directory: Path, run_id: str) -> AsyncIterator[None]:
     The kernel releases the lock when its holder dies, so a killed launch never blocks
     the next one.
     """
-    handle = await to_thread.run_sync(_open, directory / f"{run_id}.lock")
+    handle = await to_thread.run_sync(_open, _path(directory, run_id))
     try:
         while not _try(handle):  # noqa: ASYNC110  # a kernel lock sets no event
             await anyio.sleep(_POLL)
@@ -30,8 +32,17 @@ async def launch_lock(directory: Path, run_id: str) -> AsyncIterator[None]:
         os.close(handle)
 
 
+def is_launching(directory: Path, run_id: str) -> bool:
+    """Tell whether some task or process launches `run_id` now; blocks for a moment."""
+    return is_locked(_path(directory, run_id))
+
+
+def _path(directory: Path, run_id: str) -> Path:
+    return directory / f"{run_id}.lock"
+
+
 def _open(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_directory(path.parent)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
+from training_backends.client.sqlite import create_file, sqlite_engine
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
 from training_backends.core.run import TrainingRun, utc_now
@@ -48,26 +49,14 @@ class JournalEntry:
     result: JSONValue
 
 
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    # SQLAlchemy begins transactions itself (below), so the driver must not.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_immediate(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
 class RunStore:
     """Runs and journals. Every method is one durable transaction, safe across processes."""
 
     def __init__(self, url: str) -> None:
         self._url = sa.make_url(url)
-        self._engine = sa.create_engine(self._url)
-        if self._url.get_backend_name() == "sqlite":
-            sa.event.listen(self._engine, "connect", _prepare_sqlite)
-            sa.event.listen(self._engine, "begin", _begin_immediate)
+        is_sqlite = self._url.get_backend_name() == "sqlite"
+        engine = sqlite_engine(self._url) if is_sqlite else sa.create_engine(self._url)
+        self._engine = engine.execution_options(writes=True)
         self._ready = False
 
     def close(self) -> None:
@@ -174,7 +163,7 @@ class RunStore:
             return
         database = self._url.database
         if self._url.get_backend_name() == "sqlite" and database and database != ":memory:":
-            Path(database).parent.mkdir(parents=True, exist_ok=True)
+            create_file(Path(database))
         with self._engine.begin() as connection:
             _metadata.create_all(connection)
             found = connection.execute(sa.select(_schema.c.version)).scalar()

@@ -1,12 +1,13 @@
 """The same client for code that is not asynchronous."""
 
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self, TypeVar
 
 from anyio import from_thread, get_cancelled_exc_class, to_thread
 
@@ -20,6 +21,10 @@ from training_backends.core.run import LogRecord, TrainingRun, ValidationReport
 from training_backends.core.status import TrainingStatus
 
 __all__ = ["TrainingClient"]
+
+_T = TypeVar("_T")
+_LOOK: Final = 0.5
+"""Seconds between two looks whether the task that gives log records still lives."""
 
 
 class TrainingClient:
@@ -60,9 +65,22 @@ class TrainingClient:
         self.close()
 
     def close(self) -> None:
-        """See `AsyncTrainingClient.aclose`."""
+        """See `AsyncTrainingClient.aclose`; ends what other threads still wait for here."""
         with self._stack:
             self._portal.call(self._client.aclose)
+            self._portal.call(self._portal.stop, True)  # noqa: FBT003  # positional only
+
+    def _call(self, function: Callable[..., Awaitable[_T]], *args: Any) -> _T:
+        """Run a coroutine in the loop's thread; a Ctrl-C here ends it there too.
+
+        Left alone it would go on, and closing the client would wait for its end.
+        """
+        task = self._portal.start_task_soon(function, *args)
+        try:
+            return task.result()
+        except BaseException:
+            task.cancel()
+            raise
 
     def backend(self, name: str) -> TrainingBackend:
         """See `AsyncTrainingClient.backend`; the backend itself is asynchronous."""
@@ -70,15 +88,15 @@ class TrainingClient:
 
     def inspect(self, config: TrainingConfig) -> Dataset:
         """See `AsyncTrainingClient.inspect`."""
-        return self._portal.call(self._client.inspect, config)
+        return self._call(self._client.inspect, config)
 
     def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
         """See `AsyncTrainingClient.validate`."""
-        return self._portal.call(partial(self._client.validate, config, backend=backend))
+        return self._call(partial(self._client.validate, config, backend=backend))
 
     def estimate(self, config: TrainingConfig, *, backend: str) -> Estimate:
         """See `AsyncTrainingClient.estimate`."""
-        return self._portal.call(partial(self._client.estimate, config, backend=backend))
+        return self._call(partial(self._client.estimate, config, backend=backend))
 
     def launch(
         self,
@@ -100,21 +118,21 @@ class TrainingClient:
             on_update=on_update,
             confirm=confirm,
         )
-        return self._portal.call(launch)
+        return self._call(launch)
 
     def get(self, run_id: str) -> TrainingRun:
         """See `AsyncTrainingClient.get`."""
-        return self._portal.call(self._client.get, run_id)
+        return self._call(self._client.get, run_id)
 
     def status(self, run_id: str) -> TrainingRun:
         """See `AsyncTrainingClient.status`."""
-        return self._portal.call(self._client.status, run_id)
+        return self._call(self._client.status, run_id)
 
     def list(
         self, *, backend: str | None = None, status: TrainingStatus | None = None
     ) -> Sequence[TrainingRun]:
         """See `AsyncTrainingClient.list`."""
-        return self._portal.call(partial(self._client.list, backend=backend, status=status))
+        return self._call(partial(self._client.list, backend=backend, status=status))
 
     def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
@@ -138,7 +156,7 @@ class TrainingClient:
 
         task = self._portal.start_task_soon(pump)
         try:
-            while (item := records.get()) is not None:
+            while (item := _take(records, task)) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -151,27 +169,38 @@ class TrainingClient:
 
     def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """See `AsyncTrainingClient.wait`."""
-        return self._portal.call(partial(self._client.wait, *run_ids, timeout=timeout))
+        return self._call(partial(self._client.wait, *run_ids, timeout=timeout))
 
     def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
         """See `AsyncTrainingClient.stop`."""
         stop = partial(self._client.stop, run_id, save_checkpoint=save_checkpoint)
-        return self._portal.call(stop)
+        return self._call(stop)
 
     def resume(
         self, run_id: str, *, checkpoint: str | None = None, new_id: str | None = None
     ) -> TrainingRun:
         """See `AsyncTrainingClient.resume`."""
         resume = partial(self._client.resume, run_id, checkpoint=checkpoint, new_id=new_id)
-        return self._portal.call(resume)
+        return self._call(resume)
 
     def download(self, run_id: str, target: Path) -> Path:
         """See `AsyncTrainingClient.download`."""
-        return self._portal.call(self._client.download, run_id, target)
+        return self._call(self._client.download, run_id, target)
 
     def delete(self, run_id: str) -> None:
         """See `AsyncTrainingClient.delete`."""
-        self._portal.call(self._client.delete, run_id)
+        self._call(self._client.delete, run_id)
+
+
+def _take(records: "queue.Queue[Any]", task: "Future[None]") -> Any:
+    """Return what comes next; None also when the client was closed by another thread."""
+    while True:
+        over = task.done()  # asked first: what it put before its end is still taken
+        try:
+            return records.get(timeout=_LOOK)
+        except queue.Empty:
+            if over:
+                return None
 
 
 async def _put(records: "queue.Queue[Any]", item: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training_backends.core.errors import StoreError
-from training_backends.core.files import hold_lock, sync_directory
+from training_backends.core.files import hold_lock, make_private_directory, sync_directory
 from training_backends.core.run import UtcDatetime
 
 __all__ = ["CredentialIndex", "IndexEntry"]
@@ -77,7 +77,7 @@ class CredentialIndex:
         profile: str,
     ) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_directory(self.path.parent)
             with hold_lock(self.path.with_suffix(".lock")):
                 others = tuple(
                     one for one in self.read() if (one.provider, one.profile) != (provider, profile)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 from uuid import uuid4
 
-from training_backends.core.files import sync_directory
+from training_backends.core.files import make_private_directory, sync_directory
 
 __all__ = ["BlobStore", "Incoming", "OpenFile"]
 
@@ -87,7 +87,7 @@ class BlobStore:
             needed: Digests of the blobs that are still referred to.
         """
         for directory in (self._blobs, self._incoming):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_private_directory(directory)
         for path in self._incoming.iterdir():
             path.unlink()
         for path in self._blobs.iterdir():

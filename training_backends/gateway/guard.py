@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
+import anyio
 import structlog
 from anyio import to_thread
 from starlette.exceptions import HTTPException
@@ -21,6 +22,8 @@ log = get_logger()
 
 MAX_JSON_BYTES = 2**20
 """Largest body of a request that is no upload."""
+_PATIENCE = 60.0
+"""Seconds of silence before such a body is given up."""
 _PROTECTED = "/v1/"
 _UPLOADS = "/v1/files"
 
@@ -94,14 +97,22 @@ _TOO_LARGE = f"The request is too large; at most {MAX_JSON_BYTES} bytes are acce
 
 
 class _Bounded:
-    """Passes a request's body on up to a limit."""
+    """Passes a request's body on up to a limit, and for as long as it keeps coming."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._size = 0
+        self._whole = False
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._whole:
+            return await self._receive()  # waits for the client to leave, however long
+        try:
+            with anyio.fail_after(_PATIENCE):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"Nothing arrived for {_PATIENCE:g} s.") from None
+        self._whole = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
         if self._size > MAX_JSON_BYTES:
             raise HTTPException(413, _TOO_LARGE)

@@ -15,7 +15,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.ending import JobEnding, SecretKeeper
-from training_backends.gateway.errors import Refusal, invalid, plain
+from training_backends.gateway.errors import invalid, plain
 from training_backends.gateway.files import FileService, StoredFile
 from training_backends.gateway.jobspec import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -108,7 +108,7 @@ class JobService:
         await self._keep_secret(job, job_id)
         try:
             row = await self._store.awrite(lambda c: self._insert(c, job, job_id, caller))
-        except Refusal:
+        except Exception:
             await self._forget_secret(job, job_id)
             raise
         self._runner.watch(job_id)

@@ -19,7 +19,12 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
-from training_backends.core.errors import RateLimited, RunNotFound, TrainingBackendError
+from training_backends.core.errors import (
+    RateLimited,
+    RunNotFound,
+    StoreError,
+    TrainingBackendError,
+)
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
@@ -128,19 +133,37 @@ class JobRunner:
             self._stops.pop(job_id, None)
 
     async def _guarded(self, job_id: str) -> None:
-        """Let no job's trouble reach the others or the server."""
+        """Let no job's trouble reach the others or the server.
+
+        A database that cannot be used, its disk being full perhaps, is no job's failure:
+        the run goes on, so its job is taken up again until the database works.
+        """
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._drive_or_fail(job_id)
+            except StoreError as error:
+                log.error("job waits for the database", reason=error.message)  # noqa: TRY400
+                await anyio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            except Exception:  # there is nobody left to tell it to
+                log.exception("failure not stored")
+                return
+            else:
+                return
+
+    async def _drive_or_fail(self, job_id: str) -> None:
         try:
             await self._drive(job_id)
         except Exception as group:  # whatever it is, it is this job's failure
             error = _single(group)
+            if isinstance(error, StoreError):
+                raise error from group
             if isinstance(error, TrainingBackendError):
                 log.error("job failed", reason=error.message)  # noqa: TRY400
             else:
                 log.exception("job failed")
-            try:
-                await self._fail(job_id, error)
-            except TrainingBackendError as again:
-                log.error("failure not stored", reason=again.message)  # noqa: TRY400
+            await self._fail(job_id, error)
 
     async def _drive(self, job_id: str) -> None:
         while True:

@@ -14,6 +14,7 @@ from anyio import to_thread
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import DuplicateRun, RunNotFound
+from training_backends.core.files import make_private_directory
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.catalogue import Catalogue
@@ -86,31 +87,26 @@ async def open_gateway(
         DuplicateRun: Another gateway is using this home.
     """
     root = (home / "gateway").expanduser().absolute()
+    vault = vault or CredentialVault(home=root)
+    make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
     async with AsyncExitStack() as stack:
-        lock = await to_thread.run_sync(_hold, root)
-        stack.callback(os.close, lock)
+        stack.callback(os.close, await to_thread.run_sync(_hold, root))
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
+        links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
         stack.callback(store.close)
-        vault = vault or CredentialVault(home=root)
-        make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
         await to_thread.run_sync(client.backend, backend)
         files = FileService(store, blobs or BlobStore(root), limit=settings.max_upload_bytes)
         await files.open()
-        ending = JobEnding(store, files, vault)
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
-        runner = JobRunner(
-            store,
-            client,
-            files,
-            tasks,
-            organization_id=settings.organization_id,
-            on_end=ending,
-        )
-        secret = await to_thread.run_sync(load_secret, root / "secret")
-        gateway = Gateway(
+        ending = JobEnding(store, files, vault)
+        organization = settings.organization_id
+        runner = JobRunner(store, client, files, tasks, organization_id=organization, on_end=ending)
+        await runner.take_up()
+        tasks.start_soon(files.sweep)
+        yield Gateway(
             settings=settings,
             home=root,
             backend=backend,
@@ -133,19 +129,16 @@ async def open_gateway(
                 client,
                 backend=backend,
                 catalogue=catalogue,
-                organization_id=settings.organization_id,
+                organization_id=organization,
                 opened_at=time.time(),
             ),
-            links=LinkSigner(secret),
+            links=links,
         )
-        await runner.take_up()
-        tasks.start_soon(files.sweep)
-        yield gateway
 
 
 def _hold(root: Path) -> int:
     """Take the home for this process; the kernel lets go of it when the process dies."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_private_directory(root)
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

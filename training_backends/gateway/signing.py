@@ -7,17 +7,23 @@ import secrets
 import time
 from pathlib import Path
 
+from training_backends.core.files import make_private_directory
+
 __all__ = ["LinkSigner", "load_secret"]
+
+_SECRET_BYTES = 32
 
 
 def load_secret(path: Path) -> bytes:
     """Return this gateway's own secret, made on first use and readable by its owner only."""
     try:
-        return path.read_bytes()
+        known = path.read_bytes()
     except FileNotFoundError:
-        pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    secret = secrets.token_bytes(32)
+        known = b""
+    if len(known) >= _SECRET_BYTES:
+        return known  # an emptied file would let anybody sign
+    make_private_directory(path.parent)
+    secret = secrets.token_bytes(_SECRET_BYTES)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

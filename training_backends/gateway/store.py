@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 import sqlalchemy as sa
 from anyio import to_thread
 from sqlalchemy.exc import DatabaseError
 
+from training_backends.client.sqlite import create_file, sqlite_engine
 from training_backends.core.errors import StoreError
 
 __all__ = [
@@ -126,27 +127,13 @@ keys = sa.Table(
 )
 
 
-def _prepare_connection(connection: Any, _record: Any) -> None:
-    # SQLAlchemy begins transactions itself (below), so the driver must not.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: sa.Connection) -> None:
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
 class GatewayStore:
     """One SQLite file. Each call is one transaction; writes are durable when it returns."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        create_file(path)
         self._path = path
-        self._reads = sa.create_engine(f"sqlite:///{path}")
-        sa.event.listen(self._reads, "connect", _prepare_connection)
-        sa.event.listen(self._reads, "begin", _begin)
+        self._reads = sqlite_engine(f"sqlite:///{path}")
         self._writes = self._reads.execution_options(writes=True)
         self._writer = anyio.CapacityLimiter(1)
         self.write(self._create)

@@ -128,7 +128,7 @@ class HttpClient:
                 method, path, note, query=query, headers=headers, content=content
             )
             async with self._answer(request, note, secrets) as response:
-                return await self._object(response, _call(request))
+                return await self._object(response, _call(request), secrets)
 
         repeat = method == "GET" if repeatable is None else repeatable
         return await self._with_retries(
@@ -155,6 +155,7 @@ class HttpClient:
                     headers=headers,
                     content=stream,
                     read_timeout=self._policy.upload_timeout,
+                    write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
                 )
                 async with self._answer(request, note) as response:
                     return await self._object(response, _call(request))
@@ -235,6 +236,7 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         content: bytes | AsyncIterator[bytes] | None = None,
         read_timeout: float | None = None,
+        write_timeout: float | None = None,
     ) -> httpx.Request:
         if self._key is not None and self._secret is None:
             self._secret = await self._read_key(self._key)
@@ -248,7 +250,7 @@ class HttpClient:
             params=list(query) or None,
             headers=sent_headers,
             content=content,
-            timeout=timeouts(self._policy, read_timeout),
+            timeout=timeouts(self._policy, read_timeout, write_timeout),
             extensions={"trace": note.trace},
         )
 
@@ -316,7 +318,9 @@ class HttpClient:
             error.retry_after = retry_after
         return error
 
-    async def _object(self, response: httpx.Response, call: str) -> dict[str, Any]:
+    async def _object(
+        self, response: httpx.Response, call: str, secrets: Sequence[SecretStr] = ()
+    ) -> dict[str, Any]:
         body = await _read_capped(response)
         try:
             document = json.loads(body)
@@ -327,7 +331,8 @@ class HttpClient:
         found = response.headers.get("content-type", "no content type")
         raise ProtocolError(
             f"{call}: the answer is not a JSON object ({response.status_code}, {found}).",
-            excerpt=redact(self._scrubbed(body[:2000], ()).decode("utf-8", "replace")),
+            # Scrubbed before it is cut, or the half of a secret would be left at the end.
+            excerpt=redact(self._scrubbed(body, secrets)[:2000].decode("utf-8", "replace")),
             hint="Does the base URL lead to an API, and not to a web page or proxy?",
             backend=self._backend,
         )

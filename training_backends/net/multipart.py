@@ -15,6 +15,9 @@ __all__ = ["CHUNK_BYTES", "FileUpload", "Progress", "hash_file"]
 
 CHUNK_BYTES: Final = 512 * 1024
 """Larger chunks are a little faster but hold the event loop for longer."""
+_SENT_BYTES: Final = 64 * 1024
+"""Each must leave within the write timeout, so this sets how slow a line may be: with 30 s
+about 2 kB/s, where whole chunks would be cut off below 17 kB/s although bytes flow."""
 
 Progress = Callable[[int, int], None]
 """Told how many of how many bytes are done."""
@@ -114,7 +117,8 @@ class FileUpload:
         try:
             yield self._head
             async for chunk in self._chunks(file, size):
-                yield chunk
+                for start in range(0, len(chunk), _SENT_BYTES):
+                    yield chunk[start : start + _SENT_BYTES]
             yield self._tail
         finally:
             with anyio.CancelScope(shield=True):

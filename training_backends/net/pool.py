@@ -18,7 +18,8 @@ class HttpPolicy:
     Attributes:
         connect_timeout: For one connection, TLS included.
         read_timeout: Silence while an answer is awaited or read.
-        write_timeout: Silence while a request is sent.
+        write_timeout: Silence while a request is sent; a file's may last as long as
+            `call_timeout`, for a slow line takes large buffers in large gulps.
         pool_timeout: For a free connection.
         call_timeout: For a whole call with all its attempts; not for uploads and downloads,
             which last as long as bytes move.
@@ -37,12 +38,14 @@ class HttpPolicy:
     max_connections: int = 5
 
 
-def timeouts(policy: HttpPolicy, read_timeout: float | None = None) -> httpx.Timeout:
-    """Return the policy's timeouts, with another one for reading where it is given."""
+def timeouts(
+    policy: HttpPolicy, read_timeout: float | None = None, write_timeout: float | None = None
+) -> httpx.Timeout:
+    """Return the policy's timeouts, with others for reading and writing where they are given."""
     return httpx.Timeout(
         connect=policy.connect_timeout,
         read=read_timeout or policy.read_timeout,
-        write=policy.write_timeout,
+        write=write_timeout or policy.write_timeout,
         pool=policy.pool_timeout,
     )
 

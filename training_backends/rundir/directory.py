@@ -21,7 +21,13 @@ from typing import Any, Final, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training_backends.core.config import DataSource, Tuning
-from training_backends.core.files import append_line, is_locked, read_lines, write_atomic
+from training_backends.core.files import (
+    append_line,
+    is_locked,
+    make_private_directory,
+    read_lines,
+    write_atomic,
+)
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
@@ -223,7 +229,7 @@ class RunDir:
 
     def write_spec(self, spec: RunSpec) -> None:
         """Create the directory and write its spec, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_private_directory(self.path)
         write_atomic(self.spec, spec.model_dump_json(indent=2))
 
     def read_spec(self) -> RunSpec:

@@ -1,6 +1,6 @@
 """A backend without a provider: runs move when a test says so."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -34,8 +34,10 @@ class ScriptedBackend(TrainingBackend):
         before_create: Called inside the step that creates a job; may raise.
         after_create: Called when the job exists and before its id is returned; may raise,
             as when an answer is lost.
+        resumed: Of each resumption: the old run's id, the new one's, the checkpoint.
         price: What estimates say, or None.
         report: What `validate` says.
+        gate: What `validate` waits for first, or None.
     """
 
     name: ClassVar[str] = "scripted"
@@ -50,11 +52,13 @@ class ScriptedBackend(TrainingBackend):
         self._logs: dict[str, list[LogRecord]] = {}
         self._changed = anyio.Event()
         self.created: list[str] = []
+        self.resumed: list[tuple[str, str, str | None]] = []
         self.closed = False
         self.before_create: Callable[[], None] = lambda: None
         self.after_create: Callable[[], None] = lambda: None
         self.price: Money | None = Money.model_validate("0 USD")
         self.report = ValidationReport()
+        self.gate: anyio.Event | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -62,8 +66,10 @@ class ScriptedBackend(TrainingBackend):
         return self._capabilities
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Say what `report` holds."""
+        """Wait for the gate, if there is one, and say what `report` holds."""
         del config, dataset
+        if self.gate is not None:
+            await self.gate.wait()
         return self.report
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
@@ -80,10 +86,7 @@ class ScriptedBackend(TrainingBackend):
             remote_id = str(uuid4())
             self.created.append(remote_id)
             self._owners[run.id] = remote_id
-            self._jobs[remote_id] = RunState(
-                status=TrainingStatus.RUNNING, remote_id=remote_id, started_at=utc_now()
-            )
-            self._logs[remote_id] = []
+            self.adopt(remote_id)
             self.after_create()
             return remote_id
 
@@ -130,7 +133,7 @@ class ScriptedBackend(TrainingBackend):
         checkpoint: str | None = None,
     ) -> RunState:
         """Start a job anew."""
-        del run, checkpoint
+        self.resumed.append((run.id, new_run.id, checkpoint))
         return await self.launch(new_run, journal)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
@@ -151,12 +154,19 @@ class ScriptedBackend(TrainingBackend):
 
     # -- back door --------------------------------------------------------------------
 
+    def adopt(self, remote_id: str) -> None:
+        """Have a running job that nobody asked for."""
+        self._jobs[remote_id] = RunState(
+            status=TrainingStatus.RUNNING, remote_id=remote_id, started_at=utc_now()
+        )
+        self._logs[remote_id] = []
+
     def say(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
         """Put a job into a state."""
         finished = {"finished_at": utc_now()} if status.is_terminal else {}
         job = self._jobs[remote_id]
         self._jobs[remote_id] = job.model_copy(update={"status": status, **finished, **state})
-        self._notify()
+        self.wake()
 
     def finish(self, remote_id: str, result_model: str = "model") -> None:
         """Complete a job."""
@@ -167,30 +177,46 @@ class ScriptedBackend(TrainingBackend):
         failure = Failure(kind="internal", message=message)
         self.say(remote_id, TrainingStatus.FAILED, failure=failure)
 
-    def log(
-        self, remote_id: str, message: str, *, step: int | None = None, **fields: float
+    def tell(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
+        """Put a job into a state and say so in its log."""
+        self._add(remote_id, status.value, "status", fields={"status": status.value})
+        self.say(remote_id, status, **state)
+
+    def log(self, remote_id: str, message: str) -> None:
+        """Add a record to a job's log."""
+        self._add(remote_id, message, "event")
+
+    def measure(self, remote_id: str, step: int, **metrics: float | None) -> None:
+        """Add a row of metrics to a job's log."""
+        self._add(remote_id, f"step {step}", "metrics", step, metrics)
+
+    def _add(
+        self,
+        remote_id: str,
+        message: str,
+        source: str,
+        step: int | None = None,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a record to a job's log; with fields it is one of metrics."""
         records = self._logs[remote_id]
-        source = "metrics" if fields else "event"
-        cursor = str(len(records))
         records.append(
             LogRecord(
                 at=utc_now(),
                 message=message,
                 source=source,
                 step=step,
-                fields=dict(fields),
-                cursor=cursor,
+                fields=dict(fields or {}),
+                cursor=str(len(records)),
             )
         )
-        self._notify()
+        self.wake()
 
     def lose(self, remote_id: str) -> None:
         """Make the provider forget a job."""
         del self._jobs[remote_id]
 
-    def _notify(self) -> None:
+    def wake(self) -> None:
+        """Have everybody who follows a log look again."""
         self._changed.set()
         self._changed = anyio.Event()
 

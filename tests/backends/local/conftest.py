@@ -3,56 +3,17 @@
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.core.backend import JSONValue
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.core.estimate import Estimate
-from training_backends.core.run import RunState, TrainingRun
+from training_backends.core.run import TrainingRun
 from training_backends.rundir.directory import RunDir
-
-
-class MemoryJournal:
-    """Keeps to the contract of `Journal` in memory; `begun` are steps without an end."""
-
-    def __init__(self) -> None:
-        self.done: dict[str, JSONValue] = {}
-        self.begun: set[str] = set()
-        self.recorded: list[RunState] = []
-
-    async def step(
-        self,
-        name: str,
-        do: Callable[[], Awaitable[JSONValue]],
-        find: Callable[[], Awaitable[JSONValue]] | None = None,
-        *,
-        repeatable: bool = False,
-    ) -> JSONValue:
-        """See `Journal.step`."""
-        if name in self.done:
-            return self.done[name]
-        found = await find() if name in self.begun and find else None
-        assert found is not None or name not in self.begun or find or repeatable
-        self.begun.add(name)
-        self.done[name] = found if found is not None else await do()
-        return self.done[name]
-
-    async def record(self, state: RunState) -> None:
-        """See `Journal.record`."""
-        self.recorded.append(state)
-
-    async def quote(self, estimate: Estimate) -> None:
-        """See `Journal.quote`."""
-        raise AssertionError(f"nothing is billed here, but {estimate}")
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """See `Journal.progress`."""
 
 
 @pytest.fixture(scope="session")
@@ -118,18 +79,6 @@ def inspected(run: TrainingRun, **changes: Any) -> Dataset:
 def inspected_fixture() -> Callable[..., Dataset]:
     """Return a function that says of a run's files what an inspection would."""
     return inspected
-
-
-@pytest.fixture
-def journal() -> MemoryJournal:
-    """An empty journal."""
-    return MemoryJournal()
-
-
-@pytest.fixture(scope="session")
-def make_journal() -> type[MemoryJournal]:
-    """Return what makes a journal."""
-    return MemoryJournal
 
 
 @pytest.fixture

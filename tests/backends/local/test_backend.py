@@ -26,6 +26,7 @@ from training_backends.core.errors import (
 from training_backends.core.run import LogRecord, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import RunDir
+from training_backends.testing.journal import MemoryJournal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 
@@ -73,16 +74,16 @@ def is_over(state: RunState) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(
-    make_run: MakeRun, make_journal: Any, tmp_path_factory: pytest.TempPathFactory
+    make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LocalBackend, TrainingRun, list[LogRecord]]:
     """A completed run, and its log as it was followed live."""
     backend = LocalBackend(tmp_path_factory.mktemp("home"))
     run = make_run(options={"device": "cpu", "sample_prompt": "3 plus 3?"})
 
     async def live() -> list[LogRecord]:
-        journal = make_journal()
+        journal = MemoryJournal(run)
         await backend.launch(run, journal)
-        assert [state.remote_id for state in journal.recorded] == [run.id]
+        assert [state.remote_id for state in journal.states] == [run.id]
         return await collect(backend, run, follow=True)
 
     return backend, run, anyio.run(live)
@@ -159,26 +160,26 @@ async def test_an_estimate_counts_exactly_and_learns_the_speed(
     assert 0 < estimate.duration.total_seconds() < 60
 
 
-async def test_the_same_id_is_not_used_twice(
-    finished: Finished, make_run: MakeRun, journal: Any
-) -> None:
+async def test_the_same_id_is_not_used_twice(finished: Finished, make_run: MakeRun) -> None:
     """A directory that another run left is neither continued nor overwritten."""
     backend, run, _ = finished
+    other = make_run(run.id)
     with pytest.raises(DuplicateRun):
-        await backend.launch(make_run(run.id), journal)
+        await backend.launch(other, MemoryJournal(other))
 
 
 async def test_a_stopped_run_is_continued_as_a_new_one(
-    backend: LocalBackend, make_run: MakeRun, make_journal: Any
+    backend: LocalBackend, make_run: MakeRun
 ) -> None:
     """Stop saves what was learnt; resume goes on from there, or from a named checkpoint."""
     steps = {"training_steps": 400, "batch_size": 4, "learning_rate": 3e-3}
     options = {"device": "cpu", "checkpoint_every": 3}
     run = make_run(hyperparameters=steps, options=options)
-    await backend.launch(run, make_journal())
+    await backend.launch(run, MemoryJournal(run))
     await until(backend, run, lambda state: (state.step or 0) >= 4)
+    early = make_run("early")
     with pytest.raises(DuplicateRun):
-        await backend.resume(run, make_run("early"), make_journal())
+        await backend.resume(run, early, MemoryJournal(early))
     with pytest.raises(UnsupportedOperation):
         await backend.delete(run)
     await backend.stop(run)
@@ -193,8 +194,8 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
     shorter = {**steps, "training_steps": last + 2}
     again = make_run("again", hyperparameters=shorter, options=options)
     with pytest.raises(ConfigError, match="no checkpoint"):
-        await backend.resume(run, again, make_journal(), checkpoint="399")
-    await backend.resume(run, again, make_journal(), checkpoint=f"step-{last}")
+        await backend.resume(run, again, MemoryJournal(again), checkpoint="399")
+    await backend.resume(run, again, MemoryJournal(again), checkpoint=f"step-{last}")
     assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
     told = await collect(backend, again)
     assert [r.step for r in told if r.source == "metrics"] == [last + 1, last + 2]
@@ -206,7 +207,7 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
 
 
 async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
-    backend: LocalBackend, home: Path, make_run: MakeRun, make_journal: Any
+    backend: LocalBackend, home: Path, make_run: MakeRun
 ) -> None:
     """A new parent finds the child of a killed one; a killed child is lost, and resumable."""
     steps = {"training_steps": 400, "batch_size": 4}
@@ -219,11 +220,11 @@ async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
     assert parent.returncode == -signal.SIGKILL, parent.stderr.decode()
 
     # The journal of the killed parent knows only that the start was begun.
-    journal = make_journal()
-    journal.begun.add("start")
+    journal = MemoryJournal(run)
+    journal.rows["start"] = None
     await until(backend, run, lambda state: state.status is TrainingStatus.RUNNING)
     await backend.launch(run, journal)
-    assert journal.done["start"] == {"found": True}
+    assert json.loads(str(journal.rows["start"])) == {"found": True}
 
     await until(backend, run, lambda state: state.checkpoints)
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
@@ -241,19 +242,17 @@ async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
     known = [c.step for c in state.checkpoints if c.path]
     longer = {**steps, "training_steps": max(known) + 1}
     again = make_run("again", hyperparameters=longer)
-    await backend.resume(run, again, make_journal())
+    await backend.resume(run, again, MemoryJournal(again))
     assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
 
 
-async def test_one_trains_and_the_next_waits(
-    backend: LocalBackend, make_run: MakeRun, make_journal: Any
-) -> None:
+async def test_one_trains_and_the_next_waits(backend: LocalBackend, make_run: MakeRun) -> None:
     """With one place, a second run is pending until the first ends; a stop ends its wait."""
     first = make_run("first", hyperparameters={"training_steps": 4000, "batch_size": 4})
     second = make_run("second")
-    await backend.launch(first, make_journal())
+    await backend.launch(first, MemoryJournal(first))
     await until(backend, first, lambda state: state.raw_status == "initializing")
-    await backend.launch(second, make_journal())
+    await backend.launch(second, MemoryJournal(second))
     state = await until(backend, second, lambda state: state.raw_status == "queued")
     assert state.status is TrainingStatus.PENDING
     await backend.stop(second)
@@ -264,14 +263,14 @@ async def test_one_trains_and_the_next_waits(
 
 
 async def test_what_the_engine_refuses_is_a_failure(
-    backend: LocalBackend, make_run: MakeRun, make_journal: Any, tmp_path: Path
+    backend: LocalBackend, make_run: MakeRun, tmp_path: Path
 ) -> None:
     """Data that changed behind the check's back fails the run, as validation."""
     path = tmp_path / "bad.jsonl"
     path.write_text("nonsense\n")
     config = TrainingConfig.model_validate({"model": "tiny-mistral", "data": {"train": path}})
     run = make_run().model_copy(update={"config": config})
-    await backend.launch(run, make_journal())
+    await backend.launch(run, MemoryJournal(run))
     state = await until(backend, run, is_over)
     assert state.status is TrainingStatus.FAILED
     assert state.failure is not None
@@ -283,14 +282,13 @@ async def test_the_child_gets_no_keys(
     backend: LocalBackend,
     home: Path,
     make_run: MakeRun,
-    make_journal: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the parent's environment holds of secrets is not in the child's."""
     monkeypatch.setenv("MISTRAL_API_KEY", "secret-1")
     monkeypatch.setenv("HF_TOKEN", "secret-2")
     run = make_run(hyperparameters={"training_steps": 4000, "batch_size": 4})
-    await backend.launch(run, make_journal())
+    await backend.launch(run, MemoryJournal(run))
     await until(backend, run, lambda state: state.raw_status == "initializing")
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
     environment = Path(f"/proc/{pid}/environ").read_bytes()

@@ -13,6 +13,7 @@ from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.planning import build_spec
 from training_backends.core.errors import BackendNotInstalled
 from training_backends.core.run import TrainingRun
+from training_backends.testing.journal import MemoryJournal
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +84,6 @@ async def test_a_missing_library_names_the_extra(
     make_run: MakeRun,
     inspected: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
-    journal: Any,
 ) -> None:
     """Without the engine's libraries the message says what to install."""
     monkeypatch.setattr(module, "_NEEDED", ("torch", "not_there_at_all"))
@@ -92,7 +92,7 @@ async def test_a_missing_library_names_the_extra(
         await backend.validate(run.config, inspected(run))
     assert raised.value.install == "pip install 'training-backends[local]'"
     with pytest.raises(BackendNotInstalled):
-        await backend.launch(run, journal)
+        await backend.launch(run, MemoryJournal(run))
     health = await backend.health()
     assert not health.ok
 

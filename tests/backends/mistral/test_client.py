@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from pathlib import Path
 
 import pytest
+from blockbuster import blockbuster_ctx
 
 from training_backends import (
     AsyncTrainingClient,
@@ -15,6 +16,7 @@ from training_backends import (
     TrainingStatus,
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.core.backend import CredentialSource
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.provider import ScriptedProvider
 from training_backends.testing.server import Received, Reply
@@ -55,6 +57,25 @@ async def test_run_is_seen_from_another_process(
     assert seen.status is TrainingStatus.COMPLETED
     assert seen.result_model is not None
     assert [point.step for point in seen.checkpoints] == [1, 10]
+
+
+async def test_no_step_of_a_launch_blocks_the_loop(
+    provider: ScriptedProvider,
+    secrets: CredentialSource,
+    config: TrainingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the first import of the backend to the end of the run, the loop reads no file."""
+    monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__BASE_URL", provider.base_url)
+    monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__POLL_MIN", "0.01")
+    client = AsyncTrainingClient(home=tmp_path / "home", credentials=secrets)
+    with blockbuster_ctx("training_backends"):
+        async with client:
+            run = await client.launch(config, backend="mistral")
+            assert [record async for record in client.logs(run.id, follow=True)]
+            (run,) = await client.wait(run.id, timeout=10)
+    assert run.status is TrainingStatus.COMPLETED
 
 
 @pytest.mark.parametrize("path", ["/files", "/jobs", "/start"])

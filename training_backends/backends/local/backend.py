@@ -3,7 +3,8 @@
 import os
 import shutil
 import signal
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -28,6 +29,8 @@ from training_backends.core.errors import (
     DuplicateRun,
     Issue,
     RunNotFound,
+    StoreError,
+    TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
@@ -162,13 +165,16 @@ class LocalBackend(TrainingBackend):
         directory = self._existing(run)
         if read_state(directory).status.is_terminal:
             return
-        directory.request_stop(save_checkpoint=save_checkpoint)
-        # The file alone is obeyed at the next step; the signal also wakes who waits in the queue.
-        if (pid := directory.active_pid()) is not None:
+        with _disk(run):
             try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                return  # it ended by itself in between
+                directory.request_stop(save_checkpoint=save_checkpoint)
+            except OSError:
+                # A full disk must not keep a run going: the signal alone ends it too.
+                if not _signal(directory):
+                    raise
+                return
+        # The file alone is obeyed at the next step; the signal also wakes who waits in the queue.
+        _signal(directory)
 
     async def resume(
         self,
@@ -205,8 +211,9 @@ class LocalBackend(TrainingBackend):
         path = self._choose(run, source, wanted)
         if path is None:
             return 0
-        target.checkpoints.mkdir(parents=True, exist_ok=True)
-        _copy_whole(path, target.checkpoints / path.name)
+        with _disk(run):
+            target.checkpoints.mkdir(parents=True, exist_ok=True)
+            _copy_whole(path, target.checkpoints / path.name)
         return int(path.name.removeprefix("step-"))
 
     def _choose(self, run: TrainingRun, source: RunDir, wanted: str | None) -> Path | None:
@@ -242,8 +249,16 @@ class LocalBackend(TrainingBackend):
             raise ConfigError(
                 f"{target} exists and is not empty.", hint="Name a new directory.", run_id=run.id
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _copy_whole(directory.path / record.result.path, target, link=False)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy_whole(directory.path / record.result.path, target, link=False)
+        except OSError as error:
+            raise TrainingBackendError(
+                f"The model cannot be copied to {target}: {_reason(error)}.",
+                hint="Is there enough space, and may you write there?",
+                backend=self.name,
+                run_id=run.id,
+            ) from error
         return target
 
     async def delete(self, run: TrainingRun) -> None:
@@ -289,6 +304,37 @@ def _require_engine() -> None:
         )
 
 
+@contextmanager
+def _disk(run: TrainingRun) -> Iterator[None]:
+    """Say what the system refused, such as a file on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"The state of run {run.id} cannot be kept here: {_reason(error)}.",
+            hint="Is the disk full? Make space, then repeat the same command.",
+            backend="local",
+            run_id=run.id,
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    # A copy of many files fails with a list of its own in place of the system's word.
+    return error.strerror or str(error)[:500]
+
+
+def _signal(directory: RunDir) -> bool:
+    """Tell the process that lives in a directory to end; False if there is none."""
+    pid = directory.active_pid()
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False  # it ended by itself in between
+    return True
+
+
 def _start_process(directory: RunDir, spec: RunSpec, run: TrainingRun) -> int:
     """Start the run's process; 0 if an earlier try of the same run did, just now."""
     if directory.spec.is_file():
@@ -302,15 +348,18 @@ def _start_process(directory: RunDir, spec: RunSpec, run: TrainingRun) -> int:
             )
         if has_begun(directory):
             return 0
-    directory.write_spec(spec)
-    return spawn(directory)
+    with _disk(run):
+        directory.write_spec(spec)
+        return spawn(directory)
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
     try:
-        same = directory.read_spec() == spec
+        there = directory.read_spec()
     except ValueError:
         return False
+    # All state may have been moved since, which makes it no other run.
+    same = there.model_copy(update={"slots_dir": spec.slots_dir}) == spec
     record = directory.read_exit()
     return same and (record is None or record.at >= run.created_at)
 
@@ -319,10 +368,13 @@ def _copy_whole(source: Path, target: Path, *, link: bool = True) -> None:
     """Copy a directory so that `target` appears whole or not at all."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy if link else shutil.copy2)
-    if link:
-        shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_or_copy if link else shutil.copy2)
+        if link:
+            shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

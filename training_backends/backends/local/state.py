@@ -30,8 +30,8 @@ ENGINE_STATUS: Final[Mapping[str, TrainingStatus]] = MappingProxyType(
 LOST: Final = Failure(
     kind="lost",
     message=(
-        "The training process ended without a word: killed, out of memory, or the machine "
-        "was restarted. log.txt in the run's directory has its last output."
+        "The training process ended without a word: killed, out of memory or of disk space, "
+        "or the machine was restarted. log.txt in the run's directory has its last output."
     ),
     retryable=True,
 )

@@ -1,0 +1,85 @@
+"""What the client writes into a run's record, and what it holds against it."""
+
+from pydantic import ValidationError
+
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.config import TrainingConfig
+from training_backends.core.errors import (
+    ConfigError,
+    DuplicateRun,
+    Issue,
+    TrainingBackendError,
+)
+from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["ended_state", "failure_kind", "new_run_record", "option_issues", "require_same"]
+
+
+def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:
+    """Make the record of a run that is not launched yet.
+
+    Raises:
+        ConfigError: The id cannot be a file's name.
+    """
+    try:
+        run = TrainingRun(id=run_id, backend=backend, config=config, created_at=utc_now())
+        # The way through JSON makes it equal to what the store gives back.
+        return TrainingRun.model_validate_json(run.model_dump_json())
+    except ValidationError:
+        raise ConfigError(
+            f"{run_id!r} cannot be a run's id.",
+            hint="Use up to 128 letters, digits, dots, dashes and underscores.",
+        ) from None
+
+
+def require_same(known: TrainingRun, asked: TrainingRun) -> None:
+    """Refuse to continue a run under an id that stands for something else.
+
+    Raises:
+        DuplicateRun: It names the fields that differ.
+    """
+    differing = [
+        name
+        for name in ("backend", "config", "resumed_from")
+        if getattr(known, name) != getattr(asked, name)
+    ]
+    if differing:
+        raise DuplicateRun(
+            f"The run {known.id!r} exists already with another {' and '.join(differing)}.",
+            hint="Choose another --id, or launch the configuration that it was made with.",
+            other=known.id,
+            run_id=known.id,
+        )
+
+
+def ended_state(status: TrainingStatus, failure: Failure | None = None) -> RunState:
+    """Return the state of a run that ends now."""
+    return RunState(status=status, failure=failure, finished_at=utc_now())
+
+
+def failure_kind(error: TrainingBackendError) -> FailureKind:
+    """Say what kind of failure an error is that kept a run from starting."""
+    names: dict[str, FailureKind] = {
+        "AuthenticationFailed": "auth",
+        "CredentialNotFound": "auth",
+        "PermissionDenied": "auth",
+        "ConfigError": "validation",
+        "DatasetError": "validation",
+        "PayloadTooLarge": "validation",
+    }
+    return names.get(type(error).__name__, "provider")
+
+
+def option_issues(backend: TrainingBackend, error: ValidationError) -> list[Issue]:
+    """Say which options do not fit a backend, and which it has."""
+    known = ", ".join(backend.options_model.model_fields) or "none"
+    return [
+        Issue(
+            code=detail["type"],
+            message=detail["msg"],
+            field=".".join(("options", *(str(part) for part in detail["loc"]))),
+            fix=f"options of {backend.name}: {known}",
+        )
+        for detail in error.errors(include_url=False)
+    ]

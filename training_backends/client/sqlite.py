@@ -1,0 +1,42 @@
+"""How every SQLite database of ours is opened: durable, patient, its owner's only."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from training_backends.core.files import make_private_directory
+
+__all__ = ["create_file", "sqlite_engine"]
+
+
+def sqlite_engine(url: str | sa.URL) -> sa.Engine:
+    """Make an engine whose transactions are durable when they end.
+
+    One with the execution option `writes` takes the write lock when it begins: had it read
+    before, it could not go on to write after somebody else did.
+    """
+    engine = sa.create_engine(url)
+    sa.event.listen(engine, "connect", _prepare)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def create_file(path: Path) -> None:
+    """Create a database's file, private to its owner; SQLite would leave that to the umask."""
+    make_private_directory(path.parent)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _prepare(connection: Any, _record: Any) -> None:
+    # SQLAlchemy begins transactions itself (below), so the driver must not.
+    connection.isolation_level = None
+    # Patience first: turning to WAL, too, waits for whoever uses the file.
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
