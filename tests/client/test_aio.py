@@ -173,6 +173,15 @@ async def test_unknown_options_are_refused_by_name(
     assert report.errors[0].field == "options.gpus"
 
 
+async def test_an_estimate_needs_options_that_fit(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A backend never sees options that it does not have."""
+    with pytest.raises(ConfigError) as caught:
+        await client.estimate(make_config(options={"gpus": 8}), backend="scripted")
+    assert caught.value.issues[0].field == "options.gpus"
+
+
 async def test_bad_data_stops_the_launch(
     client: AsyncTrainingClient, make_config: MakeConfig, train_file: Path
 ) -> None:
@@ -345,8 +354,6 @@ async def test_an_id_that_cannot_be_a_name_is_refused(
     client: AsyncTrainingClient, make_config: MakeConfig, run_id: str
 ) -> None:
     """Ids become file names, so they are plain."""
-    if run_id == "":
-        run_id = "-"
     with pytest.raises(ConfigError, match="id"):
         await client.launch(make_config(), backend="scripted", run_id=run_id)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from training_backends import (
+    ConfigError,
     DuplicateRun,
     RunNotFound,
     StoreError,
@@ -139,3 +140,14 @@ def test_the_store_is_its_owner_s_only(tmp_path: Path) -> None:
     store.close()
     assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
     assert set(rights) == {0o600}
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "nosuch://host/db", "postgresql://me:hunter2@host/db", "mysql://host/db"]
+)
+def test_a_url_that_cannot_be_used_names_its_setting(url: str) -> None:
+    """A driver that is not there is a matter of configuration, and no password is repeated."""
+    with pytest.raises(ConfigError) as caught:
+        RunStore(url)
+    assert "TRAINING_BACKENDS_STORE_URL" in str(caught.value.hint)
+    assert "hunter2" not in str(caught.value)

@@ -9,7 +9,6 @@ from typing import Self
 
 import anyio
 from anyio import from_thread, to_thread
-from pydantic import ValidationError
 
 from training_backends.client.journal import (
     Confirm,
@@ -23,7 +22,7 @@ from training_backends.client.records import (
     ended_state,
     failure_kind,
     new_run_record,
-    option_issues,
+    require_options,
     require_same,
 )
 from training_backends.client.store import RunStore
@@ -162,17 +161,18 @@ class AsyncTrainingClient:
     async def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
         """Check configuration and data; nothing is uploaded or spent."""
         chosen = await self._backend(backend)
-        dataset, report = await self._checked(chosen, config)
+        dataset, report = await self._judged(chosen, config)
         return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
 
     async def estimate(self, config: TrainingConfig, *, backend: str) -> Estimate:
         """Say what the run will take, as far as that is known before it starts.
 
         Raises:
+            ConfigError: The options are not the backend's.
             DatasetError: The data cannot be used.
         """
         chosen = await self._backend(backend)
-        dataset, _ = await self._checked(chosen, config)
+        dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
         return await chosen.estimate(config, dataset)
 
@@ -205,7 +205,7 @@ class AsyncTrainingClient:
             AmbiguousLaunch: It cannot be told whether an earlier try got through.
         """
         chosen = await self._backend(backend)
-        run_id = run_id or new_run_id()
+        run_id = new_run_id() if run_id is None else run_id
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = new_run_record(run_id, backend, config)
         async with launch_lock(self._locks, run_id):
@@ -340,7 +340,9 @@ class AsyncTrainingClient:
             raise backend.unsupported(
                 f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
             )
-        new_run = new_run_record(new_id or new_run_id(), run.backend, run.config)
+        new_run = new_run_record(
+            new_run_id() if new_id is None else new_id, run.backend, run.config
+        )
         new_run = new_run.model_copy(update={"resumed_from": run.id})
         async with launch_lock(self._locks, new_run.id):
             known = await self._known(new_run.id)
@@ -396,23 +398,31 @@ class AsyncTrainingClient:
                 await backend.delete(run)
         await to_thread.run_sync(self._store.delete, run.id)
 
-    async def _checked(
+    async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
+        """Read the data as the backend's options want it judged.
+
+        Raises:
+            ConfigError: The options are not the backend's.
+        """
+        require_options(backend, config)
+        dataset = await self.inspect(config)
+        return dataset.tolerating(backend.tolerated_bad_rows(config))
+
+    async def _judged(
         self, backend: TrainingBackend, config: TrainingConfig
     ) -> tuple[Dataset, ValidationReport]:
         """Read the data and ask the backend, which is handed only options that fit."""
-        dataset = await self.inspect(config)
         try:
-            backend.options_model.model_validate(config.options)
-        except ValidationError as error:
-            return dataset, ValidationReport(issues=tuple(option_issues(backend, error)))
-        dataset = dataset.tolerating(backend.tolerated_bad_rows(config))
+            dataset = await self._inspected(backend, config)
+        except ConfigError as error:
+            return await self.inspect(config), ValidationReport(issues=error.issues)
         return dataset, await backend.validate(config, dataset)
 
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
     ) -> Estimate:
         """Do all that can be done before a run exists."""
-        dataset, report = await self._checked(backend, config)
+        dataset, report = await self._judged(backend, config)
         raise_for_errors(dataset)
         if not report.ok:
             raise ConfigError(

@@ -13,7 +13,7 @@ from training_backends.core.errors import (
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["ended_state", "failure_kind", "new_run_record", "option_issues", "require_same"]
+__all__ = ["ended_state", "failure_kind", "new_run_record", "require_options", "require_same"]
 
 
 def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:
@@ -71,15 +71,27 @@ def failure_kind(error: TrainingBackendError) -> FailureKind:
     return names.get(type(error).__name__, "provider")
 
 
-def option_issues(backend: TrainingBackend, error: ValidationError) -> list[Issue]:
-    """Say which options do not fit a backend, and which it has."""
-    known = ", ".join(backend.options_model.model_fields) or "none"
-    return [
-        Issue(
-            code=detail["type"],
-            message=detail["msg"],
-            field=".".join(("options", *(str(part) for part in detail["loc"]))),
-            fix=f"options of {backend.name}: {known}",
-        )
-        for detail in error.errors(include_url=False)
-    ]
+def require_options(backend: TrainingBackend, config: TrainingConfig) -> None:
+    """Check a configuration's options with the backend's own model.
+
+    Raises:
+        ConfigError: It says which do not fit, and which options there are.
+    """
+    try:
+        backend.options_model.model_validate(config.options)
+    except ValidationError as error:
+        known = ", ".join(backend.options_model.model_fields) or "none"
+        issues = [
+            Issue(
+                code=detail["type"],
+                message=detail["msg"],
+                field=".".join(("options", *(str(part) for part in detail["loc"]))),
+                fix=f"options of {backend.name}: {known}",
+            )
+            for detail in error.errors(include_url=False)
+        ]
+        raise ConfigError(
+            f"The options are not those of the backend {backend.name!r}.",
+            issues=issues,
+            backend=backend.name,
+        ) from None

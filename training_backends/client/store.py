@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
 
 from training_backends.client.sqlite import create_file, sqlite_engine
 from training_backends.core.backend import JSONValue
-from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
+from training_backends.core.errors import ConfigError, DuplicateRun, RunNotFound, StoreError
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
@@ -53,9 +53,23 @@ class RunStore:
     """Runs and journals. Every method is one durable transaction, safe across processes."""
 
     def __init__(self, url: str) -> None:
-        self._url = sa.make_url(url)
-        is_sqlite = self._url.get_backend_name() == "sqlite"
-        engine = sqlite_engine(self._url) if is_sqlite else sa.create_engine(self._url)
+        """Open the store at a SQLAlchemy URL; nothing is read or written yet.
+
+        Raises:
+            ConfigError: The URL cannot be read, or its driver is not installed.
+        """
+        try:
+            self._url = sa.make_url(url)
+            is_sqlite = self._url.get_backend_name() == "sqlite"
+            engine = sqlite_engine(self._url) if is_sqlite else sa.create_engine(self._url)
+        except (ArgumentError, ImportError) as error:
+            # The URL may hold a password, so only what was wrong with it is repeated.
+            reason = type(error).__name__ if isinstance(error, ArgumentError) else str(error)
+            raise ConfigError(
+                f"The run store's URL cannot be used ({reason}).",
+                hint="TRAINING_BACKENDS_STORE_URL is a SQLAlchemy URL such as "
+                "sqlite:///runs.db; another database needs its driver installed.",
+            ) from None
         self._engine = engine.execution_options(writes=True)
         self._ready = False
 

@@ -144,7 +144,10 @@ class LocalBackend(TrainingBackend):
             cursor = Cursor.parse(after)
         except ValueError as error:
             raise ConfigError(
-                f"{after!r} is no cursor of this run's log.", backend=self.name, run_id=run.id
+                f"{after!r} is no cursor of this run's log.",
+                hint="`logs --json` gives a cursor with each record.",
+                backend=self.name,
+                run_id=run.id,
             ) from error
         pause = _POLL_FIRST
         while True:

@@ -16,7 +16,10 @@ class LocalOptions(BaseModel):
         default="auto", description="Where to train; auto takes a GPU if there is one."
     )
     max_runs: int = Field(
-        default=1, ge=1, description="Runs that may train at once; others wait in the queue."
+        default=1,
+        ge=1,
+        le=1024,
+        description="Runs that may train at once; others wait in the queue.",
     )
     checkpoint_every: int | None = Field(
         default=None,
@@ -24,10 +27,13 @@ class LocalOptions(BaseModel):
         description="Steps between checkpoints; a tenth of the run if not given.",
     )
     keep_checkpoints: int = Field(
-        default=3, ge=1, description="How many of the newest checkpoints stay on disk."
+        default=3, ge=1, le=10_000, description="How many of the newest checkpoints stay on disk."
     )
     micro_batch_size: int | None = Field(
-        default=None, ge=1, description="Rows in memory at a time; must divide batch_size."
+        default=None,
+        ge=1,
+        le=2**16,
+        description="Rows in memory at a time; must divide batch_size.",
     )
     max_invalid_fraction: float = Field(
         default=0.0,
@@ -38,4 +44,6 @@ class LocalOptions(BaseModel):
     sample_prompt: str | None = Field(
         default=None, description="Asked before the first and after the last step."
     )
-    sample_max_tokens: int = Field(default=64, ge=1, description="Longest answer to it.")
+    sample_max_tokens: int = Field(
+        default=64, ge=1, le=32_768, description="Longest answer to it, in tokens."
+    )

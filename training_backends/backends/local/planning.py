@@ -20,6 +20,8 @@ MODELS_OFFERED: Final = (
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEFAULT_EPOCHS: Final = 3.0
 _SEEDS: Final = 2**32
+# Where the driver shows itself: natively, under WSL, and AMD's, which torch calls cuda too.
+_GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
 def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
@@ -93,6 +95,14 @@ def _hyperparameter_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"use {TINY_POSITIONS} or less",
         )
     options = LocalOptions.model_validate(config.options)
+    if options.device == "cuda" and not any(map(Path.exists, _GPU_DEVICES)):
+        yield Issue(
+            code="no_gpu",
+            message="a GPU is asked for and this machine shows none",
+            field="options.device",
+            fix="use auto or cpu",
+            severity="warning",
+        )
     batch_size = settled_values(config)["batch_size"]
     if options.micro_batch_size and batch_size % options.micro_batch_size:
         yield _unsupported(

@@ -44,9 +44,7 @@ def _config_issues(config: TrainingConfig) -> Iterator[Issue]:
     if config.method == "dpo":
         yield _lacking("method", "preference training (dpo)", "use `sft`, or another backend")
     if config.tuning is not None:
-        yield _lacking(
-            "tuning", "a choice of what is tuned", "leave it out, or use another backend"
-        )
+        yield _lacking("tuning", "word for what is tuned", "leave it out, or use another backend")
     sent = sent_fields(config)
     for name, value in config.hyperparameters.model_dump(exclude_none=True).items():
         if name not in sent:
@@ -86,7 +84,7 @@ def _data_issues(config: TrainingConfig, dataset: Dataset, *, hosted: bool) -> I
                 code="file_too_large",
                 message=f"{file.size} bytes; the protocol takes {MAX_FILE_BYTES}",
                 path=str(file.path),
-                fix="`training-backends data shard` cuts it; any number of files can be used",
+                fix="cut it between two lines; any number of files can be trained on",
             )
         wanted = config.method == "classifier"
         if file.sample_type is not None and (file.sample_type == "classifier") is not wanted:
