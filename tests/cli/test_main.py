@@ -268,9 +268,10 @@ def test_an_error_ends_a_stream_of_json_lines(run: Run) -> None:
 
 def test_the_unforeseen_is_said_without_a_traceback(run: Run) -> None:
     """Exit code 1 in plain words; the log shows where it was when it is asked to."""
-    url = {"TRAINING_BACKENDS_STORE_URL": "nonsense://user:secret-word@host/x"}
-    done = run("list", "--json", **url)
-    shown = run("list", TRAINING_BACKENDS_LOG_LEVEL="debug", **url)
+    # A home that can be no directory, met by a command that does not look for that.
+    home = {"TRAINING_BACKENDS_HOME": "/dev/null/password=secret-word"}
+    done = run("keys", "list", "--json", **home)
+    shown = run("keys", "list", TRAINING_BACKENDS_LOG_LEVEL="debug", **home)
     assert (done.code, done.document["error"]["exit_code"]) == (1, 1)
     assert "Traceback" not in done.err
     assert "secret-word" not in done.out + done.err + shown.err

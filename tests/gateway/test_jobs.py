@@ -204,6 +204,8 @@ async def test_created_by_me_knows_the_key(here: Site) -> None:
     ("fields", "place"),
     [
         ({"hyperparameters": {"n_epochs": 3}}, ["body", "hyperparameters", "n_epochs"]),
+        ({"hyperparameters": {"seq_len": 10**9}}, ["body", "hyperparameters", "seq_len"]),
+        ({"hyperparameters": {"epochs": 1e9}}, ["body", "hyperparameters", "epochs"]),
         ({"hyperparameters": {"trainingSteps": 3}}, ["body", "hyperparameters", "trainingSteps"]),
         ({"hyperparameters": {"learning_rate": 2}}, ["body", "hyperparameters", "learning_rate"]),
         (

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from training_backends.mistral.errors import ErrorItem, validation_body
 
-__all__ = ["Refusal", "invalid", "not_found", "plain"]
+__all__ = ["Refusal", "invalid", "misfit", "not_found", "plain"]
 
 
 class Refusal(Exception):
@@ -34,6 +36,15 @@ def plain(status: int, sentence: str, **more: Any) -> Refusal:
 def not_found(what: str) -> Refusal:
     """Say in the service's words that there is no such thing."""
     return plain(404, f"No {what} matches the given query.")
+
+
+def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
+    """Refuse every field of one part of the request that does not fit its model."""
+    items: list[ErrorItem] = [
+        {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
+        for detail in error.errors(include_url=False, include_input=False)
+    ]
+    return Refusal(422, validation_body(items))
 
 
 def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> Refusal:

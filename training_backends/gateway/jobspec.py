@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import (
@@ -16,7 +18,7 @@ from training_backends.core.config import (
     WandbIntegration,
 )
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.errors import invalid, plain
+from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.gateway.files import StoredFile
 from training_backends.mistral.errors import no_model_message
 from training_backends.mistral.wire import ClassifierTargetIn, JobIn
@@ -67,6 +69,7 @@ def check_job(
     suffix = request.suffix or None
     similar: list[Any] = [request.model, job_type, suffix, hyperparameters, targets]
     similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
+    _require_within_bounds(hyperparameters, training_files, targets)
     return CheckedJob(
         request=request,
         offer=offer,
@@ -99,6 +102,27 @@ def make_config(job: CheckedJob, files: Mapping[str, StoredFile], job_id: str) -
         ),
         integrations=_integrations(job, job_id),
     )
+
+
+def _require_within_bounds(
+    hyperparameters: Mapping[str, Any],
+    training_files: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+) -> None:
+    """Refuse what the protocol allows and a configuration does not, such as endless steps."""
+    parts: list[tuple[list[str | int], type[BaseModel], Mapping[str, Any]]] = [
+        (["body", "hyperparameters"], Hyperparameters, hyperparameters)
+    ]
+    for index, file in enumerate(training_files):
+        source = {"path": file["file_id"], "weight": file["weight"]}
+        parts.append((["body", "training_files", index], DataSource, source))
+    for index, target in enumerate(targets):
+        parts.append((["body", "classifier_targets", index], ClassifierTarget, target))
+    for place, model, values in parts:
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            raise misfit(place, error) from None
 
 
 def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabilities) -> Offer:
