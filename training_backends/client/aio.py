@@ -1,6 +1,6 @@
 """The asynchronous client: launches runs, remembers them, follows and ends them."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,11 @@ from training_backends.client.journal import (
     LaunchWatch,
     OnProgress,
     OnUpdate,
-    StoreJournal,
 )
-from training_backends.client.locks import is_launching, launch_lock
+from training_backends.client.launching import RunRecords, Start
+from training_backends.client.locks import launch_lock
 from training_backends.client.records import (
     ended_state,
-    failure_kind,
     new_run_record,
     require_options,
     require_same,
@@ -29,29 +28,22 @@ from training_backends.client.store import RunStore
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,
-    Journal,
     TrainingBackend,
 )
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendUnavailable,
-    BudgetExceeded,
     ConfigError,
-    DuplicateRun,
     RateLimited,
     RunNotFound,
-    TrainingBackendError,
-    UnsupportedOperation,
     WaitTimeout,
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logs import get_logger
 from training_backends.core.registry import backend_class
 from training_backends.core.run import (
-    Failure,
     LogRecord,
-    RunState,
     TrainingRun,
     ValidationReport,
     new_run_id,
@@ -65,12 +57,6 @@ __all__ = ["AsyncTrainingClient"]
 
 log = get_logger()
 
-_Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
-"""Has a backend start a run: `launch`, or `resume` from another one."""
-_LAUNCHED = "launched"
-"""Journal step that is finished once the provider accepted the start."""
-_CHECKPOINT = "checkpoint"
-"""Journal step that remembers from where a resumed run starts."""
 _FIRST_POLL, _LONGEST_POLL = 0.2, 15.0
 """Seconds between two looks at a run: a tenth of the time watched, within these."""
 _FOLLOW_LOOK = 5.0
@@ -108,6 +94,7 @@ class AsyncTrainingClient:
         self._backends: dict[str, TrainingBackend] = dict(backends or {})
         self._own: list[TrainingBackend] = []
         self._locks = self.home / "locks"
+        self._records = RunRecords(self._store, self._locks)
         self._making = anyio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -209,14 +196,14 @@ class AsyncTrainingClient:
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = new_run_record(run_id, backend, config)
         async with launch_lock(self._locks, run_id):
-            known = await self._known(run_id)
+            known = await self._records.known(run_id)
             if known is None:
                 estimate = await self._prepare(chosen, config, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
             else:
                 require_same(known, run)
-            return await self._launch(run_id, watch, chosen.launch)
+            return await self._records.launch(run_id, watch, chosen.launch)
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as it was last seen, by its id or a unique beginning of it."""
@@ -225,13 +212,13 @@ class AsyncTrainingClient:
     async def status(self, run_id: str) -> TrainingRun:
         """Ask the provider where a run stands, remember it and return the run."""
         run = await self.get(run_id)
-        if run.status.is_terminal or not await self._may_be_at_provider(run):
+        if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
         backend = await self._backend(run.backend)
         try:
-            return await self._saw(run, await backend.status(run))
+            return await self._records.saw(run, await backend.status(run))
         except RunNotFound:
-            if await self._was_launched(run):
+            if await self._records.was_launched(run):
                 raise
             return run  # its launch was cut off before the provider had it
 
@@ -288,11 +275,11 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if run.status.is_terminal:
             return run
-        if await self._may_be_at_provider(run):
+        if await self._records.may_be_at_provider(run):
             try:
                 return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
             except RunNotFound:
-                if await self._was_launched(run):
+                if await self._records.was_launched(run):
                     raise
         run = await self._cancel_unlaunched(run)
         if run.status.is_terminal:
@@ -302,7 +289,7 @@ class AsyncTrainingClient:
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
         backend = await self._backend(run.backend)
         await backend.stop(run, save_checkpoint=save_checkpoint)
-        return await self._saw(run, await backend.status(run))
+        return await self._records.saw(run, await backend.status(run))
 
     async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
         """Cancel a run that its provider does not have; leave it alone if it got there meanwhile.
@@ -313,8 +300,8 @@ class AsyncTrainingClient:
         with anyio.move_on_after(_LAUNCH_PATIENCE):
             async with launch_lock(self._locks, run.id):
                 now = await self.get(run.id)
-                if now.remote_id == run.remote_id and not await self._was_launched(now):
-                    return await self._saw(now, ended_state(TrainingStatus.CANCELLED))
+                if now.remote_id == run.remote_id and not await self._records.was_launched(now):
+                    return await self._records.saw(now, ended_state(TrainingStatus.CANCELLED))
                 return now
         now = await self.get(run.id)
         if now.remote_id == run.remote_id and not now.status.is_terminal:
@@ -334,7 +321,7 @@ class AsyncTrainingClient:
         """
         run = await self.status(run_id)
         backend = await self._backend(run.backend)
-        if not run.status.is_terminal and not await self._was_launched(run):
+        if not run.status.is_terminal and not await self._records.was_launched(run):
             return await self._launch_again(run, backend, checkpoint)
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
@@ -345,24 +332,24 @@ class AsyncTrainingClient:
         )
         new_run = new_run.model_copy(update={"resumed_from": run.id})
         async with launch_lock(self._locks, new_run.id):
-            known = await self._known(new_run.id)
+            known = await self._records.known(new_run.id)
             if known is None:
                 await to_thread.run_sync(self._store.insert, new_run)
             else:
                 require_same(known, new_run)
-            return await self._launch(
-                new_run.id, LaunchWatch(), self._resuming(backend, run, checkpoint)
+            return await self._records.launch(
+                new_run.id, LaunchWatch(), self._records.resuming(backend, run, checkpoint)
             )
 
     async def _launch_again(
         self, run: TrainingRun, backend: TrainingBackend, checkpoint: str | None
     ) -> TrainingRun:
         """Go on with a launch that was cut off, as what it was: a start or a resumption."""
-        start: _Start = backend.launch
+        start: Start = backend.launch
         if run.resumed_from is not None:
-            start = self._resuming(backend, await self.get(run.resumed_from), checkpoint)
+            start = self._records.resuming(backend, await self.get(run.resumed_from), checkpoint)
         async with launch_lock(self._locks, run.id):
-            return await self._launch(run.id, LaunchWatch(), start)
+            return await self._records.launch(run.id, LaunchWatch(), start)
 
     async def download(self, run_id: str, target: Path) -> Path:
         """Fetch the finished model of a run into `target`; it appears whole or not at all.
@@ -436,96 +423,13 @@ class AsyncTrainingClient:
             await watch.decide(estimate)
         return estimate
 
-    async def _launch(
-        self,
-        run_id: str,
-        watch: LaunchWatch,
-        start: _Start,
-    ) -> TrainingRun:
-        """Have the backend start a recorded run, unless it was started before."""
-        run = await self.get(run_id)
-        if run.status.is_terminal or await self._was_launched(run):
-            return run
-        journal = StoreJournal(self._store, run_id, watch)
-        try:
-            state = await start(run.model_copy(update={"failure": None}), journal)
-        except TrainingBackendError as error:
-            error.run_id = error.run_id or run_id
-            await self._launch_failed(run, error)
-            raise
-
-        async def accepted() -> str:
-            return state.remote_id or run_id
-
-        await journal.step(_LAUNCHED, accepted, repeatable=True)
-        return await self._saw(run, state, forget_failure=True)
-
-    def _resuming(
-        self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
-    ) -> _Start:
-        """Return what starts a run as the continuation of `source`."""
-
-        async def start(run: TrainingRun, journal: Journal) -> RunState:
-            async def choose() -> str | None:
-                return checkpoint
-
-            # A repeated resumption goes on from where the first one was asked to.
-            chosen = await journal.step(_CHECKPOINT, choose, repeatable=True)
-            wanted = checkpoint if chosen is None else str(chosen)
-            if checkpoint not in {None, wanted}:
-                raise DuplicateRun(
-                    f"The run {run.id!r} is being resumed from {wanted} already.",
-                    hint="Leave the checkpoint out, or choose another --id.",
-                    other=run.id,
-                )
-            try:
-                return await backend.resume(source, run, journal, checkpoint=wanted)
-            except (ConfigError, UnsupportedOperation):
-                # It cannot start there: the next try may name another one, or none.
-                await to_thread.run_sync(self._store.forget, run.id, _CHECKPOINT)
-                raise
-
-        return start
-
-    async def _launch_failed(self, run: TrainingRun, error: TrainingBackendError) -> None:
-        """Remember why a launch did not work; only a refused price ends the run."""
-        if isinstance(error, BudgetExceeded):
-            failure = Failure(kind="quota", message=error.message)
-            ended = ended_state(TrainingStatus.CANCELLED, failure)
-            await self._saw(run, ended)
-            return
-        failure = Failure(kind=failure_kind(error), message=error.message, retryable=True)
-        await to_thread.run_sync(
-            self._store.update, run.id, lambda now: now.model_copy(update={"failure": failure})
-        )
-
-    async def _saw(
-        self, run: TrainingRun, state: RunState, *, forget_failure: bool = False
-    ) -> TrainingRun:
-        def change(now: TrainingRun) -> TrainingRun:
-            if forget_failure:
-                now = now.model_copy(update={"failure": None})
-            return now.updated(state)
-
-        seen = await to_thread.run_sync(self._store.update, run.id, change)
-        if seen.status is not run.status:
-            log.info("run changed", run_id=run.id, before=run.status, status=seen.status)
-        if seen.status is not state.status:
-            log.warning(
-                "run that is over is told of otherwise",
-                run_id=run.id,
-                status=seen.status,
-                told=state.raw_status or state.status,
-            )
-        return seen
-
     async def _wait_for(self, run_id: str) -> TrainingRun:
         watched_since = anyio.current_time()
         while True:
             run = await self._look(run_id)
             if run.status.is_terminal:
                 return run
-            if await self._is_abandoned(run):
+            if await self._records.is_abandoned(run):
                 again = (
                     f"`training-backends resume {run.id}` goes on with it."
                     if run.resumed_from
@@ -545,25 +449,3 @@ class AsyncTrainingClient:
         except (BackendUnavailable, RateLimited) as error:
             log.warning("run cannot be seen now", run_id=run_id, reason=error.message)
             return await self.get(run_id)
-
-    async def _known(self, run_id: str) -> TrainingRun | None:
-        try:
-            run = await self.get(run_id)
-        except RunNotFound:
-            return None
-        return run if run.id == run_id else None
-
-    async def _is_abandoned(self, run: TrainingRun) -> bool:
-        """Tell whether a run will stand still, because nobody launches it any more."""
-        if run.status not in {TrainingStatus.PENDING, TrainingStatus.READY}:
-            return False
-        # In this order: a launch that ends between the two looks has left its mark.
-        launching = await to_thread.run_sync(is_launching, self._locks, run.id)
-        return not launching and not await self._was_launched(run)
-
-    async def _may_be_at_provider(self, run: TrainingRun) -> bool:
-        return run.remote_id is not None or await self._was_launched(run)
-
-    async def _was_launched(self, run: TrainingRun) -> bool:
-        entry = await to_thread.run_sync(self._store.entry, run.id, _LAUNCHED)
-        return entry is not None

@@ -1,0 +1,156 @@
+"""The records of runs on their way to a provider: launched once, continued, brought up to date."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from anyio import to_thread
+
+from training_backends.client.journal import LaunchWatch, StoreJournal
+from training_backends.client.locks import is_launching
+from training_backends.client.records import ended_state, failure_kind
+from training_backends.client.store import RunStore
+from training_backends.core.backend import Journal, TrainingBackend
+from training_backends.core.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DuplicateRun,
+    RunNotFound,
+    TrainingBackendError,
+    UnsupportedOperation,
+)
+from training_backends.core.logs import get_logger
+from training_backends.core.run import Failure, RunState, TrainingRun
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["RunRecords", "Start"]
+
+log = get_logger()
+
+Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
+"""Has a backend start a run: `launch`, or `resume` from another one."""
+_LAUNCHED = "launched"
+"""Journal step that is finished once the provider accepted the start."""
+_CHECKPOINT = "checkpoint"
+"""Journal step that remembers from where a resumed run starts."""
+
+
+class RunRecords:
+    """What the client does with its store besides reading it.
+
+    Args:
+        locks: Directory of the locks that make a launch exclusive on this machine.
+    """
+
+    def __init__(self, store: RunStore, locks: Path) -> None:
+        self._store = store
+        self._locks = locks
+
+    async def known(self, run_id: str) -> TrainingRun | None:
+        """Return the run with exactly this id, or None."""
+        try:
+            run = await to_thread.run_sync(self._store.get, run_id)
+        except RunNotFound:
+            return None
+        return run if run.id == run_id else None
+
+    async def was_launched(self, run: TrainingRun) -> bool:
+        """Tell whether the provider has accepted the run's start."""
+        entry = await to_thread.run_sync(self._store.entry, run.id, _LAUNCHED)
+        return entry is not None
+
+    async def may_be_at_provider(self, run: TrainingRun) -> bool:
+        """Tell whether asking the provider for the run makes sense."""
+        return run.remote_id is not None or await self.was_launched(run)
+
+    async def is_abandoned(self, run: TrainingRun) -> bool:
+        """Tell whether a run will stand still, because nobody launches it any more."""
+        if run.status not in {TrainingStatus.PENDING, TrainingStatus.READY}:
+            return False
+        # In this order: a launch that ends between the two looks has left its mark.
+        launching = await to_thread.run_sync(is_launching, self._locks, run.id)
+        return not launching and not await self.was_launched(run)
+
+    async def launch(
+        self,
+        run_id: str,
+        watch: LaunchWatch,
+        start: Start,
+    ) -> TrainingRun:
+        """Have the backend start a recorded run, unless it was started before."""
+        run = await to_thread.run_sync(self._store.get, run_id)
+        if run.status.is_terminal or await self.was_launched(run):
+            return run
+        journal = StoreJournal(self._store, run_id, watch)
+        try:
+            state = await start(run.model_copy(update={"failure": None}), journal)
+        except TrainingBackendError as error:
+            error.run_id = error.run_id or run_id
+            await self._launch_failed(run, error)
+            raise
+
+        async def accepted() -> str:
+            return state.remote_id or run_id
+
+        await journal.step(_LAUNCHED, accepted, repeatable=True)
+        return await self.saw(run, state, forget_failure=True)
+
+    def resuming(
+        self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
+    ) -> Start:
+        """Return what starts a run as the continuation of `source`."""
+
+        async def start(run: TrainingRun, journal: Journal) -> RunState:
+            async def choose() -> str | None:
+                return checkpoint
+
+            # A repeated resumption goes on from where the first one was asked to.
+            chosen = await journal.step(_CHECKPOINT, choose, repeatable=True)
+            wanted = checkpoint if chosen is None else str(chosen)
+            if checkpoint not in {None, wanted}:
+                raise DuplicateRun(
+                    f"The run {run.id!r} is being resumed from {wanted} already.",
+                    hint="Leave the checkpoint out, or choose another --id.",
+                    other=run.id,
+                )
+            try:
+                return await backend.resume(source, run, journal, checkpoint=wanted)
+            except (ConfigError, UnsupportedOperation):
+                # It cannot start there: the next try may name another one, or none.
+                await to_thread.run_sync(self._store.forget, run.id, _CHECKPOINT)
+                raise
+
+        return start
+
+    async def saw(
+        self, run: TrainingRun, state: RunState, *, forget_failure: bool = False
+    ) -> TrainingRun:
+        """Store what a provider said of a run and return the run with it."""
+
+        def change(now: TrainingRun) -> TrainingRun:
+            if forget_failure:
+                now = now.model_copy(update={"failure": None})
+            return now.updated(state)
+
+        seen = await to_thread.run_sync(self._store.update, run.id, change)
+        if seen.status is not run.status:
+            log.info("run changed", run_id=run.id, before=run.status, status=seen.status)
+        if seen.status is not state.status:
+            log.warning(
+                "run that is over is told of otherwise",
+                run_id=run.id,
+                status=seen.status,
+                told=state.raw_status or state.status,
+            )
+        return seen
+
+    async def _launch_failed(self, run: TrainingRun, error: TrainingBackendError) -> None:
+        """Remember why a launch did not work; only a refused price ends the run."""
+        if isinstance(error, BudgetExceeded):
+            failure = Failure(kind="quota", message=error.message)
+            ended = ended_state(TrainingStatus.CANCELLED, failure)
+            await self.saw(run, ended)
+            return
+        failure = Failure(kind=failure_kind(error), message=error.message, retryable=True)
+        await to_thread.run_sync(
+            self._store.update, run.id, lambda now: now.model_copy(update={"failure": failure})
+        )
