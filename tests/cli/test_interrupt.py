@@ -39,8 +39,6 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
         os.close(theirs)
         try:
             said = _read_until(terminal, "[y/N]")
-            # The question is written before it is waited for.
-            time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             out, _ = process.communicate(timeout=10)
         finally:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.conftest import Site
-from training_backends.core.errors import BackendUnavailable
+from training_backends.core.errors import BackendUnavailable, RunNotFound
 
 pytestmark = pytest.mark.anyio
 
@@ -69,10 +69,11 @@ async def test_deleting_a_model_deletes_its_result(here: Site) -> None:
     """The backend is asked to delete, and the run is forgotten."""
     job = await here.finished()
     gateway = here.served.gateway
-    assert await gateway.result_of(job["id"]) == "model"
+    assert (await gateway.client.get(job["id"])).result_model == "model"
     await here.http.delete(f"/v1/models/{job['fine_tuned_model']}")
     assert here.backend._jobs == {}
-    assert await gateway.result_of(job["id"]) is None
+    with pytest.raises(RunNotFound):
+        await gateway.client.get(job["id"])
 
 
 async def test_a_result_that_cannot_be_deleted_now_is_logged(

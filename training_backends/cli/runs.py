@@ -262,9 +262,16 @@ def _need_consent(
     client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
 ) -> None:
     """Refuse early what could only be refused after an upload: nobody to ask, no limit set."""
-    if not client.backend(backend).capabilities.quotes:
-        return
-    if not (yes or config.budget.max_cost or sys.stdin.isatty()):
+    if client.backend(backend).capabilities.quotes and not _is_agreed(config, yes=yes):
+        _need_terminal()
+
+
+def _is_agreed(config: "TrainingConfig", *, yes: bool) -> bool:
+    return yes or config.budget.max_cost is not None
+
+
+def _need_terminal() -> None:
+    if not sys.stdin.isatty():
         raise typer.BadParameter(
             "launching may cost money and nobody can be asked here; "
             "give --yes, or set budget.max_cost",
@@ -276,14 +283,9 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
     """Return the question asked before money is spent."""
 
     async def agree(estimate: "Estimate") -> bool:
-        if yes or config.budget.max_cost:
+        if _is_agreed(config, yes=yes):
             return True
-        if not sys.stdin.isatty():
-            raise typer.BadParameter(
-                "the cost is not known to be nothing and nobody can be asked here; "
-                "give --yes, or set budget.max_cost",
-                param_hint="--yes",
-            )
+        _need_terminal()
         cost = f"for {estimate.cost}" if estimate.cost else "at a cost that is not known"
         return _ask(f"Start {cost}?")
 

@@ -1,13 +1,13 @@
 """Routes of the fine-tuning API."""
 
 from datetime import datetime
-from typing import Literal
 from uuid import UUID
 
 from fastapi import APIRouter
 
 from training_backends.gateway.jobs import JobFilters
 from training_backends.gateway.routes import Caller, Conflict, Opened, Page, PageSize, answers
+from training_backends.mistral.status import JobStatus
 from training_backends.mistral.wire import (
     ClassifierDetailedJobOut,
     ClassifierJobOut,
@@ -22,18 +22,6 @@ __all__ = ["jobs_router"]
 
 jobs_router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-JobStatus = Literal[
-    "QUEUED",
-    "STARTED",
-    "VALIDATING",
-    "VALIDATED",
-    "RUNNING",
-    "FAILED_VALIDATION",
-    "FAILED",
-    "SUCCESS",
-    "CANCELLED",
-    "CANCELLATION_REQUESTED",
-]
 DetailedJobOut = CompletionDetailedJobOut | ClassifierDetailedJobOut
 
 

@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.errors import DuplicateRun, RunNotFound
+from training_backends.core.errors import DuplicateRun
 from training_backends.core.files import make_private_directory
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.blobs import BlobStore
@@ -50,17 +50,6 @@ class Gateway:
     jobs: JobService
     models: ModelService
     links: LinkSigner
-
-    async def result_of(self, job_id: str) -> str | None:
-        """Return where the model of a job lies, in its backend's words; None before its end.
-
-        The protocol has no download of weights, so this is for programs that run the
-        gateway themselves.
-        """
-        try:
-            return (await self.client.get(job_id)).result_model
-        except RunNotFound:
-            return None
 
 
 @asynccontextmanager

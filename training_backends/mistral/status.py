@@ -2,10 +2,26 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal, get_args
 
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["JOB_STATUSES", "to_status", "to_wire"]
+__all__ = ["JOB_STATUSES", "JobStatus", "to_status", "to_wire"]
+
+JobStatus = Literal[
+    "QUEUED",
+    "STARTED",
+    "VALIDATING",
+    "VALIDATED",
+    "RUNNING",
+    "FAILED_VALIDATION",
+    "FAILED",
+    "SUCCESS",
+    "CANCELLED",
+    "CANCELLATION_REQUESTED",
+]
+JOB_STATUSES: tuple[str, ...] = get_args(JobStatus)
+"""Every status word of the specification."""
 
 _STATUS: Mapping[str, TrainingStatus] = MappingProxyType(
     {
@@ -24,9 +40,6 @@ _STATUS: Mapping[str, TrainingStatus] = MappingProxyType(
 _WORD: Mapping[TrainingStatus, str] = MappingProxyType(
     {status: word for word, status in _STATUS.items() if word != "FAILED_VALIDATION"}
 )
-
-JOB_STATUSES: tuple[str, ...] = tuple(_STATUS)
-"""Every status word of the specification."""
 
 
 def to_status(word: str) -> TrainingStatus:

@@ -1,0 +1,222 @@
+"""What a request for a job may ask for, and how the rest is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import pytest
+import sqlalchemy as sa
+
+from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
+from training_backends.core.errors import StoreError
+from training_backends.gateway.store import GatewayStore
+
+pytestmark = pytest.mark.anyio
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+class Secrets:
+    """Keeps secrets where the test can see them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str | None], str] = {}
+
+    async def set(self, provider: str, secret: Any, profile: str | None = None) -> None:
+        """Keep one."""
+        self.kept[provider, profile] = secret.get_secret_value()
+
+    async def delete(self, provider: str, profile: str | None = None) -> None:
+        """Forget one."""
+        del self.kept[provider, profile]
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"hyperparameters": {"n_epochs": 3}}, ["body", "hyperparameters", "n_epochs"]),
+        ({"hyperparameters": {"seq_len": 10**9}}, ["body", "hyperparameters", "seq_len"]),
+        ({"hyperparameters": {"epochs": 1e9}}, ["body", "hyperparameters", "epochs"]),
+        ({"hyperparameters": {"trainingSteps": 3}}, ["body", "hyperparameters", "trainingSteps"]),
+        ({"hyperparameters": {"learning_rate": 2}}, ["body", "hyperparameters", "learning_rate"]),
+        (
+            {"hyperparameters": {"epochs": 1, "training_steps": 1}},
+            ["body", "hyperparameters"],
+        ),
+        ({"n_epochs": 3}, ["body", "n_epochs"]),
+        ({"suffix": "a" * 19}, ["body", "suffix"]),
+        ({"suffix": "a:b"}, ["body", "suffix"]),
+        ({"training_files": []}, ["body", "training_files"]),
+        ({"training_files": [str(uuid4())]}, ["body", "training_files", 0, "file_id"]),
+        ({"training_files": ["no-id"]}, ["body", "training_files", 0, "file_id"]),
+        ({"validation_files": [str(uuid4())]}, ["body", "validation_files", 0]),
+        (
+            {"repositories": [{"name": "r", "owner": "o", "token": "secret-token"}]},
+            ["body", "repositories"],
+        ),
+        (
+            {"integrations": [{"type": "wandb", "project": "p", "api_key": "k" * 40}]},
+            ["body", "integrations", 0],
+        ),
+        (
+            {"integrations": [{"type": "wandb", "project": "p", "api_key": "short-key"}]},
+            ["body", "integrations", 0, "api_key"],
+        ),
+        ({"invalid_sample_skip_percentage": 0.6}, ["body", "invalid_sample_skip_percentage"]),
+        ({"classifier_targets": []}, None),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_by_name(
+    here: Site, fields: dict[str, Any], place: list[str | int] | None
+) -> None:
+    """The refusal names the field, and never repeats a secret."""
+    answer = await here.try_create(**fields)
+    if place is None:
+        assert answer.status_code == 200
+        return
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == place
+    assert "secret-token" not in answer.text
+    assert "short-key" not in answer.text
+    assert (await here.http.get(JOBS)).json()["total"] == 0
+
+
+async def test_a_model_that_is_not_offered_is_refused_with_those_that_are(here: Site) -> None:
+    """The service's words, with a list that is not empty."""
+    answer = await here.try_create(model="gpt-4")
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith(
+        "Model not available for this type of fine-tuning (completion). Available model(s): "
+        "tiny-mistral, open-mistral-7b"
+    )
+
+
+async def test_a_kind_of_job_that_the_backend_lacks_is_refused_in_a_sentence(here: Site) -> None:
+    """Not in the words that clients read as: retired."""
+    targets = [{"name": "mood", "labels": ["good", "bad"]}]
+    answer = await here.try_create(job_type="classifier", classifier_targets=targets)
+    assert answer.status_code == 422
+    assert "classifier" in answer.json()["detail"]
+    assert "Available model(s)" not in answer.json()["detail"]
+
+
+async def test_files_for_another_purpose_are_no_training_files(here: Site) -> None:
+    """A batch file is refused by its place."""
+    batch = await here.upload(b"{}\n", "b.jsonl", purpose="batch")
+    answer = await here.try_create(files=[batch])
+    assert answer.json()["detail"][0]["type"] == "file_purpose"
+
+
+async def test_a_classifier_job_has_its_targets(tmp_path: Path) -> None:
+    """Where the backend can, a classifier is trained and named as one."""
+    catalogue = tmp_path / "catalogue.toml"
+    catalogue.write_text('[models.small]\ntarget = "small"\njob_types = ["classifier"]\n')
+    backend = scripted(methods=frozenset({"sft", "classifier"}))
+    async with site(tmp_path / "home", backend, catalogue=catalogue) as here:
+        rows = [{"text": "fine", "labels": {"mood": "good"}}]
+        fields: dict[str, Any] = {
+            "files": [await here.upload(jsonl(rows))],
+            "model": "small",
+            "classifier_targets": [{"name": "mood", "labels": ["good", "bad"]}],
+        }
+        wrong = {"hyperparameters": {"training_steps": 1, "fim_ratio": 0.5}}
+        refused = await here.try_create(**{**fields, **wrong})
+        assert refused.json()["detail"][0]["loc"] == ["body", "hyperparameters", "fim_ratio"]
+        done = await here.finished(**fields)
+        assert done["job_type"] == "classifier"
+        assert done["fine_tuned_model"].startswith("ft:classifier:small:")
+        assert done["classifier_targets"] == [
+            {
+                "name": "mood",
+                "labels": ["good", "bad"],
+                "weight": 1.0,
+                "loss_function": "single_class",
+            }
+        ]
+        renamed = await here.http.patch(
+            f"/v1/fine_tuning/models/{done['fine_tuned_model']}", json={"name": "n"}
+        )
+        assert renamed.json()["model_type"] == "classifier"
+        assert renamed.json()["classifier_targets"][0]["name"] == "mood"
+
+
+async def test_a_similar_job_is_refused_while_the_first_is_under_way(here: Site) -> None:
+    """409 names the other; once it is over the same is welcome again."""
+    file_id = await here.upload()
+    first = await here.create(files=[file_id])
+    answer = await here.try_create(files=[file_id])
+    assert (answer.status_code, answer.json()["job_id"]) == (409, first["id"])
+    await here.create(files=[file_id], suffix="else")
+    await here.http.post(f"{JOBS}/{first['id']}/cancel")
+    await here.create(files=[file_id])
+
+
+async def test_of_many_similar_jobs_at_once_one_is_made(here: Site) -> None:
+    """Whoever comes first; the others hear of it."""
+    file_id = await here.upload()
+    codes: list[int] = []
+
+    async def one() -> None:
+        codes.append((await here.try_create(files=[file_id])).status_code)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(6):
+            tasks.start_soon(one)
+    assert sorted(codes) == [200, 409, 409, 409, 409, 409]
+
+
+async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is named in the configuration and written nowhere in the gateway's home."""
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
+        secrets = Secrets()
+        monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
+        monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
+        key = "w" * 40
+        wandb = {"type": "wandb", "project": "p", "name": "n", "api_key": key}
+        job_id, remote = await here.started(integrations=[wandb])
+        assert secrets.kept == {("wandb", f"job-{job_id}"): key}
+        job = await here.get(job_id)
+        assert job["integrations"][0]["project"] == "p"
+        for query, total in (("wandb_project=p", 1), ("wandb_name=n", 1), ("wandb_name=x", 0)):
+            assert (await here.http.get(f"{JOBS}?{query}")).json()["total"] == total
+        here.backend.finish(remote)
+        await here.until(job_id, "SUCCESS")
+        assert key.encode() not in (tmp_path / "gateway" / "gateway.db").read_bytes()
+        assert key.encode() not in (tmp_path / "gateway" / "runs.db").read_bytes()
+
+        async def forgotten() -> bool:
+            return not secrets.kept
+
+        await eventually(forgotten)
+
+
+async def test_a_job_that_cannot_be_stored_leaves_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever delete the key of a job that there is not."""
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
+        secrets = Secrets()
+        monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
+        monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
+        file_id = await here.upload()
+
+        async def full(store: GatewayStore, work: Callable[[sa.Connection], Any]) -> Any:
+            raise StoreError("The database cannot be used: disk is full")
+
+        monkeypatch.setattr(GatewayStore, "awrite", full)
+        wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
+        answer = await here.try_create(files=[file_id], integrations=[wandb])
+        assert (answer.status_code, secrets.kept) == (503, {})
+
+
+async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> None:
+    """Without a keyring the job is refused instead of writing the key down."""
+    async with site(tmp_path, scripted(integrations=frozenset({"wandb"}))) as here:
+        wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
+        answer = await here.try_create(integrations=[wandb])
+        assert answer.status_code == 422
+        assert answer.json()["detail"][0]["loc"] == ["body", "integrations", 0, "api_key"]
