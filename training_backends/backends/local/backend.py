@@ -18,7 +18,7 @@ from training_backends.backends.local.options import LocalOptions
 from training_backends.backends.local.planning import build_spec, defaults_taken, find_issues
 from training_backends.backends.local.process import spawn
 from training_backends.backends.local.records import Cursor, read_records
-from training_backends.backends.local.state import has_begun, read_state
+from training_backends.backends.local.state import has_begun, read_ending, read_state
 from training_backends.core.backend import BackendContext, Health, Journal, TrainingBackend
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
@@ -166,7 +166,7 @@ class LocalBackend(TrainingBackend):
 
     def _stop(self, run: TrainingRun, save_checkpoint: bool) -> None:  # noqa: FBT001  # for a thread
         directory = self._existing(run)
-        if read_state(directory).status.is_terminal:
+        if read_ending(directory):
             return
         with _disk(run):
             try:
@@ -203,7 +203,7 @@ class LocalBackend(TrainingBackend):
         return await self._start(new_run, journal)
 
     def _copy(self, run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:
-        if not read_state(source).status.is_terminal:
+        if not read_ending(source):
             raise DuplicateRun(
                 f"The run {run.id} still trains.",
                 other=run.id,
@@ -270,7 +270,7 @@ class LocalBackend(TrainingBackend):
 
     def _delete(self, run: TrainingRun) -> None:
         directory = self._existing(run)
-        if not read_state(directory).status.is_terminal:
+        if not read_ending(directory):
             raise self.unsupported("delete a run that is not over", "Stop it first.")
         shutil.rmtree(directory.path)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
-from training_backends.backends.local.state import ENGINE_STATUS, LOST, metrics_of, read_state
+from training_backends.backends.local.state import ENGINE_STATUS, LOST, metrics_of, read_ending
 from training_backends.core.run import LogRecord, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
@@ -46,15 +46,14 @@ def read_records(run: RunDir, after: Cursor) -> tuple[list[LogRecord], bool]:
     """Return what is new behind a cursor, in order, and whether nothing more will come."""
     if after.ended:
         return [], True
-    state = read_state(run)  # first: what is written later is read next time, so none is missed
-    over = state.status.is_terminal
-    limit = None if over else utc_now() - _SETTLED
+    ending = read_ending(run)  # first: what is written later is read next time, none is missed
+    limit = None if ending else utc_now() - _SETTLED
     records = list(_merged(run, after, limit))
-    if over and state.failure == LOST:
+    if ending and ending.failure == LOST:
         # The process could not say it itself, so the log would end in mid-sentence.
         cursor = Cursor.parse(records[-1].cursor) if records else after
-        records.append(_lost(state.finished_at or utc_now(), cursor))
-    return records, over
+        records.append(_lost(ending.at or utc_now(), cursor))
+    return records, ending is not None
 
 
 def _lost(at: datetime, cursor: Cursor) -> LogRecord:

@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from training_backends.backends.local.process import took_lock
 from training_backends.core.run import Checkpoint, Failure, RunState
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
-__all__ = ["ENGINE_STATUS", "LOST", "has_begun", "read_state"]
+__all__ = ["ENGINE_STATUS", "LOST", "Ending", "has_begun", "read_ending", "read_state"]
 
 START_PATIENCE: Final = 60.0
 """Seconds in which a process must take its lock; more means that it died before that."""
@@ -42,19 +43,31 @@ def has_begun(run: RunDir) -> bool:
     return run.is_active() or run.exit.is_file()
 
 
+class Ending(NamedTuple):
+    """How a run ended, and when if it could still say so."""
+
+    failure: Failure | None
+    at: datetime | None
+
+
+def read_ending(run: RunDir) -> Ending | None:
+    """Say how a run ended, or None while it goes on; cheap, for it reads no metrics."""
+    status, _, record = _status(run, _events(run))
+    if not status.is_terminal:
+        return None
+    return Ending(_failure(status, record), record.at if record else None)
+
+
 def read_state(run: RunDir) -> RunState:
     """Read where a run stands; blocks for as long as the files take."""
-    events = [event for event, _ in run.read_events()]
+    events = _events(run)
     rows = [row for row, _ in run.read_metrics()]
     status, raw, record = _status(run, events)
-    failure = record.failure if record else None
-    if status is TrainingStatus.FAILED and failure is None:
-        failure = LOST
     return RunState(
         status=status,
         raw_status=raw,
         remote_id=run.path.name,
-        failure=failure,
+        failure=_failure(status, record),
         started_at=next((e.at for e in events if _word(e) == "running"), None),
         finished_at=record.at if record else None,
         step=rows[-1].step if rows else None,
@@ -63,6 +76,16 @@ def read_state(run: RunDir) -> RunState:
         checkpoints=_checkpoints(run, events) or None,
         result_model=str(run.path / record.result.path) if record and record.result else None,
     )
+
+
+def _events(run: RunDir) -> list[Event]:
+    return [event for event, _ in run.read_events()]
+
+
+def _failure(status: TrainingStatus, record: ExitRecord | None) -> Failure | None:
+    if record and record.failure:
+        return record.failure
+    return LOST if status is TrainingStatus.FAILED else None
 
 
 def _status(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str, ExitRecord | None]:
