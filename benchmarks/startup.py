@@ -15,6 +15,14 @@ COMMANDS = {
     "import training_backends": ["-c", "import training_backends"],
     "… and an error class": ["-c", "from training_backends import RunNotFound"],
     "training-backends --help": ["-m", "training_backends", "--help"],
+    "… rendered with rich": [
+        "-c",
+        (
+            "from training_backends.cli.main import app\n"
+            "app.rich_markup_mode = 'rich'\n"
+            "app(['--help'])"
+        ),
+    ],
     "import httpx": ["-c", "import httpx"],
     "import mistralai.client": ["-c", "import mistralai.client"],
 }
