@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from training_backends.client.aio import AsyncTrainingClient
     from training_backends.client.sync import TrainingClient
+    from training_backends.client.watcher import Watcher
     from training_backends.core.backend import (
         BackendContext,
         CredentialSource,
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
         Checkpoint,
         Failure,
         LogRecord,
+        Observation,
         RunState,
+        Staleness,
         TrainingRun,
         ValidationReport,
     )
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "client.aio": ("AsyncTrainingClient",),
     "client.sync": ("TrainingClient",),
+    "client.watcher": ("Watcher",),
     "core.backend": (
         "BackendContext",
         "CredentialSource",
@@ -117,7 +121,9 @@ _HOMES = {
         "Checkpoint",
         "Failure",
         "LogRecord",
+        "Observation",
         "RunState",
+        "Staleness",
         "TrainingRun",
         "ValidationReport",
     ),
@@ -159,6 +165,7 @@ __all__ = [
     "Journal",
     "LogRecord",
     "Money",
+    "Observation",
     "PayloadTooLarge",
     "PermissionDenied",
     "PriceSource",
@@ -168,6 +175,7 @@ __all__ = [
     "RemoteRun",
     "RunNotFound",
     "RunState",
+    "Staleness",
     "StoreError",
     "TrainingBackend",
     "TrainingBackendError",
@@ -181,6 +189,7 @@ __all__ = [
     "VaultLocked",
     "WaitTimeout",
     "WandbIntegration",
+    "Watcher",
     "__version__",
     "backend_class",
     "installed_backends",

@@ -1,6 +1,5 @@
 """The asynchronous client: launches once, remembers, follows, ends."""
 
-from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
+from tests.client.conftest import MakeConfig
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
@@ -27,36 +27,12 @@ from training_backends import (
     WaitTimeout,
 )
 from training_backends.client import aio
-from training_backends.client.locks import launch_lock
+from training_backends.client.records import launch_lease
 from training_backends.core.backend import Journal
 from training_backends.core.run import RunState
 from training_backends.testing.backend import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
-
-MakeConfig = Callable[..., TrainingConfig]
-
-
-@pytest.fixture
-def backend() -> ScriptedBackend:
-    return ScriptedBackend()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[AsyncTrainingClient]:
-    async with AsyncTrainingClient(
-        home=tmp_path / "home", backends={"scripted": backend}
-    ) as client:
-        yield client
-
-
-@pytest.fixture
-async def other(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[AsyncTrainingClient]:
-    """A second client on the same home, as another process has it."""
-    async with AsyncTrainingClient(
-        home=tmp_path / "home", backends={"scripted": backend}
-    ) as client:
-        yield client
 
 
 async def test_a_launched_run_is_seen_by_another_client(
@@ -392,6 +368,7 @@ async def test_a_run_without_a_job_is_cancelled_at_once(
 
 async def test_a_run_being_launched_elsewhere_is_not_called_cancelled(
     client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
     backend: ScriptedBackend,
     make_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
@@ -399,7 +376,7 @@ async def test_a_run_being_launched_elsewhere_is_not_called_cancelled(
     """It would get its job all the same, and nobody would know."""
     monkeypatch.setattr(aio, "_LAUNCH_PATIENCE", 0.1)
     await cut_off_launch(client, backend, make_config())
-    async with launch_lock(client.home / "locks", "mine"):
+    async with other._leases.hold(launch_lease("mine")):
         with pytest.raises(UnsupportedOperation, match="being launched"):
             await client.stop("mine")
     assert (await client.get("mine")).status is TrainingStatus.PENDING
@@ -418,7 +395,7 @@ async def test_a_run_that_gets_its_job_while_it_is_stopped_is_stopped_there(
     async def stop() -> None:
         stopped.append(await other.stop("mine"))
 
-    async with anyio.create_task_group() as tasks, launch_lock(client.home / "locks", "mine"):
+    async with anyio.create_task_group() as tasks, client._leases.hold(launch_lease("mine")):
         tasks.start_soon(stop)
         await anyio.sleep(0.1)  # the stop waits for the lock now
         run = await other.get("mine")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.client.cadence import WatchSettings
 from training_backends.client.configfile import load_config
 from training_backends.core.registry import backend_class, installed_backends
 from training_backends.core.settings import SectionSettings, Settings
@@ -19,6 +20,7 @@ EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
 SECTIONS: dict[str | None, type[SectionSettings]] = {
     None: Settings,
     "mistral": MistralSettings,
+    "watch": WatchSettings,
     "gateway": GatewaySettings,
 }
 

@@ -154,6 +154,12 @@ async def site(
 
 
 @pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that its backend has lost is given up soon."""
+    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__LOST_AFTER", "0.2")
+
+
+@pytest.fixture(autouse=True)
 def logs() -> Iterator[list[Any]]:
     """Keep what is logged, and fail any blocking call of the gateway in the event loop."""
     with capture_logs() as entries, blockbuster_ctx("training_backends.gateway"):

@@ -1,6 +1,6 @@
 """The asynchronous client: launches runs, remembers them, follows and ends them."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Self
 import anyio
 from anyio import from_thread, to_thread
 
+from training_backends.client.cadence import WatchSettings
+from training_backends.client.following import Following
 from training_backends.client.journal import (
     Confirm,
     LaunchWatch,
@@ -17,14 +19,20 @@ from training_backends.client.journal import (
     OnUpdate,
 )
 from training_backends.client.launching import RunRecords, Start
-from training_backends.client.locks import launch_lock
+from training_backends.client.leases import Leases
+from training_backends.client.looks import Looks
 from training_backends.client.records import (
     ended_state,
+    launch_lease,
     new_run_record,
     require_options,
     require_same,
 )
-from training_backends.client.store import RunStore
+from training_backends.client.recovering import Recovery, recover
+from training_backends.client.rounds import Round
+from training_backends.client.store import MetricPoint, RunStore
+from training_backends.client.store.recovery import check
+from training_backends.client.watcher import OnEvent, Watcher
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,
@@ -32,16 +40,9 @@ from training_backends.core.backend import (
 )
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import (
-    BackendUnavailable,
-    ConfigError,
-    RateLimited,
-    RunNotFound,
-    WaitTimeout,
-)
+from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
 from training_backends.core.estimate import Estimate
-from training_backends.core.logs import get_logger
-from training_backends.core.registry import backend_class
+from training_backends.core.registry import backend_class, installed_backends
 from training_backends.core.run import (
     LogRecord,
     TrainingRun,
@@ -55,12 +56,6 @@ from training_backends.datasets.inspect import inspect, raise_for_errors
 
 __all__ = ["AsyncTrainingClient"]
 
-log = get_logger()
-
-_FIRST_POLL, _LONGEST_POLL = 0.2, 15.0
-"""Seconds between two looks at a run: a tenth of the time watched, within these."""
-_FOLLOW_LOOK = 5.0
-"""Seconds after which a followed log brings the run's record up to date again."""
 _LAUNCH_PATIENCE = 5.0
 """Seconds for which a stop waits for a launch going on elsewhere to have a job."""
 
@@ -89,12 +84,22 @@ class AsyncTrainingClient:
         self.home = (home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
-        self._store = RunStore(store_url or f"sqlite:///{self.home / 'runs.db'}")
+        self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
+        self._store = RunStore(self._store_url)
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends: dict[str, TrainingBackend] = dict(backends or {})
         self._own: list[TrainingBackend] = []
-        self._locks = self.home / "locks"
-        self._records = RunRecords(self._store, self._locks)
+        watching = load_settings(WatchSettings)
+        self._leases = Leases(self._store, self.home / "leases")
+        self._records = RunRecords(self._store, self._leases)
+        self._looks = Looks(self._store, self._backend, watching)
+        self._following = Following(
+            self._store,
+            self._leases,
+            self._records,
+            self._looks,
+            self._round,
+        )
         self._making = anyio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -113,6 +118,7 @@ class AsyncTrainingClient:
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(to_thread.run_sync, self._store.close)
+                stack.push_async_callback(to_thread.run_sync, self._leases.close)
                 for backend in self._own:
                     stack.push_async_callback(backend.aclose)
 
@@ -195,7 +201,7 @@ class AsyncTrainingClient:
         run_id = new_run_id() if run_id is None else run_id
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = new_run_record(run_id, backend, config)
-        async with launch_lock(self._locks, run_id):
+        async with self._leases.hold(launch_lease(run_id)) as lease:
             known = await self._records.known(run_id)
             if known is None:
                 estimate = await self._prepare(chosen, config, watch)
@@ -203,20 +209,25 @@ class AsyncTrainingClient:
                 await to_thread.run_sync(self._store.insert, run)
             else:
                 require_same(known, run)
-            return await self._records.launch(run_id, watch, chosen.launch)
+            return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as it was last seen, by its id or a unique beginning of it."""
         return await to_thread.run_sync(self._store.get, run_id)
 
     async def status(self, run_id: str) -> TrainingRun:
-        """Ask the provider where a run stands, remember it and return the run."""
+        """Ask the provider where a run stands, remember it and return the run.
+
+        Raises:
+            RunNotFound: There is no such run, or its provider does not know it any more.
+            TrainingBackendError: The provider cannot be asked. `get` returns what was last
+                seen; its `stale` says that it may no longer be true.
+        """
         run = await self.get(run_id)
         if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
-        backend = await self._backend(run.backend)
         try:
-            return await self._records.saw(run, await backend.status(run))
+            return await self._looks.look(run)
         except RunNotFound:
             if await self._records.was_launched(run):
                 raise
@@ -231,19 +242,45 @@ class AsyncTrainingClient:
     async def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield a run's log in order; see `TrainingBackend.logs`."""
+        """Yield a run's log in order: its provider's, and what became known of it here.
+
+        Every record is stored once, so each reader gets the same, in the same order.
+
+        Args:
+            after: Go on behind the record with this cursor.
+            follow: Stay until the run is over and everything was yielded.
+
+        Raises:
+            RunNotFound: There is no such run, or its provider does not know it (any more);
+                what was stored before has been yielded then.
+            TrainingBackendError: The provider cannot be asked; likewise.
+        """
         run = await self.get(run_id)
-        records = (await self._backend(run.backend)).logs(run, after=after, follow=follow)
-        looked_at = anyio.current_time()
-        async with aclosing(records):
+        async with aclosing(self._following.logs(run, after=after, follow=follow)) as records:
             async for record in records:
                 yield record
-                due = anyio.current_time() - looked_at > _FOLLOW_LOOK
-                if follow and (due or record.source == "status"):
-                    await self._look(run.id)
-                    looked_at = anyio.current_time()
-        if follow:
-            await self.status(run.id)
+
+    async def metrics(self, run_id: str) -> Sequence[MetricPoint]:
+        """Return everything that was measured while a run trained, by step, as last seen."""
+        run = await self.get(run_id)
+        return await to_thread.run_sync(self._store.metrics, run.id)
+
+    async def watch(
+        self, on_event: OnEvent | None = None, *, only: Collection[str] | None = None
+    ) -> None:
+        """Keep all live runs of this store up to date until cancelled; see `Watcher`.
+
+        Args:
+            on_event: Told of each event once, whichever watcher on the store saw it.
+            only: Names of the backends whose runs are watched; None watches all.
+        """
+        await self.watcher(on_event=on_event, only=only).run()
+
+    def watcher(
+        self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
+    ) -> Watcher:
+        """Make what `watch` runs, to sweep by hand."""
+        return Watcher(self._store, self._leases, self._round, on_event=on_event, only=only)
 
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """Return the runs once all of them are over.
@@ -254,10 +291,12 @@ class AsyncTrainingClient:
         Raises:
             WaitTimeout: The time is over first; the runs go on.
             UnsupportedOperation: The launch of a run was cut off, so it would wait for ever.
+            TrainingBackendError: The provider cannot be asked, and it is no passing trouble.
         """
         runs = [await self.get(run_id) for run_id in run_ids]
         with anyio.move_on_after(timeout):
-            return [await self._wait_for(run.id) for run in runs]
+            await self._following.wait(runs)
+            return [await self.get(run.id) for run in runs]
         raise WaitTimeout(
             f"After {timeout:g} s not every run is over; they go on.",
             hint="Wait again with a longer --timeout, or look with `status`.",
@@ -289,7 +328,7 @@ class AsyncTrainingClient:
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
         backend = await self._backend(run.backend)
         await backend.stop(run, save_checkpoint=save_checkpoint)
-        return await self._records.saw(run, await backend.status(run))
+        return await self._looks.look(run)
 
     async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
         """Cancel a run that its provider does not have; leave it alone if it got there meanwhile.
@@ -298,7 +337,7 @@ class AsyncTrainingClient:
         recorded as over here, and nobody would look at it again.
         """
         with anyio.move_on_after(_LAUNCH_PATIENCE):
-            async with launch_lock(self._locks, run.id):
+            async with self._leases.hold(launch_lease(run.id)):
                 now = await self.get(run.id)
                 if now.remote_id == run.remote_id and not await self._records.was_launched(now):
                     return await self._records.saw(now, ended_state(TrainingStatus.CANCELLED))
@@ -312,17 +351,28 @@ class AsyncTrainingClient:
         return now
 
     async def resume(
-        self, run_id: str, *, checkpoint: str | None = None, new_id: str | None = None
+        self,
+        run_id: str,
+        *,
+        checkpoint: str | None = None,
+        new_id: str | None = None,
+        on_progress: OnProgress | None = None,
+        on_update: OnUpdate | None = None,
+        confirm: Confirm | None = None,
     ) -> TrainingRun:
         """Continue a stopped or failed run as a new one; a run not yet started is started.
 
+        The callbacks are those of `launch`.
+
         Raises:
             UnsupportedOperation: The backend cannot, or the run is still going.
+            BudgetExceeded: It would cost or take too much; nothing was started.
         """
+        watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = await self.status(run_id)
         backend = await self._backend(run.backend)
         if not run.status.is_terminal and not await self._records.was_launched(run):
-            return await self._launch_again(run, backend, checkpoint)
+            return await self._launch_again(run, backend, checkpoint, watch)
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
                 f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
@@ -331,25 +381,28 @@ class AsyncTrainingClient:
             new_run_id() if new_id is None else new_id, run.backend, run.config
         )
         new_run = new_run.model_copy(update={"resumed_from": run.id})
-        async with launch_lock(self._locks, new_run.id):
+        async with self._leases.hold(launch_lease(new_run.id)) as lease:
             known = await self._records.known(new_run.id)
             if known is None:
                 await to_thread.run_sync(self._store.insert, new_run)
             else:
                 require_same(known, new_run)
-            return await self._records.launch(
-                new_run.id, LaunchWatch(), self._records.resuming(backend, run, checkpoint)
-            )
+            start = self._records.resuming(backend, run, checkpoint)
+            return await self._records.launch(new_run.id, watch, start, lease=lease)
 
     async def _launch_again(
-        self, run: TrainingRun, backend: TrainingBackend, checkpoint: str | None
+        self,
+        run: TrainingRun,
+        backend: TrainingBackend,
+        checkpoint: str | None,
+        watch: LaunchWatch,
     ) -> TrainingRun:
         """Go on with a launch that was cut off, as what it was: a start or a resumption."""
         start: Start = backend.launch
         if run.resumed_from is not None:
             start = self._records.resuming(backend, await self.get(run.resumed_from), checkpoint)
-        async with launch_lock(self._locks, run.id):
-            return await self._records.launch(run.id, LaunchWatch(), start)
+        async with self._leases.hold(launch_lease(run.id)) as lease:
+            return await self._records.launch(run.id, watch, start, lease=lease)
 
     async def download(self, run_id: str, target: Path) -> Path:
         """Fetch the finished model of a run into `target`; it appears whole or not at all.
@@ -384,6 +437,21 @@ class AsyncTrainingClient:
             with suppress(RunNotFound):
                 await backend.delete(run)
         await to_thread.run_sync(self._store.delete, run.id)
+
+    async def check_store(self) -> Sequence[str]:
+        """Return what is wrong with the run store, one line each; changes nothing."""
+        return await to_thread.run_sync(check, self._store_url)
+
+    async def recover_store(self) -> Recovery:
+        """Set a damaged run store aside and make a new one of all that can still be known.
+
+        That is what can be read of the old one, and what the providers list.
+
+        Raises:
+            StoreError: Another process uses the store, or its files cannot be moved.
+        """
+        names = dict.fromkeys((*installed_backends(), *self._backends))
+        return await recover(self._store_url, self._store, names, self._backend)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
         """Read the data as the backend's options want it judged.
@@ -423,29 +491,5 @@ class AsyncTrainingClient:
             await watch.decide(estimate)
         return estimate
 
-    async def _wait_for(self, run_id: str) -> TrainingRun:
-        watched_since = anyio.current_time()
-        while True:
-            run = await self._look(run_id)
-            if run.status.is_terminal:
-                return run
-            if await self._records.is_abandoned(run):
-                again = (
-                    f"`training-backends resume {run.id}` goes on with it."
-                    if run.resumed_from
-                    else f"`training-backends launch --id {run.id}` with the same configuration "
-                    "goes on with it."
-                )
-                raise (await self._backend(run.backend)).unsupported(
-                    f"wait for the run {run.id}, whose launch was cut off", again
-                )
-            watched = anyio.current_time() - watched_since
-            await anyio.sleep(min(max(watched / 10, _FIRST_POLL), _LONGEST_POLL))
-
-    async def _look(self, run_id: str) -> TrainingRun:
-        """Ask for a run's status; while the provider is away, take what was last seen."""
-        try:
-            return await self.status(run_id)
-        except (BackendUnavailable, RateLimited) as error:
-            log.warning("run cannot be seen now", run_id=run_id, reason=error.message)
-            return await self.get(run_id)
+    def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
+        return Round(backend, self._store, self._leases, self._looks, only=only)

@@ -1,11 +1,12 @@
 """The journal of one launch, kept in the run store."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 from anyio import to_thread
 
-from training_backends.client.store import RunStore
+from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
     AmbiguousLaunch,
@@ -51,12 +52,20 @@ class LaunchWatch:
 
 
 class StoreJournal:
-    """Implements `core.backend.Journal` over a `RunStore`."""
+    """Implements `core.backend.Journal` over a `RunStore`.
 
-    def __init__(self, store: RunStore, run_id: str, watch: LaunchWatch) -> None:
+    Args:
+        lease: Of this launch; a step is neither begun nor finished once it was lost. None: it
+            cannot be.
+    """
+
+    def __init__(
+        self, store: RunStore, run_id: str, watch: LaunchWatch, lease: Lease | None = None
+    ) -> None:
         self._store = store
         self._run_id = run_id
         self._watch = watch
+        self._lease = lease
 
     async def step(
         self,
@@ -69,7 +78,9 @@ class StoreJournal:
         """See `Journal.step`."""
         entry = await to_thread.run_sync(self._store.entry, self._run_id, name)
         if entry is None:
-            await to_thread.run_sync(self._store.begin, self._run_id, name)
+            await to_thread.run_sync(
+                partial(self._store.begin, self._run_id, name, lease=self._lease)
+            )
         elif entry.finished:
             return entry.result
         elif find is not None:
@@ -106,6 +117,18 @@ class StoreJournal:
         run.config.budget.check(estimate)
         await self._watch.decide(estimate)
 
+    async def known_upload(self, scope: str, sha256: str) -> str | None:
+        """See `Journal.known_upload`."""
+        return await to_thread.run_sync(self._store.known_upload, scope, sha256)
+
+    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        """See `Journal.uploaded`."""
+        await to_thread.run_sync(self._store.uploaded, scope, sha256, remote_id)
+
+    async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
+        """See `Journal.claimed`."""
+        return await to_thread.run_sync(self._store.claimed, self._run_id, remote_ids)
+
     def progress(self, name: str, done: int, total: int) -> None:
         """See `Journal.progress`."""
         if self._watch.on_progress:
@@ -121,7 +144,9 @@ class StoreJournal:
             return await do()
         except TrainingBackendError as error:
             if not _may_have_happened(error):
-                await to_thread.run_sync(self._store.forget, self._run_id, name)
+                await to_thread.run_sync(
+                    partial(self._store.forget, self._run_id, name, lease=self._lease)
+                )
                 raise
             found = await find() if find is not None else None
             if found is None:
@@ -130,7 +155,9 @@ class StoreJournal:
             return found
 
     async def _finish(self, name: str, result: JSONValue) -> JSONValue:
-        await to_thread.run_sync(self._store.finish, self._run_id, name, result)
+        await to_thread.run_sync(
+            partial(self._store.finish, self._run_id, name, result, lease=self._lease)
+        )
         return result
 
 

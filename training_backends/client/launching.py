@@ -1,14 +1,14 @@
 """The records of runs on their way to a provider: launched once, continued, brought up to date."""
 
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from anyio import to_thread
 
 from training_backends.client.journal import LaunchWatch, StoreJournal
-from training_backends.client.locks import is_launching
-from training_backends.client.records import ended_state, failure_kind
-from training_backends.client.store import RunStore
+from training_backends.client.leases import Leases
+from training_backends.client.looks import report_change
+from training_backends.client.records import LAUNCHED, ended_state, failure_kind, launch_lease
+from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import Journal, TrainingBackend
 from training_backends.core.errors import (
     BudgetExceeded,
@@ -18,32 +18,23 @@ from training_backends.core.errors import (
     TrainingBackendError,
     UnsupportedOperation,
 )
-from training_backends.core.logs import get_logger
 from training_backends.core.run import Failure, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 
 __all__ = ["RunRecords", "Start"]
 
-log = get_logger()
-
 Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
 """Has a backend start a run: `launch`, or `resume` from another one."""
-_LAUNCHED = "launched"
-"""Journal step that is finished once the provider accepted the start."""
 _CHECKPOINT = "checkpoint"
 """Journal step that remembers from where a resumed run starts."""
 
 
 class RunRecords:
-    """What the client does with its store besides reading it.
+    """What the client does with its store besides reading it."""
 
-    Args:
-        locks: Directory of the locks that make a launch exclusive on this machine.
-    """
-
-    def __init__(self, store: RunStore, locks: Path) -> None:
+    def __init__(self, store: RunStore, leases: Leases) -> None:
         self._store = store
-        self._locks = locks
+        self._leases = leases
 
     async def known(self, run_id: str) -> TrainingRun | None:
         """Return the run with exactly this id, or None."""
@@ -55,7 +46,7 @@ class RunRecords:
 
     async def was_launched(self, run: TrainingRun) -> bool:
         """Tell whether the provider has accepted the run's start."""
-        entry = await to_thread.run_sync(self._store.entry, run.id, _LAUNCHED)
+        entry = await to_thread.run_sync(self._store.entry, run.id, LAUNCHED)
         return entry is not None
 
     async def may_be_at_provider(self, run: TrainingRun) -> bool:
@@ -67,7 +58,7 @@ class RunRecords:
         if run.status not in {TrainingStatus.PENDING, TrainingStatus.READY}:
             return False
         # In this order: a launch that ends between the two looks has left its mark.
-        launching = await to_thread.run_sync(is_launching, self._locks, run.id)
+        launching = await to_thread.run_sync(self._leases.is_held, launch_lease(run.id))
         return not launching and not await self.was_launched(run)
 
     async def launch(
@@ -75,12 +66,18 @@ class RunRecords:
         run_id: str,
         watch: LaunchWatch,
         start: Start,
+        *,
+        lease: Lease,
     ) -> TrainingRun:
-        """Have the backend start a recorded run, unless it was started before."""
+        """Have the backend start a recorded run, unless it was started before.
+
+        Args:
+            lease: Held as long as this goes on; without it, nothing is begun any more.
+        """
         run = await to_thread.run_sync(self._store.get, run_id)
         if run.status.is_terminal or await self.was_launched(run):
             return run
-        journal = StoreJournal(self._store, run_id, watch)
+        journal = StoreJournal(self._store, run_id, watch, lease)
         try:
             state = await start(run.model_copy(update={"failure": None}), journal)
         except TrainingBackendError as error:
@@ -91,7 +88,7 @@ class RunRecords:
         async def accepted() -> str:
             return state.remote_id or run_id
 
-        await journal.step(_LAUNCHED, accepted, repeatable=True)
+        await journal.step(LAUNCHED, accepted, repeatable=True)
         return await self.saw(run, state, forget_failure=True)
 
     def resuming(
@@ -132,15 +129,7 @@ class RunRecords:
             return now.updated(state)
 
         seen = await to_thread.run_sync(self._store.update, run.id, change)
-        if seen.status is not run.status:
-            log.info("run changed", run_id=run.id, before=run.status, status=seen.status)
-        if seen.status is not state.status:
-            log.warning(
-                "run that is over is told of otherwise",
-                run_id=run.id,
-                status=seen.status,
-                told=state.raw_status or state.status,
-            )
+        report_change(run, seen, state)
         return seen
 
     async def _launch_failed(self, run: TrainingRun, error: TrainingBackendError) -> None:

@@ -1,5 +1,7 @@
 """What the client writes into a run's record, and what it holds against it."""
 
+from typing import Final
+
 from pydantic import ValidationError
 
 from training_backends.core.backend import TrainingBackend
@@ -13,7 +15,23 @@ from training_backends.core.errors import (
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["ended_state", "failure_kind", "new_run_record", "require_options", "require_same"]
+__all__ = [
+    "LAUNCHED",
+    "ended_state",
+    "failure_kind",
+    "launch_lease",
+    "new_run_record",
+    "require_options",
+    "require_same",
+]
+
+LAUNCHED: Final = "launched"
+"""Journal step that is finished once the provider accepted the start."""
+
+
+def launch_lease(run_id: str) -> str:
+    """Return the name of the lease under which a run is launched."""
+    return f"launch:{run_id}"
 
 
 def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:

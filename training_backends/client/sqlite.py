@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from training_backends.core.files import make_private_directory
 
-__all__ = ["create_file", "sqlite_engine"]
+__all__ = ["create_file", "sqlite_engine", "sqlite_file"]
 
 
 def sqlite_engine(url: str | sa.URL) -> sa.Engine:
@@ -17,10 +17,28 @@ def sqlite_engine(url: str | sa.URL) -> sa.Engine:
     One with the execution option `writes` takes the write lock when it begins: had it read
     before, it could not go on to write after somebody else did.
     """
-    engine = sa.create_engine(url)
+    if sqlite_file(url) is None:
+        # A database in memory is as old as its connection, so all threads share one.
+        engine = sa.create_engine(
+            url,
+            poolclass=sa.QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            connect_args={"check_same_thread": False},
+        )
+    else:
+        engine = sa.create_engine(url)
     sa.event.listen(engine, "connect", _prepare)
     sa.event.listen(engine, "begin", _begin)
     return engine
+
+
+def sqlite_file(url: str | sa.URL) -> Path | None:
+    """Return the file that a URL names; None for memory or another kind of database."""
+    url = sa.make_url(url)
+    if url.get_backend_name() != "sqlite" or url.database in {None, "", ":memory:"}:
+        return None
+    return Path(str(url.database))
 
 
 def create_file(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The same client for code that is not asynchronous."""
 
 import queue
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing, suppress
 from functools import partial
@@ -13,6 +13,8 @@ from anyio import from_thread, get_cancelled_exc_class, to_thread
 
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.client.journal import Confirm, OnProgress, OnUpdate
+from training_backends.client.recovering import Recovery
+from training_backends.client.store import MetricPoint
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -167,6 +169,29 @@ class TrainingClient:
                 while True:
                     records.get_nowait()
 
+    def metrics(self, run_id: str) -> Sequence[MetricPoint]:
+        """See `AsyncTrainingClient.metrics`."""
+        return self._call(self._client.metrics, run_id)
+
+    def watch(
+        self,
+        on_event: Callable[[TrainingRun, LogRecord], None] | None = None,
+        *,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """See `AsyncTrainingClient.watch`; ends with a Ctrl-C.
+
+        Args:
+            on_event: Told of each event, in a thread of its own.
+        """
+
+        async def tell(run: TrainingRun, record: LogRecord) -> None:
+            if on_event is not None:
+                await to_thread.run_sync(on_event, run, record)
+
+        watcher = self._client.watcher(on_event=tell if on_event else None, only=only)
+        self._call(watcher.run)
+
     def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """See `AsyncTrainingClient.wait`."""
         return self._call(partial(self._client.wait, *run_ids, timeout=timeout))
@@ -177,10 +202,25 @@ class TrainingClient:
         return self._call(stop)
 
     def resume(
-        self, run_id: str, *, checkpoint: str | None = None, new_id: str | None = None
+        self,
+        run_id: str,
+        *,
+        checkpoint: str | None = None,
+        new_id: str | None = None,
+        on_progress: OnProgress | None = None,
+        on_update: OnUpdate | None = None,
+        confirm: Confirm | None = None,
     ) -> TrainingRun:
-        """See `AsyncTrainingClient.resume`."""
-        resume = partial(self._client.resume, run_id, checkpoint=checkpoint, new_id=new_id)
+        """See `AsyncTrainingClient.resume`; the callbacks run in the client's thread."""
+        resume = partial(
+            self._client.resume,
+            run_id,
+            checkpoint=checkpoint,
+            new_id=new_id,
+            on_progress=on_progress,
+            on_update=on_update,
+            confirm=confirm,
+        )
         return self._call(resume)
 
     def download(self, run_id: str, target: Path) -> Path:
@@ -190,6 +230,14 @@ class TrainingClient:
     def delete(self, run_id: str) -> None:
         """See `AsyncTrainingClient.delete`."""
         self._call(self._client.delete, run_id)
+
+    def check_store(self) -> Sequence[str]:
+        """See `AsyncTrainingClient.check_store`."""
+        return self._call(self._client.check_store)
+
+    def recover_store(self) -> Recovery:
+        """See `AsyncTrainingClient.recover_store`."""
+        return self._call(self._client.recover_store)
 
 
 def _take(records: "queue.Queue[Any]", task: "Future[None]") -> Any:

@@ -1,15 +1,18 @@
 """The interface that every backend implements, and what it is handed to do so."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-import anyio
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from training_backends.core.capabilities import Capabilities
+from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
@@ -18,7 +21,14 @@ from training_backends.core.errors import (
     UnsupportedOperation,
 )
 from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
+from training_backends.core.run import (
+    LogRecord,
+    Observation,
+    RunState,
+    TrainingRun,
+    UtcDatetime,
+    ValidationReport,
+)
 from training_backends.core.status import TrainingStatus
 
 __all__ = [
@@ -90,6 +100,25 @@ class Journal(Protocol):
         """
         ...
 
+    async def known_upload(self, scope: str, sha256: str) -> str | None:
+        """Return the provider's id of a content that some run has uploaded before.
+
+        It may be gone by now, so make sure that the provider still has it.
+
+        Args:
+            scope: Server and account that the id holds for; no secret.
+            sha256: Of the content, in hex.
+        """
+        ...
+
+    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        """Remember the provider's id of a content for all runs."""
+        ...
+
+    async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
+        """Return those of the provider's ids that belong to other runs."""
+        ...
+
     def progress(self, name: str, done: int, total: int) -> None:
         """Tell whoever watches how far a step is (bytes); nothing is stored."""
         ...
@@ -125,13 +154,22 @@ class RemoteFilters(BaseModel):
 
 
 class RemoteRun(BaseModel):
-    """A run as the provider lists it, whoever made it."""
+    """A run as the provider lists it, whoever made it.
+
+    Attributes:
+        run_id: Our own id of it, where the provider keeps that.
+        config: What it was made with, as far as the provider tells; the data files may be
+            named by ids of the provider's.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     remote_id: str
     model: str
     state: RunState
+    created_at: UtcDatetime | None = None
+    run_id: str | None = None
+    config: TrainingConfig | None = None
 
 
 class Health(BaseModel):
@@ -168,6 +206,14 @@ class TrainingBackend(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What this backend can do."""
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Time between two looks at a run: while much happens, and after long standstill.
+
+        Override when looking is cheaper, or dearer, than asking a server.
+        """
+        return timedelta(seconds=0.5), timedelta(minutes=1)
 
     @abstractmethod
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
@@ -262,30 +308,37 @@ class TrainingBackend(ABC):
         del config
         return 0.0
 
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Ask where the run stands and for its log behind a cursor, in one look.
+
+        Override when one request tells both; the default asks for one after the other, so
+        that the log of a run said to be over is whole.
+
+        Raises:
+            RunNotFound: The provider does not know the run.
+            BackendUnavailable: No answer within the retry budget.
+        """
+        state = await self.status(run)
+        async with aclosing(self.logs(run, after=after)) as log:
+            records = [record async for record in log]
+        return Observation(state, tuple(records), records[-1].cursor if records else after)
+
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
-        """Ask for many runs at once, by run id; runs that the provider lost are left out.
+        """Ask for many runs at once, by run id, in as few requests as the provider allows.
+
+        A run that stands as its record says is told of, though perhaps only in short. One
+        that is left out has changed, or the provider lost it: `observe` tells.
 
         Override when the provider answers for many runs in one request; the default asks
         one by one, five at a time.
         """
         found: dict[str, RunState] = {}
-        errors: list[TrainingBackendError] = []
-        limiter = anyio.CapacityLimiter(5)
 
         async def ask(run: TrainingRun) -> None:
-            async with limiter:
-                try:
-                    found[run.id] = await self.status(run)
-                except RunNotFound:
-                    return
-                except TrainingBackendError as error:
-                    errors.append(error)  # raised as itself, not within an exception group
+            with suppress(RunNotFound):
+                found[run.id] = await self.status(run)
 
-        async with anyio.create_task_group() as tasks:
-            for run in runs:
-                tasks.start_soon(ask, run)
-        if errors:
-            raise errors[0]
+        await run_all((partial(ask, run) for run in runs), at_once=5)
         return found
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:

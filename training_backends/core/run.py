@@ -1,6 +1,7 @@
 """A training run: its record, its states over time, its logs."""
 
 import secrets
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,9 @@ __all__ = [
     "Failure",
     "FailureKind",
     "LogRecord",
+    "Observation",
     "RunState",
+    "Staleness",
     "TrainingRun",
     "UtcDatetime",
     "ValidationReport",
@@ -87,8 +90,29 @@ class Checkpoint(BaseModel):
     path: Path | None = None
 
 
+class Staleness(BaseModel):
+    """Why what is known of a run may no longer be true.
+
+    Attributes:
+        kind: `unreachable`: its provider cannot be asked; `vanished`: the provider answers
+            and does not know it; `still`: nothing of it has changed for unusually long.
+        since: When it began to be so.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["unreachable", "vanished", "still"]
+    since: UtcDatetime
+    message: str
+
+
 class RunState(BaseModel):
-    """What a backend knows of a run at one moment. None means: nothing new to say."""
+    """What a backend knows of a run at one moment. None means: nothing new to say.
+
+    Attributes:
+        changed_at: When the provider last changed anything of the run, by its own clock,
+            where it tells. A list that tells it spares asking for runs that stand as before.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -105,6 +129,7 @@ class RunState(BaseModel):
     result_model: str | None = None
     estimate: Estimate | None = None
     cost: Money | None = None
+    changed_at: UtcDatetime | None = None
 
 
 class TrainingRun(BaseModel):
@@ -118,7 +143,9 @@ class TrainingRun(BaseModel):
         metrics: The latest value of each metric.
         result_model: Name or path of the finished model.
         resumed_from: Id of the run that this one continues.
+        changed_at: When the provider last changed anything of it, where it tells.
         last_seen_at: When the provider was last asked and answered.
+        stale: Why the record may no longer be true; None: it was seen to be.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -141,13 +168,15 @@ class TrainingRun(BaseModel):
     estimate: Estimate | None = None
     cost: Money | None = None
     resumed_from: str | None = None
+    changed_at: UtcDatetime | None = None
     last_seen_at: UtcDatetime | None = None
+    stale: Staleness | None = None
 
     def updated(self, state: RunState, *, seen_at: datetime | None = None) -> Self:
         """Return this run with what `state` adds.
 
         A terminal run keeps its status; the provider's differing word is kept in
-        `raw_status` so that it can be looked into.
+        `raw_status` so that it can be looked into. A run that was seen is not stale.
         """
         changes: dict[str, Any] = {
             name: getattr(state, name)
@@ -158,7 +187,8 @@ class TrainingRun(BaseModel):
             changes["metrics"] = {**self.metrics, **state.metrics}
         if not may_follow(self.status, state.status):
             changes = {"raw_status": state.raw_status or state.status.value}
-        return self.model_copy(update={**changes, "last_seen_at": seen_at or utc_now()})
+        seen = {"last_seen_at": seen_at or utc_now(), "stale": None}
+        return self.model_copy(update={**changes, **seen})
 
 
 class LogRecord(BaseModel):
@@ -180,6 +210,20 @@ class LogRecord(BaseModel):
     step: int | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
     cursor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one look at a run told.
+
+    Attributes:
+        records: The log behind the cursor that was given, oldest first.
+        cursor: The place behind them, for the next look; None is the beginning.
+    """
+
+    state: RunState
+    records: tuple[LogRecord, ...] = ()
+    cursor: str | None = None
 
 
 class ValidationReport(BaseModel):

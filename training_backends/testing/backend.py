@@ -1,6 +1,7 @@
 """A backend without a provider: runs move when a test says so."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -38,6 +39,8 @@ class ScriptedBackend(TrainingBackend):
         price: What estimates say, or None.
         report: What `validate` says.
         gate: What `validate` waits for first, or None.
+        looks: Ids of the runs whose state was asked for, in order.
+        trouble: Raised instead of an answer about a run's state, or None.
     """
 
     name: ClassVar[str] = "scripted"
@@ -59,11 +62,18 @@ class ScriptedBackend(TrainingBackend):
         self.price: Money | None = Money.model_validate("0 USD")
         self.report = ValidationReport()
         self.gate: anyio.Event | None = None
+        self.looks: list[str] = []
+        self.trouble: TrainingBackendError | None = None
 
     @property
     def capabilities(self) -> Capabilities:
         """What it was made with."""
         return self._capabilities
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Short: nobody is asked."""
+        return timedelta(milliseconds=10), timedelta(milliseconds=50)
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Wait for the gate, if there is one, and say what `report` holds."""
@@ -98,7 +108,10 @@ class ScriptedBackend(TrainingBackend):
         return self._jobs[remote_id]
 
     async def status(self, run: TrainingRun) -> RunState:
-        """Tell the job's state."""
+        """Tell the job's state, unless there is trouble."""
+        self.looks.append(run.id)
+        if self.trouble is not None:
+            raise self.trouble
         return self._job(run)
 
     async def logs(
@@ -157,16 +170,19 @@ class ScriptedBackend(TrainingBackend):
     def adopt(self, remote_id: str) -> None:
         """Have a running job that nobody asked for."""
         self._jobs[remote_id] = RunState(
-            status=TrainingStatus.RUNNING, remote_id=remote_id, started_at=utc_now()
+            status=TrainingStatus.RUNNING,
+            remote_id=remote_id,
+            started_at=utc_now(),
+            changed_at=utc_now(),
         )
         self._logs[remote_id] = []
 
     def say(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
         """Put a job into a state."""
-        finished = {"finished_at": utc_now()} if status.is_terminal else {}
-        job = self._jobs[remote_id]
-        self._jobs[remote_id] = job.model_copy(update={"status": status, **finished, **state})
-        self.wake()
+        moments = {"changed_at": utc_now()}
+        if status.is_terminal:
+            moments["finished_at"] = utc_now()
+        self._change(remote_id, status=status, **moments, **state)
 
     def finish(self, remote_id: str, result_model: str = "model") -> None:
         """Complete a job."""
@@ -209,6 +225,10 @@ class ScriptedBackend(TrainingBackend):
                 cursor=str(len(records)),
             )
         )
+        self._change(remote_id, changed_at=utc_now())
+
+    def _change(self, remote_id: str, **state: Any) -> None:
+        self._jobs[remote_id] = self._jobs[remote_id].model_copy(update=state)
         self.wake()
 
     def lose(self, remote_id: str) -> None:

@@ -173,19 +173,35 @@ class BackendConformance:
         _expect(bad.failure is not None and bool(bad.failure.message), "why it failed")
 
     async def check_statuses_agree(self, subject: Subject) -> None:
-        """Asking for many runs says the same as asking for each."""
-        runs = []
-        for _ in range(5):
-            runs.append(await subject.launched())
-            await subject.finish(str(runs[-1].remote_id))
+        """Asking for many runs tells of each that stands as recorded, and nothing untrue."""
+        runs = [await subject.launched() for _ in range(5)]
+        runs = [run.updated(await subject.backend.status(run)) for run in runs]
         gone = runs[0].model_copy(update={"id": "gone", "remote_id": _unknown(runs[0])})
         together = await subject.backend.statuses([*runs, gone])
+        _expect("gone" not in together, "nothing about a run that the provider does not know")
         for run in runs:
             alone = await subject.backend.status(run)
             found = together.get(run.id)
-            _expect(found is not None, f"a state of {run.id}")
-            _expect(found is None or found.status is alone.status, f"{alone.status} for {run.id}")
-        _expect("gone" not in together, "nothing about a run that the provider does not know")
+            _expect(
+                found is not None or alone.status is not run.status,
+                f"a state of {run.id}, which stands as recorded",
+            )
+        for run in runs:
+            await subject.finish(str(run.remote_id))
+        told = await subject.backend.statuses(runs)
+        wrong = [name for name, state in told.items() if not state.status.is_terminal]
+        _expect(not wrong, "no old state of a run that has ended")
+
+    async def check_one_look_tells_state_and_log(self, subject: Subject) -> None:
+        """An observation holds the whole log so far; the next one, only what came after."""
+        run = await subject.launched()
+        await subject.finish(str(run.remote_id))
+        seen = await subject.backend.observe(run)
+        _expect(seen.state.status.is_terminal, f"the end of the run, not {seen.state.status}")
+        _expect(list(seen.records) == await _collect(subject.backend, run), "the whole log")
+        again = await subject.backend.observe(run, after=seen.cursor)
+        _expect(again.records == (), "nothing new behind the cursor of an ended run")
+        _expect(again.cursor == seen.cursor, "the same cursor as long as nothing is new")
 
     async def check_stop_is_repeatable(self, subject: Subject) -> None:
         """A stop ends the run, and stopping an ending or ended run does no harm."""

@@ -1,7 +1,7 @@
 """A journal in memory that can be cut off at any point, as by a killed process."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import AmbiguousLaunch
@@ -24,16 +24,20 @@ class MemoryJournal:
         kill_at: Die at this point, counted from 0 (before, within and after each step,
             and at each record); None never dies. Reset for every launch.
         points: How many points were passed since then.
+        uploads: The provider's id of each content, by scope and SHA-256.
+        others: Ids of the provider's that belong to other runs.
     """
 
     def __init__(self, run: TrainingRun, *, kill_at: int | None = None) -> None:
         self.run = run
         self.quotes: list[Estimate] = []
         self.states: list[RunState] = []
-        self.uploaded: list[tuple[str, int, int]] = []
+        self.sent: list[tuple[str, int, int]] = []
         self.kill_at = kill_at
         self.points = 0
         self.rows: dict[str, str | None] = {}
+        self.uploads: dict[tuple[str, str], str] = {}
+        self.others: frozenset[str] = frozenset()
 
     def _point(self) -> None:
         here, self.points = self.points, self.points + 1
@@ -83,6 +87,19 @@ class MemoryJournal:
         self.quotes.append(estimate)
         self.run.config.budget.check(estimate)
 
+    async def known_upload(self, scope: str, sha256: str) -> str | None:
+        """See `Journal.known_upload`."""
+        return self.uploads.get((scope, sha256))
+
+    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        """See `Journal.uploaded`."""
+        self._point()
+        self.uploads[scope, sha256] = remote_id
+
+    async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
+        """See `Journal.claimed`."""
+        return self.others.intersection(remote_ids)
+
     def progress(self, name: str, done: int, total: int) -> None:
         """See `Journal.progress`."""
-        self.uploaded.append((name, done, total))
+        self.sent.append((name, done, total))

@@ -1,0 +1,141 @@
+"""Logs: stored once, the same for every reader, from any place."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from tests.client.conftest import MakeConfig, read_log
+from training_backends import (
+    AsyncTrainingClient,
+    BackendUnavailable,
+    LogRecord,
+    RunNotFound,
+    TrainingStatus,
+)
+from training_backends.core.run import utc_now
+from training_backends.testing.backend import ScriptedBackend
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_three_who_follow_see_the_same(
+    client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
+    tmp_path: Path,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+) -> None:
+    """Each gets every record once, in one order, however late it came."""
+    run = await client.launch(make_config(), backend="scripted")
+    remote_id = str(run.remote_id)
+    seen: list[list[LogRecord]] = []
+
+    async def follow(reader: AsyncTrainingClient) -> None:
+        seen.append(list(await read_log(reader, run.id, follow=True)))
+
+    third = AsyncTrainingClient(home=tmp_path / "home", backends={"scripted": backend})
+    async with third, anyio.create_task_group() as tasks:
+        for reader in (client, other, third):
+            tasks.start_soon(follow, reader)
+        for step in range(1, 31):
+            backend.measure(remote_id, step, train_loss=1 / step)
+            await anyio.sleep(0.005)
+        backend.tell(remote_id, TrainingStatus.COMPLETED)
+    assert seen[0] == seen[1] == seen[2]
+    assert [record.step for record in seen[0]] == [*range(1, 31), None]
+
+
+async def test_a_log_is_read_again_without_the_provider(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The log of a run that is over outlives its provider."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.log(str(run.remote_id), "hello")
+    backend.finish(str(run.remote_id))
+    first = await read_log(client, run.id)
+    backend.lose(str(run.remote_id))
+    assert await read_log(client, run.id) == first
+    assert [record.message for record in first] == ["hello"]
+
+
+async def test_what_is_stored_is_shown_before_a_provider_fails(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The error comes at the end, when the reader has what there is."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.log(str(run.remote_id), "hello")
+    await read_log(client, run.id)
+    backend.trouble = BackendUnavailable("away")
+    log = client.logs(run.id)
+    assert (await anext(log)).message == "hello"
+    with pytest.raises(BackendUnavailable):
+        await anext(log)
+
+
+async def test_following_outlasts_a_provider_that_is_away(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Meanwhile the record says that it cannot be seen, and since when."""
+    run = await client.launch(make_config(), backend="scripted")
+    remote_id = str(run.remote_id)
+    backend.trouble = BackendUnavailable("away")
+    followed: list[LogRecord] = []
+
+    async def follow() -> None:
+        followed.extend(await read_log(client, run.id, follow=True))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow)
+        with anyio.fail_after(10):
+            while (stale := (await client.get(run.id)).stale) is None:
+                await anyio.sleep(0.01)
+        backend.trouble = None
+        backend.tell(remote_id, TrainingStatus.COMPLETED)
+    assert stale is not None
+    assert stale.kind == "unreachable"
+    assert [record.fields for record in followed] == [{"status": "completed"}]
+    assert (await client.get(run.id)).stale is None
+
+
+async def test_a_run_without_a_job_has_no_log(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """It says how to go on instead."""
+    backend.before_create = backend.refusing(BackendUnavailable("away", sent=False))
+    with pytest.raises(BackendUnavailable):
+        await client.launch(make_config(), backend="scripted", run_id="mine")
+    with pytest.raises(RunNotFound, match="no job") as caught:
+        await read_log(client, "mine")
+    assert "launch --id mine" in str(caught.value.hint)
+
+
+async def test_metrics_are_kept_by_step(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """What was measured is there for every step, as numbers."""
+    run = await client.launch(make_config(), backend="scripted")
+    for step in (1, 2):
+        backend.measure(str(run.remote_id), step, train_loss=2.0 / step)
+    await read_log(client, run.id)
+    points = await client.metrics(run.id)
+    assert [(p.step, p.name, p.value) for p in points] == [
+        (1, "train_loss", 2.0),
+        (2, "train_loss", 1.0),
+    ]
+
+
+async def test_a_lost_run_is_said_to_have_vanished(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Asking for it is an error, and its record says since when it is missing."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.lose(str(run.remote_id))
+    before = utc_now()
+    with pytest.raises(RunNotFound):
+        await client.status(run.id)
+    stale = (await client.get(run.id)).stale
+    assert stale is not None
+    assert stale.kind == "vanished"
+    assert timedelta(0) <= stale.since - before < timedelta(minutes=1)

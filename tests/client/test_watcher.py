@@ -1,0 +1,274 @@
+"""Watchers: many runs in few requests, each event told once, nothing silently pending."""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from tests.client.conftest import MakeConfig, until
+from training_backends import (
+    AsyncTrainingClient,
+    BackendUnavailable,
+    LogRecord,
+    RunState,
+    TrainingBackendError,
+    TrainingRun,
+    TrainingStatus,
+)
+from training_backends.client.watcher import OnEvent, Watcher
+from training_backends.testing.backend import ScriptedBackend
+
+pytestmark = pytest.mark.anyio
+
+
+class Listing(ScriptedBackend):
+    """Tells of many runs at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists = 0
+
+    async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
+        """List every job that it has."""
+        self.lists += 1
+        return {run.id: self._jobs[run.remote_id] for run in runs if run.remote_id in self._jobs}
+
+
+@pytest.fixture
+def backend() -> Listing:
+    return Listing()
+
+
+class Told:
+    """Notes what watchers tell."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.by: Counter[str] = Counter()
+
+    def to(self, name: str) -> OnEvent:
+        async def note(run: TrainingRun, record: LogRecord) -> None:
+            self.events.append((run.id, record.message))
+            self.by[name] += 1
+
+        return note
+
+
+@asynccontextmanager
+async def watching(*watchers: Watcher) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as tasks:
+        for watcher in watchers:
+            tasks.start_soon(watcher.run)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def launch(client: AsyncTrainingClient, make: MakeConfig, count: int) -> list[TrainingRun]:
+    return [
+        await client.launch(make(), backend="scripted", run_id=f"run-{n:03}") for n in range(count)
+    ]
+
+
+async def test_runs_that_stand_cost_no_request_of_their_own(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """One list tells that ten stand; only the one that moved is asked for by itself."""
+    runs = await launch(client, make_config, 10)
+    watcher = client.watcher()
+    await watcher.sweep()
+    backend.looks.clear()
+    backend.finish(str(runs[3].remote_id))
+    await anyio.sleep(0.1)  # every run is due again
+    done = await watcher.sweep()
+    assert (done.asked, done.details, backend.looks) == (10, 1, ["run-003"])
+    assert (await client.get("run-003")).status is TrainingStatus.COMPLETED
+
+
+async def test_a_sweep_says_that_runs_were_seen(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """Runs that stand are seen all the same."""
+    runs = await launch(client, make_config, 5)
+    watcher = client.watcher()
+    await watcher.sweep()
+    first = [(await client.get(run.id)).last_seen_at for run in runs]
+    await anyio.sleep(0.1)  # every run is due again
+    await watcher.sweep()
+    second = [(await client.get(run.id)).last_seen_at for run in runs]
+    assert all(a and b and a < b for a, b in zip(first, second, strict=True))
+
+
+async def test_two_watchers_tell_each_event_once(
+    client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
+    backend: Listing,
+    make_config: MakeConfig,
+) -> None:
+    """They share the work, and nobody hears anything twice."""
+    runs = await launch(client, make_config, 20)
+    told = Told()
+    async with watching(
+        client.watcher(on_event=told.to("a")), other.watcher(on_event=told.to("b"))
+    ):
+        for run in runs:
+            backend.log(str(run.remote_id), "one")
+            backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+        await until(lambda: len(told.events) >= 40)
+        await anyio.sleep(0.2)  # time for something to be told twice
+    assert Counter(told.events) == Counter(
+        (run.id, message) for run in runs for message in ("one", "completed")
+    )
+
+
+async def test_what_happened_while_nobody_watched_is_told(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """An event seen by `status` waits for the next watcher, though the run is over."""
+    (run,) = await launch(client, make_config, 1)
+    backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+    await client.status(run.id)
+    told = Told()
+    await client.watcher(on_event=told.to("a")).sweep()
+    assert told.events == [(run.id, "completed")]
+
+
+async def test_an_event_that_could_not_be_handled_is_told_again(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """The handler's own error ends the watcher; the next one goes on with that event."""
+    (run,) = await launch(client, make_config, 1)
+    backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+
+    async def fail(run: TrainingRun, record: LogRecord) -> None:
+        raise LookupError("the sink is full")
+
+    with pytest.raises(LookupError, match="sink"):
+        await client.watcher(on_event=fail).run()
+    told = Told()
+    await client.watcher(on_event=told.to("a")).sweep()
+    assert told.events == [(run.id, "completed")]
+
+
+async def test_a_new_run_is_taken_up(
+    client: AsyncTrainingClient,
+    other: AsyncTrainingClient,
+    backend: Listing,
+    make_config: MakeConfig,
+) -> None:
+    """One that another process launched, on a backend with no runs before."""
+    told = Told()
+    async with watching(client.watcher(on_event=told.to("a"))):
+        (run,) = await launch(other, make_config, 1)
+        backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+        await until(lambda: told.events)
+    assert told.events == [(run.id, "completed")]
+
+
+async def test_a_provider_that_is_away_makes_its_runs_stale_until_it_is_back(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """All of them say so, whether or not they were asked for by themselves."""
+    runs = await launch(client, make_config, 10)
+    watcher = client.watcher()
+    await watcher.sweep()
+    backend.trouble = BackendUnavailable("away")
+    backend.finish(str(runs[0].remote_id))
+    await anyio.sleep(0.1)  # every run is due again
+    with pytest.raises(BackendUnavailable):
+        await watcher.sweep()
+    kinds = {run.stale.kind for run in await client.list() if run.stale}
+    assert kinds == {"unreachable"}
+    backend.trouble = None
+    await watcher.sweep()
+    assert [run.stale for run in await client.list()] == [None] * 10
+
+
+async def test_a_watcher_bears_with_a_provider_that_is_away(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """It does not end, and goes on when the provider is back."""
+    (run,) = await launch(client, make_config, 1)
+    told = Told()
+    backend.trouble = TrainingBackendError("the key was revoked")
+    async with watching(client.watcher(on_event=told.to("a"))):
+        await until(lambda: backend.looks)
+        backend.trouble = None
+        backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+        await until(lambda: told.events)
+    assert told.events == [(run.id, "completed")]
+
+
+async def test_a_run_missing_for_long_has_failed_as_lost(
+    tmp_path: Path, backend: Listing, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first it is stale; after the stated time it is over, and says why."""
+    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__LOST_AFTER", "0.2")
+    told = Told()
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        (run,) = await launch(client, make_config, 1)
+        backend.lose(str(run.remote_id))
+        async with watching(client.watcher(on_event=told.to("a"))):
+            await until(lambda: len(told.events) == 2)
+        run = await client.get(run.id)
+    assert run.status is TrainingStatus.FAILED
+    assert run.failure is not None
+    assert run.failure.kind == "lost"
+    assert "does not know" in told.events[0][1]
+
+
+async def test_a_run_that_does_not_move_is_said_to_be_still(
+    tmp_path: Path, backend: Listing, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told once, and taken back when something changes."""
+    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__STILL_AFTER", "0.2")
+    told = Told()
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        (run,) = await launch(client, make_config, 1)
+        async with watching(client.watcher(on_event=told.to("a"))):
+            await until(lambda: told.events)
+            assert [kind.stale and kind.stale.kind for kind in await client.list()] == ["still"]
+            backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+            await until(lambda: len(told.events) == 2)
+        run = await client.get(run.id)
+    assert "nothing has changed" in told.events[0][1]
+    assert run.stale is None
+
+
+async def test_a_run_that_outlives_its_budget_is_stopped(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """Once it has trained for longer than it may; the record says why."""
+    config = make_config(budget={"max_duration": "0.2"})
+    run = await client.launch(config, backend="scripted")
+    told = Told()
+    async with watching(client.watcher(on_event=told.to("a"))):
+        await until(lambda: told.events)
+        backend.say(str(run.remote_id), TrainingStatus.CANCELLED)
+        (run,) = await client.wait(run.id)
+    assert run.status is TrainingStatus.CANCELLED
+    assert run.failure is not None
+    assert run.failure.kind == "timeout"
+    assert "the budget allows" in run.failure.message
+    assert len(told.events) == 1
+
+
+async def test_waiting_stops_a_run_that_outlives_its_budget(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """Whoever watches guards the budget, not the watcher alone."""
+    config = make_config(budget={"max_duration": timedelta(milliseconds=200)})
+    run = await client.launch(config, backend="scripted")
+
+    async def confirm() -> None:
+        while (await backend.status(run)).status is not TrainingStatus.STOPPING:
+            await anyio.sleep(0.01)
+        backend.say(str(run.remote_id), TrainingStatus.CANCELLED)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(confirm)
+        (over,) = await client.wait(run.id)
+    assert over.status is TrainingStatus.CANCELLED

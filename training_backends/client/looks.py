@@ -1,0 +1,213 @@
+"""One look at a run: what its provider says is stored at once, with what follows from it."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from functools import partial
+
+from anyio import to_thread
+
+from training_backends.client.cadence import WatchSettings, last_change
+from training_backends.client.records import LAUNCHED
+from training_backends.client.store import RunStore
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.estimate import format_duration
+from training_backends.core.logs import get_logger
+from training_backends.core.run import (
+    Failure,
+    LogRecord,
+    Observation,
+    RunState,
+    Staleness,
+    TrainingRun,
+    utc_now,
+)
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["BackendOf", "Looks", "report_change"]
+
+log = get_logger()
+
+BackendOf = Callable[[str], Awaitable[TrainingBackend]]
+"""Gives the backend with a name."""
+
+_WATCH = "watch"
+"""Source of the log records that only whoever watches can tell."""
+
+
+class Looks:
+    """Asks providers about runs and keeps the answers, each log record once.
+
+    Several processes may look at the same run: the log is stored behind the cursor that it
+    was asked for, so whoever comes second adds nothing.
+    """
+
+    def __init__(self, store: RunStore, backend_of: BackendOf, settings: WatchSettings) -> None:
+        self._store = store
+        self.backend_of = backend_of
+        self.settings = settings
+
+    async def look(self, run: TrainingRun) -> TrainingRun:
+        """Ask where a run stands, store that and the new part of its log, and return it.
+
+        Raises:
+            RunNotFound: The provider does not know it; the record says so now.
+            TrainingBackendError: It cannot be asked; the record says so now.
+        """
+        backend = await self.backend_of(run.backend)
+        while True:
+            after = await to_thread.run_sync(self._store.provider_cursor, run.id)
+            try:
+                seen = await backend.observe(run, after=after)
+            except RunNotFound:
+                await self._vanished(run)
+                raise
+            except TrainingBackendError as error:
+                await self.unreachable([run], error)
+                raise
+            stored = await self._stored(run, seen, after)
+            if stored is not None:
+                return stored
+
+    async def watch(self, run: TrainingRun) -> TrainingRun:
+        """Look at a run, take a missing one as it is, and stop one that outlives its budget.
+
+        Raises:
+            TrainingBackendError: The provider cannot be asked.
+        """
+        try:
+            run = await self.look(run)
+        except RunNotFound:
+            return await to_thread.run_sync(self._store.get, run.id)
+        return await self._within_budget(run)
+
+    async def stand(self, runs: Sequence[TrainingRun]) -> None:
+        """Remember that runs were seen and stand as they did."""
+        now = utc_now()
+        await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
+        doubted = [run.id for run in runs if run.stale and run.stale.kind != "still"]
+        await to_thread.run_sync(self._store.update_all, doubted, partial(_stale, found=None))
+        for run in runs:
+            if run.stale is None and (found := self._standstill(run, now)):
+                await self._note(run, partial(_stale, found=found), found.message)
+            await self._within_budget(run)
+
+    async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
+        """Remember that the provider cannot be asked about runs."""
+        found = Staleness(kind="unreachable", since=utc_now(), message=error.message)
+
+        def doubt(now: TrainingRun) -> TrainingRun:
+            return now if now.status.is_terminal or now.stale else _stale(now, found)
+
+        trusted = [run.id for run in runs if run.stale is None]
+        await to_thread.run_sync(self._store.update_all, trusted, doubt)
+
+    # -- what an answer leads to -------------------------------------------------------
+
+    async def _stored(
+        self, run: TrainingRun, seen: Observation, after: str | None
+    ) -> TrainingRun | None:
+        """Store a look; None: another one was stored meanwhile, so look again behind it."""
+
+        def change(now: TrainingRun) -> TrainingRun:
+            changed = now.updated(seen.state)
+            return _stale(changed, self._standstill(changed, utc_now()))
+
+        stored = await to_thread.run_sync(
+            lambda: self._store.observed(
+                run.id, change, seen.records, after=after, cursor=seen.cursor
+            )
+        )
+        if stored is None:
+            return None
+        report_change(run, stored, seen.state)
+        if stored.stale is not None and run.stale is None:
+            stored = await self._note(stored, lambda now: now, stored.stale.message)
+        return stored
+
+    def _standstill(self, run: TrainingRun, now: datetime) -> Staleness | None:
+        since = last_change(run)
+        if run.status.is_terminal or now - since < self.settings.still_after:
+            return None
+        return Staleness(
+            kind="still",
+            since=since,
+            message=f"nothing has changed for {format_duration(now - since)}",
+        )
+
+    async def _vanished(self, run: TrainingRun) -> None:
+        """Say that a run is missing; after a while of that, that it is lost."""
+        now = utc_now()
+        launched = await to_thread.run_sync(self._store.entry, run.id, LAUNCHED)
+        if run.status.is_terminal or launched is None:
+            return  # of a launch that was cut off the provider may well know nothing
+        if run.stale is None or run.stale.kind != "vanished":
+            message = "the provider does not know this run any more"
+            found = Staleness(kind="vanished", since=now, message=message)
+            await self._note(run, partial(_stale, found=found), message)
+        elif now - run.stale.since > self.settings.lost_after:
+            gone = format_duration(now - run.stale.since)
+            failure = Failure(
+                kind="lost",
+                message=f"the provider has not known this run for {gone}",
+            )
+            state = RunState(status=TrainingStatus.FAILED, failure=failure, finished_at=now)
+            await self._note(run, lambda it: it.updated(state), failure.message, status="failed")
+
+    async def _within_budget(self, run: TrainingRun) -> TrainingRun:
+        """Stop a run that trains for longer than it may."""
+        limit = run.config.budget.max_duration
+        began = run.started_at
+        if limit is None or began is None or run.status.is_terminal:
+            return run
+        now = utc_now()
+        if now - began <= limit or run.status is TrainingStatus.STOPPING:
+            return run
+        backend = await self.backend_of(run.backend)
+        if backend.capabilities.stops:
+            await backend.stop(run)
+        if run.failure is not None and run.failure.kind == "timeout":
+            return run  # said before
+        over = f"it has trained for {format_duration(now - began)}, the budget allows"
+        message = f"{over} {format_duration(limit)}"
+        verdict = "stopped" if backend.capabilities.stops else "it cannot be stopped here"
+        failure = Failure(kind="timeout", message=f"{verdict}: {message}")
+        return await self._note(
+            run, lambda it: it.model_copy(update={"failure": failure}), failure.message
+        )
+
+    async def _note(
+        self,
+        run: TrainingRun,
+        change: Callable[[TrainingRun], TrainingRun],
+        message: str,
+        **fields: str,
+    ) -> TrainingRun:
+        """Change a record for a reason of ours and say so in its log."""
+        log.warning(message, run_id=run.id, backend=run.backend)
+        record = LogRecord(
+            at=utc_now(),
+            level="warning",
+            message=message,
+            source="status" if fields else _WATCH,
+            fields=fields,
+            cursor="",
+        )
+        return await to_thread.run_sync(self._store.note, run.id, change, [record])
+
+
+def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
+    """Log that a run has moved, or that its provider says what cannot be."""
+    if after.status is not before.status:
+        log.info("run changed", run_id=after.id, before=before.status, status=after.status)
+    if after.status is not told.status:
+        log.warning(
+            "run that is over is told of otherwise",
+            run_id=after.id,
+            status=after.status,
+            told=told.raw_status or told.status,
+        )
+
+
+def _stale(run: TrainingRun, found: Staleness | None) -> TrainingRun:
+    return run.model_copy(update={"stale": found})

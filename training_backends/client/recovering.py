@@ -1,0 +1,118 @@
+"""A new run store from what a damaged one still holds and what the providers list."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anyio import to_thread
+
+from training_backends.client.looks import BackendOf
+from training_backends.client.records import LAUNCHED
+from training_backends.client.store import RunStore
+from training_backends.client.store.journal import SavedStep
+from training_backends.client.store.recovery import Salvage, salvage, set_aside
+from training_backends.core.backend import RemoteFilters, RemoteRun
+from training_backends.core.errors import TrainingBackendError
+from training_backends.core.run import RUN_ID_PATTERN, TrainingRun, utc_now
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["Recovery", "recover"]
+
+_LABEL = "recovered"
+"""Set on runs that only their provider told of: perhaps somebody else's on the same account."""
+_BEFORE_START = frozenset({TrainingStatus.PENDING, TrainingStatus.VALIDATING, TrainingStatus.READY})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What became of a run store.
+
+    Attributes:
+        damaged: Where the old store lies now; None if there was none.
+        saved: Ids of the runs that could be read from it.
+        found: Ids of further runs that providers told of.
+        left_out: Jobs that providers listed and that say too little to make a run of.
+        unasked: Backends that could not be asked, with the reason.
+    """
+
+    damaged: Path | None = None
+    saved: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    left_out: int = 0
+    unasked: Mapping[str, str] = field(default_factory=dict)
+
+
+async def recover(
+    url: str, store: RunStore, names: Iterable[str], backend_of: BackendOf
+) -> Recovery:
+    """Set a store aside and fill a new one.
+
+    Args:
+        store: At `url`; its connections are closed first.
+        names: Backends to ask for their runs.
+
+    Raises:
+        StoreError: Another process uses the store, or its files cannot be moved.
+    """
+    await to_thread.run_sync(store.close)
+    damaged = await to_thread.run_sync(set_aside, url, utc_now())
+    old = await to_thread.run_sync(salvage, damaged) if damaged else Salvage()
+    for run in old.runs:
+        await to_thread.run_sync(store.restore, run, old.steps.get(run.id, []))
+    known = {(run.backend, run.remote_id) for run in old.runs}
+    taken = {run.id for run in old.runs}
+    found: list[str] = []
+    left_out = 0
+    unasked: dict[str, str] = {}
+    for name in names:
+        try:
+            backend = await backend_of(name)
+            if not backend.capabilities.lists_remote:
+                continue
+            listed = await backend.list_remote(RemoteFilters())
+        except TrainingBackendError as error:
+            unasked[name] = error.message
+            continue
+        for remote in listed:
+            if (name, remote.remote_id) in known:
+                continue
+            made = _run_of(name, remote, taken)
+            if made is None:
+                left_out += 1
+                continue
+            taken.add(made.id)
+            found.append(made.id)
+            await to_thread.run_sync(store.restore, made, _steps_of(remote))
+    return Recovery(
+        damaged=damaged,
+        saved=[run.id for run in old.runs],
+        found=found,
+        left_out=left_out,
+        unasked=unasked,
+    )
+
+
+def _run_of(backend: str, remote: RemoteRun, taken: set[str]) -> TrainingRun | None:
+    """Make the record of a run that only its provider knows; None if that is too little."""
+    if remote.config is None:
+        return None
+    run_id = remote.run_id or f"{backend}-{remote.remote_id}"
+    if run_id in taken or not re.fullmatch(RUN_ID_PATTERN, run_id):
+        return None
+    labels = remote.config.labels if remote.run_id else {**remote.config.labels, _LABEL: "true"}
+    run = TrainingRun(
+        id=run_id,
+        backend=backend,
+        config=remote.config.model_copy(update={"labels": labels}),
+        remote_id=remote.remote_id,
+        created_at=remote.created_at or utc_now(),
+    )
+    return run.updated(remote.state)
+
+
+def _steps_of(remote: RemoteRun) -> list[SavedStep]:
+    """Say that a job that goes on was launched: nobody is to start it again."""
+    if remote.state.status in _BEFORE_START:
+        return []
+    return [SavedStep(LAUNCHED, utc_now().isoformat(timespec="microseconds"), "true")]

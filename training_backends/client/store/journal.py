@@ -1,0 +1,138 @@
+"""What the launches of runs have done so far, and which contents were uploaded."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from training_backends.client.store.database import Database
+from training_backends.client.store.leases import Lease, require
+from training_backends.client.store.schema import as_text, journal, uploads
+from training_backends.core.backend import JSONValue
+from training_backends.core.run import utc_now
+
+__all__ = ["JournalEntry", "Journals", "SavedStep", "put_back"]
+
+_ANY_STEP = "*"
+"""Stands for every step of a run whose journal may have lost rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A step that was begun.
+
+    Attributes:
+        finished: Whether its result is known.
+        supposed: Nobody knows whether it was begun, because the journal was damaged.
+    """
+
+    finished: bool
+    result: JSONValue
+    supposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStep:
+    """A step as it was kept, saved from a damaged store."""
+
+    name: str
+    begun_at: str
+    result: str | None
+
+
+class Journals(Database):
+    """Launch journals and known uploads in the run store.
+
+    What is given a lease is written only while that lease was not taken over.
+    """
+
+    def entry(self, run_id: str, name: str) -> JournalEntry | None:
+        """Return what is known of a step, or None if it was never begun."""
+        names = journal.c.name.in_([name, _ANY_STEP])
+        query = sa.select(journal.c.name, journal.c.result).where(journal.c.run_id == run_id, names)
+        with self._reading() as connection:
+            found = {row.name: row.result for row in connection.execute(query)}
+        if name in found:
+            result = found[name]
+            return JournalEntry(result is not None, None if result is None else json.loads(result))
+        return JournalEntry(finished=False, result=None, supposed=True) if found else None
+
+    def begin(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
+        """Remember that a step is about to be done.
+
+        Raises:
+            LeaseLost: Somebody else goes on with this launch.
+        """
+        with self._writing() as connection:
+            require(connection, lease)
+            connection.execute(journal.insert().values(_begun(run_id, name)))
+
+    def finish(
+        self, run_id: str, name: str, result: JSONValue, *, lease: Lease | None = None
+    ) -> None:
+        """Remember a step's result.
+
+        Raises:
+            LeaseLost: Somebody else goes on with this launch.
+        """
+        told = json.dumps(result)
+        with self._writing() as connection:
+            require(connection, lease)
+            known = connection.execute(
+                journal.update().where(_step(run_id, name)).values(result=told)
+            )
+            if known.rowcount == 0:  # it was only supposed to have been begun
+                row = _begun(run_id, name)
+                connection.execute(journal.insert().values(**row, result=told))
+
+    def forget(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
+        """Remember that a begun step certainly did not happen.
+
+        Raises:
+            LeaseLost: Somebody else goes on with this launch.
+        """
+        with self._writing() as connection:
+            require(connection, lease)
+            connection.execute(journal.delete().where(_step(run_id, name)))
+
+    def known_upload(self, scope: str, sha256: str) -> str | None:
+        """Return the provider's id of a content that was uploaded before; it may be gone."""
+        with self._reading() as connection:
+            found: str | None = connection.execute(
+                sa.select(uploads.c.remote_id).where(_content(scope, sha256))
+            ).scalar()
+            return found
+
+    def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        """Remember the provider's id of a content, instead of an older one."""
+        with self._writing() as connection:
+            connection.execute(uploads.delete().where(_content(scope, sha256)))
+            connection.execute(
+                uploads.insert().values(
+                    scope=scope, sha256=sha256, remote_id=remote_id, uploaded_at=as_text(utc_now())
+                )
+            )
+
+
+def put_back(connection: sa.Connection, run_id: str, steps: Iterable[SavedStep]) -> None:
+    """Write a saved journal, with the mark that rows of it may be missing."""
+    mark = SavedStep(_ANY_STEP, as_text(utc_now()), None)
+    by_name = {step.name: step for step in (*steps, mark)}
+    rows = [
+        {"run_id": run_id, "name": step.name, "begun_at": step.begun_at, "result": step.result}
+        for step in by_name.values()
+    ]
+    connection.execute(journal.insert(), rows)
+
+
+def _begun(run_id: str, name: str) -> dict[str, str]:
+    return {"run_id": run_id, "name": name, "begun_at": as_text(utc_now())}
+
+
+def _step(run_id: str, name: str) -> sa.ColumnElement[bool]:
+    return (journal.c.run_id == run_id) & (journal.c.name == name)
+
+
+def _content(scope: str, sha256: str) -> sa.ColumnElement[bool]:
+    return (uploads.c.scope == scope) & (uploads.c.sha256 == sha256)

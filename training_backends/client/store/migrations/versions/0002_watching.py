@@ -1,0 +1,146 @@
+"""What watching needs: documents apart from what is looked at, uploads, leases, timelines."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+_BATCH = 1000
+
+
+def upgrade() -> None:
+    """Make the new tables and fill those of the runs from their documents."""
+    _rebuild_runs()
+    _make_records()
+    op.create_table(
+        "uploads",
+        sa.Column("scope", sa.String(500), primary_key=True),
+        sa.Column("sha256", sa.String(64), primary_key=True),
+        sa.Column("remote_id", sa.String(256), nullable=False),
+        sa.Column("uploaded_at", sa.String(40), nullable=False),
+    )
+    op.create_table(
+        "leases",
+        sa.Column("token", sa.Integer, primary_key=True),
+        sa.Column("name", sa.String(200), nullable=False, unique=True),
+        sa.Column("owner", sa.String(200), nullable=False),
+        sa.Column("until", sa.String(40), nullable=False),
+        sqlite_autoincrement=True,
+    )
+    # Programs that do not know alembic's table look here, and refuse what is newer.
+    op.execute("UPDATE schema_version SET version = 2")
+
+
+def _rebuild_runs() -> None:
+    # Under new names first: dropping the old runs while something refers to them would delete
+    # that too. Renaming takes along what refers to the new ones.
+    runs = op.create_table(
+        "new_runs",
+        sa.Column("id", sa.String(128), primary_key=True),
+        sa.Column("backend", sa.String(128), nullable=False),
+        sa.Column("status", sa.String(32), nullable=False),
+        sa.Column("created_at", sa.String(40), nullable=False),
+        sa.Column("remote_id", sa.String(256)),
+        sa.Column("seen_at", sa.String(40)),
+        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("cursor", sa.Text),
+        sa.Column("whole", sa.Boolean, nullable=False),
+    )
+    documents = op.create_table(
+        "documents",
+        _of_run("new_runs"),
+        sa.Column("document", sa.Text, nullable=False),
+    )
+    op.create_table(
+        "new_journal",
+        _of_run("new_runs"),
+        sa.Column("name", sa.String(200), primary_key=True),
+        sa.Column("begun_at", sa.String(40), nullable=False),
+        sa.Column("result", sa.Text),
+    )
+    connection = op.get_bind()
+    old = connection.execute(
+        sa.text(
+            "SELECT id, backend, status, created_at, document FROM runs ORDER BY created_at, id"
+        )
+    )
+    for rows in old.mappings().partitions(_BATCH):
+        connection.execute(runs.insert(), [_columns(dict(row)) for row in rows])
+        connection.execute(
+            documents.insert(),
+            [{"run_id": row["id"], "document": row["document"]} for row in rows],
+        )
+    op.execute(
+        "INSERT INTO new_journal (run_id, name, begun_at, result) "
+        "SELECT run_id, name, begun_at, result FROM journal"
+    )
+    op.drop_table("journal")
+    op.drop_table("runs")
+    op.rename_table("new_runs", "runs")
+    op.rename_table("new_journal", "journal")
+    op.create_index("runs_by_status", "runs", ["status", "backend", "created_at"])
+    op.create_index("runs_by_remote_id", "runs", ["remote_id"])
+
+
+def _make_records() -> None:
+    op.create_table(
+        "records",
+        sa.Column("id", sa.Integer, primary_key=True),
+        _of_run(key=False),
+        sa.Column("seq", sa.Integer, nullable=False),
+        sa.Column("at", sa.String(40), nullable=False),
+        sa.Column("level", sa.String(16), nullable=False),
+        sa.Column("source", sa.String(64), nullable=False),
+        sa.Column("step", sa.Integer),
+        sa.Column("message", sa.Text, nullable=False),
+        sa.Column("fields", sa.Text),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("records_by_run", "records", ["run_id", "seq"], unique=True)
+    op.create_table(
+        "metrics",
+        _of_run(),
+        sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("name", sa.String(128), primary_key=True),
+        sa.Column("at", sa.String(40), nullable=False),
+        sa.Column("value", sa.Float, nullable=False),
+    )
+    record = sa.ForeignKey("records.id", ondelete="CASCADE")
+    op.create_table(
+        "deliveries",
+        sa.Column("id", sa.Integer, record, primary_key=True, autoincrement=False),
+        sa.Column("backend", sa.String(128), nullable=False),
+    )
+    op.create_index("deliveries_by_backend", "deliveries", ["backend", "id"])
+
+
+def _of_run(table: str = "runs", *, key: bool = True) -> sa.Column[str]:
+    run = sa.ForeignKey(f"{table}.id", ondelete="CASCADE")
+    return sa.Column("run_id", sa.String(128), run, primary_key=key, nullable=False)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        known = json.loads(row["document"])
+    except ValueError:
+        known = {}  # reading that run says so; the others must not suffer
+    seen_at = known.get("last_seen_at")
+    return {
+        "id": row["id"],
+        "backend": row["backend"],
+        "status": row["status"],
+        "created_at": row["created_at"],
+        "remote_id": known.get("remote_id"),
+        "seen_at": seen_at and _as_text(seen_at),
+        "version": 1,
+        "whole": False,
+    }
+
+
+def _as_text(moment: str) -> str:
+    return datetime.fromisoformat(moment).astimezone(UTC).isoformat(timespec="microseconds")

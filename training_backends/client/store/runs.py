@@ -1,0 +1,276 @@
+"""The records of runs: found, changed, counted as live."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, Final
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+from sqlalchemy.exc import IntegrityError
+
+from training_backends.client.store.database import RECOVER, Database
+from training_backends.client.store.journal import SavedStep, put_back
+from training_backends.client.store.schema import as_text, deliveries, documents, runs
+from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
+from training_backends.core.run import TrainingRun
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
+
+_LIVE: Final = tuple(status.value for status in TrainingStatus if not status.is_terminal)
+_BATCH: Final = 500
+"""Ids in one statement; databases bound how many values one may have."""
+_WITH_DOCUMENT: Final = sa.select(runs, documents.c.document).join(documents)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRuns:
+    """Runs that go on at a provider, as far as is known.
+
+    Attributes:
+        versions: Grows with each change of a run's record, by run id.
+        changed: Those whose version is not the one that was known.
+        seen_at: When each was last seen, by run id.
+    """
+
+    versions: Mapping[str, int]
+    changed: Sequence[TrainingRun]
+    seen_at: Mapping[str, datetime | None]
+
+
+class Runs(Database):
+    """Records of runs in the run store."""
+
+    def insert(self, run: TrainingRun) -> None:
+        """Record a new run.
+
+        Raises:
+            DuplicateRun: There is a run with this id.
+        """
+        with self._writing() as connection:
+            _insert(connection, run)
+
+    def restore(self, run: TrainingRun, steps: Iterable[SavedStep] = ()) -> None:
+        """Record a run that was saved from a damaged store, with what is left of its journal.
+
+        Rows of the journal may be lost without a trace, so each step that it does not tell
+        of counts as begun from now on: it is looked for before it is done.
+
+        Raises:
+            DuplicateRun: There is a run with this id.
+        """
+        with self._writing() as connection:
+            _insert(connection, run)
+            put_back(connection, run.id, steps)
+
+    def get(self, run_id: str) -> TrainingRun:
+        """Return the run with this id, or the only one whose id begins with it.
+
+        Raises:
+            RunNotFound: There is none, or there are several.
+        """
+        with self._reading() as connection:
+            return _load(find_run(connection, run_id))
+
+    def update(self, run_id: str, change: Callable[[TrainingRun], TrainingRun]) -> TrainingRun:
+        """Replace a run by what `change` makes of it, in one transaction."""
+        with self._writing() as connection:
+            return change_run(connection, find_run(connection, run_id), change)
+
+    def list(
+        self, *, backend: str | None = None, status: TrainingStatus | None = None
+    ) -> Sequence[TrainingRun]:
+        """Return runs, newest first."""
+        query = _WITH_DOCUMENT.order_by(runs.c.created_at.desc(), runs.c.id.desc())
+        if backend is not None:
+            query = query.where(runs.c.backend == backend)
+        if status is not None:
+            query = query.where(runs.c.status == status.value)
+        with self._reading() as connection:
+            rows = connection.execute(query).all()
+        return [_load(row) for row in rows]
+
+    def delete(self, run_id: str) -> None:
+        """Forget a run with all that is known of it."""
+        with self._writing() as connection:
+            connection.execute(runs.delete().where(runs.c.id == run_id))
+
+    def live(
+        self,
+        *,
+        backend: str | None = None,
+        known: Mapping[str, int] = MappingProxyType({}),
+        only: Collection[str] | None = None,
+    ) -> LiveRuns:
+        """Return the runs that are not over and that their provider has an id for.
+
+        Args:
+            known: Versions that need not be read again, by run id.
+            only: Ids of the runs to return, if they are live.
+        """
+        query = sa.select(runs.c.id, runs.c.version, runs.c.seen_at).where(*_is_live())
+        if backend is not None:
+            query = query.where(runs.c.backend == backend)
+        with self._reading() as connection:
+            if only is None:
+                found = connection.execute(query).all()
+            else:
+                found = list(_among(connection, query, runs.c.id, only))
+            changed = [row.id for row in found if known.get(row.id) != row.version]
+            rows = list(_among(connection, _WITH_DOCUMENT, runs.c.id, changed))
+        return LiveRuns(
+            versions={row.id: row.version for row in found},
+            changed=[_load(row) for row in rows],
+            seen_at={row.id: _moment(row.seen_at) for row in found},
+        )
+
+    def backends_to_watch(self) -> Sequence[str]:
+        """Return the names of backends with live runs, or with events not delivered yet."""
+        live = sa.select(runs.c.backend).where(*_is_live())
+        with self._reading() as connection:
+            names = connection.execute(live.union(sa.select(deliveries.c.backend))).scalars()
+            return sorted(names)
+
+    def seen(self, run_ids: Collection[str], at: datetime) -> None:
+        """Remember that runs were seen and stand as they did; an earlier time changes nothing."""
+        told = as_text(at)
+        earlier = sa.or_(runs.c.seen_at.is_(None), runs.c.seen_at < told)
+        with self._writing() as connection:
+            for ids in _batches(run_ids):
+                connection.execute(
+                    runs.update().where(runs.c.id.in_(ids), earlier).values(seen_at=told)
+                )
+
+    def update_all(
+        self, run_ids: Collection[str], change: Callable[[TrainingRun], TrainingRun]
+    ) -> None:
+        """Replace each of many runs by what `change` makes of it, all in one transaction.
+
+        Ids of runs that are not there, or no longer, are passed over.
+        """
+        with self._writing() as connection:
+            for row in list(_among(connection, _WITH_DOCUMENT, runs.c.id, run_ids)):
+                change_run(connection, row, change)
+
+    def claimed(self, run_id: str, remote_ids: Collection[str]) -> frozenset[str]:
+        """Return those of the provider's ids that belong to other runs than this one."""
+        query = sa.select(runs.c.remote_id).where(runs.c.id != run_id)
+        with self._reading() as connection:
+            found = _among(connection, query, runs.c.remote_id, remote_ids)
+            return frozenset(row.remote_id for row in found)
+
+
+def find_run(connection: sa.Connection, run_id: str) -> Any:
+    """Return the row of a run by its id or the unique beginning of it.
+
+    Raises:
+        RunNotFound: There is none, or there are several.
+    """
+    exact = connection.execute(_WITH_DOCUMENT.where(runs.c.id == run_id)).first()
+    if exact is not None:
+        return exact
+    begins = runs.c.id.startswith(run_id, autoescape=True)
+    rows = connection.execute(_WITH_DOCUMENT.where(begins).limit(6)).all() if run_id else []
+    if len(rows) == 1:
+        return rows[0]
+    if rows:
+        names = ", ".join(row.id for row in rows[:5])
+        raise RunNotFound(
+            f"{run_id!r} is the beginning of several run ids: {names}.",
+            hint="Type more of the id.",
+            run_id=run_id,
+        )
+    raise RunNotFound(
+        f"There is no run {run_id!r}.",
+        hint="`training-backends list` shows the runs of this store.",
+        run_id=run_id,
+    )
+
+
+def change_run(
+    connection: sa.Connection,
+    row: Any,
+    change: Callable[[TrainingRun], TrainingRun],
+    **columns: str | None,
+) -> TrainingRun:
+    """Write what `change` makes of a run, and columns that are no part of its record."""
+    run = change(_load(row))
+    document = _document(run)
+    values = {**_columns(run), **columns}
+    # Two processes may tell of their looks in another order than they had them.
+    values["seen_at"] = max(filter(None, (row.seen_at, values["seen_at"])), default=None)
+    if document != row.document:
+        connection.execute(
+            documents.update().where(documents.c.run_id == row.id).values(document=document)
+        )
+        values["version"] = row.version + 1
+    new = {name: value for name, value in values.items() if value != getattr(row, name)}
+    if new:
+        connection.execute(runs.update().where(runs.c.id == row.id).values(**new))
+    return run.model_copy(update={"last_seen_at": _moment(values["seen_at"])})
+
+
+def _insert(connection: sa.Connection, run: TrainingRun) -> None:
+    try:
+        connection.execute(runs.insert().values(**_columns(run), version=1, whole=False))
+    except IntegrityError:
+        raise DuplicateRun(
+            f"There is a run {run.id!r} already.", other=run.id, run_id=run.id
+        ) from None
+    connection.execute(documents.insert().values(run_id=run.id, document=_document(run)))
+
+
+def _columns(run: TrainingRun) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "backend": run.backend,
+        "status": run.status.value,
+        "created_at": as_text(run.created_at),
+        "remote_id": run.remote_id,
+        "seen_at": None if run.last_seen_at is None else as_text(run.last_seen_at),
+    }
+
+
+def _document(run: TrainingRun) -> str:
+    return run.model_dump_json(exclude={"last_seen_at"})
+
+
+def _load(row: Any) -> TrainingRun:
+    try:
+        run = TrainingRun.model_validate_json(row.document)
+    except ValidationError as error:
+        raise StoreError(
+            f"The record of the run {row.id!r} cannot be read: {error.errors()[0]['msg']}.",
+            hint=RECOVER,
+            run_id=row.id,
+        ) from error
+    return run.model_copy(update={"last_seen_at": _moment(row.seen_at)})
+
+
+def _moment(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def _is_live() -> tuple[sa.ColumnElement[bool], ...]:
+    # By the words that it may have, so that the index on them serves.
+    return runs.c.status.in_(_LIVE), runs.c.remote_id.is_not(None)
+
+
+def _batches(values: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(values)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+def _among(
+    connection: sa.Connection,
+    query: sa.Select[Any],
+    column: sa.ColumnElement[Any],
+    values: Iterable[str],
+) -> Iterator[Any]:
+    """Yield the rows of a query whose column has one of many values."""
+    for batch in _batches(values):
+        yield from connection.execute(query.where(column.in_(batch)))

@@ -1,0 +1,135 @@
+"""The tables of the run store as its newest revision has them, and how values are kept.
+
+Times are UTC, as ISO text of one width, so that they compare as text.
+"""
+
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+__all__ = [
+    "REVISION",
+    "as_text",
+    "deliveries",
+    "documents",
+    "journal",
+    "leases",
+    "metadata",
+    "metrics",
+    "records",
+    "revision",
+    "runs",
+    "uploads",
+]
+
+REVISION = "0002"
+"""The newest one in `migrations/versions`."""
+
+metadata = sa.MetaData()
+
+
+def as_text(moment: datetime) -> str:
+    """Return how a time is kept."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _of_run(*, key: bool = True) -> sa.Column[str]:
+    run = sa.ForeignKey("runs.id", ondelete="CASCADE")
+    return sa.Column("run_id", sa.String(128), run, primary_key=key, nullable=False)
+
+
+revision = sa.Table(
+    "alembic_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True)
+)
+# What queries look at. Apart from the documents, so that a sweep over thousands of runs reads
+# and writes a few short rows a page.
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("backend", sa.String(128), nullable=False),
+    sa.Column("status", sa.String(32), nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("remote_id", sa.String(256)),
+    # The only home of `last_seen_at`.
+    sa.Column("seen_at", sa.String(40)),
+    # Grows by one with each change of the document.
+    sa.Column("version", sa.Integer, nullable=False),
+    # How far the provider's log is in `records`.
+    sa.Column("cursor", sa.Text),
+    # Whether the run is over and its log is in `records` to the end.
+    sa.Column("whole", sa.Boolean, nullable=False),
+    sa.Index("runs_by_status", "status", "backend", "created_at"),
+    sa.Index("runs_by_remote_id", "remote_id"),
+)
+documents = sa.Table(
+    "documents",
+    metadata,
+    _of_run(),
+    sa.Column("document", sa.Text, nullable=False),
+)
+journal = sa.Table(
+    "journal",
+    metadata,
+    _of_run(),
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("begun_at", sa.String(40), nullable=False),
+    sa.Column("result", sa.Text),
+)
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("scope", sa.String(500), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("remote_id", sa.String(256), nullable=False),
+    sa.Column("uploaded_at", sa.String(40), nullable=False),
+)
+leases = sa.Table(
+    "leases",
+    metadata,
+    # Every take makes a row, so the database's own numbering gives the fencing token.
+    sa.Column("token", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("until", sa.String(40), nullable=False),
+    # Never gives out a number again, even after its row is gone.
+    sqlite_autoincrement=True,
+)
+records = sa.Table(
+    "records",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _of_run(key=False),
+    sa.Column("seq", sa.Integer, nullable=False),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("level", sa.String(16), nullable=False),
+    sa.Column("source", sa.String(64), nullable=False),
+    sa.Column("step", sa.Integer),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("fields", sa.Text),
+    sa.Index("records_by_run", "run_id", "seq", unique=True),
+    sqlite_autoincrement=True,
+)
+metrics = sa.Table(
+    "metrics",
+    metadata,
+    _of_run(),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("value", sa.Float, nullable=False),
+)
+# Records that nobody was told of yet.
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column(
+        "id",
+        sa.Integer,
+        sa.ForeignKey("records.id", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    sa.Column("backend", sa.String(128), nullable=False),
+    sa.Index("deliveries_by_backend", "backend", "id"),
+)

@@ -1,0 +1,265 @@
+"""What happened in a run, in order of time: stored once, read from any place, delivered once."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from training_backends.client.store.database import Database
+from training_backends.client.store.leases import Lease, require
+from training_backends.client.store.runs import change_run, find_run
+from training_backends.client.store.schema import as_text, deliveries, metrics, records, runs
+from training_backends.core.errors import ConfigError
+from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.status import TrainingStatus
+
+__all__ = ["Delivery", "MetricPoint", "Timeline"]
+
+_EVENTS: Final = frozenset({"status", "event", "checkpoint", "watch"})
+"""Sources of the records that somebody may want to be told of."""
+_MEASURED: Final = frozenset({"metrics", "checkpoint"})
+_COUNTS: Final = frozenset({"step", "total_steps"})
+"""Numbers of a record that were not measured."""
+_TOO_LARGE: Final = 2**63
+_CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricPoint:
+    """One value of a metric; finite."""
+
+    step: int
+    at: datetime
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A record that nobody was told of yet."""
+
+    id: int
+    run_id: str
+    record: LogRecord
+
+
+class Timeline(Database):
+    """Log records of all sources in the run store.
+
+    A record's cursor is its number within the run, from 1.
+    """
+
+    def observed(
+        self,
+        run_id: str,
+        change: Callable[[TrainingRun], TrainingRun],
+        found: Sequence[LogRecord] = (),
+        *,
+        after: str | None,
+        cursor: str | None,
+    ) -> TrainingRun | None:
+        """Store one look at a run: what it changes, the log behind `after`, the new cursor.
+
+        Nothing is stored, and None returned, when the provider's cursor is no longer `after`:
+        then another look was stored meanwhile, and this one may be the older of the two.
+
+        A record that is older than the last one stored goes behind it, at its time, and keeps
+        its own time in the field `told_at`. With the look that sees the run over, its log is
+        whole.
+
+        Args:
+            change: Gets the run as it is now; must leave the store alone.
+        """
+        with self._writing() as connection:
+            row = find_run(connection, run_id)
+            if row.cursor != after:
+                return None
+            run = change_run(connection, row, change, cursor=cursor)
+            _append(connection, row, found)
+            _set_whole(connection, row, run)
+            return run
+
+    def note(
+        self,
+        run_id: str,
+        change: Callable[[TrainingRun], TrainingRun],
+        found: Sequence[LogRecord],
+    ) -> TrainingRun:
+        """Change a run and add log records of our own, as `observed` does.
+
+        A run that this ends has a whole log too: its provider has no more to tell.
+        """
+        with self._writing() as connection:
+            row = find_run(connection, run_id)
+            run = change_run(connection, row, change)
+            _append(connection, row, found)
+            if not TrainingStatus(row.status).is_terminal:
+                _set_whole(connection, row, run)
+            return run
+
+    def is_whole(self, run_id: str) -> bool:
+        """Tell whether a run is over and its log is stored to the end."""
+        with self._reading() as connection:
+            query = sa.select(runs.c.whole).where(runs.c.id == run_id)
+            return bool(connection.execute(query).scalar())
+
+    def provider_cursor(self, run_id: str) -> str | None:
+        """Return how far the provider's log is stored; None is its beginning."""
+        with self._reading() as connection:
+            query = sa.select(runs.c.cursor).where(runs.c.id == run_id)
+            found: str | None = connection.execute(query).scalar()
+            return found
+
+    def records(
+        self, run_id: str, *, after: str | None = None, limit: int = 1000
+    ) -> list[LogRecord]:
+        """Return the log behind a cursor, oldest first.
+
+        Raises:
+            ConfigError: The cursor is not one of this run.
+        """
+        place = _place(after)
+        mine = records.c.run_id == run_id
+        query = sa.select(records).where(mine, records.c.seq > place)
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(records.c.seq).limit(limit)).all()
+            if not rows and place > _last(connection, run_id)[0]:
+                raise _bad_cursor(after)
+        return [_record(row) for row in rows]
+
+    def metrics(self, run_id: str) -> list[MetricPoint]:
+        """Return what was measured, by step; of a step told of twice, the later word."""
+        query = sa.select(metrics).where(metrics.c.run_id == run_id)
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(metrics.c.step, metrics.c.name)).all()
+        return [
+            MetricPoint(row.step, datetime.fromisoformat(row.at), row.name, row.value)
+            for row in rows
+        ]
+
+    def undelivered(self, *, backend: str, limit: int) -> list[Delivery]:
+        """Return events of a backend's runs that nobody was told of, oldest first."""
+        query = sa.select(records).join(deliveries).where(deliveries.c.backend == backend)
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(deliveries.c.id).limit(limit)).all()
+        return [Delivery(row.id, row.run_id, _record(row)) for row in rows]
+
+    def delivered(self, ids: Collection[int], *, lease: Lease | None = None) -> None:
+        """Remember that somebody was told of events.
+
+        Raises:
+            LeaseLost: Somebody else tells of them now.
+        """
+        gone = deliveries.delete().where(deliveries.c.id == sa.bindparam("gone"))
+        with self._writing() as connection:
+            require(connection, lease)
+            if ids:
+                connection.execute(gone, [{"gone": it} for it in ids])
+
+
+def _set_whole(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
+    if run.status.is_terminal and not row.whole:
+        connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
+
+
+def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> None:
+    """Write records behind those that are there, with what follows from them."""
+    if not found:
+        return
+    last, latest = _last(connection, run.id)
+    in_time = sorted(found, key=lambda record: record.at)
+    rows = [_row(run.id, seq, record, latest) for seq, record in enumerate(in_time, last + 1)]
+    connection.execute(records.insert(), rows)
+    waiting = sa.select(records.c.id, sa.literal(run.backend)).where(
+        records.c.run_id == run.id, records.c.seq > last, records.c.source.in_(_EVENTS)
+    )
+    connection.execute(
+        deliveries.insert().from_select([deliveries.c.id, deliveries.c.backend], waiting)
+    )
+    _measure(connection, run.id, in_time)
+
+
+def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any]:
+    at = as_text(record.at)
+    fields = record.fields if at >= latest else {**record.fields, "told_at": at}
+    return {
+        "run_id": run_id,
+        "seq": seq,
+        "at": max(at, latest),
+        "level": record.level,
+        "source": record.source,
+        "step": record.step if _is_count(record.step) else None,
+        "message": record.message,
+        "fields": json.dumps(fields, default=str) if fields else None,
+    }
+
+
+def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord]) -> None:
+    points = {
+        (step, name): {"run_id": run_id, "step": step, "name": name, "at": at, "value": value}
+        for record in found
+        for step, name, at, value in _values(record)
+    }
+    if not points:
+        return
+    told_before = metrics.delete().where(
+        metrics.c.run_id == run_id,
+        metrics.c.step == sa.bindparam("the_step"),
+        metrics.c.name == sa.bindparam("the_name"),
+    )
+    connection.execute(told_before, [{"the_step": step, "the_name": name} for step, name in points])
+    connection.execute(metrics.insert(), list(points.values()))
+
+
+def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
+    step = record.step
+    if record.source not in _MEASURED or step is None or not _is_count(step):
+        return
+    for name, value in record.fields.items():
+        number = isinstance(value, float) or _is_count(value)
+        if number and math.isfinite(value) and name not in _COUNTS:
+            yield step, name, as_text(record.at), float(value)
+
+
+def _is_count(value: Any) -> bool:
+    """Tell whether a value is an integer that a database can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+
+
+def _last(connection: sa.Connection, run_id: str) -> tuple[int, str]:
+    """Return the number and time of a run's last record; 0 and "" if it has none."""
+    query = sa.select(records.c.seq, records.c.at).where(records.c.run_id == run_id)
+    row = connection.execute(query.order_by(records.c.seq.desc()).limit(1)).first()
+    return (0, "") if row is None else (row.seq, row.at)
+
+
+def _record(row: Any) -> LogRecord:
+    return LogRecord(
+        at=datetime.fromisoformat(row.at),
+        level=row.level,
+        message=row.message,
+        source=row.source,
+        step=row.step,
+        fields={} if row.fields is None else json.loads(row.fields),
+        cursor=str(row.seq),
+    )
+
+
+def _place(cursor: str | None) -> int:
+    if cursor is None:
+        return 0
+    if _CURSOR.fullmatch(cursor) is None:
+        raise _bad_cursor(cursor)
+    return int(cursor)
+
+
+def _bad_cursor(cursor: str | None) -> ConfigError:
+    return ConfigError(
+        f"{cursor!r} is not a cursor of this run's log.",
+        hint="Use the cursor of a record that `training-backends logs --json` printed.",
+    )
