@@ -8,7 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from training_backends.core.files import append_line, hold_lock, is_locked, write_atomic
-from training_backends.rundir.directory import Event, RunDir, RunSpec, rows_per_epoch
+from training_backends.rundir.directory import (
+    Event,
+    MetricsRow,
+    RunDir,
+    RunSpec,
+    rows_per_epoch,
+)
 
 HOLDER = """
 import sys, time
@@ -60,6 +66,26 @@ def test_reading_goes_on_behind_an_offset(run: RunDir) -> None:
         run.add_event(Event(name="message", message=word))
     offset = run.read_events()[1][1]
     assert [event.message for event, _ in run.read_events(offset)] == ["three"]
+
+
+def row(step: int) -> MetricsRow:
+    """Make a row of metrics."""
+    return MetricsRow(step=step, total_steps=9, epoch=0.1, train_loss=1.0, learning_rate=0.1)
+
+
+def test_the_newest_metrics_are_the_end_of_all(run: RunDir) -> None:
+    """They begin with a whole line and end with the last one, however long the file is."""
+    assert run.read_newest_metrics() == []
+    run.add_metrics(row(1))
+    assert [found.step for found in run.read_newest_metrics()] == [1]
+    line = run.metrics.read_bytes()
+    for length in range(3 * len(line)):  # whatever the place at which the end begins
+        run.metrics.write_bytes(b"x" * length + b"\n" + line * 1000)
+        run.add_metrics(row(2))
+        newest = run.read_newest_metrics()
+        assert newest[-1].step == 2
+        assert 10 < len(newest) < 1000
+        assert newest == [found for found, _ in run.read_metrics()][-len(newest) :]
 
 
 def test_a_lock_lives_as_long_as_its_holder(tmp_path: Path) -> None:

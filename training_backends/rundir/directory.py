@@ -14,6 +14,7 @@ engine, read and write it the same way and may not import each other. POSIX only
     stop            asks the child to save a checkpoint and end
 """
 
+import os
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
@@ -45,6 +46,8 @@ __all__ = [
 
 Row = TypeVar("Row", bound=BaseModel)
 
+_TAIL_BYTES: Final = 16 * 1024
+"""About a hundred rows of metrics."""
 
 TINY_POSITIONS: Final = 32768
 """Tokens that `tiny-mistral` reads at most."""
@@ -292,6 +295,11 @@ class RunDir:
         """Return the metrics behind byte `offset`, each with the offset behind it."""
         return _read_rows(self.metrics, MetricsRow, offset)
 
+    def read_newest_metrics(self) -> list[MetricsRow]:
+        """Return the last rows, oldest first: about a hundred, however many there are."""
+        offset = _tail_offset(self.metrics, _TAIL_BYTES)
+        return [row for row, _ in _read_rows(self.metrics, MetricsRow, offset)]
+
     def read_checkpoints(self) -> list[tuple[Path, CheckpointState]]:
         """Return the complete checkpoints on disk, oldest step first."""
         found = [
@@ -309,6 +317,20 @@ def _checkpoint_state(path: Path) -> CheckpointState | None:
     except (OSError, ValidationError):
         return None
     return state if whole else None
+
+
+def _tail_offset(path: Path, length: int) -> int:
+    """Return where the first line begins that lies wholly in the last `length` bytes."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size <= length:
+                return 0
+            file.seek(size - length - 1)
+            file.readline()
+            return file.tell()
+    except FileNotFoundError:
+        return 0
 
 
 def _read_rows(path: Path, model: type[Row], offset: int) -> list[tuple[Row, int]]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from training_backends.backends.local.records import Cursor, read_records
 from training_backends.backends.local.state import START_PATIENCE, read_state
 from training_backends.core.files import hold_lock
-from training_backends.core.run import Failure
+from training_backends.core.run import Failure, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir, RunSpec
 
@@ -77,24 +78,52 @@ def test_an_exit_record_says_the_end(run: RunDir) -> None:
     assert state.finished_at == record.at
 
 
+def measured(step: int, *, at: datetime | None = None, **values: float) -> MetricsRow:
+    """Make a row of metrics."""
+    values = {"train_loss": 1.0, "learning_rate": 0.1, **values}
+    return MetricsRow(at=at or utc_now(), step=step, total_steps=3, epoch=0.1, **values)
+
+
 def test_the_last_row_of_a_step_counts(run: RunDir) -> None:
     """After a crash steps are done again; validation is kept from where it was measured."""
-    for step, loss, valid in ((1, 9.0, None), (2, 8.0, 7.0), (2, 6.0, None), (3, 5.0, None)):
-        run.add_metrics(
-            MetricsRow(
-                step=step,
-                total_steps=3,
-                epoch=0.1,
-                train_loss=loss,
-                learning_rate=0.1,
-                valid_loss=valid,
-            )
-        )
+    run.add_metrics(measured(1, train_loss=9.0))
+    run.add_metrics(measured(2, train_loss=8.0, valid_loss=7.0))
+    run.add_metrics(measured(2, train_loss=6.0))
+    run.add_metrics(measured(3, train_loss=5.0))
     state = read_state(run)
     assert (state.step, state.total_steps) == (3, 3)
     assert state.metrics is not None
     assert state.metrics["train_loss"] == 5.0
     assert state.metrics["valid_loss"] == 7.0
+
+
+def test_a_long_run_is_read_from_its_end(run: RunDir) -> None:
+    """A look takes as long for a thousand million rows as for ten; checkpoints remember."""
+    metrics = {"train_loss": 3.0, "valid_loss": 2.0}
+    run.add_event(Event(name="checkpoint", step=1, data={"metrics": metrics}))
+    with run.metrics.open("wb") as file:
+        file.truncate(2**36)  # 64 GiB of nothing, which takes no room
+    run.add_metrics(measured(9, train_loss=1.5))
+    state = read_state(run)
+    assert state.step == 9
+    assert state.metrics is not None
+    assert (state.metrics["train_loss"], state.metrics["valid_loss"]) == (1.5, 2.0)
+
+
+def test_a_change_is_told_of_once_it_is_in_the_log(run: RunDir) -> None:
+    """The time of the last change is that of the last row that a log would hold."""
+    earlier = utc_now() - timedelta(minutes=1)
+    with hold_lock(run.lock):
+        assert read_state(run).changed_at is None
+        run.add_event(Event(at=earlier, name="status", data={"status": "running"}))
+        assert read_state(run).changed_at == earlier
+        run.add_metrics(measured(1, at=earlier + timedelta(seconds=1)))
+        assert read_state(run).changed_at == earlier + timedelta(seconds=1)
+        run.add_metrics(measured(2, at=utc_now() + timedelta(minutes=1)))
+        assert read_state(run).changed_at == earlier + timedelta(seconds=1)
+    ended = ExitRecord(status="completed", code=0, at=utc_now() + timedelta(minutes=2))
+    run.write_exit(ended)
+    assert read_state(run).changed_at == ended.at
 
 
 def test_what_is_too_young_waits_while_the_process_lives(run: RunDir) -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -14,12 +15,24 @@ from anyio import to_thread
 from pydantic import BaseModel
 
 from training_backends.backends.local.estimating import estimate_run
+from training_backends.backends.local.listing import find_runs
 from training_backends.backends.local.options import LocalOptions
-from training_backends.backends.local.planning import build_spec, defaults_taken, find_issues
-from training_backends.backends.local.process import spawn
+from training_backends.backends.local.planning import (
+    build_spec,
+    defaults_taken,
+    find_issues,
+)
+from training_backends.backends.local.process import ENGINE, spawn
 from training_backends.backends.local.records import Cursor, read_records
-from training_backends.backends.local.state import has_begun, read_ending, read_state
-from training_backends.core.backend import BackendContext, Health, Journal, TrainingBackend
+from training_backends.backends.local.state import Look, has_begun, read_ending, read_state
+from training_backends.core.backend import (
+    BackendContext,
+    Health,
+    Journal,
+    RemoteFilters,
+    RemoteRun,
+    TrainingBackend,
+)
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -33,7 +46,13 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
+from training_backends.core.run import (
+    LogRecord,
+    Observation,
+    RunState,
+    TrainingRun,
+    ValidationReport,
+)
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import RunDir, RunSpec
 
@@ -50,15 +69,19 @@ class LocalBackend(TrainingBackend):
 
     All state of a run lies in its run directory, `HOME/runs/ID`; any process of the same
     user finds it there again.
+
+    Args:
+        program: Trains what the run directory in its last argument asks for.
     """
 
     name: ClassVar[str] = "local"
     summary: ClassVar[str] = "Trains on this machine, CPU or one GPU; no key, no bill."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, program: Sequence[str] = ENGINE) -> None:
         self._runs = home / "runs"
         self._slots = home / "slots"
+        self._program = program
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -75,7 +98,13 @@ class LocalBackend(TrainingBackend):
             resumes=True,
             downloads=True,
             deletes=True,
+            lists_remote=True,
         )
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Looking costs a millisecond, and nobody else waits for it."""
+        return timedelta(seconds=0.1), timedelta(seconds=_POLL_LAST)
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Take the share from the options."""
@@ -105,7 +134,8 @@ class LocalBackend(TrainingBackend):
         await journal.record(RunState(status=TrainingStatus.PENDING, remote_id=run.id))
 
         async def do() -> dict[str, int]:
-            return {"pid": await to_thread.run_sync(_start_process, directory, spec, run)}
+            pid = await to_thread.run_sync(_start_process, directory, spec, run, self._program)
+            return {"pid": pid}
 
         async def find() -> dict[str, bool] | None:
             begun = await to_thread.run_sync(has_begun, directory)
@@ -135,20 +165,23 @@ class LocalBackend(TrainingBackend):
     def _read(self, run: TrainingRun) -> RunState:
         return read_state(self._existing(run))
 
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Read the state and what is new of the log, as of the same moment."""
+        return await to_thread.run_sync(self._observe, run, after)
+
+    def _observe(self, run: TrainingRun, after: str | None) -> Observation:
+        directory = self._existing(run)
+        look = Look.at(directory)
+        state = read_state(directory, look)
+        records, _ = read_records(directory, self._cursor(run, after), look)
+        return Observation(state, tuple(records), records[-1].cursor if records else after)
+
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield status changes, metrics, checkpoints and samples as one log."""
         directory = await to_thread.run_sync(self._existing, run)
-        try:
-            cursor = Cursor.parse(after)
-        except ValueError as error:
-            raise ConfigError(
-                f"{after!r} is no cursor of this run's log.",
-                hint="`logs --json` gives a cursor with each record.",
-                backend=self.name,
-                run_id=run.id,
-            ) from error
+        cursor = self._cursor(run, after)
         pause = _POLL_FIRST
         while True:
             records, over = await to_thread.run_sync(read_records, directory, cursor)
@@ -159,6 +192,17 @@ class LocalBackend(TrainingBackend):
             cursor = Cursor.parse(records[-1].cursor) if records else cursor
             pause = _POLL_FIRST if records else min(pause * 1.5, _POLL_LAST)
             await anyio.sleep(pause)
+
+    def _cursor(self, run: TrainingRun, text: str | None) -> Cursor:
+        try:
+            return Cursor.parse(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{text!r} is no cursor of this run's log.",
+                hint="`logs --json` gives a cursor with each record.",
+                backend=self.name,
+                run_id=run.id,
+            ) from error
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """See `TrainingBackend.stop`."""
@@ -236,6 +280,10 @@ class LocalBackend(TrainingBackend):
         raise ConfigError(
             f"There is no checkpoint {wanted!r}.", issues=[issue], backend=self.name, run_id=run.id
         )
+
+    async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
+        """Find the runs that have a directory here."""
+        return await to_thread.run_sync(find_runs, self._runs, filters)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
         """Copy the finished model to `target`."""
@@ -338,7 +386,9 @@ def _signal(directory: RunDir) -> bool:
     return True
 
 
-def _start_process(directory: RunDir, spec: RunSpec, run: TrainingRun) -> int:
+def _start_process(
+    directory: RunDir, spec: RunSpec, run: TrainingRun, program: Sequence[str]
+) -> int:
     """Start the run's process; 0 if an earlier try of the same run did, just now."""
     if directory.spec.is_file():
         if not _is_same(directory, spec, run):
@@ -353,7 +403,7 @@ def _start_process(directory: RunDir, spec: RunSpec, run: TrainingRun) -> int:
             return 0
     with _disk(run):
         directory.write_spec(spec)
-        return spawn(directory)
+        return spawn(directory, program)
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:

@@ -11,7 +11,8 @@ import msgspec
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.dataset import Dataset
-from training_backends.core.estimate import Estimate, Money
+from training_backends.core.estimate import Estimate, Money, PriceSource
+from training_backends.core.run import utc_now
 from training_backends.datasets.chat import byte_encode, parse_row
 from training_backends.rundir.directory import RunDir, RunSpec, rows_per_epoch
 
@@ -34,14 +35,14 @@ def estimate_run(spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, 
         runs: Directory of earlier runs, whose speed is the only source of a duration.
         notes: What else to tell.
     """
-    notes = ("This machine trains: nothing is billed.", *notes)
+    free = PriceSource(name="nothing is billed on this machine", as_of=utc_now().date())
     if spec.model != TINY_MODEL:
         rows = tuple(file.rows for file in dataset.train)
         notes += (
             f"Tokens are counted once {spec.model} is loaded, so they are not known yet.",
             "The duration depends on the tokens, so it is not known yet.",
         )
-        return Estimate(steps=spec.total_steps(rows), cost=_FREE, notes=notes)
+        return Estimate(steps=spec.total_steps(rows), cost=_FREE, price_source=free, notes=notes)
     counts = [_count(source.path, spec.seq_len) for source in spec.train]
     steps = spec.total_steps(tuple(count.rows for count in counts))
     trained = round(_mean_tokens(spec, counts) * steps * spec.batch_size)
@@ -52,6 +53,7 @@ def estimate_run(spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, 
         data_tokens=sum(count.tokens for count in counts),
         steps=steps,
         cost=_FREE,
+        price_source=free,
         duration=duration,
         basis="exact",
         notes=(*notes, basis),
@@ -120,7 +122,7 @@ def _tokens_a_second(run: RunDir, model: str) -> float | None:
         (e for e, _ in run.read_events() if e.name == "status" and e.data["status"] == "running"),
         None,
     )
-    rows = [row for row, _ in run.read_metrics()]
+    rows = run.read_newest_metrics()
     if started is None or started.data.get("step") or not rows:
         return None  # a continued run holds a pause
     seconds = (rows[-1].at - started.at).total_seconds()

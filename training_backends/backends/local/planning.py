@@ -6,13 +6,27 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
+from pydantic import ValidationError
+
 from training_backends.backends.local.options import LocalOptions
-from training_backends.core.config import TINY_MODEL, TrainingConfig, Tuning
+from training_backends.core.config import (
+    TINY_MODEL,
+    Hyperparameters,
+    TrainingConfig,
+    Tuning,
+)
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
 from training_backends.rundir.directory import TINY_POSITIONS, RunSpec
 
-__all__ = ["MODELS_OFFERED", "build_spec", "find_issues", "settled_values"]
+__all__ = [
+    "MODELS_OFFERED",
+    "build_spec",
+    "config_of",
+    "find_issues",
+    "settled_model",
+    "settled_values",
+]
 
 MODELS_OFFERED: Final = (
     f"{TINY_MODEL} (built in, no network), a model directory, or ORGANISATION/NAME on the hub"
@@ -148,16 +162,20 @@ def defaults_taken(config: TrainingConfig) -> dict[str, float]:
     }
 
 
+def settled_model(name: str) -> str:
+    """Return the name of a model as a spec has it."""
+    directory = Path(name).expanduser()
+    # The process runs elsewhere, so a relative path would mean something else there.
+    return str(directory.absolute()) if name != TINY_MODEL and directory.is_dir() else name
+
+
 def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
     """Make the spec of a valid configuration, with every default settled."""
     options = LocalOptions.model_validate(config.options)
     tuning = config.tuning or Tuning(kind="full" if config.model == TINY_MODEL else "lora")
-    directory = Path(config.model).expanduser()
-    local = config.model != TINY_MODEL and directory.is_dir()
     values = {
         "run_id": run_id,
-        # The process runs elsewhere, so a relative path would mean something else there.
-        "model": str(directory.absolute()) if local else config.model,
+        "model": settled_model(config.model),
         "tuning": tuning,
         "train": config.data.train,
         "validation": config.data.validation,
@@ -167,3 +185,26 @@ def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
         **options.model_dump(exclude={"max_runs"}),
     }
     return RunSpec.model_validate(values)
+
+
+def config_of(spec: RunSpec) -> TrainingConfig | None:
+    """Make a configuration that gives the same spec again; None if none does.
+
+    What the training process is not told, such as labels and the budget, is lost.
+    """
+    settled = spec.model_dump(exclude_none=True)
+    values = {
+        "model": spec.model,
+        "tuning": spec.tuning,
+        "data": {"train": spec.train, "validation": spec.validation},
+        "hyperparameters": {
+            name: settled[name] for name in Hyperparameters.model_fields if name in settled
+        },
+    }
+    given = {name: settled[name] for name in LocalOptions.model_fields if name in settled}
+    try:
+        options = LocalOptions.model_validate({**given, "max_runs": spec.slots})
+        chosen = options.model_dump(exclude_defaults=True)
+        return TrainingConfig.model_validate({**values, "options": chosen})
+    except ValidationError:
+        return None  # written by something else than this backend

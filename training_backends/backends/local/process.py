@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 from training_backends.core.run import Failure
 from training_backends.rundir.directory import ExitRecord, RunDir
 
-__all__ = ["child_environment", "spawn", "took_lock"]
+__all__ = ["ENGINE", "child_environment", "spawn", "took_lock"]
+
+ENGINE: Final = (sys.executable, "-P", "-m", "training_backends.engine", "train")
+"""The training program; its last argument is the run directory."""
 
 # No API key of the parent's gets into the child: it may run for days, and its environment
 # can be read by everybody with the same user id.
@@ -29,7 +33,7 @@ def child_environment() -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def spawn(run: RunDir) -> int:
+def spawn(run: RunDir, program: Sequence[str]) -> int:
     """Start the training process of a run directory; return its process id.
 
     Starting it twice is harmless: only one gets the directory's lock.
@@ -37,7 +41,7 @@ def spawn(run: RunDir) -> int:
     run.spec.touch()  # tells when it was started, see `state`
     with run.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own program and directory
-            [sys.executable, "-P", "-m", "training_backends.engine", "train", str(run.path)],
+            [*program, str(run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -2,19 +2,15 @@
 
 import heapq
 from collections.abc import Iterator
-from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from datetime import datetime
+from typing import NamedTuple
 
-from training_backends.backends.local.state import ENGINE_STATUS, LOST, metrics_of, read_ending
+from training_backends.backends.local.state import ENGINE_STATUS, LOST, Look, metrics_of
 from training_backends.core.run import LogRecord, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
 
 __all__ = ["Cursor", "read_records"]
-
-_SETTLED: Final = timedelta(seconds=0.2)
-"""Rows younger than this wait: one with an earlier time may just be being written to the
-other file, and the log must be the same however it is read."""
 
 
 class Cursor(NamedTuple):
@@ -42,13 +38,14 @@ class Cursor(NamedTuple):
         return cls(int(events), int(metrics), bool(ended))
 
 
-def read_records(run: RunDir, after: Cursor) -> tuple[list[LogRecord], bool]:
+def read_records(
+    run: RunDir, after: Cursor, look: Look | None = None
+) -> tuple[list[LogRecord], bool]:
     """Return what is new behind a cursor, in order, and whether nothing more will come."""
     if after.ended:
         return [], True
-    ending = read_ending(run)  # first: what is written later is read next time, none is missed
-    limit = None if ending else utc_now() - _SETTLED
-    records = list(_merged(run, after, limit))
+    ending, until = look or Look.at(run)
+    records = list(_merged(run, after, until))
     if ending and ending.failure == LOST:
         # The process could not say it itself, so the log would end in mid-sentence.
         cursor = Cursor.parse(records[-1].cursor) if records else after
@@ -67,13 +64,13 @@ def _lost(at: datetime, cursor: Cursor) -> LogRecord:
     )
 
 
-def _merged(run: RunDir, after: Cursor, limit: datetime | None) -> Iterator[LogRecord]:
+def _merged(run: RunDir, after: Cursor, until: datetime) -> Iterator[LogRecord]:
     rows: Iterator[tuple[Event | MetricsRow, int]] = heapq.merge(
         run.read_events(after.events), run.read_metrics(after.metrics), key=lambda row: row[0].at
     )
     cursor = after
     for row, end in rows:
-        if limit is not None and row.at > limit:
+        if row.at > until:
             return
         if isinstance(row, Event):
             cursor = cursor._replace(events=end)

@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Mapping
-from datetime import datetime
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from training_backends.backends.local.process import took_lock
-from training_backends.core.run import Checkpoint, Failure, RunState
+from training_backends.core.run import Checkpoint, Failure, RunState, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
-__all__ = ["ENGINE_STATUS", "LOST", "Ending", "has_begun", "read_ending", "read_state"]
+__all__ = ["ENGINE_STATUS", "LOST", "Ending", "Look", "has_begun", "read_ending", "read_state"]
 
+_SETTLED: Final = timedelta(seconds=0.2)
+"""Rows younger than this wait: one with an earlier time may just be being written to the
+other file, and the log must be the same however it is read."""
+_FOREVER: Final = datetime.max.replace(tzinfo=UTC)
 START_PATIENCE: Final = 60.0
 """Seconds in which a process must take its lock; more means that it died before that."""
 
@@ -44,71 +47,96 @@ def has_begun(run: RunDir) -> bool:
 
 
 class Ending(NamedTuple):
-    """How a run ended, and when if it could still say so."""
+    """How a run ended; `record` is what it could still say of it."""
 
-    failure: Failure | None
-    at: datetime | None
+    status: TrainingStatus
+    raw: str
+    record: ExitRecord | None = None
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why it failed, if it did."""
+        if self.record and self.record.failure:
+            return self.record.failure
+        return LOST if self.status is TrainingStatus.FAILED else None
+
+    @property
+    def at(self) -> datetime | None:
+        """When it ended, if it could still say so."""
+        return self.record.at if self.record else None
+
+
+class Look(NamedTuple):
+    """One look at a run, so that its state and its log tell of the same moment.
+
+    What is written after `ending` was read belongs to the next look: none is missed.
+
+    Attributes:
+        until: Rows up to then are told.
+    """
+
+    ending: Ending | None
+    until: datetime
+
+    @classmethod
+    def at(cls, run: RunDir) -> Self:
+        """Begin a look."""
+        ending = read_ending(run)
+        return cls(ending, _FOREVER if ending else utc_now() - _SETTLED)
 
 
 def read_ending(run: RunDir) -> Ending | None:
-    """Say how a run ended, or None while it goes on; cheap, for it reads no metrics."""
-    status, _, record = _status(run, _events(run))
-    if not status.is_terminal:
+    """Say how a run ended, or None while it goes on; cheap, for it reads no rows."""
+    record = run.read_exit()
+    if record is None and (run.is_active() or _may_still_start(run)):
         return None
-    return Ending(_failure(status, record), record.at if record else None)
+    # It may have begun or ended between these looks; once its lock is free, it has ended.
+    if record is None and run.is_active():
+        return None
+    if record := record or run.read_exit():
+        return Ending(ENGINE_STATUS[record.status], record.status, record)
+    if run.stop.exists():
+        # Asked to end before it could listen, so it had nothing to save either.
+        return Ending(TrainingStatus.CANCELLED, "stopped")
+    return Ending(TrainingStatus.FAILED, "lost")
 
 
-def read_state(run: RunDir) -> RunState:
-    """Read where a run stands; blocks for as long as the files take."""
-    events = _events(run)
-    rows = [row for row, _ in run.read_metrics()]
-    status, raw, record = _status(run, events)
+def read_state(run: RunDir, look: Look | None = None) -> RunState:
+    """Read where a run stands; blocks for as long as the files take.
+
+    Reads the end of the metrics and all events, of which there are few: what grows with a
+    run's length among them is its checkpoints, and each is told of.
+    """
+    ending, until = look or Look.at(run)
+    events = [event for event, _ in run.read_events()]
+    rows = run.read_newest_metrics()
+    checkpoints = _checkpoints(run, events)
+    status, raw = ending[:2] if ending else _going(run, events)
+    record = ending.record if ending else None
+    times = [event.at for event in events] + [row.at for row in rows]
+    times += [record.at] if record else []
     return RunState(
         status=status,
         raw_status=raw,
         remote_id=run.path.name,
-        failure=_failure(status, record),
+        failure=ending.failure if ending else None,
         started_at=next((e.at for e in events if _word(e) == "running"), None),
         finished_at=record.at if record else None,
         step=rows[-1].step if rows else None,
         total_steps=rows[-1].total_steps if rows else _announced_steps(events),
-        metrics=_latest(rows) or None,
-        checkpoints=_checkpoints(run, events) or None,
+        metrics=_latest(checkpoints, rows) or None,
+        checkpoints=checkpoints or None,
         result_model=str(run.path / record.result.path) if record and record.result else None,
+        changed_at=max((at for at in times if at <= until), default=None),
     )
 
 
-def _events(run: RunDir) -> list[Event]:
-    return [event for event, _ in run.read_events()]
-
-
-def _failure(status: TrainingStatus, record: ExitRecord | None) -> Failure | None:
-    if record and record.failure:
-        return record.failure
-    return LOST if status is TrainingStatus.FAILED else None
-
-
-def _status(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str, ExitRecord | None]:
-    if record := run.read_exit():
-        return ENGINE_STATUS[record.status], record.status, record
-    if run.is_active():
-        return *_living(run, events), None
-    # It may have ended between the two looks.
-    if record := run.read_exit():
-        return ENGINE_STATUS[record.status], record.status, record
-    if _may_still_start(run):
-        status = TrainingStatus.STOPPING if run.stop.exists() else TrainingStatus.PENDING
-        return status, "starting", None
-    if run.stop.exists():
-        # Asked to end before it could listen, so it had nothing to save either.
-        return TrainingStatus.CANCELLED, "stopped", None
-    return TrainingStatus.FAILED, "lost", None
-
-
-def _living(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
+def _going(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
     if run.stop.exists():
         return TrainingStatus.STOPPING, "stopping"
-    word = next((word for e in reversed(events) if (word := _word(e))), "starting")
+    words = (word for event in reversed(events) if (word := _word(event)))
+    # Before it has its lock, the events are those of an earlier process, if there are any.
+    word = next(words, "starting") if took_lock(run) else "starting"
     status = ENGINE_STATUS.get(word, TrainingStatus.PENDING)
     # It tells its end before it writes how it ended: over is what exit.json says is over.
     return (TrainingStatus.RUNNING if status.is_terminal else status), word
@@ -128,9 +156,14 @@ def _announced_steps(events: list[Event]) -> int | None:
     return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
-def _latest(rows: list[MetricsRow]) -> dict[str, float]:
-    """Return the latest value of each metric; validation is not measured at every step."""
+def _latest(checkpoints: tuple[Checkpoint, ...], rows: list[MetricsRow]) -> dict[str, float]:
+    """Return the latest value of each metric.
+
+    Validation is measured at checkpoints only, so the last rows may not have it.
+    """
     latest: dict[str, float] = {}
+    for checkpoint in checkpoints:
+        latest.update(checkpoint.metrics)
     for row in rows:
         latest.update(metrics_of(row))
     return latest
@@ -143,18 +176,14 @@ def metrics_of(row: MetricsRow) -> dict[str, float]:
 
 
 def _checkpoints(run: RunDir, events: list[Event]) -> tuple[Checkpoint, ...]:
+    kept = {str(path.relative_to(run.path)): path for path in run.checkpoints.glob("step-*")}
     found: dict[int, Checkpoint] = {}
     for event in events:
         if event.name == "checkpoint" and event.step is not None:
-            path = run.path / str(event.data.get("path"))
             found[event.step] = Checkpoint(
                 step=event.step,
                 at=event.at,
                 metrics=event.data.get("metrics") or {},
-                path=_existing(path),
+                path=kept.get(str(event.data.get("path"))),
             )
     return tuple(found[step] for step in sorted(found))
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_dir() else None
