@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import access, plan, quickstart, runs, serve
+from training_backends.cli import access, doctor, plan, quickstart, runs, serve
 from training_backends.cli.exit_codes import Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
 
@@ -49,6 +49,7 @@ app.command()(runs.launch)
 app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
 app.command()(runs.logs)
+app.command()(runs.metrics)
 app.command()(runs.wait)
 app.command()(runs.stop)
 app.command()(runs.resume)
@@ -57,6 +58,7 @@ app.command()(runs.delete)
 app.add_typer(access.credentials, name="credentials")
 app.command()(serve.serve)
 app.add_typer(access.keys, name="keys")
+app.command()(doctor.doctor)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from training_backends.core.estimate import Estimate, format_duration
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 
+if TYPE_CHECKING:
+    from training_backends.client.store import MetricPoint
+
 __all__ = [
     "console",
     "error_document",
@@ -25,6 +28,7 @@ __all__ = [
     "show_estimate",
     "show_issues",
     "show_log_record",
+    "show_metrics",
     "show_run",
     "show_runs",
     "write_json",
@@ -175,6 +179,9 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
     for name, value in rows:
         if value:
             out.print(f"  {name:<13} {escape(value)}")
+    if run.stale:
+        since = _time(run.stale.since)
+        out.print(f"  [yellow]{run.stale.kind:<13} since {since}: {escape(run.stale.message)}[/]")
 
 
 def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
@@ -190,7 +197,7 @@ def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
         table.add_column(column, no_wrap=True)
     for run in runs:
         style = _STYLES.get(run.status, "cyan")
-        note = " (not launched)" if run.failure and not run.status.is_terminal else ""
+        note = _doubt(run)
         table.add_row(
             escape(run.id),
             f"[{style}]{run.status}[/]{note}",
@@ -199,6 +206,34 @@ def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
             _steps(run) or "",
             _time(run.created_at)[:16],
         )
+    out.print(table)
+
+
+def _doubt(run: TrainingRun) -> str:
+    """Say why a run in a list may not be what its status says."""
+    if run.stale:
+        return f" ({run.stale.kind})"
+    if run.failure and not run.status.is_terminal and run.started_at is None:
+        return " (not launched)"
+    return ""
+
+
+def show_metrics(points: "Sequence[MetricPoint]") -> None:
+    """Show what was measured, a line a step."""
+    out = console()
+    if not points:
+        out.print("Nothing was measured yet.")
+        return
+    names = list(dict.fromkeys(point.name for point in points))
+    by_step: dict[int, dict[str, float]] = {}
+    for point in points:
+        by_step.setdefault(point.step, {})[point.name] = point.value
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", *names):
+        table.add_column(column, no_wrap=True, justify="right")
+    for step, values in sorted(by_step.items()):
+        cells = (f"{values[name]:.6g}" if name in values else "" for name in names)
+        table.add_row(str(step), *cells)
     out.print(table)
 
 

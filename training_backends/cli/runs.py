@@ -1,4 +1,4 @@
-"""Commands about runs: launch, list, status, logs, wait, stop, resume, download, delete."""
+"""Commands about runs, from `launch` to `delete`."""
 
 import sys
 from pathlib import Path
@@ -26,11 +26,14 @@ __all__ = [
     "launch",
     "list_runs",
     "logs",
+    "metrics",
     "resume",
     "status",
     "stop",
     "wait",
 ]
+
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")]
 
 
 def launch(
@@ -41,7 +44,7 @@ def launch(
     ] = None,
     overrides: SetOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until it is over.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")] = False,
+    yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
     """Start a run; returns when the start is accepted."""
@@ -134,6 +137,19 @@ def logs(
         _exit_with(shown)
 
 
+def metrics(run: RunArgument, json: JsonOption = False) -> None:
+    """Show what was measured while a run trained, as it was last seen."""
+    from dataclasses import asdict
+
+    from training_backends.cli.render import show_metrics, write_json
+
+    points = with_client(lambda client: client.metrics(run))
+    if json:
+        write_json([asdict(point) for point in points])
+    else:
+        show_metrics(points)
+
+
 def wait(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids or their beginnings.")],
     timeout: Annotated[
@@ -175,10 +191,26 @@ def resume(
         str | None, typer.Option("--checkpoint", help="Default the newest one.")
     ] = None,
     new_id: Annotated[str | None, typer.Option("--id", help="Id of the new run.")] = None,
+    yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a stopped or failed run as a new one."""
-    resumed = with_client(lambda c: c.resume(run, checkpoint=checkpoint, new_id=_given_id(new_id)))
+    """Continue a stopped or failed run as a new one; start one that waits for it."""
+    from training_backends.cli.follow import LaunchView
+
+    async def go_on(client: "AsyncTrainingClient") -> "TrainingRun":
+        config = (old := await client.get(run)).config
+        _need_consent(client, old.backend, config, yes=yes)
+        with LaunchView(quiet=json) as view:
+            return await client.resume(
+                old.id,
+                checkpoint=checkpoint,
+                new_id=_given_id(new_id),
+                on_progress=view.progress,
+                on_update=view.update,
+                confirm=view.asking(_agree(config, yes=yes)),
+            )
+
+    resumed = with_client(go_on)
     _print(resumed, json=json)
     _exit_with(resumed)
 
