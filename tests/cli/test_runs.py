@@ -1,6 +1,7 @@
 """Real runs from the command line: each command is a process of its own."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ def test_a_running_run_is_stopped_by_another_process(run: Run, config_file: Path
     assert stopped["status"] in {"stopping", "cancelled"}
     assert (waited.code, waited.document[0]["status"]) == (11, "cancelled")
     assert run("download", "long", "out").code == 9
+
+
+def test_three_who_follow_see_the_same_lines(run: Run, config_file: Path) -> None:
+    """Each is a process of its own, and one comes when the run is long under way."""
+    long = "--set=hyperparameters.training_steps=150"
+    assert run("launch", config_file.name, "--id=mine", long).code == 0
+    with ThreadPoolExecutor() as pool:
+        following = [pool.submit(run, "logs", "mine", "--follow", "--json") for _ in range(2)]
+        assert _records(run("logs", "mine", "--json")), "something has happened by now"
+        following.append(pool.submit(run, "logs", "mine", "--follow", "--json"))
+        seen = [each.result() for each in following]
+    assert [each.code for each in seen] == [0, 0, 0]
+    assert seen[0].out == seen[1].out == seen[2].out == run("logs", "mine", "--json").out
+    assert [record["cursor"] for record in _records(seen[0])] == [
+        str(number + 1) for number in range(len(_records(seen[0])))
+    ]
 
 
 def _records(done: Any) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
     LogRecord,
+    ProtocolError,
+    RunNotFound,
     RunState,
     TrainingBackendError,
     TrainingRun,
@@ -272,3 +274,25 @@ async def test_waiting_stops_a_run_that_outlives_its_budget(
         tasks.start_soon(confirm)
         (over,) = await client.wait(run.id)
     assert over.status is TrainingStatus.CANCELLED
+
+
+@pytest.mark.parametrize(
+    "trouble", [RunNotFound("gone"), ProtocolError("half of it"), BackendUnavailable("away")]
+)
+async def test_trouble_with_a_run_does_not_make_its_looks_more_frequent(
+    client: AsyncTrainingClient,
+    backend: Listing,
+    make_config: MakeConfig,
+    trouble: TrainingBackendError,
+) -> None:
+    """A run that cannot be seen is asked for no more often than one that can."""
+    await launch(client, make_config, 1)
+    async with watching(client.watcher()):
+        await until(lambda: len(backend.looks) > 1)
+        backend.looks.clear()
+        await anyio.sleep(0.5)
+        sound = len(backend.looks)
+        backend.trouble = trouble
+        backend.looks.clear()
+        await anyio.sleep(0.5)
+    assert len(backend.looks) <= sound + 2

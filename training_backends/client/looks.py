@@ -144,7 +144,8 @@ class Looks:
         if run.stale is None or run.stale.kind != "vanished":
             message = "the provider does not know this run any more"
             found = Staleness(kind="vanished", since=now, message=message)
-            await self._note(run, partial(_stale, found=found), message)
+            doubt = {"stale": found, "last_seen_at": now}
+            await self._note(run, lambda it: it.model_copy(update=doubt), message)
         elif now - run.stale.since > self.settings.lost_after:
             gone = format_duration(now - run.stale.since)
             failure = Failure(
@@ -153,6 +154,8 @@ class Looks:
             )
             state = RunState(status=TrainingStatus.FAILED, failure=failure, finished_at=now)
             await self._note(run, lambda it: it.updated(state), failure.message, status="failed")
+        else:
+            await to_thread.run_sync(self._store.seen, [run.id], now)
 
     async def _within_budget(self, run: TrainingRun) -> TrainingRun:
         """Stop a run that trains for longer than it may."""

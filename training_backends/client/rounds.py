@@ -27,6 +27,8 @@ _LISTED: Final = 100
 """Runs that a list tells of in one request, where a provider has lists."""
 _AT_ONCE: Final = 5
 """Runs asked for at the same time; more would cost more each (see `HttpPolicy`)."""
+_AFTER_NONSENSE: Final = timedelta(seconds=30)
+"""Pause after an answer about a run that could not be read."""
 _SHORTEST_PAUSE: Final = 0.05
 _REST: Final = 4.0
 """A sweep is followed by a rest of at least so many times its own length."""
@@ -76,6 +78,7 @@ class Round:
         self._only = only
         self._versions: dict[str, int] = {}
         self._took = 0.0
+        self._not_before: dict[str, datetime] = {}
         self.runs: dict[str, TrainingRun] = {}
         """The live runs, as they were when last loaded."""
 
@@ -103,39 +106,46 @@ class Round:
         Raises:
             TrainingBackendError: The provider cannot be asked; the records say so.
         """
+        await self.load()
+        now = utc_now()
+        if not any(due <= now for due in (await self._due(now)).values()):
+            return Sweep()
         async with self._leases.try_hold(self.lease) as lease:
             if lease is None:
                 return Sweep()
             began = anyio.current_time()
-            await self.load()
+            await self.load()  # another watcher may have been at it until now
             try:
-                return await self._sweep() if self.runs else Sweep()
+                return await self._sweep()
             finally:
                 self._took = anyio.current_time() - began
 
     async def pause(self, longest: float) -> float:
         """Return the seconds until the next run is due, `longest` if none is."""
         await self.load()
-        rest = self._took * _REST
-        if not self.runs:
-            return longest
-        bounds = await self._bounds()
         now = utc_now()
-        due = min(due_at(run, now, bounds) for run in self.runs.values())
-        wanted = max((due - now).total_seconds(), rest, _SHORTEST_PAUSE)
-        return min(wanted, max(longest, rest))
+        due = min((await self._due(now)).values(), default=None)
+        wanted = longest if due is None else min((due - now).total_seconds(), longest)
+        return max(wanted, self._took * _REST, _SHORTEST_PAUSE)
 
-    async def _bounds(self) -> tuple[timedelta, timedelta]:
-        return (await self._looks.backend_of(self._name)).poll_interval
+    async def _due(self, now: datetime) -> dict[str, datetime]:
+        """Return when each run is to be looked at."""
+        if not self.runs:
+            return {}
+        bounds = (await self._looks.backend_of(self._name)).poll_interval
+        return {
+            run_id: max(due_at(run, now, bounds), self._not_before.get(run_id, now))
+            for run_id, run in self.runs.items()
+        }
 
     async def _sweep(self) -> Sweep:
-        backend = await self._looks.backend_of(self._name)
-        runs = list(self.runs.values())
         now = utc_now()
-        due = {run.id: due_at(run, now, backend.poll_interval) for run in runs}
+        due = await self._due(now)
+        runs = list(self.runs.values())
         ripe = [run for run in runs if due[run.id] <= now]
         if not ripe:
             return Sweep()
+        backend = await self._looks.backend_of(self._name)
         # Those that would be due soon anyway count: one list now spares their requests.
         soon = [run for run in runs if due[run.id] <= now + (now - _seen_at(run)) / 2]
         try:
@@ -165,6 +175,7 @@ class Round:
                 await self._looks.watch(run)
             except ProtocolError as error:
                 # One answer that cannot be read says nothing of the others.
+                self._not_before[run.id] = utc_now() + _AFTER_NONSENSE
                 log.warning("run cannot be read", run_id=run.id, reason=error.message)
 
         await run_all((partial(look, run) for run in runs), at_once=_AT_ONCE)
