@@ -7,7 +7,7 @@ EXTRAS := gateway,local,tokens
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-sdks check docs bench lock clean
+.PHONY: help quickstart test test-sdks check docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,8 +33,14 @@ docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical serve --config-file .mkdocs.yml
 
-bench: $(VENV)/.dev ## Print ratios against peers
+bench: $(VENV)/.dev ## Print ratios against peers (about 10 minutes)
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/watch.py
+
+chaos: $(VENV)/.dev ## Break a launch in every way and at every moment (about half an hour)
+	$(BIN)/python benchmarks/twins.py
+	$(BIN)/python benchmarks/chaos.py
 
 lock: ## Resolve every dependency anew into requirements.lock
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

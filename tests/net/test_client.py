@@ -135,6 +135,22 @@ async def test_marked_request_is_repeated(client: HttpClient, server: LoopbackSe
     assert len(server.requests) == 2
 
 
+async def test_what_may_have_arrived_is_not_forgotten(
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy
+) -> None:
+    """A request whose first answer was lost may have arrived, however the last attempt ended."""
+
+    def stop(request: Received) -> Reply:
+        server.stop()
+        return Reply()
+
+    answer_by(stop)
+    with pytest.raises(BackendUnavailable) as caught:
+        await client.json("POST", "/cancel", repeatable=True)
+    assert len(server.requests) == 1
+    assert caught.value.sent is True
+
+
 async def test_refused_connection_was_not_sent(make_client: MakeClient) -> None:
     """Where nobody listens, even a POST is tried again, and the error says it never left."""
     with socket.socket() as taken:
@@ -235,6 +251,24 @@ async def test_changed_key_is_read_again(
         "second-key",
         "second-key",
     ]
+
+
+async def test_changed_key_serves_all_that_were_under_way(
+    client: HttpClient, server: LoopbackServer, keys: Keys, answer_by: AnswerBy
+) -> None:
+    """Calls that were refused together for the old key all succeed with the new one."""
+
+    def answer(request: Received) -> Reply:
+        good = request.headers["authorization"] == "Bearer second-key"
+        return Reply(status=200 if good else 401, content=b"{}")
+
+    answer_by(answer)
+    with pytest.raises(AuthenticationFailed):
+        await client.json("GET", "/a")
+    keys.value = "second-key"
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(client.json, "POST", "/a")
 
 
 async def test_wrong_key_is_tried_once(
@@ -378,16 +412,38 @@ async def test_events_are_logged_without_the_key(
     finally:
         structlog.reset_defaults()
     ours = [event for event in events if event["event"].startswith("http.")]
-    assert [event.get("status") for event in ours] == [503, None, 200]
+    assert [(event["event"], event.get("status")) for event in ours] == [
+        ("http.answered", 503),
+        ("http.failed", None),
+        ("http.retry", None),
+        ("http.answered", 200),
+    ]
     assert "first-key" not in str(events)
 
 
+@pytest.mark.parametrize("name", ["X-Request-Id", "mistral-correlation-id"])
+async def test_name_of_a_request_is_logged(
+    name: str, client: HttpClient, server: LoopbackServer
+) -> None:
+    """What the server calls a request is said with it, so that its support finds it."""
+    server.fail(OtherAnswer(status=503, headers={name: "abc-1"}))
+    structlog.configure()
+    try:
+        with capture_logs() as events:
+            await client.json("GET", "/a")
+    finally:
+        structlog.reset_defaults()
+    assert [event.get("request_id") for event in events] == ["abc-1", "abc-1", "abc-1", None]
+
+
 async def test_unconfigured_log_stays_silent(
-    client: HttpClient, capsys: pytest.CaptureFixture[str]
+    client: HttpClient, server: LoopbackServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A program that uses the package as a library finds nothing on its output."""
     structlog.reset_defaults()
+    server.fail(SAFE)
     await client.json("GET", "/a")
+    assert len(server.requests) == 2
     assert capsys.readouterr() == ("", "")
 
 

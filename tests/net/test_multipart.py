@@ -8,22 +8,25 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
-from training_backends import DatasetError, PayloadTooLarge
+from training_backends import BackendUnavailable, DatasetError, PayloadTooLarge
+from training_backends.net import multipart
 from training_backends.net.client import HttpClient
 from training_backends.net.multipart import CHUNK_BYTES, FileUpload, hash_file
-from training_backends.testing.faults import OtherAnswer
+from training_backends.testing.faults import LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import read_form
-from training_backends.testing.server import LoopbackServer
+from training_backends.testing.server import LoopbackServer, Received, Reply
 
 pytestmark = pytest.mark.anyio
 LARGE = 64 * 2**20
+IMPATIENT = {"call_timeout": 0.6, "write_timeout": 0.6, "attempts": 1}
 
 
 @pytest.fixture
@@ -62,6 +65,15 @@ async def test_form_is_what_real_clients_send(
     assert (filename, content) == ('é"x".jsonl', b'{"a": 1}\n')
 
 
+@pytest.fixture
+def settled_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that counts as written long ago."""
+    monkeypatch.setattr(multipart, "_SETTLED_NS", -1)
+    path = tmp_path / "settled.jsonl"
+    path.write_bytes(b"checked")
+    return path
+
+
 async def test_progress_goes_up_to_the_end(
     client: HttpClient, server: LoopbackServer, tmp_path: Path
 ) -> None:
@@ -79,15 +91,15 @@ async def test_whole_file_is_never_in_memory(
     client: HttpClient, server: LoopbackServer, large_file: Path
 ) -> None:
     """Uploading 64 MiB takes a few MiB of memory, hashing it included."""
-    digest, size = await hash_file(large_file)
+    hashed = await hash_file(large_file)
     await client.json("GET", "/warm-up")
     tracemalloc.start()
     try:
-        await client.upload("/v1/files", FileUpload(large_file, fields={}, sha256=digest))
+        await client.upload("/v1/files", FileUpload(large_file, fields={}, hashed=hashed))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert size == LARGE
+    assert hashed.size == LARGE
     assert int(server.requests[-1].headers["content-length"]) > LARGE
     assert peak < 10 * 2**20  # the server's thread included
 
@@ -98,8 +110,8 @@ async def test_loop_is_not_blocked(
     """While a file is hashed and sent, the event loop itself reads nothing."""
     await client.json("GET", "/warm-up")
     with blockbuster_ctx("training_backends.net"):
-        digest, _ = await hash_file(large_file)
-        await client.upload("/v1/files", FileUpload(large_file, fields={}, sha256=digest))
+        hashed = await hash_file(large_file)
+        await client.upload("/v1/files", FileUpload(large_file, fields={}, hashed=hashed))
 
 
 async def test_blocking_read_would_be_noticed(
@@ -137,12 +149,47 @@ async def test_file_with_other_content_is_not_sent(
     """A file rewritten in the same length since it was checked is an error."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"checked")
-    digest, _ = await hash_file(path)
+    hashed = await hash_file(path)
     path.write_bytes(b"CHANGED")
     with pytest.raises(DatasetError, match="not what was checked"):
-        await client.upload("/v1/files", FileUpload(path, fields={}, sha256=digest))
-    assert digest == hashlib.sha256(b"checked").hexdigest()
+        await client.upload("/v1/files", FileUpload(path, fields={}, hashed=hashed))
+    assert hashed.sha256 == hashlib.sha256(b"checked").hexdigest()
     assert server.requests == []
+
+
+async def test_a_settled_file_written_to_is_not_sent(
+    client: HttpClient, server: LoopbackServer, settled_file: Path
+) -> None:
+    """One that was left alone for a while is known by its stamp; any write changes that."""
+    hashed = await hash_file(settled_file)
+    assert hashed.stamp is not None
+    before = settled_file.stat()
+    settled_file.write_bytes(b"CHANGED")
+    # What a tool does that keeps times when it copies.
+    os.utime(settled_file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DatasetError, match="not what was checked"):
+        await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
+    assert server.requests == []
+
+
+async def test_a_settled_file_is_not_hashed_again(
+    client: HttpClient,
+    server: LoopbackServer,
+    settled_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its stamp is the same before and after it was read, which says as much."""
+    hashed = await hash_file(settled_file)
+    monkeypatch.setattr(multipart, "hashlib", None)
+    await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
+    assert read_form(server.requests[0])[2] == b"checked"
+
+
+async def test_a_file_just_written_is_hashed_again(tmp_path: Path) -> None:
+    """Another write could bear the same time, so its stamp says nothing."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"checked")
+    assert (await hash_file(path)).stamp is None
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "empty.jsonl"])
@@ -183,23 +230,40 @@ async def test_refused_size_is_said(
 
 
 @contextmanager
-def slow_server() -> Iterator[str]:
-    """Read about 3 MB/s of one upload, then answer it."""
+def slow_server(lost: int = 0, pause: float = 0.02, step: int = 65536) -> Iterator[str]:
+    """Read about 3 MB/s of one upload after the other, then answer it.
+
+    Args:
+        lost: How many are not answered but cut off.
+    """
 
     def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            got = b""
-            while b"\r\n\r\n" not in got:
-                got += connection.recv(65536)
-            head, _, body = got.partition(b"\r\n\r\n")
-            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
-            left = length - len(body)
-            while left > 0:
-                left -= len(connection.recv(min(left, 65536), socket.MSG_WAITALL))
-                time.sleep(0.02)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        for number in range(lost + 1):
+            connection, _ = listener.accept()
+            with connection:
+                try:
+                    swallow(connection)
+                except OSError:
+                    return  # given up on
+                if number == lost:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
+    def swallow(connection: socket.socket) -> None:
+        got = b""
+        while b"\r\n\r\n" not in got:
+            got += connection.recv(65536)
+        head, _, body = got.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+        left = length - len(body)
+        while left > 0:
+            taken = len(connection.recv(min(left, step), socket.MSG_WAITALL))
+            if not taken:
+                raise ConnectionResetError
+            left -= taken
+            if over.wait(pause):
+                raise ConnectionResetError
+
+    over = threading.Event()
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         listener.bind(("127.0.0.1", 0))
@@ -207,6 +271,7 @@ def slow_server() -> Iterator[str]:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        over.set()
         thread.join(10)
 
 
@@ -217,19 +282,125 @@ async def test_an_upload_is_not_cut_off_while_bytes_flow(
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"x" * (6 * 2**20))
     with slow_server() as url:
-        slow = make_client(url, call_timeout=1.0, write_timeout=0.05)
+        slow = make_client(url, call_timeout=1.5, write_timeout=0.05)
         began = time.monotonic()
         assert await slow.upload("/v1/files", FileUpload(path, fields={})) == {}
-        assert time.monotonic() - began > 1.0
+        assert time.monotonic() - began > 1.5
         await slow.aclose()
 
 
-async def test_a_file_is_sent_in_small_pieces(tmp_path: Path) -> None:
-    """A piece must leave within the write timeout, on a slow line too."""
+async def test_a_file_is_sent_in_pieces(tmp_path: Path) -> None:
+    """A piece is small enough to leave in time on a slow line, and not to hold up the loop."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"x" * (CHUNK_BYTES + 5))
     upload = FileUpload(path, fields={})
     length = int((await upload.headers())["Content-Length"])
     pieces = [len(piece) async for piece in upload.stream(length)]
     assert sum(pieces) == length
-    assert max(pieces) <= 65536
+    assert max(pieces) == CHUNK_BYTES <= 2**20
+
+
+async def test_reader_ends_with_the_upload(large_file: Path) -> None:
+    """An upload that ends early leaves neither a thread nor an open file behind."""
+    upload = FileUpload(large_file, fields={})
+    length = int((await upload.headers())["Content-Length"])
+    async with aclosing(upload.stream(length)) as stream:
+        await anext(stream)
+        assert len(readers()) == 1
+    assert readers() == []
+    assert str(large_file) not in {os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()}
+
+
+def readers() -> list[threading.Thread]:
+    """Return the threads that read files to be uploaded."""
+    return [thread for thread in threading.enumerate() if thread.name == "upload-reader"]
+
+
+async def test_lost_answer_is_not_sent_again_unasked(
+    client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """A file that may have arrived is sent a second time only if the caller says so."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"content")
+    server.fail(LoseAnswer(), times=2)
+    with pytest.raises(BackendUnavailable) as caught:
+        await client.upload("/v1/files", FileUpload(path, fields={}))
+    assert caught.value.sent is True
+    assert len(server.requests) == 1
+    again = FileUpload(path, fields={})
+    assert await client.upload("/v1/files", again, repeatable=True) == {"ok": True}
+    assert [read_form(request)[2] for request in server.requests] == [b"content"] * 3
+
+
+async def test_content_is_checked_at_each_attempt(
+    client: HttpClient,
+    server: LoopbackServer,
+    tmp_path: Path,
+    answer_by: Callable[[Callable[[Received], Reply]], None],
+) -> None:
+    """A file that changed between two attempts is not sent the second time."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"checked")
+    hashed = await hash_file(path)
+
+    def answer(_: Received) -> Reply:
+        path.write_bytes(b"CHANGED")
+        return Reply()
+
+    answer_by(answer)
+    server.fail(LoseAnswer())
+    upload = FileUpload(path, fields={}, hashed=hashed)
+    with pytest.raises(DatasetError, match="not what was checked"):
+        await client.upload("/v1/files", upload, repeatable=True)
+    assert len(server.requests) == 1
+
+
+async def test_failed_upload_is_repeated_however_long_it_took(
+    make_client: Callable[..., HttpClient], tmp_path: Path
+) -> None:
+    """An attempt that took longer than all pauses may take leaves the next its chance."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"x" * (6 * 2**20))
+    with slow_server(lost=1) as url:
+        slow = make_client(url, call_timeout=1.5)
+        began = time.monotonic()
+        assert await slow.upload("/v1/files", FileUpload(path, fields={}), repeatable=True) == {}
+        assert time.monotonic() - began > 2.0
+        await slow.aclose()
+
+
+async def test_peer_that_takes_nothing_is_given_up_on(
+    make_client: Callable[..., HttpClient], large_file: Path
+) -> None:
+    """A server that accepts the connection and then reads nothing ends the upload."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = make_client(f"http://127.0.0.1:{listener.getsockname()[1]}", **IMPATIENT)
+        with anyio.fail_after(20), pytest.raises(BackendUnavailable) as caught:
+            await client.upload("/v1/files", FileUpload(large_file, fields={}))
+        await client.aclose()
+    assert caught.value.sent is True
+
+
+async def test_peer_that_hardly_takes_anything_is_given_up_on(
+    make_client: Callable[..., HttpClient], large_file: Path
+) -> None:
+    """A server that reads a little now and then, never silent, ends the upload as well."""
+    with slow_server(pause=0.05, step=64) as url:
+        client = make_client(url, **IMPATIENT)
+        with anyio.fail_after(20), pytest.raises(BackendUnavailable):
+            await client.upload("/v1/files", FileUpload(large_file, fields={}))
+        await client.aclose()
+
+
+async def test_trickling_answer_to_an_upload_ends(
+    make_client: Callable[..., HttpClient], server: LoopbackServer, tmp_path: Path
+) -> None:
+    """After the last byte the whole answer has its time, not each byte of it."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"content")
+    server.fail(SlowAnswer(pause=0.2))
+    client = make_client(upload_timeout=0.6)
+    with pytest.raises(BackendUnavailable, match="no whole answer") as caught:
+        await client.upload("/v1/files", FileUpload(path, fields={}))
+    await client.aclose()
+    assert caught.value.sent is True

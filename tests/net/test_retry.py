@@ -1,5 +1,7 @@
 """When a request is repeated, and after what time."""
 
+import math
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -23,7 +25,7 @@ def test_waits_grow_within_full_jitter() -> None:
         return high
 
     backoff = Backoff(repeatable=True, attempts=12, patience=1e6, jitter=jitter)
-    waits = [backoff(BUSY) for _ in range(11)]
+    waits = [backoff.wait for _ in range(11) if backoff(BUSY)]
     assert waits == bounds
     assert bounds[:4] == [0.5, 1.0, 2.0, 4.0]
     assert bounds[-1] == 20.0
@@ -34,13 +36,35 @@ def test_told_pause_is_the_least() -> None:
     """What the server asked for is waited, and the jitter comes on top."""
     backoff = Backoff(repeatable=True, attempts=3, patience=60, jitter=lambda _, high: high)
     backoff.retry_after = 7.0
-    assert backoff(RateLimited("slow")) == 7.5
+    assert backoff(RateLimited("slow"))
+    assert backoff.wait == 7.5
 
 
 def test_patience_bounds_the_pause() -> None:
-    """A pause that would outlast the patience ends the attempts."""
+    """Pauses that would together outlast the patience end the attempts."""
     backoff = Backoff(repeatable=True, attempts=9, patience=5, retry_after=6.0)
     assert backoff(BUSY) is False
+    backoff = Backoff(
+        repeatable=True, attempts=9, patience=5, retry_after=2.0, jitter=lambda *_: 0.0
+    )
+    assert [backoff(BUSY) for _ in range(3)] == [True, True, False]
+
+
+def test_deadline_bounds_the_pause() -> None:
+    """An attempt that could only begin when the call must be over is not made."""
+    soon = time.monotonic() + 5
+    backoff = Backoff(repeatable=True, attempts=9, patience=60, latest=soon, retry_after=6.0)
+    assert backoff(BUSY) is False
+    backoff.retry_after = 1.0
+    assert backoff(BUSY) is True
+
+
+def test_long_attempts_do_not_use_up_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an attempt that hung for longer than all pauses may take, there is another."""
+    backoff = Backoff(repeatable=True, attempts=3, patience=5)
+    later = time.monotonic() + 1000
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert backoff(BUSY) is True
 
 
 @pytest.mark.parametrize(
@@ -69,9 +93,15 @@ def test_seconds_are_read(seconds: float) -> None:
 
 @given(st.text())
 def test_any_text_is_survived(text: str) -> None:
-    """Whatever a server writes there, the result is a time that is not negative, or None."""
+    """Whatever a server writes there, the result is a time that can be waited, or None."""
     read = read_retry_after(text)
-    assert read is None or read >= 0 or read != read  # noqa: PLR0124  # "nan" is a number too
+    assert read is None or 0 <= read < math.inf
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_number_that_is_no_time_is_ignored(text: str) -> None:
+    """What Python takes for a number and nobody can wait for is no pause."""
+    assert read_retry_after(text) is None
 
 
 def test_date_is_read() -> None:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from stamina.instrumentation import RetryDetails
-
     from training_backends import AsyncTrainingClient
     from training_backends.client.configfile import ConfigFile
 
@@ -26,8 +24,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-_LONG_WAIT = 5.0
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id or its beginning.")]
@@ -75,24 +71,12 @@ def with_client(
     """Run `work` with a client that is closed afterwards."""
 
     async def run() -> T:
-        from stamina.instrumentation import set_on_retry_hooks
-
         from training_backends import AsyncTrainingClient
 
-        set_on_retry_hooks([_say_retry])
         async with AsyncTrainingClient() as client:
             return await work(client)
 
     return run_async(run, on_interrupt=on_interrupt, run_id=run_id)
-
-
-def _say_retry(details: "RetryDetails") -> None:
-    """Say that a request is repeated; aloud only when somebody would wonder at the silence."""
-    from training_backends.core.logs import get_logger
-
-    log = get_logger()
-    say = log.warning if details.wait_for >= _LONG_WAIT else log.info
-    say("http.retry", reason=str(details.caused_by), seconds=round(details.wait_for, 1))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One pooled HTTP client: timeouts on everything, lawful retries, a key that stays private."""
 
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -10,22 +11,22 @@ from typing import Any, Final, TypeVar
 import anyio
 import anyio.to_thread
 import httpx
-import stamina
 from pydantic import SecretStr
 
 from training_backends.core.errors import (
     AuthenticationFailed,
-    BackendUnavailable,
     ProtocolError,
     RateLimited,
     TrainingBackendError,
 )
 from training_backends.core.logs import REDACTED, get_logger, redact
+from training_backends.net.accounts import Account, account_of
+from training_backends.net.calls import Call
 from training_backends.net.download import save_stream
 from training_backends.net.failures import error_from_transport
 from training_backends.net.multipart import FileUpload, Progress
+from training_backends.net.pacing import pacing
 from training_backends.net.pool import HttpPolicy, make_pool, timeouts
-from training_backends.net.retry import Backoff, read_retry_after
 from training_backends.net.urls import require_private_transport
 
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
@@ -44,24 +45,13 @@ _T = TypeVar("_T")
 _LARGEST_JSON: Final = 64 * 2**20
 
 
-class _Attempt:
-    """One request on its way; notices when its first byte leaves."""
-
-    def __init__(self) -> None:
-        self.sent = False
-        self.retry_after: float | None = None
-
-    async def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        del info
-        if event.endswith("send_request_headers.started"):
-            self.sent = True
-
-
 class HttpClient:
     """Talks to one server with one key over one pool of connections.
 
     A safe request is repeated when the server is away or busy; one that may have changed
     something is not: `BackendUnavailable.sent` then says whether it can have arrived.
+    All clients of a process that use one key at one server keep its limits together, and
+    leave it alone for a while together when it does not answer.
     Redirects are never followed, so the key goes to no other host.
 
     Args:
@@ -89,6 +79,7 @@ class HttpClient:
         self._backend = backend
         self._transport = transport
         self._secret: SecretStr | None = None
+        self._account: Account | None = None
         self._client: httpx.AsyncClient | None = None
         self._opening = anyio.Lock()
         self._log = get_logger()
@@ -117,120 +108,127 @@ class HttpClient:
 
         Raises:
             BackendUnavailable: No usable answer in time; `sent` says if it may have arrived.
+            RateLimited: The server wants a pause that is longer than the call may take.
             ProtocolError: The answer is not a JSON object.
             TrainingBackendError: What `decode_error` makes of an error answer.
         """
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         headers = {} if content is None else {"Content-Type": "application/json"}
 
-        async def attempt(note: _Attempt) -> dict[str, Any]:
+        async def attempt(call: Call) -> dict[str, Any]:
             request = await self._request(
-                method, path, note, query=query, headers=headers, content=content
+                method, path, call, query=query, headers=headers, content=content
             )
-            async with self._answer(request, note, secrets) as response:
-                return await self._object(response, _call(request), secrets)
+            async with self._answer(request, call, secrets) as response:
+                return await self._object(response, _asked(request), secrets)
 
         repeat = method == "GET" if repeatable is None else repeatable
-        return await self._with_retries(
-            attempt, f"{method} {path}", repeatable=repeat, deadline=self._policy.call_timeout
-        )
+        call = self._call(f"{method} {path}", repeatable=repeat, seconds=self._policy.call_timeout)
+        return await self._made(call, attempt)
 
-    async def upload(self, path: str, upload: FileUpload) -> dict[str, Any]:
+    async def upload(
+        self, path: str, upload: FileUpload, *, repeatable: bool = False
+    ) -> dict[str, Any]:
         """POST a file and return the JSON object that it is answered with.
 
-        Repeated only if it cannot have arrived.
+        Args:
+            repeatable: Whether the server stores the same content under the same name once.
+                The file is then sent again from its start when an attempt fails; otherwise
+                only if it cannot have arrived.
 
         Raises:
             DatasetError: The file cannot be read, or changed while it was.
         """
 
-        async def attempt(note: _Attempt) -> dict[str, Any]:
+        async def attempt(call: Call) -> dict[str, Any]:
             headers = await upload.headers()
             length = int(headers["Content-Length"])
-            async with aclosing(upload.stream(length)) as stream:
-                request = await self._request(
-                    "POST",
-                    path,
-                    note,
-                    headers=headers,
-                    content=stream,
-                    read_timeout=self._policy.upload_timeout,
-                    write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
-                )
-                async with self._answer(request, note) as response:
-                    return await self._object(response, _call(request))
+            with pacing(self._policy.call_timeout, call.late) as pace:
+                async with (
+                    aclosing(upload.stream(length)) as stream,
+                    aclosing(pace.over(stream, then=self._policy.upload_timeout)) as body,
+                ):
+                    request = await self._request(
+                        "POST",
+                        path,
+                        call,
+                        headers=headers,
+                        content=body,
+                        read_timeout=self._policy.upload_timeout,
+                        write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
+                    )
+                    async with self._answer(request, call) as response:
+                        return await self._object(response, _asked(request))
 
-        return await self._with_retries(attempt, f"POST {path}", repeatable=False, deadline=None)
+        return await self._made(self._call(f"POST {path}", repeatable=repeatable), attempt)
 
     async def download(
         self, path: str, target: Path, *, on_progress: Progress | None = None
     ) -> Path:
         """GET a body into `target`, which appears whole or not at all."""
 
-        async def attempt(note: _Attempt) -> Path:
-            request = await self._request(
-                "GET", path, note, headers={"Accept": "*/*", "Accept-Encoding": "identity"}
-            )
-            async with self._answer(request, note) as response:
-                length = response.headers.get("content-length")
-                plain = "content-encoding" not in response.headers
-                expected = int(length) if plain and length and length.isdigit() else None
-                return await save_stream(response.aiter_bytes(), target, expected, on_progress)
+        async def attempt(call: Call) -> Path:
+            with pacing(self._policy.call_timeout, call.late) as pace:
+                request = await self._request(
+                    "GET", path, call, headers={"Accept": "*/*", "Accept-Encoding": "identity"}
+                )
+                async with self._answer(request, call) as response:
+                    length = response.headers.get("content-length")
+                    plain = "content-encoding" not in response.headers
+                    expected = int(length) if plain and length and length.isdigit() else None
+                    # What is on this side by then may take its time to reach the disk.
+                    arriving = pace.over(response.aiter_bytes(), then=math.inf)
+                    async with aclosing(arriving) as pieces:
+                        return await save_stream(pieces, target, expected, on_progress)
 
-        return await self._with_retries(attempt, f"GET {path}", repeatable=True, deadline=None)
+        return await self._made(self._call(f"GET {path}", repeatable=True), attempt)
 
-    async def _with_retries(
-        self,
-        attempt: Callable[[_Attempt], Awaitable[_T]],
-        name: str,
-        *,
-        repeatable: bool,
-        deadline: float | None,
-    ) -> _T:
-        note = _Attempt()
-        backoff = Backoff(
-            repeatable=repeatable,
-            attempts=self._policy.attempts,
-            patience=deadline if deadline is not None else self._policy.call_timeout,
+    def _call(self, name: str, *, repeatable: bool, seconds: float | None = None) -> Call:
+        return Call(
+            name, self._policy, repeatable=repeatable, seconds=seconds, backend=self._backend
         )
-        with anyio.move_on_after(deadline):
-            async for turn in stamina.retry_context(on=backoff, attempts=None, timeout=None):
+
+    async def _made(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
+        with call.within_its_time():
+            account = await self._current_account()
+        with call.judged_by(account.breaker), call.within_its_time():
+            async for turn in call.attempts():
                 with turn:
-                    note.sent = False
-                    note.retry_after = None
-                    backoff.retry_after = None
+                    call.begin()
                     try:
-                        return await self._with_current_key(attempt, note)
+                        return await self._with_current_key(attempt, call)
                     except TrainingBackendError as error:
-                        backoff.retry_after = note.retry_after
-                        self._log.debug(
-                            "http.failed", call=name, attempt=turn.num, error=error.message
-                        )
+                        call.failed(error)
                         raise
-        raise BackendUnavailable(
-            f"{name}: no answer within {deadline:g} s.", sent=note.sent, backend=self._backend
-        )
+        raise AssertionError("attempts end in an answer or an error")
 
-    async def _with_current_key(
-        self, attempt: Callable[[_Attempt], Awaitable[_T]], note: _Attempt
-    ) -> _T:
+    async def _current_account(self) -> Account:
+        if self._account is None:
+            if self._key is not None:
+                self._secret = await self._read_key(self._key)
+            self._account = account_of(self.base_url, self._secret)
+        return self._account
+
+    async def _with_current_key(self, attempt: Callable[[Call], Awaitable[_T]], call: Call) -> _T:
         """Try once; after a 401 look whether the key was changed, and if so try with that."""
+        used = self._secret
         try:
-            return await attempt(note)
+            return await attempt(call)
         except AuthenticationFailed:
             if self._key is None:
                 raise
-            used, self._secret = self._secret, await self._read_key(self._key)
-            if used is None or used.get_secret_value() == self._secret.get_secret_value():
+            self._account = None
+            await self._current_account()
+            if self._secret == used:
                 raise
-        note.sent = False
-        return await attempt(note)
+        call.begin()
+        return await attempt(call)
 
     async def _request(
         self,
         method: str,
         path: str,
-        note: _Attempt,
+        call: Call,
         *,
         query: Query = (),
         headers: Mapping[str, str] | None = None,
@@ -238,8 +236,6 @@ class HttpClient:
         read_timeout: float | None = None,
         write_timeout: float | None = None,
     ) -> httpx.Request:
-        if self._key is not None and self._secret is None:
-            self._secret = await self._read_key(self._key)
         sent_headers = dict(headers or {})
         if self._secret is not None:
             sent_headers["Authorization"] = f"Bearer {self._secret.get_secret_value()}"
@@ -251,7 +247,7 @@ class HttpClient:
             headers=sent_headers,
             content=content,
             timeout=timeouts(self._policy, read_timeout, write_timeout),
-            extensions={"trace": note.trace},
+            extensions={"trace": call.trace},
         )
 
     async def _read_key(self, source: KeySource) -> SecretStr:
@@ -276,18 +272,22 @@ class HttpClient:
 
     @asynccontextmanager
     async def _answer(
-        self, request: httpx.Request, note: _Attempt, secrets: Sequence[SecretStr] = ()
+        self, request: httpx.Request, call: Call, secrets: Sequence[SecretStr] = ()
     ) -> AsyncGenerator[httpx.Response, None]:
         """Send; yield the answer if it is a success, raise our error if it is not."""
         client = await self._opened()
+        limiter = (await self._current_account()).limiter
+        await call.admitted(limiter)
         began = time.monotonic()
         try:
             response = await client.send(request, stream=True)
+            call.answered(response.status_code, response.headers, limiter)
             self._log.debug(
                 "http.answered",
-                call=_call(request),
+                call=_asked(request),
                 status=response.status_code,
                 seconds=round(time.monotonic() - began, 3),
+                **call.identity,
             )
             try:
                 if response.is_success:
@@ -298,10 +298,9 @@ class HttpClient:
                 await response.aclose()
         except httpx.HTTPError as error:
             raise error_from_transport(
-                error, call=_call(request), sent=note.sent, backend=self._backend
+                error, call=_asked(request), sent=call.sent, backend=self._backend
             ) from error
-        note.retry_after = read_retry_after(response.headers.get("retry-after"))
-        raise self._refusal(response, self._scrubbed(body, secrets), note.retry_after)
+        raise self._refusal(response, self._scrubbed(body, secrets), call.retry_after)
 
     def _refusal(
         self, response: httpx.Response, body: bytes, retry_after: float | None
@@ -309,12 +308,12 @@ class HttpClient:
         if response.is_redirect:
             target = response.headers.get("location", "an unknown place")
             return ProtocolError(
-                f"{_call(response.request)}: the server sends us on to {redact(target)}.",
+                f"{_asked(response.request)}: the server sends us on to {redact(target)}.",
                 hint="Redirects are not followed with a key; set the base URL to that place.",
                 backend=self._backend,
             )
         error = self._decode_error(response.status_code, response.headers, body)
-        if isinstance(error, RateLimited) and error.retry_after is None:
+        if isinstance(error, RateLimited):
             error.retry_after = retry_after
         return error
 
@@ -345,7 +344,7 @@ class HttpClient:
         return body
 
 
-def _call(request: httpx.Request) -> str:
+def _asked(request: httpx.Request) -> str:
     return f"{request.method} {request.url.copy_with(query=None)}"
 
 

@@ -3,28 +3,49 @@
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Final
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import BinaryIO, Final, NamedTuple
 
 import anyio.to_thread
 
 from training_backends.core.errors import DatasetError, Issue
 
-__all__ = ["CHUNK_BYTES", "FileUpload", "Progress", "hash_file"]
+__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file"]
 
-CHUNK_BYTES: Final = 512 * 1024
-"""Larger chunks are a little faster but hold the event loop for longer."""
-_SENT_BYTES: Final = 64 * 1024
-"""Each must leave within the write timeout, so this sets how slow a line may be: with 30 s
-about 2 kB/s, where whole chunks would be cut off below 17 kB/s although bytes flow."""
+CHUNK_BYTES: Final = 2**20
+"""Smaller ones are slower, larger ones hold the event loop for longer. Each must leave within
+the time that a write may take, so this also sets how slow a line may be."""
+_AHEAD: Final = 2
+"""Chunks read while others are sent; more of them only fall out of the processor's caches."""
+
+_SETTLED_NS: Final = 2 * 10**9
+"""Times of files are as coarse as this on some file systems."""
 
 Progress = Callable[[int, int], None]
 """Told how many of how many bytes are done."""
 
 
-async def hash_file(path: Path) -> tuple[str, int]:
-    """Return the SHA-256 (hex) and the size of a file, read in a worker thread.
+class HashedFile(NamedTuple):
+    """A file as it was when it was hashed.
+
+    Attributes:
+        sha256: Of its content, in hex.
+        size: In bytes.
+        stamp: What the file system says of it; the same again means the same content. None:
+            it had been written so shortly before that another write could bear the same time.
+    """
+
+    sha256: str
+    size: int
+    stamp: tuple[int, ...] | None
+
+
+async def hash_file(path: Path) -> HashedFile:
+    """Hash a file, read in a worker thread.
 
     Raises:
         DatasetError: It cannot be read.
@@ -35,10 +56,19 @@ async def hash_file(path: Path) -> tuple[str, int]:
         raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
 
 
-def _hash_file(path: Path) -> tuple[str, int]:
+def _hash_file(path: Path) -> HashedFile:
+    began = time.time_ns()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return digest.hexdigest(), file.tell()
+        stamp = _stamp(file)
+        settled = began - max(stamp[-2:]) > _SETTLED_NS
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return HashedFile(digest, file.tell(), stamp if settled else None)
+
+
+def _stamp(file: BinaryIO) -> tuple[int, ...]:
+    # The time of change comes along: unlike that of modification, no program can set it.
+    now = os.fstat(file.fileno())
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 class FileUpload:
@@ -47,7 +77,8 @@ class FileUpload:
     Args:
         fields: Text fields, sent before the file in this order.
         filename: Name told to the server.
-        sha256: What the file must hold; checked before the request is completed.
+        hashed: What the file must be; made sure of before the request is completed. It is
+            hashed again only where the file system cannot tell that it was left alone.
     """
 
     def __init__(
@@ -56,11 +87,11 @@ class FileUpload:
         *,
         fields: Mapping[str, str],
         filename: str | None = None,
-        sha256: str | None = None,
+        hashed: HashedFile | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         self.path = path
-        self._sha256 = sha256
+        self._hashed = hashed
         self._on_progress = on_progress
         self._boundary = secrets.token_hex(16)
         self._head = self._make_head(fields, filename or path.name)
@@ -114,46 +145,99 @@ class FileUpload:
             file = await anyio.to_thread.run_sync(self.path.open, "rb")
         except OSError as error:
             raise _unusable(self.path, f"it cannot be read: {error.strerror or error}") from error
+        reader = _ReadAhead(file, self.path, size, self._hashed)
         try:
             yield self._head
-            async for chunk in self._chunks(file, size):
-                for start in range(0, len(chunk), _SENT_BYTES):
-                    yield chunk[start : start + _SENT_BYTES]
+            done = 0
+            while done < size:
+                chunk = await reader.next()
+                done += len(chunk)
+                yield chunk
+                if self._on_progress:
+                    self._on_progress(done, size)
             yield self._tail
         finally:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(file.close)
+                await anyio.to_thread.run_sync(reader.close)
 
-    async def _chunks(self, file: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
-        digest = hashlib.sha256()
 
-        def read(limit: int) -> bytes:
-            chunk = file.read(limit)
-            if self._sha256 is not None:
-                digest.update(chunk)
-            return chunk
+class _ReadAhead:
+    """Reads, hashes and checks a file in a thread of its own while what it read is sent.
 
+    A thread that runs on, instead of one asked for each chunk, need not wait for the loop: the
+    loop sends while the next chunks are hashed.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, size: int, hashed: HashedFile | None) -> None:
+        self._file = file
+        self._path = path
+        self._size = size
+        self._hashed = hashed
+        self._read: Queue[bytes | Exception] = Queue(_AHEAD)
+        self._unwanted = Event()
+        self._thread = Thread(target=self._run, name="upload-reader", daemon=True)
+        self._thread.start()
+
+    async def next(self) -> bytes:
+        """Return the next chunk; the last one only if the file is what it should be.
+
+        Raises:
+            DatasetError: The file cannot be read, or changed.
+        """
+        try:
+            chunk = self._read.get_nowait()
+        except Empty:
+            chunk = await anyio.to_thread.run_sync(self._read.get)
+        if isinstance(chunk, OSError):
+            why = f"reading failed: {chunk.strerror or chunk}"
+            raise _unusable(self._path, why) from chunk
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+    def close(self) -> None:
+        """End the thread, wherever it stands, and close the file."""
+        self._unwanted.set()
+        try:
+            while True:  # it may be waiting for room
+                self._read.get_nowait()
+        except Empty:
+            self._thread.join()
+            self._file.close()
+
+    def _run(self) -> None:
+        try:
+            self._read_all()
+        except Exception as error:  # whatever it is, somebody waits for the next chunk
+            self._read.put(error)
+
+    def _read_all(self) -> None:
+        digest = None if self._is_as_hashed() else hashlib.sha256()
         done = 0
-        while done < size:
-            try:
-                chunk = await anyio.to_thread.run_sync(read, min(CHUNK_BYTES, size - done))
-            except OSError as error:
-                raise _unusable(self.path, f"reading failed: {error.strerror}") from error
+        while done < self._size and not self._unwanted.is_set():
+            chunk = self._file.read(min(CHUNK_BYTES, self._size - done))
             if not chunk:
-                raise _changed(self.path, f"it was cut from {size} to {done} bytes")
+                raise _changed(self._path, f"it was cut from {self._size} to {done} bytes")
+            if digest is not None:
+                digest.update(chunk)
             done += len(chunk)
-            if done == size:
-                await self._verify(file, size, digest.hexdigest())
-            yield chunk
-            if self._on_progress:
-                self._on_progress(done, size)
+            if done == self._size:
+                self._verify(None if digest is None else digest.hexdigest())
+            self._read.put(chunk)
 
-    async def _verify(self, file: BinaryIO, size: int, sha256: str) -> None:
-        now = (await anyio.to_thread.run_sync(os.fstat, file.fileno())).st_size
-        if now != size:
-            raise _changed(self.path, f"it went from {size} to {now} bytes")
-        if self._sha256 not in {None, sha256}:
-            raise _changed(self.path, "its content is not what was checked before")
+    def _is_as_hashed(self) -> bool:
+        """Tell whether it need not be hashed, because nobody asks or has written to it."""
+        return self._hashed is None or self._hashed.stamp == _stamp(self._file)
+
+    def _verify(self, sha256: str | None) -> None:
+        now = os.fstat(self._file.fileno()).st_size
+        if now != self._size:
+            raise _changed(self._path, f"it went from {self._size} to {now} bytes")
+        if self._hashed is None:
+            return
+        same = self._is_as_hashed() if sha256 is None else sha256 == self._hashed.sha256
+        if not same:
+            raise _changed(self._path, "its content is not what was checked before")
 
 
 def _quoted(text: str) -> str:

@@ -21,9 +21,11 @@ class HttpPolicy:
         write_timeout: Silence while a request is sent; a file's may last as long as
             `call_timeout`, for a slow line takes large buffers in large gulps.
         pool_timeout: For a free connection.
-        call_timeout: For a whole call with all its attempts; not for uploads and downloads,
-            which last as long as bytes move.
-        upload_timeout: Silence after a file has been sent, while the server looks into it.
+        call_timeout: For a whole call with all its attempts. Uploads and downloads may take
+            longer: there it is for each mebibyte, so they end below about 9 kB/s, and for all
+            pauses between attempts.
+        upload_timeout: From a file's last byte to the end of the answer, while the server
+            looks into it.
         attempts: How often a request is sent at most.
         max_connections: httpx's cost a request triples beyond about five in flight.
     """

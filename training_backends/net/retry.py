@@ -1,5 +1,6 @@
 """When to try again and how long to wait before: full jitter, Retry-After, a bound on both."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +21,15 @@ def read_retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
+        return _until(value)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _until(date: str) -> float | None:
     try:
-        at = parsedate_to_datetime(value)
+        at = parsedate_to_datetime(date)
     except ValueError:
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
@@ -33,34 +38,41 @@ def read_retry_after(value: str | None) -> float | None:
 
 @dataclass(slots=True, kw_only=True)
 class Backoff:
-    """Decides, for one call, whether another attempt is lawful and when; a stamina hook.
+    """Decides, for one call, whether another attempt is lawful and when.
 
     Attributes:
         repeatable: Whether doing the request twice does no harm.
         attempts: How often the request is sent at most.
-        patience: Seconds within which the last attempt must begin.
+        patience: Seconds that all pauses together may take. The attempts themselves do not
+            count: one that hung for long leaves the others their chance.
+        latest: When the call must be over, in the time of `time.monotonic`.
         retry_after: What the latest answer asked for, in seconds.
+        wait: Seconds until the next attempt.
     """
 
     repeatable: bool
     attempts: int
     patience: float
-    retry_after: float | None = None
+    latest: float = math.inf
     jitter: Callable[[float, float], float] = field(default=SystemRandom().uniform)
+    retry_after: float | None = None
+    wait: float = 0.0
     _tried: int = 0
-    _began: float = field(default_factory=time.monotonic)
+    _waited: float = 0.0
 
-    def __call__(self, error: Exception) -> bool | float:
-        """Return the seconds to wait, or False to give up."""
+    def __call__(self, error: BaseException) -> bool:
+        """Tell whether to try again after a failed attempt; `wait` is then set."""
         self._tried += 1
         if self._tried >= self.attempts or not self._is_lawful(error):
             return False
         longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._tried)
-        wait = (self.retry_after or 0.0) + self.jitter(0.0, longest)
-        remaining = self.patience - (time.monotonic() - self._began)
-        return wait if wait < remaining else False
+        self.wait = (self.retry_after or 0.0) + self.jitter(0.0, longest)
+        if self._waited + self.wait >= self.patience or time.monotonic() + self.wait >= self.latest:
+            return False
+        self._waited += self.wait
+        return True
 
-    def _is_lawful(self, error: Exception) -> bool:
+    def _is_lawful(self, error: BaseException) -> bool:
         # A refusal for the rate, and a request that never left, changed nothing.
         if isinstance(error, RateLimited):
             return True
