@@ -3,11 +3,13 @@
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from threading import RLock
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -28,6 +30,7 @@ __all__ = ["ScriptedProvider", "read_form"]
 
 _OVER = frozenset({"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"})
 _WAITING = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
+_T = TypeVar("_T")
 
 
 class _Refused(Exception):
@@ -36,6 +39,15 @@ class _Refused(Exception):
     def __init__(self, status: int, body: Any) -> None:
         super().__init__(status)
         self.reply = _json(body, status)
+
+
+@dataclass(slots=True, kw_only=True)
+class _LateCreate:
+    """A create on its way; `left` lists come before it."""
+
+    left: int
+    body: dict[str, Any]
+    owner: str
 
 
 class ScriptedProvider(LoopbackServer):
@@ -47,7 +59,11 @@ class ScriptedProvider(LoopbackServer):
         newest_first: Order of events and checkpoints.
         retired: The job routes answer 410.
         offers_no_model: A create is answered with the 422 that lists no model.
+        refuses_similar: A create is answered 409 while a job like it is not over.
+        late_creates: After how many more lists of jobs each of the next creates is carried
+            out; it is answered 504.
         lists_lag: How many job lists do not show the newest job yet.
+        owner: For whom the jobs are noted (`StoredJob.owner`) that are asked for now.
         clock: Unix seconds.
         cost: The quote's cost; its currency is USD.
     """
@@ -57,7 +73,9 @@ class ScriptedProvider(LoopbackServer):
     newest_first = True
     retired = False
     offers_no_model = False
+    refuses_similar = True
     lists_lag = 0
+    owner = ""
     cost: float | None = 2.5
     models: ClassVar[tuple[str, ...]] = ("open-mistral-7b", "ministral-3b-latest", "tiny-mistral")
 
@@ -65,6 +83,8 @@ class ScriptedProvider(LoopbackServer):
         super().__init__(self._respond)
         self.files: dict[str, StoredFile] = {}
         self.jobs: dict[str, StoredJob] = {}
+        self.late_creates: list[int] = []
+        self._late: list[_LateCreate] = []
         self.clock: Callable[[], int] = lambda: int(time.time())
         self._state = RLock()
 
@@ -103,9 +123,16 @@ class ScriptedProvider(LoopbackServer):
     def add_job(self, asked: Mapping[str, Any], status: str = "RUNNING") -> str:
         """Make a job that somebody else created."""
         with self._state:
-            job = self._make_job(dict(asked))
+            job = self._make_job(dict(asked), owner="")
             job.status = status
             return job.id
+
+    def catch_up(self) -> None:
+        """Carry out all creates that are late."""
+        with self._state:
+            for late in self._late:
+                late.left = 0
+            self._carry_out_late()
 
     def _metadata(self, job: StoredJob) -> dict[str, Any]:
         steps = job.asked["hyperparameters"].get("training_steps") or 10
@@ -118,9 +145,11 @@ class ScriptedProvider(LoopbackServer):
             "data_tokens": 50_000,
         }
 
-    def _make_job(self, asked: dict[str, Any]) -> StoredJob:
+    def _make_job(self, asked: dict[str, Any], owner: str) -> StoredJob:
         now = self.clock()
-        job = StoredJob(id=str(uuid.uuid4()), asked=asked, created_at=now, modified_at=now)
+        job = StoredJob(
+            id=str(uuid.uuid4()), asked=asked, created_at=now, modified_at=now, owner=owner
+        )
         self.jobs[job.id] = job
         self.set_status(job.id, "QUEUED")
         return job
@@ -130,9 +159,9 @@ class ScriptedProvider(LoopbackServer):
         if job.started and self.auto == "complete":
             if job.status == "QUEUED":
                 self.set_status(job.id, "RUNNING")
-                self.add_checkpoint(job.id, 1, train_loss=2.0, valid_loss=None)
+                self.add_checkpoint(job.id, job.latest_step + 1, train_loss=2.0, valid_loss=None)
             elif job.status == "RUNNING":
-                self.add_checkpoint(job.id, 10, train_loss=1.0, valid_loss=None)
+                self.add_checkpoint(job.id, job.latest_step + 9, train_loss=1.0, valid_loss=None)
                 self.set_status(job.id, "SUCCESS")
         if job.status == "CANCELLATION_REQUESTED" and self.auto != "none":
             self.set_status(job.id, "CANCELLED")
@@ -149,6 +178,13 @@ class ScriptedProvider(LoopbackServer):
                 return self._route(request)
             except _Refused as refusal:
                 return refusal.reply
+
+    def _carry_out_late(self) -> None:
+        due = [late for late in self._late if late.left <= 0]
+        self._late = [late for late in self._late if late.left > 0]
+        for late in due:
+            with suppress(_Refused):  # nobody hears it
+                self._accept(late.body, late.owner)
 
     def _route(self, request: Received) -> Reply:
         given = request.headers.get("authorization", "")
@@ -178,23 +214,24 @@ class ScriptedProvider(LoopbackServer):
         if request.method == "DELETE":
             del self.files[file.id]
             return _json({"id": file.id, "object": "file", "deleted": True})
-        return _json({**file.document(), "deleted": False})
+        return _json({**file.document(), "deleted": file.deleted})
 
     def _list_files(self, request: Received) -> Reply:
         asked = dict(request.query)
         found = [
-            file.document()
+            file
             for file in reversed(self.files.values())
-            if asked.get("search", "") in file.filename
+            if not file.deleted
+            and asked.get("search", "") in file.filename
             and asked.get("purpose") in {None, file.purpose}
         ]
-        return _json(_page(found, asked))
+        return _json(_page(found, asked, StoredFile.document))
 
     def _upload(self, request: Received) -> Reply:
         fields, filename, content = read_form(request)
         digest = sha256(content).hexdigest()
         for file in self.files.values():
-            if (file.filename, file.digest) == (filename, digest):
+            if (file.filename, file.digest, file.deleted) == (filename, digest, False):
                 return _json(file.document())
         file = StoredFile(
             id=str(uuid.uuid4()),
@@ -239,16 +276,20 @@ class ScriptedProvider(LoopbackServer):
         if self.lists_lag and len(request.query) > 2:
             self.lists_lag -= 1
             jobs = jobs[1:]
+        for late in self._late:
+            late.left -= 1
+        self._carry_out_late()
+        since = _seconds(asked.get("created_after"), 0)
+        until = _seconds(asked.get("created_before"), 2**40)
         found = [
-            job.document(detailed=False)
+            job
             for job in jobs
-            if asked.get("model") in {None, job.asked["model"]}
+            if asked.get("status") in {None, job.status}
+            and since <= job.created_at <= until
+            and asked.get("model") in {None, job.asked["model"]}
             and asked.get("suffix") in {None, job.asked.get("suffix")}
-            and asked.get("status") in {None, job.status}
-            and job.created_at >= _seconds(asked.get("created_after"), 0)
-            and job.created_at <= _seconds(asked.get("created_before"), 2**40)
         ]
-        return _json(_page(found, asked))
+        return _json(_page(found, asked, lambda job: job.document(detailed=False)))
 
     def _create(self, request: Received) -> Reply:
         body = json.loads(request.body)
@@ -266,9 +307,17 @@ class ScriptedProvider(LoopbackServer):
         if dict(request.query).get("dry_run") == "true":
             job = StoredJob(id="", asked=body, created_at=0)
             return _json({**self._metadata(job), "deprecated": True, "details": "dry run"})
-        if any(_similar(job, body) for job in self.jobs.values()):
+        if self.late_creates:
+            self._late.append(
+                _LateCreate(left=self.late_creates.pop(0), body=body, owner=self.owner)
+            )
+            raise _Refused(504, {"detail": "The upstream server has not answered."})
+        return _json(self._accept(body, self.owner).document(detailed=False))
+
+    def _accept(self, body: dict[str, Any], owner: str) -> StoredJob:
+        if self.refuses_similar and any(_similar(job, body) for job in self.jobs.values()):
             raise _Refused(409, {"detail": "A similar job is in progress."})
-        return _json(self._make_job(body).document(detailed=False))
+        return self._make_job(body, owner)
 
     def _models(self, request: Received, rest: list[str]) -> Reply:
         if not rest:
@@ -295,9 +344,11 @@ def _json(body: Any, status: int = 200) -> Reply:
     return Reply(status=status, content=json.dumps(body).encode())
 
 
-def _page(found: list[dict[str, Any]], asked: Mapping[str, str]) -> dict[str, Any]:
+def _page(
+    found: Sequence[_T], asked: Mapping[str, str], show: Callable[[_T], dict[str, Any]]
+) -> dict[str, Any]:
     page, size = int(asked.get("page", 0)), int(asked.get("page_size", 100))
-    shown = found[page * size : (page + 1) * size]
+    shown = [show(entry) for entry in found[page * size : (page + 1) * size]]
     return {"object": "list", "data": shown, "total": len(found)}
 
 

@@ -22,6 +22,7 @@ class StoredFile:
     purpose: str
     created_at: int
     visibility: str | None = None
+    deleted: bool = False
     content: bytes = field(repr=False, default=b"")
 
     def document(self) -> dict[str, Any]:
@@ -49,6 +50,7 @@ class StoredJob:
     Attributes:
         asked: The body of its create request.
         starts: How often its start was accepted.
+        owner: Whose it is, as the test noted.
     """
 
     id: str
@@ -62,6 +64,12 @@ class StoredJob:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, Any] | None = None
     fine_tuned_model: str | None = None
+    owner: str = ""
+
+    @property
+    def latest_step(self) -> int:
+        """Step of the last checkpoint."""
+        return int(max((point["step_number"] for point in self.checkpoints), default=0))
 
     def document(self, *, newest_first: bool = True, detailed: bool = True) -> dict[str, Any]:
         """Return it as the protocol shows it."""

@@ -1,5 +1,6 @@
 """A backend, and the scripted provider behind it."""
 
+import secrets as secrets_module
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def make_backend(provider: ScriptedProvider, secrets: Secrets) -> Callable[..., 
             "attempts": 3,
             "read_timeout": 5.0,
             "call_timeout": 10.0,
+            "settle_timeout": 0.05,
             "follow_patience": 10.0,
             **settings,
         }
@@ -71,6 +73,20 @@ async def backend(
     made = make_backend()
     yield made
     await made.aclose()
+
+
+@pytest.fixture
+def restart(
+    make_backend: Callable[..., MistralAPIBackend], provider: ScriptedProvider, secrets: Secrets
+) -> Callable[..., MistralAPIBackend]:
+    """Make backends that remember nothing of the server's failures, as in another process."""
+
+    def make(**settings: object) -> MistralAPIBackend:
+        provider.key = None
+        secrets.values["mistral"] = secrets_module.token_hex(8)
+        return make_backend(**settings)
+
+    return make
 
 
 @pytest.fixture

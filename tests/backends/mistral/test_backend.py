@@ -1,6 +1,6 @@
 """Status, logs, stop, resume and the rest, against a provider that moves by itself."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 import anyio
@@ -12,9 +12,11 @@ from training_backends import (
     BackendUnavailable,
     ConfigError,
     CredentialNotFound,
+    DatasetError,
     LogRecord,
     RemoteFilters,
     RunNotFound,
+    RunState,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
@@ -24,8 +26,8 @@ from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.core.backend import BackendContext, CredentialSource
 from training_backends.core.registry import backend_class
 from training_backends.mistral.status import JOB_STATUSES
-from training_backends.testing.faults import DropRequest, OtherAnswer
-from training_backends.testing.journal import MemoryJournal
+from training_backends.testing.faults import DropRequest, Fault, LoseAnswer, OtherAnswer
+from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
 
 pytestmark = pytest.mark.anyio
@@ -88,28 +90,6 @@ async def test_many_calls_need_one_connection(
         await backend.status(run)
     assert len(provider.requests) > 100
     assert provider.connections == 1
-
-
-async def test_many_runs_need_few_requests(
-    backend: MistralAPIBackend, provider: ScriptedProvider, run: TrainingRun
-) -> None:
-    """The states of 250 runs come from three list pages; only new ends are asked for alone."""
-    asked = provider.jobs[str(run.remote_id)].asked
-    ids = [provider.add_job(asked) for _ in range(250)]
-    runs = [
-        run.model_copy(
-            update={"id": f"r{n}", "remote_id": job_id, "status": TrainingStatus.RUNNING}
-        )
-        for n, job_id in enumerate(ids)
-    ]
-    provider.set_status(ids[7], "FAILED", error="the node went away")
-    before = len(provider.requests)
-    states = await backend.statuses(runs)
-    assert len(states) == 250
-    assert states["r0"].status is TrainingStatus.RUNNING
-    assert states["r7"].failure is not None
-    assert states["r7"].failure.message == "the node went away"
-    assert len(provider.requests) - before == 4
 
 
 async def test_lost_runs_are_left_out_and_trouble_is_not(
@@ -214,6 +194,33 @@ async def test_stop_that_comes_too_late_is_fine(
     assert (await backend.status(run)).status is TrainingStatus.COMPLETED
 
 
+@pytest.mark.parametrize("fault", [LoseAnswer(), OtherAnswer(status=200, body=b"{", done=True)])
+async def test_stop_whose_answer_is_lost_is_seen_by_the_status(
+    fault: Fault,
+    make_backend: Callable[..., MistralAPIBackend],
+    provider: ScriptedProvider,
+    run: TrainingRun,
+) -> None:
+    """A stop that was carried out unheard is no error; the run's status shows it."""
+    backend = make_backend(attempts=1)
+    provider.fail(fault, method="POST", path="/cancel")
+    await backend.stop(run)
+    assert (await backend.status(run)).status is TrainingStatus.STOPPING
+    await backend.aclose()
+
+
+async def test_stop_that_did_not_arrive_is_reported(
+    make_backend: Callable[..., MistralAPIBackend], provider: ScriptedProvider, run: TrainingRun
+) -> None:
+    """A stop that nobody answers is an error as long as the run goes on."""
+    backend = make_backend(attempts=1)
+    provider.fail(DropRequest(), method="POST", path="/cancel")
+    with pytest.raises(BackendUnavailable):
+        await backend.stop(run)
+    assert (await backend.status(run)).status is TrainingStatus.RUNNING
+    await backend.aclose()
+
+
 async def test_refused_stop_is_reported(
     backend: MistralAPIBackend, provider: ScriptedProvider, run: TrainingRun
 ) -> None:
@@ -242,6 +249,76 @@ async def test_ended_run_is_trained_anew_on_the_same_files(
     assert new.asked["training_files"] == old.asked["training_files"]
     assert len(provider.asked("POST", "/files")) == 1
     assert any("keeps no checkpoint" in note for note in journal.quotes[0].notes)
+    # Whoever is not asked finds it in the record.
+    (estimate,) = {state.estimate for state in journal.states if state.estimate is not None}
+    assert any("keeps no checkpoint" in note for note in estimate.notes)
+    assert state.estimate is None
+
+
+async def test_killed_resumption_goes_on_with_its_note(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
+) -> None:
+    """A resumption that was cut off behind its create still says what it cannot do."""
+    provider.set_status(str(run.remote_id), "FAILED")
+    journal = make_journal()
+    record = journal.record
+
+    async def record_and_die(state: RunState) -> None:
+        await record(state)
+        raise Killed
+
+    journal.record = record_and_die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        await backend.resume(run, journal.run, journal)
+    assert journal.run.remote_id is not None
+    assert journal.quotes == []
+    provider.auto = "complete"
+    journal.record = record  # type: ignore[method-assign]
+    await backend.resume(run, journal.run, journal)
+    assert any("keeps no checkpoint" in note for note in journal.quotes[0].notes)
+    assert len(provider.jobs) == 2
+
+
+@pytest.mark.parametrize("job_is_gone", [False, True])
+async def test_resume_with_nothing_to_train_on_says_so(
+    job_is_gone: bool,
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
+) -> None:
+    """With the files gone there and here, the error says both, and no job is made."""
+    provider.set_status(str(run.remote_id), "FAILED")
+    run = run.updated(await backend.status(run))
+    provider.files.clear()
+    run.config.data.train[0].path.unlink()
+    if job_is_gone:
+        provider.jobs.clear()
+    known = len(provider.jobs)
+    journal = make_journal()
+    with pytest.raises(DatasetError, match="no longer has the files") as caught:
+        await backend.resume(run, journal.run, journal)
+    assert "train.jsonl" in caught.value.message
+    assert len(provider.jobs) == known
+
+
+async def test_run_whose_job_is_gone_is_trained_anew(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
+) -> None:
+    """A failed run that the provider has forgotten is resumed with what lies here."""
+    provider.set_status(str(run.remote_id), "FAILED")
+    run = run.updated(await backend.status(run))
+    provider.jobs.clear()
+    provider.auto = "complete"
+    journal = make_journal()
+    state = await backend.resume(run, journal.run, journal)
+    assert [state.remote_id] == list(provider.jobs)
 
 
 async def test_resume_uploads_what_the_provider_lost(
@@ -357,15 +434,34 @@ async def test_health_tells_each_trouble(
 
 
 async def test_retired_service_is_not_a_bare_error(
-    backend: MistralAPIBackend, provider: ScriptedProvider, run: TrainingRun
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
 ) -> None:
     """Every verb tells 410 as a retired service, with what else can run the configuration."""
     provider.retired = True
-    for ask in (backend.status(run), backend.stop(run), collect(backend, run)):
+    journal = make_journal()
+    runs = [run.model_copy(update={"id": f"r{n}"}) for n in range(5)]
+    listed: list[Awaitable[object]] = [
+        backend.list_remote(RemoteFilters()),
+        backend.statuses([one.model_copy(update={"remote_id": one.id}) for one in runs]),
+    ]
+    for ask in listed:
+        with pytest.raises(BackendRetired):
+            await ask
+    asked: list[Awaitable[object]] = [
+        backend.status(run),
+        backend.observe(run),
+        backend.stop(run),
+        collect(backend, run),
+        backend.resume(run, runs[0].model_copy(update={"remote_id": None}), journal),
+    ]
+    for ask in asked:
         with pytest.raises(BackendRetired) as caught:
             await ask
         assert "--backend local" in str(caught.value.hint)
-        assert caught.value.run_id == run.id
+        assert caught.value.run_id in {run.id, "r0"}
 
 
 async def test_missing_key_asks_nobody(

@@ -26,12 +26,12 @@ Open = Callable[[], AbstractAsyncContextManager[AsyncTrainingClient]]
 
 
 @pytest.fixture
-def open_client(make_backend: Callable[..., MistralAPIBackend], tmp_path: Path) -> Open:
+def open_client(restart: Callable[..., MistralAPIBackend], tmp_path: Path) -> Open:
     """Open clients over one store, each as if in a process of its own."""
 
     @asynccontextmanager
     async def opened() -> AsyncGenerator[AsyncTrainingClient, None]:
-        backend = make_backend()
+        backend = restart(attempts=1)
         async with AsyncTrainingClient(
             home=tmp_path / "home", backends={"mistral": backend}
         ) as client:

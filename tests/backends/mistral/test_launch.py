@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 
 from training_backends import (
-    AmbiguousLaunch,
     BackendRetired,
-    BackendUnavailable,
     BudgetExceeded,
     ConfigError,
-    DuplicateRun,
     RunState,
     TrainingConfig,
     TrainingStatus,
     WaitTimeout,
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.core.backend import JSONValue
-from training_backends.testing.faults import CutAnswer, Fault, LoseAnswer, OtherAnswer
+from training_backends.mistral.errors import no_model_message
+from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
+from training_backends.testing.server import Received, Reply
 
 pytestmark = pytest.mark.anyio
 MakeJournal = Callable[..., MemoryJournal]
@@ -94,16 +92,6 @@ async def test_created_job_is_started(
     assert (quote.cost.amount, quote.cost.currency) == (Decimal("2.5"), "USD")
 
 
-async def test_uploads_tell_their_progress(
-    backend: MistralAPIBackend, make_journal: MakeJournal, train_file: Path
-) -> None:
-    """The journal hears of an upload up to its last byte."""
-    journal = make_journal()
-    await backend.launch(journal.run, journal)
-    size = train_file.stat().st_size
-    assert journal.uploaded[-1] == ("upload train.jsonl", size, size)
-
-
 async def test_remote_id_is_recorded_before_the_quote(
     backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
 ) -> None:
@@ -140,12 +128,15 @@ async def test_uncancellable_job_is_named(
     make_journal: MakeJournal,
 ) -> None:
     """If the job above the budget cannot be cancelled, the error says which one it is."""
-    provider.fail(OtherAnswer(status=500), method="POST", path="/cancel", times=9)
+    provider.fail(OtherAnswer(status=500), method="POST", path="/cancel", times=99)
     config = make_config(model="open-mistral-7b", budget={"max_cost": "2 USD"})
     journal = make_journal(config)
     with pytest.raises(BudgetExceeded) as caught:
         await backend.launch(journal.run, journal)
-    assert next(iter(provider.jobs)) in caught.value.__notes__[0]
+    job = next(iter(provider.jobs.values()))
+    assert job.id in str(caught.value.hint)
+    assert (caught.value.limit, caught.value.found) == ("2.00 USD", "2.50 USD")
+    assert job.starts == 0
 
 
 async def test_no_price_is_said(
@@ -172,171 +163,6 @@ async def test_missing_quote_is_judged_too(
     (quote,) = journal.quotes
     assert (quote.basis, quote.cost) == ("quote", None)
     assert "no quote" in quote.notes[0]
-
-
-@pytest.mark.parametrize("fault", [LoseAnswer(), CutAnswer(), OtherAnswer(done=True)])
-@pytest.mark.parametrize("path", ["/jobs", "/start", "/files"])
-async def test_lost_answer_does_nothing_twice(
-    path: str,
-    fault: Fault,
-    backend: MistralAPIBackend,
-    provider: ScriptedProvider,
-    make_journal: MakeJournal,
-) -> None:
-    """An upload, create or start that was carried out unheard is found, not repeated."""
-    provider.fail(fault, method="POST", path=path)
-    journal = make_journal()
-    await backend.launch(journal.run, journal)
-    assert len(provider.asked("POST", path)) == 1
-    assert len(provider.jobs) == len(provider.files) == 1
-    assert next(iter(provider.jobs.values())).starts == 1
-
-
-async def test_half_an_answer_is_not_taken_for_none(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A create that was answered with half a JSON document is looked for before another."""
-    provider.fail(OtherAnswer(status=200, body=b'{"id": "12', done=True), **CREATE)
-    journal = make_journal()
-    await backend.launch(journal.run, journal)
-    assert len(provider.jobs) == len(created(provider)) == 1
-
-
-async def test_lost_job_is_found_in_a_list_that_lags(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A job that lists do not show at once is found by looking again."""
-    provider.fail(LoseAnswer(), **CREATE)
-    journal = make_journal()
-    provider.lists_lag = 3
-    await backend.launch(journal.run, journal)
-    assert len(provider.jobs) == 1
-
-
-async def test_failed_create_is_tried_again(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A create that failed without effect is repeated once nothing was found."""
-    provider.fail(OtherAnswer(status=500), **CREATE)
-    journal = make_journal()
-    await backend.launch(journal.run, journal)
-    assert (len(created(provider)), len(provider.jobs)) == (2, 1)
-
-
-async def test_create_that_keeps_failing_is_reported(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A provider that fails every create is reported, with the run's id."""
-    provider.fail(OtherAnswer(status=500, body={"detail": "sorry"}), **CREATE, times=99)
-    journal = make_journal()
-    with pytest.raises(BackendUnavailable, match="sorry") as caught:
-        await backend.launch(journal.run, journal)
-    assert (caught.value.run_id, caught.value.backend) == (journal.run.id, "mistral")
-    assert len(created(provider)) == 2
-
-
-async def test_two_candidates_are_ambiguous(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """If two new jobs could be the lost one, both are named and none is started."""
-    journal = make_journal()
-    provider.fail(LoseAnswer(), **CREATE)
-    step = journal.step
-
-    async def and_a_twin(name: str, *args: Any, **kwargs: Any) -> JSONValue:
-        try:
-            return await step(name, *args, **kwargs)
-        except BackendUnavailable:
-            provider.add_job(next(iter(provider.jobs.values())).asked, "QUEUED")
-            raise
-
-    journal.step = and_a_twin  # type: ignore[method-assign]
-    with pytest.raises(AmbiguousLaunch) as caught:
-        await backend.launch(journal.run, journal)
-    assert all(job_id in caught.value.message for job_id in provider.jobs)
-    assert [job.starts for job in provider.jobs.values()] == [0, 0]
-
-
-async def test_similar_job_of_others_is_named(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A 409 for a job that was there before is a DuplicateRun that names it."""
-    provider.auto = "validate"
-    first = make_journal()
-    await backend.launch(first.run, first)
-    second = make_journal()
-    with pytest.raises(DuplicateRun) as caught:
-        await backend.launch(second.run, second)
-    assert caught.value.other == first.run.remote_id
-    assert len(provider.jobs) == 1
-
-
-async def test_conflict_with_our_own_lost_job_is_adopted(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A 409 that is caused by our own unseen create ends with that job."""
-    provider.fail(LoseAnswer(), **CREATE)
-    provider.lists_lag = 5  # before the create, three looks for it, one after the 409
-    journal = make_journal()
-    state = await backend.launch(journal.run, journal)
-    assert [state.remote_id] == list(provider.jobs)
-    assert len(created(provider)) == 2
-
-
-async def test_other_runs_with_the_same_data_are_not_taken_for_ours(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A lost create finds its own job, not the finished one of an equal run before."""
-    first = make_journal()
-    await backend.launch(first.run, first)
-    provider.set_status(str(first.run.remote_id), "SUCCESS")
-    provider.fail(LoseAnswer(), **CREATE)
-    second = make_journal()
-    await backend.launch(second.run, second)
-    assert second.run.remote_id != first.run.remote_id
-    assert len(provider.jobs) == 2
-
-
-async def test_file_is_uploaded_once_for_all_runs(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A second run on the same data finds the file by its content's name."""
-    for _ in range(2):
-        journal = make_journal()
-        await backend.launch(journal.run, journal)
-        provider.set_status(str(journal.run.remote_id), "SUCCESS")
-    assert len(provider.asked("POST", "/files")) == 1
-
-
-async def test_other_content_under_the_same_name_is_uploaded(
-    backend: MistralAPIBackend,
-    provider: ScriptedProvider,
-    make_journal: MakeJournal,
-    train_file: Path,
-) -> None:
-    """A file of the same name and size, changed since, is never mistaken for the old one."""
-    first = make_journal()
-    await backend.launch(first.run, first)
-    provider.set_status(str(first.run.remote_id), "SUCCESS")
-    train_file.write_bytes(train_file.read_bytes().replace(b"It is", b"It IS"))
-    second = make_journal()
-    await backend.launch(second.run, second)
-    assert len(provider.files) == 2
-    assert len({file.size for file in provider.files.values()}) == 1
-
-
-async def test_vanished_upload_is_done_again(
-    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
-) -> None:
-    """A file remembered by the journal and deleted at the provider is uploaded again."""
-    journal = make_journal(kill_at=4)
-    with pytest.raises(Killed):
-        await backend.launch(journal.run, journal)
-    assert list(journal.rows) == [next(iter(journal.rows)), "before create"]
-    provider.files.clear()
-    journal.kill_at = None
-    await backend.launch(journal.run, journal)
-    assert len(provider.files) == len(provider.jobs) == 1
 
 
 async def test_failed_validation_is_told_with_its_reasons(
@@ -422,6 +248,75 @@ async def test_retired_service_is_told_before_the_upload(
     assert "2026-07-13" in str(caught.value.hint)
     assert "serve" in str(caught.value.hint)
     assert provider.files == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/files"), ("GET", "/files"), ("POST", "/jobs"), ("POST", "/start")],
+)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OtherAnswer(status=410, body={"detail": "Gone"}),
+        OtherAnswer(status=422, body={"detail": no_model_message("completion", [])}),
+    ],
+)
+async def test_service_that_ends_during_a_launch_is_told(
+    *,
+    answer: OtherAnswer,
+    method: str,
+    path: str,
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+) -> None:
+    """Both signs of a retired service are told as such at every step, and nothing is repeated."""
+    provider.fail(answer, method=method, path=path, times=99)
+    journal = make_journal()
+    with pytest.raises(BackendRetired):
+        await backend.launch(journal.run, journal)
+    assert len(provider.asked(method, path)) == 1
+
+
+async def test_started_run_is_no_failure(
+    make_backend: Callable[..., MistralAPIBackend],
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+) -> None:
+    """A server that is away right after it took the start does not make the launch fail."""
+    backend = make_backend(attempts=1)
+    answer = provider.answer
+
+    def and_be_away(request: Received) -> Reply:
+        reply = answer(request)
+        if request.path.endswith("/start"):
+            provider.fail(OtherAnswer(status=503), times=99)
+        return reply
+
+    provider.answer = and_be_away  # type: ignore[method-assign]
+    journal = make_journal()
+    state = await backend.launch(journal.run, journal)
+    await backend.aclose()
+    assert (state.status, state.raw_status) == (TrainingStatus.PENDING, "QUEUED")
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_cancel_of_a_job_over_budget_is_tried_again(
+    make_backend: Callable[..., MistralAPIBackend],
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """Trouble that passes does not leave the job above the budget waiting."""
+    backend = make_backend(attempts=1)
+    provider.fail(LoseAnswer(), method="POST", path="/cancel")
+    provider.fail(OtherAnswer(status=502), method="POST", path="/cancel", times=2)
+    journal = make_journal(make_config(model="open-mistral-7b", budget={"max_cost": "2 USD"}))
+    with pytest.raises(BudgetExceeded) as caught:
+        await backend.launch(journal.run, journal)
+    await backend.aclose()
+    assert [job.status for job in provider.jobs.values()] == ["CANCELLED"]
+    assert "not known" not in str(caught.value.hint)
 
 
 async def test_empty_list_of_models_means_retired(

@@ -14,10 +14,12 @@ from training_backends.mistral.wire import DetailedJob, read_detailed_job
 WORDS = ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
 
 
-def job(status: str, *entries: dict[str, Any], newest_first: bool = False) -> DetailedJob:
+def job(
+    status: str, *entries: dict[str, Any], newest_first: bool = False, modified_at: int = 0
+) -> DetailedJob:
     """Make a job with events and checkpoints."""
     order = -1 if newest_first else 1
-    latest = max((entry["created_at"] for entry in entries), default=0)
+    latest = max((entry["created_at"] for entry in entries), default=modified_at)
     return read_detailed_job(
         {
             "id": "j",
@@ -107,6 +109,73 @@ def test_checkpoint_in_the_second_of_the_cursor_is_told() -> None:
     assert [record.step for record in told] == [2, 3]
 
 
+def look(cursor: str | None, shown: DetailedJob) -> tuple[list[str], str]:
+    """Look once, with nothing known but a cursor; return what was said and the next cursor."""
+    reader = LogReader.after(cursor)
+    return messages(list(reader.read(shown))), reader.cursor
+
+
+def test_checkpoint_that_is_listed_late_is_told() -> None:
+    """A checkpoint older than the newest event comes with the next look, and only then."""
+    told, cursor = look(None, job("CANCELLATION_REQUESTED", event("CANCELLATION_REQUESTED", 20)))
+    late = job("CANCELLATION_REQUESTED", event("CANCELLATION_REQUESTED", 20), point(1, 15))
+    told, cursor = look(cursor, late)
+    assert told == ["checkpoint at step 1: train_loss 1"]
+    assert look(cursor, late) == ([], cursor)
+
+
+def test_event_that_is_listed_late_is_told() -> None:
+    """An event older than one already told comes with the next look, and only then."""
+    _, cursor = look(None, job("RUNNING", event("QUEUED", 1), event("RUNNING", 20)))
+    late = job("RUNNING", event("QUEUED", 1), event("VALIDATED", 5), event("RUNNING", 20))
+    told, cursor = look(cursor, late)
+    assert told[0] == "VALIDATED"
+    assert look(cursor, late) == ([], cursor)
+
+
+def test_events_behind_the_status_repeat_nothing() -> None:
+    """Where events lag behind the job's own word, each word is told once, in order."""
+    told, cursor = look(None, job("RUNNING", modified_at=2))
+    more, cursor = look(cursor, job("FAILED", modified_at=3))
+    told += more
+    lagging = [event("VALIDATED", 1), event("RUNNING", 2), event("FAILED", 3)]
+    for end in (1, 2, 3):
+        more, cursor = look(cursor, job("FAILED", *lagging[:end]))
+        told += more
+    assert told == ["RUNNING", "FAILED", "VALIDATED"]
+
+
+def test_word_that_comes_back_is_told_again() -> None:
+    """A status without an event is told each time that the job returns to it."""
+    told, cursor = look(None, job("QUEUED", event("VALIDATED", 3)))
+    more, _ = look(cursor, job("QUEUED", event("VALIDATED", 3), event("RUNNING", 9)))
+    assert (told, more) == (["VALIDATED", "QUEUED"], ["RUNNING", "QUEUED"])
+
+
+def test_steps_that_begin_again_are_told() -> None:
+    """After a start anew from an earlier step, its checkpoints are told by their later time."""
+    before = [point(1, 10), point(2, 20), point(3, 30)]
+    _, cursor = look(None, job("RUNNING", event("RUNNING", 0), *before))
+    again = job("RUNNING", event("RUNNING", 0), *before, point(2, 50), point(3, 50))
+    told, cursor = look(cursor, again)
+    assert told == [
+        "checkpoint at step 2: train_loss 0.5",
+        "checkpoint at step 3: train_loss 0.3333",
+    ]
+    assert look(cursor, again) == ([], cursor)
+
+
+def test_cursor_stays_short() -> None:
+    """However many events a job has, a cursor has a bound, and nothing is lost or repeated."""
+    life = [event("RUNNING", n // 2, n=n) for n in range(400)]
+    told, cursor = look(None, job("RUNNING", *life))
+    assert len(told) == 400
+    assert len(cursor) < 500
+    assert look(cursor, job("RUNNING", *life)) == ([], cursor)
+    more = job("RUNNING", *life, event("RUNNING", 199, n=400), event("RUNNING", 300, n=401))
+    assert len(look(cursor, more)[0]) == 2
+
+
 def test_older_checkpoints_do_not_come_after_newer_ones() -> None:
     """Where a server shows a changing choice of checkpoints, those told only go forward."""
     reader = LogReader()
@@ -127,7 +196,7 @@ def test_unknown_word_is_a_warning() -> None:
     )
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "1.2", "a.b.c"])
+@pytest.mark.parametrize("cursor", ["", "x", "1.2", "a.b.c", "WyJhIl0", "\u20ac"])
 def test_foreign_cursor_is_refused(cursor: str) -> None:
     """A cursor that this log did not give out is an error, not the beginning."""
     with pytest.raises(ConfigError, match="cursor"):
@@ -153,18 +222,34 @@ def entries_of(life: list[tuple[bool, int, str]]) -> list[dict[str, Any]]:
 def test_looking_often_tells_the_same_as_looking_once(
     life: list[tuple[bool, int, str]], newest_first: bool, chance: random.Random
 ) -> None:
-    """However the growth of a log is cut up, each event and checkpoint is told exactly once."""
+    """However a log is cut up, and whatever is listed late, each entry is told exactly once."""
     entries = entries_of(life)
-    words = ["QUEUED"]
-    reader, told = LogReader(), []
-    for end in sorted({chance.randrange(len(entries) + 1) for _ in range(4)} | {len(entries)}):
-        words = [entry["data"]["status"] for entry in entries[:end] if "name" in entry] or words
-        told += list(reader.read(job(words[-1], *entries[:end], newest_first=newest_first)))
-    steps = [record.step or 0 for record in told if record.source == "checkpoint"]
-    events = [record.fields["n"] for record in told if "n" in record.fields]
-    assert sorted(steps) == [n for n, (is_event, *_) in enumerate(life, 1) if not is_event]
-    assert sorted(events) == [n for n, (is_event, *_) in enumerate(life, 1) if is_event]
+    whole = job("SUCCESS", *entries, newest_first=newest_first)
+    # When each entry is listed: mostly in order, sometimes far too late; steps never backwards.
+    looks = sorted(chance.choices(range(6), k=len(entries)))
+    for number, entry in enumerate(entries):
+        if "name" in entry and chance.random() < 0.3:
+            looks[number] = 5
+    cursor: str | None = None
+    told: list[LogRecord] = []
+    for now in range(6):
+        shown = [entry for entry, at in zip(entries, looks, strict=True) if at <= now]
+        reader = LogReader.after(cursor)
+        told += reader.read(job("SUCCESS" if now == 5 else "RUNNING", *shown))
+        cursor = reader.cursor
+    once = list(LogReader().read(whole))
+    assert sorted(_said(told)) == sorted(_said(once))
     assert len({record.cursor for record in told}) == len(told)
+    assert LogReader.after(cursor).cursor == cursor
+
+
+def _said(records: list[LogRecord]) -> list[tuple[str, int]]:
+    """Return which events and checkpoints were told, by their numbers."""
+    return [
+        (record.source, record.step or record.fields["n"])
+        for record in records
+        if record.source == "checkpoint" or "n" in record.fields
+    ]
 
 
 @given(LIVES, st.booleans())

@@ -1,5 +1,6 @@
 """What a job of the protocol means in our words."""
 
+import math
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends import TrainingStatus
+from training_backends import LogRecord, RunState, TrainingStatus
+from training_backends.backends.mistral.records import LogReader
+from training_backends.backends.mistral.requests import config_of
 from training_backends.backends.mistral.states import (
     failure_of,
     has_started,
@@ -206,6 +209,111 @@ def test_failure_has_kind_and_reason(
     """Why a job failed is taken from its events, and sorted by what they mention."""
     failure = failure_of(job(status=status, events=[event(status, 1500, **data)]))
     assert (failure.kind, failure.message) == (kind, message)
+
+
+def test_last_change_is_told_alone_and_in_lists() -> None:
+    """When the server last changed a job is told the same way whoever shows it."""
+    at = datetime.fromtimestamp(2000, UTC)
+    assert state_of(job()).changed_at == state_of(read_job(job_document())).changed_at == at
+
+
+STRANGE = st.sampled_from(["", "x", "half a pair: \ud800", "ft:\udfff", "\x00"])
+TIMES = st.sampled_from([0, -1, 1500, 2**40, 10**30, -(10**30)])
+NUMBERS = st.sampled_from([0, -1, 1, 10**9, 10**400])
+AMOUNTS = st.sampled_from([0.0, -1.0, 2.5, 1e300, math.nan, math.inf, None])
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "status": st.one_of(STRANGE, st.sampled_from(JOB_STATUSES)),
+            "model": STRANGE,
+            "suffix": STRANGE,
+            "fine_tuned_model": STRANGE,
+            "created_at": TIMES,
+            "modified_at": TIMES,
+            "training_files": st.lists(STRANGE, max_size=2),
+            "job_type": st.sampled_from(["completion", "classifier", "dpo"]),
+            "hyperparameters": st.fixed_dictionaries(
+                {}, optional={"epochs": AMOUNTS, "training_steps": NUMBERS, "seq_len": NUMBERS}
+            ),
+            "metadata": st.fixed_dictionaries(
+                {},
+                optional={
+                    "cost": AMOUNTS,
+                    "cost_currency": st.sampled_from(["USD", "ÄÖÜ", "", "euro"]),
+                    "train_tokens": NUMBERS,
+                    "train_tokens_per_step": NUMBERS,
+                    "expected_duration_seconds": NUMBERS,
+                },
+            ),
+            "events": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "name": STRANGE,
+                        "created_at": TIMES,
+                        "data": st.dictionaries(STRANGE, st.one_of(STRANGE, AMOUNTS)),
+                    }
+                ),
+                max_size=3,
+            ),
+            "checkpoints": st.lists(
+                st.builds(checkpoint, NUMBERS, TIMES, train_loss=AMOUNTS), max_size=3
+            ),
+        }
+    )
+)
+def test_strange_jobs_are_told_and_can_be_kept(fields: dict[str, Any]) -> None:
+    """Whatever values a job has, its state, log and configuration survive a store."""
+    strange = job(**fields)
+    state = state_of(strange)
+    assert RunState.model_validate_json(state.model_dump_json()) == state
+    for record in LogReader().read(strange):
+        assert LogRecord.model_validate_json(record.model_dump_json()) == record
+    config = config_of(strange)
+    if config is not None:
+        assert type(config).model_validate_json(config.model_dump_json()) == config
+
+
+def test_configuration_is_read_back() -> None:
+    """What a job shows of its making is a configuration whose files are named by their ids."""
+    config = config_of(
+        job(
+            training_files=["a", "b"],
+            validation_files=["c"],
+            suffix="mine",
+            hyperparameters={"learning_rate": 1e-5, "training_steps": 10, "epochs": 2.5},
+            integrations=[{"type": "wandb", "project": "p", "name": None, "run_name": "r"}],
+            repositories=[{"name": "n", "owner": "o", "commit_id": "0", "weight": 2.0}],
+        )
+    )
+    assert config is not None
+    assert [str(source.path) for source in config.data.train] == ["remote:a", "remote:b"]
+    assert [str(source.path) for source in config.data.validation] == ["remote:c"]
+    assert (config.model, config.method, config.suffix) == ("open-mistral-7b", "sft", "mine")
+    assert config.hyperparameters.training_steps == 10
+    assert config.hyperparameters.epochs is None  # only one of both can have been asked for
+    assert config.hyperparameters.learning_rate == 1e-5
+    assert [entry.run_name for entry in config.integrations] == ["r"]
+    assert config.options["repositories"][0]["owner"] == "o"
+
+
+def test_targets_of_a_classifier_are_read_back() -> None:
+    """A classifier's targets are part of its configuration where the job shows them."""
+    target = {"name": "tone", "labels": ["kind", "rude"], "weight": 1.0}
+    shown = {**target, "loss_function": "single_class"}
+    config = config_of(job(job_type="classifier", classifier_targets=[shown]))
+    assert config is not None
+    assert config.method == "classifier"
+    assert [entry.labels for entry in config.classifier_targets] == [("kind", "rude")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"training_files": []}, {"model": ""}, {"suffix": "x" * 30}, {"job_type": "dpo"}]
+)
+def test_job_that_makes_no_configuration_has_none(fields: dict[str, Any]) -> None:
+    """What cannot be a configuration of ours is none, and no error."""
+    assert config_of(job(**fields)) is None
 
 
 def test_listed_job_says_nothing_of_what_lists_leave_out() -> None:

@@ -1,21 +1,25 @@
 """Every operation of the Mistral files, fine-tuning and models API, typed."""
 
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
+import msgspec
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from training_backends.core.errors import ProtocolError, RunNotFound
-from training_backends.core.logs import redact
+from training_backends.core.logs import get_logger, redact
 from training_backends.mistral import wire
 from training_backends.net.client import HttpClient
-from training_backends.net.multipart import FileUpload, Progress
+from training_backends.net.multipart import FileUpload, HashedFile, Progress
 
-__all__ = ["PAGE_SIZE", "JobFilters", "MistralAPI"]
+__all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
+
+log = get_logger()
 
 PAGE_SIZE: Final = 100
 """Entries asked for at once; the specification's default."""
@@ -26,6 +30,7 @@ _TUNED: Final = "/v1/fine_tuning/models"
 _MODELS: Final = "/v1/models"
 
 _M = TypeVar("_M")
+_T = TypeVar("_T")
 _QueryValue = str | int | float | bool | datetime | Sequence[str] | None
 
 
@@ -46,6 +51,14 @@ class JobFilters(BaseModel):
     wandb_project: str | None = None
     wandb_name: str | None = None
     suffix: str | None = None
+
+
+class JobHead(msgspec.Struct, frozen=True, gc=False):
+    """What a sweep over many jobs looks at; to read the whole of them takes ten times as long."""
+
+    id: str
+    status: str
+    modified_at: int
 
 
 class MistralAPI:
@@ -72,14 +85,14 @@ class MistralAPI:
         filename: str | None = None,
         expiry: int | None = None,
         visibility: str | None = None,
-        sha256: str | None = None,
+        hashed: HashedFile | None = None,
         on_progress: Progress | None = None,
     ) -> wire.UploadFileOut:
         """Upload a file as a stream; the same name and content again give the same file.
 
         Args:
             expiry: Hours until the server deletes it.
-            sha256: What the file must hold; checked before the upload is complete.
+            hashed: What the file must be; made sure of before the upload is complete.
             on_progress: Told how many of how many bytes are read.
 
         Raises:
@@ -88,7 +101,7 @@ class MistralAPI:
         given = {"expiry": expiry, "visibility": visibility, "purpose": purpose}
         fields = {name: str(value) for name, value in given.items() if value is not None}
         upload = FileUpload(
-            path, fields=fields, filename=filename, sha256=sha256, on_progress=on_progress
+            path, fields=fields, filename=filename, hashed=hashed, on_progress=on_progress
         )
         return _read(wire.UploadFileOut.model_validate, await self._http.upload(_FILES, upload))
 
@@ -129,8 +142,8 @@ class MistralAPI:
         mimetypes: Sequence[str] | None = None,
     ) -> AsyncGenerator[wire.FileSchema, None]:
         """Yield every file, page by page, each once."""
-        seen: set[str] = set()
-        for page in range(1_000_000):
+
+        async def fetch(page: int) -> tuple[list[wire.FileSchema], int]:
             found = await self.list_files(
                 page=page,
                 page_size=PAGE_SIZE,
@@ -141,13 +154,12 @@ class MistralAPI:
                 purpose=purpose,
                 mimetypes=mimetypes,
             )
-            fresh = [file for file in found.data if file.id not in seen]
-            for file in fresh:
-                seen.add(file.id)
-                yield file
-            # A server that knows no pages answers the same again: no fresh one, the end.
-            if len(found.data) < PAGE_SIZE or not fresh:
-                return
+            return found.data, found.total or 0
+
+        async with aclosing(_paged(fetch, lambda file: file.id)) as pages:
+            async for files in pages:
+                for file in files:
+                    yield file
 
     async def retrieve_file(self, file_id: str) -> wire.RetrieveFileOut:
         """Return what the server knows of a file."""
@@ -186,21 +198,65 @@ class MistralAPI:
         Raises:
             ValueError: A time of `filters` has no zone.
         """
+        return _read(wire.JobsOut.model_validate, await self._jobs_page(filters, page, page_size))
+
+    async def probe(self) -> None:
+        """Ask for one job, whatever it is: changes nothing, and says whether jobs are served."""
+        await self._jobs_page(None, 0, 1)
+
+    async def _jobs_page(
+        self, filters: JobFilters | None, page: int | None, page_size: int | None
+    ) -> dict[str, Any]:
         chosen = (filters or JobFilters()).model_dump()
         query = _query(page=page, page_size=page_size, **chosen)
-        return _read(wire.JobsOut.model_validate, await self._http.json("GET", _JOBS, query=query))
+        return await self._http.json("GET", _JOBS, query=query)
 
     async def iter_jobs(self, filters: JobFilters | None = None) -> AsyncGenerator[wire.Job, None]:
         """Yield every job, a hundred a request, each once."""
-        seen: set[str] = set()
-        for page in range(1_000_000):
+
+        async def fetch(page: int) -> tuple[Sequence[wire.Job], int]:
             found = await self.list_jobs(filters, page=page, page_size=PAGE_SIZE)
-            fresh = [job for job in found.data if job.id not in seen]
-            for job in fresh:
-                seen.add(job.id)
-                yield job
-            if len(found.data) < PAGE_SIZE or not fresh:
-                return
+            return found.data, found.total
+
+        async with aclosing(_paged(fetch, lambda job: job.id)) as pages:
+            async for jobs in pages:
+                for job in jobs:
+                    yield job
+
+    async def iter_listed(
+        self, filters: JobFilters | None = None
+    ) -> AsyncGenerator[tuple[str, wire.Job | None], None]:
+        """Yield every job with its id; None for one that does not have the protocol's shape."""
+        async with aclosing(self._entries(filters)) as pages:
+            async for entries in pages:
+                for entry in entries:
+                    yield str(entry.get("id")), _job(entry)
+
+    async def job_heads(
+        self, filters: JobFilters | None = None
+    ) -> AsyncGenerator[list[JobHead], None]:
+        """Yield jobs in short, page by page; those without the protocol's shape are left out."""
+        async with aclosing(self._entries(filters)) as pages:
+            async for entries in pages:
+                try:
+                    yield msgspec.convert(entries, list[JobHead], strict=False)
+                except msgspec.ValidationError:
+                    yield [head for entry in entries if (head := _head(entry))]
+
+    def _entries(
+        self, filters: JobFilters | None
+    ) -> AsyncGenerator[Sequence[Mapping[str, Any]], None]:
+        async def fetch(page: int) -> tuple[Sequence[Mapping[str, Any]], int]:
+            document = await self._jobs_page(filters, page, PAGE_SIZE)
+            data, total = document.get("data"), document.get("total")
+            if not isinstance(data, list):
+                raise ProtocolError(
+                    "The server's list of jobs holds no jobs.", excerpt=_excerpt(document)
+                )
+            found = [entry for entry in data if isinstance(entry, Mapping)]
+            return found, total if isinstance(total, int) else 0
+
+        return _paged(fetch, lambda entry: str(entry.get("id")))
 
     async def create_job(self, job: wire.JobIn) -> wire.Job:
         """Create a job. Never repeated once it may have arrived.
@@ -285,6 +341,40 @@ class MistralAPI:
         path = f"{_TUNED}/{_segment(model_id)}/archive"
         document = await self._http.json("DELETE", path, repeatable=True)
         return _read(wire.UnarchiveFTModelOut.model_validate, document)
+
+
+async def _paged(
+    fetch: Callable[[int], Awaitable[tuple[Sequence[_T], int]]], identify: Callable[[_T], str]
+) -> AsyncGenerator[list[_T], None]:
+    """Yield pages from 0 on, without what was on an earlier one.
+
+    The end is a page that is not full, unless the server says that there are more: it may
+    give fewer at once than it is asked for.
+    """
+    seen: set[str] = set()
+    for page in range(1_000_000):
+        found, total = await fetch(page)
+        fresh = {identify(entry): entry for entry in found if identify(entry) not in seen}
+        seen.update(fresh)
+        yield list(fresh.values())
+        # A server that knows no pages answers the same again: no fresh one, the end.
+        if not fresh or (len(found) < PAGE_SIZE and len(seen) >= total):
+            return
+
+
+def _job(entry: Mapping[str, Any]) -> wire.Job | None:
+    try:
+        return wire.read_job(entry)
+    except ValidationError:
+        log.warning("listed job cannot be read", job=str(entry.get("id"))[:80])
+        return None
+
+
+def _head(entry: Mapping[str, Any]) -> JobHead | None:
+    try:
+        return msgspec.convert(entry, JobHead, strict=False)
+    except msgspec.ValidationError:
+        return None
 
 
 def _query(**values: _QueryValue) -> list[tuple[str, str]]:

@@ -17,8 +17,10 @@ from training_backends.backends.mistral.launch import Launch
 from training_backends.backends.mistral.options import MistralOptions
 from training_backends.backends.mistral.polling import Pace, ask_patiently
 from training_backends.backends.mistral.records import LogReader
+from training_backends.backends.mistral.requests import config_of
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.backends.mistral.states import quote_of, state_of
+from training_backends.backends.mistral.states import is_ending, moment, quote_of, state_of
+from training_backends.backends.mistral.sweep import FEW, Sweep
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,
@@ -31,13 +33,15 @@ from training_backends.core.backend import (
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import (
-    BackendUnavailable,
-    RunNotFound,
-    TrainingBackendError,
-)
+from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, RunState, TrainingRun, ValidationReport
+from training_backends.core.run import (
+    LogRecord,
+    Observation,
+    RunState,
+    TrainingRun,
+    ValidationReport,
+)
 from training_backends.core.settings import load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.tokens import count_tokens
@@ -48,8 +52,7 @@ from training_backends.net.client import HttpClient
 
 __all__ = ["MistralAPIBackend"]
 
-_FEW: Final = 3
-"""Up to so many runs are asked for one by one, which tells their checkpoints too."""
+_BAD_ENDS: Final = frozenset({TrainingStatus.FAILED, TrainingStatus.CANCELLED})
 _CAPABILITIES: Final = Capabilities(
     methods=frozenset({"sft", "classifier"}),
     quotes=True,
@@ -114,6 +117,15 @@ class MistralAPIBackend(TrainingBackend):
         """What the protocol can do."""
         return _CAPABILITIES
 
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Take what is set; the longest pause only where it is."""
+        longest = self._settings.poll_max
+        return (
+            timedelta(seconds=self._settings.poll_min),
+            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
+        )
+
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Take the share from the options; the server leaves such rows out."""
         return MistralOptions.model_validate(config.options).invalid_sample_skip_percentage
@@ -160,27 +172,24 @@ class MistralAPIBackend(TrainingBackend):
             return self._state(await self.api.get_job(self._job_id(run)), run)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
-        """Ask for many runs by pages of a hundred; see the base.
+        """Ask for many runs by lists of those in each status, a hundred runs a request."""
+        if len(runs) <= FEW:
+            return await super().statuses([run for run in runs if run.remote_id is not None])
+        sweep = Sweep(self.api, runs)
+        await sweep.go()
+        return sweep.found
 
-        A list leaves out checkpoints and reasons: a run whose status has changed into a
-        terminal one is asked for by itself.
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Ask once for state and log; see the base.
+
+        Raises:
+            ConfigError: `after` is no cursor of this backend.
         """
-        wanted = {run.remote_id: run for run in runs if run.remote_id is not None}
-        if len(wanted) <= _FEW:
-            return await super().statuses(list(wanted.values()))
-        found: dict[str, RunState] = {}
-        oldest = min(run.created_at for run in wanted.values()) - timedelta(days=1)
-        async with aclosing(self.api.iter_jobs(JobFilters(created_after=oldest))) as jobs:
-            async for job in jobs:
-                run = wanted.get(job.id)
-                if run is None:
-                    continue
-                if run.status is to_status(job.status) or not to_status(job.status).is_terminal:
-                    found[run.id] = self._state(job, run)
-                    del wanted[job.id]
-                if not wanted:
-                    break
-        return {**found, **await super().statuses(list(wanted.values()))}
+        with self._named(run):
+            reader = LogReader.after(after)
+            job = await self.api.get_job(self._job_id(run))
+        records = tuple(reader.read(job))
+        return Observation(self._state(job, run), records, reader.cursor)
 
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
@@ -210,16 +219,20 @@ class MistralAPIBackend(TrainingBackend):
         del save_checkpoint
         with self._named(run):
             job_id = self._job_id(run)
-            if _is_ending(await self.api.get_job(job_id)):
+            if is_ending(await self.api.get_job(job_id)):
                 return
             try:
                 await self.api.cancel_job(job_id)
-            except BackendUnavailable:
-                raise
             except TrainingBackendError:
-                # Refused, perhaps because it has ended meanwhile.
-                if not _is_ending(await self.api.get_job(job_id)):
+                # Its answer was lost, or it is refused because the job has just ended.
+                if not await self._is_ending(job_id):
                     raise
+
+    async def _is_ending(self, job_id: str) -> bool:
+        try:
+            return is_ending(await self.api.get_job(job_id))
+        except TrainingBackendError:
+            return False
 
     async def resume(
         self,
@@ -241,34 +254,56 @@ class MistralAPIBackend(TrainingBackend):
         with self._named(new_run):
             launch = self._launch(new_run, journal)
             if new_run.remote_id is not None:
+                launch.anew = new_run.remote_id != run.remote_id
                 return await launch.go()
-            job = await self.api.get_job(self._job_id(run))
-            status = to_status(job.status)
-            if status is TrainingStatus.READY:
-                await journal.record(state_of(job))
+            job = await self._old_job(run)
+            status = run.status if job is None else to_status(job.status)
+            if job is not None and status is TrainingStatus.READY:
+                await journal.record(self._state(job))
                 return await launch.start(job.id)
-            if status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
+            if status not in _BAD_ENDS:
                 raise self.unsupported(
                     f"resume a run that is {status}", "Only a failed or cancelled run is resumed."
                 )
+            launch.anew = True
             launch.reuse = job if new_run.config.data == run.config.data else None
-            launch.notes = (
-                "The server keeps no checkpoint to go on from: this trains anew on the same files.",
-            )
             return await launch.go()
 
+    async def _old_job(self, run: TrainingRun) -> Job | None:
+        """Return the job of a run; None if it is gone, or never was, and had ended badly."""
+        try:
+            return await self.api.get_job(self._job_id(run))
+        except RunNotFound:
+            if run.status not in _BAD_ENDS:
+                raise
+            return None
+
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        """See the base."""
+        """List the server's jobs, whoever made them.
+
+        `config` holds what the server shows: data files are named `remote:<file id>`, and
+        what the protocol does not tell is left out; it is None where that makes no
+        configuration. A job that does not have the protocol's shape is passed over.
+        """
         wanted = filters.status
         # FAILED stands for two words of the protocol and UNKNOWN for any: filtered here.
         word = to_wire(wanted) if wanted and wanted is not TrainingStatus.FAILED else None
         asked = JobFilters(model=filters.model, suffix=filters.suffix, status=word)
-        async with aclosing(self.api.iter_jobs(asked)) as jobs:
+        async with aclosing(self.api.iter_listed(asked)) as jobs:
             return [
-                RemoteRun(remote_id=job.id, model=job.model, state=self._state(job))
-                async for job in jobs
-                if wanted is None or to_status(job.status) is wanted
+                self._remote_run(job)
+                async for _, job in jobs
+                if job is not None and (wanted is None or to_status(job.status) is wanted)
             ]
+
+    def _remote_run(self, job: Job) -> RemoteRun:
+        return RemoteRun(
+            remote_id=job.id,
+            model=job.model,
+            state=self._state(job),
+            created_at=moment(job.created_at),
+            config=config_of(job),
+        )
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
         """Refuse: the protocol hands out no weights."""
@@ -285,7 +320,7 @@ class MistralAPIBackend(TrainingBackend):
         """Ask for one job, which changes nothing and costs nothing."""
         began = time.monotonic()
         try:
-            await self.api.list_jobs(page=0, page_size=1)
+            await self.api.probe()
         except TrainingBackendError as error:
             return Health(ok=False, message=error.message, hint=error.hint)
         took = time.monotonic() - began
@@ -322,11 +357,6 @@ class MistralAPIBackend(TrainingBackend):
             error.run_id = error.run_id or run.id
             error.backend = error.backend or self.name
             raise
-
-
-def _is_ending(job: Job) -> bool:
-    status = to_status(job.status)
-    return status.is_terminal or status is TrainingStatus.STOPPING
 
 
 def _decode_error(status: int, headers: Mapping[str, str], body: bytes) -> TrainingBackendError:

@@ -154,7 +154,7 @@ async def check_server(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
         BackendRetired: It trains no more.
     """
     try:
-        await api.list_jobs(page=0, page_size=1)
+        await api.probe()
         cards = (await api.list_models()).data
     except BackendRetired:
         raise

@@ -1,16 +1,20 @@
 """A run's log made from what the protocol tells: events, checkpoints and status words."""
 
+import base64
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
+
+import msgspec
 
 from training_backends.backends.mistral.states import (
     event_reason,
     event_word,
     metrics_of,
     moment,
+    plain,
+    second,
     sorted_events,
 )
 from training_backends.core.errors import ConfigError
@@ -20,29 +24,51 @@ from training_backends.mistral.wire import CheckpointOut, DetailedJob, EventOut
 
 __all__ = ["LogReader"]
 
+_KEPT: Final = 24
+"""Events that a cursor can tell apart from one that turns up late; a life has about six."""
+
 _Level = Literal["debug", "info", "warning", "error"]
 
 
-@dataclass(slots=True, kw_only=True)
+class _Place(msgspec.Struct, array_like=True):
+    """A place in a log, as a cursor holds it.
+
+    Attributes:
+        newest: Second of the newest record given out.
+        events: Marks of the events told last, in the order in which they were told.
+        floor: Events of this second and before are told, whatever their marks.
+        point: Second and step of the newest checkpoint told.
+        top: Highest step told.
+        word: Status word at which the log stands.
+        unheard: Words that the job itself told, for which no event has come yet.
+        said_at: Second of the job's last change when it told the last of them.
+    """
+
+    newest: int = 0
+    events: list[str] = msgspec.field(default_factory=list)
+    floor: int = -1
+    point: tuple[int, int] = (-1, -1)
+    top: int = -1
+    word: str | None = None
+    unheard: list[str] = msgspec.field(default_factory=list)
+    said_at: int = -1
+
+
+_ENCODER: Final = msgspec.json.Encoder()
+_DECODER: Final = msgspec.json.Decoder(_Place)
+
+
 class LogReader:
     """Knows which records were given out, and yields the others.
 
-    Times are whole seconds, so a time alone is no place in the log: a cursor holds the
-    second, what was given out of it and the last status told.
-
-    Attributes:
-        second: Of the newest record given out.
-        told: Marks of the records of that second.
-        word: Status word that was told last.
-        by_job: Whether that word came from the job itself, no event having told it.
+    All it knows is in its cursor, so that looking again and again, each time behind the
+    cursor of the look before, tells what one look at the end tells: an event that is listed
+    late, or a checkpoint that is, comes with the next look. Times are whole seconds, so a
+    time alone is no place in the log.
     """
 
-    second: int = 0
-    told: set[str] = field(default_factory=set)
-    word: str | None = None
-    by_job: bool = False
-    _seen: set[str] | None = None
-    _step: int = 0
+    def __init__(self, place: _Place | None = None) -> None:
+        self._at = place or _Place()
 
     @classmethod
     def after(cls, cursor: str | None) -> "LogReader":
@@ -54,14 +80,9 @@ class LogReader:
         if cursor is None:
             return cls()
         try:
-            second, told, word = cursor.split(".", 2)
-            return cls(
-                second=int(second),
-                told=set(filter(None, told.split("-"))),
-                word=word.removeprefix("~") or None,
-                by_job=word.startswith("~"),
-            )
-        except ValueError:
+            padded = cursor + "=" * (-len(cursor) % 4)
+            return cls(_DECODER.decode(base64.b64decode(padded, b"-_", validate=True)))
+        except (ValueError, msgspec.MsgspecError):
             raise ConfigError(
                 f"{cursor!r} is not a cursor of this log.",
                 hint="Take the cursor of a record that the same backend gave out.",
@@ -69,58 +90,76 @@ class LogReader:
 
     @property
     def cursor(self) -> str:
-        """The place behind the newest record given out."""
-        word = f"{'~' if self.by_job else ''}{self.word or ''}"
-        return f"{self.second}.{'-'.join(sorted(self.told))}.{word}"
+        """The place behind everything given out."""
+        return base64.urlsafe_b64encode(_ENCODER.encode(self._at)).decode().rstrip("=")
 
     def read(self, job: DetailedJob) -> Iterator[LogRecord]:
         """Yield what is new, oldest first, and remember it."""
         entries = _entries(job)
-        if self._seen is None:
-            self._seen = {
-                mark
-                for at, mark, _ in entries
-                if at < self.second or (at == self.second and mark in self.told)
-            }
+        times = {mark: at for at, mark, _ in entries}
         for at, mark, entry in entries:
-            if mark in self._seen:
-                continue
-            self._seen.add(mark)
             if isinstance(entry, CheckpointOut):
-                if at < self.second and entry.step_number < self._step:
-                    continue  # a server that shows a choice of its checkpoints chose anew
-                self._step = max(self._step, entry.step_number)
-                self._advance(at, mark)
-                yield self._checkpoint(entry, job)
-                continue
-            self._advance(at, mark)
-            if not self._is_repeat(entry):
+                if self._reaches(at, entry.step_number):
+                    yield self._checkpoint(entry, job)
+            elif self._hears(at, mark, times) and not self._is_repeat(entry):
                 yield self._event(entry)
-        if job.status != self.word:
-            self.word, self.by_job = job.status, True
-            yield self._status(job)
+        status = str(plain(job.status))
+        if self._at.unheard[-1:] == [status]:
+            return  # told already; its event may still come
+        if status == self._at.word:
+            self._at.unheard = []
+        else:
+            yield self._status(status, job)
+
+    def _hears(self, at: int, mark: str, times: Mapping[str, int]) -> bool:
+        """Tell whether an event is new, and remember it."""
+        place = self._at
+        if at <= place.floor or mark in place.events:
+            return False
+        place.newest = max(place.newest, at)
+        place.events.append(mark)
+        latest = max(times.get(told, 0) for told in place.events)
+        while len(place.events) > _KEPT and times.get(place.events[0], 0) < latest:
+            place.floor = max(place.floor, times.get(place.events.pop(0), 0))
+        return True
+
+    def _reaches(self, at: int, step: int) -> bool:
+        """Tell whether a checkpoint is new, and remember it.
+
+        One that was passed over does not come after all: a server that shows a choice of
+        its checkpoints may choose anew.
+        """
+        place = self._at
+        if step <= place.top and (at, step) <= place.point:
+            return False
+        place.newest = max(place.newest, at)
+        place.point = max(place.point, (at, step))
+        place.top = max(place.top, step)
+        return True
 
     def _is_repeat(self, event: EventOut) -> bool:
         """Tell whether an event says only what the job's own status said before it."""
-        return self.by_job and event.data == {"status": self.word}
-
-    def _advance(self, at: int, mark: str) -> None:
-        if at > self.second:
-            self.second, self.told = at, set()
-        if at == self.second:
-            self.told.add(mark)
+        word = event_word(event)
+        if word is None or word not in self._at.unheard:
+            if event.created_at > self._at.said_at:
+                self._at.unheard = []  # the job has moved on since
+            return False
+        del self._at.unheard[: self._at.unheard.index(word) + 1]
+        self._at.word = word
+        return event.data == {"status": word}
 
     def _event(self, event: EventOut) -> LogRecord:
         word = event_word(event)
         reason = event_reason(event)
         if word is not None:
-            self.word, self.by_job = word, False
+            self._at.word = word
+        name = str(plain(event.name))
         return LogRecord(
             at=moment(event.created_at),
             level=_level(word),
-            message=": ".join(part for part in (word or event.name, reason) if part),
+            message=": ".join(part for part in (word or name, reason) if part),
             source="status" if word else "event",
-            fields={**(event.data or {}), **_status_fields(word)},
+            fields={**plain(event.data or {}), **_status_fields(word)},
             cursor=self.cursor,
         )
 
@@ -136,14 +175,19 @@ class LogReader:
             cursor=self.cursor,
         )
 
-    def _status(self, job: DetailedJob) -> LogRecord:
+    def _status(self, word: str, job: DetailedJob) -> LogRecord:
         """Tell of a status that no event told of; it has no place of its own in time."""
+        place = self._at
+        place.word = word
+        place.said_at = second(job.modified_at)
+        place.newest = max(place.newest, place.said_at)
+        place.unheard = [*place.unheard[-_KEPT:], word]
         return LogRecord(
-            at=moment(max(job.modified_at, self.second)),
-            level=_level(job.status),
-            message=job.status,
+            at=moment(place.newest),
+            level=_level(word),
+            message=word,
             source="status",
-            fields=_status_fields(job.status),
+            fields=_status_fields(word),
             cursor=self.cursor,
         )
 
@@ -161,21 +205,21 @@ def _level(word: str | None) -> _Level:
 
 
 def _entries(job: DetailedJob) -> list[tuple[int, str, EventOut | CheckpointOut]]:
-    """Return everything that has a time, oldest first, each with a mark of its own."""
+    """Return everything that has a time, oldest first, each event with a mark of its own."""
     found: list[tuple[int, str, EventOut | CheckpointOut]] = []
     copies: dict[str, int] = {}
     for event in sorted_events(job.events):
         text = json.dumps([event.created_at, event.name, event.data], sort_keys=True, default=str)
         copies[text] = copies.get(text, 0) + 1
-        found.append((event.created_at, _mark(f"{text}{copies[text]}"), event))
+        found.append((second(event.created_at), _mark(f"{text}{copies[text]}"), event))
     found += [
-        (point.created_at, _mark(f"checkpoint {point.step_number}"), point)
+        (second(point.created_at), "", point)
         for point in sorted(job.checkpoints, key=lambda entry: entry.step_number)
     ]
-    return sorted(found, key=_place)
+    return sorted(found, key=_order)
 
 
-def _place(entry: tuple[int, str, EventOut | CheckpointOut]) -> tuple[int, int]:
+def _order(entry: tuple[int, str, EventOut | CheckpointOut]) -> tuple[int, int]:
     """Order within a second: a start, then its checkpoints, then the end."""
     at, _, what = entry
     if isinstance(what, CheckpointOut):

@@ -1,15 +1,17 @@
 """A configuration as the protocol's create request, and which job answers to it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
 from training_backends.backends.mistral.options import MistralOptions
+from training_backends.backends.mistral.states import plain
 from training_backends.core.backend import CredentialSource
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.mistral.wire import (
     ClassifierTargetIn,
@@ -21,7 +23,18 @@ from training_backends.mistral.wire import (
     WandbIntegration,
 )
 
-__all__ = ["find_credential", "job_type_of", "make_job", "matches", "read_options", "sent_fields"]
+__all__ = [
+    "config_of",
+    "find_credential",
+    "job_type_of",
+    "make_job",
+    "matches",
+    "read_options",
+    "same_job",
+    "sent_fields",
+]
+
+_METHODS: Mapping[str, str] = MappingProxyType({"completion": "sft", "classifier": "classifier"})
 
 
 def read_options(config: TrainingConfig) -> MistralOptions:
@@ -188,3 +201,67 @@ def _same_values(job: Job, wanted: JobIn) -> bool:
         if other is not None and value is not None and not math.isclose(other, value, rel_tol=1e-6):
             return False
     return True
+
+
+def same_job(one: Job, other: Job) -> bool:
+    """Tell whether two jobs do the same, as far as the server shows."""
+
+    def essence(job: Job) -> tuple[object, ...]:
+        return (
+            sorted(job.training_files),
+            sorted(job.validation_files or ()),
+            job.suffix,
+            job.job_type,
+            job.model,
+            job.hyperparameters.model_dump(),
+        )
+
+    return essence(one) == essence(other)
+
+
+def config_of(job: Job) -> TrainingConfig | None:
+    """Return the configuration that a job was made with, as far as the server tells.
+
+    Data files are named by their ids there: `remote:<id>` stands where a path was. What the
+    protocol does not show is left out (labels, budget, weights of files, and in lists the
+    targets of classifiers), and hyperparameters are those that the server took.
+
+    Returns:
+        None if what the job says makes no configuration.
+    """
+    hyper = job.hyperparameters.model_dump(exclude_none=True)
+    known = {name: value for name, value in hyper.items() if name in Hyperparameters.model_fields}
+    if "training_steps" in known:
+        known.pop("epochs", None)  # some servers work one out from the other
+    values = {
+        "model": job.model,
+        "method": _METHODS.get(job.job_type),
+        "data": {
+            "train": [f"remote:{file_id}" for file_id in job.training_files],
+            "validation": [f"remote:{file_id}" for file_id in job.validation_files or ()],
+        },
+        "hyperparameters": known,
+        "suffix": job.suffix or None,
+        "integrations": [
+            {"project": entry.project, "name": entry.name, "run_name": entry.run_name}
+            for entry in job.integrations or ()
+            if entry.type == "wandb"
+        ],
+        "classifier_targets": [
+            target.model_dump() for target in getattr(job, "classifier_targets", ())
+        ],
+        "options": _shown_options(job),
+    }
+    try:
+        return TrainingConfig.model_validate(plain(values))
+    except ValidationError:
+        return None
+
+
+def _shown_options(job: Job) -> dict[str, Any]:
+    repositories = [
+        {"owner": entry.owner, "name": entry.name, "ref": entry.ref, "weight": entry.weight}
+        for entry in getattr(job, "repositories", ())
+        if entry.type == "github"
+    ]
+    return {"repositories": repositories} if repositories else {}

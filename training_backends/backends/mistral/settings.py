@@ -1,5 +1,6 @@
 """Where the server of the Mistral protocol is and how patient we are with it."""
 
+from datetime import timedelta
 from typing import ClassVar, Final
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -9,9 +10,11 @@ from training_backends.core.settings import SectionSettings
 from training_backends.net.pool import HttpPolicy
 from training_backends.net.urls import is_loopback, normalize_base_url
 
-__all__ = ["HOSTED_URL", "MistralSettings"]
+__all__ = ["CLOCK_SLACK", "HOSTED_URL", "MistralSettings"]
 
 HOSTED_URL: Final = "https://api.mistral.ai"
+CLOCK_SLACK: Final = timedelta(days=1)
+"""How far our clock and the server's may be apart where jobs are listed by their time."""
 
 
 class MistralSettings(SectionSettings):
@@ -34,6 +37,11 @@ class MistralSettings(SectionSettings):
     poll_min: PositiveFloat = Field(default=0.5, description="Between two looks at a new state.")
     poll_max: PositiveFloat | None = Field(
         default=None, description="Between two looks at an old one; default 2 here, 10 elsewhere."
+    )
+    settle_timeout: PositiveFloat | None = Field(
+        default=None,
+        description="How long a job is looked for whose create was not answered, before it is "
+        "created again; default 3 here, 60 elsewhere.",
     )
     follow_patience: PositiveFloat = Field(
         default=600.0, description="How long following a run outlasts a server that is away."
@@ -58,6 +66,19 @@ class MistralSettings(SectionSettings):
         if self.poll_max is not None:
             return self.poll_max
         return 2.0 if is_loopback(self.base_url) else 10.0
+
+    @property
+    def settling(self) -> float:
+        """Seconds in which a create that was not answered is carried out, if it ever is."""
+        if self.settle_timeout is not None:
+            return self.settle_timeout
+        # Between us and a server elsewhere, proxies give up after 30 or 60 seconds.
+        return 3.0 if is_loopback(self.base_url) else 60.0
+
+    @property
+    def scope(self) -> str:
+        """Which server and account ids hold for; no secret."""
+        return f"{self.base_url}#{self.profile or ''}"
 
     def policy(self) -> HttpPolicy:
         """Return the timeouts in the words of `net`."""

@@ -1,5 +1,6 @@
 """What a job of the protocol means in our words: state, quote, failure, checkpoints."""
 
+import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -18,9 +19,14 @@ __all__ = [
     "event_word",
     "failure_of",
     "has_started",
+    "is_ending",
+    "is_over",
     "metrics_of",
     "moment",
+    "plain",
     "quote_of",
+    "second",
+    "short_state_of",
     "sorted_events",
     "state_of",
 ]
@@ -41,6 +47,8 @@ _RANK: Mapping[str, int] = MappingProxyType(
         "SUCCESS": 6,
     }
 )  # order of a job's life; QUEUED tells an event only the first time
+_LATEST: Final = 253_402_300_799
+"""The last second that a date can hold: the end of the year 9999."""
 _REASON_KEYS: Final = ("error", "message", "reason", "detail", "details", "errors", "description")
 
 _KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
@@ -55,9 +63,25 @@ _KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
 )  # what a reason mentions, in the order in which it is looked for
 
 
-def moment(seconds: int) -> datetime:
-    """Read a time of the wire."""
-    return datetime.fromtimestamp(seconds, UTC)
+def second(time: float) -> int:
+    """Read a time of the wire; one that no date can hold is the nearest that can."""
+    return int(min(max(time, 0), _LATEST))
+
+
+def moment(time: float) -> datetime:
+    """Read a time of the wire as a date."""
+    return datetime.fromtimestamp(second(time), UTC)
+
+
+def plain(value: Any) -> Any:
+    """Return what a server said as it can be kept: JSON can write what UTF-8 cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {plain(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def sorted_events(events: Iterable[EventOut]) -> list[EventOut]:
@@ -80,7 +104,7 @@ def sorted_events(events: Iterable[EventOut]) -> list[EventOut]:
 def event_word(event: EventOut) -> str | None:
     """Return the status that an event tells of, or None."""
     word = (event.data or {}).get("status")
-    return word if isinstance(word, str) else None
+    return str(plain(word)) if isinstance(word, str) else None
 
 
 def event_reason(event: EventOut) -> str | None:
@@ -91,7 +115,7 @@ def event_reason(event: EventOut) -> str | None:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
-        return value.strip()
+        return str(plain(value)).strip()
     if isinstance(value, Mapping):
         return _as_text(value.get("message") or value.get("msg") or "")
     if isinstance(value, list):
@@ -115,6 +139,23 @@ def has_started(job: Job) -> bool:
     return bool(words & _CHECKED) or quoted
 
 
+def is_over(job: Job) -> bool:
+    """Tell whether a job has ended, one way or another."""
+    return to_status(job.status).is_terminal
+
+
+def is_ending(job: Job) -> bool:
+    """Tell whether a job is over, or will be without anybody asking."""
+    return is_over(job) or to_status(job.status) is TrainingStatus.STOPPING
+
+
+def short_state_of(word: str, modified_at: float) -> RunState:
+    """Translate what a sweep over many jobs looks at."""
+    return RunState(
+        status=to_status(word), raw_status=str(plain(word)), changed_at=moment(modified_at)
+    )
+
+
 def state_of(job: Job) -> RunState:
     """Translate a job; what a list leaves out stays None."""
     status = to_status(job.status)
@@ -124,7 +165,7 @@ def state_of(job: Job) -> RunState:
     over = status is TrainingStatus.COMPLETED
     return RunState(
         status=status,
-        raw_status=job.status,
+        raw_status=str(plain(job.status)),
         remote_id=job.id,
         failure=failure_of(job) if status is TrainingStatus.FAILED else None,
         started_at=_first(events, _STARTED),
@@ -133,9 +174,10 @@ def state_of(job: Job) -> RunState:
         total_steps=_total_steps(job),
         metrics=_latest(checkpoints) if checkpoints else None,
         checkpoints=checkpoints or None,
-        result_model=job.fine_tuned_model,
+        result_model=plain(job.fine_tuned_model),
         estimate=quote_of(job),
         cost=_money(job) if over else None,
+        changed_at=moment(job.modified_at),
     )
 
 
@@ -158,7 +200,9 @@ def _checkpoints(job: DetailedJob) -> tuple[Checkpoint, ...]:
 
 def metrics_of(checkpoint: CheckpointOut, job: Job) -> dict[str, float]:
     """Return what was measured; the service writes 0.0 where it measured nothing."""
-    measured = checkpoint.metrics.model_dump(exclude_none=True)
+    told = checkpoint.metrics.model_dump(exclude_none=True)
+    # JSON has no word for what a diverged loss is, so no store could give it back.
+    measured = {name: value for name, value in told.items() if math.isfinite(value)}
     if not job.validation_files or not any(
         value for name, value in measured.items() if name.startswith("valid_")
     ):
@@ -176,15 +220,18 @@ def _total_steps(job: Job) -> int | None:
     meta = job.metadata
     if meta is None or not meta.train_tokens or not meta.train_tokens_per_step:
         return None
-    return max(1, round(meta.train_tokens / meta.train_tokens_per_step))
+    per_step = meta.train_tokens_per_step
+    return max(1, (meta.train_tokens + per_step // 2) // per_step)
 
 
 def _money(job: Job) -> Money | None:
     meta = job.metadata
-    if meta is None or meta.cost is None or not meta.cost_currency or meta.cost < 0:
+    if meta is None or meta.cost is None or not meta.cost_currency:
+        return None
+    if not math.isfinite(meta.cost) or meta.cost < 0:
         return None
     currency = meta.cost_currency.upper()
-    if len(currency) != 3 or not currency.isalpha():
+    if len(currency) != 3 or not (currency.isalpha() and currency.isascii()):
         return None
     return Money(amount=Decimal(str(meta.cost)), currency=currency)
 
@@ -201,6 +248,8 @@ def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
     elif hosted:
         notes += [MINIMUM_FEE_NOTE, STORAGE_NOTE]
     seconds = meta.expected_duration_seconds
+    if seconds is not None and not 0 <= seconds <= _LATEST:
+        seconds = None
     return Estimate(
         train_tokens=meta.train_tokens,
         data_tokens=meta.data_tokens,

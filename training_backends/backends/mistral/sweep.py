@@ -1,0 +1,95 @@
+"""Where very many runs stand, from lists of jobs by status: a hundred runs a request."""
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Final
+
+from training_backends.backends.mistral.api import JobFilters, JobHead, MistralAPI
+from training_backends.backends.mistral.settings import CLOCK_SLACK
+from training_backends.backends.mistral.states import short_state_of
+from training_backends.core.run import RunState, TrainingRun
+from training_backends.mistral.status import JOB_STATUSES, to_status, to_wire
+
+__all__ = ["FEW", "Sweep"]
+
+FEW: Final = 3
+"""So many runs are not worth a list."""
+_LIVE: Final = (
+    "QUEUED",
+    "VALIDATING",
+    "VALIDATED",
+    "STARTED",
+    "RUNNING",
+    "CANCELLATION_REQUESTED",
+)  # in the order of a job's life: who moves on meanwhile is met again
+_WORDS: Final = (*_LIVE, *(word for word in JOB_STATUSES if word not in _LIVE))
+
+
+class Sweep:
+    """Looks for runs among the provider's jobs: first where they were seen last.
+
+    What lists do not show is left out. Jobs that move from one list into another between two
+    requests may be missed, and are never told of wrongly.
+    """
+
+    def __init__(self, api: MistralAPI, runs: Sequence[TrainingRun]) -> None:
+        self._api = api
+        self._wanted = {run.remote_id: run for run in runs if run.remote_id is not None}
+        self._missing = dict(self._wanted)
+        self._modified_at: dict[str, int] = {}
+        self.found: dict[str, RunState] = {}
+        """The states, by our ids."""
+
+    async def go(self) -> None:
+        """Look; never in more requests than asking for each run would take."""
+        groups: dict[str | None, list[TrainingRun]] = {}
+        for run in self._wanted.values():
+            groups.setdefault(_word(run), []).append(run)
+        for word in _WORDS:
+            if word in groups:
+                await self._list(word, groups[word], len(groups[word]))
+        # Nobody can filter by a word of nobody's: such runs are looked for among all jobs.
+        strange = groups.get(None, ())
+        if len(strange) > FEW:
+            await self._list(None, strange, len(strange))
+        left = len(self._missing)
+        for word in _LIVE:
+            if word not in groups and len(self._missing) > FEW and left:
+                left -= await self._list(word, list(self._missing.values()), left)
+
+    async def _list(self, word: str | None, runs: Sequence[TrainingRun], at_most: int) -> int:
+        """Look for `runs` in one list and return how many requests that took."""
+        filters = JobFilters(
+            status=word,
+            created_after=min(run.created_at for run in runs) - CLOCK_SLACK,
+            # A launch may take days from the record to the job, but not past its last change.
+            created_before=max(run.changed_at or run.created_at for run in runs) + CLOCK_SLACK,
+        )
+        sought = {run.remote_id for run in runs}
+        requests = 0
+        async with aclosing(self._api.job_heads(filters)) as pages:
+            async for heads in pages:
+                requests += 1
+                for head in heads:
+                    self._meet(head)
+                if requests >= at_most or sought.isdisjoint(self._missing):
+                    break  # other people's jobs may go on for ever
+        return requests
+
+    def _meet(self, head: JobHead) -> None:
+        run = self._wanted.get(head.id)
+        if run is None or head.modified_at < self._modified_at.get(head.id, head.modified_at):
+            return
+        self._missing.pop(head.id, None)
+        self._modified_at[head.id] = head.modified_at
+        status = to_status(head.status)
+        if status.is_terminal and status is not run.status:
+            self.found.pop(run.id, None)  # a list leaves out how and why it ended
+        else:
+            self.found[run.id] = short_state_of(head.status, head.modified_at)
+
+
+def _word(run: TrainingRun) -> str | None:
+    """Return the word to look for a run under; None if there is none that can be asked for."""
+    word = run.raw_status or to_wire(run.status)
+    return word if word in JOB_STATUSES else None
