@@ -13,6 +13,7 @@ from training_backends import (
     BackendUnavailable,
     Budget,
     BudgetExceeded,
+    DuplicateRun,
     Estimate,
     Money,
     ProtocolError,
@@ -119,6 +120,26 @@ async def test_a_clear_refusal_leaves_nothing_behind(
         await again().step("create", world.do)
     world.lose = None
     assert await again().step("create", world.do) == 2
+
+
+async def test_a_refusal_does_not_undo_an_earlier_doubt(
+    again: Callable[[], StoreJournal],
+) -> None:
+    """A first try may have got through though the second one was refused: it is looked for."""
+    world = World()
+    looked: list[str] = []
+
+    async def lagging() -> int | None:
+        looked.append("look")
+        return world.done if len(looked) > 2 else None
+
+    world.lose = BackendUnavailable("reset", sent=True)
+    with pytest.raises(BackendUnavailable):
+        await again().step("create", world.do, lagging)
+    world.lose = DuplicateRun("there is one like it")
+    with pytest.raises(DuplicateRun):
+        await again().step("create", world.do, lagging)
+    assert await again().step("create", world.do, lagging) == world.done
 
 
 async def test_an_unreadable_answer_may_have_happened(again: Callable[[], StoreJournal]) -> None:

@@ -95,7 +95,7 @@ class StoreJournal:
                 hint="Look at the provider's own list of jobs before launching again.",
                 run_id=self._run_id,
             )
-        return await self._finish(name, await self._do(name, do, find))
+        return await self._finish(name, await self._do(name, do, find, begun_now=entry is None))
 
     async def record(self, state: RunState) -> None:
         """See `Journal.record`."""
@@ -139,14 +139,18 @@ class StoreJournal:
         name: str,
         do: Callable[[], Awaitable[JSONValue]],
         find: Callable[[], Awaitable[JSONValue]] | None,
+        *,
+        begun_now: bool,
     ) -> JSONValue:
         try:
             return await do()
         except TrainingBackendError as error:
             if not _may_have_happened(error):
-                await to_thread.run_sync(
-                    partial(self._store.forget, self._run_id, name, lease=self._lease)
-                )
+                # Of an earlier try, whose answer was lost, a refusal of this one says nothing.
+                if begun_now:
+                    await to_thread.run_sync(
+                        partial(self._store.forget, self._run_id, name, lease=self._lease)
+                    )
                 raise
             found = await find() if find is not None else None
             if found is None:

@@ -1,0 +1,135 @@
+"""What trains behind the chaos bench's gateways: nothing, in a fraction of a second.
+
+A training is a file, made once; it is over when the file is old enough. So any process finds
+again what an earlier one began, and the bench can count how many were ever begun.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar, Final, Self
+
+import anyio
+
+from training_backends import (
+    BackendContext,
+    Capabilities,
+    Dataset,
+    Estimate,
+    Journal,
+    LogRecord,
+    Money,
+    RunNotFound,
+    RunState,
+    TrainingBackend,
+    TrainingConfig,
+    TrainingRun,
+    TrainingStatus,
+    ValidationReport,
+)
+
+__all__ = ["QuickBackend"]
+
+_TRAINS_FOR: Final = 0.3
+"""Seconds: long enough to be seen running, short enough to be over when a command is repeated."""
+
+
+class QuickBackend(TrainingBackend):
+    """Trains nothing, durably."""
+
+    name: ClassVar[str] = "quick"
+    summary: ClassVar[str] = "Trains nothing, and is soon done with it."
+
+    def __init__(self, trainings: Path) -> None:
+        self._trainings = trainings
+
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Keep the trainings below the client's home."""
+        return cls(context.home / "trainings")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The least that a gateway needs."""
+        return Capabilities(suffix=True)
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        """Find nothing wrong."""
+        del config, dataset
+        return ValidationReport()
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Cost nothing."""
+        del config
+        tokens = sum(file.size for file in dataset.train)
+        free = Money.model_validate("0 USD")
+        return Estimate(data_tokens=tokens, train_tokens=tokens, steps=1, cost=free)
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Make the training's file, once."""
+        path = anyio.Path(self._trainings / run.id)
+
+        async def begin() -> str:
+            await path.parent.mkdir(parents=True, exist_ok=True)
+            async with await path.open("x") as file:
+                await file.write(str(time.time()))
+            return run.id
+
+        async def find() -> str | None:
+            return run.id if await path.exists() else None
+
+        await journal.step("begin", begin, find)
+        await journal.record(RunState(status=TrainingStatus.RUNNING, remote_id=run.id))
+        return await self._state(run.id)
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """Tell whether the time is over."""
+        return await self._state(run.remote_id or "")
+
+    async def logs(
+        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogRecord, None]:
+        """Say one thing, when it is over."""
+        state = await self.status(run)
+        while follow and not state.status.is_terminal:
+            await anyio.sleep(0.1)
+            state = await self.status(run)
+        if state.finished_at is not None and after is None:
+            fields = {"status": state.status.value}
+            yield LogRecord(
+                at=state.finished_at, message="done", source="status", fields=fields, cursor="0"
+            )
+
+    async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        """Leave it: it is over in no time."""
+        del run, save_checkpoint
+
+    async def resume(
+        self,
+        run: TrainingRun,
+        new_run: TrainingRun,
+        journal: Journal,
+        *,
+        checkpoint: str | None = None,
+    ) -> RunState:
+        """Refuse."""
+        del run, new_run, journal, checkpoint
+        raise self.unsupported("resume a run", "Launch it again.")
+
+    async def _state(self, training: str) -> RunState:
+        path = anyio.Path(self._trainings / training)
+        if not training or not await path.is_file():
+            raise RunNotFound(f"There is no training {training!r}.", backend=self.name)
+        # Empty for the moment between its making and its first word.
+        began = float(await path.read_text() or time.time())
+        started = datetime.fromtimestamp(began, UTC)
+        if time.time() - began < _TRAINS_FOR:
+            return RunState(status=TrainingStatus.RUNNING, remote_id=training, started_at=started)
+        return RunState(
+            status=TrainingStatus.COMPLETED,
+            remote_id=training,
+            started_at=started,
+            finished_at=datetime.fromtimestamp(began + _TRAINS_FOR, UTC),
+            result_model=f"quick-{training}",
+        )

@@ -1,0 +1,455 @@
+"""Launch runs through everything that can go wrong, and count what came of it.
+
+    python benchmarks/chaos.py [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
+
+A trial is one run: `training-backends launch CONFIG --id ID --yes`, with a home of its own, is
+repeated until it succeeds, through a proxy in front of a gateway; then `wait` has to see the run
+completed. In between, requests are broken one way or another, or the process is killed. Whatever
+was done to it, there has to be one job, started once, on each file uploaded once, and nothing
+else: no second job, none that was never started, no half of a file.
+
+Client and gateway are real processes of the installed program. Behind the gateways trains a
+backend that is done in a fraction of a second, except for the kind `engine`, where a model is
+really trained.
+
+Ends with 0 if nothing was doubled, lost, left behind or hung. The folders of trials that went
+wrong are kept: each command's output, and what the proxy saw.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import anyio
+
+from benchmarks._chaos_plan import KINDS, Clean, Trial, few, planned
+from benchmarks._chaos_proxy import Proxy, Seen
+from benchmarks._chaos_site import PROGRAM, Site, environment, install_quick_backend
+
+_MOST_COMMANDS: Final = 15
+_COMMAND_LIMIT: Final = 90.0
+"""Seconds; far beyond what all of a client's timeouts add up to. Longer is a hang."""
+_TELLS_EVERY: Final = 15.0
+"""Seconds."""
+_PATIENCE: Final = {
+    "CONNECT_TIMEOUT": "1.5",
+    "READ_TIMEOUT": "1.5",
+    "WRITE_TIMEOUT": "1.5",
+    "UPLOAD_TIMEOUT": "1.5",
+    "CALL_TIMEOUT": "6",
+    "ATTEMPTS": "3",
+    "POLL_MIN": "0.05",
+    "POLL_MAX": "0.2",
+    "SETTLE_TIMEOUT": "4",
+}
+"""A client in a hurry, so that timeouts take seconds here instead of minutes. Only a create
+that was not answered is waited for longer than the proxy may hold it back."""
+_SAYS_COME_AGAIN: Final = {0, 8, -signal.SIGKILL}
+"""Exit codes after which repeating the command is the thing to do: done, unavailable, killed."""
+
+Verdict = Literal["duplicate", "lost", "orphan", "hang", "odd"]
+_VERDICTS: Final[Sequence[Verdict]] = ("duplicate", "lost", "orphan", "hang", "odd")
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of a trial."""
+
+    trial: Trial
+    faults: int = 0
+    codes: list[int] = field(default_factory=list)
+    problems: list[tuple[Verdict, str]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+
+
+# -- one trial -------------------------------------------------------------------------------
+
+
+class Run:
+    """The client's side of one trial: its home, its data, its commands."""
+
+    def __init__(self, work: Path, folder: Path, site: Site, proxy: Proxy) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.id = f"run-{folder.name}"
+        self._site = site
+        self._proxy = proxy
+        self._work = work
+        self._commands = 0
+        # Content that no other trial has, large enough to be cut in half on its way.
+        rows = {"train": 1200, "validation": 40}
+        self.digests = [self._write_data(name, count) for name, count in rows.items()]
+        (folder / "run.yaml").write_text(
+            "backend: mistral\nmodel: tiny-mistral\n"
+            "data:\n  train: train.jsonl\n  validation: validation.jsonl\n"
+            "hyperparameters:\n  training_steps: 2\n"
+        )
+
+    def _write_data(self, name: str, rows: int) -> str:
+        lines = []
+        for number in range(rows):
+            question = f"{self.folder.name}: what is {number} plus {number}?"
+            answer = f"It is {number + number}."
+            said = (("user", question), ("assistant", answer))
+            messages = [{"role": role, "content": content} for role, content in said]
+            lines.append(json.dumps({"messages": messages}) + "\n")
+        content = "".join(lines).encode()
+        (self.folder / f"{name}.jsonl").write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
+
+    async def launch(self, write: str | None = None, *, killable: bool = True) -> int | None:
+        """Run the command that is repeated; None: it hung."""
+        arguments = ["launch", "run.yaml", "--id", self.id, "--yes", "--json"]
+        code, _ = await self._command(arguments, write, killable=killable)
+        return code
+
+    async def wait(self, write: str | None = None) -> tuple[int | None, dict[str, Any]]:
+        """See the run to its end; return the exit code and the run as it was seen last."""
+        code, said = await self._command(["wait", self.id, "--timeout", "60", "--json"], write)
+        found = json.loads(said)[0] if code == 0 else {}
+        return code, found
+
+    async def log(self) -> list[dict[str, Any]]:
+        """Return the run's log as the command line shows it."""
+        _, said = await self._command(["logs", self.id, "--json"])
+        return [json.loads(line) for line in said.splitlines()]
+
+    async def _command(
+        self, arguments: Sequence[str], write: str | None = None, *, killable: bool = True
+    ) -> tuple[int | None, str]:
+        settings = {f"TRAINING_BACKENDS_MISTRAL__{k}": v for k, v in _PATIENCE.items()}
+        settings |= {
+            "MISTRAL_API_KEY": self._site.key,
+            "TRAINING_BACKENDS_MISTRAL__BASE_URL": self._proxy.url,
+            "TRAINING_BACKENDS_LOG_LEVEL": "info",
+        }
+        program = [PROGRAM]
+        if write is not None:
+            program = [sys.executable, "-m", "benchmarks._chaos_power"]
+            settings["CHAOS_WRITE"] = write
+        self._commands += 1
+        out = self.folder / f"{self._commands}.out"
+        with out.open("wb") as stdout, out.with_suffix(".err").open("wb") as stderr:
+            process = await anyio.open_process(
+                [*program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=self.folder,
+                env=environment(self._work, self.folder / "home", **settings),
+            )
+            if killable:
+                self._proxy.kill_client = process.kill
+            code = None
+            with anyio.move_on_after(_COMMAND_LIMIT):
+                code = await process.wait()
+            if code is None:
+                process.kill()
+                await process.wait()
+        return code, out.read_text()
+
+
+async def tried(trial: Trial, work: Path, folder: Path, site: Site) -> Result:
+    """Do one trial and judge it."""
+    result = Result(trial)
+    proxy = Proxy(lambda: site.port, stop_server=site.kill, seed=trial.name)
+    proxy.plan.extend(trial.injections)
+    proxy.lag = trial.lag
+    async with proxy.serving():
+        run = Run(work, folder, site, proxy)
+        await _launch(trial, run, result)
+        proxy.plan.clear()
+        await proxy.nothing_held()
+        await site.ready()
+        result.faults += proxy.injected
+        result.seen = proxy.seen
+        if trial.wait_write is not None:
+            code, _ = await run.wait(trial.wait_write)
+            result.faults += code == -signal.SIGKILL
+        code, document = await run.wait()
+        if code != 0 or document.get("status") != "completed":
+            result.problems.append(("lost", f"wait: {code}, {document.get('status')}"))
+        result.problems += await _audit_run(site, run, document.get("remote_id"))
+        if trial.kind == "wait":
+            result.problems += _audit_log(await run.log())
+    if trial.kind not in {"late", "doubt"}:
+        result.problems += _audit_books(result.seen, run.digests)
+    (folder / "seen.txt").write_text("".join(f"{one}\n" for one in result.seen))
+    return result
+
+
+async def _launch(trial: Trial, run: Run, result: Result) -> None:
+    """Repeat the command until it succeeds."""
+    writes = iter(trial.writes)
+    for turn in range(_MOST_COMMANDS):
+        if trial.twins and turn == 0:
+            codes = await _launch_twice(run)
+        else:
+            codes = [await run.launch(next(writes, None))]
+        result.faults += bool(trial.writes) and codes == [-signal.SIGKILL]
+        for code in codes:
+            if code is None:
+                result.problems.append(("hang", f"a launch took more than {_COMMAND_LIMIT:g} s"))
+                return
+            if code not in {*_SAYS_COME_AGAIN, *result.codes}:
+                result.problems.append(("odd", f"a launch ended with {code}"))
+            result.codes.append(code)
+        if 0 in codes:
+            return
+        if len(result.problems) and result.codes.count(result.codes[-1]) > 2:
+            break  # the same again, and nothing that would go away
+    result.problems.append(("lost", f"no launch of {len(result.codes)} got through"))
+
+
+async def _launch_twice(run: Run) -> list[int | None]:
+    """Launch, and again while the first is still at it; only the first can be killed."""
+    codes: list[int | None] = []
+
+    async def first() -> None:
+        codes.append(await run.launch())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(first)
+        await anyio.sleep(0.1)
+        second = await run.launch(killable=False)
+    return [*codes, second]
+
+
+async def _audit_run(site: Site, run: Run, job_id: str | None) -> list[tuple[Verdict, str]]:
+    """Ask the gateway itself what it has of a run."""
+    problems: list[tuple[Verdict, str]] = []
+    mine: list[str] = []
+    files = await site.files()
+    for digest in run.digests:
+        found = [file["id"] for file in files if file["signature"] == digest[:16]]
+        mine += found
+        if not found:
+            problems.append(("lost", "a file is not there"))
+        if len(found) > 1:
+            problems.append(("duplicate", f"a file is there {len(found)} times"))
+    jobs = [job for job in await site.jobs() if set(mine) & set(job["training_files"])]
+    if not jobs:
+        problems.append(("lost", "there is no job"))
+    if len(jobs) > 1:
+        statuses = ", ".join(job["status"] for job in jobs)
+        problems.append(("duplicate", f"there are {len(jobs)} jobs: {statuses}"))
+    for job in jobs:
+        if job["id"] != job_id:
+            problems.append(("orphan", f"a job, {job['status']}, that the run knows nothing of"))
+        elif job["status"] != "SUCCESS" or job["id"] not in site.trainings():
+            problems.append(("lost", f"the run's job is {job['status']}"))
+    if not await site.settled():
+        problems.append(("orphan", "half a file lies at the gateway"))
+    return problems
+
+
+def _audit_books(seen: Iterable[Seen], digests: Sequence[str]) -> list[tuple[Verdict, str]]:
+    """Look for what a gateway forgives: a request that it had carried out before."""
+    done = [one for one in seen if one.method == "POST" and one.status is not None]
+    problems: list[tuple[Verdict, str]] = []
+    for digest in digests:
+        uploads = [one for one in done if one.content == digest]
+        if len(uploads) > 1:
+            problems.append(("duplicate", f"a file was uploaded {len(uploads)} times"))
+    for what, ending in (("create", "/jobs"), ("start", "/start")):
+        asked = [one for one in done if one.path.endswith(ending)]
+        if len(asked) > 1:
+            words = ", ".join(str(one.status) for one in asked)
+            problems.append(("duplicate", f"{what} reached the gateway more than once: {words}"))
+    return problems
+
+
+def _audit_log(records: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
+    """Look for what a log says twice, or not at all."""
+    problems: list[tuple[Verdict, str]] = []
+    told = Counter((one["at"], one["source"], one["message"], one["step"]) for one in records)
+    problems += [("duplicate", f"the log says twice: {what}") for what in told if told[what] > 1]
+    if len({one["cursor"] for one in records}) < len(records):
+        problems.append(("duplicate", "two records of the log have the same cursor"))
+    if not any(one["fields"].get("status") == "completed" for one in records):
+        problems.append(("lost", "the log does not tell of the end"))
+    return problems
+
+
+async def _audit_site(site: Site, runs: int) -> list[tuple[Verdict, str]]:
+    """Look at the whole of a gateway: one job, one training and two files a run, no more."""
+    jobs, files = await site.jobs(), await site.files()
+    found = {
+        "jobs": len(jobs),
+        "jobs with success": sum(job["status"] == "SUCCESS" for job in jobs),
+        "trainings": len(site.trainings()),
+        "half of the files": len(files) / 2,
+        "half of the contents": len(site.contents()) / 2,
+    }
+    return [
+        ("orphan" if number > runs else "lost", f"{number:g} {what} for {runs} runs")
+        for what, number in found.items()
+        if number != runs
+    ]
+
+
+# -- all of them -----------------------------------------------------------------------------
+
+
+class Bench:
+    """Does trials, several at a time, and says how it goes."""
+
+    def __init__(self, work: Path, *, jobs: int) -> None:
+        self._work = work
+        self._jobs = jobs
+        self._began = time.monotonic()
+        self._told = self._began
+        self._number = 0
+        self.results: list[Result] = []
+
+    async def measure(self) -> Clean:
+        """Launch and wait without any fault.
+
+        Raises:
+            RuntimeError: Not even that works.
+        """
+        site = Site(self._work, "clean", backend="quick")
+        launches, waits = self._work / "launch-writes", self._work / "wait-writes"
+        async with site.serving():
+            trial = Trial(
+                "clean", "no fault", writes=(f"count:{launches}",), wait_write=f"count:{waits}"
+            )
+            result = await tried(trial, self._work, self._work / "trial-clean", site)
+        if result.problems or result.codes != [0]:
+            raise RuntimeError(f"a launch without faults fails: {result.codes} {result.problems}")
+        start = next(n for n, one in enumerate(result.seen) if one.path.endswith("/start"))
+        # A launch asks once more after the start; what follows is of `wait`.
+        requests = result.seen[: start + 2]
+        return Clean(requests, int(launches.read_text()), int(waits.read_text()))
+
+    async def run(self, trials: Sequence[Trial], group: str, *, backend: str) -> None:
+        """Do trials, each worker with a gateway of its own."""
+        waiting = iter(trials)
+        async with anyio.create_task_group() as tasks:
+            for worker in range(min(self._jobs, len(trials))):
+                site = Site(self._work, f"{group}-{worker}", backend=backend)
+                tasks.start_soon(self._work_through, waiting, site)
+
+    async def _work_through(self, waiting: Iterator[Trial], site: Site) -> None:
+        done: list[Result] = []
+        async with site.serving():
+            for trial in waiting:
+                self._number += 1
+                folder = self._work / f"trial-{self._number:04}"
+                result = await tried(trial, self._work, folder, site)
+                self._finished(result, folder)
+                done.append(result)
+            if site.home.name.startswith("late") or any(result.problems for result in done):
+                return
+            for verdict, text in await _audit_site(site, len(done)):
+                print(f"  {verdict}: {site.home.name}: {text}")
+                done[-1].problems.append((verdict, text))
+
+    def _finished(self, result: Result, folder: Path) -> None:
+        self.results.append(result)
+        if result.problems:
+            print(f"  {result.trial.kind}: {result.trial.name}: exit codes {result.codes}")
+            for verdict, text in result.problems:
+                print(f"    {verdict}: {text}")
+            print(f"    kept in {folder}")
+        else:
+            shutil.rmtree(folder)
+        now = time.monotonic()
+        if now - self._told > _TELLS_EVERY:
+            self._told = now
+            faults = sum(one.faults for one in self.results)
+            wrong = sum(bool(one.problems) for one in self.results)
+            print(
+                f"{now - self._began:5.0f} s  {len(self.results)} trials done, {faults} faults, "
+                f"{wrong} trials went wrong"
+            )
+
+    def report(self) -> bool:
+        """Print what came of it all; return whether nothing went wrong."""
+        head = ("kind", "trials", "faults", "not hit", "commands", "most")
+        print(f"\n{head[0]:<12}" + "".join(f"{word:>10}" for word in (*head[1:], *_VERDICTS)))
+        kinds = dict.fromkeys(result.trial.kind for result in self.results)
+        for kind in kinds:
+            print(_row(kind, [one for one in self.results if one.trial.kind == kind]))
+        print(_row("all", self.results))
+        passed = not any(result.problems for result in self.results)
+        minutes = (time.monotonic() - self._began) / 60
+        print(f"\n{'PASS' if passed else 'FAIL'} after {minutes:.1f} minutes")
+        return passed
+
+
+def _row(name: str, results: Sequence[Result]) -> str:
+    verdicts = Counter(verdict for one in results for verdict, _ in one.problems)
+    commands = [len(one.codes) for one in results]
+    cells = (
+        f"{len(results)}",
+        f"{sum(one.faults for one in results)}",
+        f"{sum(not one.faults for one in results)}",
+        f"{sum(commands) / len(results):.1f}",
+        f"{max(commands)}",
+        *(f"{verdicts[verdict]}" for verdict in _VERDICTS),
+    )
+    return f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+async def _bench(options: argparse.Namespace, work: Path) -> bool:
+    install_quick_backend(work)
+    bench = Bench(work, jobs=options.jobs)
+    clean = await bench.measure()
+    print(
+        f"A launch makes {len(clean.requests)} requests and writes its store {clean.writes} "
+        f"times, then `wait` {clean.wait_writes} times."
+    )
+    for number, request in enumerate(clean.requests):
+        print(f"  {number:2} {request.name}")
+    trials = list(few(clean)) if options.few else planned(options.seed, clean)
+    wanted = [
+        trial
+        for trial in trials
+        if (not options.only or trial.kind in options.only) and options.trial in trial.name
+    ]
+    print(f"{len(wanted)} trials, {options.jobs} at a time")
+    groups = {
+        "quick": [one for one in wanted if not one.engine and one.kind not in {"late", "doubt"}],
+        "late": [one for one in wanted if one.kind in {"late", "doubt"}],
+        "local": [one for one in wanted if one.engine],
+    }
+    for group, chosen in groups.items():
+        await bench.run(chosen, group, backend="local" if group == "local" else "quick")
+    return bool(bench.results) and bench.report()
+
+
+def main() -> None:
+    """Read the command line, do the trials, say how it went."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of what is chosen by chance")
+    parser.add_argument("--only", action="append", choices=KINDS, help="kinds of fault")
+    parser.add_argument("--trial", default="", help="trials whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
+    parser.add_argument("--few", action="store_true", help="a handful of the worst moments")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="chaos-"))
+    passed = False
+    try:
+        passed = anyio.run(_bench, options, work)
+    finally:
+        if passed:
+            shutil.rmtree(work)
+        else:
+            print(f"What was left is in {work}")
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Launches that are killed and repeated, as the chaos bench does them, in short."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+
+
+@pytest.mark.e2e
+def test_a_launch_broken_at_its_worst_moments_makes_one_job() -> None:
+    """Killed in an upload, around the create and the start, at a write: one run, one job."""
+    done = subprocess.run(
+        [sys.executable, str(BENCH), "--few"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS" in done.stdout
