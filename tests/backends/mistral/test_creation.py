@@ -45,14 +45,17 @@ def created(provider: ScriptedProvider) -> list[dict[str, object]]:
     return [json.loads(request.body) for request in provider.asked("POST", "/jobs")]
 
 
-def after(provider: ScriptedProvider, path: str, then: Callable[[], None]) -> None:
-    """Do something each time that a POST to `path` was carried out."""
+def after(
+    provider: ScriptedProvider, path: str, then: Callable[[], None], *, times: int = 1
+) -> None:
+    """Do something when a POST to `path` was carried out, for the first time or so often."""
     answer = provider.answer
+    left = [then] * times
 
     def and_then(request: Received) -> Reply:
         reply = answer(request)
-        if request.method == "POST" and request.path.endswith(path):
-            then()
+        if left and request.method == "POST" and request.path.endswith(path):
+            left.pop()()
         return reply
 
     provider.answer = and_then  # type: ignore[method-assign]
@@ -167,7 +170,7 @@ async def test_conflict_with_our_own_lost_job_is_adopted(
         if len(created(provider)) == 2:
             provider.lists_lag = 0
 
-    after(provider, "/jobs", show)
+    after(provider, "/jobs", show, times=2)
     journal = make_journal()
     state = await backend.launch(journal.run, journal)
     assert [state.remote_id] == list(provider.jobs)
@@ -224,6 +227,34 @@ async def test_late_twin_is_named_before_anything_starts(
     provider.set_status(twin, "CANCELLED")
     await backend.launch(journal.run, journal)
     assert [job.starts for job in provider.jobs.values()] == [1, 0]
+
+
+async def test_late_twin_is_known_by_the_files_of_its_time(
+    hasty: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_journal: MakeJournal,
+    restart: Restart,
+) -> None:
+    """A late job is recognised though its files were lost and uploaded again since."""
+    provider.refuses_similar = False
+    provider.late_creates = [10_000]
+    after(provider, "/jobs", lambda: be_away(provider))
+    journal = make_journal()
+    with pytest.raises(BackendUnavailable):
+        await hasty.launch(journal.run, journal)
+    provider.heal()
+    provider.files.clear()
+    quote = journal.quote
+
+    async def think(estimate: Estimate) -> None:
+        await quote(estimate)
+        provider.catch_up()
+
+    journal.quote = think  # type: ignore[method-assign]
+    with pytest.raises(AmbiguousLaunch, match="another one like it"):
+        await launch_again(restart(), journal)
+    assert len({str(job.asked["training_files"]) for job in provider.jobs.values()}) == 2
+    assert [job.starts for job in provider.jobs.values()] == [0, 0]
 
 
 async def test_twin_is_named_before_the_price(

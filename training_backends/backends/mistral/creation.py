@@ -42,30 +42,36 @@ _Listed = tuple[str, Job | None]
 """A job's id, and the job if it can be read."""
 
 
+class _Files(BaseModel):
+    """Ids of the files that a job is created with."""
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+
+
 class _Before(BaseModel):
     """What is remembered of the moment before a create is sent.
 
     Attributes:
         jobs: Like the one to be created, and there already.
         at: When that was seen.
-        train: Ids of the files that it is created with.
+        files: With which it is created.
     """
 
     jobs: tuple[str, ...] = ()
     at: datetime | None = None
-    train: tuple[str, ...] | None = None
-    validation: tuple[str, ...] = ()
+    files: _Files | None = None
 
     def request(self, wanted: JobIn) -> JobIn:
         """Return `wanted` with the files as they were then."""
-        if self.train is None:
+        if self.files is None:
             return wanted
-        files = [
+        train = [
             TrainingFile(file_id=file_id, weight=file.weight)
-            for file_id, file in zip(self.train, wanted.training_files, strict=True)
+            for file_id, file in zip(self.files.train, wanted.training_files, strict=True)
         ]
-        changes = {"training_files": files, "validation_files": list(self.validation) or None}
-        return wanted.model_copy(update=changes)
+        validation = list(self.files.validation) or None
+        return wanted.model_copy(update={"training_files": train, "validation_files": validation})
 
 
 class _Created(BaseModel):
@@ -73,11 +79,20 @@ class _Created(BaseModel):
 
     Attributes:
         before: Jobs like it that were there before.
-        doubtful: An answer was lost on the way to it.
+        lost: The files of each create whose answer was lost on the way to it.
     """
 
     before: tuple[str, ...] = ()
-    doubtful: bool = False
+    lost: tuple[_Files, ...] = ()
+
+    def twins(self, job: Job) -> list[Job]:
+        """Return what the lost creates made, if they made anything."""
+        return [
+            job.model_copy(
+                update={"training_files": files.train, "validation_files": files.validation}
+            )
+            for files in self.lost
+        ]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,8 +140,7 @@ class Creation:
             return _Before(
                 jobs=tuple(job_id for job_id, _ in seen),
                 at=utc_now(),
-                train=tuple(file.file_id for file in wanted.training_files),
-                validation=tuple(wanted.validation_files or ()),
+                files=_files(wanted),
             ).model_dump(mode="json")
 
         before = _Before.model_validate(await self.steps.remember(f"before create{tag}", look))
@@ -150,11 +164,11 @@ class Creation:
 
         answer = await self.steps.surely(f"create{tag}", do, find)
         if isinstance(answer, str):
-            return await self._created(answer, doubtful=bool(self._lost))
-        if isinstance(answer, dict) and "found" in answer:
-            return await self._created(str(answer["found"]), doubtful=True)
-        if isinstance(answer, dict) and "lost" in answer:
+            return await self._created(answer)
+        if isinstance(answer, dict) and "refused" not in answer:
             self._lost.append(asked)
+            if "found" in answer:
+                return await self._created(str(answer["found"]))
         return None
 
     async def _send(self, asked: JobIn) -> JSONValue:
@@ -173,8 +187,9 @@ class Creation:
                 raise
         return {"refused": True}
 
-    async def _created(self, job_id: str, *, doubtful: bool) -> str:
-        created = _Created(before=tuple(sorted(self._before)), doubtful=doubtful)
+    async def _created(self, job_id: str) -> str:
+        lost = tuple(_files(asked) for asked in self._lost)
+        created = _Created(before=tuple(sorted(self._before)), lost=lost)
 
         async def remember() -> JSONValue:
             return created.model_dump(mode="json")
@@ -251,8 +266,9 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
         return _Created().model_dump(mode="json")
 
     created = _Created.model_validate(await steps.remember(_CREATED, nothing))
-    if not created.doubtful:
+    if not created.lost:
         return
+    possible = created.twins(job)
 
     async def look() -> list[str]:
         async with aclosing(api.iter_listed(_around(run))) as jobs:
@@ -261,7 +277,7 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
                 async for job_id, other in jobs
                 if other is not None
                 and job_id not in {job.id, *created.before}
-                and same_job(other, job)
+                and any(same_job(other, twin) for twin in possible)
                 and not is_over(other)
                 and not has_started(other)
             ]
@@ -280,6 +296,13 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
             f"like it that nobody has started: {', '.join(twins)}.",
             hint=_CLEAN_UP,
         )
+
+
+def _files(asked: JobIn) -> _Files:
+    return _Files(
+        train=tuple(file.file_id for file in asked.training_files),
+        validation=tuple(asked.validation_files or ()),
+    )
 
 
 def _around(run: TrainingRun) -> JobFilters:
