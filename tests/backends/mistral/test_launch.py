@@ -122,17 +122,19 @@ async def test_quote_above_the_budget_starts_nothing(
 
 
 async def test_uncancellable_job_is_named(
-    backend: MistralAPIBackend,
+    make_backend: Callable[..., MistralAPIBackend],
     provider: ScriptedProvider,
     make_config: MakeConfig,
     make_journal: MakeJournal,
 ) -> None:
     """If the job above the budget cannot be cancelled, the error says which one it is."""
+    backend = make_backend(attempts=1)
     provider.fail(OtherAnswer(status=500), method="POST", path="/cancel", times=99)
     config = make_config(model="open-mistral-7b", budget={"max_cost": "2 USD"})
     journal = make_journal(config)
     with pytest.raises(BudgetExceeded) as caught:
         await backend.launch(journal.run, journal)
+    await backend.aclose()
     job = next(iter(provider.jobs.values()))
     assert job.id in str(caught.value.hint)
     assert (caught.value.limit, caught.value.found) == ("2.00 USD", "2.50 USD")
