@@ -54,7 +54,8 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from training_backends.core.estimate import Budget, Estimate, Money, PriceSource
-    from training_backends.core.registry import backend_class, installed_backends
+    from training_backends.core.plugins import installed_backends
+    from training_backends.core.registry import backend_class
     from training_backends.core.run import (
         Checkpoint,
         Failure,
@@ -116,7 +117,8 @@ _HOMES = {
         "WaitTimeout",
     ),
     "core.estimate": ("Budget", "Estimate", "Money", "PriceSource"),
-    "core.registry": ("backend_class", "installed_backends"),
+    "core.plugins": ("installed_backends",),
+    "core.registry": ("backend_class",),
     "core.run": (
         "Checkpoint",
         "Failure",

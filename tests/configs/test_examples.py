@@ -10,8 +10,10 @@ import pytest
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client.cadence import WatchSettings
 from training_backends.client.configfile import load_config
-from training_backends.core.registry import backend_class, installed_backends
+from training_backends.core.plugins import installed_backends
+from training_backends.core.registry import backend_class
 from training_backends.core.settings import SectionSettings, Settings
+from training_backends.credentials.settings import CredentialSettings
 from training_backends.datasets.inspect import inspect
 from training_backends.gateway.settings import GatewaySettings
 
@@ -20,6 +22,7 @@ EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
 SECTIONS: dict[str | None, type[SectionSettings]] = {
     None: Settings,
     "mistral": MistralSettings,
+    "credentials": CredentialSettings,
     "watch": WatchSettings,
     "gateway": GatewaySettings,
 }

@@ -138,3 +138,56 @@ def test_a_misspelt_setting_of_the_file_is_refused(text: str, said: str) -> None
     write_file(text)
     with pytest.raises(ConfigError, match=said):
         load_settings(PartSettings if "part" in text else Settings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "kind", "near"),
+    [
+        ("TRAINING_BACKENDS_HOEM", Settings, "home"),
+        ("TRAINING_BACKENDS_MISTRL__BASE_URL", Settings, "mistral"),
+        ("TRAINING_BACKENDS_PART__PATIENSE", PartSettings, "patience"),
+    ],
+)
+def test_a_misspelt_variable_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, variable: str, kind: type[SectionSettings], near: str
+) -> None:
+    """It would be a setting that is not obeyed."""
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(kind)
+    (issue,) = caught.value.issues
+    assert (issue.field, near in issue.message) == (variable, True)
+
+
+def test_a_misspelt_name_in_dotenv_names_the_nearest() -> None:
+    """The file beside the project is no different."""
+    Path(".env").write_text("TRAINING_BACKENDS_LOG_LEVLE=debug\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Settings)
+    assert "log_level" in caught.value.issues[0].message
+
+
+def test_a_misspelt_section_of_the_file_names_the_nearest() -> None:
+    """All that stands in it would be lost."""
+    write_file("[gatewya]\nport = 1\n")
+    with pytest.raises(ConfigError, match="gateway"):
+        load_settings(Settings)
+
+
+def test_variables_of_others_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only our own prefix is looked at."""
+    monkeypatch.setenv("TRAINING_BACKEND_HOME", "1")
+    monkeypatch.setenv("MISTRAL_API_KEY", "1")
+    assert load_settings(Settings).log_level == "warning"
+
+
+def test_each_setting_tells_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the source that counts, with what is secret left out."""
+    write_file('store_url = "sqlite:///a.db"\nlog_format = "json"\n')
+    Path(".env").write_text("TRAINING_BACKENDS_LOG_FORMAT=console\n")
+    monkeypatch.setenv("TRAINING_BACKENDS_STORE_URL", "postgresql://me:hunter22@db/runs")
+    found = {entry.name: entry for entry in settings.effective_settings(Settings)}
+    assert found["store_url"].origin == "TRAINING_BACKENDS_STORE_URL"
+    assert "hunter22" not in found["store_url"].value
+    assert found["log_format"][1:] == ("console", ".env")
+    assert found["log_level"][1:] == ("warning", "default")

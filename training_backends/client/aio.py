@@ -18,11 +18,10 @@ from training_backends.client.journal import (
     OnProgress,
     OnUpdate,
 )
-from training_backends.client.launching import RunRecords, Start
+from training_backends.client.launching import RunRecords
 from training_backends.client.leases import Leases
 from training_backends.client.looks import Looks
 from training_backends.client.records import (
-    ended_state,
     launch_lease,
     new_run_record,
     require_options,
@@ -30,6 +29,7 @@ from training_backends.client.records import (
 )
 from training_backends.client.recovering import Recovery, recover
 from training_backends.client.rounds import Round
+from training_backends.client.steering import Steering
 from training_backends.client.store import MetricPoint, RunStore
 from training_backends.client.store.recovery import check
 from training_backends.client.watcher import OnEvent, Watcher
@@ -42,7 +42,8 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
 from training_backends.core.estimate import Estimate
-from training_backends.core.registry import backend_class, installed_backends
+from training_backends.core.plugins import installed_backends
+from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     LogRecord,
     TrainingRun,
@@ -51,13 +52,11 @@ from training_backends.core.run import (
 )
 from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus
+from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, raise_for_errors
 
 __all__ = ["AsyncTrainingClient"]
-
-_LAUNCH_PATIENCE = 5.0
-"""Seconds for which a stop waits for a launch going on elsewhere to have a job."""
 
 
 class AsyncTrainingClient:
@@ -93,12 +92,9 @@ class AsyncTrainingClient:
         self._leases = Leases(self._store, self.home / "leases")
         self._records = RunRecords(self._store, self._leases)
         self._looks = Looks(self._store, self._backend, watching)
+        self._steering = Steering(self._store, self._leases, self._records, self._looks)
         self._following = Following(
-            self._store,
-            self._leases,
-            self._records,
-            self._looks,
-            self._round,
+            self._store, self._leases, self._records, self._looks, self._round
         )
         self._making = anyio.Lock()
 
@@ -167,7 +163,7 @@ class AsyncTrainingClient:
         chosen = await self._backend(backend)
         dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
-        return await chosen.estimate(config, dataset)
+        return await self._estimated(chosen, config, dataset)
 
     async def launch(
         self,
@@ -311,44 +307,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: It is being launched by somebody else, and has no job yet
                 that could be ended.
         """
-        run = await self.get(run_id)
-        if run.status.is_terminal:
-            return run
-        if await self._records.may_be_at_provider(run):
-            try:
-                return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
-            except RunNotFound:
-                if await self._records.was_launched(run):
-                    raise
-        run = await self._cancel_unlaunched(run)
-        if run.status.is_terminal:
-            return run
-        return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
-
-    async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
-        backend = await self._backend(run.backend)
-        await backend.stop(run, save_checkpoint=save_checkpoint)
-        return await self._looks.look(run)
-
-    async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
-        """Cancel a run that its provider does not have; leave it alone if it got there meanwhile.
-
-        Done under the launch's lock: a launch going on elsewhere would start what is
-        recorded as over here, and nobody would look at it again.
-        """
-        with anyio.move_on_after(_LAUNCH_PATIENCE):
-            async with self._leases.hold(launch_lease(run.id)):
-                now = await self.get(run.id)
-                if now.remote_id == run.remote_id and not await self._records.was_launched(now):
-                    return await self._records.saw(now, ended_state(TrainingStatus.CANCELLED))
-                return now
-        now = await self.get(run.id)
-        if now.remote_id == run.remote_id and not now.status.is_terminal:
-            raise (await self._backend(run.backend)).unsupported(
-                "stop a run that is just being launched",
-                "End the program that launches it, or try again in a while.",
-            )
-        return now
+        return await self._steering.stop(await self.get(run_id), save_checkpoint=save_checkpoint)
 
     async def resume(
         self,
@@ -370,39 +329,7 @@ class AsyncTrainingClient:
         """
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = await self.status(run_id)
-        backend = await self._backend(run.backend)
-        if not run.status.is_terminal and not await self._records.was_launched(run):
-            return await self._launch_again(run, backend, checkpoint, watch)
-        if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
-            raise backend.unsupported(
-                f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
-            )
-        new_run = new_run_record(
-            new_run_id() if new_id is None else new_id, run.backend, run.config
-        )
-        new_run = new_run.model_copy(update={"resumed_from": run.id})
-        async with self._leases.hold(launch_lease(new_run.id)) as lease:
-            known = await self._records.known(new_run.id)
-            if known is None:
-                await to_thread.run_sync(self._store.insert, new_run)
-            else:
-                require_same(known, new_run)
-            start = self._records.resuming(backend, run, checkpoint)
-            return await self._records.launch(new_run.id, watch, start, lease=lease)
-
-    async def _launch_again(
-        self,
-        run: TrainingRun,
-        backend: TrainingBackend,
-        checkpoint: str | None,
-        watch: LaunchWatch,
-    ) -> TrainingRun:
-        """Go on with a launch that was cut off, as what it was: a start or a resumption."""
-        start: Start = backend.launch
-        if run.resumed_from is not None:
-            start = self._records.resuming(backend, await self.get(run.resumed_from), checkpoint)
-        async with self._leases.hold(launch_lease(run.id)) as lease:
-            return await self._records.launch(run.id, watch, start, lease=lease)
+        return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
     async def download(self, run_id: str, target: Path) -> Path:
         """Fetch the finished model of a run into `target`; it appears whole or not at all.
@@ -471,7 +398,8 @@ class AsyncTrainingClient:
             dataset = await self._inspected(backend, config)
         except ConfigError as error:
             return await self.inspect(config), ValidationReport(issues=error.issues)
-        return dataset, await backend.validate(config, dataset)
+        with span("training_backends.validate", backend=backend.name):
+            return dataset, await backend.validate(config, dataset)
 
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
@@ -485,11 +413,17 @@ class AsyncTrainingClient:
                 issues=report.errors,
                 backend=backend.name,
             )
-        estimate = await backend.estimate(config, dataset)
+        estimate = await self._estimated(backend, config, dataset)
         config.budget.check(estimate)
         if not backend.capabilities.quotes:
             await watch.decide(estimate)
         return estimate
+
+    async def _estimated(
+        self, backend: TrainingBackend, config: TrainingConfig, dataset: Dataset
+    ) -> Estimate:
+        with span("training_backends.estimate", backend=backend.name):
+            return await backend.estimate(config, dataset)
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
         return Round(backend, self._store, self._leases, self._looks, only=only)

@@ -7,7 +7,13 @@ from anyio import to_thread
 from training_backends.client.journal import LaunchWatch, StoreJournal
 from training_backends.client.leases import Leases
 from training_backends.client.looks import report_change
-from training_backends.client.records import LAUNCHED, ended_state, failure_kind, launch_lease
+from training_backends.client.records import (
+    LAUNCHED,
+    about,
+    ended_state,
+    failure_kind,
+    launch_lease,
+)
 from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import Journal, TrainingBackend
 from training_backends.core.errors import (
@@ -79,7 +85,8 @@ class RunRecords:
             return run
         journal = StoreJournal(self._store, run_id, watch, lease)
         try:
-            state = await start(run.model_copy(update={"failure": None}), journal)
+            with about("launch", run):
+                state = await start(run.model_copy(update={"failure": None}), journal)
         except TrainingBackendError as error:
             error.run_id = error.run_id or run_id
             await self._launch_failed(run, error)

@@ -7,12 +7,13 @@ from functools import partial
 from anyio import to_thread
 
 from training_backends.client.cadence import WatchSettings, last_change
-from training_backends.client.records import LAUNCHED
+from training_backends.client.records import LAUNCHED, about
 from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import format_duration
-from training_backends.core.logs import get_logger
+from training_backends.core.logs import get_logger, redact
+from training_backends.core.redaction import redact_value
 from training_backends.core.run import (
     Failure,
     LogRecord,
@@ -58,7 +59,8 @@ class Looks:
         while True:
             after = await to_thread.run_sync(self._store.provider_cursor, run.id)
             try:
-                seen = await backend.observe(run, after=after)
+                with about("observe", run):
+                    seen = await backend.observe(run, after=after)
             except RunNotFound:
                 await self._vanished(run)
                 raise
@@ -108,6 +110,7 @@ class Looks:
         self, run: TrainingRun, seen: Observation, after: str | None
     ) -> TrainingRun | None:
         """Store a look; None: another one was stored meanwhile, so look again behind it."""
+        seen = _cleaned(seen)
 
         def change(now: TrainingRun) -> TrainingRun:
             changed = now.updated(seen.state)
@@ -168,7 +171,8 @@ class Looks:
             return run
         backend = await self.backend_of(run.backend)
         if backend.capabilities.stops:
-            await backend.stop(run)
+            with about("stop", run):
+                await backend.stop(run)
         if run.failure is not None and run.failure.kind == "timeout":
             return run  # said before
         over = f"it has trained for {format_duration(now - began)}, the budget allows"
@@ -214,3 +218,18 @@ def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> No
 
 def _stale(run: TrainingRun, found: Staleness | None) -> TrainingRun:
     return run.model_copy(update={"stale": found})
+
+
+def _cleaned(seen: Observation) -> Observation:
+    """Take out the secrets that a provider repeats in what it says of a run."""
+    state = seen.state
+    if state.failure is not None:
+        failure = state.failure.model_copy(update={"message": redact(state.failure.message)})
+        state = state.model_copy(update={"failure": failure})
+    records = tuple(
+        record.model_copy(
+            update={"message": redact(record.message), "fields": redact_value(record.fields)}
+        )
+        for record in seen.records
+    )
+    return Observation(state, records, seen.cursor)

@@ -1,5 +1,7 @@
 """What the client writes into a run's record, and what it holds against it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from pydantic import ValidationError
@@ -12,11 +14,14 @@ from training_backends.core.errors import (
     Issue,
     TrainingBackendError,
 )
+from training_backends.core.logs import bound
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
+from training_backends.core.tracing import span
 
 __all__ = [
     "LAUNCHED",
+    "about",
     "ended_state",
     "failure_kind",
     "launch_lease",
@@ -32,6 +37,21 @@ LAUNCHED: Final = "launched"
 def launch_lease(run_id: str) -> str:
     """Return the name of the lease under which a run is launched."""
     return f"launch:{run_id}"
+
+
+@contextmanager
+def about(verb: str, run: TrainingRun) -> Iterator[None]:
+    """Name the run in every log line inside, and time the verb for OpenTelemetry."""
+    with (
+        bound(run_id=run.id, backend=run.backend, remote_id=run.remote_id),
+        span(
+            f"training_backends.{verb}",
+            run_id=run.id,
+            backend=run.backend,
+            remote_id=run.remote_id,
+        ),
+    ):
+        yield
 
 
 def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:

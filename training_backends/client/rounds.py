@@ -16,8 +16,9 @@ from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import ProtocolError, StoreError, TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logs import bound, get_logger
 from training_backends.core.run import RunState, TrainingRun, utc_now
+from training_backends.core.tracing import span
 
 __all__ = ["Round", "RoundOf", "Sweep"]
 
@@ -161,7 +162,8 @@ class Round:
 
     async def _by_lists(self, backend: TrainingBackend, runs: Sequence[TrainingRun]) -> int:
         """Look at all runs by lists and return how many had to be asked for by themselves."""
-        told = await backend.statuses(runs)
+        with bound(backend=self._name), span("training_backends.statuses", backend=self._name):
+            told = await backend.statuses(runs)
         standing = [run for run in runs if _stands(run, told.get(run.id))]
         await self._looks.stand(standing)
         stood = {run.id for run in standing}

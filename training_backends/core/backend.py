@@ -29,6 +29,7 @@ from training_backends.core.run import (
     UtcDatetime,
     ValidationReport,
 )
+from training_backends.core.settings import SectionSettings
 from training_backends.core.status import TrainingStatus
 
 __all__ = [
@@ -173,13 +174,20 @@ class RemoteRun(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether a backend works from here, and what to do if not."""
+    """Whether a backend works from here, and what to do if not.
+
+    Attributes:
+        configured: Whether somebody has set it up here; what nobody has need not work.
+        clock_offset: How far its server's clock is ahead of ours, to the second, if known.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     ok: bool
     message: str
     hint: str | None = None
+    configured: bool = True
+    clock_offset: timedelta | None = None
 
 
 class TrainingBackend(ABC):
@@ -195,6 +203,8 @@ class TrainingBackend(ABC):
     """One line for people."""
     options_model: ClassVar[type[BaseModel]] = NoOptions
     """Checks `TrainingConfig.options`."""
+    settings_model: ClassVar[type[SectionSettings] | None] = None
+    """Its section of the settings, under its own name."""
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:

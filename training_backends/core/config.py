@@ -19,6 +19,8 @@ __all__ = [
 ]
 
 
+_LONGEST_NAME: Final = 30
+"""Characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
 """Name of the model that is made on the spot, with no network."""
 
@@ -114,6 +116,15 @@ class WandbIntegration(_Model):
         default="wandb",
         description="Where the key lies in the vault: PROVIDER or PROVIDER/PROFILE.",
     )
+
+    @field_validator("credential")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        provider = value.partition("/")[0]
+        if not provider.isascii() or len(provider) > _LONGEST_NAME:
+            # Whatever it is, it is not repeated.
+            raise ValueError("this names where the key lies, such as wandb; it is not the key")
+        return value
 
 
 class TrainingConfig(_Model):

@@ -1,54 +1,39 @@
 """Set up structlog: lines for people on a console, JSON for machines, never a secret."""
 
 import logging
-import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO
 
 import structlog
 
-__all__ = ["REDACTED", "QuietLog", "configure_logs", "get_logger", "redact"]
-
-REDACTED = "[redacted]"
-_SECRET_NAME = re.compile(
-    r"(api[_-]?key|authorization|password|secret|(^|[_-])token($|[_-](value)?$))", re.IGNORECASE
-)
-_SECRET_VALUES = (
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"), r"\1 " + REDACTED),
-    (re.compile(r"\b(sk|tb)-[A-Za-z0-9_-]{8,}"), REDACTED),
-    (re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"), REDACTED),
-    (re.compile(r"(?i)\b(api_?key|password|secret|token)=[^\s&]+"), r"\1=" + REDACTED),
+from training_backends.core.redaction import (
+    REDACTED,
+    redact,
+    redact_value,
+    register_environment,
+    register_secret,
 )
 
-
-def redact(text: str) -> str:
-    """Replace everything in `text` that looks like a secret."""
-    for pattern, replacement in _SECRET_VALUES:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {
-            key: REDACTED if _SECRET_NAME.search(str(key)) else _redacted(inner)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_redacted(inner) for inner in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    # An object, such as an exception, is written as its repr, which may hold a secret.
-    text = repr(value)
-    cleaned = redact(text)
-    return value if cleaned == text else cleaned
+__all__ = [
+    "REDACTED",
+    "QuietLog",
+    "bound",
+    "configure_logs",
+    "get_logger",
+    "redact",
+    "redact_event",
+    "register_secret",
+]
 
 
-def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    cleaned: dict[str, Any] = _redacted(event)
+def redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Take the secrets out of a line: a structlog processor, the last one before the renderer.
+
+    For programs that set structlog up by themselves; `configure_logs` has it.
+    """
+    cleaned: dict[str, Any] = redact_value(event)
     return cleaned
 
 
@@ -60,15 +45,18 @@ def configure_logs(
 ) -> None:
     """Send structlog's events, and the standard library's, to `stream` (default stderr).
 
-    Call it once, at the start of a program; a library never calls it.
+    Call it once, at the start of a program; a library never calls it. Secrets that the
+    environment holds are taken out of every line, and others as `redact` finds them.
     """
+    register_environment()
     target = stream or sys.stderr
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        # Here and not in the renderer, which would show what local variables hold.
         structlog.processors.format_exc_info,
-        _redact_event,
     ]
     renderer: Any = (
         structlog.processors.JSONRenderer()
@@ -77,18 +65,49 @@ def configure_logs(
     )
     numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, redact_event, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
         logger_factory=structlog.PrintLoggerFactory(target),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(target)
+    handler = _Handler(target)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer)
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                redact_event,
+                renderer,
+            ],
+        )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(numeric, logging.WARNING))
+    logging.captureWarnings(capture=True)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes the lines of the standard library's loggers."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the base's name
+        """Say whose line was lost; logging's own report would show what was to be in it."""
+        with suppress(OSError, ValueError):
+            structlog.get_logger().error("log line lost", logger=record.name)
+
+
+@contextmanager
+def bound(**values: str | None) -> Iterator[None]:
+    """Put these on every line that is logged inside, also by the threads and tasks begun there.
+
+    What is None is left out. Never around a `yield` of an asynchronous generator: until it is
+    resumed, its caller's lines would get them.
+
+        with bound(run_id=run.id, backend=run.backend, remote_id=run.remote_id):
+    """
+    known = {name: value for name, value in values.items() if value is not None}
+    with structlog.contextvars.bound_contextvars(**known):
+        yield
 
 
 class QuietLog:

@@ -1,23 +1,13 @@
 """Find backends by name among the installed entry points, loading only the one asked for."""
 
-from collections.abc import Mapping
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
-from types import MappingProxyType
+from importlib.metadata import entry_points
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue
+from training_backends.core.plugins import ENTRY_POINT_GROUP, installed_backends, owner_of
 
-__all__ = ["ENTRY_POINT_GROUP", "backend_class", "installed_backends"]
-
-ENTRY_POINT_GROUP = "training_backends.backends"
-
-
-def installed_backends() -> Mapping[str, str]:
-    """Return every registered backend name with the distribution that brings it."""
-    return MappingProxyType(
-        {entry.name: _owner(entry) for entry in sorted(entry_points(group=ENTRY_POINT_GROUP))}
-    )
+__all__ = ["backend_class"]
 
 
 def backend_class(name: str) -> type[TrainingBackend]:
@@ -31,7 +21,7 @@ def backend_class(name: str) -> type[TrainingBackend]:
     if not claims:
         raise _unknown(name)
     if len(claims) > 1:
-        owners = " and ".join(sorted(_owner(entry) for entry in claims.values()))
+        owners = " and ".join(sorted(owner_of(entry) for entry in claims.values()))
         raise ConfigError(
             f"Two packages bring a backend named {name!r}: {owners}.", hint="Uninstall one of them."
         )
@@ -40,11 +30,11 @@ def backend_class(name: str) -> type[TrainingBackend]:
         loaded = entry.load()
     except Exception as error:  # a stranger's module may raise anything while it is imported
         raise BackendNotInstalled(
-            f"The backend {name!r} of {_owner(entry)} cannot be loaded: {error}", backend=name
+            f"The backend {name!r} of {owner_of(entry)} cannot be loaded: {error}", backend=name
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, TrainingBackend)):
         raise BackendNotInstalled(
-            f"{entry.value} of {_owner(entry)} is not a TrainingBackend.", backend=name
+            f"{entry.value} of {owner_of(entry)} is not a TrainingBackend.", backend=name
         )
     return loaded
 
@@ -60,7 +50,3 @@ def _unknown(name: str) -> ConfigError:
         issues=[issue],
         hint="`training-backends backends` lists what is installed.",
     )
-
-
-def _owner(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unknown package"

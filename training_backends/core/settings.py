@@ -1,27 +1,43 @@
 """Settings from the environment, `.env` and `config.toml`, in this order of precedence.
 
-Each part of the package owns one section: a subclass of `SectionSettings` with its name.
+Each part of the package owns one section: a subclass of `SectionSettings` with its name. That
+of a backend bears the backend's name. A name that is not known, in any of the three places, is
+an error that tells the nearest one: a misspelt setting would be one that is not obeyed.
 """
 
 import os
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import platformdirs
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.plugins import installed_backends
+from training_backends.core.redaction import redact
 
-__all__ = ["SectionSettings", "Settings", "config_file", "load_settings"]
+__all__ = [
+    "Effective",
+    "SectionSettings",
+    "Settings",
+    "config_file",
+    "effective_settings",
+    "load_settings",
+]
 
 _APP = "training-backends"
+_PARTS = frozenset({"credentials", "gateway", "watch"})
+"""Sections of parts that are no backends."""
 _PREFIX = "TRAINING_BACKENDS_"
 
 
@@ -40,18 +56,36 @@ class _SectionSource(TomlConfigSettingsSource):
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
         if self._section is None:
+            for key in values:
+                if isinstance(values[key], dict):
+                    _require_known(key, _known_sections(key), "section")
             table = {key: value for key, value in values.items() if not isinstance(value, dict)}
         else:
             table = values.get(self._section, {})
             if not isinstance(table, dict):
                 raise ValueError(f"{self._section!r} is a section: write [{self._section}]")
-        known = self.settings_cls.model_fields
         for key in table:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"there is no setting {key!r} ({fix})")
+            _require_known(key, self.settings_cls.model_fields, "setting")
         return table
+
+
+class _Misspelt(ValueError):
+    """A name that no setting has."""
+
+
+def _require_known(name: str, known: Collection[str], what: str) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        raise _Misspelt(f"there is no {what} {name!r} ({fix})")
+
+
+def _known_sections(asked: str) -> Collection[str]:
+    """Return the names of all sections; those of backends only if `asked` is none of ours."""
+    loaded = {kind.section for kind in SectionSettings.__subclasses__() if kind.section}
+    if asked in _PARTS | loaded:
+        return _PARTS | loaded
+    return _PARTS | loaded | set(installed_backends())
 
 
 class SectionSettings(BaseSettings):
@@ -99,6 +133,20 @@ class Settings(SectionSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
+class Effective(NamedTuple):
+    """A setting as it counts.
+
+    Attributes:
+        name: As the settings file has it, with its section.
+        value: Without what is secret in it.
+        origin: The variable, `.env`, the settings file, or `default`.
+    """
+
+    name: str
+    value: str
+    origin: str
+
+
 _S = TypeVar("_S", bound=SectionSettings)
 
 
@@ -106,9 +154,10 @@ def load_settings(kind: type[_S]) -> _S:
     """Read one section.
 
     Raises:
-        ConfigError: A value does not fit; the issues name each variable.
+        ConfigError: A value does not fit, or a name is not known; the issues name each variable.
     """
     try:
+        _require_known_variables(kind)
         return kind()
     except ValidationError as error:
         issues = [
@@ -121,6 +170,10 @@ def load_settings(kind: type[_S]) -> _S:
             for detail in error.errors(include_input=False, include_url=False)
         ]
         raise ConfigError("The settings cannot be used.", issues=issues) from None
+    except _Unknown as error:
+        fix = "correct it in the environment or in .env"
+        issue = Issue(code="unknown_setting", message=str(error), field=error.variable, fix=fix)
+        raise ConfigError("The settings cannot be used.", issues=[issue]) from None
     except (ValueError, OSError) as error:
         source = ".env" if isinstance(error, UnicodeDecodeError) else str(config_file())
         raise ConfigError(f"The settings in {source} cannot be used: {error}") from None
@@ -129,3 +182,54 @@ def load_settings(kind: type[_S]) -> _S:
 def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> str:
     name = str(kind.model_config["env_prefix"]) + "__".join(str(part).upper() for part in location)
     return name if name in os.environ else name.removeprefix(_PREFIX).lower().replace("__", ".")
+
+
+class _Unknown(Exception):
+    def __init__(self, variable: str, why: str) -> None:
+        super().__init__(why)
+        self.variable = variable
+
+
+def _require_known_variables(kind: type[SectionSettings]) -> None:
+    """Refuse variables that look like ours and are none."""
+    prefix = str(kind.model_config["env_prefix"])
+    for variable in _variables(kind):
+        name = variable.upper().removeprefix(prefix)
+        if name == variable.upper():
+            continue
+        section, nested, _ = name.lower().partition("__")
+        try:
+            if kind.section is None and nested:
+                _require_known(section, _known_sections(section), "section")
+            else:
+                _require_known(section, kind.model_fields, "setting")
+        except _Misspelt as error:
+            raise _Unknown(variable, str(error)) from None
+
+
+def _variables(kind: type[SectionSettings]) -> list[str]:
+    dotenv = DotEnvSettingsSource(kind)
+    return [*os.environ, *(name for name in dotenv.env_vars if name.upper().startswith(_PREFIX))]
+
+
+def effective_settings(kind: type[SectionSettings]) -> list[Effective]:
+    """Return every setting of a section as it counts, and where it comes from.
+
+    Raises:
+        ConfigError: See `load_settings`.
+    """
+    loaded = load_settings(kind)
+    prefix = f"{kind.section}." if kind.section else ""
+    sources = {
+        "environment": EnvSettingsSource(kind)(),
+        ".env": DotEnvSettingsSource(kind)(),
+        str(config_file()): _SectionSource(kind, config_file(), kind.section)(),
+    }
+    found = []
+    for name in kind.model_fields:
+        origin = next((place for place, values in sources.items() if name in values), "default")
+        if origin == "environment":
+            origin = f"{kind.model_config['env_prefix']}{name.upper()}"
+        value = getattr(loaded, name)
+        found.append(Effective(prefix + name, redact(str(value)), origin))
+    return found

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,7 +20,8 @@ from training_backends.core.errors import (
     RateLimited,
     TrainingBackendError,
 )
-from training_backends.core.logs import REDACTED, get_logger, redact
+from training_backends.core.logs import REDACTED, get_logger, redact, register_secret
+from training_backends.core.tracing import span
 from training_backends.net.accounts import Account, account_of
 from training_backends.net.calls import Call
 from training_backends.net.download import save_stream
@@ -27,6 +29,7 @@ from training_backends.net.failures import error_from_transport
 from training_backends.net.multipart import FileUpload, Progress
 from training_backends.net.pacing import pacing
 from training_backends.net.pool import HttpPolicy, make_pool, timeouts
+from training_backends.net.retry import read_date_ahead
 from training_backends.net.urls import require_private_transport
 
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
@@ -73,6 +76,8 @@ class HttpClient:
         if key is not None:
             require_private_transport(base_url, backend=backend)
         self.base_url = base_url
+        self.clock_offset: timedelta | None = None
+        """How far the server's clock was ahead of ours at the latest answer, if it told."""
         self._key = key
         self._decode_error = decode_error
         self._policy = policy or HttpPolicy()
@@ -196,7 +201,8 @@ class HttpClient:
                 with turn:
                     call.begin()
                     try:
-                        return await self._with_current_key(attempt, call)
+                        with span(call.name, outgoing=True, **{"server.address": self.base_url}):
+                            return await self._with_current_key(attempt, call)
                     except TrainingBackendError as error:
                         call.failed(error)
                         raise
@@ -254,6 +260,7 @@ class HttpClient:
         """Ask for the key; one that does not fit into a header must not reach an error."""
         key = (await source()).get_secret_value().strip()
         if key and key.isascii() and key.isprintable() and " " not in key:
+            register_secret(key)
             return SecretStr(key)
         raise AuthenticationFailed(
             "The stored key cannot be one: it is empty or holds characters that no key has.",
@@ -282,6 +289,7 @@ class HttpClient:
         try:
             response = await client.send(request, stream=True)
             call.answered(response.status_code, response.headers, limiter)
+            self.clock_offset = read_date_ahead(response.headers.get("date"))
             self._log.debug(
                 "http.answered",
                 call=_asked(request),
@@ -331,7 +339,7 @@ class HttpClient:
         raise ProtocolError(
             f"{call}: the answer is not a JSON object ({response.status_code}, {found}).",
             # Scrubbed before it is cut, or the half of a secret would be left at the end.
-            excerpt=redact(self._scrubbed(body, secrets)[:2000].decode("utf-8", "replace")),
+            excerpt=self._scrubbed(body, secrets)[:2000].decode("utf-8", "replace"),
             hint="Does the base URL lead to an API, and not to a web page or proxy?",
             backend=self._backend,
         )
@@ -340,8 +348,9 @@ class HttpClient:
         """Take secrets that a server repeats out of what it said."""
         for secret in (self._secret, *secrets):
             if secret is not None and secret.get_secret_value():
+                register_secret(secret)
                 body = body.replace(secret.get_secret_value().encode(), REDACTED.encode())
-        return body
+        return redact(body.decode("utf-8", "replace")).encode()
 
 
 def _asked(request: httpx.Request) -> str:

@@ -4,13 +4,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from random import SystemRandom
 
 from training_backends.core.errors import BackendUnavailable, RateLimited
 
-__all__ = ["Backoff", "read_retry_after"]
+__all__ = ["Backoff", "read_date_ahead", "read_retry_after"]
 
 _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 20.0
@@ -28,12 +28,17 @@ def read_retry_after(value: str | None) -> float | None:
 
 
 def _until(date: str) -> float | None:
+    ahead = read_date_ahead(date)
+    return None if ahead is None else max(0.0, ahead.total_seconds())
+
+
+def read_date_ahead(date: str | None) -> timedelta | None:
+    """Return how far an HTTP date lies ahead of our clock; None if there is no date."""
     try:
-        at = parsedate_to_datetime(date)
+        at = parsedate_to_datetime(date or "")
     except ValueError:
         return None
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return max(0.0, (at - datetime.now(UTC)).total_seconds())
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
 
 
 @dataclass(slots=True, kw_only=True)

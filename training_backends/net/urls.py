@@ -21,8 +21,9 @@ def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
     try:
         parts = urlsplit(text)
         port = parts.port
-    except ValueError as error:
-        raise _bad_url(str(error)) from None
+    except ValueError:
+        # What was wrong with it may be a key that was pasted into it.
+        raise _bad_url("its host or port is none") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise _bad_url("give it as https://host, with a port where it has one")
     if parts.username or parts.password:

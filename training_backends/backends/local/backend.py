@@ -403,7 +403,7 @@ def _start_process(
             return 0
     with _disk(run):
         directory.write_spec(spec)
-        return spawn(directory, program)
+        return spawn(directory, program, spec.model)
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:

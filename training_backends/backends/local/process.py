@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
+from training_backends.core.config import TINY_MODEL
 from training_backends.core.run import Failure
 from training_backends.rundir.directory import ExitRecord, RunDir
 
@@ -22,18 +24,25 @@ _PASSED_ON: Final = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
     r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
     r"|CUDA_\w+|NVIDIA_\w+|(OMP|MKL|OPENBLAS)_NUM_THREADS|PYTORCH_\w+"
-    r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|(HTTPS?|NO|ALL)_PROXY",
+    r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
     re.IGNORECASE,
 )
+# May hold a password, so it is for those only who go out.
+_WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
 
 
-def child_environment() -> dict[str, str]:
-    """Return the part of our environment that a training process needs."""
-    kept = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
+def child_environment(model: str) -> dict[str, str]:
+    """Return the part of our environment that a process needs which loads a model."""
+    here = model == TINY_MODEL or Path(model).is_dir()
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if _PASSED_ON.fullmatch(name) or (not here and _WAY_OUT.fullmatch(name))
+    }
     return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def spawn(run: RunDir, program: Sequence[str]) -> int:
+def spawn(run: RunDir, program: Sequence[str], model: str) -> int:
     """Start the training process of a run directory; return its process id.
 
     Starting it twice is harmless: only one gets the directory's lock.
@@ -46,7 +55,7 @@ def spawn(run: RunDir, program: Sequence[str]) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=run.path,
-            env=child_environment(),
+            env=child_environment(model),
             start_new_session=True,
         )
     # Somebody must take its exit status, or it stays a zombie for as long as we live.

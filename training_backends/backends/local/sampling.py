@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import anyio
+import anyio.to_thread
 
+from training_backends.backends.local.process import child_environment
 from training_backends.core.errors import BackendUnavailable
 
 __all__ = ["sample_answer"]
@@ -23,7 +25,12 @@ async def sample_answer(model: str, prompt: str, *, seed: int = 0, max_tokens: i
     """
     command = [sys.executable, "-m", "training_backends.engine", "sample", model]
     options = ["--prompt", prompt, "--seed", str(seed), "--max-tokens", str(max_tokens)]
-    done = await anyio.run_process([*command, *options], check=False, stderr=subprocess.PIPE)
+    done = await anyio.run_process(
+        [*command, *options],
+        check=False,
+        stderr=subprocess.PIPE,
+        env=await anyio.to_thread.run_sync(child_environment, model),
+    )
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise BackendUnavailable(f"The model {model} cannot be asked: {said}", backend="local")

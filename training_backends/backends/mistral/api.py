@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -199,6 +199,11 @@ class MistralAPI:
             ValueError: A time of `filters` has no zone.
         """
         return _read(wire.JobsOut.model_validate, await self._jobs_page(filters, page, page_size))
+
+    @property
+    def clock_offset(self) -> timedelta | None:
+        """How far the server's clock was ahead of ours at the latest answer, if it told."""
+        return self._http.clock_offset
 
     async def probe(self) -> None:
         """Ask for one job, whatever it is: changes nothing, and says whether jobs are served."""

@@ -33,7 +33,7 @@ from training_backends.core.backend import (
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
     LogRecord,
@@ -42,7 +42,7 @@ from training_backends.core.run import (
     TrainingRun,
     ValidationReport,
 )
-from training_backends.core.settings import load_settings
+from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.tokens import count_tokens
 from training_backends.mistral.errors import error_from_answer
@@ -78,6 +78,7 @@ class MistralAPIBackend(TrainingBackend):
     name: ClassVar[str] = "mistral"
     summary: ClassVar[str] = "The Mistral fine-tuning protocol: your own server or the hosted one."
     options_model: ClassVar[type[BaseModel]] = MistralOptions
+    settings_model: ClassVar[type[SectionSettings] | None] = MistralSettings
 
     def __init__(
         self, *, credentials: CredentialSource, settings: MistralSettings | None = None
@@ -321,10 +322,18 @@ class MistralAPIBackend(TrainingBackend):
         began = time.monotonic()
         try:
             await self.api.probe()
+        except CredentialNotFound as error:
+            # Without a server of one's own and a key, nobody has meant to use it.
+            chosen = not self._settings.is_hosted or self._settings.profile is not None
+            return Health(ok=False, message=error.message, hint=error.hint, configured=chosen)
         except TrainingBackendError as error:
             return Health(ok=False, message=error.message, hint=error.hint)
         took = time.monotonic() - began
-        return Health(ok=True, message=f"{self._settings.base_url} answered in {took:.2f} s")
+        return Health(
+            ok=True,
+            message=f"{self._settings.base_url} answered in {took:.2f} s",
+            clock_offset=self.api.clock_offset,
+        )
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -1,0 +1,80 @@
+"""What works, what does not, and what nobody has set up."""
+
+from datetime import timedelta
+
+import pytest
+
+from tests.client.conftest import MakeConfig
+from training_backends import AsyncTrainingClient, CredentialVault
+from training_backends.client.diagnosis import check_clock, check_extras, diagnose, known_settings
+from training_backends.core.run import utc_now
+from training_backends.core.settings import SectionSettings
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("of", "seconds", "state"),
+    [
+        ("the server of mistral", 0, "ok"),
+        ("the server of mistral", 29, "ok"),
+        ("the server of mistral", 90, "failed"),
+        ("the server of mistral", -90, "failed"),
+        ("the run store", -86_400, "ok"),
+        ("the run store", 90, "failed"),
+    ],
+)
+async def test_clocks_that_disagree_are_told(of: str, seconds: int, state: str) -> None:
+    """A store may be old; nothing in it can be from the future."""
+    assert check_clock(of, timedelta(seconds=seconds)).state == state
+
+
+async def test_a_missing_extra_says_how_to_install_it() -> None:
+    """It need not be there, so nothing has failed."""
+    found = {check.name: check for check in check_extras(lambda name: name != "uvicorn")}
+    gateway = found["extra gateway"]
+    assert (gateway.state, "uvicorn" in gateway.message) == ("unused", True)
+    assert "training-backends[gateway]" in str(gateway.hint)
+    assert found["extra tokens"].state == "ok"
+
+
+async def test_what_nobody_has_set_up_has_not_failed(client: AsyncTrainingClient) -> None:
+    """No key, no keyring, no run: a fresh machine is sound."""
+    checks = await diagnose(client, CredentialVault(home=client.home))
+    assert {check.name: check.state for check in checks}["mistral"] == "unused"
+    assert all(check.state != "failed" for check in checks)
+
+
+async def test_a_server_of_ones_own_has_to_work(
+    client: AsyncTrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever names one means it, so a missing key is a failure then."""
+    monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__BASE_URL", "http://127.0.0.1:9")
+    checks = await diagnose(client, CredentialVault(home=client.home))
+    (mistral,) = [check for check in checks if check.name == "mistral"]
+    assert (mistral.state, "MISTRAL_API_KEY" in str(mistral.hint)) == ("failed", True)
+
+
+async def test_a_run_from_the_future_tells_of_the_clock(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """This machine's clock was set back since."""
+    run = await client.launch(make_config(), backend="scripted")
+    ahead = utc_now() + timedelta(hours=2)
+    client._store.update(run.id, lambda now: now.model_copy(update={"last_seen_at": ahead}))
+    checks = await diagnose(client, CredentialVault(home=client.home))
+    (clock,) = [check for check in checks if check.name == "clock"]
+    assert (clock.state, "behind" in clock.message) == ("failed", True)
+
+
+async def test_settings_of_backends_are_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tree: the package's parts and every installed backend."""
+    monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__ATTEMPTS", "7")
+
+    class Extra(SectionSettings):
+        section = "extra"
+        depth: int = 3
+
+    found = {entry.name: entry for entry in known_settings(Extra)}
+    assert found["mistral.attempts"][1:] == ("7", "TRAINING_BACKENDS_MISTRAL__ATTEMPTS")
+    assert {"home", "watch.lost_after", "credentials.keyring", "extra.depth"} <= found.keys()
