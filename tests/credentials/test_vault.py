@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +19,14 @@ from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 from pydantic import SecretStr
 
-from training_backends import ConfigError, CredentialNotFound, StoreError, VaultLocked
+from training_backends import (
+    ConfigError,
+    CredentialNotFound,
+    StoreError,
+    UnsupportedOperation,
+    VaultLocked,
+)
+from training_backends.credentials.settings import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, environment_names
 
 pytestmark = pytest.mark.anyio
@@ -62,6 +72,13 @@ class LockedKeyring(MemoryKeyring):
 
     def get_password(self, *_: str) -> str | None:
         raise KeyringLocked("Failed to unlock the collection!")
+
+
+class GoneKeyring(MemoryKeyring):
+    """Has left its socket behind."""
+
+    def get_password(self, *_: str) -> str | None:
+        raise ConnectionRefusedError
 
 
 class BrokenKeyring(MemoryKeyring):
@@ -229,6 +246,21 @@ async def test_an_empty_variable_is_no_key(tmp_path: Path, ring: MemoryKeyring) 
     assert (await vault.get("mistral")).get_secret_value() == "ring"
 
 
+async def test_a_key_in_the_place_of_a_name_is_not_stored_as_one(
+    tmp_path: Path, ring: MemoryKeyring
+) -> None:
+    """The list and the index show names; the error does not repeat it."""
+    secret = "sk-" + "a1b2c3d4" * 4
+    for call in (
+        make(tmp_path, ring).set(secret, "x"),
+        make(tmp_path, ring).get("mistral", secret),
+    ):
+        with pytest.raises(ConfigError, match="long") as caught:
+            await call
+        assert secret not in f"{caught.value!r} {caught.value.hint}"
+    assert ring.kept == {}
+
+
 @pytest.mark.parametrize("name", ["", "a/b/c", "mis tral", "../x", "mistral/"])
 async def test_names_are_checked(tmp_path: Path, name: str) -> None:
     """A name that could not be a variable is refused."""
@@ -270,6 +302,13 @@ async def test_a_locked_keyring_says_so(tmp_path: Path) -> None:
         await make(tmp_path, LockedKeyring()).get("mistral")
 
 
+async def test_a_keyring_that_went_away_may_come_back(tmp_path: Path) -> None:
+    """The bus is restarted, for example: whoever runs for long tries again."""
+    with pytest.raises(VaultLocked, match="reached") as caught:
+        await make(tmp_path, GoneKeyring()).get("mistral")
+    assert caught.value.retryable
+
+
 @pytest.mark.parametrize(
     "ring",
     [
@@ -306,12 +345,47 @@ async def test_a_chain_of_keyrings_uses_only_the_systems_own(
     assert surprise.kept == {}
 
 
+async def test_a_keyring_without_a_lock_is_taken_to_be_open(
+    tmp_path: Path, ring: MemoryKeyring
+) -> None:
+    """Unlocking just asks it for something; locking it is not pretended."""
+    vault = make(tmp_path, ring)
+    assert await vault.is_unlocked()
+    await vault.unlock()
+    with pytest.raises(UnsupportedOperation, match="MemoryKeyring"):
+        await vault.lock()
+    assert (await vault.keyring()).unlocked
+
+
+async def test_where_there_is_no_keyring_nothing_is_unlocked(tmp_path: Path) -> None:
+    """It is not called open either."""
+    vault = make(tmp_path)
+    assert not await vault.is_unlocked()
+    assert tuple(await vault.keyring()) == (None, False)
+    for call in (vault.unlock(), vault.lock()):
+        with pytest.raises(VaultLocked, match="no keyring"):
+            await call
+
+
+async def test_the_order_of_the_sources_is_told(tmp_path: Path) -> None:
+    """For the list of keys and for whoever looks into what is wrong."""
+    home = tmp_path / "home"
+    system = CredentialVault(home=home)
+    assert await system.sources() == (
+        "what the program was given",
+        "the environment",
+        "the system's keyring",
+    )
+    file = CredentialVault(home=home, settings=CredentialSettings(keyring="file"))
+    assert (await file.sources())[-1] == f"the encrypted file {home / 'credentials.keyring'}"
+
+
 async def test_a_failing_keyring_gives_nothing_away(tmp_path: Path) -> None:
     """The text of its error may hold the secret and is not passed on."""
     with pytest.raises(VaultLocked) as caught:
         await make(tmp_path, BrokenKeyring()).set("mistral", CANARY)
     assert CANARY not in f"{caught.value!r} {caught.value} {caught.value.hint}"
-    assert caught.value.__suppress_context__
+    assert caught.value.__cause__ is caught.value.__context__ is None
 
 
 async def test_no_secret_is_shown(
@@ -400,6 +474,160 @@ async def test_a_damaged_index_is_an_error_with_a_way_on(
         await vault.list()
     assert "Move it away" in (caught.value.hint or "")
     assert (await vault.get("mistral")).get_secret_value() == "a"
+
+
+ASK = """
+import anyio
+from training_backends import CredentialNotFound, VaultLocked
+from training_backends.credentials.vault import CredentialVault
+
+async def main():
+    vault = CredentialVault(environ={}, timeout=20)
+    for call in (vault.get("mistral"), vault.set("mistral", "canary")):
+        try:
+            await call
+        except (CredentialNotFound, VaultLocked) as error:
+            print(f"{type(error).__name__}: {error.message}")
+
+anyio.run(main)
+"""
+
+
+def ask(tmp_path: Path, **environment: str) -> list[str]:
+    """Ask a vault of another process, in a session without a bus."""
+    (tmp_path / "runtime").mkdir()
+    taken = ("PYTHON_KEYRING_BACKEND", "DBUS_SESSION_BUS_ADDRESS", "DISPLAY")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env={
+            **{name: value for name, value in os.environ.items() if name not in taken},
+            "HOME": str(tmp_path),
+            "XDG_RUNTIME_DIR": str(tmp_path / "runtime"),
+            **environment,
+        },
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "canary" not in done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def install(tmp_path: Path, name: str, content: str) -> str:
+    """Write a package that brings a keyring, and return the directory it is installed in."""
+    site = tmp_path / "site"
+    about = site / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / f"{name}.py").write_text(content)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[keyring.backends]\n{name} = {name}\n")
+    return str(site)
+
+
+HANGING = """
+import pathlib, time
+from keyring.backend import KeyringBackend
+
+class Keyring(KeyringBackend):
+    priority = 1
+    def get_password(self, service, username):
+        pathlib.Path("asked").touch()
+        time.sleep(1000)
+    set_password = delete_password = get_password
+"""
+
+WAIT = """
+import anyio
+from training_backends.credentials.vault import CredentialVault
+
+anyio.run(CredentialVault(environ={}, timeout=1000).get, "mistral")
+"""
+
+
+def test_an_interrupt_does_not_wait_for_a_keyring(tmp_path: Path) -> None:
+    """Ctrl-C ends a program whose keyring waits for a password that nobody types."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT],
+        env={
+            **os.environ,
+            "PYTHONPATH": install(tmp_path, "hanging", HANGING),
+            "PYTHON_KEYRING_BACKEND": "hanging.Keyring",
+        },
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "asked").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in said
+
+
+ASKING = """
+import getpass, pathlib
+from keyring.backend import KeyringBackend
+
+class Keyring(KeyringBackend):
+    priority = 2.5
+    def get_password(self, service, username):
+        pathlib.Path("asked").touch()
+        return getpass.getpass()
+    set_password = delete_password = get_password
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a keyring")
+def test_without_a_bus_there_is_no_keyring(tmp_path: Path) -> None:
+    """A key is then missing, not locked; storing one says what to do."""
+    first, second = ask(tmp_path)
+    assert first.startswith("CredentialNotFound: There is no key for mistral")
+    assert second.startswith("VaultLocked: This machine has no keyring")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a keyring")
+def test_a_keyring_that_just_happens_to_be_installed_is_nobodys_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one there would ask for a password in the middle of a program."""
+    monkeypatch.chdir(tmp_path)
+    site = install(tmp_path, "surprise", ASKING)
+    first, second = ask(tmp_path, PYTHONPATH=site)
+    assert first.startswith("CredentialNotFound")
+    assert second.startswith("VaultLocked: This machine has no keyring")
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the Secret Service is of Linux")
+@pytest.mark.parametrize(
+    ("named", "word"),
+    [
+        ("nowhere.Keyring", "ModuleNotFoundError"),
+        ("keyring.backends.SecretService.Keyring", "DBUS_SESSION_BUS_ADDRESS"),
+    ],
+)
+def test_a_keyring_that_was_named_and_is_not_there_is_told(
+    tmp_path: Path, named: str, word: str
+) -> None:
+    """Another one is not quietly taken instead."""
+    for line in ask(tmp_path, PYTHON_KEYRING_BACKEND=named):
+        assert line.startswith(f"VaultLocked: The keyring {named} cannot be loaded")
+        assert word in line
+
+
+def test_a_broken_keyring_library_is_told(tmp_path: Path) -> None:
+    """It cannot be imported: the error says so and is no traceback."""
+    site = install(tmp_path, "keyring", "raise ImportError('built for another machine')")
+    for line in ask(tmp_path, PYTHONPATH=site):
+        assert line.startswith("VaultLocked: The keyring library cannot be loaded")
+        assert "built for another machine" in line
 
 
 def test_keyring_is_imported_only_when_it_is_reached() -> None:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from anyio.abc import ByteSendStream
 from blockbuster import blockbuster_ctx
 from pydantic import SecretStr
 from structlog.testing import capture_logs
@@ -124,6 +125,14 @@ async def eventually(look: Callable[[], Awaitable[Any]], patience: float = 20.0)
             return found
         await anyio.sleep(0.01)
     raise AssertionError("it never happened")
+
+
+async def trickle(stream: ByteSendStream) -> None:
+    """Send a byte now and then, until the other side has enough of it."""
+    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+        while True:
+            await stream.send(b"a")
+            await anyio.sleep(0.02)
 
 
 @asynccontextmanager

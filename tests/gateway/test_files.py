@@ -11,8 +11,8 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from tests.gateway.conftest import KEY, ROWS, Site, eventually, jsonl, site
-from training_backends.gateway import files, uploads
+from tests.gateway.conftest import KEY, ROWS, Site, eventually, jsonl, site, trickle
+from training_backends.gateway import files
 from training_backends.gateway.blobs import BlobStore
 
 pytestmark = pytest.mark.anyio
@@ -173,15 +173,33 @@ async def test_the_bytes_of_an_expired_file_are_removed(
         assert (await here.http.get(f"/v1/files/{kept}")).status_code == 200
 
 
-async def test_an_upload_that_falls_silent_is_given_up(
-    here: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_upload_that_falls_silent_is_given_up(tmp_path: Path) -> None:
     """The client hears why, and nothing is left."""
-    monkeypatch.setattr(uploads, "_PATIENCE", 0.1)
-
-    async with await anyio.connect_tcp(*address(here)) as stream:
+    async with (
+        site(tmp_path / "home", upload_timeout=0.1) as here,
+        await anyio.connect_tcp(*address(here)) as stream,
+    ):
         await stream.send(upload_head(here) + b"a" * 1000)
-        assert b" 408 " in (await stream.receive()).splitlines()[0]
+        answer = await stream.receive()
+        assert b" 408 " in answer.splitlines()[0]
+        assert b"Nothing arrived for 0.1 s" in answer
+        assert leftovers(here) == []
+
+
+async def test_an_upload_that_only_trickles_is_given_up(tmp_path: Path) -> None:
+    """Never silent for long, it still has to make the least rate on the whole."""
+    async with (
+        site(tmp_path / "home", upload_timeout=0.3, min_upload_rate=1e6) as here,
+        await anyio.connect_tcp(*address(here)) as stream,
+        anyio.create_task_group() as tasks,
+    ):
+        await stream.send(upload_head(here))
+        tasks.start_soon(trickle, stream)
+        with anyio.fail_after(20):
+            answer = await stream.receive()
+        tasks.cancel_scope.cancel()
+    assert b" 408 " in answer.splitlines()[0]
+    assert b"slower than 1e+06 bytes a second" in answer
     assert leftovers(here) == []
 
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
 from training_backends.core.errors import StoreError
+from training_backends.gateway.jobspec import secret_profile
 from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
@@ -178,7 +179,7 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
         key = "w" * 40
         wandb = {"type": "wandb", "project": "p", "name": "n", "api_key": key}
         job_id, remote = await here.started(integrations=[wandb])
-        assert secrets.kept == {("wandb", f"job-{job_id}"): key}
+        assert secrets.kept == {("wandb", secret_profile(job_id)): key}
         job = await here.get(job_id)
         assert job["integrations"][0]["project"] == "p"
         for query, total in (("wandb_project=p", 1), ("wandb_name=n", 1), ("wandb_name=x", 0)):

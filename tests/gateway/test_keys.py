@@ -1,27 +1,79 @@
-"""API keys: made, shown once, checked, revoked."""
+"""API keys: made, shown once, checked, limited in time and scope, revoked."""
 
+import hashlib
 import json
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, Site, site
-from training_backends.core.errors import ConfigError, CredentialNotFound
+from tests.gateway.conftest import KEY, Site, eventually, site
+from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
 from training_backends.core.logs import redact
-from training_backends.gateway.keys import STATIC_KEY_ID, KeyStore, open_keys
+from training_backends.core.run import utc_now
+from training_backends.gateway import keys as keys_module
+from training_backends.gateway.app import create_app
+from training_backends.gateway.errors import Refusal
+from training_backends.gateway.keys import STATIC_KEY_ID, KeyStore, NewKey, open_keys, read_expiry
 from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
+
+OLD_KEYS = """
+CREATE TABLE keys (
+    id VARCHAR(8) NOT NULL,
+    name VARCHAR NOT NULL,
+    sha256 VARCHAR(64) NOT NULL,
+    created_at FLOAT NOT NULL,
+    revoked_at FLOAT,
+    PRIMARY KEY (id)
+);
+PRAGMA user_version=1;
+"""
+OLD_KEY = "tb-0123abcd-" + "x" * 43
+
+
+def secret(made: NewKey) -> str:
+    """Return a key as its owner has it."""
+    return made.key.get_secret_value()
+
+
+def bearer(made: NewKey) -> dict[str, str]:
+    """Return the headers that present a key."""
+    return {"authorization": f"Bearer {secret(made)}"}
+
+
+def refusal(keys: KeyStore, presented: str, *, writes: bool = False) -> tuple[int, str]:
+    """Return how a key is refused."""
+    with pytest.raises(Refusal) as raised:
+        keys.admit(presented, writes=writes)
+    return raised.value.status, raised.value.body["detail"]
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], None]:
+    """Turn the clock of the keys."""
+
+    def turn(span: timedelta) -> None:
+        now = utc_now() + span
+        monkeypatch.setattr(keys_module, "utc_now", lambda: now)
+
+    return turn
 
 
 def test_a_new_key_is_known_by_its_id_and_kept_as_a_hash(tmp_path: Path) -> None:
     """Nothing on disk tells the key."""
     keys = open_keys(tmp_path)
     made = keys.create("laptop")
-    key = made.key.get_secret_value()
-    assert keys.identify(key) == made.info.id
+    key = secret(made)
+    assert keys.admit(key, writes=True) == made.info.id
     assert key.startswith(f"tb-{made.info.id}-")
     assert key not in repr(made)
     assert key not in redact(f"the key is {key}")
@@ -30,23 +82,202 @@ def test_a_new_key_is_known_by_its_id_and_kept_as_a_hash(tmp_path: Path) -> None
 
 
 def test_what_is_no_key_is_nobody(tmp_path: Path) -> None:
-    """A right id with a wrong secret included."""
+    """A right id with a wrong secret included, and without a word on which it was."""
     keys = open_keys(tmp_path)
     made = keys.create()
-    key = made.key.get_secret_value()
-    for wrong in ("", "tb", "tb-", "tb--", f"tb-{made.info.id}-x", key[:-1], key + "x", "\udce9"):
-        assert keys.identify(wrong) is None
+    keys.revoke(made.info.id)
+    key, mine = secret(made), made.info.id
+    nearly = (key[:-1], key + "x", f"tb-{mine}-{'x' * 43}", f"tb-{'0' * 8}-{'x' * 43}")
+    for wrong in ("", "tb", "tb-", "tb--", f"tb-{mine}-x", *nearly, "\udce9"):
+        assert refusal(keys, wrong) == (401, "Unauthorized")
+
+
+def test_a_flood_of_wrong_keys_costs_one_look_each_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None for what has not the form of a key, and nothing is ever written."""
+    store = GatewayStore(tmp_path / "gateway.db")
+    keys = KeyStore(store)
+    revoked, expired = keys.create(), keys.create(expires_at=utc_now() + timedelta(seconds=1))
+    keys.revoke(revoked.info.id)
+    soon = utc_now() + timedelta(seconds=2)
+    monkeypatch.setattr(keys_module, "utc_now", lambda: soon)
+    looks: list[Any] = []
+    read = store.read
+
+    def count(work: Any) -> Any:
+        looks.append(work)
+        return read(work)
+
+    monkeypatch.setattr(store, "read", count)
+    monkeypatch.setattr(store, "write", None)
+    for wrong in ("", "x" * 100, "tb-zz", f"tb-{'0' * 8}-short"):
+        refusal(keys, wrong)
+    assert looks == []
+    for wrong in (f"tb-{'0' * 8}-{'x' * 43}", secret(revoked), secret(expired)):
+        refusal(keys, wrong)
+    assert len(looks) == 3
 
 
 def test_a_revoked_key_opens_nothing(tmp_path: Path) -> None:
     """At once, in another process too; revoking is safe to repeat."""
     keys, other = open_keys(tmp_path), open_keys(tmp_path)
     made, kept = keys.create("a"), keys.create("b")
-    assert not other.revoke(made.info.id).active
-    assert not other.revoke(made.info.id).active
-    assert keys.identify(made.key.get_secret_value()) is None
-    assert keys.identify(kept.key.get_secret_value()) == kept.info.id
-    assert [(key.name, key.active) for key in keys.list()] == [("a", False), ("b", True)]
+    assert keys.admit(secret(made), writes=False) == made.info.id
+    assert other.revoke(made.info.id).state == "revoked"
+    assert other.revoke(made.info.id).state == "revoked"
+    assert refusal(keys, secret(made)) == (401, "This API key is revoked.")
+    assert keys.admit(secret(kept), writes=False) == kept.info.id
+    assert [(key.name, key.state) for key in keys.list()] == [("a", "revoked"), ("b", "active")]
+
+
+def test_a_key_works_until_it_expires(tmp_path: Path, later: Callable[[timedelta], None]) -> None:
+    """Its owner hears why it does not any more; revoked says more than expired."""
+    keys = open_keys(tmp_path)
+    made = keys.create(expires_at=utc_now() + timedelta(days=30))
+    later(timedelta(days=29))
+    assert keys.admit(secret(made), writes=True) == made.info.id
+    assert keys.usable()
+    later(timedelta(days=31))
+    assert refusal(keys, secret(made)) == (401, "This API key is expired.")
+    assert not keys.usable()
+    assert [key.state for key in keys.list()] == ["expired"]
+    assert keys.revoke(made.info.id).state == "revoked"
+
+
+def test_a_key_that_would_never_work_is_not_made(tmp_path: Path) -> None:
+    """The error says what to give instead."""
+    keys = open_keys(tmp_path)
+    with pytest.raises(ConfigError, match="would never work") as raised:
+        keys.create(expires_at=utc_now() - timedelta(seconds=1))
+    assert "30d" in str(raised.value.hint)
+    assert keys.list() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30d", 30 * 86400), ("12h", 12 * 3600), ("1d 12h", 36 * 3600), (" 90m ", 5400)],
+)
+def test_an_expiry_may_be_a_duration(text: str, seconds: int) -> None:
+    """It begins now."""
+    before = utc_now()
+    expiry = read_expiry(text)
+    span = timedelta(seconds=seconds)
+    assert before + span <= expiry <= utc_now() + span
+
+
+def test_an_expiry_may_be_a_day_or_a_moment() -> None:
+    """A day counts to its end, and without a zone this machine's holds."""
+    end = read_expiry("2031-01-31").astimezone()
+    assert f"{end:%Y-%m-%d %H:%M:%S}" == "2031-01-31 23:59:59"
+    assert f"{read_expiry('2031-01-31T12:30').astimezone():%Y-%m-%d %H:%M}" == "2031-01-31 12:30"
+    assert read_expiry("2031-01-31T12:30+02:00") == datetime(2031, 1, 31, 10, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "30", "soon", "0d", "-1d", "2031-02-30", "2031-01-31x", "9999-12-31", "9" * 20 + "d"],
+)
+def test_what_is_no_time_is_told_with_examples(text: str) -> None:
+    """A number without a unit included."""
+    with pytest.raises(ConfigError, match="no time at which a key could expire") as raised:
+        read_expiry(text)
+    assert "30d" in str(raised.value.hint)
+
+
+def test_a_key_to_read_may_not_write(tmp_path: Path) -> None:
+    """The refusal says what is missing; without a choice a key may do everything."""
+    keys = open_keys(tmp_path)
+    made = keys.create(scope="read")
+    assert keys.admit(secret(made), writes=False) == made.info.id
+    status, sentence = refusal(keys, secret(made), writes=True)
+    assert (status, "scope write" in sentence) == (403, True)
+    assert keys.create().info.scope == "write"
+
+
+def test_the_last_use_is_known_to_the_minute(
+    tmp_path: Path, later: Callable[[timedelta], None]
+) -> None:
+    """It is written down at most once a minute, and only for a key that worked."""
+    keys = open_keys(tmp_path)
+    made = keys.create(scope="read")
+
+    def last_used() -> datetime | None:
+        return keys.list()[0].last_used_at
+
+    assert last_used() is None
+    refusal(keys, secret(made), writes=True)
+    assert last_used() is None
+    keys.admit(secret(made), writes=False)
+    first = last_used()
+    assert first is not None
+    later(timedelta(seconds=50))
+    keys.admit(secret(made), writes=False)
+    assert last_used() == first
+    later(timedelta(seconds=70))
+    keys.admit(secret(made), writes=False)
+    again = last_used()
+    assert again is not None
+    assert again - first >= timedelta(seconds=60)
+
+
+def test_a_full_disk_does_not_lock_anybody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a use cannot be written down is no reason to refuse it."""
+    store = GatewayStore(tmp_path / "gateway.db")
+    keys = KeyStore(store)
+    made = keys.create()
+
+    def full(_: Any) -> None:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(store, "write", full)
+    assert keys.admit(secret(made), writes=True) == made.info.id
+
+
+def old_store(home: Path) -> None:
+    """Leave the keys of the first version behind."""
+    (home / "gateway").mkdir(parents=True)
+    with sqlite3.connect(home / "gateway" / "gateway.db") as connection:
+        connection.executescript(OLD_KEYS)
+        row = ("0123abcd", "old", hashlib.sha256(OLD_KEY.encode()).hexdigest(), 1.75e9)
+        connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", row)
+    connection.close()
+
+
+def test_keys_of_the_first_version_work_as_before(tmp_path: Path) -> None:
+    """They may do everything and do not expire; the table becomes what a new one is."""
+    old_store(tmp_path / "old")
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(open_keys, [tmp_path / "old"] * 4))
+    for keys in stores:
+        assert keys.admit(OLD_KEY, writes=True) == "0123abcd"
+        info = keys.list()[0]
+        assert (info.name, info.scope, info.state, info.expires_at) == (
+            "old",
+            "write",
+            "active",
+            None,
+        )
+    open_keys(tmp_path / "new")
+
+    def columns(name: str) -> list[Any]:
+        path = tmp_path / name / "gateway" / "gateway.db"
+        with sqlite3.connect(path) as connection:
+            return connection.execute("PRAGMA table_info(keys)").fetchall()
+
+    assert columns("old") == columns("new")
+
+
+def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    """The error says to upgrade."""
+    open_keys(tmp_path)
+    with sqlite3.connect(tmp_path / "gateway" / "gateway.db") as connection:
+        connection.execute("PRAGMA user_version=99")
+    with pytest.raises(StoreError, match="newer version") as raised:
+        open_keys(tmp_path)
+    assert "Upgrade" in str(raised.value.hint)
 
 
 def test_an_unknown_id_cannot_be_revoked(tmp_path: Path) -> None:
@@ -69,8 +300,8 @@ def test_the_static_key_stands_beside_the_others(tmp_path: Path) -> None:
     assert not KeyStore(store).usable()
     keys = KeyStore(store, SecretStr("static-key"))
     assert keys.usable()
-    assert keys.identify("static-key") == STATIC_KEY_ID
-    assert keys.identify("static-kez") is None
+    assert keys.admit("static-key", writes=True) == STATIC_KEY_ID
+    assert refusal(keys, "static-kez") == (401, "Unauthorized")
     assert keys.list() == []
 
 
@@ -91,10 +322,106 @@ async def test_a_key_made_while_the_gateway_runs_works_until_it_is_revoked(here:
     """The command line and the gateway share the keys."""
     keys = await to_thread.run_sync(open_keys, here.home)
     made = await to_thread.run_sync(keys.create, "later")
-    headers = {"authorization": f"bearer {made.key.get_secret_value()}"}
+    headers = {"authorization": f"bearer {secret(made)}"}
     assert (await here.http.get("/v1/models", headers=headers)).status_code == 200
     await to_thread.run_sync(keys.revoke, made.info.id)
-    assert (await here.http.get("/v1/models", headers=headers)).status_code == 401
+    answer = await here.http.get("/v1/models", headers=headers)
+    assert (answer.status_code, answer.json()) == (401, {"detail": "This API key is revoked."})
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def make(here: Site, **options: Any) -> NewKey:
+    """Make a key for a gateway that runs."""
+    return await to_thread.run_sync(lambda: open_keys(here.home).create(**options))
+
+
+async def revoke(here: Site, made: NewKey) -> None:
+    """Revoke a key of a gateway that runs, as another process does."""
+    await to_thread.run_sync(lambda: open_keys(here.home).revoke(made.info.id))
+
+
+async def test_an_expired_key_is_refused_while_the_gateway_runs(here: Site) -> None:
+    """Its time is looked at with every request."""
+    made = await make(here, expires_at=utc_now() + timedelta(seconds=2))
+    assert (await here.http.get("/v1/models", headers=bearer(made))).status_code == 200
+
+    async def refused() -> Any:
+        answer = await here.http.get("/v1/models", headers=bearer(made))
+        return answer if answer.status_code != 200 else None
+
+    answer = await eventually(refused)
+    assert (answer.status_code, answer.json()) == (401, {"detail": "This API key is expired."})
+
+
+async def test_a_key_to_read_sees_everything_and_changes_nothing(here: Site) -> None:
+    """Whatever operation there is, before its body is looked at."""
+    headers = bearer(await make(here, scope="read"))
+    file_id = await here.upload()
+    assert (await here.http.get(f"/v1/files/{file_id}", headers=headers)).status_code == 200
+    assert (await here.http.get("/v1/fine_tuning/jobs", headers=headers)).status_code == 200
+    changed = 0
+    for path, operations in create_app(here.served.gateway).openapi()["paths"].items():
+        for method in operations:
+            url = path.format_map({"file_id": file_id, "job_id": file_id, "model_id": "none"})
+            answer = await here.http.request(method, url, headers=headers, content=b"{")
+            if method == "get":
+                assert answer.status_code != 403 or path == "/files/{file_id}"
+            else:
+                assert answer.status_code == 403
+                assert "may only read" in answer.json()["detail"]
+                changed += 1
+    assert changed >= 8
+    assert (await here.http.get(f"/v1/files/{file_id}")).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired"])
+async def test_an_upload_under_way_needs_its_key_to_the_end(
+    here: Site, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused as soon as it is whole, and nothing of it is kept."""
+    made = await make(here, expires_at=utc_now() + timedelta(hours=1))
+    arrived = anyio.Event()
+
+    async def chunks() -> Any:
+        yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        await arrived.wait()
+        if how == "revoked":
+            await revoke(here, made)
+        else:
+            later = utc_now() + timedelta(hours=2)
+            monkeypatch.setattr(keys_module, "utc_now", lambda: later)
+        yield b'{"text": "abc"}\r\n--x--\r\n'
+
+    async def until_it_is_received() -> None:
+        async def begun() -> bool:
+            return any((here.home / "gateway" / "incoming").iterdir())
+
+        await eventually(begun)
+        arrived.set()
+
+    headers = {**bearer(made), "content-type": "multipart/form-data; boundary=x"}
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(until_it_is_received)
+        answer = await here.http.post("/v1/files", headers=headers, content=chunks())
+    assert (answer.status_code, answer.json()) == (401, {"detail": f"This API key is {how}."})
+    assert (await here.http.get("/v1/files")).json()["total"] == 0
+    assert list((here.home / "gateway" / "incoming").iterdir()) == []
+    assert list((here.home / "gateway" / "files").iterdir()) == []
+
+
+async def test_no_key_is_ever_logged(here: Site, logs: list[Any]) -> None:
+    """Whether it was taken or refused, and for whatever reason."""
+    good = await make(here)
+    read = await make(here, scope="read")
+    revoked = await make(here)
+    await revoke(here, revoked)
+    for made in (good, read, revoked):
+        await here.http.get("/v1/models", headers=bearer(made))
+        await here.http.post("/v1/fine_tuning/jobs", headers=bearer(made), content=b"{")
+    await here.http.get("/v1/models", headers={"authorization": "Bearer a-wrong-key-altogether"})
+    assert len(logs) >= 7
+    for word in (KEY, "a-wrong-key-altogether", *map(secret, (good, read, revoked))):
+        assert word not in repr(logs)
 
 
 async def test_a_gateway_without_a_static_key_takes_stored_ones_only(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from pydantic import SecretStr
 
 from tests.gateway.conftest import KEY, Site, eventually, scripted, site
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
-from training_backends.gateway import guard
-from training_backends.gateway.guard import MAX_JSON_BYTES
 from training_backends.gateway.serve import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.signing import load_secret
@@ -46,20 +44,6 @@ async def test_an_address_that_is_not_ours_is_told(tmp_path: Path, host: str) ->
     with pytest.raises(ConfigError, match=host):
         async with running(GatewaySettings(), home=tmp_path, backend="local", host=host, port=0):
             pass
-
-
-async def test_plain_http_beyond_this_machine_is_warned_of(tmp_path: Path, logs: list[Any]) -> None:
-    """It has to be asked for, and is logged."""
-    async with running(
-        GatewaySettings(),
-        home=tmp_path,
-        backend="scripted",
-        host="0.0.0.0",
-        port=0,
-        backends={"scripted": scripted()},
-    ):
-        pass
-    assert any("plain http" in entry["event"] for entry in logs)
 
 
 async def test_two_gateways_cannot_share_a_home(here: Site) -> None:
@@ -160,7 +144,7 @@ async def test_text_that_is_no_unicode_is_refused_by_its_place(here: Site) -> No
 @pytest.mark.parametrize("declared", [True, False])
 async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bool) -> None:
     """Declared or not, a request that is no upload has a bound."""
-    body = json.dumps({"model": "m" * (MAX_JSON_BYTES + 1)}).encode()
+    body = json.dumps({"model": "m" * here.served.gateway.settings.max_request_bytes}).encode()
 
     async def chunks() -> Any:
         for start in range(0, len(body), 65536):
@@ -171,23 +155,6 @@ async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bo
     answer = await here.http.post("/v1/fine_tuning/jobs", content=content, headers=headers)
     assert answer.status_code == 413
     assert answer.json()["detail"]
-
-
-async def test_a_body_that_never_comes_is_not_waited_for(
-    here: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who announces a body and falls silent does not hold a connection for ever."""
-    monkeypatch.setattr(guard, "_PATIENCE", 0.2)
-
-    head = (
-        "POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
-    )
-    address = httpx.URL(here.served.url)
-    async with await anyio.connect_tcp(address.host, address.port or 80) as connection:
-        await connection.send(head.encode())
-        with anyio.fail_after(10):
-            assert b" 408 " in (await connection.receive()).splitlines()[0]
 
 
 async def test_a_request_under_way_is_answered_before_the_server_ends(

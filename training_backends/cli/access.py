@@ -1,7 +1,8 @@
 """Commands about secrets: provider credentials and the gateway's own keys."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,13 +11,13 @@ from training_backends.cli.session import JsonOption, run_async
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from training_backends.credentials.vault import CredentialVault
-    from training_backends.gateway.keys import KeyStore
+    from training_backends.credentials.vault import CredentialInfo
+    from training_backends.gateway.keys import KeyInfo, KeyStore
 
 __all__ = ["credentials", "keys"]
 
 credentials = typer.Typer(
-    help="Store, list and delete provider keys in the keyring.",
+    help="Store, list, try and delete provider keys.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -30,36 +31,68 @@ Provider = Annotated[str, typer.Argument(metavar="PROVIDER", help="For example m
 Profile = Annotated[str | None, typer.Option("--profile", "-p", help="One of several accounts.")]
 
 
-@credentials.command("set")
-def set_credential(provider: Provider, profile: Profile = None, json: JsonOption = False) -> None:
+@credentials.command("set", context_settings={"allow_extra_args": True})
+def set_credential(
+    context: typer.Context, provider: Provider, profile: Profile = None, json: JsonOption = False
+) -> None:
     """Store a key, read from a prompt or from standard input, never from an argument."""
-    from training_backends.cli.render import console, write_json
+    from pydantic import SecretStr
 
+    from training_backends.cli.render import console, write_json
+    from training_backends.cli.vault import source_of, terminal_vault
+    from training_backends.credentials.vault import check_names
+
+    check_names(provider, profile)
+    if context.args:
+        # The usual complaint would repeat it.
+        raise typer.BadParameter(
+            "the key is not an argument: others see it in the list of processes, and the shell "
+            "keeps it. Give it on standard input; one that was typed here is best replaced."
+        )
     if sys.stdin.isatty():
-        secret = typer.prompt(f"Key for {provider}", hide_input=True, err=True)
+        secret = SecretStr(typer.prompt(f"Key for {provider}", hide_input=True, err=True))
     else:
-        secret = sys.stdin.readline()
-    vault = _vault()
-    run_async(lambda: vault.set(provider, secret, profile=profile))
+        secret = SecretStr(sys.stdin.readline())
+    vault = terminal_vault(_home())
+
+    async def store() -> "CredentialInfo | None":
+        await vault.set(provider, secret, profile=profile)
+        return await source_of(vault, provider, profile)
+
+    used = run_async(store)
     if json:
         write_json({"provider": provider, "profile": profile, "stored": True})
-    else:
-        console().print(f"Stored the key for {_name(provider, profile)}.", markup=False)
+        return
+    out = console()
+    out.print(f"Stored the key for {_name(provider, profile)}.", markup=False)
+    if used and used.source == "environment":
+        out.print(f"It is not used here: {used.name} is set and comes first.", markup=False)
 
 
 @credentials.command("list")
 def list_credentials(json: JsonOption = False) -> None:
     """Show which keys are known and where each comes from, never their values."""
     from training_backends.cli.render import console, write_json
+    from training_backends.cli.vault import terminal_vault
 
-    found = run_async(_vault().list)
+    vault = terminal_vault(_home())
+
+    async def look() -> "tuple[tuple[CredentialInfo, ...], tuple[str, ...]]":
+        return await vault.list(), await vault.sources()
+
+    found, order = run_async(look)
     if json:
         write_json([entry._asdict() for entry in found])
         return
     out = console()
     for entry in found:
         name = _name(entry.provider, entry.profile)
-        out.print(f"  {name:<24} {entry.source}", markup=False)
+        place = entry.name if entry.source == "environment" else ""
+        if entry.stored_at:
+            place = f"stored {entry.stored_at.astimezone():%Y-%m-%d %H:%M}"
+        hidden = f"not used: {entry.hidden_by} comes first" if entry.hidden_by else ""
+        out.print(f"  {name:<24} {entry.source:<12} {place:<24} {hidden}".rstrip(), markup=False)
+    out.print(f"A key is looked for in {', then '.join(order)}.", markup=False)
     if not found:
         out.print("No keys are known. `training-backends credentials set PROVIDER` stores one.")
 
@@ -70,8 +103,9 @@ def delete_credential(
 ) -> None:
     """Delete a stored key."""
     from training_backends.cli.render import console, write_json
+    from training_backends.cli.vault import terminal_vault
 
-    vault = _vault()
+    vault = terminal_vault(_home())
     run_async(lambda: vault.delete(provider, profile=profile))
     if json:
         write_json({"provider": provider, "profile": profile, "deleted": True})
@@ -79,52 +113,86 @@ def delete_credential(
         console().print(f"Deleted the key for {_name(provider, profile)}.", markup=False)
 
 
-def _vault() -> "CredentialVault":
-    from training_backends.credentials.vault import CredentialVault
+@credentials.command("test")
+def try_credential(provider: Provider, profile: Profile = None, json: JsonOption = False) -> None:
+    """Try a key by one call that changes nothing; ends with 4 if it is refused."""
+    from training_backends.cli.render import console, write_json
+    from training_backends.cli.vault import source_of, terminal_vault, try_key
 
-    return CredentialVault(home=_home())
+    vault = terminal_vault(_home())
+
+    async def find_out() -> "CredentialInfo | None":
+        await try_key(vault, provider, profile)
+        return await source_of(vault, provider, profile)
+
+    used = run_async(find_out)
+    source = used.source if used else "keyring"
+    if json:
+        document = {"provider": provider, "profile": profile, "accepted": True, "source": source}
+        write_json(document)
+        return
+    place = used.name if used and source == "environment" else f"the {source}"
+    out = console()
+    out.print(f"The key for {_name(provider, profile)} from {place} is accepted.", markup=False)
 
 
 def _name(provider: str, profile: str | None) -> str:
-    return f"{provider}/{profile}" if profile else provider
+    return f"{provider}/{profile}" if profile and profile != "default" else provider
 
 
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Option("--name", help="What or whom the key is for.")] = "",
+    scope: Annotated[
+        Literal["read", "write"], typer.Option("--scope", help="read: it may only ask.")
+    ] = "write",
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires", metavar="WHEN", help="30d, 12h, or a date: 2027-01-31. Default: never."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Make a key for the gateway; it is shown this once."""
     from training_backends.cli.render import console, write_json
+    from training_backends.gateway.keys import read_expiry
 
-    made = _keys().create(name)
+    ending = None if expires is None else read_expiry(expires)
+    made = _keys().create(name, scope=scope, expires_at=ending)
     key = made.key.get_secret_value()
     if json:
-        write_json({"id": made.info.id, "name": made.info.name, "key": key})
+        write_json({**_key_document(made.info), "key": key})
         return
+    until = f"until {_minute(ending)}" if ending else "until it is revoked"
     out = console()
-    out.print(f"Key {made.info.id}, shown this once:", markup=False)
+    out.print(f"Key {made.info.id} to {scope}, {until}; shown this once:", markup=False)
     out.print(f"  {key}", markup=False)
 
 
 @keys.command("list")
 def list_keys(json: JsonOption = False) -> None:
     """Show the gateway's keys, never their values."""
-    from dataclasses import asdict
+    from rich.table import Table
+    from rich.text import Text
 
     from training_backends.cli.render import console, write_json
 
     found = _keys().list()
     if json:
-        write_json([{**asdict(key), "active": key.active} for key in found])
+        write_json([_key_document(key) for key in found])
         return
-    out = console()
-    for key in found:
-        state = "active" if key.active else "revoked"
-        made = key.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
-        out.print(f"  {key.id}  {state:<8} {made}  {key.name}", markup=False)
     if not found:
-        out.print("No keys yet. `training-backends keys create` makes one.", markup=False)
+        console().print("No keys yet. `training-backends keys create` makes one.", markup=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("key", "state", "scope", "created", "expires", "last used", "name"):
+        table.add_column(column, no_wrap=column != "name")
+    for key in found:
+        moments = (key.created_at, key.expires_at, key.last_used_at)
+        times = (_minute(moment) if moment else "never" for moment in moments)
+        table.add_row(key.id, key.state, key.scope, *times, Text(key.name))
+    console().print(table)
 
 
 @keys.command("revoke")
@@ -137,9 +205,24 @@ def revoke_key(
 
     revoked = _keys().revoke(key_id)
     if json:
-        write_json({"id": revoked.id, "active": revoked.active})
+        write_json(_key_document(revoked))
     else:
         console().print(f"Revoked {revoked.id}.", markup=False)
+
+
+def _key_document(key: "KeyInfo") -> dict[str, object]:
+    """Return a key as JSON has it."""
+    from dataclasses import asdict
+
+    document: dict[str, object] = {
+        name: value.isoformat() if isinstance(value, datetime) else value
+        for name, value in asdict(key).items()
+    }
+    return {**document, "state": key.state, "active": key.state == "active"}
+
+
+def _minute(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _keys() -> "KeyStore":

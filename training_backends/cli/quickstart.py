@@ -119,8 +119,17 @@ class _Quickstart:
         config = load_config(_prepare(self._home)).config
         async with AsyncExitStack() as stack:
             self._title("Gateway", "the Mistral protocol, in front of the local backend")
+            # On loopback, whatever the user's own gateway is.
+            settings = GatewaySettings(
+                port=0,
+                host="127.0.0.1",
+                public_url=None,
+                tls_cert=None,
+                tls_key=None,
+                tls_client_ca=None,
+            )
             gateway = await stack.enter_async_context(
-                running(GatewaySettings(port=0), home=state, backend="local")
+                running(settings, home=state, backend="local")
             )
             key = gateway.gateway.keys.create("quickstart").key
             self._out.print(f"  {gateway.url}", markup=False)

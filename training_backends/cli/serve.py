@@ -1,6 +1,7 @@
 """The command that serves the Mistral protocol in front of a backend."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,23 @@ def serve(
         int | None, typer.Option("--port", min=0, max=65535, help="Default 8321; 0: any free one.")
     ] = None,
     backend: Annotated[str, typer.Option("--backend", "-b", help="What trains.")] = "local",
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option("--tls-cert", metavar="FILE", help="Certificate and chain: serve https."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option("--tls-key", metavar="FILE", help="Its private key, if in another file."),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca", metavar="FILE", help="Ask clients for a certificate of these."
+        ),
+    ] = None,
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Listen beyond this machine without TLS.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Serve the Mistral fine-tuning protocol in front of a backend, until Ctrl-C."""
@@ -31,6 +49,14 @@ def serve(
     from training_backends.gateway.settings import GatewaySettings
 
     settings = load_settings(GatewaySettings)
+    options = {
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "plain_http": plain_http,
+    }
+    given = {name: value for name, value in options.items() if value}
+    settings = settings.model_copy(update=given)
     run_async(lambda: _serve(settings, host, port, backend, json=json))
 
 
@@ -85,7 +111,7 @@ def _need_extra() -> None:
 
     from training_backends import BackendNotInstalled
 
-    if not all(map(find_spec, ("fastapi", "multipart", "uvicorn"))):
+    if not all(map(find_spec, ("fastapi", "httptools", "multipart", "uvicorn"))):
         raise BackendNotInstalled(
             "The gateway's libraries are not installed.",
             install="pip install 'training-backends[gateway]'",

@@ -72,8 +72,9 @@ def with_client(
 
     async def run() -> T:
         from training_backends import AsyncTrainingClient
+        from training_backends.cli.vault import terminal_vault
 
-        async with AsyncTrainingClient() as client:
+        async with AsyncTrainingClient(credentials=terminal_vault()) as client:
             return await work(client)
 
     return run_async(run, on_interrupt=on_interrupt, run_id=run_id)

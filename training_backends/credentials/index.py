@@ -4,7 +4,6 @@ The file has names and times only, never a value.
 """
 
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training_backends.core.errors import StoreError
-from training_backends.core.files import hold_lock, make_private_directory, sync_directory
+from training_backends.core.files import hold_lock, make_private_directory
 from training_backends.core.run import UtcDatetime
+from training_backends.credentials.private import write_private
 
 __all__ = ["CredentialIndex", "IndexEntry"]
 
-_MODE: Final = 0o600
+_PATIENCE: Final = 10.0
+"""Seconds to wait for other processes that change the index, which takes milliseconds."""
 
 
 class IndexEntry(BaseModel):
@@ -78,7 +79,7 @@ class CredentialIndex:
     ) -> None:
         try:
             make_private_directory(self.path.parent)
-            with hold_lock(self.path.with_suffix(".lock")):
+            with hold_lock(self.path.with_suffix(".lock"), _PATIENCE):
                 others = tuple(
                     one for one in self.read() if (one.provider, one.profile) != (provider, profile)
                 )
@@ -91,15 +92,4 @@ class CredentialIndex:
 
     def _write(self, entries: tuple[IndexEntry, ...]) -> None:
         text = json.dumps(_Content(credentials=entries).model_dump(mode="json"), indent=2)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(self.path.parent)
+        write_private(self.path, text.encode() + b"\n")

@@ -1,17 +1,25 @@
-"""The system's keyring, asked so that it can never hold the program up.
+"""The keyring, asked so that it can never hold the program up.
 
 `keyring` is imported on the first call. Every call runs in a daemon thread and is waited
-for only so long; while one hangs, no second one is started.
+for only so long; while one hangs, no second one is started. No other thread waits for it, so
+that a program which is interrupted ends at once.
 """
 
+import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Final, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from training_backends.core.errors import VaultLocked
+import anyio
+from anyio import from_thread
+from anyio.lowlevel import current_token
+from pydantic import SecretStr
+
+from training_backends.core.errors import TrainingBackendError, UnsupportedOperation, VaultLocked
+from training_backends.credentials.filekeyring import FileKeyring
+from training_backends.credentials.secretservice import SecretService
 
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend
@@ -21,6 +29,29 @@ __all__ = ["SERVICE", "Keyring"]
 SERVICE: Final = "training-backends"
 
 _T = TypeVar("_T")
+_LOCKABLE: Final = (FileKeyring, SecretService)
+_DIALOGUE: Final = 0.9
+"""Share of the time for which a dialogue is waited for, so that its own error comes first."""
+_OTHERWISE: Final = (
+    "Set the secret in an environment variable, or choose another keyring: PYTHON_KEYRING_BACKEND "
+    "names one, TRAINING_BACKENDS_CREDENTIALS__KEYRING=file is an encrypted file."
+)
+
+
+class Keeper(Protocol):
+    """What keeps secrets: ours, and every backend of `keyring`."""
+
+    def get_password(self, service: str, username: str) -> str | None:
+        """Return a secret, or None."""
+        ...
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        """Store a secret."""
+        ...
+
+    def delete_password(self, service: str, username: str) -> None:
+        """Delete a secret."""
+        ...
 
 
 class Keyring:
@@ -31,133 +62,240 @@ class Keyring:
         backend: The keyring to use instead of the system's.
     """
 
-    def __init__(self, *, timeout: float, backend: "KeyringBackend | None" = None) -> None:
+    def __init__(
+        self, *, timeout: float, backend: "FileKeyring | KeyringBackend | None" = None
+    ) -> None:
         self._timeout = timeout
         self._backend = backend
-        self._free = threading.Lock()
+        self._keeper: Keeper | None = None
+        self._running: Future[Any] | None = None
+        self._starting = threading.Lock()
 
-    def get(self, username: str) -> str | None:
+    async def get(self, username: str) -> SecretStr | None:
         """Return the secret, or None where there is none or no keyring at all.
 
         Raises:
             VaultLocked: The keyring is locked, did not answer in time, or broke.
         """
-        return self._bounded(lambda: self._get(username))
+        return await self._bounded(lambda: self._get(username))
 
-    def set(self, username: str, secret: str) -> None:
+    async def set(self, username: str, secret: SecretStr) -> None:
         """Store the secret and make sure that it is there.
 
         Raises:
             VaultLocked: The keyring is locked or there is none that keeps what it is given.
         """
-        self._bounded(lambda: self._set(username, secret))
+        await self._bounded(lambda: self._set(username, secret))
 
-    def delete(self, username: str) -> bool:
+    async def delete(self, username: str) -> bool:
         """Delete the secret; False where there was none.
 
         Raises:
             VaultLocked: The keyring is locked or did not answer in time.
         """
-        return self._bounded(lambda: self._delete(username))
+        return await self._bounded(lambda: self._delete(username))
 
-    def describe(self) -> str | None:
+    async def is_unlocked(self) -> bool:
+        """Tell whether it can be used without a password; False where there is none.
+
+        One that cannot be asked (macOS, KWallet) is taken to be unlocked.
+
+        Raises:
+            VaultLocked: It did not answer in time.
+        """
+        return await self._bounded(self._is_unlocked)
+
+    async def unlock(self, password: SecretStr | None = None) -> None:
+        """Open it, which may show a dialogue of the desktop.
+
+        Raises:
+            VaultLocked: It stayed locked, or there is none.
+        """
+        await self._bounded(lambda: self._unlock(password))
+
+    async def lock(self) -> None:
+        """Close it.
+
+        Raises:
+            UnsupportedOperation: It cannot be closed from here.
+            VaultLocked: It did not answer in time, or there is none.
+        """
+        await self._bounded(self._lock)
+
+    async def describe(self) -> str | None:
         """Return the name of the keyring in use; None where there is none.
 
         Raises:
             VaultLocked: It did not answer in time.
         """
-        backend = self._bounded(self._chosen)
-        return None if backend is None else _name(backend)
+        keeper = await self._bounded(self._chosen)
+        return None if keeper is None else _name(keeper)
 
-    def _get(self, username: str) -> str | None:
-        backend = self._chosen()
-        return None if backend is None else backend.get_password(SERVICE, username)
+    def _get(self, username: str) -> SecretStr | None:
+        keeper = self._chosen()
+        found = None if keeper is None else keeper.get_password(SERVICE, username)
+        return None if found is None else SecretStr(found)
 
-    def _set(self, username: str, secret: str) -> None:
-        backend = self._chosen()
-        if backend is None:
-            raise _no_keyring()
-        backend.set_password(SERVICE, username, secret)
-        if backend.get_password(SERVICE, username) != secret:
+    def _set(self, username: str, secret: SecretStr) -> None:
+        keeper = self._needed()
+        keeper.set_password(SERVICE, username, secret.get_secret_value())
+        if keeper.get_password(SERVICE, username) != secret.get_secret_value():
             raise VaultLocked(
-                f"The keyring {_name(backend)} accepted the secret and did not keep it.",
-                hint="Set the secret in an environment variable, or choose another keyring "
-                "with PYTHON_KEYRING_BACKEND.",
+                f"The keyring {_name(keeper)} accepted the secret and did not keep it.",
+                hint=_OTHERWISE,
                 retryable=False,
             )
 
     def _delete(self, username: str) -> bool:
-        backend = self._chosen()
-        if backend is None or backend.get_password(SERVICE, username) is None:
+        keeper = self._chosen()
+        if keeper is None or keeper.get_password(SERVICE, username) is None:
             return False
-        backend.delete_password(SERVICE, username)
+        keeper.delete_password(SERVICE, username)
         return True
 
-    def _chosen(self) -> "KeyringBackend | None":
-        if self._backend is None:
-            import keyring  # noqa: PLC0415  # costs 80 ms, and most runs never ask
+    def _is_unlocked(self) -> bool:
+        keeper = self._chosen()
+        return not keeper.is_locked() if isinstance(keeper, _LOCKABLE) else keeper is not None
 
-            self._backend = keyring.get_keyring()
-        return _usable(self._backend)
+    def _unlock(self, password: SecretStr | None) -> None:
+        keeper = self._needed()
+        if isinstance(keeper, _LOCKABLE):
+            keeper.unlock(password)
+        else:
+            keeper.get_password(SERVICE, "unlock")  # makes it ask, if it has to
 
-    def _bounded(self, call: Callable[[], _T]) -> _T:
-        deadline = time.monotonic() + self._timeout
-        if not self._free.acquire(timeout=self._timeout):
-            raise _no_answer(self._timeout)
-        answer: Future[_T] = Future()
+    def _lock(self) -> None:
+        keeper = self._needed()
+        if not isinstance(keeper, _LOCKABLE):
+            raise UnsupportedOperation(f"The keyring {_name(keeper)} cannot be locked from here.")
+        keeper.lock()
 
-        def work() -> None:
-            # The lock is released by the call itself: as long as it hangs, nobody else
-            # starts one, so that retries pile up no threads.
-            try:
-                result = call()
-            except BaseException as error:  # handed to whoever waits
-                self._free.release()
-                answer.set_exception(error)
+    def _needed(self) -> Keeper:
+        keeper = self._chosen()
+        if keeper is None:
+            raise VaultLocked(
+                "This machine has no keyring that keeps secrets safely.",
+                hint=_OTHERWISE,
+                retryable=False,
+            )
+        return keeper
+
+    def _chosen(self) -> Keeper | None:
+        if self._keeper is None:
+            if isinstance(self._backend, FileKeyring):
+                self._keeper = self._backend
             else:
-                self._free.release()
-                answer.set_result(result)
+                found = _best(self._backend or _system_keyring())
+                is_service = type(found).__module__ == "keyring.backends.SecretService"
+                patience = self._timeout * _DIALOGUE
+                self._keeper = SecretService(found, patience) if found and is_service else found
+        return self._keeper
 
-        threading.Thread(target=work, name="keyring", daemon=True).start()
+    async def _bounded(self, call: Callable[[], _T]) -> _T:
         try:
-            return answer.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeout:
+            with anyio.fail_after(self._timeout):
+                answer = await self._start(call)
+                await _finished(answer)
+        except TimeoutError:
             raise _no_answer(self._timeout) from None
-        except VaultLocked:
+        try:
+            return answer.result()
+        except TrainingBackendError:
             raise
         except Exception as error:
-            raise _translated(error) from None  # its text or frames may hold the secret
+            problem = _translated(error)
+        # Outside the handler, so that it takes no error along whose text or frames hold the secret.
+        raise problem
+
+    async def _start(self, call: Callable[[], _T]) -> "Future[_T]":
+        """Make the call in a thread as soon as no other one is under way."""
+        answer: Future[_T] = Future()
+        while True:
+            with self._starting:
+                before = self._running
+                if before is None:
+                    self._running = answer
+                    break
+            await _finished(before)
+        threading.Thread(
+            target=self._work, args=(call, answer), name="keyring", daemon=True
+        ).start()
+        return answer
+
+    def _work(self, call: Callable[[], _T], answer: "Future[_T]") -> None:
+        result: _T | None = None
+        problem: BaseException | None = None
+        try:
+            result = call()
+        except BaseException as error:  # handed to whoever waits
+            problem = error
+        with self._starting:
+            self._running = None
+        if problem is None:
+            answer.set_result(result)  # type: ignore[arg-type]  # what the call returned
+        else:
+            answer.set_exception(problem)
 
 
-def _usable(backend: "KeyringBackend") -> "KeyringBackend | None":
-    """Take a chain's best system keyring; refuse those that keep nothing or keep it openly.
+async def _finished(answer: "Future[Any]") -> None:
+    """Wait, in whichever event loop, until a thread has answered."""
+    event = anyio.Event()
+    token = current_token()
+    here = threading.get_ident()
 
-    A chain puts whatever is installed in a row, so that a secret may end up in a plain
-    file, or a password prompt for a file may eat the program's input. Such a keyring is
-    used only when the user names it.
+    def tell(_: object) -> None:
+        if threading.get_ident() == here:  # it was there already
+            event.set()
+            return
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+            from_thread.run_sync(event.set, token=token)
+
+    answer.add_done_callback(tell)
+    await event.wait()
+
+
+def _system_keyring() -> "KeyringBackend | None":
+    """Return the keyring that the user named, or the best of those that `keyring` brings.
+
+    Left alone, `keyring` takes whatever is installed: a secret may end up in a plain file,
+    or a password prompt for a file may eat the program's input.
     """
+    named = os.environ.get("PYTHON_KEYRING_BACKEND")
+    try:
+        import keyring.core  # noqa: PLC0415  # costs 80 ms, and most runs never ask
+
+        found = keyring.core.get_keyring()
+        chosen = named is not None or keyring.core.load_config() is not None
+    except Exception as error:  # a plugin may raise anything, but has seen no secret yet
+        what = f"keyring {named}" if named else "keyring library"
+        raise VaultLocked(
+            f"The {what} cannot be loaded ({type(error).__name__}: {error}).",
+            hint="Correct PYTHON_KEYRING_BACKEND or keyringrc.cfg, or set the secret in an "
+            "environment variable.",
+            retryable=False,
+        ) from None
+    return found if chosen or _is_own(found) else None
+
+
+def _best(backend: "KeyringBackend | None") -> "KeyringBackend | None":
+    """Refuse a keyring that keeps nothing or keeps it openly; of a chain take its own best."""
     members = getattr(backend, "backends", None)
     if members is not None:
-        own = [one for one in members if type(one).__module__.startswith("keyring.backends.")]
-        return _usable(own[0]) if own else None
-    module = type(backend).__module__
-    if module == "keyring.backends.fail" or "plaintext" in type(backend).__name__.lower():
+        return _best(next(filter(_is_own, members), None))
+    if type(backend).__module__ == "keyring.backends.fail":
         return None
-    return backend
+    return None if "plaintext" in type(backend).__name__.lower() else backend
 
 
-def _name(backend: object) -> str:
-    kind = type(backend)
+def _is_own(backend: "KeyringBackend") -> bool:
+    return type(backend).__module__.startswith("keyring.backends.")
+
+
+def _name(keeper: Keeper) -> str:
+    if isinstance(keeper, _LOCKABLE):
+        return keeper.name
+    kind = type(keeper)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _no_keyring() -> VaultLocked:
-    return VaultLocked(
-        "This machine has no keyring that keeps secrets safely.",
-        hint="Set the secret in an environment variable instead, or install a keyring "
-        "(gnome-keyring, KWallet) and name it with PYTHON_KEYRING_BACKEND.",
-        retryable=False,
-    )
 
 
 def _no_answer(timeout: float) -> VaultLocked:
@@ -174,9 +312,9 @@ def _translated(error: Exception) -> VaultLocked:
             "The keyring is locked.",
             hint="Unlock it, or set the secret in an environment variable.",
         )
-    return VaultLocked(
-        f"The keyring failed ({kind}).",
-        hint="Set the secret in an environment variable, or choose another keyring "
-        "with PYTHON_KEYRING_BACKEND.",
-        retryable=False,
-    )
+    if isinstance(error, OSError) or kind == "SecretServiceNotAvailableException":
+        return VaultLocked(
+            f"The keyring cannot be reached ({kind}).",
+            hint="It may come back; or set the secret in an environment variable.",
+        )
+    return VaultLocked(f"The keyring failed ({kind}).", hint=_OTHERWISE, retryable=False)

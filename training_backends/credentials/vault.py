@@ -2,19 +2,19 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-import anyio.to_thread
+from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
+from training_backends.core.redaction import register_secret
 from training_backends.core.run import utc_now
-from training_backends.core.settings import Settings, load_settings
-from training_backends.credentials.index import CredentialIndex
-from training_backends.credentials.ring import Keyring
+from training_backends.credentials.choice import AskPassword, KeyringChoice
+from training_backends.credentials.settings import CredentialSettings
 
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend
@@ -24,14 +24,18 @@ __all__ = [
     "KEYRING_TIMEOUT",
     "CredentialInfo",
     "CredentialVault",
+    "KeyringInfo",
+    "check_names",
     "environment_names",
 ]
 
 DEFAULT_PROFILE: Final = "default"
 
 KEYRING_TIMEOUT: Final = 10.0
-"""Seconds to wait for the keyring; long enough to type a password into its dialogue."""
+"""Seconds to wait for the keyring; enough for a slow one, and for a quick person's password."""
 
+_LONGEST_NAME: Final = 30
+"""Characters; keys are longer."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "huggingface": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
@@ -41,7 +45,6 @@ _COMMON: Final = ("huggingface", "mistral", "openai", "together", "wandb")
 """Providers whose variables `list` looks for even if nothing was ever stored for them."""
 
 Source = Literal["explicit", "environment", "keyring"]
-_T = TypeVar("_T")
 
 
 class CredentialInfo(NamedTuple):
@@ -61,6 +64,18 @@ class CredentialInfo(NamedTuple):
     hidden_by: Source | None = None
 
 
+class KeyringInfo(NamedTuple):
+    """The keyring in use.
+
+    Attributes:
+        name: What it is; None where there is none that keeps secrets safely.
+        unlocked: Whether it can be used without a password being asked for.
+    """
+
+    name: str | None
+    unlocked: bool
+
+
 def environment_names(provider: str, profile: str = DEFAULT_PROFILE) -> tuple[str, ...]:
     """Return the environment variables that are looked at, the first one set counts."""
     if profile != DEFAULT_PROFILE:
@@ -72,14 +87,20 @@ class CredentialVault:
     """Secrets by provider and profile, from the first source that has one.
 
     The order is: what was given to the constructor, the environment, the keyring.
-    A named profile is never answered with another profile's secret.
+    A named profile is never answered with another profile's secret. Nothing is remembered:
+    each `get` asks anew, so that a key that was changed elsewhere is found.
+
+    The keyring is the system's or, if section `credentials` of the settings says so, an
+    encrypted file in `home`.
 
     Args:
         explicit: Secrets by `provider` or `provider/profile`.
-        home: Where the index lies; None for the home of the settings.
+        home: Where index and encrypted file lie; None for the home of the settings.
         environ: Read instead of the process's environment.
         timeout: Seconds to wait for one answer of the keyring.
-        keyring_backend: Used instead of the system's keyring.
+        keyring_backend: Used instead of the keyring of the settings.
+        settings: Used instead of section `credentials`.
+        ask: Called, in the event loop, when nothing else gives the encrypted file's password.
     """
 
     def __init__(
@@ -90,14 +111,17 @@ class CredentialVault:
         environ: Mapping[str, str] | None = None,
         timeout: float = KEYRING_TIMEOUT,
         keyring_backend: "KeyringBackend | None" = None,
+        settings: CredentialSettings | None = None,
+        ask: AskPassword | None = None,
     ) -> None:
         self._explicit = {
             _key(*_split(name)): SecretStr(_cleaned(_plain(value)))
             for name, value in (explicit or {}).items()
         }
-        self._home = home
         self._environ: Mapping[str, str] = os.environ if environ is None else environ
-        self._ring = Keyring(timeout=timeout, backend=keyring_backend)
+        self._choice = KeyringChoice(
+            home=home, settings=settings, backend=keyring_backend, timeout=timeout, ask=ask
+        )
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
         """Return the secret of `provider`, or of `provider/profile`; asks the sources anew.
@@ -106,24 +130,26 @@ class CredentialVault:
             CredentialNotFound: No source has one; the hint says how to give one.
             VaultLocked: The keyring did not open in time.
         """
-        provider, profile = _checked(provider, profile)
+        provider, profile = check_names(provider, profile)
         given = self._explicit.get(_key(provider, profile))
         if given is not None:
-            return given
+            return _known(given)
         if found := self._from_environment(provider, profile):
-            return SecretStr(found[1])
+            return _known(SecretStr(found[1]))
         try:
-            secret = await _in_thread(lambda: self._ring.get(_key(provider, profile)))
+            ring = await self._choice.opened(to_write=False)
+            secret = await ring.get(_key(provider, profile))
         except VaultLocked as error:
             variable = environment_names(provider, profile)[0]
             raise VaultLocked(
                 f"{error.message} It was asked for the key of {_label(provider, profile)}.",
-                hint=f"Unlock the keyring, or set {variable}.",
+                hint=" ".join(filter(None, (error.hint, f"The variable for it is {variable}."))),
                 retryable=error.retryable,
             ) from None
-        if not secret or not secret.strip():
+        value = "" if secret is None else secret.get_secret_value().strip()
+        if not value:
             raise _not_found(provider, profile)
-        return SecretStr(secret.strip())
+        return _known(SecretStr(value))
 
     async def set(self, provider: str, secret: str | SecretStr, profile: str | None = None) -> None:
         """Put a secret into the keyring and read it back; replaces an earlier one.
@@ -135,10 +161,12 @@ class CredentialVault:
             VaultLocked: The keyring is locked, or keeps nothing.
             StoreError: The secret is stored; the index that lists it cannot be written.
         """
-        provider, profile = _checked(provider, profile)
-        value = _cleaned(_plain(secret))
-        await _in_thread(lambda: self._ring.set(_key(provider, profile), value))
-        await _in_thread(lambda: self._index().add(provider, profile, utc_now()))
+        provider, profile = check_names(provider, profile)
+        value = SecretStr(_cleaned(_plain(secret)))
+        ring = await self._choice.opened(to_write=True)
+        await ring.set(_key(provider, profile), value)
+        index = (await self._choice.made()).index
+        await to_thread.run_sync(index.add, provider, profile, utc_now())
 
     async def delete(self, provider: str, profile: str | None = None) -> None:
         """Delete a secret from the keyring.
@@ -148,9 +176,11 @@ class CredentialVault:
                 to delete.
             VaultLocked: The keyring did not open in time.
         """
-        provider, profile = _checked(provider, profile)
-        deleted = await _in_thread(lambda: self._ring.delete(_key(provider, profile)))
-        await _in_thread(lambda: self._index().remove(provider, profile))
+        provider, profile = check_names(provider, profile)
+        ring = await self._choice.opened(to_write=False)
+        deleted = await ring.delete(_key(provider, profile))
+        index = (await self._choice.made()).index
+        await to_thread.run_sync(index.remove, provider, profile)
         if not deleted:
             found = self._from_environment(provider, profile)
             raise CredentialNotFound(
@@ -164,11 +194,70 @@ class CredentialVault:
         The keyring is not asked, so that nothing needs to be unlocked: what it holds is
         known from the index.
         """
-        stored = await _in_thread(lambda: self._index().read())
+        stored = await to_thread.run_sync((await self._choice.made()).index.read)
         by_key: dict[str, datetime | None] = dict.fromkeys((*self._explicit, *_COMMON))
         by_key = {_key(*_split(name)): None for name in by_key}
         by_key |= {_key(one.provider, one.profile): one.stored_at for one in stored}
         return tuple(info for key in sorted(by_key) for info in self._infos(key, by_key[key]))
+
+    async def sources(self) -> tuple[str, ...]:
+        """Say where a key is looked for, what comes first standing first; asks no keyring."""
+        file = (await self._choice.made()).file
+        keyring = f"the {file.name}" if file else "the system's keyring"
+        return ("what the program was given", "the environment", keyring)
+
+    async def keyring(self) -> KeyringInfo:
+        """Say which keyring is in use and whether it is open; shows no dialogue.
+
+        Raises:
+            VaultLocked: See `is_unlocked`; or it cannot be loaded.
+        """
+        name = await (await self._choice.made()).ring.describe()
+        return KeyringInfo(name, name is not None and await self.is_unlocked())
+
+    async def is_unlocked(self) -> bool:
+        """Tell whether the keyring can be used without asking a person for its password.
+
+        False where there is no keyring. One that cannot be asked, as on macOS, is taken to
+        be unlocked.
+
+        Raises:
+            VaultLocked: It did not answer in time, or the password that the settings name for
+                the encrypted file cannot be had or is wrong.
+        """
+        return await (await self._choice.made()).ring.is_unlocked()
+
+    async def unlock(self, password: str | SecretStr | None = None) -> None:
+        """Open the keyring; safe to repeat.
+
+        Args:
+            password: Of the encrypted file, chosen with this if there is no file yet. Left
+                out, it comes from where the settings say, or is asked for.
+
+        Raises:
+            ConfigError: The system's keyring takes no password from a program.
+            VaultLocked: The password is wrong, nobody gave it in time, or there is no keyring.
+        """
+        given = None if password is None else SecretStr(_plain(password))
+        choice = await self._choice.made()
+        if given is not None and choice.file is None:
+            raise ConfigError(
+                "The system's keyring takes no password from a program; it asks for it itself."
+            )
+        if given is None:
+            given = self._choice.typed_password(choice, to_write=True)
+        await choice.ring.unlock(given)
+
+    async def lock(self) -> None:
+        """Close the keyring; only `unlock` opens it again.
+
+        The encrypted file is closed for this vault, the desktop's keyring for all programs.
+
+        Raises:
+            UnsupportedOperation: This keyring cannot be closed from here.
+            VaultLocked: It did not answer in time, or there is none.
+        """
+        await (await self._choice.made()).ring.lock()
 
     def _infos(self, key: str, stored_at: datetime | None) -> tuple[CredentialInfo, ...]:
         provider, profile = _split(key)
@@ -188,17 +277,8 @@ class CredentialVault:
                 return name, value
         return None
 
-    def _index(self) -> CredentialIndex:
-        home = self._home or load_settings(Settings).home.expanduser()
-        return CredentialIndex(home / "credentials.json")
-
     def __repr__(self) -> str:
         return f"CredentialVault({len(self._explicit)} given)"
-
-
-async def _in_thread(call: Callable[[], _T]) -> _T:
-    # The call is bounded by itself, so a cancelled waiter leaves nothing behind for long.
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 
 def _plain(value: str | SecretStr) -> str:
@@ -218,11 +298,22 @@ def _cleaned(value: str) -> str:
     return text
 
 
-def _checked(provider: str, profile: str | None) -> tuple[str, str]:
+def check_names(provider: str, profile: str | None = None) -> tuple[str, str]:
+    """Return provider and profile as they are stored; `provider/profile` names both.
+
+    Raises:
+        ConfigError: A name has other characters than it may, or is long enough to be a key.
+    """
     if profile is None and "/" in provider:  # a configuration names both in one word
         provider, _, profile = provider.partition("/")
     names = (provider.lower(), (DEFAULT_PROFILE if profile is None else profile).lower())
     for name in names:
+        if len(name) > _LONGEST_NAME:
+            # Not repeated: it may be one.
+            raise ConfigError(
+                "A name that long is no provider or profile. Was the key given in its place?",
+                hint="A key is given on standard input; one that was typed here is best replaced.",
+            )
         if not _NAME.fullmatch(name):
             raise ConfigError(
                 f"{name!r} cannot name a provider or profile.",
@@ -232,7 +323,7 @@ def _checked(provider: str, profile: str | None) -> tuple[str, str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    return _checked(name, None)
+    return check_names(name)
 
 
 def _key(provider: str, profile: str) -> str:
@@ -257,3 +348,9 @@ def _not_found(provider: str, profile: str) -> CredentialNotFound:
         f"{provider}{option}`. Without a key: `--backend local` trains on this machine, and "
         "`training-backends serve` answers the same protocol here.",
     )
+
+
+def _known(secret: SecretStr) -> SecretStr:
+    """Have a secret taken out of every log line from now on, and return it."""
+    register_secret(secret)
+    return secret

@@ -33,7 +33,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(Guard, keys=gateway.keys)],
+        middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
         exception_handlers={
             Refusal: _refused,
             HTTPException: _http_error,

@@ -19,7 +19,7 @@ from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
 from training_backends.gateway.rows import read_facts
 from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
-from training_backends.gateway.uploads import FORM_OVERHEAD, Upload, receive, too_large
+from training_backends.gateway.uploads import FORM_OVERHEAD, Pace, Upload, receive, too_large
 from training_backends.mistral.wire import (
     FILE_PURPOSES,
     FILE_VISIBILITIES,
@@ -65,10 +65,11 @@ class StoredFile:
 class FileService:
     """Receives, lists, hands out and deletes files."""
 
-    def __init__(self, store: GatewayStore, blobs: BlobStore, *, limit: int) -> None:
+    def __init__(self, store: GatewayStore, blobs: BlobStore, *, limit: int, pace: Pace) -> None:
         self._store = store
         self._blobs = blobs
         self._limit = limit
+        self._pace = pace
         # A blob is kept or removed together with the row that refers to it.
         self._lock = anyio.Lock()
 
@@ -88,7 +89,7 @@ class FileService:
         """Receive a file; the same name and content again is the same file.
 
         Raises:
-            Refusal: It is too large, no training file, or does not fit on the disk.
+            Refusal: It is too large, too slow, no training file, or does not fit on the disk.
         """
         if content_length is not None:
             if content_length > self._limit + FORM_OVERHEAD:
@@ -98,7 +99,9 @@ class FileService:
         try:
             incoming = await to_thread.run_sync(self._blobs.receive)
             try:
-                form = await receive(chunks, content_type, incoming, limit=self._limit)
+                form = await receive(
+                    chunks, content_type, incoming, limit=self._limit, pace=self._pace
+                )
                 return await self._accept(form, incoming, caller)
             finally:
                 with anyio.CancelScope(shield=True):

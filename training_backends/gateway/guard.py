@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -14,30 +15,31 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logs import get_logger
-from training_backends.gateway.keys import KeyStore
+from training_backends.gateway.errors import Refusal
+from training_backends.gateway.keys import KeyStore, unauthorized
+from training_backends.gateway.settings import GatewaySettings
 
-__all__ = ["MAX_JSON_BYTES", "Guard"]
+__all__ = ["Guard"]
 
 log = get_logger()
 
-MAX_JSON_BYTES = 2**20
-"""Largest body of a request that is no upload."""
-_PATIENCE = 60.0
-"""Seconds of silence before such a body is given up."""
 _PROTECTED = "/v1/"
 _UPLOADS = "/v1/files"
+_READS = frozenset({"GET", "HEAD"})
 
 
 class Guard:
     """ASGI middleware around the whole application.
 
     It looks at the key before a byte of the body is read, and puts the id of the caller's
-    key into `request.state.caller`.
+    key into `request.state.caller`. Of an upload it looks at the key once more at the end.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyStore) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
         self._app = app
         self._keys = keys
+        self._max_bytes = settings.max_request_bytes
+        self._patience = settings.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -72,50 +74,78 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         path = scope["path"]
         headers = {name.lower(): value for name, value in scope["headers"]}
+        admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
         if path.startswith(_PROTECTED):
-            caller = await self._caller(headers.get(b"authorization", b""))
-            if caller is None:
-                challenge = {"www-authenticate": "Bearer"}
-                await answer.json(401, {"detail": "Unauthorized"}, challenge)
+            try:
+                scope["state"]["caller"] = await admit()
+            except Refusal as refusal:
+                await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
-            scope["state"]["caller"] = caller
-        if path != _UPLOADS:
-            if _length(headers) > MAX_JSON_BYTES:
-                await answer.json(413, {"detail": _TOO_LARGE})
-                return
-            receive = _Bounded(receive)
+        if path == _UPLOADS:
+            receive = _Confirmed(receive, admit)
+        elif _length(headers) > self._max_bytes:
+            await answer.json(413, {"detail": _too_large(self._max_bytes)})
+            return
+        else:
+            receive = _Bounded(receive, self._max_bytes, self._patience)
         await self._app(scope, receive, answer)
 
-    async def _caller(self, authorization: bytes) -> str | None:
+    async def _admit(self, method: str, authorization: bytes) -> str:
         scheme, _, key = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            return None
-        return await to_thread.run_sync(self._keys.identify, key.strip())
+            raise unauthorized()
+        check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
+        return await to_thread.run_sync(check)
 
 
-_TOO_LARGE = f"The request is too large; at most {MAX_JSON_BYTES} bytes are accepted."
+def _too_large(limit: int) -> str:
+    return f"The request is too large; at most {limit} bytes are accepted."
+
+
+class _Confirmed:
+    """Passes a request's body on, the end of it only if the key still works by then."""
+
+    def __init__(self, receive: Receive, admit: Callable[[], Awaitable[str]]) -> None:
+        self._receive = receive
+        self._admit = admit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            await self._admit()
+        return message
 
 
 class _Bounded:
-    """Passes a request's body on up to a limit, and for as long as it keeps coming."""
+    """Passes a request's body on up to a limit, if it is whole in time.
 
-    def __init__(self, receive: Receive) -> None:
+    It raises what FastAPI lets through where it reads a body.
+    """
+
+    def __init__(self, receive: Receive, limit: int, patience: float) -> None:
         self._receive = receive
+        self._limit = limit
+        self._patience = patience
+        self._deadline: float | None = None
         self._size = 0
         self._whole = False
 
     async def __call__(self) -> Message:
         if self._whole:
             return await self._receive()  # waits for the client to leave, however long
+        now = anyio.current_time()
+        if self._deadline is None:
+            self._deadline = now + self._patience
         try:
-            with anyio.fail_after(_PATIENCE):
+            with anyio.fail_after(self._deadline - now):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"Nothing arrived for {_PATIENCE:g} s.") from None
+            sentence = f"The request's body was not here within {self._patience:g} s."
+            raise HTTPException(408, sentence, {"connection": "close"}) from None
         self._whole = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
-        if self._size > MAX_JSON_BYTES:
-            raise HTTPException(413, _TOO_LARGE)
+        if self._size > self._limit:
+            raise HTTPException(413, _too_large(self._limit))
         return message
 
 

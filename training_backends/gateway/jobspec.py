@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from base64 import b32encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
 
@@ -201,4 +203,5 @@ def _integrations(job: CheckedJob, job_id: str) -> tuple[WandbIntegration, ...]:
 
 def secret_profile(job_id: str) -> str:
     """Return the profile in the vault under which a job's own key is kept."""
-    return f"job-{job_id}"
+    # As short as a vault wants its names.
+    return f"job-{b32encode(UUID(job_id).bytes).decode().rstrip('=').lower()}"

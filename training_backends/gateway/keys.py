@@ -1,47 +1,85 @@
 """API keys: made here, shown once, kept as a hash.
 
 A key is `tb-<id>-<secret>`: the id finds the row, the hash of the whole key is compared
-in constant time. The secret has 256 random bits, so a fast hash is enough.
+in constant time. The secret has 256 random bits, so a fast hash is enough, and a flood of
+wrong keys costs one hash and at most one look-up by primary key each. Nothing is cached:
+what another process changes holds from the next request on.
 """
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter
 
-from training_backends.core.errors import ConfigError, CredentialNotFound
+from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
+from training_backends.core.estimate import Duration
 from training_backends.core.run import utc_now
+from training_backends.gateway.errors import Refusal, plain
 from training_backends.gateway.store import GatewayStore, keys
 
-__all__ = ["STATIC_KEY_ID", "KeyInfo", "KeyStore", "NewKey", "open_keys"]
+__all__ = [
+    "STATIC_KEY_ID",
+    "KeyInfo",
+    "KeyState",
+    "KeyStore",
+    "NewKey",
+    "Scope",
+    "open_keys",
+    "read_expiry",
+    "unauthorized",
+]
 
 STATIC_KEY_ID = "static"
 """Stands for the key from the settings."""
 
+Scope = Literal["read", "write"]
+"""`read` asks only; `write` does everything."""
+KeyState = Literal["active", "revoked", "expired"]
+
+_KEY = re.compile(r"tb-([0-9a-f]{8})-[A-Za-z0-9_-]{43}")
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _NO_HASH = "0" * 64
 _MAX_NAME = 80
+_LAST_YEAR = 9999
+"""Not every clock on earth can show its last day."""
+_USE_NOTED_EVERY = 60.0
+"""Seconds; a durable write for every request would cost more than the request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeyInfo:
-    """What may be shown of a key."""
+    """What may be shown of a key.
+
+    Attributes:
+        expires_at: When it stops working, or None.
+        last_used_at: When it last opened the gateway, to the minute; None: never.
+    """
 
     id: str
     name: str
+    scope: Scope
     created_at: datetime
-    revoked_at: datetime | None
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
 
     @property
-    def active(self) -> bool:
-        """Whether the key opens the gateway."""
-        return self.revoked_at is None
+    def state(self) -> KeyState:
+        """Whether the key opens the gateway now, or why not."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= utc_now():
+            return "expired"
+        return "active"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +97,40 @@ class KeyStore:
         self._store = store
         self._static = _hash(static_key.get_secret_value()) if static_key else None
 
-    def create(self, name: str = "") -> NewKey:
+    def create(
+        self, name: str = "", *, scope: Scope = "write", expires_at: datetime | None = None
+    ) -> NewKey:
         """Make a key.
 
+        Args:
+            expires_at: When it stops working; None: not by itself.
+
         Raises:
-            ConfigError: The name is too long or cannot be printed.
+            ConfigError: The name is too long or cannot be printed, or the key would be
+                expired from the beginning.
         """
         if len(name) > _MAX_NAME or (name and not name.isprintable()):
             raise ConfigError(f"A key's name is printable and has at most {_MAX_NAME} characters.")
+        now = utc_now()
+        if expires_at is not None and expires_at <= now:
+            raise ConfigError(
+                f"A key that expires at {expires_at.astimezone():%Y-%m-%d %H:%M} would never "
+                "work: that is past.",
+                hint="Give a later date, or a duration from now on, for example 30d.",
+            )
         key_id = secrets.token_hex(4)
         key = f"tb-{key_id}-{secrets.token_urlsafe(32)}"
-        now = utc_now()
-        row = {"id": key_id, "name": name, "sha256": _hash(key), "created_at": now.timestamp()}
+        info = KeyInfo(id=key_id, name=name, scope=scope, created_at=now, expires_at=expires_at)
+        row = {
+            "id": key_id,
+            "name": name,
+            "sha256": _hash(key),
+            "scope": scope,
+            "created_at": now.timestamp(),
+            "expires_at": expires_at and expires_at.timestamp(),
+        }
         self._store.write(lambda connection: connection.execute(keys.insert().values(row)))
-        return NewKey(KeyInfo(key_id, name, now, None), SecretStr(key))
+        return NewKey(info, SecretStr(key))
 
     def list(self) -> Sequence[KeyInfo]:
         """Return all keys ever made, oldest first."""
@@ -104,22 +162,51 @@ class KeyStore:
 
     def usable(self) -> bool:
         """Tell whether any key opens the gateway."""
-        return self._static is not None or any(key.active for key in self.list())
+        return self._static is not None or any(key.state == "active" for key in self.list())
 
-    def identify(self, presented: str) -> str | None:
-        """Return the id of the key that `presented` is, or None if it is none of ours.
+    def admit(self, presented: str, *, writes: bool) -> str:
+        """Return the id of the key that `presented` is.
 
-        Every comparison takes the same time whatever was presented.
+        Only who has the whole key learns what is wrong with it.
+
+        Args:
+            writes: Whether more is asked for than to read.
+
+        Raises:
+            Refusal: 401, it is none of ours or does not work any more; 403, it may only read.
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
             return STATIC_KEY_ID
-        prefix, _, rest = presented.partition("-")
-        key_id = rest.partition("-")[0] if prefix == "tb" else ""
-        query = sa.select(keys.c.sha256).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
-        known = self._store.read(lambda connection: connection.execute(query).scalar())
-        matches = hmac.compare_digest(known or _NO_HASH, given)
-        return key_id if known and matches else None
+        found = _KEY.fullmatch(presented)
+        row = self._row(found[1]) if found else None
+        if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
+            raise unauthorized()
+        key = _info(row)
+        if key.state != "active":
+            raise unauthorized(f"This API key is {key.state}.")
+        if writes and key.scope != "write":
+            raise plain(403, "This API key may only read; the request needs one of scope write.")
+        self._note_use(key)
+        return key.id
+
+    def _row(self, key_id: str) -> Any:
+        query = sa.select(keys).where(keys.c.id == key_id)
+        return self._store.read(lambda connection: connection.execute(query).first())
+
+    def _note_use(self, key: KeyInfo) -> None:
+        now = utc_now()
+        if key.last_used_at and (now - key.last_used_at).total_seconds() < _USE_NOTED_EVERY:
+            return
+        used = keys.update().where(keys.c.id == key.id).values(last_used_at=now.timestamp())
+        # A full disk is no reason to refuse a request that only reads.
+        with suppress(StoreError):
+            self._store.write(lambda connection: connection.execute(used))
+
+
+def unauthorized(sentence: str = "Unauthorized") -> Refusal:
+    """Return the answer to who has no key that works."""
+    return Refusal(401, {"detail": sentence}, {"www-authenticate": "Bearer"})
 
 
 def open_keys(home: Path) -> KeyStore:
@@ -127,10 +214,55 @@ def open_keys(home: Path) -> KeyStore:
     return KeyStore(GatewayStore(home / "gateway" / "gateway.db"))
 
 
+def read_expiry(text: str) -> datetime:
+    """Read when a key is to expire.
+
+    Args:
+        text: From now on (`30d`, `12h`), a day to its end (`2027-01-31`) or a moment
+            (`2027-01-31T12:00`), by this machine's clock unless it names a zone.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    try:
+        moment = _read_moment(text.strip())
+    except (ValueError, OverflowError):
+        moment = None
+    if moment is None or moment.year >= _LAST_YEAR:
+        raise ConfigError(
+            f"{text!r} is no time at which a key could expire.",
+            hint="Give a duration such as 30d or 12h, or a date such as 2027-01-31. Without one "
+            "the key does not expire.",
+        )
+    return moment
+
+
+def _read_moment(text: str) -> datetime | None:
+    if _DAY.fullmatch(text):
+        return datetime.combine(datetime.fromisoformat(text), time(23, 59, 59)).astimezone(UTC)
+    if _DAY.match(text):
+        return datetime.fromisoformat(text).astimezone(UTC)
+    if text.isdigit():
+        return None  # of what?
+    span: timedelta = TypeAdapter(Duration).validate_python(text)
+    return utc_now() + span
+
+
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _info(row: Any) -> KeyInfo:
-    revoked = None if row.revoked_at is None else datetime.fromtimestamp(row.revoked_at, UTC)
-    return KeyInfo(row.id, row.name, datetime.fromtimestamp(row.created_at, UTC), revoked)
+    return KeyInfo(
+        id=row.id,
+        name=row.name,
+        scope=row.scope,
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        expires_at=_moment(row.expires_at),
+        revoked_at=_moment(row.revoked_at),
+        last_used_at=_moment(row.last_used_at),
+    )
+
+
+def _moment(timestamp: float | None) -> datetime | None:
+    return None if timestamp is None else datetime.fromtimestamp(timestamp, UTC)

@@ -75,10 +75,10 @@ def answers(*more: int, **special: type[Problem]) -> dict[int | str, dict[str, A
     """Describe a route's refusals.
 
     Args:
-        more: Statuses beside 401, 413 and 422.
+        more: Statuses beside those that any request may be given.
         special: Bodies of their own, by `_<status>`.
     """
     found: dict[int | str, dict[str, Any]] = {
-        status: {"model": Problem} for status in (401, 413, 422, *more)
+        status: {"model": Problem} for status in (401, 403, 408, 413, 422, 431, *more)
     }
     return found | {int(name[1:]): {"model": model} for name, model in special.items()}

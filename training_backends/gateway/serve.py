@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 import uvicorn
@@ -18,9 +19,11 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.app import create_app
 from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.protocol import Bounds, bounded_protocol
 from training_backends.gateway.service import Gateway, open_gateway
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.tasks import beside
+from training_backends.gateway.tls import server_options
 
 __all__ = ["RunningGateway", "running"]
 
@@ -70,32 +73,40 @@ async def running(
         home: Directory of all state; the gateway's lies in `<home>/gateway`.
         backend: Name of the backend that trains.
         host: Address to listen on; default that of the settings. Beyond loopback
-            everybody on the network can reach the gateway, over plain http.
+            everybody on the network can reach the gateway.
         port: 0 for any free one; default that of the settings.
 
     Raises:
-        ConfigError: The port is taken or the address is not this machine's.
+        ConfigError: The port is taken, the address is not this machine's, the files for TLS
+            cannot be used, or keys would cross the network in the clear.
         DuplicateRun: Another gateway is using this home.
     """
     host = host or settings.host
+    tls = await to_thread.run_sync(server_options, settings)
     listener = await to_thread.run_sync(_bind, host, settings.port if port is None else port)
     try:
-        async with open_gateway(
-            settings, home=home, backend=backend, backends=backends, blobs=blobs
-        ) as gateway:
-            url = _url(listener)
-            if not _is_loopback(listener):
-                log.warning("serving plain http beyond this machine", url=url)
-            async with _serving(gateway, listener):
-                yield RunningGateway(url=url, api_key=settings.api_key, gateway=gateway)
+        url = _url(listener, "https" if tls else "http")
+        if not tls and not _is_loopback(listener):
+            _mind_plain_http(settings, url)
+        async with (
+            open_gateway(
+                settings, home=home, backend=backend, backends=backends, blobs=blobs
+            ) as gateway,
+            _serving(gateway, listener, tls),
+        ):
+            yield RunningGateway(url=url, api_key=settings.api_key, gateway=gateway)
     finally:
         listener.close()
 
 
 @asynccontextmanager
-async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
+async def _serving(
+    gateway: Gateway, listener: socket.socket, tls: Mapping[str, Any]
+) -> AsyncIterator[None]:
     config = uvicorn.Config(
         create_app(gateway),
+        http=bounded_protocol(_bounds(gateway.settings)),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -103,6 +114,7 @@ async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[N
         timeout_graceful_shutdown=_PATIENCE,
         # A client's pool must not find its connection closed under its next request.
         timeout_keep_alive=75,
+        **tls,
     )
     server = _Server(config)
     async with beside() as tasks:
@@ -113,6 +125,34 @@ async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[N
             yield
         finally:
             server.should_exit = True
+
+
+def _bounds(settings: GatewaySettings) -> Bounds:
+    return Bounds(
+        headers=settings.max_headers,
+        header_bytes=settings.max_header_bytes,
+        header_timeout=settings.header_timeout,
+        body_timeout=settings.body_timeout,
+        answer_timeout=settings.answer_timeout,
+    )
+
+
+def _mind_plain_http(settings: GatewaySettings, url: str) -> None:
+    """Let keys cross a network in the clear only where somebody has said so.
+
+    An https address for clients says that a proxy in front of the gateway does TLS.
+    """
+    if settings.public_url is not None and settings.public_url.scheme == "https":
+        return
+    if not settings.plain_http:
+        raise ConfigError(
+            f"At {url} everybody on the way could read API keys and training data: it is "
+            "beyond this machine and without TLS.",
+            hint="Give --tls-cert and --tls-key; or, behind a proxy with TLS, set "
+            "TRAINING_BACKENDS_GATEWAY__PUBLIC_URL to its https address; or accept it with "
+            "--plain-http.",
+        )
+    log.warning("serving plain http beyond this machine", url=url)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -155,11 +195,11 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     )
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _is_loopback(listener: socket.socket) -> bool:

@@ -28,6 +28,7 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.signing import LinkSigner, load_secret
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.tasks import beside
+from training_backends.gateway.uploads import Pace
 
 __all__ = ["Gateway", "open_gateway"]
 
@@ -86,7 +87,12 @@ async def open_gateway(
         stack.callback(store.close)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
         await to_thread.run_sync(client.backend, backend)
-        files = FileService(store, blobs or BlobStore(root), limit=settings.max_upload_bytes)
+        files = FileService(
+            store,
+            blobs or BlobStore(root),
+            limit=settings.max_upload_bytes,
+            pace=Pace(silence=settings.upload_timeout, rate=settings.min_upload_rate),
+        )
         await files.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)

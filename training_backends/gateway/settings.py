@@ -27,7 +27,48 @@ class GatewaySettings(SectionSettings):
         default=None,
         description="How clients reach the gateway, for signed URLs; default: the address asked.",
     )
+    plain_http: bool = Field(
+        default=False,
+        description="Listen beyond this machine without TLS: keys can be read on the way.",
+    )
+    tls_cert: Path | None = Field(
+        default=None, description="PEM file with the certificate and its chain: serve https."
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM file with its private key; default: the certificate's file."
+    )
+    tls_key_password: SecretStr | None = Field(
+        default=None, description="Opens the private key, if it is encrypted."
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with authorities: only clients with a certificate of theirs connect.",
+    )
     max_upload_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, description="Largest file.")
+    max_request_bytes: int = Field(
+        default=2**20, ge=1, description="Largest body of a request that is no upload."
+    )
+    max_headers: int = Field(default=100, ge=1, description="Most headers of a request.")
+    max_header_bytes: int = Field(
+        default=2**15, ge=1024, description="Largest head: address and all headers."
+    )
+    header_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds in which a request's head must be here."
+    )
+    body_timeout: float = Field(
+        default=60.0, gt=0, description="Seconds in which the body of what is no upload must be."
+    )
+    upload_timeout: float = Field(
+        default=120.0, gt=0, description="Seconds of silence after which an upload is given up."
+    )
+    min_upload_rate: float = Field(
+        default=1000.0,
+        gt=0,
+        description="Bytes a second that an upload must make, upload_timeout to begin with.",
+    )
+    answer_timeout: float = Field(
+        default=60.0, gt=0, description="Seconds for which a client may leave an answer unread."
+    )
     organization: str = Field(
         default="local", min_length=1, description="Stands, as 8 hex digits, in model names."
     )

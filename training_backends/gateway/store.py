@@ -24,7 +24,7 @@ __all__ = [
     "models",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ENDED = ("SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
 """Statuses that a job never leaves."""
 
@@ -124,7 +124,19 @@ keys = sa.Table(
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("revoked_at", sa.Float),
+    sa.Column("scope", sa.String, nullable=False, server_default="write"),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("last_used_at", sa.Float),
 )
+
+_UPGRADES = {
+    1: (
+        "ALTER TABLE keys ADD COLUMN scope VARCHAR DEFAULT 'write' NOT NULL",
+        "ALTER TABLE keys ADD COLUMN expires_at FLOAT",
+        "ALTER TABLE keys ADD COLUMN last_used_at FLOAT",
+    ),
+}
+"""What brings a database from a schema version to the next."""
 
 
 class GatewayStore:
@@ -136,7 +148,7 @@ class GatewayStore:
         self._reads = sqlite_engine(f"sqlite:///{path}")
         self._writes = self._reads.execution_options(writes=True)
         self._writer = anyio.CapacityLimiter(1)
-        self.write(self._create)
+        self.write(self._prepare)
 
     def close(self) -> None:
         """Close all connections."""
@@ -176,7 +188,8 @@ class GatewayStore:
                 hint="Check the disk and the file's permissions.",
             ) from error
 
-    def _create(self, connection: sa.Connection) -> None:
+    def _prepare(self, connection: sa.Connection) -> None:
+        """Create the tables, or bring those of an older version up to date."""
         found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if found > SCHEMA_VERSION:
             raise StoreError(
@@ -184,6 +197,12 @@ class GatewayStore:
                 f"{SCHEMA_VERSION}).",
                 hint="Upgrade training-backends.",
             )
-        if found < SCHEMA_VERSION:
+        if found == SCHEMA_VERSION:
+            return
+        if found == 0:
             _metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+        else:
+            for version in range(found, SCHEMA_VERSION):
+                for statement in _UPGRADES[version]:
+                    connection.exec_driver_sql(statement)
+        connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")

@@ -15,16 +15,28 @@ from multipart import (
 from training_backends.gateway.blobs import Incoming
 from training_backends.gateway.errors import Refusal, invalid, plain
 
-__all__ = ["FORM_OVERHEAD", "Upload", "receive", "too_large"]
+__all__ = ["FORM_OVERHEAD", "Pace", "Upload", "receive", "too_large"]
 
 FORM_OVERHEAD = 64 * 1024
 """Bytes that a form may have beside its file."""
 _BLOCK = 2**20
 """Bytes written to disk at a time."""
-_PATIENCE = 120.0
-"""Seconds of silence before an upload is given up."""
 _MAX_FIELD = 1024
 _MAX_PARTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slow an upload may be.
+
+    Attributes:
+        silence: Seconds without a byte after which it is given up.
+        rate: Bytes a second that it must make on the whole, beyond the first `silence`
+            seconds; only the time spent waiting for the client counts.
+    """
+
+    silence: float
+    rate: float
 
 
 @dataclass(slots=True)
@@ -46,7 +58,7 @@ def too_large(limit: int) -> Refusal:
 
 
 async def receive(
-    chunks: AsyncIterator[bytes], content_type: str, into: Incoming, *, limit: int
+    chunks: AsyncIterator[bytes], content_type: str, into: Incoming, *, limit: int, pace: Pace
 ) -> Upload:
     """Read a whole form; the part named `file` goes to disk while it arrives.
 
@@ -56,7 +68,7 @@ async def receive(
         limit: Largest file, in bytes.
 
     Raises:
-        Refusal: It is no form, or a part is too large.
+        Refusal: It is no form, a part is too large, or it comes too slowly.
         OSError: The disk is full, or fails.
     """
     kind, options = parse_options_header(content_type)
@@ -64,20 +76,39 @@ async def receive(
         raise invalid(["body", "file"], "Send the file as multipart/form-data.", "missing")
     form = _Form(into, limit)
     try:
-        await form.read(chunks, options["boundary"])
+        await form.read(_paced(chunks, pace), options["boundary"])
     except MultipartError as error:
         raise plain(422, f"The form cannot be read: {error.args[0]}.") from error
     await to_thread.run_sync(into.finish)
     return form.upload
 
 
-async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
-    """Return what arrived next, or None at the end."""
-    try:
-        with anyio.fail_after(_PATIENCE):
-            return await anext(chunks, None)
-    except TimeoutError:
-        raise plain(408, f"Nothing arrived for {_PATIENCE:g} s; upload the file again.") from None
+async def _paced(chunks: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[bytes]:
+    """Pass on what arrives, for as long as it keeps coming."""
+    waited, arrived = 0.0, 0
+    while True:
+        began = anyio.current_time()
+        left = pace.silence + arrived / pace.rate - waited
+        try:
+            with anyio.fail_after(min(pace.silence, left)):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise _too_slow(pace, silent=left >= pace.silence) from None
+        if chunk is None:
+            return
+        waited += anyio.current_time() - began
+        arrived += len(chunk)
+        yield chunk
+
+
+def _too_slow(pace: Pace, *, silent: bool) -> Refusal:
+    why = (
+        f"Nothing arrived for {pace.silence:g} s"
+        if silent
+        else f"The upload is slower than {pace.rate:g} bytes a second"
+    )
+    # What is still on its way belongs to nothing.
+    return Refusal(408, {"detail": f"{why}; upload the file again."}, {"connection": "close"})
 
 
 class _Form:
@@ -96,7 +127,7 @@ class _Form:
         """Read the form to its end."""
         parser = PushMultipartParser(boundary, max_segment_count=_MAX_PARTS)
         with parser:
-            while (chunk := await _next(chunks)) is not None:
+            async for chunk in chunks:
                 if not chunk or parser.closed:
                     continue
                 for event in parser.parse(chunk):
