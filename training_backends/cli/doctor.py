@@ -8,8 +8,11 @@ from training_backends.cli.session import JsonOption, with_client
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
+    from training_backends.client.diagnosis import Check
 
 __all__ = ["doctor"]
+
+_MARKS = {"ok": "[green]ok[/]    ", "unused": "[dim]unused[/]", "failed": "[red]failed[/]"}
 
 
 def doctor(
@@ -22,59 +25,86 @@ def doctor(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Check the run store and the backends; ends with 1 if something does not work."""
+    """Show every setting and check all that is set up; ends with 1 if some of it does not work."""
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.render import console, write_json
+    from training_backends.cli.vault import terminal_vault
+    from training_backends.client.diagnosis import diagnose, known_settings
+    from training_backends.gateway.settings import GatewaySettings
 
-    async def examine(client: "AsyncTrainingClient") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if recover:
-            found["recovery"] = await _recover(client)
-        found["checks"] = [await _store_check(client), *await _backend_checks(client)]
-        found["ok"] = all(check["ok"] for check in found["checks"])
-        return found
+    settings = known_settings(GatewaySettings)
 
-    found = with_client(examine)
+    async def examine(client: "AsyncTrainingClient") -> "tuple[dict[str, Any], list[Check]]":
+        recovery = await _recover(client) if recover else {}
+        vault = terminal_vault(client.home)
+        keys = {
+            "credentials": [entry._asdict() for entry in await vault.list()],
+            "sources": list(await vault.sources()),
+        }
+        checks = [*await diagnose(client, vault), await _gateway_check()]
+        return {"recovery": recovery, **keys}, checks
+
+    found, checks = with_client(examine)
+    ok = all(check.state != "failed" for check in checks)
     if json:
-        write_json(found)
+        write_json(
+            {
+                "ok": ok,
+                "settings": [entry._asdict() for entry in settings],
+                **found,
+                "checks": [check._asdict() for check in checks],
+            }
+        )
     else:
         out = console()
-        for line in found.get("recovery", {}).get("lines", ()):
+        for line in found["recovery"].get("lines", ()):
             out.print(line, markup=False)
-        for check in found["checks"]:
-            mark = "[green]ok[/]  " if check["ok"] else "[red]not ok[/]"
-            out.print(f"{mark} [bold]{check['name']}[/]: ", end="")
-            out.print(check["message"], markup=False)
-            if check["hint"]:
-                out.print(f"       {check['hint']}", markup=False)
-    if not found["ok"]:
+        out.print("[bold]Settings[/]")
+        for entry in settings:
+            out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
+        out.print(f"[bold]Keys[/], looked for in {', then '.join(found['sources'])}")
+        for entry in found["credentials"]:
+            unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
+            place = f"{entry['provider']}/{entry['profile']}"
+            out.print(f"  {place:<32} {entry['source']}: {entry['name']}{unused}", markup=False)
+        if not found["credentials"]:
+            out.print("  none")
+        out.print("[bold]Checks[/]")
+        for check in checks:
+            out.print(f"  {_MARKS[check.state]} {check.name}: ", end="", highlight=False)
+            out.print(check.message, markup=False, highlight=False)
+            if check.hint and check.state != "ok":
+                out.print(f"         {check.hint}", markup=False, highlight=False)
+    if not ok:
         raise typer.Exit(ExitCode.UNEXPECTED)
 
 
-async def _store_check(client: "AsyncTrainingClient") -> dict[str, Any]:
-    problems = await client.check_store()
-    if problems:
-        hint = (
-            "End all programs that use it, then `training-backends doctor --recover` saves what "
-            "can still be read and makes a new store."
-        )
-        return _check("run store", "; ".join(problems), hint, ok=False)
-    runs = await client.list()
-    live = sum(not run.status.is_terminal for run in runs)
-    return _check("run store", f"{len(runs)} runs, {live} of them not over", None, ok=True)
+async def _gateway_check() -> "Check":
+    """Say whether a gateway listens where the settings have it."""
+    import anyio
+    import anyio.to_thread
 
+    from training_backends import ConfigError
+    from training_backends.client.diagnosis import Check
+    from training_backends.core.settings import load_settings
+    from training_backends.gateway.settings import GatewaySettings
+    from training_backends.gateway.tls import server_options
 
-async def _backend_checks(client: "AsyncTrainingClient") -> list[dict[str, Any]]:
-    from training_backends import TrainingBackendError, installed_backends
-
-    checks = []
-    for name in installed_backends():
-        try:
-            health = await client.backend(name).health()
-            checks.append(_check(name, health.message, health.hint, ok=health.ok))
-        except TrainingBackendError as error:
-            checks.append(_check(name, error.message, error.hint, ok=False))
-    return checks
+    settings = load_settings(GatewaySettings)
+    try:
+        await anyio.to_thread.run_sync(server_options, settings)
+    except ConfigError as error:
+        reasons = "; ".join(str(issue) for issue in error.issues)
+        return Check("gateway", "failed", f"{error.message} {reasons}".strip(), error.hint)
+    place = f"{settings.host}:{settings.port}"
+    try:
+        with anyio.fail_after(3):
+            stream = await anyio.connect_tcp(settings.host, settings.port)
+            await stream.aclose()
+    except (OSError, TimeoutError):
+        hint = "`training-backends serve` starts it."
+        return Check("gateway", "unused", f"nothing listens at {place}", hint)
+    return Check("gateway", "ok", f"something listens at {place}")
 
 
 async def _recover(client: "AsyncTrainingClient") -> dict[str, Any]:
@@ -96,7 +126,3 @@ async def _recover(client: "AsyncTrainingClient") -> dict[str, Any]:
         "unasked": dict(done.unasked),
         "lines": [line for line in lines if line],
     }
-
-
-def _check(name: str, message: str, hint: str | None, *, ok: bool) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "message": message, "hint": hint}

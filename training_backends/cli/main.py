@@ -87,7 +87,12 @@ def _flush() -> None:
 
 def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     from training_backends.cli.render import error_document, show_error, write_json_line
+    from training_backends.core.redaction import redact, redact_value, register_environment
 
+    # A key that was typed in the wrong place is not repeated.
+    register_environment()
+    error.message = redact(error.message)
+    error.hint = error.hint and redact(error.hint)
     code = exit_code_of(error)
     if isinstance(error, Interrupted):
         # Below the ^C that the terminal has written.
@@ -98,12 +103,16 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
         # On one line, so that it is also a good last line of a stream. Where nothing can be
         # written any more, the exit code still says it.
         with suppress(OSError):
-            write_json_line(error_document(error, code))
+            write_json_line(redact_value(error_document(error, code)))
     raise SystemExit(code)
 
 
 def _wrong_usage(error: Any) -> TrainingBackendError:
-    """Show what is wrong with the command line, the usage line included."""
+    """Show what is wrong with the command line, the usage line included; no key typed there."""
+    from training_backends.core.redaction import redact, register_environment
+
+    register_environment()
+    error.message = redact(str(error.message))
     error.show()
     return UsageError(error.format_message(), hint="--help shows what a command takes.")
 

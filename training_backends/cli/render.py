@@ -13,6 +13,7 @@ from rich.table import Table
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.estimate import Estimate, format_duration
+from training_backends.core.redaction import redact
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 
@@ -113,7 +114,7 @@ def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
     listed = list(issues)
     for issue in listed[:_MOST_ISSUES]:
         style = "red" if issue.severity == "error" else "yellow"
-        out.print(f"  [{style}]{issue.severity}[/] {escape(str(issue))}")
+        out.print(f"  [{style}]{issue.severity}[/] {escape(redact(str(issue)))}")
     if len(listed) > _MOST_ISSUES:
         out.print(f"  … and {len(listed) - _MOST_ISSUES} more (--json has them all)")
 
