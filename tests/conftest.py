@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from training_backends import TrainingConfig
 from training_backends.core import settings
+from training_backends.core.redaction import forget_secrets
 
 
 @pytest.fixture
@@ -27,6 +28,14 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
     monkeypatch.setattr(settings, "config_file", lambda: tmp_path / "config" / "config.toml")
+
+
+@pytest.fixture(autouse=True)
+def no_known_secrets() -> Iterator[None]:
+    """Have no test's secret taken out of the texts of another."""
+    forget_secrets()
+    yield
+    forget_secrets()
 
 
 def chat(question: str, answer: str) -> dict[str, object]:

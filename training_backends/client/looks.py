@@ -206,7 +206,14 @@ class Looks:
 def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
     """Log that a run has moved, or that its provider says what cannot be."""
     if after.status is not before.status:
-        log.info("run changed", run_id=after.id, before=before.status, status=after.status)
+        log.info(
+            "run changed",
+            run_id=after.id,
+            backend=after.backend,
+            remote_id=after.remote_id,
+            before=before.status,
+            status=after.status,
+        )
     if after.status is not told.status:
         log.warning(
             "run that is over is told of otherwise",

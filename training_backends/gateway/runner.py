@@ -120,7 +120,7 @@ class JobRunner:
     async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
         # A task begins with the context of the request that started it.
         structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(job_id=job_id)
+        structlog.contextvars.bind_contextvars(job_id=job_id, run_id=job_id)
         try:
             with scope:
                 await self._guarded(job_id)

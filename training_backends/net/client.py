@@ -46,6 +46,8 @@ Query = Sequence[tuple[str, str]]
 _T = TypeVar("_T")
 
 _LARGEST_JSON: Final = 64 * 2**20
+_LARGEST_ERROR: Final = 64 * 2**10
+"""Bytes of an error answer: more says no more, and secrets are looked for in all of it."""
 
 
 class HttpClient:
@@ -301,7 +303,7 @@ class HttpClient:
                 if response.is_success:
                     yield response
                     return
-                body = await _read_capped(response)
+                body = await _read_capped(response, _LARGEST_ERROR)
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
@@ -339,7 +341,9 @@ class HttpClient:
         raise ProtocolError(
             f"{call}: the answer is not a JSON object ({response.status_code}, {found}).",
             # Scrubbed before it is cut, or the half of a secret would be left at the end.
-            excerpt=self._scrubbed(body, secrets)[:2000].decode("utf-8", "replace"),
+            excerpt=self._scrubbed(body[:_LARGEST_ERROR], secrets)[:2000].decode(
+                "utf-8", "replace"
+            ),
             hint="Does the base URL lead to an API, and not to a web page or proxy?",
             backend=self._backend,
         )
@@ -357,10 +361,10 @@ def _asked(request: httpx.Request) -> str:
     return f"{request.method} {request.url.copy_with(query=None)}"
 
 
-async def _read_capped(response: httpx.Response) -> bytes:
+async def _read_capped(response: httpx.Response, most: int = _LARGEST_JSON) -> bytes:
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
-        if len(body) > _LARGEST_JSON:
+        if len(body) > most:
             break
-    return bytes(body)
+    return bytes(body[:most])
