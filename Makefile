@@ -33,7 +33,7 @@ docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical serve --config-file .mkdocs.yml
 
-bench: $(VENV)/.dev ## Print ratios against peers (about 10 minutes)
+bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
 	$(BIN)/python benchmarks/watch.py

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from training_backends import Checkpoint, LogRecord, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.core.run import RUN_ID_PATTERN, RunState, new_run_id
+from training_backends.core.run import RUN_ID_PATTERN, Failure, RunState, new_run_id
 
 CONFIG = TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}})
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -105,3 +105,10 @@ def test_a_log_record_survives_json() -> None:
     """Log lines are written as JSON lines."""
     record = LogRecord(at=NOW, message="x", source="metrics", step=1, fields={"a": 1}, cursor="7")
     assert LogRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_secret_in_the_reason_of_a_failure_gets_into_no_record() -> None:
+    """Whichever way a provider's word comes: by the launch, a look or a list."""
+    failure = Failure(kind="provider", message="bad key sk-abcdefgh12345678")
+    told = RunState(status=TrainingStatus.FAILED, failure=failure)
+    assert "sk-abcdefgh" not in make().updated(told).model_dump_json()

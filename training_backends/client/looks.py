@@ -110,7 +110,6 @@ class Looks:
         self, run: TrainingRun, seen: Observation, after: str | None
     ) -> TrainingRun | None:
         """Store a look; None: another one was stored meanwhile, so look again behind it."""
-        seen = _cleaned(seen)
 
         def change(now: TrainingRun) -> TrainingRun:
             changed = now.updated(seen.state)
@@ -118,7 +117,7 @@ class Looks:
 
         stored = await to_thread.run_sync(
             lambda: self._store.observed(
-                run.id, change, seen.records, after=after, cursor=seen.cursor
+                run.id, change, _cleaned(seen.records), after=after, cursor=seen.cursor
             )
         )
         if stored is None:
@@ -227,16 +226,11 @@ def _stale(run: TrainingRun, found: Staleness | None) -> TrainingRun:
     return run.model_copy(update={"stale": found})
 
 
-def _cleaned(seen: Observation) -> Observation:
+def _cleaned(records: Sequence[LogRecord]) -> list[LogRecord]:
     """Take out the secrets that a provider repeats in what it says of a run."""
-    state = seen.state
-    if state.failure is not None:
-        failure = state.failure.model_copy(update={"message": redact(state.failure.message)})
-        state = state.model_copy(update={"failure": failure})
-    records = tuple(
+    return [
         record.model_copy(
             update={"message": redact(record.message), "fields": redact_value(record.fields)}
         )
-        for record in seen.records
-    )
-    return Observation(state, records, seen.cursor)
+        for record in records
+    ]

@@ -12,6 +12,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
 from training_backends.core.estimate import Estimate, Money
+from training_backends.core.redaction import redact
 from training_backends.core.status import TrainingStatus, may_follow
 
 __all__ = [
@@ -176,13 +177,18 @@ class TrainingRun(BaseModel):
         """Return this run with what `state` adds.
 
         A terminal run keeps its status; the provider's differing word is kept in
-        `raw_status` so that it can be looked into. A run that was seen is not stale.
+        `raw_status` so that it can be looked into. A run that was seen is not stale. Secrets
+        are taken out of the reason of a failure.
         """
         changes: dict[str, Any] = {
             name: getattr(state, name)
             for name in RunState.model_fields
             if getattr(state, name) is not None
         }
+        if state.failure is not None:
+            # A provider repeats in its reasons what it was sent.
+            said = redact(state.failure.message)
+            changes["failure"] = state.failure.model_copy(update={"message": said})
         if state.metrics is not None:
             changes["metrics"] = {**self.metrics, **state.metrics}
         if not may_follow(self.status, state.status):
