@@ -26,6 +26,22 @@ class Keys:
         return SecretStr(self.value)
 
 
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Return a clock."""
+    return Clock()
+
+
 def decode(status: int, headers: Mapping[str, str], body: bytes) -> TrainingBackendError:
     """Read the errors of the Mistral protocol."""
     return error_from_answer(status, headers, body)

@@ -117,7 +117,8 @@ def delete_credential(
 def try_credential(provider: Provider, profile: Profile = None, json: JsonOption = False) -> None:
     """Try a key by one call that changes nothing; ends with 4 if it is refused."""
     from training_backends.cli.render import console, write_json
-    from training_backends.cli.vault import source_of, terminal_vault, try_key
+    from training_backends.cli.vault import source_of, terminal_vault
+    from training_backends.client.diagnosis import try_key
 
     vault = terminal_vault(_home())
 

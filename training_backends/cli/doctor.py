@@ -9,6 +9,7 @@ from training_backends.cli.session import JsonOption, with_client
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
     from training_backends.client.diagnosis import Check
+    from training_backends.core.settings import Effective
 
 __all__ = ["doctor"]
 
@@ -27,7 +28,7 @@ def doctor(
 ) -> None:
     """Show every setting and check all that is set up; ends with 1 if some of it does not work."""
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.render import write_json
     from training_backends.cli.vault import terminal_vault
     from training_backends.client.diagnosis import diagnose, known_settings
     from training_backends.gateway.settings import GatewaySettings
@@ -56,27 +57,33 @@ def doctor(
             }
         )
     else:
-        out = console()
-        for line in found["recovery"].get("lines", ()):
-            out.print(line, markup=False)
-        out.print("[bold]Settings[/]")
-        for entry in settings:
-            out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
-        out.print(f"[bold]Keys[/], looked for in {', then '.join(found['sources'])}")
-        for entry in found["credentials"]:
-            unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
-            place = f"{entry['provider']}/{entry['profile']}"
-            out.print(f"  {place:<32} {entry['source']}: {entry['name']}{unused}", markup=False)
-        if not found["credentials"]:
-            out.print("  none")
-        out.print("[bold]Checks[/]")
-        for check in checks:
-            out.print(f"  {_MARKS[check.state]} {check.name}: ", end="", highlight=False)
-            out.print(check.message, markup=False, highlight=False)
-            if check.hint and check.state != "ok":
-                out.print(f"         {check.hint}", markup=False, highlight=False)
+        _show(settings, found, checks)
     if not ok:
         raise typer.Exit(ExitCode.UNEXPECTED)
+
+
+def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Check]") -> None:
+    from training_backends.cli.render import console
+
+    out = console()
+    for line in found["recovery"].get("lines", ()):
+        out.print(line, markup=False)
+    out.print("[bold]Settings[/]")
+    for entry in settings:
+        out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
+    out.print(f"[bold]Keys[/], looked for in {', then '.join(found['sources'])}")
+    for entry in found["credentials"]:
+        unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
+        place = f"{entry['provider']}/{entry['profile']}"
+        out.print(f"  {place:<32} {entry['source']}: {entry['name']}{unused}", markup=False)
+    if not found["credentials"]:
+        out.print("  none")
+    out.print("[bold]Checks[/]")
+    for check in checks:
+        out.print(f"  {_MARKS[check.state]} {check.name}: ", end="", highlight=False)
+        out.print(check.message, markup=False, highlight=False)
+        if check.hint and check.state != "ok":
+            out.print(f"         {check.hint}", markup=False, highlight=False)
 
 
 async def _gateway_check() -> "Check":

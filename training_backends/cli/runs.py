@@ -16,6 +16,7 @@ from training_backends.cli.session import (
     located,
     with_client,
 )
+from training_backends.cli.terminal import heard_at_once
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
@@ -256,18 +257,8 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
 
 
 def _ask(question: str) -> bool:
-    """Ask on the terminal, with a Ctrl-C that is heard at once.
-
-    The event loop stands still meanwhile. In a thread the question would stay open after a
-    Ctrl-C, and its own handler of that signal would wait for the answer.
-    """
-    from signal import SIGINT, default_int_handler, signal
-
-    handler = signal(SIGINT, default_int_handler)
-    try:
+    with heard_at_once():
         return typer.confirm(question, err=True)
-    finally:
-        signal(SIGINT, handler)
 
 
 def _given_id(run_id: str | None) -> str | None:

@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Final, Literal, NamedTuple
 
 from anyio import to_thread
+from pydantic import SecretStr
 
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.client.cadence import WatchSettings
-from training_backends.core.errors import TrainingBackendError
+from training_backends.core.backend import BackendContext, RemoteFilters
+from training_backends.core.errors import TrainingBackendError, UnsupportedOperation
 from training_backends.core.estimate import format_duration
 from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
@@ -20,12 +22,15 @@ from training_backends.core.settings import (
     SectionSettings,
     Settings,
     effective_settings,
+    load_settings,
 )
 from training_backends.credentials.settings import CredentialSettings
-from training_backends.credentials.vault import CredentialVault
+from training_backends.credentials.vault import CredentialVault, check_names
 
-__all__ = ["Check", "check_clock", "check_extras", "diagnose", "known_settings"]
+__all__ = ["Check", "check_clock", "check_extras", "diagnose", "known_settings", "try_key"]
 
+_NOBODYS_SUFFIX: Final = "credentials-test"
+"""Runs of this name are listed to try a key: none, so that one request tells all."""
 _PACKAGE: Final = "training-backends"
 _CLOCKS_AGREE: Final = timedelta(seconds=30)
 """Leases and signed links bear with a minute."""
@@ -179,3 +184,49 @@ def _is_installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+async def try_key(vault: CredentialVault, provider: str, profile: str | None) -> None:
+    """Ask the provider for something that changes nothing, with this key.
+
+    Raises:
+        CredentialNotFound: There is no key.
+        AuthenticationFailed: The provider does not accept it.
+        BackendUnavailable: The provider cannot be reached.
+        UnsupportedOperation: No installed backend works with this key.
+    """
+    name, profile = check_names(provider, profile)
+    if name not in installed_backends():
+        raise UnsupportedOperation(
+            f"The key for {name} cannot be tested: no backend of this name is installed.",
+            hint="`training-backends backends` lists what is installed.",
+        )
+    key = _OneKey(vault, name, profile)
+    context = BackendContext(home=load_settings(Settings).home.expanduser(), credentials=key)
+    backend = backend_class(name).create(context)
+    try:
+        if backend.capabilities.lists_remote:
+            await backend.list_remote(RemoteFilters(suffix=_NOBODYS_SUFFIX))
+    finally:
+        await backend.aclose()
+    if not key.was_asked:
+        raise UnsupportedOperation(
+            f"The key for {name} cannot be tested: the backend asked for none.", backend=name
+        )
+
+
+class _OneKey:
+    """Gives a backend the key that is to be tried, whichever profile it is set to use."""
+
+    def __init__(self, vault: CredentialVault, provider: str, profile: str) -> None:
+        self._vault = vault
+        self._provider = provider
+        self._profile = profile
+        self.was_asked = False
+
+    async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+        """Return the key, and any other as the vault has it."""
+        if provider != self._provider:
+            return await self._vault.get(provider, profile)
+        self.was_asked = True
+        return await self._vault.get(provider, self._profile)
