@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.util._once import Once
 from structlog.testing import LogCapture
 
 from tests.client.conftest import MakeConfig
@@ -19,18 +15,6 @@ from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.testing.provider import ScriptedProvider
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
-    trace.set_tracer_provider(provider)
-    yield exporter
-    provider.shutdown()
 
 
 @pytest.fixture

@@ -2,31 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.util._once import Once
 
 from training_backends.core.tracing import span
 
 CANARY = "s3cr3tCANARYvalue"
-
-
-@pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """Let OpenTelemetry keep what it is told; a provider can be set only once otherwise."""
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
-    trace.set_tracer_provider(provider)
-    yield exporter
-    provider.shutdown()
 
 
 def test_a_block_becomes_a_span_with_what_it_is_about(spans: InMemorySpanExporter) -> None:
