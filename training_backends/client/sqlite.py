@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_random
 
 from training_backends.core.files import make_private_directory
 
 __all__ = ["create_file", "sqlite_engine", "sqlite_file"]
+
+_PATIENCE = 30
+"""Seconds that a connection waits for another's transaction."""
 
 
 def sqlite_engine(url: str | sa.URL) -> sa.Engine:
@@ -50,9 +54,17 @@ def create_file(path: Path) -> None:
 def _prepare(connection: Any, _record: Any) -> None:
     # SQLAlchemy begins transactions itself (below), so the driver must not.
     connection.isolation_level = None
-    # Patience first: turning to WAL, too, waits for whoever uses the file.
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+    # Of two that turn a database to WAL, SQLite refuses one at once, however patient it is.
+    for attempt in Retrying(
+        retry=retry_if_exception_message(match="database is locked"),
+        wait=wait_random(0, 0.05),
+        stop=stop_after_delay(_PATIENCE),
+        reraise=True,
+    ):
+        with attempt:
+            connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _begin(connection: sa.Connection) -> None:
