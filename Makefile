@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
-EXTRAS := gateway,local,tokens
+EXTRAS := gateway,local,parquet,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
@@ -37,6 +37,10 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
 	$(BIN)/python benchmarks/watch.py
+	$(BIN)/python benchmarks/inspection.py
+	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/engine_startup.py
+	$(BIN)/python benchmarks/engine.py
 
 chaos: $(VENV)/.dev ## Break a launch in every way and at every moment (about half an hour)
 	$(BIN)/python benchmarks/twins.py

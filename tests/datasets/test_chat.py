@@ -8,15 +8,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.datasets.rows import line, rows
+from training_backends.core.dialect import RowFormat
 from training_backends.datasets.chat import (
     ChatRow,
+    ClassifierRow,
+    ContentPart,
     Control,
+    ImageURL,
     Message,
+    PreferenceRow,
     TextRow,
     byte_encode,
     byte_token_count,
+    parse_any_row,
     parse_row,
 )
+from training_backends.datasets.dialects import LOCAL
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -176,3 +184,56 @@ def test_a_bad_row_says_what_and_where(line: bytes, said: str) -> None:
     """The error names the place in the row."""
     with pytest.raises(msgspec.DecodeError, match=said):
         parse_row(line)
+
+
+STRUCTS: dict[RowFormat, type] = {
+    "messages": ChatRow,
+    "text": TextRow,
+    "labels": ClassifierRow,
+    "preference": PreferenceRow,
+    "chosen": PreferenceRow,
+}
+
+
+@pytest.mark.parametrize("form", STRUCTS)
+@CALM
+@given(data=st.data())
+def test_each_format_has_its_struct(form: RowFormat, data: st.DataObject) -> None:
+    """A row of any method is read as what it is."""
+    content = data.draw(rows(LOCAL, form))
+    parsed = parse_any_row(line(content))
+    assert type(parsed) is STRUCTS[form]
+    if isinstance(parsed, PreferenceRow):
+        assert parsed.chosen[-1].role == parsed.rejected[-1].role == "assistant"
+        assert parsed.chosen != parsed.rejected
+
+
+def test_a_pair_is_the_same_in_openai_s_words_and_in_trl_s() -> None:
+    """Who wrote the row does not matter to whoever learns from it."""
+    answers = {"chosen": "b", "rejected": "c"}
+    keys = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    asked = {"role": "user", "content": "a"}
+    pair = {keys[key]: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+    first = parse_any_row(line({"prompt": "a", **answers}))
+    assert first == parse_any_row(line({"input": {"messages": [asked]}, **pair}))
+    assert first == PreferenceRow(
+        [Message("user", "a")], [Message("assistant", "b")], [Message("assistant", "c")]
+    )
+
+
+@pytest.mark.parametrize("image", ["https://a/b.png", {"url": "https://a/b.png", "detail": "low"}])
+def test_an_image_is_an_address_or_an_object(image: Any) -> None:
+    """Both ways to write it are read, and neither is text."""
+    part = {"type": "image_url", "image_url": image}
+    parsed = row(messages=[{"role": "user", "content": [part]}])
+    assert isinstance(parsed, ChatRow)
+    found = image if isinstance(image, str) else ImageURL(**image)
+    assert parsed.messages[0].content == [ContentPart("image_url", None, found)]
+    assert parsed.messages[0].has_other_parts
+    assert parsed.messages[0].text == ""
+
+
+def test_a_row_of_no_format_is_refused() -> None:
+    """Half a pair is no pair."""
+    with pytest.raises(msgspec.ValidationError, match="no known format"):
+        parse_any_row(b'{"prompt": "a", "chosen": "b"}')

@@ -1,11 +1,15 @@
 """Inspection finds what is wrong, names line and field, and never dies of bad data."""
 
+import errno
+import gzip
 import hashlib
+import io
 import json
 import os
 import stat
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,10 @@ import pytest
 
 from training_backends import DatasetError, TrainingConfig
 from training_backends.core.dataset import Dataset
+from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
+from training_backends.datasets import parts, reading
+from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.inspect import (
     ISSUES_PER_CODE,
     check_upload,
@@ -22,21 +29,12 @@ from training_backends.datasets.inspect import (
     inspect_file,
     raise_for_errors,
 )
+from training_backends.datasets.parallel import run_parallel
 
 MakeConfig = Callable[..., TrainingConfig]
 
 USER: dict[str, Any] = {"role": "user", "content": "What is the weather in Paris?"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "It is sunny."}
-CALL: dict[str, Any] = {
-    "id": "abcdefgh1",
-    "type": "function",
-    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
-}
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
-}
-RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "abcdefgh1", "content": "sunny"}
 
 
 @contextmanager
@@ -55,11 +53,9 @@ def chat(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"messages": list(messages), **fields}
 
 
-def with_call(**changes: Any) -> dict[str, Any]:
-    """Make a conversation whose one tool call is changed."""
-    call = {**CALL, **changes}
-    caller = {"role": "assistant", "tool_calls": [call]}
-    return chat(USER, caller, RESULT, ANSWER, tools=[TOOL])
+def talk(number: int) -> dict[str, Any]:
+    """Make a right row, another for each number."""
+    return chat({"role": "user", "content": f"What is {number}?"}, ANSWER)
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -88,149 +84,6 @@ def test_a_file_is_measured_in_the_same_pass(tmp_path: Path) -> None:
     assert (file.rows, file.turns, file.sample_type, file.weight) == (2, 6, "instruct", 2.0)
 
 
-@pytest.mark.parametrize(
-    ("row", "kind"),
-    [
-        (chat(USER, ANSWER), "instruct"),
-        (chat({"role": "system", "content": "Be brief."}, USER, ANSWER), "instruct"),
-        (chat(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}), "instruct"),
-        (chat({"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER), "instruct"),
-        (
-            chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER),
-            "instruct",
-        ),
-        (with_call(), "instruct"),
-        (chat(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[TOOL]), "instruct"),
-        ({"text": "Once upon a time"}, "pretrain"),
-        ({"text": "Good.", "labels": {"mood": "happy"}}, "classifier"),
-        ({"messages": [USER], "labels": {"mood": ["happy", "calm"]}}, "classifier"),
-        ({"text": "null means left out", "messages": None, "labels": None}, "pretrain"),
-    ],
-)
-def test_every_format_is_known_by_its_keys(tmp_path: Path, row: object, kind: str) -> None:
-    """A valid row of each format has no issue."""
-    file, issues = inspect_file(write(tmp_path / "a.jsonl", row))
-    assert issues == ()
-    assert file is not None
-    assert file.sample_type == kind
-
-
-@pytest.mark.parametrize(
-    ("row", "code", "field"),
-    [
-        ({"foo": 1}, "unknown_format", None),
-        ([1, 2], "wrong_type", None),
-        ({"messages": "hi"}, "wrong_type", "messages"),
-        (chat(), "empty_content", "messages"),
-        (chat(USER, {"content": "hi"}), "missing_field", "messages[1].role"),
-        (chat(USER, {"role": "robot", "content": "hi"}), "unknown_role", "messages[1].role"),
-        (chat(USER), "no_assistant", "messages"),
-        (chat(USER, ANSWER, USER), "last_not_assistant", "messages[2].role"),
-        (chat(USER, {"role": "assistant", "content": ""}), "empty_content", "messages[1].content"),
-        (chat(USER, {"role": "assistant"}), "empty_content", "messages[1].content"),
-        (chat({"role": "user", "content": " \n"}, ANSWER), "empty_content", "messages[0].content"),
-        (chat({"role": "user", "content": []}, ANSWER), "empty_content", "messages[0].content"),
-        (
-            chat({"role": "user", "content": [{"type": "sound"}]}, ANSWER),
-            "unknown_part",
-            "messages[0].content[0].type",
-        ),
-        (chat({**USER, "weight": 1}, ANSWER), "misplaced_weight", "messages[0].weight"),
-        (chat(USER, {**ANSWER, "weight": 2}), "bad_weight", "messages[1].weight"),
-        (
-            chat({**USER, "tool_calls": [CALL]}, RESULT, ANSWER, tools=[TOOL]),
-            "misplaced_tool_calls",
-            "messages[0].tool_calls",
-        ),
-        (
-            with_call(function={"name": "weather", "arguments": {"city": "Paris"}}),
-            "bad_arguments",
-            "messages[1].tool_calls[0].function.arguments",
-        ),
-        (
-            with_call(function={"name": "weather", "arguments": "{city"}),
-            "bad_arguments",
-            "messages[1].tool_calls[0].function.arguments",
-        ),
-        (
-            with_call(function={"name": "weather", "arguments": "[1]"}),
-            "bad_arguments",
-            "messages[1].tool_calls[0].function.arguments",
-        ),
-        (
-            with_call(function={"name": "rain", "arguments": "{}"}),
-            "undeclared_tool",
-            "messages[1].tool_calls[0].function.name",
-        ),
-        (
-            chat(USER, {"role": "assistant", "tool_calls": [CALL]}, ANSWER, tools=[TOOL]),
-            "unanswered_call",
-            "messages[1].tool_calls[0].id",
-        ),
-        (chat(USER, RESULT, ANSWER), "unmatched_answer", "messages[1].tool_call_id"),
-        (
-            chat(USER, {"role": "tool", "content": "x"}, ANSWER),
-            "unmatched_answer",
-            "messages[1].tool_call_id",
-        ),
-        (
-            chat(
-                USER,
-                {"role": "assistant", "tool_calls": [CALL, CALL]},
-                RESULT,
-                ANSWER,
-                tools=[TOOL],
-            ),
-            "duplicate_call_id",
-            "messages[1].tool_calls[1].id",
-        ),
-        ({"text": " "}, "empty_content", "text"),
-        ({"text": "a", "messages": [USER, ANSWER]}, "ambiguous_row", "text"),
-        ({"labels": {"mood": "happy"}}, "ambiguous_row", None),
-        ({"text": "a", "labels": {}}, "empty_content", "labels"),
-        ({"text": "a", "labels": {"mood": []}}, "empty_content", "labels.mood"),
-        ({"text": "a", "labels": {"mood": 3}}, "wrong_type", "labels[...]"),
-    ],
-)
-def test_a_broken_rule_is_named_by_line_and_field(
-    tmp_path: Path, row: object, code: str, field: str | None
-) -> None:
-    """Each fault of a row has its code, line, field and a way to mend it."""
-    path = write(tmp_path / "a.jsonl", row)
-    issue = only(path)
-    assert (issue.code, issue.line, issue.field) == (code, 1, field)
-    assert issue.severity == "error"
-    assert issue.path == str(path)
-    assert issue.fix
-
-
-@pytest.mark.parametrize("call_id", ["short", "", "abcdefgh12", "abc-efgh1", "null", None])
-def test_a_call_id_has_nine_letters_or_digits(tmp_path: Path, call_id: str | None) -> None:
-    """Any other id is refused, in the call where it stands."""
-    answer = {**RESULT, "tool_call_id": call_id}
-    caller = {"role": "assistant", "tool_calls": [{**CALL, "id": call_id}]}
-    issues = found(write(tmp_path / "a.jsonl", chat(USER, caller, answer, ANSWER, tools=[TOOL])))
-    assert issues[0].code == "bad_call_id"
-    assert issues[0].field == "messages[1].tool_calls[0].id"
-
-
-@pytest.mark.parametrize(
-    ("row", "code"),
-    [
-        (chat(USER, {**ANSWER, "weight": 0}), "nothing_trained"),
-        (
-            chat(USER, {**ANSWER, "tool_calls": [CALL]}, RESULT, ANSWER, tools=[TOOL]),
-            "content_with_tool_calls",
-        ),
-        (chat(USER, {"role": "assistant", "tool_calls": [CALL]}), "undeclared_tool"),
-    ],
-)
-def test_what_is_only_doubtful_is_a_warning(tmp_path: Path, row: object, code: str) -> None:
-    """A row that can be trained on is not refused."""
-    issue = only(write(tmp_path / "a.jsonl", row))
-    assert (issue.code, issue.severity) == (code, "warning")
-
-
 def test_classifier_labels_are_held_against_the_targets(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
@@ -250,33 +103,6 @@ def test_classifier_labels_are_held_against_the_targets(
     assert [(one.code, one.line) for one in issues] == [("unknown_label", 2), ("unknown_target", 3)]
 
 
-@pytest.mark.parametrize(
-    ("content", "code", "text"),
-    [
-        (b'{"text": "a"} x\n', "bad_json", "column 15"),
-        (b'{"text": "\xc3\xa9", }\n', "bad_json", "column 15"),
-        (b'{"text": "a"\n', "bad_json", "ends too early"),
-        (b"\xff{}\n", "bad_utf8", "column 1"),
-        (b'{"text": "\xc3\xa9\xff"}\n', "bad_utf8", "column 12"),
-        (b'{"text": "a", "other": "\xff"}\n', "bad_utf8", "column 25"),
-        (b'{"text": "a\x00b"}\n', "nul_byte", "column 12"),
-        (b'{"text": "\\ud800"}\n', "bad_json", "early"),
-        (b'{"text": ' + b"[" * 100_000 + b"\n", "wrong_type", ""),
-        (b'{"other": ' + b"[" * 100_000 + b"\n", "bad_json", "nested"),
-        (b"[" * 10, "wrong_type", ""),
-    ],
-)
-def test_a_line_that_is_no_json_says_where(
-    tmp_path: Path, content: bytes, code: str, text: str
-) -> None:
-    """Broken text names its line and the column, counted in characters."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + content)
-    issue = only(path)
-    assert (issue.code, issue.line) == (code, 2)
-    assert text in issue.message
-
-
 def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     """Blank lines stop nothing; one warning says how many there are and where."""
     path = tmp_path / "a.jsonl"
@@ -284,8 +110,11 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     file, issues = inspect_file(path)
     assert file is not None
     assert file.rows == 2
-    assert [(one.code, one.line, one.severity) for one in issues] == [("blank_lines", 2, "warning")]
-    assert "3 blank lines" in issues[0].message
+    assert [(one.code, one.line, one.severity) for one in issues] == [
+        ("line_ends", 1, "warning"),
+        ("blank_lines", 2, "warning"),
+    ]
+    assert "3 blank lines" in issues[1].message
 
 
 def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
@@ -308,14 +137,13 @@ def test_a_byte_order_mark_is_named_and_the_row_behind_it_read(tmp_path: Path) -
     assert (file.rows, file.size) == (1, 17)
 
 
-@pytest.mark.parametrize("head", ['{"text": "a"}\n'.encode("utf-16"), b"\x1f\x8b\x08\x00rest"])
-def test_a_file_that_is_no_text_is_not_read_on(tmp_path: Path, head: bytes) -> None:
-    """UTF-16 and compressed files are named as such, once."""
+def test_utf_16_is_not_read_on(tmp_path: Path) -> None:
+    """It is named as such, once."""
     path = tmp_path / "a.jsonl"
-    path.write_bytes(head)
+    path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
     file, issues = inspect_file(path)
     assert file is None
-    assert [one.code for one in issues] == ["bad_utf8"]
+    assert [(one.code, one.line) for one in issues] == [("bad_utf8", 1)]
 
 
 @pytest.mark.parametrize(("content", "text"), [(b"", "is empty"), (b"\n \n", "only blank")])
@@ -368,9 +196,22 @@ def test_a_file_that_fails_while_it_is_read_is_an_issue() -> None:
 
 def test_mixed_formats_in_one_file_are_refused(tmp_path: Path) -> None:
     """Each row of another format than the first is named."""
-    path = write(tmp_path / "a.jsonl", chat(USER, ANSWER), {"text": "a"}, chat(USER, ANSWER))
-    issue = only(path)
-    assert (issue.code, issue.line) == ("mixed_formats", 2)
+    path = write(tmp_path / "a.jsonl", talk(1), {"text": "a"}, talk(2))
+    file, issues = inspect_file(path)
+    assert [(one.code, one.line) for one in issues] == [("mixed_formats", 2)]
+    assert file is not None
+    assert (file.rows, file.bad_rows, file.sample_type) == (3, 1, "instruct")
+
+
+def test_two_files_in_one_are_told_apart_row_by_row(tmp_path: Path) -> None:
+    """However many rows of the other format there are, the first are named."""
+    texts = [{"text": f"Text {number}"} for number in range(100)]
+    path = write(tmp_path / "a.jsonl", *map(talk, range(100)), *texts)
+    file, issues = inspect_file(path)
+    assert [one.line for one in issues] == [*range(101, 101 + ISSUES_PER_CODE), None]
+    assert "80 more" in issues[-1].message
+    assert file is not None
+    assert file.bad_rows == 100
 
 
 def test_issues_are_capped_per_code_and_the_rest_counted(tmp_path: Path) -> None:
@@ -398,14 +239,14 @@ def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path) -> None:
     assert [(one.code, one.line) for one in issues] == [("line_too_long", 2)]
     assert read is not None
     assert (read.rows, read.size) == (3, path.stat().st_size)
-    assert peak < 16 << 20
+    assert peak < 3 * (8 << 20)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """A large file costs no more memory than a small one."""
     path = tmp_path / "a.jsonl"
-    line = json.dumps(chat(USER, {**ANSWER, "content": "word " * 200})).encode() + b"\n"
-    path.write_bytes(line * 20_000)
+    answer = {**ANSWER, "content": "word " * 200}
+    write(path, *({"messages": [{**USER, "content": str(n)}, answer]} for n in range(20_000)))
     tracemalloc.start()
     file, issues = inspect_file(path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -414,24 +255,60 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert file is not None
     assert file.rows == 20_000
     assert file.size > 20_000_000
-    assert peak < 6 << 20
+    assert peak < 16 << 20
 
 
 def test_the_same_content_for_training_and_validation_is_an_error(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    """It is told by content, whatever the names are."""
+    """It is told by content, whatever the names are; no row of it is told of then."""
     first = write(tmp_path / "a.jsonl", chat(USER, ANSWER))
     second = write(tmp_path / "b.jsonl", chat(USER, ANSWER))
-    dataset = inspect(make_config(data={"train": first, "validation": second}))
-    assert [one.code for one in dataset.errors] == ["train_validation_overlap"]
+    dataset = inspect(make_config(data={"train": first, "validation": second}), dialect=LOCAL)
+    assert [one.code for one in dataset.issues] == ["train_validation_overlap"]
     assert dataset.errors[0].path == str(second)
+
+
+def test_a_row_that_stands_twice_is_a_warning(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Both lines are named, in one file or two; what is white at its end makes no difference."""
+    first = write(tmp_path / "a.jsonl", talk(1), talk(2), talk(1))
+    second = tmp_path / "b.jsonl"
+    second.write_text(json.dumps(talk(3)) + "\n\n" + json.dumps(talk(2)) + " ")
+    dataset = inspect(make_config(data={"train": [first, second]}))
+    repeated = [one for one in dataset.issues if one.code == "duplicate_row"]
+    assert [(one.path, one.line) for one in repeated] == [(str(first), 3), (str(second), 3)]
+    assert "line 1" in repeated[0].message
+    assert f"line 2 of {first}" in repeated[1].message
+    assert dataset.errors == ()
+    assert [file.summary.duplicate_rows for file in dataset.files] == [1, 1]
+
+
+def test_a_row_to_validate_on_that_is_trained_on_is_a_warning(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Each is named, with the line in the training file; most of them are counted."""
+    train = write(tmp_path / "a.jsonl", *map(talk, range(100)))
+    validation = write(tmp_path / "b.jsonl", *map(talk, range(50, 110)))
+    config = make_config(data={"train": train, "validation": validation})
+    dataset = inspect(config, dialect=LOCAL)
+    assert {one.code for one in dataset.issues} == {"train_validation_overlap"}
+    assert [one.line for one in dataset.issues] == [*range(1, ISSUES_PER_CODE + 1), None]
+    assert f"line 51 of {train}" in dataset.issues[0].message
+    assert "30 more" in dataset.issues[-1].message
+    assert dataset.errors == ()
+    assert dataset.validation[0].summary.overlapping_rows == 50
+
+
+def test_a_refused_row_is_no_duplicate(tmp_path: Path) -> None:
+    """What is wrong with it is said once for each; that it stands twice is not."""
+    path = write(tmp_path / "a.jsonl", chat(USER), chat(USER))
+    assert {one.code for one in found(path)} == {"no_assistant"}
 
 
 def test_the_same_training_file_twice_is_a_warning(tmp_path: Path, make_config: MakeConfig) -> None:
     """Training on a file twice is allowed, though weights say it better."""
     path = write(tmp_path / "a.jsonl", chat(USER, ANSWER))
-    dataset = inspect(make_config(data={"train": [path, path]}))
+    dataset = inspect(make_config(data={"train": [path, path]}), dialect=LOCAL)
     assert dataset.errors == ()
     assert [one.code for one in dataset.issues] == ["duplicate_file"]
 
@@ -460,7 +337,8 @@ def test_every_file_of_a_configuration_is_inspected(
     bad = write(tmp_path / "bad.jsonl", chat(USER))
     good = write(tmp_path / "good.jsonl", chat(USER, ANSWER))
     dataset = inspect(
-        make_config(data={"train": [tmp_path / "gone.jsonl", bad], "validation": good})
+        make_config(data={"train": [tmp_path / "gone.jsonl", bad], "validation": good}),
+        dialect=LOCAL,
     )
     assert [one.code for one in dataset.errors] == ["missing_file", "no_assistant"]
     assert [file.path for file in dataset.train] == [bad]
@@ -505,3 +383,193 @@ def test_an_empty_upload_has_an_error_on_its_first_line(tmp_path: Path) -> None:
     """An error of the whole file has a line number too, because the answer needs one."""
     check = check_upload(write(tmp_path / "a.jsonl"))
     assert [error.line_number for error in check.errors] == [1]
+
+
+def test_a_summary_says_what_is_in_a_file(tmp_path: Path) -> None:
+    """Roles, formats and lengths are counted in the same pass."""
+    path = write(tmp_path / "a.jsonl", talk(1), talk(2), chat(USER, {**ANSWER, "weight": 0}))
+    file, _ = inspect_file(path)
+    assert file is not None
+    summary = file.summary
+    assert summary.roles == {"user": 3, "assistant": 3}
+    assert summary.formats == {"messages": 3}
+    assert summary.lines == file.size
+    assert summary.weighted_rows == 1
+    assert sum(rows for _, rows in summary.row_bytes) == 3
+    assert summary.row_bytes[-1][0] >= summary.longest_row
+    assert summary.duplicate_rows == 0
+
+
+def test_limits_are_those_of_the_dialect(tmp_path: Path, make_config: MakeConfig) -> None:
+    """A training file that is too large is cut at launch; validation data is not."""
+    train = write(tmp_path / "a.jsonl", *map(talk, range(50)))
+    validation = write(tmp_path / "b.jsonl", *map(talk, range(50, 60)))
+    config = make_config(data={"train": train, "validation": validation})
+    small = Dialect(max_file_bytes=500, validation_max_bytes=400, min_rows=100)
+    dataset = inspect(config, dialect=small)
+    assert [(one.code, one.severity, one.path) for one in dataset.issues] == [
+        ("too_few_rows", "error", str(train)),
+        ("file_too_large", "warning", str(train)),
+        ("file_too_large", "error", str(validation)),
+        ("validation_too_large", "error", None),
+    ]
+    shares = inspect(config, dialect=Dialect(validation_max_share=0.05))
+    assert [one.code for one in shares.issues] == ["validation_too_large"]
+    assert "5% of the training data" in shares.issues[0].message
+    milder = Dialect(validation_max_share=0.05, levels={"validation_too_large": "warning"})
+    assert inspect(config, dialect=milder).errors == ()
+
+
+def test_a_file_that_grows_while_it_is_read_is_an_error(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Its digest and its rows would be of two different contents."""
+    path = write(tmp_path / "a.jsonl", *map(talk, range(5000)))
+
+    def grow(*_: object) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(talk(-1)) + "\n")
+
+    dataset = inspect(make_config(data={"train": path}), on_progress=grow)
+    assert [one.code for one in dataset.errors] == ["changed_file"]
+    assert dataset.files == ()
+
+
+def broken(path: Path, rows: int) -> Path:
+    """Write rows with many kinds of faults at many places."""
+    with path.open("wb") as file:
+        for number in range(rows):
+            row = json.dumps(talk(number % (rows - 40))).encode()
+            if number % 97 == 5:
+                row = row[: number % len(row)]
+            elif number % 89 == 7:
+                row = json.dumps(chat(USER)).encode()
+            elif number % 83 == 11:
+                row = b'{"text": "Once upon a time"}'
+            elif number % 79 == 13:
+                row = b'{"text": "\xff"}'
+            elif number % 71 == 17:
+                row = b"x" * 3000
+            file.write(row + (b"\r\n" if number == rows // 2 else b"\n"))
+            if number % 73 == 19:
+                file.write(b"  \n")
+    return path
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_the_same(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+) -> None:
+    """Every issue, its line, the caps and all counts are as if one had read."""
+    first = broken(tmp_path / "a.jsonl", 9000)
+    second = write(tmp_path / "b.jsonl", *map(talk, range(20)))
+    packed = tmp_path / "c.jsonl.gz"
+    packed.write_bytes(gzip.compress(first.read_bytes()))
+    config = make_config(data={"train": [first, packed], "validation": second})
+    alone = inspect(config, processes=1)
+    monkeypatch.setattr(parts, "_FIRST", 1000)
+    monkeypatch.setattr(parts, "_LARGEST", 20_000)
+    monkeypatch.setattr(parts, "_LARGEST_BLOCK", 20_000)
+    told: list[Issue] = []
+    together = inspect(config, processes=processes, on_issue=told.append)
+    assert together == alone
+    assert together.issues == tuple(told)
+    assert len({one.code for one in told}) > 8
+
+
+def test_issues_are_told_while_the_file_is_read(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has seen enough stops the reading by an exception."""
+    path = broken(tmp_path / "a.jsonl", 9000)
+    seen: list[Issue] = []
+
+    def stop(issue: Issue) -> None:
+        seen.append(issue)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        inspect(make_config(data={"train": path}), on_issue=stop, processes=2)
+    assert [one.line for one in seen] == [6]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("max_line", [1, 10, 1000, 3000])
+def test_parts_of_any_size_have_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_line: int, packed: bool
+) -> None:
+    """Lines longer than a part, and longer than the longest that is kept, too."""
+    path = broken(tmp_path / "a.jsonl", 90)
+    whole = inspect_file(path, max_line=max_line)
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        whole = inspect_file(path, max_line=max_line)
+    for size in (1, 7, 64, 1000):
+        for name in ("_FIRST", "_LARGEST", "_LARGEST_BLOCK"):
+            monkeypatch.setattr(parts, name, size)
+        found = inspect_file(path, max_line=max_line)
+        assert found[1] == whole[1]
+        assert found == whole
+
+
+def test_few_bytes_are_read_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting another would take longer than it saves."""
+    monkeypatch.setattr(reading, "cpu_count", lambda: 4)
+    asked: list[int] = []
+
+    def noted(*arguments: Any, processes: int) -> Any:
+        asked.append(processes)
+        return run_parallel(*arguments, processes=1)
+
+    monkeypatch.setattr(reading, "run_parallel", noted)
+    path = write(tmp_path / "a.jsonl", talk(1))
+    inspect_file(path)
+    monkeypatch.setattr(reading, "_WORTH_PROCESSES", 10)
+    inspect_file(path)
+    inspect_file(path, processes=2)
+    assert asked == [1, 4, 2]
+
+
+def test_packed_files_are_inspected_but_not_trained_on(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Services and engines take plain JSON Lines."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(talk(1)).encode()))
+    assert found(path) == ()
+    assert [one.code for one in inspect(make_config(data={"train": path})).errors] == [
+        "packed_file"
+    ]
+    assert [error.message for error in check_upload(path).errors] == ["the file is compressed"]
+
+
+def test_several_threads_inspect_at_the_same_time(tmp_path: Path) -> None:
+    """None counts the rows of another, as the gateway needs it."""
+    paths = [write(tmp_path / f"{n}.jsonl", *map(talk, range(300 * n))) for n in range(1, 9)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(inspect_file, paths * 4))
+    for (file, issues), path in zip(found, paths * 4, strict=True):
+        assert issues == ()
+        assert file is not None
+        assert file.summary.roles == {"user": file.rows, "assistant": file.rows}
+        assert file.rows == 300 * int(path.stem)
+
+
+def test_without_room_for_hashes_the_rest_is_still_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That rows were not compared is a warning."""
+
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda *_, **__: Full())
+    file, issues = inspect_file(write(tmp_path / "a.jsonl", talk(1), chat(USER), talk(1)))
+    assert [one.code for one in issues] == ["no_assistant", "duplicates_not_searched"]
+    assert issues[1].severity == "warning"
+    assert file is not None
+    assert file.summary.duplicate_rows is None

@@ -1,45 +1,55 @@
-"""Lines are cut the same way however the file falls into chunks."""
+"""Lines are read in bounded memory, and parts of a file have each of them once."""
 
-import hashlib
 import io
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends.datasets.lines import CHUNK_BYTES, LineReader
+from training_backends.datasets.lines import (
+    line_at_or_after,
+    lines_up_to,
+    skip_line,
+)
+
+contents = st.text("ab\n", max_size=40).map(str.encode)
 
 
-class Slow(io.BytesIO):
-    """A file that gives a few bytes at a time."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        del size
-        return super().read(3)
-
-
-@given(st.lists(st.binary(max_size=8)).map(b"".join) | st.text("a\n", max_size=30).map(str.encode))
-def test_lines_do_not_depend_on_the_chunks(content: bytes) -> None:
-    """What is read in pieces of three bytes is what a split gives."""
-    expected = content.split(b"\n")
-    if not expected[-1]:
-        expected.pop()
-    reader = LineReader(Slow(content))
-    assert list(reader) == expected
-    assert reader.size == len(content)
-    assert reader.sha256 == hashlib.sha256(content).hexdigest()
+def lines_in(content: bytes, start: int, end: int) -> list[bytes]:
+    """Return the lines that begin in a part."""
+    file = io.BytesIO(content)
+    at = line_at_or_after(file, start, end)
+    found: list[bytes] = []
+    while at is not None and at < end and (line := file.readline()):
+        found.append(line)
+        at += len(line)
+    return found
 
 
-@given(st.text("ab\n", max_size=40).map(str.encode), st.integers(1, 5))
-def test_only_lines_over_the_limit_are_left_out(content: bytes, limit: int) -> None:
-    """None stands where a longer line was."""
-    expected = content.split(b"\n")
-    if not expected[-1]:
-        expected.pop()
-    found = list(LineReader(Slow(content), max_line=limit))
-    assert found == [line if len(line) <= limit else None for line in expected]
+@given(contents, st.lists(st.integers(0, 40), max_size=5))
+def test_parts_side_by_side_have_every_line_once(content: bytes, cuts: list[int]) -> None:
+    """Wherever a file is cut, put together the lines of its parts are its lines."""
+    places = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
+    parts = pairwise(places)
+    found = [line for start, end in parts for line in lines_in(content, start, end)]
+    assert found == content.splitlines(keepends=True)
 
 
-def test_a_line_over_several_chunks_is_whole() -> None:
-    """A line longer than a chunk is put together."""
-    line = b"x" * (CHUNK_BYTES * 2 + 5)
-    assert list(LineReader(io.BytesIO(b"a\n" + line + b"\nb"))) == [b"a", line, b"b"]
+@given(contents, st.integers(1, 6))
+def test_a_line_is_never_longer_than_the_limit(content: bytes, limit: int) -> None:
+    """Of a longer one the beginning comes, and the rest can be passed over."""
+    file = io.BytesIO(content)
+    found = []
+    for line in lines_up_to(file, limit):
+        found.append(line)
+        if not line.endswith(b"\n"):
+            skip_line(file, 1000)
+    assert found == [line[:limit] for line in content.splitlines(keepends=True)]
+
+
+def test_no_more_of_a_line_is_passed_over_than_asked() -> None:
+    """A part of a file is left where it ends."""
+    file = io.BytesIO(b"a" * 10 + b"\nb")
+    assert skip_line(file, 4) == 4
+    assert skip_line(file, 100) == 7
+    assert file.read() == b"b"

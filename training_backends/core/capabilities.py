@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from training_backends.core.dialect import Dialect
+
 __all__ = ["Capabilities"]
 
 
@@ -21,9 +23,9 @@ class Capabilities(BaseModel):
         deletes: Runs can be deleted.
         lists_remote: Runs that others made can be listed.
         validation_files: Validation data is used.
-        max_file_bytes: Largest data file, or None.
         suffix: The result's name takes a suffix.
         integrations: Types of `TrainingConfig.integrations` that it reports to.
+        dialect: What it takes as training data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +40,6 @@ class Capabilities(BaseModel):
     deletes: bool = False
     lists_remote: bool = False
     validation_files: bool = True
-    max_file_bytes: int | None = None
     suffix: bool = False
     integrations: frozenset[str] = frozenset()
+    dialect: Dialect = Dialect()

@@ -4,13 +4,52 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from training_backends.core.dialect import SampleType
 from training_backends.core.errors import Issue
 
-__all__ = ["DataFile", "Dataset", "SampleType"]
+__all__ = ["DataFile", "Dataset", "SampleType", "Summary"]
 
-SampleType = Literal["instruct", "pretrain", "classifier"]
+
+class Summary(BaseModel):
+    """What the rows of a file hold.
+
+    Attributes:
+        lines: Bytes of the lines, unpacked.
+        formats: Rows by how they are written, for example `messages`.
+        roles: Messages by role.
+        tool_rows: Rows that declare or call tools.
+        tool_calls: Calls of tools.
+        image_rows: Rows with images.
+        images: Images.
+        weighted_rows: Rows in which a message has a weight.
+        longest_row: Bytes of the longest row.
+        row_bytes: Rows by length: `(most, rows)` says how many have up to `most` bytes and more
+            than the entry before allows.
+        labels: Rows by target and label of a classifier.
+        findings: How often each thing was found that issues tell of, by their code.
+        duplicate_rows: Rows that stand before, in this file or another of the same role; None
+            where nobody looked.
+        overlapping_rows: Rows of a validation file that are trained on, too.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    lines: int = 0
+    formats: dict[str, int] = Field(default_factory=dict)
+    roles: dict[str, int] = Field(default_factory=dict)
+    tool_rows: int = 0
+    tool_calls: int = 0
+    image_rows: int = 0
+    images: int = 0
+    weighted_rows: int = 0
+    longest_row: int = 0
+    row_bytes: tuple[tuple[int, int], ...] = ()
+    labels: dict[str, dict[str, int]] = Field(default_factory=dict)
+    findings: dict[str, int] = Field(default_factory=dict)
+    duplicate_rows: int | None = None
+    overlapping_rows: int | None = None
 
 
 class DataFile(BaseModel):
@@ -24,7 +63,8 @@ class DataFile(BaseModel):
         rows: Samples, blank lines not counted.
         bad_rows: Samples with an error.
         turns: Messages in all rows.
-        sample_type: What the rows are, from the first valid one; None for an empty file.
+        sample_type: What the rows are, from the first that can be told; None for an empty file.
+        packing: How the file is packed; `size` and `sha256` are of it as it is.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +78,8 @@ class DataFile(BaseModel):
     bad_rows: int = 0
     turns: int = 0
     sample_type: SampleType | None = None
+    packing: Literal["plain", "gzip", "zstd", "parquet"] = "plain"
+    summary: Summary = Summary()
 
 
 class Dataset(BaseModel):

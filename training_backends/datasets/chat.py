@@ -1,7 +1,7 @@
 """Rows of a training file, and the byte-level chat encoding of `tiny-mistral`.
 
-`parse_row` turns one JSON line into typed structs; it checks shape and types
-only, the rules of a conversation are checked by `datasets.inspect`. The
+`parse_row` turns one JSON line into typed structs, `parse_any_row` one of a classifier or a
+preference, too. They check shape and types only; the rules are kept by `datasets.rules`. The
 encoding lives here, in plain Python, so that tokens can be counted exactly
 without torch; the engine makes tensors of the same ids.
 """
@@ -20,16 +20,21 @@ __all__ = [
     "BYTE_VOCABULARY_SIZE",
     "CONTROL_TEXT",
     "ChatRow",
+    "ClassifierRow",
     "ContentPart",
     "Control",
     "FunctionCall",
     "FunctionDefinition",
+    "ImageURL",
     "Message",
+    "PreferenceRow",
+    "Role",
     "TextRow",
     "Tool",
     "ToolCall",
     "byte_encode",
     "byte_token_count",
+    "parse_any_row",
     "parse_row",
     "row_pieces",
 ]
@@ -37,11 +42,19 @@ __all__ = [
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+class ImageURL(msgspec.Struct, frozen=True, gc=False):
+    """Where an image is, or the image itself as a `data:` address."""
+
+    url: str
+    detail: str | None = None
+
+
 class ContentPart(msgspec.Struct, frozen=True, gc=False):
     """One part of a message whose content is a list; only `text` carries text."""
 
     type: str
     text: str | None = None
+    image_url: str | ImageURL | None = None
 
 
 class FunctionCall(msgspec.Struct, frozen=True, gc=False):
@@ -117,15 +130,54 @@ class TextRow(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
-class _AnyRow(msgspec.Struct, frozen=True, gc=False):
-    """Any row; null stands for a key that is left out."""
+class ClassifierRow(msgspec.Struct, frozen=True, gc=False):
+    """What is to be classified, and by target its label, or its labels where it has several."""
+
+    content: ChatRow | TextRow
+    labels: dict[str, str | list[str]]
+
+
+class PreferenceRow(msgspec.Struct, frozen=True, gc=False):
+    """Two answers to one prompt, which is empty where each answer holds the whole conversation."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[Tool] | None = None
+
+
+class _Row(msgspec.Struct, frozen=True, gc=False):
+    """A chat or a text; null stands for a key that is left out."""
 
     messages: list[Message] | None = None
     text: str | None = None
     tools: list[Tool] | None = None
 
 
-_DECODER: Final = msgspec.json.Decoder(_AnyRow)
+class _Input(msgspec.Struct, frozen=True, gc=False):
+    messages: list[Message]
+    tools: list[Tool] | None = None
+
+
+class _Labelled(_Row, frozen=True, gc=False):
+    labels: dict[str, str | list[str]] | None = None
+
+
+class _Pair(msgspec.Struct, frozen=True, gc=False):
+    """A preference in OpenAI's words, or in TRL's."""
+
+    input: _Input | None = None
+    preferred_output: list[Message] | None = None
+    non_preferred_output: list[Message] | None = None
+    prompt: str | list[Message] | None = None
+    chosen: str | list[Message] | None = None
+    rejected: str | list[Message] | None = None
+    tools: list[Tool] | None = None
+
+
+_DECODER: Final = msgspec.json.Decoder(_Row)
+_LABELLED: Final = msgspec.json.Decoder(_Labelled)
+_PAIR: Final = msgspec.json.Decoder(_Pair)
 
 
 def parse_row(line: bytes) -> ChatRow | TextRow:
@@ -136,12 +188,42 @@ def parse_row(line: bytes) -> ChatRow | TextRow:
             with the place, such as "- at `$.messages[0].role`".
         msgspec.DecodeError: Not JSON (the parent class of the former).
     """
-    row = _DECODER.decode(line)
+    return _content(_DECODER.decode(line))
+
+
+def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | PreferenceRow:
+    """Decode one line of a JSONL file, whatever method it is for.
+
+    Raises:
+        msgspec.DecodeError: As `parse_row` does.
+    """
+    row = _LABELLED.decode(line)
+    if row.labels is not None:
+        return ClassifierRow(_content(row), row.labels)
+    if row.messages is not None or row.text is not None:
+        return _content(row)
+    pair = _PAIR.decode(line)
+    if pair.input is not None:
+        prompt, tools = pair.input.messages, pair.input.tools
+        chosen, rejected = pair.preferred_output, pair.non_preferred_output
+    else:
+        prompt, tools = _said("user", pair.prompt) or [], pair.tools
+        chosen, rejected = _said("assistant", pair.chosen), _said("assistant", pair.rejected)
+    if chosen is None or rejected is None:
+        raise msgspec.ValidationError("Object is of no known format")
+    return PreferenceRow(prompt, chosen, rejected, tools)
+
+
+def _content(row: _Row) -> ChatRow | TextRow:
     if row.messages is not None:
         return ChatRow(row.messages, row.tools)
     if row.text is not None:
         return TextRow(row.text)
     raise msgspec.ValidationError("Object has neither `messages` nor `text`")
+
+
+def _said(role: Role, given: str | list[Message] | None) -> list[Message] | None:
+    return [Message(role, given)] if isinstance(given, str) else given
 
 
 class Control(IntEnum):

@@ -1,43 +1,44 @@
 """Find everything that is wrong with data files before the first byte leaves.
 
-Each file is read once, line by line, in constant memory: sizes, digest and row count
-come from the same pass as the issues. Bad data raises nothing; it is told in issues.
+Each file is read once, in constant memory: sizes, digest and row count come from the same pass
+as the issues, which are told as they are found. Large files are judged by several processes;
+what is found does not depend on how many. Bad data raises nothing; it is told in issues.
 """
 
-import stat
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from training_backends.core.config import ClassifierTarget, DataSource, TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset, SampleType
+from training_backends.core.dialect import Dialect
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.lines import MAX_LINE_BYTES, LineReader
-from training_backends.datasets.rules import Finding, RowRules
+from training_backends.datasets.collecting import Collector, FileRole
+from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.judging import KEPT_PER_CODE, packed_rules
+from training_backends.datasets.limits import against_limits, against_method, between_files
+from training_backends.datasets.lines import MAX_LINE_BYTES
+from training_backends.datasets.reading import Progress, Reading
 
 __all__ = [
     "ISSUES_PER_CODE",
     "LineError",
+    "OnIssue",
     "Progress",
     "UploadCheck",
     "check_upload",
     "inspect",
     "inspect_file",
+    "inspect_files",
     "raise_for_errors",
 ]
 
-ISSUES_PER_CODE: Final = 20
+ISSUES_PER_CODE: Final = KEPT_PER_CODE
 """How many issues of one code a file gets in full; one more says how many there are."""
 
-_BOM: Final = b"\xef\xbb\xbf"
-_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
-_GZIP: Final = b"\x1f\x8b"
-_PROGRESS_EVERY: Final = 8 << 20
-
-FileRole = Literal["train", "validation"]
-Progress = Callable[[Path, int, int], None]
-"""Called with the file, the bytes read so far and its size; may raise to stop reading."""
+OnIssue = Callable[[Issue], None]
+"""Called with each issue as it is found; may raise to stop reading."""
 
 
 class LineError(NamedTuple):
@@ -61,215 +62,116 @@ class UploadCheck(NamedTuple):
     errors: tuple[LineError, ...]
 
 
-class _Collector:
-    """The issues of one file, capped per code."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-        self._issues: list[Issue] = []
-        self._counts: Counter[str] = Counter()
-        self._severity: dict[str, Literal["error", "warning"]] = {}
-
-    def add(self, line: int | None, finding: Finding) -> None:
-        code, field, message, fix, severity = finding
-        self._counts[code] += 1
-        if severity == "error" or code not in self._severity:
-            self._severity[code] = severity
-        if self._counts[code] <= ISSUES_PER_CODE:
-            self._issues.append(
-                Issue(
-                    code=code,
-                    message=message,
-                    path=self._path,
-                    line=line,
-                    field=field,
-                    fix=fix,
-                    severity=severity,
-                )
-            )
-
-    def finish(self) -> tuple[Issue, ...]:
-        """Return all issues, behind them what the cap left out."""
-        for code, count in self._counts.items():
-            if count > ISSUES_PER_CODE:
-                more = count - ISSUES_PER_CODE
-                self._issues.append(
-                    Issue(
-                        code=code,
-                        message=f"{more:,} more of this kind (`{code}`)",
-                        path=self._path,
-                        severity=self._severity[code],
-                    )
-                )
-        return tuple(self._issues)
-
-
-class _FileReader:
-    """One pass over one file.
-
-    Attributes:
-        whole: Whether the file was read to its end.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        rules: RowRules,
-        *,
-        max_line: int = MAX_LINE_BYTES,
-        on_progress: Progress | None = None,
-    ) -> None:
-        self._path = path
-        self._rules = rules
-        self._max_line = max_line
-        self._on_progress = on_progress
-        self._told = 0
-        self._blank = 0
-        self._first_blank: int | None = None
-        self.size = 0
-        self.sha256 = ""
-        self.rows = 0
-        self.turns = 0
-        self.sample_type: SampleType | None = None
-        self.whole = False
-
-    def findings(self) -> Iterator[tuple[int | None, Finding]]:
-        """Yield what is wrong, with the line; the counts are complete when it ends."""
-        problem = _not_a_file(self._path)
-        if problem:
-            yield None, problem
-            return
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                head = file.read(len(_BOM))
-                file.seek(0)
-                problem = _encoding(head)
-                if problem:
-                    yield 1, problem
-                if not problem or head == _BOM:
-                    yield from self._read(file, skip=len(_BOM) if head == _BOM else 0)
-        except OSError as error:
-            yield None, _unreadable(error)
-
-    def _read(self, file: BinaryIO, *, skip: int) -> Iterator[tuple[int | None, Finding]]:
-        reader = LineReader(file, max_line=self._max_line)
-        for number, line in enumerate(reader, start=1):
-            text = line[skip:] if line and number == 1 else line
-            for finding in self._row(number, text):
-                yield number, finding
-            if reader.size - self._told >= _PROGRESS_EVERY:
-                self._tell(reader.size)
-        self._tell(reader.size)
-        self.size, self.sha256, self.whole = reader.size, reader.sha256, True
-        yield from self._whole_file()
-
-    def _row(self, number: int, line: bytes | None) -> Sequence[Finding]:
-        if line is None:
-            self.rows += 1
-            return (_too_long(self._max_line),)
-        if not line or line.isspace():
-            self._blank += 1
-            self._first_blank = self._first_blank or number
-            return ()
-        self.rows += 1
-        sample_type, turns, findings = self._rules.judge(line)
-        self.turns += turns
-        if sample_type is None or sample_type == self.sample_type:
-            return findings
-        if self.sample_type is None:
-            self.sample_type = sample_type
-            return findings
-        return (*findings, _mixed(sample_type, self.sample_type))
-
-    def _whole_file(self) -> Iterator[tuple[int | None, Finding]]:
-        if not self.rows:
-            what = "has only blank lines" if self.size else "is empty"
-            fix = "write one JSON object on each line"
-            yield None, Finding("empty_file", None, f"the file {what}", fix)
-        elif self._blank:
-            what = "1 blank line is" if self._blank == 1 else f"{self._blank:,} blank lines are"
-            text = f"{what} skipped, the first is this"
-            yield self._first_blank, Finding("blank_lines", None, text, None, "warning")
-
-    def _tell(self, done: int) -> None:
-        self._told = done
-        if self._on_progress:
-            self._on_progress(self._path, done, max(done, self._path.stat().st_size))
-
-
-def inspect(config: TrainingConfig, *, on_progress: Progress | None = None) -> Dataset:
+def inspect(
+    config: TrainingConfig,
+    *,
+    dialect: Dialect = MISTRAL,
+    on_issue: OnIssue | None = None,
+    on_progress: Progress | None = None,
+    processes: int | None = None,
+) -> Dataset:
     """Read all data files of a configuration and say what is in them and what is wrong.
 
     Blocks while it reads: call it in a thread from async code. A file that cannot be read
-    at all is missing in `files` and has an issue.
+    to its end is missing in `files` and has an issue.
+
+    Args:
+        dialect: Whose rules and limits the data is held against.
+        on_issue: Told of each issue at once, those of a file by line.
+        processes: How many may judge rows; None: as many as are worth it.
     """
-    files: list[DataFile] = []
-    issues: list[Issue] = []
-    sources: list[tuple[FileRole, DataSource]] = []
-    sources += (("train", source) for source in config.data.train)
-    sources += (("validation", source) for source in config.data.validation)
-    for role, source in sources:
-        file, found = inspect_file(
-            source.path,
-            role=role,
-            weight=source.weight,
-            targets=config.classifier_targets,
-            on_progress=on_progress,
-        )
-        issues.extend(found)
-        if file:
-            files.append(file)
-    issues.extend(_between_files(files))
-    issues.extend(_against_method(config, files))
-    return Dataset(files=tuple(files), issues=tuple(issues))
+    found = inspect_files(
+        config.data.train,
+        config.data.validation,
+        dialect=dialect,
+        targets=config.classifier_targets,
+        on_issue=on_issue,
+        on_progress=on_progress,
+        processes=processes,
+    )
+    more = _all_told(against_method(config, found.files), on_issue)
+    return found.model_copy(update={"issues": (*found.issues, *more)})
+
+
+def inspect_files(
+    train: Sequence[DataSource],
+    validation: Sequence[DataSource] = (),
+    *,
+    dialect: Dialect = MISTRAL,
+    targets: Sequence[ClassifierTarget] = (),
+    on_issue: OnIssue | None = None,
+    on_progress: Progress | None = None,
+    processes: int | None = None,
+) -> Dataset:
+    """Do the same for files without a configuration; "-" is standard input."""
+    collectors = [Collector(each.path, "train", each.weight, dialect) for each in train]
+    collectors += [Collector(each.path, "validation", each.weight, dialect) for each in validation]
+    reading = Reading(
+        collectors,
+        rules=packed_rules(dialect, targets),
+        max_line=MAX_LINE_BYTES,
+        on_progress=on_progress,
+    )
+
+    def issues() -> Iterator[Issue]:
+        yield from reading.issues(processes)
+        yield from between_files(reading.files)
+        yield from against_limits(reading.files, dialect)
+
+    told = _all_told(issues(), on_issue)
+    return Dataset(files=tuple(reading.files), issues=told)
+
+
+def _all_told(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
+    told = []
+    for issue in issues:
+        told.append(issue)
+        if on_issue:
+            on_issue(issue)
+    return tuple(told)
 
 
 def inspect_file(
     path: Path,
     *,
+    dialect: Dialect = MISTRAL,
     role: FileRole = "train",
     weight: float = 1.0,
     targets: Sequence[ClassifierTarget] = (),
     max_line: int = MAX_LINE_BYTES,
     on_progress: Progress | None = None,
+    processes: int | None = None,
 ) -> tuple[DataFile | None, tuple[Issue, ...]]:
     """Read one data file; no `DataFile` when it cannot be read to its end."""
-    reading = _FileReader(path, RowRules(targets), max_line=max_line, on_progress=on_progress)
-    collector = _Collector(path)
-    bad_lines: set[int] = set()
-    for line, finding in reading.findings():
-        collector.add(line, finding)
-        if line is not None and finding.severity == "error":
-            bad_lines.add(line)
-    if not reading.whole:
-        return None, collector.finish()
-    file = DataFile(
-        path=path,
-        role=role,
-        weight=weight,
-        size=reading.size,
-        sha256=reading.sha256,
-        rows=reading.rows,
-        bad_rows=len(bad_lines),
-        turns=reading.turns,
-        sample_type=reading.sample_type,
+    reading = Reading(
+        [Collector(path, role, weight, dialect)],
+        rules=packed_rules(dialect, targets),
+        max_line=max_line,
+        on_progress=on_progress,
     )
-    return file, collector.finish()
+    issues = tuple(reading.issues(processes))
+    return next(iter(reading.files), None), issues
 
 
 def check_upload(
-    path: Path, *, max_errors: int = 10, max_line: int = MAX_LINE_BYTES
+    path: Path,
+    *,
+    dialect: Dialect = MISTRAL,
+    max_errors: int = 10,
+    max_line: int = MAX_LINE_BYTES,
 ) -> UploadCheck:
     """Judge one uploaded file and stop at the `max_errors`-th line that cannot be used."""
-    reading = _FileReader(path, RowRules(), max_line=max_line)
+    collector = Collector(path, "train", 1.0, dialect)
+    reading = Reading([collector], rules=packed_rules(dialect), max_line=max_line, plain_only=True)
     errors: dict[int, str] = {}
-    for line, finding in reading.findings():
-        if finding.severity == "error":
-            text = f"{finding.field}: {finding.message}" if finding.field else finding.message
-            errors.setdefault(line or 1, text)
-        if len(errors) >= max_errors:
-            return UploadCheck(reading.sample_type, None, _line_errors(errors))
-    return UploadCheck(reading.sample_type, reading.rows, _line_errors(errors))
+    with closing(reading.issues_of_rows()) as issues:
+        for issue in issues:
+            if issue.severity == "error":
+                text = f"{issue.field}: {issue.message}" if issue.field else issue.message
+                errors.setdefault(issue.line or 1, text)
+            if len(errors) >= max_errors:
+                return UploadCheck(collector.sample_type, None, _line_errors(errors))
+    return UploadCheck(collector.sample_type, collector.rows, _line_errors(errors))
 
 
 def raise_for_errors(dataset: Dataset) -> None:
@@ -293,101 +195,3 @@ def raise_for_errors(dataset: Dataset) -> None:
 
 def _line_errors(errors: dict[int, str]) -> tuple[LineError, ...]:
     return tuple(LineError(line, message) for line, message in sorted(errors.items()))
-
-
-def _not_a_file(path: Path) -> Finding | None:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        return _unreadable(error)
-    if stat.S_ISREG(mode):
-        return None
-    if stat.S_ISDIR(mode):
-        fix = "name the .jsonl files in it"
-        return Finding("not_a_file", None, "this is a directory, not a file", fix)
-    return Finding("not_a_file", None, "this is not a regular file", "copy the data to one")
-
-
-def _unreadable(error: OSError) -> Finding:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        fix = "correct the path; it is relative to the configuration file"
-        return Finding("missing_file", None, "there is no such file", fix)
-    if isinstance(error, PermissionError):
-        fix = "make it readable for the user who runs this"
-        return Finding("unreadable_file", None, "the file may not be read", fix)
-    return Finding("unreadable_file", None, f"the file cannot be read: {error.strerror}")
-
-
-def _encoding(head: bytes) -> Finding | None:
-    if head == _BOM:
-        fix = "save the file as UTF-8 without a byte order mark"
-        return Finding("byte_order_mark", None, "the file starts with a byte order mark", fix)
-    if head.startswith(_UTF16):
-        return Finding("bad_utf8", None, "the file is UTF-16", "save the file as UTF-8")
-    if head.startswith(_GZIP):
-        return Finding("bad_utf8", None, "the file is compressed", "unpack it first")
-    return None
-
-
-def _too_long(limit: int) -> Finding:
-    message = f"the line is longer than {limit >> 20} MiB"
-    return Finding("line_too_long", None, message, "write one JSON object on each line")
-
-
-def _mixed(found: SampleType, first: SampleType) -> Finding:
-    message = f"this row is {found}, the file began with {first}"
-    return Finding("mixed_formats", None, message, "put each format in a file of its own")
-
-
-def _between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
-    seen: dict[str, DataFile] = {}
-    for file in files:
-        before = seen.setdefault(file.sha256, file)
-        if before is file or not file.size:
-            continue
-        if before.role != file.role:
-            yield Issue(
-                code="train_validation_overlap",
-                message=f"the same content is in the training file {before.path}",
-                path=str(file.path),
-                fix="validate on rows that are not trained on",
-            )
-        else:
-            yield Issue(
-                code="duplicate_file",
-                message=f"the same content is in {before.path}",
-                path=str(file.path),
-                fix="name it once and give it a weight",
-                severity="warning",
-            )
-    typed = [file for file in files if file.sample_type]
-    for file in typed:
-        if file.sample_type != typed[0].sample_type:
-            yield Issue(
-                code="mixed_formats",
-                message=f"the file is {file.sample_type}, {typed[0].path} is "
-                f"{typed[0].sample_type}",
-                path=str(file.path),
-                fix="train on one format at a time",
-            )
-
-
-def _against_method(config: TrainingConfig, files: Sequence[DataFile]) -> Iterator[Issue]:
-    if config.method == "dpo":
-        yield Issue(
-            code="unsupported_format",
-            message="preference pairs cannot be inspected yet",
-            field="method",
-            fix="use method: sft or classifier",
-        )
-        return
-    for file in files:
-        is_classifier = file.sample_type == "classifier"
-        if file.sample_type and is_classifier != (config.method == "classifier"):
-            yield Issue(
-                code="wrong_format",
-                message=f"method {config.method} cannot train on {file.sample_type} rows",
-                path=str(file.path),
-                field="method",
-                fix="use method: classifier" if is_classifier else "use method: sft",
-            )

@@ -1,56 +1,50 @@
-"""Read a file line by line in constant memory, hashing it on the way."""
+"""Read a file line by line in constant memory."""
 
-import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO, Final
 
-__all__ = ["CHUNK_BYTES", "MAX_LINE_BYTES", "LineReader"]
+__all__ = [
+    "CHUNK_BYTES",
+    "MAX_LINE_BYTES",
+    "line_at_or_after",
+    "lines_up_to",
+    "skip_line",
+]
 
 CHUNK_BYTES: Final = 1 << 20
 
-MAX_LINE_BYTES: Final = 64 << 20
+MAX_LINE_BYTES: Final = 32 << 20
 """Longest line that is kept; a longer one is read past, so that no file fills the memory."""
 
 
-class LineReader:
-    """The lines of one open file, without their end.
+def line_at_or_after(file: BinaryIO, start: int, end: int) -> int | None:
+    """Seek the first line that begins in a part of a file; return where it begins, or None.
 
-    Attributes:
-        size: Bytes read so far.
+    Parts that lie side by side have each line once: in the one in which it begins.
     """
+    if not start:
+        file.seek(0)
+        return 0
+    file.seek(start - 1)
+    begun = file.readline(end - start)
+    return start - 1 + len(begun) if begun.endswith(b"\n") else None
 
-    def __init__(self, file: BinaryIO, *, max_line: int = MAX_LINE_BYTES) -> None:
-        self._file = file
-        self._max_line = max_line
-        self._hash = hashlib.sha256(usedforsecurity=False)
-        self.size = 0
 
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was read so far."""
-        return self._hash.hexdigest()
+def lines_up_to(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Iterate over lines with their ends; of a longer one, `limit` bytes come without an end.
 
-    def __iter__(self) -> Iterator[bytes | None]:
-        """Yield every line; None stands for one that is longer than `max_line`.
+    The rest of such a line is then still to be read, see `skip_line`. As fast as iterating over
+    the file itself, which would hold a line of any length.
+    """
+    return iter(partial(file.readline, limit), b"")
 
-        Raises:
-            OSError: The file cannot be read on.
-        """
-        kept: list[bytes] = []
-        length = 0
-        while chunk := self._file.read(CHUNK_BYTES):
-            self._hash.update(chunk)
-            self.size += len(chunk)
-            first, *others = chunk.split(b"\n")
-            length += len(first)
-            if length <= self._max_line:
-                kept.append(first)
-            else:
-                kept.clear()
-            if others:
-                yield b"".join(kept) if length <= self._max_line else None
-                last = others.pop()
-                yield from (line if len(line) <= self._max_line else None for line in others)
-                kept, length = [last], len(last)
-        if length:
-            yield b"".join(kept) if length <= self._max_line else None
+
+def skip_line(file: BinaryIO, most: int) -> int:
+    """Read past the end of the line, or past `most` bytes; return how many were read."""
+    done = 0
+    while done < most and (part := file.readline(min(CHUNK_BYTES, most - done))):
+        done += len(part)
+        if part.endswith(b"\n"):
+            break
+    return done

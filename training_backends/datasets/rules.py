@@ -1,346 +1,419 @@
-"""The rules that a row of training data must keep, whoever trains on it.
+"""The rules that a row of training data must keep, as a provider's dialect declares them.
 
-Sources: the provider's dataset documentation and its published specification, as of
-2026-08. `describe` decodes one line and says all that is wrong with it.
+`RowRules.judge` takes one line, without a byte order mark and not blank, and counts what is in
+it. Rows of one type with nothing wrong all get the very same verdict, so `is` tells them apart
+from the others. `RowRules.facts` is brought up to date by asking for it: ask at the end, not for
+each row; the longest row is left to whoever measures rows. What a file must keep as a whole is
+judged by `file_findings` from its facts, merged over all its parts.
+
+How it is fast: rows are decoded strictly into structs that have no room for what is wrong, so
+a wrong key, type or role fails there, and so does text that is not UTF-8 (msgspec 0.22 decodes
+each string that it keeps, and with unknown keys forbidden it skips none). Who speaks after
+whom is judged once for each sequence of roles and then remembered in a tree of them, which
+counts the rows as well. Any row that is not plainly right is described anew from its bytes by
+`faults`, which alone says what is wrong: here is only "certainly right" and "perhaps not".
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from training_backends.core.config import ClassifierTarget
-from training_backends.core.dataset import SampleType
-from training_backends.datasets.chat import Message, Tool, ToolCall
+from training_backends.core.dialect import Dialect, Role, RowFormat
+from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.facts import Facts
+from training_backends.datasets.faults import RIGHT, TYPES, RowFaults, Verdict, count_labels
+from training_backends.datasets.findings import Finding, brief, short
 
-__all__ = ["Finding", "Row", "RowRules", "Verdict"]
+if TYPE_CHECKING:
+    # A process that judges rows is up without pydantic.
+    from training_backends.core.config import ClassifierTarget
 
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<field>.*)`)?$", re.DOTALL)
-_BYTE = re.compile(r" \(byte (\d+)\)$")
-_CALL_ID = re.compile(r"[A-Za-z0-9]{9}")
-_PART_TYPES = frozenset({"text", "image_url"})
-_ROLES = "system, user, assistant or tool"
-_FORMATS = "`messages` (instruct), `text` (pretrain), or `labels` beside one of them (classifier)"
+__all__ = ["Facts", "Finding", "RowRules", "Verdict", "file_findings"]
+
+_MOST_TURNS: Final = 20_000
+"""Sequences of roles that are remembered; a long conversation takes one for each message."""
+
+_MOST_TOOLS: Final = 1 << 20
+"""Bytes of declarations of tools that are remembered."""
+
+_NO_TOOLS: Final = msgspec.Raw(b"null")
+
+_INSTRUCT: Final = RIGHT["instruct"]
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """Any row; which keys it has says what it is. Null stands for a key that is left out."""
+class _Strict(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """Has no place for a key that nobody knows."""
 
-    messages: list[Message] | None = None
+
+class _Function(_Strict):
+    name: str
+    arguments: str
+
+
+class _Call(_Strict):
+    id: str
+    function: _Function
+    type: Literal["function"] = "function"
+
+
+class _Offer(_Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(_Strict):
+    function: _Offer
+    type: Literal["function"] = "function"
+
+
+class _Message(_Strict):
+    """One struct for all roles: its attributes are then found fastest."""
+
+    role: Role
+    content: str | None = None
+    tool_calls: list[_Call] | None = None
+    weight: Literal[0, 1] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class _Chat(_Strict):
+    messages: list[_Message]
+    tools: msgspec.Raw = _NO_TOOLS
+
+
+class _Other(_Strict):
+    """A text, or a classifier's row with a text."""
+
     text: str | None = None
     labels: dict[str, str | list[str]] | None = None
-    tools: list[Tool] | None = None
 
 
-class Finding(NamedTuple):
-    """One thing wrong with a row."""
-
-    code: str
-    field: str | None
-    message: str
-    fix: str | None = None
-    severity: Literal["error", "warning"] = "error"
+class _Object(msgspec.Struct, gc=False):
+    """Any JSON object; its contents are skipped, strictly."""
 
 
-Verdict = tuple[SampleType | None, int, Sequence[Finding]]
-"""What one line is, None where that cannot be told; its messages; what is wrong with it.
+_read_object: Final = msgspec.json.Decoder(_Object).decode
 
-A plain tuple, because one is made for every row.
+
+@dataclass(slots=True, eq=False)
+class _Turns:
+    """A sequence of roles.
+
+    Attributes:
+        before: The same without the last.
+        answers: How many are the assistant's.
+        fits: The dialect takes a conversation of just these turns.
+        plain: The same, and no tool speaks in it.
+        rows: How many rows were so.
+    """
+
+    before: "_Turns | None"
+    role: str
+    in_order: bool
+    answers: int = 0
+    uses_tools: bool = False
+    fits: bool = False
+    plain: bool = False
+    rows: int = 0
+
+
+_Steps = dict[str, Any]
+"""By role the steps from there on; under the empty name the `_Turns` up to here.
+
+Nested plain dicts, because no lookup is faster, and it is done for each message.
 """
 
-_NOTHING: Final[Sequence[Finding]] = ()
+_HERE: Final = ""
+
+
+class _Memory:
+    """All sequences of roles that were seen, each judged once."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._order: Mapping[str, Sequence[str]] = dict(dialect.order.items())
+        self._roles = frozenset(dialect.roles)
+        self._lone_answer = dialect.lone_answer
+        # A dialect with fewer words than the structs have is left to `faults` altogether.
+        takes_chats = (
+            "messages" in dialect.formats
+            and "tools" in dialect.row_keys
+            and "string" in dialect.arguments
+            and {*_Message.__struct_fields__} <= {*dialect.message_keys}
+        )
+        self._room = _MOST_TURNS if takes_chats else 0
+        start = _Turns(before=None, role="start", in_order=True)
+        self.start: _Steps = {_HERE: start}
+        self._all = [start]
+
+    def turns(self, messages: Iterable[_Message]) -> _Turns | None:
+        """Return who speaks in messages, remembering it; None where no more is remembered."""
+        steps = self.start
+        for message in messages:
+            role = message.role
+            if role not in steps:
+                if len(self._all) > self._room:
+                    return None
+                longer = self._longer(steps[_HERE], role)
+                self._all.append(longer)
+                steps[role] = {_HERE: longer}
+            steps = steps[role]
+        found: _Turns = steps[_HERE]
+        return found
+
+    def _longer(self, before: _Turns, role: str) -> _Turns:
+        # What a tool answers is held against the calls instead.
+        follows = role == "tool" or role in self._order.get(before.role, ())
+        turns = _Turns(
+            before=before,
+            role=role,
+            in_order=before.in_order and follows and role in self._roles,
+            answers=before.answers + (role == "assistant"),
+            uses_tools=before.uses_tools or role == "tool",
+        )
+        may_end = "end" in self._order.get(role, ())
+        lonely = before.before is None and not self._lone_answer
+        turns.fits = turns.in_order and turns.answers > 0 and may_end and not lonely
+        turns.plain = turns.fits and not turns.uses_tools
+        return turns
+
+    def move_to(self, facts: Facts) -> None:
+        """Add what was counted to facts and count anew."""
+        for turns in self._all:
+            if rows := turns.rows:
+                turns.rows = 0
+                facts.rows["instruct"] += rows
+                facts.formats["messages"] += rows
+                while turns.before is not None:
+                    facts.turns += rows
+                    facts.roles[turns.role] += rows
+                    turns = turns.before  # noqa: PLW2901  # from the last turn to the first
 
 
 class RowRules:
-    """Judges one line at a time.
+    """Judges one line at a time, and counts what the lines hold.
 
     Args:
+        dialect: Whose rules.
         targets: What a classifier may be asked; empty for anything.
     """
 
-    def __init__(self, targets: Sequence[ClassifierTarget] = ()) -> None:
-        self._decode: Callable[[bytes], Row] = msgspec.json.Decoder(Row).decode
-        self._targets: Mapping[str, frozenset[str]] = {
-            target.name: frozenset(target.labels) for target in targets
+    def __init__(
+        self, dialect: Dialect = MISTRAL, targets: "Sequence[ClassifierTarget]" = ()
+    ) -> None:
+        self.dialect = dialect
+        self._facts = Facts()
+        self._faults = RowFaults(dialect, targets)
+        self._memory = _Memory(dialect)
+        self._start = self._memory.start
+        self._decode: Callable[[bytes], _Chat] = msgspec.json.Decoder(_Chat).decode
+        self._decode_other: Callable[[bytes], _Other] = msgspec.json.Decoder(_Other).decode
+        self._targets = {target.name: frozenset(target.labels) for target in targets}
+        self._most_labels = {
+            target.name: len(target.labels) if target.loss_function == "multi_class" else 1
+            for target in targets
         }
+        self._is_call_id = re.compile(dialect.call_id or ".+", re.DOTALL).fullmatch
+        self._is_name = re.compile(dialect.function_name).fullmatch
+        self._decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+        self._tools: dict[bytes, frozenset[str] | None] = {}
+        self._room = _MOST_TOOLS
+        self._takes_text = "text" in dialect.formats
+        self._takes_labels = "labels" in dialect.formats
+
+    @property
+    def facts(self) -> Facts:
+        """What was counted; brought up to date whenever it is asked for."""
+        facts = self._facts
+        self._memory.move_to(facts)
+        return facts
+
+    @facts.setter
+    def facts(self, facts: Facts) -> None:
+        """Count into these from now on; what was counted stays with the former."""
+        self._memory.move_to(self._facts)
+        self._facts = facts
 
     def judge(self, line: bytes) -> Verdict:
-        """Decode one line and say what is wrong with it; never raises for bad data."""
-        if not line.isascii() and (finding := _bad_utf8(line)):
-            return None, 0, (finding,)
+        """Say what a line is and what is wrong with it; never raises for bad data."""
         try:
             row = self._decode(line)
-        except msgspec.ValidationError as error:
-            return None, 0, (_bad_shape(str(error)),)
-        except msgspec.DecodeError as error:
-            return None, 0, (_bad_json(line, str(error)),)
-        except RecursionError:
-            message = "the JSON is nested too deeply to be read"
-            return None, 0, (Finding("bad_json", None, message, "flatten the row"),)
-        messages = row.messages
-        if messages is not None and row.labels is None and row.text is None:
-            if _is_plain(messages):
-                return "instruct", len(messages), _NOTHING
-            return "instruct", len(messages), tuple(_conversation(messages, row.tools))
-        return self._other(row)
+        except _UNREADABLE:
+            return self._other(line)
+        if row.tools is not _NO_TOOLS:
+            return self._closer(row, line)
+        steps = self._start
+        try:
+            for message in row.messages:
+                content = message.content
+                if (
+                    not content
+                    or content.isspace()
+                    or message.tool_calls is not None
+                    or message.weight is not None
+                ):
+                    return self._closer(row, line)
+                steps = steps[message.role]
+            turns: _Turns = steps[_HERE]
+        except KeyError:
+            return self._closer(row, line)
+        if turns.plain:
+            turns.rows += 1
+            return _INSTRUCT
+        return self._closer(row, line)
 
-    def _other(self, row: Row) -> Verdict:
-        turns = len(row.messages or ())
-        if row.labels is not None:
-            return "classifier", turns, tuple(self._classifier(row))
-        if row.messages is not None:
-            fix = "keep one of them"
-            message = "a row has either `messages` or `text`, this one has both"
-            return None, turns, (Finding("ambiguous_row", "text", message, fix),)
-        if row.text is not None:
-            found = () if row.text.strip() else (_empty("text", "the text"),)
-            return "pretrain", 0, found
-        message = "the row is of no known format"
-        return None, 0, (Finding("unknown_format", None, message, f"give {_FORMATS}"),)
-
-    def _classifier(self, row: Row) -> Iterator[Finding]:
-        if (row.messages is None) == (row.text is None):
-            message = "a classifier row has either `text` or `messages`"
-            yield Finding("ambiguous_row", None, message, "keep exactly one of them")
-        if row.text is not None and not row.text.strip():
-            yield _empty("text", "the text")
-        if row.messages is not None:
-            if not row.messages:
-                yield _empty("messages", "the conversation")
-            yield from _each_message(row.messages)
-        if not row.labels:
-            yield _empty("labels", "the mapping of labels")
-        for target, value in (row.labels or {}).items():
-            yield from self._label(target, value)
-
-    def _label(self, target: str, value: str | list[str]) -> Iterator[Finding]:
-        field = f"labels.{target}"
-        given = [value] if isinstance(value, str) else value
-        if not given or not all(label.strip() for label in given):
-            yield _empty(field, "a label")
-        if not self._targets:
-            return
-        known = self._targets.get(target)
+    def _closer(self, row: _Chat, line: bytes) -> Verdict:
+        """Look closer at a row with tools or weights, of new turns, or with something wrong."""
+        known = self._declared(row.tools)
         if known is None:
-            fix = "known targets: " + ", ".join(sorted(self._targets))
-            message = f"{target!r} is not one of classifier_targets"
-            yield Finding("unknown_target", field, message, fix)
-            return
-        for label in given:
-            if label not in known:
-                fix = "known labels: " + ", ".join(sorted(known))
-                yield Finding("unknown_label", field, f"{label!r} is not a label of it", fix)
+            return self._faults.describe(line, self._facts)
+        steps: _Steps | None = self._start
+        waiting: set[str | None] = set()
+        calls = weights = silent = 0
+        for message in row.messages:
+            role = message.role
+            content = message.content
+            if message.weight is not None:
+                weights += 1
+                silent += message.weight == 0 and role == "assistant"
+                if not self._may_weigh(role):
+                    break
+            if message.tool_calls is not None:
+                if content or waiting or role != "assistant":
+                    break
+                waiting = self._right_calls(message.tool_calls, known)
+                calls += len(waiting)
+                if not waiting:
+                    break
+            elif role == "tool":
+                if content is None or message.tool_call_id not in waiting:
+                    break
+                waiting.remove(message.tool_call_id)
+            elif waiting or not content or content.isspace():
+                break
+            steps = steps and steps.get(role)
+        else:
+            turns = steps[_HERE] if steps else self._memory.turns(row.messages)
+            # Calls at the very end wait for their answers rightly.
+            waits = waiting and turns and turns.role == "tool"
+            if turns and turns.fits and turns.answers > silent and not waits:
+                turns.rows += 1
+                self._count(calls, declares=bool(known), weighted=weights > 0)
+                return _INSTRUCT
+        return self._faults.describe(line, self._facts)
 
+    def _declared(self, tools: msgspec.Raw) -> frozenset[str] | None:
+        """Return the names of the functions on offer; None if they are perhaps not right.
 
-def _is_plain(messages: list[Message]) -> bool:
-    """Tell whether a conversation is so simple that no rule can be broken.
+        Many rows have the same tools, letter by letter.
+        """
+        text = bytes(tools)
+        if text in self._tools:
+            return self._tools[text]
+        if len(text) > _MOST_TOOLS:
+            return None
+        try:
+            names = [tool.function.name for tool in self._decode_tools(text) or ()]
+        except _UNREADABLE:
+            names = [""]  # not a name
+        found = frozenset(names)
+        known = found if len(found) == len(names) and all(map(self._is_name, found)) else None
+        if len(text) <= self._room:
+            self._room -= len(text)
+            self._tools[text] = known
+        return known
 
-    Nearly all rows are, and this is four times as fast as finding out in full.
-    """
-    role = None
-    trained = False
-    for message in messages:
-        role = message.role
-        content = message.content
-        if (
-            type(content) is not str
-            or not content
-            or content.isspace()
-            or role == "tool"
-            or message.tool_calls is not None
-            or message.tool_call_id is not None
-        ):
+    def _right_calls(self, calls: list[_Call], known: frozenset[str]) -> set[str | None]:
+        """Return the ids of calls; none if one of the calls is perhaps not right."""
+        ids: set[str | None] = set()
+        for call in calls:
+            function = call.function
+            if function.name not in known or not self._is_call_id(call.id):
+                return set()
+            try:
+                _read_object(function.arguments)
+            except _UNREADABLE:
+                return set()
+            ids.add(call.id)
+        return ids if len(ids) == len(calls) else set()
+
+    def _may_weigh(self, role: str) -> bool:
+        dialect = self.dialect
+        return role in dialect.weighted_roles and 0 in dialect.weights and 1 in dialect.weights
+
+    def _count(self, calls: int, *, declares: bool, weighted: bool) -> None:
+        facts = self._facts
+        facts.tool_calls += calls
+        facts.tool_rows += declares
+        facts.weighted_rows += weighted
+
+    def _other(self, line: bytes) -> Verdict:
+        """Look at a row that is no plain conversation."""
+        try:
+            row = self._decode_other(line)
+        except _UNREADABLE:
+            return self._faults.describe(line, self._facts)
+        text, labels = row.text, row.labels
+        if text is None or text.isspace() or not text:
+            return self._faults.describe(line, self._facts)
+        facts = self._facts
+        if labels is None and self._takes_text:
+            facts.rows["pretrain"] += 1
+            facts.formats["text"] += 1
+            return RIGHT["pretrain"]
+        if labels and self._takes_labels and self._are_right(labels):
+            facts.rows["classifier"] += 1
+            facts.formats["labels"] += 1
+            count_labels(facts, labels)
+            return RIGHT["classifier"]
+        return self._faults.describe(line, facts)
+
+    def _are_right(self, labels: Mapping[str, str | list[str]]) -> bool:
+        targets = self._targets
+        if targets and targets.keys() != labels.keys():
             return False
-        if role == "assistant":
-            trained = trained or message.weight != 0
-        elif message.weight is not None:
-            return False
-    return trained and role == "assistant"
+        for target, value in labels.items():
+            given = (value,) if isinstance(value, str) else value
+            known = targets.get(target)
+            if known and (not known.issuperset(given) or self._most_labels[target] < len(given)):
+                return False
+            blank = any(not label or label.isspace() for label in given)
+            if blank or not given or len(set(given)) < len(given):
+                return False
+        return True
 
 
-def _conversation(messages: list[Message], tools: list[Tool] | None) -> Iterator[Finding]:
-    if not messages:
-        yield _empty("messages", "the conversation")
-        return
-    yield from _each_message(messages)
-    yield from _answers(messages)
-    yield from _declared(messages, tools)
-    answers = [m for m in messages if m.role == "assistant"]
-    if not answers:
-        fix = "add the answer to learn, with role assistant"
-        yield Finding("no_assistant", "messages", "no message is the assistant's", fix)
-    elif messages[-1].role != "assistant":
-        field = f"messages[{len(messages) - 1}].role"
-        message = f"the last message is the {messages[-1].role}'s, not the assistant's"
-        yield Finding("last_not_assistant", field, message, "end with the answer to learn")
-    if answers and not any(message.is_trained for message in answers):
-        message = "every assistant message has weight 0, so nothing is learnt from this row"
-        yield Finding("nothing_trained", "messages", message, "leave the row out", "warning")
+def file_findings(facts: Facts, dialect: Dialect) -> Iterator[Finding]:
+    """Judge a whole file by what was counted in all its rows."""
+    rows = facts.rows.total()
+    if rows < dialect.min_rows:
+        text = f"the file has {rows:,} rows, fewer than {dialect.min_rows:,}"
+        yield Finding("too_few_rows", None, text, "add more")
+    if dialect.max_rows is not None and rows > dialect.max_rows:
+        text = f"the file has {rows:,} rows, more than {dialect.max_rows:,}"
+        yield Finding("too_many_rows", None, text, "leave some out")
+    if dialect.max_image_rows is not None and facts.image_rows > dialect.max_image_rows:
+        text = f"{facts.image_rows:,} rows have images, more than {dialect.max_image_rows:,}"
+        yield Finding("too_many_images", None, text, "leave some out")
+    for target in sorted({target for target, _ in facts.label_kinds}):
+        single, multi = (facts.label_kinds[target, kind] for kind in ("single", "multi"))
+        if single and multi:
+            text = f"{short(target)} has one label in {single:,} rows and a list in {multi:,}"
+            fix = "write all of them in one way"
+            yield Finding("mixed_labels", f"labels.{brief(target)}", text, fix, "warning")
+    for one in sorted({TYPES[form] for form in _forms(facts)}):
+        forms = [form for form in _forms(facts) if TYPES[form] == one]
+        if len(forms) > 1:
+            text = "the rows are written in several ways: " + ", ".join(
+                f"{facts.formats[form]:,} with `{form}`" for form in forms
+            )
+            yield Finding("mixed_formats", None, text, "put each in a file of its own")
 
 
-def _each_message(messages: list[Message]) -> Iterator[Finding]:
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        yield from _content(message, field)
-        if message.weight is not None and message.role != "assistant":
-            text = f"the {message.role}'s message has a weight"
-            yield Finding("misplaced_weight", f"{field}.weight", text, "only an assistant's may")
-        if message.tool_calls is not None and message.role != "assistant":
-            text = f"the {message.role} calls tools"
-            yield Finding("misplaced_tool_calls", f"{field}.tool_calls", text, "remove them")
-        for number, call in enumerate(message.tool_calls or ()):
-            yield from _call(call, f"{field}.tool_calls[{number}]")
-
-
-def _content(message: Message, field: str) -> Iterator[Finding]:
-    calls = message.role == "assistant" and message.tool_calls
-    if isinstance(message.content, list):
-        yield from _parts(message, field)
-    if message.content is not None and (message.text.strip() or message.has_other_parts):
-        if calls:
-            text = "the message has content beside its tool calls"
-            fix = "keep one of them; the hosted service refuses both"
-            yield Finding("content_with_tool_calls", f"{field}.content", text, fix, "warning")
-    elif not calls and not (message.role == "tool" and message.content == ""):
-        # A function may rightly return nothing, so an empty tool answer is no fault.
-        yield _empty(f"{field}.content", "the content")
-
-
-def _parts(message: Message, field: str) -> Iterator[Finding]:
-    parts = message.content if isinstance(message.content, list) else ()
-    for number, part in enumerate(parts):
-        place = f"{field}.content[{number}]"
-        if part.type not in _PART_TYPES:
-            text = f"the part's type {part.type!r} is not known"
-            yield Finding("unknown_part", f"{place}.type", text, "use text or image_url")
-        elif part.type == "text" and not part.text:
-            yield _empty(f"{place}.text", "the text")
-
-
-def _call(call: ToolCall, field: str) -> Iterator[Finding]:
-    if call.id is None or not _CALL_ID.fullmatch(call.id):
-        found = "has no id" if call.id is None else f"has the id {_short(call.id)}"
-        fix = "give an id of exactly 9 letters or digits, the same in its answer"
-        yield Finding("bad_call_id", f"{field}.id", f"the tool call {found}", fix)
-    if not call.function.name:
-        yield _empty(f"{field}.function.name", "the name of the function")
-    if reason := _bad_arguments(call.function.arguments):
-        fix = 'write them as a string that holds a JSON object, such as "{\\"city\\": \\"Paris\\"}"'
-        yield Finding("bad_arguments", f"{field}.function.arguments", reason, fix)
-
-
-def _bad_arguments(arguments: str | dict[str, Any]) -> str | None:
-    if not isinstance(arguments, str):
-        return "the arguments are an object, not a JSON string"
-    try:
-        msgspec.json.decode(arguments, type=dict[str, Any])
-    except msgspec.ValidationError:
-        return "the arguments hold JSON that is not an object"
-    except (msgspec.DecodeError, RecursionError, UnicodeError):
-        return "the arguments are not JSON"
-    return None
-
-
-def _answers(messages: list[Message]) -> Iterator[Finding]:
-    """Match each call with its answer; calls at the very end wait for theirs rightly."""
-    waiting: dict[str, str] = {}
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        if message.role == "tool":
-            if message.tool_call_id is None:
-                fix = "repeat the id of the call that it answers"
-                text = "the tool's message does not say which call it answers"
-                yield Finding("unmatched_answer", f"{field}.tool_call_id", text, fix)
-            elif waiting.pop(message.tool_call_id, None) is None:
-                text = f"no open tool call has the id {_short(message.tool_call_id)}"
-                fix = "put the answer right behind its call, with the same id"
-                yield Finding("unmatched_answer", f"{field}.tool_call_id", text, fix)
-            continue
-        yield from _unanswered(waiting)
-        waiting = {}
-        for number, call in enumerate(message.tool_calls or ()):
-            place = f"{field}.tool_calls[{number}].id"
-            if call.id in waiting:
-                text = f"two calls have the id {_short(call.id)}"
-                yield Finding("duplicate_call_id", place, text, "give each call its own id")
-            elif call.id is not None:
-                waiting[call.id] = place
-    if messages[-1].role == "tool":
-        yield from _unanswered(waiting)
-
-
-def _unanswered(waiting: Mapping[str, str]) -> Iterator[Finding]:
-    for call_id, place in waiting.items():
-        text = f"the tool call {_short(call_id)} is not answered"
-        fix = "add a message with role tool and this tool_call_id right behind it"
-        yield Finding("unanswered_call", place, text, fix)
-
-
-def _declared(messages: list[Message], tools: list[Tool] | None) -> Iterator[Finding]:
-    known = {tool.function.name for tool in tools or ()}
-    for index, message in enumerate(messages):
-        for number, call in enumerate(message.tool_calls or ()):
-            if call.function.name and call.function.name not in known:
-                field = f"messages[{index}].tool_calls[{number}].function.name"
-                text = f"`tools` does not declare {_short(call.function.name)}"
-                # Without any `tools` the call can still be learnt; with them it is a slip.
-                severity: Literal["error", "warning"] = "error" if known else "warning"
-                yield Finding("undeclared_tool", field, text, "declare it in `tools`", severity)
-
-
-def _bad_utf8(line: bytes) -> Finding | None:
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        column = len(line[: error.start].decode()) + 1
-        message = f"byte 0x{line[error.start]:02x} at column {column} is not UTF-8"
-        return Finding("bad_utf8", None, message, "save the file as UTF-8")
-    return None
-
-
-def _bad_shape(text: str) -> Finding:
-    found = _PLACE.match(text)
-    what, field = (found["what"], found["field"] or None) if found else (text, None)
-    if what.startswith("Object missing required field"):
-        name = what.split("`")[1]
-        field = f"{field}.{name}" if field else name
-        return Finding("missing_field", field, f"`{name}` is missing", f"add `{name}`")
-    if what.startswith("Invalid enum value") and field:
-        value = what.removeprefix("Invalid enum value ")
-        if field.endswith(".role"):
-            return Finding("unknown_role", field, f"the role {value} is not known", f"use {_ROLES}")
-        if field.endswith(".weight"):
-            return Finding("bad_weight", field, f"the weight is {value}", "use 0 or 1")
-    return Finding("wrong_type", field, what[:1].lower() + what[1:], "correct the value's type")
-
-
-def _bad_json(line: bytes, text: str) -> Finding:
-    nul = line.find(b"\0")
-    if nul >= 0:
-        message = f"there is a NUL byte at column {_column(line, nul)}"
-        return Finding("nul_byte", None, message, "remove it; is the file really JSON Lines?")
-    found = _BYTE.search(text)
-    if found is None:
-        column = _column(line, len(line))
-        message = f"the JSON ends too early, at column {column}"
-        return Finding("bad_json", None, message, "complete it; each row stands on one line")
-    what = _BYTE.sub("", text).removeprefix("JSON is malformed: ")
-    # msgspec 0.22 points one byte behind a character that follows the whole value.
-    offset = int(found[1]) - (what == "trailing characters")
-    message = f"not JSON: {what} at column {_column(line, offset)}"
-    return Finding("bad_json", None, message, "write one JSON object on each line")
-
-
-def _column(line: bytes, offset: int) -> int:
-    return len(line[:offset].decode("utf-8", "replace")) + 1
-
-
-def _empty(field: str, what: str) -> Finding:
-    return Finding("empty_content", field, f"{what} is empty", "fill it or remove the row")
-
-
-def _short(text: str | None) -> str:
-    """Quote a value of the user's; data is not poured into messages at full length."""
-    value = text or ""
-    return repr(value if len(value) <= 40 else value[:37] + "...")
+def _forms(facts: Facts) -> list[RowFormat]:
+    return [form for form in TYPES if facts.formats[form]]

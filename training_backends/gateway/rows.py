@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.inspect import check_upload
 from training_backends.gateway.errors import Refusal
 
@@ -32,7 +33,7 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
         return FileFacts(_count_lines(path), "batch_request")
     if purpose != "fine-tune":
         return FileFacts(None, "instruct")
-    found = check_upload(path, max_errors=SHOWN_ERRORS)
+    found = check_upload(path, dialect=MISTRAL, max_errors=SHOWN_ERRORS)
     if found.errors:
         raise _refusal([(error.message, error.line_number) for error in found.errors])
     # The protocol has no word of its own for classifier samples.

@@ -1,0 +1,199 @@
+"""Add up the verdicts on the parts of a file, in their order, to what is told of the file."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal, cast
+
+from training_backends.core.dataset import DataFile, SampleType, Summary
+from training_backends.core.dialect import Dialect
+from training_backends.core.errors import Issue
+from training_backends.datasets.facts import Facts
+from training_backends.datasets.findings import Finding
+from training_backends.datasets.judging import KEPT_PER_CODE, End, Verdict
+from training_backends.datasets.rules import file_findings
+
+__all__ = ["Collector", "FileRole"]
+
+FileRole = Literal["train", "validation"]
+
+_JSONL: Final = "write one JSON object on each line"
+
+
+class Collector:
+    """What is known of one file, and the issues found in it, capped per code.
+
+    Attributes:
+        failed: The file cannot be read to its end.
+        lines: Lines so far.
+        rows: Lines so far that are not blank.
+        sample_type: What the first row is of which that can be told.
+    """
+
+    def __init__(self, path: Path, role: FileRole, weight: float, dialect: Dialect) -> None:
+        self.path = path
+        self.role = role
+        self.failed = False
+        self.lines = self.rows = 0
+        self.sample_type: SampleType | None = None
+        self._weight = weight
+        self._dialect = dialect
+        self._facts = Facts()
+        self._bad_rows = self._blank = 0
+        self._first_blank: int | None = None
+        self._has_crlf = False
+        self._sizes: Counter[int] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+
+    def take(self, verdict: Verdict) -> Iterator[Issue]:
+        """Add the verdict on the next part and yield its issues, by line."""
+        for code, (warnings, errors) in verdict.counts.items():
+            self._counts[code] += warnings + errors
+            self._errors[code] += errors
+        found = [*verdict.found, *self._mixed(verdict), *self._line_ends(verdict)]
+        found.sort(key=lambda each: each[0])
+        for line, finding in found:
+            yield from self._tell(finding, self.lines + line)
+        if verdict.first_blank:
+            self._first_blank = self._first_blank or self.lines + verdict.first_blank
+        self.lines += verdict.lines
+        self.rows += verdict.rows
+        self._bad_rows += verdict.bad_rows
+        self._blank += verdict.blank
+        self._sizes.update(verdict.sizes)
+        self._facts.merge(verdict.facts)
+
+    def _mixed(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
+        """Tell of rows of another type than the first."""
+        if verdict.kinds and self.sample_type is None:
+            self.sample_type = cast("SampleType", next(iter(verdict.kinds)))
+        for name, kind in verdict.kinds.items():
+            if name == self.sample_type:
+                continue
+            self._counts["mixed_formats"] += kind.rows
+            self._errors["mixed_formats"] += kind.rows
+            self._bad_rows += kind.good
+            text = f"this row is {name}, the file began with {self.sample_type}"
+            finding = Finding("mixed_formats", None, text, "put each format in a file of its own")
+            yield from ((line, finding) for line in kind.first)
+
+    def _line_ends(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
+        if verdict.first_crlf and not self._has_crlf:
+            self._has_crlf = True
+            self._counts["line_ends"] += 1
+            text = "lines end with CRLF, this is the first"
+            fix = "end them with LF"
+            yield verdict.first_crlf, Finding("line_ends", None, text, fix, "warning")
+
+    def end(self, end: End) -> Iterator[Issue]:
+        """Yield what is wrong with the file as a whole, and how much was not told."""
+        if end.changed_at is not None and not self._is_as_then(end):
+            self.failed = True
+            fix = "try again once nobody writes to it"
+            yield from self.add(
+                Finding("changed_file", None, "the file was changed meanwhile", fix)
+            )
+        elif not self.rows:
+            what = "has only blank lines" if end.size else "is empty"
+            yield from self.add(Finding("empty_file", None, f"the file {what}", _JSONL))
+        else:
+            if self._blank:
+                are = "1 blank line is" if self._blank == 1 else f"{self._blank:,} blank lines are"
+                text = f"{are} skipped, the first is this"
+                finding = Finding("blank_lines", None, text, None, "warning")
+                yield from self.add(finding, self._first_blank)
+            for finding in file_findings(self._facts, self._dialect):
+                # Of rows that nobody can read there are enough.
+                enough = self.role != "train" or self.rows >= self._dialect.min_rows
+                if finding.code != "too_few_rows" or not enough:
+                    yield from self.add(finding)
+        yield from self.rest()
+
+    def _is_as_then(self, end: End) -> bool:
+        try:
+            now = self.path.stat()
+        except OSError:
+            return False
+        return (now.st_size, now.st_mtime_ns) == (end.size, end.changed_at)
+
+    def add(self, finding: Finding, line: int | None = None) -> Iterator[Issue]:
+        """Tell of the file as a whole, or of a row, as gravely as the dialect has it."""
+        level = self._dialect.levels.get(finding.code, finding.severity)
+        if level != "ignored":
+            self._counts[finding.code] += 1
+            self._errors[finding.code] += level == "error"
+            yield from self._tell(finding._replace(severity=level), line)
+
+    def leave(self, code: str, more: int, severity: Literal["error", "warning"]) -> None:
+        """Count what was found beside that which was told; `rest` speaks of it."""
+        level = self._dialect.levels.get(code, severity)
+        if level != "ignored":
+            self._counts[code] += more
+            self._errors[code] += more * (level == "error")
+
+    def rest(self) -> Iterator[Issue]:
+        """Yield for each code how many were found and not told, once."""
+        for code, count in self._counts.items():
+            if more := count - self._told[code]:
+                self._told[code] = count
+                yield Issue(
+                    code=code,
+                    message=f"{more:,} more of this kind (`{code}`)",
+                    path=str(self.path),
+                    severity="error" if self._errors[code] else "warning",
+                )
+
+    @property
+    def findings(self) -> dict[str, int]:
+        """How often each thing was found, by its code."""
+        return {code: count for code, count in self._counts.items() if count}
+
+    def _tell(self, finding: Finding, line: int | None) -> Iterator[Issue]:
+        code, field, message, fix, severity = finding
+        if self._told[code] < KEPT_PER_CODE:
+            self._told[code] += 1
+            yield Issue(
+                code=code,
+                message=message,
+                path=str(self.path),
+                line=line,
+                field=field,
+                fix=fix,
+                severity=severity,
+            )
+
+    def file(self, end: End, sha256: str) -> DataFile:
+        """Return all that is known of the file."""
+        facts = self._facts
+        labels: dict[str, dict[str, int]] = {}
+        for (target, label), rows in facts.labels.items():
+            labels.setdefault(target, {})[label] = rows
+        summary = Summary(
+            lines=end.unpacked,
+            formats=dict(facts.formats),
+            roles=dict(facts.roles),
+            tool_rows=facts.tool_rows,
+            tool_calls=facts.tool_calls,
+            image_rows=facts.image_rows,
+            images=facts.images,
+            weighted_rows=facts.weighted_rows,
+            longest_row=facts.longest_row,
+            row_bytes=tuple((2**bits - 1, rows) for bits, rows in sorted(self._sizes.items())),
+            labels=labels,
+            findings=self.findings,
+        )
+        return DataFile(
+            path=self.path,
+            role=self.role,
+            weight=self._weight,
+            size=end.size,
+            sha256=sha256,
+            rows=self.rows,
+            bad_rows=self._bad_rows,
+            turns=facts.turns,
+            sample_type=self.sample_type,
+            packing=end.packing,
+            summary=summary,
+        )

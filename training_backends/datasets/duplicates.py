@@ -1,0 +1,260 @@
+"""Find rows that stand twice, in files of any size, in little memory.
+
+A row is known by a 64-bit hash: among 13 million different rows, two are taken for equal once
+in 200,000 times, and what comes of it is a warning. Once the hashes are many they lie in a
+file. The equal ones are found slice by slice of their value, each small enough for a set, and
+their lines are named by one more look at all of them in order.
+"""
+
+import tempfile
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import IO, Final, NamedTuple, Self
+
+__all__ = ["Found", "Place", "Repeat", "RowHashes"]
+
+_IN_MEMORY: Final = 4 << 20
+_SLICE: Final = 1 << 17
+"""Hashes in a slice; as a set of Python's they take some 9 MB."""
+
+_AT_ONCE: Final = 1 << 18
+"""Hashes that are dealt out to the slices before any of them is written."""
+
+_KNOWN: Final = 1 << 16
+"""Repeated hashes that are kept to name their lines; what is more, is counted only."""
+
+
+class Place(NamedTuple):
+    """A line of a file."""
+
+    file: int
+    line: int
+
+
+class Repeat(NamedTuple):
+    """A row that stands at another place before."""
+
+    place: Place
+    before: Place
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found.
+
+    Attributes:
+        duplicates: By file, its rows that stand before in its group of files.
+        overlaps: By file, its rows that stand in a group before.
+        named: Some duplicates, in order: of each file the first, unless they are very many.
+        named_overlaps: The same of overlaps.
+    """
+
+    duplicates: Counter[int] = field(default_factory=Counter)
+    overlaps: Counter[int] = field(default_factory=Counter)
+    named: list[Repeat] = field(default_factory=list)
+    named_overlaps: list[Repeat] = field(default_factory=list)
+
+
+class _Block(NamedTuple):
+    """Where the hashes of some rows of a file lie, and behind them their lines."""
+
+    file: int
+    lines_before: int
+    rows: int
+    offset: int
+    has_places: bool
+
+
+class RowHashes:
+    """The hashes of the rows of some files, in order. Use it in a `with`."""
+
+    def __init__(self) -> None:
+        self._stored: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # see __exit__
+        self._blocks: list[_Block] = []
+        self._error: OSError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stored.close()
+
+    def add(
+        self, file: int, hashes: "array[int]", lines_before: int, places: "array[int] | None"
+    ) -> None:
+        """Add rows of a file, which stand behind those added before.
+
+        Where there is no room for them, `find` says so.
+
+        Args:
+            file: Its number.
+            hashes: One a row.
+            lines_before: Lines of the file before these.
+            places: Which of these lines each row is; None for 1, 2, 3…
+        """
+        if not hashes or self._error:
+            return
+        offset = self._stored.tell()
+        try:
+            self._stored.write(hashes.tobytes())
+            if places is not None:
+                self._stored.write(places.tobytes())
+        except OSError as error:
+            self._error = error
+        block = _Block(file, lines_before, len(hashes), offset, places is not None)
+        self._blocks.append(block)
+
+    def find(self, groups: Sequence[Sequence[int]], *, most: int) -> Found:
+        """Find the rows that stand twice in a group of files, or in a later group again.
+
+        Args:
+            groups: The numbers of the files; one in no group is left out.
+            most: How many rows to name, of each file.
+
+        Raises:
+            OSError: There is no room for the hashes.
+        """
+        if self._error:
+            raise self._error
+        search = _Search(groups)
+        order = [file for group in groups for file in group]
+        blocks = sorted(
+            (block for block in self._blocks if block.file in order),
+            key=lambda block: order.index(block.file),
+        )
+        for by_file in self._slices(blocks):
+            search.count(by_file)
+        left = search.to_name(most)
+        for block in blocks if left else ():
+            hashes = self._hashes(block)
+            if not search.known.isdisjoint(hashes):
+                left -= search.name(block.file, self._placed(block, hashes), most)
+            if not left:
+                break
+        return search.found
+
+    def _slices(self, blocks: Sequence[_Block]) -> Iterator["Mapping[int, array[int]]"]:
+        """Yield all hashes by file, a part of them at a time; equal ones come together."""
+        bits = (sum(block.rows for block in blocks) // _SLICE).bit_length()
+        if not bits:
+            yield self._by_file(blocks)
+            return
+        slices = [array("Q") for _ in range(1 << bits)]
+        with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as stored:
+            parts: list[list[tuple[int, int, int]]] = [[] for _ in slices]
+
+            def store(file: int) -> None:
+                for each, where in zip(slices, parts, strict=True):
+                    if each:
+                        where.append((file, stored.tell(), len(each)))
+                        stored.write(each.tobytes())
+                        del each[:]
+
+            dealt = 0
+            for number, block in enumerate(blocks):
+                deal = [each.append for each in slices]
+                for one in self._hashes(block):
+                    deal[one >> (64 - bits)](one)
+                dealt += block.rows
+                is_last = number + 1 == len(blocks) or blocks[number + 1].file != block.file
+                if is_last or dealt >= _AT_ONCE:
+                    store(block.file)
+                    dealt = 0
+            for where in parts:
+                by_file: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
+                for file, offset, count in where:
+                    by_file[file].frombytes(_read(stored, offset, 8 * count))
+                yield by_file
+
+    def _by_file(self, blocks: Sequence[_Block]) -> "Mapping[int, array[int]]":
+        by_file: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
+        for block in blocks:
+            by_file[block.file] += self._hashes(block)
+        return by_file
+
+    def _hashes(self, block: _Block) -> "array[int]":
+        hashes = array("Q")
+        hashes.frombytes(_read(self._stored, block.offset, 8 * block.rows))
+        return hashes
+
+    def _placed(self, block: _Block, hashes: "array[int]") -> Iterator[tuple[int, int]]:
+        """Yield each hash with its line."""
+        places: Sequence[int] = range(1, block.rows + 1)
+        if block.has_places:
+            lines = array("I")
+            lines.frombytes(_read(self._stored, block.offset + 8 * block.rows, 4 * block.rows))
+            places = lines
+        for one, place in zip(hashes, places, strict=True):
+            yield one, block.lines_before + place
+
+
+class _Search:
+    """The counting of equal hashes, and then the naming of their lines.
+
+    Attributes:
+        known: The hashes whose lines can be named.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        self._groups = groups
+        self._group_of = {file: n for n, group in enumerate(groups) for file in group}
+        self._first: list[dict[int, Place]] = [{} for _ in groups]
+        self._named: Counter[int] = Counter()
+        self._named_across: Counter[int] = Counter()
+        self.known: set[int] = set()
+        self.found = Found()
+
+    def count(self, by_file: "Mapping[int, array[int]]") -> None:
+        """Count the equal ones of a slice."""
+        before: set[int] = set()
+        for group in self._groups:
+            seen: set[int] = set()
+            for file in group:
+                hashes = by_file[file]
+                new = set(hashes)
+                again = len(hashes) - len(new - seen if seen else new)
+                across = sum(map(before.__contains__, hashes)) if before else 0
+                self.found.duplicates[file] += again
+                self.found.overlaps[file] += across
+                if (again or across) and len(self.known) < _KNOWN:
+                    self.known |= new & (seen | before)
+                    self.known.update(one for one, n in Counter(hashes).items() if n > 1)
+                seen = seen | new if seen else new
+            before = before | seen if before else seen
+
+    def to_name(self, most: int) -> int:
+        """Return how many lines are to be named."""
+        counts = (*self.found.duplicates.values(), *self.found.overlaps.values())
+        return sum(min(most, count) for count in counts)
+
+    def name(self, file: int, rows: Iterator[tuple[int, int]], most: int) -> int:
+        """Name the lines of the next rows, as far as wanted; return how many were named."""
+        group = self._group_of[file]
+        first = self._first[group]
+        before = len(self.found.named) + len(self.found.named_overlaps)
+        for one, line in rows:
+            if one not in self.known:
+                continue
+            place = Place(file, line)
+            earlier = first.setdefault(one, place)
+            if earlier is not place and self._named[file] < most:
+                self._named[file] += 1
+                self.found.named.append(Repeat(place, earlier))
+            across = next((each[one] for each in self._first[:group] if one in each), None)
+            if across and self._named_across[file] < most:
+                self._named_across[file] += 1
+                self.found.named_overlaps.append(Repeat(place, across))
+        return len(self.found.named) + len(self.found.named_overlaps) - before
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)

@@ -1,0 +1,469 @@
+"""Say everything that is wrong with one line, slowly and completely.
+
+`rules` lets through the rows that are plainly right; only the others come here.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import msgspec
+
+from training_backends.core.dialect import Dialect, RowFormat, SampleType
+from training_backends.datasets.facts import Facts
+from training_backends.datasets.findings import (
+    Finding,
+    brief,
+    empty,
+    is_blank,
+    nearest,
+    short,
+    wrong_type,
+)
+from training_backends.datasets.talk import Talk, image_count, unknown_keys
+
+if TYPE_CHECKING:
+    # A process that judges rows is up without pydantic.
+    from training_backends.core.config import ClassifierTarget
+
+__all__ = ["RIGHT", "TYPES", "RowFaults", "Verdict"]
+
+TYPES: Final[Mapping[RowFormat, SampleType]] = {
+    "messages": "instruct",
+    "completion": "instruct",
+    "text": "pretrain",
+    "labels": "classifier",
+    "preference": "preference",
+    "chosen": "preference",
+}
+"""What rows of each format are."""
+
+_KEYS: Final[Mapping[RowFormat, frozenset[str]]] = {
+    "messages": frozenset({"messages"}),
+    "completion": frozenset({"prompt", "completion"}),
+    "text": frozenset({"text"}),
+    "labels": frozenset({"labels", "text", "messages"}),
+    "preference": frozenset({"input", "preferred_output", "non_preferred_output"}),
+    "chosen": frozenset({"prompt", "chosen", "rejected"}),
+}
+_TELLING: Final[Mapping[RowFormat, frozenset[str]]] = {
+    "labels": frozenset({"labels"}),
+    "preference": frozenset({"preferred_output", "non_preferred_output"}),
+    "chosen": frozenset({"chosen", "rejected"}),
+}
+"""Keys that no other format has."""
+
+_PLAIN: Final[Sequence[RowFormat]] = ("messages", "text", "completion")
+_MOST_FINDINGS: Final = 100
+"""Findings of one row; whoever has more has no row."""
+
+_MOST_VALUES: Final = 200_000
+"""Commas in a row that is looked at; small values take a hundred times their text in memory."""
+
+_WORDS: Final[Mapping[RowFormat, str]] = {
+    "messages": "`messages` (instruct)",
+    "completion": "`prompt` and `completion` (instruct)",
+    "text": "`text` (pretrain)",
+    "labels": "`labels` beside `text` or `messages` (classifier)",
+    "preference": "`input`, `preferred_output` and `non_preferred_output` (preference)",
+    "chosen": "`prompt`, `chosen` and `rejected` (preference)",
+}
+_FOREIGN: Final[Mapping[str, str]] = {
+    "conversations": "this looks like ShareGPT: turn `from` and `value` into `role` and `content`",
+    "contents": "this looks like Gemini: turn `parts` into `content`, `model` into `assistant`",
+    "instruction": "this looks like Alpaca: turn each row into `messages`",
+    "interactions": "rename `interactions` to `messages`",
+    "question": "turn question and answer into `messages`",
+}
+_SURROGATE: Final = re.compile(
+    rb"(?<!\\)(?:\\\\)*\\u(?:d[89ab][0-9a-f]{2}(?!\\ud[c-f])|(?<!\\ud[89ab]..\\u)d[c-f][0-9a-f]{2})",
+    re.IGNORECASE,
+)
+_BYTE: Final = re.compile(r" \(byte (\d+)\)$")
+
+
+Verdict = tuple[SampleType | None, Sequence[Finding]]
+"""What one line is, None where that cannot be told, and what is wrong with it."""
+
+RIGHT: Final[Mapping[SampleType, Verdict]] = {one: (one, ()) for one in get_args(SampleType)}
+"""The verdicts on rows with nothing wrong, each made once."""
+
+
+class RowFaults:
+    """Judges one line at a time.
+
+    Args:
+        targets: What a classifier may be asked; empty for anything.
+    """
+
+    def __init__(self, dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> None:
+        self._dialect = dialect
+        self._talk = Talk(dialect)
+        self._targets = {target.name: target for target in targets}
+        self._judges: Mapping[RowFormat, Callable[[dict[str, Any]], Iterator[Finding]]] = {
+            "messages": self._messages,
+            "completion": self._completion,
+            "text": self._text,
+            "labels": self._labels,
+            "preference": self._preference,
+            "chosen": self._chosen,
+        }
+
+    def describe(self, line: bytes, facts: Facts) -> Verdict:
+        """Say what is wrong with a line and count what is in it; never raises for bad data."""
+        # Else a row that is cut off within a text would seem to have a line's end in it.
+        line = line.rstrip(b"\r\n")
+        try:
+            row = _parsed(line)
+            if isinstance(row, Finding):
+                return None, (row,)
+            return self._described(row, line, facts)
+        except RecursionError:
+            text = "the JSON is nested too deeply to be read"
+            return None, (Finding("bad_json", None, text, "flatten the row"),)
+
+    def _described(self, row: Any, line: bytes, facts: Facts) -> Verdict:
+        form, problem = self._recognise(row)
+        if form is None:
+            return None, tuple(self._weighed([problem] if problem else []))
+        self._count(row, form, facts)
+        if form not in self._dialect.formats:
+            return TYPES[form], (self._unsupported(form),)
+        found = chain(self._judges[form](row), self._beside(row, form))
+        findings = self._weighed(islice(found, _MOST_FINDINGS))
+        if any(finding.severity == "error" for finding in findings):
+            findings += _duplicate_keys(line)
+        return (TYPES[form], tuple(findings)) if findings else RIGHT[TYPES[form]]
+
+    def _weighed(self, findings: Iterable[Finding]) -> list[Finding]:
+        levels = self._dialect.levels
+        made = []
+        for finding in findings:
+            level = levels.get(finding.code, finding.severity)
+            if level == finding.severity:
+                made.append(finding)
+            elif level != "ignored":
+                made.append(finding._replace(severity=level))
+        return made
+
+    # Which format
+
+    def _recognise(self, row: Any) -> tuple[RowFormat | None, Finding | None]:
+        if not isinstance(row, dict):
+            return None, wrong_type(None, row, "an object")
+        keys = {key for key, value in row.items() if value is not None}
+        for form, telling in _TELLING.items():
+            if not telling.isdisjoint(keys):
+                return form, None
+        found = [form for form in _PLAIN if _KEYS[form] <= keys]
+        if len(found) == 1:
+            return found[0], None
+        if found:
+            text = "a row has either `messages`, `text` or `completion`, this one has several"
+            field = "completion" if found[-1] == "completion" else "text"
+            return None, Finding("ambiguous_row", field, text, "keep one of them")
+        return None, self._unknown(row)
+
+    def _unknown(self, row: Mapping[str, Any]) -> Finding:
+        text = "the row is of no known format"
+        known = {key for form in self._dialect.formats for key in _KEYS[form]} - row.keys()
+        for key in islice(row, _MOST_FINDINGS):
+            if meant := nearest(key, known):
+                text += f", but has {short(key)}"
+                return Finding("unknown_format", brief(key), text, f"rename it to `{meant}`")
+        for key, fix in _FOREIGN.items():
+            if key in row:
+                return Finding("unknown_format", key, text, fix)
+        return Finding("unknown_format", None, text, self._formats())
+
+    def _formats(self) -> str:
+        words = [_WORDS[form] for form in self._dialect.formats]
+        return "give " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
+
+    def _unsupported(self, form: RowFormat) -> Finding:
+        text = f"rows with {_WORDS[form]} are not taken here"
+        return Finding("unsupported_format", None, text, self._formats())
+
+    def _beside(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
+        """Judge the keys beside those of the format."""
+        known = _KEYS[form] | {*self._dialect.row_keys}
+        unread = [key for key in row if key not in known and key != "functions"]
+        yield from unknown_keys(unread, "", known - row.keys())
+        if "functions" in row and not self._dialect.legacy_functions:
+            text = "`functions` was replaced by `tools`"
+            yield Finding("legacy_functions", "functions", text, "write them as `tools`")
+        if "tools" in self._dialect.row_keys:
+            yield from self._talk.tools(row.get("tools"))
+        yield from _flag(row, "")
+        weight = row.get("weight")
+        if weight is not None and "weight" in self._dialect.row_keys:
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not is_number or weight < 0:
+                text = f"the weight of the row is {short(weight)}"
+                yield Finding("bad_weight", "weight", text, "use a number from 0 up")
+
+    # Each format
+
+    def _messages(self, row: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from self._talk.conversation(row["messages"], row.get("tools"))
+
+    @staticmethod
+    def _text(row: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from _words(row["text"], "text", "the text")
+
+    @staticmethod
+    def _completion(row: Mapping[str, Any]) -> Iterator[Finding]:
+        if not isinstance(row["prompt"], str):
+            yield wrong_type("prompt", row["prompt"], "a string")
+        yield from _words(row["completion"], "completion", "the completion")
+
+    def _labels(self, row: Mapping[str, Any]) -> Iterator[Finding]:
+        text, messages = row.get("text"), row.get("messages")
+        if (text is None) == (messages is None):
+            message = "a classifier row has either `text` or `messages`"
+            yield Finding("ambiguous_row", None, message, "keep exactly one of them")
+        if text is not None:
+            yield from _words(text, "text", "the text")
+        if messages is not None:
+            yield from self._talk.prompt(messages, row.get("tools"), field="messages")
+        labels = row["labels"]
+        if not isinstance(labels, dict):
+            yield wrong_type("labels", labels, "an object of targets and their labels")
+        elif not labels:
+            yield empty("labels", "the mapping of labels")
+        else:
+            for target, value in labels.items():
+                yield from self._label(target, value)
+            if not self._targets.keys().isdisjoint(labels):
+                for target in self._targets.keys() - labels.keys():
+                    text = f"the row has no label of {short(target)}"
+                    field = f"labels.{brief(target)}"
+                    yield Finding("missing_target", field, text, "add it", "warning")
+
+    def _label(self, target: str, value: Any) -> Iterator[Finding]:
+        field = f"labels.{brief(target)}"
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+            yield wrong_type(field, value, "a string or an array of strings")
+            return
+        several = target in self._targets and self._targets[target].loss_function == "multi_class"
+        if (not given and not several) or any(is_blank(label) for label in given):
+            yield empty(field, "a label")
+            return
+        if len(set(given)) < len(given):
+            yield Finding("duplicate_label", field, "a label stands here twice", "keep one of them")
+        if self._targets:
+            yield from self._against_target(target, given, field)
+
+    def _against_target(self, target: str, given: Sequence[str], field: str) -> Iterator[Finding]:
+        known = self._targets.get(target)
+        if known is None:
+            fix = "known targets: " + ", ".join(sorted(self._targets))
+            text = f"{short(target)} is not one of classifier_targets"
+            yield Finding("unknown_target", field, text, fix)
+            return
+        if known.loss_function != "multi_class" and len(given) > 1:
+            text = f"{len(given)} labels for a target that has a single one"
+            fix = "keep one of them, or set loss_function: multi_class"
+            sure: Literal["error", "warning"] = "error" if known.loss_function else "warning"
+            yield Finding("label_count", field, text, fix, sure)
+        for label in given:
+            if label not in known.labels:
+                fix = "known labels: " + ", ".join(sorted(known.labels))
+                yield Finding("unknown_label", field, f"{short(label)} is not a label of it", fix)
+
+    def _preference(self, row: Mapping[str, Any]) -> Iterator[Finding]:
+        given = row.get("input")
+        tools = None
+        if given is None:
+            yield _missing("input")
+        elif not isinstance(given, dict):
+            yield wrong_type("input", given, "an object with `messages`")
+        else:
+            yield from unknown_keys(
+                (key for key in given if key not in {"messages", "tools", "parallel_tool_calls"}),
+                "input",
+                {"messages", "tools"} - given.keys(),
+            )
+            tools = given.get("tools")
+            yield from self._talk.tools(tools, field="input.tools")
+            yield from _flag(given, "input.")
+            if given.get("messages") is None:
+                yield _missing("input.messages")
+            else:
+                yield from self._talk.prompt(given["messages"], tools, field="input.messages")
+        good, bad = row.get("preferred_output"), row.get("non_preferred_output")
+        for field, answer in (("preferred_output", good), ("non_preferred_output", bad)):
+            if answer is None:
+                yield _missing(field)
+            else:
+                yield from self._talk.answer(answer, tools, field=field)
+        if good is not None and good == bad:
+            yield _same("non_preferred_output")
+
+    def _chosen(self, row: Mapping[str, Any]) -> Iterator[Finding]:
+        prompt, good, bad = row.get("prompt"), row.get("chosen"), row.get("rejected")
+        whole = prompt is None
+        wanted = str if isinstance(prompt, str) else list
+        words = "a string, as the prompt is" if wanted is str else "an array of messages"
+        if isinstance(prompt, str):
+            yield from _words(prompt, "prompt", "the prompt")
+        elif not whole:
+            yield from self._talk.prompt(prompt, row.get("tools"), field="prompt")
+        for field, answer in (("chosen", good), ("rejected", bad)):
+            if answer is None:
+                yield _missing(field)
+            elif whole and isinstance(answer, str):
+                yield _missing("prompt")
+                return
+            elif not isinstance(answer, wanted):
+                yield wrong_type(field, answer, words)
+            elif isinstance(answer, str):
+                yield from _words(answer, field, "the answer")
+            elif whole:
+                yield from self._talk.conversation(answer, row.get("tools"), field=field)
+            else:
+                yield from self._talk.answer(answer, row.get("tools"), field=field)
+        if good is None or bad is None:
+            return
+        if good == bad:
+            yield _same("rejected")
+        elif whole and isinstance(good, list) and isinstance(bad, list) and good[:1] != bad[:1]:
+            text = "`chosen` and `rejected` begin differently, so they answer different prompts"
+            yield Finding("different_prompts", "rejected", text, "begin both with the same prompt")
+
+    # What is in it
+
+    def _count(self, row: Mapping[str, Any], form: RowFormat, facts: Facts) -> None:
+        facts.rows[TYPES[form]] += 1
+        facts.formats[form] += 1
+        given = row.get("input")
+        asked = given if isinstance(given, dict) else row
+        talks = [asked.get("messages")] if form != "chosen" else [row.get("prompt")]
+        talks += [row.get(key) for key in ("preferred_output", "non_preferred_output")]
+        talks += [row.get(key) for key in ("chosen", "rejected")]
+        messages = [one for talk in talks if isinstance(talk, list) for one in talk]
+        self._count_messages([one for one in messages if isinstance(one, dict)], asked, facts)
+        if form == "labels" and isinstance(row["labels"], dict):
+            count_labels(facts, row["labels"])
+
+    def _count_messages(
+        self, messages: list[dict[str, Any]], row: Mapping[str, Any], facts: Facts
+    ) -> None:
+        facts.turns += len(messages)
+        known = self._dialect.roles
+        facts.roles.update(
+            role
+            for one in messages
+            if (role := one.get("role")) in known  # others are faults
+        )
+        lists = (one.get("tool_calls") for one in messages)
+        calls = sum(len(one) for one in lists if isinstance(one, list))
+        images = sum(map(image_count, messages))
+        facts.tool_calls += calls
+        facts.tool_rows += bool(calls or row.get("tools"))
+        facts.images += images
+        facts.image_rows += bool(images)
+        facts.weighted_rows += any(one.get("weight") is not None for one in messages)
+
+
+def count_labels(facts: Facts, labels: Mapping[str, Any]) -> None:
+    """Count the labels of a classifier's row."""
+    for target, value in labels.items():
+        given = value if isinstance(value, list) else [value]
+        facts.count_label_kind(target, "multi" if isinstance(value, list) else "single")
+        for label in given:
+            if isinstance(label, str):
+                facts.count_label(target, label)
+
+
+def _words(value: Any, field: str, what: str) -> Iterator[Finding]:
+    if not isinstance(value, str):
+        yield wrong_type(field, value, "a string")
+    elif is_blank(value):
+        yield empty(field, what)
+
+
+def _missing(field: str) -> Finding:
+    name = field.rpartition(".")[2]
+    return Finding("missing_field", field, f"`{name}` is missing", f"add `{name}`")
+
+
+def _same(field: str) -> Finding:
+    text = "both answers are the same, so there is nothing to prefer"
+    return Finding("same_answers", field, text, "remove the row")
+
+
+def _flag(row: Mapping[str, Any], place: str) -> Iterator[Finding]:
+    value = row.get("parallel_tool_calls")
+    if value is not None and not isinstance(value, bool):
+        yield wrong_type(f"{place}parallel_tool_calls", value, "true or false")
+
+
+# From bytes to plain JSON
+
+
+def _parsed(line: bytes) -> Any:
+    """Read a line, or say in a `Finding` why it cannot be read."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        text = f"byte 0x{line[error.start]:02x} at column {column} is not UTF-8"
+        return Finding("bad_utf8", None, text, "save the file as UTF-8")
+    if line.count(b",") > _MOST_VALUES:
+        text = f"the row has over {_MOST_VALUES:,} commas, too many to be looked at"
+        return Finding("row_too_large", None, text, "cut it into several rows")
+    try:
+        return msgspec.json.decode(line)
+    except msgspec.ValidationError as error:
+        field = brief(str(error).partition("`$.")[2].rstrip("`")) or None
+        text = "the number is too large to be read"
+        return Finding("bad_number", field, text, "write it as text")
+    except msgspec.DecodeError as error:
+        return _bad_json(line, str(error))
+
+
+def _bad_json(line: bytes, text: str) -> Finding:
+    nul = line.find(b"\0")
+    if nul >= 0:
+        message = f"there is a NUL byte at column {_column(line, nul)}"
+        return Finding("nul_byte", None, message, "remove it; is the file really JSON Lines?")
+    if lone := _SURROGATE.search(line):
+        message = f"half a surrogate pair at column {_column(line, lone.start())}"
+        return Finding("lone_surrogate", None, message, "write the whole character")
+    found = _BYTE.search(text)
+    if found is None:
+        message = f"the JSON ends too early, at column {_column(line, len(line))}"
+        return Finding("bad_json", None, message, "complete it; each row stands on one line")
+    what = _BYTE.sub("", text).removeprefix("JSON is malformed: ")
+    # msgspec 0.22 points one byte behind a character that follows the whole value.
+    offset = int(found[1]) - (what == "trailing characters")
+    message = f"not JSON: {what} at column {_column(line, offset)}"
+    return Finding("bad_json", None, message, "write one JSON object on each line")
+
+
+def _column(line: bytes, offset: int) -> int:
+    return len(line[:offset].decode("utf-8", "replace")) + 1
+
+
+def _duplicate_keys(line: bytes) -> list[Finding]:
+    """Find keys that stand twice in one object; only the last of them is read."""
+    twice: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> None:
+        keys = [key for key, _ in items]
+        if len(set(keys)) < len(keys):
+            twice.extend(key for key, count in Counter(keys).items() if count > 1)
+
+    try:
+        json.loads(line, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return []
+    return [
+        Finding("duplicate_key", None, f"{short(key)} stands twice in one object", "keep one")
+        for key in dict.fromkeys(twice)
+    ]

@@ -1,0 +1,81 @@
+"""What is said of one row."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+__all__ = [
+    "NO_WORDS",
+    "Finding",
+    "brief",
+    "empty",
+    "is_blank",
+    "nearest",
+    "short",
+    "type_name",
+    "wrong_type",
+]
+
+NO_WORDS: Final = "fill it or remove the row"
+
+
+class Finding(NamedTuple):
+    """One thing wrong with a row or a file."""
+
+    code: str
+    field: str | None
+    message: str
+    fix: str | None = None
+    severity: Literal["error", "warning"] = "error"
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """Return the known word that was probably meant."""
+    if len(word) > 40 or len(known) > 1000:
+        return None  # comparing takes long
+    return _nearest(word.lower(), frozenset(known))
+
+
+@lru_cache(maxsize=1000)
+def _nearest(word: str, known: frozenset[str]) -> str | None:
+    found = get_close_matches(word, sorted(known), n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+def brief(text: str) -> str:
+    """Cut a text of the user's; data is not poured into messages at full length."""
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def short(value: object) -> str:
+    """Quote a value of the user's, cut."""
+    if isinstance(value, str):
+        return repr(brief(value))
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:
+        return "a number of many digits"  # turning it into text takes long
+    return brief(str(value)) if isinstance(value, int | float) else type_name(value)
+
+
+def type_name(value: Any) -> str:
+    """Return what JSON calls a value."""
+    names = {dict: "an object", list: "an array", str: "a string", type(None): "null"}
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return names.get(type(value), "a number")
+
+
+def empty(field: str, what: str) -> Finding:
+    """Say that something has nothing in it."""
+    return Finding("empty_content", field, f"{what} is empty", NO_WORDS)
+
+
+def wrong_type(field: str | None, value: Any, wanted: str) -> Finding:
+    """Say that something is of another type than it may be."""
+    text = f"expected {wanted}, got {type_name(value)}"
+    return Finding("wrong_type", field, text, "correct the value's type")
+
+
+def is_blank(value: object) -> bool:
+    """Tell whether a text has no words."""
+    return isinstance(value, str) and (not value or value.isspace())

@@ -1,0 +1,396 @@
+"""Judge the rows of a part of a file: what a worker process does, and all that it tells.
+
+Parts are judged without knowing what stands before them, so that they can be judged at once;
+whoever adds up the verdicts in their order knows the rest.
+"""
+
+import io
+import pickle
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from operator import itemgetter
+from threading import get_ident
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from training_backends.core.dialect import Dialect
+from training_backends.core.errors import Issue
+from training_backends.datasets.facts import Facts
+from training_backends.datasets.findings import Finding
+from training_backends.datasets.lines import (
+    line_at_or_after,
+    lines_up_to,
+)
+from training_backends.datasets.rules import RowRules
+from training_backends.datasets.rules import Verdict as RowVerdict
+
+if TYPE_CHECKING:
+    # A process that judges rows is up without pydantic.
+    from training_backends.core.config import ClassifierTarget
+
+__all__ = [
+    "KEPT_PER_CODE",
+    "End",
+    "Judged",
+    "Kind",
+    "Part",
+    "Told",
+    "Verdict",
+    "judge",
+    "judge_told",
+    "packed_rules",
+]
+
+KEPT_PER_CODE: Final = 20
+"""Findings of one code that are kept, and not just counted."""
+
+Packing = Literal["plain", "gzip", "zstd", "parquet"]
+
+_BUFFER: Final = 1 << 18
+_PIECE: Final = 1 << 16
+"""Bytes of a line that are read at once."""
+
+_AT_ONCE: Final = 64
+"""Lines that are read at once."""
+
+_LF: Final = ord("\n")
+_BRACE: Final = {ord("}")}
+_last: Final = itemgetter(-2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a file to be judged: the lines that begin in it, or the lines themselves.
+
+    Attributes:
+        path: The file; None where there are `lines`.
+        begins: A line begins at `start`.
+        rules: See `packed_rules`.
+    """
+
+    path: str | None = None
+    start: int = 0
+    end: int = 0
+    begins: bool = False
+    lines: bytes = b""
+    rules: bytes
+    max_line: int
+
+
+@dataclass(slots=True)
+class Kind:
+    """The rows of one sample type.
+
+    Attributes:
+        rows: How many.
+        good: How many of them have no error.
+        first: The lines of the first of them.
+    """
+
+    rows: int = 0
+    good: int = 0
+    first: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a part holds; its lines are counted from 1.
+
+    Attributes:
+        lines: How many.
+        rows: Lines that are not blank.
+        bad_rows: Rows with an error.
+        found: What is wrong, by line; only the first of each code.
+        counts: How many warnings and errors there are of each code.
+        kinds: Rows by sample type, in the order in which they first came.
+        blank: How many lines are blank.
+        first_blank: The first of them.
+        first_crlf: The first line that ends with CRLF.
+        hashes: One for each row that could be read, in order.
+        places: The line of each of them, where that is not simply the next.
+        sizes: Rows by the number of bits of their length.
+        facts: What else the rows hold.
+    """
+
+    lines: int = 0
+    rows: int = 0
+    bad_rows: int = 0
+    found: list[tuple[int, Finding]] = field(default_factory=list)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    blank: int = 0
+    first_blank: int | None = None
+    first_crlf: int | None = None
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
+    places: "array[int] | None" = None
+    sizes: Counter[int] = field(default_factory=Counter)
+    facts: Facts = field(default_factory=Facts)
+
+    def add(self, line: int, findings: Sequence[Finding]) -> bool:
+        """Keep what was found on one line; return whether there is an error."""
+        bad = False
+        for finding in findings:
+            bad = bad or finding.severity == "error"
+            count = self.counts.setdefault(finding.code, [0, 0])
+            if sum(count) < KEPT_PER_CODE:
+                self.found.append((line, finding))
+            count[finding.severity == "error"] += 1
+        self.bad_rows += bad
+        return bad
+
+
+class End(NamedTuple):
+    """Stands behind the last part of a file that was read to its end.
+
+    Attributes:
+        packing: How the file is packed.
+        size: Bytes of the file as it is stored.
+        sha256: Their digest; None where whoever gets the parts has to make it.
+        unpacked: Bytes of its lines.
+        changed_at: When it was written last, in nanoseconds, as its reading began.
+    """
+
+    packing: Packing
+    size: int
+    sha256: str | None
+    unpacked: int
+    changed_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A part of a file, its end, or what is wrong with it as a whole.
+
+    Attributes:
+        file: Number of the file.
+        done: Bytes of it, as it is stored, up to the end of the part.
+        is_range: The part lies in the file as it is.
+    """
+
+    file: int
+    done: int
+    what: Part | End | Issue
+    is_range: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The same with a verdict in place of the part."""
+
+    file: int
+    done: int
+    what: Verdict | End | Issue
+    is_range: bool = False
+
+
+def packed_rules(dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> bytes:
+    """Write down rules so that they travel with every part."""
+    return pickle.dumps((dialect, tuple(targets)))
+
+
+def judge(part: Part) -> Verdict:
+    """Judge the lines of a part.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    judging = _Judging(part)
+    if part.path is None:
+        return judging.run(io.BytesIO(part.lines), len(part.lines))
+    with open(part.path, "rb", buffering=_BUFFER) as file:  # noqa: PTH123  # no Path for each part
+        start: int | None = part.start
+        if part.begins:
+            file.seek(part.start)
+        else:
+            start = line_at_or_after(file, part.start, part.end)
+        return judging.verdict if start is None else judging.run(file, part.end - start)
+
+
+def judge_told(told: Told) -> Judged:
+    """Judge a part of a file, and pass on what is none."""
+    what = told.what
+    if not isinstance(what, Part):
+        return Judged(told.file, told.done, what)
+    try:
+        return Judged(told.file, told.done, judge(what), told.is_range)
+    except OSError as error:
+        message = f"the file cannot be read: {error.strerror or error}"
+        issue = Issue(code="unreadable_file", message=message, path=what.path, fix="check the disk")
+        return Judged(told.file, told.done, issue)
+
+
+@lru_cache(maxsize=16)
+def _rules(packed: bytes, _thread: int) -> RowRules:
+    """Make rules once in a thread: they remember what they have seen, and count it."""
+    dialect, targets = pickle.loads(packed)  # noqa: S301  # from our own parent
+    return RowRules(dialect, targets)
+
+
+class _Judging:
+    """One part on its way to a verdict."""
+
+    def __init__(self, part: Part) -> None:
+        self.verdict = Verdict()
+        self._rules = _rules(part.rules, get_ident())
+        self._rules.facts = self.verdict.facts
+        self._max_line = part.max_line
+        self._longest = min(part.max_line, _PIECE - 1)
+        self._lengths = array("I")
+        self._no_rows = 0
+        self._looked_at = 0
+        self._usual: RowVerdict | None = None
+        self._begun = 0
+        self._kept = bytearray()
+
+    def run(self, file: BinaryIO, left: int) -> Verdict:
+        """Judge lines until `left` bytes are read, and the one that is begun then."""
+        pieces_of = lines_up_to(file, _PIECE)
+        while (left > 0 or self._begun) and (pieces := list(islice(pieces_of, _AT_ONCE))):
+            sizes = array("I", map(len, pieces))
+            size = sum(sizes)
+            if size <= left and not self._begun and self._are_rows(pieces, sizes):
+                self._take(pieces, sizes)
+                left -= size
+            else:
+                left = self._look_at(pieces, left)
+        if self._begun:
+            self._finish()
+        return self._summed_up()
+
+    def _summed_up(self) -> Verdict:
+        verdict = self.verdict
+        verdict.facts = self._rules.facts  # brought up to date by asking
+        verdict.lines = self._number
+        verdict.rows = verdict.lines - verdict.blank
+        verdict.facts.longest_row = max(self._lengths, default=0)
+        verdict.sizes = Counter(map(int.bit_length, self._lengths))
+        if (usual := self._usual) and usual[0]:
+            verdict.kinds[usual[0]].rows += len(self._lengths) - self._looked_at
+            verdict.kinds[usual[0]].good += len(self._lengths) - self._looked_at
+        return verdict
+
+    @property
+    def _number(self) -> int:
+        """How many lines there were so far."""
+        return len(self._lengths) + self._no_rows
+
+    def _are_rows(self, pieces: list[bytes], sizes: "array[int]") -> bool:
+        """Tell whether all are whole lines that end like rows, each with nothing white behind."""
+        # Nothing else takes time, so what most lines are is asked of all at once.
+        whole = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
+        return whole and {*map(_last, pieces)} == _BRACE
+
+    def _take(self, lines: list[bytes], sizes: "array[int]") -> None:
+        """Take lines, nearly all of which get the same verdict and are then dealt with at once."""
+        found = list(map(self._rules.judge, lines))
+        verdict = self.verdict
+        if found.count(self._usual) == len(found):  # type: ignore[arg-type]  # None is not in it
+            if verdict.places is not None:
+                verdict.places.extend(range(self._number + 1, self._number + len(found) + 1))
+            self._lengths.extend(sizes)
+            verdict.hashes.extend(map(xxh3_64_intdigest, lines))
+            return
+        for line, one in zip(lines, found, strict=True):
+            self._unusual(line, one)
+
+    def _look_at(self, pieces: list[bytes], left: int) -> int:
+        """Take lines, and pieces of long ones, one by one; return how many bytes are left."""
+        for piece in pieces:
+            if left <= 0 and not self._begun:
+                break  # it belongs to the next part
+            left -= len(piece)
+            if len(piece) < _PIECE and not self._begun:
+                self._unusual(piece, None)
+                continue
+            self._begin_or_go_on(piece)
+            if left <= 0 and self._begun > self._max_line:
+                self._finish()  # whatever its rest is
+        return left
+
+    def _begin_or_go_on(self, piece: bytes) -> None:
+        """Take a piece of a long line; of one that is too long nothing is kept."""
+        self._begun += len(piece)
+        if self._begun <= self._max_line + 1:
+            self._kept += piece
+        else:
+            self._kept.clear()
+        if piece[-1] == _LF:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Take the long line that was begun."""
+        line, size = bytes(self._kept), self._begun
+        self._kept.clear()
+        self._begun = 0
+        if size - line.endswith(b"\n") > self._max_line:
+            self._add_too_long()
+        else:
+            self._unusual(line, None)
+
+    def _add_too_long(self) -> None:
+        self._no_rows += 1
+        self.verdict.add(self._number, (_too_long(self._max_line),))
+        self._leave_out()
+
+    def _unusual(self, line: bytes, found: RowVerdict | None) -> None:
+        """Take a line that may be unlike the others, with its verdict if there is one yet."""
+        verdict = self.verdict
+        if len(line) - line.endswith(b"\n") > self._max_line:
+            self._add_too_long()
+            return
+        row = line if found else self._trimmed(line, self._number + 1)
+        if row:
+            self._lengths.append(len(line))
+            if found is None or found is not self._usual:
+                self._looked_at += 1
+                if self._is_bad(found or self._rules.judge(row)):
+                    row = None
+        else:
+            self._no_rows += 1
+        if row:
+            verdict.hashes.append(xxh3_64_intdigest(row))
+            if verdict.places is not None:
+                verdict.places.append(self._number)
+        else:
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Have the lines of rows written down from the first on that is none."""
+        if self.verdict.places is None:
+            self.verdict.places = array("I", range(1, self._number))
+
+    def _is_bad(self, found: RowVerdict) -> bool:
+        """Note what was found in the row just taken; tell whether there is an error."""
+        kind, findings = found
+        bad = self.verdict.add(self._number, findings)
+        if kind:
+            counted = self.verdict.kinds.setdefault(kind, Kind())
+            counted.rows += 1
+            counted.good += not bad
+            if len(counted.first) < KEPT_PER_CODE:
+                counted.first.append(self._number)
+            elif not findings and self._usual is None:
+                # The very same verdict needs no look any more.
+                self._usual = found
+        return bad
+
+    def _trimmed(self, line: bytes, number: int) -> bytes | None:
+        """Return a row as if LF stood right behind its last character; None for no row."""
+        text = line.rstrip()
+        if line.endswith(b"\r\n") and not self.verdict.first_crlf:
+            self.verdict.first_crlf = number
+        if text:
+            return text + b"\n"
+        self.verdict.blank += 1
+        self.verdict.first_blank = self.verdict.first_blank or number
+        return None
+
+
+def _too_long(limit: int) -> Finding:
+    message = f"the line is longer than {limit >> 20} MiB"
+    return Finding("line_too_long", None, message, "write one JSON object on each line")

@@ -1,0 +1,304 @@
+"""Repair one row in ways that cannot change what is learnt from it.
+
+What a repair does not touch keeps its bytes: numbers, escapes and the order of keys stay as
+they were written.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from training_backends.core.dialect import Dialect
+
+__all__ = ["Mend", "is_empty", "mend"]
+
+_ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_ID_LENGTH: Final = 9
+
+_CUT: Final = frozenset({"last_not_assistant"})
+_IDS: Final = frozenset({"bad_call_id", "unmatched_answer", "unanswered_call"})
+_ARGUMENTS: Final = frozenset({"bad_arguments"})
+"""Codes of the findings that call for each repair."""
+
+_UNLEARNT: Final = frozenset({"user", "system", "developer"})
+"""Roles whose messages nothing is learnt from, and nobody behind them waits for."""
+
+_LISTS: Final[Sequence[tuple[str, ...]]] = (
+    ("messages",),
+    ("input", "messages"),
+    ("preferred_output",),
+    ("non_preferred_output",),
+    ("prompt",),
+    ("chosen",),
+    ("rejected",),
+    ("completion",),
+)
+"""Where a row may hold messages, whatever its format."""
+
+_Object = dict[str, Raw]
+_decode = msgspec.json.decode
+_encode = msgspec.json.encode
+
+
+class _Message(dict[str, Raw]):
+    """A message that keeps its bytes until something in it is replaced."""
+
+    def __init__(self, raw: Raw) -> None:
+        super().__init__(_decode(raw, type=_Object))
+        self._raw: Raw | None = raw
+
+    def __setitem__(self, key: str, value: Raw) -> None:
+        self._raw = None
+        super().__setitem__(key, value)
+
+    @property
+    def raw(self) -> Raw:
+        """The message as JSON."""
+        return self._raw or _raw(dict(self))
+
+
+class Mend(NamedTuple):
+    """One thing that was done to a row."""
+
+    code: str
+    message: str
+
+
+def is_empty(line: bytes) -> bool:
+    """Tell whether a row is an object that holds nothing but empty texts, lists and objects."""
+    if len(line) > 4096:
+        return False
+    try:
+        row = _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(row, dict) and _is_nothing(row)
+
+
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_nothing(inner) for inner in value.values())
+    if isinstance(value, list):
+        return all(_is_nothing(inner) for inner in value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, Sequence[Mend]]:
+    """Return a row with what can be repaired of the findings; the same where nothing can be.
+
+    The caller holds the result against the rules again: what one repair leaves may need another.
+
+    Args:
+        line: Valid JSON of a known format.
+        codes: What was found wrong with it.
+    """
+    wanted = (_CUT | _IDS | _ARGUMENTS).intersection(codes)
+    if not wanted or _has_key_twice(line):
+        return line, ()
+    try:
+        row = _Row(line)
+        mends = [
+            *(row.cut() if wanted & _CUT else ()),
+            *(row.new_ids(dialect) if wanted & _IDS else ()),
+            *(row.write_arguments() if wanted & _ARGUMENTS else ()),
+        ]
+        return (row.written(), mends) if mends else (line, ())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # Of another shape than the rules led to expect: not for us to repair.
+        return line, ()
+
+
+def _has_key_twice(line: bytes) -> bool:
+    """Tell whether an object has two values under one key, so that readers differ on it."""
+    twice = False
+
+    def look(items: list[tuple[str, Any]]) -> None:
+        nonlocal twice
+        twice = twice or len(dict(items)) < len(items)
+
+    try:
+        json.loads(line, object_pairs_hook=look)
+    except (ValueError, RecursionError):
+        return True
+    return twice
+
+
+class _Row:
+    """A row, taken apart as far as it has to be."""
+
+    def __init__(self, line: bytes) -> None:
+        self._row = _decode(line, type=_Object)
+        self._lists: dict[tuple[str, ...], list[_Message]] = {}
+        for path in _LISTS:
+            raw = self._row.get(path[0])
+            for key in path[1:]:
+                raw = _decode(raw, type=_Object).get(key) if raw and _is(raw, b"{") else None
+            if raw and _is(raw, b"["):
+                self._lists[path] = [_Message(one) for one in _decode(raw, type=list[Raw])]
+
+    def written(self) -> bytes:
+        """Return the row as a line."""
+        for path, messages in self._lists.items():
+            raw = _raw([message.raw for message in messages])
+            if len(path) == 2:
+                outer = _decode(self._row[path[0]], type=_Object)
+                outer[path[1]] = raw
+                raw = _raw(outer)
+            self._row[path[0]] = raw
+        return _encode(self._row)
+
+    def cut(self) -> Iterator[Mend]:
+        """Leave out what stands behind the last message of the assistant."""
+        messages = self._lists.get(("messages",), [])
+        roles = [_text(message.get("role")) for message in messages]
+        if "assistant" not in roles:
+            return
+        end = len(roles) - roles[::-1].index("assistant")
+        rest = roles[end:]
+        if rest and _UNLEARNT.issuperset(rest):
+            del messages[end:]
+            what = "1 message" if len(rest) == 1 else f"{len(rest)} messages"
+            yield Mend("trailing_turns", f"left out {what} behind the assistant's last")
+
+    def write_arguments(self) -> Iterator[Mend]:
+        """Write arguments that are objects as a string of the same letters."""
+        count = 0
+        for message in itertools.chain(*self._lists.values()):
+            calls = _calls(message)
+            changed = [call for call in calls if _rewrite_arguments(call)]
+            if changed:
+                count += len(changed)
+                message["tool_calls"] = _raw(calls)
+        if count:
+            yield Mend("arguments", f"wrote the arguments of {_many(count, 'call')} as a string")
+
+    def new_ids(self, dialect: Dialect) -> Iterator[Mend]:
+        """Give calls good ids, and their answers the same."""
+        pattern = re.compile(dialect.call_id or ".+", re.DOTALL)
+        taken: set[str | None] = set()
+        for message in itertools.chain(*self._lists.values()):
+            taken.add(_text(message.get("tool_call_id")))
+            taken.update(_text(call.get("id")) for call in _calls(message))
+        count = 0
+        for path, messages in self._lists.items():
+            for index, message in enumerate(messages):
+                calls = _calls(message)
+                if not calls:
+                    continue
+                answers = list(
+                    itertools.takewhile(
+                        lambda one: _text(one.get("role")) == "tool", messages[index + 1 :]
+                    )
+                )
+                made = _Exchange(calls, answers).agree(pattern, f"{path}:{index}", taken)
+                if made:
+                    message["tool_calls"] = _raw(calls)
+                    count += made
+        if count:
+            yield Mend("call_ids", f"gave {_many(count, 'tool call')} a new id")
+
+
+class _Exchange:
+    """The calls of one message and the answers right behind it."""
+
+    def __init__(self, calls: Sequence[_Object], answers: Sequence[_Object]) -> None:
+        self._calls = calls
+        self._answers = answers
+        self._call_ids = [_text(call.get("id")) for call in calls]
+        self._answer_ids = [_text(answer.get("tool_call_id")) for answer in answers]
+
+    def agree(self, pattern: re.Pattern[str], place: str, taken: set[str | None]) -> int:
+        """Give calls without a good id a new one, where it is certain who answers them."""
+        if any(many > 1 for one, many in Counter(self._call_ids).items() if one is not None):
+            # Which answer is whose, nobody can tell any more.
+            return 0
+        lone = self._lone_pair()
+        count = 0
+        for number, (call, old) in enumerate(zip(self._calls, self._call_ids, strict=True)):
+            partners = [
+                answer
+                for answer, told in zip(self._answers, self._answer_ids, strict=True)
+                if told is not None and told == old
+            ]
+            if lone and lone[0] == number:
+                partners.append(self._answers[lone[1]])
+            elif old is not None and pattern.fullmatch(old):
+                continue
+            new = old if old is not None and pattern.fullmatch(old) else None
+            if new is None:
+                new = _new_id(f"{place}:{number}:{old}", taken)
+                taken.add(new)
+            call["id"] = _raw(new)
+            for answer in partners:
+                answer["tool_call_id"] = _raw(new)
+            count += 1
+        return count
+
+    def _lone_pair(self) -> tuple[int, int] | None:
+        """Return the one call and the one answer that are left, where an id is missing."""
+        calls = [
+            n for n, one in enumerate(self._call_ids) if one not in self._answer_ids or one is None
+        ]
+        answers = [
+            n for n, one in enumerate(self._answer_ids) if one not in self._call_ids or one is None
+        ]
+        if len(calls) != 1 or len(answers) != 1:
+            return None
+        missing = None in (self._call_ids[calls[0]], self._answer_ids[answers[0]])
+        return (calls[0], answers[0]) if missing else None
+
+
+def _new_id(seed: str, taken: Collection[str | None]) -> str:
+    for attempt in itertools.count():
+        digest = hashlib.sha256(f"{seed}:{attempt}".encode("utf-8", "surrogatepass")).digest()
+        number = int.from_bytes(digest[:8])
+        made = "".join(
+            _ALPHABET[number // len(_ALPHABET) ** place % len(_ALPHABET)]
+            for place in range(_ID_LENGTH)
+        )
+        if made not in taken:
+            return made
+    raise AssertionError
+
+
+def _rewrite_arguments(call: _Object) -> bool:
+    raw = call.get("function")
+    if raw is None or not _is(raw, b"{"):
+        return False
+    function = _decode(raw, type=_Object)
+    arguments = function.get("arguments")
+    if arguments is None:
+        return False
+    if not _is(arguments, b"{"):
+        return False
+    function["arguments"] = _raw(bytes(arguments).decode())
+    call["function"] = _raw(function)
+    return True
+
+
+def _calls(message: _Object) -> list[_Object]:
+    raw = message.get("tool_calls")
+    return _decode(raw, type=list[_Object]) if raw and _is(raw, b"[") else []
+
+
+def _text(raw: Raw | None) -> str | None:
+    return _decode(raw, type=str) if raw and _is(raw, b'"') else None
+
+
+def _is(raw: Raw, start: bytes) -> bool:
+    return bytes(raw)[:1] == start
+
+
+def _raw(value: object) -> Raw:
+    return Raw(_encode(value))
+
+
+def _many(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"

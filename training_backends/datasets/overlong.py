@@ -1,0 +1,61 @@
+"""Warn of rows that are longer than what a model reads at once."""
+
+from pathlib import Path
+from typing import Final
+
+from training_backends.core.counting import CountProgress
+from training_backends.core.dataset import Dataset
+from training_backends.core.errors import Issue
+from training_backends.datasets.tokens import count_tokens
+
+__all__ = ["overlong_rows"]
+
+_COUNTED_BYTES: Final = 8_000_000
+"""Up to this size all rows are counted, in less than a second or two."""
+_SAMPLE_ROWS: Final = 500
+
+
+def overlong_rows(
+    dataset: Dataset,
+    model: str,
+    seq_len: int,
+    *,
+    fix: str,
+    cache: Path | None = None,
+    on_progress: CountProgress | None = None,
+) -> Issue | None:
+    """Return a warning if training rows are longer than `seq_len` tokens; blocks.
+
+    It takes a second or two at most, whatever the size of the data. No token is shorter than a
+    byte, so where the longest row has no more bytes than that, nothing is counted; data that
+    are larger than a few megabytes are judged by a sample. Where nothing counts for the model,
+    nothing is said.
+
+    Args:
+        fix: What can be done about it.
+        cache: Where full counts are kept, so that an estimate need not count again.
+    """
+    if all(file.summary.longest_row <= seq_len for file in dataset.train):
+        return None
+    is_small = sum(file.size for file in dataset.train) <= _COUNTED_BYTES
+    count = count_tokens(
+        dataset,
+        model,
+        sample=None if is_small else _SAMPLE_ROWS,
+        exact=is_small,
+        seq_len=seq_len,
+        cache=cache,
+        on_progress=on_progress,
+    )
+    if not count.over:
+        return None
+    about = "about " if count.basis == "sampled" else ""
+    verb = "is" if count.over == 1 else "are"
+    return Issue(
+        code="overlong_rows",
+        message=f"{about}{count.over:,} of {count.rows:,} rows {verb} longer than "
+        f"{seq_len:,} tokens",
+        field="hyperparameters.seq_len",
+        fix=fix,
+        severity="warning",
+    )

@@ -1,0 +1,196 @@
+"""Read data files once, all of them, and tell of issues on the way."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Final
+
+from training_backends.core.dataset import DataFile
+from training_backends.core.errors import Issue
+from training_backends.datasets.collecting import Collector
+from training_backends.datasets.duplicates import Repeat, RowHashes
+from training_backends.datasets.findings import Finding
+from training_backends.datasets.hashing import FollowingHash
+from training_backends.datasets.judging import (
+    KEPT_PER_CODE,
+    End,
+    Judged,
+    Told,
+    Verdict,
+    judge_told,
+)
+from training_backends.datasets.parallel import cpu_count, run_parallel
+from training_backends.datasets.parts import parts_of
+from training_backends.datasets.sources import unreadable
+
+__all__ = ["Progress", "Reading"]
+
+_TASK: Final = "training_backends.datasets.judging:judge_told"
+
+_WORTH_PROCESSES: Final = 128 << 20
+"""Bytes below which starting another process takes longer than it saves."""
+
+_MOST_PROCESSES: Final = 6
+"""More of them would wait for the hash, which only one thread can make."""
+
+Progress = Callable[[Path, int, int], None]
+"""Called with the file, the bytes read so far and its size; may raise to stop reading."""
+
+
+class Reading:
+    """One pass over some files.
+
+    Args:
+        collectors: One for each file.
+        rules: What rows are judged by, see `packed_rules`.
+        max_line: Bytes of the longest line that is judged.
+        plain_only: Refuse files that have to be unpacked.
+        on_progress: Told how far the reading is.
+    """
+
+    def __init__(
+        self,
+        collectors: Sequence[Collector],
+        *,
+        rules: bytes,
+        max_line: int,
+        plain_only: bool = False,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self._files: dict[int, DataFile] = {}
+        self._collectors = collectors
+        self._sizes = [_size(collector.path) for collector in collectors]
+        self._rules = rules
+        self._max_line = max_line
+        self._plain_only = plain_only
+        self._on_progress = on_progress
+
+    @property
+    def files(self) -> list[DataFile]:
+        """What is known of the files that were read to their end."""
+        return list(self._files.values())
+
+    def issues(self, processes: int | None = None) -> Iterator[Issue]:
+        """Yield issues as they are found; leave no process behind, however it ends.
+
+        Args:
+            processes: How many may judge; None: as many as are worth it.
+        """
+        with ExitStack() as stack:
+            hashes = stack.enter_context(RowHashes())
+            digest = stack.enter_context(FollowingHash())
+            judged = run_parallel(
+                _TASK, self._parts(), processes=processes or self._worth_processes()
+            )
+            for each in stack.enter_context(closing(judged)):
+                yield from self._measure(each, hashes, digest)
+            try:
+                yield from self._repeated(hashes)
+            except OSError as error:
+                yield _not_searched(error)
+
+    def issues_of_rows(self) -> Generator[Issue, None, None]:
+        """Do the same in this process alone, without digests and rows that stand twice."""
+        for part in self._parts():
+            yield from self._take(judge_told(part))
+
+    def _parts(self) -> Iterator[Told]:
+        for number, collector in enumerate(self._collectors):
+            yield from parts_of(
+                number,
+                collector.path,
+                rules=self._rules,
+                max_line=self._max_line,
+                plain_only=self._plain_only,
+            )
+
+    def _worth_processes(self) -> int:
+        return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= _WORTH_PROCESSES else 1
+
+    def _measure(self, judged: Judged, hashes: RowHashes, digest: FollowingHash) -> Iterator[Issue]:
+        """Take a part of a file, with its hashes."""
+        number, what = judged.file, judged.what
+        collector = self._collectors[number]
+        if isinstance(what, Verdict) and not collector.failed:
+            hashes.add(number, what.hashes, collector.lines, what.places)
+            if judged.is_range:
+                digest.follow(number, collector.path, judged.done)
+        yield from self._take(judged)
+        if isinstance(what, End) and not collector.failed:
+            try:
+                self._files[number] = collector.file(what, what.sha256 or digest.finish(number))
+            except OSError as error:
+                yield unreadable(collector.path, error)
+        if self._on_progress:
+            self._on_progress(collector.path, judged.done, max(judged.done, self._sizes[number]))
+
+    def _take(self, judged: Judged) -> Iterator[Issue]:
+        what, collector = judged.what, self._collectors[judged.file]
+        if collector.failed:
+            return
+        if isinstance(what, Verdict):
+            yield from collector.take(what)
+        elif isinstance(what, End):
+            yield from collector.end(what)
+        else:
+            # One part says it for all that are still to come.
+            collector.failed = what.code == "unreadable_file"
+            yield what
+
+    def _repeated(self, hashes: RowHashes) -> Iterator[Issue]:
+        """Tell of rows that stand twice; not where a whole file does, which says more."""
+        first: dict[str, int] = {}
+        for number, file in self._files.items():
+            first.setdefault(file.sha256, number)
+        groups = [
+            [number for number in first.values() if self._files[number].role == role]
+            for role in ("train", "validation")
+        ]
+        found = hashes.find(groups, most=KEPT_PER_CODE)
+        for number, file in self._files.items():
+            counts = found.duplicates[number], found.overlaps[number]
+            fix = "`training-backends data repair` removes it"
+            yield from self._named("duplicate_row", number, found.named, counts[0], fix)
+            fix = "validate on rows that are not trained on"
+            code = "train_validation_overlap"
+            yield from self._named(code, number, found.named_overlaps, counts[1], fix)
+            yield from self._collectors[number].rest()
+            known = {
+                "findings": self._collectors[number].findings,
+                "duplicate_rows": counts[0],
+                "overlapping_rows": counts[1] if file.role == "validation" else None,
+            }
+            summary = file.summary.model_copy(update=known)
+            self._files[number] = file.model_copy(update={"summary": summary})
+
+    def _named(
+        self, code: str, number: int, named: Sequence[Repeat], count: int, fix: str
+    ) -> Iterator[Issue]:
+        collector = self._collectors[number]
+        for place, before in named:
+            if place.file == number:
+                first = self._collectors[before.file]
+                where = "" if first is collector else f" of {first.path}"
+                what = "is" if first.role == collector.role else "is trained on,"
+                text = f"the same row {what} in line {before.line:,}{where}"
+                yield from collector.add(Finding(code, None, text, fix, "warning"), place.line)
+                count -= 1
+        collector.leave(code, count, "warning")
+
+
+def _not_searched(error: OSError) -> Issue:
+    """Say that rows are not compared: their hashes find no room beside the data."""
+    return Issue(
+        code="duplicates_not_searched",
+        message=f"rows that stand twice were not looked for: {error.strerror or error}",
+        fix=f"make room in {gettempdir()}, or name another directory in TMPDIR",
+        severity="warning",
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,311 @@
+"""Write a data file anew without the faults that can be mended without changing its meaning."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO, Final, Literal, NamedTuple
+
+from training_backends.core.config import ClassifierTarget
+from training_backends.core.dialect import Dialect
+from training_backends.core.errors import ConfigError, DatasetError, Issue
+from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.findings import Finding
+from training_backends.datasets.lines import MAX_LINE_BYTES
+from training_backends.datasets.mending import is_empty, mend
+from training_backends.datasets.rules import RowRules
+from training_backends.datasets.seen import SeenRows
+from training_backends.datasets.sources import STDIN, Source, opened
+from training_backends.datasets.writing import Meter, NewFiles, Progress, refuse_existing
+
+__all__ = ["REPAIRS", "Repair", "Repaired", "repair"]
+
+REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "byte_order_mark": "byte order marks removed",
+        "line_ends": "lines ended with LF instead of CRLF",
+        "blank_line": "blank lines removed",
+        "empty_row": "empty rows removed",
+        "duplicate_row": "rows removed that stood there before",
+        "trailing_turns": "rows cut behind the assistant's last message",
+        "call_ids": "rows with new ids for their tool calls",
+        "arguments": "rows with arguments written as a string",
+        "invalid_row": "invalid rows removed",
+    }
+)
+"""What can be done to a line, by its code, and how many of them are spoken of."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
+_PIECE: Final = 1 << 20
+_ROUNDS: Final = 4
+"""How often a row is mended again for what the last time has brought to light."""
+
+OnRepair = Callable[["Repair"], None]
+OnIssue = Callable[[Issue], None]
+
+
+class Repair(NamedTuple):
+    """One thing that was done.
+
+    Attributes:
+        line: In the file that was read, counted from 1.
+        code: A key of `REPAIRS`.
+        message: What was done.
+    """
+
+    line: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """What became of a file.
+
+    Attributes:
+        rows: Rows read, blank lines not counted.
+        written: Rows written.
+        invalid: Rows among them that still have an error; they stand as they were.
+        counts: How often each repair was made, by its code.
+        backup: Where the old content is, after a repair in place that changed something.
+    """
+
+    source: Path
+    target: Path
+    rows: int
+    written: int
+    invalid: int
+    counts: Mapping[str, int]
+    backup: Path | None = None
+
+
+def repair(
+    path: Path,
+    target: Path | None = None,
+    *,
+    dialect: Dialect = MISTRAL,
+    targets: Sequence[ClassifierTarget] = (),
+    drop_invalid: bool = False,
+    force: bool = False,
+    on_repair: OnRepair | None = None,
+    on_issue: OnIssue | None = None,
+    on_progress: Progress | None = None,
+) -> Repaired:
+    """Write a file anew, mended; rows without a fault keep their bytes.
+
+    A row that cannot be mended stands in the new file as it was.
+
+    Args:
+        path: What to read; packed files are unpacked, `-` is standard input.
+        target: What to write; None mends the file under its own name, unless there is nothing
+            to mend, and keeps what it was as NAME.orig.
+        dialect: Whose rules the rows shall keep.
+        targets: What a classifier may be asked.
+        drop_invalid: Leave out rows that cannot be mended.
+        force: Replace `target` if it is there.
+        on_repair: Told of everything that is done; of the ends of lines last, and once.
+        on_issue: Told of every error that is left.
+
+    Raises:
+        DatasetError: The file cannot be read, or no row would be left.
+        ConfigError: `target` or NAME.orig is there already, or what is to be mended under its
+            own name is packed.
+        TrainingBackendError: `target` cannot be written.
+    """
+    work = _Repairing(path, RowRules(dialect, targets), on_repair, on_issue)
+    work.drop_invalid = drop_invalid
+    if target is None:
+        return _in_place(path, work, on_progress)
+    if not force:
+        refuse_existing(target)
+    with opened(path) as source, NewFiles() as made:
+        if path != STDIN and target.exists() and target.samefile(path):
+            raise ConfigError(f"{path} is not written over.", hint="Use --in-place.")
+        with made.create(target) as out:
+            work.run(source, out, on_progress)
+    return work.result(target)
+
+
+def _in_place(path: Path, work: "_Repairing", on_progress: Progress | None) -> Repaired:
+    with opened(path) as source, NewFiles() as made:
+        if source.kind != "plain" or path == STDIN:
+            raise ConfigError(f"{path} cannot be mended in place.", hint="Name a new file.")
+        # Through a link, so that it goes on to name the file.
+        place = path.resolve() if path.is_symlink() else path
+        backup = place.with_name(f"{place.name}.orig")
+        refuse_existing(backup, hint="What the file was goes there; move the old one away.")
+        with made.create(place, like=place) as out:
+            work.run(source, out, on_progress)
+        if not work.counts:
+            made.discard(place)
+            return work.result(path)
+        made.keep(place, backup)
+    return work.result(path, backup)
+
+
+class _Repairing:
+    """One pass over one file."""
+
+    def __init__(
+        self,
+        path: Path,
+        rules: RowRules,
+        on_repair: OnRepair | None,
+        on_issue: OnIssue | None,
+    ) -> None:
+        self._path = path
+        self._rules = rules
+        self._on_repair = on_repair
+        self._on_issue = on_issue
+        self._seen = SeenRows()
+        self._first_crlf = 0
+        self._rows = self._written = self._invalid = 0
+        self.counts: Counter[str] = Counter()
+        self.drop_invalid = False
+
+    def run(self, source: Source, out: BinaryIO, on_progress: Progress | None) -> None:
+        """Read the file to its end and write what it shall be."""
+        size = 0 if self._path == STDIN else self._path.stat().st_size
+        meter = Meter(self._path, size, on_progress)
+        judge, is_new = self._rules.judge, self._seen.add
+        with self._seen:
+            kept = False
+            for number, piece, part in _pieces(source.lines):
+                meter.reach(source.size)
+                if part == "line":
+                    # Nearly all lines are right, and this is all that they need.
+                    if piece.endswith(b"}\n") and not judge(piece)[1] and is_new(piece):
+                        self._rows += 1
+                        self._written += 1
+                        out.write(piece)
+                    else:
+                        out.write(self._line(number, piece))
+                    continue
+                if part == "start":
+                    self._rows += 1
+                    kept = self._keeps(number, (_too_long(),))
+                if kept:
+                    out.write(piece)
+        if self._first_crlf:
+            many = self.counts["line_ends"]
+            what = "1 line" if many == 1 else f"{many:,} lines"
+            self._tell(self._first_crlf, "line_ends", f"{what} ended with CRLF, the first is this")
+        if not self._written:
+            raise _unusable(self._path, "empty_file", "no row would be left", "is it JSON Lines?")
+
+    def result(self, target: Path, backup: Path | None = None) -> Repaired:
+        """Return what was done."""
+        return Repaired(
+            source=self._path,
+            target=target,
+            rows=self._rows,
+            written=self._written,
+            invalid=self._invalid,
+            counts=dict(self.counts),
+            backup=backup,
+        )
+
+    def _line(self, number: int, line: bytes) -> bytes:
+        """Return what shall stand in place of a line, its end included."""
+        if number == 1 and line.startswith(_UTF16):
+            raise _unusable(self._path, "bad_utf8", "the file is UTF-16", "save it as UTF-8")
+        row = line.removesuffix(b"\n")
+        end = line[len(row) :]
+        if row.endswith(b"\r"):
+            row = row.rstrip(b"\r")
+            self.counts["line_ends"] += 1
+            self._first_crlf = self._first_crlf or number
+        if row.startswith(_BOM):
+            while row.startswith(_BOM):
+                row = row.removeprefix(_BOM)
+            self._done(number, "byte_order_mark", "removed the byte order mark")
+        if not row or row.isspace():
+            self._done(number, "blank_line", "removed the blank line")
+            return b""
+        self._rows += 1
+        mended = self._row(number, row)
+        return b"" if mended is None else mended + end
+
+    def _row(self, number: int, row: bytes) -> bytes | None:
+        """Return what shall stand in place of a row; None for nothing."""
+        findings = self._rules.judge(row)[1]
+        done: Sequence[Repair] = ()
+        if findings:
+            if is_empty(row):
+                self._done(number, "empty_row", "removed the row, which holds nothing")
+                return None
+            row, findings, done = self._mend(number, row, findings)
+        if not self._seen.add(row):
+            self._done(number, "duplicate_row", "removed the row, which stood there before")
+            return None
+        if not self._keeps(number, findings):
+            return None
+        for one in done:
+            self._done(*one)
+        return row
+
+    def _mend(
+        self, number: int, row: bytes, findings: Sequence[Finding]
+    ) -> tuple[bytes, Sequence[Finding], Sequence[Repair]]:
+        """Mend a row until nothing more can be mended; where an error stays, all stays."""
+        new, left = row, findings
+        done: list[Repair] = []
+        for _ in range(_ROUNDS):
+            new, mends = mend(new, {finding.code for finding in left}, self._rules.dialect)
+            if not mends:
+                break
+            done += (Repair(number, code, message) for code, message in mends)
+            left = self._rules.judge(new)[1]
+        if done and not any(finding.severity == "error" for finding in left):
+            return new, left, done
+        return row, findings, ()
+
+    def _keeps(self, number: int, findings: Sequence[Finding]) -> bool:
+        """Count a row and tell of the errors in it, unless it is left out for them."""
+        errors = [finding for finding in findings if finding.severity == "error"]
+        if errors and self.drop_invalid:
+            first = errors[0]
+            what = f"{first.field}: {first.message}" if first.field else first.message
+            self._done(number, "invalid_row", f"removed the row: {what}")
+            return False
+        self._written += 1
+        self._invalid += bool(errors)
+        if self._on_issue:
+            for error in errors:
+                self._on_issue(Issue(path=str(self._path), line=number, **error._asdict()))
+        return True
+
+    def _done(self, number: int, code: str, message: str) -> None:
+        self.counts[code] += 1
+        self._tell(number, code, message)
+
+    def _tell(self, number: int, code: str, message: str) -> None:
+        if self._on_repair:
+            self._on_repair(Repair(number, code, message))
+
+
+def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes, Literal["line", "start", "rest"]]]:
+    """Yield lines with their ends, and those too long to be looked at in pieces."""
+    number = 0
+    inside = False
+    while piece := file.readline(_PIECE if inside else MAX_LINE_BYTES + 1):
+        is_end = piece.endswith(b"\n")
+        if inside:
+            yield number, piece, "rest"
+        else:
+            number += 1
+            inside = not is_end and len(piece) > MAX_LINE_BYTES
+            yield number, piece, "start" if inside else "line"
+        inside = inside and not is_end
+
+
+def _too_long() -> Finding:
+    message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
+    return Finding("line_too_long", None, message, "write one JSON object on each line")
+
+
+def _unusable(path: Path, code: str, message: str, fix: str) -> DatasetError:
+    issue = Issue(code=code, message=message, path=str(path), fix=fix)
+    return DatasetError(f"{path} cannot be repaired.", issues=[issue])

@@ -1,0 +1,299 @@
+"""Open data files of every kind as one stream of lines, and find them by pattern.
+
+What a file is, its first bytes say, not its name. However well it was packed, a few megabytes
+of it are in memory at a time.
+"""
+
+import gzip
+import hashlib
+import io
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn
+
+import msgspec
+
+from training_backends.core.errors import DatasetError, Issue
+
+__all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
+
+STDIN: Final = Path("-")
+"""Stands for standard input."""
+
+Kind = Literal["plain", "gzip", "zstd", "parquet"]
+
+_MAGIC: Final[dict[bytes, Kind]] = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "parquet",
+}
+_ENDINGS: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_BUFFER: Final = 1 << 20
+_BATCH_BYTES: Final = 4 << 20
+_WINDOW_LOG: Final = 27
+"""128 MiB, the most that `zstd` itself unpacks unasked; a frame may name any window."""
+
+
+class Source:
+    """An open data file.
+
+    Attributes:
+        kind: How the file is packed.
+        lines: Its lines' bytes, unpacked. Reading raises `DatasetError` where it is damaged.
+    """
+
+    def __init__(self, kind: Kind, lines: io.BufferedReader, stored: "_Stored") -> None:
+        self.kind = kind
+        self.lines = lines
+        self._stored = stored
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file as it is stored, read so far."""
+        return self._stored.size
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the file as it is stored, read so far."""
+        return self._stored.digest.hexdigest()
+
+
+def kind_of(head: bytes) -> Kind:
+    """Tell how a file is packed from its first four bytes."""
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "plain")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """Open a data file; "-" is standard input.
+
+    Raises:
+        DatasetError: It cannot be read, or what unpacks it is not installed.
+    """
+    if path != STDIN and (issue := file_problem(path)):
+        _refuse(path, issue)
+    with ExitStack() as stack:
+        try:
+            if path == STDIN:
+                file = _standard_input()
+            else:
+                file = stack.enter_context(path.open("rb", buffering=0))
+            stored = _Stored(file)
+        except OSError as error:
+            _refuse(path, unreadable(path, error))
+        kind = kind_of(stored.head)
+        chunks = _guarded(path, kind, _UNPACKERS[kind](stored, path))
+        yield Source(kind, io.BufferedReader(_Chunks(chunks), _BUFFER), stored)
+
+
+def file_problem(path: Path) -> Issue | None:
+    """Say why a path cannot be read as a file; None where it can."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return unreadable(path, error)
+    if stat.S_ISREG(mode):
+        return None
+    what, fix = "not a regular file", "copy the data to one, or give `-` for standard input"
+    if stat.S_ISDIR(mode):
+        what, fix = "a directory, not a file", "name the files in it"
+    return _issue(path, "not_a_file", f"this is {what}", fix)
+
+
+def expand(names: Iterable[Path | str]) -> list[Path]:
+    """Return the files that names, patterns and directories stand for, each once, sorted.
+
+    Raises:
+        DatasetError: A pattern or directory holds no data file.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(each for each in path.rglob("*") if _is_data(each, path))
+            ending = ", ".join(_ENDINGS)
+            problem = f"no file in this directory ends in {ending}"
+        elif has_magic(str(path)) and not path.exists():
+            inside = [Path(each) for each in sorted(glob(str(path), recursive=True))]  # noqa: PTH207  # also absolute patterns
+            problem = "no file is called like that"
+        else:
+            inside, problem = [path], ""
+        if not inside:
+            _refuse(path, _issue(path, "missing_file", problem, "correct the path"))
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _is_data(path: Path, directory: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+    return not hidden and path.name.endswith(_ENDINGS) and path.is_file()
+
+
+def _standard_input() -> Any:
+    # Without its buffer a pipe gives what is there, and does not wait for more.
+    return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+
+
+class _Stored(io.RawIOBase):
+    """The file as it is stored, measured while it is read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256(usedforsecurity=False)
+        # A pipe may give its first bytes one by one.
+        self.head = b""
+        while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
+            self.head += more
+        self._again = self.head
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        if self._again:
+            count = min(len(view), len(self._again))
+            view[:count] = self._again[:count]
+            self._again = self._again[count:]
+        else:
+            count = int(self._file.readinto(view) or 0)
+        self.size += count
+        self.digest.update(view[:count])
+        return count
+
+    def drain(self) -> None:
+        """Measure what nobody has read."""
+        buffer = bytearray(_BUFFER)
+        while self.readinto(buffer):
+            pass
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._left = memoryview(chunk)
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+
+def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Turn everything that unpackers raise for bad data into one error."""
+    try:
+        yield from chunks
+    except DatasetError:
+        raise
+    except ImportError as error:
+        fix = f"pip install 'training-backends[{kind}]'"
+        _refuse(path, _issue(path, "missing_extra", f"{error.name} is needed to read it", fix))
+    except Exception as error:
+        # An error of the system has a number, one of an unpacker's own has none.
+        if isinstance(error, OSError) and error.errno is not None:
+            _refuse(path, unreadable(path, error))
+        message = f"the {kind} data are damaged: {_first_line(error)}"
+        if isinstance(error, EOFError):
+            message = f"the {kind} data end too early"
+        _refuse(path, _issue(path, "damaged_file", message, "fetch or pack the file again"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _read_all(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(_BUFFER):
+        yield chunk
+
+
+def _plain(stored: _Stored, _: Path) -> Iterator[bytes]:
+    return _read_all(stored)
+
+
+def _gzip(stored: _Stored, _: Path) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=io.BufferedReader(stored, _BUFFER)) as file:
+        yield from _read_all(file)
+
+
+def _zstd(stored: _Stored, _: Path) -> Iterator[bytes]:
+    if sys.version_info >= (3, 14):
+        from compression import zstd  # noqa: PLC0415
+    else:
+        from backports import zstd  # noqa: PLC0415
+    limit = {int(zstd.DecompressionParameter.window_log_max): _WINDOW_LOG}
+    with zstd.ZstdFile(io.BufferedReader(stored, _BUFFER), options=limit) as file:
+        yield from _read_all(file)
+
+
+def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
+    if path == STDIN:
+        message = "Parquet cannot be read from standard input"
+        _refuse(path, _issue(path, "not_a_file", message, "write it to a file first"))
+    from pyarrow import parquet  # noqa: PLC0415
+
+    encode = msgspec.json.Encoder().encode
+    # Without `pre_buffer` a whole group of rows is never in memory at once.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+        for batch in file.iter_batches(batch_size=_batch_size(file), use_threads=False):
+            yield b"".join(encode(_without_nulls(row)) + b"\n" for row in batch.to_pylist())
+    stored.drain()
+
+
+def _batch_size(file: Any) -> int:
+    """Return how many rows are some megabytes."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    size = max(1, sum(int(group.total_byte_size) for group in groups))
+    rows = sum(int(group.num_rows) for group in groups)
+    return max(1, min(4096, _BATCH_BYTES * rows // size))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out null fields: in Parquet every row has all fields that any row has."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(each) for k, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+_UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
+    "plain": _plain,
+    "gzip": _gzip,
+    "zstd": _zstd,
+    "parquet": _parquet,
+}
+
+
+def _refuse(path: Path, issue: Issue) -> NoReturn:
+    raise DatasetError(f"{path} cannot be read.", issues=[issue]) from None
+
+
+def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
+    return Issue(code=code, message=message, path=str(path), fix=fix)
+
+
+def unreadable(path: Path, error: OSError) -> Issue:
+    """Say that a file cannot be read, and why."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        fix = "correct the path; in a configuration it is relative to its file"
+        return _issue(path, "missing_file", "there is no such file", fix)
+    if isinstance(error, PermissionError):
+        fix = "make it readable for the user who runs this"
+        return _issue(path, "unreadable_file", "the file may not be read", fix)
+    message = f"the file cannot be read: {error.strerror or _first_line(error)}"
+    return _issue(path, "unreadable_file", message, "check the disk")

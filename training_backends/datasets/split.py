@@ -1,0 +1,211 @@
+"""Set a part of the rows aside to validate on.
+
+Which side a row goes to hangs on its own content and the seed: neither the order of the rows nor
+rows that are added later shuffle the others, and identical rows never end up on both sides.
+"""
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Final, NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from training_backends.core.dialect import Dialect
+from training_backends.core.errors import ConfigError, DatasetError, Issue
+from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.lines import MAX_LINE_BYTES
+from training_backends.datasets.writing import (
+    Meter,
+    NewFiles,
+    Progress,
+    name_of,
+    place_of,
+    refuse_existing,
+    rereadable,
+)
+
+__all__ = ["DEFAULT_SHARE", "Split", "SplitFile", "split"]
+
+DEFAULT_SHARE: Final = 0.05
+"""Size of the validation set as a share of the training set, where a dialect names none."""
+
+_BUCKETS: Final = 1 << 20
+"""Rows are counted by the first bits of their hash: 8 MB, whatever the size of the files."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class SplitFile(NamedTuple):
+    """One side of a split file."""
+
+    path: Path
+    rows: int
+    size: int
+
+
+class Split(NamedTuple):
+    """Both sides of a file; None for a side that has no row."""
+
+    source: Path
+    train: SplitFile | None
+    validation: SplitFile | None
+
+
+def split(
+    paths: Sequence[Path],
+    *,
+    dialect: Dialect = MISTRAL,
+    fraction: float | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    directory: Path | None = None,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> Sequence[Split]:
+    """Write each file as NAME.train.jsonl and NAME.validation.jsonl, all or none.
+
+    Rows keep their bytes and their order; blank lines are left out. Several files are taken as
+    one: the size of the validation set is that of all of them together.
+
+    Args:
+        dialect: How large the validation set may be, where neither of the next two is given.
+        fraction: Share of the rows to set aside.
+        rows: Rows to set aside; fewer where identical rows cannot be parted.
+        seed: Another one sets other rows aside.
+        directory: Where to write; default beside each file.
+        force: Replace files that are there already.
+
+    Raises:
+        DatasetError: There are too few rows, or a file cannot be read.
+        ConfigError: A file is there already.
+        TrainingBackendError: A file cannot be written.
+    """
+    targets = [_targets(path, directory) for path in paths]
+    if len(set(targets)) < len(targets):
+        raise ConfigError(
+            "Two of the files would be written under one name.", hint="Split them one by one."
+        )
+    if not force:
+        refuse_existing(*(target for both in targets for target in both))
+    with ExitStack() as stack:
+        files: list[_File] = []
+        for path, both in zip(paths, targets, strict=True):
+            file = stack.enter_context(rereadable(path, both[0].parent))
+            meter = Meter(path, 2 * file.seek(0, os.SEEK_END), on_progress)
+            files.append(_File(path, file, both, meter))
+        weights = array("Q", bytes(8 * _BUCKETS))
+        by_bytes = fraction is None and rows is None
+        for each in files:
+            for line in each.rows():
+                weights[_bucket(line, seed)] += len(line) if by_bytes else 1
+        budget = _budget(sum(weights), dialect, fraction, rows)
+        chosen = _choose(weights, budget)
+        _check(paths[0], weights, chosen, f"{budget:,} {'bytes' if by_bytes else 'rows'}")
+        with NewFiles() as made:
+            return [each.write(made, chosen, seed) for each in files]
+
+
+class _File:
+    """One file that is split."""
+
+    def __init__(
+        self, path: Path, file: BinaryIO, targets: tuple[Path, Path], meter: Meter
+    ) -> None:
+        self._path = path
+        self._file = file
+        self._targets = targets
+        self._meter = meter
+
+    def rows(self) -> Iterator[bytes]:
+        """Yield the rows, each with the end of its line, from the first on."""
+        self._file.seek(0)
+        number = 0
+        while line := self._file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            self._meter.add(len(line))
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
+                fix = "write one JSON object on each line"
+                raise _unusable(self._path, number, "line_too_long", message, fix)
+            if not line.isspace():
+                yield line
+
+    def write(self, made: NewFiles, chosen: bytearray, seed: int) -> Split:
+        """Write both sides; one without a row is left out."""
+        rows, sizes = [0, 0], [0, 0]
+        train, validation = self._targets
+        with made.create(train) as first, made.create(validation) as second:
+            outs = (first, second)
+            for line in self.rows():
+                side = chosen[_bucket(line, seed)]
+                outs[side].write(line)
+                rows[side] += 1
+                sizes[side] += len(line)
+        sides: list[SplitFile | None] = []
+        for target, count, size in zip(self._targets, rows, sizes, strict=True):
+            if count:
+                sides.append(SplitFile(target, count, size))
+            else:
+                made.discard(target)
+                sides.append(None)
+        return Split(self._path, *sides)
+
+
+def _bucket(line: bytes, seed: int) -> int:
+    """Return where a row falls; the end of its line and a byte order mark do not count."""
+    return xxh3_64_intdigest(line.strip().removeprefix(_BOM), seed % 2**64) >> 44
+
+
+def _targets(path: Path, directory: Path | None) -> tuple[Path, Path]:
+    place = directory or place_of(path)
+    name = name_of(path)
+    return place / f"{name}.train.jsonl", place / f"{name}.validation.jsonl"
+
+
+def _budget(total: int, dialect: Dialect, fraction: float | None, rows: int | None) -> int:
+    """Return how much may be set aside: rows where they are asked for, else bytes."""
+    if rows is not None:
+        return rows
+    if fraction is not None:
+        return round(fraction * total)
+    share = dialect.validation_max_share or DEFAULT_SHARE
+    # The share is one of what remains to train on.
+    budget = int(total * share / (1 + share))
+    return min(budget, dialect.validation_max_bytes or budget)
+
+
+def _choose(weights: Sequence[int], budget: int) -> bytearray:
+    """Flag the buckets that are set aside: the lowest, without those too large to fit."""
+    flags = bytearray(len(weights))
+    left = budget
+    for bucket, weight in enumerate(weights):
+        if weight and weight <= left:
+            flags[bucket] = 1
+            left -= weight
+        elif weight and 2 * left <= budget:
+            # Going on to fill the last gap would favour short rows.
+            break
+    return flags
+
+
+def _check(path: Path, weights: Sequence[int], chosen: bytearray, budget: str) -> None:
+    """Do nothing where both sides have rows."""
+    rest = any(weight for weight, flag in zip(weights, chosen, strict=True) if not flag)
+    if any(chosen) and rest:
+        return
+    if any(chosen):
+        what = f"nothing would be left to train on beside {budget} to validate on"
+    else:
+        what = f"no row fits into a validation set of {budget}"
+    fix = "add rows, or say with --rows or --fraction how many to set aside"
+    raise _unusable(path, None, "too_few_rows", what, fix)
+
+
+def _unusable(
+    path: Path, line: int | None, code: str, message: str, fix: str | None = None
+) -> DatasetError:
+    issue = Issue(code=code, message=message, path=str(path), line=line, fix=fix)
+    return DatasetError(f"{path} cannot be split.", issues=[issue])

@@ -1,0 +1,538 @@
+"""What can be wrong with the messages of a row, told from the plain JSON of it.
+
+Nothing here is in a hurry: whole rows without a fault are let through before, see `rules`.
+"""
+
+import binascii
+import re
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from training_backends.core.dialect import Dialect
+from training_backends.datasets.findings import (
+    NO_WORDS,
+    Finding,
+    brief,
+    empty,
+    is_blank,
+    nearest,
+    short,
+    type_name,
+    wrong_type,
+)
+
+__all__ = ["Talk", "image_count", "unknown_keys"]
+
+_OTHER_ROLES: Final = {
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "developer": "system",
+    "function": "tool",
+    "gpt": "assistant",
+    "human": "user",
+    "model": "assistant",
+}
+_SPEECH: Final = frozenset({"role", "content"})
+_PARTS: Final = frozenset({"text", "image_url"})
+_FORMS: Final = {"string": "a string that holds a JSON object", "object": "an object"}
+_DETAILS: Final = ("auto", "low", "high")
+_CALL_KEYS: Final = frozenset({"id", "type", "function", "index"})
+_WEB: Final = re.compile(r"(?P<scheme>[a-z]+)://[^\s/?#]+\S*", re.IGNORECASE)
+_DATA: Final = re.compile(r"data:image/(?P<type>[a-z0-9.+-]+);base64,", re.IGNORECASE)
+
+
+class _Object(msgspec.Struct, gc=False):
+    """Any JSON object; what is in it is skipped over, strictly."""
+
+
+_read_object: Final = msgspec.json.Decoder(_Object).decode
+_Checked = Generator[Finding, None, bool]
+
+
+def image_count(message: Mapping[str, Any]) -> int:
+    """Count the images in a message."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return 0
+    return sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content)
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        return bool(binascii.a2b_base64(text, strict_mode=True))
+    except ValueError:
+        return False
+
+
+def _bad_arguments(arguments: object) -> str | None:
+    """Say why a text does not hold the arguments of a call."""
+    if not isinstance(arguments, str):
+        return f"the arguments are {type_name(arguments)}, not a JSON string"
+    try:
+        _read_object(arguments)
+    except msgspec.ValidationError:
+        return "the arguments hold JSON that is not an object"
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        return "the arguments are not JSON"
+    return None
+
+
+class Talk:
+    """Judges lists of messages by one dialect."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._message_keys = frozenset(dialect.message_keys)
+        self._roles = frozenset(dialect.roles)
+        words = [*dialect.roles]
+        self._role_words = ", ".join(words[:-1]) + f" or {words[-1]}"
+        self._is_call_id: Callable[[str], object] = (
+            re.compile(dialect.call_id).fullmatch if dialect.call_id else lambda _: True
+        )
+        self._is_name = re.compile(dialect.function_name).fullmatch
+
+    # Whole conversations
+
+    def conversation(
+        self, messages: Any, tools: Any, *, field: str = "messages"
+    ) -> Iterator[Finding]:
+        """Judge a conversation that is to be learnt from."""
+        if (yield from self._each_of(messages, field)):
+            yield from self._order(messages, field)
+            yield from self._calls(messages, tools, field)
+            yield from self._answered(messages, field)
+
+    def prompt(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
+        """Judge messages that wait for an answer, or that are to be classified."""
+        if (yield from self._each_of(messages, field)):
+            yield from self._calls(messages, tools, field)
+
+    def answer(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
+        """Judge one of the two answers of a preference pair."""
+        if not (yield from self._each_of(messages, field)):
+            return
+        for index, message in enumerate(messages):
+            if message["role"] not in {"assistant", "tool"}:
+                text = f"the {message['role']} speaks in an answer"
+                place = f"{field}[{index}].role"
+                yield Finding("misplaced_role", place, text, "move it to the prompt")
+                return
+        most = self._dialect.max_answer_messages
+        if most is not None and len(messages) > most:
+            text = f"the answer has {len(messages)} messages"
+            yield Finding("too_many_messages", field, text, f"leave {most} of them")
+        yield from self._calls(messages, tools, field)
+        last = messages[-1]["role"]
+        if last != "assistant":
+            yield self._not_last(f"{field}[{len(messages) - 1}].role", last)
+
+    # Single messages
+
+    def _each_of(self, messages: Any, field: str) -> _Checked:
+        """Judge each message by itself; returns whether all have a role and can be compared."""
+        if not isinstance(messages, list):
+            yield wrong_type(field, messages, "an array of messages")
+            return False
+        if not messages:
+            yield empty(field, "the conversation")
+            return False
+        comparable = True
+        images = 0
+        for index, message in enumerate(messages):
+            place = f"{field}[{index}]"
+            if not isinstance(message, dict):
+                yield wrong_type(place, message, "an object with `role` and `content`")
+                comparable = False
+                continue
+            if not self._message_keys.issuperset(message):
+                yield from self._keys(message, place)
+            problem = self._role(message, place)
+            if problem:
+                yield problem
+                comparable = False
+                continue
+            yield from self._content(message, place)
+            if not _SPEECH.issuperset(message):
+                yield from self._extras(message, place)
+            images += image_count(message)
+        most = self._dialect.max_images
+        if most is not None and images > most:
+            text = f"the row has {images} images"
+            yield Finding("too_many_images", field, text, f"leave {most} of them")
+        return comparable
+
+    def _keys(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
+        unread = (key for key in message if key not in self._message_keys)
+        meant = self._message_keys - message.keys()
+        yield from unknown_keys((key for key in unread if key != "function_call"), place, meant)
+
+    def _role(self, message: Mapping[str, Any], place: str) -> Finding | None:
+        if "role" not in message:
+            return Finding("missing_field", f"{place}.role", "`role` is missing", "add `role`")
+        role = message["role"]
+        if not isinstance(role, str):
+            return wrong_type(f"{place}.role", role, "a string")
+        if role in self._roles or (role == "function" and self._dialect.legacy_functions):
+            return None
+        meant = _OTHER_ROLES.get(role.lower()) or nearest(role, self._roles)
+        fix = f"use {meant}" if meant in self._roles else f"use {self._role_words}"
+        return Finding("unknown_role", f"{place}.role", f"the role {short(role)} is not known", fix)
+
+    def _content(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
+        content = message.get("content")
+        field = f"{place}.content"
+        role = message["role"]
+        says = bool(content) and not is_blank(content)
+        if isinstance(content, list):
+            says = bool(content)
+            told = False
+            for number, part in enumerate(content):
+                for finding in self._part(part, role, f"{field}[{number}]"):
+                    told = True
+                    yield finding
+            if told:
+                return
+        elif content is not None and not isinstance(content, str):
+            yield wrong_type(field, content, "a string or an array of parts")
+            return
+        calls = role == "assistant" and (message.get("tool_calls") or "function_call" in message)
+        if calls:
+            if says:
+                # mistral-common 1.13 refuses it for tokenizers up to version 3, not since.
+                text = "the message has content beside its tool calls"
+                fix = "keep one of them; not every model takes both"
+                yield Finding("content_with_tool_calls", field, text, fix, "warning")
+        elif not says and not self._may_be_silent(message, content):
+            yield self._unsaid(message, field)
+
+    def _may_be_silent(self, message: Mapping[str, Any], content: object) -> bool:
+        if message["role"] in {"tool", "function"}:
+            # A function may rightly return nothing.
+            return isinstance(content, str)
+        refusal = message.get("refusal")
+        return "refusal" in self._message_keys and isinstance(refusal, str) and bool(refusal)
+
+    def _unsaid(self, message: Mapping[str, Any], field: str) -> Finding:
+        if "content" in message:
+            return empty(field, "the content")
+        others = message.keys() - self._message_keys
+        meant = next((key for key in sorted(others) if nearest(key, ["content"])), None)
+        fix = f"rename {short(meant)} to `content`" if meant else NO_WORDS
+        return Finding("empty_content", field, "the content is missing", fix)
+
+    def _part(self, part: Any, role: str, place: str) -> Iterator[Finding]:
+        if not isinstance(part, dict):
+            yield wrong_type(place, part, "an object with `type`")
+            return
+        kind = part.get("type")
+        allowed: Sequence[str] = self._dialect.parts.get(role, ("text",))  # type: ignore[call-overload]
+        if not isinstance(kind, str) or kind not in _PARTS:
+            what = "has no type" if kind is None else f"has the type {short(kind)}"
+            fix = "use " + " or ".join(allowed)
+            yield Finding("unknown_part", f"{place}.type", f"the part {what}", fix)
+        elif kind not in allowed:
+            text = f"the {role}'s message has a part of type {kind}"
+            fix = "use " + " or ".join(allowed)
+            yield Finding("misplaced_part", f"{place}.type", text, fix)
+        elif kind == "text":
+            words = part.get("text")
+            if words is not None and not isinstance(words, str):
+                yield wrong_type(f"{place}.text", words, "a string")
+            elif not words:
+                yield empty(f"{place}.text", "the text")
+        else:
+            yield from self._image(part.get("image_url"), f"{place}.image_url")
+
+    def _image(self, image: Any, place: str) -> Iterator[Finding]:
+        if isinstance(image, str) and self._dialect.bare_image:
+            url: Any = image
+        elif isinstance(image, dict):
+            detail = image.get("detail")
+            if detail is not None and detail not in _DETAILS:
+                text = f"the detail is {short(detail)}"
+                yield Finding("bad_image", f"{place}.detail", text, f"use {' or '.join(_DETAILS)}")
+            place = f"{place}.url"
+            url = image.get("url")
+        else:
+            wanted = "an object with `url`" + (" or a string" if self._dialect.bare_image else "")
+            yield wrong_type(place, image, wanted)
+            return
+        if not isinstance(url, str):
+            yield wrong_type(place, url, "a string")
+        elif reason := self._bad_url(url):
+            schemes = " or ".join(
+                "data:image/…;base64,…" if one == "data" else f"{one}://…"
+                for one in self._dialect.image_schemes
+            )
+            yield Finding("bad_image", place, reason, f"give {schemes}")
+
+    def _bad_url(self, url: str) -> str | None:
+        schemes = self._dialect.image_schemes
+        if url[:5].lower() == "data:":
+            if "data" not in schemes:
+                return "images given as data are not taken"
+            found = _DATA.match(url)
+            if not found or not _is_base64(url[found.end() :]):
+                return "the image is not well-formed base64 data"
+            kind = found["type"].lower()
+            if kind not in self._dialect.image_types and kind != "jpg":
+                return f"images of type {short(kind)} are not taken"
+            return None
+        found = _WEB.fullmatch(url)
+        if not found:
+            return f"{short(url)} is no address of an image"
+        scheme = found["scheme"].lower()
+        return None if scheme in schemes else f"addresses with {scheme}:// are not taken"
+
+    def _extras(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
+        role = message["role"]
+        weight = message.get("weight")
+        if weight is not None:
+            if type(weight) is not int or weight not in self._dialect.weights:
+                known = " or ".join(map(str, self._dialect.weights)) or "none"
+                text = f"the weight is {short(weight)}"
+                yield Finding("bad_weight", f"{place}.weight", text, f"use {known}")
+            elif role not in self._dialect.weighted_roles:
+                fix = "only give it to the " + " or ".join(self._dialect.weighted_roles)
+                text = f"the {role}'s message has a weight"
+                yield Finding("misplaced_weight", f"{place}.weight", text, fix)
+        for key in ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content"):
+            value = message.get(key)
+            if value is not None and key in self._message_keys and not isinstance(value, str):
+                yield wrong_type(f"{place}.{key}", value, "a string")
+        if "function_call" in message and message["function_call"] is not None:
+            yield from self._function_call(message["function_call"], f"{place}.function_call")
+        calls = message.get("tool_calls")
+        if calls is None:
+            return
+        if role != "assistant":
+            text = f"the {role} calls tools"
+            yield Finding("misplaced_tool_calls", f"{place}.tool_calls", text, "remove them")
+        elif not isinstance(calls, list):
+            yield wrong_type(f"{place}.tool_calls", calls, "an array of calls")
+        else:
+            for number, call in enumerate(calls):
+                yield from self._call(call, f"{place}.tool_calls[{number}]")
+
+    def _function_call(self, call: Any, place: str) -> Iterator[Finding]:
+        taken = self._dialect.legacy_functions
+        severity: Literal["error", "warning"] = "warning" if taken else "error"
+        text = "`function_call` was replaced by `tool_calls`"
+        fix = "write it as a tool call with an id, and `functions` as `tools`"
+        yield Finding("legacy_functions", place, text, fix, severity)
+        if taken:
+            yield from self._function(call, place)
+
+    def _call(self, call: Any, place: str) -> Iterator[Finding]:
+        if not isinstance(call, dict):
+            yield wrong_type(place, call, "an object with `id` and `function`")
+            return
+        unread = (key for key in call if key not in _CALL_KEYS)
+        yield from unknown_keys(unread, place, _CALL_KEYS - call.keys())
+        call_id = call.get("id")
+        if not isinstance(call_id, str) or not call_id or not self._is_call_id(call_id):
+            found = "has no id" if call_id is None else f"has the id {short(call_id)}"
+            fix = f"give an id, {self._dialect.call_id_words}, the same in its answer"
+            yield Finding("bad_call_id", f"{place}.id", f"the tool call {found}", fix)
+        kind = call.get("type")
+        if kind is not None and kind != "function":
+            text = f"the type of the call is {short(kind)}"
+            yield Finding("wrong_type", f"{place}.type", text, "use function")
+        yield from self._function(call.get("function"), f"{place}.function")
+
+    def _function(self, function: Any, place: str) -> Iterator[Finding]:
+        if not isinstance(function, dict):
+            yield wrong_type(place, function, "an object with `name` and `arguments`")
+            return
+        yield from self._name(function.get("name"), f"{place}.name")
+        arguments = function.get("arguments", "{}")
+        if isinstance(arguments, dict) and "object" in self._dialect.arguments:
+            return
+        if reason := _bad_arguments(arguments):
+            fix = (
+                'write them as a string that holds a JSON object, such as "{\\"of\\": \\"Rome\\"}"'
+            )
+            yield Finding("bad_arguments", f"{place}.arguments", reason, fix)
+
+    def _name(self, name: Any, place: str) -> Iterator[Finding]:
+        if not isinstance(name, str):
+            yield wrong_type(place, name, "a string")
+        elif not self._is_name(name):
+            text = f"the function's name is {short(name)}"
+            fix = f"use {self._dialect.function_name_words}"
+            yield Finding("bad_function_name", place, text, fix)
+
+    # Messages beside each other
+
+    def _order(self, messages: Sequence[Mapping[str, Any]], field: str) -> Iterator[Finding]:
+        """Hold who speaks against the dialect's order; answers of tools go by their calls."""
+        order = self._dialect.order
+        before = "start"
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role in self._roles and role != "tool" and before in self._roles | {"start"}:
+                allowed = order.get(before, ())  # type: ignore[call-overload]
+                if role not in allowed:
+                    code = "bad_start" if before == "start" else "bad_order"
+                    behind = "at the start" if before == "start" else f"behind the {before}"
+                    text = f"the {role} speaks {behind}"
+                    words = [one for one in allowed if one != "end"]
+                    fix = "put a message of " + " or ".join(words) + " here"
+                    yield Finding(code, f"{field}[{index}].role", text, fix)
+            before = role
+
+    def _answered(self, messages: Sequence[Mapping[str, Any]], field: str) -> Iterator[Finding]:
+        answers = [one for one in messages if one["role"] == "assistant"]
+        last = messages[-1]["role"]
+        if not answers:
+            fix = "add the answer to learn, with role assistant"
+            yield Finding("no_assistant", field, "no message is the assistant's", fix)
+            return
+        if "end" not in self._dialect.order.get(last, ()):
+            yield self._not_last(f"{field}[{len(messages) - 1}].role", last)
+        if len(messages) == 1 and not self._dialect.lone_answer:
+            text = "nothing stands before the assistant's answer"
+            yield Finding("lone_answer", field, text, "add what it answers")
+        if all(one.get("weight") == 0 for one in answers):
+            text = "every assistant message has weight 0, so nothing is learnt from this row"
+            yield Finding("nothing_trained", field, text, "leave the row out", "warning")
+
+    @staticmethod
+    def _not_last(place: str, role: str) -> Finding:
+        text = f"the last message is the {role}'s, not the assistant's"
+        return Finding("last_not_assistant", place, text, "end with the answer to learn")
+
+    def _calls(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, field: str
+    ) -> Iterator[Finding]:
+        """Match each call with its answer and its declaration.
+
+        Calls at the very end wait for their answers rightly.
+        """
+        known = _names(tools)
+        waiting: dict[str, str] = {}
+        for index, message in enumerate(messages):
+            place = f"{field}[{index}]"
+            if message["role"] == "tool":
+                yield from self._answer(message.get("tool_call_id"), waiting, place)
+                continue
+            yield from _unanswered(waiting)
+            waiting = {}
+            for number, call in enumerate(_calls_of(message)):
+                where = f"{place}.tool_calls[{number}]"
+                call_id = call.get("id")
+                if isinstance(call_id, str):
+                    if call_id in waiting:
+                        text = f"two calls have the id {short(call_id)}"
+                        fix = "give each call its own id"
+                        yield Finding("duplicate_call_id", f"{where}.id", text, fix)
+                    waiting[call_id] = f"{where}.id"
+                yield from self._declared(call, known, where)
+        if messages[-1]["role"] == "tool":
+            yield from _unanswered(waiting)
+
+    def _answer(self, call_id: Any, waiting: dict[str, str], place: str) -> Iterator[Finding]:
+        field = f"{place}.tool_call_id"
+        if call_id is None and waiting and not self._dialect.answers_name_calls:
+            waiting.pop(next(iter(waiting)))
+        elif call_id is None:
+            text = "the tool's message does not say which call it answers"
+            fix = "repeat the id of the call that it answers"
+            yield Finding("unmatched_answer", field, text, fix)
+        elif isinstance(call_id, str) and waiting.pop(call_id, None) is None:
+            text = f"no open tool call has the id {short(call_id)}"
+            fix = "put the answer right behind its call, with the same id"
+            yield Finding("unmatched_answer", field, text, fix)
+
+    def _declared(
+        self, call: Mapping[str, Any], known: frozenset[str], where: str
+    ) -> Iterator[Finding]:
+        function = call.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and self._is_name(name) and name not in known:
+            text = f"`tools` does not declare {short(name)}"
+            meant = nearest(name, known)
+            fix = (
+                f"declare it in `tools`, or call {short(meant)}"
+                if meant
+                else "declare it in `tools`"
+            )
+            # Without any `tools` the call can still be learnt; with them it is a slip.
+            field = f"{where}.function.name"
+            yield Finding("undeclared_tool", field, text, fix, "error" if known else "warning")
+
+    def tools(self, tools: Any, *, field: str = "tools") -> Iterator[Finding]:
+        """Judge the functions on offer."""
+        if tools is None:
+            return
+        if not isinstance(tools, list):
+            yield wrong_type(field, tools, "an array of tools")
+            return
+        seen: set[str] = set()
+        for index, tool in enumerate(tools):
+            place = f"{field}[{index}]"
+            if not isinstance(tool, dict):
+                yield wrong_type(place, tool, "an object with `type` and `function`")
+                continue
+            kind = tool.get("type")
+            if kind is not None and kind != "function":
+                text = f"the type of the tool is {short(kind)}"
+                yield Finding("wrong_type", f"{place}.type", text, "use function")
+            yield from self._tool(tool.get("function"), f"{place}.function", seen)
+
+    def _tool(self, function: Any, place: str, seen: set[str]) -> Iterator[Finding]:
+        if not isinstance(function, dict):
+            yield wrong_type(place, function, "an object with `name`")
+            return
+        name = function.get("name")
+        yield from self._name(name, f"{place}.name")
+        if isinstance(name, str):
+            if name in seen:
+                text = f"{short(name)} is declared twice"
+                yield Finding("duplicate_tool", f"{place}.name", text, "remove one of them")
+            seen.add(name)
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            yield wrong_type(f"{place}.parameters", parameters, "an object")
+        description = function.get("description")
+        if description is not None and not isinstance(description, str):
+            yield wrong_type(f"{place}.description", description, "a string")
+
+
+def unknown_keys(keys: Iterable[str], place: str, meant: Collection[str]) -> Iterator[Finding]:
+    """Say of keys that nobody reads them, and which were probably meant.
+
+    Args:
+        meant: The keys that are missing.
+    """
+    for key in keys:
+        field = f"{place}.{brief(key)}" if place else brief(key)
+        found = nearest(key, meant)
+        fix = f"rename it to `{found}`" if found else "remove it"
+        yield Finding("unknown_key", field, f"{short(key)} is not read", fix, "warning")
+
+
+def _names(tools: Any) -> frozenset[str]:
+    """Return the names of the functions on offer."""
+    if not isinstance(tools, list):
+        return frozenset()
+    functions = (tool.get("function") for tool in tools if isinstance(tool, dict))
+    names = (one.get("name") for one in functions if isinstance(one, dict))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return []
+    return [call if isinstance(call, dict) else {} for call in calls]
+
+
+def _unanswered(waiting: Mapping[str, str]) -> Iterator[Finding]:
+    for call_id, place in waiting.items():
+        text = f"the tool call {short(call_id)} is not answered"
+        fix = "add a message with role tool and this tool_call_id right behind it"
+        yield Finding("unanswered_call", place, text, fix)

@@ -1,0 +1,301 @@
+"""Count the tokens of training files: all rows, or a sample with an interval, never a guess."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from training_backends.core.counting import CountProgress
+from training_backends.core.dataset import DataFile, Dataset
+from training_backends.core.errors import DatasetError
+from training_backends.datasets.parallel import cpu_count, run_parallel
+from training_backends.datasets.sources import STDIN, kind_of
+from training_backends.datasets.tokens.cache import CountCache
+from training_backends.datasets.tokens.counters import count_row, counter_of, is_fast
+from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.datasets.tokens.lengths import Lengths
+from training_backends.datasets.tokens.models import Tokenizer, find_tokenizer, tokenizer_of
+from training_backends.datasets.tokens.openai import NOTE as OPENAI_NOTE
+from training_backends.datasets.tokens.result import TokenCount
+from training_backends.datasets.tokens.rows import UNKNOWN_LAYOUT, AnyRow
+from training_backends.datasets.tokens.work import Check, Job, Part, compare, draw
+from training_backends.datasets.writing import Meter
+
+__all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]
+
+EXACT_BYTES: Final = 1_000_000_000
+"""Data up to this size are counted in full, in about 20 seconds on two processors."""
+
+SLOW_EXACT_BYTES: Final = 20_000_000
+"""The same where nothing fast counts: chat templates, and Mistral's latest tokenizers."""
+
+SAMPLE_ROWS: Final = 2_000
+"""Rows drawn of larger data; the interval is then about 1 % to either side."""
+
+_LEAST_ROWS: Final = 200
+_CHECKED_ROWS: Final = 64
+_PART_BYTES: Final = 4 << 20
+_PARALLEL_BYTES: Final = 16 << 20
+"""Below this, starting a process takes longer than it saves."""
+
+_TASK: Final = "training_backends.datasets.tokens.work:run"
+_Z95: Final = 1.96
+
+
+class _Differs(Exception):
+    """The fast way and the reference disagree; the text says where."""
+
+
+@dataclass(slots=True)
+class _Estimate:
+    """Tokens of one file, with their variance when sampled."""
+
+    lengths: Lengths
+    tokens: float
+    rows: int
+    variance: float = 0.0
+    at_least: int = 0
+
+
+def count_tokens(
+    dataset: Dataset,
+    model: str,
+    *,
+    sample: int | None = None,
+    exact: bool = False,
+    seq_len: int | None = None,
+    processes: int | None = None,
+    cache: Path | None = None,
+    on_progress: CountProgress | None = None,
+) -> TokenCount:
+    """Count the tokens of the training files as `model` reads them.
+
+    Blocks while it reads: call it in a thread from async code. Where mistral-common is the
+    measure, it also counts a few rows of each file, and all of them should it ever differ.
+
+    Args:
+        sample: Draw so many rows instead of counting all, the same ones for the same content.
+            Without it, data above `EXACT_BYTES` are sampled unless `exact`.
+        seq_len: Also count the rows that are longer than this.
+        processes: How many may work; None for all processors where the data are worth it.
+        cache: Directory in which full counts are kept.
+        on_progress: Called with the file, the bytes counted and its size.
+    """
+    name = tokenizer_of(model)
+    try:
+        tokenizer = find_tokenizer(model)
+        counting = _Counting(
+            tokenizer,
+            dataset.train,
+            seq_len=seq_len,
+            processes=processes,
+            cache=cache,
+            on_progress=on_progress,
+        )
+        return counting.count(sample, exact=exact)
+    except Uncountable as error:
+        return TokenCount(tokenizer=name, reason=str(error))
+    except DatasetError as error:
+        reason = error.issues[0].message if error.issues else str(error)
+        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {reason}")
+    except OSError as error:
+        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {error.strerror}")
+
+
+def row_counter(model: str) -> Callable[[AnyRow], int] | None:
+    """Return what counts single rows for `model`, or None where nothing can.
+
+    It raises `ValueError` for a row without an exact count.
+    """
+    try:
+        counter = counter_of(find_tokenizer(model))
+    except (Uncountable, OSError):
+        return None
+    return lambda row: sum(count_row(counter, row))
+
+
+class _Counting:
+    """One count of some files."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        files: Sequence[DataFile],
+        *,
+        seq_len: int | None,
+        processes: int | None,
+        cache: Path | None,
+        on_progress: CountProgress | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._files = files
+        self._seq_len = seq_len
+        self._processes = processes
+        self._on_progress = on_progress
+        self._texts_only = any(file.sample_type == "classifier" for file in files)
+        self._cache = CountCache(None if self._texts_only else cache, tokenizer, seq_len)
+        self._size = sum(file.size for file in files)
+        self._notes = [OPENAI_NOTE] if tokenizer.kind == "tiktoken" else []
+        self._slow = False
+
+    def count(self, sample: int | None, *, exact: bool) -> TokenCount:
+        """Count all files, again with the reference should the fast way be wrong."""
+        packed = [_is_packed(file) for file in self._files]
+        bound = EXACT_BYTES if is_fast(self._tokenizer) else SLOW_EXACT_BYTES
+        if sample is None and not exact and self._size > bound:
+            sample = SAMPLE_ROWS
+        try:
+            estimates = self._estimate(packed, sample)
+        except _Differs as difference:
+            self._slow = True
+            self._notes.append(
+                f"mistral-common counted all rows: the fast way differed at {difference}"
+            )
+            estimates = self._estimate(packed, sample)
+        return self._total(estimates)
+
+    def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
+        found: dict[int, _Estimate] = {}
+        whole: list[tuple[int, Job]] = []
+        for number, file in enumerate(self._files):
+            if kept := self._cache.find(file):
+                found[number] = _exactly(kept)
+                continue
+            wanted = _share(sample, file.size, self._size)
+            job = self._job(file, is_packed=packed[number])
+            if wanted and wanted < file.rows and not packed[number]:
+                found[number] = self._draw(file, job, wanted)
+            else:
+                whole.append((number, job))
+        for number, lengths in self._count_whole(whole):
+            found[number] = _exactly(lengths)
+            self._cache.keep(self._files[number], lengths)
+        return [found[number] for number in sorted(found)]
+
+    def _job(self, file: DataFile, *, is_packed: bool) -> Job:
+        return Job(
+            path=file.path,
+            tokenizer=self._tokenizer,
+            seq_len=self._seq_len,
+            packed=is_packed,
+            seed=file.sha256,
+            slow=self._slow,
+            texts_only=self._texts_only,
+        )
+
+    def _draw(self, file: DataFile, job: Job, wanted: int) -> _Estimate:
+        """Estimate a file: tokens per byte of rows drawn by their length, times all bytes."""
+        if not self._slow:
+            self._judge(compare(replace(job, draws=_CHECKED_ROWS)))
+        sample = draw(replace(job, draws=wanted))
+        variance = file.size**2 * statistics.variance(sample.shares) / len(sample.shares)
+        return _Estimate(
+            sample.lengths,
+            file.size * statistics.fmean(sample.shares),
+            file.rows,
+            # Never quite zero, so that a sample of equal rows is not taken for a full count.
+            max(variance, 1e-9),
+            sample.at_least,
+        )
+
+    def _judge(self, check: Check) -> None:
+        if check.difference:
+            raise _Differs(check.difference)
+        if check.omitted:
+            note = f"No row was compared with mistral-common: {check.omitted}"
+            if note not in self._notes:
+                self._notes.append(note)
+
+    def _count_whole(self, whole: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
+        """Count files in full, in parts that any process may do."""
+        jobs = [(number, job) for number, each in whole for job in self._parts(number, each)]
+        size = sum(self._files[number].size for number, _ in whole)
+        results = run_parallel(_TASK, [job for _, job in jobs], processes=self._workers(size))
+        lengths, lines = Lengths(), 0
+        meter: Meter | None = None
+        for position, ((number, job), result) in enumerate(zip(jobs, results, strict=True)):
+            file = self._files[number]
+            if meter is None:
+                meter = Meter(file.path, file.size, self._on_progress)
+            if isinstance(result, Check):
+                self._judge(result)
+                continue
+            part: Part = result
+            lines += part.lines
+            if part.failure:
+                raise Uncountable(f"{file.path}:{lines}: {part.failure}")
+            lengths.merge(part.lengths)
+            meter.reach(min(job.end, file.size))
+            if position + 1 == len(jobs) or jobs[position + 1][0] != number:
+                yield number, lengths
+                lengths, lines, meter = Lengths(), 0, None
+
+    def _parts(self, number: int, job: Job) -> Iterator[Job]:
+        size = self._files[number].size
+        if size and is_fast(self._tokenizer) and not self._slow:
+            rows = max(8, _CHECKED_ROWS * size // self._size)
+            yield replace(job, draws=rows)
+        if job.packed:
+            yield job
+            return
+        for start in range(0, max(1, size), _PART_BYTES):
+            yield replace(job, start=start, end=start + _PART_BYTES)
+
+    def _workers(self, size: int) -> int:
+        if self._processes is not None:
+            return self._processes
+        slow = self._slow or not is_fast(self._tokenizer)
+        return cpu_count() if size >= _PARALLEL_BYTES // (16 if slow else 1) else 1
+
+    def _total(self, estimates: Sequence[_Estimate]) -> TokenCount:
+        lengths = Lengths()
+        for estimate in estimates:
+            lengths.merge(estimate.lengths)
+        tokens = round(sum(each.tokens for each in estimates))
+        margin = _Z95 * math.sqrt(sum(each.variance for each in estimates))
+        interval = None
+        if margin:
+            least = sum(each.at_least or each.lengths.tokens for each in estimates)
+            interval = max(least, math.floor(tokens - margin)), math.ceil(tokens + margin)
+        if self._texts_only:
+            what = f"between {interval[0]} and {interval[1]}" if interval else str(tokens)
+            raise Uncountable(f"{UNKNOWN_LAYOUT}; their texts alone are {what} tokens")
+        return TokenCount(
+            data_tokens=tokens,
+            basis="sampled" if interval else "exact",
+            interval=interval,
+            tokenizer=self._tokenizer.name,
+            rows=sum(each.rows for each in estimates),
+            shortest=lengths.shortest,
+            longest=lengths.longest,
+            histogram=lengths.histogram(),
+            seq_len=self._seq_len,
+            over=None if self._seq_len is None else round(lengths.over),
+            notes=tuple(self._notes),
+        )
+
+
+def _exactly(lengths: Lengths) -> _Estimate:
+    return _Estimate(lengths, lengths.tokens, round(lengths.rows))
+
+
+def _share(sample: int | None, size: int, total: int) -> int:
+    """Return how many rows to draw from a file; 0 for all."""
+    return 0 if sample is None else max(_LEAST_ROWS, sample * size // max(1, total))
+
+
+def _is_packed(file: DataFile) -> bool:
+    """Look at a file before it is counted.
+
+    Raises:
+        Uncountable: It is not what was inspected.
+    """
+    if file.path == STDIN:
+        raise Uncountable("standard input cannot be read a second time")
+    with file.path.open("rb") as opened:
+        if opened.seek(0, 2) != file.size:
+            raise Uncountable(f"{file.path} has changed since it was inspected")
+        opened.seek(0)
+        return kind_of(opened.read(4)) != "plain"

@@ -1,0 +1,252 @@
+"""Which model reads with which tokenizer, and where that lies on this machine.
+
+Nothing is fetched from anywhere: a tokenizer that is not here has no count.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha1, sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal
+
+from training_backends.core.config import TINY_MODEL
+from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.datasets.tokens.images import ImageConfig
+from training_backends.datasets.tokens.texts import shipped, tekken_facts
+
+__all__ = ["SHIPPED", "Tokenizer", "find_tokenizer", "mistral_file", "tokenizer_of"]
+
+Kind = Literal["bytes", "tekken", "sentencepiece", "tiktoken", "template"]
+
+SHIPPED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "v1": "tokenizer.model.v1",
+        "v2": "mistral_instruct_tokenizer_240216.model.v2",
+        "v3": "mistral_instruct_tokenizer_240323.model.v3",
+        "v7": "mistral_instruct_tokenizer_241114.model.v7",
+        "v7m1": "mistral_instruct_tokenizer_241114.model.v7m1",
+        "v3-tekken": "tekken_240718.json",
+        "v3-tekken-m1": "tekken_240911.json",
+    }
+)
+"""Tokenizers in the wheel of mistral-common 1.13, by the names used here."""
+
+_COMMON: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "codestral-2405": "v3",
+        "codestral-mamba-2407": "v3",
+        "ministral-8b-2410": "v3-tekken",
+        "mistral-large-2402": "v2",
+        "mistral-large-2407": "v3",
+        "mistral-large-2411": "v7",
+        "mistral-medium-2312": "v1",
+        "mistral-small-2312": "v2",
+        "mistral-small-2402": "v2",
+        "mistral-tiny-2312": "v2",
+        "mistral-tiny-2407": "v3",
+        "open-mistral-nemo-2407": "v3-tekken",
+        "open-mixtral-8x22b-2404": "v3",
+        "pixtral-12b-2409": "v3-tekken-m1",
+        "pixtral-large-2411": "v7m1",
+    }
+)
+"""Names of the hosted service: `MODEL_NAME_TO_TOKENIZER_CLS` of mistral-common 1.13.1."""
+
+_HOSTED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "ministral-3b-2410": "v3-tekken",
+        "ministral-3b-latest": "v3-tekken",
+        "ministral-8b-latest": "v3-tekken",
+        "open-mistral-7b": "v3",
+        "open-mistral-nemo": "v3-tekken",
+    }
+)
+"""Names that stand for the models above: docs.mistral.ai, guides/tokenization (2025-03)."""
+
+_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "mistralai/Codestral-22B-v0.1": "v3",
+        "mistralai/Mamba-Codestral-7B-v0.1": "v3",
+        "mistralai/Mathstral-7B-v0.1": "v3",
+        "mistralai/Ministral-8B-Instruct-2410": "v3-tekken",
+        "mistralai/Mistral-7B-Instruct-v0.1": "v1",
+        "mistralai/Mistral-7B-Instruct-v0.2": "v1",
+        "mistralai/Mistral-7B-Instruct-v0.3": "v3",
+        "mistralai/Mistral-7B-v0.1": "v1",
+        "mistralai/Mistral-7B-v0.3": "v3",
+        "mistralai/Mistral-Large-Instruct-2407": "v3",
+        "mistralai/Mistral-Large-Instruct-2411": "v7",
+        "mistralai/Mistral-Nemo-Base-2407": "v3-tekken",
+        "mistralai/Mistral-Nemo-Instruct-2407": "v3-tekken",
+        "mistralai/Mixtral-8x22B-Instruct-v0.1": "v3",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": "v1",
+        "mistralai/Mixtral-8x7B-v0.1": "v1",
+        "mistralai/Pixtral-12B-2409": "v3-tekken-m1",
+        "mistralai/Pixtral-Large-Instruct-2411": "v7m1",
+    }
+)
+"""Open weights: docs.mistral.ai, cookbook/concept-deep-dive-tokenization-templates (2025)."""
+
+_TABLE: Final = {**_COMMON, **_HOSTED, **_WEIGHTS}
+
+_AMBIGUOUS: Final[Mapping[str, str]] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "codestral-latest",
+            "mistral-large-latest",
+            "mistral-medium-latest",
+            "mistral-small-latest",
+            "pixtral-large-latest",
+        ),
+        "has stood for models with different tokenizers; name a dated model to have tokens counted",
+    )
+    # mistral-common 1.13.1 says tekken, the cookbook sentencepiece v3.
+    | {"mistral-small-2409": "has two tokenizers by Mistral's own sources"}
+)
+
+_FIRST_IMAGES: Final = ImageConfig(16, 1024)
+"""What "m1" stands for in the name of a file: `MultiModalVersion` of mistral-common 1.13."""
+
+_OPENAI_ENCODINGS: Final = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A tokenizer on this machine.
+
+    Attributes:
+        version: Mistral's version, which says how conversations are laid out.
+        path: Its file, or the directory of the model that it belongs to.
+        images: How it cuts images up; None where it reads none.
+    """
+
+    name: str
+    kind: Kind
+    version: str = ""
+    path: Path | None = None
+    images: ImageConfig | None = None
+
+    def fingerprint(self) -> str:
+        """Return what changes whenever counts could: files and versions, as one digest."""
+        parts = [self.kind, self.version, self.name if self.path is None else ""]
+        paths = [self.path] if self.path else []
+        if self.path and self.path.is_dir():
+            suffixes = (".jinja", ".json", ".model", ".txt")
+            paths = sorted(each for each in self.path.iterdir() if each.suffix in suffixes)
+        parts += [sha256(path.read_bytes()).hexdigest() for path in paths]
+        for package in _packages(self.kind):
+            with suppress(PackageNotFoundError):
+                parts.append(f"{package} {version(package)}")
+        return sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _packages(kind: Kind) -> tuple[str, ...]:
+    if kind in ("tekken", "sentencepiece"):
+        return ("mistral-common",)
+    return ("transformers", "tokenizers") if kind == "template" else ()
+
+
+def tokenizer_of(model: str) -> str | None:
+    """Return the name of the tokenizer that `model` reads with, or None.
+
+    A name says nothing about whether the tokenizer is on this machine.
+    """
+    if model == TINY_MODEL:
+        return "bytes"
+    if name := _TABLE.get(_base_of(model)):
+        return name
+    if name := _openai_encoding(_base_of(model)):
+        return name
+    directory = Path(model).expanduser()
+    return directory.name if directory.is_dir() else None
+
+
+def _base_of(model: str) -> str:
+    """Return what a fine-tuned model of the service was made of: "ft:BASE:…"."""
+    return model.split(":")[1] if model.startswith("ft:") and model.count(":") > 1 else model
+
+
+def find_tokenizer(model: str) -> Tokenizer:
+    """Return the tokenizer of a model.
+
+    Raises:
+        Uncountable: It is not known, or not on this machine.
+    """
+    if model == TINY_MODEL:
+        return Tokenizer("bytes", "bytes")
+    base = _base_of(model)
+    if name := _TABLE.get(base):
+        return mistral_file(shipped(SHIPPED[name]), name)
+    if base in _AMBIGUOUS:
+        raise Uncountable(f"{base!r} {_AMBIGUOUS[base]}")
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return _in_directory(directory)
+    if name := _openai_encoding(base):
+        return _openai(name)
+    if model.count("/") == 1 and (cached := _from_hub_cache(model)):
+        return _in_directory(cached, model)
+    raise Uncountable(f"the tokenizer of {model!r} is not known here")
+
+
+def mistral_file(path: Path, name: str | None = None) -> Tokenizer:
+    """Return the tokenizer in a file of Mistral's: tekken.json or tokenizer.model.v3."""
+    if path.suffix == ".json":
+        found, images = tekken_facts(path)
+        return Tokenizer(name or path.name, "tekken", found, path, images)
+    ending = path.name.rpartition(".")[2]  # "v3", or "v7m1" where images are read too
+    found, _, reads = ("v1", "", "") if ending == "model" else ending.partition("m")
+    images = _FIRST_IMAGES if reads else None
+    return Tokenizer(name or path.name, "sentencepiece", found, path, images)
+
+
+def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
+    # In the order in which the engine takes them.
+    named = [directory / "tekken.json", *sorted(directory.glob("tokenizer.model.v*"))]
+    if found := next((path for path in named if path.is_file()), None):
+        return mistral_file(found, name)
+    if any((directory / each).is_file() for each in ("tokenizer.json", "tokenizer_config.json")):
+        return Tokenizer(name or directory.name, "template", path=directory)
+    raise Uncountable(f"{directory} holds no tokenizer")
+
+
+def _from_hub_cache(model: str) -> Path | None:
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415
+        from huggingface_hub.errors import (  # noqa: PLC0415
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError:
+        return None
+    with suppress(LocalEntryNotFoundError, HFValidationError):
+        return Path(snapshot_download(model, local_files_only=True))
+    return None
+
+
+def _openai_encoding(model: str) -> str | None:
+    try:
+        from tiktoken.model import encoding_name_for_model  # noqa: PLC0415
+    except ImportError:
+        return None
+    with suppress(KeyError):
+        return encoding_name_for_model(model)
+    return None
+
+
+def _openai(name: str) -> Tokenizer:
+    """Return an encoding that tiktoken has fetched before; it would fetch it unasked."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    # The encoding of the gpt-oss models has the words of another one.
+    url = _OPENAI_ENCODINGS.format("o200k_base" if name == "o200k_harmony" else name)
+    path = cache / sha1(url.encode(), usedforsecurity=False).hexdigest()
+    if not path.is_file():
+        fetch = f"python -c 'import tiktoken; tiktoken.get_encoding(\"{name}\")'"
+        raise Uncountable(f"the encoding {name} is not on this machine; fetch it once: {fetch}")
+    return Tokenizer(name, "tiktoken", path=path)
