@@ -40,7 +40,7 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
         try:
             said = _read_until(terminal, "[y/N]")
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=10)
+            out, _ = process.communicate(timeout=30)
         finally:
             process.kill()
             os.close(terminal)
@@ -49,6 +49,29 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
     assert "2.50 USD" in said
     assert (process.returncode, error["exit_code"], error["run_id"]) == (130, 130, "mine")
     assert "--id mine" in error["message"]
+
+
+def test_ctrl_c_ends_a_command_that_asks_nobody() -> None:
+    """Exit code 130, said to people and to programs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training_backends", "data", "inspect", "-", "--json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    try:
+        # More than a pipe holds: once it is taken, the command is at work.
+        for _ in range(64):
+            process.stdin.write(b'{"text": "some"}\n' * 4096)
+        process.stdin.flush()
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, json.loads(out)["error"]["exit_code"]) == (130, 130)
+    assert b"Interrupted" in errors
 
 
 def _read_until(terminal: int, text: str) -> str:

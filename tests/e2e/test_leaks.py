@@ -559,6 +559,34 @@ def _break(url: str) -> None:
         connection.recv(1000)
 
 
+# -- data files --------------------------------------------------------------------------------
+
+
+def test_keys_that_lie_in_data_files(world: World) -> None:
+    """What is wrong with a row is told without the keys in it; they stay in the user's files."""
+    bad = world.planted / "bad.jsonl"
+    row = {
+        "messages": [{"role": API_KEY, "content": "x"}, {"role": "tool", "tool_call_id": API_KEY}]
+    }
+    bad.write_text("".join(json.dumps(each) + "\n" for each in (row, {API_KEY: 1}, {"text": "a"})))
+    good = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(9))
+    (world.planted / "good.jsonl").write_text(good)
+    world.run_all(
+        [
+            command("data", "inspect", "bad.jsonl", code=3),
+            command("data", "inspect", "bad.jsonl", "--json", code=3),
+            command("data", "inspect", "bad.jsonl", "--dialect", API_KEY, code=2),
+            command("data", "repair", "bad.jsonl", code=3),
+            command("data", "repair", "bad.jsonl", "--force", "--drop-invalid", "--json"),
+            command("data", "split", "good.jsonl", "--rows", "1"),
+            command("data", "shard", "bad.jsonl", "--limit", "1kB"),
+            command("data", "shard", "bad.jsonl", "--limit", "10", code=3),
+            command("data", "shard", "bad.jsonl", "--limit", API_KEY, code=2),
+        ]
+    )
+    world.assert_clean()
+
+
 # -- training on this machine ------------------------------------------------------------------
 
 
@@ -572,6 +600,7 @@ def test_training_on_this_machine(world: World) -> None:
                 command("launch", "run.yaml", "--id", "here"),
                 command("wait", "here", "--timeout", "60"),
                 command("logs", "here", "--json"),
+                command("sample", "here", "What is it?"),
                 command("download", "here", str(world.seen / "model")),
                 command("resume", "here", "--yes", code=9),
             ]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import access, doctor, plan, quickstart, runs, serve
-from training_backends.cli.exit_codes import Interrupted, UsageError, exit_code_of
+from training_backends.cli import access, data, doctor, plan, quickstart, runs, sampling, serve
+from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
 
 __all__ = ["app", "main"]
@@ -54,7 +54,9 @@ app.command()(runs.wait)
 app.command()(runs.stop)
 app.command()(runs.resume)
 app.command()(runs.download)
+app.command()(sampling.sample)
 app.command()(runs.delete)
+app.add_typer(data.data, name="data")
 app.add_typer(access.credentials, name="credentials")
 app.command()(serve.serve)
 app.add_typer(access.keys, name="keys")
@@ -67,6 +69,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         # While a full disk can still be reported.
         _flush()
+        if code == ExitCode.INTERRUPTED:
+            _end(Interrupted("Interrupted."))  # typer made a return value of it
     except TrainingBackendError as error:
         _end(error)
     except typer.TyperException as error:

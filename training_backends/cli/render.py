@@ -2,18 +2,29 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
-from training_backends.core.estimate import Estimate, format_duration
-from training_backends.core.redaction import redact
+from training_backends.core.estimate import Estimate, PriceSource, format_duration
+from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 
@@ -21,9 +32,11 @@ if TYPE_CHECKING:
     from training_backends.client.store import MetricPoint
 
 __all__ = [
+    "CountView",
     "console",
     "error_document",
     "issue_document",
+    "price_text",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -43,11 +56,13 @@ _STYLES = {
     TrainingStatus.UNKNOWN: "magenta",
 }
 _MOST_ISSUES = 50
+_PATIENCE = 1.0
+"""Seconds for which nobody needs to be told that something goes on."""
 
 
 def console() -> Console:
     """Return the console for people; standard output is kept for programs."""
-    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    out = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     if not out.is_terminal:
         # A file or a pipe has no edge at which a table would have to be cut.
         out.width = 200
@@ -104,8 +119,10 @@ def error_document(error: TrainingBackendError, code: int) -> dict[str, Any]:
 
 
 def issue_document(issue: Issue) -> dict[str, Any]:
-    """Return an issue as JSON has it."""
-    return {name: getattr(issue, name) for name in Issue.__dataclass_fields__}
+    """Return an issue as JSON has it, without secrets: it may quote the user's data."""
+    document = {name: getattr(issue, name) for name in Issue.__dataclass_fields__}
+    found: dict[str, Any] = redact_value(document)
+    return found
 
 
 def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
@@ -135,24 +152,88 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
     out = out or console()
     rows: list[tuple[str, str]] = []
     if estimate.data_tokens is not None:
-        interval = ""
-        if estimate.interval:
-            interval = f" (95 % between {estimate.interval[0]:,} and {estimate.interval[1]:,})"
+        interval = _between(*(f"{bound:,}" for bound in estimate.interval or ()))
         rows.append(("data tokens", f"{estimate.data_tokens:,}{interval}"))
     if estimate.train_tokens is not None:
         rows.append(("train tokens", f"{estimate.train_tokens:,}"))
     if estimate.steps is not None:
         rows.append(("steps", f"{estimate.steps:,}"))
-    rows.append(("cost", str(estimate.cost) if estimate.cost else "not known"))
-    if estimate.price_source:
-        source = estimate.price_source
-        rows.append(("price from", f"{source.name}, {source.as_of.isoformat()}"))
+    if estimate.epochs is not None:
+        rows.append(("epochs", f"{estimate.epochs:g}"))
+    rows.extend(_cost_rows(estimate))
     duration = format_duration(estimate.duration) if estimate.duration else "not known"
     rows.extend((("duration", duration), ("basis", estimate.basis)))
+    rows.extend(("difference", text) for text in estimate.differences)
     for name, value in rows:
         out.print(f"  {name:<13} {escape(value)}")
     for note in estimate.notes:
         out.print(f"  [dim]note[/]          {escape(note)}")
+
+
+class CountView:
+    """A bar for tokens being counted, once that takes a while; none when `quiet`."""
+
+    def __init__(self, *, quiet: bool, out: Console | None = None) -> None:
+        out = out or console()
+        self._bar = Progress(
+            TextColumn("  counting tokens of {task.description}"),
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=out,
+            transient=True,
+            disable=quiet or not out.is_terminal,
+        )
+        self._began = time.monotonic()
+        self._tasks: dict[Path, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def progress(self, path: Path, done: int, total: int) -> None:
+        """Show how far a file is."""
+        if time.monotonic() - self._began < _PATIENCE:
+            return
+        if path not in self._tasks:
+            self._bar.start()
+            self._tasks[path] = self._bar.add_task(escape(path.name), total=total)
+        self._bar.update(self._tasks[path], completed=done, visible=done < total)
+
+
+def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:
+    interval = _between(*map(str, estimate.cost_interval or ()))
+    rows = [("cost", (price_text(estimate) or "not known") + interval)]
+    if len(estimate.costs) > 1:
+        width = max(len(item.name) for item in estimate.costs)
+        money = max(len(str(item.amount)) for item in estimate.costs)
+        rows += [
+            ("", f"{item.name:<{width}}  {item.amount!s:>{money}}  ({_source(item.source)})")
+            for item in estimate.costs
+        ]
+    elif estimate.price_source:
+        rows.append(("price from", _source(estimate.price_source)))
+    return rows
+
+
+def _between(*bounds: str) -> str:
+    return f" (95 % between {' and '.join(bounds)})" if bounds else ""
+
+
+def _source(source: PriceSource) -> str:
+    return f"{source.name}, {source.as_of.isoformat()}"
+
+
+def price_text(estimate: Estimate) -> str | None:
+    """Write what a run costs, one sum a currency; None where that is not known."""
+    return " and ".join(map(str, estimate.totals)) or None
 
 
 def show_run(run: TrainingRun, out: Console | None = None) -> None:
@@ -177,6 +258,7 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
         ("failure", f"{run.failure.kind}: {run.failure.message}" if run.failure else None),
         ("last seen", _time(run.last_seen_at)),
     ]
+    rows += [("quote", text) for text in (run.estimate.differences if run.estimate else ())]
     for name, value in rows:
         if value:
             out.print(f"  {name:<13} {escape(value)}")

@@ -1,0 +1,262 @@
+"""Commands that write data files anew: repair, split, shard."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_backends.cli.session import JsonOption
+
+if TYPE_CHECKING:
+    from training_backends.core.dialect import Dialect
+    from training_backends.datasets.shard import ShardFile
+    from training_backends.datasets.split import SplitFile
+
+__all__ = ["repair", "shard", "split"]
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+
+FilesArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE", help="Files, patterns, directories, or - for stdin."),
+]
+DialectOption = Annotated[
+    str, typer.Option("--dialect", help="Whose rules hold: mistral, openai, together or local.")
+]
+DirectoryOption = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Where to write; default beside the file."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+
+
+def repair(
+    files: FilesArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="What to write; default NAME.repaired.jsonl."
+        ),
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Keep the name; the old content is in FILE.orig.")
+    ] = False,
+    drop_invalid: Annotated[
+        bool, typer.Option("--drop-invalid", help="Leave out rows that cannot be repaired.")
+    ] = False,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write data files anew without the faults that can be repaired without changing their meaning.
+
+    Ends with 3 if rows are left that cannot be repaired; they stand as they were.
+    """
+    from training_backends.cli.cutview import (
+        JsonList,
+        JsonRepairs,
+        ShownRepairs,
+        bar,
+        write_lists,
+    )
+    from training_backends.cli.exit_codes import ExitCode, UsageError
+    from training_backends.cli.render import console
+    from training_backends.datasets.repair import repair as repair_file
+    from training_backends.datasets.sources import STDIN, expand
+    from training_backends.datasets.writing import name_of
+
+    rules = _dialect(dialect)
+    paths = expand(files)
+    if output and (in_place or len(paths) > 1):
+        raise UsageError("--output goes with one file and without --in-place.")
+    if STDIN in paths and (in_place or not output):
+        raise UsageError("Standard input needs --output to name the new file.")
+    if output and output.name.endswith((".gz", ".zst", ".parquet")):
+        raise UsageError(f"What is written is not packed: name it .jsonl, not {output.suffix}.")
+    out = console()
+    documents = JsonList()
+    invalid = 0
+    for path in paths:
+        view = JsonRepairs(documents) if json else ShownRepairs(out)
+        target = output or path.with_name(f"{name_of(path)}.repaired.jsonl")
+        with bar(out, "repairing") as progress:
+            done = repair_file(
+                path,
+                None if in_place else target,
+                dialect=rules,
+                drop_invalid=drop_invalid,
+                force=force,
+                on_repair=view.repair,
+                on_issue=view.issue,
+                on_progress=progress,
+            )
+        view.finish(done)
+        invalid += done.invalid
+    if json:
+        write_lists({"ok": not invalid}, files=documents)
+    if invalid:
+        raise typer.Exit(ExitCode.INVALID)
+
+
+def split(
+    files: FilesArgument,
+    fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the rows to set aside; default the dialect's."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to set aside.")] = None,
+    seed: Annotated[int, typer.Option(help="Another one sets other rows aside.")] = 0,
+    directory: DirectoryOption = None,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Set rows aside to validate on: NAME.train.jsonl and NAME.validation.jsonl.
+
+    The same rows and seed give the same sides, and identical rows are never on both. Several
+    files are taken as one.
+    """
+    from training_backends.cli.cutview import bar, show_data, show_split
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.render import console, write_json
+    from training_backends.datasets.sources import expand
+    from training_backends.datasets.split import split as split_files
+
+    if fraction is not None and rows is not None:
+        raise UsageError("Give --fraction or --rows, not both.")
+    rules = _dialect(dialect)
+    out = console()
+    with bar(out, "splitting") as progress:
+        found = split_files(
+            expand(files),
+            dialect=rules,
+            fraction=fraction,
+            rows=rows,
+            seed=seed,
+            directory=directory,
+            force=force,
+            on_progress=progress,
+        )
+    train = [each.train for each in found if each.train]
+    validation = [each.validation for each in found if each.validation]
+    note = _note(train, validation, rules)
+    data = {
+        "train": [str(side.path) for side in train],
+        "validation": [str(side.path) for side in validation],
+    }
+    if json:
+        documents = [
+            {
+                "source": each.source,
+                "train": each.train and each.train._asdict(),
+                "validation": each.validation and each.validation._asdict(),
+            }
+            for each in found
+        ]
+        write_json({"files": documents, "note": note, "data": data})
+        return
+    for each in found:
+        show_split(each, out)
+    if note:
+        out.print(f"[yellow]note[/] {note}")
+    show_data(data, out)
+
+
+def shard(
+    files: FilesArgument,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest file, such as 100MB; default the dialect's."),
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(help="Weight of the file; each of its parts keeps it.")
+    ] = 1.0,
+    directory: DirectoryOption = None,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Cut data files between rows into NAME-00001-of-00007.jsonl and so on, none above a limit.
+
+    Put together again they are the file, byte for byte.
+    """
+    from training_backends.cli.cutview import bar, show_data, show_shards
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.render import console, write_json
+    from training_backends.datasets.shard import shard as shard_file
+    from training_backends.datasets.sources import expand
+
+    if weight <= 0:
+        raise UsageError("A weight is above 0.")
+    rules = _dialect(dialect)
+    most = _size(limit) if limit is not None else rules.max_file_bytes
+    if most is None:
+        raise UsageError(f"No limit of {rules.name} is known: give --limit.")
+    out = console()
+    found: dict[Path, Sequence[ShardFile]] = {}
+    for path in expand(files):
+        with bar(out, "cutting") as progress:
+            found[path] = shard_file(
+                path, most, directory=directory, force=force, on_progress=progress
+            )
+    parts = [part for each in found.values() for part in each]
+    data = {
+        "train": [
+            str(part.path) if weight == 1 else {"path": str(part.path), "weight": weight}
+            for part in parts
+        ]
+    }
+    if json:
+        documents = [
+            {"source": path, "files": [part._asdict() for part in each]}
+            for path, each in found.items()
+        ]
+        write_json({"limit": most, "files": documents, "data": data})
+        return
+    for path, each in found.items():
+        show_shards(path, each, out)
+    show_data(data, out)
+
+
+def _dialect(name: str) -> "Dialect":
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.datasets.dialects import DIALECTS
+
+    if name not in DIALECTS:
+        raise UsageError(
+            f"No dialect is called {name!r}.", hint=f"Known are {', '.join(DIALECTS)}."
+        )
+    return DIALECTS[name]
+
+
+def _size(text: str) -> int:
+    """Read a size in bytes; MB are a million of them, MiB are 2 to the 20th."""
+    from training_backends.cli.exit_codes import UsageError
+
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{text!r} is not a size.", hint="Write 100MB, 1.5GB or 64MiB.")
+    base = 1024 if found["binary"] else 1000
+    size = int(float(found["number"]) * base ** " kmgt".index(found["unit"].lower() or " "))
+    if size < 1:
+        raise UsageError("A file has at least one byte.", hint="Write 100MB, 1.5GB or 64MiB.")
+    return size
+
+
+def _note(
+    train: "Sequence[SplitFile]", validation: "Sequence[SplitFile]", dialect: "Dialect"
+) -> str | None:
+    """Say that a validation set of the size asked for will be refused."""
+    size = sum(side.size for side in validation)
+    share = size / sum(side.size for side in train)
+    most, most_share = dialect.validation_max_bytes, dialect.validation_max_share
+    if not ((most and size > most) or (most_share and share > most_share)):
+        return None
+    limits = [f"{most:,} bytes"] if most else []
+    limits += [f"{most_share:.0%} of the training set"] if most_share else []
+    return (
+        f"this validation set is too large for {dialect.name}, which takes at most "
+        f"{' and '.join(limits)}; it has {size:,} bytes, {share:.1%}"
+    )

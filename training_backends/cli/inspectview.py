@@ -1,0 +1,228 @@
+"""How an inspection looks, for people (stderr) and programs (stdout)."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from training_backends.cli.render import console, issue_document
+from training_backends.core.dataset import DataFile, Dataset
+from training_backends.core.dialect import Dialect
+from training_backends.core.errors import Issue
+from training_backends.core.redaction import redact
+from training_backends.datasets.tokens import TokenCount
+
+__all__ = ["InspectView"]
+
+_PATIENCE: Final = 1.0
+"""Seconds for which nobody needs to be told that something goes on."""
+
+_BAR: Final = 24
+_MOST_LISTED: Final = 8
+
+
+class InspectView:
+    """Shows issues as they are found, how far the reading is, and in the end what there is.
+
+    Use it in a `with`; the bar goes away behind it.
+
+    Args:
+        dialect: Whose rules hold.
+        max_issues: How many issues to show in full.
+        quiet: Show nothing of it; a program reads the document.
+    """
+
+    def __init__(self, dialect: Dialect, *, max_issues: int, quiet: bool) -> None:
+        self._dialect = dialect
+        self._left = max_issues
+        self._hidden = 0
+        self._quiet = quiet
+        self._out = console()
+        self._bars = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=self._out,
+            transient=True,
+            disable=quiet or not self._out.is_terminal,
+        )
+        self._tasks: dict[tuple[str, Path], TaskID] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def issue(self, issue: Issue) -> None:
+        """Show an issue while there are not too many."""
+        if self._quiet:
+            return
+        if self._left <= 0:
+            self._hidden += 1
+            return
+        self._left -= 1
+        style = _style(issue.severity)
+        self._out.print(f"[{style}]{issue.severity:<7}[/] {escape(redact(str(issue)))}")
+
+    def reading(self, path: Path, done: int, total: int) -> None:
+        """Show how far a file is read."""
+        self._progress("reading", path, done, total)
+
+    def counting(self, path: Path, done: int, total: int) -> None:
+        """Show how far the tokens of a file are counted."""
+        self._progress("counting tokens of", path, done, total)
+
+    def _progress(self, what: str, path: Path, done: int, total: int) -> None:
+        if self._quiet or time.monotonic() - self._began < _PATIENCE:
+            return
+        key = what, path
+        if key not in self._tasks:
+            self._bars.start()
+            self._tasks[key] = self._bars.add_task(f"{what} {escape(path.name)}", total=total)
+        self._bars.update(self._tasks[key], completed=done, total=total, visible=done < total)
+
+    def document(self, dataset: Dataset, tokens: TokenCount | None) -> dict[str, Any]:
+        """Return all of it as JSON has it."""
+        return {
+            "ok": not dataset.errors,
+            "dialect": self._dialect.name,
+            "files": [file.model_dump(mode="json") for file in dataset.files],
+            "issues": [issue_document(issue) for issue in dataset.issues],
+            "tokens": asdict(tokens) if tokens else None,
+        }
+
+    def show(self, dataset: Dataset, tokens: TokenCount | None) -> None:
+        """Show what is in the files, and the verdict."""
+        if self._hidden:
+            self._out.print(f"… and {self._hidden:,} more (--max-issues shows them)")
+        for file in dataset.files:
+            self._out.print()
+            self._file(file)
+        if tokens:
+            self._out.print()
+            self._tokens(tokens)
+        self._out.print()
+        self._verdict(dataset)
+
+    def _file(self, file: DataFile) -> None:
+        purpose = "to validate on" if file.role == "validation" else "to train on"
+        head = f"[bold]{escape(str(file.path))}[/]  {file.sample_type or 'nothing'} {purpose}"
+        self._out.print(head)
+        self._rows((*_facts(file), *_bars("row length", dict(file.summary.row_bytes), "bytes")))
+
+    def _tokens(self, tokens: TokenCount) -> None:
+        if tokens.data_tokens is None:
+            self._out.print(f"[bold]tokens[/]  not counted: {escape(tokens.reason or 'unknown')}")
+            return
+        self._out.print(f"[bold]tokens[/]  as {escape(tokens.tokenizer or 'the model')} reads them")
+        between = ""
+        if tokens.interval:
+            between = f" (95 % between {tokens.interval[0]:,} and {tokens.interval[1]:,})"
+        rows = [("tokens", f"{tokens.data_tokens:,}{between}, {tokens.basis}")]
+        if tokens.mean is not None and tokens.shortest is not None and tokens.longest is not None:
+            text = f"{tokens.mean:,.0f} on average, {tokens.shortest:,} to {tokens.longest:,}"
+            rows.append(("a row", text))
+        self._rows((*rows, *_bars("row length", tokens.histogram or {}, "tokens")))
+        for note in tokens.notes:
+            self._out.print(f"  [dim]note[/]         {escape(note)}")
+
+    def _rows(self, rows: Iterable[tuple[str, str]]) -> None:
+        for name, text in rows:
+            self._out.print(f"  [dim]{name:<11}[/]  {escape(text)}")
+
+    def _verdict(self, dataset: Dataset) -> None:
+        kinds: Counter[tuple[str, str]] = Counter()
+        graver = {code for issue in dataset.errors if (code := issue.code)}
+        for code, count in _found(dataset).items():
+            kinds["error" if code in graver else "warning", code] = count
+        for (severity, code), count in sorted(kinds.items()):
+            self._out.print(f"  [{_style(severity)}]{severity:<7}[/]  {count:>9,}  {code}")
+        name = self._dialect.name
+        if dataset.errors:
+            self._out.print(f"[red]cannot be trained on[/] by the rules of {name}")
+        else:
+            self._out.print(f"[green]can be trained on[/] by the rules of {name}")
+
+
+def _found(dataset: Dataset) -> Counter[str]:
+    """Count what was found, also what was not told of in full."""
+    found: Counter[str] = Counter()
+    counted = {str(file.path): file.summary.findings for file in dataset.files}
+    for findings in counted.values():
+        found.update(findings)
+    for issue in dataset.issues:
+        # Of files that cannot be read to their end, and between files.
+        found[issue.code] += issue.code not in counted.get(issue.path or "", {})
+    return found
+
+
+def _facts(file: DataFile) -> Iterator[tuple[str, str]]:
+    summary = file.summary
+    bad = f", {file.bad_rows:,} of them wrong" if file.bad_rows else ""
+    packed = f", {decimal(file.size)} packed ({file.packing})" if file.packing != "plain" else ""
+    yield "rows", f"{file.rows:,}{bad}, {decimal(summary.lines)}{packed}"
+    if len(summary.formats) > 1:
+        yield "formats", _listed(summary.formats)
+    if file.turns:
+        each = f"{file.turns / file.rows:.1f} a row" if file.rows else ""
+        yield "messages", f"{file.turns:,}, {each}: {_listed(summary.roles)}"
+    if summary.tool_rows:
+        yield "tools", f"in {_many(summary.tool_rows, 'row')}, {_many(summary.tool_calls, 'call')}"
+    if summary.image_rows:
+        yield "images", f"{summary.images:,} in {_many(summary.image_rows, 'row')}"
+    if summary.weighted_rows:
+        yield "weights", f"in {_many(summary.weighted_rows, 'row')}"
+    for target, labels in summary.labels.items():
+        yield f"label {target}"[:20], _listed(labels)
+    if summary.duplicate_rows:
+        yield "duplicates", f"{_many(summary.duplicate_rows, 'row')} that stood before"
+    if summary.overlapping_rows:
+        yield "overlap", f"{_many(summary.overlapping_rows, 'row')} also trained on"
+    yield "sha256", file.sha256
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    most = sorted(counts.items(), key=lambda each: -each[1])
+    text = ", ".join(f"{name} {count:,}" for name, count in most[:_MOST_LISTED])
+    return f"{text} and {len(most) - _MOST_LISTED:,} more" if len(most) > _MOST_LISTED else text
+
+
+def _bars(name: str, rows: Mapping[int, int], unit: str) -> Iterator[tuple[str, str]]:
+    """Draw how many rows have up to so many bytes or tokens."""
+    if not rows:
+        return
+    most, width = max(rows.values()), len(f"{max(rows):,}")
+    for bound, count in sorted(rows.items()):
+        bar = "▇" * max(1, round(_BAR * count / most))
+        yield name, f"≤ {bound:>{width},} {unit}  {bar:<{_BAR}}  {count:,}"
+        name = ""
+
+
+def _style(severity: str) -> str:
+    return "red" if severity == "error" else "yellow"
