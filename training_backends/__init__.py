@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         VaultLocked,
         WaitTimeout,
     )
-    from training_backends.core.estimate import Budget, Estimate, Money, PriceSource
+    from training_backends.core.estimate import Budget, CostItem, Estimate, Money, PriceSource
     from training_backends.core.plugins import installed_backends
     from training_backends.core.registry import backend_class
     from training_backends.core.run import (
@@ -116,7 +116,7 @@ _HOMES = {
         "VaultLocked",
         "WaitTimeout",
     ),
-    "core.estimate": ("Budget", "Estimate", "Money", "PriceSource"),
+    "core.estimate": ("Budget", "CostItem", "Estimate", "Money", "PriceSource"),
     "core.plugins": ("installed_backends",),
     "core.registry": ("backend_class",),
     "core.run": (
@@ -150,6 +150,7 @@ __all__ = [
     "Checkpoint",
     "ClassifierTarget",
     "ConfigError",
+    "CostItem",
     "CredentialNotFound",
     "CredentialSource",
     "CredentialVault",

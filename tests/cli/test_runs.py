@@ -12,16 +12,21 @@ pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(300)]
 Run = Any
 
 
-def test_a_run_is_launched_followed_seen_again_and_downloaded(
+def test_a_run_is_launched_followed_seen_again_asked_and_downloaded(
     run: Run, config_file: Path, tmp_path: Path
 ) -> None:
-    """Four processes share one run; the last one has its model."""
-    launched = run("launch", config_file.name, "--id", "mine", "--follow", "--json")
+    """Several processes share one run; the last one has its model."""
+    asking = "--set=options.sample_prompt=3 plus 3?"
+    launched = run("launch", config_file.name, asking, "--id", "mine", "--follow", "--json")
     assert (launched.code, launched.document["status"]) == (0, "completed")
-    again = run("launch", config_file.name, "--id", "mine", "--json")
+    again = run("launch", config_file.name, asking, "--id", "mine", "--json")
     assert again.document["finished_at"] == launched.document["finished_at"]
     steps = [record["step"] for record in _records(run("logs", "mi", "--json"))]
     assert [step for step in steps if step] == sorted(step for step in steps if step)
+    asked = run("sample", "mi", "3 plus 3?", "--json")
+    samples = [each["fields"] for each in _records(run("logs", "mi", "--json"))]
+    (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]
+    assert (asked.code, asked.document) == (0, {"answer": after})
     assert run("download", "mine", "out").code == 0
     assert (tmp_path / "out" / "config.json").exists()
     assert run("download", "mine", "out").code != 0

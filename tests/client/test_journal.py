@@ -17,8 +17,10 @@ from training_backends import (
     Estimate,
     Money,
     ProtocolError,
+    RunState,
     TrainingConfig,
     TrainingRun,
+    TrainingStatus,
 )
 from training_backends.client.journal import LaunchWatch, StoreJournal
 from training_backends.client.store import RunStore
@@ -159,6 +161,32 @@ async def test_a_quote_over_budget_is_refused_and_kept(
         await journal.quote(Estimate(cost=Money.model_validate("4 USD"), basis="quote"))
     stored = RunStore(f"sqlite:///{tmp_path / 'runs.db'}").get("r")
     assert str(stored.cost) == "4.00 USD"
+
+
+async def test_a_quote_stands_beside_what_was_estimated(
+    tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> None:
+    """Whoever is asked sees both; the record keeps both however often the quote comes."""
+    asked: list[Estimate] = []
+
+    async def agree(estimate: Estimate) -> bool:
+        asked.append(estimate)
+        return True
+
+    ours = Estimate(train_tokens=100, cost=Money.model_validate("3 USD"))
+    quote = Estimate(train_tokens=110, cost=Money.model_validate("4 USD"), basis="quote")
+    journal = make_journal(tmp_path / "runs.db", make_config(), LaunchWatch(confirm=agree))
+    store = RunStore(f"sqlite:///{tmp_path / 'runs.db'}")
+    store.update("r", lambda run: run.model_copy(update={"estimate": ours}))
+    for _ in range(2):
+        await journal.record(RunState(status=TrainingStatus.READY, estimate=quote))
+        await journal.quote(quote)
+    stored = store.get("r").estimate
+    assert stored is not None
+    assert stored.model_copy(update={"ours": None}) == quote
+    assert stored.ours == ours
+    assert asked == [stored, stored]
+    assert "1.00 USD more" in stored.differences[1]
 
 
 async def test_a_free_quote_is_not_asked_about(

@@ -1,14 +1,14 @@
 """Money, durations and budgets."""
 
-from datetime import timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from training_backends import Budget, BudgetExceeded, Estimate, Money
-from training_backends.core.estimate import Duration, format_duration
+from training_backends import Budget, BudgetExceeded, Estimate, Money, PriceSource
+from training_backends.core.estimate import CostItem, Duration, add_up, format_duration
 
 DURATION: TypeAdapter[timedelta] = TypeAdapter(Duration)
 
@@ -78,6 +78,69 @@ def test_what_is_no_duration_is_refused(given: str) -> None:
 def test_durations_are_written_short(seconds: float, text: str) -> None:
     """Two units are enough."""
     assert format_duration(timedelta(seconds=seconds)) == text
+
+
+TABLE = PriceSource(name="a table", as_of=date(2026, 1, 1))
+
+
+def item(name: str, amount: str) -> CostItem:
+    return CostItem(name=name, amount=money(amount), source=TABLE)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "sums"),
+    [
+        ([], []),
+        (["1.10 USD", "2.20 USD"], ["3.30 USD"]),
+        (["1 EUR", "2 USD", "3 EUR"], ["4.00 EUR", "2.00 USD"]),
+        (["0 EUR", "2 USD"], ["2.00 USD"]),
+        (["0 EUR", "0 USD"], ["0.00 EUR"]),
+    ],
+)
+def test_money_is_added_within_a_currency(amounts: list[str], sums: list[str]) -> None:
+    """No rate of exchange is made up."""
+    assert [str(total) for total in add_up(map(money, amounts))] == sums
+
+
+def test_cost_is_the_sum_of_its_parts() -> None:
+    """Whoever gives the parts need not add them, and cannot say another sum."""
+    parts = (item("training", "3 USD"), item("storage", "2 USD"))
+    found = Estimate(costs=parts)
+    assert (str(found.cost), found.price_source) == ("5.00 USD", TABLE)
+    assert Estimate.model_validate_json(found.model_dump_json()) == found
+    with pytest.raises(ValidationError, match=r"its parts come to 5\.00 USD"):
+        Estimate(costs=parts, cost=money("4 USD"))
+
+
+def test_parts_in_two_currencies_have_no_sum() -> None:
+    """The cost is not known then, but each currency's part of it is."""
+    found = Estimate(costs=(item("training", "3 EUR"), item("storage", "2 USD")))
+    assert found.cost is None
+    assert [str(total) for total in found.totals] == ["3.00 EUR", "2.00 USD"]
+    for limit in ("1 EUR", "100 EUR", "100 USD"):
+        with pytest.raises(BudgetExceeded):
+            Budget(max_cost=money(limit)).check(found)
+
+
+def test_quote_keeps_what_was_worked_out_here() -> None:
+    """A quote replaces an estimate, says how it differs, and stays the same when it comes again."""
+    ours = Estimate(train_tokens=1000, cost=money("2 USD"))
+    quote = Estimate(basis="quote", train_tokens=1100, cost=money("1.50 USD")).replacing(ours)
+    assert quote.ours == ours
+    assert quote.differences == (
+        "trained tokens: 1,100 quoted, 1,000 estimated here (10.0% more)",
+        "cost: 1.50 USD quoted, 2.00 USD estimated here (0.50 USD less)",
+    )
+    again = Estimate(basis="quote", train_tokens=1100).replacing(quote)
+    assert again.ours == ours
+    assert ours.replacing(quote) is ours
+
+
+def test_equal_quote_says_so() -> None:
+    """Where the provider says what was estimated, that is what is told; the unknown is not."""
+    ours = Estimate(train_tokens=1000)
+    quote = Estimate(basis="quote", train_tokens=1000, cost=money("1 USD")).replacing(ours)
+    assert quote.differences == ("trained tokens: 1,000 quoted, the same estimated here",)
 
 
 def test_what_is_within_the_budget_passes() -> None:

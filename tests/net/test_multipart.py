@@ -19,7 +19,13 @@ from blockbuster import BlockingError, blockbuster_ctx
 from training_backends import BackendUnavailable, DatasetError, PayloadTooLarge
 from training_backends.net import multipart
 from training_backends.net.client import HttpClient
-from training_backends.net.multipart import CHUNK_BYTES, FileUpload, hash_file
+from training_backends.net.multipart import (
+    CHUNK_BYTES,
+    FileUpload,
+    HashedFile,
+    hash_file,
+    stamp_of,
+)
 from training_backends.testing.faults import LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import read_form
 from training_backends.testing.server import LoopbackServer, Received, Reply
@@ -190,6 +196,73 @@ async def test_a_file_just_written_is_hashed_again(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"checked")
     assert (await hash_file(path)).stamp is None
+
+
+def part_of(path: Path, start: int, size: int) -> HashedFile:
+    """Describe a part of a file."""
+    stamp = stamp_of(path)
+    content = path.read_bytes()[start : start + size]
+    return HashedFile(hashlib.sha256(content).hexdigest(), size, stamp, start)
+
+
+@pytest.mark.parametrize(("start", "size"), [(0, 5), (5, 2 * CHUNK_BYTES), (7, 3)])
+async def test_a_part_is_sent_by_itself(
+    start: int, size: int, client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """Of a part of a file nothing else is read or announced; its progress is its own."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(os.urandom(2 * CHUNK_BYTES + 20))
+    told: list[tuple[int, int]] = []
+    upload = FileUpload(
+        path,
+        fields={},
+        hashed=part_of(path, start, size),
+        on_progress=lambda *step: told.append(step),
+    )
+    await client.upload("/v1/files", upload)
+    (request,) = server.requests
+    assert int(request.headers["content-length"]) == len(request.body)
+    assert read_form(request)[2] == path.read_bytes()[start : start + size]
+    assert told[-1] == (size, size)
+
+
+@pytest.mark.parametrize("change", [b"0123CHANGED", b"0123"])
+async def test_a_part_that_changed_is_not_sent(
+    change: bytes, client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """Rewritten or cut off, a part is held against its hash before its upload is complete."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"0123checked")
+    hashed = part_of(path, 4, 7)
+    path.write_bytes(change)
+    with pytest.raises(DatasetError, match="changed while it was uploaded"):
+        await client.upload("/v1/files", FileUpload(path, fields={}, hashed=hashed))
+    assert server.requests == []
+
+
+async def test_a_part_of_a_settled_file_is_known_by_its_stamp(
+    client: HttpClient,
+    server: LoopbackServer,
+    settled_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not hashed again while nobody has written to the file."""
+    hashed = part_of(settled_file, 2, 3)
+    monkeypatch.setattr(multipart, "hashlib", None)
+    await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
+    assert read_form(server.requests[0])[2] == b"eck"
+
+
+async def test_a_part_stays_as_it_is_though_the_file_grows(
+    client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """What is written behind a part is none of it."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"0123checked")
+    hashed = part_of(path, 4, 7)
+    path.write_bytes(b"0123checked and more")
+    await client.upload("/v1/files", FileUpload(path, fields={}, hashed=hashed))
+    assert read_form(server.requests[0])[2] == b"checked"
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "empty.jsonl"])

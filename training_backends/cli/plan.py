@@ -1,6 +1,6 @@
 """Commands that look before anything is started: backends, validate, estimate."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,7 +60,8 @@ def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
         for name, value in capabilities.items()
         if isinstance(value, list) and value
     ]
-    return [*lists, f"can: {', '.join(yes)}"]
+    rows = capabilities["dialect"]["formats"]
+    return [*lists, f"rows: {', '.join(rows)}", f"can: {', '.join(yes)}"]
 
 
 def validate(
@@ -111,16 +112,31 @@ def estimate(
     config: ConfigArgument,
     backend: BackendOption = None,
     overrides: SetOption = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Count all rows, however many there are.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Say what a run will take: tokens, steps, cost and time, as far as they are known."""
-    from training_backends.cli.render import show_estimate, write_json
+    from training_backends.cli.render import CountView, show_estimate, write_json
     from training_backends.client.configfile import load_config
 
+    if exact and sample is not None:
+        raise typer.BadParameter("give --sample or --exact, not both", param_hint="--sample")
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
-    with located(file, backend):
-        found = with_client(lambda client: client.estimate(file.config, backend=name))
+    with located(file, backend), CountView(quiet=json) as view:
+        found = with_client(
+            lambda client: client.estimate(
+                file.config, backend=name, sample=sample, exact=exact, on_counting=view.progress
+            )
+        )
     if json:
         write_json(found.model_dump(mode="json"))
     else:

@@ -138,15 +138,35 @@ def logs(
         _exit_with(shown)
 
 
-def metrics(run: RunArgument, json: JsonOption = False) -> None:
+def metrics(
+    run: RunArgument,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", metavar="NAME", help="Only this one; repeatable."),
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw charts in the terminal.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="A line a step on standard output, nothing else.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
     """Show what was measured while a run trained, as it was last seen."""
     from dataclasses import asdict
 
-    from training_backends.cli.render import show_metrics, write_json
+    from training_backends.cli import measures
+    from training_backends.cli.render import console, show_metrics, write_json
 
+    if plot + csv + json > 1:
+        raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
     points = with_client(lambda client: client.metrics(run))
+    series = measures.choose(measures.by_name(points), names or ())
+    points = [point for point in points if point.name in series]
     if json:
         write_json([asdict(point) for point in points])
+    elif csv:
+        measures.write_csv(series)
+    elif plot and series:
+        measures.plot(series, console(), all_given=bool(names))
     else:
         show_metrics(points)
 
@@ -309,7 +329,11 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
         if _is_agreed(config, yes=yes):
             return True
         _need_terminal()
-        cost = f"for {estimate.cost}" if estimate.cost else "at a cost that is not known"
-        return _ask(f"Start {cost}?")
+        from training_backends.cli.render import price_text
+
+        price = price_text(estimate)
+        cost = f"for {price}" if price else "at a cost that is not known"
+        ours = price_text(estimate.ours) if estimate.ours else None
+        return _ask(f"Start {cost}{f' (estimated here: {ours})' if ours else ''}?")
 
     return agree

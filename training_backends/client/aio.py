@@ -1,7 +1,8 @@
 """The asynchronous client: launches runs, remembers them, follows and ends them."""
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.config import TrainingConfig
+from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
 from training_backends.core.estimate import Estimate
@@ -139,13 +141,14 @@ class AsyncTrainingClient:
                 await to_thread.run_sync(self.backend, name)
             return self._backends[name]
 
-    async def inspect(self, config: TrainingConfig) -> Dataset:
-        """Read the data files of a configuration and say what is in them."""
+    async def inspect(self, config: TrainingConfig, *, backend: str | None = None) -> Dataset:
+        """Read the data files of a configuration and say what is in them.
 
-        def check_cancelled(*_: object) -> None:
-            from_thread.check_cancelled()
-
-        return await to_thread.run_sync(partial(inspect, config, on_progress=check_cancelled))
+        Args:
+            backend: Whose rules they are held against; None: those of the Mistral protocol.
+        """
+        chosen = None if backend is None else await self._backend(backend)
+        return await self._read(config, chosen)
 
     async def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
         """Check configuration and data; nothing is uploaded or spent."""
@@ -153,8 +156,22 @@ class AsyncTrainingClient:
         dataset, report = await self._judged(chosen, config)
         return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
 
-    async def estimate(self, config: TrainingConfig, *, backend: str) -> Estimate:
+    async def estimate(
+        self,
+        config: TrainingConfig,
+        *,
+        backend: str,
+        sample: int | None = None,
+        exact: bool = False,
+        on_counting: CountProgress | None = None,
+    ) -> Estimate:
         """Say what the run will take, as far as that is known before it starts.
+
+        Args:
+            sample: Count the tokens of so many rows, with an interval; None: of all rows,
+                or of a sample where the data is huge.
+            exact: Count all rows however many there are.
+            on_counting: Told of the file, the bytes counted and its size.
 
         Raises:
             ConfigError: The options are not the backend's.
@@ -163,7 +180,8 @@ class AsyncTrainingClient:
         chosen = await self._backend(backend)
         dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
-        return await self._estimated(chosen, config, dataset)
+        wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
+        return await self._estimated(chosen, config, dataset, wishes)
 
     async def launch(
         self,
@@ -380,6 +398,12 @@ class AsyncTrainingClient:
         names = dict.fromkeys((*installed_backends(), *self._backends))
         return await recover(self._store_url, self._store, names, self._backend)
 
+    async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
+        look = partial(inspect, config, on_progress=_check_cancelled)
+        if backend is not None:
+            look = partial(look, dialect=backend.capabilities.dialect)
+        return await to_thread.run_sync(look)
+
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
         """Read the data as the backend's options want it judged.
 
@@ -387,7 +411,7 @@ class AsyncTrainingClient:
             ConfigError: The options are not the backend's.
         """
         require_options(backend, config)
-        dataset = await self.inspect(config)
+        dataset = await self._read(config, backend)
         return dataset.tolerating(backend.tolerated_bad_rows(config))
 
     async def _judged(
@@ -397,8 +421,8 @@ class AsyncTrainingClient:
         try:
             dataset = await self._inspected(backend, config)
         except ConfigError as error:
-            return await self.inspect(config), ValidationReport(issues=error.issues)
-        with span("training_backends.validate", backend=backend.name):
+            return await self._read(config, backend), ValidationReport(issues=error.issues)
+        with span("training_backends.validate", backend=backend.name), self._counting():
             return dataset, await backend.validate(config, dataset)
 
     async def _prepare(
@@ -420,10 +444,32 @@ class AsyncTrainingClient:
         return estimate
 
     async def _estimated(
-        self, backend: TrainingBackend, config: TrainingConfig, dataset: Dataset
+        self,
+        backend: TrainingBackend,
+        config: TrainingConfig,
+        dataset: Dataset,
+        wishes: Counting | None = None,
     ) -> Estimate:
-        with span("training_backends.estimate", backend=backend.name):
+        with span("training_backends.estimate", backend=backend.name), self._counting(wishes):
             return await backend.estimate(config, dataset)
+
+    def _counting(self, wishes: Counting | None = None) -> AbstractContextManager[None]:
+        """Have backends count tokens as wished, keep the counts, and stop when nobody waits."""
+        wishes = wishes or Counting()
+        told = wishes.on_progress
+
+        def on_progress(path: Path, done: int, total: int) -> None:
+            _check_cancelled()
+            if told:
+                told(path, done, total)
+
+        cache = self.home / "cache" / "tokens"
+        return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
         return Round(backend, self._store, self._leases, self._looks, only=only)
+
+
+def _check_cancelled(*_: object) -> None:
+    """End reading and counting in a thread once nobody waits for it."""
+    from_thread.check_cancelled()

@@ -6,6 +6,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from training_backends.client.records import with_state
 from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
@@ -100,22 +101,23 @@ class StoreJournal:
     async def record(self, state: RunState) -> None:
         """See `Journal.record`."""
         run = await to_thread.run_sync(
-            self._store.update, self._run_id, lambda run: run.updated(state)
+            self._store.update, self._run_id, lambda run: with_state(run, state)
         )
         if self._watch.on_update:
             self._watch.on_update(run)
 
     async def quote(self, estimate: Estimate) -> None:
         """See `Journal.quote`."""
-        run = await to_thread.run_sync(
-            self._store.update,
-            self._run_id,
-            lambda run: run.model_copy(update={"estimate": estimate, "cost": estimate.cost}),
-        )
+
+        def change(run: TrainingRun) -> TrainingRun:
+            quote = estimate.replacing(run.estimate)
+            return run.model_copy(update={"estimate": quote, "cost": quote.cost})
+
+        run = await to_thread.run_sync(self._store.update, self._run_id, change)
         if self._watch.on_update:
             self._watch.on_update(run)
         run.config.budget.check(estimate)
-        await self._watch.decide(estimate)
+        await self._watch.decide(run.estimate or estimate)
 
     async def known_upload(self, scope: str, sha256: str) -> str | None:
         """See `Journal.known_upload`."""

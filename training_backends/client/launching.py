@@ -13,6 +13,7 @@ from training_backends.client.records import (
     ended_state,
     failure_kind,
     launch_lease,
+    with_state,
 )
 from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import Journal, TrainingBackend
@@ -133,7 +134,7 @@ class RunRecords:
         def change(now: TrainingRun) -> TrainingRun:
             if forget_failure:
                 now = now.model_copy(update={"failure": None})
-            return now.updated(state)
+            return with_state(now, state)
 
         seen = await to_thread.run_sync(self._store.update, run.id, change)
         report_change(run, seen, state)

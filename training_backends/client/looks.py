@@ -7,7 +7,7 @@ from functools import partial
 from anyio import to_thread
 
 from training_backends.client.cadence import WatchSettings, last_change
-from training_backends.client.records import LAUNCHED, about
+from training_backends.client.records import LAUNCHED, about, with_state
 from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import RunNotFound, TrainingBackendError
@@ -112,7 +112,7 @@ class Looks:
         """Store a look; None: another one was stored meanwhile, so look again behind it."""
 
         def change(now: TrainingRun) -> TrainingRun:
-            changed = now.updated(seen.state)
+            changed = with_state(now, seen.state)
             return _stale(changed, self._standstill(changed, utc_now()))
 
         stored = await to_thread.run_sync(

@@ -28,6 +28,7 @@ __all__ = [
     "new_run_record",
     "require_options",
     "require_same",
+    "with_state",
 ]
 
 LAUNCHED: Final = "launched"
@@ -89,6 +90,14 @@ def require_same(known: TrainingRun, asked: TrainingRun) -> None:
             other=known.id,
             run_id=known.id,
         )
+
+
+def with_state(run: TrainingRun, state: RunState) -> TrainingRun:
+    """Return a run with what its provider said; a quote keeps what was estimated before it."""
+    changed = run.updated(state)
+    if changed.estimate is None or changed.estimate is run.estimate:
+        return changed
+    return changed.model_copy(update={"estimate": changed.estimate.replacing(run.estimate)})
 
 
 def ended_state(status: TrainingStatus, failure: Failure | None = None) -> RunState:

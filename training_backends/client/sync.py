@@ -17,6 +17,7 @@ from training_backends.client.recovering import Recovery
 from training_backends.client.store import MetricPoint
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.config import TrainingConfig
+from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, TrainingRun, ValidationReport
@@ -88,17 +89,33 @@ class TrainingClient:
         """See `AsyncTrainingClient.backend`; the backend itself is asynchronous."""
         return self._client.backend(name)
 
-    def inspect(self, config: TrainingConfig) -> Dataset:
+    def inspect(self, config: TrainingConfig, *, backend: str | None = None) -> Dataset:
         """See `AsyncTrainingClient.inspect`."""
-        return self._call(self._client.inspect, config)
+        return self._call(partial(self._client.inspect, config, backend=backend))
 
     def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
         """See `AsyncTrainingClient.validate`."""
         return self._call(partial(self._client.validate, config, backend=backend))
 
-    def estimate(self, config: TrainingConfig, *, backend: str) -> Estimate:
-        """See `AsyncTrainingClient.estimate`."""
-        return self._call(partial(self._client.estimate, config, backend=backend))
+    def estimate(
+        self,
+        config: TrainingConfig,
+        *,
+        backend: str,
+        sample: int | None = None,
+        exact: bool = False,
+        on_counting: CountProgress | None = None,
+    ) -> Estimate:
+        """See `AsyncTrainingClient.estimate`; the callback runs in a thread of its own."""
+        estimate = partial(
+            self._client.estimate,
+            config,
+            backend=backend,
+            sample=sample,
+            exact=exact,
+            on_counting=on_counting,
+        )
+        return self._call(estimate)
 
     def launch(
         self,

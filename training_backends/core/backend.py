@@ -318,6 +318,14 @@ class TrainingBackend(ABC):
         del config
         return 0.0
 
+    def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
+        """Return the options under which so large a share of unusable rows is left out.
+
+        Override together with `tolerated_bad_rows`; the default has none.
+        """
+        del fraction
+        return {}
+
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Ask where the run stands and for its log behind a cursor, in one look.
 

@@ -1,15 +1,25 @@
 """Money, token counts, durations and what a run is expected to take."""
 
 import re
+from collections.abc import Iterable
 from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from training_backends.core.errors import BudgetExceeded
 
-__all__ = ["Budget", "Duration", "Estimate", "Money", "PriceSource", "format_duration"]
+__all__ = [
+    "Budget",
+    "CostItem",
+    "Duration",
+    "Estimate",
+    "Money",
+    "PriceSource",
+    "add_up",
+    "format_duration",
+]
 
 _MONEY = re.compile(r"^\s*(?P<amount>\d+(?:\.\d+)?)\s*(?P<currency>[A-Za-z]{3})\s*$")
 _DURATION = re.compile(r"^(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?$")
@@ -38,6 +48,16 @@ class Money(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.amount:.2f} {self.currency}"
+
+
+def add_up(amounts: Iterable[Money]) -> tuple[Money, ...]:
+    """Return the sum in each currency; nothing in one currency is left out beside another."""
+    sums: dict[str, Decimal] = {}
+    for money in amounts:
+        sums[money.currency] = sums.get(money.currency, Decimal(0)) + money.amount
+    something = {currency: amount for currency, amount in sums.items() if amount}
+    kept = something or dict(list(sums.items())[:1])
+    return tuple(Money(amount=amount, currency=currency) for currency, amount in kept.items())
 
 
 def _span(**parts: float) -> timedelta:
@@ -84,6 +104,16 @@ class PriceSource(BaseModel):
     as_of: date
 
 
+class CostItem(BaseModel):
+    """One part of what a run costs, such as the training or a month of storage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    amount: Money
+    source: PriceSource
+
+
 class Estimate(BaseModel):
     """What a run is expected to take. What is not known is None, with a reason in `notes`.
 
@@ -91,13 +121,18 @@ class Estimate(BaseModel):
         train_tokens: Tokens that will be trained on, all epochs together.
         data_tokens: Tokens in the training files, counted once.
         steps: Optimizer steps.
-        cost: What the provider will ask for, or None.
+        epochs: How often the data is gone through.
+        costs: The parts of `cost`. Parts in several currencies have no sum: `cost` is None
+            then, and `totals` tells one a currency.
+        cost: What the provider will ask for, or None; the sum of `costs`, where there are any.
+        cost_interval: What `cost` would be at the bounds of `interval`, where it rests on it.
         duration: Expected time from start to end, or None.
         basis: `quote` is the provider's own word; `exact` was counted here;
             `sampled` was counted on a sample, with the 95 % interval in `interval`.
         interval: Lower and upper bound of `data_tokens` when `sampled`.
-        price_source: Where `cost` comes from.
+        price_source: Where the price of the training comes from.
         notes: What the numbers rest on, and why any of them is missing.
+        ours: What had been worked out here before the provider's quote replaced it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -105,12 +140,67 @@ class Estimate(BaseModel):
     train_tokens: int | None = None
     data_tokens: int | None = None
     steps: int | None = None
+    epochs: float | None = None
+    costs: tuple[CostItem, ...] = ()
     cost: Money | None = None
+    cost_interval: tuple[Money, Money] | None = None
     duration: timedelta | None = None
     basis: Literal["quote", "exact", "sampled"] = "exact"
     interval: tuple[int, int] | None = None
     price_source: PriceSource | None = None
     notes: tuple[str, ...] = ()
+    ours: "Estimate | None" = None
+
+    @model_validator(mode="after")
+    def _cost_is_the_sum(self) -> Self:
+        if self.costs:
+            totals = add_up(item.amount for item in self.costs)
+            total = totals[0] if len(totals) == 1 else None
+            if self.cost not in {None, total}:
+                raise ValueError(f"cost is {self.cost}, its parts come to {total}")
+            object.__setattr__(self, "cost", total)  # frozen for everybody else
+            if self.price_source is None:
+                object.__setattr__(self, "price_source", self.costs[0].source)
+        return self
+
+    @property
+    def totals(self) -> tuple[Money, ...]:
+        """What it costs, one sum a currency; empty if that is not known."""
+        if self.costs:
+            return add_up(item.amount for item in self.costs)
+        return () if self.cost is None else (self.cost,)
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """How a provider's quote differs from what was worked out here, in words."""
+        if self.ours is None:
+            return ()
+        found = []
+        told, own = self.train_tokens, self.ours.train_tokens
+        if told and own:
+            by = f"{abs(told - own) / own:.1%} {'more' if told > own else 'less'}"
+            found.append(_beside("trained tokens", f"{told:,}", f"{own:,}", by))
+        price, worked_out = self.cost, self.ours.cost
+        if price and worked_out and price.currency == worked_out.currency:
+            more = price.amount - worked_out.amount
+            by = f"{Money(amount=abs(more), currency=price.currency)} "
+            by += "more" if more > 0 else "less"
+            found.append(_beside("cost", str(price), str(worked_out), by))
+        return tuple(found)
+
+    def replacing(self, earlier: "Estimate | None") -> Self:
+        """Return this quote of a provider with what had been worked out here before it."""
+        if self.basis != "quote" or self.ours is not None or earlier is None:
+            return self
+        ours = earlier.ours if earlier.basis == "quote" else earlier
+        return self.model_copy(update={"ours": ours})
+
+
+def _beside(what: str, told: str, own: str, by: str) -> str:
+    same = told == own
+    return f"{what}: {told} quoted, {'the same' if same else own} estimated here" + (
+        "" if same else f" ({by})"
+    )
 
 
 class Budget(BaseModel):
@@ -128,22 +218,8 @@ class Budget(BaseModel):
             BudgetExceeded: Cost or duration is above its limit, or the cost is in a
                 currency that cannot be compared with the limit.
         """
-        if self.max_cost and estimate.cost:
-            if estimate.cost.amount and estimate.cost.currency != self.max_cost.currency:
-                raise BudgetExceeded(
-                    f"The cost is {estimate.cost}, the budget is in {self.max_cost.currency}; "
-                    "they cannot be compared.",
-                    hint=f"Give budget.max_cost in {estimate.cost.currency}.",
-                    limit=str(self.max_cost),
-                    found=str(estimate.cost),
-                )
-            if estimate.cost.amount > self.max_cost.amount:
-                raise BudgetExceeded(
-                    f"The run would cost {estimate.cost}; the budget allows {self.max_cost}.",
-                    hint="Raise budget.max_cost or train on fewer tokens.",
-                    limit=str(self.max_cost),
-                    found=str(estimate.cost),
-                )
+        if self.max_cost:
+            self._check_cost(self.max_cost, estimate)
         if self.max_duration and estimate.duration and estimate.duration > self.max_duration:
             limit, found = format_duration(self.max_duration), format_duration(estimate.duration)
             raise BudgetExceeded(
@@ -152,3 +228,25 @@ class Budget(BaseModel):
                 limit=limit,
                 found=found,
             )
+
+    @staticmethod
+    def _check_cost(limit: Money, estimate: Estimate) -> None:
+        found = " and ".join(map(str, estimate.totals))
+        for total in estimate.totals:
+            if total.amount and total.currency != limit.currency:
+                raise BudgetExceeded(
+                    f"The cost is {found}, the budget is in {limit.currency}; "
+                    "they cannot be compared.",
+                    hint="Leave budget.max_cost out and look at the cost yourself."
+                    if len(estimate.totals) > 1
+                    else f"Give budget.max_cost in {total.currency}.",
+                    limit=str(limit),
+                    found=found,
+                )
+            if total.amount > limit.amount:
+                raise BudgetExceeded(
+                    f"The run would cost {found}; the budget allows {limit}.",
+                    hint="Raise budget.max_cost or train on fewer tokens.",
+                    limit=str(limit),
+                    found=found,
+                )

@@ -1,4 +1,4 @@
-"""A multipart upload of one file: length known beforehand, read in a thread, never whole."""
+"""A multipart upload of a file or a part of one: length known, read in a thread, never whole."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from training_backends.core.errors import DatasetError, Issue
 
-__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file"]
+__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file", "stamp_of"]
 
 CHUNK_BYTES: Final = 2**20
 """Smaller ones are slower, larger ones hold the event loop for longer. Each must leave within
@@ -30,18 +30,21 @@ Progress = Callable[[int, int], None]
 
 
 class HashedFile(NamedTuple):
-    """A file as it was when it was hashed.
+    """A file, or a part of one, as it was when it was hashed.
 
     Attributes:
         sha256: Of its content, in hex.
         size: In bytes.
-        stamp: What the file system says of it; the same again means the same content. None:
-            it had been written so shortly before that another write could bear the same time.
+        stamp: What the file system says of the file; the same again means the same content.
+            None: it had been written so shortly before that another write could bear the
+            same time.
+        start: Where the part begins in the file; None: it is the whole file.
     """
 
     sha256: str
     size: int
     stamp: tuple[int, ...] | None
+    start: int | None = None
 
 
 async def hash_file(path: Path) -> HashedFile:
@@ -57,12 +60,29 @@ async def hash_file(path: Path) -> HashedFile:
 
 
 def _hash_file(path: Path) -> HashedFile:
-    began = time.time_ns()
     with path.open("rb") as file:
-        stamp = _stamp(file)
-        settled = began - max(stamp[-2:]) > _SETTLED_NS
+        stamp = _settled(file)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return HashedFile(digest, file.tell(), stamp if settled else None)
+        return HashedFile(digest, file.tell(), stamp)
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return the stamp for a `HashedFile` that is hashed after this; blocks.
+
+    Raises:
+        DatasetError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return _settled(file)
+    except OSError as error:
+        raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
+
+
+def _settled(file: BinaryIO) -> tuple[int, ...] | None:
+    began = time.time_ns()
+    stamp = _stamp(file)
+    return stamp if began - max(stamp[-2:]) > _SETTLED_NS else None
 
 
 def _stamp(file: BinaryIO) -> tuple[int, ...]:
@@ -78,7 +98,8 @@ class FileUpload:
         fields: Text fields, sent before the file in this order.
         filename: Name told to the server.
         hashed: What the file must be; made sure of before the request is completed. It is
-            hashed again only where the file system cannot tell that it was left alone.
+            hashed again only where the file system cannot tell that it was left alone. Of a
+            part of a file only that part is sent.
     """
 
     def __init__(
@@ -115,20 +136,22 @@ class FileUpload:
         Raises:
             DatasetError: The file is not there, not a file or empty.
         """
-        size = (await self._stat()).st_size
+        size = await self._size()
         return {
             "Content-Type": f"multipart/form-data; boundary={self._boundary}",
             "Content-Length": str(len(self._head) + size + len(self._tail)),
         }
 
-    async def _stat(self) -> os.stat_result:
+    async def _size(self) -> int:
+        if self._hashed is not None and self._hashed.start is not None:
+            return self._hashed.size
         try:
             found = await anyio.to_thread.run_sync(os.stat, self.path)
         except OSError as error:
             raise _unusable(self.path, f"it cannot be read: {error.strerror or error}") from error
         if not found.st_size:
             raise _unusable(self.path, "it is empty")
-        return found
+        return found.st_size
 
     async def stream(self, expected_length: int) -> AsyncGenerator[bytes, None]:
         """Yield the body.
@@ -173,6 +196,7 @@ class _ReadAhead:
         self._path = path
         self._size = size
         self._hashed = hashed
+        self._start = None if hashed is None else hashed.start
         self._read: Queue[bytes | Exception] = Queue(_AHEAD)
         self._unwanted = Event()
         self._thread = Thread(target=self._run, name="upload-reader", daemon=True)
@@ -214,6 +238,8 @@ class _ReadAhead:
     def _read_all(self) -> None:
         digest = None if self._is_as_hashed() else hashlib.sha256()
         done = 0
+        if self._start is not None:
+            self._file.seek(self._start)
         while done < self._size and not self._unwanted.is_set():
             chunk = self._file.read(min(CHUNK_BYTES, self._size - done))
             if not chunk:
@@ -230,9 +256,10 @@ class _ReadAhead:
         return self._hashed is None or self._hashed.stamp == _stamp(self._file)
 
     def _verify(self, sha256: str | None) -> None:
-        now = os.fstat(self._file.fileno()).st_size
-        if now != self._size:
-            raise _changed(self._path, f"it went from {self._size} to {now} bytes")
+        if self._start is None:
+            now = os.fstat(self._file.fileno()).st_size
+            if now != self._size:
+                raise _changed(self._path, f"it went from {self._size} to {now} bytes")
         if self._hashed is None:
             return
         same = self._is_as_hashed() if sha256 is None else sha256 == self._hashed.sha256

@@ -5,9 +5,10 @@ that nothing is proved by the part that is under test.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -15,15 +16,26 @@ import anyio
 from training_backends.core.backend import RemoteFilters, TrainingBackend
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
+from training_backends.core.dialect import RowFormat
 from training_backends.core.errors import RunNotFound, UnsupportedOperation
 from training_backends.core.run import LogRecord, TrainingRun, new_run_id
 from training_backends.core.status import TrainingStatus
+from training_backends.datasets.inspect import inspect
 from training_backends.testing.journal import Killed, MemoryJournal
 
 __all__ = ["BackendConformance", "Subject"]
 
 _PATIENCE = 30.0
 """Seconds in which a check must be over."""
+
+_FORMATS: Mapping[str, frozenset[RowFormat]] = MappingProxyType(
+    {
+        "sft": frozenset({"messages", "text", "completion"}),
+        "dpo": frozenset({"preference", "chosen"}),
+        "classifier": frozenset({"labels"}),
+    }
+)
+"""By method, how rows for it may be written."""
 
 
 class Subject(ABC):
@@ -102,6 +114,26 @@ class BackendConformance:
             report = await subject.backend.validate(config, subject.dataset)
             fields = [issue.field for issue in report.errors]
             _expect("method" in fields, f"an issue of `method` for {method}, not {fields}")
+
+    async def check_dialect_fits_the_methods(self, subject: Subject) -> None:
+        """The rules for data have a format for each method, and take what is trained on."""
+        capabilities = subject.backend.capabilities
+        formats = {*capabilities.dialect.formats}
+        for method in capabilities.methods:
+            _expect(bool(_FORMATS[method] & formats), f"a format for {method} in the dialect")
+        found = inspect(subject.config, dialect=capabilities.dialect)
+        _expect(not found.errors, f"data that the dialect takes, not {found.errors}")
+
+    async def check_tolerated_rows_are_what_the_options_say(self, subject: Subject) -> None:
+        """A share of unusable rows named in the options is the share that is tolerated."""
+        backend = subject.backend
+        options = backend.options_tolerating(0.25)
+        wanted = 0.25 if options else 0.0
+        merged = {**subject.config.options, **options}
+        config = subject.config.model_copy(update={"options": merged})
+        found = backend.tolerated_bad_rows(config)
+        _expect(found == wanted, f"{wanted} of the rows tolerated, not {found}")
+        backend.options_model.model_validate(merged)
 
     async def check_estimate_gives_reasons(self, subject: Subject) -> None:
         """What an estimate does not know, it explains."""

@@ -1,5 +1,6 @@
 """Validation: everything the protocol cannot do is named, and nothing is changed."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,14 @@ from pydantic import ValidationError
 from training_backends import BackendRetired, Dataset, Issue, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.checks import check_config
+from training_backends.backends.mistral.settings import HOSTED_URL
 from training_backends.core.backend import CredentialSource
-from training_backends.core.dataset import DataFile
+from training_backends.datasets.inspect import inspect
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.provider import ScriptedProvider
 
 pytestmark = pytest.mark.anyio
 MakeConfig = Callable[..., TrainingConfig]
-
-
-def data_file(size: int, role: str = "train", **fields: Any) -> DataFile:
-    """Describe a file that need not exist."""
-    values = {
-        "path": Path("x.jsonl"),
-        "role": role,
-        "size": size,
-        "sha256": "0",
-        "rows": 1,
-        **fields,
-    }
-    return DataFile.model_validate(values)
 
 
 def fields_of(issues: list[Issue] | tuple[Issue, ...]) -> list[str | None]:
@@ -92,7 +81,7 @@ async def test_what_the_protocol_lacks_is_named(
 def test_near_option_is_suggested(make_config: MakeConfig) -> None:
     """A misspelt option names the right one."""
     config = make_config(options={"repositores": []})
-    (issue,) = check_config(config, Dataset(files=()), hosted=False)
+    (issue,) = check_config(config)
     assert issue.fix == "did you mean 'repositories'?"
 
 
@@ -103,57 +92,61 @@ def test_foreign_hyperparameters_cannot_be_configured(name: str, make_config: Ma
         make_config(hyperparameters={name: 3})
 
 
-@pytest.mark.parametrize(
-    ("train", "validation", "hosted", "severity"),
-    [
-        (10_000_000, 500_000, True, None),
-        (10_000_000, 500_001, True, "error"),
-        (100_000_000, 1_000_000, True, None),
-        (100_000_000, 1_000_001, True, "error"),
-        (1_000, 500, False, "warning"),
-    ],
-)
+def test_rules_for_data_are_the_protocols(make_backend: Callable[..., MistralAPIBackend]) -> None:
+    """What is a row, and how large files may be, is declared for everybody who judges data."""
+    dialect = make_backend().capabilities.dialect
+    assert (dialect.name, dialect.max_file_bytes) == ("mistral", 512_000_000)
+    assert "preference" not in dialect.formats
+
+
+@pytest.mark.parametrize(("hosted", "severity"), [(True, "error"), (False, "warning")])
 def test_validation_set_is_limited(
-    train: int, validation: int, hosted: bool, severity: str | None, make_config: MakeConfig
+    hosted: bool,
+    severity: str,
+    make_backend: Callable[..., MistralAPIBackend],
+    make_config: MakeConfig,
+    train_file: Path,
 ) -> None:
-    """Validation data is at most 1 MB and 5 % of the training data at the hosted service."""
-    dataset = Dataset(files=(data_file(train), data_file(validation, "validation")))
-    issues = check_config(make_config(), dataset, hosted=hosted)
-    assert [issue.severity for issue in issues] == ([severity] if severity else [])
+    """More than 5 % of the training data is refused by the hosted service only."""
+    valid = train_file.with_name("valid.jsonl")
+    valid.write_text(train_file.read_text().replace("What", "How much"))
+    backend = make_backend(base_url=HOSTED_URL) if hosted else make_backend()
+    config = make_config(data={"train": train_file, "validation": valid})
+    found = inspect(config, dialect=backend.capabilities.dialect)
+    limits = [issue for issue in found.issues if issue.code == "validation_too_large"]
+    assert [issue.severity for issue in limits] == [severity]
 
 
-@pytest.mark.parametrize(("size", "count"), [(512_000_000, 0), (512_000_001, 1)])
-def test_large_file_is_named(size: int, count: int, make_config: MakeConfig) -> None:
-    """A file beyond 512 MB is an error that says to cut it."""
-    issues = check_config(make_config(), Dataset(files=(data_file(size),)), hosted=False)
-    assert [issue.code for issue in issues] == ["file_too_large"] * count
-    assert all("cut it" in str(issue.fix) for issue in issues)
-
-
-@pytest.mark.parametrize(
-    ("method", "samples", "fits"),
-    [
-        ("sft", "instruct", True),
-        ("sft", "pretrain", True),
-        ("sft", "classifier", False),
-        ("classifier", "classifier", True),
-        ("classifier", "instruct", False),
-    ],
-)
-def test_samples_fit_the_method(
-    method: str, samples: str, fits: bool, make_config: MakeConfig
+def test_only_training_files_may_be_too_large(
+    make_backend: Callable[..., MistralAPIBackend], make_config: MakeConfig, train_file: Path
 ) -> None:
-    """Samples with labels go with classifiers, all others do not."""
-    targets = [{"name": "a", "labels": ["x"]}] if method == "classifier" else []
-    config = make_config(method=method, classifier_targets=targets)
-    dataset = Dataset(files=(data_file(10, sample_type=samples),))
-    assert (check_config(config, dataset, hosted=False) == []) is fits
+    """They are sent in parts; a validation file is refused."""
+    valid = train_file.with_name("valid.jsonl")
+    valid.write_text(train_file.read_text().replace("What", "How much"))
+    dialect = make_backend(max_file_bytes=600).capabilities.dialect
+    found = inspect(make_config(data={"train": train_file, "validation": valid}), dialect=dialect)
+    large = {issue.path: issue.severity for issue in found.issues if issue.code == "file_too_large"}
+    assert large == {str(train_file): "warning", str(valid): "error"}
+
+
+async def test_rows_beyond_a_sequence_are_counted(
+    backend: MistralAPIBackend, make_config: MakeConfig, train_file: Path
+) -> None:
+    """A warning says how many rows are longer than seq_len."""
+    row = json.loads(train_file.read_text().splitlines()[0])
+    row["messages"][0]["content"] = "word " * 200
+    train_file.write_text(train_file.read_text() + json.dumps(row) + "\n")
+    config = make_config(hyperparameters={"seq_len": 500})
+    report = await backend.validate(config, inspect(config))
+    (issue,) = [issue for issue in report.issues if issue.code == "overlong_rows"]
+    assert issue.severity == "warning"
+    assert "1 of 21 rows is longer than 500 tokens" in issue.message
 
 
 def test_weights_of_validation_files_are_refused(make_config: MakeConfig, train_file: Path) -> None:
     """A weight on a validation file would have no effect."""
     data = {"train": str(train_file), "validation": {"path": str(train_file), "weight": 2}}
-    issues = check_config(make_config(data=data), Dataset(files=()), hosted=False)
+    issues = check_config(make_config(data=data))
     assert fields_of(issues) == ["data.validation.0.weight"]
 
 

@@ -49,6 +49,8 @@ async def test_run_is_seen_from_another_process(
         run = await client.launch(config, backend="mistral", run_id="mine")
         assert run.estimate is not None
         assert run.estimate.basis == "quote"
+        assert run.estimate.ours is not None
+        assert run.estimate.ours.basis == "exact"
     async with open_client() as client:
         async with aclosing(client.logs("mine", follow=True)) as records:
             messages = [record.message async for record in records]
@@ -102,6 +104,44 @@ async def test_broken_launch_is_repeated_by_its_id(
         (run,) = await client.wait("mine", timeout=10)
     assert run.status is TrainingStatus.COMPLETED
     assert len(provider.asked("POST", path)) == 1
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 4])
+async def test_launch_broken_between_parts_sends_each_once(
+    lost: int,
+    restart: Callable[..., MistralAPIBackend],
+    provider: ScriptedProvider,
+    config: TrainingConfig,
+    tmp_path: Path,
+) -> None:
+    """A large file whose upload breaks at any part is there once, after the same command again."""
+    answer = provider.answer
+
+    def and_be_away(request: Received) -> Reply:
+        if request.method == "POST" and len(provider.asked("POST", "/files")) >= lost:
+            provider.fail(LoseAnswer(), times=1)
+            provider.fail(OtherAnswer(status=500), times=10_000)
+        return answer(request)
+
+    async def launch() -> None:
+        backend = restart(attempts=1, max_file_bytes=600)
+        backends = {"mistral": backend}
+        async with AsyncTrainingClient(home=tmp_path / "home", backends=backends) as client:
+            await client.launch(config, backend="mistral", run_id="mine")
+            (run,) = await client.wait("mine", timeout=10)
+        await backend.aclose()
+        assert run.status is TrainingStatus.COMPLETED
+
+    provider.answer = and_be_away  # type: ignore[method-assign]
+    with pytest.raises(BackendUnavailable):
+        await launch()
+    provider.answer = answer  # type: ignore[method-assign]
+    provider.heal()
+    await launch()
+    sent = b"".join(file.content for file in provider.files.values())
+    assert sent == config.data.train[0].path.read_bytes()
+    assert len(provider.asked("POST", "/files")) == len(provider.files) == 4
     assert [job.starts for job in provider.jobs.values()] == [1]
 
 

@@ -167,7 +167,19 @@ def test_quote_is_read() -> None:
     assert quote is not None
     assert (quote.basis, quote.steps, quote.data_tokens) == ("quote", 10, 305_375)
     assert quote.duration == timedelta(seconds=400)
-    assert any("4 USD" in note for note in quote.notes)
+    assert quote.epochs is not None
+    assert quote.epochs * 305_375 == pytest.approx(quote.train_tokens, rel=1e-3)
+
+
+def test_fees_are_beside_the_hosted_services_quote() -> None:
+    """The service's word leaves its fees out; another server's quote is all there is."""
+    hosted = quote_of(job(metadata={**METADATA, "cost": 1.5}), hosted=True)
+    assert hosted is not None
+    assert [str(item.amount) for item in hosted.costs] == ["1.50 USD", "2.50 USD", "2.00 USD"]
+    assert str(hosted.cost) == "6.00 USD"
+    own = quote_of(job(metadata={**METADATA, "cost": 1.5}))
+    assert own is not None
+    assert str(own.cost) == "1.50 USD"
 
 
 @pytest.mark.parametrize("metadata", [None, {"cost": 0.0}, {"cost": None, "train_tokens": None}])

@@ -3,7 +3,9 @@
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
@@ -12,27 +14,34 @@ from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.checks import check_config, check_secrets, check_server
-from training_backends.backends.mistral.estimates import estimate_from_count
+from training_backends.backends.mistral.estimates import (
+    count_epoch,
+    estimate_from_count,
+    sequence_length,
+)
 from training_backends.backends.mistral.launch import Launch
 from training_backends.backends.mistral.options import MistralOptions
 from training_backends.backends.mistral.polling import Pace, ask_patiently
 from training_backends.backends.mistral.records import LogReader
 from training_backends.backends.mistral.requests import config_of
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.backends.mistral.states import is_ending, moment, quote_of, state_of
+from training_backends.backends.mistral.states import is_ending, moment, state_of
 from training_backends.backends.mistral.sweep import FEW, Sweep
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,
     Health,
     Journal,
+    JSONValue,
     RemoteFilters,
     RemoteRun,
     TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
+from training_backends.core.counting import counting
 from training_backends.core.dataset import Dataset
+from training_backends.core.dialect import Dialect, Level
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
@@ -44,10 +53,12 @@ from training_backends.core.run import (
 )
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
+from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.overlong import overlong_rows
 from training_backends.datasets.tokens import count_tokens
 from training_backends.mistral.errors import error_from_answer
 from training_backends.mistral.status import to_status, to_wire
-from training_backends.mistral.wire import MAX_FILE_BYTES, Job
+from training_backends.mistral.wire import Job
 from training_backends.net.client import HttpClient
 
 __all__ = ["MistralAPIBackend"]
@@ -60,7 +71,6 @@ _CAPABILITIES: Final = Capabilities(
     resumes=True,
     lists_remote=True,
     validation_files=True,
-    max_file_bytes=MAX_FILE_BYTES,
     suffix=True,
     integrations=frozenset({"wandb"}),
 )
@@ -86,6 +96,7 @@ class MistralAPIBackend(TrainingBackend):
         self._credentials = credentials
         self._settings = settings or load_settings(MistralSettings)
         self._opened: MistralAPI | None = None
+        self._capabilities = _CAPABILITIES.model_copy(update={"dialect": _dialect(self._settings)})
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -116,7 +127,7 @@ class MistralAPIBackend(TrainingBackend):
     @property
     def capabilities(self) -> Capabilities:
         """What the protocol can do."""
-        return _CAPABILITIES
+        return self._capabilities
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
@@ -131,6 +142,10 @@ class MistralAPIBackend(TrainingBackend):
         """Take the share from the options; the server leaves such rows out."""
         return MistralOptions.model_validate(config.options).invalid_sample_skip_percentage
 
+    def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
+        """Name the share among the options."""
+        return {"invalid_sample_skip_percentage": fraction}
+
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See the base; also asks the server whether it trains and has the model.
 
@@ -138,16 +153,38 @@ class MistralAPIBackend(TrainingBackend):
             BackendRetired: The server trains no more.
             ConfigError: The key would travel unencrypted to another host.
         """
-        issues = check_config(config, dataset, hosted=self._settings.is_hosted)
+        issues = check_config(config)
         issues += await check_secrets(config, self._credentials)
+        wishes = counting()
+        overlong = partial(
+            overlong_rows,
+            dataset,
+            config.model,
+            sequence_length(config),
+            fix="shorten them, or set another seq_len; what the server does with them is its own",
+            cache=wishes.cache,
+            on_progress=wishes.on_progress,
+        )
+        if issue := await anyio.to_thread.run_sync(overlong):
+            issues.append(issue)
         if not any(issue.severity == "error" for issue in issues):
             issues += await check_server(config, self.api)
         return ValidationReport(issues=tuple(issues))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count here what can be counted; the server's own quote comes during the launch."""
-        count = await anyio.to_thread.run_sync(count_tokens, dataset, config.model)
-        return estimate_from_count(config, count, hosted=self._settings.is_hosted)
+        wishes = counting()
+        count = partial(
+            count_tokens,
+            model=config.model,
+            sample=wishes.sample,
+            exact=wishes.exact,
+            seq_len=sequence_length(config),
+            cache=wishes.cache,
+            on_progress=wishes.on_progress,
+        )
+        once, epoch = await anyio.to_thread.run_sync(count_epoch, dataset, count)
+        return estimate_from_count(config, once, epoch, hosted=self._settings.is_hosted)
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """Upload, create, wait for the quote, start; see the base.
@@ -342,9 +379,9 @@ class MistralAPIBackend(TrainingBackend):
             await opened.aclose()
 
     def _state(self, job: Job, run: TrainingRun | None = None) -> RunState:
+        state = state_of(job, hosted=self._settings.is_hosted)
         quoted = run and run.estimate and run.estimate.basis == "quote"
-        quote = None if quoted else quote_of(job, hosted=self._settings.is_hosted)
-        return state_of(job).model_copy(update={"estimate": quote})
+        return state.model_copy(update={"estimate": None}) if quoted else state
 
     def _job_id(self, run: TrainingRun) -> str:
         if run.remote_id is None:
@@ -366,6 +403,14 @@ class MistralAPIBackend(TrainingBackend):
             error.run_id = error.run_id or run.id
             error.backend = error.backend or self.name
             raise
+
+
+def _dialect(settings: MistralSettings) -> Dialect:
+    """Return the protocol's rules as this server has them."""
+    # Validation data is limited by the hosted service; nothing is known of others.
+    milder: dict[str, Level] = {} if settings.is_hosted else {"validation_too_large": "warning"}
+    levels = {**MISTRAL.levels, **milder}
+    return replace(MISTRAL, max_file_bytes=settings.max_file_bytes, levels=levels)
 
 
 def _decode_error(status: int, headers: Mapping[str, str], body: bytes) -> TrainingBackendError:

@@ -13,7 +13,6 @@ from training_backends.backends.mistral.requests import (
 )
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TrainingConfig
-from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import (
     BackendRetired,
     ConfigError,
@@ -22,17 +21,14 @@ from training_backends.core.errors import (
     TrainingBackendError,
     VaultLocked,
 )
-from training_backends.mistral.wire import MAX_FILE_BYTES, FTModelCard
+from training_backends.mistral.wire import FTModelCard
 
 __all__ = ["check_config", "check_secrets", "check_server"]
 
-_MAX_VALIDATION_BYTES = 10**6
-_MAX_VALIDATION_SHARE = 0.05
 
-
-def check_config(config: TrainingConfig, dataset: Dataset, *, hosted: bool) -> list[Issue]:
-    """Return what the protocol cannot express and what is over its limits; asks nobody."""
-    issues = [*_config_issues(config), *_data_issues(config, dataset, hosted=hosted)]
+def check_config(config: TrainingConfig) -> list[Issue]:
+    """Return what the protocol cannot express; asks nobody. Its limits for data are a dialect."""
+    issues = [*_config_issues(config)]
     try:
         read_options(config)
     except ConfigError as error:
@@ -74,41 +70,6 @@ def _lacking(field: str, what: str, fix: str) -> Issue:
         message=f"the Mistral protocol has no {what}",
         field=field,
         fix=fix,
-    )
-
-
-def _data_issues(config: TrainingConfig, dataset: Dataset, *, hosted: bool) -> Iterator[Issue]:
-    for file in dataset.files:
-        if file.size > MAX_FILE_BYTES:
-            yield Issue(
-                code="file_too_large",
-                message=f"{file.size} bytes; the protocol takes {MAX_FILE_BYTES}",
-                path=str(file.path),
-                fix="cut it between two lines; any number of files can be trained on",
-            )
-        wanted = config.method == "classifier"
-        if file.sample_type is not None and (file.sample_type == "classifier") is not wanted:
-            yield _wrong_samples(file, config.method)
-    train = sum(file.size for file in dataset.train)
-    validation = sum(file.size for file in dataset.validation)
-    limit = min(_MAX_VALIDATION_BYTES, int(train * _MAX_VALIDATION_SHARE))
-    if validation > limit:
-        yield Issue(
-            code="validation_too_large",
-            message=f"{validation} bytes of validation data; the hosted service takes at most "
-            f"{limit} (1 MB, and 5 % of the training data)",
-            field="data.validation",
-            fix="validate on fewer rows",
-            severity="error" if hosted else "warning",
-        )
-
-
-def _wrong_samples(file: DataFile, method: str) -> Issue:
-    return Issue(
-        code="wrong_samples",
-        message=f"{file.sample_type} samples cannot be trained on with method {method}",
-        path=str(file.path),
-        fix="use `method: classifier` for samples with labels, `method: sft` for all others",
     )
 
 

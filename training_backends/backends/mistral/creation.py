@@ -43,9 +43,10 @@ _Listed = tuple[str, Job | None]
 
 
 class _Files(BaseModel):
-    """Ids of the files that a job is created with."""
+    """Ids of the files that a job is created with, and the weights of those to train on."""
 
     train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     validation: tuple[str, ...] = ()
 
 
@@ -66,9 +67,11 @@ class _Before(BaseModel):
         """Return `wanted` with the files as they were then."""
         if self.files is None:
             return wanted
+        # Another limit may have cut the files into other parts since.
+        weights = self.files.weights or [file.weight for file in wanted.training_files]
         train = [
-            TrainingFile(file_id=file_id, weight=file.weight)
-            for file_id, file in zip(self.files.train, wanted.training_files, strict=True)
+            TrainingFile(file_id=file_id, weight=weight)
+            for file_id, weight in zip(self.files.train, weights, strict=True)
         ]
         validation = list(self.files.validation) or None
         return wanted.model_copy(update={"training_files": train, "validation_files": validation})
@@ -301,6 +304,7 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
 def _files(asked: JobIn) -> _Files:
     return _Files(
         train=tuple(file.file_id for file in asked.training_files),
+        weights=tuple(file.weight for file in asked.training_files),
         validation=tuple(asked.validation_files or ()),
     )
 

@@ -1,50 +1,141 @@
 """What a run will take, as far as it can be counted and was priced; nothing is guessed."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
-from training_backends.backends.mistral.prices import MINIMUM_FEE_NOTE, Price, find_price
+from training_backends.backends.mistral.prices import FEES_NOTE, Price, find_price, with_fees
 from training_backends.backends.mistral.requests import job_type_of
+from training_backends.backends.mistral.states import passes
 from training_backends.core.config import TrainingConfig
-from training_backends.core.estimate import Estimate
+from training_backends.core.dataset import Dataset
+from training_backends.core.estimate import CostItem, Estimate, Money, add_up
 from training_backends.datasets.tokens import TokenCount
+from training_backends.rundir.directory import rows_per_epoch
 
-__all__ = ["estimate_from_count"]
+__all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
+
+_SEQ_LEN: Mapping[str, int] = MappingProxyType({"completion": 32_768, "classifier": 16_384})
+"""Documentation of the service, 2025."""
+_WEIGHTS_NOTE = (
+    "Weights of files are taken as our own gateway takes them: a row of a file of weight 2 is "
+    "seen twice as often as one of weight 1, and an epoch has as many rows as all files have."
+)
+_WEIGHTS_UNKNOWN = "What the hosted service made of them is not known."
 
 
-def estimate_from_count(config: TrainingConfig, count: TokenCount, *, hosted: bool) -> Estimate:
-    """Work out tokens, steps and cost from a count of the training data."""
-    data_tokens = count.data_tokens
-    notes = [] if data_tokens is not None else [f"Tokens are not known: {count.reason}."]
+def sequence_length(config: TrainingConfig) -> int:
+    """Return the tokens of a sequence: as configured, or the service's own default."""
+    return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config)]
+
+
+def count_epoch(
+    dataset: Dataset, count: Callable[[Dataset], TokenCount]
+) -> tuple[TokenCount, TokenCount]:
+    """Count the training data once, and as one epoch sees it, which weights make another number.
+
+    Args:
+        count: Counts a dataset, each row once.
+    """
+    files = dataset.train
+    weights = tuple(file.weight for file in files)
+    if len(set(weights)) <= 1:
+        counted = count(dataset)
+        return counted, counted
+    rows = tuple(file.rows for file in files)
+    counts = [count(dataset.model_copy(update={"files": (file,)})) for file in files]
+    shares = [
+        seen / (there or 1) for seen, there in zip(rows_per_epoch(rows, weights), rows, strict=True)
+    ]
+    return _sum(counts, [1.0] * len(counts)), _sum(counts, shares)
+
+
+def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
+    """Add counts of several files, each so many times; their errors are independent."""
+    total = variance = 0.0
+    for counted, share in zip(counts, shares, strict=True):
+        if counted.data_tokens is None:
+            return counted
+        total += share * counted.data_tokens
+        if counted.interval:
+            variance += (share * (counted.interval[1] - counted.interval[0]) / 2) ** 2
+    margin = math.sqrt(variance)
+    interval = max(0, math.floor(total - margin)), math.ceil(total + margin)
+    return TokenCount(
+        data_tokens=round(total),
+        basis="sampled" if variance else "exact",
+        interval=interval if variance else None,
+        tokenizer=counts[0].tokenizer,
+        seq_len=counts[0].seq_len,
+        over=sum(counted.over or 0 for counted in counts),
+        notes=tuple(dict.fromkeys(note for counted in counts for note in counted.notes)),
+    )
+
+
+def estimate_from_count(
+    config: TrainingConfig, count: TokenCount, epoch: TokenCount | None = None, *, hosted: bool
+) -> Estimate:
+    """Work out tokens, steps, epochs and cost from a count of the training data.
+
+    Args:
+        epoch: Tokens of one epoch, if they are not those of `count`.
+        hosted: It is the provider's own service, of which prices are known.
+    """
+    epoch = epoch or count
+    notes = list(count.notes)
+    if count.data_tokens is None:
+        notes.append(f"Tokens are not known: {count.reason}.")
+    elif count.over and count.seq_len:
+        about = "About " if count.basis == "sampled" else ""
+        notes.append(
+            f"{about}{count.over:,} rows are longer than the {count.seq_len:,} tokens of a "
+            "sequence; what the server does with the rest is not known."
+        )
     if len({source.weight for source in config.data.train}) > 1:
-        notes.append("Tokens are those of the files as they are, whatever their weights.")
+        notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)
     # Both were seen at the hosted service and say nothing of another server.
     price = find_price(config.model, job_type_of(config)) if hosted else None
-    train_tokens, steps = _amounts(config, data_tokens, price, notes)
-    cost = None
+    train_tokens, steps = _amounts(config, epoch.data_tokens, price, notes)
+    costs: tuple[CostItem, ...] = ()
     if not hosted:
         notes.append("Cost is not known: the server names it once it has checked the data.")
     elif price is None:
-        notes.append(f"Cost is not known: no price was seen for {config.model}.")
+        notes.append(f"Cost is not known: no price was seen for {config.model}. {FEES_NOTE}")
     elif train_tokens is None:
-        notes.append("Cost is not known because the number of trained tokens is not.")
+        notes.append(f"Cost is not known because trained tokens are not. {FEES_NOTE}")
     else:
-        cost = price.cost(train_tokens)
-        notes.append(MINIMUM_FEE_NOTE)
-    notes.append("Duration is not known: it depends on the server.")
+        costs, note = with_fees(price.cost(train_tokens), price.source)
+        notes.append(note)
+    notes.append("Duration is not known: it depends on the server, and no run of it is at hand.")
     return Estimate(
         train_tokens=train_tokens,
-        data_tokens=data_tokens,
+        data_tokens=count.data_tokens,
         steps=steps,
-        cost=cost,
+        epochs=config.hyperparameters.epochs or passes(train_tokens, epoch.data_tokens),
+        costs=costs,
+        cost_interval=_cost_interval(config, epoch, price) if costs else None,
         basis=count.basis,
         interval=count.interval,
-        price_source=price.source if price and cost else None,
         notes=tuple(notes),
     )
 
 
+def _cost_interval(
+    config: TrainingConfig, epoch: TokenCount, price: Price | None
+) -> tuple[Money, Money] | None:
+    """Return what the run costs at the bounds of a sampled count; None where none was used."""
+    epochs = config.hyperparameters.epochs
+    if price is None or epochs is None or epoch.interval is None:
+        return None
+    bounds: list[Money] = []
+    for tokens in epoch.interval:
+        items, _ = with_fees(price.cost(math.ceil(tokens * epochs)), price.source)
+        bounds += add_up(item.amount for item in items)
+    return (bounds[0], bounds[1]) if len(bounds) == 2 else None  # several currencies
+
+
 def _amounts(
-    config: TrainingConfig, data_tokens: int | None, price: Price | None, notes: list[str]
+    config: TrainingConfig, epoch_tokens: int | None, price: Price | None, notes: list[str]
 ) -> tuple[int | None, int | None]:
     """Return trained tokens and steps; what is not known is None and noted."""
     hyper = config.hyperparameters
@@ -57,9 +148,9 @@ def _amounts(
     if hyper.epochs is None:
         notes.append("Trained tokens are not known: neither epochs nor training_steps is set.")
         return None, None
-    if data_tokens is None:
+    if epoch_tokens is None:
         return None, None
-    train_tokens = math.ceil(data_tokens * hyper.epochs)
+    train_tokens = math.ceil(epoch_tokens * hyper.epochs)
     if per_step is None:
         notes.append("Steps are not known: the server decides how many tokens make one.")
         return train_tokens, None

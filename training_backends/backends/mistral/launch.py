@@ -31,7 +31,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.mistral.status import to_status
-from training_backends.mistral.wire import DetailedJob, Job
+from training_backends.mistral.wire import DetailedJob, Job, TrainingFile
 
 __all__ = ["Launch"]
 
@@ -100,13 +100,17 @@ class Launch:
         wanted = await make_job(self.run.config, train, validation, self.credentials)
         return await Creation(api=self.api, steps=self._steps, run=self.run).create(wanted)
 
-    async def _files(self) -> tuple[list[str], list[str]]:
+    async def _files(self) -> tuple[list[TrainingFile], list[str]]:
         old = await self._old_files()
         if old is not None:
             return old
         data = self.run.config.data
         try:
-            train = [await self._uploads.file_id(source.path) for source in data.train]
+            train = [
+                TrainingFile(file_id=file_id, weight=source.weight)
+                for source in data.train
+                for file_id in await self._uploads.file_ids(source.path)
+            ]
             validation = [await self._uploads.file_id(source.path) for source in data.validation]
         except DatasetError as error:
             if not self.anew:
@@ -118,18 +122,22 @@ class Launch:
             ) from error
         return train, validation
 
-    async def _old_files(self) -> tuple[list[str], list[str]] | None:
+    async def _old_files(self) -> tuple[list[TrainingFile], list[str]] | None:
         """Return the files of the job that is done again, if all are still there."""
         if self.reuse is None:
             return None
         train, validation = self.reuse.training_files, self.reuse.validation_files or []
         data = self.run.config.data
-        if (len(train), len(validation)) != (len(data.train), len(data.validation)):
+        weights = [source.weight for source in data.train]
+        if len(train) > len(weights) and len(set(weights)) == 1:
+            weights = weights[:1] * len(train)  # some were sent in parts
+        if (len(train), len(validation)) != (len(weights), len(data.validation)):
             return None
         for file_id in (*train, *validation):
             if not await self._uploads.has(file_id):
                 return None
-        return train, validation
+        files = zip(train, weights, strict=True)
+        return [TrainingFile(file_id=name, weight=weight) for name, weight in files], validation
 
     # -- quote -------------------------------------------------------------------------
 
@@ -177,7 +185,8 @@ class Launch:
     def _state(self, job: Job) -> RunState:
         """Translate a job; the quote is told once, with its notes."""
         quote = None if self._quoted else self._quote(job)
-        return state_of(job).model_copy(update={"estimate": quote})
+        state = state_of(job, hosted=self.settings.is_hosted)
+        return state.model_copy(update={"estimate": quote})
 
     async def _take_back(self, job_id: str, refusal: BudgetExceeded) -> None:
         """Cancel a job that must not be started; until it is, it costs nothing."""

@@ -92,14 +92,11 @@ async def find_credential(credentials: CredentialSource, reference: str) -> str:
 
 async def make_job(
     config: TrainingConfig,
-    train: Sequence[str],
+    train: Sequence[TrainingFile],
     validation: Sequence[str],
     credentials: CredentialSource,
 ) -> JobIn:
     """Write the create request. It holds secrets where the configuration names some.
-
-    Args:
-        train: File ids in the order of the configuration.
 
     Raises:
         CredentialNotFound: A named secret does not exist.
@@ -108,10 +105,7 @@ async def make_job(
     options = read_options(config)
     values: dict[str, Any] = {
         "model": config.model,
-        "training_files": [
-            TrainingFile(file_id=file_id, weight=source.weight)
-            for file_id, source in zip(train, config.data.train, strict=True)
-        ],
+        "training_files": list(train),
         "auto_start": False,
         "invalid_sample_skip_percentage": options.invalid_sample_skip_percentage,
         "job_type": job_type_of(config),

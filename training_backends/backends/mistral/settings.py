@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
+from training_backends.mistral.wire import MAX_FILE_BYTES
 from training_backends.net.pool import HttpPolicy
 from training_backends.net.urls import is_loopback, normalize_base_url
 
@@ -32,6 +33,10 @@ class MistralSettings(SectionSettings):
     call_timeout: PositiveFloat = Field(default=120.0, description="A call with all its attempts.")
     upload_timeout: PositiveFloat = Field(
         default=600.0, description="Until an uploaded file is answered for; it is checked there."
+    )
+    max_file_bytes: PositiveInt = Field(
+        default=MAX_FILE_BYTES,
+        description="Largest file that the server takes; a larger training file goes in parts.",
     )
     attempts: PositiveInt = Field(default=5, description="How often a request is sent at most.")
     poll_min: PositiveFloat = Field(default=0.5, description="Between two looks at a new state.")

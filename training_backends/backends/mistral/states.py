@@ -7,8 +7,8 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final
 
-from training_backends.backends.mistral.prices import MINIMUM_FEE_NOTE, STORAGE_NOTE
-from training_backends.core.estimate import Estimate, Money, PriceSource
+from training_backends.backends.mistral.prices import with_fees
+from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import Checkpoint, Failure, FailureKind, RunState, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.mistral.status import to_status
@@ -23,6 +23,7 @@ __all__ = [
     "is_over",
     "metrics_of",
     "moment",
+    "passes",
     "plain",
     "quote_of",
     "second",
@@ -156,13 +157,18 @@ def short_state_of(word: str, modified_at: float) -> RunState:
     )
 
 
-def state_of(job: Job) -> RunState:
-    """Translate a job; what a list leaves out stays None."""
+def state_of(job: Job, *, hosted: bool = False) -> RunState:
+    """Translate a job; what a list leaves out stays None.
+
+    Args:
+        hosted: It is a job of the provider's own service, with its fees.
+    """
     status = to_status(job.status)
     detailed = job if isinstance(job, DetailedJob) else None
     events = sorted_events(detailed.events) if detailed else []
     checkpoints = _checkpoints(detailed) if detailed else None
-    over = status is TrainingStatus.COMPLETED
+    quote = quote_of(job, hosted=hosted)
+    completed = status is TrainingStatus.COMPLETED
     return RunState(
         status=status,
         raw_status=str(plain(job.status)),
@@ -175,8 +181,8 @@ def state_of(job: Job) -> RunState:
         metrics=_latest(checkpoints) if checkpoints else None,
         checkpoints=checkpoints or None,
         result_model=plain(job.fine_tuned_model),
-        estimate=quote_of(job),
-        cost=_money(job) if over else None,
+        estimate=quote,
+        cost=(quote.cost or _money(job)) if quote and completed else None,
         changed_at=moment(job.modified_at),
     )
 
@@ -237,16 +243,24 @@ def _money(job: Job) -> Money | None:
 
 
 def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
-    """Return the server's own quote; None until it has checked the data."""
+    """Return the server's own quote; None until it has checked the data.
+
+    The service's word leaves its fees out: for a `hosted` job they are added, each by itself.
+    """
     meta = job.metadata
     if meta is None or (meta.train_tokens is None and not meta.cost):
         return None  # until then the service wrote null, or a cost of zero
     cost = _money(job)
     notes = ["Expected durations of the hosted service were far off."] if hosted else []
+    costs: tuple[CostItem, ...] = ()
     if cost is None:
         notes.append("The server named no price.")
-    elif hosted:
-        notes += [MINIMUM_FEE_NOTE, STORAGE_NOTE]
+    else:
+        source = PriceSource(name="quote of the server", as_of=utc_now().date())
+        costs = (CostItem(name="training", amount=cost, source=source),)
+        if hosted:
+            costs, note = with_fees(cost, source)
+            notes.append(note)
     seconds = meta.expected_duration_seconds
     if seconds is not None and not 0 <= seconds <= _LATEST:
         seconds = None
@@ -254,14 +268,19 @@ def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
         train_tokens=meta.train_tokens,
         data_tokens=meta.data_tokens,
         steps=_total_steps(job),
-        cost=cost,
+        epochs=passes(meta.train_tokens, meta.data_tokens),
+        costs=costs,
         duration=None if seconds is None else timedelta(seconds=seconds),
         basis="quote",
-        price_source=PriceSource(name="quote of the server", as_of=utc_now().date())
-        if cost
-        else None,
         notes=tuple(notes),
     )
+
+
+def passes(train_tokens: int | None, data_tokens: int | None) -> float | None:
+    """Return how often the data is gone through, None where that cannot be told."""
+    if train_tokens is None or not data_tokens:
+        return None
+    return round(train_tokens / data_tokens, 4)
 
 
 def failure_of(job: Job) -> Failure:

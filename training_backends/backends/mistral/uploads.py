@@ -1,15 +1,19 @@
 """The files of a launch: each content is at the server once, for all runs."""
 
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from anyio import from_thread, to_thread
+
 from training_backends.backends.mistral.api import MistralAPI
 from training_backends.backends.mistral.steps import Steps
 from training_backends.core.backend import JSONValue
-from training_backends.core.errors import ProtocolError, RunNotFound
-from training_backends.net.multipart import HashedFile, hash_file
+from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
+from training_backends.datasets.shard import plan_shards
+from training_backends.net.multipart import HashedFile, hash_file, stamp_of
 
 __all__ = ["Uploads"]
 
@@ -24,18 +28,38 @@ class Uploads:
     api: MistralAPI
     steps: Steps
 
+    async def file_ids(self, path: Path) -> list[str]:
+        """Return the server's ids of a training file, uploaded now as far as it has to be.
+
+        One that is larger than the server takes is sent in parts, cut between two lines,
+        straight from where it lies. Each part counts as a file of its own in all that follows,
+        so a launch that was cut off goes on with the first part that is missing.
+
+        Raises:
+            DatasetError: The file cannot be read or cut, or is not what it was.
+        """
+        size = await to_thread.run_sync(_size_of, path)
+        limit = self.steps.settings.max_file_bytes
+        if size <= limit:
+            return [await self.file_id(path)]
+        parts = await to_thread.run_sync(_parts_of, path, limit)
+        return [await self._id_of(path, part, size) for part in parts]
+
     async def file_id(self, path: Path) -> str:
-        """Return the server's id of a file, uploaded now if it has to be.
+        """Return the server's id of a whole file, uploaded now if it has to be.
 
         Raises:
             DatasetError: The file cannot be read, or is not what it was.
         """
-        journal, scope = self.steps.journal, self.steps.settings.scope
         hashed = await hash_file(path)
+        return await self._id_of(path, hashed, hashed.size)
+
+    async def _id_of(self, path: Path, hashed: HashedFile, size: int) -> str:
+        journal, scope = self.steps.journal, self.steps.settings.scope
         known = await journal.known_upload(scope, hashed.sha256)
         if known is not None and await self.has(known, hashed.size):
             return known
-        file_id = await self._upload_once(path, hashed)
+        file_id = await self._upload_once(path, hashed, size)
         await journal.uploaded(scope, hashed.sha256, file_id)
         return file_id
 
@@ -47,7 +71,7 @@ class Uploads:
             return False
         return not found.deleted and (size is None or found.bytes in {None, size})
 
-    async def _upload_once(self, path: Path, hashed: HashedFile) -> str:
+    async def _upload_once(self, path: Path, hashed: HashedFile, size: int) -> str:
         # The name says what is inside, so a file found by it can be trusted, and the
         # server keeps one copy for all runs.
         filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
@@ -59,7 +83,7 @@ class Uploads:
         async def do() -> JSONValue:
             nonlocal fresh
             fresh = True
-            return await find() or await self._upload(path, filename, hashed)
+            return await find() or await self._upload(path, filename, hashed, size)
 
         for attempt in range(1, _LOSSES + 1):
             name = f"upload:{hashed.sha256}" + (f"#{attempt}" if attempt > 1 else "")
@@ -68,9 +92,11 @@ class Uploads:
                 return file_id
         raise ProtocolError(f"The server keeps losing the uploaded file {filename}.")
 
-    async def _upload(self, path: Path, filename: str, hashed: HashedFile) -> str:
-        def progress(done: int, total: int) -> None:
-            self.steps.journal.progress(f"upload {path.name}", done, total)
+    async def _upload(self, path: Path, filename: str, hashed: HashedFile, size: int) -> str:
+        before = hashed.start or 0
+
+        def progress(done: int, _total: int) -> None:
+            self.steps.journal.progress(f"upload {path.name}", before + done, size)
 
         found = await self.api.upload_file(
             path, filename=filename, hashed=hashed, on_progress=progress
@@ -83,3 +109,34 @@ class Uploads:
                 if file.filename == filename and file.bytes in {None, size}:
                     return file.id
         return None
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _parts_of(path: Path, limit: int) -> Sequence[HashedFile]:
+    """Cut a file and hash its parts, all before the first one is sent.
+
+    Each is held against its hash when it is sent, so a file that changes meanwhile is never
+    trained on in parts of different age.
+    """
+    stamp = stamp_of(path)
+    try:
+        shards = plan_shards(path, limit, on_progress=lambda *_: from_thread.check_cancelled())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return [
+        HashedFile(shard.sha256, shard.size, stamp, shard.offset)
+        for shard in shards
+        if shard.rows < shard.size  # nothing but line ends is no file to train on
+    ]
+
+
+def _unreadable(path: Path, error: OSError) -> DatasetError:
+    why = f"it cannot be read: {error.strerror or error}"
+    issue = Issue(code="unreadable_file", message=why, path=str(path))
+    return DatasetError(f"{path.name} cannot be uploaded: {why}.", issues=[issue])
