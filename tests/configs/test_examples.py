@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client.cadence import WatchSettings
 from training_backends.client.configfile import load_config
@@ -14,13 +15,16 @@ from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
 from training_backends.core.settings import SectionSettings, Settings
 from training_backends.credentials.settings import CredentialSettings
+from training_backends.datasets.dialects import LOCAL, MISTRAL
 from training_backends.datasets.inspect import inspect
+from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.settings import GatewaySettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
 SECTIONS: dict[str | None, type[SectionSettings]] = {
     None: Settings,
+    "local": LocalSettings,
     "mistral": MistralSettings,
     "credentials": CredentialSettings,
     "watch": WatchSettings,
@@ -36,6 +40,8 @@ def test_there_are_examples() -> None:
     """The examples that the documentation names are there."""
     assert {path.stem for path in EXAMPLES} >= {
         "classifier",
+        "local-classifier",
+        "local-dpo",
         "local-lora",
         "local-tiny",
         "minimal",
@@ -48,7 +54,8 @@ def test_an_example_is_valid_and_its_data_is_clean(path: Path) -> None:
     """It loads as the command line loads it, and its files pass inspection."""
     loaded = load_config(path)
     assert loaded.backend is None or loaded.backend in installed_backends()
-    dataset = inspect(loaded.config)
+    dialect = {"local": LOCAL}.get(loaded.backend or "", MISTRAL)
+    dataset = inspect(loaded.config, dialect=dialect)
     assert dataset.issues == ()
     assert dataset.train
 
@@ -80,6 +87,18 @@ def test_every_setting_of_the_example_is_real() -> None:
     for name, table in [(None, top), *sections.items()]:
         assert set(table) <= set(SECTIONS[name].model_fields)
         SECTIONS[name].model_validate(table)
+
+
+def test_the_example_catalogue_maps_names_to_open_weights() -> None:
+    """The gateway takes it, and each name stands for a model of the hub."""
+    text = (CONFIGS / "models.toml").read_text()
+    catalogue = Catalogue.load(CONFIGS / "models.toml")
+    for name in tomllib.loads(text)["models"]:
+        offer = catalogue.get(name)
+        assert offer is not None
+        assert re.fullmatch(r"mistralai/[\w.-]+", offer.target)
+        assert offer.licence
+    assert "ministral-3b-latest" in catalogue.names("classifier")
 
 
 def test_the_samples_ship_with_the_package_and_fit_its_limits() -> None:

@@ -1,6 +1,8 @@
 """Small data and run directories for the engine's tests."""
 
+import gc
 import json
+import os
 import random
 import signal
 import subprocess
@@ -15,6 +17,10 @@ import pytest
 from training_backends.rundir.directory import RunDir, RunSpec
 
 MakeRun = Callable[..., RunDir]
+
+# Before torch is loaded: so small a model gains nothing from a second thread, and threads that
+# wait for each other on a busy machine took four times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def write_chats(path: Path, count: int, seed: int) -> Path:
@@ -110,6 +116,14 @@ def until(condition: Callable[[], object], timeout: float = 60.0) -> None:
 def until_fixture() -> Callable[..., None]:
     """Return a function that waits for a condition."""
     return until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_are_no_garbage() -> Iterator[None]:
+    """Spare each training, which ends with a collection, the look through all of torch."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Real training runs of the built-in model, from the spec to the result."""
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,6 @@ Until = Callable[..., None]
 def metrics(run: RunDir) -> dict[int, MetricsRow]:
     """Return the last row of each step."""
     return {row.step: row for row, _ in run.read_metrics()}
-
-
-def learnt(run: RunDir) -> list[tuple[int, float, float | None, float | None]]:
-    """Return what a run's numbers must be equal in, to the last bit."""
-    rows = metrics(run).values()
-    return [(row.step, row.train_loss, row.grad_norm, row.valid_loss) for row in rows]
-
-
-def weights(run: RunDir) -> bytes:
-    """Return the bytes of the finished model's weights."""
-    return (run.result / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -127,48 +115,6 @@ def test_a_completed_run_is_left_as_it_is(finished: RunDir) -> None:
     after = {p: p.read_bytes() for p in finished.path.rglob("*") if p.is_file()}
     del after[finished.lock]
     assert after == before
-
-
-def test_sigterm_saves_and_the_same_command_goes_on_bit_equal(
-    finished: RunDir, make_run: MakeRun, tmp_path: Path, engine: Any, until: Until
-) -> None:
-    """Stopped amid the run and continued, every number and every weight is the same."""
-    run = make_run(tmp_path / "stopped")
-    child = engine.start("train", run.path)
-    until(lambda: 6 in metrics(run))
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == ExitCode.STOPPED
-    record = run.read_exit()
-    assert record is not None
-    assert record.status == "stopped"
-    assert 6 <= record.step < 30
-    assert run.read_checkpoints()[-1][1].step == record.step
-    assert train(run.path) is ExitCode.DONE
-    assert learnt(run) == learnt(finished)
-    assert weights(run) == weights(finished)
-
-
-def test_kill_9_loses_no_more_than_since_the_last_checkpoint(
-    finished: RunDir, make_run: MakeRun, tmp_path: Path, engine: Any, until: Until
-) -> None:
-    """After a kill the lock is free, nothing says how it ended, and it can be continued."""
-    run = make_run(tmp_path / "killed")
-    child = engine.start("train", run.path)
-    until(run.read_checkpoints)
-    child.kill()
-    child.wait()
-    until(lambda: not run.is_active())
-    assert run.read_exit() is None
-    # What the crash tore, the newest checkpoint above all, must not be continued from.
-    newest = run.read_checkpoints()[-1][0]
-    torn = run.checkpoints / "step-29"
-    newest.rename(torn)
-    (torn / "optimizer.pt").write_bytes(b"half")
-    with run.metrics.open("ab") as file:
-        file.write(b'{"step": 5, "trai')
-    assert train(run.path) is ExitCode.DONE
-    assert learnt(run) == learnt(finished)
-    assert weights(run) == weights(finished)
 
 
 def test_stop_file_without_saving(make_run: MakeRun, tmp_path: Path) -> None:
@@ -307,37 +253,25 @@ def test_micro_batches_change_memory_not_the_result(
     assert [row.train_loss for row in metrics(run).values()] == pytest.approx(expected, rel=1e-3)
 
 
-def test_an_adapter_is_trained_continued_and_asked(
+def test_an_adapter_is_trained_and_asked(
     finished: RunDir, make_run: MakeRun, tmp_path: Path, engine: Any
 ) -> None:
-    """LoRA with dropout on a local model: bit-equal after a stop, no path in its files."""
-    lora = {"kind": "lora", "rank": 4, "dropout": 0.1}
-    changes = {
-        "model": str(finished.result),
-        "tuning": lora,
-        "training_steps": 6,
-        "checkpoint_every": 3,
-    }
-    whole = make_run(tmp_path / "whole", **changes)
-    assert train(whole.path) is ExitCode.DONE
-    parts = make_run(tmp_path / "parts", **changes)
-    assert train(parts.path) is ExitCode.DONE
-    # Back to the checkpoint at step 3, as if the process had died right behind it.
-    parts.exit.unlink()
-    for path, state in parts.read_checkpoints():
-        if state.step > 3:
-            (path / "state.json").unlink()
-    assert train(parts.path) is ExitCode.DONE
-    assert learnt(parts) == learnt(whole)
-    name = "adapter_model.safetensors"
-    assert (parts.result / name).read_bytes() == (whole.result / name).read_bytes()
-    for path in whole.result.iterdir():
+    """LoRA on a local model: its files name no place of this machine, and it answers."""
+    run = make_run(
+        tmp_path / "r",
+        model=str(finished.result),
+        tuning={"kind": "lora", "rank": 4},
+        training_steps=2,
+    )
+    assert train(run.path) is ExitCode.DONE
+    assert (run.result / "adapter_model.safetensors").is_file()
+    for path in run.result.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes()
-    record = whole.read_exit()
+    record = run.read_exit()
     assert record is not None
     assert record.result is not None
     assert record.result.format == "adapter"
-    child = engine.start("sample", whole.result, "--prompt", "3 plus 4?", "--max-tokens", "8")
+    child = engine.start("sample", run.result, "--prompt", "3 plus 4?", "--max-tokens", "8")
     out, _ = child.communicate(timeout=60)
     assert child.returncode == 0
     assert set(json.loads(out)) == {"answer"}

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from training_backends.engine.hub import take_token
 from training_backends.engine.threads import prepare_threads
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode
@@ -20,10 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     training.add_argument("run_dir", type=Path)
     sampling = commands.add_parser("sample", help="ask a model one question")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
-    sampling.add_argument("--prompt", required=True)
+    sampling.add_argument("--prompt", required=True, help="a question, or a classifier's text")
     sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
     given = parser.parse_args(arguments)
+    take_token()
     if given.command == "train":
         return int(train(given.run_dir))
     return _sample(given.model, given.prompt, given.seed, given.max_tokens)
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     prepare_threads()
     # Imported here: `train` must be able to queue without torch.
+    from training_backends.engine.classifier import classify  # noqa: PLC0415
     from training_backends.engine.errors import EngineError  # noqa: PLC0415
     from training_backends.engine.models import choose_device, load_model  # noqa: PLC0415
     from training_backends.engine.sampling import answer  # noqa: PLC0415
@@ -44,8 +47,13 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     except EngineError as error:
         print(error, file=sys.stderr)  # noqa: T201  # this is a command
         return int(error.code)
-    said = answer(loaded.model.to(device), loaded.encoder, prompt, max_tokens)
-    print(json.dumps({"answer": said}))  # noqa: T201
+    model_here = loaded.model.to(device)
+    if loaded.targets:
+        labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
+        told: dict[str, object] = {"labels": labels}
+    else:
+        told = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
+    print(json.dumps(told))  # noqa: T201
     return int(ExitCode.DONE)
 
 

@@ -2,28 +2,39 @@
 
 import codecs
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from torch.utils.data import Dataset
 
-from training_backends.datasets.chat import parse_row
-from training_backends.engine.encoding import Encoder, UnusableRow
+from training_backends.engine.encoding import UnusableRow
 from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine.objective import Batch, Example, Reading
 from training_backends.rundir.directory import rows_per_epoch
 
-__all__ = ["Batch", "LoadedFile", "Order", "Sample", "Schedule", "collate", "load_file"]
+__all__ = [
+    "IGNORED",
+    "LoadedFile",
+    "Order",
+    "Pack",
+    "PackedSchedule",
+    "Sample",
+    "Schedule",
+    "collate",
+    "collate_packs",
+    "load_file",
+    "make_sample",
+]
 
 IGNORED = -100
 """The label of a token that the loss leaves out, as transformers has it."""
 
 _ASK_EVERY = 1000
-
-Batch = dict[str, torch.Tensor]
 
 
 class Sample(NamedTuple):
@@ -32,6 +43,23 @@ class Sample(NamedTuple):
     ids: torch.Tensor
     labels: torch.Tensor
 
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Several rows in one sequence, none of which sees another."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return sum(sample.length for sample in self.samples)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedFile:
@@ -39,26 +67,34 @@ class LoadedFile:
 
     Attributes:
         truncated: Rows cut off at `seq_len`.
-        untrained: Rows left out because no token of theirs counts.
+        untrained: Rows left out because nothing in them can be learnt.
         invalid: Rows left out because they cannot be used, as (line, reason).
     """
 
-    samples: list[Sample]
+    examples: list[Any]
     truncated: int
     untrained: int
     invalid: list[tuple[int, str]]
 
 
 def load_file(
-    path: Path, encoder: Encoder, seq_len: int, *, should_stop: Callable[[], bool] = lambda: False
+    path: Path,
+    read: Callable[[bytes, str], Reading],
+    *,
+    name: str = "",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> LoadedFile:
     """Read and encode a JSONL file.
+
+    Args:
+        read: Encodes one line, see `Objective.read`.
+        name: Tells the file from the run's others, wherever it lies.
 
     Raises:
         Stopped: `should_stop`, asked now and then, said so.
         EngineError: The file cannot be read.
     """
-    samples: list[Sample] = []
+    examples: list[Any] = []
     invalid: list[tuple[int, str]] = []
     truncated = untrained = 0
     try:
@@ -70,28 +106,27 @@ def load_file(
                 if not content.strip():
                     continue
                 try:
-                    ids, trained = encoder.encode(parse_row(content))
+                    example, cut = read(content, f"{name}/{number}")
                 except (msgspec.DecodeError, UnusableRow) as error:
                     invalid.append((number, str(error)))
                     continue
-                if len(ids) > seq_len:
-                    truncated += 1
-                sample = _sample(ids[:seq_len], trained[:seq_len])
-                if sample is None:
+                truncated += cut
+                if example is None:
                     untrained += 1
                 else:
-                    samples.append(sample)
+                    examples.append(example)
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}") from error
-    return LoadedFile(samples, truncated, untrained, invalid)
+    return LoadedFile(examples, truncated, untrained, invalid)
 
 
-def _sample(ids: list[int], trained: list[bool]) -> Sample | None:
+def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> Sample | None:
+    """Cut a row off at `seq_len`; None if no token of what is left counts."""
     # The first token is never predicted, so it cannot count.
-    if not any(trained[1:]):
+    if not any(trained[1:seq_len]):
         return None
-    tokens = torch.tensor(ids, dtype=torch.int32)
-    counts = torch.tensor(trained)
+    tokens = torch.tensor(ids[:seq_len], dtype=torch.int32)
+    counts = torch.tensor(trained[:seq_len])
     counts[0] = False
     return Sample(tokens, torch.where(counts, tokens, IGNORED))
 
@@ -108,6 +143,33 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         labels[index, :length] = sample.labels
         mask[index, :length] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def collate_packs(packs: Sequence[Pack], pad_id: int, *, flat: bool) -> Batch:
+    """Lay packs out with positions that begin anew at each row.
+
+    transformers tells from the positions, and from the absence of a mask, which tokens may
+    see each other. Padding is a row of its own, which nobody sees.
+
+    Args:
+        flat: Put all into one line, which flash attention needs; without it a line for each
+            pack takes less memory.
+    """
+    lines = [[s for pack in packs for s in pack.samples]] if flat else [p.samples for p in packs]
+    width = max(sum(sample.length for sample in line) for line in lines)
+    ids = torch.full((len(lines), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(lines), width), IGNORED, dtype=torch.int64)
+    positions = torch.zeros((len(lines), width), dtype=torch.int64)
+    for index, line in enumerate(lines):
+        start = 0
+        for sample in line:
+            end = start + sample.length
+            ids[index, start:end] = sample.ids
+            labels[index, start:end] = sample.labels
+            positions[index, start:end] = torch.arange(sample.length)
+            start = end
+        positions[index, start:] = torch.arange(width - start)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 class Order:
@@ -150,20 +212,70 @@ class Order:
         return order
 
 
-class Schedule(Dataset[Sample]):
+class Schedule(Dataset[Any]):
     """Every row of the whole run in the order in which it is trained on."""
 
-    def __init__(self, samples: list[Sample], order: Order, length: int) -> None:
-        self._samples = samples
+    def __init__(self, examples: Sequence[Example], order: Order, length: int) -> None:
+        self._examples = examples
         self._order = order
         self._length = length
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, position: int) -> Sample:
-        return self._samples[self._order.row(position)]
+    def __getitem__(self, position: int) -> Any:
+        return self._examples[self._order.row(position)]
+
+    def rows(self, position: int) -> int:
+        """Return how many rows come before a position."""
+        return position
 
     def tokens(self, first: int, last: int) -> int:
-        """Return the tokens of the rows from position `first` up to `last`, exclusive."""
-        return sum(len(self[position].ids) for position in range(first, last))
+        """Return the tokens from position `first` up to `last`, exclusive."""
+        return sum(self[position].length for position in range(first, last))
+
+
+class PackedSchedule(Schedule):
+    """The same rows in the same order, as many to a sequence as fit into it.
+
+    Args:
+        rows: Rows of the run; the last batch is filled up with those that would come next.
+        steps: Optimizer steps of the run, in place of `rows`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Sample],
+        order: Order,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rows: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._first = array("q", [0])
+        lengths = [example.length for example in examples]
+        position = filled = 0
+        wanted = None if steps is None else steps * batch_size
+        while True:
+            length = lengths[order.row(position)]
+            if filled and filled + length > seq_len:
+                self._first.append(position)
+                filled = 0
+                packs = len(self._first) - 1
+                if wanted is None and rows is not None and position >= rows:
+                    wanted = -(-packs // batch_size) * batch_size
+                if wanted is not None and packs >= wanted:
+                    break
+            filled += length
+            position += 1
+        super().__init__(examples, order, len(self._first) - 1)
+        self._samples = examples
+
+    def __getitem__(self, position: int) -> Pack:
+        first, last = self._first[position], self._first[position + 1]
+        return Pack(tuple(self._samples[self._order.row(row)] for row in range(first, last)))
+
+    def rows(self, position: int) -> int:
+        """Return how many rows come before a position."""
+        return self._first[position]

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from training_backends.core.config import TINY_MODEL
 from training_backends.datasets.chat import (
     ChatRow,
     Control,
@@ -30,6 +31,18 @@ __all__ = [
 ]
 
 Row = ChatRow | TextRow
+_FILL_IN: Final = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    (
+        "<\uff5cfim\u2581begin\uff5c>",
+        "<\uff5cfim\u2581hole\uff5c>",
+        "<\uff5cfim\u2581end\uff5c>",
+    ),  # DeepSeek
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # Code Llama
+)
+"""Control tokens before the beginning, the end and the middle of a text, in this order."""
+
 Encoded = tuple[list[int], list[bool]]
 
 
@@ -55,6 +68,22 @@ class Encoder(Protocol):
 
         Raises:
             UnusableRow: The row cannot be encoded exactly.
+        """
+        ...
+
+    def read(self, row: Row) -> list[int]:
+        """Return the ids of a row that is only read: it may end with anyone's message.
+
+        Raises:
+            UnusableRow: The row cannot be encoded exactly.
+        """
+        ...
+
+    def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
+        """Return the ids of a text whose middle is to be filled in, behind both its ends.
+
+        Raises:
+            EngineError: The tokenizer has no control tokens for it.
         """
         ...
 
@@ -105,6 +134,13 @@ def _refuse_images(row: ChatRow) -> None:
         raise UnusableRow("a message holds parts that are not text (images are not supported)")
 
 
+def _no_filling_in(name: str) -> EngineError:
+    return EngineError(
+        f"The tokenizer of {name} has no control tokens to fill in the middle of a text: "
+        "leave fim_ratio out, or take a model for code."
+    )
+
+
 class ByteEncoder:
     """The byte-level vocabulary of `tiny-mistral`."""
 
@@ -116,6 +152,15 @@ class ByteEncoder:
         if isinstance(row, ChatRow):
             _refuse_images(row)
         return byte_encode(row)
+
+    def read(self, row: Row) -> list[int]:
+        """Encode with `datasets.chat`."""
+        return self.encode(row)[0]
+
+    def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
+        """Refuse: the vocabulary has no control tokens for it."""
+        del prefix, middle, suffix
+        raise _no_filling_in(TINY_MODEL)
 
     def prompt(self, text: str) -> list[int]:
         """Lay out one user message."""
@@ -183,7 +228,7 @@ class MistralEncoder:
             ids = self._tokens.encode(row.text, bos=True, eos=True)
             return ids, [False] + [True] * (len(ids) - 1)
         _refuse_images(row)
-        ids = self._encode_chat(row)
+        ids = self._encode_chat(row, self._training)
         spans = self._answers(ids)
         messages = [message for message in row.messages if message.role == "assistant"]
         if len(spans) != len(messages):
@@ -193,13 +238,40 @@ class MistralEncoder:
             trained[start:end] = [message.is_trained] * (end - start)
         return ids, trained
 
-    def _encode_chat(self, row: ChatRow) -> list[int]:
+    def read(self, row: Row) -> list[int]:
+        """Encode by mistral-common."""
+        if isinstance(row, TextRow):
+            return self.encode(row)[0]
+        _refuse_images(row)
+        answered = bool(row.messages) and row.messages[-1].role == "assistant"
+        return self._encode_chat(row, self._training if answered else self._asking)
+
+    def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
+        """Encode by mistral-common: suffix, prefix, middle, as Codestral was trained."""
+        head = self._fill_in_head(prefix, suffix)
+        # Encoded as a suffix is: a middle begins amid a line, with no space of its own.
+        rest = self._fill_in_head("", middle)[2:-1]
+        controls = {*self._optional("<s>", "[SUFFIX]", "[PREFIX]")}
+        ids = [*head, *rest, self.eos_id]
+        return ids, [token not in controls for token in ids]
+
+    def _fill_in_head(self, prefix: str, suffix: str) -> list[int]:
+        from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
+        from mistral_common.protocol.fim.request import FIMRequest  # noqa: PLC0415
+
+        request = FIMRequest(prompt=prefix, suffix=suffix)
+        try:
+            return list(self._training.encode_fim(request).tokens)
+        except MistralCommonException as error:
+            raise _no_filling_in(self._source.name) from error
+
+    def _encode_chat(self, row: ChatRow, tokenizer: Any) -> list[int]:
         from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
 
         content = _openai_row(row)
         try:
             request = self._request.from_openai(**content)
-            return list(self._training.encode_chat_completion(request).tokens)
+            return list(tokenizer.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
             raise UnusableRow(str(error).splitlines()[0]) from error
 
@@ -257,13 +329,7 @@ class TemplateEncoder:
         """Encode by the template; an answer lies between two prefixes of the conversation."""
         if isinstance(row, TextRow):
             return self._encode_text(row.text)
-        _refuse_images(row)
-        if self._tokenizer.chat_template is None:
-            raise EngineError(
-                f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
-                "be encoded. Take the instruct version of the model, or rows with `text`."
-            )
-        self._refuse_control_text(row)
+        self._require_plain(row)
         content = _openai_row(row)
         whole = self._render(content, len(row.messages), waiting=False)
         trained = [False] * len(whole)
@@ -279,10 +345,47 @@ class TemplateEncoder:
                 trained[len(start) : len(end)] = [True] * (len(end) - len(start))
         return whole, trained
 
-    def _encode_text(self, text: str) -> Encoded:
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    def _require_plain(self, row: ChatRow) -> None:
+        _refuse_images(row)
+        if self._tokenizer.chat_template is None:
+            raise EngineError(
+                f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
+                "be encoded. Take the instruct version of the model, or rows with `text`."
+            )
+        self._refuse_control_text(row)
+
+    def read(self, row: Row) -> list[int]:
+        """Encode by the template; here it may rewrite earlier messages, as nothing is masked."""
+        if isinstance(row, TextRow):
+            return self._encode_text(row.text)[0]
+        self._require_plain(row)
+        return self._render(_openai_row(row), len(row.messages), waiting=False)
+
+    def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
+        """Encode prefix, suffix, middle, each behind its control token."""
+        vocabulary = self._tokenizer.get_vocab()
+        known = next((names for names in _FILL_IN if vocabulary.keys() >= {*names}), None)
+        if known is None:
+            raise _no_filling_in(repr(self._model))
+        head = self._head()
+        ids, counts = list(head), [False] * len(head)
+        for name, text in zip(known, (prefix, suffix, middle), strict=True):
+            tokens = self._plain(text)
+            ids += [int(vocabulary[name]), *tokens]
+            counts += [False] + [True] * len(tokens)
+        return [*ids, self.eos_id], [*counts, True]
+
+    def _head(self) -> list[int]:
         bos = self._tokenizer.bos_token_id
-        head = [] if bos is None else [int(bos)]
+        return [] if bos is None else [int(bos)]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(
+            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+
+    def _encode_text(self, text: str) -> Encoded:
+        ids, head = self._plain(text), self._head()
         return [*head, *ids, self.eos_id], [False] * len(head) + [True] * (len(ids) + 1)
 
     def _refuse_control_text(self, row: ChatRow) -> None:

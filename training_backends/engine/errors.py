@@ -5,7 +5,7 @@ import errno
 from training_backends.core.run import Failure, FailureKind
 from training_backends.rundir.directory import ExitCode
 
-__all__ = ["EngineError", "Stopped", "failure_of"]
+__all__ = ["EngineError", "Stopped", "failure_of", "is_out_of_memory"]
 
 
 class EngineError(Exception):
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 def failure_of(error: BaseException) -> Failure:
     """Say in a `Failure` what an unexpected exception means."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         message = (
             f"Out of memory: {_first_line(error)} "
             "Lower batch_size, micro_batch_size or seq_len, or train a smaller model."
@@ -43,7 +43,8 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(kind="internal", message=f"{type(error).__name__}: {_first_line(error)}")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of the GPU or of the machine."""
     # torch raises OutOfMemoryError on a GPU, but a plain RuntimeError for the CPU allocator.
     text = str(error)
     return (

@@ -2,15 +2,28 @@
 
 import errno
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
-from training_backends.core.config import TINY_MODEL, Tuning
+from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.engine.classifier import (
+    add_heads,
+    describe_classifier,
+    label_names,
+    read_targets,
+)
 from training_backends.engine.encoding import Encoder, encoder_for
 from training_backends.engine.errors import EngineError
 from training_backends.engine.tiny import make_tiny_model
@@ -19,6 +32,7 @@ from training_backends.rundir.directory import ResultRecord, RunDir
 __all__ = [
     "LoadedModel",
     "choose_device",
+    "choose_dtype",
     "find_model",
     "load_model",
     "prepare_tuning",
@@ -29,16 +43,24 @@ __all__ = [
 HUB_TIMEOUT: Final = 5.0
 """Seconds to wait for the hub to say whether it has a model."""
 
-_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"]
+_FILES: Final = [
+    *("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"),
+    "README.md",  # says the licence
+]
 _UNNEEDED: Final = ["consolidated*", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready for tuning or sampling, and its encoder."""
+    """A model ready for tuning or sampling, and its encoder.
+
+    Attributes:
+        targets: What it decides, if it is a classifier.
+    """
 
     model: Any
     encoder: Encoder
+    targets: tuple[ClassifierTarget, ...] = ()
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -54,34 +76,94 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def load_model(name: str, *, seed: int, tuning: Tuning | None, device: torch.device) -> LoadedModel:
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return what to compute in: auto takes bfloat16 on a GPU that has it."""
+    if wanted == "auto":
+        halves = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if halves else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def load_model(
+    name: str,
+    *,
+    seed: int,
+    tuning: Tuning | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    targets: Sequence[ClassifierTarget] = (),
+) -> LoadedModel:
     """Load the model `name`: the built-in one, a directory, or one of the hub.
 
     Args:
-        seed: Makes the weights of the built-in model.
+        seed: Makes the weights of the built-in model, and a classifier's new heads.
         tuning: Decides the precision; None for sampling only.
         device: Where it will run.
+        dtype: What it will compute in; None for what fits the device.
+        attention: Implementation of it in transformers.
+        targets: Make a classifier of it that decides these.
 
     Raises:
         EngineError: There is no such model, it cannot be fetched, or its chats cannot be
             encoded exactly.
     """
+    dtype = dtype or choose_dtype("auto", device)
     if name == TINY_MODEL:
-        return LoadedModel(make_tiny_model(seed), encoder_for(name, None))
-    directory = find_model(name)
-    if (directory / "adapter_config.json").is_file():
-        return _load_adapter(name, directory, device)
-    encoder = encoder_for(name, directory)
-    return LoadedModel(_load_weights(name, directory, tuning, device), encoder)
+        model: Any = make_tiny_model(seed)
+        model = add_heads(model, targets) if targets else model
+        encoder = encoder_for(name, None)
+    else:
+        directory = find_model(name)
+        if (directory / "adapter_config.json").is_file():
+            return _load_adapter(name, directory, device)
+        encoder = encoder_for(name, directory)
+        targets = _settled_targets(name, directory, tuning, targets)
+        model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
+    if attention != "auto":
+        _set_attention(model, name, attention)
+    if targets:
+        _name_outputs(model, targets, encoder.pad_id)
+    return LoadedModel(model, encoder, tuple(targets))
+
+
+def _settled_targets(
+    name: str, directory: Path, tuning: Tuning | None, wanted: Sequence[ClassifierTarget]
+) -> Sequence[ClassifierTarget]:
+    """Return what a model decides, where that fits what is wanted of it."""
+    there = read_targets(directory)
+    if tuning is None or not there:
+        return wanted or there
+    if [(t.name, t.labels) for t in there] != [(t.name, t.labels) for t in wanted]:
+        raise EngineError(
+            f"{name!r} is a classifier of its own targets ({', '.join(t.name for t in there)}), "
+            "and can be trained on for the same targets and labels only."
+        )
+    return wanted
+
+
+def _set_attention(model: Any, name: str, attention: str) -> None:
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        raise EngineError(f"{name!r} cannot use the attention {attention!r}: {error}") from error
+
+
+def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) -> None:
+    model.config.id2label = label_names(targets)
+    model.config.label2id = {name: n for n, name in model.config.id2label.items()}
+    # The last token is found as the last that is no padding.
+    model.config.get_text_config().pad_token_id = pad_id
 
 
 def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedModel:
-    base_name = _base_of(directory)
-    base = load_model(base_name, seed=0, tuning=None, device=device)
+    base_name, targets = _base_of(directory), read_targets(directory)
+    base = load_model(base_name, seed=0, tuning=None, device=device, targets=targets)
     try:
-        return LoadedModel(PeftModel.from_pretrained(base.model, directory), base.encoder)
+        model = PeftModel.from_pretrained(base.model, directory)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"The adapter {name!r} does not fit {base_name!r}: {error}") from error
+    return LoadedModel(model, base.encoder, targets)
 
 
 def _base_of(directory: Path) -> str:
@@ -124,8 +206,8 @@ def _from_hub(name: str) -> Path:
         raise
     except hub.GatedRepoError as error:
         raise EngineError(
-            f"The hub gives {name!r} only to who accepted its terms: accept them there, then "
-            "`hf auth login`.",
+            f"The hub gives {name!r} only to who accepted its terms: accept them there, then store "
+            "your token with `training-backends credentials set huggingface`.",
             kind="auth",
         ) from error
     except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
@@ -166,46 +248,79 @@ def _refuse_unreachable(name: str, error: Exception) -> NoReturn:
     ) from error
 
 
-def _load_weights(name: str, directory: Path, tuning: Tuning | None, device: torch.device) -> Any:
-    # Weights that are trained need full precision; frozen ones save memory on a GPU.
+def _load_weights(
+    name: str,
+    directory: Path,
+    tuning: Tuning | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    targets: Sequence[ClassifierTarget],
+) -> Any:
+    # Weights that are trained need full precision; frozen ones need no more than computing.
     trained_fully = tuning is not None and tuning.kind == "full"
-    halves = device.type == "cuda" and not trained_fully and torch.cuda.is_bf16_supported()
+    options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
+    if tuning is not None and tuning.kind == "qlora":
+        options |= _in_four_bits(device, dtype)
+    loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        return AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.bfloat16 if halves else torch.float32,
-            local_files_only=True,
-        )
+        if targets:
+            config.num_labels = sum(len(target.labels) for target in targets)
+        return loader.from_pretrained(directory, config=config, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"The model {name!r} cannot be loaded: {error}") from error
+        kind = "classifier" if targets else "model"
+        raise EngineError(f"{name!r} cannot be loaded as a {kind}: {error}") from error
 
 
-def prepare_tuning(model: Any, tuning: Tuning, name: str) -> Any:
+def _in_four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        raise EngineError(
+            "qlora needs a GPU and the package bitsandbytes (pip install bitsandbytes); "
+            "take lora otherwise."
+        )
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantized, "device_map": {"": device}}
+
+
+def prepare_tuning(
+    model: Any, tuning: Tuning, name: str, *, classifies: bool = False, checkpointing: bool = False
+) -> Any:
     """Make the weights that `tuning` names trainable; the seed must be set before.
 
+    Args:
+        classifies: The model is a classifier; its heads are trained in any case.
+        checkpointing: Whether it will compute twice to save memory.
+
     Raises:
-        EngineError: The model has no such modules, or the kind is not offered.
+        EngineError: The model has no such modules.
     """
     if tuning.kind == "full":
         return model
     if name == TINY_MODEL:
         raise EngineError(f"{TINY_MODEL} starts from random weights, so it is tuned fully only.")
-    if tuning.kind != "lora":
-        raise EngineError(f"tuning {tuning.kind!r} is not offered here; take lora or full.")
+    if tuning.kind == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     modules = list(tuning.target_modules) if tuning.target_modules else "all-linear"
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,
         lora_dropout=tuning.dropout,
         target_modules=modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
     )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise EngineError(f"LoRA cannot be added to {name!r}: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return adapted
 
 
@@ -227,12 +342,35 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def save_result(model: Any, encoder: Encoder, name: str, directory: Path) -> ResultRecord:
-    """Write the finished model and its tokenizer into an empty directory."""
-    directory.mkdir(parents=True)
-    save_model(model, name, directory)
-    encoder.save(directory)
-    adapter = isinstance(model, PeftModel)
+def save_result(
+    loaded: LoadedModel, name: str, directory: Path, *, wanted: str = "adapter"
+) -> ResultRecord:
+    """Write the finished model and its tokenizer into an empty directory.
+
+    Args:
+        name: The base model as the run names it.
+        wanted: What to make of an adapter: `adapter`, `merged` into its base (the model in
+            memory then is no adapter any more), or `both`.
+    """
+    model = loaded.model
+    adapter = None
+    if isinstance(model, PeftModel) and wanted != "adapter":
+        if wanted == "both":
+            adapter = directory / "adapter"
+            _save_all(model, loaded, name, adapter)
+        model = model.merge_and_unload()
+    _save_all(model, loaded, name, directory)
     return ResultRecord(
-        path=directory.name, format="adapter" if adapter else "full", base_model=name
+        path=directory.name,
+        format="adapter" if isinstance(model, PeftModel) else "full",
+        base_model=name,
+        adapter=f"{directory.name}/{adapter.name}" if adapter else None,
     )
+
+
+def _save_all(model: Any, loaded: LoadedModel, name: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_model(model, name, directory)
+    loaded.encoder.save(directory)
+    if loaded.targets:
+        describe_classifier(loaded.targets, loaded.encoder.pad_id, directory)

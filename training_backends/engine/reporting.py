@@ -1,11 +1,15 @@
 """What a training run tells step by step: metrics and checkpoints."""
 
 import math
+import time
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training_backends.engine.errors import EngineError
+from training_backends.engine.memory import peak_memory
+from training_backends.engine.objective import Means, Objective, Totals
 from training_backends.engine.plan import Plan
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.validation import Validation
@@ -17,14 +21,39 @@ __all__ = ["Reporter"]
 class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
     """Decides at each step what is due, and writes down what came of it."""
 
-    def __init__(self, run: RunDir, plan: Plan, validation: Validation, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        plan: Plan,
+        objective: Objective[Any],
+        validation: Validation,
+        stop: StopRequest,
+        device: torch.device,
+    ) -> None:
         self._run = run
         self._plan = plan
         self._validation = validation
+        self._has_accuracy = objective.has_accuracy
         self._stop = stop
+        self._device = device
         self._losses = {row.step: row.train_loss for row, _ in run.read_metrics()}
         self._measured: dict[str, float] = {}
+        self._since: tuple[float, int] | None = None  # seconds, tokens
+        self.trained = Totals(objective)
         self.stopped = False
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **others: Any,
+    ) -> None:
+        """Start the clock, if it stands since the row of metrics before."""
+        del args, control, others
+        if self._since is None:
+            self._since = time.perf_counter(), self._plan.tokens(state.global_step)
 
     def on_step_end(
         self,
@@ -63,7 +92,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 "Lower the learning rate.",
                 kind="internal",
             )
-        measured = self._validation.measure() if self._plan.is_checkpoint(step) else {}
+        speed = self._tokens_per_second(step)
+        trained = self.trained.take()
+        measured, more = self._measure() if self._plan.is_checkpoint(step) else ({}, {})
+        more |= {
+            f"train_{name}": value for name, value in (trained.named if trained else {}).items()
+        }
         self._losses[step] = loss
         self._run.add_metrics(
             MetricsRow(
@@ -74,10 +108,30 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
                 tokens=self._plan.tokens(step),
+                tokens_per_second=speed,
+                memory_bytes=peak_memory(self._device),
+                more=more,
                 **measured,
             )
         )
         self._measured = measured
+
+    def _tokens_per_second(self, step: int) -> float | None:
+        # Asked for behind the loss, which waits for the GPU.
+        if self._since is None:
+            return None
+        start, before = self._since
+        self._since = None
+        return (self._plan.tokens(step) - before) / (time.perf_counter() - start)
+
+    def _measure(self) -> tuple[dict[str, float], dict[str, float]]:
+        found = self._validation.measure()
+        if found is None:
+            return {}, {}
+        measured = {"valid_loss": found.loss}
+        if self._has_accuracy:
+            measured["valid_mean_token_accuracy"] = found.accuracy
+        return measured, _staged("valid", found)
 
     def checkpoint_metrics(self, step: int) -> dict[str, float]:
         """Return what a checkpoint at `step` is known by: losses since the one before."""
@@ -97,3 +151,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 data={"path": f"checkpoints/{name}", "metrics": metrics},
             )
         )
+
+
+def _staged(stage: str, means: Means | None) -> dict[str, float]:
+    return {f"{stage}_{name}": value for name, value in (means.named if means else {}).items()}

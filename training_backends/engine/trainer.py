@@ -1,6 +1,7 @@
 """transformers' Trainer with our batches, loss and checkpoints."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,40 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from training_backends.engine.checkpoints import write_checkpoint
-from training_backends.engine.data import Batch, collate
-from training_backends.engine.loss import predict
+from training_backends.engine.memory import MicroBatch
 from training_backends.engine.models import save_model
+from training_backends.engine.objective import Judged, Objective, weigh
 from training_backends.engine.plan import Plan
 from training_backends.engine.reporting import Reporter
 from training_backends.rundir.directory import RunDir, RunSpec
 
-__all__ = ["EngineTrainer", "precision_for"]
+__all__ = ["EngineTrainer", "arguments_for", "precision_for"]
 
 
-def precision_for(device: torch.device) -> AbstractContextManager[None]:
-    """Return the context in which a model computes: bf16 where the GPU has it."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        context: AbstractContextManager[None] = torch.autocast("cuda", dtype=torch.bfloat16)
-        return context
-    return nullcontext()
+def precision_for(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Return the context in which a model computes in `dtype`."""
+    if dtype == torch.float32:
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
+    return context
+
+
+class _Rows:
+    """A step's examples; a type that the Trainer's loaders hand on as it is."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.examples = examples
 
 
 class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
-    """Trains over a schedule that is already in order, as one long epoch."""
+    """Trains over a schedule that is already in order, as one long epoch.
+
+    A batch of the Trainer's is a whole optimizer step. It is cut into micro-batches here, so
+    that a step which ran out of memory can begin again in smaller ones.
+
+    Args:
+        fill: Writes what else a checkpoint needs into the directory that it is given.
+    """
 
     def __init__(
         self,
@@ -38,45 +53,74 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         run: RunDir,
         spec: RunSpec,
         plan: Plan,
+        objective: Objective[Any],
         reporter: Reporter,
-        pad_id: int,
-        device: torch.device,
+        micro: MicroBatch,
+        precision: AbstractContextManager[None],
+        arguments: TrainingArguments,
+        fill: Callable[[Path], None],
     ) -> None:
         super().__init__(
             model=model,
-            args=_arguments(run, spec, plan, device),
+            args=arguments,
             train_dataset=plan.schedule,
-            data_collator=lambda samples: collate(samples, pad_id),
+            data_collator=_Rows,
             callbacks=[reporter],
         )
         self.remove_callback(PrinterCallback)
-        # Ours divides by the labelled tokens of the whole step, whatever the model's does.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._run = run
         self._plan = plan
+        self._objective = objective
         self._reporter = reporter
         self._spec = spec
-        self._precision = precision_for(device)
+        self._micro = micro
+        self._precision = precision
+        self._fill_more = fill
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # The schedule has the order; resuming skips the batches that were seen.
         return SequentialSampler(train_dataset or self._plan.schedule)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,  # noqa: FBT001, FBT002  # the Trainer's own signature
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the mean loss over the tokens of the step that count."""
-        with self._precision:
-            found = predict(model, inputs)
-        loss = found.loss / (found.tokens if num_items_in_batch is None else num_items_in_batch)
-        return (loss, None) if return_outputs else loss
+    def _get_num_items_in_batch(self, batch_samples: Any, device: torch.device) -> None:
+        del batch_samples, device  # counted where the step is cut up
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def training_step(self, model: Any, inputs: _Rows, num_items_in_batch: Any = None) -> Any:
+        """Return the loss of a step, its gradients computed."""
+        del num_items_in_batch
+        model.train()
+        chance = _random_state()
+
+        def undo() -> None:
+            model.zero_grad()
+            _set_random_state(chance)
+
+        loss, judged = self._micro.attempt(
+            lambda size: self._attempt_step(model, inputs.examples, size), undo
+        )
+        for each in judged:
+            self._reporter.trained.add(each)
+        return loss
+
+    def _attempt_step(
+        self, model: Any, examples: list[Any], size: int
+    ) -> tuple[torch.Tensor, list[Judged]]:
+        counts = self._objective.count(examples)
+        total = torch.zeros((), device=self.args.device)
+        found = []
+        for first in range(0, len(examples), size):
+            batch = self._objective.collate(examples[first : first + size])
+            there = {
+                name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()
+            }
+            with self._precision:
+                judged = self._objective.judge(model, there)
+            loss = weigh(self._objective, judged.losses, counts)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            found.append(judged._replace(losses=judged.losses.detach()))
+        return total, found
+
+    def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: nobody reads the count, and making it takes time at every step."""
         del inputs
         return 0
@@ -101,22 +145,35 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         self._save_rng_state(str(directory))
         self.state.log_history = []  # metrics.jsonl has it
         self.state.save_to_json(os.fspath(directory / "trainer_state.json"))
+        self._fill_more(directory)
 
 
-def _arguments(run: RunDir, spec: RunSpec, plan: Plan, device: torch.device) -> TrainingArguments:
-    micro = spec.micro_batch_size or spec.batch_size
+def _random_state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, *torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else states
+
+
+def _set_random_state(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def arguments_for(
+    run: RunDir, spec: RunSpec, plan: Plan, device: torch.device, *, checkpointing: bool
+) -> TrainingArguments:
+    """Say in the Trainer's words what a spec asks for."""
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=plan.total_steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=spec.batch_size // micro,
+        per_device_train_batch_size=spec.batch_size,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
         warmup_steps=round(spec.warmup_fraction * plan.total_steps),
         lr_scheduler_type="cosine",
         seed=spec.seed,
         use_cpu=device.type == "cpu",
-        activation_checkpointing=device.type == "cuda",  # a GPU has more speed than memory
+        activation_checkpointing=checkpointing,
         logging_strategy="no",
         save_strategy="no",
         eval_strategy="no",
@@ -125,7 +182,7 @@ def _arguments(run: RunDir, spec: RunSpec, plan: Plan, device: torch.device) -> 
         disable_tqdm=True,
         use_cache=True,  # goes into the result; in training nothing is cached
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=False,  # batches are made behind the loader
     )
     # One GPU: more would be used as DataParallel, which is slower and not what was tested.
     if arguments.n_gpu > 1:

@@ -1,14 +1,20 @@
 """One training process from the spec to the result."""
 
+import os
 import sys
 import traceback
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from training_backends.core.files import hold_lock
+from training_backends.core.run import utc_now
+from training_backends.engine.devices import VISIBLE, visible_devices
 from training_backends.engine.errors import EngineError, Stopped, failure_of
-from training_backends.engine.slots import hold_slot
+from training_backends.engine.slots import Turn, hold_place, places_for
 from training_backends.engine.status import say_status
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.threads import prepare_threads
@@ -74,20 +80,29 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     message = record.failure.message if record.failure else record.status
     level = "error" if record.status == "failed" else "info"
     data = {"status": record.status}
-    run.add_event(Event(name="status", level=level, message=message, step=record.step, data=data))
+    with suppress(OSError):  # a full disk, as the record may still say
+        run.add_event(
+            Event(name="status", level=level, message=message, step=record.step, data=data)
+        )
     run.write_exit(record)
     run.stop.unlink(missing_ok=True)  # obeyed
 
 
 def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
     spec = _read_spec(run)
-    with hold_slot(
+    devices = visible_devices() if spec.slots_dir and spec.device != "cpu" else ()
+    with hold_place(
         spec.slots_dir,
-        spec.slots,
-        on_wait=lambda: say_status(run, "queued", "waits for a free place to train"),
+        Turn(spec.run_id, spec.priority, _waits_since(run)),
+        places_for(devices, spec.slots),
+        on_wait=partial(_say_position, run),
         should_stop=lambda: stop.requested,
-    ):
-        say_status(run, "initializing", f"loads {spec.model}")
+    ) as place:
+        where = ""
+        if place and place.device is not None:
+            os.environ[VISIBLE] = place.device  # has an effect only before torch is loaded
+            where = f", on GPU {place.device}"
+        say_status(run, "initializing", f"loads {spec.model}{where}")
         prepare_threads()
         # Imported here: loading torch takes seconds and memory, which a queued process
         # should not take from the one that trains.
@@ -98,6 +113,23 @@ def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
         if outcome is None:
             return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
         return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+
+
+def _waits_since(run: RunDir) -> datetime:
+    """Return since when this run waits; an earlier process of it may have begun to."""
+    since = utc_now()
+    for event, _ in reversed(run.read_events()):
+        if event.name != "status":
+            continue
+        if event.data.get("status") != "queued":
+            break
+        since = event.at
+    return since
+
+
+def _say_position(run: RunDir, position: int) -> None:
+    message = f"waits for a free place to train, at position {position} of the queue"
+    say_status(run, "queued", message, position=position)
 
 
 def _read_spec(run: RunDir) -> RunSpec:

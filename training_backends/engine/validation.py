@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from training_backends.engine.data import Sample, collate
-from training_backends.engine.loss import predict
+from training_backends.engine.memory import MicroBatch
+from training_backends.engine.objective import Means, Objective, Totals
 
 __all__ = ["Validation"]
 
@@ -17,35 +17,37 @@ class Validation:
     def __init__(
         self,
         model: Any,
-        samples: list[Sample],
+        objective: Objective[Any],
+        examples: list[Any],
         *,
-        pad_id: int,
-        batch_size: int,
+        micro: MicroBatch,
         precision: AbstractContextManager[None],
     ) -> None:
         self._model = model
-        self._batches = [
-            collate(samples[first : first + batch_size], pad_id)
-            for first in range(0, len(samples), batch_size)
-        ]
+        self._objective = objective
+        self._examples = examples
+        self._micro = micro
         self._precision = precision
 
-    def measure(self) -> dict[str, float]:
-        """Return loss and accuracy, each over all tokens that count; {} without rows.
+    def measure(self) -> Means | None:
+        """Return loss and accuracy, each over all that counts; None without rows.
 
         Uses no random numbers, so that a run is the same with and without it.
         """
-        if not self._batches:
-            return {}
+        totals = Totals(self._objective)
         training = self._model.training
         self._model.eval()
-        loss, correct, count = 0.0, 0, 0
+        done = 0
         with torch.no_grad(), self._precision:
-            for batch in self._batches:
-                there = {key: value.to(self._model.device) for key, value in batch.items()}
-                found = predict(self._model, there)
-                loss += float(found.loss)
-                correct += int(found.correct)
-                count += found.tokens
+            while done < len(self._examples):
+
+                def work(size: int, first: int = done) -> int:
+                    chunk = self._examples[first : first + size]
+                    batch = self._objective.collate(chunk)
+                    there = {key: value.to(self._model.device) for key, value in batch.items()}
+                    totals.add(self._objective.judge(self._model, there))
+                    return first + len(chunk)
+
+                done = self._micro.attempt(work)
         self._model.train(training)
-        return {"valid_loss": loss / count, "valid_mean_token_accuracy": correct / count}
+        return totals.take()

@@ -1,37 +1,51 @@
 """The part of a training process that needs torch."""
 
+import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.engine.card import DataFacts, describe_data, write_card
 from training_backends.engine.checkpoints import newest_checkpoint
-from training_backends.engine.data import LoadedFile, Sample, load_file
-from training_backends.engine.encoding import Encoder
+from training_backends.engine.classifier import classify, say_labels
+from training_backends.engine.data import LoadedFile, load_file
 from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine.memory import MicroBatch, what_would_fit
+from training_backends.engine.methods import make_objective
 from training_backends.engine.models import (
     LoadedModel,
     choose_device,
+    choose_dtype,
     load_model,
     prepare_tuning,
     save_result,
 )
+from training_backends.engine.objective import Objective
+from training_backends.engine.packing import require_separate_rows
 from training_backends.engine.plan import Plan
+from training_backends.engine.preference import PreferenceObjective
+from training_backends.engine.references import References
 from training_backends.engine.reporting import Reporter
 from training_backends.engine.sampling import answer
 from training_backends.engine.status import say_status
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.threads import thread_count
-from training_backends.engine.trainer import EngineTrainer, precision_for
+from training_backends.engine.trainer import EngineTrainer, arguments_for, precision_for
 from training_backends.engine.validation import Validation
 from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
 
 __all__ = ["Work", "set_up_torch"]
 
 _SHOWN_ROWS = 3
+_STATE: Final = "engine.json"
+"""In a checkpoint: how many rows fitted into memory at a time."""
 
 
 def set_up_torch(model: str) -> None:
@@ -48,6 +62,7 @@ class Work:
         self._run = run
         self._spec = spec
         self._stop = stop
+        self._data: list[DataFacts] = []
         self.step = 0
 
     def run(self) -> ResultRecord | None:
@@ -57,51 +72,126 @@ class Work:
             Stopped: Before the first step.
             EngineError: The spec, the data or the model cannot be used.
         """
+        set_up_torch(self._spec.model)
+        device = choose_device(self._spec.device)
+        loaded = self._load_model(device)
+        objective = make_objective(self._spec, loaded.encoder)
+        files = self._load_training(objective)
+        validating = self._load_validation(objective)
+        loaded = self._prepare(loaded, device)
+        plan = Plan(self._spec, files)
+        if self._spec.packing:
+            require_separate_rows(loaded.model, self._spec.model)
+        return self._train(loaded, objective, plan, validating)
+
+    def _load_model(self, device: torch.device) -> LoadedModel:
         spec = self._spec
-        set_up_torch(spec.model)
-        device = choose_device(spec.device)
-        set_seed(spec.seed)
-        loaded = load_model(spec.model, seed=spec.seed, tuning=spec.tuning, device=device)
-        files = self._load_training(loaded.encoder)
-        validating = self._load_validation(loaded.encoder)
+        set_seed(spec.seed)  # before heads are made: their weights are random
+        return load_model(
+            spec.model,
+            seed=spec.seed,
+            tuning=spec.tuning,
+            device=device,
+            dtype=choose_dtype(spec.dtype, device),
+            attention=spec.attention,
+            targets=spec.classifier_targets,
+        )
+
+    def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
+        spec = self._spec
         set_seed(spec.seed)  # before adapters are made: their weights are random
-        model = prepare_tuning(loaded.model, spec.tuning, spec.model).to(device)
-        loaded = LoadedModel(model, loaded.encoder)
-        return self._train(loaded, Plan(spec, files), validating, device)
+        model = prepare_tuning(
+            loaded.model,
+            spec.tuning,
+            spec.model,
+            classifies=spec.method == "classifier",
+            checkpointing=self._computes_twice(device),
+        )
+        if spec.tuning.kind != "qlora":  # which is where it belongs already
+            model = model.to(device)
+        return replace(loaded, model=model)
+
+    def _computes_twice(self, device: torch.device) -> bool:
+        wanted = self._spec.gradient_checkpointing
+        return device.type == "cuda" if wanted is None else wanted  # a GPU is short of memory
 
     def _train(
-        self, loaded: LoadedModel, plan: Plan, validating: list[Sample], device: torch.device
+        self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
     ) -> ResultRecord | None:
-        spec, model, encoder = self._spec, loaded.model, loaded.encoder
-        validation = Validation(
-            model,
-            validating,
-            pad_id=encoder.pad_id,
-            batch_size=spec.micro_batch_size or spec.batch_size,
-            precision=precision_for(device),
-        )
-        reporter = Reporter(self._run, plan, validation, self._stop)
+        spec, model, device = self._spec, loaded.model, loaded.model.device
+        precision = precision_for(device, choose_dtype(spec.dtype, device))
         start = newest_checkpoint(self._run)
+        if start:
+            self._compare_data(start.path)
+        micro = self._micro_batch(model, start.path if start else None)
+        validation = Validation(model, objective, validating, micro=micro, precision=precision)
+        reporter = Reporter(
+            self._run,
+            plan=plan,
+            objective=objective,
+            validation=validation,
+            stop=self._stop,
+            device=device,
+        )
         if start is None:
             self._sample(loaded, "before")
         if self._stop.requested:
             raise Stopped
-        self._say_start(plan, start[1].step if start else 0, model)
+        references = None
+        if isinstance(objective, PreferenceObjective):
+            references = References(train=plan.examples, valid=validating)
+            if start:
+                references.load(start.path)
+            else:
+                references.compute(
+                    objective, model, micro, precision, should_stop=lambda: self._stop.requested
+                )
+        self._say_start(plan, start.state.step if start else 0, model)
+        twice = self._computes_twice(device)
         trainer = EngineTrainer(
             model,
             run=self._run,
             spec=spec,
             plan=plan,
+            objective=objective,
             reporter=reporter,
-            pad_id=encoder.pad_id,
-            device=device,
+            micro=micro,
+            precision=precision,
+            arguments=arguments_for(self._run, spec, plan, device, checkpointing=twice),
+            fill=partial(_fill, micro, references, self._hashes()),
         )
-        trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
         self.step = trainer.state.global_step
         if reporter.stopped:
             return None
         self._sample(loaded, "after")
         return self._save(loaded)
+
+    def _micro_batch(self, model: Any, checkpoint: Path | None) -> MicroBatch:
+        spec, device = self._spec, model.device
+        size = spec.micro_batch_size or spec.batch_size
+        if checkpoint is not None:
+            # What fitted then: the numbers depend on it in their last digits.
+            state = json.loads((checkpoint / _STATE).read_text(encoding="ascii"))
+            size = int(state["micro_batch_size"])
+        return MicroBatch(
+            size,
+            on_halved=lambda size: self._warn(
+                f"out of memory: goes on with {size} rows at a time", micro_batch_size=size
+            ),
+            explain=lambda: what_would_fit(
+                spec, model, device, checkpointing=self._computes_twice(device)
+            ),
+        )
+
+    def _hashes(self) -> list[str]:
+        return [each.sha256 for each in self._data]
+
+    def _compare_data(self, checkpoint: Path) -> None:
+        """Say so if the data files are not those that the checkpoint was trained on."""
+        state = json.loads((checkpoint / _STATE).read_text(encoding="ascii"))
+        if state.get("data", self._hashes()) != self._hashes():
+            self._warn("the data has changed since the checkpoint that this goes on from")
 
     def _say_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -120,39 +210,50 @@ class Work:
         prompt = self._spec.sample_prompt
         if prompt is None:
             return
-        said = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
+        if loaded.targets:
+            said = say_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
+        else:
+            said = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
         data = {"stage": stage, "prompt": prompt, "answer": said}
         self._run.add_event(Event(name="sample", message=f"{stage}: {said}", data=data))
 
     def _save(self, loaded: LoadedModel) -> ResultRecord:
         temporary = self._run.path / ".result.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        record = save_result(loaded.model, loaded.encoder, self._spec.model, temporary)
+        record = save_result(loaded, self._spec.model, temporary, wanted=self._spec.result)
+        write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
         shutil.rmtree(self._run.result, ignore_errors=True)
         temporary.rename(self._run.result)
-        return record.model_copy(update={"path": self._run.result.name})
+        adapter = record.adapter and f"{self._run.result.name}/{Path(record.adapter).name}"
+        return record.model_copy(update={"path": self._run.result.name, "adapter": adapter})
 
-    def _load_training(self, encoder: Encoder) -> list[list[Sample]]:
-        files = [self._load(source.path, encoder) for source in self._spec.train]
+    def _load_training(self, objective: Objective[Any]) -> list[list[Any]]:
+        files = [
+            self._load(source.path, objective, f"train/{index}")
+            for index, source in enumerate(self._spec.train)
+        ]
         if not any(files):
             raise EngineError("The training files hold no row that can be trained on.")
         return files
 
-    def _load_validation(self, encoder: Encoder) -> list[Sample]:
+    def _load_validation(self, objective: Objective[Any]) -> list[Any]:
         return [
-            sample
-            for source in self._spec.validation
-            for sample in self._load(source.path, encoder)
+            example
+            for index, source in enumerate(self._spec.validation)
+            for example in self._load(source.path, objective, f"valid/{index}")
         ]
 
-    def _load(self, path: Path, encoder: Encoder) -> list[Sample]:
-        length = self._spec.seq_len
-        loaded = load_file(path, encoder, length, should_stop=lambda: self._stop.requested)
+    def _load(self, path: Path, objective: Objective[Any], name: str) -> list[Any]:
+        loaded = load_file(
+            path, objective.read, name=name, should_stop=lambda: self._stop.requested
+        )
         self._tell_of_rows(str(path), loaded)
-        return loaded.samples
+        role = "training" if name.startswith("train/") else "validation"
+        self._data.append(describe_data(path, role, len(loaded.examples)))
+        return loaded.examples
 
     def _tell_of_rows(self, name: str, loaded: LoadedFile) -> None:
-        invalid, usable = len(loaded.invalid), len(loaded.samples) + loaded.untrained
+        invalid, usable = len(loaded.invalid), len(loaded.examples) + loaded.untrained
         shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
         if invalid > self._spec.max_invalid_fraction * (invalid + usable):
             raise EngineError(f"{name}: {invalid} rows cannot be used: {shown}")
@@ -167,3 +268,13 @@ class Work:
 
     def _warn(self, message: str, **data: int) -> None:
         self._run.add_event(Event(name="message", level="warning", message=message, data=data))
+
+
+def _fill(
+    micro: MicroBatch, references: References | None, data: list[str], directory: Path
+) -> None:
+    """Write what a checkpoint needs beside the model and the Trainer's state."""
+    state = json.dumps({"micro_batch_size": micro.size, "data": data})
+    (directory / _STATE).write_text(state, encoding="ascii")
+    if references:
+        references.save(directory)

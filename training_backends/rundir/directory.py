@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from training_backends.core.config import DataSource, Tuning
+from training_backends.core.config import ClassifierTarget, DataSource, Tuning
 from training_backends.core.files import (
     append_line,
     is_locked,
@@ -74,23 +74,35 @@ class RunSpec(_Record):
     """What to train, complete: every default is settled by whoever writes it.
 
     Attributes:
+        classifier_targets: What a classifier decides; empty for the other methods.
         train: Weights are relative: a row of a file with weight 2 is seen twice as often
             as one of a file with weight 1; an epoch has as many rows as all files together.
-        batch_size: Rows an optimizer step.
-        micro_batch_size: Rows in memory at a time; divides `batch_size`.
+        batch_size: Rows an optimizer step; sequences of up to `seq_len` tokens with `packing`.
+        micro_batch_size: Rows in memory at a time, as long as they fit; divides `batch_size`.
         seq_len: Tokens of a row that are used; the rest is cut off.
-        checkpoint_every: Steps between checkpoints; None for a tenth of the run.
+        fim_ratio: Share of texts whose middle is learnt from both its ends.
+        packing: Put several rows into a sequence, none of which sees another.
+        dpo_beta: What it costs to leave the reference, for preference pairs.
+        dpo_label_smoothing: Share of pairs that are taken to be the wrong way round.
+        dtype: What is computed in; weights that are trained are kept in float32 all the same.
+        attention: Implementation of it in transformers; auto leaves the choice there.
+        gradient_checkpointing: Compute twice to save memory; None: on a GPU.
+        result: What an adapter is saved as.
+        checkpoint_every: Steps between checkpoints; None for a tenth of the run, 10 at least.
         keep_checkpoints: How many of the newest stay on disk.
         max_invalid_fraction: Share of rows that may be unusable before the run is refused.
         sample_prompt: Asked before the first and after the last step.
         sample_max_tokens: Longest answer to it.
         slots_dir: Where processes agree on who may train; None for no limit.
-        slots: How many may train at once.
+        slots: How many may train at once; None: one a GPU, or one where there is none.
+        priority: A higher one is trained first; among equals, who came first.
     """
 
     version: Literal[1] = 1
     run_id: str
     model: str
+    method: Literal["sft", "dpo", "classifier"] = "sft"
+    classifier_targets: tuple[ClassifierTarget, ...] = ()
     tuning: Tuning = Tuning(kind="lora")
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
@@ -102,6 +114,14 @@ class RunSpec(_Record):
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     seq_len: int = Field(default=2048, ge=16)
+    fim_ratio: float | None = Field(default=None, ge=0, le=1)
+    packing: bool = False
+    dpo_beta: float = Field(default=0.1, gt=0)
+    dpo_label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool | None = None
+    result: Literal["adapter", "merged", "both"] = "adapter"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -110,7 +130,8 @@ class RunSpec(_Record):
     sample_prompt: str | None = None
     sample_max_tokens: int = Field(default=64, ge=1)
     slots_dir: Path | None = None
-    slots: int = Field(default=1, ge=1)
+    slots: int | None = Field(default=None, ge=1)
+    priority: int = Field(default=0, ge=-100, le=100)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -124,10 +145,14 @@ class RunSpec(_Record):
         """Return the optimizer steps of the run, given each training file's usable rows."""
         if self.training_steps is not None:
             return self.training_steps
+        return max(1, -(-self.rows_seen(rows) // self.batch_size))
+
+    def rows_seen(self, rows: tuple[int, ...]) -> int:
+        """Return how many rows the run's epochs have, given each training file's usable rows."""
         weights = tuple(source.weight for source in self.train)
         seen = (self.epochs or 1.0) * sum(rows_per_epoch(rows, weights))
-        # A product such as 0.1 * 30 must not give one step more for its rounding error.
-        return max(1, -int(-(seen - 1e-6) // self.batch_size))
+        # A product such as 0.1 * 30 must not give one row more for its rounding error.
+        return -int(-(seen - 1e-6) // 1)
 
 
 def rows_per_epoch(rows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ...]:
@@ -158,8 +183,12 @@ class MetricsRow(_Record):
     Attributes:
         train_loss: Nats a trained token, mean since the row before.
         valid_loss: Nats a trained token over the whole validation set.
-        valid_mean_token_accuracy: Share of its trained tokens predicted right, 0 to 1.
+        valid_mean_token_accuracy: Share of its trained tokens predicted right, 0 to 1; of a
+            classifier's decisions.
         tokens: Tokens read since the first step.
+        tokens_per_second: Mean since the row before, validation and checkpoints left out.
+        memory_bytes: Most memory held so far, on the GPU or by the process.
+        more: Further measures by name, such as `valid_loss/topic` of a classifier's target.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -174,6 +203,14 @@ class MetricsRow(_Record):
     valid_loss: float | None = None
     valid_mean_token_accuracy: float | None = None
     tokens: int = 0
+    tokens_per_second: float | None = None
+    memory_bytes: int | None = None
+    more: dict[str, float] = Field(default_factory=dict)
+
+    def measures(self) -> dict[str, float]:
+        """Return what was measured, by name."""
+        values = self.model_dump(exclude={"at", "step", "total_steps", "more"}, exclude_none=True)
+        return {name: float(value) for name, value in values.items()} | self.more
 
 
 class CheckpointState(_Record):
@@ -181,6 +218,7 @@ class CheckpointState(_Record):
 
     Attributes:
         files: Size in bytes of every other file in it.
+        checksums: CRC-32 of each, see `rundir.checkpoints`.
         scheduled: Whether its step was due; one saved for a stop is not.
     """
 
@@ -188,6 +226,7 @@ class CheckpointState(_Record):
     at: UtcDatetime = Field(default_factory=utc_now)
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[str, int]
+    checksums: dict[str, int] = Field(default_factory=dict)
     scheduled: bool = True
 
 
@@ -197,11 +236,13 @@ class ResultRecord(_Record):
     Attributes:
         path: Relative to the run directory.
         format: A whole model, or an adapter for `base_model`.
+        adapter: Where the adapter lies by itself, beside the model it was merged into.
     """
 
     path: str
     format: Literal["full", "adapter"]
     base_model: str
+    adapter: str | None = None
 
 
 class ExitRecord(_Record):

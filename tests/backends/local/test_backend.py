@@ -106,10 +106,10 @@ async def test_a_run_completes_with_its_result_and_checkpoints(finished: Finishe
     assert state.metrics is not None
     assert {"train_loss", "learning_rate", "valid_loss", "tokens"} <= set(state.metrics)
     assert state.checkpoints is not None
-    assert [c.step for c in state.checkpoints] == list(range(2, 21, 2))
+    assert [c.step for c in state.checkpoints] == [10, 20]
     losses = [c.metrics["train_loss"] for c in state.checkpoints]
     assert losses[-1] < losses[0]
-    assert [c.path is not None for c in state.checkpoints] == [False] * 7 + [True] * 3
+    assert all(c.path is not None for c in state.checkpoints)
 
 
 async def test_a_followed_log_is_whole_and_in_order(finished: Finished) -> None:
@@ -120,7 +120,7 @@ async def test_a_followed_log_is_whole_and_in_order(finished: Finished) -> None:
     statuses = [r.fields["status"] for r in live if r.source == "status"]
     assert statuses == ["initializing", "running", "completed"]
     assert [r.step for r in live if r.source == "metrics"] == list(range(1, 21))
-    assert len([r for r in live if r.source == "checkpoint"]) == 10
+    assert len([r for r in live if r.source == "checkpoint"]) == 2
     assert [r.fields["stage"] for r in live if r.source == "sample"] == ["before", "after"]
 
 
@@ -253,7 +253,7 @@ async def test_one_trains_and_the_next_waits(backend: LocalBackend, make_run: Ma
     await backend.launch(first, MemoryJournal(first))
     await until(backend, first, lambda state: state.raw_status == "initializing")
     await backend.launch(second, MemoryJournal(second))
-    state = await until(backend, second, lambda state: state.raw_status == "queued")
+    state = await until(backend, second, lambda state: state.raw_status == "queued, position 1")
     assert state.status is TrainingStatus.PENDING
     await backend.stop(second)
     assert (await until(backend, second, is_over)).status is TrainingStatus.CANCELLED

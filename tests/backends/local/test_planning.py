@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from training_backends.backends.local import backend as module
+from training_backends.backends.local import planning
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.planning import build_spec
+from training_backends.backends.local.planning import build_spec, config_of
 from training_backends.core.errors import BackendNotInstalled
 from training_backends.core.run import TrainingRun
 from training_backends.testing.journal import MemoryJournal
@@ -33,9 +34,9 @@ async def test_a_plain_configuration_has_no_issues(
     [
         ({"model": "tiny-mistrel"}, ("model", "did you mean 'tiny-mistral'?")),
         ({"model": "open-mistral-7b"}, ("model", "offered")),
-        ({"method": "dpo"}, ("method", "use sft")),
         ({"tuning": "qlora", "model": "org/model"}, ("tuning.kind", "use lora or full")),
         ({"tuning": "lora"}, ("tuning.kind", "use full")),
+        ({"tuning": "qlora"}, ("tuning.kind", "use full")),
         ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "leave it out")),
         ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
@@ -70,13 +71,103 @@ async def test_an_unused_suffix_is_a_warning(
     assert [issue.field for issue in report.issues] == ["suffix"]
 
 
-async def test_classifier_rows_are_refused(
+TARGET = {"name": "topic", "labels": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": "classifier"}, ("classifier_targets", "name each target")),
+        (
+            {"method": "classifier", "classifier_targets": [TARGET, TARGET]},
+            ("classifier_targets[0].name", "rename"),
+        ),
+        (
+            {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a", "a"]}]},
+            ("classifier_targets[0].labels", "leave one out"),
+        ),
+        (
+            {"method": "classifier", "classifier_targets": [{**TARGET, "weight": 0}]},
+            ("classifier_targets", "give one of them a weight"),
+        ),
+        (
+            {
+                "method": "dpo",
+                "model": "org/model",
+                "hyperparameters": {"fim_ratio": 0.1},
+            },
+            ("hyperparameters.fim_ratio", "leave it out"),
+        ),
+        ({"method": "dpo", "options": {"packing": True}}, ("options.packing", "leave it out")),
+    ],
+)
+async def test_what_a_method_cannot_use_is_an_issue(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Callable[..., Any],
+    changes: dict[str, Any],
+    expected: tuple[str, str],
+) -> None:
+    """Each method says what it lacks, and what it has no use for."""
+    run = make_run(**changes)
+    rows = {"classifier": "classifier", "dpo": "preference"}[changes["method"]]
+    report = await backend.validate(run.config, inspected(run, sample_type=rows))
+    field, fix = expected
+    issue = report.errors[0]
+    assert issue.field == field
+    assert issue.fix is not None
+    assert fix in issue.fix
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "classifier"])
+@pytest.mark.parametrize("rows", ["instruct", "pretrain", "preference", "classifier"])
+async def test_each_method_takes_its_own_rows(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Callable[..., Any],
+    method: str,
+    rows: str,
+) -> None:
+    """Rows of another method are refused in whichever file, with the method that takes them."""
+    methods = {"instruct": "sft", "pretrain": "sft", "preference": "dpo"}
+    targets = {"classifier_targets": [TARGET]} if method == "classifier" else {}
+    run = make_run(method=method, **targets)
+    report = await backend.validate(run.config, inspected(run, sample_type=rows))
+    takes = methods.get(rows, rows)
+    if takes == method:
+        assert report.ok
+        return
+    assert len(report.errors) == 2
+    for issue in report.errors:
+        assert issue.fix is not None
+        assert f"method: {takes}" in issue.fix
+
+
+async def test_options_without_effect_are_warnings(
     backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
 ) -> None:
-    """Rows with labels cannot be trained on here, in whichever file."""
-    run = make_run()
-    report = await backend.validate(run.config, inspected(run, sample_type="classifier"))
-    assert len(report.errors) == 2
+    """What another method or tuning would use is said to be unused."""
+    run = make_run(options={"dpo_beta": 0.2, "result": "both"})
+    report = await backend.validate(run.config, inspected(run))
+    assert report.ok
+    assert {issue.field for issue in report.issues} == {"options.dpo_beta", "options.result"}
+
+
+async def test_qlora_is_taken_where_it_can_run(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a GPU and bitsandbytes; a base in four bits is not merged into."""
+    monkeypatch.setattr(planning, "_GPU_DEVICES", (Path("/dev/null"),))
+    run = make_run(tuning="qlora", model="org/model", options={"result": "merged"})
+    report = await backend.validate(run.config, inspected(run))
+    assert [issue.field for issue in report.errors] == ["tuning.kind", "options.result"]
+    assert "bitsandbytes" in report.errors[0].message
+    monkeypatch.setattr(planning, "find_spec", lambda name: name)
+    run = make_run(tuning="qlora", model="org/model", options={})
+    assert (await backend.validate(run.config, inspected(run))).ok
 
 
 async def test_a_missing_library_names_the_extra(
@@ -123,9 +214,28 @@ def test_a_spec_settles_every_default(make_run: MakeRun, tmp_path: Path) -> None
     """Full tuning for the built-in model, an adapter for others, no relative model path."""
     spec = build_spec("r", make_run().config, tmp_path)
     assert (spec.tuning.kind, spec.training_steps, spec.epochs) == ("full", 20, None)
-    assert (spec.slots, spec.slots_dir) == (1, tmp_path)
+    assert (spec.slots, spec.slots_dir) == (None, tmp_path)
     other = build_spec("r", make_run(model="org/model", hyperparameters={}).config, tmp_path)
     assert (other.tuning.kind, other.epochs, other.learning_rate) == ("lora", 3.0, 1e-4)
+    dpo = build_spec(
+        "r", make_run(model="org/model", method="dpo", hyperparameters={}).config, tmp_path
+    )
+    assert dpo.method == "dpo"
+    assert dpo.learning_rate == pytest.approx(1e-5)
+
+
+def test_a_configuration_can_be_had_back_from_its_spec(make_run: MakeRun, tmp_path: Path) -> None:
+    """Method, targets and options come back as they were."""
+    config = make_run(
+        model="org/model",
+        method="classifier",
+        classifier_targets=[TARGET],
+        options={"attention": "eager", "dtype": "float32", "result": "merged"},
+    ).config
+    found = config_of(build_spec("r", config, tmp_path))
+    assert found is not None
+    assert found.options == config.options
+    assert (found.method, found.classifier_targets) == (config.method, config.classifier_targets)
 
 
 def test_importing_the_backend_loads_no_torch() -> None:

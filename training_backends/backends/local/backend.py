@@ -3,9 +3,9 @@
 import os
 import shutil
 import signal
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -14,35 +14,48 @@ import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
+from training_backends.backends.local.continuing import copy_checkpoint
+from training_backends.backends.local.disk import copy_whole, reason_of, reporting_disk
 from training_backends.backends.local.estimating import estimate_run
+from training_backends.backends.local.hub import Handed, Hub
 from training_backends.backends.local.listing import find_runs
 from training_backends.backends.local.options import LocalOptions
 from training_backends.backends.local.planning import (
     build_spec,
     defaults_taken,
     find_issues,
+    settled_values,
 )
 from training_backends.backends.local.process import ENGINE, spawn
 from training_backends.backends.local.records import Cursor, read_records
-from training_backends.backends.local.state import Look, has_begun, read_ending, read_state
+from training_backends.backends.local.reviving import revive
+from training_backends.backends.local.sampling import Said, ask_model
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.state import (
+    Look,
+    has_begun,
+    is_orphaned,
+    read_ending,
+    read_state,
+)
 from training_backends.core.backend import (
     BackendContext,
     Health,
     Journal,
+    JSONValue,
     RemoteFilters,
     RemoteRun,
     TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
+from training_backends.core.counting import counting
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendNotInstalled,
     ConfigError,
     DuplicateRun,
-    Issue,
     RunNotFound,
-    StoreError,
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
@@ -53,7 +66,10 @@ from training_backends.core.run import (
     TrainingRun,
     ValidationReport,
 )
+from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
+from training_backends.datasets.dialects import LOCAL
+from training_backends.datasets.overlong import overlong_rows
 from training_backends.rundir.directory import RunDir, RunSpec
 
 __all__ = ["LocalBackend"]
@@ -72,33 +88,39 @@ class LocalBackend(TrainingBackend):
 
     Args:
         program: Trains what the run directory in its last argument asks for.
+        hub: Where models come from that are not on this machine.
     """
 
     name: ClassVar[str] = "local"
     summary: ClassVar[str] = "Trains on this machine, CPU or one GPU; no key, no bill."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
+    settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
 
-    def __init__(self, home: Path, *, program: Sequence[str] = ENGINE) -> None:
+    def __init__(
+        self, home: Path, *, program: Sequence[str] = ENGINE, hub: Hub | None = None
+    ) -> None:
         self._runs = home / "runs"
         self._slots = home / "slots"
         self._program = program
+        self._hub = hub or Hub()
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Make the backend for the state under `context.home`."""
-        return cls(context.home)
+        return cls(context.home, hub=Hub(load_settings(LocalSettings), context.credentials))
 
     @property
     def capabilities(self) -> Capabilities:
         """What this backend can do."""
         return Capabilities(
-            methods=frozenset({"sft"}),
-            tunings=frozenset({"full", "lora"}),
+            methods=frozenset({"sft", "dpo", "classifier"}),
+            tunings=frozenset({"full", "lora", "qlora"}),
             keeps_checkpoint_on_stop=True,
             resumes=True,
             downloads=True,
             deletes=True,
             lists_remote=True,
+            dialect=LOCAL,
         )
 
     @property
@@ -110,18 +132,35 @@ class LocalBackend(TrainingBackend):
         """Take the share from the options."""
         return LocalOptions.model_validate(config.options).max_invalid_fraction
 
+    def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
+        """Name the share among the options."""
+        return {"max_invalid_fraction": fraction}
+
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
         await to_thread.run_sync(_require_engine)
         issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
-        return ValidationReport(issues=issues)
+        if any(issue.severity == "error" for issue in issues):
+            return ValidationReport(issues=issues)
+        wishes = counting()
+        overlong = partial(
+            overlong_rows,
+            dataset,
+            config.model,
+            int(settled_values(config)["seq_len"]),
+            fix="what is beyond is cut off in training: shorten them, or raise seq_len",
+            cache=wishes.cache,
+            on_progress=wishes.on_progress,
+        )
+        found = await to_thread.run_sync(overlong)
+        return ValidationReport(issues=(*issues, found) if found else issues)
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; a duration is known only from earlier runs here."""
         spec = await to_thread.run_sync(build_spec, "estimate", config, self._slots)
         taken = ", ".join(f"{name} {value:g}" for name, value in defaults_taken(config).items())
         notes = (f"Taken by default: {taken}.",) if taken else ()
-        return await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes)
+        return await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes, counting())
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """See `TrainingBackend.launch`; the run may still wait for a free place to train."""
@@ -132,10 +171,11 @@ class LocalBackend(TrainingBackend):
         directory = self._directory(run)
         spec = await to_thread.run_sync(build_spec, run.id, run.config, self._slots)
         await journal.record(RunState(status=TrainingStatus.PENDING, remote_id=run.id))
+        handed = await self._hub.handed(spec.model)
 
         async def do() -> dict[str, int]:
-            pid = await to_thread.run_sync(_start_process, directory, spec, run, self._program)
-            return {"pid": pid}
+            start = partial(_start_process, directory, spec, run, self._program, handed)
+            return {"pid": await to_thread.run_sync(start)}
 
         async def find() -> dict[str, bool] | None:
             begun = await to_thread.run_sync(has_begun, directory)
@@ -146,10 +186,12 @@ class LocalBackend(TrainingBackend):
 
     async def status(self, run: TrainingRun) -> RunState:
         """See `TrainingBackend.status`."""
+        await self._revive([run])
         return await to_thread.run_sync(self._read, run)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
         """Read all run directories in one go."""
+        await self._revive(runs)
 
         def read_all() -> dict[str, RunState]:
             found = {}
@@ -162,11 +204,23 @@ class LocalBackend(TrainingBackend):
 
         return await to_thread.run_sync(read_all)
 
+    async def _revive(self, runs: Sequence[TrainingRun]) -> None:
+        """Start again what waited in the queue when the machine, or its process, was ended."""
+
+        def find() -> list[RunDir]:
+            return [found for run in runs if is_orphaned(found := self._directory(run))]
+
+        for directory in await to_thread.run_sync(find):
+            spec = await to_thread.run_sync(directory.read_spec)
+            handed = await self._hub.handed(spec.model)
+            await to_thread.run_sync(revive, directory, spec, self._slots, self._program, handed)
+
     def _read(self, run: TrainingRun) -> RunState:
         return read_state(self._existing(run))
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Read the state and what is new of the log, as of the same moment."""
+        await self._revive([run])
         return await to_thread.run_sync(self._observe, run, after)
 
     def _observe(self, run: TrainingRun, after: str | None) -> Observation:
@@ -212,7 +266,7 @@ class LocalBackend(TrainingBackend):
         directory = self._existing(run)
         if read_ending(directory):
             return
-        with _disk(run):
+        with reporting_disk(run):
             try:
                 directory.request_stop(save_checkpoint=save_checkpoint)
             except OSError:
@@ -241,45 +295,11 @@ class LocalBackend(TrainingBackend):
         target = self._directory(new_run)
 
         async def copy() -> dict[str, int]:
-            return {"step": await to_thread.run_sync(self._copy, run, source, target, checkpoint)}
+            step = await to_thread.run_sync(copy_checkpoint, run, source, target, checkpoint)
+            return {"step": step}
 
         await journal.step("copy-checkpoint", copy, repeatable=True)
         return await self._start(new_run, journal)
-
-    def _copy(self, run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:
-        if not read_ending(source):
-            raise DuplicateRun(
-                f"The run {run.id} still trains.",
-                other=run.id,
-                hint="Stop it first.",
-                backend=self.name,
-                run_id=run.id,
-            )
-        path = self._choose(run, source, wanted)
-        if path is None:
-            return 0
-        with _disk(run):
-            target.checkpoints.mkdir(parents=True, exist_ok=True)
-            _copy_whole(path, target.checkpoints / path.name)
-        return int(path.name.removeprefix("step-"))
-
-    def _choose(self, run: TrainingRun, source: RunDir, wanted: str | None) -> Path | None:
-        found = {state.step: path for path, state in source.read_checkpoints()}
-        if wanted is None:
-            return found[max(found)] if found else None
-        step = wanted.removeprefix("step-")
-        if step.isdecimal() and int(step) in found:
-            return found[int(step)]
-        there = ", ".join(str(step) for step in sorted(found)) or "none"
-        issue = Issue(
-            code="unknown_checkpoint",
-            message=f"run {run.id} has no checkpoint {wanted!r} on disk",
-            field="checkpoint",
-            fix=f"there are: {there}",
-        )
-        raise ConfigError(
-            f"There is no checkpoint {wanted!r}.", issues=[issue], backend=self.name, run_id=run.id
-        )
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """Find the runs that have a directory here."""
@@ -302,15 +322,32 @@ class LocalBackend(TrainingBackend):
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _copy_whole(directory.path / record.result.path, target, link=False)
+            copy_whole(directory.path / record.result.path, target, link=False)
         except OSError as error:
             raise TrainingBackendError(
-                f"The model cannot be copied to {target}: {_reason(error)}.",
+                f"The model cannot be copied to {target}: {reason_of(error)}.",
                 hint="Is there enough space, and may you write there?",
                 backend=self.name,
                 run_id=run.id,
             ) from error
         return target
+
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Said:
+        """Return what the finished model of a run says, always the likeliest token.
+
+        Raises:
+            UnsupportedOperation: The run has no model.
+            BackendUnavailable: The model cannot be loaded.
+        """
+        directory = await to_thread.run_sync(self._existing, run)
+        record = await to_thread.run_sync(directory.read_exit)
+        if record is None or record.result is None:
+            raise self.unsupported(
+                "ask the model of a run that has none", "Only a completed run has a model."
+            )
+        handed = await self._hub.handed(record.result.base_model)
+        model = directory.path / record.result.path
+        return await ask_model(str(model), prompt, max_tokens=max_tokens, handed=handed)
 
     async def delete(self, run: TrainingRun) -> None:
         """Remove the run directory of a run that is over."""
@@ -355,25 +392,6 @@ def _require_engine() -> None:
         )
 
 
-@contextmanager
-def _disk(run: TrainingRun) -> Iterator[None]:
-    """Say what the system refused, such as a file on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"The state of run {run.id} cannot be kept here: {_reason(error)}.",
-            hint="Is the disk full? Make space, then repeat the same command.",
-            backend="local",
-            run_id=run.id,
-        ) from error
-
-
-def _reason(error: OSError) -> str:
-    # A copy of many files fails with a list of its own in place of the system's word.
-    return error.strerror or str(error)[:500]
-
-
 def _signal(directory: RunDir) -> bool:
     """Tell the process that lives in a directory to end; False if there is none."""
     pid = directory.active_pid()
@@ -387,7 +405,7 @@ def _signal(directory: RunDir) -> bool:
 
 
 def _start_process(
-    directory: RunDir, spec: RunSpec, run: TrainingRun, program: Sequence[str]
+    directory: RunDir, spec: RunSpec, run: TrainingRun, program: Sequence[str], handed: Handed
 ) -> int:
     """Start the run's process; 0 if an earlier try of the same run did, just now."""
     if directory.spec.is_file():
@@ -401,9 +419,9 @@ def _start_process(
             )
         if has_begun(directory):
             return 0
-    with _disk(run):
+    with reporting_disk(run):
         directory.write_spec(spec)
-        return spawn(directory, program, spec.model)
+        return spawn(directory, program, handed)
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
@@ -415,23 +433,3 @@ def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
     same = there.model_copy(update={"slots_dir": spec.slots_dir}) == spec
     record = directory.read_exit()
     return same and (record is None or record.at >= run.created_at)
-
-
-def _copy_whole(source: Path, target: Path, *, link: bool = True) -> None:
-    """Copy a directory so that `target` appears whole or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(source, temporary, copy_function=_link_or_copy if link else shutil.copy2)
-        if link:
-            shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # a checkpoint never changes
-    except OSError:
-        shutil.copy2(source, target)

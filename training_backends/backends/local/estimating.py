@@ -1,7 +1,8 @@
-"""Count exactly what a run of the built-in model will read, and how long such runs took."""
+"""Count what a run here will read, and how long such runs took."""
 
 import codecs
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Final
 import msgspec
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.core.counting import Counting
 from training_backends.core.dataset import Dataset
-from training_backends.core.estimate import Estimate, Money, PriceSource
+from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import utc_now
 from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.datasets.tokens import count_tokens
 from training_backends.rundir.directory import RunDir, RunSpec, rows_per_epoch
 
 __all__ = ["estimate_run"]
@@ -24,40 +27,82 @@ _RUNS_LOOKED_AT: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class _FileCount:
+    """What training reads of one file.
+
+    Attributes:
+        interval: Bounds of the tokens where they were sampled.
+        over: Rows of which the end is cut off, but counted in `tokens`.
+    """
+
     rows: int
     tokens: int
+    interval: tuple[int, int] | None = None
+    over: int = 0
 
 
-def estimate_run(spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, ...]) -> Estimate:
+def estimate_run(
+    spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, ...], wishes: Counting
+) -> Estimate:
     """Say what a run will take; blocks while it reads the training files.
 
     Args:
         runs: Directory of earlier runs, whose speed is the only source of a duration.
         notes: What else to tell.
     """
-    free = PriceSource(name="nothing is billed on this machine", as_of=utc_now().date())
-    if spec.model != TINY_MODEL:
+    source = PriceSource(name="nothing is billed on this machine", as_of=utc_now().date())
+    costs = (CostItem(name="training", amount=_FREE, source=source),)
+    counts = _counts(spec, dataset, wishes)
+    if isinstance(counts, str):
         rows = tuple(file.rows for file in dataset.train)
         notes += (
-            f"Tokens are counted once {spec.model} is loaded, so they are not known yet.",
-            "The duration depends on the tokens, so it is not known yet.",
+            f"Tokens are not known: {counts}.",
+            "The duration depends on the tokens, so it is not known.",
         )
-        return Estimate(steps=spec.total_steps(rows), cost=_FREE, price_source=free, notes=notes)
-    counts = [_count(source.path, spec.seq_len) for source in spec.train]
-    steps = spec.total_steps(tuple(count.rows for count in counts))
-    trained = round(_mean_tokens(spec, counts) * steps * spec.batch_size)
-    notes += ("train_tokens is the mean over the orders in which rows may come.",)
+        steps, epochs = _steps(spec, rows)
+        return Estimate(steps=steps, epochs=epochs, costs=costs, notes=notes)
+    rows = tuple(count.rows for count in counts)
+    steps, epochs = _steps(spec, rows)
+    trained = _trained_tokens(spec, counts, steps)
     duration, basis = _duration(spec, trained, runs)
     return Estimate(
         train_tokens=trained,
         data_tokens=sum(count.tokens for count in counts),
         steps=steps,
-        cost=_FREE,
-        price_source=free,
+        epochs=epochs,
+        costs=costs,
         duration=duration,
-        basis="exact",
-        notes=(*notes, basis),
+        basis="sampled" if any(count.interval for count in counts) else "exact",
+        interval=_interval(counts),
+        notes=(*notes, *_count_notes(spec, counts), basis),
     )
+
+
+def _counts(spec: RunSpec, dataset: Dataset, wishes: Counting) -> list[_FileCount] | str:
+    """Count each training file; instead, why that cannot be done."""
+    if spec.model == TINY_MODEL and spec.method == "sft":
+        return [_count(source.path, spec.seq_len) for source in spec.train]
+    found: list[_FileCount] = []
+    for file in dataset.train:
+        counted = count_tokens(
+            dataset.model_copy(update={"files": (file,)}),
+            spec.model,
+            sample=wishes.sample,
+            exact=wishes.exact,
+            seq_len=spec.seq_len,
+            cache=wishes.cache,
+            on_progress=wishes.on_progress,
+        )
+        if counted.data_tokens is None:
+            return counted.reason or "nothing can count them"
+        found.append(
+            _FileCount(
+                file.rows - file.bad_rows,
+                counted.data_tokens,
+                counted.interval,
+                counted.over or 0,
+            )
+        )
+    return found
 
 
 def _count(path: Path, seq_len: int) -> _FileCount:
@@ -82,25 +127,69 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield content
 
 
-def _mean_tokens(spec: RunSpec, counts: list[_FileCount]) -> float:
-    """Return the tokens of a row, mean over an epoch."""
+def _steps(spec: RunSpec, rows: tuple[int, ...]) -> tuple[int | None, float | None]:
+    """Return the optimizer steps and the epochs; None for what packing hides."""
+    if spec.packing:
+        return spec.training_steps, spec.epochs
+    steps = spec.total_steps(rows)
+    epoch = sum(rows_per_epoch(rows, tuple(source.weight for source in spec.train)))
+    seen = round(steps * spec.batch_size / epoch, 4) if epoch else None
+    return steps, spec.epochs or seen
+
+
+def _trained_tokens(spec: RunSpec, counts: Sequence[_FileCount], steps: int | None) -> int | None:
+    rows = tuple(count.rows for count in counts)
+    if spec.packing:
+        return None if spec.epochs is None else math.ceil(_epoch_tokens(spec, counts) * spec.epochs)
+    seen = sum(rows_per_epoch(rows, tuple(source.weight for source in spec.train)))
+    if steps is None or not seen:
+        return None
+    return round(_epoch_tokens(spec, counts) / seen * steps * spec.batch_size)
+
+
+def _epoch_tokens(spec: RunSpec, counts: Sequence[_FileCount]) -> float:
+    """Return the tokens of an epoch, which the weights of the files make."""
     weights = tuple(source.weight for source in spec.train)
     seen = rows_per_epoch(tuple(count.rows for count in counts), weights)
-    tokens = sum(
+    return sum(
         count.tokens / count.rows * times
         for count, times in zip(counts, seen, strict=True)
         if count.rows
     )
-    return tokens / sum(seen) if sum(seen) else 0.0
 
 
-def _duration(spec: RunSpec, tokens: int, runs: Path) -> tuple[timedelta | None, str]:
+def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:
+    """Return the bounds of the sum; the errors of the files are independent."""
+    if not any(count.interval for count in counts):
+        return None
+    tokens = sum(count.tokens for count in counts)
+    halves = [(c.interval[1] - c.interval[0]) / 2 for c in counts if c.interval]
+    margin = math.hypot(*halves)
+    return max(0, math.floor(tokens - margin)), math.ceil(tokens + margin)
+
+
+def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
+    if spec.packing:
+        unknown = "Steps are" if spec.training_steps is None else "Trained tokens and epochs are"
+        yield f"{unknown} not known: how many rows fit into a sequence shows when they are packed."
+    else:
+        yield "train_tokens is the mean over the orders in which rows may come."
+    if over := sum(count.over for count in counts):
+        yield (
+            f"{over:,} rows are longer than the {spec.seq_len:,} tokens of seq_len: what is beyond "
+            "is counted here, and cut off in training."
+        )
+
+
+def _duration(spec: RunSpec, tokens: int | None, runs: Path) -> tuple[timedelta | None, str]:
+    if tokens is None:
+        return None, "The duration depends on the trained tokens, so it is not known."
     for path in _newest(runs):
-        speed = _tokens_a_second(RunDir(path), spec.model)
+        speed = _tokens_a_second(RunDir(path), spec)
         if speed:
             basis = f"The duration rests on run {path.name}: {speed:.0f} tokens a second."
             return timedelta(seconds=tokens / speed), basis
-    return None, "No run of this model has been measured here, so the duration is not known."
+    return None, "No run like this one has been measured here, so the duration is not known."
 
 
 def _newest(runs: Path) -> list[Path]:
@@ -109,15 +198,16 @@ def _newest(runs: Path) -> list[Path]:
     return [path.parent for path in found[:_RUNS_LOOKED_AT]]
 
 
-def _tokens_a_second(run: RunDir, model: str) -> float | None:
+def _tokens_a_second(run: RunDir, spec: RunSpec) -> float | None:
     record = run.read_exit()
     if record is None or record.status != "completed":
         return None
     try:
-        if run.read_spec().model != model:
-            return None
+        measured = run.read_spec()
     except ValueError:
         return None  # written by another version
+    if not _is_alike(measured, spec):
+        return None
     started = next(
         (e for e, _ in run.read_events() if e.name == "status" and e.data["status"] == "running"),
         None,
@@ -127,3 +217,12 @@ def _tokens_a_second(run: RunDir, model: str) -> float | None:
         return None  # a continued run holds a pause
     seconds = (rows[-1].at - started.at).total_seconds()
     return rows[-1].tokens / seconds if seconds > 0 else None
+
+
+def _is_alike(one: RunSpec, other: RunSpec) -> bool:
+    """Tell whether two runs take about as long for a token."""
+
+    def kind(spec: RunSpec) -> tuple[object, ...]:
+        return spec.model, spec.method, spec.tuning.kind, spec.device, spec.packing
+
+    return kind(one) == kind(other)

@@ -15,16 +15,22 @@ class LocalOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to train; auto takes a GPU if there is one."
     )
-    max_runs: int = Field(
-        default=1,
+    max_runs: int | None = Field(
+        default=None,
         ge=1,
         le=1024,
-        description="Runs that may train at once; others wait in the queue.",
+        description="Runs that may train at once; one a GPU, or one without a GPU, if not given.",
+    )
+    priority: int = Field(
+        default=0,
+        ge=-100,
+        le=100,
+        description="Of those that wait, the highest trains first; among equals, who came first.",
     )
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
-        description="Steps between checkpoints; a tenth of the run if not given.",
+        description="Steps between checkpoints; if not given a tenth of the run, but 10 at least.",
     )
     keep_checkpoints: int = Field(
         default=3, ge=1, le=10_000, description="How many of the newest checkpoints stay on disk."
@@ -33,7 +39,39 @@ class LocalOptions(BaseModel):
         default=None,
         ge=1,
         le=2**16,
-        description="Rows in memory at a time; must divide batch_size.",
+        description="Rows in memory at a time, halved where they do not fit; divides batch_size.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="What to compute in; auto takes bfloat16 on a GPU that has it.",
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        default="auto",
+        description="Implementation in transformers; auto takes sdpa where the model has it.",
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="Compute twice to save memory; on a GPU if not given.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Fill sequences of seq_len with several rows; batch_size then counts those.",
+    )
+    dpo_beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="For preference pairs: what it costs to leave the model one began with.",
+    )
+    dpo_label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the pairs that are taken to be the wrong way round.",
+    )
+    result: Literal["adapter", "merged", "both"] = Field(
+        default="adapter",
+        description="What an adapter is saved as: by itself, merged into its base, or both.",
     )
     max_invalid_fraction: float = Field(
         default=0.0,

@@ -1,9 +1,12 @@
 """From a configuration to the spec of a training process, and what speaks against it."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pydantic import ValidationError
@@ -33,6 +36,10 @@ MODELS_OFFERED: Final = (
 )
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEFAULT_EPOCHS: Final = 3.0
+_ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"sft": ("instruct", "pretrain"), "dpo": ("preference",), "classifier": ("classifier",)}
+)
+_METHODS: Final = {row: method for method, rows in _ROWS.items() for row in rows}
 _SEEDS: Final = 2**32
 # Where the driver shows itself: natively, under WSL, and AMD's, which torch calls cuda too.
 _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
@@ -40,10 +47,10 @@ _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"
 
 def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
     """Yield everything in a configuration that this backend cannot honour."""
-    if config.method != "sft":
-        yield _unsupported("method", f"method {config.method!r} is not trained here", "use sft")
     yield from _model_issues(config)
+    yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
+    yield from _option_issues(config)
     if config.integrations:
         yield _unsupported(
             "integrations", "nothing is reported to other services from here", "leave it out"
@@ -56,12 +63,13 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
             severity="warning",
         )
     for file in dataset.files:
-        if file.sample_type == "classifier":
+        if file.sample_type and file.sample_type not in _ROWS[config.method]:
+            wanted = " or ".join(_ROWS[config.method])
             yield Issue(
                 code="unsupported_sample_type",
-                message="the rows are for a classifier, which is not trained here",
+                message=f"the rows are {file.sample_type}; method {config.method} takes {wanted}",
                 path=str(file.path),
-                fix="use rows with `messages` or `text`",
+                fix=f"use other rows, or method: {_METHODS[file.sample_type]}",
             )
 
 
@@ -75,13 +83,53 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             fix=f"did you mean {TINY_MODEL!r}?" if near else f"offered: {MODELS_OFFERED}",
         )
     kind = config.tuning.kind if config.tuning else None
-    if kind == "qlora":
-        yield _unsupported("tuning.kind", "qlora is not trained here", "use lora or full")
-    elif kind == "lora" and config.model == TINY_MODEL:
+    if kind in {"lora", "qlora"} and config.model == TINY_MODEL:
         yield _unsupported(
             "tuning.kind",
             f"{TINY_MODEL} starts from random weights, which an adapter cannot make up for",
             "use full, or leave tuning out",
+        )
+    elif kind == "qlora" and (missing := _missing_for_qlora(config)):
+        yield _unsupported("tuning.kind", f"qlora needs {missing}", "use lora or full")
+
+
+def _missing_for_qlora(config: TrainingConfig) -> str | None:
+    if config.options.get("device") == "cpu" or not _has_gpu():
+        return "a GPU, and this machine shows none"
+    if find_spec("bitsandbytes") is None:
+        return "the package bitsandbytes (pip install bitsandbytes)"
+    return None
+
+
+def _has_gpu() -> bool:
+    return any(map(Path.exists, _GPU_DEVICES))
+
+
+def _method_issues(config: TrainingConfig) -> Iterator[Issue]:
+    given = config.hyperparameters
+    if given.fim_ratio and (config.method != "sft" or config.model == TINY_MODEL):
+        reason = f"method {config.method}" if config.method != "sft" else TINY_MODEL
+        yield _unsupported(
+            "hyperparameters.fim_ratio",
+            f"{reason} cannot learn to fill in the middle of texts",
+            "leave it out",
+        )
+    if config.method != "classifier":
+        return
+    if not config.classifier_targets:
+        yield _unsupported(
+            "classifier_targets", "a classifier needs them", "name each target and its labels"
+        )
+    names = Counter(target.name for target in config.classifier_targets)
+    for index, target in enumerate(config.classifier_targets):
+        field = f"classifier_targets[{index}]"
+        if names[target.name] > 1:
+            yield _unsupported(f"{field}.name", "two targets have this name", "rename one")
+        if len({*target.labels}) < len(target.labels):
+            yield _unsupported(f"{field}.labels", "a label stands there twice", "leave one out")
+    if config.classifier_targets and not any(t.weight for t in config.classifier_targets):
+        yield _unsupported(
+            "classifier_targets", "every target has weight 0", "give one of them a weight"
         )
 
 
@@ -96,10 +144,6 @@ def _is_model(name: str) -> bool:
 
 def _hyperparameter_issues(config: TrainingConfig) -> Iterator[Issue]:
     given = config.hyperparameters
-    if given.fim_ratio is not None:
-        yield _unsupported(
-            "hyperparameters.fim_ratio", "fill-in-the-middle is not trained here", "leave it out"
-        )
     if given.seed is not None and given.seed >= _SEEDS:
         yield _unsupported("hyperparameters.seed", "the seed is too large", "use less than 2^32")
     if config.model == TINY_MODEL and given.seq_len and given.seq_len > TINY_POSITIONS:
@@ -108,8 +152,28 @@ def _hyperparameter_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"{TINY_MODEL} reads at most {TINY_POSITIONS} tokens",
             f"use {TINY_POSITIONS} or less",
         )
+
+
+def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
     options = LocalOptions.model_validate(config.options)
-    if options.device == "cuda" and not any(map(Path.exists, _GPU_DEVICES)):
+    kind = _settled_tuning(config).kind
+    if options.packing and config.method != "sft":
+        yield _unsupported(
+            "options.packing", f"method {config.method} has nothing to pack", "leave it out"
+        )
+    if options.result != "adapter" and kind == "qlora":
+        yield _unsupported("options.result", "a base in 4 bits is not merged into", "use adapter")
+    unused = {"result": kind == "full"}
+    unused |= dict.fromkeys(("dpo_beta", "dpo_label_smoothing"), config.method != "dpo")
+    for name in unused:
+        if unused[name] and name in options.model_fields_set:
+            yield Issue(
+                code="unused_field",
+                message="has no effect on this run",
+                field=f"options.{name}",
+                severity="warning",
+            )
+    if options.device == "cuda" and not _has_gpu():
         yield Issue(
             code="no_gpu",
             message="a GPU is asked for and this machine shows none",
@@ -134,8 +198,10 @@ def settled_values(config: TrainingConfig) -> dict[str, float]:
     """Return every hyperparameter, ours where the configuration leaves it open."""
     given = config.hyperparameters
     tiny = config.model == TINY_MODEL
+    # Preferences unlearn what the model knows if they are learnt as fast as answers are.
+    slowly = 0.1 if config.method == "dpo" else 1.0
     ours: dict[str, float] = {
-        "learning_rate": 2e-3 if tiny else 1e-4,
+        "learning_rate": slowly * (2e-3 if tiny else 1e-4),
         "weight_decay": 0.1,
         "warmup_fraction": 0.05,
         "batch_size": 16 if tiny else 8,
@@ -169,18 +235,24 @@ def settled_model(name: str) -> str:
     return str(directory.absolute()) if name != TINY_MODEL and directory.is_dir() else name
 
 
+def _settled_tuning(config: TrainingConfig) -> Tuning:
+    return config.tuning or Tuning(kind="full" if config.model == TINY_MODEL else "lora")
+
+
 def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
     """Make the spec of a valid configuration, with every default settled."""
     options = LocalOptions.model_validate(config.options)
-    tuning = config.tuning or Tuning(kind="full" if config.model == TINY_MODEL else "lora")
     values = {
         "run_id": run_id,
         "model": settled_model(config.model),
-        "tuning": tuning,
+        "method": config.method,
+        "classifier_targets": config.classifier_targets,
+        "tuning": _settled_tuning(config),
         "train": config.data.train,
         "validation": config.data.validation,
         "slots_dir": slots_dir,
         "slots": options.max_runs,
+        "fim_ratio": config.hyperparameters.fim_ratio or None,
         **settled_values(config),
         **options.model_dump(exclude={"max_runs"}),
     }
@@ -195,6 +267,8 @@ def config_of(spec: RunSpec) -> TrainingConfig | None:
     settled = spec.model_dump(exclude_none=True)
     values = {
         "model": spec.model,
+        "method": spec.method,
+        "classifier_targets": spec.classifier_targets,
         "tuning": spec.tuning,
         "data": {"train": spec.train, "validation": spec.validation},
         "hyperparameters": {

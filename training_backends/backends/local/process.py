@@ -1,48 +1,23 @@
 """Start a training process that outlives its parent."""
 
-import os
-import re
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Final
 
-from training_backends.core.config import TINY_MODEL
+from training_backends.backends.local.hub import Handed
 from training_backends.core.run import Failure
 from training_backends.rundir.directory import ExitRecord, RunDir
 
-__all__ = ["ENGINE", "child_environment", "spawn", "took_lock"]
+__all__ = ["ENGINE", "spawn", "took_lock"]
 
 ENGINE: Final = (sys.executable, "-P", "-m", "training_backends.engine", "train")
 """The training program; its last argument is the run directory."""
 
-# No API key of the parent's gets into the child: it may run for days, and its environment
-# can be read by everybody with the same user id.
-_PASSED_ON: Final = re.compile(
-    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
-    r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
-    r"|CUDA_\w+|NVIDIA_\w+|(OMP|MKL|OPENBLAS)_NUM_THREADS|PYTORCH_\w+"
-    r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
-    re.IGNORECASE,
-)
-# May hold a password, so it is for those only who go out.
-_WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
 
-
-def child_environment(model: str) -> dict[str, str]:
-    """Return the part of our environment that a process needs which loads a model."""
-    here = model == TINY_MODEL or Path(model).is_dir()
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if _PASSED_ON.fullmatch(name) or (not here and _WAY_OUT.fullmatch(name))
-    }
-    return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
-def spawn(run: RunDir, program: Sequence[str], model: str) -> int:
+def spawn(run: RunDir, program: Sequence[str], handed: Handed) -> int:
     """Start the training process of a run directory; return its process id.
 
     Starting it twice is harmless: only one gets the directory's lock.
@@ -51,13 +26,17 @@ def spawn(run: RunDir, program: Sequence[str], model: str) -> int:
     with run.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own program and directory
             [*program, str(run.path)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if handed.stdin else subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=run.path,
-            env=child_environment(model),
+            env=handed.environment,
             start_new_session=True,
         )
+    if process.stdin is not None:
+        # Far less than a pipe holds, so this waits for nobody.
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(handed.stdin)
     # Somebody must take its exit status, or it stays a zombie for as long as we live.
     threading.Thread(
         target=_reap, args=(process, run), name=f"reap-{process.pid}", daemon=True

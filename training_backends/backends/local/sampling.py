@@ -1,38 +1,46 @@
 """Ask a model one question, in a process of its own."""
 
 import json
-import subprocess
 import sys
+from typing import Any
 
 import anyio
-import anyio.to_thread
 
-from training_backends.backends.local.process import child_environment
+from training_backends.backends.local.hub import Handed, Hub
 from training_backends.core.errors import BackendUnavailable
 
-__all__ = ["sample_answer"]
+__all__ = ["Said", "ask_model", "sample_answer"]
+
+Said = dict[str, Any]
+"""`answer`: a text; or, of a classifier, `labels`: the probability of each, by target."""
 
 
-async def sample_answer(model: str, prompt: str, *, seed: int = 0, max_tokens: int = 64) -> str:
-    """Return what a model answers to `prompt`, always choosing the likeliest token.
+async def ask_model(
+    model: str, prompt: str, *, seed: int = 0, max_tokens: int = 64, handed: Handed | None = None
+) -> Said:
+    """Return what a model says to `prompt`, always choosing the likeliest token.
 
     Args:
         model: `tiny-mistral`, a directory, or a model of the hub.
         seed: Makes the weights of an untrained `tiny-mistral`.
+        handed: What it takes to fetch the model; default what the environment gives.
 
     Raises:
         BackendUnavailable: The model cannot be loaded; the message is the engine's.
     """
-    command = [sys.executable, "-m", "training_backends.engine", "sample", model]
-    options = ["--prompt", prompt, "--seed", str(seed), "--max-tokens", str(max_tokens)]
+    command = [sys.executable, "-P", "-m", "training_backends.engine", "sample", model]
+    options = [f"--prompt={prompt}", "--seed", str(seed), "--max-tokens", str(max_tokens)]
+    handed = handed or await Hub().handed(model)
     done = await anyio.run_process(
-        [*command, *options],
-        check=False,
-        stderr=subprocess.PIPE,
-        env=await anyio.to_thread.run_sync(child_environment, model),
+        [*command, *options], input=handed.stdin, check=False, env=handed.environment
     )
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise BackendUnavailable(f"The model {model} cannot be asked: {said}", backend="local")
-    answer = json.loads(done.stdout)["answer"]
-    return str(answer)
+    found: Said = json.loads(done.stdout)
+    return found
+
+
+async def sample_answer(model: str, prompt: str) -> str:
+    """Return the answer of a model that answers; see `ask_model`."""
+    return str((await ask_model(model, prompt))["answer"])

@@ -11,12 +11,23 @@ from training_backends.core.run import Checkpoint, Failure, RunState, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
-__all__ = ["ENGINE_STATUS", "LOST", "Ending", "Look", "has_begun", "read_ending", "read_state"]
+__all__ = [
+    "ENGINE_STATUS",
+    "LOST",
+    "Ending",
+    "Look",
+    "has_begun",
+    "is_orphaned",
+    "read_ending",
+    "read_state",
+]
 
 _SETTLED: Final = timedelta(seconds=0.2)
 """Rows younger than this wait: one with an earlier time may just be being written to the
 other file, and the log must be the same however it is read."""
 _FOREVER: Final = datetime.max.replace(tzinfo=UTC)
+_REVIVE_PAUSE: Final = 5.0
+"""Seconds after a start before another is tried, should processes keep dying in the queue."""
 START_PATIENCE: Final = 60.0
 """Seconds in which a process must take its lock; more means that it died before that."""
 
@@ -98,7 +109,20 @@ def read_ending(run: RunDir) -> Ending | None:
     if run.stop.exists():
         # Asked to end before it could listen, so it had nothing to save either.
         return Ending(TrainingStatus.CANCELLED, "stopped")
+    if _last_word(run) == "queued":
+        return None  # nothing is lost: a new process takes its place in the queue, see `revive`
     return Ending(TrainingStatus.FAILED, "lost")
+
+
+def is_orphaned(run: RunDir) -> bool:
+    """Tell whether a run waits in the queue without a process that does the waiting."""
+    try:
+        if has_begun(run) or run.stop.exists() or _may_still_start(run):
+            return False
+        settled = time.time() - run.spec.stat().st_mtime > _REVIVE_PAUSE
+    except FileNotFoundError:
+        return False
+    return settled and _last_word(run) == "queued"
 
 
 def read_state(run: RunDir, look: Look | None = None) -> RunState:
@@ -138,8 +162,21 @@ def _going(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
     # Before it has its lock, the events are those of an earlier process, if there are any.
     word = next(words, "starting") if took_lock(run) else "starting"
     status = ENGINE_STATUS.get(word, TrainingStatus.PENDING)
+    if word == "queued":
+        return status, _queued(events)
     # It tells its end before it writes how it ended: over is what exit.json says is over.
     return (TrainingStatus.RUNNING if status.is_terminal else status), word
+
+
+def _queued(events: list[Event]) -> str:
+    said = next(event for event in reversed(events) if _word(event))
+    position = said.data.get("position")
+    return f"queued, position {position}" if position else "queued"
+
+
+def _last_word(run: RunDir) -> str | None:
+    words = (word for event, _ in reversed(run.read_events()) if (word := _word(event)))
+    return next(words, None)
 
 
 def _may_still_start(run: RunDir) -> bool:
@@ -171,8 +208,7 @@ def _latest(checkpoints: tuple[Checkpoint, ...], rows: list[MetricsRow]) -> dict
 
 def metrics_of(row: MetricsRow) -> dict[str, float]:
     """Return a row's measured values by name."""
-    values = row.model_dump(exclude={"at", "step", "total_steps"}, exclude_none=True)
-    return {name: float(value) for name, value in values.items()}
+    return row.measures()
 
 
 def _checkpoints(run: RunDir, events: list[Event]) -> tuple[Checkpoint, ...]:

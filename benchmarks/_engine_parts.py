@@ -1,0 +1,364 @@
+"""What `engine.py` runs in processes of their own: a model, the peers, a profile.
+
+    python benchmarks/_engine_parts.py prepare|ours|transformers|trl|matmul|profile DIR
+
+DIR holds `task.json` (see `Task`); each part prints one JSON document.
+"""
+
+# ruff: noqa: PLC0415  # a part imports what it needs and no more: its memory is measured
+import json
+import random
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+IGNORED: Final = -100
+_WARM_UP: Final = 3
+_KINDS: Final = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "optimizer": ("adam", "multi_tensor", "foreach", "clip_grad"),
+    "matrices": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::addmm", "aten::bmm"),
+    "copies": ("memcpy", "memset", "copy_", "_to_copy"),
+}
+"""What a kernel or operation is, by what its name holds."""
+_WORDS: Final = (
+    *("the", "model", "answers", "a", "question", "about", "parcels", "invoices", "rivers"),
+    *("because", "somebody", "asked", "for", "short", "and", "clear", "summary", "of", "places"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contenders train.
+
+    Attributes:
+        micro: Rows of the batch in memory at a time.
+        chats: Learn answers only; otherwise whole texts.
+    """
+
+    device: str
+    hidden: int
+    head: int
+    layers: int
+    seq_len: int
+    batch: int
+    micro: int
+    steps: int
+    chats: bool
+    checkpointing: bool
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in; the weights are float32."""
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+
+def read_task(directory: Path) -> Task:
+    """Return the task that lies in a directory."""
+    return Task(**json.loads((directory / "task.json").read_text()))
+
+
+def prepare(directory: Path) -> dict[str, Any]:
+    """Make the model and the rows, as files for ours and as tokens in its order for the peers."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from training_backends.engine.data import Order
+    from training_backends.engine.encoding import encoder_for
+    from training_backends.engine.loss import TokenObjective
+    from training_backends.engine.tiny import save_tiny_tokenizer
+
+    task = read_task(directory)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=32768,
+            hidden_size=task.hidden,
+            intermediate_size=4 * task.hidden,
+            num_hidden_layers=task.layers,
+            num_attention_heads=task.hidden // task.head,
+            num_key_value_heads=task.hidden // task.head // 2,
+            head_dim=task.head,
+            max_position_embeddings=max(4096, task.seq_len),
+            sliding_window=None,
+        )
+    )
+    base = directory / "base"
+    model.save_pretrained(base)
+    tokenizer = files("mistral_common") / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copyfile(str(tokenizer), base / "tokenizer.model.v3")
+    save_tiny_tokenizer(directory / "tokenizer")
+    objective = TokenObjective(encoder_for("base", base), task.seq_len)
+    chance = random.Random(1)
+    lines = [
+        json.dumps(_make_row(chance, task), ensure_ascii=False)
+        for _ in range(task.batch * task.steps)
+    ]
+    (directory / "rows.jsonl").write_text("\n".join(lines))
+    samples = [objective.read(line.encode(), "").example for line in lines]
+    order = Order((len(samples),), (1.0,), 0)
+    ordered = [samples[order.row(position)] for position in range(len(samples))]
+    rows = [{"input_ids": s.ids.tolist(), "labels": s.labels.tolist()} for s in ordered]
+    (directory / "rows.json").write_text(json.dumps(rows))
+    tokens = sum(s.length for s in samples)
+    embedded = model.get_input_embeddings().weight.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": parameters,
+        "multiplied": parameters - embedded,
+        "tokens": tokens,
+        "learnt": sum(int((s.labels != IGNORED).sum()) for s in samples) / tokens,
+        "width": tokens / len(samples),
+    }
+
+
+def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
+    # Texts of a GPU fill their sequence; elsewhere rows are as uneven as chats are.
+    least = 1.0 if task.device == "cuda" else 0.25
+    count = round(task.seq_len * chance.uniform(least, 1.0) * (1.2 if least == 1.0 else 0.7))
+    words = chance.choices(_WORDS, k=count)
+    if not task.chats:
+        return {"text": " ".join(words)}
+    asked, answered = words[: count // 2], words[count // 2 :]
+    return {
+        "messages": [
+            {"role": "user", "content": " ".join(asked)},
+            {"role": "assistant", "content": " ".join(answered)},
+        ]
+    }
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest of them."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def pad(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+
+    masks = [[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows]
+    return {
+        "input_ids": pad("input_ids", 0),
+        "labels": pad("labels", IGNORED),
+        "attention_mask": torch.tensor(masks),
+    }
+
+
+def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
+    """Train with transformers' Trainer or TRL's, as their users would; say how fast it was."""
+    import transformers
+    from transformers import MistralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    task = read_task(directory)
+    rows = json.loads((directory / "rows.json").read_text())
+    # As much as ours keeps in full precision: the weights, with autocast above them.
+    model = MistralForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+    arguments: dict[str, Any] = {
+        "output_dir": str(directory / "peer"),
+        "max_steps": task.steps,
+        "per_device_train_batch_size": task.micro,
+        "gradient_accumulation_steps": task.batch // task.micro,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": task.checkpointing,
+        "bf16": task.dtype == "bfloat16",
+        "use_cpu": task.device == "cpu",
+        "dataloader_pin_memory": task.device == "cuda",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_steps": 10,
+    }
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]  # untyped library
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            del args, control, others
+            if state.global_step in {_WARM_UP, task.steps}:
+                if task.device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter())
+
+    common: dict[str, Any] = {
+        "model": model,
+        "data_collator": collate,
+        "callbacks": [Clock()],
+    }
+    if trl:
+        import trl as library
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        trainer: Any = SFTTrainer(
+            args=SFTConfig(
+                **arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(
+                directory / "tokenizer"
+            ),  # the rows are encoded already
+            **common,
+        )
+    else:
+        library = transformers
+        trainer = Trainer(args=TrainingArguments(**arguments), train_dataset=_Rows(rows), **common)
+    finished = trainer.train()
+    tokens = sum(len(row["input_ids"]) for row in rows[_WARM_UP * task.batch :])
+    return {
+        "version": f"{library.__name__} {library.__version__}",
+        "tokens_per_second": tokens / (times[1] - times[0]),
+        "memory": peak_memory(task),
+        "loss": finished.training_loss,
+    }
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index]
+
+
+def peak_memory(task: Task) -> int:
+    """Return the most bytes held, as the engine counts them."""
+    if task.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_run(directory: Path, task: Task) -> Any:
+    """Say in a run directory what the task is."""
+    from training_backends.core.config import DataSource, Tuning
+    from training_backends.rundir.directory import RunDir, RunSpec
+
+    shutil.rmtree(directory / "run", ignore_errors=True)
+    run = RunDir(directory / "run")
+    run.write_spec(
+        RunSpec(
+            run_id="run",
+            model=str(directory / "base"),
+            tuning=Tuning(kind="full"),
+            train=(DataSource(path=directory / "rows.jsonl"),),
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            warmup_fraction=0,
+            training_steps=task.steps,
+            batch_size=task.batch,
+            micro_batch_size=task.micro,
+            seq_len=task.seq_len,
+            checkpoint_every=task.steps,
+            gradient_checkpointing=task.checkpointing,
+            device="cuda" if task.device == "cuda" else "cpu",
+        )
+    )
+    return run
+
+
+def ours(directory: Path) -> dict[str, Any]:
+    """Train a run directory with the engine, as the local backend does."""
+    from training_backends.engine.training import train
+
+    task = read_task(directory)
+    run = write_run(directory, task)
+    code = train(run.path)
+    if code:
+        raise SystemExit(f"the engine ended with {code!r}: {run.read_exit()}")
+    rows = [row for row, _ in run.read_metrics()]
+    first, last = rows[_WARM_UP - 1], rows[-1]
+    return {
+        "version": "this engine",
+        "tokens_per_second": (last.tokens - first.tokens) / (last.at - first.at).total_seconds(),
+        "memory": last.memory_bytes,
+        "loss": sum(row.train_loss for row in rows) / len(rows),
+    }
+
+
+def matmul(directory: Path) -> dict[str, Any]:
+    """Measure how fast the device multiplies large matrices."""
+    task = read_task(directory)
+    size = 8192 if task.device == "cuda" else 1024
+    one, other = (
+        torch.randn(size, size, device=task.device, dtype=getattr(torch, task.dtype))
+        for _ in range(2)
+    )
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        one @ other
+        if task.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"flops": 2 * size**3 / statistics.median(times)}
+
+
+def profile(directory: Path) -> dict[str, Any]:
+    """Say what some steps of ours spend their time on, as shares."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from training_backends.engine.trainer import EngineTrainer
+    from training_backends.engine.training import train
+
+    task = read_task(directory)
+    on_gpu = task.device == "cuda"
+    watching = profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    first, last = _WARM_UP, _WARM_UP + 4
+    moments: list[float] = []
+    step = EngineTrainer.training_step
+
+    def watched(trainer: Any, *arguments: Any, **named: Any) -> Any:
+        if trainer.state.global_step in {first, last} and len(moments) < 2:
+            if on_gpu:
+                torch.cuda.synchronize()
+            if moments:
+                watching.stop()
+            moments.append(time.perf_counter())
+            if len(moments) == 1:
+                watching.start()
+        return step(trainer, *arguments, **named)
+
+    setattr(EngineTrainer, "training_step", watched)  # noqa: B010  # a method, for the profile only
+    train(write_run(directory, task).path)
+    wall = moments[1] - moments[0]
+    shares = dict.fromkeys((*_KINDS, "other kernels"), 0.0)
+    for event in watching.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = next((k for k, words in _KINDS.items() if any(w in name for w in words)), None)
+        shares[kind or "other kernels"] += spent / 1e6 / wall
+    return {**shares, "nothing of these": 1 - sum(shares.values())}
+
+
+def main() -> None:
+    """Do one part."""
+    part, directory = sys.argv[1], Path(sys.argv[2])
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "prepare": prepare,
+        "ours": ours,
+        "transformers": partial(peer, trl=False),
+        "trl": partial(peer, trl=True),
+        "matmul": matmul,
+        "profile": profile,
+    }
+    print(json.dumps(parts[part](directory)))
+
+
+if __name__ == "__main__":
+    main()

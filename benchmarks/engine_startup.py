@@ -1,0 +1,102 @@
+"""What passes between the start of a training process and its first step, against bare imports.
+
+    python benchmarks/engine_startup.py [RUNS]
+
+Trains `tiny-mistral` on the sample data. Prints medians of wall time from this one run, and
+what the time goes into; the bare imports are those of the libraries that train.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from training_backends.core.config import DataSource, Tuning
+from training_backends.rundir.directory import RunDir, RunSpec
+
+LIBRARIES = "import torch, peft; from transformers import MistralForCausalLM, Trainer"
+OURS = "import training_backends.engine.work"
+
+
+def imports(code: str) -> float:
+    """Time one process that imports something and ends."""
+    start = time.perf_counter()
+    # As the engine ends: nothing is taken down in order.
+    subprocess.run([sys.executable, "-c", f"{code}; import os; os._exit(0)"], check=True)
+    return time.perf_counter() - start
+
+
+def first_step(directory: Path) -> dict[str, float]:
+    """Start a run; say when, in seconds from then, it told of what."""
+    run = RunDir(directory)
+    data = Path(str(files("training_backends") / "samples" / "train.jsonl"))
+    spec = RunSpec(
+        run_id=directory.name,
+        model="tiny-mistral",
+        tuning=Tuning(kind="full"),
+        train=(DataSource(path=data),),
+        training_steps=1000,
+        batch_size=16,
+        device="cpu",
+        slots_dir=directory.parent / "slots",
+    )
+    run.write_spec(spec)
+    start = datetime.now(UTC)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "training_backends.engine", "train", str(directory)],
+        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+    ) as process:
+        while not (rows := run.read_metrics()):
+            if process.poll() is not None:
+                raise SystemExit(f"the engine ended with {process.returncode}")
+            time.sleep(0.01)
+        process.kill()
+    told = {str(event.data.get("status")): event.at for event, _ in run.read_events()}
+    told["first step"] = rows[0][0].at
+    return {name: (at - start).total_seconds() for name, at in told.items()}
+
+
+def median(samples: list[float]) -> float:
+    """Return the median."""
+    return statistics.median(samples)
+
+
+def main() -> None:
+    """Measure all in turn, so that a slow moment hits all of them."""
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    measured: dict[str, Callable[[], float]] = {
+        "bare python": lambda: imports("pass"),
+        "libraries": lambda: imports(LIBRARIES),
+        "ours": lambda: imports(OURS),
+    }
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    told: dict[str, list[float]] = {}
+    imports(OURS)  # fills the caches
+    with tempfile.TemporaryDirectory() as temporary:
+        for number in range(runs):
+            for name, measure in measured.items():
+                times[name].append(measure())
+            for name, at in first_step(Path(temporary) / f"run-{number}").items():
+                told.setdefault(name, []).append(at)
+    libraries, ours = median(times["libraries"]), median(times["ours"])
+    queue, ready, step = (median(told[n]) for n in ("initializing", "running", "first step"))
+    lines = [
+        ("bare imports of the libraries", libraries),
+        ("start to first step", step),
+        ("  until it has a place to train", queue),
+        ("  imports behind that", ours - queue),
+        ("  model, data, trainer", ready - ours),
+        ("  first step", step - ready),
+    ]
+    for name, seconds in lines:
+        print(f"{name:<34} {seconds:>6.2f} s {seconds / libraries:>6.2f} × bare imports")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which checkpoint a run is continued from, when some are damaged; nothing is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training_backends.backends.local.continuing import copy_checkpoint
+from training_backends.core.errors import ConfigError, DuplicateRun
+from training_backends.core.run import TrainingRun
+from training_backends.rundir.checkpoints import describe_files, find_newest
+from training_backends.rundir.directory import CheckpointState, ExitRecord, RunDir
+
+
+@pytest.fixture
+def run(make_run: Callable[..., TrainingRun]) -> TrainingRun:
+    return make_run()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> RunDir:
+    """A run that was stopped, with checkpoints at the steps 2, 4 and 10."""
+    made = RunDir(tmp_path / "source")
+    for step in (2, 4, 10):
+        path = made.checkpoints / f"step-{step}"
+        path.mkdir(parents=True)
+        (path / "weights").write_bytes(bytes([step]) * 1000)
+        sizes, checksums = describe_files(path)
+        state = CheckpointState(step=step, files=sizes, checksums=checksums)
+        (path / "state.json").write_text(state.model_dump_json())
+    made.write_exit(ExitRecord(status="stopped", code=3, step=10))
+    return made
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "target")
+
+
+def test_the_newest_whole_one_is_taken(run: TrainingRun, source: RunDir, target: RunDir) -> None:
+    """What is newer and damaged stays behind, and the new run's log tells of it."""
+    (source.checkpoints / "step-10" / "weights").write_bytes(b"x" * 1000)
+    (source.checkpoints / "step-4" / "weights").unlink()
+    assert copy_checkpoint(run, source, target, None) == 2
+    whole, damaged = find_newest(target)
+    assert whole is not None
+    assert (whole.state.step, damaged) == (2, ())
+    said = [event.message for event, _ in target.read_events()]
+    assert [text.partition(":")[0] for text in said] == [
+        "the checkpoint step-10 is damaged",
+        "the checkpoint step-4 is damaged",
+    ]
+    assert len(list(source.checkpoints.iterdir())) == 3, "the old run is left as it is"
+
+
+def test_a_damaged_one_is_not_taken_by_name(
+    run: TrainingRun, source: RunDir, target: RunDir
+) -> None:
+    """It was asked for, so no other is taken in its place."""
+    (source.checkpoints / "step-4" / "weights").write_bytes(b"x" * 1000)
+    with pytest.raises(ConfigError) as told:
+        copy_checkpoint(run, source, target, "step-4")
+    assert "has changed since it was written" in told.value.issues[0].message
+    assert copy_checkpoint(run, source, target, "2") == 2
+    with pytest.raises(ConfigError) as told:
+        copy_checkpoint(run, source, target, "3")
+    assert told.value.issues[0].fix == "there are: 2, 4, 10"
+
+
+def test_without_any_it_begins_anew(run: TrainingRun, source: RunDir, target: RunDir) -> None:
+    """A run whose checkpoints are all gone is trained from the beginning."""
+    for path in source.checkpoints.iterdir():
+        (path / "state.json").unlink()
+    assert copy_checkpoint(run, source, target, None) == 0
+    assert len(target.read_events()) == 3
+
+
+def test_a_run_that_goes_on_is_left_alone(
+    run: TrainingRun, tmp_path: Path, source: RunDir, target: RunDir
+) -> None:
+    """It would write its checkpoints while they are copied."""
+    source.exit.unlink()
+    source.spec.touch()
+    with pytest.raises(DuplicateRun):
+        copy_checkpoint(run, source, target, None)

@@ -1,0 +1,152 @@
+"""What a training process is handed to fetch a model with, and nobody else sees."""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anyio
+import pytest
+
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.hub import Hub
+from training_backends.backends.local.sampling import ask_model
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.core.errors import BackendUnavailable, CredentialNotFound, VaultLocked
+from training_backends.core.run import TrainingRun
+from training_backends.credentials.vault import CredentialVault
+from training_backends.testing.journal import MemoryJournal
+
+pytestmark = pytest.mark.anyio
+
+MakeRun = Callable[..., TrainingRun]
+
+TOKEN = "hf_QpZr7sXkVtYwNbMc"
+DUMP = """
+import json, os, sys
+from pathlib import Path
+told = {"arguments": Path("/proc/self/cmdline").read_text(), "environment": dict(os.environ)}
+told["stdin"] = sys.stdin.read()
+Path(sys.argv[1], "told").write_text(json.dumps(told))
+"""
+
+
+def vault(tmp_path: Path, **environ: str) -> CredentialVault:
+    """Return a vault that knows what is in an environment."""
+    return CredentialVault(home=tmp_path / "vault", environ=environ)
+
+
+async def handed_to_a_process(home: Path, run: TrainingRun, hub: Hub) -> dict[str, Any]:
+    """Launch a run whose process tells what it was given."""
+    backend = LocalBackend(home, program=(sys.executable, "-c", DUMP), hub=hub)
+    await backend.launch(run, MemoryJournal(run))
+    told = home / "runs" / run.id / "told"
+    with anyio.fail_after(20):
+        while not told.exists() or not told.read_text():
+            await anyio.sleep(0.01)
+    found: dict[str, Any] = json.loads(told.read_text())
+    return found
+
+
+async def test_the_token_comes_on_standard_input_only(home: Path, make_run: MakeRun) -> None:
+    """Neither arguments nor environment of the process show it, nor does its directory."""
+    hub = Hub(LocalSettings(), vault(home, HF_TOKEN=TOKEN))
+    told = await handed_to_a_process(home, make_run(model="org/model"), hub)
+    assert told["stdin"] == f"{TOKEN}\n"
+    assert TOKEN not in told["arguments"]
+    assert TOKEN not in json.dumps(told["environment"])
+    for path in (home / "runs" / "r").rglob("*"):
+        assert path.name == "told" or not path.is_file() or TOKEN not in path.read_text()
+
+
+async def test_a_model_of_this_machine_needs_no_token(home: Path, make_run: MakeRun) -> None:
+    """The built-in model, or one in a directory, is trained without any key."""
+    hub = Hub(LocalSettings(), vault(home, HF_TOKEN=TOKEN))
+    told = await handed_to_a_process(home, make_run(), hub)
+    assert told["stdin"] == ""
+    assert TOKEN not in json.dumps(told)
+    assert (await hub.handed(str(home))).token is None
+
+
+async def test_settings_choose_hub_key_and_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror, one of several keys, or no hub at all and then no key either."""
+    keys = vault(tmp_path, HF_TOKEN=TOKEN, HUGGINGFACE_WORK_API_KEY="hf_OtherOtherOther")
+    mirror = LocalSettings(hub_url="https://mirror.example.org/hf/", profile="work")
+    handed = await Hub(mirror, keys).handed("org/model")
+    assert handed.environment["HF_ENDPOINT"] == "https://mirror.example.org/hf"
+    assert handed.stdin == b"hf_OtherOtherOther\n"
+    with pytest.raises(CredentialNotFound):
+        await Hub(LocalSettings(profile="none"), keys).handed("org/model")
+    handed = await Hub(LocalSettings(offline=True), keys).handed("org/model")
+    assert (handed.environment["HF_HUB_OFFLINE"], handed.stdin) == ("1", b"")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "true")
+    assert (await Hub(LocalSettings(), keys).handed("org/model")).token is None
+
+
+async def test_without_a_key_the_run_goes_on(tmp_path: Path) -> None:
+    """Most models need none: neither its absence nor a locked keyring holds anything up."""
+
+    class Locked:
+        async def get(self, *_: object) -> Any:
+            raise VaultLocked("The keyring is locked.")
+
+    assert (await Hub(LocalSettings(), vault(tmp_path)).handed("org/model")).token is None
+    assert (await Hub(LocalSettings(), Locked()).handed("org/model")).token is None
+
+
+async def test_no_token_goes_over_plain_http(tmp_path: Path) -> None:
+    """Only https and this machine get it."""
+    keys = vault(tmp_path, HF_TOKEN=TOKEN)
+    plain = LocalSettings(hub_url="http://mirror.example.org")
+    assert (await Hub(plain, keys).handed("org/model")).token is None
+    here = LocalSettings(hub_url="http://127.0.0.1:8080")
+    assert (await Hub(here, keys).handed("org/model")).token is not None
+
+
+class Gated(BaseHTTPRequestHandler):
+    """A hub that gives its models to nobody."""
+
+    seen: ClassVar[list[str]]
+
+    def answer(self) -> None:
+        self.seen.append(self.headers.get("Authorization", ""))
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def log_request(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gated() -> Iterator[str]:
+    """Where that hub is."""
+    Gated.seen = []
+    server = HTTPServer(("127.0.0.1", 0), Gated)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.engine
+async def test_the_hub_is_asked_with_the_token(gated: str, tmp_path: Path) -> None:
+    """What the vault has reaches the hub; what the hub refuses is said with what to do."""
+    hub = Hub(LocalSettings(hub_url=gated), vault(tmp_path, HF_TOKEN=TOKEN))
+    handed = await hub.handed("org/gated")
+    with pytest.raises(BackendUnavailable, match="credentials set huggingface"):
+        await ask_model("org/gated", "hello", handed=handed)
+    assert set(Gated.seen) == {f"Bearer {TOKEN}"}

@@ -1,0 +1,30 @@
+"""Asking a model that cannot be asked; one that can is asked in `test_runs`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends.client.store import RunStore
+from training_backends.core.config import TrainingConfig
+from training_backends.core.run import TrainingRun
+from training_backends.core.status import TrainingStatus
+
+Run = Any
+
+
+@pytest.mark.parametrize("backend", ["mistral", "local"])
+def test_what_cannot_be_asked_is_said(
+    run: Run, tmp_path: Path, make_config: Callable[..., TrainingConfig], backend: str
+) -> None:
+    """A provider that keeps its models, or a run that has none: exit code 9, or 5 if it is gone."""
+    home = tmp_path / "home"
+    home.mkdir()
+    store = RunStore(f"sqlite:///{home / 'runs.db'}")
+    over = TrainingRun(id="r", backend=backend, config=make_config(), remote_id="r")
+    store.insert(over.model_copy(update={"status": TrainingStatus.COMPLETED}))
+    store.close()
+    done = run("sample", "r", "hello", "--json")
+    assert done.code == (9 if backend == "mistral" else 5)
+    assert done.document["error"]["backend"] == backend

@@ -1,0 +1,109 @@
+"""What a process is handed that may have to fetch a model from the hub."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from anyio import to_thread
+from pydantic import SecretStr
+
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.core.backend import CredentialSource
+from training_backends.core.config import TINY_MODEL
+from training_backends.core.errors import CredentialNotFound, VaultLocked
+from training_backends.core.logs import get_logger
+from training_backends.net.urls import is_loopback
+from training_backends.rundir.handover import ON_STDIN
+
+__all__ = ["Handed", "Hub"]
+
+log = get_logger()
+
+# No API key of the parent's gets into the child: it may run for days, and its environment
+# can be read by everybody with the same user id.
+_PASSED_ON: Final = re.compile(
+    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
+    r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
+    r"|CUDA_\w+|NVIDIA_\w+|(OMP|MKL|OPENBLAS)_NUM_THREADS|PYTORCH_\w+"
+    r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
+    re.IGNORECASE,
+)
+# May hold a password, so it is for those only who go out.
+_WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
+_TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
+"""What the hub's own library takes for yes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a process starts with.
+
+    Attributes:
+        environment: All of it; no secret.
+        token: Of the model hub, for its standard input.
+    """
+
+    environment: dict[str, str]
+    token: SecretStr | None = None
+
+    @property
+    def stdin(self) -> bytes:
+        """What is to be written to its standard input."""
+        return f"{self.token.get_secret_value()}\n".encode() if self.token else b""
+
+
+class Hub:
+    """Access to the model hub, as settings, environment and vault say."""
+
+    def __init__(
+        self, settings: LocalSettings | None = None, credentials: CredentialSource | None = None
+    ) -> None:
+        self._settings = settings or LocalSettings.model_construct()
+        self._credentials = credentials
+
+    async def handed(self, model: str) -> Handed:
+        """Return what a process needs that loads a model; a token only for one of the hub."""
+        if await to_thread.run_sync(_is_here, model):
+            return Handed(self._environment())
+        environment = self._environment() | _matching(_WAY_OUT)
+        token = await self._token(environment)
+        if token is not None:
+            environment[ON_STDIN] = "1"
+        return Handed(environment, token)
+
+    def _environment(self) -> dict[str, str]:
+        ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if self._settings.offline:
+            ours["HF_HUB_OFFLINE"] = "1"
+        if self._settings.hub_url is not None:
+            ours["HF_ENDPOINT"] = self._settings.hub_url
+        return _matching(_PASSED_ON) | ours
+
+    async def _token(self, environment: dict[str, str]) -> SecretStr | None:
+        offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        if self._credentials is None or offline:
+            return None
+        endpoint = environment.get("HF_ENDPOINT", "https:")
+        if not endpoint.startswith("https:") and not is_loopback(endpoint):
+            log.warning("no token for the model hub: it is asked over plain http", url=endpoint)
+            return None
+        try:
+            return await self._credentials.get("huggingface", self._settings.profile)
+        except CredentialNotFound:
+            if self._settings.profile is not None:
+                raise  # that one was asked for
+            return None
+        except VaultLocked as error:
+            # Most models need none; where one does, the hub's refusal is the run's failure.
+            log.warning("no token for the model hub", reason=error.message)
+            return None
+
+
+def _is_here(model: str) -> bool:
+    return model == TINY_MODEL or Path(model).expanduser().is_dir()
+
+
+def _matching(pattern: re.Pattern[str]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if pattern.fullmatch(name)}

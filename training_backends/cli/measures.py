@@ -1,0 +1,162 @@
+"""What a run measured, as a table for programs (CSV) and as charts in the terminal."""
+
+import csv
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from training_backends.core.errors import ConfigError, Issue
+
+if TYPE_CHECKING:
+    from training_backends.client.store import MetricPoint
+
+__all__ = ["Series", "by_name", "chart", "choose", "plot", "write_csv"]
+
+Series = Mapping[int, float]
+"""A metric's values by step."""
+
+_FORCE: Final = "FORCE_COLOR"
+_SHOWN: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
+"""What is drawn if nothing is asked for."""
+_COLOURS: Final = ("bright_blue", "bright_yellow", "bright_green", "bright_magenta")
+_SIGNS: Final = "*o+x"
+_AXIS: Final = 23
+"""Columns beside what is drawn: the axis, and the name of the other one."""
+_WIDEST, _NARROWEST, _HEIGHT = 120, 20, 12
+_WITHOUT_TERMINAL: Final = 80
+
+
+def by_name(points: "Iterable[MetricPoint]") -> dict[str, dict[int, float]]:
+    """Sort points into metrics; the last value of a step counts."""
+    found: dict[str, dict[int, float]] = {}
+    for point in points:
+        found.setdefault(point.name, {})[point.step] = point.value
+    return found
+
+
+def choose(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Series]:
+    """Return the metrics that are asked for, in that order; all if none is.
+
+    Raises:
+        ConfigError: One was not measured.
+    """
+    for name in names:
+        if name not in series:
+            known = ", ".join(series) or "none"
+            fix = f"measured were: {known}"
+            issue = Issue(code="unknown_metric", message=f"{name!r} was not measured", fix=fix)
+            raise ConfigError(f"There is no metric {name!r} of this run.", issues=[issue])
+    return {name: series[name] for name in names or series}
+
+
+def write_csv(series: Mapping[str, Series]) -> None:
+    """Write a line a step to standard output; a metric that was not measured then is empty."""
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["step", *series])
+    for step in sorted({step for values in series.values() for step in values}):
+        out.writerow([step, *(values.get(step, "") for values in series.values())])
+
+
+def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None:
+    """Draw charts one below the other, as wide as the terminal; losses share one.
+
+    Args:
+        all_given: Draw all; otherwise the losses and the accuracy, if they are there.
+    """
+    shown = series if all_given else {name: series[name] for name in _SHOWN if name in series}
+    if not shown:
+        shown = series
+    width = min(out.width if out.is_terminal else _WITHOUT_TERMINAL, _WIDEST) - _AXIS
+    coloured = out.is_terminal and not out.no_color
+    for names in _together(shown):
+        with _colours(coloured):
+            text = chart(
+                {name: shown[name] for name in names},
+                width=max(width, _NARROWEST),
+                coloured=coloured,
+                plain=not _can_show_dots(out),
+            )
+        out.file.write(f"{text}\n\n")
+
+
+@contextmanager
+def _colours(wanted: bool) -> Iterator[None]:
+    """Have plotille colour what goes to standard error; it looks at standard output only."""
+    before = os.environ.get(_FORCE)
+    if wanted:
+        os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_FORCE, None)
+
+
+def _can_show_dots(out: Console) -> bool:
+    try:
+        "\u28ff".encode(out.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _together(names: Collection[str]) -> list[list[str]]:
+    """Put into one chart what is the same measure of different data."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.removeprefix("train_").removeprefix("valid_"), []).append(name)
+    return list(found.values())
+
+
+def chart(series: Mapping[str, Series], *, width: int, coloured: bool, plain: bool) -> str:
+    """Draw metrics over the steps; the line above the chart names them with their last value.
+
+    Args:
+        width: Columns for what is drawn, without the axis.
+        plain: Use ASCII only.
+    """
+    import plotille
+
+    figure = plotille.Figure()
+    figure.width, figure.height = width, _HEIGHT
+    figure.color_mode, figure.with_colors = "names", coloured
+    figure.origin = False
+    figure.x_label, figure.y_label = "step", ""
+    first, last = _span(step for values in series.values() for step in values)
+    low, high = _span(value for values in series.values() for value in values.values())
+    figure.set_x_limits(min_=first, max_=last)
+    figure.set_y_limits(min_=low, max_=high)
+    digits = 0 if last - first > width // 10 else 1
+    figure.x_ticks_fkt = lambda tick, _: f"{tick:.{digits}f}"
+    figure.y_ticks_fkt = lambda tick, _: f"{tick:>10.4g}"
+    names = []
+    for (name, values), colour, sign in zip(
+        series.items(), cycle(_COLOURS), cycle(_SIGNS), strict=False
+    ):
+        steps = sorted(values)
+        lone = plain or len(steps) == 1
+        figure.plot(
+            steps,
+            [values[step] for step in steps],
+            lc=colour,
+            marker=sign if lone else None,
+            interp=None if plain else "linear",
+        )
+        told = f"{sign if lone else '―'} {name} {values[steps[-1]]:.6g}"
+        names.append(plotille.color(told, fg=colour, mode="names", no_color=not coloured))
+    # Its first line is the arrow of an axis without a label; its empty places are no spaces.
+    _, _, drawn = str(figure.show()).partition("\n")
+    text = "  ".join(names) + "\n" + drawn.replace("\u2800", " ")
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _span(numbers: Iterable[float]) -> tuple[float, float]:
+    """Return the least and the greatest of some numbers, somewhat apart."""
+    found = list(numbers)
+    least, most = min(found), max(found)
+    return (least, most) if most > least else (least, least + (abs(least) or 1.0))

@@ -1,0 +1,254 @@
+"""The model card of a result: what it was made of, how, and what may be done with it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from yaml import YAMLError
+
+from training_backends.core.config import TINY_MODEL
+from training_backends.rundir.directory import MetricsRow, ResultRecord, RunDir, RunSpec
+
+__all__ = ["DataFacts", "Licence", "describe_data", "read_licence", "write_card"]
+
+_METHODS: Final = {
+    "sft": "supervised fine-tuning",
+    "dpo": "direct preference optimization",
+    "classifier": "training as a classifier",
+}
+_TUNINGS: Final = {
+    "full": "all weights trained",
+    "lora": "LoRA",
+    "qlora": "LoRA on a quantized base (QLoRA)",
+}
+_LIBRARIES: Final = ("torch", "transformers", "peft", "accelerate")
+_VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
+_LEFT_OUT: Final = {"slots_dir", "slots", "priority", "train", "validation", "run_id", "version"}
+"""What says something of the machine and not of the model, or stands elsewhere in the card."""
+
+
+class DataFacts(NamedTuple):
+    """One data file as it was read."""
+
+    name: str
+    role: str
+    rows: int
+    size: int
+    sha256: str
+
+
+class Licence(NamedTuple):
+    """What a model's card says of its licence, in the words of the hub's cards."""
+
+    name: str
+    title: str | None = None
+    link: str | None = None
+
+    def __str__(self) -> str:
+        name = self.title or self.name
+        return f"[{name}]({self.link})" if self.link and "://" in self.link else name
+
+
+def describe_data(path: Path, role: str, rows: int) -> DataFacts:
+    """Say which file this is, by its content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return DataFacts(path.name, role, rows, file.tell(), digest)
+
+
+def read_licence(model: str) -> Licence | None:
+    """Return what a model's own card, or its config, says of its licence; None if nothing."""
+    return _from_card(_file(model, "README.md")) or _from_config(_file(model, "config.json"))
+
+
+def _file(model: str, name: str) -> Path | None:
+    """Return where a file of a model lies on this machine."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  # loads for a moment
+
+    if model == TINY_MODEL:
+        return None
+    if (local := Path(model).expanduser()).is_dir():
+        return local / name
+    found = try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _from_card(path: Path | None) -> Licence | None:
+    from huggingface_hub import ModelCard  # noqa: PLC0415
+
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
+    try:
+        text = path.read_text(encoding="utf-8") if path else ""
+        told = ModelCard(text).data
+    except (OSError, ValueError, YAMLError):
+        return None
+    keys = ("license", "license_name", "license_link")
+    name, title, link = (getattr(told, key, None) for key in keys)
+    names = [str(each) for each in name] if isinstance(name, list) else [str(name or "")]
+    if not any(names):
+        return None
+    return Licence(", ".join(names), title and str(title), link and str(link))
+
+
+def _from_config(path: Path | None) -> Licence | None:
+    try:
+        name = json.loads(path.read_bytes()).get("license") if path else None
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Licence(name) if isinstance(name, str) and name else None
+
+
+def write_card(
+    directory: Path, *, run: RunDir, spec: RunSpec, record: ResultRecord, data: Sequence[DataFacts]
+) -> None:
+    """Write README.md beside a finished model; it names no place of this machine."""
+    licence = read_licence(spec.model)
+    parts = [
+        _head(spec, record, licence),
+        f"# {run.path.name}\n",
+        _origin(spec, record),
+        _data(data),
+        _results(run),
+        _configuration(spec),
+        _use(directory, spec, record),
+        _licence(spec, licence),
+    ]
+    (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _base_name(spec: RunSpec) -> str:
+    local = Path(spec.model).expanduser()
+    return local.name if local.is_dir() else spec.model
+
+
+def _is_on_hub(spec: RunSpec) -> bool:
+    return spec.model != TINY_MODEL and not Path(spec.model).expanduser().is_dir()
+
+
+def _head(spec: RunSpec, record: ResultRecord, licence: Licence | None) -> str:
+    from huggingface_hub import ModelCardData  # noqa: PLC0415
+
+    classifies = spec.method == "classifier"
+    data = ModelCardData(
+        base_model=spec.model if _is_on_hub(spec) else None,
+        library_name="peft" if record.format == "adapter" else "transformers",
+        license=licence.name if licence else None,
+        license_name=licence.title if licence else None,
+        license_link=licence.link if licence and "://" in (licence.link or "") else None,
+        pipeline_tag="text-classification" if classifies else "text-generation",
+        tags=["training-backends", spec.method, spec.tuning.kind],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _origin(spec: RunSpec, record: ResultRecord) -> str:
+    kind = "An adapter for" if record.format == "adapter" else "Made from"
+    ours, made_with = (
+        _version("training-backends"),
+        ", ".join(filter(None, map(_version, _LIBRARIES))),
+    )
+    return (
+        f"{kind} `{_base_name(spec)}`: {_METHODS[spec.method]}, {_TUNINGS[spec.tuning.kind]}.\n\n"
+        f"{ours or 'training-backends'} with {made_with}.\n"
+    )
+
+
+def _version(library: str) -> str | None:
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return None
+
+
+def _data(data: Sequence[DataFacts]) -> str:
+    rows = [
+        f"| {_cell(each.name)} | {each.role} | {each.rows:,} | {each.size:,} | `{each.sha256}` |"
+        for each in data
+    ]
+    head = [
+        "## Data\n",
+        "| file | role | rows used | bytes | SHA-256 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _results(run: RunDir) -> str:
+    first, last = _first(run), run.read_newest_metrics()
+    if first is None or not last:
+        return ""
+    begin, end = first.measures(), last[-1].measures()
+    shown = [name for name in end if name not in {"epoch", "tokens", "learning_rate"}]
+    lines = [
+        "## Measured\n",
+        f"{last[-1].step:,} steps, {end['tokens']:,.0f} tokens, {end['epoch']:.3g} epochs.\n",
+        "| | first step | last step |",
+        "| --- | --- | --- |",
+        *(f"| {_cell(name)} | {_number(begin.get(name))} | {end[name]:.6g} |" for name in shown),
+        "",
+    ]
+    checkpoints = [event for event, _ in run.read_events() if event.name == "checkpoint"]
+    measured = {event.step: event.data.get("metrics") or {} for event in checkpoints}
+    validated = {step: each for step, each in measured.items() if "valid_loss" in each}
+    if validated:
+        best = min(validated, key=lambda step: validated[step]["valid_loss"])
+        lines.append(
+            f"Lowest validation loss: {validated[best]['valid_loss']:.6g} at step {best}.\n"
+        )
+    return "\n".join(lines)
+
+
+def _first(run: RunDir) -> MetricsRow | None:
+    return next((row for row, _ in run.read_metrics()), None)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _configuration(spec: RunSpec) -> str:
+    told = spec.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
+    told["model"] = _base_name(spec)
+    told["train"] = [{"file": each.path.name, "weight": each.weight} for each in spec.train]
+    told["validation"] = [each.path.name for each in spec.validation]
+    text = json.dumps(told, indent=2, ensure_ascii=False)
+    return f"## Configuration\n\n```json\n{text}\n```\n"
+
+
+def _use(directory: Path, spec: RunSpec, record: ResultRecord) -> str:
+    """Say how to serve it with vLLM, as its documentation has the options."""
+    if spec.method == "classifier":
+        return ""
+    options, served, note = "", "DIR", "DIR is this directory."
+    if record.format == "adapter":
+        served = _base_name(spec)
+        rank = next((rank for rank in _VLLM_RANKS if rank >= spec.tuning.rank), spec.tuning.rank)
+        options = f" --enable-lora --max-lora-rank {rank} --lora-modules tuned=DIR"
+        note += f" The base model `{served}` must be at hand as well."
+    if _has_mistral_tokenizer(directory):
+        options += " --tokenizer-mode mistral"
+    return f"## Use\n\n{note}\n\n```sh\nvllm serve {served}{options}\n```\n"
+
+
+def _has_mistral_tokenizer(directory: Path) -> bool:
+    return (directory / "tekken.json").is_file() or any(directory.glob("tokenizer.model.v*"))
+
+
+def _licence(spec: RunSpec, licence: Licence | None) -> str:
+    if licence:
+        what = f"The card of `{_base_name(spec)}` says of its licence: {licence}. "
+        what += "It holds for what is made of that model as well, as far as it says so."
+    elif spec.model == TINY_MODEL:
+        what = "The base is made from random numbers, so there is nothing in it to license."
+    else:
+        what = f"The files of `{_base_name(spec)}` do not say under which licence it is."
+    return f"## Licence\n\n{what} The training data may have terms of its own.\n"

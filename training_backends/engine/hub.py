@@ -1,0 +1,17 @@
+"""The model hub's token, as a parent hands it over."""
+
+import os
+import sys
+
+from training_backends.rundir.handover import ON_STDIN
+
+__all__ = ["take_token"]
+
+
+def take_token() -> None:
+    """Read the token from standard input if that is where it is, for the hub's library.
+
+    What is set here does not show in the environment that the system tells of a process.
+    """
+    if os.environ.pop(ON_STDIN, None):
+        os.environ["HF_TOKEN"] = sys.stdin.readline().strip()
