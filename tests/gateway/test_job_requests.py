@@ -8,11 +8,16 @@ from uuid import uuid4
 import anyio
 import pytest
 import sqlalchemy as sa
+from pydantic import BaseModel
 
 from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
 from training_backends.core.errors import StoreError
+from training_backends.core.run import ValidationReport
 from training_backends.gateway.jobspec import secret_profile
 from training_backends.gateway.store import GatewayStore
+from training_backends.testing.backend import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
 
@@ -193,6 +198,41 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
             return not secrets.kept
 
         await eventually(forgotten)
+
+
+class Share(BaseModel):
+    """Options of the backend below."""
+
+    share: float = 0.0
+
+
+class Lenient(ScriptedBackend):
+    """Can leave unusable rows out; keeps the options that it is given."""
+
+    options_model = Share
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: list[dict[str, Any]] = []
+
+    def options_tolerating(self, fraction: float) -> dict[str, Any]:
+        return {"share": fraction}
+
+    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
+        self.options.append(config.options)
+        return await super().validate(config, dataset)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0.25, {"share": 0.25}), (0, {})])
+async def test_the_backend_is_told_how_many_unusable_rows_to_leave_out(
+    tmp_path: Path, asked: float, given: dict[str, Any]
+) -> None:
+    """In its own words, and only if the job asks for it."""
+    backend = Lenient()
+    async with site(tmp_path, backend) as here:
+        job = await here.create(invalid_sample_skip_percentage=asked)
+        await here.until(job["id"], "VALIDATED")
+    assert backend.options == [given]
 
 
 async def test_a_job_that_cannot_be_stored_leaves_no_key(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -43,12 +42,12 @@ async def test_a_job_lives_from_upload_to_model(here: Site) -> None:
     running = await here.until(job["id"], "RUNNING")
     assert running["checkpoints"] == []
     (remote,) = here.backend.created
-    here.backend.measure(remote, 1, train_loss=2.0)
-    here.backend.measure(remote, 2, train_loss=1.5, valid_loss=1.6, valid_mean_token_accuracy=0.4)
+    here.backend.measure(remote, 10, train_loss=2.0)
+    here.backend.measure(remote, 20, train_loss=1.5, valid_loss=1.6, valid_mean_token_accuracy=0.4)
     here.backend.finish(remote)
     done = await here.until(job["id"], "SUCCESS")
     assert statuses(done) == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
-    assert [point["step_number"] for point in done["checkpoints"]] == [2, 1]
+    assert [point["step_number"] for point in done["checkpoints"]] == [20, 10]
     assert done["checkpoints"][0]["metrics"] == {
         "train_loss": 1.5,
         "valid_loss": 1.6,
@@ -74,7 +73,7 @@ async def test_the_backend_s_own_steps_are_told(here: Site) -> None:
     job_id, remote = await here.started()
     await here.until(job_id, "RUNNING")
     backend.tell(remote, TrainingStatus.INITIALIZING)
-    backend.measure(remote, 1, train_loss=1.0)
+    backend.measure(remote, 10, train_loss=1.0)
 
     async def measured() -> dict[str, Any] | None:
         job = await here.get(job_id)
@@ -382,42 +381,59 @@ async def test_a_database_that_fails_for_a_while_fails_no_job(
         raise StoreError("The database cannot be used: disk is full")
 
     monkeypatch.setattr(GatewayStore, "awrite", full)
-    here.backend.measure(remote_id, 5, train_loss=1.5)
+    here.backend.measure(remote_id, 10, train_loss=1.5)
     with anyio.fail_after(20):
         await refused.wait()
     monkeypatch.setattr(GatewayStore, "awrite", write)
-    here.backend.measure(remote_id, 10, train_loss=1.0)
+    here.backend.measure(remote_id, 20, train_loss=1.0)
     here.backend.finish(remote_id)
     ended = await here.until(job_id, "SUCCESS", "FAILED")
     steps = [point["step_number"] for point in ended["checkpoints"]]
-    assert (ended["status"], steps) == ("SUCCESS", [10, 5])
+    assert (ended["status"], steps) == ("SUCCESS", [20, 10])
 
 
-async def test_many_checkpoints_are_thinned_and_validated_ones_stay(here: Site) -> None:
-    """About a hundred, newest first, the last among them, spread over the run."""
+@pytest.mark.parametrize(
+    ("total", "told"),
+    [
+        (1500, [*range(150, 1501, 150)]),
+        (104, [*range(11, 104, 11), 104]),
+        (24, [10, 20, 24]),
+        (4, [4]),
+        (0, [10, 20, 30]),  # not known
+    ],
+)
+async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
+    here: Site, total: int, told: list[int]
+) -> None:
+    """However often the backend measures, and newest first; the last step is always there."""
     job_id, remote = await here.started()
-    for step in range(1, 1501):
-        valid = {"valid_loss": 1.0} if step % 500 == 7 else {}
-        here.backend.measure(remote, step, train_loss=1 / step, total_steps=1500, **valid)
+    known = {"total_steps": total} if total else {}
+    for step in range(1, (total or 35) + 1):
+        here.backend.measure(remote, step, train_loss=1 / step, **known)
     here.backend.finish(remote)
     points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
-    steps = [point["step_number"] for point in points]
-    assert 60 <= len(steps) <= 105
-    assert steps == sorted(steps, reverse=True)
-    assert steps[0] == 1500
-    assert {7, 507, 1007} <= set(steps)
-    assert max(a - b for a, b in pairwise(steps)) <= 50
+    assert [point["step_number"] for point in reversed(points)] == told
+
+
+async def test_what_a_backend_validates_more_often_is_told(here: Site) -> None:
+    """Ten steps apart at least, and no more than a hundred of them."""
+    job_id, remote = await here.started()
+    for step in range(10, 2001, 10):
+        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0, total_steps=2000)
+    here.backend.finish(remote)
+    points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+    assert [point["step_number"] for point in reversed(points)] == [*range(20, 2001, 20)]
 
 
 async def test_a_step_measured_twice_is_one_checkpoint(here: Site) -> None:
     """Training and validation of a step may come in records of their own."""
     job_id, remote = await here.started()
-    here.backend.measure(remote, 5, train_loss=2.0)
-    here.backend.measure(remote, 5, valid_loss=1.0, train_loss=None)
-    here.backend.measure(remote, 6, train_loss=float("nan"))
+    here.backend.measure(remote, 10, train_loss=2.0)
+    here.backend.measure(remote, 10, valid_loss=1.0, train_loss=None)
+    here.backend.measure(remote, 20, train_loss=float("nan"))
     here.backend.finish(remote)
     (point,) = (await here.until(job_id, "SUCCESS"))["checkpoints"]
-    assert (point["step_number"], point["metrics"]["train_loss"]) == (5, 2.0)
+    assert (point["step_number"], point["metrics"]["train_loss"]) == (10, 2.0)
     assert point["metrics"]["valid_loss"] == 1.0
 
 

@@ -26,7 +26,7 @@ from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
 
-OLD_KEYS = """
+OLD_TABLES = """
 CREATE TABLE keys (
     id VARCHAR(8) NOT NULL,
     name VARCHAR NOT NULL,
@@ -35,6 +35,7 @@ CREATE TABLE keys (
     revoked_at FLOAT,
     PRIMARY KEY (id)
 );
+CREATE TABLE jobs (id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL);
 PRAGMA user_version=1;
 """
 OLD_KEY = "tb-0123abcd-" + "x" * 43
@@ -240,7 +241,7 @@ def old_store(home: Path) -> None:
     """Leave the keys of the first version behind."""
     (home / "gateway").mkdir(parents=True)
     with sqlite3.connect(home / "gateway" / "gateway.db") as connection:
-        connection.executescript(OLD_KEYS)
+        connection.executescript(OLD_TABLES)
         row = ("0123abcd", "old", hashlib.sha256(OLD_KEY.encode()).hexdigest(), 1.75e9)
         connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", row)
     connection.close()

@@ -21,18 +21,18 @@ async def test_a_running_job_is_followed_again_without_gap_or_repeat(tmp_path: P
     async with site(tmp_path, backend) as here:
         job_id, remote = await here.started()
         await here.until(job_id, "RUNNING")
-        backend.measure(remote, 1, train_loss=3.0)
+        backend.measure(remote, 10, train_loss=3.0)
 
         async def stored() -> bool:
             return bool((await here.get(job_id))["checkpoints"])
 
         await eventually(stored)
-    backend.measure(remote, 2, train_loss=2.0)
+    backend.measure(remote, 20, train_loss=2.0)
     async with site(tmp_path, backend) as here:
-        backend.measure(remote, 3, train_loss=1.0)
+        backend.measure(remote, 30, train_loss=1.0)
         backend.finish(remote)
         done = await here.until(job_id, "SUCCESS")
-    assert [point["step_number"] for point in done["checkpoints"]] == [3, 2, 1]
+    assert [point["step_number"] for point in done["checkpoints"]] == [30, 20, 10]
     words = [event["data"]["status"] for event in done["events"]]
     assert words == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
     assert len(backend.created) == 1

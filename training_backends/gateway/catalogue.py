@@ -7,7 +7,7 @@ published are not offered. A TOML file adds names or replaces them:
 
     [models.my-model]
     target = "my-org/my-model"      # what the backend is told to train
-    job_types = ["completion"]      # default
+    job_types = ["completion"]      # default; with "classifier" too if it is a text model
     context_length = 32768          # default
     licence = "Apache-2.0"          # shown to clients
 """
@@ -26,6 +26,9 @@ from training_backends.core.errors import ConfigError, Issue
 __all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
 
 JobType = Literal["completion", "classifier"]
+
+_ANY: frozenset[JobType] = frozenset({"completion", "classifier"})
+"""What dense text models can be the base of: a classifier is one with other heads."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -53,40 +56,47 @@ BUILT_IN = (
     Offer(
         name="tiny-mistral",
         target="tiny-mistral",
+        job_types=_ANY,
         context_length=2048,
         licence="made on the spot, no weights to license",
     ),
     Offer(
         name="open-mistral-7b",
         target="mistralai/Mistral-7B-v0.3",
+        job_types=_ANY,
         licence="Apache-2.0",
     ),
     Offer(
         name="open-mistral-nemo",
         target="mistralai/Mistral-Nemo-Base-2407",
+        job_types=_ANY,
         context_length=131072,
         licence="Apache-2.0",
     ),
     Offer(
         name="ministral-8b-latest",
         target="mistralai/Ministral-8B-Instruct-2410",
+        job_types=_ANY,
         context_length=131072,
         licence="Mistral Research License",
     ),
     Offer(
         name="mistral-small-latest",
         target="mistralai/Mistral-Small-Instruct-2409",
+        job_types=_ANY,
         licence="Mistral Research License",
     ),
     Offer(
         name="mistral-large-latest",
         target="mistralai/Mistral-Large-Instruct-2407",
+        job_types=_ANY,
         context_length=131072,
         licence="Mistral Research License",
     ),
     Offer(
         name="codestral-latest",
         target="mistralai/Codestral-22B-v0.1",
+        job_types=_ANY,
         licence="Mistral Non-Production License",
     ),
     Offer(

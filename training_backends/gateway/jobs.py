@@ -122,7 +122,7 @@ class JobService:
         """
         job = self._check(request)
         found = await self._store.aread(lambda connection: self._find(connection, job))
-        config = make_config(job, found, job_id="dry-run")
+        config = self._make_config(job, found, "dry-run")
         names = {str(file.path): file.filename for file in found.values()}
         try:
             report = await self._client.validate(config, backend=self._backend)
@@ -204,6 +204,15 @@ class JobService:
             default_epochs=self._default_epochs,
         )
 
+    def _make_config(
+        self, job: CheckedJob, files: Mapping[str, StoredFile], job_id: str
+    ) -> TrainingConfig:
+        tolerated = job.request.invalid_sample_skip_percentage
+        backend = self._client.backend(self._backend)
+        return make_config(
+            job, files, job_id, backend.options_tolerating(tolerated) if tolerated else {}
+        )
+
     def _find(self, connection: sa.Connection, job: CheckedJob) -> Mapping[str, StoredFile]:
         """Return the files of a job by the ids that it gave."""
         places: dict[str, list[str | int]] = {}
@@ -235,7 +244,7 @@ class JobService:
                 f"A similar job is queued, validated or running: {similar}.",
                 job_id=similar,
             )
-        config = make_config(job, found, job_id)
+        config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
             jobs.insert().values(

@@ -85,7 +85,9 @@ def check_job(
     )
 
 
-def make_config(job: CheckedJob, files: Mapping[str, StoredFile], job_id: str) -> TrainingConfig:
+def make_config(
+    job: CheckedJob, files: Mapping[str, StoredFile], job_id: str, options: Mapping[str, Any]
+) -> TrainingConfig:
     """Say in the backend's words what to train, on the files where they lie."""
     return TrainingConfig(
         model=job.offer.target,
@@ -103,6 +105,7 @@ def make_config(job: CheckedJob, files: Mapping[str, StoredFile], job_id: str) -
             ClassifierTarget.model_validate(target) for target in job.classifier_targets
         ),
         integrations=_integrations(job, job_id),
+        options=dict(options),
     )
 
 
@@ -153,7 +156,9 @@ def _refuse_what_cannot_be_done(request: JobIn, job_type: str, capabilities: Cap
         if index:
             raise invalid(["body", "integrations", index], "Give one integration.")
     if job_type == "classifier" and not request.classifier_targets:
-        raise invalid(["body", "classifier_targets"], "A classifier job needs them.", "missing")
+        # Said because nothing else tells its user: mistralai 2.5.1 drops all of them otherwise.
+        message = "A classifier job needs them; the Python SDK sends them if each has a weight."
+        raise invalid(["body", "classifier_targets"], message, "missing")
     if job_type != "classifier" and request.classifier_targets:
         raise invalid(["body", "classifier_targets"], "Only a classifier job takes them.")
     if job_type == "classifier" and "fim_ratio" in request.hyperparameters.model_fields_set:

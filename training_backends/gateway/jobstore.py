@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,8 +33,8 @@ __all__ = [
 
 STATUS_EVENT = "status-updated"
 _METRICS = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
-_KEPT = 100
-"""Checkpoints without validation that are stored; beyond, every second one goes."""
+_FEWEST_BETWEEN = 10
+"""Steps between two checkpoints, as the hosted service has it."""
 
 DetailedJobOut = CompletionDetailedJobOut | ClassifierDetailedJobOut
 JobOut = CompletionJobOut | ClassifierJobOut
@@ -96,7 +96,17 @@ def add_event(
 
 
 def add_metrics(connection: sa.Connection, job_id: str, records: Sequence[LogRecord]) -> None:
-    """Turn metrics into checkpoints, thinned so that a long job keeps a bounded number."""
+    """Turn metrics into checkpoints at the protocol's cadence, however often they come."""
+    known = sa.select(checkpoints.c.step).where(checkpoints.c.job_id == job_id)
+    steps = set(connection.execute(known).scalars())
+    rows = []
+    for record in records:
+        row = _checkpoint(job_id, record)
+        if row and (row["step"] in steps or _is_due(row, _total_steps(record), max(steps or {0}))):
+            steps.add(row["step"])
+            rows.append(row)
+    if not rows:
+        return
     merge = insert(checkpoints)
     merge = merge.on_conflict_do_update(
         index_elements=["job_id", "step"],
@@ -104,10 +114,26 @@ def add_metrics(connection: sa.Connection, job_id: str, records: Sequence[LogRec
             name: sa.func.coalesce(merge.excluded[name], checkpoints.c[name]) for name in _METRICS
         },
     )
-    rows = [row for record in records if (row := _checkpoint(job_id, record))]
-    if rows:
-        connection.execute(merge, rows)
-        _thin(connection, job_id, max(map(_total_steps, records), default=0))
+    connection.execute(merge, rows)
+    modified = jobs.update().where(jobs.c.id == job_id).values(modified_at=time.time())
+    connection.execute(modified)
+
+
+def _is_due(row: Mapping[str, Any], total: int, before: int) -> bool:
+    """Tell whether a point is told of: every tenth of the run, and the last step.
+
+    A point once told of stays and none turns up later between two others, so that a client
+    which reads again and again sees the same course as one that reads at the end.
+
+    Args:
+        total: Steps of the run; 0 while that is not known.
+        before: The step told of last.
+    """
+    if total and row["step"] == total:
+        return True
+    # A backend may validate more often than every tenth: what it finds is not lost.
+    parts = 10 if row["valid_loss"] is None else 100
+    return bool(row["step"] - before >= max(_FEWEST_BETWEEN, math.ceil(total / parts)))
 
 
 def _checkpoint(job_id: str, record: LogRecord) -> dict[str, Any] | None:
@@ -128,29 +154,6 @@ def _total_steps(record: LogRecord) -> int:
 def _finite(value: Any) -> float | None:
     # JSON has no word for NaN, and a client's parser would refuse the whole job.
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _thin(connection: sa.Connection, job_id: str, total: int) -> None:
-    """Drop what lies between strides; validation metrics and the last step always stay.
-
-    A point once dropped never comes back and none turns up late, so that a client which
-    reads again and again sees the same course as one that reads at the end.
-    """
-    mine = (checkpoints.c.job_id == job_id) & checkpoints.c.valid_loss.is_(None)
-    known = sa.select(jobs.c.checkpoint_stride).where(jobs.c.id == job_id)
-    stride = max(connection.execute(known).scalar_one(), math.ceil(total / _KEPT))
-    counting = sa.select(sa.func.count()).select_from(checkpoints).where(mine)
-    while True:
-        between = (checkpoints.c.step % stride != 0) & (checkpoints.c.step != total)
-        connection.execute(checkpoints.delete().where(mine, between))
-        if connection.execute(counting).scalar_one() <= _KEPT + 1:
-            break
-        stride *= 2
-    connection.execute(
-        jobs.update()
-        .where(jobs.c.id == job_id)
-        .values(checkpoint_stride=stride, modified_at=time.time())
-    )
 
 
 def short_job(row: Any) -> JobOut:

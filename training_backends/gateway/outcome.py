@@ -28,10 +28,12 @@ def quote(estimate: Estimate) -> JobMetadataOut:
     if estimate.train_tokens is not None and estimate.steps:
         per_step = round(estimate.train_tokens / estimate.steps)
     duration = estimate.duration
+    # The protocol's cost leaves fees out; the training comes first among the parts.
+    cost = estimate.costs[0].amount if estimate.costs else estimate.cost
     return JobMetadataOut(
         expected_duration_seconds=math.ceil(duration.total_seconds()) if duration else None,
-        cost=float(estimate.cost.amount) if estimate.cost else None,
-        cost_currency=estimate.cost.currency if estimate.cost else None,
+        cost=float(cost.amount) if cost else None,
+        cost_currency=cost.currency if cost else None,
         train_tokens_per_step=per_step,
         train_tokens=estimate.train_tokens,
         data_tokens=estimate.data_tokens,

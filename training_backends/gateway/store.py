@@ -24,7 +24,7 @@ __all__ = [
     "models",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ENDED = ("SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
 """Statuses that a job never leaves."""
 
@@ -78,7 +78,6 @@ jobs = sa.Table(
     sa.Column("config", sa.Text, nullable=False),
     sa.Column("quote", sa.JSON(none_as_null=True)),
     sa.Column("log_cursor", sa.String),
-    sa.Column("checkpoint_stride", sa.Integer, nullable=False, default=1),
     sa.Column("trained_tokens", sa.Integer),
     sa.Column("fine_tuned_model", sa.String),
 )
@@ -135,6 +134,7 @@ _UPGRADES = {
         "ALTER TABLE keys ADD COLUMN expires_at FLOAT",
         "ALTER TABLE keys ADD COLUMN last_used_at FLOAT",
     ),
+    2: ("ALTER TABLE jobs DROP COLUMN checkpoint_stride",),
 }
 """What brings a database from a schema version to the next."""
 
