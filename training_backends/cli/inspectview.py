@@ -200,7 +200,6 @@ def _facts(file: DataFile) -> Iterator[tuple[str, str]]:
         yield "duplicates", f"{_many(summary.duplicate_rows, 'row')} that stood before"
     if summary.overlapping_rows:
         yield "overlap", f"{_many(summary.overlapping_rows, 'row')} also trained on"
-    yield "sha256", file.sha256
 
 
 def _many(count: int, what: str) -> str:

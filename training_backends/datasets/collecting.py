@@ -164,7 +164,7 @@ class Collector:
                 severity=severity,
             )
 
-    def file(self, end: End, sha256: str) -> DataFile:
+    def file(self, end: End) -> DataFile:
         """Return all that is known of the file."""
         facts = self._facts
         labels: dict[str, dict[str, int]] = {}
@@ -189,7 +189,7 @@ class Collector:
             role=self.role,
             weight=self._weight,
             size=end.size,
-            sha256=sha256,
+            sha256=end.sha256,
             rows=self.rows,
             bad_rows=self._bad_rows,
             turns=facts.turns,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from operator import itemgetter
 from threading import get_ident
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
@@ -150,7 +150,7 @@ class End(NamedTuple):
     Attributes:
         packing: How the file is packed.
         size: Bytes of the file as it is stored.
-        sha256: Their digest; None where whoever gets the parts has to make it.
+        sha256: Their digest, where it came from the same pass.
         unpacked: Bytes of its lines.
         changed_at: When it was written last, in nanoseconds, as its reading began.
     """
@@ -169,13 +169,11 @@ class Told:
     Attributes:
         file: Number of the file.
         done: Bytes of it, as it is stored, up to the end of the part.
-        is_range: The part lies in the file as it is.
     """
 
     file: int
     done: int
     what: Part | End | Issue
-    is_range: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +183,6 @@ class Judged:
     file: int
     done: int
     what: Verdict | End | Issue
-    is_range: bool = False
 
 
 def packed_rules(dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> bytes:
@@ -217,7 +214,7 @@ def judge_told(told: Told) -> Judged:
     if not isinstance(what, Part):
         return Judged(told.file, told.done, what)
     try:
-        return Judged(told.file, told.done, judge(what), told.is_range)
+        return Judged(told.file, told.done, judge(what))
     except OSError as error:
         message = f"the file cannot be read: {error.strerror or error}"
         issue = Issue(code="unreadable_file", message=message, path=what.path, fix="check the disk")
@@ -252,10 +249,13 @@ class _Judging:
         pieces_of = lines_up_to(file, _PIECE)
         while (left > 0 or self._begun) and (pieces := list(islice(pieces_of, _AT_ONCE))):
             sizes = array("I", map(len, pieces))
-            size = sum(sizes)
-            if size <= left and not self._begun and self._are_rows(pieces, sizes):
+            if not self._begun and self._are_rows(pieces, sizes):
+                if sum(sizes) > left:
+                    # Those that begin behind the part belong to the next.
+                    count = sum(start < left for start in accumulate(sizes[:-1], initial=0))
+                    del pieces[count:], sizes[count:]
                 self._take(pieces, sizes)
-                left -= size
+                left -= sum(sizes)
             else:
                 left = self._look_at(pieces, left)
         if self._begun:

@@ -21,8 +21,8 @@ _METHODS: Final[Mapping[str, str]] = MappingProxyType(
 def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
     """Tell of content given twice, and of files whose rows cannot be used together."""
     seen: dict[str, DataFile] = {}
-    for file in files:
-        before = seen.setdefault(file.sha256, file)
+    for number, file in enumerate(files):
+        before = seen.setdefault(file.sha256 or str(number), file)
         if before is file or not file.size:
             continue
         if before.role != file.role:

@@ -85,7 +85,7 @@ class _Cutting:
                 rules=self._rules,
                 max_line=self._max_line,
             )
-            yield Told(self._file, end, part, is_range=True)
+            yield Told(self._file, end, part)
             start, step = end, min(2 * step, _LARGEST)
         yield Told(
             self._file, start, End("plain", found.st_size, None, found.st_size, found.st_mtime_ns)

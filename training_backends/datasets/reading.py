@@ -1,5 +1,6 @@
 """Read data files once, all of them, and tell of issues on the way."""
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,7 +12,7 @@ from training_backends.core.errors import Issue
 from training_backends.datasets.collecting import Collector
 from training_backends.datasets.duplicates import Repeat, RowHashes
 from training_backends.datasets.findings import Finding
-from training_backends.datasets.hashing import FollowingHash
+from training_backends.datasets.hashing import digested
 from training_backends.datasets.judging import (
     KEPT_PER_CODE,
     End,
@@ -32,7 +33,7 @@ _WORTH_PROCESSES: Final = 128 << 20
 """Bytes below which starting another process takes longer than it saves."""
 
 _MOST_PROCESSES: Final = 6
-"""More of them would wait for the hash, which only one thread can make."""
+"""More of them would wait for the parent, which adds up what they find."""
 
 Progress = Callable[[Path, int, int], None]
 """Called with the file, the bytes read so far and its size; may raise to stop reading."""
@@ -79,12 +80,12 @@ class Reading:
         """
         with ExitStack() as stack:
             hashes = stack.enter_context(RowHashes())
-            digest = stack.enter_context(FollowingHash())
             judged = run_parallel(
                 _TASK, self._parts(), processes=processes or self._worth_processes()
             )
             for each in stack.enter_context(closing(judged)):
-                yield from self._measure(each, hashes, digest)
+                yield from self._measure(each, hashes)
+            yield from self._compared()
             try:
                 yield from self._repeated(hashes)
             except OSError as error:
@@ -108,20 +109,15 @@ class Reading:
     def _worth_processes(self) -> int:
         return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= _WORTH_PROCESSES else 1
 
-    def _measure(self, judged: Judged, hashes: RowHashes, digest: FollowingHash) -> Iterator[Issue]:
+    def _measure(self, judged: Judged, hashes: RowHashes) -> Iterator[Issue]:
         """Take a part of a file, with its hashes."""
         number, what = judged.file, judged.what
         collector = self._collectors[number]
         if isinstance(what, Verdict) and not collector.failed:
             hashes.add(number, what.hashes, collector.lines, what.places)
-            if judged.is_range:
-                digest.follow(number, collector.path, judged.done)
         yield from self._take(judged)
         if isinstance(what, End) and not collector.failed:
-            try:
-                self._files[number] = collector.file(what, what.sha256 or digest.finish(number))
-            except OSError as error:
-                yield unreadable(collector.path, error)
+            self._files[number] = collector.file(what)
         if self._on_progress:
             self._on_progress(collector.path, judged.done, max(judged.done, self._sizes[number]))
 
@@ -138,11 +134,21 @@ class Reading:
             collector.failed = what.code == "unreadable_file"
             yield what
 
+    def _compared(self) -> Iterator[Issue]:
+        """Make the digests of files that may be the same, being of one size."""
+        sizes = Counter(file.size for file in self._files.values())
+        for number, file in self._files.items():
+            if sizes[file.size] > 1:
+                try:
+                    self._files[number] = digested(file)
+                except OSError as error:
+                    yield unreadable(file.path, error)
+
     def _repeated(self, hashes: RowHashes) -> Iterator[Issue]:
         """Tell of rows that stand twice; not where a whole file does, which says more."""
         first: dict[str, int] = {}
         for number, file in self._files.items():
-            first.setdefault(file.sha256, number)
+            first.setdefault(file.sha256 or str(number), number)
         groups = [
             [number for number in first.values() if self._files[number].role == role]
             for role in ("train", "validation")

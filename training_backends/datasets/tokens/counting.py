@@ -10,6 +10,7 @@ from typing import Final
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError
+from training_backends.datasets.hashing import digested
 from training_backends.datasets.parallel import cpu_count, run_parallel
 from training_backends.datasets.sources import STDIN, kind_of
 from training_backends.datasets.tokens.cache import CountCache
@@ -88,7 +89,7 @@ def count_tokens(
         tokenizer = find_tokenizer(model)
         counting = _Counting(
             tokenizer,
-            dataset.train,
+            [digested(file) for file in dataset.train],
             seq_len=seq_len,
             processes=processes,
             cache=cache,
@@ -180,7 +181,7 @@ class _Counting:
             tokenizer=self._tokenizer,
             seq_len=self._seq_len,
             packed=is_packed,
-            seed=file.sha256,
+            seed=file.sha256 or "",
             slow=self._slow,
             texts_only=self._texts_only,
         )
