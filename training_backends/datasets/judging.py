@@ -248,7 +248,7 @@ class _Judging:
         """Judge lines until `left` bytes are read, and the one that is begun then."""
         pieces_of = lines_up_to(file, _PIECE)
         while (left > 0 or self._begun) and (pieces := list(islice(pieces_of, _AT_ONCE))):
-            sizes = array("I", map(len, pieces))
+            sizes = list(map(len, pieces))
             if not self._begun and self._are_rows(pieces, sizes):
                 if sum(sizes) > left:
                     # Those that begin behind the part belong to the next.
@@ -279,13 +279,13 @@ class _Judging:
         """How many lines there were so far."""
         return len(self._lengths) + self._no_rows
 
-    def _are_rows(self, pieces: list[bytes], sizes: "array[int]") -> bool:
+    def _are_rows(self, pieces: list[bytes], sizes: list[int]) -> bool:
         """Tell whether all are whole lines that end like rows, each with nothing white behind."""
         # Nothing else takes time, so what most lines are is asked of all at once.
         whole = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
         return whole and {*map(_last, pieces)} == _BRACE
 
-    def _take(self, lines: list[bytes], sizes: "array[int]") -> None:
+    def _take(self, lines: list[bytes], sizes: list[int]) -> None:
         """Take lines, nearly all of which get the same verdict and are then dealt with at once."""
         found = list(map(self._rules.judge, lines))
         verdict = self.verdict
