@@ -40,6 +40,14 @@ def test_a_process_has_time_to_take_its_lock(run: RunDir) -> None:
     assert state.failure.kind == "lost"
 
 
+def test_a_process_that_has_opened_its_lock_but_does_not_hold_it_yet_is_not_lost(
+    run: RunDir,
+) -> None:
+    """It may have to wait for a moment, for instance for somebody who looks at the lock."""
+    run.lock.touch()
+    assert read_state(run).status is TrainingStatus.PENDING
+
+
 @pytest.mark.parametrize(
     ("word", "status"),
     [

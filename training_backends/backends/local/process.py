@@ -60,9 +60,11 @@ def _reap(process: "subprocess.Popen[bytes]", run: RunDir) -> None:
 def took_lock(run: RunDir) -> bool:
     """Tell whether the process started last has held the directory's lock.
 
-    The spec is touched right before the start, the lock is written once it is held.
+    The spec is touched right before the start, the lock is written once it is held. Until then
+    the lock's file may be there already, empty and new.
     """
     try:
-        return run.lock.stat().st_mtime >= run.spec.stat().st_mtime
+        lock = run.lock.stat()
+        return lock.st_size > 0 and lock.st_mtime >= run.spec.stat().st_mtime
     except FileNotFoundError:
         return False
