@@ -123,7 +123,7 @@ def count_ours(path: str, tokenizer: str, processes: str) -> None:
     from training_backends.datasets.tokens import count_tokens  # noqa: PLC0415
 
     size = Path(path).stat().st_size
-    file = DataFile(path=Path(path), role="train", size=size, sha256="0" * 64, rows=1)
+    file = DataFile(path=Path(path), role="train", size=size, rows=1)
     count = count_tokens(Dataset(files=(file,)), _MODELS[tokenizer], processes=int(processes))
     if count.data_tokens is None or count.notes:
         raise SystemExit(f"{count.reason} {count.notes}")
@@ -131,9 +131,9 @@ def count_ours(path: str, tokenizer: str, processes: str) -> None:
 
 
 def count_theirs(path: str, tokenizer: str, share: str) -> None:
-    """Count the first rows of a file with mistral-common."""
+    """Count the first rows of a file with mistral-common, by the file of a tokenizer."""
     start = time.perf_counter()
-    reference = Theirs(tokenizer)
+    reference = Theirs(Path(tokenizer))
     loading, loading_cpu = time.perf_counter() - start, time.process_time()
     size = 0
     wanted = Path(path).stat().st_size * float(share)
@@ -157,30 +157,18 @@ _MODELS: Final = {
     "v3-tekken": "open-mistral-nemo",
     "v3-tekken-m1": "pixtral-12b-2409",
 }
-_FILES: Final = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-    "v7m1": "mistral_instruct_tokenizer_241114.model.v7m1",
-    "v3-tekken": "tekken_240718.json",
-    "v3-tekken-m1": "tekken_240911.json",
-}
 
 
 class Theirs:
     """Mistral-common, fed from the row as JSON, without a line of ours."""
 
-    def __init__(self, tokenizer: str, folder: Path | None = None) -> None:
-        import mistral_common  # noqa: PLC0415
+    def __init__(self, path: Path) -> None:
         from mistral_common.protocol.instruct.request import (  # noqa: PLC0415
             ChatCompletionRequest,
         )
         from mistral_common.protocol.instruct.validator import ValidationMode  # noqa: PLC0415
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: PLC0415
 
-        folder = folder or Path(mistral_common.__file__).parent / "data"
-        path = folder / _FILES.get(tokenizer, tokenizer)
         self._tokenizer = MistralTokenizer.from_file(str(path), ValidationMode.finetuning)
         self._request = ChatCompletionRequest
 
@@ -278,7 +266,7 @@ def compared(path: Path, number: int) -> Iterator[Compared]:
     from training_backends.datasets.tokens.models import mistral_file  # noqa: PLC0415
     from training_backends.datasets.tokens.rows import read_row  # noqa: PLC0415
 
-    theirs = Theirs(path.name, path.parent)
+    theirs = Theirs(path)
     ours = counter_of(mistral_file(path))
     asked = Counter[str]()
     with _noting_asked(asked), theirs.without_pixels():
@@ -300,12 +288,13 @@ def compared(path: Path, number: int) -> Iterator[Compared]:
 
 def equality(number: int) -> int:
     """Compare counts on so many rows of each format with each tokenizer."""
+    from training_backends.datasets.tokens.models import SHIPPED  # noqa: PLC0415
     from training_backends.datasets.tokens.texts import shipped  # noqa: PLC0415
 
     print(f"{'tokenizer':<26} {'format':<18} {'rows':>7} {'refused':>8} {'asked':>7} {'differ':>7}")
     differences = 0
     with tempfile.TemporaryDirectory() as folder:
-        files = [(name, shipped(file)) for name, file in _FILES.items()]
+        files = [(name, shipped(file)) for name, file in SHIPPED.items()]
         for name, path in (*files, *later_tokenizers(Path(folder))):
             for each in compared(path, number):
                 for difference in each.differences:
@@ -349,6 +338,9 @@ def measured(*arguments: object) -> Took:
 
 def speed(paths: Mapping[str, Path], rounds: int) -> None:
     """Print rates and ratios; every round measures everything once."""
+    from training_backends.datasets.tokens.models import SHIPPED  # noqa: PLC0415
+    from training_backends.datasets.tokens.texts import shipped  # noqa: PLC0415
+
     print("MB/s, and how many times mistral-common's of the same round; medians")
     print(
         f"{'':<14} {'mistral-common':>15} {'1 process':>16} {'in CPU time':>12} {'2 processes':>16}"
@@ -357,7 +349,7 @@ def speed(paths: Mapping[str, Path], rounds: int) -> None:
         size = path.stat().st_size
         taken = [
             (
-                measured("theirs", path, name, _SHARE),
+                measured("theirs", path, shipped(SHIPPED[name]), _SHARE),
                 measured("ours", path, name, 1),
                 measured("ours", path, name, 2),
             )

@@ -34,9 +34,18 @@ Rows = Sequence[dict[str, Any] | bytes]
 MakeDataset = Callable[..., Dataset]
 
 
-def chat(question: str, answer: str, **fields: Any) -> dict[str, Any]:
+def chat(question: Any, answer: Any, **fields: Any) -> dict[str, Any]:
     user = {"role": "user", "content": question}
     return {"messages": [user, {"role": "assistant", "content": answer}], **fields}
+
+
+def image_part(width: int, height: int) -> dict[str, Any]:
+    """Make an image that is in the row itself."""
+    image = pytest.importorskip("PIL.Image")
+    file = BytesIO()
+    image.new("RGB", (width, height)).save(file, "png")
+    url = f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def line(row: dict[str, Any] | bytes) -> bytes:
@@ -143,6 +152,40 @@ def test_words_counted_one_by_one_are_the_whole_text(name: str) -> None:
         assert count(text) == len(encode(text))
 
     counts_alike()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"split_by_whitespace": False},
+        {"user_defined_symbols": ["\n"]},
+        {"add_dummy_prefix": False},
+        {"byte_fallback": False},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    ],
+)
+def test_a_strangers_sentencepiece_file_is_counted_right(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Word by word where it reads so, and otherwise by whole texts."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = tmp_path / "tokenizer.model"
+    mistrals = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    chance = random.Random(0)
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(chance.choices("abc", k=9)) for _ in range(200)]),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=300,
+            hard_vocab_limit=False,
+            minloglevel=3,
+            **{"byte_fallback": True, **mistrals, **changes},
+        )
+    count, processor = sentencepiece_count(path), sentencepiece.SentencePieceProcessor(str(path))
+    texts = ["a b", "  a\n\n b ", "\u2603\n\u2603 \ufb01", "a b c a b\na", "\n", " ", ""]
+    assert [count(text) for text in texts] == [len(processor.encode(text)) for text in texts]
 
 
 def test_a_wrong_library_is_found_out_and_left(
@@ -379,6 +422,34 @@ def test_a_count_is_kept(dataset: MakeDataset, tmp_path: Path) -> None:
     assert count_tokens(data, "tiny-mistral", seq_len=64).data_tokens is None
 
 
+def test_a_sample_does_not_read_the_file_for_the_cache(
+    dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where the count of a file of its size is kept is it worth to read it whole."""
+    data = dataset(varied(600))
+    new = Dataset(files=(data.files[0].model_copy(update={"sha256": None}),))
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.delattr("training_backends.datasets.tokens.cache.digested")
+        sampled = count_tokens(new, "tiny-mistral", sample=200, cache=cache)
+    assert sampled.basis == "sampled"
+    assert sampled == count_tokens(data, "tiny-mistral", sample=200)
+    exact = count_tokens(new, "tiny-mistral", cache=cache)
+    assert count_tokens(new, "tiny-mistral", sample=200, cache=cache) == exact
+
+
+def test_counts_of_models_that_see_are_not_those_of_blind_ones(
+    dataset: MakeDataset, tmp_path: Path
+) -> None:
+    """Two tokenizers with files of the same content keep their counts apart."""
+    pytest.importorskip("mistral_common")
+    data = dataset([chat([image_part(33, 16)], "So.")])
+    seen = count_tokens(data, "pixtral-large-2411", cache=tmp_path / "cache")
+    assert seen.data_tokens
+    blind = count_tokens(data, "mistral-large-2411", cache=tmp_path / "cache")
+    assert blind.data_tokens is None
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{}\xff", b'{"tokens": 5, "rows": 3}', b"[1]"])
 def test_a_broken_entry_is_written_anew(
     dataset: MakeDataset, tmp_path: Path, content: bytes
@@ -424,14 +495,10 @@ def test_an_unknown_tokenizer_is_no_number(dataset: MakeDataset, model: str, rea
 def test_images_count_where_they_are_in_the_row(dataset: MakeDataset) -> None:
     """A model that reads images has a token for each patch, and one more a row of patches."""
     pytest.importorskip("mistral_common")
-    image = pytest.importorskip("PIL.Image")
-    file = BytesIO()
-    image.new("RGB", (33, 16)).save(file, "png")
-    url = f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
     row = chat("How?", "So.")
     plain = count_tokens(dataset([row]), "pixtral-12b-2409")
     text = {"type": "text", "text": "How?"}
-    row["messages"][0]["content"] = [text, {"type": "image_url", "image_url": {"url": url}}]
+    row["messages"][0]["content"] = [text, image_part(33, 16)]
     seen = count_tokens(dataset([row]), "pixtral-12b-2409")
     assert (seen.data_tokens or 0) - (plain.data_tokens or 0) == 3 + 1
     assert seen.notes == ()
@@ -537,7 +604,7 @@ def test_single_rows_can_be_counted() -> None:
     count = row_counter("tiny-mistral")
     assert count
     assert count(TextRow("abc")) == 5
-    row = parse_row(line(chat("a", [{"type": "image_url", "image_url": "x"}])))  # type: ignore[arg-type]
+    row = parse_row(line(chat("a", [{"type": "image_url", "image_url": "x"}])))
     with pytest.raises(ValueError, match="images"):
         count(row)
 

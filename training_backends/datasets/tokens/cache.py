@@ -9,6 +9,7 @@ import msgspec
 
 from training_backends.core.dataset import DataFile
 from training_backends.core.files import write_atomic
+from training_backends.datasets.hashing import digested
 from training_backends.datasets.tokens.lengths import Lengths
 from training_backends.datasets.tokens.models import Tokenizer
 
@@ -31,8 +32,22 @@ class CountCache:
         print_ = tokenizer.fingerprint() if directory else ""
         self._key = f"{_VERSION}\n{print_}\n{seq_len}"
 
+    def may_hold(self, file: DataFile) -> bool:
+        """Tell whether the count of a file of this size is kept; the file is not read for it."""
+        with suppress(OSError):
+            return self._directory is not None and any(self._directory.glob(self._name(file, "*")))
+        return False
+
+    def known(self, file: DataFile) -> DataFile:
+        """Return the file with the digest by which its count is kept, if any is kept at all.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return file if self._directory is None else digested(file)
+
     def find(self, file: DataFile) -> Lengths | None:
-        """Return what was kept for a file of this content."""
+        """Return what was kept for a file of this content; it must be a `known` one."""
         if self._directory is None:
             return None
         with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -44,7 +59,7 @@ class CountCache:
         return None
 
     def keep(self, file: DataFile, lengths: Lengths) -> None:
-        """Remember the count of a file."""
+        """Remember the count of a `known` file."""
         if self._directory is None:
             return
         with suppress(OSError):
@@ -53,5 +68,8 @@ class CountCache:
             write_atomic(self._path(self._directory, file), text)
 
     def _path(self, directory: Path, file: DataFile) -> Path:
-        digest = sha256(f"{file.sha256}\n{self._key}".encode()).hexdigest()
-        return directory / f"{digest}.json"
+        return directory / self._name(file, f"{file.sha256}")
+
+    def _name(self, file: DataFile, content: str) -> str:
+        asked = sha256(f"{file.size}\n{self._key}".encode()).hexdigest()
+        return f"{asked[:32]}-{content}.json"

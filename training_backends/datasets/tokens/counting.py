@@ -10,7 +10,6 @@ from typing import Final
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError
-from training_backends.datasets.hashing import digested
 from training_backends.datasets.parallel import cpu_count, run_parallel
 from training_backends.datasets.sources import STDIN, kind_of
 from training_backends.datasets.tokens.cache import CountCache
@@ -89,7 +88,7 @@ def count_tokens(
         tokenizer = find_tokenizer(model)
         counting = _Counting(
             tokenizer,
-            [digested(file) for file in dataset.train],
+            dataset.train,
             seq_len=seq_len,
             processes=processes,
             cache=cache,
@@ -131,7 +130,7 @@ class _Counting:
         on_progress: CountProgress | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._files = files
+        self._files = [*files]
         self._seq_len = seq_len
         self._processes = processes
         self._on_progress = on_progress
@@ -161,12 +160,16 @@ class _Counting:
         found: dict[int, _Estimate] = {}
         whole: list[tuple[int, Job]] = []
         for number, file in enumerate(self._files):
-            if kept := self._cache.find(file):
-                found[number] = _exactly(kept)
-                continue
-            wanted = _share(sample, file.size, self._size)
             job = self._job(file, is_packed=packed[number])
-            if wanted and wanted < file.rows and not packed[number]:
+            wanted = _share(sample, file.size, self._size)
+            is_drawn = bool(wanted) and wanted < file.rows and not packed[number]
+            # The cache reads a file whole to know it, which a sample is there to avoid.
+            if not is_drawn or self._cache.may_hold(file):
+                file = self._files[number] = self._cache.known(file)  # noqa: PLW2901
+                if kept := self._cache.find(file):
+                    found[number] = _exactly(kept)
+                    continue
+            if is_drawn:
                 found[number] = self._draw(file, job, wanted)
             else:
                 whole.append((number, job))
@@ -181,7 +184,6 @@ class _Counting:
             tokenizer=self._tokenizer,
             seq_len=self._seq_len,
             packed=is_packed,
-            seed=file.sha256 or "",
             slow=self._slow,
             texts_only=self._texts_only,
         )

@@ -134,6 +134,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Return what changes whenever counts could: files and versions, as one digest."""
         parts = [self.kind, self.version, self.name if self.path is None else ""]
+        # Files of one content differ in this by their names alone: v7 and v7m1.
+        parts.append(str(self.images))
         paths = [self.path] if self.path else []
         if self.path and self.path.is_dir():
             suffixes = (".jinja", ".json", ".model", ".txt")
@@ -148,7 +150,7 @@ class Tokenizer:
 def _packages(kind: Kind) -> tuple[str, ...]:
     if kind in ("tekken", "sentencepiece"):
         return ("mistral-common",)
-    return ("transformers", "tokenizers") if kind == "template" else ()
+    return {"template": ("transformers", "tokenizers"), "tiktoken": ("tiktoken",)}.get(kind, ())
 
 
 def tokenizer_of(model: str) -> str | None:

@@ -25,6 +25,9 @@ _SPACE: Final = "\u2581"
 
 _WORDS: Final = re.compile(r" *[^ \n]+| +").findall
 
+_PLAIN: Final = " \n  \ufb01 "
+"""What a tokenizer that tidies texts would change: spaces, a line's end and a ligature."""
+
 _KEPT_WORDS: Final = 100_000
 _KEPT_LENGTH: Final = 32
 
@@ -163,14 +166,21 @@ class _Words(dict[str, int]):
 def _falls_into_words(processor: Any) -> bool:
     """Tell whether no token reaches over a line's end, or from a word into the next space.
 
-    Then each word is tokenized by itself, and one that was seen before need not be again.
+    Then each word is tokenized by itself, and one that was seen before need not be again. For
+    this a space must be put before the text and nothing else be changed, and what is in no
+    token must be read as bytes.
     """
+    if processor.normalize(_PLAIN) != f" {_PLAIN}".replace(" ", _SPACE):
+        return False
+    has_bytes = False
     for index in range(processor.vocab_size()):
-        if not (processor.is_byte(index) or processor.is_control(index)):
+        if processor.is_byte(index):
+            has_bytes = True
+        elif not processor.is_control(index):
             piece = processor.id_to_piece(index)
             if "\n" in piece or _SPACE in piece.lstrip(_SPACE):
                 return False
-    return True
+    return has_bytes
 
 
 def _installed(name: str) -> Any:

@@ -49,7 +49,6 @@ class Job:
     end: int = sys.maxsize
     packed: bool = False
     draws: int | None = None
-    seed: str = ""
     slow: bool = False
     texts_only: bool = False
 
@@ -142,7 +141,7 @@ def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
 
 
 def draw(job: Job) -> Sample:
-    """Draw rows, each as likely as it is long, the same ones for the same seed.
+    """Draw rows, each as likely as it is long, the same ones for the same content.
 
     The mean of their tokens per byte, times the bytes of the file, is then an estimate without
     bias, whatever the lengths of the rows, and only the rows drawn are read.
@@ -196,8 +195,8 @@ def _slow_line(slow: Counter, line: bytes, job: Job) -> tuple[int, ...] | None:
 
 def _drawn(job: Job) -> Iterator[tuple[str, bytes]]:
     """Yield where rows begin, and the rows with their ends."""
-    chance = random.Random(job.seed)  # noqa: S311  # repeatable on purpose
     size = job.path.stat().st_size
+    chance = random.Random(size)  # noqa: S311  # repeatable on purpose
     places = sorted(chance.randrange(size) for _ in range(job.draws or 0)) if size else ()
     with job.path.open("rb") as file:
         for place in places:
@@ -216,7 +215,7 @@ def _drawn_unpacked(job: Job) -> Iterator[tuple[str, bytes]]:
             size += len(line)
             if size >= _NEAR_BYTES:
                 break
-    chance = random.Random(job.seed)  # noqa: S311  # repeatable on purpose
+    chance = random.Random(size)  # noqa: S311  # repeatable on purpose
     for number in sorted(chance.sample(range(len(lines)), min(job.draws or 0, len(lines)))):
         yield f"line {number + 1}", lines[number]
 
