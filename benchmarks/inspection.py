@@ -3,8 +3,8 @@
     python benchmarks/inspection.py [--size MB] [--rounds N] [--big GB] [--junk MB]
 
 The reference is a bare strict msgspec decode into typed structs, a line at a time, which looks
-at nothing of what it reads. The inspection is all of it: the rules of a dialect, digest, rows
-that stand twice, summary; by one process and by two. They take turns, each in a fresh process,
+at nothing of what it reads. The inspection is all of it: the rules of a dialect, rows that stand
+twice, summary; by one process and by two. They take turns, each in a fresh process,
 on one file that lies in the system's cache; every figure is from this one run. What is timed
 begins behind the imports of the process that is asked; what the second process needs to start
 is within. MB is 10⁶ bytes. The file is the same each time: English, French and code, a tenth

@@ -73,7 +73,7 @@ def only(path: Path, **options: Any) -> Issue:
 
 
 def test_a_file_is_measured_in_the_same_pass(tmp_path: Path) -> None:
-    """Size, digest, rows, turns and kind come with the issues."""
+    """Size, rows, turns and kind come with the issues."""
     path = write(tmp_path / "a.jsonl", chat(USER, ANSWER), chat(USER, ANSWER, USER, ANSWER))
     file, issues = inspect_file(path, weight=2.0)
     assert issues == ()

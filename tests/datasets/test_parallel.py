@@ -19,7 +19,6 @@ TASKS = """
 import os, signal, sys, time
 
 def pid(argument):
-    time.sleep(0.01)  # long enough for the workers to get a share
     return os.getpid()
 
 def square(number):
@@ -38,21 +37,17 @@ def wait(seconds):
 def die(parent):
     if os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
 
 def talk(parent):
     if os.getpid() == parent:
-        time.sleep(0.05)
         return None
     print("printed by a worker")
     return sys.stdin.read()
 
 def secret(name):
-    time.sleep(0.01)
     return os.getpid(), os.environ.get(name)
 
 def not_portable(parent):
-    time.sleep(0.05)
     return None if os.getpid() == parent else lambda: None
 """
 

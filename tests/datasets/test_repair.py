@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.datasets.rows import Row, faulty_rows, line, rows
+from tests.datasets.mutations import faulty_rows
+from tests.datasets.rows import Row, line, rows
 from training_backends import ConfigError, DatasetError, Issue
 from training_backends.core.dialect import Dialect
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI

@@ -10,16 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.datasets.rows import (
-    MUTATIONS,
-    TOOLS,
-    TYPES,
-    Fault,
-    faulty_rows,
-    json_values,
-    line,
-    rows,
-)
+from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
+from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows
 from training_backends.core.config import ClassifierTarget
 from training_backends.core.dialect import Dialect
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI, TOGETHER

@@ -62,7 +62,7 @@ def test_what_a_file_is_its_first_bytes_say(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "data.jsonl"
     packed = PACKERS[kind](TEXT)
     path.write_bytes(packed)
-    with opened(path) as source:
+    with opened(path, digest=True) as source:
         assert source.kind == kind
         assert source.lines.read() == TEXT
         assert source.size == len(packed)

@@ -170,6 +170,16 @@ def test_too_few_rows_are_refused(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, "1 row"), (2, "2 rows"), (1500, "1,500 rows")])
+def test_the_size_that_was_asked_for_is_named(tmp_path: Path, rows: int, size: str) -> None:
+    """In the number that goes with it."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * (rows + 1))
+    with pytest.raises(DatasetError) as caught:
+        split([path], rows=rows)
+    assert caught.value.issues[0].message == f"no row fits into a validation set of {size}"
+
+
 def test_rows_that_differ_only_in_line_end_and_byte_order_mark_are_the_same(tmp_path: Path) -> None:
     """They are never parted; blank lines are left out."""
     path = tmp_path / "data.jsonl"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from training_backends.datasets.shard import ShardFile
     from training_backends.datasets.split import SplitFile
 
-__all__ = ["repair", "shard", "split"]
+__all__ = ["dialect_called", "repair", "shard", "split"]
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
 
@@ -67,7 +67,7 @@ def repair(
     from training_backends.datasets.sources import STDIN, expand
     from training_backends.datasets.writing import name_of
 
-    rules = _dialect(dialect)
+    rules = dialect_called(dialect)
     paths = expand(files)
     if output and (in_place or len(paths) > 1):
         raise UsageError("--output goes with one file and without --in-place.")
@@ -126,7 +126,7 @@ def split(
 
     if fraction is not None and rows is not None:
         raise UsageError("Give --fraction or --rows, not both.")
-    rules = _dialect(dialect)
+    rules = dialect_called(dialect)
     out = console()
     with bar(out, "splitting") as progress:
         found = split_files(
@@ -190,7 +190,7 @@ def shard(
 
     if weight <= 0:
         raise UsageError("A weight is above 0.")
-    rules = _dialect(dialect)
+    rules = dialect_called(dialect)
     most = _size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"No limit of {rules.name} is known: give --limit.")
@@ -220,7 +220,8 @@ def shard(
     show_data(data, out)
 
 
-def _dialect(name: str) -> "Dialect":
+def dialect_called(name: str) -> "Dialect":
+    """Return the rules of this name."""
     from training_backends.cli.exit_codes import UsageError
     from training_backends.datasets.dialects import DIALECTS
 

@@ -4,9 +4,9 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,17 +14,9 @@ import yaml
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from training_backends.cli.exit_codes import Interrupted
-from training_backends.cli.render import issue_document, show_issues
+from training_backends.cli.render import FileBars, issue_document, show_issues
 from training_backends.core.errors import Issue
 from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
@@ -45,8 +37,6 @@ __all__ = [
 
 _MOST_LINES = 50
 _MEMORY = 1 << 20
-_PATIENCE = 1.0
-"""Seconds for which nobody needs to be told that something goes on."""
 
 
 @contextmanager
@@ -55,32 +45,11 @@ def bar(out: Console, what: str) -> Iterator[OnProgress]:
 
     A bar is shown on a terminal only.
     """
-    bars = Progress(
-        TextColumn(f"  {what} {{task.description}}"),
-        BarColumn(bar_width=20),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-        disable=not out.is_terminal,
-    )
-    tasks: dict[Path, TaskID] = {}
-    began = time.monotonic()
-
-    def progress(path: Path, done: int, total: int) -> None:
-        if time.monotonic() - began < _PATIENCE:
-            return
-        if path not in tasks:
-            bars.start()
-            tasks[path] = bars.add_task(escape(path.name), total=total)
-        bars.update(tasks[path], completed=done, total=total)
-
-    try:
-        yield progress
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted; no part of a file is left.") from None
-    finally:
-        bars.stop()
+    with FileBars(out=out) as bars:
+        try:
+            yield partial(bars.show, what)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted; no part of a file is left.") from None
 
 
 class ShownRepairs:

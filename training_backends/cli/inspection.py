@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from training_backends.cli.cutting import dialect_called
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
@@ -108,17 +109,15 @@ def _asked(
 
     if bool(files or validation) == bool(config):
         raise UsageError("Give files or --config, one of them.")
-    if dialect is not None and dialect not in DIALECTS:
-        known = ", ".join(DIALECTS)
-        raise UsageError(f"No dialect is called {dialect!r}.", hint=f"Known are {known}.")
+    chosen = dialect_called(dialect) if dialect is not None else None
     if config:
         from training_backends.client.configfile import load_config
 
         file = load_config(config)
-        rules = DIALECTS.get(dialect or file.backend or "", MISTRAL)
+        rules = chosen or DIALECTS.get(file.backend or "", MISTRAL)
         look = partial(inspect_config, file.config, dialect=rules)
         return _Asked(look, rules, lambda issue: file.located([issue])[0])
-    rules = DIALECTS[dialect] if dialect else MISTRAL
+    rules = chosen or MISTRAL
     train = [DataSource(path=path) for path in expand(files)]
     others = [DataSource(path=path) for path in expand(validation)]
     return _Asked(partial(inspect_files, train, others, dialect=rules), rules, lambda issue: issue)

@@ -1,6 +1,5 @@
 """How an inspection looks, for people (stderr) and programs (stdout)."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -10,16 +9,8 @@ from typing import Any, Final, Self
 
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from training_backends.cli.render import console, issue_document
+from training_backends.cli.render import FileBars, console, issue_document
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
@@ -27,9 +18,6 @@ from training_backends.core.redaction import redact
 from training_backends.datasets.tokens import TokenCount
 
 __all__ = ["InspectView"]
-
-_PATIENCE: Final = 1.0
-"""Seconds for which nobody needs to be told that something goes on."""
 
 _BAR: Final = 24
 _MOST_LISTED: Final = 8
@@ -52,19 +40,10 @@ class InspectView:
         self._hidden = 0
         self._quiet = quiet
         self._out = console()
-        self._bars = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=20),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=self._out,
-            transient=True,
-            disable=quiet or not self._out.is_terminal,
-        )
-        self._tasks: dict[tuple[str, Path], TaskID] = {}
-        self._began = time.monotonic()
+        self._bars = FileBars(quiet=quiet, out=self._out)
 
     def __enter__(self) -> Self:
+        self._bars.__enter__()
         return self
 
     def __exit__(
@@ -73,7 +52,7 @@ class InspectView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        self._bars.__exit__(kind, error, trace)
 
     def issue(self, issue: Issue) -> None:
         """Show an issue while there are not too many."""
@@ -88,20 +67,11 @@ class InspectView:
 
     def reading(self, path: Path, done: int, total: int) -> None:
         """Show how far a file is read."""
-        self._progress("reading", path, done, total)
+        self._bars.show("reading", path, done, total)
 
     def counting(self, path: Path, done: int, total: int) -> None:
         """Show how far the tokens of a file are counted."""
-        self._progress("counting tokens of", path, done, total)
-
-    def _progress(self, what: str, path: Path, done: int, total: int) -> None:
-        if self._quiet or time.monotonic() - self._began < _PATIENCE:
-            return
-        key = what, path
-        if key not in self._tasks:
-            self._bars.start()
-            self._tasks[key] = self._bars.add_task(f"{what} {escape(path.name)}", total=total)
-        self._bars.update(self._tasks[key], completed=done, total=total, visible=done < total)
+        self._bars.show("counting tokens of", path, done, total)
 
     def document(self, dataset: Dataset, tokens: TokenCount | None) -> dict[str, Any]:
         """Return all of it as JSON has it."""
@@ -154,7 +124,7 @@ class InspectView:
 
     def _verdict(self, dataset: Dataset) -> None:
         kinds: Counter[tuple[str, str]] = Counter()
-        graver = {code for issue in dataset.errors if (code := issue.code)}
+        graver = {issue.code for issue in dataset.errors}
         for code, count in _found(dataset).items():
             kinds["error" if code in graver else "warning", code] = count
         for (severity, code), count in sorted(kinds.items()):

@@ -95,6 +95,8 @@ def _colours(wanted: bool) -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop(_FORCE, None)
+        else:
+            os.environ[_FORCE] = before
 
 
 def _can_show_dots(out: Console) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CountView",
+    "FileBars",
     "console",
     "error_document",
     "issue_document",
@@ -170,13 +171,19 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
         out.print(f"  [dim]note[/]          {escape(note)}")
 
 
-class CountView:
-    """A bar for tokens being counted, once that takes a while; none when `quiet`."""
+class FileBars:
+    """A bar for each file that is worked on, once that takes a while, on a terminal only.
 
-    def __init__(self, *, quiet: bool, out: Console | None = None) -> None:
+    Use it in a `with`; the bars go away behind it.
+
+    Args:
+        quiet: Show none.
+    """
+
+    def __init__(self, *, quiet: bool = False, out: Console | None = None) -> None:
         out = out or console()
-        self._bar = Progress(
-            TextColumn("  counting tokens of {task.description}"),
+        self._bars = Progress(
+            TextColumn("  {task.description}"),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TimeRemainingColumn(),
@@ -185,7 +192,7 @@ class CountView:
             disable=quiet or not out.is_terminal,
         )
         self._began = time.monotonic()
-        self._tasks: dict[Path, TaskID] = {}
+        self._tasks: dict[tuple[str, Path], TaskID] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -196,16 +203,25 @@ class CountView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._bars.stop()
+
+    def show(self, what: str, path: Path, done: int, total: int) -> None:
+        """Show how far a file is, and what is done with it."""
+        if time.monotonic() - self._began < _PATIENCE:
+            return
+        key = what, path
+        if key not in self._tasks:
+            self._bars.start()
+            self._tasks[key] = self._bars.add_task(f"{what} {escape(path.name)}", total=total)
+        self._bars.update(self._tasks[key], completed=done, total=total, visible=done < total)
+
+
+class CountView(FileBars):
+    """Bars for tokens being counted."""
 
     def progress(self, path: Path, done: int, total: int) -> None:
         """Show how far a file is."""
-        if time.monotonic() - self._began < _PATIENCE:
-            return
-        if path not in self._tasks:
-            self._bar.start()
-            self._tasks[path] = self._bar.add_task(escape(path.name), total=total)
-        self._bar.update(self._tasks[path], completed=done, visible=done < total)
+        self.show("counting tokens of", path, done, total)
 
 
 def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:

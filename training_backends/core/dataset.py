@@ -59,8 +59,8 @@ class DataFile(BaseModel):
         role: What the file is for.
         weight: Share relative to the other training files.
         size: Bytes.
-        sha256: Hex digest of the whole content; None where nobody needed it yet, because making
-            it takes a third of the time of all else.
+        sha256: Hex digest of the whole content; None where nobody needed it yet, see
+            `datasets.hashing`.
         rows: Samples, blank lines not counted.
         bad_rows: Samples with an error.
         turns: Messages in all rows.

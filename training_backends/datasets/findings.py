@@ -13,6 +13,7 @@ __all__ = [
     "is_blank",
     "nearest",
     "short",
+    "too_long",
     "type_name",
     "wrong_type",
 ]
@@ -74,6 +75,12 @@ def wrong_type(field: str | None, value: Any, wanted: str) -> Finding:
     """Say that something is of another type than it may be."""
     text = f"expected {wanted}, got {type_name(value)}"
     return Finding("wrong_type", field, text, "correct the value's type")
+
+
+def too_long(limit: int) -> Finding:
+    """Say that a line has more bytes than are kept of one."""
+    message = f"the line is longer than {limit >> 20} MiB"
+    return Finding("line_too_long", None, message, "write one JSON object on each line")
 
 
 def is_blank(value: object) -> bool:

@@ -1,7 +1,8 @@
 """Find everything that is wrong with data files before the first byte leaves.
 
-Each file is read once, in constant memory: sizes, digest and row count come from the same pass
-as the issues, which are told as they are found. Large files are judged by several processes;
+Each file is read once, in constant memory: size and row count come from the same pass as the
+issues, which are told as they are found. Only files that may be the same, being of one size, are
+read again, for their digests. Large files are judged by several processes;
 what is found does not depend on how many. Bad data raises nothing; it is told in issues.
 """
 

@@ -21,11 +21,8 @@ from xxhash import xxh3_64_intdigest
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.facts import Facts
-from training_backends.datasets.findings import Finding
-from training_backends.datasets.lines import (
-    line_at_or_after,
-    lines_up_to,
-)
+from training_backends.datasets.findings import Finding, too_long
+from training_backends.datasets.lines import line_at_or_after, lines_up_to
 from training_backends.datasets.rules import RowRules
 from training_backends.datasets.rules import Verdict as RowVerdict
 
@@ -334,7 +331,7 @@ class _Judging:
 
     def _add_too_long(self) -> None:
         self._no_rows += 1
-        self.verdict.add(self._number, (_too_long(self._max_line),))
+        self.verdict.add(self._number, (too_long(self._max_line),))
         self._leave_out()
 
     def _unusual(self, line: bytes, found: RowVerdict | None) -> None:
@@ -389,8 +386,3 @@ class _Judging:
         self.verdict.blank += 1
         self.verdict.first_blank = self.verdict.first_blank or number
         return None
-
-
-def _too_long(limit: int) -> Finding:
-    message = f"the line is longer than {limit >> 20} MiB"
-    return Finding("line_too_long", None, message, "write one JSON object on each line")

@@ -5,14 +5,21 @@ from functools import partial
 from typing import BinaryIO, Final
 
 __all__ = [
-    "CHUNK_BYTES",
+    "BOM",
     "MAX_LINE_BYTES",
+    "UTF16",
     "line_at_or_after",
     "lines_up_to",
     "skip_line",
 ]
 
-CHUNK_BYTES: Final = 1 << 20
+BOM: Final = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+
+UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
+"""How a file in UTF-16 begins."""
+
+_CHUNK_BYTES: Final = 1 << 20
 
 MAX_LINE_BYTES: Final = 32 << 20
 """Longest line that is kept; a longer one is read past, so that no file fills the memory."""
@@ -40,10 +47,10 @@ def lines_up_to(file: BinaryIO, limit: int) -> Iterator[bytes]:
     return iter(partial(file.readline, limit), b"")
 
 
-def skip_line(file: BinaryIO, most: int) -> int:
-    """Read past the end of the line, or past `most` bytes; return how many were read."""
+def skip_line(file: BinaryIO) -> int:
+    """Read past the end of the line; return how many bytes were read."""
     done = 0
-    while done < most and (part := file.readline(min(CHUNK_BYTES, most - done))):
+    while part := file.readline(_CHUNK_BYTES):
         done += len(part)
         if part.endswith(b"\n"):
             break

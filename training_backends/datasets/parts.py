@@ -1,13 +1,12 @@
 """Cut data files into parts that are judged one by one, or at the same time."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.datasets.judging import End, Part, Told
-from training_backends.datasets.lines import skip_line
+from training_backends.datasets.lines import BOM, UTF16, skip_line
 from training_backends.datasets.sources import STDIN, Source, opened
 
 __all__ = ["parts_of"]
@@ -18,9 +17,6 @@ _FIRST: Final = 1 << 16
 _LARGEST: Final = 4 << 20
 _LARGEST_BLOCK: Final = 1 << 20
 """The same where the bytes themselves are handed over."""
-
-_BOM: Final = b"\xef\xbb\xbf"
-_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 def parts_of(
@@ -34,16 +30,16 @@ def parts_of(
     """
     cutting = _Cutting(file, path, rules, max_line)
     try:
-        with opened(path) as source:
+        with opened(path, digest=True) as source:
             if plain_only and source.kind != "plain":
                 yield cutting.problem("bad_utf8", "the file is compressed", "unpack it first")
                 return
             # Looked at, not taken: a stream cannot go back.
-            head = source.lines.peek(len(_BOM))[: len(_BOM)]
-            if head.startswith(_UTF16):
+            head = source.lines.peek(len(BOM))[: len(BOM)]
+            if head.startswith(UTF16):
                 yield cutting.problem("bad_utf8", "the file is UTF-16", "save the file as UTF-8")
                 return
-            begin = len(_BOM) if head == _BOM else 0
+            begin = len(BOM) if head == BOM else 0
             if begin:
                 text = "the file starts with a byte order mark"
                 fix = "save the file as UTF-8 without a byte order mark"
@@ -101,7 +97,7 @@ class _Cutting:
                 block += rest
                 if not rest.endswith(b"\n") and len(rest) > self._max_line:
                     # The judge sees that it is too long, and needs no more of it.
-                    unpacked += skip_line(lines, sys.maxsize)
+                    unpacked += skip_line(lines)
             unpacked += len(block)
             part = Part(lines=block, rules=self._rules, max_line=self._max_line)
             yield Told(self._file, source.size, part)

@@ -11,8 +11,8 @@ from training_backends.core.config import ClassifierTarget
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.findings import Finding
-from training_backends.datasets.lines import MAX_LINE_BYTES
+from training_backends.datasets.findings import Finding, too_long
+from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, UTF16
 from training_backends.datasets.mending import is_empty, mend
 from training_backends.datasets.rules import RowRules
 from training_backends.datasets.seen import SeenRows
@@ -36,8 +36,6 @@ REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What can be done to a line, by its code, and how many of them are spoken of."""
 
-_BOM: Final = b"\xef\xbb\xbf"
-_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 _PIECE: Final = 1 << 20
 _ROUNDS: Final = 4
 """How often a row is mended again for what the last time has brought to light."""
@@ -185,7 +183,7 @@ class _Repairing:
                     continue
                 if part == "start":
                     self._rows += 1
-                    kept = self._keeps(number, (_too_long(),))
+                    kept = self._keeps(number, (too_long(MAX_LINE_BYTES),))
                 if kept:
                     out.write(piece)
         if self._first_crlf:
@@ -209,7 +207,7 @@ class _Repairing:
 
     def _line(self, number: int, line: bytes) -> bytes:
         """Return what shall stand in place of a line, its end included."""
-        if number == 1 and line.startswith(_UTF16):
+        if number == 1 and line.startswith(UTF16):
             raise _unusable(self._path, "bad_utf8", "the file is UTF-16", "save it as UTF-8")
         row = line.removesuffix(b"\n")
         end = line[len(row) :]
@@ -217,9 +215,9 @@ class _Repairing:
             row = row.rstrip(b"\r")
             self.counts["line_ends"] += 1
             self._first_crlf = self._first_crlf or number
-        if row.startswith(_BOM):
-            while row.startswith(_BOM):
-                row = row.removeprefix(_BOM)
+        if row.startswith(BOM):
+            while row.startswith(BOM):
+                row = row.removeprefix(BOM)
             self._done(number, "byte_order_mark", "removed the byte order mark")
         if not row or row.isspace():
             self._done(number, "blank_line", "removed the blank line")
@@ -299,11 +297,6 @@ def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes, Literal["line", "start
             inside = not is_end and len(piece) > MAX_LINE_BYTES
             yield number, piece, "start" if inside else "line"
         inside = inside and not is_end
-
-
-def _too_long() -> Finding:
-    message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
-    return Finding("line_too_long", None, message, "write one JSON object on each line")
 
 
 def _unusable(path: Path, code: str, message: str, fix: str) -> DatasetError:

@@ -57,9 +57,10 @@ class Source:
         return self._stored.size
 
     @property
-    def sha256(self) -> str:
-        """Hex digest of the file as it is stored, read so far."""
-        return self._stored.digest.hexdigest()
+    def sha256(self) -> str | None:
+        """Hex digest of the file as it is stored, read so far; None where nobody asked for it."""
+        digest = self._stored.digest
+        return digest.hexdigest() if digest else None
 
 
 def kind_of(head: bytes) -> Kind:
@@ -68,8 +69,11 @@ def kind_of(head: bytes) -> Kind:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
+def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
     """Open a data file; "-" is standard input.
+
+    Args:
+        digest: Make the digest of what is read.
 
     Raises:
         DatasetError: It cannot be read, or what unpacks it is not installed.
@@ -82,7 +86,7 @@ def opened(path: Path) -> Iterator[Source]:
                 file = _standard_input()
             else:
                 file = stack.enter_context(path.open("rb", buffering=0))
-            stored = _Stored(file)
+            stored = _Stored(file, digest=digest)
         except OSError as error:
             _refuse(path, unreadable(path, error))
         kind = kind_of(stored.head)
@@ -141,10 +145,10 @@ def _standard_input() -> Any:
 class _Stored(io.RawIOBase):
     """The file as it is stored, measured while it is read."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, *, digest: bool) -> None:
         self._file = file
         self.size = 0
-        self.digest = hashlib.sha256(usedforsecurity=False)
+        self.digest = hashlib.sha256(usedforsecurity=False) if digest else None
         # A pipe may give its first bytes one by one.
         self.head = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
@@ -163,7 +167,8 @@ class _Stored(io.RawIOBase):
         else:
             count = int(self._file.readinto(view) or 0)
         self.size += count
-        self.digest.update(view[:count])
+        if self.digest:
+            self.digest.update(view[:count])
         return count
 
     def drain(self) -> None:

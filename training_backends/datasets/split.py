@@ -16,7 +16,8 @@ from xxhash import xxh3_64_intdigest
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.lines import MAX_LINE_BYTES
+from training_backends.datasets.findings import too_long
+from training_backends.datasets.lines import BOM, MAX_LINE_BYTES
 from training_backends.datasets.writing import (
     Meter,
     NewFiles,
@@ -34,8 +35,6 @@ DEFAULT_SHARE: Final = 0.05
 
 _BUCKETS: Final = 1 << 20
 """Rows are counted by the first bits of their hash: 8 MB, whatever the size of the files."""
-
-_BOM: Final = b"\xef\xbb\xbf"
 
 
 class SplitFile(NamedTuple):
@@ -103,7 +102,8 @@ def split(
                 weights[_bucket(line, seed)] += len(line) if by_bytes else 1
         budget = _budget(sum(weights), dialect, fraction, rows)
         chosen = _choose(weights, budget)
-        _check(paths[0], weights, chosen, f"{budget:,} {'bytes' if by_bytes else 'rows'}")
+        unit = ("byte" if by_bytes else "row") + "s" * (budget != 1)
+        _check(paths[0], weights, chosen, f"{budget:,} {unit}")
         with NewFiles() as made:
             return [each.write(made, chosen, seed) for each in files]
 
@@ -127,9 +127,8 @@ class _File:
             number += 1
             self._meter.add(len(line))
             if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
-                fix = "write one JSON object on each line"
-                raise _unusable(self._path, number, "line_too_long", message, fix)
+                found = too_long(MAX_LINE_BYTES)
+                raise _unusable(self._path, number, found.code, found.message, found.fix)
             if not line.isspace():
                 yield line
 
@@ -156,7 +155,7 @@ class _File:
 
 def _bucket(line: bytes, seed: int) -> int:
     """Return where a row falls; the end of its line and a byte order mark do not count."""
-    return xxh3_64_intdigest(line.strip().removeprefix(_BOM), seed % 2**64) >> 44
+    return xxh3_64_intdigest(line.strip().removeprefix(BOM), seed % 2**64) >> 44
 
 
 def _targets(path: Path, directory: Path | None) -> tuple[Path, Path]:

@@ -37,7 +37,6 @@ _OTHER_ROLES: Final = {
 }
 _SPEECH: Final = frozenset({"role", "content"})
 _PARTS: Final = frozenset({"text", "image_url"})
-_FORMS: Final = {"string": "a string that holds a JSON object", "object": "an object"}
 _DETAILS: Final = ("auto", "low", "high")
 _CALL_KEYS: Final = frozenset({"id", "type", "function", "index"})
 _WEB: Final = re.compile(r"(?P<scheme>[a-z]+)://[^\s/?#]+\S*", re.IGNORECASE)

@@ -25,9 +25,11 @@ def main() -> None:
     inbox: _Inbox = SimpleQueue()
     Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     function = load_task(sys.argv[1])
-    while True:
-        number, argument = pickle.loads(inbox.get())  # noqa: S301  # from our own parent
-        connection.send_bytes(_pickled(number, attempt(function, argument)))
+    # Where nobody takes an answer any more, there is nobody to tell of that either.
+    with suppress(ConnectionError):
+        while True:
+            number, argument = pickle.loads(inbox.get())  # noqa: S301  # from our own parent
+            connection.send_bytes(_pickled(number, attempt(function, argument)))
 
 
 def _listen(connection: "Connection[Any, Any]", inbox: _Inbox) -> None:
