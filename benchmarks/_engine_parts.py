@@ -8,7 +8,6 @@ DIR holds `task.json` (see `Task`); each part prints one JSON document.
 # ruff: noqa: PLC0415  # a part imports what it needs and no more: its memory is measured
 import json
 import random
-import resource
 import shutil
 import statistics
 import sys
@@ -154,14 +153,31 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
     """Train with transformers' Trainer or TRL's, as their users would; say how fast it was."""
-    import transformers
-    from transformers import MistralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import MistralForCausalLM
 
     task = read_task(directory)
     rows = json.loads((directory / "rows.json").read_text())
-    # As much as ours keeps in full precision: the weights, with autocast above them.
-    model = MistralForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-    arguments: dict[str, Any] = {
+    times: list[float] = []
+    common: dict[str, Any] = {
+        # As much as ours keeps in full precision: the weights, with autocast above them.
+        "model": MistralForCausalLM.from_pretrained(directory / "base", dtype=torch.float32),
+        "data_collator": collate,
+        "callbacks": [_make_clock(task, times)],
+    }
+    make = _make_trl if trl else _make_transformers
+    version, trainer = make(directory, rows, _peer_arguments(directory, task), common)
+    finished = trainer.train()
+    tokens = sum(len(row["input_ids"]) for row in rows[_WARM_UP * task.batch :])
+    return {
+        "version": version,
+        "tokens_per_second": tokens / (times[1] - times[0]),
+        "memory": peak_memory(task),
+        "loss": finished.training_loss,
+    }
+
+
+def _peer_arguments(directory: Path, task: Task) -> dict[str, Any]:
+    return {
         "output_dir": str(directory / "peer"),
         "max_steps": task.steps,
         "per_device_train_batch_size": task.micro,
@@ -181,7 +197,11 @@ def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
         "remove_unused_columns": False,
         "logging_steps": 10,
     }
-    times: list[float] = []
+
+
+def _make_clock(task: Task, times: list[float]) -> Any:
+    """Return a callback that notes the end of the warm-up and of the last step."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # untyped library
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -191,38 +211,37 @@ def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter())
 
-    common: dict[str, Any] = {
-        "model": model,
-        "data_collator": collate,
-        "callbacks": [Clock()],
-    }
-    if trl:
-        import trl as library
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-        from trl import SFTConfig, SFTTrainer
+    return Clock()
 
-        trainer: Any = SFTTrainer(
-            args=SFTConfig(
-                **arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(
-                directory / "tokenizer"
-            ),  # the rows are encoded already
-            **common,
-        )
-    else:
-        library = transformers
-        trainer = Trainer(args=TrainingArguments(**arguments), train_dataset=_Rows(rows), **common)
-    finished = trainer.train()
-    tokens = sum(len(row["input_ids"]) for row in rows[_WARM_UP * task.batch :])
-    return {
-        "version": f"{library.__name__} {library.__version__}",
-        "tokens_per_second": tokens / (times[1] - times[0]),
-        "memory": peak_memory(task),
-        "loss": finished.training_loss,
-    }
+
+def _make_transformers(
+    directory: Path, rows: list[Any], arguments: dict[str, Any], common: dict[str, Any]
+) -> tuple[str, Any]:
+    import transformers
+
+    del directory
+    trainer = transformers.Trainer(
+        args=transformers.TrainingArguments(**arguments), train_dataset=_Rows(rows), **common
+    )
+    return f"transformers {transformers.__version__}", trainer
+
+
+def _make_trl(
+    directory: Path, rows: list[Any], arguments: dict[str, Any], common: dict[str, Any]
+) -> tuple[str, Any]:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    # The rows are encoded already.
+    prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = trl.SFTTrainer(
+        args=trl.SFTConfig(**arguments, **prepared),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(directory / "tokenizer"),
+        **common,
+    )
+    return f"trl {trl.__version__}", trainer
 
 
 class _Rows(torch.utils.data.Dataset[Any]):
@@ -240,7 +259,9 @@ def peak_memory(task: Task) -> int:
     """Return the most bytes held, as the engine counts them."""
     if task.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Written out: a Python that has TRL need not have us.
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
 
 
 def write_run(directory: Path, task: Task) -> Any:

@@ -7,7 +7,6 @@ what the time goes into; the bare imports are those of the libraries that train.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 
 from training_backends.core.config import DataSource, Tuning
 from training_backends.rundir.directory import RunDir, RunSpec
@@ -60,11 +60,6 @@ def first_step(directory: Path) -> dict[str, float]:
     told = {str(event.data.get("status")): event.at for event, _ in run.read_events()}
     told["first step"] = rows[0][0].at
     return {name: (at - start).total_seconds() for name, at in told.items()}
-
-
-def median(samples: list[float]) -> float:
-    """Return the median."""
-    return statistics.median(samples)
 
 
 def main() -> None:

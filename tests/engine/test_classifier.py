@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from msgspec import DecodeError
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.engine.continuing import assert_continues_bit_equal
 from tests.engine.plain import save_tiny
 from training_backends.core.config import ClassifierTarget
+from training_backends.engine.__main__ import main
 from training_backends.engine.classifier import ClassifierObjective, classify
 from training_backends.engine.encoding import ByteEncoder, UnusableRow
 from training_backends.engine.errors import EngineError
@@ -172,6 +173,13 @@ def test_it_learns_what_it_has_not_seen(finished: RunDir) -> None:
 
 
 @pytest.mark.engine
+def test_it_is_asked_by_the_command(finished: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """One JSON line with the labels of each target, even for a text that is no UTF-8."""
+    assert main(["sample", str(finished.result), "--prompt", "old \udcff cat one"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"].keys() == {"topic", "words"}
+
+
+@pytest.mark.engine
 def test_the_result_is_a_classifier_of_transformers(finished: RunDir, topics: Path) -> None:
     """The documented lines load it, and it says of each row what the run has measured."""
     model = AutoModelForSequenceClassification.from_pretrained(finished.result)
@@ -196,24 +204,7 @@ def test_the_result_is_a_classifier_of_transformers(finished: RunDir, topics: Pa
 @pytest.mark.engine
 def test_it_continues_bit_equal(finished: RunDir, tmp_path: Path) -> None:
     """Ended behind its first checkpoint and continued, it is the same to the last bit."""
-    whole = {row.step: row for row, _ in finished.read_metrics()}
-    run = RunDir(tmp_path / "r")
-    shutil.copytree(finished.path, run.path)
-    run.exit.unlink()
-    run.metrics.unlink()
-    shutil.rmtree(run.result)
-    shutil.rmtree(run.checkpoints / "step-60")
-    assert train(run.path) is ExitCode.DONE
-    rows = {row.step: row for row, _ in run.read_metrics()}
-    assert [*rows] == [*range(31, 61)]
-    for step, row in rows.items():
-        assert (row.train_loss, row.grad_norm, row.more) == (
-            whole[step].train_loss,
-            whole[step].grad_norm,
-            whole[step].more,
-        )
-    name = "model.safetensors"
-    assert (run.result / name).read_bytes() == (finished.result / name).read_bytes()
+    assert_continues_bit_equal(finished, tmp_path / "r", 30)
 
 
 @pytest.mark.engine

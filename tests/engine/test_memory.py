@@ -1,5 +1,7 @@
 """What happens when memory runs out in the middle of a run."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,29 @@ def test_a_single_row_that_does_not_fit_ends_the_run() -> None:
     with pytest.raises(EngineError, match=r"single row at a time: CUDA .* Take less\.") as raised:
         micro.attempt(work)
     assert raised.value.failure.kind == "out_of_memory"
+
+
+LARGE = 2**30
+STARTS_ANOTHER = f"""
+import os, sys
+held = b"x" * {LARGE}
+del held
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+TELLS = """
+import torch
+from training_backends.engine.memory import peak_memory
+print(peak_memory(torch.device("cpu")))
+"""
+
+
+@pytest.mark.engine
+def test_the_memory_of_a_parent_is_not_ours() -> None:
+    """A process that a large one starts begins at nothing, though the system counts that on."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_ANOTHER, TELLS], capture_output=True, text=True, check=True
+    )
+    assert 2**24 < int(done.stdout) < LARGE
 
 
 class Short:

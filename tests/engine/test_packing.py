@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
+from tests.engine.continuing import assert_continues_bit_equal
 from training_backends.datasets.chat import ChatRow, Message, byte_encode
 from training_backends.engine.data import (
     Order,
@@ -124,21 +125,6 @@ def test_a_packed_run_continues_bit_equal(make_run: Callable[..., RunDir], tmp_p
         tmp_path / "r", packing=True, seq_len=100, training_steps=None, epochs=1, checkpoint_every=3
     )
     assert train(run.path) is ExitCode.DONE
-    whole = {row.step: row for row, _ in run.read_metrics()}
-    total = max(whole)
-    assert total < 15, "fewer steps than with a row for each place in a batch"
-    run.exit.unlink()
-    run.metrics.unlink()
-    for path, state in run.read_checkpoints():
-        if state.step > 3:
-            (path / "state.json").unlink()
-    assert train(run.path) is ExitCode.DONE
-    rows = {row.step: row for row, _ in run.read_metrics()}
-    assert [*rows] == [*range(4, total + 1)]
-    for step, row in rows.items():
-        assert (row.train_loss, row.grad_norm, row.epoch, row.tokens) == (
-            whole[step].train_loss,
-            whole[step].grad_norm,
-            whole[step].epoch,
-            whole[step].tokens,
-        )
+    last = max(row.step for row, _ in run.read_metrics())
+    assert last < 15, "fewer steps than with a row for each place in a batch"
+    assert_continues_bit_equal(run, tmp_path / "again", 3)

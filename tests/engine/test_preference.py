@@ -10,6 +10,7 @@ import pytest
 import torch
 from msgspec import DecodeError
 
+from tests.engine.continuing import assert_continues_bit_equal
 from training_backends.datasets.chat import ChatRow, Message, byte_encode
 from training_backends.engine.encoding import ByteEncoder, UnusableRow
 from training_backends.engine.preference import Pair, PreferenceObjective
@@ -141,24 +142,7 @@ def test_better_answers_become_likelier(finished: RunDir) -> None:
 @pytest.mark.engine
 def test_it_continues_bit_equal(finished: RunDir, tmp_path: Path) -> None:
     """The reference comes from the checkpoint: it is the model of the first beginning."""
-    whole = {row.step: row for row, _ in finished.read_metrics()}
-    run = RunDir(tmp_path / "r")
-    shutil.copytree(finished.path, run.path)
-    run.exit.unlink()
-    run.metrics.unlink()
-    shutil.rmtree(run.checkpoints / "step-10")
-    assert train(run.path) is ExitCode.DONE
-    rows = {row.step: row for row, _ in run.read_metrics()}
-    assert [*rows] == [6, 7, 8, 9, 10]
-    for step, row in rows.items():
-        assert (row.train_loss, row.grad_norm, row.valid_loss, row.more) == (
-            whole[step].train_loss,
-            whole[step].grad_norm,
-            whole[step].valid_loss,
-            whole[step].more,
-        )
-    name = "model.safetensors"
-    assert (run.result / name).read_bytes() == (finished.result / name).read_bytes()
+    assert_continues_bit_equal(finished, tmp_path / "r", 5)
 
 
 @pytest.mark.engine

@@ -48,6 +48,8 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
         print(error, file=sys.stderr)  # noqa: T201  # this is a command
         return int(error.code)
     model_here = loaded.model.to(device)
+    # What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?".
+    prompt = prompt.encode("utf-8", "replace").decode("utf-8")
     if loaded.targets:
         labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
         told: dict[str, object] = {"labels": labels}

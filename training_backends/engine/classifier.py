@@ -18,6 +18,7 @@ from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.chat import ClassifierRow, TextRow, parse_any_row
 from training_backends.engine.encoding import Encoder, UnusableRow
 from training_backends.engine.errors import EngineError
+from training_backends.engine.evaluating import evaluating
 from training_backends.engine.objective import Batch, Judged, Reading
 
 __all__ = [
@@ -223,11 +224,8 @@ def classify(
 ) -> dict[str, dict[str, float]]:
     """Return for each target the probability of each of its labels."""
     ids = torch.tensor([encoder.read(TextRow(text))], device=model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()[0]
-    model.train(training)
     return {name: dict(found) for name, found in _probabilities(targets, logits)}
 
 

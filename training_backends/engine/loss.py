@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from training_backends.datasets.chat import ChatRow, TextRow, parse_row
+from training_backends.datasets.chat import TextRow, parse_row
 from training_backends.engine.data import (
     IGNORED,
     Pack,
@@ -16,7 +16,7 @@ from training_backends.engine.data import (
     collate_packs,
     make_sample,
 )
-from training_backends.engine.encoding import Encoder, UnusableRow
+from training_backends.engine.encoding import Encoder
 from training_backends.engine.fim import cut_out
 from training_backends.engine.head import SummedLoss, fits_one_head, sum_loss
 from training_backends.engine.objective import Batch, Judged, Reading
@@ -129,8 +129,6 @@ class TokenObjective:
     def read(self, line: bytes, place: str) -> Reading:
         """Encode a conversation or a text."""
         row = parse_row(line)
-        if not isinstance(row, ChatRow | TextRow):
-            raise UnusableRow("the row is for another method: give `messages` or `text`")
         if self._fim_ratio and isinstance(row, TextRow):
             chance = random.Random(f"{self._seed}/fim/{place}")  # noqa: S311  # no secret
             if chance.random() < self._fim_ratio:

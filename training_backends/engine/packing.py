@@ -5,6 +5,7 @@ from typing import Any, Final
 import torch
 
 from training_backends.engine.errors import EngineError
+from training_backends.engine.evaluating import evaluating
 
 __all__ = ["require_separate_rows"]
 
@@ -25,12 +26,10 @@ def require_separate_rows(model: Any, name: str) -> None:
     Raises:
         EngineError: It does.
     """
-    training = model.training
-    model.eval()
     first, second = range(len(_FIRST[0])), range(len(_SECOND))
-    packed = _difference(model, [*first, *second])
-    joined = _difference(model, [*range(len(first) + len(second))])
-    model.train(training)
+    with evaluating(model):
+        packed = _difference(model, [*first, *second])
+        joined = _difference(model, [*range(len(first) + len(second))])
     if packed > _ROUNDING * joined:
         raise EngineError(
             f"The architecture of {name!r} does not keep packed rows apart: each would learn from "
@@ -40,13 +39,12 @@ def require_separate_rows(model: Any, name: str) -> None:
 
 def _difference(model: Any, positions: list[int]) -> float:
     """Return how much the second row's logits change with the first row."""
-    with torch.no_grad():
-        one, other = (
-            model(
-                input_ids=torch.tensor([first + _SECOND], device=model.device),
-                position_ids=torch.tensor([positions], device=model.device),
-                use_cache=False,
-            ).logits[:, -len(_SECOND) :]
-            for first in _FIRST
-        )
+    one, other = (
+        model(
+            input_ids=torch.tensor([first + _SECOND], device=model.device),
+            position_ids=torch.tensor([positions], device=model.device),
+            use_cache=False,
+        ).logits[:, -len(_SECOND) :]
+        for first in _FIRST
+    )
     return float((one - other).abs().max())

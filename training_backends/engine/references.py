@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine.evaluating import evaluating
 from training_backends.engine.memory import MicroBatch
 from training_backends.engine.preference import Pair, PreferenceObjective
 
@@ -38,8 +39,6 @@ class References:
         Raises:
             Stopped: `should_stop`, asked between batches, said so.
         """
-        training = model.training
-        model.eval()
         for pairs in self._pairs.values():
             done = 0
             while done < len(pairs):
@@ -49,14 +48,13 @@ class References:
                 def work(size: int, first: int = done, pairs: list[Pair] = pairs) -> list[float]:
                     batch = objective.collate(pairs[first : first + size])
                     there = {name: value.to(model.device) for name, value in batch.items()}
-                    with torch.no_grad(), precision:
+                    with evaluating(model), precision:
                         margins: list[float] = objective.margins(model, there).tolist()
                     return margins
 
                 for margin in micro.attempt(work):
                     pairs[done] = replace(pairs[done], reference=margin)
                     done += 1
-        model.train(training)
 
     def save(self, directory: Path) -> None:
         """Write them into a checkpoint."""

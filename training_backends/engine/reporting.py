@@ -93,11 +93,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 kind="internal",
             )
         speed = self._tokens_per_second(step)
-        trained = self.trained.take()
         measured, more = self._measure() if self._plan.is_checkpoint(step) else ({}, {})
-        more |= {
-            f"train_{name}": value for name, value in (trained.named if trained else {}).items()
-        }
+        more |= _staged("train", self.trained.take())
         self._losses[step] = loss
         self._run.add_metrics(
             MetricsRow(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from training_backends.engine.encoding import Encoder
+from training_backends.engine.evaluating import evaluating
 
 __all__ = ["answer"]
 
@@ -15,12 +16,9 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
     Args:
         max_tokens: Longest answer.
     """
-    # What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?".
-    ids = encoder.prompt(prompt.encode("utf-8", "replace").decode("utf-8"))
+    ids = encoder.prompt(prompt)
     start = torch.tensor([ids], device=model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         out = model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -30,6 +28,5 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
             pad_token_id=encoder.pad_id,
             eos_token_id=encoder.eos_id,
         )
-    model.train(training)
     said = [int(token) for token in out[0, len(ids) :]]
     return encoder.decode([token for token in said if token != encoder.eos_id])

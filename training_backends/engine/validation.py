@@ -3,8 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-
+from training_backends.engine.evaluating import evaluating
 from training_backends.engine.memory import MicroBatch
 from training_backends.engine.objective import Means, Objective, Totals
 
@@ -35,10 +34,8 @@ class Validation:
         Uses no random numbers, so that a run is the same with and without it.
         """
         totals = Totals(self._objective)
-        training = self._model.training
-        self._model.eval()
         done = 0
-        with torch.no_grad(), self._precision:
+        with evaluating(self._model), self._precision:
             while done < len(self._examples):
 
                 def work(size: int, first: int = done) -> int:
@@ -49,5 +46,4 @@ class Validation:
                     return first + len(chunk)
 
                 done = self._micro.attempt(work)
-        self._model.train(training)
         return totals.take()

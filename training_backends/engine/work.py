@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ __all__ = ["Work", "set_up_torch"]
 
 _SHOWN_ROWS = 3
 _STATE: Final = "engine.json"
-"""In a checkpoint: how many rows fitted into memory at a time."""
+"""In a checkpoint: how many rows fitted into memory at a time, and hashes of the data files."""
 
 
 def set_up_torch(model: str) -> None:
@@ -121,9 +122,9 @@ class Work:
         spec, model, device = self._spec, loaded.model, loaded.model.device
         precision = precision_for(device, choose_dtype(spec.dtype, device))
         start = newest_checkpoint(self._run)
-        if start:
-            self._compare_data(start.path)
-        micro = self._micro_batch(model, start.path if start else None)
+        before = json.loads((start.path / _STATE).read_bytes()) if start else {}
+        self._compare_data(before)
+        micro = self._micro_batch(model, before)
         validation = Validation(model, objective, validating, micro=micro, precision=precision)
         reporter = Reporter(
             self._run,
@@ -167,15 +168,12 @@ class Work:
         self._sample(loaded, "after")
         return self._save(loaded)
 
-    def _micro_batch(self, model: Any, checkpoint: Path | None) -> MicroBatch:
+    def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
         spec, device = self._spec, model.device
-        size = spec.micro_batch_size or spec.batch_size
-        if checkpoint is not None:
-            # What fitted then: the numbers depend on it in their last digits.
-            state = json.loads((checkpoint / _STATE).read_text(encoding="ascii"))
-            size = int(state["micro_batch_size"])
+        wanted = spec.micro_batch_size or spec.batch_size
         return MicroBatch(
-            size,
+            # What fitted then: the numbers depend on it in their last digits.
+            int(before.get("micro_batch_size", wanted)),
             on_halved=lambda size: self._warn(
                 f"out of memory: goes on with {size} rows at a time", micro_batch_size=size
             ),
@@ -187,10 +185,9 @@ class Work:
     def _hashes(self) -> list[str]:
         return [each.sha256 for each in self._data]
 
-    def _compare_data(self, checkpoint: Path) -> None:
+    def _compare_data(self, before: Mapping[str, Any]) -> None:
         """Say so if the data files are not those that the checkpoint was trained on."""
-        state = json.loads((checkpoint / _STATE).read_text(encoding="ascii"))
-        if state.get("data", self._hashes()) != self._hashes():
+        if before.get("data", self._hashes()) != self._hashes():
             self._warn("the data has changed since the checkpoint that this goes on from")
 
     def _say_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:

@@ -149,10 +149,13 @@ class RunSpec(_Record):
 
     def rows_seen(self, rows: tuple[int, ...]) -> int:
         """Return how many rows the run's epochs have, given each training file's usable rows."""
-        weights = tuple(source.weight for source in self.train)
-        seen = (self.epochs or 1.0) * sum(rows_per_epoch(rows, weights))
+        seen = (self.epochs or 1.0) * sum(self.epoch_rows(rows))
         # A product such as 0.1 * 30 must not give one row more for its rounding error.
         return -int(-(seen - 1e-6) // 1)
+
+    def epoch_rows(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Return how many rows of each training file one epoch has, given its usable rows."""
+        return rows_per_epoch(rows, tuple(source.weight for source in self.train))
 
 
 def rows_per_epoch(rows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ...]:
@@ -187,7 +190,7 @@ class MetricsRow(_Record):
             classifier's decisions.
         tokens: Tokens read since the first step.
         tokens_per_second: Mean since the row before, validation and checkpoints left out.
-        memory_bytes: Most memory held so far, on the GPU or by the process.
+        memory_bytes: Most memory held so far: of the GPU by tensors, else by the process itself.
         more: Further measures by name, such as `valid_loss/topic` of a classifier's target.
     """
 

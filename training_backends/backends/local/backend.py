@@ -70,7 +70,7 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.overlong import overlong_rows
-from training_backends.rundir.directory import RunDir, RunSpec
+from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 
 __all__ = ["LocalBackend"]
 
@@ -311,18 +311,14 @@ class LocalBackend(TrainingBackend):
 
     def _download(self, run: TrainingRun, target: Path) -> Path:
         directory = self._existing(run)
-        record = directory.read_exit()
-        if record is None or record.result is None:
-            raise self.unsupported(
-                "download the model of a run that has none", "Only a completed run has a model."
-            )
+        result = self._result(directory, "download")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(
                 f"{target} exists and is not empty.", hint="Name a new directory.", run_id=run.id
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy_whole(directory.path / record.result.path, target, link=False)
+            copy_whole(directory.path / result.path, target, link=False)
         except OSError as error:
             raise TrainingBackendError(
                 f"The model cannot be copied to {target}: {reason_of(error)}.",
@@ -340,14 +336,18 @@ class LocalBackend(TrainingBackend):
             BackendUnavailable: The model cannot be loaded.
         """
         directory = await to_thread.run_sync(self._existing, run)
-        record = await to_thread.run_sync(directory.read_exit)
+        result = await to_thread.run_sync(self._result, directory, "ask")
+        handed = await self._hub.handed(result.base_model)
+        model = directory.path / result.path
+        return await ask_model(str(model), prompt, max_tokens=max_tokens, handed=handed)
+
+    def _result(self, directory: RunDir, verb: str) -> ResultRecord:
+        record = directory.read_exit()
         if record is None or record.result is None:
             raise self.unsupported(
-                "ask the model of a run that has none", "Only a completed run has a model."
+                f"{verb} the model of a run that has none", "Only a completed run has a model."
             )
-        handed = await self._hub.handed(record.result.base_model)
-        model = directory.path / record.result.path
-        return await ask_model(str(model), prompt, max_tokens=max_tokens, handed=handed)
+        return record.result
 
     async def delete(self, run: TrainingRun) -> None:
         """Remove the run directory of a run that is over."""

@@ -17,7 +17,7 @@ from training_backends.core.estimate import CostItem, Estimate, Money, PriceSour
 from training_backends.core.run import utc_now
 from training_backends.datasets.chat import byte_encode, parse_row
 from training_backends.datasets.tokens import count_tokens
-from training_backends.rundir.directory import RunDir, RunSpec, rows_per_epoch
+from training_backends.rundir.directory import RunDir, RunSpec
 
 __all__ = ["estimate_run"]
 
@@ -132,30 +132,23 @@ def _steps(spec: RunSpec, rows: tuple[int, ...]) -> tuple[int | None, float | No
     if spec.packing:
         return spec.training_steps, spec.epochs
     steps = spec.total_steps(rows)
-    epoch = sum(rows_per_epoch(rows, tuple(source.weight for source in spec.train)))
+    epoch = sum(spec.epoch_rows(rows))
     seen = round(steps * spec.batch_size / epoch, 4) if epoch else None
     return steps, spec.epochs or seen
 
 
 def _trained_tokens(spec: RunSpec, counts: Sequence[_FileCount], steps: int | None) -> int | None:
-    rows = tuple(count.rows for count in counts)
-    if spec.packing:
-        return None if spec.epochs is None else math.ceil(_epoch_tokens(spec, counts) * spec.epochs)
-    seen = sum(rows_per_epoch(rows, tuple(source.weight for source in spec.train)))
-    if steps is None or not seen:
-        return None
-    return round(_epoch_tokens(spec, counts) / seen * steps * spec.batch_size)
-
-
-def _epoch_tokens(spec: RunSpec, counts: Sequence[_FileCount]) -> float:
-    """Return the tokens of an epoch, which the weights of the files make."""
-    weights = tuple(source.weight for source in spec.train)
-    seen = rows_per_epoch(tuple(count.rows for count in counts), weights)
-    return sum(
+    seen = spec.epoch_rows(tuple(count.rows for count in counts))
+    tokens = sum(
         count.tokens / count.rows * times
         for count, times in zip(counts, seen, strict=True)
         if count.rows
     )
+    if spec.packing:
+        return None if spec.epochs is None else math.ceil(tokens * spec.epochs)
+    if steps is None or not any(seen):
+        return None
+    return round(tokens / sum(seen) * steps * spec.batch_size)
 
 
 def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:

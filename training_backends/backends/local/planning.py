@@ -26,6 +26,7 @@ __all__ = [
     "MODELS_OFFERED",
     "build_spec",
     "config_of",
+    "defaults_taken",
     "find_issues",
     "settled_model",
     "settled_values",

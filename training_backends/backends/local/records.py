@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import NamedTuple
 
-from training_backends.backends.local.state import ENGINE_STATUS, LOST, Look, metrics_of
+from training_backends.backends.local.state import ENGINE_STATUS, LOST, Look
 from training_backends.core.run import LogRecord, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
@@ -100,7 +100,6 @@ def _from_event(event: Event, cursor: Cursor) -> LogRecord:
 
 
 def _from_metrics(row: MetricsRow, cursor: Cursor) -> LogRecord:
-    fields = metrics_of(row)
     said = f"train_loss {row.train_loss:.4f}"
     if row.valid_loss is not None:
         said += f", valid_loss {row.valid_loss:.4f}"
@@ -109,6 +108,6 @@ def _from_metrics(row: MetricsRow, cursor: Cursor) -> LogRecord:
         message=f"step {row.step}/{row.total_steps}: {said}",
         source="metrics",
         step=row.step,
-        fields={**fields, "total_steps": row.total_steps},
+        fields={**row.measures(), "total_steps": row.total_steps},
         cursor=str(cursor),
     )

@@ -202,13 +202,8 @@ def _latest(checkpoints: tuple[Checkpoint, ...], rows: list[MetricsRow]) -> dict
     for checkpoint in checkpoints:
         latest.update(checkpoint.metrics)
     for row in rows:
-        latest.update(metrics_of(row))
+        latest.update(row.measures())
     return latest
-
-
-def metrics_of(row: MetricsRow) -> dict[str, float]:
-    """Return a row's measured values by name."""
-    return row.measures()
 
 
 def _checkpoints(run: RunDir, events: list[Event]) -> tuple[Checkpoint, ...]:
