@@ -3,7 +3,8 @@
 The built-in names are those that the hosted service fine-tuned, mapped to the open
 weights that stood behind each name while it did (the provider's model overview of
 2024-10, ids as published on the Hugging Face hub). Names whose weights were never
-published are not offered. A TOML file adds names or replaces them:
+published are not offered, nor is the one that reads images, which nothing here trains. A TOML
+file adds names or replaces them:
 
     [models.my-model]
     target = "my-org/my-model"      # what the backend is told to train
@@ -98,12 +99,6 @@ BUILT_IN = (
         target="mistralai/Codestral-22B-v0.1",
         job_types=_ANY,
         licence="Mistral Non-Production License",
-    ),
-    Offer(
-        name="pixtral-12b-latest",
-        target="mistralai/Pixtral-12B-Base-2409",
-        context_length=131072,
-        licence="Apache-2.0",
     ),
 )
 
