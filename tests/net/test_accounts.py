@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from threading import Thread
+from threading import Event, Thread
 
 import anyio
 import anyio.to_thread
@@ -270,10 +270,11 @@ async def test_full_pool_is_no_failure_of_the_server(
     make_client: MakeClient, server: LoopbackServer, answer_by: AnswerBy
 ) -> None:
     """Calls that found no free connection here say nothing of the server."""
+    over = Event()
 
     def answer(request: Received) -> Reply:
         if request.path == "/long":
-            time.sleep(2)
+            over.wait(20)
         return Reply(content=b"{}")
 
     answer_by(answer)
@@ -284,5 +285,6 @@ async def test_full_pool_is_no_failure_of_the_server(
         for _ in range(7):
             with pytest.raises(BackendUnavailable, match=r"^GET http\S+ all connections were busy"):
                 await client.json("GET", "/a")
+        over.set()
     assert await client.json("GET", "/a") == {}
     await client.aclose()
