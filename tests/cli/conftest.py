@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,19 @@ class Done:
 
 
 Run = Callable[..., Done]
+
+
+def read_until(terminal: int, text: str) -> str:
+    """Return what a terminal shows from now on until a text is among it."""
+    said = ""
+
+    def read() -> str:
+        nonlocal said
+        if select.select([terminal], [], [], 0.1)[0]:
+            said += os.read(terminal, 4096).decode(errors="replace")
+        return said
+
+    return wait_until(read, lambda said: text in said)
 
 
 @pytest.fixture

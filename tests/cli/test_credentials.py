@@ -3,18 +3,18 @@
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
+from tests.cli.conftest import read_until
+from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.testing.provider import ScriptedProvider
 
@@ -82,12 +82,7 @@ class Terminal:
 
     def until(self, text: str) -> None:
         """Read until the terminal shows a text that it did not show before."""
-        start = len(self.said)
-        deadline = time.monotonic() + 60
-        while text not in self.said[start:]:
-            assert time.monotonic() < deadline, self.said
-            if select.select([self.end], [], [], 0.1)[0]:
-                self.said += os.read(self.end, 4096).decode(errors="replace")
+        self.said += read_until(self.end, text)
 
     @property
     def echoes(self) -> bool:
@@ -97,10 +92,7 @@ class Terminal:
     def until_hidden(self, text: str) -> None:
         """Read until a text is shown and nothing that is typed would be."""
         self.until(text)
-        deadline = time.monotonic() + 60
-        while self.echoes:
-            assert time.monotonic() < deadline, self.said
-            time.sleep(0.01)
+        wait_until(lambda: not self.echoes)
 
     def type(self, text: str) -> None:
         """Type a line."""
@@ -212,10 +204,7 @@ def test_the_list_of_processes_never_shows_a_key_that_is_piped_in(
         assert process.stdin
         process.stdin.write(CANARY.encode())
         process.stdin.close()
-        deadline = time.monotonic() + 60
-        while not (home / "credentials.keyring").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until((home / "credentials.keyring").exists)
         shown = seen_by_others(process.pid)
     assert process.wait(60) == 0
     assert "training_backends" in shown

@@ -3,15 +3,14 @@
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import read_until
 from training_backends.testing.provider import ScriptedProvider
 
 pytestmark = pytest.mark.e2e
@@ -38,7 +37,7 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
         )
         os.close(theirs)
         try:
-            said = _read_until(terminal, "[y/N]")
+            said = read_until(terminal, "[y/N]")
             process.send_signal(signal.SIGINT)
             out, _ = process.communicate(timeout=30)
         finally:
@@ -72,12 +71,3 @@ def test_ctrl_c_ends_a_command_that_asks_nobody() -> None:
         process.kill()
     assert (process.returncode, json.loads(out)["error"]["exit_code"]) == (130, 130)
     assert b"Interrupted" in errors
-
-
-def _read_until(terminal: int, text: str) -> str:
-    said = ""
-    deadline = time.monotonic() + 60
-    while text not in said and time.monotonic() < deadline:
-        if select.select([terminal], [], [], 0.2)[0]:
-            said += os.read(terminal, 4096).decode(errors="replace")
-    return said

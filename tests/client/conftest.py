@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
-import anyio
 import pytest
 
 from training_backends import AsyncTrainingClient, LogRecord, TrainingConfig
@@ -41,10 +40,3 @@ async def read_log(
     """Read a log to its end."""
     async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
         return [record async for record in records]
-
-
-async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
-    """Wait until something has become true."""
-    with anyio.fail_after(seconds):
-        while not condition():
-            await anyio.sleep(0.01)

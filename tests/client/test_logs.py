@@ -7,6 +7,7 @@ import anyio
 import pytest
 
 from tests.client.conftest import MakeConfig, read_log
+from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
@@ -88,9 +89,7 @@ async def test_following_outlasts_a_provider_that_is_away(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(follow)
-        with anyio.fail_after(10):
-            while (stale := (await client.get(run.id)).stale) is None:
-                await anyio.sleep(0.01)
+        stale = (await until(lambda: client.get(run.id), lambda run: run.stale)).stale
         backend.trouble = None
         backend.tell(remote_id, TrainingStatus.COMPLETED)
     assert stale is not None

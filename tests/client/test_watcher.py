@@ -9,7 +9,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.client.conftest import MakeConfig, until
+from tests.client.conftest import MakeConfig
+from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
@@ -266,8 +267,9 @@ async def test_waiting_stops_a_run_that_outlives_its_budget(
     run = await client.launch(config, backend="scripted")
 
     async def confirm() -> None:
-        while (await backend.status(run)).status is not TrainingStatus.STOPPING:
-            await anyio.sleep(0.01)
+        await until(
+            lambda: backend.status(run), lambda state: state.status is TrainingStatus.STOPPING
+        )
         backend.say(str(run.remote_id), TrainingStatus.CANCELLED)
 
     async with anyio.create_task_group() as tasks:

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 from pydantic import SecretStr
 
+from tests.waiting import wait_until
 from training_backends import (
     ConfigError,
     CredentialNotFound,
@@ -560,10 +560,7 @@ def test_an_interrupt_does_not_wait_for_a_keyring(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "asked").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until((tmp_path / "asked").exists)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:

@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from training_backends.core.errors import TrainingBackendError
 from training_backends.datasets.parallel import cpu_count, run_parallel
 
@@ -59,13 +59,6 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("some_tasks", None)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_gone(pid: int) -> bool:
@@ -213,7 +206,7 @@ def test_workers_end_with_the_caller(tasks: Path, how: signal.Signals) -> None:
         worker = int(caller.stdout.readline())
         assert not is_gone(worker)
         os.killpg(caller.pid, how)
-        until(lambda: is_gone(worker))
+        wait_until(lambda: is_gone(worker))
         # Only the caller hears a Ctrl-C and says so.
         assert caller.stderr.read().count("Traceback") == (how is signal.SIGINT)
 

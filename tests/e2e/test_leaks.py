@@ -37,9 +37,9 @@ from tests.e2e.leaks import (
     command,
     forms_of,
     settings,
-    until,
     watched_processes,
 )
+from tests.waiting import wait_until
 from training_backends import AsyncTrainingClient, TrainingBackendError, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
@@ -260,7 +260,7 @@ def test_a_launch_that_is_interrupted(world: World, provider: ScriptedProvider) 
         watched_processes(world),
         world.started("launch", "run.yaml", "--id", "cut", "--yes", given=given) as launch,
     ):
-        until(lambda: provider.asked("POST", "/jobs"), "no job was created")
+        wait_until(lambda: provider.asked("POST", "/jobs"))
         world.look_everywhere()  # with the store open, its log beside it
         assert launch.interrupt() == 130
     world.assert_clean()
@@ -493,7 +493,7 @@ def test_the_gateway(world: World) -> None:
         watched_processes(world),
         world.started("serve", "--port", "0", "--json", given=given) as served,
     ):
-        until(lambda: b"\n" in served.out.read_bytes(), "it does not serve")
+        wait_until(lambda: b"\n" in served.out.read_bytes())
         url = json.loads(served.out.read_bytes())["url"]
         for key in (made["key"], shown, GATEWAY_KEY):
             _use(world, url, key)
@@ -616,7 +616,7 @@ def test_a_quickstart_that_is_interrupted(world: World) -> None:
         watched_processes(world) as children,
         world.started("quickstart", "--dir", str(world.seen / "quick")) as quick,
     ):
-        until(lambda: children, "no answer is sampled")
+        wait_until(lambda: children)  # one of them samples an answer
         assert quick.interrupt() == 130
     world.assert_clean()
 

@@ -1,8 +1,7 @@
 """A gateway on loopback in front of a backend whose runs move when a test says so."""
 
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from blockbuster import blockbuster_ctx
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from tests.waiting import until
 from training_backends.core.capabilities import Capabilities
 from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.serve import RunningGateway, running
@@ -91,23 +91,14 @@ class Site:
 
     async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
         """Wait until a job has one of these statuses."""
-
-        async def reached() -> dict[str, Any] | None:
-            job = await self.get(job_id)
-            return job if job["status"] in statuses else None
-
-        found: dict[str, Any] = await eventually(reached)
-        return found
+        return await until(lambda: self.get(job_id), lambda job: job["status"] in statuses)
 
     async def started(self, **fields: Any) -> tuple[str, str]:
         """Create and start a job; return its id and the id that the backend gave it."""
         before = len(self.backend.created)
         job = await self.create(auto_start=True, **fields)
-
-        async def launched() -> str | None:
-            return self.backend.created[before] if len(self.backend.created) > before else None
-
-        return job["id"], await eventually(launched)
+        (remote_id, *_) = await until(lambda: self.backend.created[before:])
+        return job["id"], remote_id
 
     async def finished(self, **fields: Any) -> dict[str, Any]:
         """Take a job to its successful end."""
@@ -115,16 +106,6 @@ class Site:
         self.backend.measure(remote_id, 10, train_loss=1.0)
         self.backend.finish(remote_id)
         return await self.until(job_id, "SUCCESS")
-
-
-async def eventually(look: Callable[[], Awaitable[Any]], patience: float = 20.0) -> Any:
-    """Return the first true value that `look` returns."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if found := await look():
-            return found
-        await anyio.sleep(0.01)
-    raise AssertionError("it never happened")
 
 
 async def trickle(stream: ByteSendStream) -> None:

@@ -11,7 +11,8 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from tests.gateway.conftest import KEY, ROWS, Site, eventually, jsonl, site, trickle
+from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site, trickle
+from tests.waiting import until
 from training_backends.gateway import files
 from training_backends.gateway.blobs import BlobStore
 
@@ -165,11 +166,7 @@ async def test_the_bytes_of_an_expired_file_are_removed(
         kept = await here.upload(name="kept.jsonl", content=jsonl(ROWS[:1]))
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 3601)
-
-        async def gone() -> bool:
-            return len(blobs(here)) == 1
-
-        await eventually(gone)
+        await until(lambda: len(blobs(here)) == 1)
         assert (await here.http.get(f"/v1/files/{kept}")).status_code == 200
 
 
@@ -350,17 +347,10 @@ async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 
 async def test_an_upload_cut_off_leaves_nothing(here: Site) -> None:
     """A client that goes away in mid-file is cleaned up behind."""
-
-    async def begun() -> bool:
-        return any(path.stat().st_size for path in leftovers(here))
-
-    async def gone() -> bool:
-        return leftovers(here) == []
-
     async with await anyio.connect_tcp(*address(here)) as stream:
         await stream.send(upload_head(here) + b"a" * 3_000_000)
-        await eventually(begun)
-    await eventually(gone)
+        await until(lambda: any(path.stat().st_size for path in leftovers(here)))
+    await until(lambda: not leftovers(here))
     assert blobs(here) == []
 
 

@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 from pydantic import BaseModel
 
-from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
+from tests.gateway.conftest import Site, jsonl, scripted, site
+from tests.waiting import until
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import StoreError
@@ -194,10 +195,7 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
         assert key.encode() not in (tmp_path / "gateway" / "gateway.db").read_bytes()
         assert key.encode() not in (tmp_path / "gateway" / "runs.db").read_bytes()
 
-        async def forgotten() -> bool:
-            return not secrets.kept
-
-        await eventually(forgotten)
+        await until(lambda: not secrets.kept)
 
 
 class Share(BaseModel):

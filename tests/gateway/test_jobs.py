@@ -10,7 +10,8 @@ import anyio
 import pytest
 import sqlalchemy as sa
 
-from tests.gateway.conftest import Site, eventually, jsonl, scripted, site
+from tests.gateway.conftest import Site, jsonl, scripted, site
+from tests.waiting import until
 from training_backends.core.errors import BackendUnavailable, Issue, StoreError
 from training_backends.core.estimate import Money
 from training_backends.core.run import ValidationReport
@@ -74,12 +75,8 @@ async def test_the_backend_s_own_steps_are_told(here: Site) -> None:
     await here.until(job_id, "RUNNING")
     backend.tell(remote, TrainingStatus.INITIALIZING)
     backend.measure(remote, 10, train_loss=1.0)
-
-    async def measured() -> dict[str, Any] | None:
-        job = await here.get(job_id)
-        return job if job["checkpoints"] else None
-
-    assert (await eventually(measured))["status"] == "RUNNING"
+    job = await until(lambda: here.get(job_id), lambda job: job["checkpoints"])
+    assert job["status"] == "RUNNING"
     backend.finish(remote)
 
 
@@ -241,11 +238,7 @@ async def test_a_running_job_is_cancelled_when_the_backend_has_stopped(here: Sit
     await here.until(job_id, "RUNNING")
     answer = await here.http.post(f"{JOBS}/{job_id}/cancel")
     assert answer.json()["status"] == "CANCELLATION_REQUESTED"
-
-    async def asked() -> bool:
-        return here.backend._jobs[remote].status is TrainingStatus.STOPPING
-
-    await eventually(asked)
+    await until(lambda: here.backend._jobs[remote].status is TrainingStatus.STOPPING)
     again = await here.http.post(f"{JOBS}/{job_id}/cancel")
     assert again.json()["status"] == "CANCELLATION_REQUESTED"
     here.backend.say(remote, TrainingStatus.CANCELLED)
@@ -259,12 +252,10 @@ async def test_a_job_cancelled_while_its_launch_fails_is_over(here: Site) -> Non
     error = BackendUnavailable("away", sent=False)
     here.backend.before_create = here.backend.refusing(error)
     job = await here.create(auto_start=True)
-
-    async def tried() -> bool:
-        found = (await here.get(job["id"]))["status"] == "QUEUED"
-        return found and "VALIDATED" in statuses(await here.get(job["id"]))
-
-    await eventually(tried)
+    await until(
+        lambda: here.get(job["id"]),
+        lambda job: job["status"] == "QUEUED" and "VALIDATED" in statuses(job),
+    )
     await here.http.post(f"{JOBS}/{job['id']}/cancel")
     await here.until(job["id"], "CANCELLED")
     assert here.backend.created == []

@@ -14,7 +14,8 @@ import pytest
 from anyio import to_thread
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, Site, eventually, site
+from tests.gateway.conftest import KEY, Site, site
+from tests.waiting import until
 from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
 from training_backends.core.logs import redact
 from training_backends.core.run import utc_now
@@ -345,12 +346,10 @@ async def test_an_expired_key_is_refused_while_the_gateway_runs(here: Site) -> N
     """Its time is looked at with every request."""
     made = await make(here, expires_at=utc_now() + timedelta(seconds=2))
     assert (await here.http.get("/v1/models", headers=bearer(made))).status_code == 200
-
-    async def refused() -> Any:
-        answer = await here.http.get("/v1/models", headers=bearer(made))
-        return answer if answer.status_code != 200 else None
-
-    answer = await eventually(refused)
+    answer = await until(
+        lambda: here.http.get("/v1/models", headers=bearer(made)),
+        lambda answer: answer.status_code != 200,
+    )
     assert (answer.status_code, answer.json()) == (401, {"detail": "This API key is expired."})
 
 
@@ -394,10 +393,7 @@ async def test_an_upload_under_way_needs_its_key_to_the_end(
         yield b'{"text": "abc"}\r\n--x--\r\n'
 
     async def until_it_is_received() -> None:
-        async def begun() -> bool:
-            return any((here.home / "gateway" / "incoming").iterdir())
-
-        await eventually(begun)
+        await until(lambda: any((here.home / "gateway" / "incoming").iterdir()))
         arrived.set()
 
     headers = {**bearer(made), "content-type": "multipart/form-data; boundary=x"}

@@ -1,7 +1,7 @@
 """What a client may ask of the server below the API: how much, and how slowly."""
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ import httpx
 import pytest
 from anyio.abc import SocketStream, TaskStatus
 
-from tests.gateway.conftest import KEY, Site, eventually, site, trickle
+from tests.gateway.conftest import KEY, Site, site, trickle
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -256,16 +257,9 @@ async def test_an_answer_that_is_not_taken_is_given_up(tmp_path: Path, logs: lis
         async with wire(here) as client:
             await client.send(b"GET /v1/files/%s/content HTTP/1.1\r\n" % file_id.encode())
             await client.send(KEYED + b"\r\n")
-            await eventually(_logged(logs, "unread"))
+            await until(lambda: any("unread" in entry["event"] for entry in logs))
             await client.ended()
             assert len(client.rest) < size
-
-
-def _logged(logs: list[Any], word: str) -> Callable[[], Awaitable[bool]]:
-    async def look() -> bool:
-        return any(word in entry["event"] for entry in logs)
-
-    return look
 
 
 async def test_half_requests_keep_nobody_else_waiting(tmp_path: Path) -> None:

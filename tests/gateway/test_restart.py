@@ -6,7 +6,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.gateway.conftest import Site, eventually, scripted, site
+from tests.gateway.conftest import Site, scripted, site
+from tests.waiting import until
 from training_backends.core.errors import BackendUnavailable
 from training_backends.core.status import TrainingStatus
 
@@ -22,11 +23,7 @@ async def test_a_running_job_is_followed_again_without_gap_or_repeat(tmp_path: P
         job_id, remote = await here.started()
         await here.until(job_id, "RUNNING")
         backend.measure(remote, 10, train_loss=3.0)
-
-        async def stored() -> bool:
-            return bool((await here.get(job_id))["checkpoints"])
-
-        await eventually(stored)
+        await until(lambda: here.get(job_id), lambda job: job["checkpoints"])
     backend.measure(remote, 20, train_loss=2.0)
     async with site(tmp_path, backend) as here:
         backend.measure(remote, 30, train_loss=1.0)
@@ -118,11 +115,7 @@ async def test_a_cancellation_asked_for_is_carried_out_after_the_restart(tmp_pat
     backend.stop = stop  # type: ignore[method-assign]
     async with site(tmp_path, backend) as here:
         assert (await here.get(job_id))["status"] == "CANCELLATION_REQUESTED"
-
-        async def asked() -> bool:
-            return backend._jobs[remote].status is TrainingStatus.STOPPING
-
-        await eventually(asked)
+        await until(lambda: backend._jobs[remote].status is TrainingStatus.STOPPING)
         backend.say(remote, TrainingStatus.CANCELLED)
         await here.until(job_id, "CANCELLED")
 

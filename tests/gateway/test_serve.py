@@ -12,7 +12,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, Site, eventually, scripted, site
+from tests.gateway.conftest import KEY, Site, scripted, site
+from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
 from training_backends.gateway.serve import running
 from training_backends.gateway.settings import GatewaySettings
@@ -198,7 +199,7 @@ async def _once_closed(url: str, event: anyio.Event) -> None:
         except OSError:
             return True
 
-    await eventually(refused)
+    await until(refused)
     event.set()
 
 

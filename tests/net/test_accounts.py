@@ -8,6 +8,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from tests.waiting import until
 from training_backends import (
     BackendRetired,
     BackendUnavailable,
@@ -100,18 +101,11 @@ async def test_a_longer_pause_holds_those_that_wait_for_a_shorter_one(
     other = make_client()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(refused, "/slow")
-        await until(lambda: bool(server.requests))
+        await until(lambda: server.requests)
         await refused("/fast")
         await other.json("GET", "/late")
     await other.aclose()
     assert at["/late"] - at["/slow"] >= 0.85
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    with anyio.fail_after(20):
-        while not condition():
-            await anyio.sleep(0.01)
 
 
 async def test_another_key_is_not_held_up(
@@ -157,6 +151,15 @@ async def test_pause_of_a_failing_server_is_told_as_such(
     assert len(server.requests) == 1
 
 
+async def goes_through(client: HttpClient, refusal: type[TrainingBackendError]) -> bool:
+    """Make a call that may be refused."""
+    try:
+        await client.json("GET", "/a")
+    except refusal:
+        return False
+    return True
+
+
 async def test_no_server_silences_us_for_a_year(
     make_client: MakeClient, server: LoopbackServer
 ) -> None:
@@ -166,13 +169,7 @@ async def test_no_server_silences_us_for_a_year(
     with pytest.raises(RateLimited) as caught:
         await client.json("GET", "/a")
     assert caught.value.retry_after == 31_536_000
-    with anyio.fail_after(20):
-        while True:
-            try:
-                await client.json("GET", "/a")
-                break
-            except RateLimited:
-                await anyio.sleep(0.05)
+    await until(lambda: goes_through(client, RateLimited))
     await client.aclose()
     assert len(server.requests) == 2
 
@@ -221,12 +218,7 @@ async def test_server_that_is_back_is_used_again(
     server.stop()
     await fail(client, times=6)
     server.start(port)
-    with anyio.fail_after(20):
-        while not server.requests:
-            try:
-                await client.json("GET", "/a")
-            except BackendUnavailable:
-                await anyio.sleep(0.05)
+    await until(lambda: goes_through(client, BackendUnavailable))
     for _ in range(5):
         assert await client.json("GET", "/a") == {"ok": True}
 
@@ -281,7 +273,7 @@ async def test_full_pool_is_no_failure_of_the_server(
     client = make_client(attempts=1, max_connections=1, pool_timeout=0.05)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.json, "GET", "/long")
-        await until(lambda: bool(server.requests))
+        await until(lambda: server.requests)
         for _ in range(7):
             with pytest.raises(BackendUnavailable, match=r"^GET http\S+ all connections were busy"):
                 await client.json("GET", "/a")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.core.run import TrainingRun
+from training_backends.core.run import RunState, TrainingRun
 from training_backends.rundir.directory import RunDir
 
 
@@ -79,6 +80,18 @@ def inspected(run: TrainingRun, **changes: Any) -> Dataset:
 def inspected_fixture() -> Callable[..., Dataset]:
     """Return a function that says of a run's files what an inspection would."""
     return inspected
+
+
+async def until_state(
+    backend: LocalBackend, run: TrainingRun, reached: Callable[[RunState], object]
+) -> RunState:
+    """Ask for a run's state until it is as wanted."""
+    return await until(lambda: backend.status(run), reached)
+
+
+def is_over(state: RunState) -> bool:
+    """Tell whether a run is over."""
+    return state.status.is_terminal
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -15,6 +14,7 @@ import anyio
 import pytest
 from anyio import to_thread
 
+from tests.backends.local.conftest import is_over, until_state
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
@@ -23,7 +23,7 @@ from training_backends.core.errors import (
     RunNotFound,
     UnsupportedOperation,
 )
-from training_backends.core.run import LogRecord, RunState, TrainingRun
+from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import RunDir
 from training_backends.testing.journal import MemoryJournal
@@ -54,22 +54,6 @@ async def collect(
     """Read a run's log."""
     async with aclosing(backend.logs(run, after=after, follow=follow)) as records:
         return [record async for record in records]
-
-
-async def until(
-    backend: LocalBackend, run: TrainingRun, reached: Callable[[RunState], object]
-) -> RunState:
-    """Poll a run until its state is as wanted."""
-    deadline = time.monotonic() + 60
-    while not reached(state := await backend.status(run)):
-        assert time.monotonic() < deadline, f"waited in vain, at {state}"
-        await anyio.sleep(0.02)
-    return state
-
-
-def is_over(state: RunState) -> bool:
-    """Tell whether a run is over."""
-    return state.status.is_terminal
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +160,7 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
     options = {"device": "cpu", "checkpoint_every": 3}
     run = make_run(hyperparameters=steps, options=options)
     await backend.launch(run, MemoryJournal(run))
-    await until(backend, run, lambda state: (state.step or 0) >= 4)
+    await until_state(backend, run, lambda state: (state.step or 0) >= 4)
     early = make_run("early")
     with pytest.raises(DuplicateRun):
         await backend.resume(run, early, MemoryJournal(early))
@@ -184,7 +168,7 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
         await backend.delete(run)
     await backend.stop(run)
     await backend.stop(run)
-    state = await until(backend, run, is_over)
+    state = await until_state(backend, run, is_over)
     assert state.status is TrainingStatus.CANCELLED
     assert state.checkpoints is not None
     last = state.checkpoints[-1].step
@@ -196,7 +180,7 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
     with pytest.raises(ConfigError, match="no checkpoint"):
         await backend.resume(run, again, MemoryJournal(again), checkpoint="399")
     await backend.resume(run, again, MemoryJournal(again), checkpoint=f"step-{last}")
-    assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
+    assert (await until_state(backend, again, is_over)).status is TrainingStatus.COMPLETED
     told = await collect(backend, again)
     assert [r.step for r in told if r.source == "metrics"] == [last + 1, last + 2]
 
@@ -222,15 +206,15 @@ async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
     # The journal of the killed parent knows only that the start was begun.
     journal = MemoryJournal(run)
     journal.rows["start"] = None
-    await until(backend, run, lambda state: state.status is TrainingStatus.RUNNING)
+    await until_state(backend, run, lambda state: state.status is TrainingStatus.RUNNING)
     await backend.launch(run, journal)
     assert json.loads(str(journal.rows["start"])) == {"found": True}
 
-    await until(backend, run, lambda state: state.checkpoints)
+    await until_state(backend, run, lambda state: state.checkpoints)
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    state = await until(backend, run, is_over)
+    state = await until_state(backend, run, is_over)
     assert state.status is TrainingStatus.FAILED
     assert state.failure is not None
     assert (state.failure.kind, state.failure.retryable) == ("lost", True)
@@ -243,7 +227,7 @@ async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
     longer = {**steps, "training_steps": max(known) + 1}
     again = make_run("again", hyperparameters=longer)
     await backend.resume(run, again, MemoryJournal(again))
-    assert (await until(backend, again, is_over)).status is TrainingStatus.COMPLETED
+    assert (await until_state(backend, again, is_over)).status is TrainingStatus.COMPLETED
 
 
 async def test_one_trains_and_the_next_waits(backend: LocalBackend, make_run: MakeRun) -> None:
@@ -251,14 +235,16 @@ async def test_one_trains_and_the_next_waits(backend: LocalBackend, make_run: Ma
     first = make_run("first", hyperparameters={"training_steps": 4000, "batch_size": 4})
     second = make_run("second")
     await backend.launch(first, MemoryJournal(first))
-    await until(backend, first, lambda state: state.raw_status == "initializing")
+    await until_state(backend, first, lambda state: state.raw_status == "initializing")
     await backend.launch(second, MemoryJournal(second))
-    state = await until(backend, second, lambda state: state.raw_status == "queued, position 1")
+    state = await until_state(
+        backend, second, lambda state: state.raw_status == "queued, position 1"
+    )
     assert state.status is TrainingStatus.PENDING
     await backend.stop(second)
-    assert (await until(backend, second, is_over)).status is TrainingStatus.CANCELLED
+    assert (await until_state(backend, second, is_over)).status is TrainingStatus.CANCELLED
     await backend.stop(first, save_checkpoint=False)
-    state = await until(backend, first, is_over)
+    state = await until_state(backend, first, is_over)
     assert state.status is TrainingStatus.CANCELLED
 
 
@@ -271,7 +257,7 @@ async def test_what_the_engine_refuses_is_a_failure(
     config = TrainingConfig.model_validate({"model": "tiny-mistral", "data": {"train": path}})
     run = make_run().model_copy(update={"config": config})
     await backend.launch(run, MemoryJournal(run))
-    state = await until(backend, run, is_over)
+    state = await until_state(backend, run, is_over)
     assert state.status is TrainingStatus.FAILED
     assert state.failure is not None
     assert state.failure.kind == "validation"
@@ -289,14 +275,14 @@ async def test_the_child_gets_no_keys(
     monkeypatch.setenv("HF_TOKEN", "secret-2")
     run = make_run(hyperparameters={"training_steps": 4000, "batch_size": 4})
     await backend.launch(run, MemoryJournal(run))
-    await until(backend, run, lambda state: state.raw_status == "initializing")
+    await until_state(backend, run, lambda state: state.raw_status == "initializing")
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
     environment = Path(f"/proc/{pid}/environ").read_bytes()
     assert b"PATH=" in environment
     assert b"secret" not in environment
     assert os.getsid(pid or 0) == pid
     await backend.stop(run, save_checkpoint=False)
-    await until(backend, run, is_over)
+    await until_state(backend, run, is_over)
 
 
 async def test_an_unknown_run_is_said(backend: LocalBackend, make_run: MakeRun) -> None:

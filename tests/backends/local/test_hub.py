@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import anyio
 import pytest
 
+from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.hub import Hub
 from training_backends.backends.local.sampling import ask_model
@@ -44,9 +44,7 @@ async def handed_to_a_process(home: Path, run: TrainingRun, hub: Hub) -> dict[st
     backend = LocalBackend(home, program=(sys.executable, "-c", DUMP), hub=hub)
     await backend.launch(run, MemoryJournal(run))
     told = home / "runs" / run.id / "told"
-    with anyio.fail_after(20):
-        while not told.exists() or not told.read_text():
-            await anyio.sleep(0.01)
+    await until(lambda: told.exists() and told.read_text())
     found: dict[str, Any] = json.loads(told.read_text())
     return found
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import anyio
 import pytest
 
+from tests.backends.local.conftest import is_over, until_state
+from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.files import hold_lock
-from training_backends.core.run import RunState, TrainingRun
+from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import RunDir
 from training_backends.testing.journal import MemoryJournal
@@ -20,16 +21,6 @@ from training_backends.testing.journal import MemoryJournal
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 
 MakeRun = Callable[..., TrainingRun]
-
-
-async def until(
-    backend: LocalBackend, run: TrainingRun, reached: Callable[[RunState], object]
-) -> RunState:
-    """Poll a run until its state is as wanted."""
-    with anyio.fail_after(60):
-        while not reached(state := await backend.status(run)):
-            await anyio.sleep(0.02)
-    return state
 
 
 @pytest.fixture
@@ -47,21 +38,18 @@ async def test_a_run_that_waits_says_its_position(
     """In its status and in its log; a higher priority goes before it."""
     low, high = make_run("low"), make_run("high", options={"device": "cpu", "priority": 5})
     await backend.launch(low, MemoryJournal(low))
-    await until(backend, low, lambda state: state.raw_status == "queued, position 1")
+    await until_state(backend, low, lambda state: state.raw_status == "queued, position 1")
     await backend.launch(high, MemoryJournal(high))
-    await until(backend, high, lambda state: state.raw_status == "queued, position 1")
-    state = await until(backend, low, lambda state: state.raw_status == "queued, position 2")
+    await until_state(backend, high, lambda state: state.raw_status == "queued, position 1")
+    state = await until_state(backend, low, lambda state: state.raw_status == "queued, position 2")
     assert state.status is TrainingStatus.PENDING
-    seen = await backend.observe(high)
-    with anyio.fail_after(10):
-        while not seen.records:  # held back for the moment in which others may still write
-            seen = await backend.observe(high)
-    (record,) = seen.records
+    # It is held back for the moment in which others may still write.
+    (record,) = (await until(lambda: backend.observe(high), lambda seen: seen.records)).records
     assert record.message == "waits for a free place to train, at position 1 of the queue"
     assert record.fields["position"] == 1
     for run in (low, high):
         await backend.stop(run)
-        state = await until(backend, run, lambda state: state.status.is_terminal)
+        state = await until_state(backend, run, is_over)
         assert state.status is TrainingStatus.CANCELLED
     occupied.close()
 
@@ -73,28 +61,26 @@ async def test_a_waiting_run_outlives_its_process(
     first, second = make_run("first", hyperparameters={"training_steps": 1}), make_run("second")
     for run in (first, second):
         await backend.launch(run, MemoryJournal(run))
-        await until(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+        await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
     directory = RunDir(home / "runs" / "first")
     dead = directory.active_pid()
     assert dead is not None
     os.kill(dead, signal.SIGKILL)
-    with anyio.fail_after(10):
-        while directory.is_active():
-            await anyio.sleep(0.01)
+    await until(lambda: not directory.is_active())
     state = await backend.status(first)
     assert state.status is TrainingStatus.PENDING, "nothing of it is lost"
-    await until(backend, second, lambda state: state.raw_status == "queued, position 1")
+    await until_state(backend, second, lambda state: state.raw_status == "queued, position 1")
 
     long_ago = time.time() - 60
     os.utime(directory.spec, (long_ago, long_ago))
     os.utime(directory.lock, (long_ago + 1, long_ago + 1))
     await backend.statuses([first, second])
-    await until(backend, second, lambda state: state.raw_status == "queued, position 2")
+    await until_state(backend, second, lambda state: state.raw_status == "queued, position 2")
     assert directory.active_pid() not in {None, dead}
     occupied.close()
-    assert (await until(backend, first, lambda s: s.status.is_terminal)).failure is None
+    assert (await until_state(backend, first, is_over)).failure is None
     await backend.stop(second)
-    await until(backend, second, lambda state: state.status.is_terminal)
+    await until_state(backend, second, is_over)
 
 
 async def test_a_stop_ends_a_wait_that_nobody_does(
@@ -103,12 +89,10 @@ async def test_a_stop_ends_a_wait_that_nobody_does(
     """No process is started only to be told that it is over."""
     run = make_run()
     await backend.launch(run, MemoryJournal(run))
-    await until(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+    await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
     directory = RunDir(home / "runs" / run.id)
     os.kill(directory.active_pid() or 0, signal.SIGKILL)
-    with anyio.fail_after(10):
-        while directory.is_active():
-            await anyio.sleep(0.01)
+    await until(lambda: not directory.is_active())
     await backend.stop(run)
     assert (await backend.status(run)).status is TrainingStatus.CANCELLED
     occupied.close()

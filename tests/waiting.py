@@ -1,0 +1,54 @@
+"""Waiting for what another task, thread or process does, instead of for mere time."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar, overload
+
+import anyio
+
+__all__ = ["until", "wait_until"]
+
+T = TypeVar("T")
+
+_PATIENCE: Final = 60.0
+"""Seconds; machines are busy at times, and only a test that fails waits for so long."""
+_PAUSE: Final = 0.01
+
+
+@overload
+async def until(look: Callable[[], Awaitable[T]], reached: Callable[[T], object] = bool) -> T: ...
+@overload
+async def until(look: Callable[[], T], reached: Callable[[T], object] = bool) -> T: ...
+async def until(look: Callable[[], Any], reached: Callable[[Any], object] = bool) -> Any:
+    """Look until what is seen is as wanted, and return it.
+
+    Args:
+        look: May be asynchronous.
+        reached: Judges what is seen; by default it need only be true.
+
+    Raises:
+        AssertionError: It never was; the message says what was seen last.
+    """
+    seen: Any = None
+    with anyio.move_on_after(_PATIENCE):
+        while True:
+            found = look()
+            seen = await found if isinstance(found, Awaitable) else found
+            if reached(seen):
+                return seen
+            await anyio.sleep(_PAUSE)
+    raise _in_vain(seen)
+
+
+def wait_until(look: Callable[[], T], reached: Callable[[T], object] = bool) -> T:
+    """Do what `until` does, and block meanwhile."""
+    deadline = time.monotonic() + _PATIENCE
+    while not reached(seen := look()):
+        if time.monotonic() > deadline:
+            raise _in_vain(seen)
+        time.sleep(_PAUSE)
+    return seen
+
+
+def _in_vain(seen: object) -> AssertionError:
+    return AssertionError(f"waited {_PATIENCE:g} s in vain; seen last: {seen!r}")
