@@ -284,14 +284,17 @@ async def test_a_running_run_is_not_resumed(
         await client.resume(run.id)
 
 
-async def test_only_a_completed_run_is_downloaded(
+async def test_only_a_completed_run_is_downloaded_or_asked(
     client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """There is no half of a model."""
     run = await client.launch(make_config(), backend="scripted")
     with pytest.raises(UnsupportedOperation):
         await client.download(run.id, tmp_path / "model")
+    with pytest.raises(UnsupportedOperation):
+        await client.sample(run.id, "hello")
     backend.finish(str(run.remote_id))
+    assert (await client.sample(run.id, "hello", max_tokens=4)).answer == "hell"
     path = await client.download(run.id, tmp_path / "model")
     assert (path / "model.txt").read_text() == run.id
 

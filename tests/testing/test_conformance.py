@@ -28,7 +28,7 @@ class Honest(ScriptedBackend):
     """Names what it does not train, and a source of its price."""
 
     def __init__(self) -> None:
-        super().__init__(capabilities=Capabilities(resumes=True, downloads=True, deletes=True))
+        super().__init__()
         self.price = None
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
@@ -84,6 +84,15 @@ class Eager(Honest):
         return []
 
 
+class Talkative(Honest):
+    """Answers, and does not declare it."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Leave the answers out."""
+        return super().capabilities.model_copy(update={"samples": False})
+
+
 class ScriptedSubject(Subject):
     """A scripted backend; it is its own provider."""
 
@@ -129,6 +138,7 @@ async def test_conforming_backend_passes(check: str, make_config: MakeConfig) ->
         (Blind, "another_process_goes_on", "completed"),
         (Stammering, "logs_have_no_gap_and_no_repeat", "records behind number 0"),
         (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
+        (Talkative, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (ScriptedBackend, "undeclared_method_is_refused", "issue of `method`"),
         (ScriptedBackend, "estimate_gives_reasons", "source of the cost"),
     ],

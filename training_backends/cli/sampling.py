@@ -1,24 +1,12 @@
 """The command that asks a trained model."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated
 
 import typer
 
 from training_backends.cli.session import JsonOption, RunArgument, with_client
 
-if TYPE_CHECKING:
-    from training_backends import AsyncTrainingClient, TrainingRun
-
 __all__ = ["sample"]
-
-
-@runtime_checkable
-class _Sampler(Protocol):
-    """A backend that has the models which it trained at hand."""
-
-    async def sample(self, run: "TrainingRun", prompt: str, *, max_tokens: int) -> dict[str, Any]:
-        """Return `answer`, or the `labels` of a classifier."""
-        ...
 
 
 def sample(
@@ -32,22 +20,13 @@ def sample(
     """Ask the finished model of a run, on the machine where it was trained."""
     from training_backends.cli.render import console, write_json
 
-    async def ask(client: "AsyncTrainingClient") -> dict[str, Any]:
-        found = await client.status(run)
-        backend = client.backend(found.backend)
-        if not isinstance(backend, _Sampler):
-            raise backend.unsupported(
-                "answer a prompt with the model of a run", "Ask the provider's own service."
-            )
-        return await backend.sample(found, prompt, max_tokens=max_tokens)
-
-    said = with_client(ask)
+    said = with_client(lambda client: client.sample(run, prompt, max_tokens=max_tokens))
     if json:
-        write_json(said)
-    elif "answer" in said:
-        console().print(said["answer"], markup=False)
+        write_json(said.model_dump(mode="json", exclude_none=True))
+    elif said.answer is not None:
+        console().print(said.answer, markup=False)
     else:
-        for target, labels in said["labels"].items():
+        for target, labels in (said.labels or {}).items():
             likely = sorted(labels.items(), key=lambda label: -label[1])
             shares = ", ".join(f"{label} {share:.3f}" for label, share in likely)
             console().print(f"{target}: {shares}", markup=False)

@@ -48,6 +48,7 @@ from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     LogRecord,
+    Reply,
     TrainingRun,
     ValidationReport,
     new_run_id,
@@ -357,14 +358,25 @@ class AsyncTrainingClient:
         """
         run = await self.status(run_id)
         backend = await self._backend(run.backend)
-        if not backend.capabilities.downloads:
-            return await backend.download(run, target)
-        if run.status is not TrainingStatus.COMPLETED:
-            raise backend.unsupported(
-                f"download the model of a run that is {run.status}",
-                "Only a completed run has a model.",
-            )
+        if backend.capabilities.downloads:
+            _require_model(backend, run, "download")
         return await backend.download(run, target)
+
+    async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Ask the finished model of a run, where its backend has it at hand.
+
+        Args:
+            max_tokens: Longest answer.
+
+        Raises:
+            UnsupportedOperation: The backend has no models at hand, or the run has no result.
+            BackendUnavailable: The model cannot be loaded.
+        """
+        run = await self.status(run_id)
+        backend = await self._backend(run.backend)
+        if backend.capabilities.samples:
+            _require_model(backend, run, "ask")
+        return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def delete(self, run_id: str) -> None:
         """Forget a run that is over, and delete what the provider keeps of it where it can.
@@ -468,6 +480,13 @@ class AsyncTrainingClient:
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
         return Round(backend, self._store, self._leases, self._looks, only=only)
+
+
+def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:
+    if run.status is not TrainingStatus.COMPLETED:
+        raise backend.unsupported(
+            f"{verb} the model of a run that is {run.status}", "Only a completed run has a model."
+        )
 
 
 def _check_cancelled(*_: object) -> None:

@@ -20,7 +20,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, TrainingRun, ValidationReport
+from training_backends.core.run import LogRecord, Reply, TrainingRun, ValidationReport
 from training_backends.core.status import TrainingStatus
 
 __all__ = ["TrainingClient"]
@@ -243,6 +243,10 @@ class TrainingClient:
     def download(self, run_id: str, target: Path) -> Path:
         """See `AsyncTrainingClient.download`."""
         return self._call(self._client.download, run_id, target)
+
+    def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """See `AsyncTrainingClient.sample`."""
+        return self._call(partial(self._client.sample, run_id, prompt, max_tokens=max_tokens))
 
     def delete(self, run_id: str) -> None:
         """See `AsyncTrainingClient.delete`."""

@@ -24,6 +24,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
     LogRecord,
     Observation,
+    Reply,
     RunState,
     TrainingRun,
     UtcDatetime,
@@ -371,6 +372,17 @@ class TrainingBackend(ABC):
         """
         del run, target
         raise self.unsupported("download the trained model")
+
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Ask the finished model; override where it is at hand.
+
+        Raises:
+            BackendUnavailable: The model cannot be loaded.
+        """
+        del run, prompt, max_tokens
+        raise self.unsupported(
+            "answer a prompt with the model of a run", "Ask the provider's own service."
+        )
 
     async def delete(self, run: TrainingRun) -> None:
         """Delete a terminal run and its result at the provider; override when it can."""

@@ -20,6 +20,7 @@ class Capabilities(BaseModel):
         keeps_checkpoint_on_stop: What was learnt before a stop is kept.
         resumes: A stopped or failed run can be continued.
         downloads: The result can be fetched as files.
+        samples: The result can be asked.
         deletes: Runs can be deleted.
         lists_remote: Runs that others made can be listed.
         validation_files: Validation data is used.
@@ -37,6 +38,7 @@ class Capabilities(BaseModel):
     keeps_checkpoint_on_stop: bool = False
     resumes: bool = False
     downloads: bool = False
+    samples: bool = False
     deletes: bool = False
     lists_remote: bool = False
     validation_files: bool = True

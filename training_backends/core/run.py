@@ -22,6 +22,7 @@ __all__ = [
     "FailureKind",
     "LogRecord",
     "Observation",
+    "Reply",
     "RunState",
     "Staleness",
     "TrainingRun",
@@ -89,6 +90,20 @@ class Checkpoint(BaseModel):
     at: UtcDatetime
     metrics: dict[str, float] = Field(default_factory=dict)
     path: Path | None = None
+
+
+class Reply(BaseModel):
+    """What a trained model says to a prompt.
+
+    Attributes:
+        answer: Its text; None of a classifier.
+        labels: Of a classifier, by target the probability of each label.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    answer: str | None = None
+    labels: dict[str, dict[str, float]] | None = None
 
 
 class Staleness(BaseModel):

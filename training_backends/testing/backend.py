@@ -17,6 +17,7 @@ from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import (
     Failure,
     LogRecord,
+    Reply,
     RunState,
     TrainingRun,
     ValidationReport,
@@ -48,7 +49,7 @@ class ScriptedBackend(TrainingBackend):
 
     def __init__(self, *, capabilities: Capabilities | None = None) -> None:
         self._capabilities = capabilities or Capabilities(
-            resumes=True, downloads=True, deletes=True
+            resumes=True, downloads=True, samples=True, deletes=True
         )
         self._jobs: dict[str, RunState] = {}
         self._owners: dict[str, str] = {}
@@ -155,6 +156,11 @@ class ScriptedBackend(TrainingBackend):
         await anyio.Path(target).mkdir(parents=True)
         await anyio.Path(target / "model.txt").write_text(run.id, encoding="utf-8")
         return target
+
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Say the prompt again, a token a letter."""
+        self._job(run)
+        return Reply(answer=prompt[:max_tokens])
 
     async def delete(self, run: TrainingRun) -> None:
         """Forget the job."""

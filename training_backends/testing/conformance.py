@@ -281,6 +281,7 @@ class BackendConformance:
         verbs: list[tuple[bool, Callable[[], Awaitable[object]]]] = [
             (can.lists_remote, lambda: backend.list_remote(RemoteFilters())),
             (can.downloads, lambda: backend.download(run, Path("never-written"))),
+            (can.samples, lambda: backend.sample(run, "hello")),
             (can.deletes, lambda: backend.delete(run)),
             (can.resumes, lambda: backend.resume(run, new, MemoryJournal(new))),
         ]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
+from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.run import TrainingRun
 from training_backends.rundir.directory import RunDir
@@ -44,10 +44,7 @@ class LocalSubject(Subject):
     async def _end(self, remote_id: str, word: str) -> None:
         directory = RunDir(self._home / "runs" / remote_id)
         (directory.path / word).touch()
-        while True:
-            if directory.exit.exists() and not directory.is_active():
-                return
-            await anyio.sleep(0.01)
+        await until(lambda: directory.exit.exists() and not directory.is_active())
 
 
 @pytest.mark.parametrize("check", BackendConformance.checks())

@@ -29,7 +29,7 @@ from training_backends.backends.local.planning import (
 from training_backends.backends.local.process import ENGINE, spawn
 from training_backends.backends.local.records import Cursor, read_records
 from training_backends.backends.local.reviving import revive
-from training_backends.backends.local.sampling import Said, ask_model
+from training_backends.backends.local.sampling import ask_model
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.local.state import (
     Look,
@@ -62,6 +62,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
     LogRecord,
     Observation,
+    Reply,
     RunState,
     TrainingRun,
     ValidationReport,
@@ -118,6 +119,7 @@ class LocalBackend(TrainingBackend):
             keeps_checkpoint_on_stop=True,
             resumes=True,
             downloads=True,
+            samples=True,
             deletes=True,
             lists_remote=True,
             dialect=LOCAL,
@@ -328,13 +330,8 @@ class LocalBackend(TrainingBackend):
             ) from error
         return target
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Said:
-        """Return what the finished model of a run says, always the likeliest token.
-
-        Raises:
-            UnsupportedOperation: The run has no model.
-            BackendUnavailable: The model cannot be loaded.
-        """
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Ask the model in a process of its own, always taking the likeliest token."""
         directory = await to_thread.run_sync(self._existing, run)
         result = await to_thread.run_sync(self._result, directory, "ask")
         handed = await self._hub.handed(result.base_model)

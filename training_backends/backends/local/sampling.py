@@ -1,23 +1,19 @@
 """Ask a model one question, in a process of its own."""
 
-import json
 import sys
-from typing import Any
 
 import anyio
 
 from training_backends.backends.local.hub import Handed, Hub
 from training_backends.core.errors import BackendUnavailable
+from training_backends.core.run import Reply
 
-__all__ = ["Said", "ask_model", "sample_answer"]
-
-Said = dict[str, Any]
-"""`answer`: a text; or, of a classifier, `labels`: the probability of each, by target."""
+__all__ = ["ask_model", "sample_answer"]
 
 
 async def ask_model(
     model: str, prompt: str, *, seed: int = 0, max_tokens: int = 64, handed: Handed | None = None
-) -> Said:
+) -> Reply:
     """Return what a model says to `prompt`, always choosing the likeliest token.
 
     Args:
@@ -37,10 +33,9 @@ async def ask_model(
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise BackendUnavailable(f"The model {model} cannot be asked: {said}", backend="local")
-    found: Said = json.loads(done.stdout)
-    return found
+    return Reply.model_validate_json(done.stdout)
 
 
 async def sample_answer(model: str, prompt: str) -> str:
     """Return the answer of a model that answers; see `ask_model`."""
-    return str((await ask_model(model, prompt))["answer"])
+    return str((await ask_model(model, prompt)).answer)
