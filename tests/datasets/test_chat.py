@@ -25,6 +25,7 @@ from training_backends.datasets.chat import (
     parse_row,
 )
 from training_backends.datasets.dialects import LOCAL
+from training_backends.datasets.rules import RowRules
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -177,6 +178,7 @@ def test_plain_text_counts_whole() -> None:
         (b'{"messages": [{"role": "bot"}]}', r"\$\.messages\[0\]\.role"),
         (b'{"messages": [{"role": "user", "weight": 2}]}', r"\$\.messages\[0\]\.weight"),
         (b'{"prompt": "x"}', "neither `messages` nor `text`"),
+        (b'{"messages": [], "text": ""}', "both `messages` and `text`"),
         (b'{"messages": [', "truncated"),
     ],
 )
@@ -231,6 +233,20 @@ def test_an_image_is_an_address_or_an_object(image: Any) -> None:
     assert parsed.messages[0].content == [ContentPart("image_url", None, found)]
     assert parsed.messages[0].has_other_parts
     assert parsed.messages[0].text == ""
+
+
+@pytest.mark.parametrize("beside", [{}, {"labels": {"topic": "x"}}])
+def test_a_row_of_two_formats_is_refused_wherever_the_inspection_does(
+    beside: dict[str, Any],
+) -> None:
+    """Nobody can tell which of the two is meant; null stands for a key that is left out."""
+    both = {"messages": [{"role": "user", "content": "a"}], "text": "b", **beside}
+    _, findings = RowRules(LOCAL).judge(line(both))
+    assert [finding.code for finding in findings] == ["ambiguous_row"]
+    with pytest.raises(msgspec.ValidationError, match="both"):
+        parse_any_row(line(both))
+    for key in ("messages", "text"):
+        parse_any_row(line({**both, key: None}))
 
 
 def test_a_row_of_no_format_is_refused() -> None:

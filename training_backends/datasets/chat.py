@@ -184,8 +184,8 @@ def parse_row(line: bytes) -> ChatRow | TextRow:
     """Decode one line of a JSONL file: a chat where it has `messages`, else a text.
 
     Raises:
-        msgspec.ValidationError: Valid JSON of the wrong shape; the message ends
-            with the place, such as "- at `$.messages[0].role`".
+        msgspec.ValidationError: Valid JSON of the wrong shape, or of two formats at once; the
+            message ends with the place, such as "- at `$.messages[0].role`", where there is one.
         msgspec.DecodeError: Not JSON (the parent class of the former).
     """
     return _content(_DECODER.decode(line))
@@ -216,6 +216,8 @@ def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | Preference
 
 def _content(row: _Row) -> ChatRow | TextRow:
     if row.messages is not None:
+        if row.text is not None:
+            raise msgspec.ValidationError("Object has both `messages` and `text`: keep one of them")
         return ChatRow(row.messages, row.tools)
     if row.text is not None:
         return TextRow(row.text)

@@ -33,7 +33,8 @@ def overlong_rows(
 
     Args:
         fix: What can be done about it.
-        cache: Where full counts are kept, so that an estimate need not count again.
+        cache: Where full counts are kept, so that an estimate need not count again; of large
+            data, those of packed files, from which no sample is drawn.
     """
     if all(file.summary.longest_row <= seq_len for file in dataset.train):
         return None
