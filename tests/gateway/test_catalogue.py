@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.core.config import Tuning
 from training_backends.core.errors import ConfigError
 from training_backends.gateway.catalogue import Catalogue
 
@@ -44,6 +46,8 @@ def test_a_file_adds_and_replaces(tmp_path: Path) -> None:
         ('[models.a]\ntarget = "x"\njob_types = ["chat"]\n', "models.a.job_types.0"),
         ('[models.a]\ntarget = "x"\ncontext_length = "8k"\n', "models.a.context_length"),
         ('[models."a/b"]\ntarget = "x"\n', "models.a/b"),
+        ('[models.a]\ntarget = "x"\ntuning = "loro"\n', "models.a.tuning.kind"),
+        ('[models.a]\ntarget = "x"\noptions = 4\n', "models.a.options"),
         ("[models]\na = 1\n", "models.a"),
         ("models = 1\n", "models"),
         ("[model.a]\n", "model"),
@@ -58,6 +62,31 @@ def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, text: str, key: st
         Catalogue.load(path)
     assert raised.value.issues[0].path == str(path)
     assert key in [issue.field for issue in raised.value.issues]
+
+
+def test_a_file_says_how_a_model_is_trained(tmp_path: Path) -> None:
+    """With the backend's own options, which are checked before the first job."""
+    path = tmp_path / "catalogue.toml"
+    path.write_text(
+        '[models.a]\ntarget = "x"\ntuning = "qlora"\noptions.num_processes = 4\n'
+        '[models.b]\ntarget = "x"\ntuning = { kind = "lora", target_modules = ["q_proj"] }\n'
+    )
+    catalogue = Catalogue.load(path)
+    a, b = catalogue.get("a"), catalogue.get("b")
+    assert a is not None
+    assert b is not None
+    assert a.tuning == Tuning(kind="qlora")
+    assert b.tuning == Tuning(kind="lora", target_modules=("q_proj",))
+    catalogue.check_options(LocalBackend)
+    path.write_text(
+        '[models.a]\ntarget = "x"\noptions.num_processes = 0\n'
+        '[models.b]\ntarget = "x"\noptions.gpus = 2\n'
+    )
+    with pytest.raises(ConfigError) as raised:
+        Catalogue.load(path).check_options(LocalBackend)
+    assert [issue.path for issue in raised.value.issues] == [str(path)] * 2
+    fields = [issue.field for issue in raised.value.issues]
+    assert fields == ["models.a.options.num_processes", "models.b.options.gpus"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from pydantic import BaseModel
 
 from tests.gateway.conftest import Site, jsonl, scripted, site
 from tests.waiting import until
-from training_backends.core.config import TrainingConfig
+from training_backends.backends.local.options import LocalOptions
+from training_backends.core.backend import Journal
+from training_backends.core.config import TrainingConfig, Tuning
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import StoreError
-from training_backends.core.run import ValidationReport
+from training_backends.core.errors import ConfigError, StoreError
+from training_backends.core.run import RunState, TrainingRun, ValidationReport
 from training_backends.gateway.jobspec import secret_profile
 from training_backends.gateway.store import GatewayStore
 from training_backends.testing.backend import ScriptedBackend
@@ -114,6 +116,46 @@ async def test_files_for_another_purpose_are_no_training_files(here: Site) -> No
     batch = await here.upload(b"{}\n", "b.jsonl", purpose="batch")
     answer = await here.try_create(files=[batch])
     assert answer.json()["detail"][0]["type"] == "file_purpose"
+
+
+class Noting(ScriptedBackend):
+    """Keeps what it is told to train; takes the options of the local backend."""
+
+    options_model = LocalOptions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.configs: list[TrainingConfig] = []
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        self.configs.append(run.config)
+        return await super().launch(run, journal)
+
+
+async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
+    """Clients cannot ask for it: the protocol has no words for such things."""
+    catalogue = tmp_path / "catalogue.toml"
+    catalogue.write_text(
+        '[models.small]\ntarget = "small"\ntuning = "qlora"\noptions.num_processes = 2\n'
+    )
+    backend = Noting()
+    async with site(tmp_path / "home", backend, catalogue=catalogue) as here:
+        await here.finished(model="small")
+        await here.finished()
+    asked, plain = backend.configs
+    assert asked.tuning == Tuning(kind="qlora")
+    assert asked.options == {"num_processes": 2}
+    assert (plain.tuning, plain.options) == (None, {})
+
+
+async def test_a_gateway_with_a_wrong_catalogue_does_not_start(tmp_path: Path) -> None:
+    """An option that its backend does not have would fail every job."""
+    catalogue = tmp_path / "catalogue.toml"
+    catalogue.write_text('[models.small]\ntarget = "small"\noptions.gpus = 2\n')
+    with pytest.raises(ConfigError) as caught:
+        async with site(tmp_path / "home", Noting(), catalogue=catalogue):
+            pytest.fail("it started")
+    assert caught.value.issues[0].field == "models.small.options.gpus"
 
 
 async def test_a_classifier_job_has_its_targets(tmp_path: Path) -> None:

@@ -11,17 +11,21 @@ file adds names or replaces them:
     job_types = ["completion"]      # default; with "classifier" too if it is a text model
     context_length = 32768          # default
     licence = "Apache-2.0"          # shown to clients
+    tuning = "qlora"                # as in a configuration; default is the backend's
+    options.num_processes = 4       # likewise: the backend's own options
 """
 
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from training_backends.core.backend import TrainingBackend
+from training_backends.core.config import Tuning
 from training_backends.core.errors import ConfigError, Issue
 
 __all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
@@ -44,6 +48,8 @@ class Offer:
         job_types: Kinds of job that it can be the base of.
         context_length: Tokens.
         licence: Short name of the licence of the weights.
+        tuning: Which of the weights are trained; None leaves that to the backend.
+        options: The backend's options for it.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Offer:
     job_types: frozenset[JobType] = frozenset({"completion"})
     context_length: int = 32768
     licence: str = ""
+    tuning: Tuning | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 BUILT_IN = (
@@ -110,13 +118,20 @@ class _Entry(BaseModel):
     job_types: list[JobType] = Field(default=["completion"], min_length=1)
     context_length: int = Field(default=32768, ge=1)
     licence: str = ""
+    tuning: Tuning | None = Field(default=None, strict=False)
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Catalogue:
-    """All models on offer, by name."""
+    """All models on offer, by name.
 
-    def __init__(self, offers: Mapping[str, Offer]) -> None:
+    Args:
+        path: The file that has added to them.
+    """
+
+    def __init__(self, offers: Mapping[str, Offer], path: Path | None = None) -> None:
         self._offers = dict(offers)
+        self._path = path
 
     @classmethod
     def load(cls, path: Path | None = None) -> Self:
@@ -129,7 +144,22 @@ class Catalogue:
         offers = {offer.name: offer for offer in BUILT_IN}
         if path is not None:
             offers.update(_read(path))
-        return cls(offers)
+        return cls(offers, path)
+
+    def check_options(self, backend: type[TrainingBackend]) -> None:
+        """Check the options of all models, which are those of the backend that trains them.
+
+        Raises:
+            ConfigError: Some are not; the issues name file and key.
+        """
+        issues = []
+        for offer in self.all():
+            try:
+                backend.options_model.model_validate(offer.options)
+            except ValidationError as error:
+                issues += _issues(self._path, ("models", offer.name, "options"), error)
+        if self._path and issues:
+            raise _error(self._path, issues)
 
     def get(self, name: str) -> Offer | None:
         """Return what stands behind a name, or None."""
@@ -174,24 +204,26 @@ def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
     try:
         entry = _Entry.model_validate(table)
     except ValidationError as error:
-        return [
-            _issue(
-                path,
-                ".".join(("models", name, *(str(part) for part in detail["loc"]))),
-                detail["msg"],
-            )
-            for detail in error.errors(include_url=False, include_input=False)
-        ]
+        return _issues(path, ("models", name), error)
     return Offer(
         name=name,
         target=entry.target,
         job_types=frozenset(entry.job_types),
         context_length=entry.context_length,
         licence=entry.licence,
+        tuning=entry.tuning,
+        options=entry.options,
     )
 
 
-def _issue(path: Path, key: str | None, message: str) -> Issue:
+def _issues(path: Path | None, key: tuple[str, ...], error: ValidationError) -> list[Issue]:
+    return [
+        _issue(path, ".".join((*key, *(str(part) for part in detail["loc"]))), detail["msg"])
+        for detail in error.errors(include_url=False, include_input=False)
+    ]
+
+
+def _issue(path: Path | None, key: str | None, message: str) -> Issue:
     return Issue(code="catalogue", message=message, path=str(path), field=key)
 
 

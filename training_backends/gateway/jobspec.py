@@ -105,7 +105,8 @@ def make_config(
             ClassifierTarget.model_validate(target) for target in job.classifier_targets
         ),
         integrations=_integrations(job, job_id),
-        options=dict(options),
+        tuning=job.offer.tuning,
+        options={**job.offer.options, **options},
     )
 
 

@@ -86,7 +86,8 @@ async def open_gateway(
         store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
         stack.callback(store.close)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
-        await to_thread.run_sync(client.backend, backend)
+        found = await to_thread.run_sync(client.backend, backend)
+        catalogue.check_options(type(found))
         files = FileService(
             store,
             blobs or BlobStore(root),
