@@ -40,7 +40,7 @@ async def until(look: Callable[[], Any], reached: Callable[[Any], object] = bool
     raise _in_vain(seen)
 
 
-def wait_until(look: Callable[[], T], reached: Callable[[T], object] = bool) -> T:
+def wait_until(look: Callable[..., T], reached: Callable[[T], object] = bool) -> T:
     """Do what `until` does, and block meanwhile."""
     deadline = time.monotonic() + _PATIENCE
     while not reached(seen := look()):

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,20 +101,6 @@ def engine() -> Iterator[Engine]:
     started = Engine()
     yield started
     started.close()
-
-
-def until(condition: Callable[[], object], timeout: float = 60.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="session", name="until")
-def until_fixture() -> Callable[..., None]:
-    """Return a function that waits for a condition."""
-    return until
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
-"""Continue a finished run from one of its checkpoints, and hold it against what it was."""
+"""Continue runs, and hold what came of it against what was."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -31,3 +32,24 @@ def _measures(run: RunDir) -> dict[int, dict[str, float]]:
         row.step: {name: value for name, value in row.measures().items() if name not in machine}
         for row, _ in run.read_metrics()
     }
+
+
+def rows_by_step(run: RunDir) -> dict[int, set[tuple[object, ...]]]:
+    """Return what was measured at each step, every time that it was done."""
+    found: dict[int, set[tuple[object, ...]]] = {}
+    for row, _ in run.read_metrics():
+        told = (row.train_loss, row.grad_norm, row.learning_rate, row.tokens)
+        found.setdefault(row.step, set()).add((*told, row.valid_loss, row.epoch))
+    return found
+
+
+def hashes(run: RunDir) -> dict[str, str]:
+    """Return the digests of the finished weights."""
+    files = sorted(run.result.rglob("*.safetensors"))
+    assert files
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def last_step(run: RunDir) -> int:
+    """Return the step that was written down last."""
+    return max((row.step for row in run.read_newest_metrics()), default=0)

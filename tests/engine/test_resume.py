@@ -1,6 +1,5 @@
 """Interrupted anywhere and continued, a run is the one that was never interrupted."""
 
-import hashlib
 import os
 import random
 import resource
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.continuing import hashes, last_step, rows_by_step
+from tests.waiting import wait_until
 from training_backends.engine.checkpoints import newest_checkpoint, write_checkpoint
 from training_backends.engine.errors import EngineError
 from training_backends.engine.tiny import make_tiny_model, save_tiny_tokenizer
@@ -24,7 +25,6 @@ from training_backends.rundir.directory import CheckpointState, ExitCode, RunDir
 pytestmark = pytest.mark.engine
 
 MakeRun = Callable[..., RunDir]
-Until = Callable[..., None]
 Uninterrupted = tuple[RunDir, Callable[[Path], RunDir]]
 
 STEPS = 48
@@ -89,22 +89,6 @@ def changes_for(kind: str, base: Path) -> dict[str, Any]:
     return {**length, "model": str(base), "tuning": tuning}
 
 
-def rows_by_step(run: RunDir) -> dict[int, set[tuple[object, ...]]]:
-    """Return what was measured at each step, every time that it was done."""
-    found: dict[int, set[tuple[object, ...]]] = {}
-    for row, _ in run.read_metrics():
-        told = (row.train_loss, row.grad_norm, row.learning_rate, row.tokens)
-        found.setdefault(row.step, set()).add((*told, row.valid_loss, row.epoch))
-    return found
-
-
-def hashes(run: RunDir) -> dict[str, str]:
-    """Return the digests of the finished weights."""
-    files = sorted(run.result.rglob("*.safetensors"))
-    assert files
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 @pytest.fixture(scope="module", params=["full", "lora"])
 def uninterrupted(
     request: pytest.FixtureRequest,
@@ -126,7 +110,6 @@ def test_interrupted_at_ten_random_steps_every_number_is_the_same(
     uninterrupted: Uninterrupted,
     number: signal.Signals,
     trainer: Trainer,
-    until: Until,
     tmp_path: Path,
 ) -> None:
     """Losses and gradient norms to the last digit, each time a step is done, and the weights."""
@@ -134,7 +117,7 @@ def test_interrupted_at_ten_random_steps_every_number_is_the_same(
     run = begin(tmp_path / "r")
     for step in sorted(random.Random(f"{number}").sample(range(1, STEPS - 8), KILLS)):
         pid = trainer.start(run)
-        until(lambda step=step: run.is_active() and step <= last_step(run))
+        wait_until(lambda step=step: run.is_active() and step <= last_step(run))
         os.kill(pid, number)
         code = trainer.end()
         reached = last_step(run)
@@ -152,11 +135,6 @@ def test_interrupted_at_ten_random_steps_every_number_is_the_same(
     assert hashes(run) == hashes(whole)
     assert len(run.read_checkpoints()) == 3
     assert not list(run.checkpoints.glob(".*"))
-
-
-def last_step(run: RunDir) -> int:
-    """Return the step that was written down last."""
-    return max((row.step for row in run.read_newest_metrics()), default=0)
 
 
 def truncate(path: Path) -> None:

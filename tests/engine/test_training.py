@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.chat import byte_encode, parse_row
 from training_backends.engine.training import train
@@ -17,7 +18,6 @@ from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
 pytestmark = pytest.mark.engine
 
 MakeRun = Callable[..., RunDir]
-Until = Callable[..., None]
 
 
 def metrics(run: RunDir) -> dict[int, MetricsRow]:
@@ -139,16 +139,14 @@ def test_a_directory_in_use_is_left_alone(make_run: MakeRun, tmp_path: Path) -> 
     assert run.read_events() == []
 
 
-def test_a_stop_ends_a_queued_run_at_once(
-    make_run: MakeRun, tmp_path: Path, engine: Any, until: Until
-) -> None:
+def test_a_stop_ends_a_queued_run_at_once(make_run: MakeRun, tmp_path: Path, engine: Any) -> None:
     """With every slot taken a process waits without loading anything, and hears a stop."""
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, slots=2)
     with hold_lock(slots / "0.lock"), hold_lock(slots / "1.lock"):
         child = engine.start("train", run.path)
-        until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
+        wait_until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
         run.request_stop()
         assert child.wait(timeout=10) == ExitCode.STOPPED
     record = run.read_exit()

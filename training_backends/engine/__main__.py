@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from training_backends.engine.following import follow
 from training_backends.engine.hub import take_token
+from training_backends.engine.imports import prepare_imports
 from training_backends.engine.threads import prepare_threads
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode
@@ -19,6 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train what a run directory asks for")
     training.add_argument("run_dir", type=Path)
+    following = commands.add_parser("follow", help="train beside a process that leads")
+    following.add_argument("run_dir", type=Path)
+    for number in ("rank", "size", "port"):
+        following.add_argument(f"--{number}", type=int, required=True)
     sampling = commands.add_parser("sample", help="ask a model one question")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
     sampling.add_argument("--prompt", required=True, help="a question, or a classifier's text")
@@ -28,11 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     take_token()
     if given.command == "train":
         return int(train(given.run_dir))
+    if given.command == "follow":
+        return int(follow(given.run_dir, given.rank, given.size, given.port))
     return _sample(given.model, given.prompt, given.seed, given.max_tokens)
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     prepare_threads()
+    prepare_imports(model)
     # Imported here: `train` must be able to queue without torch.
     from training_backends.engine.classifier import classify  # noqa: PLC0415
     from training_backends.engine.errors import EngineError  # noqa: PLC0415

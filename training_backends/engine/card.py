@@ -198,7 +198,9 @@ def _results(run: RunDir) -> str:
     ]
     checkpoints = [event for event, _ in run.read_events() if event.name == "checkpoint"]
     measured = {event.step: event.data.get("metrics") or {} for event in checkpoints}
-    validated = {step: each for step, each in measured.items() if "valid_loss" in each}
+    validated = {
+        step: each for step, each in measured.items() if each.get("valid_loss") is not None
+    }
     if validated:
         best = min(validated, key=lambda step: validated[step]["valid_loss"])
         lines.append(

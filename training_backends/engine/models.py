@@ -4,17 +4,15 @@ import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
 )
 
 from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
@@ -26,6 +24,14 @@ from training_backends.engine.classifier import (
 )
 from training_backends.engine.encoding import Encoder, encoder_for
 from training_backends.engine.errors import EngineError
+from training_backends.engine.quantized import (
+    adapt_alike,
+    compute_dtype,
+    in_four_bits,
+    in_full,
+    is_in_four_bits,
+    keep_as_loaded,
+)
 from training_backends.engine.tiny import make_tiny_model
 from training_backends.rundir.directory import ResultRecord, RunDir
 
@@ -261,41 +267,30 @@ def _load_weights(
     trained_fully = tuning is not None and tuning.kind == "full"
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
-        options |= _in_four_bits(device, dtype)
+        options |= in_four_bits(device, dtype)
     loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         if targets:
             config.num_labels = sum(len(target.labels) for target in targets)
-        return loader.from_pretrained(directory, config=config, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model = loader.from_pretrained(directory, config=config, local_files_only=True, **options)
+    except (ImportError, OSError, ValueError, KeyError) as error:
         kind = "classifier" if targets else "model"
         raise EngineError(f"{name!r} cannot be loaded as a {kind}: {error}") from error
+    if is_in_four_bits(model):
+        if trained_fully:
+            raise EngineError(
+                f"{name!r} is stored in 4 bits, which cannot be trained themselves: take qlora."
+            )
+        keep_as_loaded(model)
+    return model
 
 
-def _in_four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        raise EngineError(
-            "qlora needs a GPU and the package bitsandbytes (pip install bitsandbytes); "
-            "take lora otherwise."
-        )
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": quantized, "device_map": {"": device}}
-
-
-def prepare_tuning(
-    model: Any, tuning: Tuning, name: str, *, classifies: bool = False, checkpointing: bool = False
-) -> Any:
+def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = False) -> Any:
     """Make the weights that `tuning` names trainable; the seed must be set before.
 
     Args:
         classifies: The model is a classifier; its heads are trained in any case.
-        checkpointing: Whether it will compute twice to save memory.
 
     Raises:
         EngineError: The model has no such modules.
@@ -304,8 +299,6 @@ def prepare_tuning(
         return model
     if name == TINY_MODEL:
         raise EngineError(f"{TINY_MODEL} starts from random weights, so it is tuned fully only.")
-    if tuning.kind == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     modules = list(tuning.target_modules) if tuning.target_modules else "all-linear"
     config = LoraConfig(
         r=tuning.rank,
@@ -358,7 +351,7 @@ def save_result(
         if wanted == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, name, adapter)
-        model = model.merge_and_unload()
+        model = _merge(loaded, name)
     _save_all(model, loaded, name, directory)
     return ResultRecord(
         path=directory.name,
@@ -366,6 +359,19 @@ def save_result(
         base_model=name,
         adapter=f"{directory.name}/{adapter.name}" if adapter else None,
     )
+
+
+def _merge(loaded: LoadedModel, name: str) -> Any:
+    model = loaded.model
+    if is_in_four_bits(model):
+        # Four bits would round what was learnt: the base that they were made from is loaded.
+        # It stays out of a GPU, which may have no room for it.
+        here, dtype = torch.device("cpu"), compute_dtype(model)
+        base = load_model(
+            name, seed=0, tuning=None, device=here, dtype=dtype, targets=loaded.targets
+        )
+        model = adapt_alike(in_full(base.model, dtype), model)
+    return model.merge_and_unload()
 
 
 def _save_all(model: Any, loaded: LoadedModel, name: str, directory: Path) -> None:

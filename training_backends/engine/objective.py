@@ -10,7 +10,19 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Batch", "Example", "Judged", "Means", "Objective", "Reading", "Totals", "weigh"]
+from training_backends.engine.team import ALONE, Team
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Judged",
+    "Means",
+    "Objective",
+    "Reading",
+    "Totals",
+    "longest_first",
+    "weigh",
+]
 
 Batch = dict[str, torch.Tensor]
 
@@ -24,6 +36,7 @@ class Example(Protocol):
         ...
 
 
+E = TypeVar("E", bound=Example)
 E_contra = TypeVar("E_contra", bound=Example, contravariant=True)
 
 
@@ -98,6 +111,14 @@ class Objective(Protocol[E_contra]):
         ...
 
 
+def longest_first(examples: Sequence[E]) -> list[E]:
+    """Put examples of like length together, which need little padding; what may not fit goes first.
+
+    Their order makes no difference to sums over them. Dealt out one by one, they make even shares.
+    """
+    return sorted(examples, key=lambda example: example.length, reverse=True)
+
+
 def weigh(objective: Objective[Any], losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Return the loss: the weighted sum of each part's mean over `counts`."""
     shares = [
@@ -110,8 +131,9 @@ def weigh(objective: Objective[Any], losses: torch.Tensor, counts: Sequence[int]
 class Totals:
     """Sums over many batches, kept where the model runs until they are asked for."""
 
-    def __init__(self, objective: Objective[Any]) -> None:
+    def __init__(self, objective: Objective[Any], team: Team = ALONE) -> None:
         self._objective = objective
+        self._team = team
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, judged: Judged) -> None:
@@ -122,9 +144,13 @@ class Totals:
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def take(self) -> "Means | None":
-        """Return the means of what was added, and begin anew; None if nothing counted."""
-        sums = {name: value.tolist() for name, value in self._sums.items()}
+        """Return the means of what was added by all, and begin anew; None if nothing counted."""
+        ours = {name: value.tolist() for name, value in self._sums.items()}
         self._sums = {}
+        sums: dict[str, Any] = {}
+        for theirs in self._team.gather(ours):
+            for name, value in theirs.items():
+                sums[name] = _added(sums[name], value) if name in sums else value
         if not sums or not any(sums["counts"]):
             return None
         counts, correct = sums.pop("counts"), sums.pop("correct")
@@ -139,6 +165,12 @@ class Totals:
                     named |= {f"loss/{part}": loss, f"accuracy/{part}": share}
         loss = sum(weight * mean for weight, mean in zip(weights, losses, strict=True))
         return Means(loss, sum(correct) / sum(counts), named)
+
+
+def _added(one: Any, other: Any) -> Any:
+    if isinstance(one, list):
+        return [a + b for a, b in zip(one, other, strict=True)]
+    return one + other
 
 
 class Means(NamedTuple):

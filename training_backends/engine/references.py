@@ -1,6 +1,6 @@
 """What the reference model makes of preference pairs: computed once, kept with checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from training_backends.engine.errors import EngineError, Stopped
 from training_backends.engine.evaluating import evaluating
 from training_backends.engine.memory import MicroBatch
 from training_backends.engine.preference import Pair, PreferenceObjective
+from training_backends.engine.team import Team
 
 __all__ = ["References"]
 
@@ -32,6 +33,7 @@ class References:
         micro: MicroBatch,
         precision: AbstractContextManager[None],
         *,
+        team: Team,
         should_stop: Callable[[], bool],
     ) -> None:
         """Ask the model, which is the reference as long as it is not trained.
@@ -40,21 +42,22 @@ class References:
             Stopped: `should_stop`, asked between batches, said so.
         """
         for pairs in self._pairs.values():
-            done = 0
-            while done < len(pairs):
+            ours = team.share(pairs)
+            found: list[float] = []
+            while len(found) < len(ours):
                 if should_stop():
                     raise Stopped
 
-                def work(size: int, first: int = done, pairs: list[Pair] = pairs) -> list[float]:
-                    batch = objective.collate(pairs[first : first + size])
+                def work(size: int, left: Sequence[Pair] = ours[len(found) :]) -> list[float]:
+                    batch = objective.collate(left[:size])
                     there = {name: value.to(model.device) for name, value in batch.items()}
                     with evaluating(model), precision:
                         margins: list[float] = objective.margins(model, there).tolist()
                     return margins
 
-                for margin in micro.attempt(work):
-                    pairs[done] = replace(pairs[done], reference=margin)
-                    done += 1
+                found += micro.attempt(work)
+            margins = team.join(team.gather(found))
+            pairs[:] = [replace(p, reference=m) for p, m in zip(pairs, margins, strict=True)]
 
     def save(self, directory: Path) -> None:
         """Write them into a checkpoint."""

@@ -12,6 +12,7 @@ from training_backends.engine.memory import peak_memory
 from training_backends.engine.objective import Means, Objective, Totals
 from training_backends.engine.plan import Plan
 from training_backends.engine.stop import StopRequest
+from training_backends.engine.team import ALONE, Team
 from training_backends.engine.validation import Validation
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
 
@@ -30,17 +31,19 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         validation: Validation,
         stop: StopRequest,
         device: torch.device,
+        team: Team = ALONE,
     ) -> None:
         self._run = run
         self._plan = plan
         self._validation = validation
         self._has_accuracy = objective.has_accuracy
         self._stop = stop
+        self._team = team
         self._device = device
         self._losses = {row.step: row.train_loss for row, _ in run.read_metrics()}
         self._measured: dict[str, float] = {}
         self._since: tuple[float, int] | None = None  # seconds, tokens
-        self.trained = Totals(objective)
+        self.trained = Totals(objective, team)
         self.stopped = False
 
     def on_step_begin(
@@ -66,10 +69,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         del args, others
         step = state.global_step
         last = step >= self._plan.total_steps
-        self.stopped = not last and self._stop.requested
-        control.should_save = self._plan.is_checkpoint(step) or (
-            self.stopped and self._stop.saves_checkpoint
-        )
+        asked = not last and self._stop.requested
+        saves = asked and self._stop.saves_checkpoint
+        self.stopped, saves = self._team.tell((asked, saves))
+        control.should_save = self._plan.is_checkpoint(step) or saves
         control.should_log = self._plan.is_logged(step) or control.should_save
         control.should_training_stop = last or self.stopped
 
@@ -128,7 +131,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         measured = {"valid_loss": found.loss}
         if self._has_accuracy:
             measured["valid_mean_token_accuracy"] = found.accuracy
-        return measured, _staged("valid", found)
+        return _finite(measured), _staged("valid", found)
 
     def checkpoint_metrics(self, step: int) -> dict[str, float]:
         """Return what a checkpoint at `step` is known by: losses since the one before."""
@@ -151,4 +154,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
 
 
 def _staged(stage: str, means: Means | None) -> dict[str, float]:
-    return {f"{stage}_{name}": value for name, value in (means.named if means else {}).items()}
+    named = means.named if means else {}
+    return _finite({f"{stage}_{name}": value for name, value in named.items()})
+
+
+def _finite(measures: dict[str, float]) -> dict[str, float]:
+    """Leave out what JSON has no number for; a loss that is none ends the run elsewhere."""
+    return {name: value for name, value in measures.items() if math.isfinite(value)}

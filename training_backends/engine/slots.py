@@ -21,7 +21,7 @@ from urllib.parse import quote
 from training_backends.core.files import hold_lock, is_locked
 from training_backends.engine.errors import Stopped
 
-__all__ = ["Place", "Turn", "hold_place", "places_for"]
+__all__ = ["Place", "Turn", "hold_places", "places_for"]
 
 _LOOK_EVERY: Final = 0.1
 """Seconds between two looks of the first in the queue, for each that stands before another."""
@@ -31,7 +31,7 @@ _TOP_PRIORITY: Final = 1000
 
 
 class Place(NamedTuple):
-    """Where one run can train.
+    """Where one process can train.
 
     Attributes:
         lock: Name of its lock file.
@@ -60,15 +60,17 @@ class Turn(NamedTuple):
         return f"{kind}~{rank:04d}~{micros:018d}~{quote(self.run_id, safe='')}"
 
 
-def places_for(devices: Sequence[str], most: int | None) -> list[Place]:
+def places_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[Place]:
     """Return the places of a machine, shared out among its GPUs.
 
     Args:
         most: How many runs may train at once; None: one a GPU, or one where there is none.
+        gpus: How many of the GPUs a single run takes.
     """
     if not devices:
         return [Place(f"{number}.lock") for number in range(most or 1)]
-    rounds = [divmod(number, len(devices)) for number in range(most or len(devices))]
+    wanted = max(most, gpus) if most else len(devices)
+    rounds = [divmod(number, len(devices)) for number in range(wanted)]
     return [
         Place(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])
         for again, index in rounds
@@ -76,18 +78,21 @@ def places_for(devices: Sequence[str], most: int | None) -> list[Place]:
 
 
 @contextmanager
-def hold_place(
+def hold_places(
     directory: Path | None,
     turn: Turn,
     places: Sequence[Place],
     *,
+    gpus: int = 1,
     on_wait: Callable[[int], None],
     should_stop: Callable[[], bool],
-) -> Iterator[Place | None]:
+) -> Iterator[tuple[Place, ...]]:
     """Hold one of the places for the block, waiting for it as long as it takes.
 
     Args:
         directory: Where processes agree on it; None means no limit, and no place.
+        gpus: Hold as many, each on another GPU; all at once, so that two runs which lack one
+            each do not wait for each other.
         on_wait: Told the position in the queue, from 1, when it waits and as that changes.
         should_stop: Asked while waiting.
 
@@ -95,7 +100,7 @@ def hold_place(
         Stopped: `should_stop` said so while there was no free place.
     """
     if directory is None:
-        yield None
+        yield ()
         return
     kind = "cpu" if places[0].device is None else "gpu"
     tickets = directory / _TICKETS
@@ -105,13 +110,13 @@ def hold_place(
             position = 0
             while True:
                 before = ticket.position()
-                if before == 1 and (place := _take(held, directory, places)):
+                if before == 1 and (found := _take(held, directory, places, gpus)):
                     break
                 if before != position:
                     on_wait(before)
                     position = before
                 _pause(min(_LOOK_EVERY * position, _LOOK_AT_LEAST_EVERY), should_stop)
-        yield place
+        yield found
 
 
 def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
@@ -123,12 +128,22 @@ def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
     raise Stopped
 
 
-def _take(held: ExitStack, directory: Path, places: Sequence[Place]) -> Place | None:
-    for place in places:
-        with suppress(BlockingIOError):
-            held.enter_context(hold_lock(directory / place.lock, patience=0))
-            return place
-    return None
+def _take(
+    held: ExitStack, directory: Path, places: Sequence[Place], number: int
+) -> tuple[Place, ...]:
+    """Take so many places on different GPUs, or none."""
+    found: list[Place] = []
+    with ExitStack() as taken:
+        for place in places:
+            if found and place.device in {each.device for each in found}:
+                continue
+            with suppress(BlockingIOError):
+                taken.enter_context(hold_lock(directory / place.lock, patience=0))
+                found.append(place)
+            if len(found) == number:
+                held.push(taken.pop_all())
+                return tuple(found)
+    return ()
 
 
 class _Ticket:

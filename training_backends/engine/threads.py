@@ -17,13 +17,14 @@ def prepare_threads() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def thread_count(*, small: bool) -> int:
+def thread_count(*, small: bool, processes: int = 1) -> int:
     """Return how many threads to compute with: what the user set, or all processors.
 
     Args:
         small: The model is so small that more than a few threads slow it down.
+        processes: How many share the processors.
     """
     if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted):
         return int(wanted)
-    ours = len(os.sched_getaffinity(0))
+    ours = max(1, len(os.sched_getaffinity(0)) // processes)
     return min(ours, _ENOUGH_FOR_SMALL) if small else ours

@@ -1,7 +1,8 @@
 """transformers' Trainer with our batches, loss and checkpoints."""
 
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from training_backends.engine.checkpoints import write_checkpoint
 from training_backends.engine.memory import MicroBatch
 from training_backends.engine.models import save_model
-from training_backends.engine.objective import Judged, Objective, weigh
+from training_backends.engine.objective import Judged, Objective, longest_first, weigh
 from training_backends.engine.plan import Plan
 from training_backends.engine.reporting import Reporter
+from training_backends.engine.team import ALONE, Team, Update
 from training_backends.rundir.directory import RunDir, RunSpec
 
 __all__ = ["EngineTrainer", "arguments_for", "precision_for"]
@@ -40,7 +42,8 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
     """Trains over a schedule that is already in order, as one long epoch.
 
     A batch of the Trainer's is a whole optimizer step. It is cut into micro-batches here, so
-    that a step which ran out of memory can begin again in smaller ones.
+    that a step which ran out of memory can begin again in smaller ones. The Trainer knows of no
+    other process; those of a team share each step's rows, see `team`.
 
     Args:
         fill: Writes what else a checkpoint needs into the directory that it is given.
@@ -59,6 +62,7 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         precision: AbstractContextManager[None],
         arguments: TrainingArguments,
         fill: Callable[[Path], None],
+        team: Team = ALONE,
     ) -> None:
         super().__init__(
             model=model,
@@ -76,6 +80,7 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         self._micro = micro
         self._precision = precision
         self._fill_more = fill
+        self._team = team
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # The schedule has the order; resuming skips the batches that were seen.
@@ -84,10 +89,25 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
     def _get_num_items_in_batch(self, batch_samples: Any, device: torch.device) -> None:
         del batch_samples, device  # counted where the step is cut up
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer; in a team it has this process's part of the weights."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new and self._team.size > 1:
+            Update(self._team, self._trained()).divide(optimizer)
+        return optimizer
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
     def training_step(self, model: Any, inputs: _Rows, num_items_in_batch: Any = None) -> Any:
         """Return the loss of a step, its gradients computed."""
         del num_items_in_batch
         model.train()
+        if self._team.size > 1:
+            # Nobody saves what the others drew, so it follows from the step.
+            place = f"{self._spec.seed}/{self.state.global_step}/{self._team.rank}"
+            torch.manual_seed(random.Random(place).getrandbits(63))  # noqa: S311  # no secret
         chance = _random_state()
 
         def undo() -> None:
@@ -99,12 +119,21 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         )
         for each in judged:
             self._reporter.trained.add(each)
+        if self._team.size > 1:
+            self._add_up(loss)
         return loss
 
+    def _add_up(self, loss: torch.Tensor) -> None:
+        for weight in self._trained():
+            if weight.grad is None:  # not used by this process's rows
+                weight.grad = torch.zeros_like(weight)
+        self._team.add_up([loss, *(w.grad for w in self._trained() if w.grad is not None)])
+
     def _attempt_step(
-        self, model: Any, examples: list[Any], size: int
+        self, model: Any, examples: Sequence[Any], size: int
     ) -> tuple[torch.Tensor, list[Judged]]:
         counts = self._objective.count(examples)
+        examples = self._team.share(longest_first(examples))
         total = torch.zeros((), device=self.args.device)
         found = []
         for first in range(0, len(examples), size):
@@ -127,6 +156,9 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         del model, trial
+        if not self._team.leads:
+            self._fill_share()
+            return
         step = self.state.global_step
         metrics = self._reporter.checkpoint_metrics(step)
         target = write_checkpoint(
@@ -142,10 +174,38 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
     def _fill(self, directory: Path) -> None:
         save_model(self.model, self._spec.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
+        self._team.tell(str(directory))
+        if problems := [problem for problem in self._team.gather("") if problem]:
+            raise OSError(problems[0])
         self._save_rng_state(str(directory))
         self.state.log_history = []  # metrics.jsonl has it
         self.state.save_to_json(os.fspath(directory / "trainer_state.json"))
         self._fill_more(directory)
+
+    def _fill_share(self) -> None:
+        """Put what the optimizer holds here into the checkpoint that the leader writes."""
+        directory = Path(self._team.tell(""))
+        problem = ""
+        try:
+            torch.save(self.optimizer.state_dict(), directory / self._share_file)
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
+        self._team.gather(problem)
+
+    @property
+    def _share_file(self) -> str:
+        return f"optimizer-{self._team.rank}.pt"
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._team.leads:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        ours = torch.load(
+            Path(checkpoint) / self._share_file, map_location=self.args.device, weights_only=True
+        )
+        self.optimizer.load_state_dict(ours)
+        scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
 
 def _random_state() -> list[torch.Tensor]:

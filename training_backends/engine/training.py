@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -14,7 +15,9 @@ from training_backends.core.files import hold_lock
 from training_backends.core.run import utc_now
 from training_backends.engine.devices import VISIBLE, visible_devices
 from training_backends.engine.errors import EngineError, Stopped, failure_of
-from training_backends.engine.slots import Turn, hold_place, places_for
+from training_backends.engine.imports import prepare_imports
+from training_backends.engine.leading import followed
+from training_backends.engine.slots import Turn, hold_places, places_for
 from training_backends.engine.status import say_status
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.threads import prepare_threads
@@ -90,29 +93,53 @@ def _end(run: RunDir, record: ExitRecord) -> None:
 
 def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
     spec = _read_spec(run)
-    devices = visible_devices() if spec.slots_dir and spec.device != "cpu" else ()
-    with hold_place(
+    asks = spec.device != "cpu" and (spec.slots_dir or spec.num_processes > 1)
+    devices = visible_devices() if asks else ()
+    gpus = spec.num_processes if devices else 1
+    if gpus > max(1, len(devices)):
+        raise EngineError(f"num_processes is {gpus}, and this machine shows {len(devices)} GPUs.")
+    with hold_places(
         spec.slots_dir,
         Turn(spec.run_id, spec.priority, _waits_since(run)),
-        places_for(devices, spec.slots),
+        places_for(devices, spec.slots, gpus),
+        gpus=gpus,
         on_wait=partial(_say_position, run),
         should_stop=lambda: stop.requested,
-    ) as place:
+    ) as places:
+        chosen = [place.device for place in places if place.device is not None]
+        if gpus > 1 and not chosen:
+            chosen = list(devices[:gpus])
         where = ""
-        if place and place.device is not None:
-            os.environ[VISIBLE] = place.device  # has an effect only before torch is loaded
-            where = f", on GPU {place.device}"
+        if chosen:
+            os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
+            where = f", on GPU {', '.join(chosen)}"
         say_status(run, "initializing", f"loads {spec.model}{where}")
         prepare_threads()
-        # Imported here: loading torch takes seconds and memory, which a queued process
-        # should not take from the one that trains.
-        from training_backends.engine.work import Work  # noqa: PLC0415
+        prepare_imports(spec.model)
+        return _work(run, spec, stop, chosen)
 
-        work = Work(run, spec, stop)
+
+def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]) -> ExitRecord:
+    # Imported here: loading torch takes seconds and memory, which a queued process
+    # should not take from the one that trains.
+    from training_backends.engine.team import Team  # noqa: PLC0415
+    from training_backends.engine.work import Work  # noqa: PLC0415
+
+    with followed(partial(_end_at_once, run)) as followers:
+        team = Team(size=spec.num_processes)
+        others: Sequence[str | None] = devices[1:] or [None] * (team.size - 1)
+        followers.start(run.path, team.port, others)
+        work = Work(run, spec, stop, team, followers.go)
         outcome = work.run()
-        if outcome is None:
-            return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
-        return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+    if outcome is None:
+        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
+    return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+
+
+def _end_at_once(run: RunDir, error: EngineError) -> None:
+    """End although the main thread waits, maybe forever, for a process that is not there."""
+    _end(run, _failed(run, error))
+    os._exit(error.code)
 
 
 def _waits_since(run: RunDir) -> datetime:

@@ -5,7 +5,8 @@ from typing import Any
 
 from training_backends.engine.evaluating import evaluating
 from training_backends.engine.memory import MicroBatch
-from training_backends.engine.objective import Means, Objective, Totals
+from training_backends.engine.objective import Means, Objective, Totals, longest_first
+from training_backends.engine.team import ALONE, Team
 
 __all__ = ["Validation"]
 
@@ -21,10 +22,12 @@ class Validation:
         *,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
+        team: Team = ALONE,
     ) -> None:
         self._model = model
         self._objective = objective
         self._examples = examples
+        self._team = team
         self._micro = micro
         self._precision = precision
 
@@ -33,13 +36,14 @@ class Validation:
 
         Uses no random numbers, so that a run is the same with and without it.
         """
-        totals = Totals(self._objective)
+        totals = Totals(self._objective, self._team)
+        examples = self._team.share(longest_first(self._examples))
         done = 0
         with evaluating(self._model), self._precision:
-            while done < len(self._examples):
+            while done < len(examples):
 
                 def work(size: int, first: int = done) -> int:
-                    chunk = self._examples[first : first + size]
+                    chunk = examples[first : first + size]
                     batch = self._objective.collate(chunk)
                     there = {key: value.to(self._model.device) for key, value in batch.items()}
                     totals.add(self._objective.judge(self._model, there))

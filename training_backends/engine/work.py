@@ -1,8 +1,9 @@
 """The part of a training process that needs torch."""
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from training_backends.engine.checkpoints import newest_checkpoint
 from training_backends.engine.classifier import classify, say_labels
 from training_backends.engine.data import LoadedFile, load_file
 from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine.kernels import use_kernels
 from training_backends.engine.memory import MicroBatch, what_would_fit
 from training_backends.engine.methods import make_objective
 from training_backends.engine.models import (
@@ -32,11 +34,13 @@ from training_backends.engine.objective import Objective
 from training_backends.engine.packing import require_separate_rows
 from training_backends.engine.plan import Plan
 from training_backends.engine.preference import PreferenceObjective
+from training_backends.engine.quantized import count_experts
 from training_backends.engine.references import References
 from training_backends.engine.reporting import Reporter
 from training_backends.engine.sampling import answer
 from training_backends.engine.status import say_status
 from training_backends.engine.stop import StopRequest
+from training_backends.engine.team import ALONE, Team
 from training_backends.engine.threads import thread_count
 from training_backends.engine.trainer import EngineTrainer, arguments_for, precision_for
 from training_backends.engine.validation import Validation
@@ -49,20 +53,35 @@ _STATE: Final = "engine.json"
 """In a checkpoint: how many rows fitted into memory at a time, and hashes of the data files."""
 
 
-def set_up_torch(model: str) -> None:
+def set_up_torch(model: str, processes: int = 1) -> None:
     """Use the processors that this process may use, and keep libraries quiet."""
-    torch.set_num_threads(thread_count(small=model == TINY_MODEL))
+    torch.set_num_threads(thread_count(small=model == TINY_MODEL, processes=processes))
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
+    if processes > 1:  # it would tell to start them otherwise
+        logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
 
 
 class Work:
-    """Load, train, save; `step` says how far it came."""
+    """Load, train, save; `step` says how far it came.
 
-    def __init__(self, run: RunDir, spec: RunSpec, stop: StopRequest) -> None:
+    Args:
+        on_loaded: Called once the model is on this machine.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        spec: RunSpec,
+        stop: StopRequest,
+        team: Team = ALONE,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         self._run = run
         self._spec = spec
         self._stop = stop
+        self._team = team
+        self._on_loaded = on_loaded
         self._data: list[DataFacts] = []
         self.step = 0
 
@@ -73,9 +92,17 @@ class Work:
             Stopped: Before the first step.
             EngineError: The spec, the data or the model cannot be used.
         """
-        set_up_torch(self._spec.model)
+        set_up_torch(self._spec.model, self._team.size)
         device = choose_device(self._spec.device)
         loaded = self._load_model(device)
+        self._on_loaded()
+        self._team.meet(device)
+        try:
+            return self._run_on(loaded, device)
+        finally:
+            self._team.part()
+
+    def _run_on(self, loaded: LoadedModel, device: torch.device) -> ResultRecord | None:
         objective = make_objective(self._spec, loaded.encoder)
         files = self._load_training(objective)
         validating = self._load_validation(objective)
@@ -101,15 +128,15 @@ class Work:
     def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
         spec = self._spec
         set_seed(spec.seed)  # before adapters are made: their weights are random
-        model = prepare_tuning(
-            loaded.model,
-            spec.tuning,
-            spec.model,
-            classifies=spec.method == "classifier",
-            checkpointing=self._computes_twice(device),
-        )
+        classifies = spec.method == "classifier"
+        model = prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
         if spec.tuning.kind != "qlora":  # which is where it belongs already
             model = model.to(device)
+        elif left := count_experts(model):
+            self._warn(f"{left:,} weights of experts are left as they are: not in 4 bits")
+        if used := use_kernels(model, device, spec.kernels):
+            told = f"computes with kernels of liger-kernel: {', '.join(used)}"
+            self._run.add_event(Event(name="message", message=told))
         return replace(loaded, model=model)
 
     def _computes_twice(self, device: torch.device) -> bool:
@@ -119,13 +146,15 @@ class Work:
     def _train(
         self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
     ) -> ResultRecord | None:
-        spec, model, device = self._spec, loaded.model, loaded.model.device
+        spec, model, device, team = self._spec, loaded.model, loaded.model.device, self._team
         precision = precision_for(device, choose_dtype(spec.dtype, device))
-        start = newest_checkpoint(self._run)
+        start = team.tell(newest_checkpoint(self._run) if team.leads else None)
         before = json.loads((start.path / _STATE).read_bytes()) if start else {}
-        self._compare_data(before)
+        self._compare(before)
         micro = self._micro_batch(model, before)
-        validation = Validation(model, objective, validating, micro=micro, precision=precision)
+        validation = Validation(
+            model, objective, validating, micro=micro, precision=precision, team=team
+        )
         reporter = Reporter(
             self._run,
             plan=plan,
@@ -133,6 +162,7 @@ class Work:
             validation=validation,
             stop=self._stop,
             device=device,
+            team=team,
         )
         if start is None:
             self._sample(loaded, "before")
@@ -145,7 +175,12 @@ class Work:
                 references.load(start.path)
             else:
                 references.compute(
-                    objective, model, micro, precision, should_stop=lambda: self._stop.requested
+                    objective,
+                    model,
+                    micro,
+                    precision,
+                    team=team,
+                    should_stop=lambda: self._stop.requested,
                 )
         self._say_start(plan, start.state.step if start else 0, model)
         twice = self._computes_twice(device)
@@ -159,11 +194,12 @@ class Work:
             micro=micro,
             precision=precision,
             arguments=arguments_for(self._run, spec, plan, device, checkpointing=twice),
-            fill=partial(_fill, micro, references, self._hashes()),
+            fill=partial(_fill, micro, references, self._hashes(), team.size),
+            team=team,
         )
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
         self.step = trainer.state.global_step
-        if reporter.stopped:
+        if reporter.stopped or not team.leads:
             return None
         self._sample(loaded, "after")
         return self._save(loaded)
@@ -185,8 +221,13 @@ class Work:
     def _hashes(self) -> list[str]:
         return [each.sha256 for each in self._data]
 
-    def _compare_data(self, before: Mapping[str, Any]) -> None:
-        """Say so if the data files are not those that the checkpoint was trained on."""
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Hold what the checkpoint was made of against what is there now."""
+        if (processes := before.get("processes", 1)) != self._team.size and before:
+            raise EngineError(
+                f"The checkpoint was saved with num_processes: {processes}, each of which has a "
+                f"part of it. Now it is {self._team.size}; put it back."
+            )
         if before.get("data", self._hashes()) != self._hashes():
             self._warn("the data has changed since the checkpoint that this goes on from")
 
@@ -205,7 +246,7 @@ class Work:
 
     def _sample(self, loaded: LoadedModel, stage: str) -> None:
         prompt = self._spec.sample_prompt
-        if prompt is None:
+        if prompt is None or not self._team.leads:
             return
         if loaded.targets:
             said = say_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
@@ -268,10 +309,14 @@ class Work:
 
 
 def _fill(
-    micro: MicroBatch, references: References | None, data: list[str], directory: Path
+    micro: MicroBatch,
+    references: References | None,
+    data: list[str],
+    processes: int,
+    directory: Path,
 ) -> None:
     """Write what a checkpoint needs beside the model and the Trainer's state."""
-    state = json.dumps({"micro_batch_size": micro.size, "data": data})
+    state = json.dumps({"micro_batch_size": micro.size, "data": data, "processes": processes})
     (directory / _STATE).write_text(state, encoding="ascii")
     if references:
         references.save(directory)

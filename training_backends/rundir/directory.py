@@ -79,6 +79,7 @@ class RunSpec(_Record):
             as one of a file with weight 1; an epoch has as many rows as all files together.
         batch_size: Rows an optimizer step; sequences of up to `seq_len` tokens with `packing`.
         micro_batch_size: Rows in memory at a time, as long as they fit; divides `batch_size`.
+        num_processes: How many share the rows of each step, each on a GPU of its own.
         seq_len: Tokens of a row that are used; the rest is cut off.
         fim_ratio: Share of texts whose middle is learnt from both its ends.
         packing: Put several rows into a sequence, none of which sees another.
@@ -86,6 +87,7 @@ class RunSpec(_Record):
         dpo_label_smoothing: Share of pairs that are taken to be the wrong way round.
         dtype: What is computed in; weights that are trained are kept in float32 all the same.
         attention: Implementation of it in transformers; auto leaves the choice there.
+        kernels: auto takes those of liger-kernel on a GPU, where it is installed.
         gradient_checkpointing: Compute twice to save memory; None: on a GPU.
         result: What an adapter is saved as.
         checkpoint_every: Steps between checkpoints; None for a tenth of the run, 10 at least.
@@ -113,6 +115,7 @@ class RunSpec(_Record):
     training_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
+    num_processes: int = Field(default=1, ge=1)
     seq_len: int = Field(default=2048, ge=16)
     fim_ratio: float | None = Field(default=None, ge=0, le=1)
     packing: bool = False
@@ -120,6 +123,7 @@ class RunSpec(_Record):
     dpo_label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    kernels: Literal["auto", "none"] = "auto"
     gradient_checkpointing: bool | None = None
     result: Literal["adapter", "merged", "both"] = "adapter"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -139,6 +143,8 @@ class RunSpec(_Record):
             raise ValueError("give either epochs or training_steps")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError("micro_batch_size must divide batch_size")
+        if self.num_processes > self.batch_size:
+            raise ValueError("num_processes must not be more than batch_size")
         return self
 
     def total_steps(self, rows: tuple[int, ...]) -> int:

@@ -34,7 +34,6 @@ async def test_a_plain_configuration_has_no_issues(
     [
         ({"model": "tiny-mistrel"}, ("model", "did you mean 'tiny-mistral'?")),
         ({"model": "open-mistral-7b"}, ("model", "offered")),
-        ({"tuning": "qlora", "model": "org/model"}, ("tuning.kind", "use lora or full")),
         ({"tuning": "lora"}, ("tuning.kind", "use full")),
         ({"tuning": "qlora"}, ("tuning.kind", "use full")),
         ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "leave it out")),
@@ -42,6 +41,7 @@ async def test_a_plain_configuration_has_no_issues(
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
         ({"integrations": [{"project": "p"}]}, ("integrations", "leave it out")),
         ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),
+        ({"options": {"num_processes": 17}}, ("options.num_processes", "or a larger")),
     ],
 )
 async def test_what_cannot_be_honoured_is_an_issue(
@@ -59,6 +59,16 @@ async def test_what_cannot_be_honoured_is_an_issue(
     assert issue.field == field
     assert issue.fix is not None
     assert fix in issue.fix
+
+
+async def test_processes_without_gpus_are_a_warning(
+    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
+) -> None:
+    """They train, and gain nothing."""
+    run = make_run(options={"num_processes": 2, "device": "cpu"})
+    report = await backend.validate(run.config, inspected(run))
+    assert report.ok
+    assert [issue.field for issue in report.issues] == ["options.num_processes"]
 
 
 async def test_an_unused_suffix_is_a_warning(
@@ -159,14 +169,14 @@ async def test_qlora_is_taken_where_it_can_run(
     inspected: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a GPU and bitsandbytes; a base in four bits is not merged into."""
-    monkeypatch.setattr(planning, "_GPU_DEVICES", (Path("/dev/null"),))
+    """Wherever bitsandbytes is installed, with any result."""
     run = make_run(tuning="qlora", model="org/model", options={"result": "merged"})
-    report = await backend.validate(run.config, inspected(run))
-    assert [issue.field for issue in report.errors] == ["tuning.kind", "options.result"]
-    assert "bitsandbytes" in report.errors[0].message
+    monkeypatch.setattr(planning, "find_spec", lambda _: None)
+    (issue,) = (await backend.validate(run.config, inspected(run))).errors
+    assert issue.field == "tuning.kind"
+    assert issue.fix is not None
+    assert "pip install 'training-backends[qlora]'" in issue.fix
     monkeypatch.setattr(planning, "find_spec", lambda name: name)
-    run = make_run(tuning="qlora", model="org/model", options={})
     assert (await backend.validate(run.config, inspected(run))).ok
 
 

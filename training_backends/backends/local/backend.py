@@ -93,7 +93,7 @@ class LocalBackend(TrainingBackend):
     """
 
     name: ClassVar[str] = "local"
-    summary: ClassVar[str] = "Trains on this machine, CPU or one GPU; no key, no bill."
+    summary: ClassVar[str] = "Trains on this machine, on CPUs or GPUs; no key, no bill."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
     settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
 

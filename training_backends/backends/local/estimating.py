@@ -216,6 +216,7 @@ def _is_alike(one: RunSpec, other: RunSpec) -> bool:
     """Tell whether two runs take about as long for a token."""
 
     def kind(spec: RunSpec) -> tuple[object, ...]:
-        return spec.model, spec.method, spec.tuning.kind, spec.device, spec.packing
+        hardware = spec.device, spec.num_processes
+        return spec.model, spec.method, spec.tuning.kind, hardware, spec.packing
 
     return kind(one) == kind(other)

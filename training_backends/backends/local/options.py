@@ -41,6 +41,12 @@ class LocalOptions(BaseModel):
         le=2**16,
         description="Rows in memory at a time, halved where they do not fit; divides batch_size.",
     )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs that train together: each takes its part of the rows of every step.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="What to compute in; auto takes bfloat16 on a GPU that has it.",
@@ -48,6 +54,10 @@ class LocalOptions(BaseModel):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto",
         description="Implementation in transformers; auto takes sdpa where the model has it.",
+    )
+    kernels: Literal["auto", "none"] = Field(
+        default="auto",
+        description="On a GPU, auto takes those of liger-kernel where that is installed.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,

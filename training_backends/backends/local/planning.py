@@ -90,16 +90,12 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"{TINY_MODEL} starts from random weights, which an adapter cannot make up for",
             "use full, or leave tuning out",
         )
-    elif kind == "qlora" and (missing := _missing_for_qlora(config)):
-        yield _unsupported("tuning.kind", f"qlora needs {missing}", "use lora or full")
-
-
-def _missing_for_qlora(config: TrainingConfig) -> str | None:
-    if config.options.get("device") == "cpu" or not _has_gpu():
-        return "a GPU, and this machine shows none"
-    if find_spec("bitsandbytes") is None:
-        return "the package bitsandbytes (pip install bitsandbytes)"
-    return None
+    elif kind == "qlora" and find_spec("bitsandbytes") is None:
+        yield _unsupported(
+            "tuning.kind",
+            "qlora needs the package bitsandbytes",
+            "use lora or full, or pip install 'training-backends[qlora]'",
+        )
 
 
 def _has_gpu() -> bool:
@@ -162,8 +158,6 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
         yield _unsupported(
             "options.packing", f"method {config.method} has nothing to pack", "leave it out"
         )
-    if options.result != "adapter" and kind == "qlora":
-        yield _unsupported("options.result", "a base in 4 bits is not merged into", "use adapter")
     unused = {"result": kind == "full"}
     unused |= dict.fromkeys(("dpo_beta", "dpo_label_smoothing"), config.method != "dpo")
     for name in unused:
@@ -183,6 +177,20 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             severity="warning",
         )
     batch_size = settled_values(config)["batch_size"]
+    if options.num_processes > 1 and (options.device == "cpu" or not _has_gpu()):
+        yield Issue(
+            code="no_gpu",
+            message="without GPUs the processes share the processors, which gains nothing",
+            field="options.num_processes",
+            fix="leave it out",
+            severity="warning",
+        )
+    if options.num_processes > batch_size:
+        yield _unsupported(
+            "options.num_processes",
+            f"a batch of {batch_size:g} rows is not enough for so many",
+            f"use {batch_size:g} or less, or a larger hyperparameters.batch_size",
+        )
     if options.micro_batch_size and batch_size % options.micro_batch_size:
         yield _unsupported(
             "options.micro_batch_size",
