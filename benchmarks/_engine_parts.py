@@ -55,6 +55,7 @@ class Task:
     steps: int
     chats: bool
     checkpointing: bool
+    method: str = "sft"
 
     @property
     def dtype(self) -> str:
@@ -74,6 +75,7 @@ def prepare(directory: Path) -> dict[str, Any]:
     from training_backends.engine.data import Order
     from training_backends.engine.encoding import encoder_for
     from training_backends.engine.loss import TokenObjective
+    from training_backends.engine.preference import PreferenceObjective
     from training_backends.engine.tiny import save_tiny_tokenizer
 
     task = read_task(directory)
@@ -96,18 +98,24 @@ def prepare(directory: Path) -> dict[str, Any]:
     tokenizer = files("mistral_common") / "data" / "mistral_instruct_tokenizer_240323.model.v3"
     shutil.copyfile(str(tokenizer), base / "tokenizer.model.v3")
     save_tiny_tokenizer(directory / "tokenizer")
-    objective = TokenObjective(encoder_for("base", base), task.seq_len)
     chance = random.Random(1)
     lines = [
         json.dumps(_make_row(chance, task), ensure_ascii=False)
         for _ in range(task.batch * task.steps)
     ]
     (directory / "rows.jsonl").write_text("\n".join(lines))
-    samples = [objective.read(line.encode(), "").example for line in lines]
-    order = Order((len(samples),), (1.0,), 0)
-    ordered = [samples[order.row(position)] for position in range(len(samples))]
-    rows = [{"input_ids": s.ids.tolist(), "labels": s.labels.tolist()} for s in ordered]
+    encoder = encoder_for("base", base)
+    if task.method == "dpo":
+        objective: Any = PreferenceObjective(encoder, task.seq_len, beta=0.1, label_smoothing=0.0)
+    else:
+        objective = TokenObjective(encoder, task.seq_len)
+    examples = [objective.read(line.encode(), "").example for line in lines]
+    order = Order((len(examples),), (1.0,), 0)
+    rows = [_for_peers(examples[order.row(position)]) for position in range(len(examples))]
     (directory / "rows.json").write_text(json.dumps(rows))
+    samples = [
+        s for e in examples for s in ((e.chosen, e.rejected) if task.method == "dpo" else [e])
+    ]
     tokens = sum(s.length for s in samples)
     embedded = model.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in model.parameters())
@@ -120,6 +128,17 @@ def prepare(directory: Path) -> dict[str, Any]:
     }
 
 
+def _for_peers(example: Any) -> dict[str, list[int]]:
+    if not hasattr(example, "chosen"):
+        return {"input_ids": example.ids.tolist(), "labels": example.labels.tolist()}
+    (prompt, better), (_, worse) = (
+        (each.ids[: each.length - learnt].tolist(), each.ids[each.length - learnt :].tolist())
+        for each in (example.chosen, example.rejected)
+        for learnt in [int((each.labels != IGNORED).sum())]
+    )
+    return {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+
+
 def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
     # Texts of a GPU fill their sequence; elsewhere rows are as uneven as chats are.
     least = 1.0 if task.device == "cuda" else 0.25
@@ -128,6 +147,13 @@ def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
     if not task.chats:
         return {"text": " ".join(words)}
     asked, answered = words[: count // 2], words[count // 2 :]
+    if task.method == "dpo":
+        worse = chance.sample(answered, k=len(answered) // 2 + 1)
+        return {
+            "prompt": " ".join(asked),
+            "chosen": " ".join(answered),
+            "rejected": " ".join(worse),
+        }
     return {
         "messages": [
             {"role": "user", "content": " ".join(asked)},
@@ -161,19 +187,27 @@ def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
     common: dict[str, Any] = {
         # As much as ours keeps in full precision: the weights, with autocast above them.
         "model": MistralForCausalLM.from_pretrained(directory / "base", dtype=torch.float32),
-        "data_collator": collate,
         "callbacks": [_make_clock(task, times)],
     }
-    make = _make_trl if trl else _make_transformers
+    make = _make_transformers
+    if trl:
+        make = _make_trl_pairs if task.method == "dpo" else _make_trl
     version, trainer = make(directory, rows, _peer_arguments(directory, task), common)
     finished = trainer.train()
-    tokens = sum(len(row["input_ids"]) for row in rows[_WARM_UP * task.batch :])
+    tokens = sum(_length(row) for row in rows[_WARM_UP * task.batch :])
     return {
         "version": version,
         "tokens_per_second": tokens / (times[1] - times[0]),
         "memory": peak_memory(task),
         "loss": finished.training_loss,
     }
+
+
+def _length(row: dict[str, list[int]]) -> int:
+    """Return the tokens of a row; in a pair the prompt is read with each answer."""
+    return sum(
+        len(ids) * (1 + (name == "prompt_ids")) for name, ids in row.items() if "ids" in name
+    )
 
 
 def _peer_arguments(directory: Path, task: Task) -> dict[str, Any]:
@@ -221,7 +255,10 @@ def _make_transformers(
 
     del directory
     trainer = transformers.Trainer(
-        args=transformers.TrainingArguments(**arguments), train_dataset=_Rows(rows), **common
+        args=transformers.TrainingArguments(**arguments),
+        train_dataset=_Rows(rows),
+        data_collator=collate,
+        **common,
     )
     return f"transformers {transformers.__version__}", trainer
 
@@ -237,6 +274,29 @@ def _make_trl(
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = trl.SFTTrainer(
         args=trl.SFTConfig(**arguments, **prepared),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(directory / "tokenizer"),
+        data_collator=collate,
+        **common,
+    )
+    return f"trl {trl.__version__}", trainer
+
+
+def _make_trl_pairs(
+    directory: Path, rows: list[Any], arguments: dict[str, Any], common: dict[str, Any]
+) -> tuple[str, Any]:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    class Trainer(trl.DPOTrainer):  # type: ignore[misc]  # untyped library
+        def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
+            del others  # the rows are encoded already
+            return dataset
+
+    trainer = Trainer(
+        # As ours does: the reference is asked once, and no second model is held.
+        args=trl.DPOConfig(**arguments, beta=0.1, max_length=None, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(directory / "tokenizer"),
         **common,
@@ -275,6 +335,7 @@ def write_run(directory: Path, task: Task) -> Any:
         RunSpec(
             run_id="run",
             model=str(directory / "base"),
+            method=task.method,
             tuning=Tuning(kind="full"),
             train=(DataSource(path=directory / "rows.jsonl"),),
             learning_rate=1e-3,

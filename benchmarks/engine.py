@@ -1,4 +1,4 @@
-"""Speed and memory of the engine against TRL's SFTTrainer and transformers' Trainer.
+"""Speed and memory of the engine against TRL's trainers and transformers' Trainer.
 
     python benchmarks/engine.py [--rounds N] [--peer-python PATH]
     python benchmarks/engine.py --device cuda
@@ -31,6 +31,7 @@ TASKS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "cpu": {
         "answers of chats": {"chats": True},
         "every token of texts": {"chats": False},
+        "pairs of answers (DPO)": {"chats": True, "method": "dpo"},
     },
     "cuda": {
         "every token of texts": {"chats": False},
@@ -68,6 +69,11 @@ def has_trl(python: str) -> bool:
     """Tell whether an interpreter finds TRL."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
     return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+def who_trains(method: str, pythons: dict[str, str]) -> dict[str, str]:
+    """Leave out those that do not know a method."""
+    return {name: p for name, p in pythons.items() if method == "sft" or name != "transformers"}
 
 
 def compare(directory: Path, pythons: dict[str, str], rounds: int) -> dict[str, list[Any]]:
@@ -140,13 +146,16 @@ def main() -> int:
                 **SIZES[given.device],
                 **changes,
             }
+            able = who_trains(task.get("method", "sft"), pythons)
+            if len(able) == 1:
+                continue
             (directory / "task.json").write_text(json.dumps(task))
             facts = run_part(sys.executable, "prepare", directory)
             print(
                 f"{title}: {facts['parameters']:,} parameters, {task['batch']} rows of "
                 f"{facts['width']:.0f} tokens a step, {facts['learnt']:.0%} of them learnt"
             )
-            found = compare(directory, pythons, given.rounds)
+            found = compare(directory, able, given.rounds)
             good = print_ratios(found) and good
             if given.device == "cuda":
                 tokens = statistics.median(each["tokens_per_second"] for each in found["ours"])
