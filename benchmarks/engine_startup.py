@@ -20,8 +20,10 @@ from statistics import median
 from training_backends.core.config import DataSource, Tuning
 from training_backends.rundir.directory import RunDir, RunSpec
 
-LIBRARIES = "import torch, peft; from transformers import MistralForCausalLM, Trainer"
-OURS = "import training_backends.engine.work"
+# Neither loads what peft loads where it is installed, and this model never needs.
+NOT_NEEDED = "import sys; sys.modules['bitsandbytes'] = None; "
+LIBRARIES = NOT_NEEDED + "import torch, peft; from transformers import MistralForCausalLM, Trainer"
+OURS = NOT_NEEDED + "import training_backends.engine.work"
 
 
 def imports(code: str) -> float:
