@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
-EXTRAS := gateway,local,parquet,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help

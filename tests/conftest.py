@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.postgres import Postgres, programs
 from training_backends import TrainingConfig
 from training_backends.core import settings
 from training_backends.core.redaction import forget_secrets
@@ -62,6 +64,17 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> "Iterator[InMemorySpanExporter]":
     trace.set_tracer_provider(provider)
     yield exporter
     provider.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """Start a PostgreSQL server of our own."""
+    if programs() is None:
+        pytest.skip("not installed: the server of PostgreSQL (package postgresql)")
+    if find_spec("psycopg") is None:
+        pytest.skip("not installed: psycopg (extra postgres)")
+    with Postgres() as server:
+        yield server
 
 
 def chat(question: str, answer: str) -> dict[str, object]:

@@ -7,7 +7,7 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from tests.client.conftest import MakeConfig
+from tests.client.conftest import MakeConfig, both_stores
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
@@ -35,6 +35,7 @@ from training_backends.testing.backend import ScriptedBackend
 pytestmark = pytest.mark.anyio
 
 
+@both_stores
 async def test_a_launched_run_is_seen_by_another_client(
     client: AsyncTrainingClient, other: AsyncTrainingClient, make_config: MakeConfig
 ) -> None:
@@ -60,6 +61,7 @@ async def test_the_same_id_launches_once(
     assert (second.remote_id, len(backend.created)) == (first.remote_id, 1)
 
 
+@both_stores
 async def test_simultaneous_launches_of_one_id_make_one_job(
     client: AsyncTrainingClient,
     other: AsyncTrainingClient,

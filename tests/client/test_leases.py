@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
 import pytest
 
+from training_backends import StoreError
 from training_backends.client.leases import Leases
 from training_backends.client.store import RunStore
 
@@ -21,7 +22,7 @@ from training_backends.client.store import RunStore
 
 async def main():
     home = Path(sys.argv[1])
-    async with Leases(RunStore(f"sqlite:///{home / 'runs.db'}"), home / "leases").hold("work"):
+    async with Leases(RunStore(sys.argv[2]), home / "leases").hold("work"):
         print("held", flush=True)
         await anyio.sleep_forever()
 
@@ -30,8 +31,8 @@ anyio.run(main)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[RunStore]:
-    store = RunStore(f"sqlite:///{tmp_path / 'runs.db'}")
+def store(url: str) -> Iterator[RunStore]:
+    store = RunStore(url)
     yield store
     store.close()
 
@@ -91,10 +92,10 @@ async def test_an_error_lets_go(leases: Leases, others: Leases) -> None:
         assert lease is not None
 
 
-async def test_a_killed_holder_blocks_nobody(tmp_path: Path, leases: Leases) -> None:
+async def test_a_killed_holder_blocks_nobody(tmp_path: Path, url: str, leases: Leases) -> None:
     """The next one does not have to wait until the time is over."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path), url], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
@@ -116,3 +117,29 @@ async def test_closing_lets_go(store: RunStore, tmp_path: Path, others: Leases) 
     async with others.try_hold("work") as lease:
         assert lease is not None
     assert len(list((tmp_path / "leases").iterdir())) == 1
+
+
+async def test_what_a_store_out_of_reach_has_kept_blocks_nobody(
+    store: RunStore, leases: Leases, others: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was taken or released, the answer was lost: this process goes on all the same."""
+
+    def lose(answer: Callable[..., object]) -> Callable[..., None]:
+        def call(*arguments: object, **named: object) -> None:
+            answer(*arguments, **named)
+            raise StoreError("The connection is gone.")
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "take", lose(store.take))
+        with pytest.raises(StoreError):
+            async with leases.hold("work"):
+                pass
+    assert not leases.is_held("work")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "release", lambda _: lose(str)())
+        async with leases.hold("work"):
+            assert others.is_held("work")
+    async with leases.try_hold("work") as lease:
+        assert lease is not None

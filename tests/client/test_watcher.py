@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.client.conftest import MakeConfig
+from tests.client.conftest import MakeConfig, both_stores
 from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
@@ -105,6 +105,7 @@ async def test_a_sweep_says_that_runs_were_seen(
     assert all(a and b and a < b for a, b in zip(first, second, strict=True))
 
 
+@both_stores
 async def test_two_watchers_tell_each_event_once(
     client: AsyncTrainingClient,
     other: AsyncTrainingClient,
@@ -139,6 +140,7 @@ async def test_what_happened_while_nobody_watched_is_told(
     assert told.events == [(run.id, "completed")]
 
 
+@both_stores
 async def test_an_event_that_could_not_be_handled_is_told_again(
     client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
 ) -> None:
@@ -156,6 +158,7 @@ async def test_an_event_that_could_not_be_handled_is_told_again(
     assert told.events == [(run.id, "completed")]
 
 
+@both_stores
 async def test_a_new_run_is_taken_up(
     client: AsyncTrainingClient,
     other: AsyncTrainingClient,

@@ -396,7 +396,7 @@ def test_settings_files_that_cannot_be_used(world: World) -> None:
         file.parent.mkdir(parents=True)
         file.write_text(text)
         given = {"XDG_CONFIG_HOME": str(file.parent.parent)}
-        commands.append(command("list", "--json", code=(0, 3, 8), given=given))
+        commands.append(command("list", "--json", code=(0, 1, 3, 8), given=given))
         commands.append(command("doctor", code=(0, 1, 3, 8), given=given))
     world.run_all(commands)
     world.assert_clean()

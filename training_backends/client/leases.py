@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -76,7 +77,8 @@ class Leases:
 
     def is_held(self, name: str) -> bool:
         """Tell whether some task or process, alive as far as can be told, holds a lease."""
-        return self._store.holder(name, is_gone=self._is_gone) is not None
+        with self._guard:
+            return self._store.holder(name, is_gone=partial(self._is_gone, name)) is not None
 
     def close(self) -> None:
         """Let go of everything."""
@@ -104,7 +106,7 @@ class Leases:
             if name in self._held:
                 return None  # by another task of ours
             self._show_life()
-            lease = self._store.take(name, self._owner, _TTL, is_gone=self._is_gone)
+            lease = self._store.take(name, self._owner, _TTL, is_gone=partial(self._is_gone, name))
             if lease is not None:
                 self._held[name] = lease
             return lease
@@ -139,8 +141,11 @@ class Leases:
                 except StoreError as error:
                     log.warning("lease cannot be renewed", lease=lease.name, reason=error.message)
 
-    def _is_gone(self, owner: str) -> bool | None:
-        """Tell whether a holder is dead; None: it is not one of this machine."""
+    def _is_gone(self, name: str, owner: str) -> bool | None:
+        """Tell whether nobody holds a lease any more; None: its owner is not of this machine."""
+        if owner == self._owner:
+            # A store that could not be reached may have kept what we do not know of, or let go of.
+            return name not in self._held
         path = self._path(owner)
         if not path.exists():
             return None

@@ -60,8 +60,10 @@ async def recover(
     old = await to_thread.run_sync(salvage, damaged) if damaged else Salvage()
     for run in old.runs:
         await to_thread.run_sync(store.restore, run, old.steps.get(run.id, []))
-    known = {(run.backend, run.remote_id) for run in old.runs}
-    taken = {run.id for run in old.runs}
+    # One that has no file was not set aside.
+    there = await to_thread.run_sync(store.list)
+    known = {(run.backend, run.remote_id) for run in there}
+    taken = {run.id for run in there}
     found: list[str] = []
     left_out = 0
     unasked: dict[str, str] = {}

@@ -14,7 +14,7 @@ from datetime import date, timedelta
 from pathlib import PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "redact_value",
     "register_environment",
     "register_secret",
+    "register_url",
 ]
 
 REDACTED: Final = "[redacted]"
@@ -76,10 +77,20 @@ def register_environment(environ: Mapping[str, str] = os.environ) -> None:
     for name, value in environ.items():
         if _SECRET_VARIABLE.search(name):
             register_secret(value)
-        elif "://" in value and "@" in value:
-            password = _password_in(value)
-            if password:
-                register_secret(unquote(password))
+        else:
+            register_url(value)
+
+
+def register_url(text: str) -> None:
+    """Register the passwords inside a text, if it is a URL; some hold what no URL should."""
+    if "://" not in text:
+        return
+    found = _PASSWORD_IN_URL.search(text)
+    if found:
+        register_secret(unquote(found[1]))
+    for name, value in parse_qsl(text.partition("?")[2]):
+        if _SECRET_NAME.search(name):
+            register_secret(value)
 
 
 def forget_secrets() -> None:
@@ -89,16 +100,10 @@ def forget_secrets() -> None:
         _publish()
 
 
+_PASSWORD_IN_URL: Final = re.compile(r"://[^:/@]*:([^@]+)@")
 _SECRET_VARIABLE: Final = re.compile(
     r"((API|ACCESS|SECRET|PRIVATE)_?KEY|TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET)$", re.IGNORECASE
 )
-
-
-def _password_in(url: str) -> str | None:
-    try:
-        return urlsplit(url).password
-    except ValueError:
-        return None
 
 
 def _written(secret: str) -> str:

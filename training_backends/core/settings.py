@@ -24,7 +24,7 @@ from pydantic_settings import (
 
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.plugins import installed_backends
-from training_backends.core.redaction import redact
+from training_backends.core.redaction import redact, register_url
 
 __all__ = [
     "Effective",
@@ -231,5 +231,6 @@ def effective_settings(kind: type[SectionSettings]) -> list[Effective]:
         if origin == "environment":
             origin = f"{kind.model_config['env_prefix']}{name.upper()}"
         value = getattr(loaded, name)
+        register_url(str(value))
         found.append(Effective(prefix + name, redact(str(value)), origin))
     return found

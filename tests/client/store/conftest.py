@@ -1,20 +1,22 @@
-"""A store in a file, and runs to put into it."""
+"""Stores in files and on a server, and runs to put into them."""
 
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
+from training_backends.client.sqlite import create_file, sqlite_file
 from training_backends.client.store import RunStore
+from training_backends.client.store.schema import as_text
 
 MakeRun = Callable[..., TrainingRun]
-WriteVersion1 = Callable[..., Path]
+WriteVersion1 = Callable[..., None]
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 WORKER = Path(__file__).with_name("worker.py")
@@ -41,8 +43,8 @@ INSERT INTO schema_version VALUES (1);
 """
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
+def sqlite_url(tmp_path: Path) -> str:
+    """Return where the tests of what is about SQLite alone have their store."""
     return f"sqlite:///{tmp_path / 'state' / 'runs.db'}"
 
 
@@ -77,24 +79,35 @@ def running(make_run: MakeRun) -> MakeRun:
 def write_version_1() -> WriteVersion1:
     """Write a store as the first version of this package wrote it, with a journal per run."""
 
-    def write(path: Path, *runs: TrainingRun) -> Path:
-        path.parent.mkdir(exist_ok=True)
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(VERSION_1)
-            for run in runs:
-                created_at = run.created_at.isoformat(timespec="microseconds")
-                connection.execute(
-                    "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",
-                    (run.id, run.backend, run.status.value, created_at, run.model_dump_json()),
-                )
-                connection.execute(
-                    "INSERT INTO journal VALUES (?, 'create', '2026-01-01T00:00:00+00:00', ?)",
-                    (run.id, f'"{run.remote_id}"'),
-                )
-        return path
+    def write(url: str, *runs: TrainingRun) -> None:
+        execute(url, *version_1(*runs))
 
     return write
+
+
+def version_1(*runs: TrainingRun) -> Iterator[str]:
+    """Yield the statements that write such a store."""
+    yield from VERSION_1.strip().removesuffix(";").split(";\n")
+    for run in runs:
+        row = (run.id, run.backend, run.status.value, as_text(run.created_at))
+        yield f"INSERT INTO runs VALUES {(*row, run.model_dump_json())}"
+        step = (run.id, "create", "2026-01-01T00:00:00+00:00", f'"{run.remote_id}"')
+        yield f"INSERT INTO journal VALUES {step}"
+
+
+def execute(url: str, *statements: str) -> list[Any]:
+    """Do something to a database behind the store's back; return what the last one tells."""
+    file = sqlite_file(url)
+    if file is not None:
+        create_file(file)
+    engine = sa.create_engine(url)
+    rows: list[Any] = []
+    with engine.begin() as connection:
+        for statement in statements:
+            done = connection.execute(sa.text(statement.replace(":", r"\:")))
+            rows = list(done) if done.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def told(message: str, second: float = 0, source: str = "event", **fields: object) -> LogRecord:

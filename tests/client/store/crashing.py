@@ -1,16 +1,17 @@
-"""Processes that use a store and are killed on the way: `crashing.py DIRECTORY`.
+"""Processes that use a store and are killed on the way: `crashing.py DIRECTORY URL`.
 
-In the directory lie `run.json`, the record of a run `r`, and `old.db`, a store of an older
-version. For each point that a killing can fall on, a process of its own does the same `sequence`
-on a copy of that store and is killed there. The `.done` file beside the copy gets one byte for
-each call that returned, so that is what must have lasted.
+In the directory lie `run.json`, the record of a run `r`, and `old.json`, the statements that make
+a store of an older version. For each point that a killing can fall on, a process of its own does
+the same `sequence` on such a store, at the URL with `NAME` replaced, and is killed there. The
+`.done` file of that name gets one byte for each call that returned, so that is what must have
+lasted.
 """
 
+import json
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -78,10 +79,10 @@ def die_at(point: int) -> None:
         sa.event.listen(sa.Engine, place, pass_by)
 
 
-def live(directory: Path, name: str, told: int | None = None) -> None:
+def live(directory: Path, url: str, name: str, told: int | None = None) -> None:
     """Do the sequence on a store of its own; say of each call that it is done."""
     run = TrainingRun.model_validate_json((directory / "run.json").read_bytes())
-    store = RunStore(f"sqlite:///{directory / name}.db")
+    store = RunStore(at(url, name))
     done = os.open(directory / f"{name}.done", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for call in sequence(store, run):
         call()
@@ -90,9 +91,27 @@ def live(directory: Path, name: str, told: int | None = None) -> None:
             os.write(told, b".")
 
 
-def forked(directory: Path, name: str, work: Callable[[], None]) -> int:
+def at(url: str, name: str) -> str:
+    """Return the place of a store."""
+    return url.replace("NAME", name)
+
+
+def make_old(url: str, name: str, statements: Iterable[str]) -> None:
+    """Make a store of an older version."""
+    engine = sa.create_engine(at(url, name))
+    with engine.begin() as connection:
+        if engine.name == "postgresql":
+            connection.exec_driver_sql(f"CREATE SCHEMA {name}")
+        else:
+            connection.exec_driver_sql("PRAGMA synchronous=OFF")
+        for statement in statements:
+            connection.execute(sa.text(statement.replace(":", r"\:")))
+    engine.dispose()
+
+
+def forked(directory: Path, url: str, name: str, work: Callable[[], None]) -> int:
     """Do something with a store of its own in a process of its own; return the process's id."""
-    shutil.copyfile(directory / "old.db", directory / f"{name}.db")
+    make_old(url, name, json.loads((directory / "old.json").read_bytes()))
     (directory / f"{name}.done").touch()
     child = os.fork()
     if child == 0:
@@ -101,21 +120,23 @@ def forked(directory: Path, name: str, work: Callable[[], None]) -> int:
     return child
 
 
-def killed_at(directory: Path, point: int) -> bool:
+def killed_at(directory: Path, url: str, point: int) -> bool:
     """Have a process die at a point; False if it did all there is to do before."""
+    name = f"point_{point}"
 
     def work() -> None:
         die_at(point)
-        live(directory, f"point-{point}")
+        live(directory, url, name)
 
-    _, status = os.waitpid(forked(directory, f"point-{point}", work), 0)
+    _, status = os.waitpid(forked(directory, url, name, work), 0)
     return os.WIFSIGNALED(status)
 
 
-def killed_behind(directory: Path, calls: int) -> None:
+def killed_behind(directory: Path, url: str, calls: int) -> None:
     """Kill a process from outside once it has done so many calls, wherever it is by then."""
+    name = f"call_{calls}"
     ours, its = os.pipe()
-    child = forked(directory, f"call-{calls}", lambda: live(directory, f"call-{calls}", told=its))
+    child = forked(directory, url, name, lambda: live(directory, url, name, told=its))
     for _ in range(calls):
         os.read(ours, 1)
     os.kill(child, signal.SIGKILL)
@@ -124,14 +145,14 @@ def killed_behind(directory: Path, calls: int) -> None:
     os.close(its)
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, url: str) -> None:
     """Kill at every point from within, and behind every call from outside."""
     point = 0
-    while killed_at(directory, point):
+    while killed_at(directory, url, point):
         point += 1
-    for calls in range(int((directory / f"point-{point}.done").stat().st_size)):
-        killed_behind(directory, calls)
+    for calls in range(int((directory / f"point_{point}.done").stat().st_size)):
+        killed_behind(directory, url, calls)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

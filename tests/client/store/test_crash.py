@@ -1,11 +1,16 @@
 """A killed process leaves a store that holds what it did, whole, and nothing half done."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.client.store import crashing
-from tests.client.store.conftest import MakeRun, WriteVersion1
+from tests.client.store.conftest import MakeRun, version_1
+from tests.postgres import Postgres
 from training_backends import TrainingRun
 from training_backends.client.store import RunStore
 
@@ -27,29 +32,40 @@ def contents(store: RunStore) -> object:
     )
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def places(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of stores that a `NAME` in it tells apart."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/NAME.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.url("NAME")
+
+
 def test_whenever_it_is_killed_a_store_holds_what_was_done_and_nothing_half_done(
-    tmp_path: Path, make_run: MakeRun, write_version_1: WriteVersion1
+    tmp_path: Path, make_run: MakeRun, places: str
 ) -> None:
     """Between any two statements, within any call, and while an old store becomes a new one."""
     run, old = make_run("r", created_at=crashing.AT), make_run("old")
     (tmp_path / "run.json").write_text(run.model_dump_json())
-    write_version_1(tmp_path / "old.db", old)
-    done_in_order = states(tmp_path, run, write_version_1(tmp_path / "calm.db", old))
+    statements = list(version_1(old))
+    (tmp_path / "old.json").write_text(json.dumps(statements))
+    done_in_order = states(places, run, statements)
 
-    subprocess.run([sys.executable, crashing.__file__, tmp_path], check=True)
+    subprocess.run([sys.executable, crashing.__file__, tmp_path, places], check=True)
 
-    killed = sorted(tmp_path.glob("*-*.db"))
+    killed = sorted(tmp_path.glob("*.done"))
     assert len(killed) > 100
     for path in killed:
-        store = RunStore(f"sqlite:///{path}")
-        done = path.with_suffix(".done").stat().st_size
+        store = RunStore(crashing.at(places, path.stem))
+        done = path.stat().st_size
         assert contents(store) in done_in_order[done : done + 2], path.name
         store.close()
 
 
-def states(directory: Path, run: TrainingRun, path: Path) -> list[object]:
+def states(places: str, run: TrainingRun, statements: Sequence[str]) -> list[object]:
     """Return what a store holds after none, one, two, … of the calls."""
-    store = RunStore(f"sqlite:///{path}")
+    crashing.make_old(places, "calm", statements)
+    store = RunStore(crashing.at(places, "calm"))
     found = [contents(store)]
     for call in crashing.sequence(store, run):
         call()

@@ -1,10 +1,8 @@
 """Stores of other versions: older ones become new ones, newer ones are left alone."""
 
-import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,20 +10,22 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from tests.client.store.conftest import WORKER, MakeRun, WriteVersion1, at_once
+from tests.client.conftest import NewUrl
+from tests.client.store.conftest import (
+    WORKER,
+    MakeRun,
+    WriteVersion1,
+    at_once,
+    execute,
+)
 from training_backends import StoreError, TrainingStatus
 from training_backends.client.store import JournalEntry, RunStore, schema
 from training_backends.core.run import RunState, utc_now
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "runs.db"
-
-
 def test_an_old_store_keeps_its_runs_and_journals(
     store: RunStore,
-    path: Path,
+    url: str,
     running: MakeRun,
     make_run: MakeRun,
     write_version_1: WriteVersion1,
@@ -33,7 +33,7 @@ def test_an_old_store_keeps_its_runs_and_journals(
     """Runs that were launched long ago are watched on, and never launched again."""
     state = RunState(status=TrainingStatus.RUNNING, step=5)
     runs = [running("a").updated(state, seen_at=utc_now()), make_run("b")]
-    write_version_1(path, *runs)
+    write_version_1(url, *runs)
     assert {run.id: run for run in store.list()} == {run.id: run for run in runs}
     assert store.entry("a", "create") == JournalEntry(finished=True, result="job-a")
     live = store.live()
@@ -43,10 +43,10 @@ def test_an_old_store_keeps_its_runs_and_journals(
 
 
 def test_a_migrated_store_can_do_all_that_a_new_one_can(
-    store: RunStore, path: Path, running: MakeRun, write_version_1: WriteVersion1
+    store: RunStore, url: str, running: MakeRun, write_version_1: WriteVersion1
 ) -> None:
     """Deleting a run still deletes what belongs to it."""
-    write_version_1(path, running("a"))
+    write_version_1(url, running("a"))
     store.begin("a", "start")
     store.delete("a")
     store.insert(running("a"))
@@ -55,12 +55,11 @@ def test_a_migrated_store_can_do_all_that_a_new_one_can(
 
 
 def test_a_run_that_cannot_be_read_keeps_no_others_from_moving(
-    store: RunStore, running: MakeRun, path: Path, write_version_1: WriteVersion1
+    store: RunStore, running: MakeRun, url: str, write_version_1: WriteVersion1
 ) -> None:
     """Reading it fails, as it did before."""
-    write_version_1(path, running("a"), running("b"))
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE runs SET document = 'no JSON' WHERE id = 'b'")
+    write_version_1(url, running("a"), running("b"))
+    execute(url, "UPDATE runs SET document = 'no JSON' WHERE id = 'b'")
     assert store.get("a").id == "a"
     with pytest.raises(StoreError, match="'b'"):
         store.get("b")
@@ -69,7 +68,7 @@ def test_a_run_that_cannot_be_read_keeps_no_others_from_moving(
 @pytest.mark.parametrize("old", [False, True], ids=["new", "migrated"])
 def test_the_revisions_make_the_tables_that_the_store_uses(
     store: RunStore,
-    path: Path,
+    url: str,
     running: MakeRun,
     write_version_1: WriteVersion1,
     *,
@@ -77,30 +76,29 @@ def test_the_revisions_make_the_tables_that_the_store_uses(
 ) -> None:
     """However it came about, every store looks the same."""
     if old:
-        write_version_1(path, running("a"))
+        write_version_1(url, running("a"))
     store.list()
-    engine = sa.create_engine(f"sqlite:///{path}")
+    engine = sa.create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
         differences = compare_metadata(context, schema.metadata)
-        foreign = connection.exec_driver_sql("PRAGMA foreign_key_list(journal)").one()
+        (foreign,) = sa.inspect(connection).get_foreign_keys("journal")
     engine.dispose()
     # What only older programs look at is not among the tables in use.
     assert [(what, table.name) for what, table in differences] == [
         ("remove_table", "schema_version")
     ]
-    assert foreign[2:5] == ("runs", "run_id", "id")
+    assert (foreign["referred_table"], foreign["constrained_columns"]) == ("runs", ["run_id"])
+    assert foreign["options"] == {"ondelete": "CASCADE"}
 
 
 def test_processes_that_open_an_old_store_at_once_migrate_it_once(
-    url: str, running: MakeRun, path: Path, write_version_1: WriteVersion1
+    url: str, running: MakeRun, write_version_1: WriteVersion1
 ) -> None:
     """One does it, the others wait, and all go on."""
-    write_version_1(path, *(running(f"r{n}") for n in range(50)))
+    write_version_1(url, *(running(f"r{n}") for n in range(50)))
     assert at_once(4, "count", url) == ["50"] * 4
-    with closing(sqlite3.connect(path)) as connection:
-        revisions = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    assert revisions == [(schema.REVISION,)]
+    assert execute(url, "SELECT version_num FROM alembic_version") == [(schema.REVISION,)]
 
 
 def test_processes_that_make_a_store_at_once_make_one(url: str) -> None:
@@ -108,17 +106,17 @@ def test_processes_that_make_a_store_at_once_make_one(url: str) -> None:
     assert at_once(4, "count", url) == ["0"] * 4
 
 
-def test_threads_may_make_different_stores_at_once(tmp_path: Path) -> None:
+def test_threads_may_make_different_stores_at_once(new_url: NewUrl) -> None:
     """A program may have several clients, each with a home of its own."""
 
-    def make(n: int) -> int:
-        store = RunStore(f"sqlite:///{tmp_path / f'{n}.db'}")
+    def make(url: str) -> int:
+        store = RunStore(url)
         count = len(store.list())
         store.close()
         return count
 
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(make, range(8))) == [0] * 8
+        assert list(threads.map(make, [new_url() for _ in range(8)])) == [0] * 8
 
 
 @pytest.mark.parametrize(
@@ -126,22 +124,19 @@ def test_threads_may_make_different_stores_at_once(tmp_path: Path) -> None:
     ["UPDATE alembic_version SET version_num = '0999'", "DROP TABLE alembic_version"],
     ids=["alembic's word", "the old word"],
 )
-def test_a_newer_store_is_refused(store: RunStore, url: str, path: Path, newer: str) -> None:
+def test_a_newer_store_is_refused(store: RunStore, url: str, newer: str) -> None:
     """An older program does not write into what a newer one made."""
     store.list()
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(newer)
-        connection.execute("UPDATE schema_version SET version = 999")
+    execute(url, newer, "UPDATE schema_version SET version = 999")
     with pytest.raises(StoreError, match="newer version") as caught:
         RunStore(url).list()
     assert caught.value.hint == "Upgrade training-backends."
 
 
-def test_the_first_version_refuses_what_this_one_made(store: RunStore, path: Path) -> None:
+def test_the_first_version_refuses_what_this_one_made(store: RunStore, url: str) -> None:
     """It looks into a table of its own and refuses every number above 1."""
     store.list()
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(2,)]
+    assert execute(url, "SELECT version FROM schema_version") == [(2,)]
 
 
 def test_an_up_to_date_store_is_opened_without_alembic(store: RunStore, url: str) -> None:

@@ -1,14 +1,20 @@
 """Timelines and leases do what a few lines over lists and dicts would do."""
 
-import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from pathlib import Path
+from functools import partial
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
+from tests.client.conftest import NewUrl
 from tests.client.store.conftest import BEGINNING, told
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.client.store import Lease, LeaseLost, RunStore
@@ -19,7 +25,7 @@ runs = st.sampled_from(["r", "s"])
 records = st.lists(
     st.builds(
         told,
-        st.text(max_size=3),
+        st.text(st.sampled_from("a\0\n\ufffd\U0001f600"), max_size=3) | st.text(max_size=3),
         st.integers(0, 20),
         st.sampled_from(["event", "metrics", "checkpoint", "engine"]),
         loss=st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)),
@@ -44,26 +50,28 @@ class Log:
         """Add records; return the messages of those that somebody wants to be told of."""
         for record in sorted(found, key=lambda record: record.at):
             latest = self.said[-1][1] if self.said else BEGINNING
-            self.said.append((record.message, max(record.at, latest)))
+            self.said.append((record.message.replace("\0", "\ufffd"), max(record.at, latest)))
             loss = record.fields["loss"]
             if record.source in {"metrics", "checkpoint"} and record.step and loss is not None:
                 self.losses[record.step] = loss
         events = sorted(found, key=lambda record: record.at)
-        return [it.message for it in events if it.source in {"event", "checkpoint"}]
+        return [
+            it.message.replace("\0", "\ufffd")
+            for it in events
+            if it.source in {"event", "checkpoint"}
+        ]
 
 
 class Timelines(RuleBasedStateMachine):
     """Looks, notes and deliveries in any order, some of them from an old place."""
 
+    def __init__(self, new_url: NewUrl) -> None:
+        super().__init__()
+        self.store = RunStore(new_url())
+
     @initialize()
     def begin(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
-        here = Path(self.directory.name)
-        (here / "train.jsonl").write_text("{}\n")
-        config = TrainingConfig.model_validate(
-            {"model": "m", "data": {"train": here / "train.jsonl"}}
-        )
-        self.store = RunStore(f"sqlite:///{here / 'runs.db'}")
+        config = TrainingConfig.model_validate({"model": "m", "data": {"train": "train.jsonl"}})
         self.logs = {"r": Log(), "s": Log()}
         self.waiting: list[tuple[str, str]] = []
         for name in self.logs:
@@ -72,9 +80,7 @@ class Timelines(RuleBasedStateMachine):
             self.store.insert(run)
 
     def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.store.close()
-            self.directory.cleanup()
+        self.store.close()
 
     @rule(run=runs, found=records, after=st.sampled_from(["here", None, "1"]), moves=st.booleans())
     def look(self, run: str, found: list[LogRecord], after: str | None, *, moves: bool) -> None:
@@ -124,21 +130,21 @@ class Timelines(RuleBasedStateMachine):
 class Holders(RuleBasedStateMachine):
     """Owners here and elsewhere that take, renew, release, sleep, die and come back."""
 
+    def __init__(self, new_url: NewUrl) -> None:
+        super().__init__()
+        self.store = RunStore(new_url())
+
     owners = st.sampled_from(["here", "here too", "elsewhere", "far away"])
 
     @initialize()
     def begin(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
-        self.store = RunStore(f"sqlite:///{self.directory.name}/runs.db")
         self.dead: set[str] = set()
         self.known: list[Lease] = []
         self.held: Lease | None = None
         self.expired = False
 
     def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.store.close()
-            self.directory.cleanup()
+        self.store.close()
 
     def is_gone(self, owner: str) -> bool | None:
         return owner in self.dead if owner.startswith("here") else None
@@ -200,7 +206,15 @@ class Holders(RuleBasedStateMachine):
                 assert lease == self.held
 
 
-TestTimelines = Timelines.TestCase
-TestTimelines.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
-TestHolders = Holders.TestCase
-TestHolders.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+def test_timelines_do_what_lists_would_do(new_url: NewUrl) -> None:
+    """Whatever is looked at, noted and delivered, in whatever order."""
+    run_state_machine_as_test(partial(Timelines, new_url), settings=often(20))  # type: ignore[arg-type]
+
+
+def test_leases_do_what_one_variable_would_do(new_url: NewUrl) -> None:
+    """Whoever takes, sleeps, dies and comes back."""
+    run_state_machine_as_test(partial(Holders, new_url), settings=often(30))  # type: ignore[arg-type]
+
+
+def often(steps: int) -> settings:
+    return settings(max_examples=20, stateful_step_count=steps, deadline=None)

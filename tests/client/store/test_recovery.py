@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.client.store.conftest import MakeRun, release, start_worker
+from tests.client.store.conftest import MakeRun, release, sqlite_url, start_worker
 from training_backends import StoreError, TrainingRun
 from training_backends.client.store import JournalEntry, RunStore
 from training_backends.client.store.recovery import check, salvage, set_aside
@@ -59,6 +59,12 @@ damages = pytest.mark.parametrize(
     "damage", [truncate, overwrite_header, overwrite_page, overwrite_all]
 )
 Damage = Callable[[Path], None]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Only files are recovered; a server has its own means."""
+    return sqlite_url(tmp_path)
 
 
 @pytest.fixture

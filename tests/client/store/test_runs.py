@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.client.store.conftest import BEGINNING, MakeRun, told
+from tests.client.store.conftest import BEGINNING, MakeRun, execute, told
 from training_backends import (
     ConfigError,
     DuplicateRun,
@@ -64,15 +64,25 @@ def test_an_exact_id_wins_over_a_longer_one(store: RunStore, make_run: MakeRun) 
     assert store.get("a").id == "a"
 
 
-@pytest.mark.parametrize("asked", ["x", "a", "", "a%", "_"])
+@pytest.mark.parametrize("asked", ["x", "a", "", "a%", "_", "A1", "a3", "b"])
 def test_unknown_and_ambiguous_ids_are_not_found(
     store: RunStore, make_run: MakeRun, asked: str
 ) -> None:
-    """Neither none nor several is one; SQL wildcards mean themselves."""
-    store.insert(make_run("a1"))
-    store.insert(make_run("a2"))
+    """Neither none nor several is one; SQL wildcards mean themselves, capitals are others."""
+    for name in ("a1", "a2", "a1b", "b1", "b2"):
+        store.insert(make_run(name))
     with pytest.raises(RunNotFound):
         store.get(asked)
+
+
+def test_runs_of_one_moment_are_listed_by_the_code_points_of_their_ids(
+    store: RunStore, make_run: MakeRun
+) -> None:
+    """Not as people sort words, which differs from server to server."""
+    ids = ["b", "A", "a_b", "a", "a-b", "B", "aB", "a.b", "10", "9"]
+    for name in ids:
+        store.insert(make_run(name, created_at=BEGINNING))
+    assert [run.id for run in store.list()] == sorted(ids, reverse=True)
 
 
 def test_list_filters_by_status(store: RunStore, make_run: MakeRun) -> None:
@@ -98,10 +108,18 @@ def test_the_store_is_its_owner_s_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["nonsense", "nosuch://host/db", "postgresql://me:hunter2@host/db", "mysql://host/db"]
+    "url",
+    [
+        "nonsense",
+        "nosuch://me:hunter2@host/db",
+        "mysql://me:hunter2@host/db",
+        "postgresql+asyncpg://me:hunter2@host/db",
+        "postgresql://me:hunter2@host:hunter2/db",
+        "postgresql://me:secret@hunter2@host/db",
+    ],
 )
 def test_a_url_that_cannot_be_used_names_its_setting(url: str) -> None:
-    """A driver that is not there is a matter of configuration, and no password is repeated."""
+    """It is a matter of configuration, and no password is repeated."""
     with pytest.raises(ConfigError) as caught:
         RunStore(url)
     assert "TRAINING_BACKENDS_STORE_URL" in str(caught.value.hint)
@@ -245,12 +263,11 @@ def test_a_provider_s_id_belongs_to_one_run(store: RunStore, running: MakeRun) -
 
 
 def test_a_record_that_makes_no_sense_is_named(
-    store: RunStore, tmp_path: Path, make_run: MakeRun
+    store: RunStore, url: str, make_run: MakeRun
 ) -> None:
     """Whoever wrote it, the error says which run it is and what can be done."""
     store.insert(make_run("a"))
-    with sqlite3.connect(tmp_path / "state" / "runs.db") as connection:
-        connection.execute("UPDATE documents SET document = '{}'")
+    execute(url, "UPDATE documents SET document = '{}'")
     with pytest.raises(StoreError, match="'a' cannot be read") as caught:
         store.get("a")
     assert "doctor --recover" in str(caught.value.hint)
@@ -272,6 +289,7 @@ def queries() -> Iterator[list[tuple[str, Any]]]:
     sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
+@pytest.mark.parametrize("new_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
     "ask",
     [
@@ -280,18 +298,23 @@ def queries() -> Iterator[list[tuple[str, Any]]]:
         lambda store: store.list(status=TrainingStatus.RUNNING),
         lambda store: store.claimed("a", ["job-b"]),
         lambda store: store.get("a"),
+        lambda store: store.get("beg"),
     ],
-    ids=["live", "live of a backend", "by status", "claimed", "get"],
+    ids=["live", "live of a backend", "by status", "claimed", "get", "get by a beginning"],
 )
 def test_runs_that_ended_long_ago_cost_nothing(
-    store: RunStore, tmp_path: Path, running: MakeRun, ask: Callable[[RunStore], object]
+    store: RunStore, url: str, running: MakeRun, ask: Callable[[RunStore], object]
 ) -> None:
-    """What is asked for again and again is found by an index, however many runs there were."""
+    """What is asked for again and again is found by an index, however many runs there were.
+
+    PostgreSQL reads tables as small as these whole, whatever indexes they have.
+    """
     store.insert(running("a"))
+    store.insert(running("begun"))
     with queries() as asked:
         ask(store)
     plans = []
-    with sqlite3.connect(tmp_path / "state" / "runs.db") as connection:
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
         for statement, values in asked:
             if statement.startswith("SELECT"):
                 plans += connection.execute(f"EXPLAIN QUERY PLAN {statement}", values).fetchall()

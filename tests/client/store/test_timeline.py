@@ -64,7 +64,7 @@ def test_a_log_goes_on_behind_any_cursor(store: RunStore, look: Callable[..., No
     assert store.records("r", after="4", limit=3) == everything[4:7]
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "-1", "1.0", "٣", "3", "9" * 40, "0:0:0"])
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "1.0", "٣", "3", "9" * 18, "9" * 40, "0:0:0"])
 def test_a_cursor_that_was_never_given_out_is_refused(
     store: RunStore, look: Callable[..., None], cursor: str
 ) -> None:
@@ -205,8 +205,24 @@ def test_numbers_that_no_database_holds_do_not_stop_the_log(
 ) -> None:
     """A provider that tells nonsense is still listened to."""
     look(told("m", 0, "metrics", train_loss=1.0).model_copy(update={"step": 10**30}))
-    assert messages(store.records("r")) == ["m"]
-    assert store.metrics("r") == []
+    look(
+        told("m", 1, "metrics", train_loss=5e-324, **{"x" * 3000: 1.0, "\0": 1.0}).model_copy(
+            update={"step": 2**62}
+        )
+    )
+    assert messages(store.records("r")) == ["m", "m"]
+    assert [(it.step, it.name, it.value) for it in store.metrics("r")] == [
+        (2**62, "train_loss", 5e-324)
+    ]
+
+
+def test_a_character_that_not_every_database_has_does_not_stop_the_log(
+    store: RunStore, look: Callable[..., None]
+) -> None:
+    """What a child process wrote may hold anything."""
+    look(told("a\0b\U0001f600", 0, "engine", line="c\0"))
+    (record,) = store.records("r")
+    assert (record.message, record.fields) == ("a\ufffdb\U0001f600", {"line": "c\0"})
 
 
 # -- deliveries --------------------------------------------------------------------------

@@ -172,8 +172,9 @@ def find_run(connection: sa.Connection, run_id: str) -> Any:
     exact = connection.execute(_WITH_DOCUMENT.where(runs.c.id == run_id)).first()
     if exact is not None:
         return exact
-    begins = runs.c.id.startswith(run_id, autoescape=True)
-    rows = connection.execute(_WITH_DOCUMENT.where(begins).limit(6)).all() if run_id else []
+    # Not by LIKE: whether that minds case, and uses an index, differs between databases.
+    begins = _WITH_DOCUMENT.where(runs.c.id > run_id, runs.c.id < f"{run_id}\U0010ffff")
+    rows = connection.execute(begins.order_by(runs.c.id).limit(6)).all() if run_id else []
     if len(rows) == 1:
         return rows[0]
     if rows:

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from training_backends.client.store.types import BigInteger, short_text
+
 __all__ = [
     "REVISION",
     "as_text",
@@ -35,7 +37,7 @@ def as_text(moment: datetime) -> str:
 
 def _of_run(*, key: bool = True) -> sa.Column[str]:
     run = sa.ForeignKey("runs.id", ondelete="CASCADE")
-    return sa.Column("run_id", sa.String(128), run, primary_key=key, nullable=False)
+    return sa.Column("run_id", short_text(128), run, primary_key=key, nullable=False)
 
 
 revision = sa.Table(
@@ -46,13 +48,13 @@ revision = sa.Table(
 runs = sa.Table(
     "runs",
     metadata,
-    sa.Column("id", sa.String(128), primary_key=True),
-    sa.Column("backend", sa.String(128), nullable=False),
-    sa.Column("status", sa.String(32), nullable=False),
-    sa.Column("created_at", sa.String(40), nullable=False),
-    sa.Column("remote_id", sa.String(256)),
+    sa.Column("id", short_text(128), primary_key=True),
+    sa.Column("backend", short_text(128), nullable=False),
+    sa.Column("status", short_text(32), nullable=False),
+    sa.Column("created_at", short_text(40), nullable=False),
+    sa.Column("remote_id", short_text(256)),
     # The only home of `last_seen_at`.
-    sa.Column("seen_at", sa.String(40)),
+    sa.Column("seen_at", short_text(40)),
     # Grows by one with each change of the document.
     sa.Column("version", sa.Integer, nullable=False),
     # How far the provider's log is in `records`.
@@ -72,39 +74,39 @@ journal = sa.Table(
     "journal",
     metadata,
     _of_run(),
-    sa.Column("name", sa.String(200), primary_key=True),
-    sa.Column("begun_at", sa.String(40), nullable=False),
+    sa.Column("name", short_text(200), primary_key=True),
+    sa.Column("begun_at", short_text(40), nullable=False),
     sa.Column("result", sa.Text),
 )
 uploads = sa.Table(
     "uploads",
     metadata,
-    sa.Column("scope", sa.String(500), primary_key=True),
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("remote_id", sa.String(256), nullable=False),
-    sa.Column("uploaded_at", sa.String(40), nullable=False),
+    sa.Column("scope", short_text(500), primary_key=True),
+    sa.Column("sha256", short_text(64), primary_key=True),
+    sa.Column("remote_id", short_text(256), nullable=False),
+    sa.Column("uploaded_at", short_text(40), nullable=False),
 )
 leases = sa.Table(
     "leases",
     metadata,
     # Every take makes a row, so the database's own numbering gives the fencing token.
-    sa.Column("token", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(200), nullable=False, unique=True),
-    sa.Column("owner", sa.String(200), nullable=False),
-    sa.Column("until", sa.String(40), nullable=False),
+    sa.Column("token", BigInteger, primary_key=True),
+    sa.Column("name", short_text(200), nullable=False, unique=True),
+    sa.Column("owner", short_text(200), nullable=False),
+    sa.Column("until", short_text(40), nullable=False),
     # Never gives out a number again, even after its row is gone.
     sqlite_autoincrement=True,
 )
 records = sa.Table(
     "records",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("id", BigInteger, primary_key=True),
     _of_run(key=False),
-    sa.Column("seq", sa.Integer, nullable=False),
-    sa.Column("at", sa.String(40), nullable=False),
-    sa.Column("level", sa.String(16), nullable=False),
-    sa.Column("source", sa.String(64), nullable=False),
-    sa.Column("step", sa.Integer),
+    sa.Column("seq", BigInteger, nullable=False),
+    sa.Column("at", short_text(40), nullable=False),
+    sa.Column("level", short_text(16), nullable=False),
+    sa.Column("source", short_text(64), nullable=False),
+    sa.Column("step", BigInteger),
     sa.Column("message", sa.Text, nullable=False),
     sa.Column("fields", sa.Text),
     sa.Index("records_by_run", "run_id", "seq", unique=True),
@@ -114,9 +116,9 @@ metrics = sa.Table(
     "metrics",
     metadata,
     _of_run(),
-    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("name", sa.String(128), primary_key=True),
-    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("step", BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("name", short_text(128), primary_key=True),
+    sa.Column("at", short_text(40), nullable=False),
     sa.Column("value", sa.Float, nullable=False),
 )
 # Records that nobody was told of yet.
@@ -125,11 +127,11 @@ deliveries = sa.Table(
     metadata,
     sa.Column(
         "id",
-        sa.Integer,
+        BigInteger,
         sa.ForeignKey("records.id", ondelete="CASCADE"),
         primary_key=True,
         autoincrement=False,
     ),
-    sa.Column("backend", sa.String(128), nullable=False),
+    sa.Column("backend", short_text(128), nullable=False),
     sa.Index("deliveries_by_backend", "backend", "id"),
 )

@@ -26,6 +26,7 @@ _MEASURED: Final = frozenset({"metrics", "checkpoint"})
 _COUNTS: Final = frozenset({"step", "total_steps"})
 """Numbers of a record that were not measured."""
 _TOO_LARGE: Final = 2**63
+_LONGEST_NAME: Final = 128
 _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
@@ -194,7 +195,8 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
         "level": record.level,
         "source": record.source,
         "step": record.step if _is_count(record.step) else None,
-        "message": record.message,
+        # PostgreSQL has no such character.
+        "message": record.message.replace("\0", "\ufffd"),
         "fields": json.dumps(fields, default=str) if fields else None,
     }
 
@@ -222,8 +224,13 @@ def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
         return
     for name, value in record.fields.items():
         number = isinstance(value, float) or _is_count(value)
-        if number and math.isfinite(value) and name not in _COUNTS:
+        if number and math.isfinite(value) and _is_name(name) and name not in _COUNTS:
             yield step, name, as_text(record.at), float(value)
+
+
+def _is_name(name: str) -> bool:
+    """Tell whether a database can keep a name in an index."""
+    return len(name) <= _LONGEST_NAME and "\0" not in name
 
 
 def _is_count(value: Any) -> bool:

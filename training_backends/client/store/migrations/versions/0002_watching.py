@@ -7,6 +7,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from training_backends.client.store.types import BigInteger, short_text
+
 revision = "0002"
 down_revision = "0001"
 
@@ -19,17 +21,17 @@ def upgrade() -> None:
     _make_records()
     op.create_table(
         "uploads",
-        sa.Column("scope", sa.String(500), primary_key=True),
-        sa.Column("sha256", sa.String(64), primary_key=True),
-        sa.Column("remote_id", sa.String(256), nullable=False),
-        sa.Column("uploaded_at", sa.String(40), nullable=False),
+        sa.Column("scope", short_text(500), primary_key=True),
+        sa.Column("sha256", short_text(64), primary_key=True),
+        sa.Column("remote_id", short_text(256), nullable=False),
+        sa.Column("uploaded_at", short_text(40), nullable=False),
     )
     op.create_table(
         "leases",
-        sa.Column("token", sa.Integer, primary_key=True),
-        sa.Column("name", sa.String(200), nullable=False, unique=True),
-        sa.Column("owner", sa.String(200), nullable=False),
-        sa.Column("until", sa.String(40), nullable=False),
+        sa.Column("token", BigInteger, primary_key=True),
+        sa.Column("name", short_text(200), nullable=False, unique=True),
+        sa.Column("owner", short_text(200), nullable=False),
+        sa.Column("until", short_text(40), nullable=False),
         sqlite_autoincrement=True,
     )
     # Programs that do not know alembic's table look here, and refuse what is newer.
@@ -41,12 +43,12 @@ def _rebuild_runs() -> None:
     # that too. Renaming takes along what refers to the new ones.
     runs = op.create_table(
         "new_runs",
-        sa.Column("id", sa.String(128), primary_key=True),
-        sa.Column("backend", sa.String(128), nullable=False),
-        sa.Column("status", sa.String(32), nullable=False),
-        sa.Column("created_at", sa.String(40), nullable=False),
-        sa.Column("remote_id", sa.String(256)),
-        sa.Column("seen_at", sa.String(40)),
+        sa.Column("id", short_text(128), primary_key=True),
+        sa.Column("backend", short_text(128), nullable=False),
+        sa.Column("status", short_text(32), nullable=False),
+        sa.Column("created_at", short_text(40), nullable=False),
+        sa.Column("remote_id", short_text(256)),
+        sa.Column("seen_at", short_text(40)),
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("cursor", sa.Text),
         sa.Column("whole", sa.Boolean, nullable=False),
@@ -59,8 +61,8 @@ def _rebuild_runs() -> None:
     op.create_table(
         "new_journal",
         _of_run("new_runs"),
-        sa.Column("name", sa.String(200), primary_key=True),
-        sa.Column("begun_at", sa.String(40), nullable=False),
+        sa.Column("name", short_text(200), primary_key=True),
+        sa.Column("begun_at", short_text(40), nullable=False),
         sa.Column("result", sa.Text),
     )
     connection = op.get_bind()
@@ -90,13 +92,13 @@ def _rebuild_runs() -> None:
 def _make_records() -> None:
     op.create_table(
         "records",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", BigInteger, primary_key=True),
         _of_run(key=False),
-        sa.Column("seq", sa.Integer, nullable=False),
-        sa.Column("at", sa.String(40), nullable=False),
-        sa.Column("level", sa.String(16), nullable=False),
-        sa.Column("source", sa.String(64), nullable=False),
-        sa.Column("step", sa.Integer),
+        sa.Column("seq", BigInteger, nullable=False),
+        sa.Column("at", short_text(40), nullable=False),
+        sa.Column("level", short_text(16), nullable=False),
+        sa.Column("source", short_text(64), nullable=False),
+        sa.Column("step", BigInteger),
         sa.Column("message", sa.Text, nullable=False),
         sa.Column("fields", sa.Text),
         sqlite_autoincrement=True,
@@ -105,23 +107,23 @@ def _make_records() -> None:
     op.create_table(
         "metrics",
         _of_run(),
-        sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("name", sa.String(128), primary_key=True),
-        sa.Column("at", sa.String(40), nullable=False),
+        sa.Column("step", BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("name", short_text(128), primary_key=True),
+        sa.Column("at", short_text(40), nullable=False),
         sa.Column("value", sa.Float, nullable=False),
     )
     record = sa.ForeignKey("records.id", ondelete="CASCADE")
     op.create_table(
         "deliveries",
-        sa.Column("id", sa.Integer, record, primary_key=True, autoincrement=False),
-        sa.Column("backend", sa.String(128), nullable=False),
+        sa.Column("id", BigInteger, record, primary_key=True, autoincrement=False),
+        sa.Column("backend", short_text(128), nullable=False),
     )
     op.create_index("deliveries_by_backend", "deliveries", ["backend", "id"])
 
 
 def _of_run(table: str = "runs", *, key: bool = True) -> sa.Column[str]:
     run = sa.ForeignKey(f"{table}.id", ondelete="CASCADE")
-    return sa.Column("run_id", sa.String(128), run, primary_key=key, nullable=False)
+    return sa.Column("run_id", short_text(128), run, primary_key=key, nullable=False)
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
