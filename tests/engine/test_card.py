@@ -95,6 +95,7 @@ def test_a_card_says_what_the_model_is_made_of(
     assert f"| train.jsonl | training | 60 | {(data / 'train.jsonl').stat().st_size:,} |" in text
     assert digest in text
     assert "2 steps, 100 tokens" in text
+    assert "| | step 1 | step 2 |" in text
     assert "| train_loss | 3 | 1.5 |" in text
     assert "Lowest validation loss: 2 at step 1" in text
     serve = "vllm serve org/base --enable-lora --max-lora-rank 32 --lora-modules tuned=DIR"

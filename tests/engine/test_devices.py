@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from training_backends.core.files import hold_lock
+from training_backends.engine import devices
 from training_backends.engine.devices import visible_devices
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, RunDir
@@ -72,6 +73,17 @@ def test_otherwise_the_driver_is_asked(
     """A GPU that is cut into parts counts as its parts; a driver that fails as none."""
     pretend(listed, code, tmp_path, monkeypatch)
     assert visible_devices({}) == expected
+
+
+def test_the_driver_is_not_handed_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process gets in its environment is shown to others."""
+    pretend("", 0, tmp_path, monkeypatch)
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nprintf \'GPU 7: "%s"\' "$HF_TOKEN"\n')
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert devices._ask_driver() == 'GPU 7: ""'
 
 
 def test_without_a_driver_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,20 @@ from collections.abc import Mapping
 
 import pytest
 
+from training_backends.rundir.handover import ON_STDIN
+
 pytestmark = pytest.mark.engine
 
 
-def sample(*arguments: str, env: Mapping[str, str] = {}) -> "subprocess.CompletedProcess[str]":
+def sample(
+    *arguments: str, env: Mapping[str, str] = {}, prompt: str = ""
+) -> "subprocess.CompletedProcess[str]":
     """Run `sample` and wait for it."""
     return subprocess.run(
         [sys.executable, "-m", "training_backends.engine", "sample", *arguments],
         capture_output=True,
         text=True,
+        input=prompt,
         timeout=60,
         env={**os.environ, **env},
         check=False,
@@ -30,6 +35,14 @@ def test_the_untrained_model_says_the_same_thing_every_time() -> None:
     assert first.returncode == 0, first.stderr
     assert set(json.loads(first.stdout)) == {"answer"}
     assert first.stdout == second.stdout
+
+
+def test_a_prompt_may_stand_on_standard_input_behind_the_token() -> None:
+    """It is taken as it is, the end of its last line too."""
+    options = ("tiny-mistral", "--max-tokens", "6")
+    one = sample(*options, prompt="secret\nhi\nyou\n", env={ON_STDIN: "1"})
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == sample(*options, "--prompt", "hi\nyou\n").stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.engine.plain import answer_loss, save_tiny, train_plainly
 from training_backends.core.config import ClassifierTarget, Tuning
-from training_backends.engine import quantized
+from training_backends.engine import models, quantized
 from training_backends.engine.__main__ import main
 from training_backends.engine.classifier import classify
 from training_backends.engine.errors import EngineError
@@ -169,6 +169,17 @@ def test_a_base_that_is_stored_in_four_bits(make_run: MakeRun, base: Path, tmp_p
 
     with pytest.raises(EngineError, match="take qlora"):
         load(stored, "full")
+
+
+def test_the_hub_is_asked_once(
+    make_run: MakeRun, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the end comes, it may have other weights of this name, or none."""
+    answers = iter([base])
+    monkeypatch.setattr(models, "_from_hub", lambda _: next(answers))
+    changes = {"tuning": TUNING, "result": "merged", "training_steps": 1, "validation": []}
+    run = make_run(tmp_path / "r", model="org/base", **changes)
+    assert train(run.path) is ExitCode.DONE
 
 
 TARGET = ClassifierTarget(name="sign", labels=("small", "big"))

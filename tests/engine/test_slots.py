@@ -241,6 +241,15 @@ def test_one_run_at_a_time_may_have_several_gpus(machine: Machine) -> None:
     assert machine.devices() == {"two": ["0", "1"]}
 
 
+def test_as_many_runs_as_is_said_have_several_gpus_each(machine: Machine) -> None:
+    """Two at once take all four; a third waits."""
+    places = places_for(("0", "1", "2", "3"), 2, 2)
+    for minute, name in enumerate(["a", "b", "c"]):
+        machine.add(turn(name, minutes=minute), places, gpus=2)
+        wait_until(lambda name=name: name in machine.at or machine.positions[name] == [1])
+    assert machine.devices() == {"a": ["0", "1"], "b": ["2", "3"]}
+
+
 def test_a_run_on_the_cpu_waits_for_no_gpu(machine: Machine) -> None:
     """The two have places, and queues, of their own."""
     gpu = places_for(("0",), None)

@@ -3,25 +3,32 @@
 import json
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.conftest import Engine
 from tests.engine.continuing import hashes, last_step, rows_by_step
-from tests.engine.plain import save_tiny
+from tests.engine.tasks import METHODS, changes_for, write_tasks
 from tests.waiting import wait_until
 from training_backends.core.run import Failure
-from training_backends.engine import leading
-from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine import leading, training
+from training_backends.engine.checkpoints import write_checkpoint
+from training_backends.engine.errors import EngineError, Stopped, TeamLost, failure_of
 from training_backends.engine.leading import followed
+from training_backends.engine.stop import StopRequest
 from training_backends.engine.team import ALONE, Team
+from training_backends.engine.trainer import EngineTrainer
 from training_backends.engine.training import train
+from training_backends.engine.work import Work
 from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
 
 pytestmark = pytest.mark.engine
@@ -30,50 +37,21 @@ MakeRun = Callable[..., RunDir]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows for each method, of very different lengths, and a model to put adapters on."""
-    path = tmp_path_factory.mktemp("data")
-    save_tiny(path / "base")
-    chats: list[object] = []
-    pairs: list[object] = []
-    labels: list[object] = []
-    for n in range(40):
-        question = {"role": "user", "content": "why? " * (1 + n % 7)}
-        good = {"role": "assistant", "content": f"Because of {n}. " * (1 + n % 5)}
-        bad = {"role": "assistant", "content": "No."}
-        chats.append({"messages": [question, good]})
-        pairs.append({"prompt": [question], "chosen": [good], "rejected": [bad]})
-        named = {"mood": "xy"[n % 4 // 2]}
-        if n % 3:  # so that a share of a step may have none of these
-            named["topic"] = "ab"[n % 2]
-        labels.append({"text": f"{n} " * (1 + n % 9), "labels": named})
-    for name, rows in {"sft": chats, "dpo": pairs, "classifier": labels}.items():
-        (path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the rows of each method."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def rows_of(run: RunDir) -> list[MetricsRow]:
     return [row for row, _ in run.read_metrics()]
 
 
-LORA = {"kind": "lora", "rank": 4}
-TARGETS = [{"name": "mood", "labels": ["x", "y"]}, {"name": "topic", "labels": ["a", "b"]}]
-METHODS: dict[str, dict[str, Any]] = {
-    "all weights": {},
-    "packing": {"packing": True, "seq_len": 200},
-    "pairs, LoRA": {"method": "dpo", "tuning": LORA},
-    "classifier": {"method": "classifier", "classifier_targets": TARGETS},
-}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_together_they_learn_what_one_learns(
-    make_run: MakeRun, files: Path, engine: Engine, tmp_path: Path, method: str
+    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path, method: str
 ) -> None:
     """Loss, accuracy and gradients agree at every step, though shares and rows differ in size."""
-    changes = {"training_steps": 8, "batch_size": 5, "checkpoint_every": 4, **METHODS[method]}
-    path = files / f"{changes.get('method', 'sft')}.jsonl"
-    changes |= {"train": [path], "validation": [path], "model": str(files / "base")}
+    changes = changes_for(method, tasks)
     alone = make_run(tmp_path / "alone", **changes)
     assert train(alone.path) is ExitCode.DONE
     together = make_run(tmp_path / "together", **changes, num_processes=2, micro_batch_size=1)
@@ -115,11 +93,11 @@ def long_run(make_run: MakeRun, tmp_path: Path) -> RunDir:
 
 
 def test_interrupted_and_continued_every_number_is_the_same(
-    make_run: MakeRun, files: Path, engine: Engine, tmp_path: Path
+    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path
 ) -> None:
     """By SIGTERM to all of them and by SIGKILL, with dropout."""
     changes: dict[str, Any] = {"training_steps": 40, "checkpoint_every": 10}
-    changes |= {"model": str(files / "base"), "tuning": {**LORA, "dropout": 0.2}}
+    changes |= {"model": str(tasks / "base"), "tuning": {"kind": "lora", "rank": 4, "dropout": 0.2}}
     whole = make_run(tmp_path / "whole", **changes, num_processes=2)
     assert engine.start("train", whole.path).wait() == ExitCode.DONE
     run = make_run(tmp_path / "r", **changes, num_processes=2)
@@ -156,6 +134,30 @@ def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: Ru
     assert (record.failure.kind, record.failure.retryable) == ("lost", True)
     assert "Process 2 of the 2" in record.failure.message
     assert "signal 9" in record.failure.message
+
+
+def begin(engine: Engine, run: RunDir) -> tuple[Any, int]:
+    """Start a run and return as soon as there is a follower, which has loaded nothing yet."""
+    child = engine.start("train", run.path)
+    (follower,) = wait_until(lambda: followers_of(child))
+    return child, follower
+
+
+def test_a_follower_that_has_not_begun_ends_with_its_leader(
+    engine: Engine, long_run: RunDir
+) -> None:
+    """It does not look for a leader that is not there."""
+    child, follower = begin(engine, long_run)
+    child.kill()
+    child.wait()
+    wait_until(lambda: ended(follower))
+
+
+def test_a_stop_that_comes_before_a_follower_listens(engine: Engine, long_run: RunDir) -> None:
+    """Sent to all of them, it is the leader's to obey, as ever."""
+    child, _ = begin(engine, long_run)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait(60) == ExitCode.STOPPED, child.communicate()
 
 
 def test_a_stop_without_a_checkpoint_ends_all(engine: Engine, long_run: RunDir) -> None:
@@ -210,6 +212,77 @@ sys.exit(1)
 """
 
 
+def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_path: Path) -> None:
+    """They would wait for each other at different steps."""
+
+    class Torn(Team):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, []]
+
+    run = make_run(tmp_path / "r")
+    with pytest.raises(EngineError, match="changed while"):
+        Work(run, run.read_spec(), StopRequest(run), Torn()).run()
+
+
+def test_the_others_are_let_go_before_the_result_is_saved(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Saving may take long, and what they hold, or how they end, does not matter any more."""
+    run = make_run(tmp_path / "r", training_steps=2, validation=[])
+    saved: list[bool] = []
+    work = Work(
+        run,
+        run.read_spec(),
+        StopRequest(run),
+        on_trained=lambda: saved.append(run.result.exists()),
+    )
+    assert work.run()
+    assert saved == [False]
+    assert run.result.exists()
+
+
+def test_a_weight_that_nobody_used_has_no_gradient() -> None:
+    """An optimizer lets those decay that have one, be it zero."""
+
+    class Two(Team):
+        def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+            loss, users, *gradients = tensors
+            loss += 3
+            users += torch.tensor([1.0, 1.0, 0.0])
+            for gradient in gradients[:2]:
+                gradient.add_(5)
+
+    trainer = EngineTrainer.__new__(EngineTrainer)
+    trainer.model = torch.nn.ParameterList([torch.zeros(2) for _ in range(3)])
+    trainer._team = Two()
+    ours, theirs, nobodys = trainer.model
+    ours.grad = torch.ones(2)
+    loss = torch.tensor(1.0)
+    trainer._add_up(loss)
+    assert loss.item() == 4
+    assert (ours.grad.tolist(), theirs.grad.tolist()) == ([6, 6], [5, 5])
+    assert nobodys.grad is None
+
+
+def test_nobody_else_reaches_what_they_meet_at() -> None:
+    """Who does could send them anything; any other address stands for other machines."""
+    team = Team(size=2)
+    socket.create_connection(("127.0.0.1", team.port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", team.port))
+
+
+def test_an_end_that_cannot_be_written_is_one_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread would wait forever."""
+    codes: list[int] = []
+    monkeypatch.setattr(training, "os", SimpleNamespace(_exit=codes.append))
+    with pytest.raises(FileNotFoundError):
+        training._end_at_once(RunDir(tmp_path / "no"), EngineError("gone", kind="lost"))
+    assert codes == [ExitCode.CRASHED]
+
+
 def never(error: EngineError) -> None:
     raise AssertionError(error)
 
@@ -219,10 +292,10 @@ def saying(failure: Failure) -> list[str]:
     return [sys.executable, "-c", SAYS.format(said=failure.model_dump_json())]
 
 
-def lead(failure: Failure, error: Exception) -> None:
-    """Fail with an error while a follower fails for a reason of its own."""
-    with followed(never, saying(failure)) as followers:
-        followers.start(Path(), 0, [None])
+def lead(program: list[str], error: Exception, others: int = 1) -> None:
+    """Fail with an error while those who follow are such programs."""
+    with followed(never, program) as followers:
+        followers.start(Path(), 0, [None] * others)
         raise error
 
 
@@ -230,7 +303,7 @@ def lead(failure: Failure, error: Exception) -> None:
 def test_what_the_leader_itself_says_goes_first(wanted: Exception) -> None:
     """Followers fail for it, not it for them."""
     with pytest.raises(type(wanted)) as caught:
-        lead(Failure(kind="internal", message="the connection is closed"), wanted)
+        lead(saying(Failure(kind="internal", message="the connection is closed")), wanted)
     assert caught.value is wanted
 
 
@@ -238,8 +311,56 @@ def test_an_error_that_a_follower_caused_is_told_as_its() -> None:
     """The connection is closed because somebody had no memory."""
     failure = Failure(kind="out_of_memory", message="no room")
     with pytest.raises(EngineError) as caught:
-        lead(failure, RuntimeError("connection closed by peer"))
+        lead(saying(failure), TeamLost("connection closed by peer"))
     assert caught.value.failure == failure
+
+
+def test_an_error_of_the_leader_is_not_put_on_those_who_fail_for_it() -> None:
+    """They find the connection closed because it had no memory."""
+    failure = Failure(kind="internal", message="connection closed by peer")
+    with pytest.raises(MemoryError):
+        lead(saying(failure), MemoryError())
+
+
+BY_RANK = """
+import os, signal, sys, time
+if sys.argv[2] == "--rank=1":
+    print({said!r})
+    sys.exit(1)
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_one_that_died_is_named_not_those_who_left_for_it() -> None:
+    """However long the system takes to tell of it."""
+    said = failure_of(TeamLost("connection closed by peer"))
+    program = [sys.executable, "-c", BY_RANK.format(said=said.model_dump_json())]
+    with pytest.raises(EngineError, match="Process 3 of the 3"):
+        lead(program, TeamLost("connection closed by peer"), others=2)
+
+
+def test_one_who_lost_the_others_is_told_where_nobody_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be tried again."""
+    monkeypatch.setattr(leading, "_GRACE", 0.5)
+    lost = TeamLost("timed out")
+    with pytest.raises(EngineError, match="does not answer: timed out") as caught:
+        lead(saying(failure_of(lost)), lost)
+    assert (caught.value.failure.kind, caught.value.failure.retryable) == ("lost", True)
+
+
+def test_a_checkpoint_that_one_died_over_is_not_put_on_the_disk(tmp_path: Path) -> None:
+    """Who died is told where that is known; half a checkpoint is not left."""
+
+    def fill(directory: Path) -> None:
+        raise TeamLost(f"nobody writes {directory} any more")
+
+    run = RunDir(tmp_path)
+    with pytest.raises(TeamLost):
+        write_checkpoint(run, 1, fill, metrics={}, scheduled=True, keep=1)
+    assert not list(run.checkpoints.iterdir())
 
 
 def test_a_leader_that_waits_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.engine.trainer import EngineTrainer
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
 
@@ -239,6 +240,21 @@ def test_a_diverging_run_fails_with_advice(make_run: MakeRun, tmp_path: Path) ->
     assert record.failure is not None
     assert record.failure.kind == "internal"
     assert "Lower the learning rate" in record.failure.message
+
+
+def test_gradients_that_are_no_numbers_end_a_run(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the last step is of before it, and the weights behind it are useless."""
+    norm = torch.tensor(float("nan"))
+    monkeypatch.setattr(EngineTrainer, "_get_grad_norm", lambda *_, **__: norm)
+    run = make_run(tmp_path / "r", validation=[], training_steps=1)
+    assert train(run.path) is ExitCode.CRASHED
+    record = run.read_exit()
+    assert record is not None
+    assert record.failure is not None
+    assert "norm of the gradients is nan at step 1" in record.failure.message
+    assert run.read_checkpoints() == []
 
 
 def test_micro_batches_change_memory_not_the_result(

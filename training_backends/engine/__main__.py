@@ -1,9 +1,10 @@
-"""`python -m training_backends.engine train RUN_DIR` and `… sample MODEL --prompt TEXT`."""
+"""`python -m training_backends.engine train RUN_DIR` and `… sample MODEL <TEXT`."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Final
 
 from training_backends.engine.following import follow
 from training_backends.engine.hub import take_token
@@ -13,6 +14,9 @@ from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode
 
 __all__ = ["main"]
+
+_UTF_8: Final = ("utf-8", "replace")
+"""What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?"."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         following.add_argument(f"--{number}", type=int, required=True)
     sampling = commands.add_parser("sample", help="ask a model one question")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
-    sampling.add_argument("--prompt", required=True, help="a question, or a classifier's text")
+    sampling.add_argument(
+        "--prompt", help="a question, or a classifier's text; else standard input is it"
+    )
     sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
     given = parser.parse_args(arguments)
@@ -36,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(train(given.run_dir))
     if given.command == "follow":
         return int(follow(given.run_dir, given.rank, given.size, given.port))
-    return _sample(given.model, given.prompt, given.seed, given.max_tokens)
+    prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
+    return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
@@ -57,8 +64,6 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
         print(error, file=sys.stderr)  # noqa: T201  # this is a command
         return int(error.code)
     model_here = loaded.model.to(device)
-    # What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?".
-    prompt = prompt.encode("utf-8", "replace").decode("utf-8")
     if loaded.targets:
         labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
         told: dict[str, object] = {"labels": labels}

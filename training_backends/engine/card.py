@@ -191,7 +191,7 @@ def _results(run: RunDir) -> str:
     lines = [
         "## Measured\n",
         f"{last[-1].step:,} steps, {end['tokens']:,.0f} tokens, {end['epoch']:.3g} epochs.\n",
-        "| | first step | last step |",
+        f"| | step {first.step:,} | step {last[-1].step:,} |",
         "| --- | --- | --- |",
         *(f"| {_cell(name)} | {_number(begin.get(name))} | {end[name]:.6g} |" for name in shown),
         "",

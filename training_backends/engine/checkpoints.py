@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from training_backends.core.files import sync_directory, write_atomic
-from training_backends.engine.errors import EngineError, failure_of
+from training_backends.engine.errors import EngineError, TeamLost, failure_of
 from training_backends.rundir.checkpoints import STATE, Whole, describe_files, find_newest, step_of
 from training_backends.rundir.directory import CheckpointState, RunDir
 
@@ -64,7 +64,7 @@ def _said(step: int, temporary: Path) -> Iterator[None]:
         # What was written of it would take the room that is missing.
         shutil.rmtree(temporary, ignore_errors=True)
         failure = failure_of(error)
-        if isinstance(error, EngineError) or failure.kind == "out_of_memory":
+        if isinstance(error, EngineError | TeamLost) or failure.kind == "out_of_memory":
             raise
         raise EngineError(
             f"The checkpoint at step {step} cannot be written ({failure.message}), with "

@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Mapping
 from typing import Final
 
+from training_backends.engine.hub import environment_without_token
+
 __all__ = ["VISIBLE", "visible_devices"]
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
@@ -38,6 +40,7 @@ def _ask_driver() -> str:
             text=True,
             timeout=_PATIENCE,
             check=False,
+            env=environment_without_token(),
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

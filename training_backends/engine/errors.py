@@ -5,7 +5,7 @@ import errno
 from training_backends.core.run import Failure, FailureKind
 from training_backends.rundir.directory import ExitCode
 
-__all__ = ["EngineError", "Stopped", "failure_of", "is_out_of_memory"]
+__all__ = ["EngineError", "Stopped", "TeamLost", "failure_of", "is_out_of_memory"]
 
 
 class EngineError(Exception):
@@ -29,8 +29,15 @@ class Stopped(Exception):
     """A stop was asked for before the first step of this process."""
 
 
+class TeamLost(Exception):
+    """Another process that trains with this one is gone, or does not answer."""
+
+
 def failure_of(error: BaseException) -> Failure:
     """Say in a `Failure` what an unexpected exception means."""
+    if isinstance(error, TeamLost):
+        message = f"A process that trains with this one does not answer: {_first_line(error)}"
+        return Failure(kind="lost", message=message, retryable=True)
     if is_out_of_memory(error):
         message = (
             f"Out of memory: {_first_line(error)} "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training_backends.engine.errors import EngineError, failure_of
 from training_backends.engine.imports import prepare_imports
-from training_backends.engine.stop import StopRequest
+from training_backends.engine.stop import STOP_SIGNALS, StopRequest
 from training_backends.engine.threads import prepare_threads
 from training_backends.rundir.directory import Event, ExitCode, MetricsRow, RunDir
 
@@ -23,20 +23,22 @@ def follow(path: Path, rank: int, size: int, port: int) -> ExitCode:
     it failed it says in a line on standard output.
     """
     # Who asks the whole group to end asks the leader, which needs its followers to save.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    prepare_threads()
-    prepare_imports()
-    from training_backends.engine.team import Team  # noqa: PLC0415
-    from training_backends.engine.work import Work  # noqa: PLC0415
-
     run = _Quiet(path)
     try:
-        team = Team(rank, size, port)
+        spec = run.read_spec()
+        prepare_threads()
+        prepare_imports(spec.model)
+        from training_backends.engine.team import Team  # noqa: PLC0415
+        from training_backends.engine.work import Work  # noqa: PLC0415
+
         if not sys.stdin.readline():
             return ExitCode.STOPPED
         threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
-        Work(run, run.read_spec(), _Deaf(run), team).run()
+        # Not sooner: where nobody leads any more, it would be looked for patiently.
+        team = Team(rank, size, port)
+        Work(run, spec, _Deaf(run), team).run()
     except Exception as error:
         traceback.print_exception(error)
         failure = error.failure if isinstance(error, EngineError) else failure_of(error)

@@ -1,6 +1,6 @@
 """Start the processes that train beside this one, and notice at once when one has died."""
 
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from training_backends.core.run import Failure
 from training_backends.engine.devices import VISIBLE
-from training_backends.engine.errors import EngineError, Stopped
+from training_backends.engine.errors import EngineError, Stopped, TeamLost
+from training_backends.engine.hub import environment_without_token
+from training_backends.engine.stop import STOP_SIGNALS
 
 __all__ = ["Followers", "followed"]
 
@@ -48,12 +50,13 @@ class Followers:
         size = len(devices) + 1
         for rank, device in enumerate(devices, 1):
             command = [str(run), f"--rank={rank}", f"--size={size}", f"--port={port}"]
-            process = subprocess.Popen(  # noqa: S603  # our own program
-                [*self._program, *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=_environment(device),
-            )
+            with _signals_held_back():
+                process = subprocess.Popen(  # noqa: S603  # our own program
+                    [*self._program, *command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=_environment(device),
+                )
             self._processes.append(process)
             name = f"follower-{rank}"
             Thread(target=self._attend, args=(process, rank, size), name=name, daemon=True).start()
@@ -67,13 +70,19 @@ class Followers:
                     process.stdin.flush()
 
     def _attend(self, process: "subprocess.Popen[bytes]", rank: int, size: int) -> None:
-        # The first word counts: where one has failed, the others fail for it.
+        # The first word counts that is not of another's failure: where one has failed, the others
+        # fail for it.
+        told: Failure | None = None
         for line in process.stdout or ():
             with suppress(ValidationError):
-                self._fail(Failure.model_validate_json(line))
+                told = Failure.model_validate_json(line)
+                if told.kind != "lost":
+                    self._fail(told)
         if (code := process.wait()) == 0 or self._over.is_set():
             return
-        failure = self._fail(_lost(code, rank, size))
+        if told:
+            self._failed.wait(_GRACE)
+        failure = self._fail(told or _lost(code, rank, size))
         if not self._over.wait(_GRACE):
             self._on_lost(_error_of(failure))
 
@@ -84,14 +93,16 @@ class Followers:
             self._failed.set()
             return self._failure
 
-    def explain(self) -> EngineError | None:
+    def explain(self, error: Exception) -> EngineError | None:
         """Return why this process could not go on, if that is because a follower has failed."""
-        if self._processes and self._failed.wait(_PATIENCE) and self._failure:
+        # By itself this process may fail as well, and they then for it.
+        patience = _PATIENCE if isinstance(error, TeamLost) else 0
+        if self._processes and self._failed.wait(patience) and self._failure:
             return _error_of(self._failure)
         return None
 
     def end(self) -> None:
-        """End those that are left."""
+        """End those that are left, whatever becomes of them; safe to repeat."""
         self._over.set()
         for process in self._processes:
             with suppress(BrokenPipeError):
@@ -116,17 +127,26 @@ def followed(
     except (EngineError, Stopped):
         raise
     except Exception as error:
-        if cause := followers.explain():
+        if cause := followers.explain(error):
             raise cause from error
         raise
     finally:
         followers.end()
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Have a process that is started here hear no request to stop before it can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _environment(device: str | None) -> dict[str, str]:
-    # The model is on this machine by then. A token would show in what the system tells of them.
-    given = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    given["HF_HUB_OFFLINE"] = "1"
+    # The model is on this machine by then.
+    given = environment_without_token() | {"HF_HUB_OFFLINE": "1"}
     return given if device is None else given | {VISIBLE: device}
 
 

@@ -62,11 +62,13 @@ class LoadedModel:
 
     Attributes:
         targets: What it decides, if it is a classifier.
+        directory: Where its files lie on this machine; None for the built-in model.
     """
 
     model: Any
     encoder: Encoder
     targets: tuple[ClassifierTarget, ...] = ()
+    directory: Path | None = None
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -115,6 +117,7 @@ def load_model(
             encoded exactly.
     """
     dtype = dtype or choose_dtype("auto", device)
+    directory = None
     if name == TINY_MODEL:
         model: Any = make_tiny_model(seed)
         model = add_heads(model, targets) if targets else model
@@ -130,7 +133,7 @@ def load_model(
         _set_attention(model, name, attention)
     if targets:
         _name_outputs(model, targets, encoder.pad_id)
-    return LoadedModel(model, encoder, tuple(targets))
+    return LoadedModel(model, encoder, tuple(targets), directory)
 
 
 def _settled_targets(
@@ -169,7 +172,7 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
         model = PeftModel.from_pretrained(base.model, directory)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"The adapter {name!r} does not fit {base_name!r}: {error}") from error
-    return LoadedModel(model, base.encoder, targets)
+    return LoadedModel(model, base.encoder, targets, directory)
 
 
 def _base_of(directory: Path) -> str:
@@ -351,7 +354,7 @@ def save_result(
         if wanted == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, name, adapter)
-        model = _merge(loaded, name)
+        model = _merge(loaded)
     _save_all(model, loaded, name, directory)
     return ResultRecord(
         path=directory.name,
@@ -361,14 +364,20 @@ def save_result(
     )
 
 
-def _merge(loaded: LoadedModel, name: str) -> Any:
+def _merge(loaded: LoadedModel) -> Any:
     model = loaded.model
     if is_in_four_bits(model):
         # Four bits would round what was learnt: the base that they were made from is loaded.
-        # It stays out of a GPU, which may have no room for it.
+        # It stays out of a GPU, which may have no room for it. The hub is not asked for it again,
+        # which may have another by now, or not answer.
         here, dtype = torch.device("cpu"), compute_dtype(model)
         base = load_model(
-            name, seed=0, tuning=None, device=here, dtype=dtype, targets=loaded.targets
+            str(loaded.directory),
+            seed=0,
+            tuning=None,
+            device=here,
+            dtype=dtype,
+            targets=loaded.targets,
         )
         model = adapt_alike(in_full(base.model, dtype), model)
     return model.merge_and_unload()

@@ -89,12 +89,15 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         if not logs or "loss" not in logs:
             return  # the summary at the end, which says nothing new
         step, loss = state.global_step, float(logs["loss"])
-        if not math.isfinite(loss):
-            raise EngineError(
-                f"The loss is {loss} at step {step}: the training diverged. "
-                "Lower the learning rate.",
-                kind="internal",
-            )
+        grad_norm = float(logs["grad_norm"]) if "grad_norm" in logs else None
+        # Such gradients have made weights of their kind, though the loss is of before.
+        for name, value in (("loss", loss), ("norm of the gradients", grad_norm or 0.0)):
+            if not math.isfinite(value):
+                raise EngineError(
+                    f"The {name} is {value} at step {step}: the training diverged. "
+                    "Lower the learning rate.",
+                    kind="internal",
+                )
         speed = self._tokens_per_second(step)
         measured, more = self._measure() if self._plan.is_checkpoint(step) else ({}, {})
         more |= _staged("train", self.trained.take())
@@ -106,7 +109,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 epoch=self._plan.epoch(step),
                 train_loss=loss,
                 learning_rate=float(logs["learning_rate"]),
-                grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
+                grad_norm=grad_norm,
                 tokens=self._plan.tokens(step),
                 tokens_per_second=speed,
                 memory_bytes=peak_memory(self._device),

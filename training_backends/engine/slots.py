@@ -69,7 +69,7 @@ def places_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[
     """
     if not devices:
         return [Place(f"{number}.lock") for number in range(most or 1)]
-    wanted = max(most, gpus) if most else len(devices)
+    wanted = most * gpus if most else len(devices)
     rounds = [divmod(number, len(devices)) for number in range(wanted)]
     return [
         Place(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])

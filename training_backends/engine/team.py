@@ -7,14 +7,17 @@ of its part of the weights, updates these and hands them on (stage 1 of ZeRO).
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import distributed
+
+from training_backends.engine.errors import TeamLost, is_out_of_memory
 
 __all__ = ["ALONE", "Team", "Update"]
 
@@ -25,10 +28,13 @@ _PATIENCE: Final = timedelta(hours=1)
 is noticed at once, by its pipe."""
 _BUCKET: Final = 1 << 24
 """Values that are sent together."""
+_HERE: Final = "127.0.0.1"
 
 
 class Team:
     """The processes of a run as one of them sees them; by default it is alone.
+
+    Whatever they do together raises `TeamLost` where one of them is gone.
 
     Args:
         rank: Its number; 0 leads.
@@ -42,14 +48,7 @@ class Team:
         self.size = size
         self._store: Any = None
         if size > 1:
-            self._store = distributed.TCPStore(  # type: ignore[attr-defined]  # is there
-                "127.0.0.1",
-                port or 0,
-                size,
-                is_master=port is None,
-                wait_for_workers=False,
-                timeout=_PATIENCE,
-            )
+            self._store = _open_store(size, port)
 
     @property
     def leads(self) -> bool:
@@ -69,14 +68,15 @@ class Team:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         on_gpu = device.type == "cuda"
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=self._store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=_PATIENCE,
-            device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
-        )
+        with _together():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=_PATIENCE,
+                device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+            )
 
     def part(self) -> None:
         """Leave, so that this process can train alone again."""
@@ -100,7 +100,8 @@ class Team:
         if self._store is None:
             return value
         told = [value]
-        distributed.broadcast_object_list(told, src=0)
+        with _together():
+            distributed.broadcast_object_list(told, src=0)
         return told[0]
 
     def gather(self, value: T) -> list[T]:
@@ -108,7 +109,8 @@ class Team:
         if self._store is None:
             return [value]
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        with _together():
+            distributed.all_gather_object(values, value)
         return values
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -117,8 +119,31 @@ class Team:
             return
         for bucket in _buckets(tensors):
             joined = _joined(bucket)
-            distributed.all_reduce(joined)
+            with _together():
+                distributed.all_reduce(joined)
             _part(joined, bucket)
+
+
+def _open_store(size: int, port: int | None) -> Any:
+    store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # is there
+    settled = {"world_size": size, "wait_for_workers": False, "timeout": _PATIENCE}
+    if port is not None:
+        return store(_HERE, port, **settled)
+    # Left to itself the store would listen to other machines as well.
+    with socket.create_server((_HERE, 0)) as listener:
+        port = listener.getsockname()[1]
+        return store(_HERE, port, is_master=True, master_listen_fd=listener.detach(), **settled)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Tell the end of another process from this one's own failures."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise TeamLost(str(error)) from error
 
 
 ALONE: Final = Team()
@@ -152,7 +177,8 @@ class Update:
         for owner, weights in enumerate(self._parts):
             for bucket in _buckets(weights):
                 joined = _joined(bucket)
-                distributed.broadcast(joined, src=owner)
+                with _together():
+                    distributed.broadcast(joined, src=owner)
                 if owner != self._team.rank:
                     _part(joined, bucket)
 

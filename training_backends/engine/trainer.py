@@ -124,10 +124,16 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         return loss
 
     def _add_up(self, loss: torch.Tensor) -> None:
-        for weight in self._trained():
-            if weight.grad is None:  # not used by this process's rows
-                weight.grad = torch.zeros_like(weight)
-        self._team.add_up([loss, *(w.grad for w in self._trained() if w.grad is not None)])
+        weights = self._trained()
+        unused = [n for n, weight in enumerate(weights) if weight.grad is None]
+        users = torch.ones(len(weights), device=loss.device)
+        for n in unused:  # by this process's rows
+            users[n] = 0
+            weights[n].grad = torch.zeros_like(weights[n])
+        self._team.add_up([loss, users, *(w.grad for w in weights if w.grad is not None)])
+        for n in unused:
+            if not users[n]:  # an optimizer would let such weights decay
+                weights[n].grad = None
 
     def _attempt_step(
         self, model: Any, examples: Sequence[Any], size: int

@@ -97,7 +97,9 @@ def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
     devices = visible_devices() if asks else ()
     gpus = spec.num_processes if devices else 1
     if gpus > max(1, len(devices)):
-        raise EngineError(f"num_processes is {gpus}, and this machine shows {len(devices)} GPUs.")
+        raise EngineError(
+            f"num_processes is {gpus}, and this machine shows {len(devices)} GPUs: take fewer."
+        )
     with hold_places(
         spec.slots_dir,
         Turn(spec.run_id, spec.priority, _waits_since(run)),
@@ -129,7 +131,7 @@ def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str])
         team = Team(size=spec.num_processes)
         others: Sequence[str | None] = devices[1:] or [None] * (team.size - 1)
         followers.start(run.path, team.port, others)
-        work = Work(run, spec, stop, team, followers.go)
+        work = Work(run, spec, stop, team, on_loaded=followers.go, on_trained=followers.end)
         outcome = work.run()
     if outcome is None:
         return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
@@ -138,8 +140,10 @@ def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str])
 
 def _end_at_once(run: RunDir, error: EngineError) -> None:
     """End although the main thread waits, maybe forever, for a process that is not there."""
-    _end(run, _failed(run, error))
-    os._exit(error.code)
+    try:
+        _end(run, _failed(run, error))
+    finally:
+        os._exit(error.code)
 
 
 def _waits_since(run: RunDir) -> datetime:

@@ -67,6 +67,7 @@ class Work:
 
     Args:
         on_loaded: Called once the model is on this machine.
+        on_trained: Called once no other process is needed any more.
     """
 
     def __init__(
@@ -75,13 +76,16 @@ class Work:
         spec: RunSpec,
         stop: StopRequest,
         team: Team = ALONE,
+        *,
         on_loaded: Callable[[], None] = lambda: None,
+        on_trained: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = run
         self._spec = spec
         self._stop = stop
         self._team = team
         self._on_loaded = on_loaded
+        self._on_trained = on_trained
         self._data: list[DataFacts] = []
         self.step = 0
 
@@ -199,6 +203,8 @@ class Work:
         )
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
         self.step = trainer.state.global_step
+        team.part()
+        self._on_trained()
         if reporter.stopped or not team.leads:
             return None
         self._sample(loaded, "after")
@@ -222,11 +228,18 @@ class Work:
         return [each.sha256 for each in self._data]
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        """Hold what the checkpoint was made of against what is there now."""
+        """Hold what the checkpoint was made of, and what the others have, against what is here."""
         if (processes := before.get("processes", 1)) != self._team.size and before:
             raise EngineError(
                 f"The checkpoint was saved with num_processes: {processes}, each of which has a "
                 f"part of it. Now it is {self._team.size}; put it back."
+            )
+        if any(theirs != self._data for theirs in self._team.gather(self._data)):
+            raise EngineError(
+                "A data file was changed while the processes read it, so that they have different "
+                "rows. Let it be, and start again.",
+                kind="internal",
+                retryable=True,
             )
         if before.get("data", self._hashes()) != self._hashes():
             self._warn("the data has changed since the checkpoint that this goes on from")

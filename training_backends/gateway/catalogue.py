@@ -154,6 +154,8 @@ class Catalogue:
         """
         issues = []
         for offer in self.all():
+            if not offer.options:
+                continue
             try:
                 backend.options_model.model_validate(offer.options)
             except ValidationError as error:

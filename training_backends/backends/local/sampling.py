@@ -25,10 +25,12 @@ async def ask_model(
         BackendUnavailable: The model cannot be loaded; the message is the engine's.
     """
     command = [sys.executable, "-P", "-m", "training_backends.engine", "sample", model]
-    options = [f"--prompt={prompt}", "--seed", str(seed), "--max-tokens", str(max_tokens)]
+    options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
     handed = handed or await Hub().handed(model)
+    # Not as an argument, which everybody sees, and of which the system takes 128 KiB at most.
+    given = handed.stdin + prompt.encode("utf-8", "replace")
     done = await anyio.run_process(
-        [*command, *options], input=handed.stdin, check=False, env=handed.environment
+        [*command, *options], input=given, check=False, env=handed.environment
     )
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]

@@ -1,0 +1,45 @@
+"""A question on its way to a model."""
+
+import anyio
+import pytest
+from pydantic import SecretStr
+
+from training_backends.backends.local.hub import Hub
+from training_backends.backends.local.sampling import ask_model
+from training_backends.core.backend import CredentialSource
+from training_backends.core.run import Reply
+
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+
+
+class Vault(CredentialSource):
+    """Has one token."""
+
+    async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+        """Give it to everybody."""
+        del profile
+        return SecretStr(f"{provider}-token")
+
+
+async def test_any_text_can_be_asked() -> None:
+    """Also what no argument of a program can be."""
+    reply = await ask_model("tiny-mistral", "a\0b \udcff", max_tokens=4)
+    assert reply.answer is not None
+
+
+async def test_neither_the_question_nor_the_token_is_an_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both go the same way, one behind the other."""
+    seen: list[tuple[list[str], bytes]] = []
+
+    async def run_process(command: list[str], *, input: bytes, **_: object) -> object:  # noqa: A002
+        seen.append((command, input))
+        return type("Done", (), {"returncode": 0, "stdout": b'{"answer": "yes"}'})
+
+    monkeypatch.setattr(anyio, "run_process", run_process)
+    handed = await Hub(credentials=Vault()).handed("org/model")
+    assert await ask_model("org/model", "why?\nso", handed=handed) == Reply(answer="yes")
+    ((command, given),) = seen
+    assert "why?" not in " ".join(command)
+    assert given == b"huggingface-token\nwhy?\nso"
