@@ -295,7 +295,7 @@ def saying(failure: Failure) -> list[str]:
 def lead(program: list[str], error: Exception, others: int = 1) -> None:
     """Fail with an error while those who follow are such programs."""
     with followed(never, program) as followers:
-        followers.start(Path(), 0, [None] * others)
+        followers.start(Path(), [None] * others)
         raise error
 
 
@@ -369,7 +369,7 @@ def test_a_leader_that_waits_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -
     failure = Failure(kind="internal", message="broken")
     told: list[EngineError] = []
     with followed(told.append, saying(failure)) as followers:
-        followers.start(Path(), 0, [None])
+        followers.start(Path(), [None])
         wait_until(lambda: told)
     assert told[0].failure == failure
 

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     training.add_argument("run_dir", type=Path)
     following = commands.add_parser("follow", help="train beside a process that leads")
     following.add_argument("run_dir", type=Path)
-    for number in ("rank", "size", "port"):
+    for number in ("rank", "size"):
         following.add_argument(f"--{number}", type=int, required=True)
     sampling = commands.add_parser("sample", help="ask a model one question")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.command == "train":
         return int(train(given.run_dir))
     if given.command == "follow":
-        return int(follow(given.run_dir, given.rank, given.size, given.port))
+        return int(follow(given.run_dir, given.rank, given.size))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 

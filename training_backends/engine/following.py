@@ -16,11 +16,11 @@ from training_backends.rundir.directory import Event, ExitCode, MetricsRow, RunD
 __all__ = ["follow"]
 
 
-def follow(path: Path, rank: int, size: int, port: int) -> ExitCode:
+def follow(path: Path, rank: int, size: int) -> ExitCode:
     """Train as number `rank` of `size`; the leader starts this, and nobody else.
 
-    It begins once the leader writes a line to standard input, and ends when that is closed. Why
-    it failed it says in a line on standard output.
+    It begins once the leader writes to standard input where to meet, and ends when that is
+    closed. Why it failed it says in a line on standard output.
     """
     # Who asks the whole group to end asks the leader, which needs its followers to save.
     for number in STOP_SIGNALS:
@@ -33,11 +33,11 @@ def follow(path: Path, rank: int, size: int, port: int) -> ExitCode:
         from training_backends.engine.team import Team  # noqa: PLC0415
         from training_backends.engine.work import Work  # noqa: PLC0415
 
-        if not sys.stdin.readline():
+        if not (port := sys.stdin.readline()):
             return ExitCode.STOPPED
         threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
         # Not sooner: where nobody leads any more, it would be looked for patiently.
-        team = Team(rank, size, port)
+        team = Team(rank, size, int(port))
         Work(run, spec, _Deaf(run), team).run()
     except Exception as error:
         traceback.print_exception(error)

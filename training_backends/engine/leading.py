@@ -45,11 +45,11 @@ class Followers:
         self._failed = Event()
         self._over = Event()
 
-    def start(self, run: Path, port: int, devices: Sequence[str | None]) -> None:
+    def start(self, run: Path, devices: Sequence[str | None]) -> None:
         """Start one for each device; they wait for `go`."""
         size = len(devices) + 1
         for rank, device in enumerate(devices, 1):
-            command = [str(run), f"--rank={rank}", f"--size={size}", f"--port={port}"]
+            command = [str(run), f"--rank={rank}", f"--size={size}"]
             with _signals_held_back():
                 process = subprocess.Popen(  # noqa: S603  # our own program
                     [*self._program, *command],
@@ -61,12 +61,12 @@ class Followers:
             name = f"follower-{rank}"
             Thread(target=self._attend, args=(process, rank, size), name=name, daemon=True).start()
 
-    def go(self) -> None:
-        """Let them load the model, now that its files are here."""
+    def go(self, port: int) -> None:
+        """Let them load the model, now that its files are here, and say where to meet."""
         for process in self._processes:
             with suppress(BrokenPipeError):  # noticed elsewhere
                 if process.stdin:
-                    process.stdin.write(b"go\n")
+                    process.stdin.write(b"%d\n" % port)
                     process.stdin.flush()
 
     def _attend(self, process: "subprocess.Popen[bytes]", rank: int, size: int) -> None:

@@ -122,16 +122,17 @@ def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
 
 
 def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]) -> ExitRecord:
-    # Imported here: loading torch takes seconds and memory, which a queued process
-    # should not take from the one that trains.
-    from training_backends.engine.team import Team  # noqa: PLC0415
-    from training_backends.engine.work import Work  # noqa: PLC0415
-
     with followed(partial(_end_at_once, run)) as followers:
+        others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
+        followers.start(run.path, others)
+        # Imported here: loading torch takes seconds and memory, which a queued process should not
+        # take from the one that trains. The followers load it at the same time.
+        from training_backends.engine.team import Team  # noqa: PLC0415
+        from training_backends.engine.work import Work  # noqa: PLC0415
+
         team = Team(size=spec.num_processes)
-        others: Sequence[str | None] = devices[1:] or [None] * (team.size - 1)
-        followers.start(run.path, team.port, others)
-        work = Work(run, spec, stop, team, on_loaded=followers.go, on_trained=followers.end)
+        go = partial(followers.go, team.port)
+        work = Work(run, spec, stop, team, on_loaded=go, on_trained=followers.end)
         outcome = work.run()
     if outcome is None:
         return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
