@@ -11,10 +11,10 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
     ConfigError,
     DuplicateRun,
-    Issue,
     TrainingBackendError,
 )
 from training_backends.core.logs import bound
+from training_backends.core.options import option_issues
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.core.tracing import span
@@ -124,21 +124,9 @@ def require_options(backend: TrainingBackend, config: TrainingConfig) -> None:
     Raises:
         ConfigError: It says which do not fit, and which options there are.
     """
-    try:
-        backend.options_model.model_validate(config.options)
-    except ValidationError as error:
-        known = ", ".join(backend.options_model.model_fields) or "none"
-        issues = [
-            Issue(
-                code=detail["type"],
-                message=detail["msg"],
-                field=".".join(("options", *(str(part) for part in detail["loc"]))),
-                fix=f"options of {backend.name}: {known}",
-            )
-            for detail in error.errors(include_url=False)
-        ]
+    if issues := list(option_issues(backend.options_model, config.options)):
         raise ConfigError(
             f"The options are not those of the backend {backend.name!r}.",
             issues=issues,
             backend=backend.name,
-        ) from None
+        )

@@ -18,7 +18,7 @@ file adds names or replaces them:
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import Tuning
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.options import option_issues
 
 __all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
 
@@ -152,14 +153,12 @@ class Catalogue:
         Raises:
             ConfigError: Some are not; the issues name file and key.
         """
-        issues = []
-        for offer in self.all():
-            if not offer.options:
-                continue
-            try:
-                backend.options_model.model_validate(offer.options)
-            except ValidationError as error:
-                issues += _issues(self._path, ("models", offer.name, "options"), error)
+        issues = [
+            replace(issue, path=str(self._path), field=f"models.{offer.name}.{issue.field}")
+            for offer in self.all()
+            if offer.options
+            for issue in option_issues(backend.options_model, offer.options)
+        ]
         if self._path and issues:
             raise _error(self._path, issues)
 
@@ -206,7 +205,14 @@ def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
     try:
         entry = _Entry.model_validate(table)
     except ValidationError as error:
-        return _issues(path, ("models", name), error)
+        return [
+            _issue(
+                path,
+                ".".join(("models", name, *(str(part) for part in detail["loc"]))),
+                detail["msg"],
+            )
+            for detail in error.errors(include_url=False, include_input=False)
+        ]
     return Offer(
         name=name,
         target=entry.target,
@@ -218,14 +224,7 @@ def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
     )
 
 
-def _issues(path: Path | None, key: tuple[str, ...], error: ValidationError) -> list[Issue]:
-    return [
-        _issue(path, ".".join((*key, *(str(part) for part in detail["loc"]))), detail["msg"])
-        for detail in error.errors(include_url=False, include_input=False)
-    ]
-
-
-def _issue(path: Path | None, key: str | None, message: str) -> Issue:
+def _issue(path: Path, key: str | None, message: str) -> Issue:
     return Issue(code="catalogue", message=message, path=str(path), field=key)
 
 

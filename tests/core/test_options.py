@@ -1,0 +1,54 @@
+"""What is said of options that a backend does not have."""
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from training_backends.core.options import option_issues
+
+
+class Options(BaseModel):
+    """Those of some backend."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_runs: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Nothing(BaseModel):
+    """Those of a backend without any."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message", "fix"),
+    [
+        ({"max_run": 2}, "options.max_run", "no such option", "did you mean 'max_runs'?"),
+        ({"gpus": 2}, "options.gpus", "no such option", "there are: max_runs, device"),
+        ({"max_runs": 0}, "options.max_runs", "greater than or equal to 1", None),
+        ({"device": "tpu"}, "options.device", "'cpu' or 'cuda'", None),
+    ],
+)
+def test_the_option_is_named_and_what_there_is_instead(
+    options: dict[str, Any], field: str, message: str, fix: str | None
+) -> None:
+    """Names are offered for a name that does not exist, not for a value."""
+    (issue,) = option_issues(Options, options)
+    assert (issue.field, issue.fix) == (field, fix)
+    assert message in issue.message
+
+
+def test_all_of_them_are_told() -> None:
+    """In one go."""
+    issues = list(option_issues(Options, {"a": 1, "max_runs": 0}))
+    assert sorted(str(issue.field) for issue in issues) == ["options.a", "options.max_runs"]
+    assert list(option_issues(Options, {"max_runs": 3})) == []
+
+
+def test_a_backend_may_have_none() -> None:
+    """Which is said."""
+    (issue,) = option_issues(Nothing, {"a": 1})
+    assert issue.fix == "there are: none"

@@ -1,0 +1,37 @@
+"""What is wrong with the options that a backend is given."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from training_backends.core.errors import Issue
+
+__all__ = ["option_issues"]
+
+
+def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield an issue for each option that does not exist or has a wrong value.
+
+    Args:
+        model: The options that there are, see `TrainingBackend.options_model`.
+    """
+    try:
+        model.model_validate(options)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            unknown = detail["type"] == "extra_forbidden"
+            name = ".".join(str(part) for part in detail["loc"])
+            yield Issue(
+                code=detail["type"],
+                message="there is no such option" if unknown else detail["msg"],
+                field=f"options.{name}" if name else "options",
+                fix=_offered(name, list(model.model_fields)) if unknown else None,
+            )
+
+
+def _offered(name: str, known: list[str]) -> str:
+    if near := get_close_matches(name, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"there are: {', '.join(known) or 'none'}"
