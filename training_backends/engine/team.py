@@ -124,6 +124,9 @@ class Team:
             _part(joined, bucket)
 
 
+ALONE: Final = Team()
+
+
 def _open_store(size: int, port: int | None) -> Any:
     store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # is there
     settled = {"world_size": size, "wait_for_workers": False, "timeout": _PATIENCE}
@@ -144,9 +147,6 @@ def _together() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise TeamLost(str(error)) from error
-
-
-ALONE: Final = Team()
 
 
 class Update:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,7 @@ class Work:
         self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
     ) -> ResultRecord | None:
         spec, model, device, team = self._spec, loaded.model, loaded.model.device, self._team
-        precision = precision_for(device, choose_dtype(spec.dtype, device))
+        precision = self._precision(device)
         start = team.tell(newest_checkpoint(self._run) if team.leads else None)
         before = json.loads((start.path / _STATE).read_bytes()) if start else {}
         self._compare(before)
@@ -178,14 +179,7 @@ class Work:
             if start:
                 references.load(start.path)
             else:
-                references.compute(
-                    objective,
-                    model,
-                    micro,
-                    precision,
-                    team=team,
-                    should_stop=lambda: self._stop.requested,
-                )
+                self._ask_reference(references, objective, model, micro)
         self._say_start(plan, start.state.step if start else 0, model)
         twice = self._computes_twice(device)
         trainer = EngineTrainer(
@@ -209,6 +203,21 @@ class Work:
             return None
         self._sample(loaded, "after")
         return self._save(loaded)
+
+    def _ask_reference(
+        self, references: References, objective: PreferenceObjective, model: Any, micro: MicroBatch
+    ) -> None:
+        references.compute(
+            objective,
+            model,
+            micro,
+            self._precision(model.device),
+            team=self._team,
+            should_stop=lambda: self._stop.requested,
+        )
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[None]:
+        return precision_for(device, choose_dtype(self._spec.dtype, device))
 
     def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
         spec, device = self._spec, model.device
