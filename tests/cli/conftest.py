@@ -66,6 +66,14 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """Write a hundred rows of twenty bytes."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {n:03}"}) + "\n" for n in range(100)))
+    return path
+
+
+@pytest.fixture
 def config_file(tmp_path: Path, train_file: Path) -> Path:
     """Write a configuration that the local backend can run."""
     path = tmp_path / "run.yaml"

@@ -1,6 +1,5 @@
 """`data shard`: the files, what to paste into a configuration, and the exit codes."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("data_file")]
 
 Run = Any
-
-
-@pytest.fixture(autouse=True)
-def data_file(tmp_path: Path) -> Path:
-    """Write a hundred rows of twenty bytes."""
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": f"row {n:03}"}) + "\n" for n in range(100)))
-    return path
 
 
 def shards(directory: Path) -> list[Path]:

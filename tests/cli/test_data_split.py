@@ -1,23 +1,14 @@
 """`data split`: both files, what to paste into a configuration, and the exit codes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("data_file")]
 
 Run = Any
-
-
-@pytest.fixture(autouse=True)
-def data_file(tmp_path: Path) -> Path:
-    """Write a hundred rows."""
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": f"row {n:03}"}) + "\n" for n in range(100)))
-    return path
 
 
 def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:

@@ -4,9 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.datasets.files import written
 from tests.datasets.rows import line, rows
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
@@ -26,14 +24,6 @@ PIECES = (
     *(b"\x28\xb5\x2f\xfd", b" " * 50, b"[" * 2000, b'{"a":' * 2000, b'{"messages":[' * 500),
 )
 junk = st.binary(max_size=300) | st.lists(st.sampled_from(PIECES), max_size=60).map(b"".join)
-
-
-@contextmanager
-def written(content: bytes) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "data.jsonl"
-        path.write_bytes(content)
-        yield path
 
 
 def is_told_well(path: Path, issues: tuple[Issue, ...]) -> None:

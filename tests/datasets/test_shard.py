@@ -3,15 +3,13 @@
 import gzip
 import hashlib
 import itertools
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.datasets.files import written
 from training_backends import ConfigError, DatasetError, TrainingBackendError
 from training_backends.datasets.shard import plan_shards, shard
 from training_backends.datasets.sources import kind_of
@@ -19,14 +17,6 @@ from training_backends.datasets.sources import kind_of
 texts = st.binary(max_size=20).map(lambda text: text.replace(b"\n", b" "))
 contents = st.lists(texts, max_size=20).map(b"\n".join)
 limits = st.integers(21, 60)
-
-
-@contextmanager
-def written(content: bytes) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "data.jsonl"
-        path.write_bytes(content)
-        yield path
 
 
 def joined(directory: Path, pattern: str = "*-of-*.jsonl") -> bytes:

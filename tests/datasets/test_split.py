@@ -2,16 +2,14 @@
 
 import gzip
 import random
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.datasets.files import written
 from training_backends import ConfigError, DatasetError
 from training_backends.core.dialect import Dialect
 from training_backends.datasets.dialects import MISTRAL
@@ -21,14 +19,6 @@ rows = st.lists(
     st.integers(0, 40).map(lambda number: b'{"text": "%d"}' % (number * 7919)), min_size=2
 )
 ends = st.sampled_from([b"\n", b"\r\n"])
-
-
-@contextmanager
-def written(content: bytes) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "data.jsonl"
-        path.write_bytes(content)
-        yield path
 
 
 def numbered(count: int, start: int = 0) -> bytes:
