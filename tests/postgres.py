@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import sqlalchemy as sa
@@ -70,12 +69,7 @@ class Postgres:
         self.execute("CREATE ROLE reader LOGIN")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from rich.filesize import decimal
@@ -46,13 +45,8 @@ class InspectView:
         self._bars.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._bars.__exit__(*error)
 
     def issue(self, issue: Issue) -> None:
         """Show an issue while there are not too many."""

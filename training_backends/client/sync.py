@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from contextlib import ExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from anyio import from_thread, get_cancelled_exc_class, to_thread
@@ -59,12 +58,7 @@ class TrainingClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """Remember which rows were there before, of files of any size, in little memory."""
 
 import sqlite3
-from types import TracebackType
 from typing import Final, Self
 
 from xxhash import xxh3_128_digest
@@ -31,12 +30,7 @@ class SeenRows:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._stored:
             self._stored.close()
 

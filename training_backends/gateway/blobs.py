@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 from uuid import uuid4
 
@@ -63,12 +62,7 @@ class Incoming:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.discard()
 
 
