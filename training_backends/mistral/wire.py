@@ -7,10 +7,11 @@ forbid what the specification does not know, and a field that may not be null is
 null. All times on the wire are integers, Unix seconds.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = [
     "FILE_PURPOSES",
@@ -61,6 +62,7 @@ __all__ = [
     "UploadFileOut",
     "WandbIntegration",
     "WandbIntegrationOut",
+    "is_wandb_key",
     "read_detailed_job",
     "read_ft_model",
     "read_job",
@@ -74,6 +76,16 @@ SOURCES = ("upload", "repository", "mistral")
 
 MAX_FILE_BYTES = 512 * 10**6
 """Largest upload. The specification says 512 MB, as of 2026-07; MB or MiB is not said."""
+
+
+_WANDB_KEY = re.compile(r"(?:local-)?[!-~]{40}|wandb_v1_[A-Za-z0-9_-]{31,119}")
+"""The specification says 40 characters. Keys made since 2026 have 86 and begin with `wandb_v1_`
+(wandb/wandb#11614); those of a server of one's own may begin with `local-`."""
+
+
+def is_wandb_key(text: str) -> bool:
+    """Tell whether a text has the shape of a Weights & Biases key, old or new."""
+    return _WANDB_KEY.fullmatch(text) is not None
 
 
 class _Out(BaseModel):
@@ -198,13 +210,19 @@ class GithubRepositoryIn(_In):
     token: str = Field(repr=False)
 
 
+def _wandb_key(text: str) -> str:
+    if not is_wandb_key(text):
+        raise ValueError("a Weights & Biases key has 40 characters, or begins with wandb_v1_")
+    return text
+
+
 class WandbIntegration(_In):
     """Report to Weights & Biases."""
 
     type: Literal["wandb"] = "wandb"
     project: str
     name: str | None = None
-    api_key: str = Field(min_length=40, max_length=40, repr=False)
+    api_key: Annotated[str, AfterValidator(_wandb_key)] = Field(max_length=128, repr=False)
     run_name: str | None = None
 
 

@@ -21,6 +21,7 @@ from training_backends.mistral.wire import (
     JobIn,
     TrainingFile,
     WandbIntegration,
+    is_wandb_key,
 )
 
 __all__ = [
@@ -153,16 +154,17 @@ async def _with_secrets(
 
 
 def check_wandb_key(key: str) -> str:
-    """Return the key if the protocol takes it.
+    """Return the key if it has the shape of one.
 
     Raises:
-        ConfigError: It does not have 40 characters.
+        ConfigError: It does not.
     """
-    if len(key) == 40:
+    if is_wandb_key(key):
         return key
     issue = Issue(
         code="bad_wandb_key",
-        message=f"the Weights & Biases key has {len(key)} characters; the protocol takes 40",
+        message=f"the Weights & Biases key has {len(key)} characters; keys have 40, or begin with "
+        "wandb_v1_ and have 86",
         field="integrations",
         fix="store the right one: `training-backends credentials set wandb`",
     )
