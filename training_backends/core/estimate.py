@@ -122,6 +122,8 @@ class Estimate(BaseModel):
         data_tokens: Tokens in the training files, counted once.
         steps: Optimizer steps.
         epochs: How often the data is gone through.
+        hyperparameters: Values that the backend will train with, its own defaults among them, by
+            their names in `TrainingConfig.hyperparameters`; empty where it does not say.
         costs: The parts of `cost`. Parts in several currencies have no sum: `cost` is None
             then, and `totals` tells one a currency.
         cost: What the provider will ask for, or None; the sum of `costs`, where there are any.
@@ -141,6 +143,7 @@ class Estimate(BaseModel):
     data_tokens: int | None = None
     steps: int | None = None
     epochs: float | None = None
+    hyperparameters: dict[str, int | float] = Field(default_factory=dict)
     costs: tuple[CostItem, ...] = ()
     cost: Money | None = None
     cost_interval: tuple[Money, Money] | None = None

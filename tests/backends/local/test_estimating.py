@@ -154,3 +154,20 @@ async def test_rows_beyond_the_sequence_are_told_before_the_launch(
     assert "1 of 41 rows is longer than 1,000 tokens" in issue.message
     short = await backend.validate(run.config, inspected(run, summary=Summary(longest_row=1000)))
     assert short.issues == ()
+
+
+async def test_an_estimate_has_every_hyperparameter_as_the_run_will(
+    backend: LocalBackend, make_run: MakeRun, inspected: Inspected
+) -> None:
+    """Chosen or taken by default, as numbers, for whoever shows or records them."""
+    run = make_run(hyperparameters={"training_steps": 3, "seq_len": 200})
+    found = await backend.estimate(run.config, inspected(run))
+    assert found.hyperparameters == {
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "warmup_fraction": 0.05,
+        "batch_size": 16,
+        "seq_len": 200,
+        "seed": 0,
+        "training_steps": 3,
+    }

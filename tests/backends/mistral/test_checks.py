@@ -156,6 +156,8 @@ def test_weights_of_validation_files_are_refused(make_config: MakeConfig, train_
         ({}, ["no_credential", "no_credential"]),
         ({"wandb/team": "short", "github": "t"}, ["bad_wandb_key"]),
         ({"wandb/team": "w" * 40, "github": "t"}, []),
+        ({"wandb/team": "wandb_v1_" + "w" * 77, "github": "t"}, []),
+        ({"wandb/team": "w" * 80, "github": "t"}, ["bad_wandb_key"]),
     ],
 )
 async def test_named_secrets_must_exist(

@@ -188,6 +188,14 @@ def test_no_quote_before_validation(metadata: dict[str, Any] | None) -> None:
     assert quote_of(job(status="QUEUED", metadata=metadata)) is None
 
 
+def test_a_quote_has_the_hyperparameters_that_the_server_shows() -> None:
+    """And none that it does not: the specification's defaults are not the server's word."""
+    shown = {"learning_rate": 0.002, "training_steps": 7, "fim_ratio": None}
+    quote = quote_of(job(metadata=METADATA, hyperparameters=shown))
+    assert quote is not None
+    assert quote.hyperparameters == {"learning_rate": 0.002, "training_steps": 7}
+
+
 def test_cost_alone_is_a_quote() -> None:
     """A price without token counts is not lost."""
     quote = quote_of(job(metadata={"cost": 5, "cost_currency": "EUR"}))

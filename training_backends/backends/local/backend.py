@@ -162,7 +162,8 @@ class LocalBackend(TrainingBackend):
         spec = await to_thread.run_sync(build_spec, "estimate", config, self._slots)
         taken = ", ".join(f"{name} {value:g}" for name, value in defaults_taken(config).items())
         notes = (f"Taken by default: {taken}.",) if taken else ()
-        return await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes, counting())
+        found = await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes, counting())
+        return found.model_copy(update={"hyperparameters": settled_values(config)})
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """See `TrainingBackend.launch`; the run may still wait for a free place to train."""

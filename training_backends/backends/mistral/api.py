@@ -209,6 +209,14 @@ class MistralAPI:
         """Ask for one job, whatever it is: changes nothing, and says whether jobs are served."""
         await self._jobs_page(None, 0, 1)
 
+    async def integrations(self) -> frozenset[str] | None:
+        """Return which integrations the server's jobs may have; None if it does not say.
+
+        The protocol has no operation for it; a gateway of ours says it beside its health.
+        """
+        found = (await self._http.json("GET", "/health")).get("integrations")
+        return frozenset(map(str, found)) if isinstance(found, list) else None
+
     async def _jobs_page(
         self, filters: JobFilters | None, page: int | None, page_size: int | None
     ) -> dict[str, Any]:

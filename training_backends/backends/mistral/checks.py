@@ -1,6 +1,6 @@
 """What would go wrong with a configuration, before anything is uploaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
 from training_backends.backends.mistral.api import MistralAPI
@@ -21,7 +21,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
     VaultLocked,
 )
-from training_backends.mistral.wire import FTModelCard
+from training_backends.mistral.wire import FTModelCard, ModelCard
 
 __all__ = ["check_config", "check_secrets", "check_server"]
 
@@ -122,6 +122,30 @@ async def check_server(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
     except TrainingBackendError as error:
         message = f"the server could not be asked: {error.message}"
         return [Issue(code="server_not_asked", message=message, fix=error.hint, severity="warning")]
+    return [*_model_issues(config, cards), *await _integration_issues(config, api)]
+
+
+async def _integration_issues(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
+    """Return the integrations that the server would reject, once everything is uploaded."""
+    if not config.integrations:
+        return []
+    try:
+        known = await api.integrations()
+    except TrainingBackendError:
+        return []  # only gateways of ours say it
+    return [
+        Issue(
+            code="unsupported_integration",
+            message=f"the server cannot report to {entry.type}",
+            field=f"integrations.{index}",
+            fix="leave it out",
+        )
+        for index, entry in enumerate(config.integrations)
+        if known is not None and entry.type not in known
+    ]
+
+
+def _model_issues(config: TrainingConfig, cards: Sequence[ModelCard]) -> list[Issue]:
     names = {name for card in cards for name in (card.id, *card.aliases)}
     if not names or config.model in names:
         return []

@@ -269,6 +269,11 @@ def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
         data_tokens=meta.data_tokens,
         steps=_total_steps(job),
         epochs=passes(meta.train_tokens, meta.data_tokens),
+        hyperparameters={
+            name: value
+            for name, value in plain(job.hyperparameters.model_dump(exclude_unset=True)).items()
+            if value is not None
+        },
         costs=costs,
         duration=None if seconds is None else timedelta(seconds=seconds),
         basis="quote",
