@@ -43,10 +43,11 @@ OnIssue = Callable[[Issue], None]
 
 
 class LineError(NamedTuple):
-    """One line that cannot be used, as an upload is answered."""
+    """One line that cannot be used, and what to do about it, as an upload is answered."""
 
     line_number: int
     message: str
+    fix: str | None = None
 
 
 class UploadCheck(NamedTuple):
@@ -164,15 +165,16 @@ def check_upload(
     """Judge one uploaded file and stop at the `max_errors`-th line that cannot be used."""
     collector = Collector(path, "train", 1.0, dialect)
     reading = Reading([collector], rules=packed_rules(dialect), max_line=max_line, plain_only=True)
-    errors: dict[int, str] = {}
+    errors: dict[int, LineError] = {}
     with closing(reading.issues_of_rows()) as issues:
         for issue in issues:
             if issue.severity == "error":
                 text = f"{issue.field}: {issue.message}" if issue.field else issue.message
-                errors.setdefault(issue.line or 1, text)
+                line = issue.line or 1
+                errors.setdefault(line, LineError(line, text, issue.fix))
             if len(errors) >= max_errors:
-                return UploadCheck(collector.sample_type, None, _line_errors(errors))
-    return UploadCheck(collector.sample_type, collector.rows, _line_errors(errors))
+                return UploadCheck(collector.sample_type, None, _in_order(errors))
+    return UploadCheck(collector.sample_type, collector.rows, _in_order(errors))
 
 
 def raise_for_errors(dataset: Dataset) -> None:
@@ -194,5 +196,5 @@ def raise_for_errors(dataset: Dataset) -> None:
     )
 
 
-def _line_errors(errors: dict[int, str]) -> tuple[LineError, ...]:
-    return tuple(LineError(line, message) for line, message in sorted(errors.items()))
+def _in_order(errors: dict[int, LineError]) -> tuple[LineError, ...]:
+    return tuple(errors[line] for line in sorted(errors))

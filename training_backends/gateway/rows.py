@@ -1,10 +1,11 @@
 """Look at an uploaded file line by line before it is accepted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.inspect import check_upload
+from training_backends.datasets.inspect import LineError, check_upload
 from training_backends.gateway.errors import Refusal
 
 __all__ = ["FileFacts", "read_facts"]
@@ -35,13 +36,13 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
         return FileFacts(None, "instruct")
     found = check_upload(path, dialect=MISTRAL, max_errors=SHOWN_ERRORS)
     if found.errors:
-        raise _refusal([(error.message, error.line_number) for error in found.errors])
+        raise _refusal(found.errors)
     # The protocol has no word of its own for classifier samples.
     sample_type = "pretrain" if found.sample_type == "pretrain" else "instruct"
     return FileFacts(found.num_lines, sample_type)
 
 
-def _refusal(errors: list[tuple[str, int]]) -> Refusal:
+def _refusal(errors: Sequence[LineError]) -> Refusal:
     count = f"{'at least ' if len(errors) >= SHOWN_ERRORS else ''}{len(errors)}"
     noun = "error" if len(errors) == 1 else "errors"
     return Refusal(
@@ -50,7 +51,14 @@ def _refusal(errors: list[tuple[str, int]]) -> Refusal:
             "detail": "Invalid file format.",
             "description": f"Found {count} {noun} in this file. Each line is one JSON object "
             "with `messages` or `text`, and `labels` for a classifier.",
-            "errors": [{"message": message, "line_number": line} for message, line in errors],
+            "errors": [
+                {
+                    # The service's body has no place of its own for what to do.
+                    "message": f"{error.message} ({error.fix})" if error.fix else error.message,
+                    "line_number": error.line_number,
+                }
+                for error in errors
+            ],
         },
     )
 
