@@ -12,14 +12,15 @@ Run = Any
 
 def test_a_key_is_shown_once_and_listed_with_what_it_may_do(run: Run) -> None:
     """Scope, times and state are there for people and for programs; the key never again."""
-    words = ("--name", "dash [board]", "--scope", "read", "--expires", "30d")
+    words = ("--name", "dash [board]", "--scope", "read", "--project", "ops", "--expires", "30d")
     made = run("keys", "create", *words, "--json").document
     assert made["key"].startswith(f"tb-{made['id']}-")
     assert (made["name"], made["scope"], made["state"]) == ("dash [board]", "read", "active")
+    assert made["project"] == "ops"
     span = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=29, hours=23) < span < timedelta(days=30)
     plain = run("keys", "create")
-    assert "to write, until it is revoked; shown this once" in plain.err
+    assert "to write in project default, until it is revoked; shown this once" in plain.err
     listed = run("keys", "list", "--json")
     first, second = listed.document
     key = made.pop("key")
@@ -27,8 +28,17 @@ def test_a_key_is_shown_once_and_listed_with_what_it_may_do(run: Run) -> None:
     assert (second["scope"], second["expires_at"], second["last_used_at"]) == ("write", None, None)
     table = run("keys", "list")
     head, row, _ = table.err.splitlines()
-    assert head.split() == ["key", "state", "scope", "created", "expires", "last", "used", "name"]
-    for word in (made["id"], "active", "read", made["expires_at"][:4], "never", "dash [board]"):
+    assert head.split()[:5] == ["key", "state", "scope", "project", "created"]
+    assert head.split()[5:] == ["expires", "last", "used", "name"]
+    for word in (
+        made["id"],
+        "active",
+        "read",
+        "ops",
+        made["expires_at"][:4],
+        "never",
+        "dash [board]",
+    ):
         assert word in row
     for secret in (key, plain.err.split()[-1]):
         assert secret not in listed.out + listed.err + table.out + table.err
@@ -47,7 +57,8 @@ def test_a_revoked_key_is_listed_as_such(run: Run) -> None:
     [
         (("create", "--expires", "2020-01-31"), 3, "2020-01-31 23:59 would never work"),
         (("create", "--expires", "30"), 3, "such as 30d or 12h, or a date such as"),
-        (("create", "--scope", "admin"), 2, "'read', 'write'"),
+        (("create", "--scope", "root"), 2, "'read', 'write', 'admin'"),
+        (("create", "--project", "A b"), 3, "Invalid project name 'A b'"),
         (("revoke", "00000000"), 4, "There is no gateway key '00000000'"),
     ],
 )

@@ -10,9 +10,11 @@ from uuid import uuid4
 
 import anyio
 import pytest
+from anyio import to_thread
 
 from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site, trickle
 from tests.waiting import until
+from training_backends.datasets.inspect import inspect_file
 from training_backends.gateway import files
 from training_backends.gateway.blobs import BlobStore
 
@@ -22,7 +24,7 @@ CONTENT = jsonl()
 PARTS = {
     "purpose": (None, b"fine-tune"),
     "expiry": (None, b"48"),
-    "visibility": (None, b"user"),
+    "visibility": (None, b"workspace"),
     "file": ("train.jsonl", CONTENT),
 }
 
@@ -70,7 +72,7 @@ async def test_parts_may_come_in_any_order(here: Site, order: tuple[str, ...]) -
     """Each SDK writes its form in an order of its own."""
     answer = await here.http.post("/v1/files", files=[(name, PARTS[name]) for name in order])
     found = answer.json()
-    assert (answer.status_code, found["visibility"]) == (200, "user")
+    assert (answer.status_code, found["visibility"]) == (200, "workspace")
     assert found["expires_at"] == pytest.approx(time.time() + 48 * 3600, abs=60)
 
 
@@ -248,6 +250,21 @@ async def test_bad_lines_are_named(here: Site) -> None:
     assert blobs(here) == []
 
 
+async def test_bad_lines_come_with_what_to_do(here: Site) -> None:
+    """The row's own fault and how it is mended, as our own check says it."""
+    content = jsonl([{"conversations": [{"from": "human", "value": "Hi"}]}])
+    answer = await here.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
+    path = here.home / "bad.jsonl"
+    await anyio.Path(path).write_bytes(content)
+    _, (issue,) = await to_thread.run_sync(inspect_file, path)
+    assert issue.fix
+    (error,) = answer.json()["errors"]
+    assert error == {
+        "message": f"{issue.field}: {issue.message} ({issue.fix})",
+        "line_number": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("files", "data", "place"),
     [
@@ -306,6 +323,23 @@ async def test_a_file_too_large_is_refused(tmp_path: Path, declared: bool) -> No
         answer = await here.http.post("/v1/files", files={"file": ("a.jsonl", content)})
         assert answer.status_code == 413
         assert "100000 bytes" in answer.json()["detail"]
+        assert leftovers(here) == []
+
+
+async def test_bytes_after_the_end_of_the_form_count_too(tmp_path: Path) -> None:
+    """A form that ends early is no way to send without bound."""
+    async with site(tmp_path, max_upload_bytes=100_000) as here:
+        form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        form += CONTENT + b"\r\n--x--\r\n"
+
+        async def chunks() -> Any:
+            yield form
+            for _ in range(20):
+                yield b"a" * 10_000
+
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await here.http.post("/v1/files", content=chunks(), headers=headers)
+        assert answer.status_code == 413
         assert leftovers(here) == []
 
 

@@ -8,16 +8,20 @@ from uuid import uuid4
 import anyio
 import pytest
 import sqlalchemy as sa
-from pydantic import BaseModel
+from anyio import to_thread
+from pydantic import BaseModel, SecretStr
 
-from tests.gateway.conftest import Site, jsonl, scripted, site
+from tests.gateway.conftest import KEY, Site, jsonl, scripted, site
 from tests.waiting import until
 from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import Journal
 from training_backends.core.config import TrainingConfig, Tuning
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, StoreError
 from training_backends.core.run import RunState, TrainingRun, ValidationReport
+from training_backends.datasets.inspect import inspect
 from training_backends.gateway.jobspec import secret_profile
 from training_backends.gateway.store import GatewayStore
 from training_backends.testing.backend import ScriptedBackend
@@ -148,6 +152,26 @@ async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
     assert (plain.tuning, plain.options) == (None, {})
 
 
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ({"epochs": 1}, {"epochs": 1.0}),
+        ({"epochs": 1, "weight_decay": None, "fim_ratio": None}, {"epochs": 1.0}),
+        ({"training_steps": 5, "fim_ratio": 0.5}, {"training_steps": 5, "fim_ratio": 0.5}),
+        ({}, {"epochs": 3.0}),
+    ],
+)
+async def test_the_backend_is_told_the_hyperparameters_that_were_chosen_and_no_others(
+    tmp_path: Path, sent: dict[str, Any], told: dict[str, Any]
+) -> None:
+    """An honest one would reject a value that nobody chose and that it has no place for."""
+    backend = Noting()
+    async with site(tmp_path, backend) as here:
+        await here.finished(hyperparameters=sent)
+    (config,) = backend.configs
+    assert config.hyperparameters.model_dump(exclude_none=True) == told
+
+
 async def test_a_gateway_with_a_wrong_catalogue_does_not_start(tmp_path: Path) -> None:
     """An option that its backend does not have would fail every job."""
     catalogue = tmp_path / "catalogue.toml"
@@ -224,7 +248,7 @@ async def test_a_key_for_reports_is_kept_in_the_vault_for_as_long_as_the_job(
         secrets = Secrets()
         monkeypatch.setattr(here.served.gateway.jobs, "_secrets", secrets)
         monkeypatch.setattr(here.served.gateway.jobs._ending, "_secrets", secrets)
-        key = "w" * 40
+        key = "wandb_v1_" + "w" * 77
         wandb = {"type": "wandb", "project": "p", "name": "n", "api_key": key}
         job_id, remote = await here.started(integrations=[wandb])
         assert secrets.kept == {("wandb", secret_profile(job_id)): key}
@@ -292,6 +316,53 @@ async def test_a_job_that_cannot_be_stored_leaves_no_key(
         wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
         answer = await here.try_create(files=[file_id], integrations=[wandb])
         assert (answer.status_code, secrets.kept) == (503, {})
+
+
+@pytest.mark.parametrize("served", [frozenset(), frozenset({"wandb"})])
+async def test_our_own_client_learns_of_a_report_that_cannot_be_before_it_uploads(
+    tmp_path: Path, served: frozenset[str]
+) -> None:
+    """The gateway says what its backend reports to, and `validate` asks it."""
+    (tmp_path / "train.jsonl").write_bytes(jsonl())
+    config = TrainingConfig.model_validate(
+        {
+            "model": "tiny-mistral",
+            "data": {"train": tmp_path / "train.jsonl"},
+            "integrations": [{"project": "p"}],
+        }
+    )
+
+    class Keys:
+        async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+            del profile
+            return SecretStr(KEY if provider == "mistral" else "w" * 40)
+
+    async with site(tmp_path / "home", scripted(integrations=served)) as here:
+        settings = MistralSettings(base_url=here.served.url)
+        backend = MistralAPIBackend(credentials=Keys(), settings=settings)
+        report = await backend.validate(config, await to_thread.run_sync(inspect, config))
+        await backend.aclose()
+    fields = [issue.field for issue in report.errors]
+    assert fields == ([] if served else ["integrations.0"])
+
+
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+async def test_a_report_that_cannot_be_is_refused_before_the_files_are_looked_for(
+    here: Site, query: str
+) -> None:
+    """By its place, and with what cannot be done."""
+    wandb = {"type": "wandb", "project": "p", "api_key": "wandb_v1_" + "k" * 77}
+    body = {
+        "model": "tiny-mistral",
+        "training_files": [str(uuid4())],
+        "hyperparameters": {},
+        "integrations": [wandb],
+    }
+    answer = await here.http.post(JOBS + query, json=body)
+    assert answer.status_code == 422
+    (detail,) = answer.json()["detail"]
+    assert detail["loc"] == ["body", "integrations", 0]
+    assert "cannot report to wandb" in detail["msg"]
 
 
 async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> None:

@@ -108,6 +108,29 @@ async def test_a_job_that_names_no_length_gets_one_and_shows_it(here: Site) -> N
     assert job["hyperparameters"]["training_steps"] is None
 
 
+async def test_a_validated_job_shows_the_hyperparameters_it_will_be_trained_with(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was chosen as it was sent, the rest as the backend takes it once it has looked."""
+    estimate = here.backend.estimate
+
+    async def settled(*args: Any) -> Any:
+        found = await estimate(*args)
+        values = {"learning_rate": 0.002, "weight_decay": 0.1, "seq_len": 1024, "batch_size": 16}
+        return found.model_copy(update={"hyperparameters": values, "epochs": 1.5})
+
+    monkeypatch.setattr(here.backend, "estimate", settled)
+    chosen = {"epochs": 2, "weight_decay": 0.0}
+    unknown = dict.fromkeys(("training_steps", "warmup_fraction", "seq_len", "fim_ratio"))
+    job = await here.create(hyperparameters=chosen)
+    assert job["hyperparameters"] == {**unknown, **chosen, "learning_rate": 1e-4}
+    validated = await here.until(job["id"], "VALIDATED")
+    taken = {"training_steps": 10, "learning_rate": 0.002, "seq_len": 1024}
+    assert validated["hyperparameters"] == {**unknown, **chosen, **taken}
+    again = await here.try_create(files=job["training_files"], hyperparameters=chosen)
+    assert again.status_code == 409
+
+
 async def test_the_quote_is_the_backend_s(tmp_path: Path) -> None:
     """Cost and currency come from the estimate."""
     backend = scripted()
@@ -308,12 +331,24 @@ async def test_a_job_that_cannot_run_fails_validation_with_the_reasons(here: Sit
     assert (failed["metadata"], here.backend.created) == (None, [])
 
 
+async def test_a_failed_validation_says_what_to_do(here: Site) -> None:
+    """In the sentence and beside each reason."""
+    here.backend.report = ValidationReport(
+        issues=(Issue(code="x", message="too deep", field="a", fix="use less"),)
+    )
+    job = await here.create()
+    data = (await here.until(job["id"], "FAILED_VALIDATION"))["events"][-1]["data"]
+    assert data["error"] == "a: too deep (use less)"
+    assert data["errors"] == [{"message": "too deep", "field": "a", "fix": "use less"}]
+
+
 async def test_the_same_content_to_train_and_validate_fails_validation(here: Site) -> None:
     """What the dataset inspection finds stops a job too."""
     both = [await here.upload(), await here.upload(name="again.jsonl")]
     job = await here.create(files=both[:1], validation_files=both[1:])
     failed = await here.until(job["id"], "FAILED_VALIDATION")
-    assert "same content" in failed["events"][-1]["data"]["error"]
+    error = failed["events"][-1]["data"]["error"]
+    assert "the same content is in the training file train.jsonl / again.jsonl" in error
 
 
 async def test_a_bug_in_a_backend_fails_one_job_and_not_the_gateway(

@@ -22,7 +22,14 @@ from training_backends.core.run import utc_now
 from training_backends.gateway import keys as keys_module
 from training_backends.gateway.app import create_app
 from training_backends.gateway.errors import Refusal
-from training_backends.gateway.keys import STATIC_KEY_ID, KeyStore, NewKey, open_keys, read_expiry
+from training_backends.gateway.keys import (
+    STATIC_KEY_ID,
+    KeyStore,
+    NewKey,
+    Principal,
+    open_keys,
+    read_expiry,
+)
 from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +44,8 @@ CREATE TABLE keys (
     PRIMARY KEY (id)
 );
 CREATE TABLE jobs (id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL);
+CREATE TABLE files (id VARCHAR(36) NOT NULL PRIMARY KEY, visibility VARCHAR);
+CREATE TABLE models (id VARCHAR NOT NULL PRIMARY KEY);
 PRAGMA user_version=1;
 """
 OLD_KEY = "tb-0123abcd-" + "x" * 43
@@ -75,7 +84,7 @@ def test_a_new_key_is_known_by_its_id_and_kept_as_a_hash(tmp_path: Path) -> None
     keys = open_keys(tmp_path)
     made = keys.create("laptop")
     key = secret(made)
-    assert keys.admit(key, writes=True) == made.info.id
+    assert keys.admit(key, writes=True).key_id == made.info.id
     assert key.startswith(f"tb-{made.info.id}-")
     assert key not in repr(made)
     assert key not in redact(f"the key is {key}")
@@ -125,11 +134,11 @@ def test_a_revoked_key_opens_nothing(tmp_path: Path) -> None:
     """At once, in another process too; revoking is safe to repeat."""
     keys, other = open_keys(tmp_path), open_keys(tmp_path)
     made, kept = keys.create("a"), keys.create("b")
-    assert keys.admit(secret(made), writes=False) == made.info.id
+    assert keys.admit(secret(made), writes=False).key_id == made.info.id
     assert other.revoke(made.info.id).state == "revoked"
     assert other.revoke(made.info.id).state == "revoked"
     assert refusal(keys, secret(made)) == (401, "This API key is revoked.")
-    assert keys.admit(secret(kept), writes=False) == kept.info.id
+    assert keys.admit(secret(kept), writes=False).key_id == kept.info.id
     assert [(key.name, key.state) for key in keys.list()] == [("a", "revoked"), ("b", "active")]
 
 
@@ -138,7 +147,7 @@ def test_a_key_works_until_it_expires(tmp_path: Path, later: Callable[[timedelta
     keys = open_keys(tmp_path)
     made = keys.create(expires_at=utc_now() + timedelta(days=30))
     later(timedelta(days=29))
-    assert keys.admit(secret(made), writes=True) == made.info.id
+    assert keys.admit(secret(made), writes=True).key_id == made.info.id
     assert keys.usable()
     later(timedelta(days=31))
     assert refusal(keys, secret(made)) == (401, "This API key is expired.")
@@ -191,10 +200,39 @@ def test_a_key_to_read_may_not_write(tmp_path: Path) -> None:
     """The refusal says what is missing; without a choice a key may do everything."""
     keys = open_keys(tmp_path)
     made = keys.create(scope="read")
-    assert keys.admit(secret(made), writes=False) == made.info.id
+    assert keys.admit(secret(made), writes=False).key_id == made.info.id
     status, sentence = refusal(keys, secret(made), writes=True)
     assert (status, "scope write" in sentence) == (403, True)
     assert keys.create().info.scope == "write"
+
+
+def test_a_key_opens_one_project_and_an_admin_s_all(tmp_path: Path) -> None:
+    """The project is that of the key, `default` without a choice; the static key is an admin's."""
+    keys = KeyStore(GatewayStore(tmp_path / "gateway.db"), SecretStr("static-key"))
+    made = [
+        keys.create(),
+        keys.create(project="team-a", scope="read"),
+        keys.create(project="team-a", scope="admin"),
+    ]
+    found = [keys.admit(secret(one), writes=False) for one in made]
+    assert [(who.project, who.admin) for who in found] == [
+        ("default", False),
+        ("team-a", False),
+        ("team-a", True),
+    ]
+    assert keys.admit(secret(made[2]), writes=True).admin
+    assert [key.project for key in keys.list()] == ["default", "team-a", "team-a"]
+    assert keys.admit("static-key", writes=True) == Principal(STATIC_KEY_ID, "default", admin=True)
+
+
+@pytest.mark.parametrize("project", ["", "A", "-a", "a b", "a/b", "a\n", "\u00e9", "a" * 65])
+def test_a_project_has_a_plain_name(tmp_path: Path, project: str) -> None:
+    """The error says what one is made of."""
+    keys = open_keys(tmp_path)
+    with pytest.raises(ConfigError, match="Invalid project name") as raised:
+        keys.create(project=project)
+    assert "lowercase" in str(raised.value.hint)
+    assert keys.list() == []
 
 
 def test_the_last_use_is_known_to_the_minute(
@@ -235,7 +273,7 @@ def test_a_full_disk_does_not_lock_anybody_out(
         raise StoreError("disk full")
 
     monkeypatch.setattr(store, "write", full)
-    assert keys.admit(secret(made), writes=True) == made.info.id
+    assert keys.admit(secret(made), writes=True).key_id == made.info.id
 
 
 def old_store(home: Path) -> None:
@@ -254,14 +292,10 @@ def test_keys_of_the_first_version_work_as_before(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(open_keys, [tmp_path / "old"] * 4))
     for keys in stores:
-        assert keys.admit(OLD_KEY, writes=True) == "0123abcd"
+        assert keys.admit(OLD_KEY, writes=True).key_id == "0123abcd"
         info = keys.list()[0]
-        assert (info.name, info.scope, info.state, info.expires_at) == (
-            "old",
-            "write",
-            "active",
-            None,
-        )
+        assert (info.name, info.scope, info.project) == ("old", "write", "default")
+        assert (info.state, info.expires_at) == ("active", None)
     open_keys(tmp_path / "new")
 
     def columns(name: str) -> list[Any]:
@@ -302,7 +336,7 @@ def test_the_static_key_stands_beside_the_others(tmp_path: Path) -> None:
     assert not KeyStore(store).usable()
     keys = KeyStore(store, SecretStr("static-key"))
     assert keys.usable()
-    assert keys.admit("static-key", writes=True) == STATIC_KEY_ID
+    assert keys.admit("static-key", writes=True).key_id == STATIC_KEY_ID
     assert refusal(keys, "static-kez") == (401, "Unauthorized")
     assert keys.list() == []
 

@@ -36,7 +36,7 @@ async def test_a_fine_tuned_model_lives(here: Site) -> None:
 
     changed = (await here.http.patch(f"{TUNED}/{model}", json={"name": "Ada"})).json()
     assert (changed["name"], changed["description"]) == ("Ada", None)
-    assert (changed["model_type"], changed["workspace_id"]) == ("completion", model.split(":")[2])
+    assert (changed["model_type"], changed["workspace_id"]) == ("completion", "default")
     changed = (await here.http.patch(f"{TUNED}/{model}", json={"description": "d"})).json()
     assert (changed["name"], changed["description"]) == ("Ada", "d")
     changed = (await here.http.patch(f"{TUNED}/{model}", json={})).json()

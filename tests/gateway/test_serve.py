@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
@@ -103,7 +103,7 @@ async def test_trouble_with_the_store_is_no_client_s_fault(
 ) -> None:
     """503, and nothing of where things lie."""
 
-    async def trouble(**_: object) -> None:
+    async def trouble(*_: object, **__: object) -> None:
         raise StoreError(f"{here.home} is read-only")
 
     monkeypatch.setattr(here.served.gateway.models, "list", trouble)
@@ -168,10 +168,10 @@ async def test_a_request_under_way_is_answered_before_the_server_ends(
     async with anyio.create_task_group() as tasks, site(tmp_path, backend) as here:
         retrieve = here.served.gateway.models.retrieve
 
-        async def slow(model_id: str) -> Any:
+        async def slow(*args: Any) -> Any:
             begun.set()
             await release.wait()
-            return await retrieve(model_id)
+            return await retrieve(*args)
 
         monkeypatch.setattr(here.served.gateway.models, "retrieve", slow)
 
@@ -203,6 +203,83 @@ async def _once_closed(url: str, event: anyio.Event) -> None:
     event.set()
 
 
+HOSTS = [
+    {"host": "evil.example.com"},
+    {"host": "["},
+    {"host": "a b/../?#"},
+    {"host": ""},
+    {
+        "x-forwarded-host": "evil.example.com",
+        "x-forwarded-proto": "https",
+        "x-forwarded-port": "1",
+        "x-forwarded-prefix": "/evil",
+        "forwarded": "host=evil.example.com;proto=https",
+    },
+]
+
+
+@pytest.mark.parametrize("headers", HOSTS)
+async def test_the_host_that_a_request_names_has_no_effect(
+    here: Site, headers: dict[str, str]
+) -> None:
+    """Whoever sends it, or a cache in between, must not decide where a link with access leads."""
+    file_id = await here.upload()
+    answer = await here.http.get(f"/v1/files/{file_id}/url", headers=headers)
+    assert answer.json()["url"].startswith(f"{here.served.url}/files/{file_id}?")
+    for path in ("/health/", "/v1/files/", f"/v1/files/{file_id}/", "/openapi.json", "/nothing"):
+        answer = await here.http.get(path, headers=headers)
+        assert answer.status_code in {200, 404}
+        assert "location" not in answer.headers
+        assert "evil" not in answer.text
+
+
+@pytest.mark.parametrize("headers", HOSTS)
+async def test_trouble_is_answered_whatever_the_host(
+    here: Site, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    """A name that makes no address must not make another error of it."""
+
+    async def full(*_: Any) -> Any:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(here.served.gateway.files, "retrieve", full)
+    answer = await here.http.get("/v1/files/00000000-0000-4000-8000-000000000000", headers=headers)
+    assert answer.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("public_url", "base"),
+    [
+        ("https://tuning.example.org", "https://tuning.example.org"),
+        ("https://tuning.example.org/gateway/", "https://tuning.example.org/gateway"),
+    ],
+)
+async def test_links_lead_to_the_public_url(tmp_path: Path, public_url: str, base: str) -> None:
+    """A proxy may serve the gateway below a path of its own."""
+    async with site(tmp_path, public_url=public_url) as here:
+        file_id = await here.upload()
+        url = (await here.http.get(f"/v1/files/{file_id}/url")).json()["url"]
+        assert url.startswith(f"{base}/files/{file_id}?")
+        assert (await here.http.get(url.removeprefix(base))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "public_url",
+    [
+        "tuning.example.org",
+        "ftp://tuning.example.org",
+        "https://user:secret@tuning.example.org",
+        "https://tuning.example.org?a=b",
+        "https://tuning.example.org#a",
+        "https://",
+    ],
+)
+def test_a_public_url_is_an_http_address_and_nothing_else(public_url: str) -> None:
+    """What links could not be made of is refused at the start."""
+    with pytest.raises(ValidationError):
+        GatewaySettings(public_url=public_url)
+
+
 def test_the_organization_is_eight_hex_digits() -> None:
     """Given as such, or made of its name."""
     assert GatewaySettings(organization="25bf8e1a").organization_id == "25bf8e1a"
@@ -217,6 +294,14 @@ def test_the_static_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPat
     settings = GatewaySettings()
     assert settings.api_key == SecretStr("from-the-environment")
     assert "from-the-environment" not in repr(settings)
+
+
+def test_a_static_key_is_not_easily_guessed() -> None:
+    """One of a few letters is rejected, and not repeated."""
+    with pytest.raises(ValidationError) as raised:
+        GatewaySettings(api_key=SecretStr("hunter2"))
+    assert "at least 16" in str(raised.value)
+    assert "hunter2" not in str(raised.value)
 
 
 async def test_nobody_else_on_the_machine_can_read_the_state(tmp_path: Path) -> None:

@@ -145,8 +145,13 @@ def _name(provider: str, profile: str | None) -> str:
 def create_key(
     name: Annotated[str, typer.Option("--name", help="What or whom the key is for.")] = "",
     scope: Annotated[
-        Literal["read", "write"], typer.Option("--scope", help="read: it may only ask.")
+        Literal["read", "write", "admin"],
+        typer.Option("--scope", help="read: GET only; admin: write in every project."),
     ] = "write",
+    project: Annotated[
+        str,
+        typer.Option("--project", metavar="NAME", help="Whose files, jobs and models it opens."),
+    ] = "default",
     expires: Annotated[
         str | None,
         typer.Option(
@@ -160,14 +165,15 @@ def create_key(
     from training_backends.gateway.keys import read_expiry
 
     ending = None if expires is None else read_expiry(expires)
-    made = _keys().create(name, scope=scope, expires_at=ending)
+    made = _keys().create(name, scope=scope, project=project, expires_at=ending)
     key = made.key.get_secret_value()
     if json:
         write_json({**_key_document(made.info), "key": key})
         return
     until = f"until {_minute(ending)}" if ending else "until it is revoked"
     out = console()
-    out.print(f"Key {made.info.id} to {scope}, {until}; shown this once:", markup=False)
+    where = "all projects" if scope == "admin" else f"project {project}"
+    out.print(f"Key {made.info.id} to {scope} in {where}, {until}; shown this once:", markup=False)
     out.print(f"  {key}", markup=False)
 
 
@@ -187,12 +193,12 @@ def list_keys(json: JsonOption = False) -> None:
         console().print("No keys yet. `training-backends keys create` makes one.", markup=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("key", "state", "scope", "created", "expires", "last used", "name"):
+    for column in ("key", "state", "scope", "project", "created", "expires", "last used", "name"):
         table.add_column(column, no_wrap=column != "name")
     for key in found:
         moments = (key.created_at, key.expires_at, key.last_used_at)
         times = (_minute(moment) if moment else "never" for moment in moments)
-        table.add_row(key.id, key.state, key.scope, *times, Text(key.name))
+        table.add_row(key.id, key.state, key.scope, key.project, *times, Text(key.name))
     console().print(table)
 
 

@@ -33,6 +33,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        # A redirect would lead to wherever the request's Host header says.
+        redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
         exception_handlers={
             Refusal: _refused,
@@ -46,9 +48,15 @@ def create_app(gateway: Gateway) -> FastAPI:
         app.include_router(router)
 
     @app.get("/health", tags=["health"])
-    async def health() -> dict[str, str]:
-        """Say that the gateway answers; needs no key."""
-        return {"status": "ok", "backend": gateway.backend, "version": __version__}
+    async def health() -> dict[str, str | list[str]]:
+        """Say that the gateway answers, and what its jobs may report to; needs no key."""
+        capabilities = gateway.client.backend(gateway.backend).capabilities
+        return {
+            "status": "ok",
+            "backend": gateway.backend,
+            "version": __version__,
+            "integrations": sorted(capabilities.integrations),
+        }
 
     return app
 
@@ -82,7 +90,7 @@ def _items(errors: Sequence[Any]) -> list[ErrorItem]:
 async def _trouble(request: Request, error: Exception) -> JSONResponse:
     """Answer for what is wrong on this side, without telling where things lie here."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
-    log.error("request failed", path=request.url.path, reason=error.message)
+    log.error("request failed", path=request.scope["path"], reason=error.message)
     passing = error.retryable or isinstance(error, StoreError)
     sentence = "The gateway cannot do this now." if passing else "Internal server error"
     body = {"message": sentence, "request_id": request.state.request_id}

@@ -98,10 +98,9 @@ class BlobStore:
 
     def keep(self, incoming: Incoming) -> None:
         """Make a finished file permanent under its digest; the same content is kept once."""
-        final = self.path(incoming.sha256)
-        if not final.exists():
-            incoming.path.rename(final)
-            sync_directory(self._blobs)
+        # Replaced where it is there already: how long it takes must not say whether it was.
+        incoming.path.replace(self.path(incoming.sha256))
+        sync_directory(self._blobs)
 
     def remove(self, sha256: str) -> None:
         """Remove a blob; one already gone is fine."""

@@ -3,7 +3,7 @@
 import errno
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from training_backends.core.errors import StoreError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.rows import read_facts
 from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
 from training_backends.gateway.uploads import FORM_OVERHEAD, Pace, Upload, receive, too_large
@@ -30,7 +31,7 @@ from training_backends.mistral.wire import (
     UploadFileOut,
 )
 
-__all__ = ["FileFilters", "FileService", "StoredFile"]
+__all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
 
 log = get_logger()
 
@@ -84,7 +85,7 @@ class FileService:
         *,
         content_type: str,
         content_length: int | None,
-        caller: str,
+        caller: Principal,
     ) -> UploadFileOut:
         """Receive a file; the same name and content again is the same file.
 
@@ -113,10 +114,16 @@ class FileService:
             raise _disk_full() from error
 
     async def list(
-        self, filters: FileFilters, *, page: int, page_size: int, include_total: bool
+        self,
+        filters: FileFilters,
+        caller: Principal,
+        *,
+        page: int,
+        page_size: int,
+        include_total: bool,
     ) -> ListFilesOut:
         """Return one page of files, newest first."""
-        conditions = [*_present(), *_conditions(filters)]
+        conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
         query = (
             sa.select(files)
             .where(*conditions)
@@ -133,22 +140,29 @@ class FileService:
 
         return await self._store.aread(work)
 
-    async def retrieve(self, file_id: str) -> RetrieveFileOut:
+    async def retrieve(self, file_id: str, caller: Principal) -> RetrieveFileOut:
         """Return what is known of a file."""
-        return RetrieveFileOut(**_wire(await self._row(file_id)))
+        return RetrieveFileOut(**_wire(await self._row(file_id, caller)))
 
-    async def stored(self, file_id: str) -> StoredFile:
+    async def stored(self, file_id: str, caller: Principal) -> StoredFile:
         """Return where a file lies."""
-        return self._stored(await self._row(file_id))
+        return self._stored(await self._row(file_id, caller))
 
-    def find(self, connection: sa.Connection, file_ids: Sequence[str]) -> dict[str, StoredFile]:
-        """Return those of these files that are there, by id."""
-        query = sa.select(files).where(files.c.id.in_(file_ids), *_present())
+    async def linked(self, file_id: str) -> StoredFile:
+        """Do the same for a signed link, which stands for its file in every project."""
+        return await self.stored(file_id, Principal("link", admin=True))
+
+    def find(
+        self, connection: sa.Connection, file_ids: Sequence[str], project: str
+    ) -> dict[str, StoredFile]:
+        """Return those of these files that the project has, by id."""
+        mine = files.c.id.in_(file_ids), files.c.project == project
+        query = sa.select(files).where(*mine, *_present())
         return {row.id: self._stored(row) for row in connection.execute(query)}
 
-    async def delete(self, file_id: str) -> DeleteFileOut:
+    async def delete(self, file_id: str, caller: Principal) -> DeleteFileOut:
         """Delete a file; its bytes go once no other file or unfinished job needs them."""
-        row = await self._row(file_id)
+        row = await self._row(file_id, caller)
         gone = files.update().where(files.c.id == file_id).values(deleted_at=time.time())
         async with self._lock:
             await self._store.awrite(lambda connection: connection.execute(gone))
@@ -175,26 +189,32 @@ class FileService:
         path = self._blobs.path(row.sha256)
         return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
 
-    async def names(self, digests: Sequence[str]) -> dict[str, str]:
-        """Return the names that clients gave to blobs, by the path at which they lie."""
-        query = sa.select(files.c.sha256, files.c.filename).where(files.c.sha256.in_(digests))
-        found = await self._store.aread(lambda connection: connection.execute(query).all())
-        return {str(self._blobs.path(row.sha256)): row.filename for row in found}
+    async def names(self, job: Any) -> dict[str, str]:
+        """Return what a job's own files are called, deleted ones too, by the path of their bytes.
 
-    async def _row(self, file_id: str) -> Any:
-        query = sa.select(files).where(files.c.id == file_id, *_present())
+        Other files of the same content have the same path, and are not this job's business.
+        """
+        ids = [*(file["file_id"] for file in job.training_files), *job.validation_files]
+        query = sa.select(files).where(files.c.id.in_(ids))
+        rows = await self._store.aread(lambda connection: connection.execute(query).all())
+        return names_by_path(self._stored(row) for row in rows)
+
+    async def _row(self, file_id: str, caller: Principal) -> Any:
+        visible = *_present(), caller.sees(files.c.project)
+        query = sa.select(files).where(files.c.id == file_id, *visible)
         row = await self._store.aread(lambda connection: connection.execute(query).first())
         if row is None:
             raise not_found("file")
         return row
 
-    async def _accept(self, form: Upload, incoming: Incoming, caller: str) -> UploadFileOut:
+    async def _accept(self, form: Upload, incoming: Incoming, caller: Principal) -> UploadFileOut:
         row = _new_row(form, incoming, caller)
         facts = await to_thread.run_sync(read_facts, incoming.path, row["purpose"])
         row.update(num_lines=facts.num_lines, sample_type=facts.sample_type)
 
         def work(connection: sa.Connection) -> Any:
-            same = (files.c[name] == row[name] for name in ("filename", "sha256", "purpose"))
+            alike = ("project", "filename", "sha256", "purpose")
+            same = (files.c[name] == row[name] for name in alike)
             found = connection.execute(sa.select(files).where(*same, *_present())).first()
             if found is None:
                 connection.execute(files.insert().values(row))
@@ -207,7 +227,15 @@ class FileService:
             return UploadFileOut(**_wire(await self._store.awrite(work)))
 
 
-def _new_row(form: Upload, incoming: Incoming, caller: str) -> dict[str, Any]:
+def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
+    """Return the files' names by path; files of the same content share one."""
+    names: dict[str, dict[str, None]] = {}
+    for file in found:
+        names.setdefault(str(file.path), {})[file.filename] = None
+    return {path: " / ".join(shared) for path, shared in names.items()}
+
+
+def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, Any]:
     """Check a form's fields and make the file's row of them."""
     if form.filename is None:
         raise invalid(["body", "file"], "Field required", "missing")
@@ -217,6 +245,12 @@ def _new_row(form: Upload, incoming: Incoming, caller: str) -> dict[str, Any]:
     visibility = form.fields.get("visibility") or "workspace"
     _one_of("purpose", purpose, FILE_PURPOSES)
     _one_of("visibility", visibility, FILE_VISIBILITIES)
+    if visibility == "user":
+        raise invalid(
+            ["body", "visibility"],
+            "This gateway has no private files: every key of a project sees the project's files. "
+            "Leave visibility out, or use a key of a project of your own.",
+        )
     now = time.time()
     return {
         "id": str(uuid4()),
@@ -228,7 +262,8 @@ def _new_row(form: Upload, incoming: Incoming, caller: str) -> dict[str, Any]:
         "mimetype": _mimetype(purpose, form.content_type),
         "visibility": visibility,
         "created_at": now,
-        "created_by": caller,
+        "created_by": caller.key_id,
+        "project": caller.project,
         "expires_at": _expires(form.fields.get("expiry"), now),
     }
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logs import get_logger
 from training_backends.gateway.errors import Refusal
-from training_backends.gateway.keys import KeyStore, unauthorized
+from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
 
 __all__ = ["Guard"]
@@ -31,8 +31,8 @@ _READS = frozenset({"GET", "HEAD"})
 class Guard:
     """ASGI middleware around the whole application.
 
-    It looks at the key before a byte of the body is read, and puts the id of the caller's
-    key into `request.state.caller`. Of an upload it looks at the key once more at the end.
+    It looks at the key before a byte of the body is read, and puts who presents it into
+    `request.state.caller`. Of an upload it looks at the key once more at the end.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
@@ -90,7 +90,7 @@ class Guard:
             receive = _Bounded(receive, self._max_bytes, self._patience)
         await self._app(scope, receive, answer)
 
-    async def _admit(self, method: str, authorization: bytes) -> str:
+    async def _admit(self, method: str, authorization: bytes) -> Principal:
         scheme, _, key = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise unauthorized()
@@ -105,7 +105,7 @@ def _too_large(limit: int) -> str:
 class _Confirmed:
     """Passes a request's body on, the end of it only if the key still works by then."""
 
-    def __init__(self, receive: Receive, admit: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, receive: Receive, admit: Callable[[], Awaitable[Principal]]) -> None:
         self._receive = receive
         self._admit = admit
 

@@ -16,7 +16,7 @@ from training_backends.core.errors import ConfigError, DatasetError, TrainingBac
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.ending import JobEnding, SecretKeeper
 from training_backends.gateway.errors import invalid, plain
-from training_backends.gateway.files import FileService, StoredFile
+from training_backends.gateway.files import FileService, StoredFile, names_by_path
 from training_backends.gateway.jobspec import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
     STATUS_EVENT,
@@ -26,9 +26,11 @@ from training_backends.gateway.jobstore import (
     change_status,
     detailed_job,
     load_job,
+    require_job,
     short_job,
 )
-from training_backends.gateway.outcome import error_data, issue_data, quote
+from training_backends.gateway.keys import Principal
+from training_backends.gateway.outcome import error_data, issue_data, quote, shown_notes
 from training_backends.gateway.runner import JobRunner, accept_start
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
 from training_backends.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
@@ -79,9 +81,11 @@ class JobService:
         self._secrets = secrets
         self._default_epochs = default_epochs
 
-    async def list(self, filters: JobFilters, *, page: int, page_size: int) -> JobsOut:
+    async def list(
+        self, filters: JobFilters, caller: Principal, *, page: int, page_size: int
+    ) -> JobsOut:
         """Return one page of jobs, newest first, and how many there are in all."""
-        conditions = _conditions(filters)
+        conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
         query = (
             sa.select(jobs)
             .where(*conditions)
@@ -97,7 +101,7 @@ class JobService:
 
         return await self._store.aread(work)
 
-    async def create(self, request: JobIn, *, caller: str) -> JobOut:
+    async def create(self, request: JobIn, caller: Principal) -> JobOut:
         """Take a job; it is validated soon, and trained once it is started.
 
         Raises:
@@ -114,16 +118,16 @@ class JobService:
         self._runner.watch(job_id)
         return short_job(row)
 
-    async def dry_run(self, request: JobIn) -> LegacyJobMetadataOut:
+    async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
         """Say what a job would take, without making one.
 
         Raises:
             Refusal: It cannot be served.
         """
         job = self._check(request)
-        found = await self._store.aread(lambda connection: self._find(connection, job))
+        found = await self._store.aread(lambda c: self._find(c, job, caller))
         config = self._make_config(job, found, "dry-run")
-        names = {str(file.path): file.filename for file in found.values()}
+        names = names_by_path(found.values())
         try:
             report = await self._client.validate(config, backend=self._backend)
             if not report.ok:
@@ -138,16 +142,16 @@ class JobService:
             passes = round(estimate.train_tokens / estimate.data_tokens, 4)
         return LegacyJobMetadataOut(
             **quote(estimate).model_dump(),
-            details=" ".join(estimate.notes) or "Nothing was started.",
+            details=shown_notes(estimate.notes, names) or "Nothing was started.",
             epochs=config.hyperparameters.epochs or passes,
             training_steps=estimate.steps or config.hyperparameters.training_steps,
         )
 
-    async def get(self, job_id: str) -> DetailedJobOut:
+    async def get(self, job_id: str, caller: Principal) -> DetailedJobOut:
         """Return a job with its events and checkpoints."""
-        return await self._store.aread(lambda connection: detailed_job(connection, job_id))
+        return await self._store.aread(lambda c: detailed_job(c, job_id, caller))
 
-    async def start(self, job_id: str) -> DetailedJobOut:
+    async def start(self, job_id: str, caller: Principal) -> DetailedJobOut:
         """Start a validated job; harmless while it is under way already.
 
         Raises:
@@ -155,17 +159,17 @@ class JobService:
         """
 
         def work(connection: sa.Connection) -> DetailedJobOut:
-            job = load_job(connection, job_id)
+            job = require_job(connection, job_id, caller)
             under_way = job.started_at is not None and job.status not in ENDED
             if not under_way and not accept_start(connection, job_id):
                 raise plain(422, f"Only a VALIDATED job can be started; this one is {job.status}.")
-            return detailed_job(connection, job_id)
+            return detailed_job(connection, job_id, caller)
 
         started = await self._store.awrite(work)
         self._runner.watch(job_id)
         return started
 
-    async def cancel(self, job_id: str) -> DetailedJobOut:
+    async def cancel(self, job_id: str, caller: Principal) -> DetailedJobOut:
         """End a job: at once before its start, on request while it runs; harmless after.
 
         Raises:
@@ -173,7 +177,7 @@ class JobService:
         """
 
         def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
-            job = load_job(connection, job_id)
+            job = require_job(connection, job_id, caller)
             at_once = job.started_at is None and change_status(
                 connection, job_id, "CANCELLED", only_from=_BEFORE_START
             )
@@ -186,7 +190,7 @@ class JobService:
                     "CANCELLATION_REQUESTED",
                     only_from=("QUEUED", "STARTED", "RUNNING"),
                 )
-            return detailed_job(connection, job_id), at_once
+            return detailed_job(connection, job_id, caller), at_once
 
         job, at_once = await self._store.awrite(work)
         if at_once:
@@ -213,15 +217,21 @@ class JobService:
             job, files, job_id, backend.options_tolerating(tolerated) if tolerated else {}
         )
 
-    def _find(self, connection: sa.Connection, job: CheckedJob) -> Mapping[str, StoredFile]:
-        """Return the files of a job by the ids that it gave."""
+    def _find(
+        self, connection: sa.Connection, job: CheckedJob, caller: Principal
+    ) -> Mapping[str, StoredFile]:
+        """Return the files of a job by the ids that it gave.
+
+        They are of the job's own project, also where the caller sees others: what a job says
+        of its files is read by everybody in its project.
+        """
         places: dict[str, list[str | int]] = {}
         for index, entry in enumerate(job.training_files):
             places[entry["file_id"]] = ["body", "training_files", index, "file_id"]
         for index, file_id in enumerate(job.validation_files):
             places.setdefault(file_id, ["body", "validation_files", index])
         canonical = {file_id: _canonical(file_id, place) for file_id, place in places.items()}
-        found = self._files.find(connection, list(canonical.values()))
+        found = self._files.find(connection, list(canonical.values()), caller.project)
         for file_id, place in places.items():
             file = found.get(canonical[file_id])
             if file is None:
@@ -231,11 +241,15 @@ class JobService:
                 raise invalid(place, message, "file_purpose")
         return {file_id: found[one] for file_id, one in canonical.items()}
 
-    def _insert(self, connection: sa.Connection, job: CheckedJob, job_id: str, caller: str) -> Any:
-        found = self._find(connection, job)
+    def _insert(
+        self, connection: sa.Connection, job: CheckedJob, job_id: str, caller: Principal
+    ) -> Any:
+        found = self._find(connection, job, caller)
         similar = connection.execute(
             sa.select(jobs.c.id).where(
-                jobs.c.fingerprint == job.fingerprint, jobs.c.status.in_(_IN_THE_WAY)
+                jobs.c.fingerprint == job.fingerprint,
+                jobs.c.project == caller.project,
+                jobs.c.status.in_(_IN_THE_WAY),
             )
         ).scalar()
         if similar is not None:
@@ -263,7 +277,7 @@ class JobService:
         found: Mapping[str, StoredFile],
         config: TrainingConfig,
         job_id: str,
-        caller: str,
+        caller: Principal,
         now: float,
     ) -> dict[str, Any]:
         integrations = [
@@ -282,7 +296,8 @@ class JobService:
             "fingerprint": job.fingerprint,
             "created_at": now,
             "modified_at": now,
-            "created_by": caller,
+            "created_by": caller.key_id,
+            "project": caller.project,
             "training_files": [
                 {**entry, "file_id": found[entry["file_id"]].id} for entry in job.training_files
             ],

@@ -35,7 +35,7 @@ class CheckedJob:
     """A request that this gateway can serve.
 
     Attributes:
-        hyperparameters: As they are shown in the job.
+        hyperparameters: Those that were chosen; the backend is told no others.
         training_files: Each `{file_id, weight}`.
         fingerprint: Equal for similar jobs.
     """
@@ -64,7 +64,7 @@ def check_job(
     _refuse_what_cannot_be_done(request, job_type, capabilities)
     if not request.training_files:
         raise invalid(["body", "training_files"], "Give at least one training file.", "missing")
-    hyperparameters = _hyperparameters(request, job_type, default_epochs)
+    hyperparameters = _hyperparameters(request, default_epochs)
     training_files = [file.model_dump() for file in request.training_files]
     targets = [_target(target) for target in request.classifier_targets or ()]
     validation_files = list(request.validation_files or ())
@@ -178,17 +178,15 @@ def _is_suffix(text: str) -> bool:
     return text.isascii() and all(char.isalnum() or char in "._-" for char in text)
 
 
-def _hyperparameters(request: JobIn, job_type: str, default_epochs: float) -> dict[str, Any]:
+def _hyperparameters(request: JobIn, default_epochs: float) -> dict[str, Any]:
     given = request.hyperparameters
     if given.epochs is not None and given.training_steps is not None:
         raise invalid(["body", "hyperparameters"], "Give epochs or training_steps, not both.")
-    shown = given.model_dump(exclude={"fim_ratio"} if job_type == "classifier" else None)
+    # The protocol's defaults are those of one service: a backend has its own, or has no such value.
+    chosen = given.model_dump(exclude_unset=True, exclude_none=True)
     if given.epochs is None and given.training_steps is None:
-        shown["epochs"] = default_epochs
-    if "fim_ratio" in shown and "fim_ratio" not in given.model_fields_set:
-        # The protocol's default is meant for code; a job that did not ask gets none.
-        shown["fim_ratio"] = None
-    return shown
+        chosen["epochs"] = default_epochs
+    return chosen
 
 
 def _target(target: ClassifierTargetIn) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from training_backends.core.run import LogRecord
 from training_backends.gateway.errors import not_found
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import checkpoints, events, jobs
 from training_backends.mistral.wire import (
     CheckpointOut,
@@ -28,6 +29,7 @@ __all__ = [
     "change_status",
     "detailed_job",
     "load_job",
+    "require_job",
     "short_job",
 ]
 
@@ -36,17 +38,27 @@ _METRICS = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 _FEWEST_BETWEEN = 10
 """Steps between two checkpoints, as the hosted service has it."""
 
+_UNKNOWN = {"weight_decay": None, "warmup_fraction": None, "fim_ratio": None}
+"""Hyperparameters until the backend has said what it takes. A learning rate must not be null on
+the wire: the protocol's default is shown until then."""
+
 DetailedJobOut = CompletionDetailedJobOut | ClassifierDetailedJobOut
 JobOut = CompletionJobOut | ClassifierJobOut
 
 
 def load_job(connection: sa.Connection, job_id: str) -> Any:
-    """Return a job's row.
+    """Return the row of a job that is known to exist."""
+    return connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+
+
+def require_job(connection: sa.Connection, job_id: str, caller: Principal) -> Any:
+    """Return the row of a job that a client asks for.
 
     Raises:
-        Refusal: There is no such job.
+        Refusal: There is no such job for this client.
     """
-    row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).first()
+    visible = jobs.c.id == job_id, caller.sees(jobs.c.project)
+    row = connection.execute(sa.select(jobs).where(*visible)).first()
     if row is None:
         raise not_found("fine tuning job")
     return row
@@ -162,13 +174,13 @@ def short_job(row: Any) -> JobOut:
     return kind(**_fields(row))
 
 
-def detailed_job(connection: sa.Connection, job_id: str) -> DetailedJobOut:
+def detailed_job(connection: sa.Connection, job_id: str, caller: Principal) -> DetailedJobOut:
     """Return a job with its events, oldest first, and its checkpoints, newest first.
 
     Raises:
-        Refusal: There is no such job.
+        Refusal: There is no such job for this client.
     """
-    row = load_job(connection, job_id)
+    row = require_job(connection, job_id, caller)
     happened = connection.execute(
         sa.select(events)
         .where(events.c.job_id == job_id)
@@ -214,5 +226,5 @@ def _fields(row: Any) -> dict[str, Any]:
         "trained_tokens": row.trained_tokens,
         "metadata": row.quote,
         "job_type": row.job_type,
-        "hyperparameters": row.hyperparameters,
+        "hyperparameters": {**_UNKNOWN, **row.hyperparameters},
     }

@@ -24,7 +24,7 @@ from training_backends.core.errors import ConfigError, CredentialNotFound, Store
 from training_backends.core.estimate import Duration
 from training_backends.core.run import utc_now
 from training_backends.gateway.errors import Refusal, plain
-from training_backends.gateway.store import GatewayStore, keys
+from training_backends.gateway.store import DEFAULT_PROJECT, GatewayStore, keys
 
 __all__ = [
     "STATIC_KEY_ID",
@@ -32,6 +32,7 @@ __all__ = [
     "KeyState",
     "KeyStore",
     "NewKey",
+    "Principal",
     "Scope",
     "open_keys",
     "read_expiry",
@@ -39,13 +40,14 @@ __all__ = [
 ]
 
 STATIC_KEY_ID = "static"
-"""Stands for the key from the settings."""
+"""Stands for the key from the settings, an `admin` key of the default project."""
 
-Scope = Literal["read", "write"]
-"""`read` asks only; `write` does everything."""
+Scope = Literal["read", "write", "admin"]
+"""`read` and `write` are confined to the key's project; `admin` reads and writes in all."""
 KeyState = Literal["active", "revoked", "expired"]
 
 _KEY = re.compile(r"tb-([0-9a-f]{8})-[A-Za-z0-9_-]{43}")
+_PROJECT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _NO_HASH = "0" * 64
 _MAX_NAME = 80
@@ -60,6 +62,7 @@ class KeyInfo:
     """What may be shown of a key.
 
     Attributes:
+        project: What it opens; files, jobs and models of others do not exist for it.
         expires_at: When it stops working, or None.
         last_used_at: When it last opened the gateway, to the minute; None: never.
     """
@@ -67,6 +70,7 @@ class KeyInfo:
     id: str
     name: str
     scope: Scope
+    project: str = DEFAULT_PROJECT
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
@@ -90,6 +94,25 @@ class NewKey:
     key: SecretStr
 
 
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sends a request.
+
+    Attributes:
+        key_id: Id of the key that was presented.
+        project: Project of that key; what is created belongs to it.
+        admin: Every project is visible, not only its own.
+    """
+
+    key_id: str
+    project: str = DEFAULT_PROJECT
+    admin: bool = False
+
+    def sees(self, owner: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+        """Return the condition on a table's project column; part of every query for clients."""
+        return sa.true() if self.admin else owner == self.project
+
+
 class KeyStore:
     """The keys of one gateway. Blocking; several processes may use it at once."""
 
@@ -98,17 +121,29 @@ class KeyStore:
         self._static = _hash(static_key.get_secret_value()) if static_key else None
 
     def create(
-        self, name: str = "", *, scope: Scope = "write", expires_at: datetime | None = None
+        self,
+        name: str = "",
+        *,
+        scope: Scope = "write",
+        project: str = DEFAULT_PROJECT,
+        expires_at: datetime | None = None,
     ) -> NewKey:
         """Make a key.
 
         Args:
+            project: What it opens. A project exists as soon as a key or an object names it.
             expires_at: When it stops working; None: not by itself.
 
         Raises:
-            ConfigError: The name is too long or cannot be printed, or the key would be
-                expired from the beginning.
+            ConfigError: The name is too long or cannot be printed, the project's name is not
+                valid, or the key would be expired from the beginning.
         """
+        if not _PROJECT.fullmatch(project):
+            raise ConfigError(
+                f"Invalid project name {project!r}.",
+                hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores; "
+                "the first is a letter or digit.",
+            )
         if len(name) > _MAX_NAME or (name and not name.isprintable()):
             raise ConfigError(f"A key's name is printable and has at most {_MAX_NAME} characters.")
         now = utc_now()
@@ -120,12 +155,20 @@ class KeyStore:
             )
         key_id = secrets.token_hex(4)
         key = f"tb-{key_id}-{secrets.token_urlsafe(32)}"
-        info = KeyInfo(id=key_id, name=name, scope=scope, created_at=now, expires_at=expires_at)
+        info = KeyInfo(
+            id=key_id,
+            name=name,
+            scope=scope,
+            project=project,
+            created_at=now,
+            expires_at=expires_at,
+        )
         row = {
             "id": key_id,
             "name": name,
             "sha256": _hash(key),
             "scope": scope,
+            "project": project,
             "created_at": now.timestamp(),
             "expires_at": expires_at and expires_at.timestamp(),
         }
@@ -164,8 +207,8 @@ class KeyStore:
         """Tell whether any key opens the gateway."""
         return self._static is not None or any(key.state == "active" for key in self.list())
 
-    def admit(self, presented: str, *, writes: bool) -> str:
-        """Return the id of the key that `presented` is.
+    def admit(self, presented: str, *, writes: bool) -> Principal:
+        """Return who presents a key.
 
         Only who has the whole key learns what is wrong with it.
 
@@ -177,7 +220,7 @@ class KeyStore:
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
-            return STATIC_KEY_ID
+            return Principal(STATIC_KEY_ID, admin=True)
         found = _KEY.fullmatch(presented)
         row = self._row(found[1]) if found else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
@@ -185,10 +228,10 @@ class KeyStore:
         key = _info(row)
         if key.state != "active":
             raise unauthorized(f"This API key is {key.state}.")
-        if writes and key.scope != "write":
+        if writes and key.scope == "read":
             raise plain(403, "This API key may only read; the request needs one of scope write.")
         self._note_use(key)
-        return key.id
+        return Principal(key.id, key.project, admin=key.scope == "admin")
 
     def _row(self, key_id: str) -> Any:
         query = sa.select(keys).where(keys.c.id == key_id)
@@ -257,6 +300,7 @@ def _info(row: Any) -> KeyInfo:
         id=row.id,
         name=row.name,
         scope=row.scope,
+        project=row.project,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         expires_at=_moment(row.expires_at),
         revoked_at=_moment(row.revoked_at),

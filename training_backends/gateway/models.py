@@ -11,6 +11,7 @@ from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore, models
 from training_backends.mistral.wire import (
     ArchiveFTModelOut,
@@ -58,14 +59,16 @@ class ModelService:
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
 
-    async def list(self, *, provider: str | None = None, model: str | None = None) -> ModelList:
+    async def list(
+        self, caller: Principal, *, provider: str | None = None, model: str | None = None
+    ) -> ModelList:
         """Return base models first, then fine-tuned ones, newest first.
 
         Args:
             provider: Only those that this one owns.
             model: Only the one with this id.
         """
-        query = sa.select(models).where(models.c.deleted_at.is_(None))
+        query = sa.select(models).where(*_visible(caller))
         query = query.order_by(models.c.created_at.desc())
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
         cards = [*(self._base_card(offer) for offer in self._offers()), *map(self._card, rows)]
@@ -78,7 +81,7 @@ class ModelService:
             ]
         )
 
-    async def retrieve(self, model_id: str) -> BaseModelCard | FTModelCard:
+    async def retrieve(self, model_id: str, caller: Principal) -> BaseModelCard | FTModelCard:
         """Return one model.
 
         Raises:
@@ -87,28 +90,28 @@ class ModelService:
         for offer in self._offers():
             if offer.name == model_id:
                 return self._base_card(offer)
-        return self._card(await self._store.aread(lambda c: self._row(c, model_id)))
+        return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
 
-    async def update(self, model_id: str, change: UpdateFTModelIn) -> FTModelOut:
+    async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
         """Change what was sent of a fine-tuned model's name and description."""
         values = change.model_dump(exclude_unset=True)
-        row = await self._store.awrite(lambda c: self._change(c, model_id, values))
+        row = await self._store.awrite(lambda c: self._change(c, model_id, values, caller))
         return self._updated(row)
 
-    async def archive(self, model_id: str) -> ArchiveFTModelOut:
+    async def archive(self, model_id: str, caller: Principal) -> ArchiveFTModelOut:
         """Archive a fine-tuned model; safe to repeat."""
-        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": True}))
+        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": True}, caller))
         return ArchiveFTModelOut(id=model_id)
 
-    async def unarchive(self, model_id: str) -> UnarchiveFTModelOut:
+    async def unarchive(self, model_id: str, caller: Principal) -> UnarchiveFTModelOut:
         """Bring an archived model back; safe to repeat."""
-        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": False}))
+        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": False}, caller))
         return UnarchiveFTModelOut(id=model_id)
 
-    async def delete(self, model_id: str) -> DeleteModelOut:
+    async def delete(self, model_id: str, caller: Principal) -> DeleteModelOut:
         """Delete a fine-tuned model, and its weights where the backend can."""
         row = await self._store.awrite(
-            lambda c: self._change(c, model_id, {"deleted_at": time.time()})
+            lambda c: self._change(c, model_id, {"deleted_at": time.time()}, caller)
         )
         try:
             await self._client.delete(row.job_id)
@@ -127,17 +130,23 @@ class ModelService:
             if any(_METHODS[kind] in methods for kind in offer.job_types)
         ]
 
-    def _row(self, connection: sa.Connection, model_id: str) -> Any:
-        found = models.select().where(models.c.id == model_id, models.c.deleted_at.is_(None))
+    def _row(self, connection: sa.Connection, model_id: str, caller: Principal) -> Any:
+        found = models.select().where(models.c.id == model_id, *_visible(caller))
         row = connection.execute(found).first()
         if row is None:
             raise not_found("model")
         return row
 
-    def _change(self, connection: sa.Connection, model_id: str, values: dict[str, Any]) -> Any:
+    def _change(
+        self,
+        connection: sa.Connection,
+        model_id: str,
+        values: dict[str, Any],
+        caller: Principal,
+    ) -> Any:
         if any(offer.name == model_id for offer in self._catalogue.all()):
             raise plain(403, f"{model_id} is a base model; only fine-tuned ones can be changed.")
-        self._row(connection, model_id)
+        self._row(connection, model_id, caller)
         mine = models.c.id == model_id
         if values:
             connection.execute(models.update().where(mine).values(values))
@@ -179,7 +188,7 @@ class ModelService:
             "id": row.id,
             "created": int(row.created_at),
             "owned_by": self._organization_id,
-            "workspace_id": self._organization_id,
+            "workspace_id": row.project,
             "root": row.root,
             "root_version": "",
             "archived": row.archived,
@@ -194,3 +203,8 @@ class ModelService:
         if classifies:
             return ClassifierFTModelOut(**fields, classifier_targets=row.classifier_targets)
         return CompletionFTModelOut(**fields)
+
+
+def _visible(caller: Principal) -> list[sa.ColumnElement[bool]]:
+    """Models that are there for a caller."""
+    return [models.c.deleted_at.is_(None), caller.sees(models.c.project)]

@@ -1,6 +1,7 @@
 """What a job's row says of its quote, its failure and its result."""
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,12 +15,22 @@ from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.jobstore import change_status
 from training_backends.gateway.store import models
-from training_backends.mistral.wire import JobMetadataOut
+from training_backends.mistral.wire import CompletionTrainingParameters, JobMetadataOut
 
-__all__ = ["NOT_ENDED", "error_data", "finish_job", "issue_data", "model_name", "quote"]
+__all__ = [
+    "NOT_ENDED",
+    "effective",
+    "error_data",
+    "finish_job",
+    "issue_data",
+    "model_name",
+    "quote",
+    "shown_notes",
+]
 
 NOT_ENDED = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING", "CANCELLATION_REQUESTED")
 SHOWN_ISSUES = 20
+_RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def quote(estimate: Estimate) -> JobMetadataOut:
@@ -40,6 +51,20 @@ def quote(estimate: Estimate) -> JobMetadataOut:
     )
 
 
+def effective(chosen: Mapping[str, Any], estimate: Estimate) -> dict[str, Any]:
+    """Return a job's hyperparameters with what the backend takes where the client chose none.
+
+    Of steps and epochs the one that was not chosen follows from the data, as at the service.
+    """
+    known = {"epochs": estimate.epochs, "training_steps": estimate.steps}
+    known |= {
+        name: value
+        for name, value in estimate.hyperparameters.items()
+        if name in CompletionTrainingParameters.model_fields
+    }
+    return {**{name: value for name, value in known.items() if value is not None}, **chosen}
+
+
 def issue_data(issues: Sequence[Issue], names: Mapping[str, str]) -> dict[str, Any]:
     """Say in an event why a job cannot be trained.
 
@@ -52,6 +77,7 @@ def issue_data(issues: Sequence[Issue], names: Mapping[str, str]) -> dict[str, A
             **({"file": names.get(issue.path, "a file")} if issue.path else {}),
             **({"line_number": issue.line} if issue.line else {}),
             **({"field": issue.field} if issue.field else {}),
+            **({"fix": _with_names(issue.fix, names)} if issue.fix else {}),
         }
         for issue in issues[:SHOWN_ISSUES]
     ]
@@ -59,6 +85,11 @@ def issue_data(issues: Sequence[Issue], names: Mapping[str, str]) -> dict[str, A
     if len(issues) > len(sentences):
         sentences.append(f"and {len(issues) - len(sentences)} more")
     return {"error": "; ".join(sentences), "errors": shown}
+
+
+def shown_notes(notes: Sequence[str], names: Mapping[str, str]) -> str:
+    """Return what an estimate notes, without what rests on a run: it may be another project's."""
+    return " ".join(_with_names(note, names) for note in notes if not _RUN_ID.search(note))
 
 
 def error_data(error: BaseException, names: Mapping[str, str]) -> dict[str, Any]:
@@ -106,6 +137,7 @@ def _list_model(connection: sa.Connection, job: Any, name: str) -> None:
         models.insert().values(
             id=name,
             job_id=job.id,
+            project=job.project,
             root=job.model,
             model_type=job.job_type,
             context_length=job.context_length,
@@ -131,4 +163,5 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     if "line_number" in entry:
         place += f" line {entry['line_number']}"
     head = ": ".join(part for part in (place, entry.get("field")) if part)
-    return f"{head}: {entry['message']}" if head else str(entry["message"])
+    text = f"{entry['message']} ({entry['fix']})" if "fix" in entry else str(entry["message"])
+    return f"{head}: {text}" if head else text

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel
 
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.service import Gateway
 
 __all__ = [
@@ -24,13 +25,13 @@ async def _gateway(request: Request) -> Gateway:
     return gateway
 
 
-async def _caller(request: Request) -> str:
-    caller: str = request.state.caller
+async def _caller(request: Request) -> Principal:
+    caller: Principal = request.state.caller
     return caller
 
 
 Opened = Annotated[Gateway, Depends(_gateway)]
-Caller = Annotated[str, Depends(_caller)]
+Caller = Annotated[Principal, Depends(_caller)]
 # SQLite counts with 64 bits, so the product of these must stay below.
 Page = Annotated[int, Query(ge=0, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=1000)]

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse
 
 from training_backends.gateway.errors import not_found, plain
-from training_backends.gateway.files import FileFilters
+from training_backends.gateway.files import FileFilters, StoredFile
 from training_backends.gateway.routes import (
     Caller,
     FileProblem,
@@ -17,7 +17,6 @@ from training_backends.gateway.routes import (
     PageSize,
     answers,
 )
-from training_backends.gateway.service import Gateway
 from training_backends.mistral.wire import (
     DeleteFileOut,
     FileSignedURL,
@@ -48,7 +47,7 @@ _FORM: dict[str, Any] = {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": ["fine-tune", "batch", "ocr"]},
                         "expiry": {"type": "integer", "minimum": 1, "description": "Hours."},
-                        "visibility": {"type": "string", "enum": ["workspace", "user"]},
+                        "visibility": {"type": "string", "enum": ["workspace"]},
                     },
                 }
             }
@@ -81,6 +80,7 @@ async def upload(request: Request, gateway: Opened, caller: Caller) -> UploadFil
 async def list_files(
     *,
     gateway: Opened,
+    caller: Caller,
     page: Page = 0,
     page_size: PageSize = 100,
     include_total: bool = True,
@@ -99,20 +99,20 @@ async def list_files(
         mimetypes=mimetypes,
     )
     return await gateway.files.list(
-        filters, page=page, page_size=page_size, include_total=include_total
+        filters, caller, page=page, page_size=page_size, include_total=include_total
     )
 
 
 @files_router.get("/{file_id}", responses=answers(404), name="retrieve_file")
-async def retrieve(file_id: UUID, gateway: Opened) -> RetrieveFileOut:
+async def retrieve(file_id: UUID, gateway: Opened, caller: Caller) -> RetrieveFileOut:
     """Return what is known of a file."""
-    return await gateway.files.retrieve(str(file_id))
+    return await gateway.files.retrieve(str(file_id), caller)
 
 
 @files_router.delete("/{file_id}", responses=answers(404), name="delete_file")
-async def delete(file_id: UUID, gateway: Opened) -> DeleteFileOut:
+async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOut:
     """Delete a file; jobs under way that train on it go on."""
-    return await gateway.files.delete(str(file_id))
+    return await gateway.files.delete(str(file_id), caller)
 
 
 @files_router.get(
@@ -121,19 +121,19 @@ async def delete(file_id: UUID, gateway: Opened) -> DeleteFileOut:
     responses=_BYTES | answers(404),
     name="download_file",
 )
-async def download(file_id: UUID, gateway: Opened) -> FileResponse:
+async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
     """Return a file's bytes."""
-    return await _content(gateway, file_id)
+    return await _content(await gateway.files.stored(str(file_id), caller))
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
 async def signed_url(
-    file_id: UUID, request: Request, gateway: Opened, expiry: Hours = 24
+    file_id: UUID, gateway: Opened, caller: Caller, expiry: Hours = 24
 ) -> FileSignedURL:
     """Return a link to a file that works without a key for a while."""
-    await gateway.files.stored(str(file_id))
-    base = str(gateway.settings.public_url or request.base_url).rstrip("/")
-    return FileSignedURL(url=base + gateway.links.path(str(file_id), expiry))
+    await gateway.files.stored(str(file_id), caller)
+    # Never the address that the request names: its sender chooses that.
+    return FileSignedURL(url=gateway.public_url + gateway.links.path(str(file_id), expiry))
 
 
 @links_router.get(
@@ -143,11 +143,10 @@ async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -
     """Return a file's bytes to whoever has a valid link."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is not valid, or not any more.")
-    return await _content(gateway, file_id)
+    return await _content(await gateway.files.linked(str(file_id)))
 
 
-async def _content(gateway: Gateway, file_id: UUID) -> FileResponse:
-    file = await gateway.files.stored(str(file_id))
+async def _content(file: StoredFile) -> FileResponse:
     if not await anyio.Path(file.path).exists():
         raise not_found("file")
     return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)

@@ -46,13 +46,13 @@ async def list_jobs(
         model=model,
         created_after=created_after,
         created_before=created_before,
-        created_by=caller if created_by_me else None,
+        created_by=caller.key_id if created_by_me else None,
         status=status,
         wandb_project=wandb_project,
         wandb_name=wandb_name,
         suffix=suffix,
     )
-    return await gateway.jobs.list(filters, page=page, page_size=page_size)
+    return await gateway.jobs.list(filters, caller, page=page, page_size=page_size)
 
 
 @jobs_router.post("", responses=answers(503, _409=Conflict), name="create_job")
@@ -65,23 +65,23 @@ async def create_job(
 ) -> CompletionJobOut | ClassifierJobOut | LegacyJobMetadataOut:
     """Create a job, or say with `dry_run` what it would take."""
     if dry_run:
-        return await gateway.jobs.dry_run(job)
-    return await gateway.jobs.create(job, caller=caller)
+        return await gateway.jobs.dry_run(job, caller)
+    return await gateway.jobs.create(job, caller)
 
 
 @jobs_router.get("/{job_id}", responses=answers(404), name="get_job")
-async def get_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+async def get_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobOut:
     """Return a job with its events and checkpoints."""
-    return await gateway.jobs.get(str(job_id))
+    return await gateway.jobs.get(str(job_id), caller)
 
 
 @jobs_router.post("/{job_id}/start", responses=answers(404), name="start_job")
-async def start_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+async def start_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobOut:
     """Start a VALIDATED job; harmless when it was started before."""
-    return await gateway.jobs.start(str(job_id))
+    return await gateway.jobs.start(str(job_id), caller)
 
 
 @jobs_router.post("/{job_id}/cancel", responses=answers(404), name="cancel_job")
-async def cancel_job(job_id: UUID, gateway: Opened) -> DetailedJobOut:
+async def cancel_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobOut:
     """Cancel a job; harmless when it is over."""
-    return await gateway.jobs.cancel(str(job_id))
+    return await gateway.jobs.cancel(str(job_id), caller)

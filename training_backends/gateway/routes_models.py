@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from training_backends.gateway.routes import Opened, answers
+from training_backends.gateway.routes import Caller, Opened, answers
 from training_backends.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
@@ -22,45 +22,47 @@ models_router = APIRouter(prefix="/v1", tags=["models"])
 
 @models_router.get("/models", responses=answers(), name="list_models")
 async def list_models(
-    gateway: Opened, provider: str | None = None, model: str | None = None
+    gateway: Opened, caller: Caller, provider: str | None = None, model: str | None = None
 ) -> ModelList:
     """List base models and fine-tuned ones."""
-    return await gateway.models.list(provider=provider, model=model)
+    return await gateway.models.list(caller, provider=provider, model=model)
 
 
 @models_router.get("/models/{model_id}", responses=answers(404), name="retrieve_model")
-async def retrieve_model(model_id: str, gateway: Opened) -> BaseModelCard | FTModelCard:
+async def retrieve_model(
+    model_id: str, gateway: Opened, caller: Caller
+) -> BaseModelCard | FTModelCard:
     """Return one model."""
-    return await gateway.models.retrieve(model_id)
+    return await gateway.models.retrieve(model_id, caller)
 
 
 @models_router.delete("/models/{model_id}", responses=answers(403, 404), name="delete_model")
-async def delete_model(model_id: str, gateway: Opened) -> DeleteModelOut:
+async def delete_model(model_id: str, gateway: Opened, caller: Caller) -> DeleteModelOut:
     """Delete a fine-tuned model."""
-    return await gateway.models.delete(model_id)
+    return await gateway.models.delete(model_id, caller)
 
 
 @models_router.patch(
     "/fine_tuning/models/{model_id}", responses=answers(403, 404), name="update_model"
 )
 async def update_model(
-    model_id: str, change: UpdateFTModelIn, gateway: Opened
+    model_id: str, change: UpdateFTModelIn, gateway: Opened, caller: Caller
 ) -> CompletionFTModelOut | ClassifierFTModelOut:
     """Change a fine-tuned model's name or description."""
-    return await gateway.models.update(model_id, change)
+    return await gateway.models.update(model_id, change, caller)
 
 
 @models_router.post(
     "/fine_tuning/models/{model_id}/archive", responses=answers(403, 404), name="archive_model"
 )
-async def archive_model(model_id: str, gateway: Opened) -> ArchiveFTModelOut:
+async def archive_model(model_id: str, gateway: Opened, caller: Caller) -> ArchiveFTModelOut:
     """Archive a fine-tuned model."""
-    return await gateway.models.archive(model_id)
+    return await gateway.models.archive(model_id, caller)
 
 
 @models_router.delete(
     "/fine_tuning/models/{model_id}/archive", responses=answers(403, 404), name="unarchive_model"
 )
-async def unarchive_model(model_id: str, gateway: Opened) -> UnarchiveFTModelOut:
+async def unarchive_model(model_id: str, gateway: Opened, caller: Caller) -> UnarchiveFTModelOut:
     """Bring an archived model back."""
-    return await gateway.models.unarchive(model_id)
+    return await gateway.models.unarchive(model_id, caller)

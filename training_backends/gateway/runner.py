@@ -32,6 +32,7 @@ from training_backends.gateway.files import FileService
 from training_backends.gateway.jobstore import add_metrics, change_status, load_job
 from training_backends.gateway.outcome import (
     NOT_ENDED,
+    effective,
     error_data,
     finish_job,
     issue_data,
@@ -190,7 +191,7 @@ class JobRunner:
 
     async def _fail(self, job_id: str, error: BaseException) -> None:
         job = await self._load(job_id)
-        data = error_data(error, await self._files.names(job.blobs))
+        data = error_data(error, await self._files.names(job))
         if await self._move(job, "FAILED", *NOT_ENDED, data=data):
             await self._on_end(job_id)
 
@@ -205,17 +206,20 @@ class JobRunner:
                     lambda: self._client.validate(config, backend=job.backend)
                 )
                 if not report.ok:
-                    names = await self._files.names(job.blobs)
+                    names = await self._files.names(job)
                     await self._refuse(job, issue_data(report.errors, names))
                     return
                 estimate = await self._patiently(
                     lambda: self._client.estimate(config, backend=job.backend)
                 )
             except TrainingBackendError as error:
-                await self._refuse(job, error_data(error, await self._files.names(job.blobs)))
+                await self._refuse(job, error_data(error, await self._files.names(job)))
                 return
-            metadata = quote(estimate).model_dump()
-            await self._move(job, "VALIDATED", "VALIDATING", quote=metadata)
+            values = {
+                "quote": quote(estimate).model_dump(),
+                "hyperparameters": effective(job.hyperparameters, estimate),
+            }
+            await self._move(job, "VALIDATED", "VALIDATING", **values)
 
     async def _refuse(self, job: Any, data: dict[str, Any]) -> None:
         if await self._move(job, "FAILED_VALIDATION", "VALIDATING", data=data):

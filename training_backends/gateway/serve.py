@@ -90,7 +90,7 @@ async def running(
             _mind_plain_http(settings, url)
         async with (
             open_gateway(
-                settings, home=home, backend=backend, backends=backends, blobs=blobs
+                settings, home=home, url=url, backend=backend, backends=backends, blobs=blobs
             ) as gateway,
             _serving(gateway, listener, tls),
         ):
@@ -109,6 +109,8 @@ async def _serving(
         ws="none",
         log_config=None,
         access_log=False,
+        # Nothing here depends on the client's address or scheme, which these could forge.
+        proxy_headers=False,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_PATIENCE,

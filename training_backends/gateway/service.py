@@ -40,10 +40,12 @@ class Gateway:
     Attributes:
         home: Directory of all its state.
         client: Runs the jobs; a job's id is its run's id.
+        public_url: How clients reach it, without a slash at the end.
     """
 
     settings: GatewaySettings
     home: Path
+    public_url: str
     backend: str
     client: AsyncTrainingClient
     keys: KeyStore
@@ -58,6 +60,7 @@ async def open_gateway(
     settings: GatewaySettings,
     *,
     home: Path,
+    url: str,
     backend: str,
     backends: Mapping[str, TrainingBackend] | None = None,
     vault: CredentialVault | None = None,
@@ -66,6 +69,7 @@ async def open_gateway(
     """Open the gateway whose state lies in `<home>/gateway` and go on with its jobs.
 
     Args:
+        url: Where it listens, for links if the settings have no `public_url`.
         backend: Name of the backend that trains.
         backends: Backends to use instead of the registered ones.
         vault: Keeps the keys of jobs' integrations; default the keyring.
@@ -105,6 +109,7 @@ async def open_gateway(
         yield Gateway(
             settings=settings,
             home=root,
+            public_url=str(settings.public_url or url).rstrip("/"),
             backend=backend,
             client=client,
             keys=KeyStore(store, settings.api_key),

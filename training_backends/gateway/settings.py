@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import AnyHttpUrl, Field, SecretStr
+from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.mistral.wire import MAX_FILE_BYTES
@@ -19,13 +19,15 @@ class GatewaySettings(SectionSettings):
     section: ClassVar[str | None] = "gateway"
 
     api_key: SecretStr | None = Field(
-        default=None, description="One static key, beside those of `keys create`."
+        default=None,
+        min_length=16,
+        description="One static key, beside those of `keys create`.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="0: any free port.")
     public_url: AnyHttpUrl | None = Field(
         default=None,
-        description="How clients reach the gateway, for signed URLs; default: the address asked.",
+        description="How clients reach the gateway, for signed URLs; default: where it listens.",
     )
     plain_http: bool = Field(
         default=False,
@@ -80,6 +82,13 @@ class GatewaySettings(SectionSettings):
         gt=0,
         description="Taken when a job gives neither epochs nor training_steps.",
     )
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_base(cls, value: AnyHttpUrl | None) -> AnyHttpUrl | None:
+        if value and (value.username or value.password or value.query or value.fragment):
+            raise ValueError("give scheme, host, port and path only, as in https://ft.example.org")
+        return value
 
     @property
     def organization_id(self) -> str:

@@ -13,6 +13,7 @@ from training_backends.client.sqlite import create_file, sqlite_engine
 from training_backends.core.errors import StoreError
 
 __all__ = [
+    "DEFAULT_PROJECT",
     "ENDED",
     "SCHEMA_VERSION",
     "GatewayStore",
@@ -24,12 +25,20 @@ __all__ = [
     "models",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ENDED = ("SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
 """Statuses that a job never leaves."""
+DEFAULT_PROJECT = "default"
+"""Owns what was made before there were projects, and what keys without one make."""
 
 _T = TypeVar("_T")
 _metadata = sa.MetaData()
+
+
+def _project() -> "sa.Column[str]":
+    """Return a table's column for the project that owns a row."""
+    return sa.Column("project", sa.String, nullable=False, server_default=DEFAULT_PROJECT)
+
 
 files = sa.Table(
     "files",
@@ -48,6 +57,7 @@ files = sa.Table(
     sa.Column("created_by", sa.String, nullable=False),
     sa.Column("expires_at", sa.Float),
     sa.Column("deleted_at", sa.Float),
+    _project(),
 )
 jobs = sa.Table(
     "jobs",
@@ -80,6 +90,7 @@ jobs = sa.Table(
     sa.Column("log_cursor", sa.String),
     sa.Column("trained_tokens", sa.Integer),
     sa.Column("fine_tuned_model", sa.String),
+    _project(),
 )
 events = sa.Table(
     "events",
@@ -114,6 +125,7 @@ models = sa.Table(
     sa.Column("description", sa.String),
     sa.Column("archived", sa.Boolean, nullable=False, default=False),
     sa.Column("deleted_at", sa.Float),
+    _project(),
 )
 keys = sa.Table(
     "keys",
@@ -126,6 +138,7 @@ keys = sa.Table(
     sa.Column("scope", sa.String, nullable=False, server_default="write"),
     sa.Column("expires_at", sa.Float),
     sa.Column("last_used_at", sa.Float),
+    _project(),
 )
 
 _UPGRADES = {
@@ -135,6 +148,14 @@ _UPGRADES = {
         "ALTER TABLE keys ADD COLUMN last_used_at FLOAT",
     ),
     2: ("ALTER TABLE jobs DROP COLUMN checkpoint_stride",),
+    3: (
+        *(
+            f"ALTER TABLE {table} ADD COLUMN project VARCHAR DEFAULT '{DEFAULT_PROJECT}' NOT NULL"
+            for table in ("files", "jobs", "models", "keys")
+        ),
+        # Every key saw them all the same.
+        "UPDATE files SET visibility = 'workspace' WHERE visibility = 'user'",
+    ),
 }
 """What brings a database from a schema version to the next."""
 

@@ -126,8 +126,12 @@ class _Form:
     async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
         """Read the form to its end."""
         parser = PushMultipartParser(boundary, max_segment_count=_MAX_PARTS)
+        size = 0
         with parser:
             async for chunk in chunks:
+                size += len(chunk)
+                if size > self._limit + FORM_OVERHEAD:  # also what comes after the form's end
+                    raise too_large(self._limit)
                 if not chunk or parser.closed:
                     continue
                 for event in parser.parse(chunk):
