@@ -95,6 +95,9 @@ def run_to_success(client: Any, job_id: str) -> Any:
     quote = validated.metadata
     assert quote.cost == 0, quote
     assert quote.train_tokens >= quote.data_tokens // 100 > 0, quote
+    taken = validated.hyperparameters
+    assert (taken.training_steps, taken.seq_len) == (30, 256), taken
+    assert (taken.epochs > 0, taken.weight_decay) == (True, 0.1), taken
     client.fine_tuning.jobs.start(job_id=job_id)
     job = wait_for(client, job_id, "SUCCESS")
     words = [e.data["status"] for e in sorted_events(job) if e.name == "status-updated"]

@@ -205,6 +205,15 @@ async def test_a_job_s_error_names_its_own_files_only(here: Site) -> None:
     assert failed["events"][-1]["data"]["error"] == "mine.jsonl line 1: mine.jsonl is odd"
 
 
+async def test_a_failed_run_names_files_as_the_client_does(here: Site) -> None:
+    """Not by the path of their bytes on the gateway's machine."""
+    job_id, remote = await here.started(files=[await here.upload(name="mine.jsonl")])
+    (blob,) = (here.home / "gateway" / "files").iterdir()
+    here.backend.fail(remote, f"{blob} cannot be read: it is odd")
+    failed = await here.until(job_id, "FAILED")
+    assert failed["events"][-1]["data"]["error"] == "mine.jsonl cannot be read: it is odd"
+
+
 async def test_a_dry_run_names_no_other_project_s_job(
     here: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

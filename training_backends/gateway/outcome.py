@@ -102,8 +102,18 @@ def error_data(error: BaseException, names: Mapping[str, str]) -> dict[str, Any]
     return {"error": f"Internal error of the gateway ({type(error).__name__}); see its log."}
 
 
-def finish_job(connection: sa.Connection, job: Any, run: TrainingRun, organization_id: str) -> None:
-    """End a job as its run ended; a finished run's model is listed from now on."""
+def finish_job(
+    connection: sa.Connection,
+    job: Any,
+    run: TrainingRun,
+    organization_id: str,
+    names: Mapping[str, str],
+) -> None:
+    """End a job as its run ended; a finished run's model is listed from now on.
+
+    Args:
+        names: File names by the path at which they lie here.
+    """
     values: dict[str, Any] = {"trained_tokens": _trained_tokens(run)}
     data: dict[str, Any] = {}
     if run.status is TrainingStatus.COMPLETED:
@@ -114,7 +124,8 @@ def finish_job(connection: sa.Connection, job: Any, run: TrainingRun, organizati
     else:
         failure = run.failure
         status = "FAILED_VALIDATION" if failure and failure.kind == "validation" else "FAILED"
-        data["error"] = failure.message if failure else "The backend gave no reason."
+        reason = failure.message if failure else "The backend gave no reason."
+        data["error"] = _with_names(reason, names)
         data["kind"] = failure.kind if failure else "provider"
     ended = change_status(connection, job.id, status, only_from=NOT_ENDED, data=data, **values)
     if ended and status == "SUCCESS":

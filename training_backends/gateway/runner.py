@@ -361,7 +361,8 @@ class JobRunner:
                 await self._store.awrite(partial(_apply, job_id=job_id, batch=batch))
 
     async def _end(self, job: Any, run: TrainingRun) -> None:
-        await self._store.awrite(lambda c: finish_job(c, job, run, self._organization_id))
+        names = await self._files.names(job)
+        await self._store.awrite(lambda c: finish_job(c, job, run, self._organization_id, names))
         await self._on_end(job.id)
 
 
