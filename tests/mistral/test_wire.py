@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from training_backends.core.logs import redact
 from training_backends.mistral import wire
 
 NAMES = st.text(min_size=1, max_size=30)
@@ -148,20 +149,29 @@ def test_bare_training_files_are_read() -> None:
 WANDB_KEYS = [
     "0123456789abcdef" * 2 + "01234567",
     "local-" + "0123456789abcdef" * 2 + "01234567",
-    "wandb_v1_" + "Ab1-_" * 15 + "xy",
+    "wandb_v1_" + "Ab1_z" * 15 + "xy",
 ]
 
 
 @pytest.mark.parametrize("key", WANDB_KEYS)
 def test_wandb_keys_of_every_shape_are_taken(key: str) -> None:
-    """Those of 40 characters, of a server of one's own, and of 86 characters since 2026."""
+    """Those of 40 characters, of a server of one's own, and of 86 characters since 2026.
+
+    None of them is ever shown.
+    """
     assert wire.is_wandb_key(key)
     assert wire.WandbIntegration(project="p", api_key=key).api_key == key
+    assert key.removeprefix("local-") not in redact(f"the key is {key}.")
 
 
 NO_WANDB_KEYS = [
     *("", "k" * 39, "k" * 41, "k" * 80, "k" * 39 + "\n", "k k" * 13 + "k", "\u00e9" * 40),
-    *("wandb_v1_short", "wandb_v1_" + "k" * 120, "wandb_v1_" + "k" * 76 + "\n"),
+    *(
+        "wandb_v1_short",
+        "wandb_v1_" + "a-b" * 20,
+        "wandb_v1_" + "k" * 120,
+        "wandb_v1_" + "k" * 76 + "\n",
+    ),
 ]
 
 

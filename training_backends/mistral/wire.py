@@ -78,7 +78,7 @@ MAX_FILE_BYTES = 512 * 10**6
 """Largest upload. The specification says 512 MB, as of 2026-07; MB or MiB is not said."""
 
 
-_WANDB_KEY = re.compile(r"(?:local-)?[!-~]{40}|wandb_v1_[A-Za-z0-9_-]{31,119}")
+_WANDB_KEY = re.compile(r"(?:local-)?[!-~]{40}|wandb_v1_[A-Za-z0-9_]{31,119}")
 """The specification says 40 characters. Keys made since 2026 have 86 and begin with `wandb_v1_`
 (wandb/wandb#11614); those of a server of one's own may begin with `local-`."""
 
