@@ -179,7 +179,10 @@ def matches(job: Job, wanted: JobIn) -> bool:
         and job.suffix == wanted.suffix
         and job.job_type == wanted.job_type
         and _same_model(job.model, wanted.model)
-        and _same_values(job, wanted)
+        and _fit(
+            job.hyperparameters.model_dump(),
+            wanted.hyperparameters.model_dump(exclude_unset=True),
+        )
     )
 
 
@@ -190,17 +193,20 @@ def _same_model(found: str, wanted: str) -> bool:
     )
 
 
-def _same_values(job: Job, wanted: JobIn) -> bool:
-    found = job.hyperparameters.model_dump()
-    for name, value in wanted.hyperparameters.model_dump(exclude_unset=True).items():
-        other = found.get(name)
-        if other is not None and value is not None and not math.isclose(other, value, rel_tol=1e-6):
+def _fit(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+    """Tell whether two sets of hyperparameters agree in what both of them name."""
+    for name, value in other.items():
+        found = one.get(name)
+        if found is not None and value is not None and not math.isclose(found, value, rel_tol=1e-6):
             return False
     return True
 
 
 def same_job(one: Job, other: Job) -> bool:
-    """Tell whether two jobs do the same, as far as the server shows."""
+    """Tell whether two jobs do the same, as far as the server shows.
+
+    Of a job that it has validated it shows what it took where nothing was chosen, too.
+    """
 
     def essence(job: Job) -> tuple[object, ...]:
         return (
@@ -209,10 +215,12 @@ def same_job(one: Job, other: Job) -> bool:
             job.suffix,
             job.job_type,
             job.model,
-            job.hyperparameters.model_dump(),
         )
 
-    return essence(one) == essence(other)
+    return essence(one) == essence(other) and _fit(
+        one.hyperparameters.model_dump(exclude_unset=True),
+        other.hyperparameters.model_dump(exclude_unset=True),
+    )
 
 
 def config_of(job: Job) -> TrainingConfig | None:
