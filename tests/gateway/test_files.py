@@ -251,7 +251,7 @@ async def test_bad_lines_are_named(here: Site) -> None:
 
 
 async def test_bad_lines_come_with_what_to_do(here: Site) -> None:
-    """The row's own fault and how it is mended, as our own check says it."""
+    """The message has the error and the fix that our own check reports."""
     content = jsonl([{"conversations": [{"from": "human", "value": "Hi"}]}])
     answer = await here.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
     path = here.home / "bad.jsonl"

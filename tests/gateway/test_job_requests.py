@@ -153,7 +153,7 @@ async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "received"),
     [
         ({"epochs": 1}, {"epochs": 1.0}),
         ({"epochs": 1, "weight_decay": None, "fim_ratio": None}, {"epochs": 1.0}),
@@ -161,15 +161,15 @@ async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
         ({}, {"epochs": 3.0}),
     ],
 )
-async def test_the_backend_is_told_the_hyperparameters_that_were_chosen_and_no_others(
-    tmp_path: Path, sent: dict[str, Any], told: dict[str, Any]
+async def test_the_backend_receives_the_hyperparameters_that_were_set_and_no_others(
+    tmp_path: Path, sent: dict[str, Any], received: dict[str, Any]
 ) -> None:
-    """An honest one would reject a value that nobody chose and that it has no place for."""
+    """A strict backend would reject a value that the client never set."""
     backend = Noting()
     async with site(tmp_path, backend) as here:
         await here.finished(hyperparameters=sent)
     (config,) = backend.configs
-    assert config.hyperparameters.model_dump(exclude_none=True) == told
+    assert config.hyperparameters.model_dump(exclude_none=True) == received
 
 
 async def test_a_gateway_with_a_wrong_catalogue_does_not_start(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ async def test_a_job_that_names_no_length_gets_one_and_shows_it(here: Site) -> N
 async def test_a_validated_job_shows_the_hyperparameters_it_will_be_trained_with(
     here: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was chosen as it was sent, the rest as the backend takes it once it has looked."""
+    """Values that were sent stay; the rest is what the backend settled on."""
     estimate = here.backend.estimate
 
     async def settled(*args: Any) -> Any:

@@ -96,7 +96,7 @@ async def test_what_another_project_owns_is_answered_as_if_it_did_not_exist(here
 async def test_a_job_cannot_use_the_files_of_another_project(
     here: Site, query: str, role: str
 ) -> None:
-    """The refusal is that of an unknown file; an admin's jobs stay in their project, too."""
+    """The error is that of an unknown file, for admin keys too."""
     foreign = (await owned(here, "one"))["file_id"]
     for scope in ("write", "admin"):
         await enter(here, "two", scope)
@@ -126,7 +126,7 @@ async def test_an_admin_key_sees_and_changes_what_every_project_owns(here: Site)
 
 
 async def test_the_static_key_sees_every_project_and_makes_in_the_default_one(here: Site) -> None:
-    """Whoever sets it in the settings runs the gateway."""
+    """It comes from the settings of the gateway's operator."""
     static, file_id = dict(here.http.headers), await here.upload()
     one = await owned(here, "one")
     assert await shown(here, static) == {*one.values(), file_id}
@@ -178,7 +178,7 @@ async def test_similar_jobs_of_two_projects_are_not_in_each_others_way(here: Sit
 
 
 async def test_a_signed_link_stands_for_its_file(here: Site) -> None:
-    """Made by a key that sees the file, it works for whoever has it and ends with the file."""
+    """Created by a key that sees the file, it works without a key until the file is deleted."""
     mine = await owned(here, "one")
     path = f"/v1/files/{mine['file_id']}"
     url = (await here.http.get(f"{path}/url")).json()["url"]
@@ -253,7 +253,7 @@ async def test_what_there_was_before_projects_belongs_to_the_default_one(tmp_pat
         assert found["visibility"] == "workspace"
 
 
-async def test_a_private_file_is_refused_instead_of_shown_to_the_project(here: Site) -> None:
+async def test_a_private_file_is_rejected_instead_of_shown_to_the_project(here: Site) -> None:
     """The answer says what to do."""
     answer = await here.http.post(
         "/v1/files", files={"file": ("a.jsonl", jsonl(ROWS))}, data={"visibility": "user"}

@@ -222,7 +222,7 @@ HOSTS = [
 async def test_the_host_that_a_request_names_has_no_effect(
     here: Site, headers: dict[str, str]
 ) -> None:
-    """Whoever sends it, or a cache in between, must not decide where a link with access leads."""
+    """Neither a client nor a cache may decide where a signed URL points."""
     file_id = await here.upload()
     answer = await here.http.get(f"/v1/files/{file_id}/url", headers=headers)
     assert answer.json()["url"].startswith(f"{here.served.url}/files/{file_id}?")
@@ -275,7 +275,7 @@ async def test_links_lead_to_the_public_url(tmp_path: Path, public_url: str, bas
     ],
 )
 def test_a_public_url_is_an_http_address_and_nothing_else(public_url: str) -> None:
-    """What links could not be made of is refused at the start."""
+    """Anything else is rejected at the start."""
     with pytest.raises(ValidationError):
         GatewaySettings(public_url=public_url)
 

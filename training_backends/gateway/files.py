@@ -149,7 +149,7 @@ class FileService:
         return self._stored(await self._row(file_id, caller))
 
     async def linked(self, file_id: str) -> StoredFile:
-        """Do the same for a signed link, which stands for its file in every project."""
+        """Return the file of a signed URL, which is valid in every project."""
         return await self.stored(file_id, Principal("link", admin=True))
 
     def find(
@@ -197,6 +197,7 @@ class FileService:
         ids = [*(file["file_id"] for file in job.training_files), *job.validation_files]
         query = sa.select(files).where(files.c.id.in_(ids))
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
+        rows = sorted(rows, key=lambda row: ids.index(row.id))
         return names_by_path(self._stored(row) for row in rows)
 
     async def _row(self, file_id: str, caller: Principal) -> Any:

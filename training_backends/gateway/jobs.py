@@ -223,7 +223,7 @@ class JobService:
         """Return the files of a job by the ids that it gave.
 
         They are of the job's own project, also where the caller sees others: what a job says
-        of its files is read by everybody in its project.
+        of its files is visible to every key of its project.
         """
         places: dict[str, list[str | int]] = {}
         for index, entry in enumerate(job.training_files):

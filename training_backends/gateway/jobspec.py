@@ -35,7 +35,7 @@ class CheckedJob:
     """A request that this gateway can serve.
 
     Attributes:
-        hyperparameters: Those that were chosen; the backend is told no others.
+        hyperparameters: Those that the client set, and no others.
         training_files: Each `{file_id, weight}`.
         fingerprint: Equal for similar jobs.
     """

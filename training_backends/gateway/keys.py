@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 STATIC_KEY_ID = "static"
-"""Stands for the key from the settings, an `admin` key of the default project."""
+"""Id of the key from the settings, an `admin` key of the default project."""
 
 Scope = Literal["read", "write", "admin"]
 """`read` and `write` are confined to the key's project; `admin` reads and writes in all."""

@@ -112,7 +112,7 @@ def finish_job(
     """End a job as its run ended; a finished run's model is listed from now on.
 
     Args:
-        names: File names by the path at which they lie here.
+        names: File names by path on this machine.
     """
     values: dict[str, Any] = {"trained_tokens": _trained_tokens(run)}
     data: dict[str, Any] = {}

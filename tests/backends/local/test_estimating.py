@@ -159,7 +159,7 @@ async def test_rows_beyond_the_sequence_are_told_before_the_launch(
 async def test_an_estimate_has_every_hyperparameter_as_the_run_will(
     backend: LocalBackend, make_run: MakeRun, inspected: Inspected
 ) -> None:
-    """Chosen or taken by default, as numbers, for whoever shows or records them."""
+    """Chosen or defaulted, as numbers that a tracker can record."""
     run = make_run(hyperparameters={"training_steps": 3, "seq_len": 200})
     found = await backend.estimate(run.config, inspected(run))
     assert found.hyperparameters == {

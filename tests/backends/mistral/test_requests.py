@@ -32,12 +32,12 @@ def job(**hyperparameters: Any) -> Job:
     ],
 )
 def test_a_validated_job_is_the_same_as_before(other: dict[str, Any]) -> None:
-    """What the server fills in once it has looked at the data makes no other job of it."""
+    """Values that the server fills in after validation do not make it a different job."""
     assert same_job(job(training_steps=10), job(**other))
     assert same_job(job(**other), job(training_steps=10))
 
 
 @pytest.mark.parametrize("other", [{"training_steps": 11}, {"training_steps": 10, "seq_len": 200}])
 def test_jobs_that_differ_in_what_both_show_are_not_the_same(other: dict[str, Any]) -> None:
-    """Whoever asked for another length made another job."""
+    """A different length or sequence length means a different job."""
     assert not same_job(job(training_steps=10, seq_len=100), job(**other))
