@@ -231,9 +231,9 @@ def _with_status(
 
 def _change_of_status(run: TrainingRun) -> LogRecord:
     status, word = run.status, run.raw_status or run.status.value
-    at = run.finished_at if status.is_terminal else None
+    at = run.finished_at if status.is_terminal else run.changed_at
     if status is TrainingStatus.RUNNING:
-        at = run.started_at
+        at = run.started_at or at
     level: Literal["info", "warning", "error"] = "info"
     if status is TrainingStatus.FAILED:
         level = "error"
