@@ -393,7 +393,7 @@ async def test_one_job_of_a_provider_keeps_its_trouble_to_itself(
     with ScriptedProvider() as provider:
         backend = MistralAPIBackend(
             settings=MistralSettings(base_url=provider.base_url, poll_min=0.01, poll_max=0.05),
-            credentials=CredentialVault({"mistral": provider.key}),
+            credentials=CredentialVault({"mistral": str(provider.key)}),
         )
         async with AsyncTrainingClient(home=tmp_path, backends={"mistral": backend}) as client:
             provider.auto, provider.refuses_similar = "validate", False
