@@ -10,6 +10,7 @@ from typing import Self
 import anyio
 from anyio import from_thread, to_thread
 
+from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.cadence import WatchSettings
 from training_backends.client.following import Following
 from training_backends.client.journal import (
@@ -41,10 +42,15 @@ from training_backends.core.backend import (
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
+from training_backends.core.errors import (
+    ConfigError,
+    RunNotFound,
+    TrainingBackendError,
+    WaitTimeout,
+)
 from training_backends.core.estimate import Estimate
+from training_backends.core.logs import get_logger
 from training_backends.core.plugins import installed_backends
-from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     LogRecord,
     Reply,
@@ -59,6 +65,8 @@ from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, raise_for_errors
 
 __all__ = ["AsyncTrainingClient"]
+
+log = get_logger()
 
 
 class AsyncTrainingClient:
@@ -88,7 +96,7 @@ class AsyncTrainingClient:
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
         self._credentials = credentials or CredentialVault(home=self.home)
-        self._backends: dict[str, TrainingBackend] = dict(backends or {})
+        self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
@@ -113,18 +121,23 @@ class AsyncTrainingClient:
                 stack.push_async_callback(to_thread.run_sync, self._store.close)
                 stack.push_async_callback(to_thread.run_sync, self._leases.close)
                 for backend in self._own:
-                    stack.push_async_callback(backend.aclose)
+                    stack.push_async_callback(_close, backend)
 
     def backend(self, name: str) -> TrainingBackend:
         """Return the backend with this name, made on first use.
 
+        Its verbs are limited in time, and raise `BackendBroken` for every exception that is not
+        from this package.
+
         Raises:
             ConfigError: No such backend is installed.
             BackendNotInstalled: It cannot be loaded.
+            BackendBroken: It cannot be created.
+            BackendUnavailable: It was not created within a minute.
         """
         if name not in self._backends:
             context = BackendContext(home=self.home, credentials=self._credentials)
-            made = backend_class(name).create(context)
+            made = make_backend(name, context)
             self._backends[name] = made
             self._own.append(made)
         return self._backends[name]
@@ -467,13 +480,22 @@ class AsyncTrainingClient:
         def on_progress(path: Path, done: int, total: int) -> None:
             _check_cancelled()
             if told:
-                told(path, done, total)
+                with callers_own():
+                    told(path, done, total)
 
         cache = self.home / "cache" / "tokens"
         return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
         return Round(backend, self._store, self._leases, self._looks, only=only)
+
+
+async def _close(backend: TrainingBackend) -> None:
+    """Close a backend; one that cannot be closed must not hide the result of the work."""
+    try:
+        await backend.aclose()
+    except TrainingBackendError as error:
+        log.warning("backend not closed", backend=backend.name, reason=error.message)
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:

@@ -122,6 +122,9 @@ class Following:
                 await self._require_launch(run)
             try:
                 await rounds.go()
+                for run in rounds.runs.values():
+                    if (error := rounds.trouble_of(run.id)) is not None:
+                        await self._bear(run, error)
                 pause, trouble = await rounds.pause(_STORE_LOOK), _SHORTEST
             except TrainingBackendError as error:
                 for run in rounds.runs.values():

@@ -22,6 +22,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
+    CleanText,
     LogRecord,
     Observation,
     Reply,
@@ -185,8 +186,8 @@ class Health(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     ok: bool
-    message: str
-    hint: str | None = None
+    message: CleanText
+    hint: CleanText | None = None
     configured: bool = True
     clock_offset: timedelta | None = None
 

@@ -1,7 +1,7 @@
 """A training run: its record, its states over time, its logs."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +18,7 @@ from training_backends.core.status import TrainingStatus, may_follow
 __all__ = [
     "RUN_ID_PATTERN",
     "Checkpoint",
+    "CleanText",
     "Failure",
     "FailureKind",
     "LogRecord",
@@ -65,13 +66,17 @@ def new_run_id() -> str:
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
+CleanText = Annotated[str, AfterValidator(redact)]
+"""Text from a provider or plugin, kept without the secrets that it may repeat."""
+
+
 class Failure(BaseModel):
     """Why a run failed."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: FailureKind
-    message: str
+    message: CleanText
     retryable: bool = False
 
 
@@ -119,7 +124,7 @@ class Staleness(BaseModel):
 
     kind: Literal["unreachable", "vanished", "still"]
     since: UtcDatetime
-    message: str
+    message: CleanText
 
 
 class RunState(BaseModel):
@@ -133,7 +138,7 @@ class RunState(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     status: TrainingStatus
-    raw_status: str | None = None
+    raw_status: CleanText | None = None
     remote_id: str | None = None
     failure: Failure | None = None
     started_at: UtcDatetime | None = None
@@ -192,18 +197,13 @@ class TrainingRun(BaseModel):
         """Return this run with what `state` adds.
 
         A terminal run keeps its status; the provider's differing word is kept in
-        `raw_status` so that it can be looked into. A run that was seen is not stale. Secrets
-        are taken out of the reason of a failure.
+        `raw_status` so that it can be looked into. A run that was seen is not stale.
         """
         changes: dict[str, Any] = {
             name: getattr(state, name)
             for name in RunState.model_fields
             if getattr(state, name) is not None
         }
-        if state.failure is not None:
-            # A provider repeats in its reasons what it was sent.
-            said = redact(state.failure.message)
-            changes["failure"] = state.failure.model_copy(update={"message": said})
         if state.metrics is not None:
             changes["metrics"] = {**self.metrics, **state.metrics}
         if not may_follow(self.status, state.status):
@@ -216,7 +216,8 @@ class LogRecord(BaseModel):
     """One line of a run's log.
 
     Attributes:
-        source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, …
+        source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client
+            adds the `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`.
         cursor: Opaque; `logs(after=cursor)` goes on behind this record.
@@ -247,6 +248,13 @@ class Observation:
     cursor: str | None = None
 
 
+def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:
+    return tuple(
+        replace(issue, message=redact(issue.message), fix=issue.fix and redact(issue.fix))
+        for issue in issues
+    )
+
+
 class ValidationReport(BaseModel):
     """What speaks against a configuration and its data, before anything is spent.
 
@@ -256,7 +264,7 @@ class ValidationReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    issues: tuple[Issue, ...] = ()
+    issues: Annotated[tuple[Issue, ...], AfterValidator(_clean_issues)] = ()
     dataset: Dataset | None = None
 
     @property
