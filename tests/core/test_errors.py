@@ -1,6 +1,8 @@
 """Errors say what happened, survive pickling and are also what Python calls them."""
 
+import copy
 import pickle
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,3 +115,38 @@ def test_an_excerpt_is_cut() -> None:
 def test_an_issue_reads_as_a_line(fields: dict[str, Any], text: str) -> None:
     """Place, field, what and fix, as compilers write it."""
     assert str(Issue(code="x", message="wrong", **fields)) == text
+
+
+@pytest.mark.parametrize(
+    "again",
+    [lambda error: error, copy.copy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["raised", "copied", "pickled"],
+)
+def test_a_traceback_shows_issues_hint_and_notes_once(again: Any) -> None:
+    """What an orchestrator logs is enough to correct the configuration."""
+    error = errors.ConfigError(
+        "It broke.", issues=[Issue(code="a", message="wrong", field="model")], hint="Do this."
+    )
+    error.add_note("step 3 of the flow")
+    printed = "".join(traceback.format_exception(again(error))).splitlines()
+    assert printed[-3:] == ["- model: wrong", "Hint: Do this.", "step 3 of the flow"]
+
+
+def test_a_hint_redacted_later_is_not_kept_in_the_notes() -> None:
+    """A traceback shows the hint as it is now, not as it was made."""
+    error = TrainingBackendError("It broke.", hint="with secret-word")
+    error.hint = "with ***"
+    assert "secret-word" not in "".join(traceback.format_exception(error))
+
+
+def test_a_traceback_lists_a_limited_number_of_issues() -> None:
+    """Thousands of bad rows do not fill a log."""
+    issues = [Issue(code="a", message=str(number)) for number in range(1000)]
+    notes = errors.DatasetError("It broke.", issues=issues).__notes__
+    assert (len(notes), notes[-1]) == (21, "- and 980 more")
+
+
+def test_a_missing_package_shows_its_command_in_the_traceback() -> None:
+    """The command that installs it is the way on."""
+    error = errors.BackendNotInstalled("Not here.", install="pip install x")
+    assert error.__notes__ == ["Hint: pip install x"]
