@@ -1,6 +1,7 @@
 """The asynchronous client: launches once, remembers, follows, ends."""
 
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from training_backends import (
     Issue,
     Money,
     RunNotFound,
+    TrainingBackendError,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
@@ -732,3 +734,22 @@ async def test_a_run_that_was_never_started_is_not_resumed(
     with pytest.raises(UnsupportedOperation, match="never started"):
         await client.resume("mine")
     assert len(await client.list()) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.list(),
+        lambda client: client.get("mine"),
+        lambda client: client.validate({}, backend="scripted"),
+        lambda client: client.watch(),
+    ],
+)
+async def test_a_closed_client_raises(
+    client: AsyncTrainingClient, call: Callable[[Any], Awaitable[object]]
+) -> None:
+    """Its leases are not renewed any more, so it must not launch either; closing again is safe."""
+    await client.aclose()
+    await client.aclose()
+    with pytest.raises(TrainingBackendError, match="is closed"):
+        await call(client)

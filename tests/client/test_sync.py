@@ -20,6 +20,7 @@ from training_backends import (
     TrainingBackendError,
     TrainingClient,
     TrainingConfig,
+    TrainingRun,
     TrainingStatus,
 )
 from training_backends.testing.backend import ScriptedBackend
@@ -271,3 +272,15 @@ def _python(directory: Path, script: str) -> "subprocess.CompletedProcess[str]":
         timeout=100,
         check=False,
     )
+
+
+def test_a_callback_that_calls_its_client_gets_an_error(
+    client: TrainingClient, make_config: MakeConfig
+) -> None:
+    """It would wait for itself."""
+
+    def look(run: TrainingRun) -> None:
+        client.get(run.id)
+
+    with pytest.raises(TrainingBackendError, match="callback"):
+        client.launch(make_config(), backend="scripted", on_update=look)

@@ -10,6 +10,7 @@ import pytest
 
 from training_backends.core import errors
 from training_backends.core.errors import Issue, TrainingBackendError
+from training_backends.core.redaction import register_secret
 
 CONTEXT: dict[str, Any] = {
     "hint": "do this",
@@ -132,11 +133,17 @@ def test_a_traceback_shows_issues_hint_and_notes_once(again: Any) -> None:
     assert printed[-3:] == ["- model: wrong", "Hint: Do this.", "step 3 of the flow"]
 
 
-def test_a_hint_redacted_later_is_not_kept_in_the_notes() -> None:
-    """A traceback shows the hint as it is now, not as it was made."""
-    error = TrainingBackendError("It broke.", hint="with secret-word")
-    error.hint = "with ***"
-    assert "secret-word" not in "".join(traceback.format_exception(error))
+def test_notes_hold_no_secret() -> None:
+    """A key typed in the wrong place is not repeated, nor a hint as it was before a change."""
+    issue = Issue(code="a", message="no model 'a-secret-word'", fix="not a-secret-word")
+    error = errors.ConfigError("It broke.", issues=[issue], hint="replaced")
+    error.hint = "with a-secret-word"
+    error.add_note("sent a-secret-word")
+    register_secret("a-secret-word")
+    printed = "".join(traceback.format_exception(error))
+    assert printed.count("[redacted]") == 4
+    assert "a-secret-word" not in printed
+    assert "replaced" not in printed
 
 
 def test_a_traceback_lists_a_limited_number_of_issues() -> None:

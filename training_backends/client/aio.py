@@ -43,7 +43,12 @@ from training_backends.core.backend import (
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
+from training_backends.core.errors import (
+    ConfigError,
+    RunNotFound,
+    TrainingBackendError,
+    WaitTimeout,
+)
 from training_backends.core.estimate import Estimate
 from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
@@ -102,6 +107,7 @@ class AsyncTrainingClient:
             self._store, self._leases, self._records, self._looks, self._round
         )
         self._making = anyio.Lock()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,7 +116,11 @@ class AsyncTrainingClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the backends that this client made, and the store."""
+        """Close the backends that this client made, and the store; the client cannot be used then.
+
+        Safe to repeat.
+        """
+        self._closed = True
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(to_thread.run_sync, self._store.close)
@@ -122,9 +132,11 @@ class AsyncTrainingClient:
         """Return the backend with this name, made on first use.
 
         Raises:
+            TrainingBackendError: The client is closed; so in every method.
             ConfigError: No such backend is installed.
             BackendNotInstalled: It cannot be loaded.
         """
+        self._require_open()
         _require_text("backend", name)
         if name not in self._backends:
             context = BackendContext(home=self.home, credentials=self._credentials)
@@ -135,6 +147,7 @@ class AsyncTrainingClient:
 
     async def _backend(self, name: str) -> TrainingBackend:
         """Return the backend; importing it, its first use reads many files, so in a thread."""
+        self._require_open()
         _require_text("backend", name)
         async with self._making:
             if name not in self._backends:
@@ -242,6 +255,7 @@ class AsyncTrainingClient:
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as it was last seen, by its id or a unique beginning of it."""
+        self._require_open()
         _require_text("run_id", run_id)
         return await to_thread.run_sync(self._store.get, run_id)
 
@@ -274,6 +288,7 @@ class AsyncTrainingClient:
         Raises:
             ValueError: There is no such status; it names those that there are.
         """
+        self._require_open()
         status = None if status is None else _as_status(status)
         return await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
 
@@ -318,6 +333,7 @@ class AsyncTrainingClient:
         self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
     ) -> Watcher:
         """Make what `watch` runs, to sweep by hand."""
+        self._require_open()
         return Watcher(self._store, self._leases, self._round, on_event=on_event, only=only)
 
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
@@ -437,6 +453,14 @@ class AsyncTrainingClient:
         """
         names = dict.fromkeys((*installed_backends(), *self._backends))
         return await recover(self._store_url, self._store, names, self._backend)
+
+    def _require_open(self) -> None:
+        # The leases of a closed client are not renewed: a launch could be started twice.
+        if self._closed:
+            raise TrainingBackendError(
+                "This AsyncTrainingClient is closed.",
+                hint="Make a new one, or close it after the last call.",
+            )
 
     async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
         """Return a configuration given in any form, ready to be checked by the backend."""

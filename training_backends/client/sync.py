@@ -76,6 +76,11 @@ class _Loop:
     def start(self, function: Callable[..., Awaitable[_T]], *args: Any) -> "Future[_T]":
         """Start a coroutine in the loop."""
         self.check()
+        if self._thread is threading.current_thread():
+            raise TrainingBackendError(
+                "A callback of TrainingClient called the client that runs it.",
+                hint="Return from the callback first, or call the client from another thread.",
+            )
         # A call that reaches a loop just being closed would wait for ever.
         with self._starting:
             self.check()

@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, TypedDict, Unpack
 
+from training_backends.core.redaction import redact
+
 __all__ = [
     "AmbiguousLaunch",
     "AuthenticationFailed",
@@ -125,16 +127,17 @@ class TrainingBackendError(Exception):
 
     @property
     def __notes__(self) -> list[str]:
-        """The issues, the hint and what `add_note` added; tracebacks print each on a line.
+        """The issues, the hint and what `add_note` added, redacted; tracebacks print them.
 
-        Made when asked for, because a hint may be redacted or extended after construction.
+        Made when asked for, because a hint may be extended after construction, and a secret
+        registered.
         """
         notes = [f"- {issue}" for issue in self.issues[:_MOST_NOTES]]
         if len(self.issues) > _MOST_NOTES:
             notes.append(f"- and {len(self.issues) - _MOST_NOTES} more")
         if hint := self.hint or self.install:
             notes.append(f"Hint: {hint}")
-        return [*notes, *self._added_notes]
+        return [redact(note) for note in (*notes, *self._added_notes)]
 
     @__notes__.setter
     def __notes__(self, notes: list[str]) -> None:
