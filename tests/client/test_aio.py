@@ -1,7 +1,10 @@
 """The asynchronous client: launches once, remembers, follows, ends."""
 
+import os
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -13,6 +16,7 @@ from training_backends import (
     BackendBroken,
     BackendUnavailable,
     BudgetExceeded,
+    Capabilities,
     ConfigError,
     DatasetError,
     DuplicateRun,
@@ -20,6 +24,7 @@ from training_backends import (
     Issue,
     Money,
     RunNotFound,
+    TrainingBackendError,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
@@ -82,10 +87,11 @@ async def test_simultaneous_launches_of_one_id_make_one_job(
 async def test_an_id_with_another_config_is_a_conflict(
     client: AsyncTrainingClient, make_config: MakeConfig
 ) -> None:
-    """An id stands for one configuration."""
+    """An id stands for one configuration; the error names the fields that differ."""
     await client.launch(make_config(), backend="scripted", run_id="mine")
-    with pytest.raises(DuplicateRun, match="another config"):
-        await client.launch(make_config(suffix="new"), backend="scripted", run_id="mine")
+    other = make_config(suffix="new", hyperparameters={"epochs": 2})
+    with pytest.raises(DuplicateRun, match=r"differ: hyperparameters\.epochs, suffix\."):
+        await client.launch(other, backend="scripted", run_id="mine")
 
 
 async def test_a_launch_cut_off_continues(
@@ -132,6 +138,55 @@ async def test_a_cost_is_confirmed_first(
     with pytest.raises(BudgetExceeded, match="not confirmed"):
         await client.launch(make_config(), backend="scripted", confirm=refuse)
     assert backend.created == []
+
+
+async def test_an_unknown_price_is_not_launched_on_a_budget_alone(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A limit that cannot be checked is not consent: without `confirm` nothing is started."""
+    backend.price = None
+    limited = make_config(budget={"max_cost": "5 USD"})
+    with pytest.raises(BudgetExceeded, match="unknown") as caught:
+        await client.launch(limited, backend="scripted")
+    assert (caught.value.found, backend.created, await client.list()) == ("unknown", [], [])
+    run = await client.launch(make_config(), backend="scripted")
+    assert backend.created == [run.remote_id], "without a limit the caller has decided"
+
+
+async def test_an_unknown_price_is_confirmed_whatever_the_budget(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """`confirm` decides, and sees that the price is unknown."""
+    backend.price = None
+    asked: list[Estimate] = []
+
+    async def agree(estimate: Estimate) -> bool:
+        asked.append(estimate)
+        return True
+
+    limited = make_config(budget={"max_cost": "5 USD"})
+    await client.launch(limited, backend="scripted", confirm=agree)
+    assert [estimate.totals for estimate in asked] == [()]
+
+
+@pytest.mark.parametrize("price", [None, "9 USD"])
+async def test_a_resumption_is_confirmed_like_a_launch(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    price: str | None,
+) -> None:
+    """Training again costs again; a no leaves no second run."""
+    backend.price = Money.model_validate(price) if price else None
+    run = await client.launch(make_config(), backend="scripted")
+    backend.fail(str(run.remote_id))
+
+    async def refuse(_: Estimate) -> bool:
+        return False
+
+    with pytest.raises(BudgetExceeded, match="not confirmed"):
+        await client.resume(run.id, confirm=refuse)
+    assert (len(await client.list()), backend.resumed) == (1, [])
 
 
 async def test_a_config_that_the_backend_refuses_is_not_launched(
@@ -525,3 +580,180 @@ async def test_a_resumption_under_way_keeps_its_checkpoint(
     backend.before_create = lambda: None
     with pytest.raises(DuplicateRun, match="resumed from 5"):
         await client.resume(run.id, checkpoint="6", new_id="second")
+
+
+async def test_a_relative_path_is_stored_as_an_absolute_one(
+    client: AsyncTrainingClient,
+    train_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The training process runs in another directory."""
+    monkeypatch.chdir(train_file.parent)
+    config = TrainingConfig.model_validate(
+        {"model": "tiny-mistral", "data": {"train": train_file.name}}
+    )
+    report = await client.validate(config, backend="scripted")
+    run = await client.launch(config, backend="scripted")
+    assert report.ok
+    assert [source.path for source in run.config.data.train] == [train_file]
+
+
+@pytest.mark.parametrize("form", ["mapping", "path", "text"])
+async def test_a_configuration_is_taken_in_any_form(
+    client: AsyncTrainingClient, make_config: MakeConfig, tmp_path: Path, form: str
+) -> None:
+    """A mapping, or the path of a YAML file, works wherever a TrainingConfig does."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: tiny-mistral\ndata: {train: train.jsonl}\n")
+    config: Any = {
+        "mapping": {"model": "tiny-mistral", "data": {"train": tmp_path / "train.jsonl"}}
+    }
+    config = config.get(form, str(path) if form == "text" else path)
+    assert (await client.validate(config, backend="scripted")).ok
+    assert (await client.estimate(config, backend="scripted")).steps == 10
+    run = await client.launch(config, backend="scripted")
+    assert run.config == make_config()
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "name"),
+    [
+        ("launch", {"config": 3, "backend": "scripted"}, "config"),
+        ("launch", {"config": {}, "backend": None}, "backend"),
+        ("get", {"run_id": 7}, "run_id"),
+        ("stop", {"run_id": None}, "run_id"),
+        ("resume", {"run_id": "mine", "new_id": 7}, "new_id"),
+    ],
+)
+async def test_a_wrong_type_is_a_type_error_that_names_the_parameter(
+    client: AsyncTrainingClient, method: str, arguments: dict[str, Any], name: str
+) -> None:
+    """Not an error about something else."""
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        await getattr(client, method)(**arguments)
+
+
+async def test_a_run_id_of_another_type_is_a_type_error(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A number is not turned into an id."""
+    with pytest.raises(TypeError, match="run_id must be a str, not int"):
+        await client.launch(make_config(), backend="scripted", run_id=7)  # type: ignore[arg-type]
+
+
+async def test_runs_are_listed_by_the_word_of_a_status(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A word works like the enum; one that does not exist names those that do."""
+    run = await client.launch(make_config(), backend="scripted")
+    assert [found.id for found in await client.list(status="running")] == [run.id]
+    assert await client.list(status="completed") == []
+    with pytest.raises(ValueError, match=r"one of .*completed.*, not 'done'"):
+        await client.list(status="done")
+
+
+async def test_an_unknown_option_without_a_value_is_an_error(
+    client: AsyncTrainingClient, make_config: MakeConfig
+) -> None:
+    """A misspelt option is found before its value is written."""
+    report = await client.validate(make_config(options={"gpus": None}), backend="scripted")
+    assert report.errors[0].field == "options.gpus"
+
+
+@pytest.mark.parametrize("change", ["none", "same content", "same size", "longer", "removed"])
+async def test_a_repeated_launch_says_whether_the_data_has_changed(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    train_file: Path,
+    change: str,
+) -> None:
+    """The run that exists was trained on other data than is there now."""
+    run = await client.launch(make_config(), backend="scripted", run_id="mine")
+    backend.finish(str(run.remote_id))
+    await client.status("mine")
+    text = train_file.read_text()
+    match change:
+        case "same content":
+            train_file.write_text(text)
+            os.utime(train_file, (1, 1))
+        case "same size":
+            train_file.write_text(text.replace("0", "1"))
+            os.utime(train_file, (1, 1))
+        case "longer":
+            train_file.write_text(text * 2)
+        case "removed":
+            train_file.unlink()
+    said: list[str] = []
+    await client.launch(make_config(), backend="scripted", run_id="mine", on_notice=said.append)
+    assert said[0] == "Run mine already exists (completed); nothing launched."
+    changed = [f"The data file {train_file} has changed since the run mine was launched."]
+    assert said[1:] == ([] if change in {"none", "same content"} else changed)
+
+
+async def test_a_draft_is_deleted(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A launch that was rejected before the provider had anything leaves nothing to stop."""
+    backend.before_create = backend.refusing(ConfigError("no key"))
+    with pytest.raises(ConfigError):
+        await client.launch(make_config(), backend="scripted", run_id="mine")
+    await client.delete("mine")
+    assert await client.list() == []
+
+
+async def test_a_draft_that_may_have_a_job_is_not_deleted(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Its record is all that leads to a job that may cost money."""
+    await cut_off_launch(client, backend, make_config())
+    with pytest.raises(UnsupportedOperation, match="may have a job"):
+        await client.delete("mine")
+    assert [run.id for run in await client.list()] == ["mine"]
+
+
+async def test_a_backend_that_cannot_resume_leaves_no_record(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """The client asks the capabilities before it makes the new run."""
+    backend = ScriptedBackend(capabilities=Capabilities(resumes=False))
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        run = await client.launch(make_config(), backend="scripted")
+        backend.fail(str(run.remote_id))
+        with pytest.raises(UnsupportedOperation, match="cannot resume"):
+            await client.resume(run.id, new_id="second")
+        assert [found.id for found in await client.list()] == [run.id]
+
+
+async def test_a_run_that_was_never_started_is_not_resumed(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Stopped before its launch, there is nothing to continue, and no second record."""
+    backend.before_create = backend.refusing(ConfigError("no key"))
+    with pytest.raises(ConfigError):
+        await client.launch(make_config(), backend="scripted", run_id="mine")
+    await client.stop("mine")
+    with pytest.raises(UnsupportedOperation, match="never started"):
+        await client.resume("mine")
+    assert len(await client.list()) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.list(),
+        lambda client: client.get("mine"),
+        lambda client: client.validate({}, backend="scripted"),
+        lambda client: client.watch(),
+    ],
+)
+async def test_a_closed_client_raises(
+    client: AsyncTrainingClient, call: Callable[[Any], Awaitable[object]]
+) -> None:
+    """Its leases are not renewed any more, so it must not launch either; closing again is safe."""
+    await client.aclose()
+    await client.aclose()
+    with pytest.raises(TrainingBackendError, match="is closed"):
+        await call(client)

@@ -3,11 +3,14 @@
 import os
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from training_backends import ConfigError, Issue
-from training_backends.client.configfile import load_config
+from training_backends import ConfigError, Issue, TrainingConfig
+from training_backends.client.configfile import load_config, to_config
 
 GOOD = """\
 backend: local
@@ -105,6 +108,78 @@ def test_a_field_with_nothing_behind_it_is_not_given(tmp_path: Path) -> None:
     """`options:` alone is as if it were not there."""
     file = load_config(write(tmp_path, GOOD + "options:\nsuffix:\n"))
     assert (file.config.options, file.config.suffix) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("budgett:\n", "budgett"),
+        ("tuning: {kind: lora, rnk: }\n", "tuning.rnk"),
+        ("labels: {team: }\n", "labels.team"),
+    ],
+)
+def test_an_unknown_field_without_a_value_is_an_error(
+    tmp_path: Path, text: str, field: str
+) -> None:
+    """A misspelt name is found before its value is written."""
+    issue = issue_of(write(tmp_path, GOOD + text))
+    assert (issue.line, issue.field) == (7, field)
+
+
+def test_a_decimal_comma_does_not_change_the_learning_rate(tmp_path: Path) -> None:
+    """`1,0e-4` in braces is 1 and an unknown field `0e-4`."""
+    text = GOOD.replace(":\n  epochs: 2", ": {epochs: 2, learning_rate: 1,0e-4}")
+    assert issue_of(write(tmp_path, text)).field == "hyperparameters.0e-4"
+
+
+@pytest.mark.parametrize("override", ["hyperparameters.batch_sise=", "budgett=null"])
+def test_an_unknown_override_without_a_value_is_an_error(tmp_path: Path, override: str) -> None:
+    """`--set` removes only what exists."""
+    issue = issue_of(write(tmp_path, GOOD), override)
+    assert (issue.path, issue.code) == ("--set", "unknown_field")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("010", "8"), ("12:30", "750"), ("-1:30", "-90"), ("1:30.5", "90.5")]
+)
+def test_a_number_to_another_base_is_an_error(tmp_path: Path, written: str, read: str) -> None:
+    """What YAML 1.1 reads differently from people is not guessed, in the file or in --set."""
+    in_file = issue_of(write(tmp_path, GOOD.replace("epochs: 2", f"epochs: {written}")))
+    in_override = issue_of(write(tmp_path, GOOD), f"hyperparameters.epochs={written}")
+    assert (in_file.code, in_file.line, in_override.path) == ("misread_number", 6, "--set")
+    assert in_file.message == in_override.message == f"YAML reads {written} as {read}"
+
+
+@pytest.mark.parametrize("word", ["true", "yes", "off"])
+def test_a_truth_value_is_no_number(tmp_path: Path, word: str) -> None:
+    """`seed: yes` does not train with seed 1."""
+    issue = issue_of(write(tmp_path, GOOD), f"hyperparameters.seed={word}")
+    assert (issue.field, "yes, no" in issue.message) == ("hyperparameters.seed", True)
+
+
+@given(st.integers(min_value=1, max_value=2**31))
+@settings(max_examples=30, deadline=None)
+def test_a_decimal_number_is_read_as_it_is_written(number: int) -> None:
+    """However it is grouped or signed."""
+    with TemporaryDirectory() as directory:
+        for text in (str(number), f"+{number}", f"{number:_}", hex(number)):
+            override = f"hyperparameters.training_steps={text}"
+            good = write(Path(directory), GOOD.replace("  epochs: 2\n", "  seed: 1\n"))
+            file = load_config(good, [override])
+            assert file.config.hyperparameters.training_steps == number
+
+
+def test_a_mapping_is_checked_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its paths are relative to the working directory, and its issues name the field."""
+    monkeypatch.chdir(tmp_path)
+    config = to_config({"model": "m", "data": {"train": "a.jsonl"}, "suffix": None})
+    assert type(config) is TrainingConfig
+    assert config.data.train[0].path == tmp_path / "a.jsonl"
+    with pytest.raises(ConfigError) as caught:
+        to_config({"model": "m", "data": {"train": "a.jsonl"}, "sufix": None})
+    assert [str(issue) for issue in caught.value.issues] == [
+        "sufix: no such field (did you mean 'suffix'?)"
+    ]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

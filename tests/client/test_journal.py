@@ -202,6 +202,22 @@ async def test_a_free_quote_is_not_asked_about(
     await journal.quote(Estimate(cost=Money.model_validate("0 EUR"), basis="quote"))
 
 
+async def test_a_quote_without_a_price_is_not_covered_by_a_budget(
+    tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> None:
+    """A server that names no price does not spend under a limit unless somebody agrees."""
+    config = make_config(budget={"max_cost": "5 USD"})
+    journal = make_journal(tmp_path / "runs.db", config)
+    with pytest.raises(BudgetExceeded, match="unknown"):
+        await journal.quote(Estimate(basis="quote"))
+
+    async def agree(_: Estimate) -> bool:
+        return True
+
+    asking = make_journal(tmp_path / "runs.db", config, LaunchWatch(confirm=agree))
+    await asking.quote(Estimate(basis="quote"))
+
+
 @settings(max_examples=60, deadline=None)
 @given(faults=st.lists(st.sampled_from(["none", "lost", "killed", "refused"]), max_size=8))
 async def test_no_sequence_of_faults_does_a_step_twice(

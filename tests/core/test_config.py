@@ -90,6 +90,12 @@ def test_a_configuration_does_not_change() -> None:
         ({"budget": {"max_duration": "soon"}}, "max_duration"),
         ({"budget": {"max_duration": 0}}, "max_duration"),
         ({"labels": {"a": None}}, "a"),
+        ({"hyperparameters": {"training_steps": True}}, "training_steps"),
+        ({"hyperparameters": {"learning_rate": True}}, "learning_rate"),
+        ({"tuning": {"kind": "lora", "rank": True}}, "rank"),
+        ({"data": {"train": [{"path": "a", "weight": True}]}}, "weight"),
+        ({"budget": {"max_duration": True}}, "max_duration"),
+        ({"budget": {"max_cost": {"amount": True, "currency": "USD"}}}, "amount"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], place: str) -> None:

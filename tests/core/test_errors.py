@@ -1,6 +1,8 @@
 """Errors say what happened, survive pickling and are also what Python calls them."""
 
+import copy
 import pickle
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from training_backends.core import errors
 from training_backends.core.errors import Issue, TrainingBackendError
+from training_backends.core.redaction import register_secret
 
 CONTEXT: dict[str, Any] = {
     "hint": "do this",
@@ -113,3 +116,44 @@ def test_an_excerpt_is_cut() -> None:
 def test_an_issue_reads_as_a_line(fields: dict[str, Any], text: str) -> None:
     """Place, field, what and fix, as compilers write it."""
     assert str(Issue(code="x", message="wrong", **fields)) == text
+
+
+@pytest.mark.parametrize(
+    "again",
+    [lambda error: error, copy.copy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["raised", "copied", "pickled"],
+)
+def test_a_traceback_shows_issues_hint_and_notes_once(again: Any) -> None:
+    """What an orchestrator logs is enough to correct the configuration."""
+    error = errors.ConfigError(
+        "It broke.", issues=[Issue(code="a", message="wrong", field="model")], hint="Do this."
+    )
+    error.add_note("step 3 of the flow")
+    printed = "".join(traceback.format_exception(again(error))).splitlines()
+    assert printed[-3:] == ["- model: wrong", "Hint: Do this.", "step 3 of the flow"]
+
+
+def test_notes_hold_no_secret() -> None:
+    """A key typed in the wrong place is not repeated, nor a hint as it was before a change."""
+    issue = Issue(code="a", message="no model 'a-secret-word'", fix="not a-secret-word")
+    error = errors.ConfigError("It broke.", issues=[issue], hint="replaced")
+    error.hint = "with a-secret-word"
+    error.add_note("sent a-secret-word")
+    register_secret("a-secret-word")
+    printed = "".join(traceback.format_exception(error))
+    assert printed.count("[redacted]") == 4
+    assert "a-secret-word" not in printed
+    assert "replaced" not in printed
+
+
+def test_a_traceback_lists_a_limited_number_of_issues() -> None:
+    """Thousands of bad rows do not fill a log."""
+    issues = [Issue(code="a", message=str(number)) for number in range(1000)]
+    notes = errors.DatasetError("It broke.", issues=issues).__notes__
+    assert (len(notes), notes[-1]) == (21, "- and 980 more")
+
+
+def test_a_missing_package_shows_its_command_in_the_traceback() -> None:
+    """The command that installs it is the way on."""
+    error = errors.BackendNotInstalled("Not here.", install="pip install x")
+    assert error.__notes__ == ["Hint: pip install x"]

@@ -167,3 +167,23 @@ def test_what_is_above_the_budget_is_refused(estimate: Estimate, limit: str, fou
         budget.check(estimate)
     assert (caught.value.limit, caught.value.found) == (limit, found)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("budget", "estimate", "decides"),
+    [
+        (Budget(max_cost=money("5 USD")), Estimate(cost=money("4 USD")), True),
+        (Budget(max_cost=money("5 USD")), Estimate(), False),
+        (Budget(), Estimate(cost=money("4 USD")), False),
+        (
+            Budget(max_cost=money("5 USD")),
+            Estimate(costs=(item("training", "3 EUR"), item("storage", "2 USD"))),
+            True,
+        ),
+    ],
+)
+def test_a_budget_decides_only_on_a_known_cost(
+    budget: Budget, estimate: Estimate, decides: bool
+) -> None:
+    """A limit that cannot be compared with anything is not consent."""
+    assert budget.decides(estimate) is decides

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from training_backends.core.options import option_issues
+from training_backends.core.options import given_options, option_issues
 
 
 class Options(BaseModel):
@@ -30,6 +30,7 @@ class Nothing(BaseModel):
         ({"gpus": 2}, "options.gpus", "no such option", "there are: max_runs, device"),
         ({"max_runs": 0}, "options.max_runs", "greater than or equal to 1", None),
         ({"device": "tpu"}, "options.device", "'cpu' or 'cuda'", None),
+        ({"max_runs": True}, "options.max_runs", "expected a number", None),
     ],
 )
 def test_the_option_is_named_and_what_there_is_instead(
@@ -52,3 +53,9 @@ def test_a_backend_may_have_none() -> None:
     """Which is said."""
     (issue,) = option_issues(Nothing, {"a": 1})
     assert issue.fix == "there are: none"
+
+
+def test_only_known_options_may_be_left_empty() -> None:
+    """A misspelt option is found whether or not it has a value."""
+    given = given_options(Options, {"max_runs": None, "max_run": None, "device": "cpu"})
+    assert given == {"max_run": None, "device": "cpu"}

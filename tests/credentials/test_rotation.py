@@ -49,9 +49,7 @@ async def backend(
 ) -> AsyncGenerator[MistralAPIBackend, None]:
     """Make the backend that goes on running, over a vault of its own."""
     chosen = CredentialSettings(keyring="file", password_file=password_file)
-    settings = MistralSettings(
-        base_url=provider.base_url, attempts=1, poll_min=0.01, poll_max=0.02, follow_patience=10
-    )
+    settings = MistralSettings(base_url=provider.base_url, attempts=1, poll_min=0.01, poll_max=0.02)
     vault = CredentialVault(home=home, environ={}, settings=chosen)
     made = MistralAPIBackend(credentials=vault, settings=settings)
     yield made

@@ -81,6 +81,10 @@ class LaunchView:
             show_estimate(run.estimate, self._out)
             self._quoted = True
 
+    def notice(self, text: str) -> None:
+        """Show a sentence that the user should read, with --json too: it is not a result."""
+        self._out.print(f"  [yellow]{escape(text)}[/]")
+
     def asking(self, confirm: Confirm) -> Confirm:
         """Wrap a question so that the bars do not run over it."""
 

@@ -34,6 +34,9 @@ __all__ = [
     "wait",
 ]
 
+_UNSTARTED = frozenset({"pending", "validating", "ready"})
+"""Statuses in which a run may not have been started yet."""
+
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")]
 
 
@@ -59,7 +62,8 @@ def launch(
     run_id = _given_id(run_id) or new_run_id()
 
     async def start(client: "AsyncTrainingClient") -> "TrainingRun":
-        _need_consent(client, name, file.config, yes=yes)
+        if not await _is_under_way(client, run_id):
+            _need_consent(client, name, file.config, yes=yes)
         with LaunchView(quiet=json) as view:
             run = await client.launch(
                 file.config,
@@ -67,6 +71,7 @@ def launch(
                 run_id=run_id,
                 on_progress=view.progress,
                 on_update=view.update,
+                on_notice=view.notice,
                 confirm=view.asking(_agree(file.config, yes=yes)),
             )
         if not follow:
@@ -221,8 +226,10 @@ def resume(
     from training_backends.cli.follow import LaunchView
 
     async def go_on(client: "AsyncTrainingClient") -> "TrainingRun":
-        config = (old := await client.get(run)).config
-        _need_consent(client, old.backend, config, yes=yes)
+        old = await client.status((await client.get(run)).id)
+        config = old.config
+        if _can_be_resumed(client, old):
+            _need_consent(client, old.backend, config, yes=yes)
         with LaunchView(quiet=json) as view:
             return await client.resume(
                 old.id,
@@ -303,39 +310,66 @@ def _goes_on(*run_ids: str) -> str:
     return f"Interrupted; the run goes on. Look with: training-backends status {names}"
 
 
+async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
+    """Tell whether a launch under this id would find a run and start nothing."""
+    from training_backends import RunNotFound
+
+    try:
+        known = await client.get(run_id)
+    except RunNotFound:
+        return False
+    return known.id == run_id and known.status not in _UNSTARTED
+
+
+def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
+    """Tell whether resuming may start something; what cannot work needs no consent."""
+    if run.status in _UNSTARTED:
+        return True
+    resumes = client.backend(run.backend).capabilities.resumes
+    return resumes and run.status in {"failed", "cancelled"}
+
+
 def _need_consent(
     client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
 ) -> None:
-    """Refuse early what could only be refused after an upload: nobody to ask, no limit set."""
-    if client.backend(backend).capabilities.quotes and not _is_agreed(config, yes=yes):
-        _need_terminal()
+    """Reject early what could only be rejected after an upload: no terminal, no limit set."""
+    if yes or config.budget.max_cost is not None or sys.stdin.isatty():
+        return
+    if client.backend(backend).capabilities.quotes:
+        raise _no_consent("This may cost money", "Give --yes, or set budget.max_cost.")
 
 
-def _is_agreed(config: "TrainingConfig", *, yes: bool) -> bool:
-    return yes or config.budget.max_cost is not None
+def _no_consent(reason: str, hint: str) -> Exception:
+    from training_backends.cli.exit_codes import UsageError
 
-
-def _need_terminal() -> None:
-    if not sys.stdin.isatty():
-        raise typer.BadParameter(
-            "launching may cost money and nobody can be asked here; "
-            "give --yes, or set budget.max_cost",
-            param_hint="--yes",
-        )
+    return UsageError(f"{reason}, and there is no terminal to ask on.", hint=hint)
 
 
 def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
     """Return the question asked before money is spent."""
+    budget = config.budget
 
     async def agree(estimate: "Estimate") -> bool:
-        if _is_agreed(config, yes=yes):
-            return True
-        _need_terminal()
+        from training_backends import BudgetExceeded
         from training_backends.cli.render import price_text
 
+        if yes or budget.decides(estimate):
+            return True
         price = price_text(estimate)
-        cost = f"for {price}" if price else "at a cost that is not known"
+        reason, hint = f"This run costs {price}", "Give --yes, or set budget.max_cost."
+        question = f"Start for {price}"
+        if not price:
+            reason, hint = "The price of this run is unknown", "Give --yes to launch all the same."
+            if budget.max_cost is not None:
+                reason += ", so budget.max_cost cannot be checked"
+            question = f"{reason}. Start"
+        if not sys.stdin.isatty():
+            error = _no_consent(reason, hint)
+            if estimate.basis == "quote":
+                # There is a job by now: its backend takes it back.
+                raise BudgetExceeded(str(error), hint=hint)
+            raise error
         ours = price_text(estimate.ours) if estimate.ours else None
-        return _ask(f"Start {cost}{f' (estimated here: {ours})' if ours else ''}?")
+        return _ask(f"{question}{f' (estimated here: {ours})' if ours else ''}?")
 
     return agree

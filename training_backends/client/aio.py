@@ -12,10 +12,12 @@ from anyio import from_thread, to_thread
 
 from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.cadence import WatchSettings
+from training_backends.client.configfile import ConfigLike, to_config
 from training_backends.client.following import Following
 from training_backends.client.journal import (
     Confirm,
     LaunchWatch,
+    OnNotice,
     OnProgress,
     OnUpdate,
 )
@@ -50,6 +52,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logs import get_logger
+from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
@@ -84,13 +87,13 @@ class AsyncTrainingClient:
     def __init__(
         self,
         *,
-        home: Path | None = None,
+        home: Path | str | None = None,
         store_url: str | None = None,
         credentials: CredentialSource | None = None,
         backends: Mapping[str, TrainingBackend] | None = None,
     ) -> None:
         settings = load_settings(Settings)
-        self.home = (home or settings.home).expanduser().absolute()
+        self.home = Path(home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
@@ -107,6 +110,7 @@ class AsyncTrainingClient:
             self._store, self._leases, self._records, self._looks, self._round
         )
         self._making = anyio.Lock()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,7 +119,11 @@ class AsyncTrainingClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the backends that this client made, and the store."""
+        """Close the backends that this client made, and the store; the client cannot be used then.
+
+        Safe to repeat.
+        """
+        self._closed = True
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(to_thread.run_sync, self._store.close)
@@ -130,11 +138,14 @@ class AsyncTrainingClient:
         from this package.
 
         Raises:
+            TrainingBackendError: The client is closed; so in every method.
             ConfigError: No such backend is installed.
             BackendNotInstalled: It cannot be loaded.
             BackendBroken: It cannot be created.
             BackendUnavailable: It was not created within a minute.
         """
+        self._require_open()
+        _require_text("backend", name)
         if name not in self._backends:
             context = BackendContext(home=self.home, credentials=self._credentials)
             made = make_backend(name, context)
@@ -144,29 +155,34 @@ class AsyncTrainingClient:
 
     async def _backend(self, name: str) -> TrainingBackend:
         """Return the backend; importing it, its first use reads many files, so in a thread."""
+        self._require_open()
+        _require_text("backend", name)
         async with self._making:
             if name not in self._backends:
                 await to_thread.run_sync(self.backend, name)
             return self._backends[name]
 
-    async def inspect(self, config: TrainingConfig, *, backend: str | None = None) -> Dataset:
+    async def inspect(self, config: ConfigLike, *, backend: str | None = None) -> Dataset:
         """Read the data files of a configuration and say what is in them.
 
         Args:
+            config: Also a mapping, or the path of a YAML file; so in every method. Relative data
+                paths are resolved against the file, without one against the working directory.
             backend: Whose rules they are held against; None: those of the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
-        return await self._read(config, chosen)
+        return await self._read(await self._config(config, chosen), chosen)
 
-    async def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
+    async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """Check configuration and data; nothing is uploaded or spent."""
         chosen = await self._backend(backend)
+        config = await self._config(config, chosen)
         dataset, report = await self._judged(chosen, config)
         return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
 
     async def estimate(
         self,
-        config: TrainingConfig,
+        config: ConfigLike,
         *,
         backend: str,
         sample: int | None = None,
@@ -186,6 +202,7 @@ class AsyncTrainingClient:
             DatasetError: The data cannot be used.
         """
         chosen = await self._backend(backend)
+        config = await self._config(config, chosen)
         dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
@@ -193,12 +210,13 @@ class AsyncTrainingClient:
 
     async def launch(
         self,
-        config: TrainingConfig,
+        config: ConfigLike,
         *,
         backend: str,
         run_id: str | None = None,
         on_progress: OnProgress | None = None,
         on_update: OnUpdate | None = None,
+        on_notice: OnNotice | None = None,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
         """Start a run and return once the provider has accepted the start.
@@ -210,31 +228,43 @@ class AsyncTrainingClient:
             run_id: The caller's own id; default a new one.
             on_progress: Told of uploads: step, bytes done, bytes in all.
             on_update: Told whenever more is known of the run.
-            confirm: Asked before anything that costs money is started.
+            on_notice: Called with a sentence to show, such as that the run exists already or
+                that its data has changed since; default: such sentences are logged.
+            confirm: Asked before anything that costs money is started. Without it a run is
+                started at any price within the budget, and at an unknown price only if
+                `budget.max_cost` is not set.
 
         Raises:
             ConfigError, DatasetError: The run cannot work; nothing was started.
-            BudgetExceeded: It would cost or take too much; nothing was started.
+            BudgetExceeded: It would cost or take too much, or its price is unknown and cannot
+                be compared with the budget; nothing was started.
             DuplicateRun: `run_id` belongs to another configuration, or the provider has a
                 similar run.
             AmbiguousLaunch: It cannot be told whether an earlier try got through.
         """
         chosen = await self._backend(backend)
-        run_id = new_run_id() if run_id is None else run_id
-        watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
+        config = await self._config(config, chosen)
+        run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
+        watch = LaunchWatch(
+            on_progress=on_progress, on_update=on_update, on_notice=on_notice, confirm=confirm
+        )
         run = new_run_record(run_id, backend, config)
         async with self._leases.hold(launch_lease(run_id)) as lease:
             known = await self._records.known(run_id)
             if known is None:
-                estimate = await self._prepare(chosen, config, watch)
+                dataset, estimate = await self._prepare(chosen, config, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
+                await self._records.remember_data(run_id, dataset.files)
             else:
                 require_same(known, run)
+                await self._records.notice_known(known, watch)
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as it was last seen, by its id or a unique beginning of it."""
+        self._require_open()
+        _require_text("run_id", run_id)
         return await to_thread.run_sync(self._store.get, run_id)
 
     async def status(self, run_id: str) -> TrainingRun:
@@ -256,9 +286,18 @@ class AsyncTrainingClient:
             return run  # its launch was cut off before the provider had it
 
     async def list(
-        self, *, backend: str | None = None, status: TrainingStatus | None = None
+        self, *, backend: str | None = None, status: TrainingStatus | str | None = None
     ) -> Sequence[TrainingRun]:
-        """Return the runs of this store as they were last seen, newest first."""
+        """Return the runs of this store as they were last seen, newest first.
+
+        Args:
+            status: Also as a word, such as `completed`.
+
+        Raises:
+            ValueError: There is no such status; it names those that there are.
+        """
+        self._require_open()
+        status = None if status is None else _as_status(status)
         return await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
 
     async def logs(
@@ -302,6 +341,7 @@ class AsyncTrainingClient:
         self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
     ) -> Watcher:
         """Make what `watch` runs, to sweep by hand."""
+        self._require_open()
         return Watcher(self._store, self._leases, self._round, on_event=on_event, only=only)
 
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
@@ -354,10 +394,12 @@ class AsyncTrainingClient:
             BudgetExceeded: It would cost or take too much; nothing was started.
         """
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
+        if new_id is not None:
+            _require_text("new_id", new_id)
         run = await self.status(run_id)
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
-    async def download(self, run_id: str, target: Path) -> Path:
+    async def download(self, run_id: str, target: Path | str) -> Path:
         """Fetch the finished model of a run into `target`; it appears whole or not at all.
 
         Raises:
@@ -367,7 +409,7 @@ class AsyncTrainingClient:
         backend = await self._backend(run.backend)
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
-        return await backend.download(run, target)
+        return await backend.download(run, Path(target))
 
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Ask the finished model of a run, where its backend has it at hand.
@@ -386,15 +428,18 @@ class AsyncTrainingClient:
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def delete(self, run_id: str) -> None:
-        """Forget a run that is over, and delete what the provider keeps of it where it can.
+        """Delete a run that has ended, or a draft, and what the provider keeps of it if it can.
 
         Safe to repeat after a crash: what is gone already is no hindrance.
 
         Raises:
-            UnsupportedOperation: The run is not over.
+            UnsupportedOperation: The run has not ended, or its launch was cut off and the
+                provider may have a job for it.
         """
         run = await self.status(run_id)
         backend = await self._backend(run.backend)
+        if not run.status.is_terminal:
+            run = await self._steering.discard(run)
         if not run.status.is_terminal:
             raise backend.unsupported(f"delete a run that is {run.status}", "Stop it first.")
         if backend.capabilities.deletes:
@@ -416,6 +461,22 @@ class AsyncTrainingClient:
         """
         names = dict.fromkeys((*installed_backends(), *self._backends))
         return await recover(self._store_url, self._store, names, self._backend)
+
+    def _require_open(self) -> None:
+        # The leases of a closed client are not renewed: a launch could be started twice.
+        if self._closed:
+            raise TrainingBackendError(
+                "This AsyncTrainingClient is closed.",
+                hint="Make a new one, or close it after the last call.",
+            )
+
+    async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
+        """Return a configuration given in any form, ready to be checked by the backend."""
+        found = await to_thread.run_sync(to_config, config)
+        if backend is None or not found.options:
+            return found
+        options = given_options(backend.options_model, found.options)
+        return found.model_copy(update={"options": options})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         look = partial(inspect, config, on_progress=_check_cancelled)
@@ -446,7 +507,7 @@ class AsyncTrainingClient:
 
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
-    ) -> Estimate:
+    ) -> tuple[Dataset, Estimate]:
         """Do all that can be done before a run exists."""
         dataset, report = await self._judged(backend, config)
         raise_for_errors(dataset)
@@ -457,10 +518,11 @@ class AsyncTrainingClient:
                 backend=backend.name,
             )
         estimate = await self._estimated(backend, config, dataset)
-        config.budget.check(estimate)
-        if not backend.capabilities.quotes:
-            await watch.decide(estimate)
-        return estimate
+        if backend.capabilities.quotes:
+            config.budget.check(estimate)  # the quote decides later
+        else:
+            await watch.decide(estimate, config.budget)
+        return dataset, estimate
 
     async def _estimated(
         self,
@@ -503,6 +565,20 @@ def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> Non
         raise backend.unsupported(
             f"{verb} the model of a run that is {run.status}", "Only a completed run has a model."
         )
+
+
+def _require_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+    return value
+
+
+def _as_status(status: str) -> TrainingStatus:
+    try:
+        return TrainingStatus(status)
+    except ValueError:
+        words = ", ".join(TrainingStatus)
+        raise ValueError(f"status must be one of {words}, not {status!r}") from None
 
 
 def _check_cancelled(*_: object) -> None:

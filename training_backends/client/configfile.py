@@ -1,10 +1,12 @@
 """Read a run's YAML file, and say what is wrong with it by line and field."""
 
+import re
 import types
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -14,12 +16,17 @@ from pydantic import BaseModel, ValidationError
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, Issue
 
-__all__ = ["ConfigFile", "load_config"]
+__all__ = ["ConfigFile", "ConfigLike", "load_config", "to_config"]
+
+ConfigLike = TrainingConfig | Mapping[str, Any] | str | PathLike[str]
+"""A configuration, its fields as a mapping, or the path of its YAML file."""
 
 
 _MOST_NODES = 100_000
 _MOST_BYTES = 4_000_000
 _NO_TEXT = {"Cc", "Cs"}
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""Octal and sexagesimal numbers; hexadecimal and binary ones are written on purpose."""
 _OVERRIDDEN = "--set"
 """Named in the place of a file by issues about what the command line gave."""
 
@@ -70,16 +77,36 @@ class ConfigFile:
 class _Places:
     """Where each field of a configuration was given."""
 
-    path: Path
+    path: Path | None
     root: yaml.Node | None
     overridden: tuple[tuple[str, ...], ...]
 
-    def of(self, location: Sequence[int | str]) -> tuple[str, int | None]:
-        """Return file and line of a field, or `--set` if the command line gave it."""
+    def of(self, location: Sequence[int | str]) -> tuple[str | None, int | None]:
+        """Return file and line of a field, `--set` if the command line gave it, or neither."""
         names = tuple(str(part) for part in location)
         if any(names[: len(key)] == key or key[: len(names)] == names for key in self.overridden):
             return _OVERRIDDEN, None
-        return str(self.path), _line(self.root, location)
+        return str(self.path) if self.path else None, _line(self.root, location)
+
+
+def to_config(config: object) -> TrainingConfig:
+    """Return a configuration given in any form of `ConfigLike`, with its data paths made absolute.
+
+    Paths in a file are relative to the file, others to the working directory.
+
+    Raises:
+        ConfigError: The file or the mapping is no configuration.
+        TypeError: `config` is none of the forms.
+    """
+    if isinstance(config, str | PathLike):
+        return load_config(Path(config)).config
+    places = _Places(None, None, ())
+    if isinstance(config, Mapping):
+        config, _ = _checked(dict(config), places)
+    if isinstance(config, TrainingConfig):
+        return _resolved(config, places)
+    kind = type(config).__name__
+    raise TypeError(f"config must be a TrainingConfig, a mapping or a path, not {kind}")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
@@ -106,19 +133,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
             ),
         )
     places = _Places(path, root, tuple(_apply(values, override) for override in overrides))
+    config, backend = _checked(values, places)
+    return ConfigFile(path, _resolved(config, places), backend, places)
+
+
+def _checked(values: dict[str, Any], places: _Places) -> tuple[TrainingConfig, str | None]:
+    """Return the configuration in a file's values, and the backend that they name."""
     if issues := list(_control_issues(places, values)):
-        raise _error(path, *issues)
+        raise _error(places.path, *issues)
     try:
         loaded = _FileModel.model_validate(_given(values))
     except ValidationError as error:
-        raise _error(path, *_issues(error, places)) from None
+        raise _error(places.path, *_issues(error, places)) from None
     config = TrainingConfig.model_validate(loaded.model_dump(exclude={"backend"}))
-    return ConfigFile(path, _resolved(config, places), loaded.backend, places)
+    return config, loaded.backend
 
 
 def _resolved(config: TrainingConfig, places: _Places) -> TrainingConfig:
     try:
-        return config.resolved(places.path.absolute().parent)
+        return config.resolved(places.path.absolute().parent if places.path else Path.cwd())
     except RuntimeError as error:
         # The home of a user that this machine does not have.
         where, line = places.of(["data"])
@@ -211,6 +244,10 @@ def _structure_issues(path: Path, root: yaml.Node | None) -> Iterator[Issue]:
             pending.extend(value for _, value in node.value)
         elif isinstance(node, yaml.SequenceNode):
             pending.extend(node.value)
+        elif isinstance(node, yaml.ScalarNode) and (found := _misread(node)):
+            message, fix = found
+            line = node.start_mark.line + 1
+            yield Issue(code="misread_number", message=message, path=str(path), line=line, fix=fix)
 
 
 def _key_issues(path: Path, node: yaml.MappingNode) -> Iterator[Issue]:
@@ -227,12 +264,21 @@ def _key_issues(path: Path, node: yaml.MappingNode) -> Iterator[Issue]:
             seen.add(key.value)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out fields with nothing behind them: they are not given."""
+def _misread(node: yaml.ScalarNode) -> tuple[str, str] | None:
+    """Find text that YAML 1.1 takes for a number to another base: `010` is 8, `12:30` is 750."""
+    if not node.tag.endswith((":int", ":float")) or not _OTHER_BASE.fullmatch(node.value):
+        return None
+    value = yaml.load(node.value, Loader=_Loader)  # noqa: S506
+    return f"YAML reads {node.value} as {value}", f"write {value}, or put the text in quotes"
+
+
+def _given(values: Mapping[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Leave out known fields without a value; an unknown one stays, to be rejected by name."""
+    known = _fields_at(location)
     return {
-        key: _given(value) if isinstance(value, dict) else value
+        key: _given(value, (*location, key)) if isinstance(value, dict) else value
         for key, value in values.items()
-        if value is not None
+        if value is not None or key not in known
     }
 
 
@@ -267,6 +313,7 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
             f"{override!r} is not key=value.", hint="For example hyperparameters.epochs=2."
         )
     try:
+        node = yaml.compose(text, Loader=_Loader)
         value = yaml.load(text, Loader=_Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = getattr(error, "problem", None) or error
@@ -274,6 +321,9 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
             f"The value in {override!r} is not YAML: {reason}",
             hint="Put a value with brackets, braces or colons in quotes of its own.",
         ) from None
+    if issue := next(_structure_issues(Path(_OVERRIDDEN), node), None):
+        field = ".".join(parts)
+        raise _error(None, replace(issue, line=None, field=field))
     place = values
     for part in parts[:-1]:
         inner = place.setdefault(part, {})
@@ -384,9 +434,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _error(path: Path, *issues: Issue) -> ConfigError:
+def _error(path: Path | None, *issues: Issue) -> ConfigError:
     count = len(issues)
+    name = f"configuration {path}" if path else "configuration"
     return ConfigError(
-        f"The configuration {path} has {count} {'problem' if count == 1 else 'problems'}.",
-        issues=issues,
+        f"The {name} has {count} {'problem' if count == 1 else 'problems'}.", issues=issues
     )

@@ -17,16 +17,18 @@ from training_backends.core.errors import (
     ProtocolError,
     TrainingBackendError,
 )
-from training_backends.core.estimate import Estimate
+from training_backends.core.estimate import Budget, Estimate
 from training_backends.core.logs import get_logger
 from training_backends.core.run import RunState, TrainingRun
 
-__all__ = ["Confirm", "LaunchWatch", "OnProgress", "OnUpdate", "StoreJournal"]
+__all__ = ["Confirm", "LaunchWatch", "OnNotice", "OnProgress", "OnUpdate", "StoreJournal"]
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a step's name, bytes done and bytes in all."""
 OnUpdate = Callable[[TrainingRun], None]
 """Called with the run whenever something new is known."""
+OnNotice = Callable[[str], None]
+"""Called with a sentence that the user should read, such as that the run exists already."""
 Confirm = Callable[[Estimate], Awaitable[bool]]
 """Asked before money is spent; False ends the launch."""
 
@@ -39,22 +41,37 @@ class LaunchWatch:
 
     on_progress: OnProgress | None = None
     on_update: OnUpdate | None = None
+    on_notice: OnNotice | None = None
     confirm: Confirm | None = None
 
-    async def decide(self, estimate: Estimate) -> None:
-        """Ask whether to spend what `estimate` says; what costs nothing needs no asking.
+    def notice(self, text: str) -> None:
+        """Pass on what the user should read; without a reader it goes to the log."""
+        (self.on_notice or log.warning)(text)
+
+    async def decide(self, estimate: Estimate, budget: Budget) -> None:
+        """Check a cost against the budget, then ask `confirm`; a free run needs no consent.
 
         Raises:
-            BudgetExceeded: The answer was no.
+            BudgetExceeded: It is over the budget, the answer was no, or nobody can be asked
+                about a cost that is unknown although the budget limits it.
         """
-        free = estimate.cost is not None and estimate.cost.amount == 0
-        if self.confirm is None or free:
+        budget.check(estimate)
+        if estimate.cost is not None and estimate.cost.amount == 0:
             return
+        if self.confirm is None:
+            if budget.max_cost is None or budget.decides(estimate):
+                return
+            raise BudgetExceeded(
+                "The price of this run is unknown, so budget.max_cost cannot be checked; "
+                "nothing was started.",
+                hint="Pass `confirm` to decide on an unknown price, or remove budget.max_cost.",
+                limit=str(budget.max_cost),
+                found="unknown",
+            )
         with callers_own():
             agreed = await self.confirm(estimate)
-        if agreed:
-            return
-        raise BudgetExceeded("The launch was not confirmed; nothing was started.")
+        if not agreed:
+            raise BudgetExceeded("The launch was not confirmed; nothing was started.")
 
     def updated(self, run: TrainingRun) -> None:
         """Report what is known of the run now."""
@@ -125,8 +142,7 @@ class StoreJournal:
 
         run = await to_thread.run_sync(self._store.update, self._run_id, change)
         self._watch.updated(run)
-        run.config.budget.check(estimate)
-        await self._watch.decide(run.estimate or estimate)
+        await self._watch.decide(run.estimate or estimate, run.config.budget)
 
     async def known_upload(self, scope: str, sha256: str) -> str | None:
         """See `Journal.known_upload`."""

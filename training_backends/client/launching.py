@@ -1,7 +1,10 @@
 """The records of runs on their way to a provider: launched once, continued, brought up to date."""
 
-from collections.abc import Awaitable, Callable
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from anyio import to_thread
 
@@ -18,6 +21,7 @@ from training_backends.client.records import (
 )
 from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import Journal, TrainingBackend
+from training_backends.core.dataset import DataFile
 from training_backends.core.errors import (
     BudgetExceeded,
     ConfigError,
@@ -28,6 +32,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.run import Failure, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.datasets.hashing import digested
 
 __all__ = ["RunRecords", "Start"]
 
@@ -35,6 +40,8 @@ Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
 """Has a backend start a run: `launch`, or `resume` from another one."""
 _CHECKPOINT = "checkpoint"
 """Journal step that remembers from where a resumed run starts."""
+_DATA = "data files"
+"""Journal step that remembers the content of the data files at launch."""
 
 
 class RunRecords:
@@ -51,6 +58,35 @@ class RunRecords:
         except RunNotFound:
             return None
         return run if run.id == run_id else None
+
+    async def remember_data(self, run_id: str, files: Iterable[DataFile]) -> None:
+        """Store size, time and digest of the data files that a run is launched on."""
+
+        def store() -> None:
+            self._store.finish(run_id, _DATA, list(_contents(files)))
+
+        await to_thread.run_sync(store)
+
+    async def changed_data(self, run_id: str) -> list[str]:
+        """Return the paths of the data files whose content differs from that at launch."""
+        entry = await to_thread.run_sync(self._store.entry, run_id, _DATA)
+        if entry is None or not isinstance(entry.result, list):
+            return []  # launched by an earlier version, or rebuilt from a damaged store
+        known: list[Any] = entry.result
+        return await to_thread.run_sync(
+            lambda: [str(file["path"]) for file in known if _has_changed(file)]
+        )
+
+    async def notice_known(self, run: TrainingRun, watch: LaunchWatch) -> None:
+        """Say of a repeated launch what it does not do, and whether the data has changed."""
+        if run.status.is_terminal or await self.was_launched(run):
+            watch.notice(f"Run {run.id} already exists ({run.status}); nothing launched.")
+        for path in await self.changed_data(run.id):
+            watch.notice(f"The data file {path} has changed since the run {run.id} was launched.")
+
+    async def has_open_step(self, run_id: str) -> bool:
+        """Tell whether a step was begun whose outcome is not known."""
+        return await to_thread.run_sync(self._store.has_open_step, run_id)
 
     async def was_launched(self, run: TrainingRun) -> bool:
         """Tell whether the provider has accepted the run's start."""
@@ -159,3 +195,33 @@ class RunRecords:
         await to_thread.run_sync(
             self._store.update, run.id, lambda now: now.model_copy(update={"failure": failure})
         )
+
+
+def _contents(files: Iterable[DataFile]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        try:
+            found, digest = file.path.stat(), digested(file).sha256
+        except OSError:
+            continue  # the backend says so, if it needs the file
+        yield {
+            "path": str(file.path),
+            "size": found.st_size,
+            "mtime_ns": found.st_mtime_ns,
+            "sha256": digest,
+        }
+
+
+def _has_changed(known: dict[str, Any]) -> bool:
+    """Compare a file with what was stored of it; it is read only if size and time leave doubt."""
+    path = Path(known["path"])
+    try:
+        found = path.stat()
+        if found.st_size != known["size"]:
+            return True
+        if found.st_mtime_ns == known["mtime_ns"]:
+            return False
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest != str(known["sha256"])
+    except OSError:
+        return True

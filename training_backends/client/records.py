@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -78,18 +78,30 @@ def require_same(known: TrainingRun, asked: TrainingRun) -> None:
     Raises:
         DuplicateRun: It names the fields that differ.
     """
-    differing = [
-        name
-        for name in ("backend", "config", "resumed_from")
-        if getattr(known, name) != getattr(asked, name)
-    ]
+    fields = {"backend", "config", "resumed_from"}
+    one, other = (run.model_dump(mode="json", include=fields) for run in (known, asked))
+    differing = [field.removeprefix("config.") for field in _differing(one, other)]
     if differing:
         raise DuplicateRun(
-            f"The run {known.id!r} exists already with another {' and '.join(differing)}.",
+            f"The run {known.id!r} already exists, and these fields differ: "
+            f"{', '.join(differing)}.",
             hint="Choose another --id, or launch the configuration that it was made with.",
             other=known.id,
             run_id=known.id,
         )
+
+
+def _differing(one: Any, other: Any, place: str = "") -> Iterator[str]:
+    """Yield the dotted names of the values that differ between two JSON documents."""
+    inside = f"{place}." if place else ""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys((*one, *other)):
+            yield from _differing(one.get(key), other.get(key), f"{inside}{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            yield from _differing(mine, theirs, f"{inside}{number}")
+    elif one != other:
+        yield place
 
 
 def with_state(run: TrainingRun, state: RunState) -> TrainingRun:

@@ -17,7 +17,8 @@ from training_backends.client.records import (
     require_same,
 )
 from training_backends.client.store import RunStore
-from training_backends.core.errors import RunNotFound
+from training_backends.core.errors import RunNotFound, UnsupportedOperation
+from training_backends.core.estimate import Estimate
 from training_backends.core.run import TrainingRun, new_run_id
 from training_backends.core.status import TrainingStatus
 
@@ -56,11 +57,23 @@ class Steering:
     ) -> TrainingRun:
         """Continue a run as a new one; go on with the launch of one that was cut off."""
         backend = await self._looks.backend_of(run.backend)
-        if not run.status.is_terminal and not await self._records.was_launched(run):
+        launched = await self._records.was_launched(run)
+        if not run.status.is_terminal and not launched:
             return await self._launch_again(run, watch, checkpoint)
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
                 f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
+            )
+        if not backend.capabilities.resumes:
+            raise backend.unsupported(
+                "resume a run", "Launch its configuration again under a new id."
+            )
+        if not (launched or run.remote_id or await self._records.has_open_step(run.id)):
+            raise UnsupportedOperation(
+                f"The run {run.id!r} was never started, so there is nothing to resume.",
+                hint="Launch its configuration again under a new id.",
+                backend=run.backend,
+                run_id=run.id,
             )
         new_run = new_run_record(
             new_run_id() if new_id is None else new_id, run.backend, run.config
@@ -69,11 +82,28 @@ class Steering:
         async with self._leases.hold(launch_lease(new_run.id)) as lease:
             known = await self._records.known(new_run.id)
             if known is None:
+                if not backend.capabilities.quotes:
+                    # The best that is known of the price: what the run that it continues takes.
+                    await watch.decide(run.estimate or Estimate(), run.config.budget)
                 await to_thread.run_sync(self._store.insert, new_run)
             else:
                 require_same(known, new_run)
             start = self._records.resuming(backend, run, checkpoint)
             return await self._records.launch(new_run.id, watch, start, lease=lease)
+
+    async def discard(self, run: TrainingRun) -> TrainingRun:
+        """Cancel a draft that certainly never reached its provider; leave any other run alone."""
+        if await self._records.may_be_at_provider(run):
+            return run
+        if await self._records.has_open_step(run.id):
+            raise UnsupportedOperation(
+                f"The launch of the run {run.id!r} was cut off, and the provider may have a job "
+                "for it.",
+                hint="Repeat the launch to find out, or stop the run before you delete it.",
+                backend=run.backend,
+                run_id=run.id,
+            )
+        return await self._cancel_unlaunched(run)
 
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
         backend = await self._looks.backend_of(run.backend)

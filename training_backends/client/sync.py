@@ -1,9 +1,14 @@
 """The same client for code that is not asynchronous."""
 
+import asyncio
+import atexit
+import os
 import queue
+import threading
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, aclosing, suppress
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -11,13 +16,14 @@ from typing import Any, Final, Self, TypeVar
 from anyio import from_thread, get_cancelled_exc_class, to_thread
 
 from training_backends.client.aio import AsyncTrainingClient
-from training_backends.client.journal import Confirm, OnProgress, OnUpdate
+from training_backends.client.configfile import ConfigLike
+from training_backends.client.journal import Confirm, OnNotice, OnProgress, OnUpdate
 from training_backends.client.recovering import Recovery
 from training_backends.client.store import MetricPoint
 from training_backends.core.backend import CredentialSource, TrainingBackend
-from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
+from training_backends.core.errors import TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, Reply, TrainingRun, ValidationReport
 from training_backends.core.status import TrainingStatus
@@ -26,20 +32,126 @@ __all__ = ["TrainingClient"]
 
 _T = TypeVar("_T")
 _LOOK: Final = 0.5
-"""Seconds between two looks whether the task that gives log records still lives."""
+"""Seconds between two checks whether the task that reads a log still runs."""
+_EXIT_PATIENCE: Final = 5.0
+"""Seconds for which the end of the interpreter waits for an open client to close."""
+
+
+class _Loop:
+    """The event loop of one client, in a daemon thread that also closes the client.
+
+    It keeps no reference to the `TrainingClient`, so that one left open can be collected; a
+    daemon thread does not keep the interpreter from ending.
+    """
+
+    def __init__(self, client: AsyncTrainingClient) -> None:
+        self._client = client
+        self._pid = os.getpid()
+        self._closed = False
+        self._exiting = False
+        self._starting = threading.Lock()
+        started: Future[tuple[from_thread.BlockingPortal, Callable[[], object]]] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="TrainingClient", daemon=True
+        )
+        self._thread.start()
+        self._portal, self._wake = started.result()
+        # Otherwise a launch under way would keep its lease until that expires.
+        atexit.register(self._exit)
+
+    def check(self) -> None:
+        """Make sure that calls can be made.
+
+        Raises:
+            TrainingBackendError: The client was closed, or inherited by a forked process.
+        """
+        if self._pid != os.getpid():
+            raise TrainingBackendError(
+                "This TrainingClient was made before the process forked, and cannot be used here.",
+                hint="Make a new TrainingClient in the child process.",
+            )
+        if self._closed:
+            raise _closed_error()
+
+    def start(self, function: Callable[..., Awaitable[_T]], *args: Any) -> "Future[_T]":
+        """Start a coroutine in the loop."""
+        self.check()
+        if self._thread is threading.current_thread():
+            raise TrainingBackendError(
+                "A callback of TrainingClient called the client that runs it.",
+                hint="Return from the callback first, or call the client from another thread.",
+            )
+        # A call that reaches a loop just being closed would wait for ever.
+        with self._starting:
+            self.check()
+            return self._portal.start_task_soon(function, *args)
+
+    def stop(self) -> None:
+        """End what runs and close the client, without waiting for it; safe in any thread."""
+        if self._closed or self._pid != os.getpid():
+            return
+        # Only a loop that is blocked can hold the lock for long, and such a call is lost anyway.
+        locked = self._starting.acquire(timeout=_EXIT_PATIENCE)
+        self._closed = True
+        if locked:
+            self._starting.release()
+        atexit.unregister(self._exit)
+        with suppress(RuntimeError):  # the loop has ended by itself
+            self._wake()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop, and wait until the thread has ended."""
+        self.stop()
+        if self._pid == os.getpid() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _exit(self) -> None:
+        self._exiting = True
+        self.close(_EXIT_PATIENCE)
+
+    def _run(self, started: "Future[Any]") -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+            elif not self._exiting:
+                raise
+            # Python 3.12 and later start no threads at the end; the process closes what is open.
+        finally:
+            self._closed = True
+
+    async def _serve(self, started: "Future[Any]") -> None:
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        try:
+            async with from_thread.BlockingPortal() as portal:
+                started.set_result((portal, partial(loop.call_soon_threadsafe, stopped.set)))
+                await stopped.wait()
+                await portal.stop(cancel_remaining=True)
+        finally:
+            await self._client.aclose()
+
+
+def _closed_error() -> TrainingBackendError:
+    """Make the error of a call on a client that is closed."""
+    return TrainingBackendError(
+        "This TrainingClient is closed.", hint="Make a new one, or close it after the last call."
+    )
 
 
 class TrainingClient:
     """`AsyncTrainingClient` with plain methods; same names, arguments and errors.
 
-    It runs an event loop in a thread of its own. Use it as a context manager, or call
-    `close`.
+    It runs an event loop in a thread of its own. Use it as a context manager, or call `close`;
+    a client left open is closed when the interpreter ends. After `close`, and in a process
+    forked after it was made, every call raises `TrainingBackendError`.
     """
 
     def __init__(
         self,
         *,
-        home: Path | None = None,
+        home: Path | str | None = None,
         store_url: str | None = None,
         credentials: CredentialSource | None = None,
         backends: Mapping[str, TrainingBackend] | None = None,
@@ -47,8 +159,8 @@ class TrainingClient:
         self._client = AsyncTrainingClient(
             home=home, store_url=store_url, credentials=credentials, backends=backends
         )
-        self._stack = ExitStack()
-        self._portal = self._stack.enter_context(from_thread.start_blocking_portal())
+        self._loop = _Loop(self._client)
+        weakref.finalize(self, self._loop.stop).atexit = False
 
     @property
     def home(self) -> Path:
@@ -62,38 +174,39 @@ class TrainingClient:
         self.close()
 
     def close(self) -> None:
-        """See `AsyncTrainingClient.aclose`; ends what other threads still wait for here."""
-        with self._stack:
-            self._portal.call(self._client.aclose)
-            self._portal.call(self._portal.stop, True)  # noqa: FBT003  # positional only
+        """See `AsyncTrainingClient.aclose`; calls running in other threads raise. Repeatable."""
+        self._loop.close()
 
     def _call(self, function: Callable[..., Awaitable[_T]], *args: Any) -> _T:
         """Run a coroutine in the loop's thread; a Ctrl-C here ends it there too.
 
-        Left alone it would go on, and closing the client would wait for its end.
+        Left alone it would keep running, and closing the client would wait for its end.
         """
-        task = self._portal.start_task_soon(function, *args)
+        task = self._loop.start(function, *args)
         try:
             return task.result()
+        except CancelledError:
+            raise _closed_error() from None
         except BaseException:
             task.cancel()
             raise
 
     def backend(self, name: str) -> TrainingBackend:
         """See `AsyncTrainingClient.backend`; the backend itself is asynchronous."""
+        self._loop.check()
         return self._client.backend(name)
 
-    def inspect(self, config: TrainingConfig, *, backend: str | None = None) -> Dataset:
+    def inspect(self, config: ConfigLike, *, backend: str | None = None) -> Dataset:
         """See `AsyncTrainingClient.inspect`."""
         return self._call(partial(self._client.inspect, config, backend=backend))
 
-    def validate(self, config: TrainingConfig, *, backend: str) -> ValidationReport:
+    def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """See `AsyncTrainingClient.validate`."""
         return self._call(partial(self._client.validate, config, backend=backend))
 
     def estimate(
         self,
-        config: TrainingConfig,
+        config: ConfigLike,
         *,
         backend: str,
         sample: int | None = None,
@@ -113,12 +226,13 @@ class TrainingClient:
 
     def launch(
         self,
-        config: TrainingConfig,
+        config: ConfigLike,
         *,
         backend: str,
         run_id: str | None = None,
         on_progress: OnProgress | None = None,
         on_update: OnUpdate | None = None,
+        on_notice: OnNotice | None = None,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
         """See `AsyncTrainingClient.launch`; the callbacks run in the client's thread."""
@@ -129,6 +243,7 @@ class TrainingClient:
             run_id=run_id,
             on_progress=on_progress,
             on_update=on_update,
+            on_notice=on_notice,
             confirm=confirm,
         )
         return self._call(launch)
@@ -142,7 +257,7 @@ class TrainingClient:
         return self._call(self._client.status, run_id)
 
     def list(
-        self, *, backend: str | None = None, status: TrainingStatus | None = None
+        self, *, backend: str | None = None, status: TrainingStatus | str | None = None
     ) -> Sequence[TrainingRun]:
         """See `AsyncTrainingClient.list`."""
         return self._call(partial(self._client.list, backend=backend, status=status))
@@ -167,7 +282,7 @@ class TrainingClient:
                 end = error
             await _put(records, end)
 
-        task = self._portal.start_task_soon(pump)
+        task = self._loop.start(pump)
         try:
             while (item := _take(records, task)) is not None:
                 if isinstance(item, BaseException):
@@ -234,7 +349,7 @@ class TrainingClient:
         )
         return self._call(resume)
 
-    def download(self, run_id: str, target: Path) -> Path:
+    def download(self, run_id: str, target: Path | str) -> Path:
         """See `AsyncTrainingClient.download`."""
         return self._call(self._client.download, run_id, target)
 
@@ -256,14 +371,18 @@ class TrainingClient:
 
 
 def _take(records: "queue.Queue[Any]", task: "Future[None]") -> Any:
-    """Return what comes next; None also when the client was closed by another thread."""
+    """Return what comes next.
+
+    Raises:
+        TrainingBackendError: The client was closed by another thread.
+    """
     while True:
-        over = task.done()  # asked first: what it put before its end is still taken
+        ended = task.done()  # asked first: what it put before its end is still taken
         try:
             return records.get(timeout=_LOOK)
         except queue.Empty:
-            if over:
-                return None
+            if ended:
+                raise _closed_error() from None
 
 
 async def _put(records: "queue.Queue[Any]", item: Any) -> None:

@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from training_backends.core.estimate import Budget
 
 __all__ = [
+    "NOT_A_NUMBER",
     "TINY_MODEL",
     "ClassifierTarget",
     "Data",
@@ -16,6 +24,7 @@ __all__ = [
     "TrainingConfig",
     "Tuning",
     "WandbIntegration",
+    "is_number",
 ]
 
 
@@ -23,10 +32,28 @@ _LONGEST_NAME: Final = 30
 """Characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
 """Name of the model that is made on the spot, with no network."""
+NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
+
+
+_NUMBERS: Final = frozenset({int, float, int | None, float | None})
+
+
+def is_number(annotation: Any) -> bool:
+    """Tell whether a field of this type takes one number."""
+    return annotation in _NUMBERS
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject true and false for a number; pydantic would read them as 1 and 0."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and is_number(field.annotation):
+            raise ValueError(NOT_A_NUMBER)
+        return value
 
 
 class DataSource(_Model):

@@ -23,12 +23,15 @@ TrainingBackendError
 └── WaitTimeout                 `wait` ran out of time; the run goes on
 
 An error takes one positional message and keyword-only context, so each survives
-pickling. No message, hint or repr ever holds a secret.
+pickling. Its issues and hint are also its notes (PEP 678), so tracebacks show them. No message,
+hint or repr ever holds a secret.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypedDict, Unpack
+from typing import ClassVar, Final, Literal, TypedDict, Unpack
+
+from training_backends.core.redaction import redact
 
 __all__ = [
     "AmbiguousLaunch",
@@ -55,6 +58,9 @@ __all__ = [
     "VaultLocked",
     "WaitTimeout",
 ]
+
+_MOST_NOTES: Final = 20
+"""Issues shown in a traceback; `issues` has all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +110,14 @@ class TrainingBackendError(Exception):
         backend: Name of the backend concerned, or None.
         run_id: Our id of the run concerned, or None.
         retryable: Whether the same call may succeed later without a change.
+        issues: What is wrong in detail, of errors that list it.
+        install: The command that installs what is missing, of errors about that.
     """
 
     retryable_by_default: ClassVar[bool] = False
+    issues: tuple[Issue, ...] = ()
+    install: str | None = None
+    _added_notes: tuple[str, ...] = ()
 
     def __init__(self, message: str, **context: Unpack[ErrorContext]) -> None:
         super().__init__(message)
@@ -115,6 +126,28 @@ class TrainingBackendError(Exception):
         self.backend = context.get("backend")
         self.run_id = context.get("run_id")
         self.retryable = context.get("retryable", self.retryable_by_default)
+
+    @property
+    def __notes__(self) -> list[str]:
+        """The issues, the hint and what `add_note` added, redacted; tracebacks print them.
+
+        Made when asked for, because a hint may be extended after construction, and a secret
+        registered.
+        """
+        notes = [f"- {issue}" for issue in self.issues[:_MOST_NOTES]]
+        if len(self.issues) > _MOST_NOTES:
+            notes.append(f"- and {len(self.issues) - _MOST_NOTES} more")
+        if hint := self.hint or self.install:
+            notes.append(f"Hint: {hint}")
+        return [redact(note) for note in (*notes, *self._added_notes)]
+
+    @__notes__.setter
+    def __notes__(self, notes: list[str]) -> None:
+        self._added_notes = tuple(notes)
+
+    def add_note(self, note: str, /) -> None:
+        """See `BaseException.add_note`."""
+        self._added_notes = (*self._added_notes, note)
 
 
 class _IssuesError(TrainingBackendError, ValueError):
@@ -247,11 +280,7 @@ class AmbiguousLaunch(TrainingBackendError):
 
 
 class BackendNotInstalled(TrainingBackendError, ImportError):
-    """A backend, or what it needs to work, is not installed.
-
-    Attributes:
-        install: The command that installs it, or None.
-    """
+    """A backend, or what it needs to work, is not installed; `install` says how to."""
 
     def __init__(
         self, message: str, *, install: str | None = None, **context: Unpack[ErrorContext]

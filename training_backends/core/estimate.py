@@ -68,6 +68,8 @@ def _span(**parts: float) -> timedelta:
 
 
 def _read_duration(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("give seconds or a duration such as '90m', not true or false")  # noqa: TRY004
     if isinstance(value, str):
         text = value.strip()
         if text.replace(".", "", 1).isdigit():
@@ -214,8 +216,15 @@ class Budget(BaseModel):
     max_cost: Money | None = Field(default=None, description="For example '25 USD'.")
     max_duration: Duration | None = Field(default=None, description="For example '2h'.")
 
+    def decides(self, estimate: Estimate) -> bool:
+        """Tell whether `max_cost` can be compared with the cost; an unknown cost needs consent."""
+        return self.max_cost is not None and bool(estimate.totals)
+
     def check(self, estimate: Estimate) -> None:
-        """Refuse an estimate that is above the budget; what is unknown passes.
+        """Reject an estimate that is above the budget.
+
+        An unknown cost or duration passes: see `decides` for the cost. `max_duration` is
+        enforced while the run trains as well.
 
         Raises:
             BudgetExceeded: Cost or duration is above its limit, or the cost is in a

@@ -6,9 +6,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from training_backends.core.config import NOT_A_NUMBER, is_number
 from training_backends.core.errors import Issue
 
-__all__ = ["option_issues"]
+__all__ = ["given_options", "option_issues"]
+
+
+def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out options without a value; an unknown one stays, to be rejected by name."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None or name not in model.model_fields
+    }
 
 
 def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterator[Issue]:
@@ -17,6 +27,9 @@ def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterato
     Args:
         model: The options that there are, see `TrainingBackend.options_model`.
     """
+    for name, field in model.model_fields.items():
+        if isinstance(options.get(name), bool) and is_number(field.annotation):
+            yield Issue(code="bool_type", message=NOT_A_NUMBER, field=f"options.{name}")
     try:
         model.model_validate(options)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Awaitable, Callable, Collection
 
+from training_backends.client.journal import LaunchWatch
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import AmbiguousLaunch
 from training_backends.core.estimate import Estimate
@@ -85,7 +86,7 @@ class MemoryJournal:
         """See `Journal.quote`."""
         self._point()
         self.quotes.append(estimate)
-        self.run.config.budget.check(estimate)
+        await LaunchWatch().decide(estimate, self.run.config.budget)
 
     async def known_upload(self, scope: str, sha256: str) -> str | None:
         """See `Journal.known_upload`."""

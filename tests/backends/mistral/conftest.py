@@ -56,7 +56,6 @@ def make_backend(provider: ScriptedProvider, secrets: Secrets) -> Callable[..., 
             "read_timeout": 5.0,
             "call_timeout": 10.0,
             "settle_timeout": 0.05,
-            "follow_patience": 10.0,
             **settings,
         }
         chosen = MistralSettings.model_validate(values)

@@ -143,7 +143,7 @@ async def test_follow_reports_a_server_that_stays_away(
     make_backend: Callable[..., MistralAPIBackend], provider: ScriptedProvider, run: TrainingRun
 ) -> None:
     """Following ends with an error once the server has been away for longer than allowed."""
-    backend = make_backend(follow_patience=0.5, attempts=1)
+    backend = make_backend(call_timeout=0.5, attempts=1)
     provider.fail(OtherAnswer(status=503), times=10_000)
     with pytest.raises(BackendUnavailable) as caught:
         await collect(backend, run, follow=True)

@@ -121,6 +121,21 @@ async def test_quote_above_the_budget_starts_nothing(
     assert journal.run.status is TrainingStatus.CANCELLED
 
 
+async def test_a_quote_without_a_price_is_not_within_a_budget(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    make_config: MakeConfig,
+    make_journal: MakeJournal,
+) -> None:
+    """A job whose price cannot be compared with the limit is cancelled, not started."""
+    provider.cost = None
+    journal = make_journal(make_config(budget={"max_cost": "2 USD"}))
+    with pytest.raises(BudgetExceeded, match="unknown"):
+        await backend.launch(journal.run, journal)
+    job = next(iter(provider.jobs.values()))
+    assert (job.status, job.starts) == ("CANCELLED", 0)
+
+
 async def test_uncancellable_job_is_named(
     make_backend: Callable[..., MistralAPIBackend],
     provider: ScriptedProvider,

@@ -236,12 +236,12 @@ class MistralAPIBackend(TrainingBackend):
 
         Raises:
             ConfigError: `after` is no cursor of this backend.
-            BackendUnavailable: The server stayed away longer than `follow_patience`.
+            BackendUnavailable: The server was unavailable for longer than `call_timeout`.
         """
         job_id = self._job_id(run)
         reader = LogReader.after(after)
         pace = Pace(self._settings.poll_min, self._settings.longest_poll)
-        patience = self._settings.follow_patience if follow else 0.0
+        patience = self._settings.call_timeout if follow else 0.0
         while True:
             with self._named(run):
                 job = await ask_patiently(lambda: self.api.get_job(job_id), pace, patience)

@@ -48,9 +48,6 @@ class MistralSettings(SectionSettings):
         description="How long a job is looked for whose create was not answered, before it is "
         "created again; default 3 here, 60 elsewhere.",
     )
-    follow_patience: PositiveFloat = Field(
-        default=600.0, description="How long following a run outlasts a server that is away."
-    )
 
     @field_validator("base_url")
     @classmethod

@@ -58,6 +58,14 @@ class Journals(Database):
             return JournalEntry(result is not None, None if result is None else json.loads(result))
         return JournalEntry(finished=False, result=None, supposed=True) if found else None
 
+    def has_open_step(self, run_id: str) -> bool:
+        """Tell whether a step of the run was begun, or may have been, and is not finished."""
+        query = sa.select(journal.c.name).where(
+            journal.c.run_id == run_id, journal.c.result.is_(None)
+        )
+        with self._reading() as connection:
+            return connection.execute(query.limit(1)).first() is not None
+
     def begin(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
         """Remember that a step is about to be done.
 

@@ -1,0 +1,117 @@
+"""What may cost money is launched and resumed only with consent."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, read_until
+
+PLUGIN = """
+import os
+from training_backends import Observation, RunState, TrainingStatus
+from training_backends.testing.backend import ScriptedBackend
+
+
+class Plugin(ScriptedBackend):
+    name = "unpriced"
+
+    def __init__(self):
+        super().__init__()
+        self.price = None
+
+    async def observe(self, run, *, after=None):
+        return Observation(RunState(status=TrainingStatus(os.environ.get("STATUS", "running"))))
+"""
+
+
+@pytest.fixture
+def config(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write a configuration for a backend of another package, whose prices are not known."""
+    info = tmp_path / "site" / "unpriced-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "unpriced.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unpriced\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[training_backends.backends]\nunpriced = unpriced:Plugin\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    config_file.write_text(config_file.read_text().replace("local", "unpriced"))
+    return config_file.name
+
+
+LIMIT = "--set=budget.max_cost=0.01 USD"
+
+
+@pytest.mark.parametrize("limit", [(), (LIMIT,)])
+def test_an_unknown_price_needs_consent_whatever_the_budget(
+    run: Run, config: str, limit: tuple[str, ...]
+) -> None:
+    """Without a terminal and --yes nothing is launched, and the message names --yes."""
+    done = run("launch", config, "--id=mine", *limit)
+    assert (done.code, run("list", "--json").document) == (2, [])
+    assert "The price of this run is unknown" in done.err
+    assert "Invalid value" not in done.err
+    assert "--yes" in done.err
+    assert ("budget.max_cost cannot be checked" in done.err) is bool(limit)
+    assert run("launch", config, "--id=mine", *limit, "--yes").code == 0
+
+
+def test_an_unknown_price_is_asked_about_on_a_terminal(
+    run: Run, config: str, tmp_path: Path
+) -> None:
+    """The question says that the budget cannot be checked; a no launches nothing."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training_backends", "launch", config, LIMIT],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        cwd=tmp_path,
+    )
+    os.close(theirs)
+    try:
+        said = read_until(ours, "[y/N]")
+        os.write(ours, b"n\n")
+        assert process.wait(60) == 7
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert "is unknown, so budget.max_cost cannot be checked" in " ".join(said.split())
+    assert run("list", "--json").document == []
+
+
+def test_a_resumption_at_an_unknown_price_needs_consent(run: Run, config: str) -> None:
+    """It trains again, and leaves no record where it is rejected."""
+    assert run("launch", config, "--id=mine", LIMIT, "--yes").code == 0
+    done = run("resume", "mine", STATUS="failed")
+    assert (done.code, "--yes" in done.err) == (2, True)
+    assert len(run("list", "--json").document) == 1
+    assert run("resume", "mine", "--yes", STATUS="failed").code == 0
+
+
+@pytest.mark.parametrize("status", ["completed", "running"])
+def test_what_cannot_be_resumed_is_said_before_money(run: Run, config: str, status: str) -> None:
+    """Nobody is asked to pay for what will not be done."""
+    assert run("launch", config, "--id=mine", "--yes").code == 0
+    done = run("resume", "mine", STATUS=status)
+    assert (done.code, "--yes" in done.err) == (9, False)
+    assert f"resume a run that is {status}" in done.err
+
+
+def test_a_repeated_launch_says_what_exists(run: Run, config: str, train_file: Path) -> None:
+    """Nothing is launched, so no consent is needed; changed data is pointed out."""
+    assert run("launch", config, "--id=mine", "--yes").code == 0
+    assert run("status", "mine", STATUS="completed").code == 0
+    again = run("launch", config, "--id=mine")
+    train_file.write_text(train_file.read_text() * 2)
+    changed = run("launch", config, "--id=mine", "--json")
+    assert (again.code, changed.code) == (0, 0)
+    assert "Run mine already exists (completed); nothing launched." in again.err
+    assert "has changed" not in again.err
+    assert f"{train_file} has changed since" in changed.err
+    assert changed.document["status"] == "completed"
