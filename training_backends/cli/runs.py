@@ -9,17 +9,22 @@ import typer
 from training_backends.cli.session import (
     BackendOption,
     ConfigArgument,
+    ExactRunArgument,
     JsonOption,
     RunArgument,
     SetOption,
     backend_of,
+    complete_id,
     located,
     with_client,
 )
 from training_backends.cli.terminal import heard_at_once
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
+    from training_backends.client.store import MetricPoint
 
 __all__ = [
     "delete",
@@ -33,6 +38,9 @@ __all__ = [
     "stop",
     "wait",
 ]
+
+_COSTS = "launching may cost money"
+_ALLOWED = "give --yes, or set budget.max_cost"
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")]
 
@@ -107,7 +115,11 @@ def list_runs(
 
 def status(run: RunArgument, json: JsonOption = False) -> None:
     """Ask the provider where a run stands."""
-    _print(with_client(lambda client: client.status(run)), json=json)
+
+    async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
+        return await client.status(await complete_id(client, run))
+
+    _print(with_client(ask), json=json)
 
 
 def logs(
@@ -125,13 +137,14 @@ def logs(
 
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
         out = console()
-        async with aclosing(client.logs(run, after=after, follow=follow)) as records:
+        run_id = await complete_id(client, run)
+        async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
             async for record in records:
                 if json:
                     write_json_line(record.model_dump(mode="json"))
                 else:
                     show_log_record(record, out)
-        return await client.get(run)
+        return await client.get(run_id)
 
     shown = with_client(show, on_interrupt=_goes_on(run))
     if follow:
@@ -158,7 +171,11 @@ def metrics(
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
-    points = with_client(lambda client: client.metrics(run))
+
+    async def read(client: "AsyncTrainingClient") -> "Sequence[MetricPoint]":
+        return await client.metrics(await complete_id(client, run))
+
+    points = with_client(read)
     series = measures.choose(measures.by_name(points), names or ())
     points = [point for point in points if point.name in series]
     if json:
@@ -172,7 +189,9 @@ def metrics(
 
 
 def wait(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids or their beginnings.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes of them.")
+    ],
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Seconds at most.")
     ] = None,
@@ -182,9 +201,11 @@ def wait(
     from training_backends.cli.exit_codes import exit_code_of_status
     from training_backends.cli.render import show_run, write_json
 
-    over = with_client(
-        lambda client: client.wait(*runs, timeout=timeout), on_interrupt=_goes_on(*runs)
-    )
+    async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
+        ids = [await complete_id(client, run) for run in runs]
+        return await client.wait(*ids, timeout=timeout)
+
+    over = with_client(stay, on_interrupt=_goes_on(*runs))
     if json:
         write_json([run.model_dump(mode="json") for run in over])
     else:
@@ -196,7 +217,7 @@ def wait(
 
 
 def stop(
-    run: RunArgument,
+    run: ExactRunArgument,
     no_checkpoint: Annotated[
         bool, typer.Option("--no-checkpoint", help="Do not keep what was learnt so far.")
     ] = False,
@@ -207,7 +228,7 @@ def stop(
 
 
 def resume(
-    run: RunArgument,
+    run: ExactRunArgument,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="Default the newest one.")
     ] = None,
@@ -244,27 +265,46 @@ def download(
     """Fetch the finished model of a run."""
     from training_backends.cli.render import console, write_json
 
-    path = with_client(lambda client: client.download(run, directory.absolute()))
+    async def fetch(client: "AsyncTrainingClient") -> Path:
+        return await client.download(await complete_id(client, run), directory.absolute())
+
+    path = with_client(fetch)
     if json:
         write_json({"path": str(path)})
     else:
         console().print(f"The model lies in {path}", markup=False)
 
 
-def delete(run: RunArgument, json: JsonOption = False) -> None:
-    """Forget a run that is over, and delete its result where the backend can."""
+def delete(
+    run: ExactRunArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete a finished run, and its model where the backend can."""
+    from training_backends.cli.exit_codes import Interrupted
     from training_backends.cli.render import console, write_json
 
-    async def forget(client: "AsyncTrainingClient") -> str:
+    async def forget(client: "AsyncTrainingClient") -> None:
         found = await client.get(run)
-        await client.delete(found.id)
-        return found.id
+        if not yes:
+            _need_terminal("deleting a run is final")
+            if not _ask(_deletion(found)):
+                raise Interrupted("Nothing was deleted.", run_id=run)
+        await client.delete(run)
 
-    deleted = with_client(forget)
+    with_client(forget)
     if json:
-        write_json({"deleted": deleted})
+        write_json({"deleted": run})
     else:
-        console().print(f"Deleted {deleted}", markup=False)
+        console().print(f"Deleted {run}", markup=False)
+
+
+def _deletion(run: "TrainingRun") -> str:
+    """Return the question asked before a run is deleted."""
+    count = len(run.checkpoints)
+    kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
+    kept += [f"the model {run.result_model}"] if run.result_model else []
+    return f"Delete {run.id} ({run.status}){' with ' if kept else ''}{' and '.join(kept)}?"
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:
@@ -306,19 +346,18 @@ def _need_consent(
 ) -> None:
     """Refuse early what could only be refused after an upload: nobody to ask, no limit set."""
     if client.backend(backend).capabilities.quotes and not _is_agreed(config, yes=yes):
-        _need_terminal()
+        _need_terminal(_COSTS, _ALLOWED)
 
 
 def _is_agreed(config: "TrainingConfig", *, yes: bool) -> bool:
     return yes or config.budget.max_cost is not None
 
 
-def _need_terminal() -> None:
+def _need_terminal(why: str, instead: str = "give --yes") -> None:
+    """Require that somebody can be asked."""
     if not sys.stdin.isatty():
         raise typer.BadParameter(
-            "launching may cost money and nobody can be asked here; "
-            "give --yes, or set budget.max_cost",
-            param_hint="--yes",
+            f"{why} and nobody can be asked here; {instead}", param_hint="--yes"
         )
 
 
@@ -328,7 +367,7 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
     async def agree(estimate: "Estimate") -> bool:
         if _is_agreed(config, yes=yes):
             return True
-        _need_terminal()
+        _need_terminal(_COSTS, _ALLOWED)
         from training_backends.cli.render import price_text
 
         price = price_text(estimate)

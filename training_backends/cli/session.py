@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendOption",
     "ConfigArgument",
+    "ExactRunArgument",
     "JsonOption",
     "RunArgument",
     "SetOption",
     "backend_of",
+    "complete_id",
     "located",
     "run_async",
     "with_client",
@@ -26,7 +28,10 @@ __all__ = [
 T = TypeVar("T")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id or its beginning.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run id, or a unique prefix of it.")
+]
+ExactRunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Complete run id.")]
 BackendOption = Annotated[
     str | None, typer.Option("--backend", "-b", help="Backend; default the one in CONFIG.")
 ]
@@ -92,6 +97,31 @@ def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
         if backend is None or all(issue.field != "backend" for issue in error.issues):
             error.issues = tuple(file.located(error.issues))
         raise
+
+
+async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
+    """Return the id of the run with this id, or of the only one whose id begins with it.
+
+    For commands that only read: a prefix that named one run yesterday may name another today.
+
+    Raises:
+        RunNotFound: There is none, or there are several.
+    """
+    from training_backends import RunNotFound
+
+    try:
+        return (await client.get(given)).id
+    except RunNotFound as error:
+        if len(error.candidates) == 1:
+            return error.candidates[0]
+        if not error.candidates:
+            raise
+        raise RunNotFound(
+            f"{given!r} is a prefix of several run ids: {', '.join(error.candidates)}.",
+            candidates=error.candidates,
+            hint="Type more of the id.",
+            run_id=given,
+        ) from None
 
 
 def backend_of(file: "ConfigFile", option: str | None) -> str:

@@ -221,7 +221,12 @@ class AsyncTrainingClient:
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
-        """Return a run as it was last seen, by its id or a unique beginning of it."""
+        """Return a run as it was last seen.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id; `candidates` has ids that begin
+                with it.
+        """
         return await to_thread.run_sync(self._store.get, run_id)
 
     async def status(self, run_id: str) -> TrainingRun:
@@ -373,11 +378,13 @@ class AsyncTrainingClient:
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def delete(self, run_id: str) -> None:
-        """Forget a run that is over, and delete what the provider keeps of it where it can.
+        """Delete a finished run here, and what the provider keeps of it where it can.
 
-        Safe to repeat after a crash: what is gone already is no hindrance.
+        Safe to repeat after a crash: what the provider has deleted already is no hindrance.
 
         Raises:
+            RunNotFound: There is no run with exactly this id, perhaps because an earlier call
+                has deleted it.
             UnsupportedOperation: The run is not over.
         """
         run = await self.status(run_id)
@@ -387,7 +394,7 @@ class AsyncTrainingClient:
         if backend.capabilities.deletes:
             with suppress(RunNotFound):
                 await backend.delete(run)
-        await to_thread.run_sync(self._store.delete, run.id)
+        await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
 
     async def check_store(self) -> Sequence[str]:
         """Return what is wrong with the run store, one line each; changes nothing."""

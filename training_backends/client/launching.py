@@ -46,10 +46,9 @@ class RunRecords:
     async def known(self, run_id: str) -> TrainingRun | None:
         """Return the run with exactly this id, or None."""
         try:
-            run = await to_thread.run_sync(self._store.get, run_id)
+            return await to_thread.run_sync(self._store.get, run_id)
         except RunNotFound:
             return None
-        return run if run.id == run_id else None
 
     async def was_launched(self, run: TrainingRun) -> bool:
         """Tell whether the provider has accepted the run's start."""

@@ -1,6 +1,7 @@
 """One look at a run: what its provider says is stored at once, with what follows from it."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 
@@ -52,7 +53,8 @@ class Looks:
         """Ask where a run stands, store that and the new part of its log, and return it.
 
         Raises:
-            RunNotFound: The provider does not know it; the record says so now.
+            RunNotFound: The provider does not know it, and the record says so now; or it was
+                deleted here meanwhile, and nothing was stored.
             TrainingBackendError: It cannot be asked; the record says so now.
         """
         backend = await self.backend_of(run.backend)
@@ -71,28 +73,28 @@ class Looks:
             if stored is not None:
                 return stored
 
-    async def watch(self, run: TrainingRun) -> TrainingRun:
+    async def watch(self, run: TrainingRun) -> None:
         """Look at a run, take a missing one as it is, and stop one that outlives its budget.
+
+        A run that is deleted meanwhile is dropped without an error.
 
         Raises:
             TrainingBackendError: The provider cannot be asked.
         """
-        try:
-            run = await self.look(run)
-        except RunNotFound:
-            return await to_thread.run_sync(self._store.get, run.id)
-        return await self._within_budget(run)
+        with suppress(RunNotFound):
+            await self._within_budget(await self.look(run))
 
     async def stand(self, runs: Sequence[TrainingRun]) -> None:
         """Remember that runs were seen and stand as they did."""
         now = utc_now()
         await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
-        doubted = [run.id for run in runs if run.stale and run.stale.kind != "still"]
-        await to_thread.run_sync(self._store.update_all, doubted, partial(_stale, found=None))
+        doubted = [run for run in runs if run.stale and run.stale.kind != "still"]
+        await self._change_all(doubted, partial(_stale, found=None))
         for run in runs:
-            if run.stale is None and (found := self._standstill(run, now)):
-                await self._note(run, partial(_stale, found=found), found.message)
-            await self._within_budget(run)
+            with suppress(RunNotFound):  # deleted meanwhile
+                if run.stale is None and (found := self._standstill(run, now)):
+                    await self._note(run, partial(_stale, found=found), found.message)
+                await self._within_budget(run)
 
     async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
         """Remember that the provider cannot be asked about runs."""
@@ -101,8 +103,18 @@ class Looks:
         def doubt(now: TrainingRun) -> TrainingRun:
             return now if now.status.is_terminal or now.stale else _stale(now, found)
 
-        trusted = [run.id for run in runs if run.stale is None]
-        await to_thread.run_sync(self._store.update_all, trusted, doubt)
+        await self._change_all([run for run in runs if run.stale is None], doubt)
+
+    async def _change_all(
+        self, runs: Sequence[TrainingRun], change: Callable[[TrainingRun], TrainingRun]
+    ) -> None:
+        """Change the records of runs; those that were deleted meanwhile are passed over."""
+        created = {run.id: run.created_at for run in runs}
+
+        def change_same(now: TrainingRun) -> TrainingRun:
+            return change(now) if now.created_at == created[now.id] else now
+
+        await to_thread.run_sync(self._store.update_all, created, change_same)
 
     # -- what an answer leads to -------------------------------------------------------
 
@@ -112,7 +124,7 @@ class Looks:
         """Store a look; None: another one was stored meanwhile, so look again behind it."""
 
         def change(now: TrainingRun) -> TrainingRun:
-            changed = with_state(now, seen.state)
+            changed = with_state(_same(now, run), seen.state)
             return _stale(changed, self._standstill(changed, utc_now()))
 
         stored = await to_thread.run_sync(
@@ -199,7 +211,9 @@ class Looks:
             fields=fields,
             cursor="",
         )
-        return await to_thread.run_sync(self._store.note, run.id, change, [record])
+        return await to_thread.run_sync(
+            self._store.note, run.id, lambda now: change(_same(now, run)), [record]
+        )
 
 
 def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
@@ -220,6 +234,19 @@ def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> No
             status=after.status,
             told=told.raw_status or told.status,
         )
+
+
+def _same(now: TrainingRun, looked_at: TrainingRun) -> TrainingRun:
+    """Return a run's record as it is now.
+
+    Raises:
+        RunNotFound: The run that was looked at was deleted, and its id names a new one.
+    """
+    if now.created_at != looked_at.created_at:
+        raise RunNotFound(
+            f"The run {now.id} was deleted while its backend was asked about it.", run_id=now.id
+        )
+    return now
 
 
 def _stale(run: TrainingRun, found: Staleness | None) -> TrainingRun:

@@ -173,6 +173,9 @@ class Round:
 
     async def _one_by_one(self, runs: Sequence[TrainingRun]) -> None:
         async def look(run: TrainingRun) -> None:
+            # Read it again next time even at the same version: after a delete, its id may name
+            # a new run.
+            self._versions.pop(run.id, None)
             try:
                 await self._looks.watch(run)
             except ProtocolError as error:

@@ -74,7 +74,11 @@ class Timeline(Database):
         whole.
 
         Args:
-            change: Gets the run as it is now; must leave the store alone.
+            change: Gets the run as it is now; must leave the store alone. An error that it
+                raises leaves everything as it was.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id (any more).
         """
         with self._writing() as connection:
             row = find_run(connection, run_id)
@@ -94,6 +98,9 @@ class Timeline(Database):
         """Change a run and add log records of our own, as `observed` does.
 
         A run that this ends has a whole log too: its provider has no more to tell.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id (any more).
         """
         with self._writing() as connection:
             row = find_run(connection, run_id)
