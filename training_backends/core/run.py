@@ -79,8 +79,8 @@ class Checkpoint(BaseModel):
     """A point that a run reached, with what was measured there.
 
     Attributes:
-        metrics: For example `train_loss`, `valid_loss` (nats a token) and
-            `valid_mean_token_accuracy` (0 to 1).
+        metrics: For example `train_loss` of that step, `mean_train_loss` since the checkpoint
+            before, `valid_loss` (nats a token) and `valid_mean_token_accuracy` (0 to 1).
         path: Where its files lie, when they lie on this machine.
     """
 
@@ -218,7 +218,9 @@ class LogRecord(BaseModel):
     Attributes:
         source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, …
         step: Optimizer step it belongs to, if any.
-        fields: Values, for example `train_loss`; for `source="status"` at least `status`.
+        fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
+            backend that tells of single steps keeps what a checkpoint is known by together,
+            in a field `metrics`, so that no measure of a step comes twice.
         cursor: Opaque; `logs(after=cursor)` goes on behind this record.
     """
 

@@ -141,7 +141,11 @@ class Timeline(Database):
         return [_record(row) for row in rows]
 
     def metrics(self, run_id: str) -> list[MetricPoint]:
-        """Return what was measured, by step; of a step told of twice, the later word."""
+        """Return what was measured, by step; of a step told of twice, the later word.
+
+        What a checkpoint says counts where the step has no record of its own: a provider may
+        give a mean since the checkpoint before under the same name.
+        """
         query = sa.select(metrics).where(metrics.c.run_id == run_id)
         with self._reading() as connection:
             rows = connection.execute(query.order_by(metrics.c.step, metrics.c.name)).all()
@@ -209,10 +213,13 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
 
 
 def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord]) -> None:
+    reached = {it.step for it in found if it.source == "checkpoint" and _is_count(it.step)}
+    own = _told_by_step(connection, run_id, reached) if reached else set()
     points = {
         (step, name): {"run_id": run_id, "step": step, "name": name, "at": at, "value": value}
         for record in found
         for step, name, at, value in _values(record)
+        if record.source == "metrics" or (step, name) not in own
     }
     if not points:
         return
@@ -223,6 +230,17 @@ def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord])
     )
     connection.execute(told_before, [{"the_step": step, "the_name": name} for step, name in points])
     connection.execute(metrics.insert(), list(points.values()))
+
+
+def _told_by_step(
+    connection: sa.Connection, run_id: str, steps: Collection[int | None]
+) -> set[tuple[int, str]]:
+    """Return which measures of some steps the records of these steps themselves tell."""
+    query = sa.select(records).where(
+        records.c.run_id == run_id, records.c.source == "metrics", records.c.step.in_(steps)
+    )
+    rows = connection.execute(query)
+    return {(step, name) for row in rows for step, name, _, _ in _values(_record(row))}
 
 
 def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
