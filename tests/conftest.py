@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
 from training_backends.core import settings
@@ -103,6 +105,24 @@ def train_file(tmp_path: Path) -> Path:
     rows = [chat(f"What is {n} plus {n}?", f"It is {n + n}.") for n in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Install packages with a backend each, for this test and the processes that it starts."""
+    packages: list[str] = []
+
+    def add(package: str, backend: str, source: str) -> Path:
+        site = tmp_path / "sites" / package
+        install_backend(site, package, backend, source)
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        packages.append(package)
+        return site
+
+    yield add
+    for package in packages:
+        sys.modules.pop(package, None)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from training_backends.core.errors import (
         AmbiguousLaunch,
         AuthenticationFailed,
+        BackendBroken,
         BackendNotInstalled,
         BackendRetired,
         BackendUnavailable,
@@ -97,6 +98,7 @@ _HOMES = {
     "core.errors": (
         "AmbiguousLaunch",
         "AuthenticationFailed",
+        "BackendBroken",
         "BackendNotInstalled",
         "BackendRetired",
         "BackendUnavailable",
@@ -142,6 +144,7 @@ __all__ = [
     "AmbiguousLaunch",
     "AsyncTrainingClient",
     "AuthenticationFailed",
+    "BackendBroken",
     "BackendContext",
     "BackendNotInstalled",
     "BackendRetired",

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from tests.client.conftest import MakeConfig, both_stores, read_log
 from training_backends import (
     AsyncTrainingClient,
+    BackendBroken,
     BackendUnavailable,
     BudgetExceeded,
     ConfigError,
@@ -250,7 +251,7 @@ async def test_logs_follow_to_the_end_and_the_record_is_up_to_date(
             if record.message == "one":
                 backend.log(remote_id, "two")
                 backend.finish(remote_id)
-    assert messages == ["one", "two"]
+    assert messages == ["running", "one", "two", "completed"]
     assert (await client.get(run.id)).status is TrainingStatus.COMPLETED
 
 
@@ -262,7 +263,8 @@ async def test_logs_go_on_behind_a_cursor(
     for number in range(4):
         backend.log(str(run.remote_id), str(number))
     seen = [record async for record in client.logs(run.id)]
-    rest = [record.message async for record in client.logs(run.id, after=seen[1].cursor)]
+    assert [record.message for record in seen] == ["running", "0", "1", "2", "3"]
+    rest = [record.message async for record in client.logs(run.id, after=seen[2].cursor)]
     assert rest == ["2", "3"]
 
 
@@ -455,8 +457,10 @@ async def test_a_run_announced_but_never_started_can_be_ended_and_deleted(
     """The provider does not know it, which says that there is nothing to end there."""
     backends = {"scripted": Announcing()}
     async with AsyncTrainingClient(home=tmp_path / "home", backends=backends) as client:
-        with pytest.raises(OSError, match="space"):
+        with pytest.raises(BackendBroken, match="space") as caught:
             await client.launch(make_config(), backend="scripted", run_id="mine")
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.retryable
         assert (await client.status("mine")).status is TrainingStatus.PENDING
         assert (await client.stop("mine")).status is TrainingStatus.CANCELLED
         await client.delete("mine")

@@ -45,7 +45,11 @@ async def test_three_who_follow_see_the_same(
             await anyio.sleep(0.005)
         backend.tell(remote_id, TrainingStatus.COMPLETED)
     assert seen[0] == seen[1] == seen[2]
-    assert [record.step for record in seen[0]] == [*range(1, 31), None]
+    assert [record.step for record in seen[0] if record.source == "metrics"] == [*range(1, 31)]
+    assert [record.message for record in seen[0] if record.source == "status"] == [
+        "running",
+        "completed",
+    ]
 
 
 async def test_a_log_is_read_again_without_the_provider(
@@ -58,7 +62,7 @@ async def test_a_log_is_read_again_without_the_provider(
     first = await read_log(client, run.id)
     backend.lose(str(run.remote_id))
     assert await read_log(client, run.id) == first
-    assert [record.message for record in first] == ["hello"]
+    assert [record.message for record in first] == ["hello", "completed"]
 
 
 async def test_what_is_stored_is_shown_before_a_provider_fails(
@@ -70,7 +74,7 @@ async def test_what_is_stored_is_shown_before_a_provider_fails(
     await read_log(client, run.id)
     backend.trouble = BackendUnavailable("away")
     log = client.logs(run.id)
-    assert (await anext(log)).message == "hello"
+    assert [(await anext(log)).message for _ in range(2)] == ["running", "hello"]
     with pytest.raises(BackendUnavailable):
         await anext(log)
 

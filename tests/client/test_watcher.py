@@ -14,14 +14,19 @@ from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
+    ConfigError,
     LogRecord,
+    Observation,
+    PermissionDenied,
     ProtocolError,
     RunNotFound,
     RunState,
+    TrainingBackend,
     TrainingBackendError,
     TrainingRun,
     TrainingStatus,
 )
+from training_backends.client import rounds
 from training_backends.client.watcher import OnEvent, Watcher
 from training_backends.testing.backend import ScriptedBackend
 
@@ -64,7 +69,7 @@ class Interrupted(ScriptedBackend):
 
 
 class Told:
-    """Notes what watchers tell."""
+    """Notes what watchers tell, except that a run has begun: they may come later than that."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
@@ -72,8 +77,9 @@ class Told:
 
     def to(self, name: str) -> OnEvent:
         async def note(run: TrainingRun, record: LogRecord) -> None:
-            self.events.append((run.id, record.message))
-            self.by[name] += 1
+            if record.message != "running":
+                self.events.append((run.id, record.message))
+                self.by[name] += 1
 
         return note
 
@@ -198,7 +204,7 @@ async def test_a_provider_that_is_away_makes_its_runs_stale_until_it_is_back(
     runs = await launch(client, make_config, 10)
     watcher = client.watcher()
     await watcher.sweep()
-    backend.trouble = BackendUnavailable("away")
+    backend.trouble = BackendUnavailable("away", sent=False)
     backend.finish(str(runs[0].remote_id))
     await anyio.sleep(0.1)  # every run is due again
     with pytest.raises(BackendUnavailable):
@@ -276,7 +282,7 @@ async def test_a_run_that_outlives_its_budget_is_stopped(
     assert run.failure is not None
     assert run.failure.kind == "timeout"
     assert "the budget allows" in run.failure.message
-    assert len(told.events) == 1
+    assert [message for _, message in told.events].count(run.failure.message) == 1
 
 
 async def test_waiting_stops_a_run_that_outlives_its_budget(
@@ -379,3 +385,185 @@ async def test_an_event_of_a_run_deleted_meanwhile_is_not_told(
 
     await client.watcher(on_event=clean_up).sweep()
     assert told == ["run-000"]
+
+
+# -- trouble with one run, trouble with one backend ---------------------------------------------
+
+
+class Picky(ScriptedBackend):
+    """Fails for some runs, whichever way it is asked about them."""
+
+    def __init__(self, outcome: BaseException | None = None, *, bad: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.outcome = outcome
+        self.bad = set(bad)
+        self.failed: Counter[str] = Counter()
+
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Fail or hang for a bad run."""
+        if run.id in self.bad:
+            self.failed[run.id] += 1
+            if self.outcome is None:
+                await anyio.sleep_forever()
+            else:
+                raise self.outcome
+        return await super().observe(run, after=after)
+
+
+class PickyLists(Picky):
+    """Fails as a whole when a list has a bad run in it."""
+
+    async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
+        if self.outcome is not None and any(run.id in self.bad for run in runs):
+            raise self.outcome
+        return {run.id: self._jobs[str(run.remote_id)] for run in runs if run.id not in self.bad}
+
+
+OF_ONE_RUN = [
+    PermissionDenied("not yours"),
+    ConfigError("this is no cursor"),
+    ProtocolError("half of it"),
+    BackendUnavailable("500 for this one"),
+    KeyError("a bug"),
+    None,
+]
+
+
+@pytest.mark.parametrize("kind", [Picky, PickyLists])
+@pytest.mark.parametrize("outcome", OF_ONE_RUN, ids=lambda it: type(it).__name__)
+async def test_trouble_with_one_run_keeps_to_it(
+    kind: type[Picky],
+    outcome: BaseException | None,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of forty runs, the ends of thirty-nine are told; the other one says what is wrong."""
+    count = 40 if isinstance(outcome, PermissionDenied) else 8
+    monkeypatch.setattr(rounds, "_PATIENCE", 0.05)
+    backend = kind(outcome, bad=["run-007"])
+    told = Told()
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        runs = await launch(client, make_config, count)
+        async with watching(client.watcher(on_event=told.to("a"))):
+            await until(lambda: backend.failed)
+            for run in runs:
+                backend.finish(str(run.remote_id))
+            await until(lambda: len(told.events) >= count - 1)
+        bad = await client.get("run-007")
+    assert {run_id for run_id, _ in told.events} == {run.id for run in runs} - {"run-007"}
+    assert bad.stale is not None
+    assert (bad.stale.kind, bad.status) == ("unreachable", TrainingStatus.RUNNING)
+    said = str(outcome.args[0]) if outcome is not None else "did not finish 'observe'"
+    assert said in bad.stale.message
+
+
+async def test_a_run_in_trouble_is_asked_for_less_and_less_often(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """While another one is asked for as ever."""
+    backend = Picky(KeyError("a bug"), bad=["run-000"])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        await launch(client, make_config, 2)
+        async with watching(client.watcher()):
+            await until(lambda: backend.failed["run-000"] > 1)
+    assert len(backend.looks) > 4 * backend.failed["run-000"]
+
+
+async def test_a_run_that_recovers_is_seen_again(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Its record no longer says that it could not be."""
+    backend = Picky(KeyError("a bug"), bad=["run-000"])
+    told = Told()
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        runs = await launch(client, make_config, 2)
+        async with watching(client.watcher(on_event=told.to("a"))):
+            await until(lambda: client.get("run-000"), lambda run: run.stale)
+            backend.bad.clear()
+            backend.finish(str(runs[0].remote_id))
+            await until(lambda: told.events)
+        assert (await client.get("run-000")).stale is None
+
+
+async def test_a_server_that_answers_for_none_is_not_asked_for_all(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """After a few, all of its runs say that it cannot be reached."""
+    backend = Picky(BackendUnavailable("503"), bad=[f"run-{n:03}" for n in range(40)])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        await launch(client, make_config, 40)
+        with pytest.raises(BackendUnavailable):
+            await client.watcher().sweep()
+        kinds = Counter(run.stale and run.stale.kind for run in await client.list())
+    assert kinds == {"unreachable": 40}
+    assert backend.failed.total() < 12
+
+
+async def test_one_broken_backend_stops_no_other(
+    tmp_path: Path, backend: Listing, make_config: MakeConfig
+) -> None:
+    """A bug in its every verb ends neither the watcher nor the runs elsewhere."""
+    bad = PickyLists(KeyError("a bug"), bad=["one", "two"])
+    backends: dict[str, TrainingBackend] = {"scripted": backend, "bad": bad}
+    told = Told()
+    async with AsyncTrainingClient(home=tmp_path, backends=backends) as client:
+        for run_id in ("one", "two"):
+            await client.launch(make_config(), backend="bad", run_id=run_id)
+        (run,) = await launch(client, make_config, 1)
+        async with watching(client.watcher(on_event=told.to("a"))):
+            await until(lambda: len(bad.failed) == 2)
+            backend.finish(str(run.remote_id))
+            await until(lambda: told.events)
+        broken = await client.get("one")
+    assert told.events == [(run.id, "completed")]
+    assert broken.stale is not None
+    assert "'bad' of tests failed in 'observe': KeyError" in broken.stale.message
+
+
+async def test_a_run_that_cannot_be_seen_keeps_to_its_budget(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """When it began is on record, so it is stopped all the same."""
+    backend = Picky(KeyError("a bug"), bad=["mine"])
+    config = make_config(budget={"max_duration": "0.2"})
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        run = await client.launch(config, backend="scripted", run_id="mine")
+        async with watching(client.watcher()):
+            await until(
+                lambda: backend.status(run), lambda state: state.status is TrainingStatus.STOPPING
+            )
+
+
+async def test_waiting_ends_with_the_error_of_a_run(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """One that no later try would mend; otherwise nobody would learn of it."""
+    backend = Picky(PermissionDenied("not yours"), bad=["run-001"])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        runs = await launch(client, make_config, 3)
+        with pytest.raises(PermissionDenied, match="not yours"):
+            await client.wait(*(run.id for run in runs))
+
+
+# -- changes of status --------------------------------------------------------------------------
+
+
+@both_stores
+async def test_a_failure_that_no_log_tells_is_told(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """The client has seen it, so it says so, once."""
+    failed, completed = await launch(client, make_config, 2)
+    told = Told()
+    async with watching(client.watcher(on_event=told.to("a"))):
+        backend.fail(str(failed.remote_id), "out of memory")
+        backend.finish(str(completed.remote_id))
+        await until(lambda: len(told.events) == 2)
+    assert sorted(told.events) == [
+        ("run-000", "failed: out of memory"),
+        ("run-001", "completed"),
+    ]
+    assert [
+        (record.source, record.level, record.fields["status"])
+        async for record in client.logs(failed.id)
+        if record.message.startswith("failed")
+    ] == [("status", "error", "failed")]

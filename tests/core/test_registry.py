@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from tests.plugins import Install
 from training_backends import (
     BackendNotInstalled,
     ConfigError,
@@ -20,26 +19,6 @@ from training_backends.core.backend import TrainingBackend
 class Plugin(TrainingBackend):
     name = "plugin"
 """
-
-Install = Callable[[str, str, str], None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install a package with one backend, as pip would lay it out."""
-
-    def add(package: str, backend: str, source: str) -> None:
-        site = tmp_path / package
-        info = site / f"{package}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (site / f"{package}.py").write_text(source)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(
-            f"[training_backends.backends]\n{backend} = {package}:Plugin\n"
-        )
-        monkeypatch.syspath_prepend(site)
-
-    return add
 
 
 def test_what_ships_with_the_package_is_registered_like_a_plugin() -> None:

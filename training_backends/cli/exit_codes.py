@@ -50,6 +50,7 @@ _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
     (errors.BackendRetired, ExitCode.UNAVAILABLE),
     (errors.BackendUnavailable, ExitCode.UNAVAILABLE),
     (errors.BackendNotInstalled, ExitCode.UNAVAILABLE),
+    (errors.BackendBroken, ExitCode.UNAVAILABLE),
     (errors.RateLimited, ExitCode.UNAVAILABLE),
     (errors.ProtocolError, ExitCode.UNAVAILABLE),
     (errors.UnsupportedOperation, ExitCode.UNSUPPORTED),

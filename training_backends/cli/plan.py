@@ -22,7 +22,9 @@ __all__ = ["backends", "estimate", "validate"]
 
 def backends(json: JsonOption = False) -> None:
     """Show what is installed and what each backend can do."""
-    from training_backends import BackendNotInstalled, ConfigError, installed_backends
+    from rich.markup import escape
+
+    from training_backends import TrainingBackendError, installed_backends
     from training_backends.cli.render import console, write_json
 
     async def describe(client: "AsyncTrainingClient") -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def backends(json: JsonOption = False) -> None:
                 backend = client.backend(name)
                 entry["summary"] = backend.summary
                 entry["capabilities"] = backend.capabilities.model_dump(mode="json")
-            except (BackendNotInstalled, ConfigError) as error:
+            except TrainingBackendError as error:
                 entry["error"] = error.message
             found.append(entry)
         return found
@@ -46,7 +48,7 @@ def backends(json: JsonOption = False) -> None:
     for entry in found:
         out.print(f"[bold]{entry['name']}[/] [dim]({entry['package']})[/]")
         if "error" in entry:
-            out.print(f"  [red]cannot be loaded:[/] {entry['error']}")
+            out.print(f"  [red]cannot be used:[/] {escape(entry['error'])}")
             continue
         out.print(f"  {entry['summary']}")
         for line in _capability_lines(entry["capabilities"]):

@@ -8,6 +8,7 @@ import typer
 
 from training_backends.cli.session import (
     BackendOption,
+    CachedOption,
     ConfigArgument,
     ExactRunArgument,
     JsonOption,
@@ -16,12 +17,13 @@ from training_backends.cli.session import (
     backend_of,
     complete_id,
     located,
+    refreshed,
     with_client,
 )
 from training_backends.cli.terminal import heard_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
     from training_backends.client.store import MetricPoint
@@ -96,30 +98,44 @@ def list_runs(
     status: Annotated[
         str | None, typer.Option("--status", "-s", help="Only in this status.")
     ] = None,
+    cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """List the runs of this machine's store as they were last seen, newest first."""
-    from training_backends.cli.render import show_runs, write_json
+    """List runs, newest first."""
+    from training_backends.cli.render import show_age, show_runs, write_json
     from training_backends.core.status import TrainingStatus
 
     if status is not None and status not in list(TrainingStatus):
         words = ", ".join(TrainingStatus)
         raise typer.BadParameter(f"{status!r} is no status; one of: {words}", param_hint="--status")
     wanted = TrainingStatus(status) if status else None
-    runs = with_client(lambda client: client.list(backend=backend, status=wanted))
+
+    async def read(
+        client: "AsyncTrainingClient",
+    ) -> "tuple[Mapping[str, str] | None, Sequence[TrainingRun]]":
+        missed = await refreshed(client, backend=backend, cached=cached)
+        return missed, await client.list(backend=backend, status=wanted)
+
+    missed, runs = with_client(read)
+    show_age(runs, missed)
     if json:
         write_json([run.model_dump(mode="json") for run in runs])
     else:
-        show_runs(runs, filtered=bool(backend or status))
+        show_runs(runs, missed, filtered=bool(backend or status))
 
 
-def status(run: RunArgument, json: JsonOption = False) -> None:
-    """Ask the provider where a run stands."""
+def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
+    """Show one run, as its backend reports it."""
+    from training_backends.cli.render import show_age
 
     async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
-        return await client.status(await complete_id(client, run))
+        run_id = await complete_id(client, run)
+        return await (client.get(run_id) if cached else client.status(run_id))
 
-    _print(with_client(ask), json=json)
+    found = with_client(ask)
+    if cached:
+        show_age([found], None)
+    _print(found, json=json)
 
 
 def logs(
@@ -161,21 +177,27 @@ def metrics(
     csv: Annotated[
         bool, typer.Option("--csv", help="A line a step on standard output, nothing else.")
     ] = False,
+    cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what was measured while a run trained, as it was last seen."""
+    """Show what was measured while a run trained."""
     from dataclasses import asdict
 
     from training_backends.cli import measures
-    from training_backends.cli.render import console, show_metrics, write_json
+    from training_backends.cli.render import console, show_age, show_metrics, write_json
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
 
-    async def read(client: "AsyncTrainingClient") -> "Sequence[MetricPoint]":
-        return await client.metrics(await complete_id(client, run))
+    async def read(
+        client: "AsyncTrainingClient",
+    ) -> "tuple[Mapping[str, str] | None, TrainingRun, Sequence[MetricPoint]]":
+        run_id = await complete_id(client, run)
+        missed = await refreshed(client, run_id, cached=cached)
+        return missed, await client.get(run_id), await client.metrics(run_id)
 
-    points = with_client(read)
+    missed, shown, points = with_client(read)
+    show_age([shown], missed)
     series = measures.choose(measures.by_name(points), names or ())
     points = [point for point in points if point.name in series]
     if json:
@@ -185,7 +207,7 @@ def metrics(
     elif plot and series:
         measures.plot(series, console(), all_given=bool(names))
     else:
-        show_metrics(points)
+        show_metrics(points, shown, up_to_date=missed is not None and shown.id not in missed)
 
 
 def wait(
@@ -278,6 +300,10 @@ def download(
 def delete(
     run: ExactRunArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
+    record_only: Annotated[
+        bool,
+        typer.Option("--record-only", help="Keep what the backend has; its machine may be gone."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Delete a finished run, and its model where the backend can."""
@@ -288,9 +314,9 @@ def delete(
         found = await client.get(run)
         if not yes:
             _need_terminal("deleting a run is final")
-            if not _ask(_deletion(found)):
+            if not _ask(_deletion(found, record_only=record_only)):
                 raise Interrupted("Nothing was deleted.", run_id=run)
-        await client.delete(run)
+        await client.delete(run, record_only=record_only)
 
     with_client(forget)
     if json:
@@ -299,8 +325,10 @@ def delete(
         console().print(f"Deleted {run}", markup=False)
 
 
-def _deletion(run: "TrainingRun") -> str:
+def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
     """Return the question asked before a run is deleted."""
+    if record_only:
+        return f"Delete the record of {run.id} ({run.status}), and nothing else?"
     count = len(run.checkpoints)
     kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
     kept += [f"the model {run.result_model}"] if run.result_model else []

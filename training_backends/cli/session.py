@@ -3,16 +3,19 @@
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from training_backends import AsyncTrainingClient
     from training_backends.client.configfile import ConfigFile
 
 __all__ = [
     "BackendOption",
+    "CachedOption",
     "ConfigArgument",
     "ExactRunArgument",
     "JsonOption",
@@ -21,11 +24,15 @@ __all__ = [
     "backend_of",
     "complete_id",
     "located",
+    "refreshed",
     "run_async",
     "with_client",
 ]
 
 T = TypeVar("T")
+
+_REFRESH: Final = 5.0
+"""Seconds for which a command that shows runs waits for a backend."""
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunArgument = Annotated[
@@ -38,6 +45,9 @@ BackendOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of CONFIG; repeatable."),
+]
+CachedOption = Annotated[
+    bool, typer.Option("--cached", help="Show what was last seen; ask no backend.")
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
@@ -122,6 +132,18 @@ async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
             hint="Type more of the id.",
             run_id=given,
         ) from None
+
+
+async def refreshed(
+    client: "AsyncTrainingClient", *run_ids: str, backend: str | None = None, cached: bool
+) -> "Mapping[str, str] | None":
+    """Bring live runs up to date unless they are to be shown as stored; see `refresh`.
+
+    It takes a bounded time, and a backend out of reach is no error. None: nothing was asked.
+    """
+    if cached:
+        return None
+    return await client.refresh(*run_ids, backend=backend, timeout=_REFRESH)
 
 
 def backend_of(file: "ConfigFile", option: str | None) -> str:

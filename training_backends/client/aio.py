@@ -10,6 +10,7 @@ from typing import Self
 import anyio
 from anyio import from_thread, to_thread
 
+from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.cadence import WatchSettings
 from training_backends.client.following import Following
 from training_backends.client.journal import (
@@ -20,7 +21,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launching import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.looks import Looks
+from training_backends.client.looks import Looks, last_seen
 from training_backends.client.records import (
     launch_lease,
     new_run_record,
@@ -38,19 +39,28 @@ from training_backends.core.backend import (
     CredentialSource,
     TrainingBackend,
 )
+from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import ConfigError, RunNotFound, WaitTimeout
+from training_backends.core.errors import (
+    ConfigError,
+    RunNotFound,
+    StoreError,
+    TrainingBackendError,
+    UnsupportedOperation,
+    WaitTimeout,
+)
 from training_backends.core.estimate import Estimate
+from training_backends.core.logs import get_logger
 from training_backends.core.plugins import installed_backends
-from training_backends.core.registry import backend_class
 from training_backends.core.run import (
     LogRecord,
     Reply,
     TrainingRun,
     ValidationReport,
     new_run_id,
+    utc_now,
 )
 from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus
@@ -59,6 +69,8 @@ from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, raise_for_errors
 
 __all__ = ["AsyncTrainingClient"]
+
+log = get_logger()
 
 
 class AsyncTrainingClient:
@@ -88,7 +100,7 @@ class AsyncTrainingClient:
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
         self._credentials = credentials or CredentialVault(home=self.home)
-        self._backends: dict[str, TrainingBackend] = dict(backends or {})
+        self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
@@ -113,18 +125,23 @@ class AsyncTrainingClient:
                 stack.push_async_callback(to_thread.run_sync, self._store.close)
                 stack.push_async_callback(to_thread.run_sync, self._leases.close)
                 for backend in self._own:
-                    stack.push_async_callback(backend.aclose)
+                    stack.push_async_callback(_close, backend)
 
     def backend(self, name: str) -> TrainingBackend:
         """Return the backend with this name, made on first use.
 
+        Its verbs are limited in time, and raise `BackendBroken` for every exception that is not
+        from this package.
+
         Raises:
             ConfigError: No such backend is installed.
             BackendNotInstalled: It cannot be loaded.
+            BackendBroken: It cannot be created.
+            BackendUnavailable: It was not created within a minute.
         """
         if name not in self._backends:
             context = BackendContext(home=self.home, credentials=self._credentials)
-            made = backend_class(name).create(context)
+            made = make_backend(name, context)
             self._backends[name] = made
             self._own.append(made)
         return self._backends[name]
@@ -218,6 +235,8 @@ class AsyncTrainingClient:
                 await to_thread.run_sync(self._store.insert, run)
             else:
                 require_same(known, run)
+                if not await self._records.was_launched(known):
+                    await self._looks.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
@@ -232,6 +251,9 @@ class AsyncTrainingClient:
     async def status(self, run_id: str) -> TrainingRun:
         """Ask the provider where a run stands, remember it and return the run.
 
+        A run that can only be observed from another machine or home is returned as it was last
+        seen, with the reason in `stale`.
+
         Raises:
             RunNotFound: There is no such run, or its provider does not know it any more.
             TrainingBackendError: The provider cannot be asked. `get` returns what was last
@@ -240,6 +262,8 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
+        if not await self._looks.sees(run):
+            return last_seen(run)
         try:
             return await self._looks.look(run)
         except RunNotFound:
@@ -252,6 +276,78 @@ class AsyncTrainingClient:
     ) -> Sequence[TrainingRun]:
         """Return the runs of this store as they were last seen, newest first."""
         return await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
+
+    async def refresh(
+        self, *run_ids: str, backend: str | None = None, timeout: float | None = None
+    ) -> Mapping[str, str]:
+        """Bring live runs up to date, all of the store or those given; backends side by side.
+
+        Args:
+            backend: Only runs of this one.
+            timeout: Seconds after which a backend that has not answered is given up.
+
+        Returns:
+            By run id, why a live run is not up to date: its backend cannot be asked or did not
+            answer in time, or the run can only be observed from another machine or home.
+
+        Raises:
+            RunNotFound: There is no run with one of these ids.
+            StoreError: The store cannot be used.
+        """
+        given = [await self.get(run_id) for run_id in run_ids]
+        by_backend: dict[str, list[TrainingRun]] = {}
+        for run in given:
+            by_backend.setdefault(run.backend, []).append(run)
+        if not run_ids:
+            names = await to_thread.run_sync(self._store.backends_to_watch)
+            by_backend = {name: [] for name in names}
+        missed: dict[str, str] = {}
+        await run_all(
+            partial(self._refresh, name, runs, timeout, missed)
+            for name, runs in by_backend.items()
+            if backend in {None, name}
+        )
+        return missed
+
+    async def _refresh(
+        self,
+        name: str,
+        given: Sequence[TrainingRun],
+        timeout: float | None,
+        missed: dict[str, str],
+    ) -> None:
+        began = utc_now()
+        rounds = self._round(name, only=[run.id for run in given] or None)
+        reason = f"{name} did not answer within {timeout or 0:g} s"
+        with anyio.move_on_after(timeout):
+            try:
+                for run in given:
+                    if run.status.is_terminal:
+                        await self._complete(run)
+                await rounds.refresh()
+            except StoreError:
+                raise
+            except TrainingBackendError as error:
+                reason = error.message
+        await rounds.load()
+        for run in rounds.runs.values():
+            if run.last_seen_at is None or run.last_seen_at < began:
+                missed[run.id] = self._why_missed(rounds, run) or reason
+
+    def _why_missed(self, rounds: Round, run: TrainingRun) -> str | None:
+        if (error := rounds.trouble_of(run.id)) is not None:
+            return error.message
+        known = self._backends.get(run.backend)
+        if known is not None and not known.sees(run):
+            return f"only {run.place} can observe it"
+        return None
+
+    async def _complete(self, run: TrainingRun) -> None:
+        """Read the rest of the log of a run that is over, where that was not done yet."""
+        whole = await to_thread.run_sync(self._store.is_whole, run.id)
+        if not whole and await self._records.may_be_at_provider(run):
+            with suppress(RunNotFound, UnsupportedOperation):
+                await self._looks.look(run)
 
     async def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
@@ -325,7 +421,10 @@ class AsyncTrainingClient:
             UnsupportedOperation: It is being launched by somebody else, and has no job yet
                 that could be ended.
         """
-        return await self._steering.stop(await self.get(run_id), save_checkpoint=save_checkpoint)
+        run = await self.get(run_id)
+        if not run.status.is_terminal:
+            await self._looks.require_here(run, "stop")
+        return await self._steering.stop(run, save_checkpoint=save_checkpoint)
 
     async def resume(
         self,
@@ -347,6 +446,7 @@ class AsyncTrainingClient:
         """
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         run = await self.status(run_id)
+        await self._looks.require_here(run, "resume")
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
     async def download(self, run_id: str, target: Path) -> Path:
@@ -356,6 +456,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend hands out no weights, or the run has no result.
         """
         run = await self.status(run_id)
+        await self._looks.require_here(run, "download the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
@@ -372,22 +473,32 @@ class AsyncTrainingClient:
             BackendUnavailable: The model cannot be loaded.
         """
         run = await self.status(run_id)
+        await self._looks.require_here(run, "ask the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
-    async def delete(self, run_id: str) -> None:
+    async def delete(self, run_id: str, *, record_only: bool = False) -> None:
         """Delete a finished run here, and what the provider keeps of it where it can.
 
         Safe to repeat after a crash: what the provider has deleted already is no hindrance.
 
+        Args:
+            record_only: Delete the record here without asking the provider, whatever the status:
+                for a run whose machine or provider is gone for good.
+
         Raises:
             RunNotFound: There is no run with exactly this id, perhaps because an earlier call
                 has deleted it.
-            UnsupportedOperation: The run is not over.
+            UnsupportedOperation: The run is not over, or belongs to another machine or home.
         """
+        if record_only:
+            run = await self.get(run_id)
+            await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
+            return
         run = await self.status(run_id)
+        await self._looks.require_here(run, "delete")
         backend = await self._backend(run.backend)
         if not run.status.is_terminal:
             raise backend.unsupported(f"delete a run that is {run.status}", "Stop it first.")
@@ -474,13 +585,22 @@ class AsyncTrainingClient:
         def on_progress(path: Path, done: int, total: int) -> None:
             _check_cancelled()
             if told:
-                told(path, done, total)
+                with callers_own():
+                    told(path, done, total)
 
         cache = self.home / "cache" / "tokens"
         return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
         return Round(backend, self._store, self._leases, self._looks, only=only)
+
+
+async def _close(backend: TrainingBackend) -> None:
+    """Close a backend; one that cannot be closed must not hide the result of the work."""
+    try:
+        await backend.aclose()
+    except TrainingBackendError as error:
+        log.warning("backend not closed", backend=backend.name, reason=error.message)
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:

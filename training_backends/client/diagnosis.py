@@ -10,6 +10,7 @@ from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.boundary import make_backend
 from training_backends.client.cadence import WatchSettings
 from training_backends.core.backend import BackendContext, RemoteFilters
 from training_backends.core.errors import TrainingBackendError, UnsupportedOperation
@@ -144,6 +145,7 @@ def check_clock(of: str, ahead: timedelta) -> Check:
 async def _backend(client: AsyncTrainingClient, name: str) -> list[Check]:
     try:
         backend = await to_thread.run_sync(client.backend, name)
+        _ = backend.capabilities  # every command needs them
         health = await backend.health()
     except TrainingBackendError as error:
         return [Check(name, "failed", error.message, error.hint)]
@@ -204,7 +206,7 @@ async def try_key(vault: CredentialVault, provider: str, profile: str | None) ->
         )
     key = _OneKey(vault, name, profile)
     context = BackendContext(home=load_settings(Settings).home.expanduser(), credentials=key)
-    backend = backend_class(name).create(context)
+    backend = await to_thread.run_sync(make_backend, name, context)
     try:
         if backend.capabilities.lists_remote:
             await backend.list_remote(RemoteFilters(suffix=_NOBODYS_SUFFIX))

@@ -6,6 +6,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from training_backends.client.boundary import callers_own
 from training_backends.client.records import with_state
 from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import JSONValue
@@ -47,9 +48,19 @@ class LaunchWatch:
             BudgetExceeded: The answer was no.
         """
         free = estimate.cost is not None and estimate.cost.amount == 0
-        if self.confirm is None or free or await self.confirm(estimate):
+        if self.confirm is None or free:
+            return
+        with callers_own():
+            agreed = await self.confirm(estimate)
+        if agreed:
             return
         raise BudgetExceeded("The launch was not confirmed; nothing was started.")
+
+    def updated(self, run: TrainingRun) -> None:
+        """Report what is known of the run now."""
+        if self.on_update:
+            with callers_own():
+                self.on_update(run)
 
 
 class StoreJournal:
@@ -101,10 +112,9 @@ class StoreJournal:
     async def record(self, state: RunState) -> None:
         """See `Journal.record`."""
         run = await to_thread.run_sync(
-            self._store.update, self._run_id, lambda run: with_state(run, state)
+            self._store.launched, self._run_id, lambda run: with_state(run, state)
         )
-        if self._watch.on_update:
-            self._watch.on_update(run)
+        self._watch.updated(run)
 
     async def quote(self, estimate: Estimate) -> None:
         """See `Journal.quote`."""
@@ -114,8 +124,7 @@ class StoreJournal:
             return run.model_copy(update={"estimate": quote, "cost": quote.cost})
 
         run = await to_thread.run_sync(self._store.update, self._run_id, change)
-        if self._watch.on_update:
-            self._watch.on_update(run)
+        self._watch.updated(run)
         run.config.budget.check(estimate)
         await self._watch.decide(run.estimate or estimate)
 
@@ -134,7 +143,8 @@ class StoreJournal:
     def progress(self, name: str, done: int, total: int) -> None:
         """See `Journal.progress`."""
         if self._watch.on_progress:
-            self._watch.on_progress(name, done, total)
+            with callers_own():
+                self._watch.on_progress(name, done, total)
 
     async def _do(
         self,

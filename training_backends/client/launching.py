@@ -135,7 +135,7 @@ class RunRecords:
                 now = now.model_copy(update={"failure": None})
             return with_state(now, state)
 
-        seen = await to_thread.run_sync(self._store.update, run.id, change)
+        seen = await to_thread.run_sync(self._store.launched, run.id, change)
         report_change(run, seen, state)
         return seen
 

@@ -7,14 +7,19 @@ from functools import partial
 
 from anyio import to_thread
 
+from training_backends.client.boundary import is_about_server, time_limit
 from training_backends.client.cadence import WatchSettings, last_change
 from training_backends.client.records import LAUNCHED, about, with_state
 from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.errors import (
+    BackendUnavailable,
+    RunNotFound,
+    StoreError,
+    TrainingBackendError,
+)
 from training_backends.core.estimate import format_duration
-from training_backends.core.logs import get_logger, redact
-from training_backends.core.redaction import redact_value
+from training_backends.core.logs import get_logger
 from training_backends.core.run import (
     Failure,
     LogRecord,
@@ -26,7 +31,7 @@ from training_backends.core.run import (
 )
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["BackendOf", "Looks", "report_change"]
+__all__ = ["BackendOf", "Looks", "last_seen", "report_change"]
 
 log = get_logger()
 
@@ -49,19 +54,24 @@ class Looks:
         self.backend_of = backend_of
         self.settings = settings
 
-    async def look(self, run: TrainingRun) -> TrainingRun:
+    async def look(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
         """Ask where a run stands, store that and the new part of its log, and return it.
+
+        Args:
+            patience: Seconds to wait for the answer, where the verb's own limit is too long.
 
         Raises:
             RunNotFound: The provider does not know it, and the record says so now; or it was
                 deleted here meanwhile, and nothing was stored.
+            UnsupportedOperation: It can only be observed from another machine or home.
             TrainingBackendError: It cannot be asked; the record says so now.
         """
+        await self.require_here(run, "observe")
         backend = await self.backend_of(run.backend)
         while True:
             after = await to_thread.run_sync(self._store.provider_cursor, run.id)
             try:
-                with about("observe", run):
+                with about("observe", run), time_limit(patience, _slow(run, patience)):
                     seen = await backend.observe(run, after=after)
             except RunNotFound:
                 await self._vanished(run)
@@ -73,16 +83,50 @@ class Looks:
             if stored is not None:
                 return stored
 
-    async def watch(self, run: TrainingRun) -> None:
+    async def sees(self, run: TrainingRun) -> bool:
+        """Return whether a run can be observed from here."""
+        if run.place is None or run.status.is_terminal:
+            return True
+        return (await self.backend_of(run.backend)).sees(run)
+
+    async def require_here(self, run: TrainingRun, verb: str) -> None:
+        """Require that a run, over or not, can be reached from here.
+
+        Raises:
+            UnsupportedOperation: Only another machine or home can.
+        """
+        backend = await self.backend_of(run.backend)
+        if run.place is not None and not backend.sees(run):
+            raise backend.unsupported(
+                f"{verb} the run {run.id} from here: it belongs to {run.place}",
+                f"Run the command on {run.place.host} with TRAINING_BACKENDS_HOME="
+                f"{run.place.path}.",
+            )
+
+    async def watch(self, run: TrainingRun, *, patience: float | None = None) -> None:
         """Look at a run, take a missing one as it is, and stop one that outlives its budget.
 
-        A run that is deleted meanwhile is dropped without an error.
+        The budget holds for a run that cannot be observed too: its start is on record. A run
+        that is deleted meanwhile is dropped without an error.
+
+        Args:
+            patience: See `look`.
 
         Raises:
             TrainingBackendError: The provider cannot be asked.
         """
+        try:
+            run = await self.look(run, patience=patience)
+        except RunNotFound:
+            return
+        except StoreError:
+            raise
+        except TrainingBackendError as error:
+            if not is_about_server(error):
+                await self._stop_unseen(run)
+            raise
         with suppress(RunNotFound):
-            await self._within_budget(await self.look(run))
+            await self.within_budget(run)
 
     async def stand(self, runs: Sequence[TrainingRun]) -> None:
         """Remember that runs were seen and stand as they did."""
@@ -94,16 +138,26 @@ class Looks:
             with suppress(RunNotFound):  # deleted meanwhile
                 if run.stale is None and (found := self._standstill(run, now)):
                     await self._note(run, partial(_stale, found=found), found.message)
-                await self._within_budget(run)
 
     async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
         """Remember that the provider cannot be asked about runs."""
         found = Staleness(kind="unreachable", since=utc_now(), message=error.message)
 
         def doubt(now: TrainingRun) -> TrainingRun:
-            return now if now.status.is_terminal or now.stale else _stale(now, found)
+            if now.status.is_terminal or _is_doubted(now, found):
+                return now
+            again = now.stale is not None and now.stale.kind == found.kind
+            since = now.stale.since if now.stale and again else found.since
+            return _stale(now, found.model_copy(update={"since": since}))
 
-        await self._change_all([run for run in runs if run.stale is None], doubt)
+        trusted = [run for run in runs if not _is_doubted(run, found)]
+        await self._change_all([run for run in trusted if await self._is_ours(run)], doubt)
+
+    async def _is_ours(self, run: TrainingRun) -> bool:
+        """Return whether this client may say that a run cannot be observed."""
+        with suppress(TrainingBackendError):
+            return await self.sees(run)
+        return False
 
     async def _change_all(
         self, runs: Sequence[TrainingRun], change: Callable[[TrainingRun], TrainingRun]
@@ -129,7 +183,7 @@ class Looks:
 
         stored = await to_thread.run_sync(
             lambda: self._store.observed(
-                run.id, change, _cleaned(seen.records), after=after, cursor=seen.cursor
+                run.id, change, seen.records, after=after, cursor=seen.cursor
             )
         )
         if stored is None:
@@ -171,8 +225,21 @@ class Looks:
         else:
             await to_thread.run_sync(self._store.seen, [run.id], now)
 
-    async def _within_budget(self, run: TrainingRun) -> TrainingRun:
-        """Stop a run that trains for longer than it may."""
+    async def _stop_unseen(self, run: TrainingRun) -> None:
+        """Enforce the budget of a run that cannot be observed."""
+        try:
+            await self.within_budget(run)
+        except StoreError:
+            raise
+        except TrainingBackendError as error:
+            log.warning("run over its budget not stopped", run_id=run.id, reason=error.message)
+
+    async def within_budget(self, run: TrainingRun) -> TrainingRun:
+        """Stop a run that trains for longer than its budget allows.
+
+        Raises:
+            TrainingBackendError: It cannot be stopped.
+        """
         limit = run.config.budget.max_duration
         began = run.started_at
         if limit is None or began is None or run.status.is_terminal:
@@ -249,15 +316,27 @@ def _same(now: TrainingRun, looked_at: TrainingRun) -> TrainingRun:
     return now
 
 
+def last_seen(run: TrainingRun) -> TrainingRun:
+    """Return a run that cannot be observed from here, with the reason."""
+    message = f"only {run.place} can observe this run"
+    since = run.last_seen_at or run.created_at
+    return _stale(run, Staleness(kind="elsewhere", since=since, message=message))
+
+
+def _slow(run: TrainingRun, patience: float | None) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"The backend {run.backend!r} did not finish 'observe' within {patience or 0.0:g} s.",
+        backend=run.backend,
+        run_id=run.id,
+    )
+
+
+def _is_doubted(run: TrainingRun, found: Staleness) -> bool:
+    """Return whether a record says already that its provider cannot be asked, and why."""
+    if run.stale is None or run.stale.kind == "still":
+        return False
+    return run.stale.kind != found.kind or run.stale.message == found.message
+
+
 def _stale(run: TrainingRun, found: Staleness | None) -> TrainingRun:
     return run.model_copy(update={"stale": found})
-
-
-def _cleaned(records: Sequence[LogRecord]) -> list[LogRecord]:
-    """Take out the secrets that a provider repeats in what it says of a run."""
-    return [
-        record.model_copy(
-            update={"message": redact(record.message), "fields": redact_value(record.fields)}
-        )
-        for record in records
-    ]

@@ -114,6 +114,7 @@ def failure_kind(error: TrainingBackendError) -> FailureKind:
         "ConfigError": "validation",
         "DatasetError": "validation",
         "PayloadTooLarge": "validation",
+        "BackendBroken": "internal",
     }
     return names.get(type(error).__name__, "provider")
 

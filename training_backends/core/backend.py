@@ -22,6 +22,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
+    CleanText,
     LogRecord,
     Observation,
     Reply,
@@ -185,8 +186,8 @@ class Health(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     ok: bool
-    message: str
-    hint: str | None = None
+    message: CleanText
+    hint: CleanText | None = None
     configured: bool = True
     clock_offset: timedelta | None = None
 
@@ -326,6 +327,15 @@ class TrainingBackend(ABC):
         """
         del fraction
         return {}
+
+    def sees(self, run: TrainingRun) -> bool:
+        """Return whether a run can be observed from here; quick, and without a request.
+
+        Override together with `RunState.place` when runs are tied to a machine. The client
+        neither asks about nor judges a run that cannot be observed from here.
+        """
+        del run
+        return True
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Ask where the run stands and for its log behind a cursor, in one look.

@@ -18,6 +18,7 @@ TrainingBackendError
 ├── UnsupportedOperation        a verb that this backend does not have
 ├── AmbiguousLaunch             nobody can tell whether a step happened
 ├── BackendNotInstalled         an extra or plugin is missing          (.install)
+├── BackendBroken               a backend raised what it must not      (.package)
 ├── StoreError                  the run store cannot be read or written
 └── WaitTimeout                 `wait` ran out of time; the run goes on
 
@@ -32,6 +33,7 @@ from typing import ClassVar, Literal, TypedDict, Unpack
 __all__ = [
     "AmbiguousLaunch",
     "AuthenticationFailed",
+    "BackendBroken",
     "BackendNotInstalled",
     "BackendRetired",
     "BackendUnavailable",
@@ -267,6 +269,18 @@ class BackendNotInstalled(TrainingBackendError, ImportError):
     ) -> None:
         super().__init__(message, **context)
         self.install = install
+
+
+class BackendBroken(TrainingBackendError):
+    """A backend raised an exception that is not from this package; `__cause__` is that exception.
+
+    Attributes:
+        package: The distribution that provides the backend.
+    """
+
+    def __init__(self, message: str, *, package: str = "", **context: Unpack[ErrorContext]) -> None:
+        super().__init__(message, **context)
+        self.package = package
 
 
 class StoreError(TrainingBackendError):

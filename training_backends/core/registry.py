@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue
 from training_backends.core.plugins import ENTRY_POINT_GROUP, installed_backends, owner_of
+from training_backends.core.redaction import redact
 
 __all__ = ["backend_class"]
 
@@ -28,9 +29,10 @@ def backend_class(name: str) -> type[TrainingBackend]:
     entry = next(iter(claims.values()))
     try:
         loaded = entry.load()
-    except Exception as error:  # a stranger's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+        reason = redact(str(error)) or type(error).__name__
         raise BackendNotInstalled(
-            f"The backend {name!r} of {owner_of(entry)} cannot be loaded: {error}", backend=name
+            f"The backend {name!r} of {owner_of(entry)} cannot be loaded: {reason}", backend=name
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, TrainingBackend)):
         raise BackendNotInstalled(

@@ -1,7 +1,7 @@
 """A training run: its record, its states over time, its logs."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,10 +18,12 @@ from training_backends.core.status import TrainingStatus, may_follow
 __all__ = [
     "RUN_ID_PATTERN",
     "Checkpoint",
+    "CleanText",
     "Failure",
     "FailureKind",
     "LogRecord",
     "Observation",
+    "Place",
     "Reply",
     "RunState",
     "Staleness",
@@ -65,13 +67,17 @@ def new_run_id() -> str:
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
+CleanText = Annotated[str, AfterValidator(redact)]
+"""Text from a provider or plugin, kept without the secrets that it may repeat."""
+
+
 class Failure(BaseModel):
     """Why a run failed."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: FailureKind
-    message: str
+    message: CleanText
     retryable: bool = False
 
 
@@ -111,15 +117,35 @@ class Staleness(BaseModel):
 
     Attributes:
         kind: `unreachable`: its provider cannot be asked; `vanished`: the provider answers
-            and does not know it; `still`: nothing of it has changed for unusually long.
+            and does not know it; `still`: nothing of it has changed for unusually long;
+            `elsewhere`: it can only be observed from another machine or home (never stored).
         since: When it began to be so.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["unreachable", "vanished", "still"]
+    kind: Literal["unreachable", "vanished", "still", "elsewhere"]
     since: UtcDatetime
-    message: str
+    message: CleanText
+
+
+class Place(BaseModel):
+    """Where alone a run can be observed, of a backend that keeps runs on a machine.
+
+    Attributes:
+        id: Of the home that holds the run; random, and it moves with the home.
+        host: Name of the machine.
+        path: Of the home, on that machine.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    host: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.path}"
 
 
 class RunState(BaseModel):
@@ -128,12 +154,13 @@ class RunState(BaseModel):
     Attributes:
         changed_at: When the provider last changed anything of the run, by its own clock,
             where it tells. A list that tells it spares asking for runs that stand as before.
+        place: Where alone the run can be observed; None: from everywhere.
     """
 
     model_config = ConfigDict(frozen=True)
 
     status: TrainingStatus
-    raw_status: str | None = None
+    raw_status: CleanText | None = None
     remote_id: str | None = None
     failure: Failure | None = None
     started_at: UtcDatetime | None = None
@@ -146,6 +173,7 @@ class RunState(BaseModel):
     estimate: Estimate | None = None
     cost: Money | None = None
     changed_at: UtcDatetime | None = None
+    place: Place | None = None
 
 
 class TrainingRun(BaseModel):
@@ -160,6 +188,7 @@ class TrainingRun(BaseModel):
         result_model: Name or path of the finished model.
         resumed_from: Id of the run that this one continues.
         changed_at: When the provider last changed anything of it, where it tells.
+        place: Where alone it can be observed; None: from everywhere, or not known yet.
         last_seen_at: When the provider was last asked and answered.
         stale: Why the record may no longer be true; None: it was seen to be.
     """
@@ -185,6 +214,7 @@ class TrainingRun(BaseModel):
     cost: Money | None = None
     resumed_from: str | None = None
     changed_at: UtcDatetime | None = None
+    place: Place | None = None
     last_seen_at: UtcDatetime | None = None
     stale: Staleness | None = None
 
@@ -192,18 +222,13 @@ class TrainingRun(BaseModel):
         """Return this run with what `state` adds.
 
         A terminal run keeps its status; the provider's differing word is kept in
-        `raw_status` so that it can be looked into. A run that was seen is not stale. Secrets
-        are taken out of the reason of a failure.
+        `raw_status` so that it can be looked into. A run that was seen is not stale.
         """
         changes: dict[str, Any] = {
             name: getattr(state, name)
             for name in RunState.model_fields
             if getattr(state, name) is not None
         }
-        if state.failure is not None:
-            # A provider repeats in its reasons what it was sent.
-            said = redact(state.failure.message)
-            changes["failure"] = state.failure.model_copy(update={"message": said})
         if state.metrics is not None:
             changes["metrics"] = {**self.metrics, **state.metrics}
         if not may_follow(self.status, state.status):
@@ -249,6 +274,13 @@ class Observation:
     cursor: str | None = None
 
 
+def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:
+    return tuple(
+        replace(issue, message=redact(issue.message), fix=issue.fix and redact(issue.fix))
+        for issue in issues
+    )
+
+
 class ValidationReport(BaseModel):
     """What speaks against a configuration and its data, before anything is spent.
 
@@ -258,7 +290,7 @@ class ValidationReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    issues: tuple[Issue, ...] = ()
+    issues: Annotated[tuple[Issue, ...], AfterValidator(_clean_issues)] = ()
     dataset: Dataset | None = None
 
     @property

@@ -21,11 +21,13 @@ _NO_SESSION: Final = frozenset({"08", "28", "3D", "57"})
 _LEFT_BEHIND: Final = (
     "A pooler in between hands out sessions in which another program has left prepared statements."
 )
+_NO_RIGHTS: Final = "Give this user a schema, and the right to create and change tables in it."
 _LOCKED: Final = "Other programs hold locks in this database; try again."
 _REJECTED: Final = {
     "26": _LEFT_BEHIND,
+    "3F": _NO_RIGHTS,
     "40": _LOCKED,
-    "42501": "Give this user the right to create and change tables in its schema.",
+    "42501": _NO_RIGHTS,
     "42P05": _LEFT_BEHIND,
     "53": "The server is out of disk space, memory or connections.",
     "55": _LOCKED,

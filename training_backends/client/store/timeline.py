@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
@@ -15,11 +15,13 @@ from training_backends.client.store.leases import Lease, require
 from training_backends.client.store.runs import change_run, find_run
 from training_backends.client.store.schema import as_text, deliveries, metrics, records, runs
 from training_backends.core.errors import ConfigError
-from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.redaction import redact, redact_value
+from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 __all__ = ["Delivery", "MetricPoint", "Timeline"]
 
+_STATUS: Final = "status"
 _EVENTS: Final = frozenset({"status", "event", "checkpoint", "watch"})
 """Sources of the records that somebody may want to be told of."""
 _MEASURED: Final = frozenset({"metrics", "checkpoint"})
@@ -71,7 +73,7 @@ class Timeline(Database):
 
         A record that is older than the last one stored goes behind it, at its time, and keeps
         its own time in the field `told_at`. With the look that sees the run over, its log is
-        whole.
+        whole. A status that none of the records tells gets a record of its own.
 
         Args:
             change: Gets the run as it is now; must leave the store alone. An error that it
@@ -80,12 +82,13 @@ class Timeline(Database):
         Raises:
             RunNotFound: There is no run with exactly this id (any more).
         """
+        clean = _redacted(found)
         with self._writing() as connection:
             row = find_run(connection, run_id)
             if row.cursor != after:
                 return None
             run = change_run(connection, row, change, cursor=cursor)
-            _append(connection, row, found)
+            _append(connection, row, _with_status(connection, row, run, clean))
             _set_whole(connection, row, run)
             return run
 
@@ -102,12 +105,28 @@ class Timeline(Database):
         Raises:
             RunNotFound: There is no run with exactly this id (any more).
         """
+        clean = _redacted(found)
         with self._writing() as connection:
             row = find_run(connection, run_id)
             run = change_run(connection, row, change)
-            _append(connection, row, found)
+            _append(connection, row, clean)
             if not TrainingStatus(row.status).is_terminal:
                 _set_whole(connection, row, run)
+            return run
+
+    def launched(self, run_id: str, change: Callable[[TrainingRun], TrainingRun]) -> TrainingRun:
+        """Change a run by what was seen of it without its log; an end is recorded there.
+
+        The log of a run that ends without a job at a provider is whole then. Other changes of
+        status are left to the first look, which reads the provider's log from its beginning.
+        """
+        with self._writing() as connection:
+            row = find_run(connection, run_id)
+            run = change_run(connection, row, change)
+            if run.status.is_terminal:
+                _append(connection, row, _with_status(connection, row, run, []))
+                if run.remote_id is None:
+                    _set_whole(connection, row, run)
             return run
 
     def is_whole(self, run_id: str) -> bool:
@@ -177,6 +196,84 @@ class Timeline(Database):
 def _set_whole(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
     if run.status.is_terminal and not row.whole:
         connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
+
+
+def _redacted(found: Sequence[LogRecord]) -> list[LogRecord]:
+    """Return records without the secrets that a provider repeats in what it logs of a run."""
+    return [
+        record.model_copy(
+            update={"message": redact(record.message), "fields": redact_value(record.fields)}
+        )
+        for record in found
+    ]
+
+
+def _with_status(
+    connection: sa.Connection, row: Any, run: TrainingRun, found: Sequence[LogRecord]
+) -> list[LogRecord]:
+    """Return the records of a look with each change of status told once.
+
+    A backend may log changes of status itself, even ones that were over before anybody looked.
+    One that was told before is no change: what it says beyond the status is kept as an event.
+    """
+    in_time = sorted(found, key=lambda record: record.at)
+    logs_status = any(record.source == _STATUS for record in in_time)
+    moved = run.status.value != row.status
+    if not (moved or logs_status or row.cursor is None):
+        return in_time
+    told = _status_told(connection, run.id)
+    moved = moved or told is None
+    last = told or TrainingStatus.PENDING
+    kept = []
+    for record in in_time:
+        status = _status_of(record)
+        if status is not None and status is told:
+            if record.message in {status.value, record.fields.get("raw_status")}:
+                continue
+            record = record.model_copy(update={"source": "event"})  # noqa: PLW2901
+        elif status is not None:
+            told = last = status
+        kept.append(record)
+    is_new = run.status is not last and not last.is_terminal
+    if is_new and (moved or run.status.is_terminal):
+        kept.append(_change_of_status(run))
+    return kept
+
+
+def _change_of_status(run: TrainingRun) -> LogRecord:
+    status, word = run.status, run.raw_status or run.status.value
+    at = run.finished_at if status.is_terminal else None
+    if status is TrainingStatus.RUNNING:
+        at = run.started_at
+    level: Literal["info", "warning", "error"] = "info"
+    if status is TrainingStatus.FAILED:
+        level = "error"
+    elif status in {TrainingStatus.CANCELLED, TrainingStatus.UNKNOWN}:
+        level = "warning"
+    return LogRecord(
+        at=at or utc_now(),
+        level=level,
+        message=f"{word}: {run.failure.message}" if run.failure else word,
+        source=_STATUS,
+        fields={"status": status.value, "raw_status": word},
+        cursor="",
+    )
+
+
+def _status_told(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
+    """Return the status that a run's log tells last, or None."""
+    query = sa.select(records).where(records.c.run_id == run_id, records.c.source == _STATUS)
+    for row in connection.execute(query.order_by(records.c.seq.desc())):
+        if (status := _status_of(_record(row))) is not None:
+            return status
+    return None
+
+
+def _status_of(record: LogRecord) -> TrainingStatus | None:
+    found = record.fields.get("status")
+    if record.source != _STATUS or found not in set(TrainingStatus):
+        return None
+    return TrainingStatus(found)
 
 
 def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> None:

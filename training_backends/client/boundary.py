@@ -1,0 +1,413 @@
+"""The client's only way to a backend: bounded in time, with errors that name whose they are."""
+
+import errno
+import threading
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import replace
+from datetime import timedelta
+from functools import wraps
+from inspect import isawaitable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, cast
+
+import anyio
+
+from training_backends.core.backend import BackendContext, Health, RemoteRun, TrainingBackend
+from training_backends.core.capabilities import Capabilities
+from training_backends.core.errors import (
+    AuthenticationFailed,
+    BackendBroken,
+    BackendUnavailable,
+    CredentialNotFound,
+    Issue,
+    RateLimited,
+    TrainingBackendError,
+    VaultLocked,
+)
+from training_backends.core.estimate import Estimate
+from training_backends.core.logs import get_logger
+from training_backends.core.plugins import installed_backends
+from training_backends.core.redaction import redact
+from training_backends.core.registry import backend_class
+from training_backends.core.run import (
+    LogRecord,
+    Observation,
+    Reply,
+    RunState,
+    TrainingRun,
+    ValidationReport,
+)
+
+__all__ = [
+    "callers_own",
+    "guarded",
+    "has_lists",
+    "is_about_server",
+    "make_backend",
+    "time_limit",
+]
+
+log = get_logger()
+
+_LIMITS: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "aclose": 10.0,
+        "health": 30.0,
+        "list_remote": 300.0,
+        "observe": 180.0,
+        "status": 180.0,
+        "statuses": 300.0,
+        "stop": 300.0,
+    }
+)
+"""Seconds for each verb: above what the HTTP layer takes with all its retries. Verbs that read
+data or transfer files are not limited."""
+_MAKING: Final = 60.0
+"""Seconds for import, `create` and `capabilities` together; cold disks are slow."""
+_RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
+    {
+        "capabilities": Capabilities,
+        "create": TrainingBackend,
+        "download": Path,
+        "estimate": Estimate,
+        "health": Health,
+        "launch": RunState,
+        "list_remote": Sequence,
+        "observe": Observation,
+        "options_tolerating": Mapping,
+        "poll_interval": tuple,
+        "resume": RunState,
+        "sample": Reply,
+        "status": RunState,
+        "statuses": Mapping,
+        "tolerated_bad_rows": (int, float),
+        "validate": ValidationReport,
+    }
+)
+_LONGEST: Final = 2000
+"""Characters of a foreign error's text that are kept."""
+_CALLERS: Final = "_training_backends_callers_own"
+_SHORTAGES: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EDQUOT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.ENOSPC,
+    }
+)
+_PACKAGE: Final = "training-backends"
+
+
+def make_backend(name: str, context: BackendContext) -> TrainingBackend:
+    """Load, create and guard the backend registered as `name`.
+
+    Runs in a thread that is abandoned after a minute: a plugin that blocks while it is imported
+    or created must not block the caller, nor the end of the process.
+
+    Raises:
+        ConfigError: No such backend is installed.
+        BackendNotInstalled: It cannot be imported.
+        BackendBroken: It cannot be created.
+        BackendUnavailable: It was not ready in time.
+    """
+    package = installed_backends().get(name, name)
+    made: list[TrainingBackend | BaseException] = []
+
+    def work() -> None:
+        try:
+            with _translated(name, package, "create"):
+                backend = _checked("create", backend_class(name).create(context))
+            guard = guarded(backend, name, package)
+            with suppress(TrainingBackendError):
+                _ = guard.capabilities  # if it blocks, then here
+            made.append(guard)
+        except BaseException as error:  # raised again where it can be handled
+            made.append(error)
+
+    thread = threading.Thread(
+        target=copy_context().run, args=(work,), name=f"create {name}", daemon=True
+    )
+    thread.start()
+    thread.join(_MAKING)
+    if not made:
+        raise _silent(name, package, "create", _MAKING)
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
+
+
+def guarded(backend: TrainingBackend, name: str, package: str | None = None) -> TrainingBackend:
+    """Return a backend whose verbs are bounded in time and raise no foreign exceptions.
+
+    Args:
+        name: Under which the client knows it.
+        package: Distribution that provides it; default the package of its module.
+    """
+    package = package or type(backend).__module__.partition(".")[0]
+    return cast("TrainingBackend", _Guard(backend, name, package))
+
+
+def has_lists(backend: TrainingBackend) -> bool:
+    """Return whether a backend has requests that cover many runs."""
+    kind = backend.__class__  # of a guard, what it guards
+    return kind.statuses is not TrainingBackend.statuses
+
+
+def is_about_server(error: TrainingBackendError) -> bool:
+    """Return whether an error about one run holds for all runs of its backend."""
+    if isinstance(error, BackendUnavailable):
+        return not error.sent
+    return isinstance(error, AuthenticationFailed | CredentialNotFound | VaultLocked | RateLimited)
+
+
+@contextmanager
+def time_limit(seconds: float | None, error: TrainingBackendError) -> Iterator[None]:
+    """Cancel what runs inside after so many seconds and raise `error`; None does not limit it."""
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise error
+
+
+@contextmanager
+def callers_own() -> Iterator[None]:
+    """Mark errors of a caller's callback, so that they leave the backend's verb unchanged."""
+    try:
+        yield
+    except BaseException as error:
+        error.__dict__[_CALLERS] = True
+        raise
+
+
+class _Guard:
+    """Stands for a backend: the same attributes, each behind the boundary."""
+
+    __slots__ = ("_backend", "_name", "_package")
+
+    def __init__(self, backend: TrainingBackend, name: str, package: str) -> None:
+        self._backend = backend
+        self._name = name
+        self._package = package
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[TrainingBackend]:  # type: ignore[override]
+        """The backend's class, so that `isinstance` holds."""
+        return type(self._backend)
+
+    def __repr__(self) -> str:
+        return f"<backend {self._name!r} of {self._package}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(type(self._backend), name):
+            return getattr(self._backend, name)
+        with _translated(self._name, self._package, name):
+            value = getattr(self._backend, name)
+            if isinstance(value, type) or not callable(value):
+                return _checked(name, value)
+        return self._verb(name, value)
+
+    def _verb(self, verb: str, value: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(value)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            run_id = next((each.id for each in given if isinstance(each, TrainingRun)), None)
+            with _translated(self._name, self._package, verb, run_id):
+                answer = value(*args, **kwargs)
+                if isawaitable(answer):
+                    return self._awaited(verb, answer, run_id)
+                if isinstance(answer, AsyncGenerator):
+                    return self._streamed(verb, answer, run_id)
+                return _checked(verb, answer)
+
+        return call
+
+    async def _awaited(self, verb: str, answer: Awaitable[Any], run_id: str | None) -> Any:
+        limit = _LIMITS.get(verb)
+        with (
+            _translated(self._name, self._package, verb, run_id),
+            time_limit(limit, _silent(self._name, self._package, verb, limit or 0.0)),
+        ):
+            return _checked(verb, await answer)
+
+    async def _streamed(
+        self, verb: str, answer: AsyncGenerator[Any, None], run_id: str | None
+    ) -> AsyncGenerator[Any, None]:
+        with _translated(self._name, self._package, verb, run_id):
+            async with aclosing(answer):
+                async for item in answer:
+                    yield item
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _translated(name: str, package: str, verb: str, run_id: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        single = _single(error)
+        if getattr(single, _CALLERS, False):
+            raise
+        if not isinstance(single, TrainingBackendError):
+            log.debug("backend failed", backend=name, verb=verb, run_id=run_id, exc_info=error)
+            raise _broken(error, name, package, verb, run_id) from _without_secrets(error, {})
+        single.backend = single.backend or name
+        single.run_id = single.run_id or run_id
+        _without_secrets(single, {})
+        if single is error:
+            raise
+        raise single from single.__cause__
+
+
+def _broken(
+    error: BaseException, name: str, package: str, verb: str, run_id: str | None
+) -> BackendBroken:
+    said = ": ".join(filter(None, (type(error).__name__, _text(error))))
+    hint = (
+        f"This is a bug in {package}; please report it there with the traceback that "
+        "TRAINING_BACKENDS_LOG_LEVEL=debug shows."
+    )
+    if package == _PACKAGE:
+        hint = (
+            "This is a bug; please report it with the traceback that "
+            "TRAINING_BACKENDS_LOG_LEVEL=debug shows."
+        )
+    passing = isinstance(error, ConnectionError | TimeoutError)
+    if _is_shortage(error) or (isinstance(error, OSError) and not passing):
+        hint = (
+            "Check this machine's memory, open files, disk space and permissions; then try again."
+        )
+    return BackendBroken(
+        f"The backend {name!r} of {package} failed in {verb!r}: {said}",
+        package=package,
+        hint=hint,
+        backend=name,
+        run_id=run_id,
+        retryable=passing or _is_shortage(error),
+    )
+
+
+def _silent(name: str, package: str, verb: str, limit: float) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"The backend {name!r} of {package} did not finish {verb!r} within {limit:g} s.",
+        hint="Try again. If it happens again, report it to the authors of the backend.",
+        backend=name,
+    )
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Return whether the machine lacks something that it may have again later."""
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError) or "can't start new thread" in _text(error)
+
+
+def _single(error: BaseException) -> BaseException:
+    """Return the one error inside nested groups, or the group if there are several."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        text = redact(str(error))
+    except Exception:  # its own __str__ is broken too
+        return ""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _without_secrets(error: BaseException, done: dict[int, BaseException]) -> BaseException:
+    """Return an error whose text, attributes and causes hold no secret.
+
+    It is changed in place. One that shows a secret all the same, because it builds its text
+    from something else, is replaced by one that names its class.
+    """
+    if id(error) in done:
+        return done[id(error)]
+    done[id(error)] = error
+    error.args = tuple(map(_clean, error.args))
+    error.__dict__.update({name: _clean(value) for name, value in vars(error).items()})
+    if isinstance(error, OSError):
+        for name in ("strerror", "filename", "filename2"):
+            if isinstance(value := getattr(error, name), str):
+                setattr(error, name, redact(value))
+    cause, context, suppressed = error.__cause__, error.__context__, error.__suppress_context__
+    error.__cause__ = cause and _without_secrets(cause, done)
+    error.__context__ = context and _without_secrets(context, done)
+    error.__suppress_context__ = suppressed
+    if isinstance(error, BaseExceptionGroup):
+        inner = [_without_secrets(each, done) for each in error.exceptions]
+        is_clean = inner == list(error.exceptions) and not _shows_secret(error)
+        stand_in: BaseException = BaseExceptionGroup(redact(error.message), inner)
+    else:
+        is_clean = isinstance(error, TrainingBackendError) or not _shows_secret(error)
+        stand_in = RuntimeError(f"{type(error).__name__}: {_text(error)}")
+    if is_clean:
+        return error
+    stand_in.__cause__, stand_in.__context__ = error.__cause__, error.__context__
+    stand_in.__suppress_context__ = suppressed
+    done[id(error)] = stand_in.with_traceback(error.__traceback__)
+    return stand_in
+
+
+def _shows_secret(error: BaseException) -> bool:
+    shown = "".join(traceback.format_exception_only(error)) + repr(error)
+    return redact(shown) != shown
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Issue):
+        return replace(value, message=redact(value.message), fix=value.fix and redact(value.fix))
+    if isinstance(value, bytes):
+        text = value.decode("utf-8", "replace")
+        return value if redact(text) == text else redact(text).encode()
+    if type(value) in {list, tuple}:
+        return type(value)(map(_clean, value))
+    return value
+
+
+# -- answers -----------------------------------------------------------------------------------
+
+
+def _checked(verb: str, answer: Any) -> Any:
+    """Return an answer if it is of the type that the verb promises.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    wanted = _RETURNS.get(verb)
+    if wanted is not None and not isinstance(answer, wanted):
+        raise _wrong_type(answer, wanted)
+    if isinstance(answer, Estimate):
+        return answer.model_copy(update={"notes": _clean(answer.notes)})
+    parts: Sequence[tuple[Any, type]] = ()
+    if isinstance(answer, Observation):
+        parts = [(answer.state, RunState), *((each, LogRecord) for each in answer.records)]
+    elif verb == "statuses":
+        parts = [(each, RunState) for each in answer.values()]
+    elif verb == "list_remote":
+        parts = [(each, RemoteRun) for each in answer]
+    elif verb == "poll_interval":
+        shortest, longest = answer
+        parts = [(shortest, timedelta), (longest, timedelta)]
+    for part, kind in parts:
+        if not isinstance(part, kind):
+            raise _wrong_type(part, kind)
+    return answer
+
+
+def _wrong_type(found: Any, wanted: type | tuple[type, ...]) -> TypeError:
+    kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+    names = " or ".join(kind.__name__ for kind in kinds)
+    return TypeError(f"returned {type(found).__name__}, not {names}")
