@@ -137,6 +137,7 @@ class Round:
             TrainingBackendError: The provider cannot be asked; the records say so.
         """
         await self.load()
+        await self._require_backend()
         try:
             return await self._go()
         except StoreError:
@@ -178,6 +179,11 @@ class Round:
         found = self._troubles.get(run_id)
         return None if found is None else found.until
 
+    async def _require_backend(self) -> None:
+        """Make the backend; that it cannot be made here says nothing of its runs elsewhere."""
+        if self.runs:
+            await self._looks.backend_of(self._name)
+
     async def refresh(self) -> None:
         """Look at all runs that can be observed from here, whether or not they are due.
 
@@ -185,6 +191,7 @@ class Round:
             TrainingBackendError: The provider cannot be asked; the records say so.
         """
         await self.load()
+        await self._require_backend()
         try:
             await self._sweep(due_only=False)
         except StoreError:
