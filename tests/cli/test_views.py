@@ -52,7 +52,7 @@ def ended(tmp_path: Path, live: MakeLive) -> None:
     """A run `r` that the store has as running, and that has completed since."""
     run = live("r")
     directory = RunDir(tmp_path / "home" / "runs" / "r")
-    directory.write_spec(build_spec("r", run.config, None))
+    directory.write_spec(build_spec("r", run.config, tmp_path / "home" / "slots"))
     for step in (1, 2):
         row = MetricsRow(step=step, total_steps=2, epoch=1, train_loss=4 / step, learning_rate=0.1)
         directory.add_metrics(row)

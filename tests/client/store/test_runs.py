@@ -58,12 +58,13 @@ def test_an_id_names_no_longer_one(store: RunStore, make_run: MakeRun) -> None:
     def change(run: TrainingRun) -> TrainingRun:
         return run.model_copy(update={"step": 2})
 
-    for touch in (
+    touches: list[Callable[[], object]] = [
         lambda: store.get("exp-1"),
         lambda: store.update("exp-1", change),
         lambda: store.observed("exp-1", change, [told("x")], after=None, cursor="1"),
         lambda: store.note("exp-1", change, [told("x")]),
-    ):
+    ]
+    for touch in touches:
         with pytest.raises(RunNotFound) as caught:
             touch()
         assert caught.value.candidates == ("exp-10",)
