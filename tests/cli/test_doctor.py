@@ -1,7 +1,10 @@
 """`doctor`: settings with their origin, keys without their values, what works."""
 
+import re
 from pathlib import Path
 from typing import Any
+
+from tests.plugins import Install
 
 Run = Any
 
@@ -47,3 +50,30 @@ def test_a_damaged_store_is_set_aside_when_asked(run: Run, tmp_path: Path) -> No
     assert done.code == 0
     assert Path(done.document["recovery"]["damaged"]).exists()
     assert run("list").code == 0
+
+
+def test_the_plugin_in_the_docs_breaks_no_command(run: Run, install: Install) -> None:
+    """Its verbs are still to be written: it is one failed line among the others."""
+    page = Path(__file__).parents[2] / "docs" / "architecture.md"
+    (snippet,) = re.findall(r"```python\n(.*?class MyBackend.*?)```", page.read_text(), re.DOTALL)
+    install("my_package", "mine", snippet + "\nPlugin = MyBackend\n")
+    checked = run("doctor", "--json", MISTRAL_API_KEY="")
+    states = {check["name"]: check["state"] for check in checked.document["checks"]}
+    assert (checked.code, states["mine"], states["mistral"]) == (1, "failed", "unused")
+    listed = run("backends", "--json")
+    errors = {entry["name"]: entry.get("error") for entry in listed.document}
+    assert (listed.code, errors["local"]) == (0, None)
+    assert "'mine' of my_package failed in 'create': TypeError" in errors["mine"]
+    shown = run("backends")
+    assert shown.code == 0
+    assert "cannot be used" in shown.out + shown.err
+
+
+def test_a_broken_plugin_has_an_exit_code_of_its_own(
+    run: Run, install: Install, config_file: Path
+) -> None:
+    """As a backend that cannot be reached; whose bug it is stands in the message."""
+    install("acme", "plugin", "from training_backends import TrainingBackend as Plugin")
+    done = run("validate", config_file.name, "--backend", "plugin", "--json")
+    assert (done.code, done.document["error"]["type"]) == (8, "BackendBroken")
+    assert "report it" in done.document["error"]["hint"]

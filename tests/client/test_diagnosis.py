@@ -5,10 +5,45 @@ from datetime import timedelta
 import pytest
 
 from tests.client.conftest import MakeConfig
+from tests.plugins import Install
 from training_backends import AsyncTrainingClient, CredentialVault
+from training_backends.client import boundary
 from training_backends.client.diagnosis import check_clock, check_extras, diagnose, known_settings
 from training_backends.core.run import utc_now
 from training_backends.core.settings import SectionSettings
+
+PLUGIN = """
+import anyio
+from training_backends.testing.backend import ScriptedBackend
+
+class Plugin(ScriptedBackend):
+    name = "plugin"
+"""
+CREATE = """
+    @classmethod
+    def create(cls, context):
+        raise KeyError("region")
+"""
+ABSTRACT = PLUGIN.replace("ScriptedBackend", "TrainingBackend").replace(
+    "testing.backend", "core.backend"
+)
+CAPABILITIES = """
+    @property
+    def capabilities(self):
+        raise KeyError("region")
+"""
+HEALTH = """
+    async def health(self):
+        raise KeyError("region")
+"""
+NOTHING = """
+    async def health(self):
+        return None
+"""
+HANGING = """
+    async def health(self):
+        await anyio.sleep_forever()
+"""
 
 pytestmark = pytest.mark.anyio
 
@@ -71,3 +106,39 @@ async def test_settings_of_backends_are_among_all(monkeypatch: pytest.MonkeyPatc
     found = {entry.name: entry for entry in known_settings(Extra)}
     assert found["mistral.attempts"][1:] == ("7", "TRAINING_BACKENDS_MISTRAL__ATTEMPTS")
     assert {"home", "watch.lost_after", "credentials.keyring", "extra.depth"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (PLUGIN + CREATE, "'create': KeyError"),
+        (ABSTRACT, "'create': TypeError"),
+        (PLUGIN + CAPABILITIES, "'capabilities': KeyError"),
+        (PLUGIN + HEALTH, "'health': KeyError"),
+        (PLUGIN + NOTHING, "'health': TypeError: returned NoneType, not Health"),
+        (PLUGIN + HANGING, "did not finish 'health' within"),
+    ],
+)
+async def test_a_broken_plugin_is_one_failed_line(
+    source: str,
+    reason: str,
+    install: Install,
+    client: AsyncTrainingClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It names plugin and package; everything else is looked at all the same."""
+    monkeypatch.setattr(boundary, "_LIMITS", {"health": 2.0})
+    install("acme", "plugin", source)
+    checks = await diagnose(client, CredentialVault(home=client.home))
+    (failed,) = [check for check in checks if check.state == "failed"]
+    assert failed.name == "plugin"
+    assert failed.message.startswith("The backend 'plugin' of acme ")
+    assert reason in failed.message
+    assert {"run store", "local", "mistral", "extra gateway"} <= {check.name for check in checks}
+
+
+async def test_settings_of_a_broken_plugin_hide_no_others(install: Install) -> None:
+    """Its own check says what is wrong with it."""
+    install("acme", "plugin", "raise KeyError")
+    found = {entry.name for entry in known_settings()}
+    assert {"home", "mistral.attempts"} <= found

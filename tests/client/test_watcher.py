@@ -15,6 +15,7 @@ from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
     ConfigError,
+    CredentialVault,
     LogRecord,
     Observation,
     PermissionDenied,
@@ -26,9 +27,13 @@ from training_backends import (
     TrainingRun,
     TrainingStatus,
 )
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client import rounds
 from training_backends.client.watcher import OnEvent, Watcher
 from training_backends.testing.backend import ScriptedBackend
+from training_backends.testing.faults import OtherAnswer
+from training_backends.testing.provider import ScriptedProvider
 
 pytestmark = pytest.mark.anyio
 
@@ -456,6 +461,36 @@ async def test_trouble_with_one_run_keeps_to_it(
     assert (bad.stale.kind, bad.status) == ("unreachable", TrainingStatus.RUNNING)
     said = str(outcome.args[0]) if outcome is not None else "did not finish 'observe'"
     assert said in bad.stale.message
+
+
+async def test_one_job_of_a_provider_keeps_its_trouble_to_itself(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """One answers 403, and the stored cursor of another cannot be read."""
+    told = Told()
+    with ScriptedProvider() as provider:
+        backend = MistralAPIBackend(
+            settings=MistralSettings(base_url=provider.base_url, poll_min=0.01, poll_max=0.05),
+            credentials=CredentialVault({"mistral": provider.key}),
+        )
+        async with AsyncTrainingClient(home=tmp_path, backends={"mistral": backend}) as client:
+            provider.auto, provider.refuses_similar = "validate", False
+            runs = [
+                await client.launch(make_config(), backend="mistral", run_id=f"run-{n}")
+                for n in range(6)
+            ]
+            refusal = OtherAnswer(status=403, body={"message": "no"})
+            provider.fail(refusal, method="GET", path=f"/{runs[2].remote_id}", times=999)
+            client._store.observed("run-4", lambda run: run, after=None, cursor="no cursor")
+            async with watching(client.watcher(on_event=told.to("a"))):
+                for run in runs:
+                    provider.set_status(str(run.remote_id), "SUCCESS")
+                await until(lambda: sum(message == "SUCCESS" for _, message in told.events) == 4)
+                await until(lambda: client.get("run-2"), lambda run: run.stale)
+                await until(lambda: client.get("run-4"), lambda run: run.stale)
+        await backend.aclose()
+    ended = {run_id for run_id, message in told.events if message == "SUCCESS"}
+    assert ended == {"run-0", "run-1", "run-3", "run-5"}
 
 
 async def test_a_run_in_trouble_is_asked_for_less_and_less_often(

@@ -39,6 +39,7 @@ from tests.e2e.leaks import (
     settings,
     watched_processes,
 )
+from tests.plugins import install_backend
 from tests.waiting import wait_until
 from training_backends import AsyncTrainingClient, TrainingBackendError, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
@@ -625,46 +626,162 @@ def test_a_quickstart_that_is_interrupted(world: World) -> None:
 
 PLUGIN = """
 import os
+from training_backends import *
 from training_backends.testing.backend import ScriptedBackend
 
-class Leaky(ScriptedBackend):
+def said():
+    return "the key " + os.environ["MISTRAL_API_KEY"] + " broke it: " + repr(dict(os.environ))
+
+def fail(verb):
+    if verb not in os.environ.get("FAILING", "").split():
+        return
+    if os.environ.get("HOW") == "own":
+        raise PermissionDenied(said(), hint=said())
+    try:
+        raise ConnectionError("cannot reach " + os.environ["HTTPS_PROXY"])
+    except ConnectionError as error:
+        error.add_note("sent " + os.environ["TRAINING_BACKENDS_GATEWAY__API_KEY"])
+        raise RuntimeError(said()) from error
+
+def failing(verb):
+    async def work(self, *args, **kwargs):
+        fail(verb)
+        return await getattr(super(Plugin, self), verb)(*args, **kwargs)
+    return work
+
+class Plugin(ScriptedBackend):
     name = "leaky"
 
     @classmethod
     def create(cls, context):
+        fail("create")
         return cls()
 
+    @property
+    def capabilities(self):
+        fail("capabilities")
+        return Capabilities(resumes=True, downloads=True, samples=True, deletes=True,
+                            lists_remote=True)
+
     async def validate(self, config, dataset):
-        key = os.environ["MISTRAL_API_KEY"]
-        try:
-            raise ConnectionError("cannot reach " + os.environ["HTTPS_PROXY"])
-        except ConnectionError as error:
-            error.add_note("sent " + os.environ["TRAINING_BACKENDS_GATEWAY__API_KEY"])
-            raise RuntimeError("the key " + key + " broke it: " + repr(dict(os.environ))) from error
+        fail("validate")
+        if "issue" in os.environ.get("FAILING", ""):
+            return ValidationReport(issues=(Issue(code="x", message=said(), fix=said()),))
+        return ValidationReport()
+
+    async def launch(self, run, journal):
+        fail("launch")
+        return RunState(status="running", remote_id=run.id)
+
+    async def observe(self, run, *, after=None):
+        fail("observe")
+        status = os.environ.get("STATUS", "running")
+        failure = Failure(kind="provider", message=said()) if status == "failed" else None
+        record = LogRecord(at="2026-01-01T00:00:00Z", message=said(), source="event",
+                           fields={"reason": said()}, cursor="1")
+        state = RunState(status=status, raw_status=said(), failure=failure)
+        return Observation(state, (record,) if after is None else (), "1")
+
+    async def health(self):
+        fail("health")
+        return Health(ok=False, message=said(), hint=said())
+
+    estimate = failing("estimate")
+    stop = failing("stop")
+    resume = failing("resume")
+    download = failing("download")
+    sample = failing("sample")
+    delete = failing("delete")
+    list_remote = failing("list_remote")
+    aclose = failing("aclose")
 """
 
 
-def test_a_plugin_that_fails_with_secrets_in_its_error(world: World) -> None:
-    """What is shown of it and logged of it, with its traceback, is cleaned."""
-    plugins = world.planted / "plugins"
-    (plugins / "leaky-1.0.dist-info").mkdir(parents=True)
-    (plugins / "leaky.py").write_text(PLUGIN)
-    (plugins / "leaky-1.0.dist-info" / "METADATA").write_text("Name: leaky\nVersion: 1.0\n")
-    (plugins / "leaky-1.0.dist-info" / "entry_points.txt").write_text(
-        "[training_backends.backends]\nleaky = leaky:Leaky\n"
-    )
+def _leaky(world: World) -> dict[str, str]:
+    """Install the plugin and return the environment in which it is found."""
+    install_backend(world.planted / "plugins", "leaky", "leaky", PLUGIN)
     world.config(backend="leaky")
+    return {"PYTHONPATH": str(world.planted / "plugins")}
+
+
+@pytest.mark.parametrize("how", ["foreign", "own"])
+def test_a_plugin_that_fails_with_secrets_in_its_error(how: str, world: World) -> None:
+    """In any of its verbs: what is shown, logged and stored of it is cleaned."""
+    given = _leaky(world)
+    codes = (8,) if how == "foreign" else (4,)
+
+    def failing(*arguments: str, verb: str, code: Sequence[int] = codes) -> Any:
+        return command(*arguments, code=code, given={"FAILING": verb, "HOW": how})
+
     world.run_all(
         [
-            command("validate", "run.yaml", code=1),
-            command("launch", "run.yaml", "--yes", "--json", code=1),
-            command("doctor", "--json", code=(0, 1)),
+            failing("validate", "run.yaml", verb="validate"),
+            failing("validate", "run.yaml", "--json", verb="issue", code=[3]),
+            failing("estimate", "run.yaml", verb="estimate"),
+            failing("launch", "run.yaml", "--yes", "--json", verb="validate"),
+            failing("launch", "run.yaml", "--yes", "--id", "cut", verb="launch"),
+            failing("status", "cut", "--json", verb="", code=[0]),
+            failing("launch", "run.yaml", "--yes", "--id", "runs", verb="aclose", code=[0]),
+            failing("status", "runs", "--json", verb="observe"),
+            failing("status", "runs", "--json", verb="create"),
+            failing("logs", "runs", verb="observe"),
+            failing("wait", "runs", verb="observe"),
+            failing("stop", "runs", verb="stop"),
+            failing("list", "--json", verb="observe", code=[0]),
+            failing("list", verb="observe", code=[0]),
+            failing("backends", verb="create", code=[0]),
+            failing("backends", "--json", verb="capabilities", code=[0]),
+            failing("doctor", "--json", verb="create", code=[1]),
+            failing("doctor", verb="capabilities", code=[1]),
+            failing("doctor", "--json", verb="health", code=[1]),
         ],
-        {"PYTHONPATH": str(plugins)},
+        given,
     )
     errors = (world.seen / "output-1" / "0.err").read_text()
-    assert "RuntimeError" in errors
-    assert "cannot reach" in errors
+    assert "the key [redacted] broke it" in errors
+    assert ("cannot reach" in errors) == (how == "foreign"), "the log has the traceback"
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("how", ["foreign", "own"])
+def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None:
+    """In a run's status, failure and log, in its health, and in what is done after the end."""
+    given = _leaky(world)
+    codes = (8,) if how == "foreign" else (4,)
+
+    def failing(*arguments: str, verb: str, status: str) -> Any:
+        return command(
+            *arguments, code=codes, given={"FAILING": verb, "HOW": how, "STATUS": status}
+        )
+
+    world.run_all(
+        [
+            command("launch", "run.yaml", "--yes", "--id", "fails"),
+            command("logs", "fails", "--json"),
+            command("status", "fails", given={"STATUS": "failed"}),
+            command("logs", "fails"),
+            command("list", "--json"),
+            command("list"),
+            failing("resume", "fails", "--yes", "--id", "again", verb="resume", status="failed"),
+            failing("delete", "fails", verb="delete", status="failed"),
+            command("launch", "run.yaml", "--yes", "--id", "ends"),
+            command("status", "ends", "--json", given={"STATUS": "completed"}),
+            failing("download", "ends", "model", verb="download", status="completed"),
+            failing("sample", "ends", "hello", verb="sample", status="completed"),
+            command("doctor", code=1),
+            command("doctor", "--json", code=1),
+        ],
+        given,
+    )
+    world.assert_clean()
+    (world.seen / "home" / "runs.db").write_bytes(b"no database" * 500)
+    world.run_all(
+        [
+            command("doctor", "--recover", code=1, given={"FAILING": "list_remote", "HOW": how}),
+        ],
+        given,
+    )
+    assert "could not be asked" in (world.seen / "output-2" / "0.err").read_text()
     world.assert_clean()
 
 

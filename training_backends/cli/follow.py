@@ -1,6 +1,6 @@
 """What people see while a run is launched and while it trains."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import Self
 
@@ -30,7 +30,11 @@ Confirm = Callable[[Estimate], Awaitable[bool]]
 
 
 class LaunchView:
-    """Upload bars, each status change, and the quote; silent when `quiet`."""
+    """Upload bars, each status change, and the quote; silent when `quiet`.
+
+    Attributes:
+        shown: Statuses shown while the run was launched.
+    """
 
     def __init__(self, *, quiet: bool, out: Console | None = None) -> None:
         self._out = out or console()
@@ -45,6 +49,7 @@ class LaunchView:
         )
         self._tasks: dict[str, TaskID] = {}
         self._status: TrainingStatus | None = None
+        self.shown: set[str] = set()
         self._quoted = False
 
     def __enter__(self) -> Self:
@@ -70,6 +75,7 @@ class LaunchView:
             word = f" ({escape(run.raw_status)})" if run.raw_status else ""
             self._out.print(f"  [cyan]{run.status}[/]{word}")
             self._status = run.status
+            self.shown.add(run.status)
         if run.estimate and run.estimate.basis == "quote" and not self._quoted:
             self._out.print("  the provider's quote:")
             show_estimate(run.estimate, self._out)
@@ -91,9 +97,19 @@ class LaunchView:
 
 
 async def follow_run(
-    client: AsyncTrainingClient, run_id: str, *, quiet: bool, out: Console | None = None
+    client: AsyncTrainingClient,
+    run_id: str,
+    *,
+    quiet: bool,
+    shown_statuses: Collection[str] = (),
+    out: Console | None = None,
 ) -> TrainingRun:
-    """Show a run's log and progress until it is over, and return it."""
+    """Show a run's log and progress until it is over, and return it.
+
+    Args:
+        shown_statuses: What a `LaunchView` has shown; the log, which begins before the launch
+            was accepted, would show it again.
+    """
     out = out or console()
     bar = Progress(
         TextColumn("  training"),
@@ -109,12 +125,17 @@ async def follow_run(
     )
     total = _steps_in_all(await client.get(run_id))
     shown = 0
+    skipping = bool(shown_statuses)
     with bar:
         task = bar.add_task("", total=total or None)
         async with aclosing(client.logs(run_id, follow=True)) as records:
             async for record in records:
                 if quiet:
                     continue
+                if skipping and record.source == "status":
+                    if record.fields.get("status") in shown_statuses:
+                        continue
+                    skipping = False
                 total = record.fields.get("total_steps") or total
                 bar.update(task, total=total or None)
                 if record.step is not None:

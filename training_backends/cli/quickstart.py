@@ -152,7 +152,13 @@ class _Quickstart:
                     on_update=view.update,
                 )
             self._title("Training", f"run {run.id}, job {run.remote_id}")
-            run = await follow_run(client, run.id, quiet=self._out.quiet, out=self._out)
+            run = await follow_run(
+                client,
+                run.id,
+                quiet=self._out.quiet,
+                shown_statuses=view.shown,
+                out=self._out,
+            )
             if run.status != "completed":
                 return _Result(self._home, run, None, before, "")
             target = self._home / "models" / run.id

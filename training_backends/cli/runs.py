@@ -79,7 +79,9 @@ def launch(
                 on_update=view.update,
                 confirm=view.asking(_agree(file.config, yes=yes)),
             )
-        return await follow_run(client, run.id, quiet=json) if follow else run
+        if not follow:
+            return run
+        return await follow_run(client, run.id, quiet=json, shown_statuses=view.shown)
 
     note = f"Interrupted. If it was started, the run {run_id} goes on; the same command with "
     with located(file, backend):

@@ -183,7 +183,7 @@ class Looks:
 
         stored = await to_thread.run_sync(
             lambda: self._store.observed(
-                run.id, change, seen.records, after=after, cursor=seen.cursor
+                run.id, change, seen.records, after=after, cursor=seen.cursor, tell_status=True
             )
         )
         if stored is None:

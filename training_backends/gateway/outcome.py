@@ -8,7 +8,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from training_backends.core.errors import ConfigError, DatasetError, Issue, TrainingBackendError
+from training_backends.core.errors import (
+    BackendBroken,
+    ConfigError,
+    DatasetError,
+    Issue,
+    TrainingBackendError,
+)
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
@@ -65,6 +71,9 @@ def error_data(error: BaseException, names: Mapping[str, str]) -> dict[str, Any]
     """Say in an event what stopped a job; an error that is not ours is only named."""
     if isinstance(error, ConfigError | DatasetError) and error.issues:
         return issue_data([i for i in error.issues if i.severity == "error"], names)
+    if isinstance(error, BackendBroken):
+        kind = type(error.__cause__ or error).__name__
+        return {"error": f"Internal error of the backend ({kind}); see the gateway's log."}
     if isinstance(error, TrainingBackendError):
         hint = f" {error.hint}" if error.hint else ""
         return {"error": _with_names(error.message + hint, names)}

@@ -20,6 +20,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
+    BackendBroken,
     RateLimited,
     RunNotFound,
     StoreError,
@@ -159,7 +160,7 @@ class JobRunner:
             error = _single(group)
             if isinstance(error, StoreError):
                 raise error from group
-            if isinstance(error, TrainingBackendError):
+            if isinstance(error, TrainingBackendError) and not isinstance(error, BackendBroken):
                 log.error("job failed", reason=error.message)  # noqa: TRY400
             else:
                 log.exception("job failed")
@@ -338,6 +339,8 @@ class JobRunner:
                     async for record in records:
                         any_record = True
                         await send.send(record)
+                except anyio.BrokenResourceError:
+                    pass  # storing has failed; the task group raises its error
                 except TrainingBackendError as error:
                     failure = error  # told once all records before it are stored
         if failure is not None and not (failure.retryable and any_record):

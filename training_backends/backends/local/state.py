@@ -132,7 +132,7 @@ def read_state(run: RunDir, look: Look | None = None) -> RunState:
     run's length among them is its checkpoints, and each is told of.
     """
     ending, until = look or Look.at(run)
-    events = [event for event, _ in run.read_events() if event.at <= until]
+    events = [event for event, _ in run.read_events()]
     rows = run.read_newest_metrics()
     checkpoints = _checkpoints(run, events)
     status, raw = ending[:2] if ending else _going(run, events)

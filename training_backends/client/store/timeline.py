@@ -65,6 +65,7 @@ class Timeline(Database):
         *,
         after: str | None,
         cursor: str | None,
+        tell_status: bool = False,
     ) -> TrainingRun | None:
         """Store one look at a run: what it changes, the log behind `after`, the new cursor.
 
@@ -73,9 +74,10 @@ class Timeline(Database):
 
         A record that is older than the last one stored goes behind it, at its time, and keeps
         its own time in the field `told_at`. With the look that sees the run over, its log is
-        whole. A status that none of the records tells gets a record of its own.
+        whole.
 
         Args:
+            tell_status: Add a record for a change of status that none of the records tells.
             change: Gets the run as it is now; must leave the store alone. An error that it
                 raises leaves everything as it was.
 
@@ -88,7 +90,9 @@ class Timeline(Database):
             if row.cursor != after:
                 return None
             run = change_run(connection, row, change, cursor=cursor)
-            _append(connection, row, _with_status(connection, row, run, clean))
+            if tell_status:
+                clean = _with_status(connection, row, run, clean)
+            _append(connection, row, clean)
             _set_whole(connection, row, run)
             return run
 
@@ -242,9 +246,9 @@ def _with_status(
 
 def _change_of_status(run: TrainingRun) -> LogRecord:
     status, word = run.status, run.raw_status or run.status.value
-    at = run.finished_at if status.is_terminal else None
+    at = run.finished_at if status.is_terminal else run.changed_at
     if status is TrainingStatus.RUNNING:
-        at = run.started_at
+        at = run.started_at or at
     level: Literal["info", "warning", "error"] = "info"
     if status is TrainingStatus.FAILED:
         level = "error"
