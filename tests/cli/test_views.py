@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Iterator[RunStore]:
 
 @pytest.fixture
 def live(store: RunStore, make_config: Callable[..., TrainingConfig]) -> MakeLive:
-    """Store a run that was seen to train six minutes ago."""
+    """Store a run that was seen to train six hours ago."""
 
     def make(run_id: str, **fields: object) -> TrainingRun:
         known = {
@@ -38,7 +38,7 @@ def live(store: RunStore, make_config: Callable[..., TrainingConfig]) -> MakeLiv
             "config": make_config(),
             "remote_id": run_id,
             "status": TrainingStatus.RUNNING,
-            "last_seen_at": utc_now() - timedelta(minutes=6),
+            "last_seen_at": utc_now() - timedelta(hours=6),
         }
         run = TrainingRun.model_validate({"id": run_id, **known, **fields})
         store.insert(run)
@@ -65,8 +65,8 @@ def ended(tmp_path: Path, live: MakeLive) -> None:
 def test_a_list_shows_what_ended_since(run: Run) -> None:
     """With --cached it is as it was last seen, and how long ago that was is said."""
     cached = run("list", "--cached")
-    assert "running (as of 6m 0" in cached.err
-    assert "note: run r is shown as of 6m 0" in cached.err
+    assert "running (as of 6h 0" in cached.err
+    assert "note: run r is shown as of 6h 0" in cached.err
     listed = run("list", "--json")
     assert [each["status"] for each in listed.document] == ["completed"]
     assert listed.err == ""
@@ -76,7 +76,7 @@ def test_a_list_shows_what_ended_since(run: Run) -> None:
 @pytest.mark.usefixtures("ended")
 def test_metrics_of_a_run_that_was_not_followed(run: Run) -> None:
     """The losses of the steps, whatever a checkpoint says; nothing false before they are read."""
-    assert "Nothing was measured as of 6m 0" in run("metrics", "r", "--cached").err
+    assert "Nothing was measured as of 6h 0" in run("metrics", "r", "--cached").err
     shown = run("metrics", "r", "--csv")
     rows = list(csv.DictReader(io.StringIO(shown.out)))
     assert [(row["step"], row["train_loss"]) for row in rows] == [("1", "4.0"), ("2", "2.0")]
@@ -95,10 +95,10 @@ def test_a_backend_out_of_reach_does_not_fail_the_list(run: Run, live: MakeLive)
     away = {"MISTRAL_API_KEY": "k", "TRAINING_BACKENDS_MISTRAL__BASE_URL": "http://127.0.0.1:9"}
     listed = run("list", **away)
     assert listed.code == 0
-    assert "note: run r is shown as of 6m" in listed.err
-    assert "note: run s is shown as of 6m" in listed.err
+    assert "note: run r is shown as of 6h" in listed.err
+    assert "note: run s is shown as of 6h" in listed.err
     assert "running (unreachable)" in listed.err, "the server does not answer"
-    assert "running (as of 6m" in listed.err, "this machine lacks the backend"
+    assert "running (as of 6h" in listed.err, "this machine lacks the backend"
 
 
 def test_a_run_of_another_home_is_shown_as_last_seen(run: Run, live: MakeLive) -> None:
