@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.plugins import Install, install_backend
-from tests.postgres import Postgres, programs
+from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
 from training_backends.core import settings
 from training_backends.core.redaction import forget_secrets
@@ -77,6 +77,15 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip("not installed: psycopg (extra postgres)")
     with Postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    """Start a pooler in transaction mode before the server of our own."""
+    if pgbouncer_program() is None:
+        pytest.skip("not installed: PgBouncer (package pgbouncer)")
+    with PgBouncer(postgres) as pooler:
+        yield pooler
 
 
 def chat(question: str, answer: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, which ends with them."""
+"""A PostgreSQL server of the tests' own, and a pooler before it, which end with them."""
 
 import os
 import re
@@ -15,11 +15,14 @@ from sqlalchemy.exc import OperationalError
 
 from tests.waiting import wait_until
 
-__all__ = ["PASSWORD", "Postgres", "programs"]
+__all__ = ["PASSWORD", "PgBouncer", "Postgres", "pgbouncer_program", "programs"]
 
 PASSWORD: Final = "correct/horse battery@staple"
 """Of the user `guest`, the only one that needs one."""
 
+_POOLED: Final = "pooled"
+_PORT: Final = 6432
+"""Of the pooler; the number only names its socket."""
 _SETTINGS: Final = {
     "autovacuum": "off",
     "fsync": "off",
@@ -37,6 +40,11 @@ def programs() -> Path | None:
     # Debian keeps them off the PATH, in a folder for each version.
     versions = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     return max((path.parent for path in versions), key=_number, default=None)
+
+
+def pgbouncer_program() -> str | None:
+    """Return the pooler's program; None: it is not installed."""
+    return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
 class Postgres:
@@ -130,12 +138,68 @@ class Postgres:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def _command(self, program: str, *arguments: str) -> list[str]:
-        us: list[str] = []
-        if shutil.which("setpriv"):
-            us = ["setpriv", "--pdeathsig=QUIT"]
-            if os.getuid() == 0:
-                us += ["--reuid=postgres", "--regid=postgres", "--init-groups"]
-        return [*us, str(self._programs / program), *arguments]
+        return _as_its_user(str(self._programs / program), *arguments)
+
+
+class PgBouncer:
+    """A pooler before a server, on a socket in its directory, with a database of its own.
+
+    After each transaction it gives the session of the server to whichever client is next.
+    """
+
+    def __init__(self, server: Postgres) -> None:
+        self._server = server
+
+    def __enter__(self) -> Self:
+        program = pgbouncer_program()
+        assert program is not None
+        self._server.execute(f"CREATE DATABASE {_POOLED}")
+        self._direct = sa.create_engine(self._url())
+        directory = self._server.directory
+        users = directory / "users.txt"
+        users.write_text('"postgres" ""\n')
+        config = directory / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\n* = host={directory}\n"
+            f"[pgbouncer]\npool_mode = transaction\ndefault_pool_size = 3\nlisten_port = {_PORT}\n"
+            f"unix_socket_dir = {directory}\nauth_type = trust\nauth_file = {users}\n"
+        )
+        self._pooler = subprocess.Popen(
+            _as_its_user(program, "--quiet", str(config)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until((directory / f".s.PGSQL.{_PORT}").exists)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._direct.dispose()
+        self._pooler.send_signal(signal.SIGQUIT)
+        self._pooler.wait()
+
+    def new_url(self) -> str:
+        """Empty its database and return its URL; one test at a time uses it."""
+        schema = "DROP SCHEMA public CASCADE", "CREATE SCHEMA public"
+        with self._direct.begin() as connection:
+            for statement in schema:
+                connection.exec_driver_sql(statement)
+        return self._url(port=str(_PORT))
+
+    def _url(self, **query: str) -> str:
+        query["host"] = str(self._server.directory)
+        url = sa.URL.create("postgresql", "postgres", database=_POOLED, query=query)
+        return url.render_as_string()
+
+
+def _as_its_user(program: str, *arguments: str) -> list[str]:
+    """Return the command of a program that refuses to run as root, and that ends with us."""
+    us: list[str] = []
+    if shutil.which("setpriv"):
+        us = ["setpriv", "--pdeathsig=QUIT"]
+        if os.getuid() == 0:
+            us += ["--reuid=postgres", "--regid=postgres", "--init-groups"]
+    return [*us, program, *arguments]
 
 
 def _number(told: object) -> int:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from tests.client.conftest import MakeConfig, both_stores
+from tests.client.conftest import MakeConfig, both_stores, read_log
 from training_backends import (
     AsyncTrainingClient,
     BackendBroken,
@@ -367,6 +367,34 @@ async def test_a_deleted_run_is_gone(
     await client.delete(run.id)
     with pytest.raises(RunNotFound):
         await client.get(run.id)
+
+
+async def test_verbs_take_complete_ids_only(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Repeating the delete of `exp-1`, as a retried step does, leaves `exp-10` alone."""
+    for name in ("exp-1", "exp-10"):
+        run = await client.launch(make_config(), backend="scripted", run_id=name)
+        backend.finish(str(run.remote_id))
+    live = await client.launch(make_config(), backend="scripted", run_id="exp-100")
+    await client.delete("exp-1")
+    for touch in (
+        lambda: client.delete("exp-1"),
+        lambda: client.stop("exp-1"),
+        lambda: client.get("exp-1"),
+        lambda: client.status("exp-1"),
+        lambda: client.wait("exp-1"),
+        lambda: client.resume("exp-1"),
+        lambda: client.metrics("exp-1"),
+        lambda: client.download("exp-1", tmp_path / "model"),
+        lambda: client.sample("exp-1", "?"),
+        lambda: read_log(client, "exp-1"),
+    ):
+        with pytest.raises(RunNotFound) as caught:
+            await touch()
+        assert caught.value.candidates == ("exp-10", "exp-100")
+    assert (await client.status("exp-10")).status is TrainingStatus.COMPLETED
+    assert (await client.status(live.id)).status is TrainingStatus.RUNNING
 
 
 async def test_a_live_run_is_not_deleted(

@@ -1,7 +1,7 @@
 """Watchers: many runs in few requests, each event told once, nothing silently pending."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,23 @@ class Listing(ScriptedBackend):
 @pytest.fixture
 def backend() -> Listing:
     return Listing()
+
+
+class Interrupted(ScriptedBackend):
+    """Has something happen between the answer of the provider and its arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], Awaitable[None]] | None = None
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """Answer for `exp-1` as of before what happens meanwhile, once."""
+        try:
+            return await super().status(run)
+        finally:
+            if run.id == "exp-1" and self.meanwhile is not None:
+                meanwhile, self.meanwhile = self.meanwhile, None
+                await meanwhile()
 
 
 class Told:
@@ -312,6 +329,67 @@ async def test_trouble_with_a_run_does_not_make_its_looks_more_frequent(
         backend.looks.clear()
         await anyio.sleep(0.5)
     assert len(backend.looks) <= sound + 2
+
+
+@both_stores
+@pytest.mark.parametrize("found", ["completed", "missing"])
+async def test_a_look_at_a_run_deleted_meanwhile_is_dropped(
+    tmp_path: Path, store_url: str | None, make_config: MakeConfig, found: str
+) -> None:
+    """It is written into no other run, be its id longer or the same, and ends no watcher."""
+    backend = Interrupted()
+    async with AsyncTrainingClient(
+        home=tmp_path, store_url=store_url, backends={"scripted": backend}
+    ) as client:
+        first = await client.launch(make_config(), backend="scripted", run_id="exp-1")
+        longer = await client.launch(make_config(), backend="scripted", run_id="exp-10")
+        told = Told()
+        watcher = client.watcher(on_event=told.to("a"))
+        await watcher.sweep()
+
+        async def replace() -> None:
+            backend.adopt(str(first.remote_id))
+            backend.finish(str(first.remote_id))
+            await client.delete("exp-1")
+            await client.launch(make_config(), backend="scripted", run_id="exp-1")
+
+        async def swept() -> bool:
+            await watcher.sweep()
+            return backend.meanwhile is None
+
+        if found == "missing":
+            backend.lose(str(first.remote_id))
+        else:
+            backend.tell(str(first.remote_id), TrainingStatus.COMPLETED, result_model="old")
+        backend.meanwhile = replace
+        await until(swept)
+        second = await client.get("exp-1")
+        await anyio.sleep(0.1)  # every run is due again
+        await watcher.sweep()
+        assert (second.status, second.stale) == (TrainingStatus.RUNNING, None)
+        assert second.remote_id != first.remote_id
+        assert (await client.get("exp-10")).remote_id == longer.remote_id
+        backend.tell(str(second.remote_id), TrainingStatus.COMPLETED)
+        await until(watcher.sweep, lambda _: told.events)
+        assert told.events == [("exp-1", "completed")]
+
+
+async def test_an_event_of_a_run_deleted_meanwhile_is_not_told(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """The handler of one event may delete the run of the next."""
+    runs = await launch(client, make_config, 2)
+    for run in runs:
+        backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+        await client.status(run.id)
+    told: list[str] = []
+
+    async def clean_up(run: TrainingRun, record: LogRecord) -> None:
+        told.append(run.id)
+        await client.delete("run-001")
+
+    await client.watcher(on_event=clean_up).sweep()
+    assert told == ["run-000"]
 
 
 # -- trouble with one run, trouble with one backend ---------------------------------------------

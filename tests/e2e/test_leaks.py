@@ -118,7 +118,7 @@ LIFE = [
     command("resume", "first", "--yes", code=9),
     command("download", "first", "model", code=9),
     command("launch", "run.yaml", "--id", "second", "--yes", "--follow", "--json"),
-    command("delete", "first"),
+    command("delete", "first", "--yes"),
     command("credentials", "test", "mistral"),
     command("credentials", "list"),
     command("credentials", "list", "--json"),

@@ -61,10 +61,12 @@ def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     assert [e.step for e in events] == [5, 10, 15, 20, 25, 30]
     for event in events:
         found = event.data["metrics"]
-        assert set(found) == {"train_loss", "valid_loss", "valid_mean_token_accuracy"}
+        names = {"train_loss", "mean_train_loss", "valid_loss", "valid_mean_token_accuracy"}
+        assert set(found) == names
         assert 0 <= found["valid_mean_token_accuracy"] <= 1
     losses = [row.train_loss for row in metrics(finished).values()][5:10]
-    assert events[1].data["metrics"]["train_loss"] == pytest.approx(sum(losses) / 5)
+    assert events[1].data["metrics"]["train_loss"] == losses[-1]
+    assert events[1].data["metrics"]["mean_train_loss"] == pytest.approx(sum(losses) / 5)
     assert [state.step for _, state in finished.read_checkpoints()] == [20, 25, 30]
 
 

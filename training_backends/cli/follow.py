@@ -143,7 +143,9 @@ async def follow_run(
                 total = record.fields.get("total_steps") or total
                 bar.update(task, total=total or None)
                 if record.step is not None:
-                    bar.update(task, completed=record.step, description=_loss(record))
+                    bar.update(task, completed=record.step)
+                if loss := _loss(record):
+                    bar.update(task, description=loss)
                 if not _is_measurement(record) or _is_worth_a_line(record, shown, total):
                     show_log_record(record, out)
                     shown = record.step or shown

@@ -3,8 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +24,7 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "error_document",
     "issue_document",
     "price_text",
+    "show_age",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -277,8 +278,46 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
         out.print(f"  [yellow]{run.stale.kind:<13} since {since}: {escape(run.stale.message)}[/]")
 
 
-def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
-    """List runs in a table, newest first."""
+def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
+    """Note on standard error how old the view of live runs is, and why.
+
+    Args:
+        missed: Why runs could not be brought up to date, by run id; None: that was not tried.
+    """
+    out = console()
+    by_reason: dict[str, list[TrainingRun]] = {}
+    for run in runs:
+        if _is_old(run, missed):
+            reason = "not refreshed (--cached)" if missed is None else missed[run.id]
+            by_reason.setdefault(reason, []).append(run)
+    for reason, old in by_reason.items():
+        oldest = min(run.last_seen_at or run.created_at for run in old)
+        whose = f"run {old[0].id} is" if len(old) == 1 else f"{len(old)} live runs are"
+        out.print(f"[yellow]note:[/] {whose} shown as of {_ago(oldest)}: {escape(reason)}")
+
+
+def _is_old(run: TrainingRun, missed: Mapping[str, str] | None) -> bool:
+    if run.status.is_terminal or run.remote_id is None:
+        return False
+    return missed is None or run.id in missed
+
+
+def _ago(moment: datetime) -> str:
+    age = max(utc_now() - moment, timedelta(0))
+    return f"{format_duration(age)} ago"
+
+
+def show_runs(
+    runs: Sequence[TrainingRun],
+    missed: Mapping[str, str] | None = None,
+    *,
+    filtered: bool = False,
+) -> None:
+    """List runs in a table, newest first.
+
+    Args:
+        missed: See `show_age`; these runs are marked.
+    """
     out = console()
     if not runs:
         none_yet = "No runs yet. `training-backends quickstart` makes the first one."
@@ -290,7 +329,8 @@ def show_runs(runs: Sequence[TrainingRun], *, filtered: bool = False) -> None:
         table.add_column(column, no_wrap=True)
     for run in runs:
         style = _STYLES.get(run.status, "cyan")
-        note = _doubt(run)
+        seen = f" (as of {_ago(run.last_seen_at or run.created_at)})"
+        note = _doubt(run) or (seen if _is_old(run, missed) else "")
         table.add_row(
             escape(run.id),
             f"[{style}]{run.status}[/]{note}",
@@ -311,11 +351,24 @@ def _doubt(run: TrainingRun) -> str:
     return ""
 
 
-def show_metrics(points: "Sequence[MetricPoint]") -> None:
-    """Show what was measured, a line a step."""
+def show_metrics(
+    points: "Sequence[MetricPoint]", run: TrainingRun, *, up_to_date: bool = True
+) -> None:
+    """Show what was measured, a line a step.
+
+    Args:
+        run: Whose metrics these are.
+        up_to_date: Whether its backend was just asked.
+    """
     out = console()
     if not points:
-        out.print("Nothing was measured yet.")
+        if run.status.is_terminal:
+            out.print(f"The run {escape(run.id)} is {run.status} and has no metrics.")
+        elif up_to_date:
+            out.print("Nothing was measured yet.")
+        else:
+            seen = _ago(run.last_seen_at or run.created_at)
+            out.print(f"Nothing was measured as of {seen}, when the run was last seen.")
         return
     names = list(dict.fromkeys(point.name for point in points))
     by_step: dict[int, dict[str, float]] = {}

@@ -8,18 +8,25 @@ import typer
 
 from training_backends.cli.session import (
     BackendOption,
+    CachedOption,
     ConfigArgument,
+    ExactRunArgument,
     JsonOption,
     RunArgument,
     SetOption,
     backend_of,
+    complete_id,
     located,
+    refreshed,
     with_client,
 )
 from training_backends.cli.terminal import heard_at_once
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
+    from training_backends.client.store import MetricPoint
 
 __all__ = [
     "delete",
@@ -95,26 +102,44 @@ def list_runs(
     status: Annotated[
         str | None, typer.Option("--status", "-s", help="Only in this status.")
     ] = None,
+    cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """List the runs of this machine's store as they were last seen, newest first."""
-    from training_backends.cli.render import show_runs, write_json
+    """List runs, newest first."""
+    from training_backends.cli.render import show_age, show_runs, write_json
     from training_backends.core.status import TrainingStatus
 
     if status is not None and status not in list(TrainingStatus):
         words = ", ".join(TrainingStatus)
         raise typer.BadParameter(f"{status!r} is no status; one of: {words}", param_hint="--status")
     wanted = TrainingStatus(status) if status else None
-    runs = with_client(lambda client: client.list(backend=backend, status=wanted))
+
+    async def read(
+        client: "AsyncTrainingClient",
+    ) -> "tuple[Mapping[str, str] | None, Sequence[TrainingRun]]":
+        missed = await refreshed(client, backend=backend, cached=cached)
+        return missed, await client.list(backend=backend, status=wanted)
+
+    missed, runs = with_client(read)
+    show_age(runs, missed)
     if json:
         write_json([run.model_dump(mode="json") for run in runs])
     else:
-        show_runs(runs, filtered=bool(backend or status))
+        show_runs(runs, missed, filtered=bool(backend or status))
 
 
-def status(run: RunArgument, json: JsonOption = False) -> None:
-    """Ask the provider where a run stands."""
-    _print(with_client(lambda client: client.status(run)), json=json)
+def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
+    """Show one run, as its backend reports it."""
+    from training_backends.cli.render import show_age
+
+    async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
+        run_id = await complete_id(client, run)
+        return await (client.get(run_id) if cached else client.status(run_id))
+
+    found = with_client(ask)
+    if cached:
+        show_age([found], None)
+    _print(found, json=json)
 
 
 def logs(
@@ -132,13 +157,14 @@ def logs(
 
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
         out = console()
-        async with aclosing(client.logs(run, after=after, follow=follow)) as records:
+        run_id = await complete_id(client, run)
+        async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
             async for record in records:
                 if json:
                     write_json_line(record.model_dump(mode="json"))
                 else:
                     show_log_record(record, out)
-        return await client.get(run)
+        return await client.get(run_id)
 
     shown = with_client(show, on_interrupt=_goes_on(run))
     if follow:
@@ -155,17 +181,27 @@ def metrics(
     csv: Annotated[
         bool, typer.Option("--csv", help="A line a step on standard output, nothing else.")
     ] = False,
+    cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what was measured while a run trained, as it was last seen."""
+    """Show what was measured while a run trained."""
     from dataclasses import asdict
 
     from training_backends.cli import measures
-    from training_backends.cli.render import console, show_metrics, write_json
+    from training_backends.cli.render import console, show_age, show_metrics, write_json
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
-    points = with_client(lambda client: client.metrics(run))
+
+    async def read(
+        client: "AsyncTrainingClient",
+    ) -> "tuple[Mapping[str, str] | None, TrainingRun, Sequence[MetricPoint]]":
+        run_id = await complete_id(client, run)
+        missed = await refreshed(client, run_id, cached=cached)
+        return missed, await client.get(run_id), await client.metrics(run_id)
+
+    missed, shown, points = with_client(read)
+    show_age([shown], missed)
     series = measures.choose(measures.by_name(points), names or ())
     points = [point for point in points if point.name in series]
     if json:
@@ -175,11 +211,13 @@ def metrics(
     elif plot and series:
         measures.plot(series, console(), all_given=bool(names))
     else:
-        show_metrics(points)
+        show_metrics(points, shown, up_to_date=missed is not None and shown.id not in missed)
 
 
 def wait(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids or their beginnings.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes of them.")
+    ],
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Seconds at most.")
     ] = None,
@@ -189,9 +227,11 @@ def wait(
     from training_backends.cli.exit_codes import exit_code_of_status
     from training_backends.cli.render import show_run, write_json
 
-    over = with_client(
-        lambda client: client.wait(*runs, timeout=timeout), on_interrupt=_goes_on(*runs)
-    )
+    async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
+        ids = [await complete_id(client, run) for run in runs]
+        return await client.wait(*ids, timeout=timeout)
+
+    over = with_client(stay, on_interrupt=_goes_on(*runs))
     if json:
         write_json([run.model_dump(mode="json") for run in over])
     else:
@@ -203,7 +243,7 @@ def wait(
 
 
 def stop(
-    run: RunArgument,
+    run: ExactRunArgument,
     no_checkpoint: Annotated[
         bool, typer.Option("--no-checkpoint", help="Do not keep what was learnt so far.")
     ] = False,
@@ -214,7 +254,7 @@ def stop(
 
 
 def resume(
-    run: RunArgument,
+    run: ExactRunArgument,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="Default the newest one.")
     ] = None,
@@ -253,27 +293,53 @@ def download(
     """Fetch the finished model of a run."""
     from training_backends.cli.render import console, write_json
 
-    path = with_client(lambda client: client.download(run, directory.absolute()))
+    async def fetch(client: "AsyncTrainingClient") -> Path:
+        return await client.download(await complete_id(client, run), directory.absolute())
+
+    path = with_client(fetch)
     if json:
         write_json({"path": str(path)})
     else:
         console().print(f"The model lies in {path}", markup=False)
 
 
-def delete(run: RunArgument, json: JsonOption = False) -> None:
-    """Forget a run that is over, and delete its result where the backend can."""
+def delete(
+    run: ExactRunArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
+    record_only: Annotated[
+        bool,
+        typer.Option("--record-only", help="Keep what the backend has; its machine may be gone."),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete a finished run, and its model where the backend can."""
+    from training_backends.cli.exit_codes import Interrupted
     from training_backends.cli.render import console, write_json
 
-    async def forget(client: "AsyncTrainingClient") -> str:
+    async def forget(client: "AsyncTrainingClient") -> None:
         found = await client.get(run)
-        await client.delete(found.id)
-        return found.id
+        if not yes:
+            if not sys.stdin.isatty():
+                raise _no_consent("Deleting a run is final", "Give --yes.")
+            if not _ask(_deletion(found, record_only=record_only)):
+                raise Interrupted("Nothing was deleted.", run_id=run)
+        await client.delete(run, record_only=record_only)
 
-    deleted = with_client(forget)
+    with_client(forget)
     if json:
-        write_json({"deleted": deleted})
+        write_json({"deleted": run})
     else:
-        console().print(f"Deleted {deleted}", markup=False)
+        console().print(f"Deleted {run}", markup=False)
+
+
+def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
+    """Return the question asked before a run is deleted."""
+    if record_only:
+        return f"Delete the record of {run.id} ({run.status}), and nothing else?"
+    count = len(run.checkpoints)
+    kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
+    kept += [f"the model {run.result_model}"] if run.result_model else []
+    return f"Delete {run.id} ({run.status}){' with ' if kept else ''}{' and '.join(kept)}?"
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:

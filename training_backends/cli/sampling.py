@@ -1,10 +1,13 @@
 """The command that asks a trained model."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_backends.cli.session import JsonOption, RunArgument, with_client
+from training_backends.cli.session import JsonOption, RunArgument, complete_id, with_client
+
+if TYPE_CHECKING:
+    from training_backends import AsyncTrainingClient, Reply
 
 __all__ = ["sample"]
 
@@ -20,7 +23,10 @@ def sample(
     """Ask the finished model of a run, on the machine where it was trained."""
     from training_backends.cli.render import console, write_json
 
-    said = with_client(lambda client: client.sample(run, prompt, max_tokens=max_tokens))
+    async def ask(client: "AsyncTrainingClient") -> "Reply":
+        return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
+
+    said = with_client(ask)
     if json:
         write_json(said.model_dump(mode="json", exclude_none=True))
     elif said.answer is not None:

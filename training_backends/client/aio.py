@@ -23,7 +23,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launching import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.looks import Looks
+from training_backends.client.looks import Looks, last_seen
 from training_backends.client.records import (
     launch_lease,
     new_run_record,
@@ -41,13 +41,16 @@ from training_backends.core.backend import (
     CredentialSource,
     TrainingBackend,
 )
+from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     ConfigError,
     RunNotFound,
+    StoreError,
     TrainingBackendError,
+    UnsupportedOperation,
     WaitTimeout,
 )
 from training_backends.core.estimate import Estimate
@@ -60,6 +63,7 @@ from training_backends.core.run import (
     TrainingRun,
     ValidationReport,
     new_run_id,
+    utc_now,
 )
 from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus
@@ -259,16 +263,26 @@ class AsyncTrainingClient:
             else:
                 require_same(known, run)
                 await self._records.notice_known(known, watch)
+                if not await self._records.was_launched(known):
+                    await self._looks.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
-        """Return a run as it was last seen, by its id or a unique beginning of it."""
+        """Return a run as it was last seen.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id; `candidates` has ids that begin
+                with it.
+        """
         self._require_open()
         _require_text("run_id", run_id)
         return await to_thread.run_sync(self._store.get, run_id)
 
     async def status(self, run_id: str) -> TrainingRun:
         """Ask the provider where a run stands, remember it and return the run.
+
+        A run that can only be observed from another machine or home is returned as it was last
+        seen, with the reason in `stale`.
 
         Raises:
             RunNotFound: There is no such run, or its provider does not know it any more.
@@ -278,6 +292,8 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
+        if not await self._looks.sees(run):
+            return last_seen(run)
         try:
             return await self._looks.look(run)
         except RunNotFound:
@@ -299,6 +315,79 @@ class AsyncTrainingClient:
         self._require_open()
         status = None if status is None else _as_status(status)
         return await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
+
+    async def refresh(
+        self, *run_ids: str, backend: str | None = None, timeout: float | None = None
+    ) -> Mapping[str, str]:
+        """Bring live runs up to date, all of the store or those given; backends side by side.
+
+        Args:
+            backend: Only runs of this one.
+            timeout: Seconds after which a backend that has not answered is given up.
+
+        Returns:
+            By run id, why a live run is not up to date: its backend cannot be asked or did not
+            answer in time, or the run can only be observed from another machine or home.
+
+        Raises:
+            RunNotFound: There is no run with one of these ids.
+            StoreError: The store cannot be used.
+        """
+        self._require_open()
+        given = [await self.get(run_id) for run_id in run_ids]
+        by_backend: dict[str, list[TrainingRun]] = {}
+        for run in given:
+            by_backend.setdefault(run.backend, []).append(run)
+        if not run_ids:
+            names = await to_thread.run_sync(self._store.backends_to_watch)
+            by_backend = {name: [] for name in names}
+        missed: dict[str, str] = {}
+        await run_all(
+            partial(self._refresh, name, runs, timeout, missed)
+            for name, runs in by_backend.items()
+            if backend in {None, name}
+        )
+        return missed
+
+    async def _refresh(
+        self,
+        name: str,
+        given: Sequence[TrainingRun],
+        timeout: float | None,
+        missed: dict[str, str],
+    ) -> None:
+        began = utc_now()
+        rounds = self._round(name, only=[run.id for run in given] or None)
+        reason = f"{name} did not answer within {timeout or 0:g} s"
+        with anyio.move_on_after(timeout):
+            try:
+                for run in given:
+                    if run.status.is_terminal:
+                        await self._complete(run)
+                await rounds.refresh()
+            except StoreError:
+                raise
+            except TrainingBackendError as error:
+                reason = error.message
+        await rounds.load()
+        for run in rounds.runs.values():
+            if run.last_seen_at is None or run.last_seen_at < began:
+                missed[run.id] = self._why_missed(rounds, run) or reason
+
+    def _why_missed(self, rounds: Round, run: TrainingRun) -> str | None:
+        if (error := rounds.trouble_of(run.id)) is not None:
+            return error.message
+        known = self._backends.get(run.backend)
+        if known is not None and not known.sees(run):
+            return f"only {run.place} can observe it"
+        return None
+
+    async def _complete(self, run: TrainingRun) -> None:
+        """Read the rest of the log of a run that is over, where that was not done yet."""
+        whole = await to_thread.run_sync(self._store.is_whole, run.id)
+        if not whole and await self._records.may_be_at_provider(run):
+            with suppress(RunNotFound, UnsupportedOperation):
+                await self._looks.look(run)
 
     async def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
@@ -373,7 +462,10 @@ class AsyncTrainingClient:
             UnsupportedOperation: It is being launched by somebody else, and has no job yet
                 that could be ended.
         """
-        return await self._steering.stop(await self.get(run_id), save_checkpoint=save_checkpoint)
+        run = await self.get(run_id)
+        if not run.status.is_terminal:
+            await self._looks.require_here(run, "stop")
+        return await self._steering.stop(run, save_checkpoint=save_checkpoint)
 
     async def resume(
         self,
@@ -397,6 +489,7 @@ class AsyncTrainingClient:
         if new_id is not None:
             _require_text("new_id", new_id)
         run = await self.status(run_id)
+        await self._looks.require_here(run, "resume")
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
     async def download(self, run_id: str, target: Path | str) -> Path:
@@ -406,6 +499,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend hands out no weights, or the run has no result.
         """
         run = await self.status(run_id)
+        await self._looks.require_here(run, "download the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
@@ -422,21 +516,33 @@ class AsyncTrainingClient:
             BackendUnavailable: The model cannot be loaded.
         """
         run = await self.status(run_id)
+        await self._looks.require_here(run, "ask the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
-    async def delete(self, run_id: str) -> None:
-        """Delete a run that has ended, or a draft, and what the provider keeps of it if it can.
+    async def delete(self, run_id: str, *, record_only: bool = False) -> None:
+        """Delete a run that has ended, or a draft, and what the provider keeps of it where it can.
 
-        Safe to repeat after a crash: what is gone already is no hindrance.
+        Safe to repeat after a crash: what the provider has deleted already is no hindrance.
+
+        Args:
+            record_only: Delete the record here without asking the provider, whatever the status:
+                for a run whose machine or provider is gone for good.
 
         Raises:
-            UnsupportedOperation: The run has not ended, or its launch was cut off and the
-                provider may have a job for it.
+            RunNotFound: There is no run with exactly this id, perhaps because an earlier call
+                has deleted it.
+            UnsupportedOperation: The run has not ended, its launch was cut off and the provider
+                may have a job for it, or it belongs to another machine or home.
         """
+        if record_only:
+            run = await self.get(run_id)
+            await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
+            return
         run = await self.status(run_id)
+        await self._looks.require_here(run, "delete")
         backend = await self._backend(run.backend)
         if not run.status.is_terminal:
             run = await self._steering.discard(run)
@@ -445,7 +551,7 @@ class AsyncTrainingClient:
         if backend.capabilities.deletes:
             with suppress(RunNotFound):
                 await backend.delete(run)
-        await to_thread.run_sync(self._store.delete, run.id)
+        await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
 
     async def check_store(self) -> Sequence[str]:
         """Return what is wrong with the run store, one line each; changes nothing."""

@@ -96,6 +96,9 @@ class Following:
         if not await self._records.may_be_at_provider(run):
             await self._launched(run.id)
             return trouble
+        if not await self._looks.sees(run):
+            await anyio.sleep(_STORE_LOOK)  # whoever can observe it writes into the store
+            return trouble
         shortest, longest = (await self._looks.backend_of(run.backend)).poll_interval
         now = utc_now()
         due = due_at(run, now, (shortest, min(longest, shortest * _FOLLOWED)))

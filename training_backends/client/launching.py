@@ -54,10 +54,9 @@ class RunRecords:
     async def known(self, run_id: str) -> TrainingRun | None:
         """Return the run with exactly this id, or None."""
         try:
-            run = await to_thread.run_sync(self._store.get, run_id)
+            return await to_thread.run_sync(self._store.get, run_id)
         except RunNotFound:
             return None
-        return run if run.id == run_id else None
 
     async def remember_data(self, run_id: str, files: Iterable[DataFile]) -> None:
         """Store size, time and digest of the data files that a run is launched on."""

@@ -1,6 +1,7 @@
 """One look at a run: what its provider says is stored at once, with what follows from it."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 
@@ -30,7 +31,7 @@ from training_backends.core.run import (
 )
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["BackendOf", "Looks", "report_change"]
+__all__ = ["BackendOf", "Looks", "last_seen", "report_change"]
 
 log = get_logger()
 
@@ -60,9 +61,12 @@ class Looks:
             patience: Seconds to wait for the answer, where the verb's own limit is too long.
 
         Raises:
-            RunNotFound: The provider does not know it; the record says so now.
+            RunNotFound: The provider does not know it, and the record says so now; or it was
+                deleted here meanwhile, and nothing was stored.
+            UnsupportedOperation: It can only be observed from another machine or home.
             TrainingBackendError: It cannot be asked; the record says so now.
         """
+        await self.require_here(run, "observe")
         backend = await self.backend_of(run.backend)
         while True:
             after = await to_thread.run_sync(self._store.provider_cursor, run.id)
@@ -79,10 +83,31 @@ class Looks:
             if stored is not None:
                 return stored
 
-    async def watch(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
+    async def sees(self, run: TrainingRun) -> bool:
+        """Return whether a run can be observed from here."""
+        if run.place is None or run.status.is_terminal:
+            return True
+        return (await self.backend_of(run.backend)).sees(run)
+
+    async def require_here(self, run: TrainingRun, verb: str) -> None:
+        """Require that a run, over or not, can be reached from here.
+
+        Raises:
+            UnsupportedOperation: Only another machine or home can.
+        """
+        backend = await self.backend_of(run.backend)
+        if run.place is not None and not backend.sees(run):
+            raise backend.unsupported(
+                f"{verb} the run {run.id} from here: it belongs to {run.place}",
+                f"Run the command on {run.place.host} with TRAINING_BACKENDS_HOME="
+                f"{run.place.path}.",
+            )
+
+    async def watch(self, run: TrainingRun, *, patience: float | None = None) -> None:
         """Look at a run, take a missing one as it is, and stop one that outlives its budget.
 
-        The budget holds for a run that cannot be observed too: its start is on record.
+        The budget holds for a run that cannot be observed too: its start is on record. A run
+        that is deleted meanwhile is dropped without an error.
 
         Args:
             patience: See `look`.
@@ -93,24 +118,26 @@ class Looks:
         try:
             run = await self.look(run, patience=patience)
         except RunNotFound:
-            return await to_thread.run_sync(self._store.get, run.id)
+            return
         except StoreError:
             raise
         except TrainingBackendError as error:
             if not is_about_server(error):
                 await self._stop_unseen(run)
             raise
-        return await self.within_budget(run)
+        with suppress(RunNotFound):
+            await self.within_budget(run)
 
     async def stand(self, runs: Sequence[TrainingRun]) -> None:
         """Remember that runs were seen and stand as they did."""
         now = utc_now()
         await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
-        doubted = [run.id for run in runs if run.stale and run.stale.kind != "still"]
-        await to_thread.run_sync(self._store.update_all, doubted, partial(_stale, found=None))
+        doubted = [run for run in runs if run.stale and run.stale.kind != "still"]
+        await self._change_all(doubted, partial(_stale, found=None))
         for run in runs:
-            if run.stale is None and (found := self._standstill(run, now)):
-                await self._note(run, partial(_stale, found=found), found.message)
+            with suppress(RunNotFound):  # deleted meanwhile
+                if run.stale is None and (found := self._standstill(run, now)):
+                    await self._note(run, partial(_stale, found=found), found.message)
 
     async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
         """Remember that the provider cannot be asked about runs."""
@@ -123,8 +150,25 @@ class Looks:
             since = now.stale.since if now.stale and again else found.since
             return _stale(now, found.model_copy(update={"since": since}))
 
-        trusted = [run.id for run in runs if not _is_doubted(run, found)]
-        await to_thread.run_sync(self._store.update_all, trusted, doubt)
+        trusted = [run for run in runs if not _is_doubted(run, found)]
+        await self._change_all([run for run in trusted if await self._is_ours(run)], doubt)
+
+    async def _is_ours(self, run: TrainingRun) -> bool:
+        """Return whether this client may say that a run cannot be observed."""
+        with suppress(TrainingBackendError):
+            return await self.sees(run)
+        return False
+
+    async def _change_all(
+        self, runs: Sequence[TrainingRun], change: Callable[[TrainingRun], TrainingRun]
+    ) -> None:
+        """Change the records of runs; those that were deleted meanwhile are passed over."""
+        created = {run.id: run.created_at for run in runs}
+
+        def change_same(now: TrainingRun) -> TrainingRun:
+            return change(now) if now.created_at == created[now.id] else now
+
+        await to_thread.run_sync(self._store.update_all, created, change_same)
 
     # -- what an answer leads to -------------------------------------------------------
 
@@ -134,7 +178,7 @@ class Looks:
         """Store a look; None: another one was stored meanwhile, so look again behind it."""
 
         def change(now: TrainingRun) -> TrainingRun:
-            changed = with_state(now, seen.state)
+            changed = with_state(_same(now, run), seen.state)
             return _stale(changed, self._standstill(changed, utc_now()))
 
         stored = await to_thread.run_sync(
@@ -234,7 +278,9 @@ class Looks:
             fields=fields,
             cursor="",
         )
-        return await to_thread.run_sync(self._store.note, run.id, change, [record])
+        return await to_thread.run_sync(
+            self._store.note, run.id, lambda now: change(_same(now, run)), [record]
+        )
 
 
 def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
@@ -255,6 +301,26 @@ def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> No
             status=after.status,
             told=told.raw_status or told.status,
         )
+
+
+def _same(now: TrainingRun, looked_at: TrainingRun) -> TrainingRun:
+    """Return a run's record as it is now.
+
+    Raises:
+        RunNotFound: The run that was looked at was deleted, and its id names a new one.
+    """
+    if now.created_at != looked_at.created_at:
+        raise RunNotFound(
+            f"The run {now.id} was deleted while its backend was asked about it.", run_id=now.id
+        )
+    return now
+
+
+def last_seen(run: TrainingRun) -> TrainingRun:
+    """Return a run that cannot be observed from here, with the reason."""
+    message = f"only {run.place} can observe this run"
+    since = run.last_seen_at or run.created_at
+    return _stale(run, Staleness(kind="elsewhere", since=since, message=message))
 
 
 def _slow(run: TrainingRun, patience: float | None) -> BackendUnavailable:

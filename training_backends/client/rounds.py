@@ -137,6 +137,7 @@ class Round:
             TrainingBackendError: The provider cannot be asked; the records say so.
         """
         await self.load()
+        await self._require_backend()
         try:
             return await self._go()
         except StoreError:
@@ -164,23 +165,47 @@ class Round:
         return max(wanted, self._took * _REST, _SHORTEST_PAUSE)
 
     async def _due(self, now: datetime) -> dict[str, datetime]:
-        """Return when each run is to be looked at."""
+        """Return when each run is to be looked at, of those that can be observed from here."""
         if not self.runs:
             return {}
         bounds = (await self._looks.backend_of(self._name)).poll_interval
         return {
             run_id: max(due_at(run, now, bounds), self._free_at(run_id) or now)
             for run_id, run in self.runs.items()
+            if await self._looks.sees(run)
         }
 
     def _free_at(self, run_id: str) -> datetime | None:
         found = self._troubles.get(run_id)
         return None if found is None else found.until
 
-    async def _sweep(self) -> Sweep:
+    async def _require_backend(self) -> None:
+        """Make the backend; that it cannot be made here says nothing of its runs elsewhere."""
+        if self.runs:
+            await self._looks.backend_of(self._name)
+
+    async def refresh(self) -> None:
+        """Look at all runs that can be observed from here, whether or not they are due.
+
+        Raises:
+            TrainingBackendError: The provider cannot be asked; the records say so.
+        """
+        await self.load()
+        await self._require_backend()
+        try:
+            await self._sweep(due_only=False)
+        except StoreError:
+            raise
+        except TrainingBackendError as error:
+            await self._looks.unreachable(list(self.runs.values()), error)
+            raise
+
+    async def _sweep(self, *, due_only: bool = True) -> Sweep:
         now = utc_now()
         due = await self._due(now)
-        runs = list(self.runs.values())
+        if not due_only:
+            due = dict.fromkeys(due, now)
+        runs = [self.runs[run_id] for run_id in due]
         ripe = [run for run in runs if due[run.id] <= now]
         if not ripe:
             return Sweep()
@@ -243,6 +268,9 @@ class Round:
 
         async def look_at(run: TrainingRun) -> None:
             nonlocal answered, away
+            # Read it again next time even at the same version: after a delete, its id may name
+            # a new run.
+            self._versions.pop(run.id, None)
             error = await self._alone(run, look)
             if isinstance(error, BackendUnavailable):
                 away += 1

@@ -262,6 +262,13 @@ class TrainingClient:
         """See `AsyncTrainingClient.list`."""
         return self._call(partial(self._client.list, backend=backend, status=status))
 
+    def refresh(
+        self, *run_ids: str, backend: str | None = None, timeout: float | None = None
+    ) -> Mapping[str, str]:
+        """See `AsyncTrainingClient.refresh`."""
+        refresh = partial(self._client.refresh, *run_ids, backend=backend, timeout=timeout)
+        return self._call(refresh)
+
     def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
     ) -> Iterator[LogRecord]:
@@ -357,9 +364,9 @@ class TrainingClient:
         """See `AsyncTrainingClient.sample`."""
         return self._call(partial(self._client.sample, run_id, prompt, max_tokens=max_tokens))
 
-    def delete(self, run_id: str) -> None:
+    def delete(self, run_id: str, *, record_only: bool = False) -> None:
         """See `AsyncTrainingClient.delete`."""
-        self._call(self._client.delete, run_id)
+        self._call(partial(self._client.delete, run_id, record_only=record_only))
 
     def check_store(self) -> Sequence[str]:
         """See `AsyncTrainingClient.check_store`."""

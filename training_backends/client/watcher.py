@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup
 from training_backends.client.leases import Leases
 from training_backends.client.rounds import Round, RoundOf, Sweep
 from training_backends.client.store import RunStore
-from training_backends.core.errors import StoreError, TrainingBackendError
+from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 
@@ -133,7 +133,10 @@ class Watcher:
                     partial(self._store.undelivered, backend=name, limit=_BATCH)
                 )
                 for event in waiting:
-                    run = await to_thread.run_sync(self._store.get, event.run_id)
+                    try:
+                        run = await to_thread.run_sync(self._store.get, event.run_id)
+                    except RunNotFound:
+                        continue  # deleted meanwhile, with its events
                     await self._on_event(run, event.record)
                     await to_thread.run_sync(self._store.delivered, [event.id])
                 if not waiting:

@@ -328,6 +328,15 @@ class TrainingBackend(ABC):
         del fraction
         return {}
 
+    def sees(self, run: TrainingRun) -> bool:
+        """Return whether a run can be observed from here; quick, and without a request.
+
+        Override together with `RunState.place` when runs are tied to a machine. The client
+        neither asks about nor judges a run that cannot be observed from here.
+        """
+        del run
+        return True
+
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Ask where the run stands and for its log behind a cursor, in one look.
 

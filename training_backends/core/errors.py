@@ -7,7 +7,7 @@ TrainingBackendError
 ├── VaultLocked                 the keyring did not open in time
 ├── AuthenticationFailed        401
 ├── PermissionDenied            403
-├── RunNotFound                 404
+├── RunNotFound                 404                                    (.candidates)
 ├── DuplicateRun                409                                    (.other)
 ├── BackendRetired              410, 501
 ├── PayloadTooLarge             413
@@ -187,7 +187,18 @@ class PermissionDenied(TrainingBackendError):
 
 
 class RunNotFound(TrainingBackendError, LookupError):
-    """There is no such run, job, file or model (404)."""
+    """There is no such run, job, file or model (404).
+
+    Attributes:
+        candidates: Ids of runs that begin with the one given, six at most; ids are matched
+            exactly, so none of them was taken.
+    """
+
+    def __init__(
+        self, message: str, *, candidates: Sequence[str] = (), **context: Unpack[ErrorContext]
+    ) -> None:
+        super().__init__(message, **context)
+        self.candidates = tuple(candidates)
 
 
 class DuplicateRun(TrainingBackendError):

@@ -23,6 +23,7 @@ __all__ = [
     "FailureKind",
     "LogRecord",
     "Observation",
+    "Place",
     "Reply",
     "RunState",
     "Staleness",
@@ -84,8 +85,8 @@ class Checkpoint(BaseModel):
     """A point that a run reached, with what was measured there.
 
     Attributes:
-        metrics: For example `train_loss`, `valid_loss` (nats a token) and
-            `valid_mean_token_accuracy` (0 to 1).
+        metrics: For example `train_loss` of that step, `mean_train_loss` since the checkpoint
+            before, `valid_loss` (nats a token) and `valid_mean_token_accuracy` (0 to 1).
         path: Where its files lie, when they lie on this machine.
     """
 
@@ -116,15 +117,35 @@ class Staleness(BaseModel):
 
     Attributes:
         kind: `unreachable`: its provider cannot be asked; `vanished`: the provider answers
-            and does not know it; `still`: nothing of it has changed for unusually long.
+            and does not know it; `still`: nothing of it has changed for unusually long;
+            `elsewhere`: it can only be observed from another machine or home (never stored).
         since: When it began to be so.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["unreachable", "vanished", "still"]
+    kind: Literal["unreachable", "vanished", "still", "elsewhere"]
     since: UtcDatetime
     message: CleanText
+
+
+class Place(BaseModel):
+    """Where alone a run can be observed, of a backend that keeps runs on a machine.
+
+    Attributes:
+        id: Of the home that holds the run; random, and it moves with the home.
+        host: Name of the machine.
+        path: Of the home, on that machine.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    host: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.path}"
 
 
 class RunState(BaseModel):
@@ -133,6 +154,7 @@ class RunState(BaseModel):
     Attributes:
         changed_at: When the provider last changed anything of the run, by its own clock,
             where it tells. A list that tells it spares asking for runs that stand as before.
+        place: Where alone the run can be observed; None: from everywhere.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -151,6 +173,7 @@ class RunState(BaseModel):
     estimate: Estimate | None = None
     cost: Money | None = None
     changed_at: UtcDatetime | None = None
+    place: Place | None = None
 
 
 class TrainingRun(BaseModel):
@@ -165,6 +188,7 @@ class TrainingRun(BaseModel):
         result_model: Name or path of the finished model.
         resumed_from: Id of the run that this one continues.
         changed_at: When the provider last changed anything of it, where it tells.
+        place: Where alone it can be observed; None: from everywhere, or not known yet.
         last_seen_at: When the provider was last asked and answered.
         stale: Why the record may no longer be true; None: it was seen to be.
     """
@@ -190,6 +214,7 @@ class TrainingRun(BaseModel):
     cost: Money | None = None
     resumed_from: str | None = None
     changed_at: UtcDatetime | None = None
+    place: Place | None = None
     last_seen_at: UtcDatetime | None = None
     stale: Staleness | None = None
 
@@ -219,7 +244,9 @@ class LogRecord(BaseModel):
         source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client
             adds the `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
-        fields: Values, for example `train_loss`; for `source="status"` at least `status`.
+        fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
+            backend that tells of single steps keeps what a checkpoint is known by together,
+            in a field `metrics`, so that no measure of a step comes twice.
         cursor: Opaque; `logs(after=cursor)` goes on behind this record.
     """
 

@@ -137,11 +137,17 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         return _finite(measured), _staged("valid", found)
 
     def checkpoint_metrics(self, step: int) -> dict[str, float]:
-        """Return what a checkpoint at `step` is known by: losses since the one before."""
+        """Return what a checkpoint at `step` is known by.
+
+        `train_loss` is the step's own, as in its row of metrics; `mean_train_loss` is the mean
+        over the steps since the checkpoint before.
+        """
         first = self._plan.checkpoint_before(step)
         losses = [loss for at, loss in self._losses.items() if first < at <= step]
-        mean = {"train_loss": math.fsum(losses) / len(losses)} if losses else {}
-        return mean | self._measured
+        found = {"train_loss": self._losses[step]} if step in self._losses else {}
+        if losses:
+            found["mean_train_loss"] = math.fsum(losses) / len(losses)
+        return found | self._measured
 
     def checkpoint_saved(self, step: int, name: str, metrics: dict[str, float]) -> None:
         """Tell of a new checkpoint."""

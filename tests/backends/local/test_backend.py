@@ -108,6 +108,27 @@ async def test_a_followed_log_is_whole_and_in_order(finished: Finished) -> None:
     assert [r.fields["stage"] for r in live if r.source == "sample"] == ["before", "after"]
 
 
+async def test_every_measure_of_a_step_is_told_once(finished: Finished) -> None:
+    """A tracker fed from the log gets one point a step, and a checkpoint tells the same loss."""
+    _, _, live = finished
+    points = [
+        (record.step, name)
+        for record in live
+        if record.source in {"metrics", "checkpoint"}
+        for name, value in record.fields.items()
+        if isinstance(value, float)
+    ]
+    assert len(points) == len(set(points))
+    losses = {r.step: r.fields["train_loss"] for r in live if r.source == "metrics"}
+    told = {r.step: r.fields["metrics"] for r in live if r.source == "checkpoint"}
+    assert {step: each["train_loss"] for step, each in told.items()} == {
+        step: losses[step] for step in (10, 20)
+    }
+    assert told[20]["mean_train_loss"] == pytest.approx(
+        sum(losses[step] for step in range(11, 21)) / 10
+    )
+
+
 async def test_a_log_goes_on_behind_any_cursor(finished: Finished) -> None:
     """Each record's cursor gives exactly the records behind it."""
     backend, run, live = finished

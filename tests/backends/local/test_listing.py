@@ -1,6 +1,7 @@
 """What the run directories tell of their runs once the store is lost."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.listing import make_place
 from training_backends.backends.local.planning import build_spec, config_of
 from training_backends.core.backend import RemoteFilters
 from training_backends.core.run import TrainingRun, utc_now
@@ -108,3 +110,48 @@ def test_a_spec_of_somebody_else_has_no_configuration(make_run: MakeRun, tmp_pat
     """One that no configuration can ask for is not made to fit."""
     spec = build_spec("r", make_run().config, tmp_path)
     assert config_of(spec.model_copy(update={"seq_len": 16})) is None
+
+
+# -- several homes on one store -----------------------------------------------------------------
+
+
+async def test_a_run_belongs_to_the_home_that_started_it(tmp_path: Path, make_run: MakeRun) -> None:
+    """Another home sees that it is not its own, even before it has any; a moved one keeps it."""
+    run = make_run()
+    here, elsewhere = LocalBackend(tmp_path / "here"), LocalBackend(tmp_path / "elsewhere")
+    directory = launched(tmp_path / "here", run)
+    directory.write_exit(ExitRecord(status="completed", code=0))
+    assert (await here.status(run)).place is None, "a home of an older version has no mark"
+    place = make_place(tmp_path / "here")
+    assert make_place(tmp_path / "here") == place
+    state = await LocalBackend(tmp_path / "here").status(run)
+    assert state.place == place
+    known = run.updated(state)
+    assert LocalBackend(tmp_path / "here").sees(known)
+    assert not elsewhere.sees(known)
+    make_place(tmp_path / "elsewhere")
+    assert not LocalBackend(tmp_path / "elsewhere").sees(known)
+    (tmp_path / "here").rename(tmp_path / "moved")
+    moved = LocalBackend(tmp_path / "moved")
+    assert moved.sees(known)
+    assert (await moved.status(known)).place == place.model_copy(
+        update={"path": tmp_path / "moved"}
+    )
+
+
+def test_a_copied_home_does_not_claim_the_runs_of_the_other_machine(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    """A machine image may bring a mark along; what counts then is whether the run is there."""
+    place = make_place(tmp_path).model_copy(update={"host": "another-machine"})
+    run = make_run().model_copy(update={"place": place})
+    assert not LocalBackend(tmp_path).sees(run)
+    launched(tmp_path, run)
+    assert LocalBackend(tmp_path).sees(run), "a disk that both machines have"
+
+
+def test_processes_that_mark_a_home_at_once_agree(tmp_path: Path) -> None:
+    """Whichever comes first decides."""
+    with ThreadPoolExecutor(8) as threads:
+        places = list(threads.map(make_place, [tmp_path] * 8))
+    assert len({place.id for place in places}) == 1

@@ -17,6 +17,7 @@ from tests.client.store.conftest import (
     WriteVersion1,
     at_once,
     execute,
+    told,
 )
 from training_backends import StoreError, TrainingStatus
 from training_backends.client.store import JournalEntry, RunStore, schema
@@ -63,6 +64,27 @@ def test_a_run_that_cannot_be_read_keeps_no_others_from_moving(
     assert store.get("a").id == "a"
     with pytest.raises(StoreError, match="'b'"):
         store.get("b")
+
+
+def test_losses_that_checkpoints_had_overwritten_are_put_back(
+    store: RunStore, url: str, running: MakeRun
+) -> None:
+    """A store of revision 0002 kept whatever was told last of a step."""
+    store.insert(running("r"))
+    step = told("m", 1, "metrics", train_loss=2.0, grad_norm=1, note="x", ok=True)
+    point = told("c", 1, "checkpoint", train_loss=4.0, valid_loss=3.0)
+    later = told("m", 2, "metrics", train_loss=5.0).model_copy(update={"step": 11})
+    found = [*(record.model_copy(update={"step": 10}) for record in (step, point)), later]
+    store.observed("r", lambda run: run, found, after=None, cursor="1")
+    sound = store.metrics("r")
+    store.close()
+    execute(
+        url,
+        "UPDATE metrics SET value = 4.0 WHERE step = 10 AND name = 'train_loss'",
+        "UPDATE alembic_version SET version_num = '0002'",
+    )
+    assert store.metrics("r") == sound
+    assert execute(url, "SELECT version_num FROM alembic_version") == [(schema.REVISION,)]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "migrated"])

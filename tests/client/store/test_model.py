@@ -45,6 +45,8 @@ class Log:
     cursor: str | None = None
     said: list[tuple[str, datetime]] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    """Steps whose own record told a loss, which no checkpoint's does away with."""
 
     def add(self, found: list[LogRecord]) -> list[str]:
         """Add records; return the messages of those that somebody wants to be told of."""
@@ -52,7 +54,12 @@ class Log:
             latest = self.said[-1][1] if self.said else BEGINNING
             self.said.append((record.message.replace("\0", "\ufffd"), max(record.at, latest)))
             loss = record.fields["loss"]
-            if record.source in {"metrics", "checkpoint"} and record.step and loss is not None:
+            if record.step is None or loss is None:
+                continue
+            if record.source == "metrics":
+                self.own.add(record.step)
+                self.losses[record.step] = loss
+            elif record.source == "checkpoint" and record.step not in self.own:
                 self.losses[record.step] = loss
         events = sorted(found, key=lambda record: record.at)
         return [

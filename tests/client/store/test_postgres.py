@@ -245,6 +245,24 @@ def test_who_may_make_no_tables_is_told_so(url: str) -> None:
     with pytest.raises(StoreError, match="cannot be used") as caught:
         RunStore(other.render_as_string()).list()
     assert not caught.value.retryable
+    assert "right to create" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("statement", "hint"),
+    [
+        ("EXECUTE nothing", "pooler"),
+        ("SELECT 1/0", "rejected a statement"),
+        ("DO $$ BEGIN RAISE SQLSTATE '53100'; END $$", "disk space"),
+        ("DO $$ BEGIN RAISE SQLSTATE '57P03'; END $$", "TRAINING_BACKENDS_STORE_URL"),
+    ],
+    ids=["session", "statement", "resources", "starting"],
+)
+def test_the_hint_fits_what_the_server_said(store: RunStore, statement: str, hint: str) -> None:
+    """A server that answers is not looked for."""
+    with pytest.raises(StoreError) as caught, store._writing() as connection:
+        connection.exec_driver_sql(statement)
+    assert hint in str(caught.value.hint)
 
 
 def test_the_way_to_get_a_missing_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,29 +50,68 @@ def test_an_id_is_taken_once(store: RunStore, make_run: MakeRun) -> None:
         store.insert(make_run("a"))
 
 
-def test_a_unique_beginning_finds_the_run(store: RunStore, make_run: MakeRun) -> None:
-    """People type the first characters."""
-    store.insert(make_run("alpha"))
-    store.insert(make_run("beta"))
-    assert store.get("al").id == "alpha"
+def test_an_id_names_no_longer_one(store: RunStore, make_run: MakeRun) -> None:
+    """Neither read nor written: a sweep's `exp-1` is not its `exp-10`."""
+    ten = make_run("exp-10", step=1)
+    store.insert(ten)
+
+    def change(run: TrainingRun) -> TrainingRun:
+        return run.model_copy(update={"step": 2})
+
+    touches: list[Callable[[], object]] = [
+        lambda: store.get("exp-1"),
+        lambda: store.update("exp-1", change),
+        lambda: store.observed("exp-1", change, [told("x")], after=None, cursor="1"),
+        lambda: store.note("exp-1", change, [told("x")]),
+    ]
+    for touch in touches:
+        with pytest.raises(RunNotFound) as caught:
+            touch()
+        assert caught.value.candidates == ("exp-10",)
+        assert "exp-10" in str(caught.value.hint)
+    store.delete("exp-1")
+    assert (store.get("exp-10"), store.records("exp-10")) == (ten, [])
 
 
-def test_an_exact_id_wins_over_a_longer_one(store: RunStore, make_run: MakeRun) -> None:
-    """A run whose id begins another one's can still be named."""
-    store.insert(make_run("a"))
-    store.insert(make_run("ab"))
-    assert store.get("a").id == "a"
-
-
-@pytest.mark.parametrize("asked", ["x", "a", "", "a%", "_", "A1", "a3", "b"])
-def test_unknown_and_ambiguous_ids_are_not_found(
-    store: RunStore, make_run: MakeRun, asked: str
+@pytest.mark.parametrize(
+    ("asked", "candidates"),
+    [
+        ("x", ()),
+        ("a", ("a1", "a1b", "a2")),
+        ("", ()),
+        ("a%", ()),
+        ("_", ()),
+        ("A1", ()),
+        ("a3", ()),
+        ("b", ("b1", "b2")),
+        ("a1b", None),
+    ],
+)
+def test_an_unknown_id_is_answered_with_those_that_begin_with_it(
+    store: RunStore, make_run: MakeRun, asked: str, candidates: tuple[str, ...] | None
 ) -> None:
-    """Neither none nor several is one; SQL wildcards mean themselves, capitals are others."""
+    """SQL wildcards mean themselves, and capitals are other letters."""
     for name in ("a1", "a2", "a1b", "b1", "b2"):
         store.insert(make_run(name))
-    with pytest.raises(RunNotFound):
+    if candidates is None:
+        assert store.get(asked).id == asked
+        return
+    with pytest.raises(RunNotFound) as caught:
         store.get(asked)
+    assert caught.value.candidates == candidates
+
+
+def test_a_run_made_again_under_an_id_outlives_the_delete_of_the_first(
+    store: RunStore, make_run: MakeRun
+) -> None:
+    """A delete that was slow does not meet the new one."""
+    store.insert(make_run("a", created_at=BEGINNING))
+    store.delete("a")
+    store.insert(make_run("a", created_at=LATER))
+    store.delete("a", created_at=BEGINNING)
+    assert store.get("a").created_at == LATER
+    store.delete("a", created_at=LATER)
+    assert store.list() == []
 
 
 def test_runs_of_one_moment_are_listed_by_the_code_points_of_their_ids(
@@ -289,6 +328,11 @@ def queries() -> Iterator[list[tuple[str, Any]]]:
     sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
+def _not_found(store: RunStore, run_id: str) -> None:
+    with pytest.raises(RunNotFound):
+        store.get(run_id)
+
+
 @pytest.mark.parametrize("new_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
     "ask",
@@ -298,9 +342,9 @@ def queries() -> Iterator[list[tuple[str, Any]]]:
         lambda store: store.list(status=TrainingStatus.RUNNING),
         lambda store: store.claimed("a", ["job-b"]),
         lambda store: store.get("a"),
-        lambda store: store.get("beg"),
+        lambda store: _not_found(store, "beg"),
     ],
-    ids=["live", "live of a backend", "by status", "claimed", "get", "get by a beginning"],
+    ids=["live", "live of a backend", "by status", "claimed", "get", "get an unknown one"],
 )
 def test_runs_that_ended_long_ago_cost_nothing(
     store: RunStore, url: str, running: MakeRun, ask: Callable[[RunStore], object]

@@ -193,6 +193,32 @@ def test_metrics_are_taken_from_records_with_a_step(
     ]
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["one look", "two looks"])
+@pytest.mark.parametrize("order", [1, -1], ids=["step first", "checkpoint first"])
+def test_a_checkpoint_changes_no_measure_of_its_step(
+    store: RunStore, look: Callable[..., None], order: int, *, together: bool
+) -> None:
+    """A provider may give a mean under the same name; what only the checkpoint has is kept."""
+    step = told("m", 1, "metrics", train_loss=2.0, lr=0.1)
+    point = told("c", 1, "checkpoint", train_loss=4.0, valid_loss=3.0)
+    found = [record.model_copy(update={"step": 10}) for record in (step, point)][::order]
+    for batch in [found] if together else [[record] for record in found]:
+        look(*batch)
+    assert {point.name: point.value for point in store.metrics("r")} == {
+        "lr": 0.1,
+        "train_loss": 2.0,
+        "valid_loss": 3.0,
+    }
+
+
+def test_checkpoints_alone_are_the_series(store: RunStore, look: Callable[..., None]) -> None:
+    """Not every provider tells of single steps; a checkpoint told of again counts as it is then."""
+    for second, loss in ((1, 3.0), (2, 2.5)):
+        look(told("c", second, "checkpoint", train_loss=loss).model_copy(update={"step": 10}))
+    look(told("m", 3, "metrics", train_loss=9.0).model_copy(update={"step": 11}))
+    assert [(point.step, point.value) for point in store.metrics("r")] == [(10, 2.5), (11, 9.0)]
+
+
 def test_a_value_told_again_replaces_the_first(store: RunStore, look: Callable[..., None]) -> None:
     """A run that resumed from a checkpoint goes through the same steps again."""
     for second, loss in ((1, 3.0), (2, 2.0)):

@@ -18,7 +18,7 @@ from training_backends.backends.local.continuing import copy_checkpoint
 from training_backends.backends.local.disk import copy_whole, reason_of, reporting_disk
 from training_backends.backends.local.estimating import estimate_run
 from training_backends.backends.local.hub import Handed, Hub
-from training_backends.backends.local.listing import find_runs
+from training_backends.backends.local.listing import find_place, find_runs, make_place
 from training_backends.backends.local.options import LocalOptions
 from training_backends.backends.local.planning import (
     build_spec,
@@ -62,6 +62,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
     LogRecord,
     Observation,
+    Place,
     Reply,
     RunState,
     TrainingRun,
@@ -100,10 +101,12 @@ class LocalBackend(TrainingBackend):
     def __init__(
         self, home: Path, *, program: Sequence[str] = ENGINE, hub: Hub | None = None
     ) -> None:
+        self._home = home
         self._runs = home / "runs"
         self._slots = home / "slots"
         self._program = program
         self._hub = hub or Hub()
+        self._place: Place | None = None
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -173,7 +176,11 @@ class LocalBackend(TrainingBackend):
     async def _start(self, run: TrainingRun, journal: Journal) -> RunState:
         directory = self._directory(run)
         spec = await to_thread.run_sync(build_spec, run.id, run.config, self._slots)
-        await journal.record(RunState(status=TrainingStatus.PENDING, remote_id=run.id))
+        with reporting_disk(run):
+            self._place = await to_thread.run_sync(make_place, self._home)
+        await journal.record(
+            RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
+        )
         handed = await self._hub.handed(spec.model)
 
         async def do() -> dict[str, int]:
@@ -219,7 +226,24 @@ class LocalBackend(TrainingBackend):
             await to_thread.run_sync(revive, directory, spec, self._slots, self._program, handed)
 
     def _read(self, run: TrainingRun) -> RunState:
-        return read_state(self._existing(run))
+        return self._here(read_state(self._existing(run)))
+
+    def _here(self, state: RunState) -> RunState:
+        return state.model_copy(update={"place": self._known_place()})
+
+    def _known_place(self) -> Place | None:
+        if self._place is None:
+            self._place = find_place(self._home)
+        return self._place
+
+    def sees(self, run: TrainingRun) -> bool:
+        """Return whether the run's directory belongs to this home, on this machine."""
+        here, place = self._known_place(), run.place
+        if place is None or here is None:
+            return place is None
+        # A home on a shared or moved disk has another host's name, and the directories.
+        is_here = here.host == place.host or self._directory(run).spec.is_file()
+        return here.id == place.id and is_here
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Read the state and what is new of the log, as of the same moment."""
@@ -229,7 +253,7 @@ class LocalBackend(TrainingBackend):
     def _observe(self, run: TrainingRun, after: str | None) -> Observation:
         directory = self._existing(run)
         look = Look.at(directory)
-        state = read_state(directory, look)
+        state = self._here(read_state(directory, look))
         records, _ = read_records(directory, self._cursor(run, after), look)
         return Observation(state, tuple(records), records[-1].cursor if records else after)
 

@@ -1,19 +1,43 @@
 """The runs of this machine, found in their directories alone."""
 
 import re
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from training_backends.backends.local.planning import config_of, settled_model
 from training_backends.backends.local.state import read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
+from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.logs import get_logger
-from training_backends.core.run import RUN_ID_PATTERN
+from training_backends.core.run import RUN_ID_PATTERN, Place
 from training_backends.rundir.directory import RunDir
 
-__all__ = ["find_runs"]
+__all__ = ["find_place", "find_runs", "make_place"]
 
 log = get_logger()
+
+_MARK = "home-id"
+
+
+def find_place(home: Path) -> Place | None:
+    """Return which home of which machine this is; None: no run was started in it yet."""
+    try:
+        mark = (home / _MARK).read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    return Place(id=mark, host=socket.gethostname(), path=home)
+
+
+def make_place(home: Path) -> Place:
+    """Mark a home so that its runs can be told from those of other homes; safe to repeat."""
+    make_private_directory(home)
+    with hold_lock(home / f".{_MARK}.lock"):
+        place = find_place(home)
+        if place is None:
+            write_atomic(home / _MARK, uuid4().hex)
+    return place or make_place(home)
 
 
 def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:

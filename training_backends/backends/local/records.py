@@ -86,8 +86,8 @@ def _from_event(event: Event, cursor: Cursor) -> LogRecord:
         raw = str(fields.get("status"))
         status = ENGINE_STATUS.get(raw, TrainingStatus.UNKNOWN)
         fields |= {"status": status.value, "raw_status": raw}
-    elif event.name == "checkpoint":
-        fields = {**fields, **(fields.pop("metrics", None) or {})}
+    # The values of a checkpoint stay together under `metrics`: each was measured at a step of
+    # which a row of metrics tells, and whoever plots the log would get it twice.
     return LogRecord(
         at=event.at,
         level=event.level,

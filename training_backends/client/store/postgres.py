@@ -16,6 +16,23 @@ _SAFE_TO_TELL: Final = frozenset({"host", "hostaddr", "port", "dbname", "service
 _PASSING: Final = frozenset({"08", "40", "53", "55", "57"})
 """Classes of SQLSTATE that the next try may not meet: connection, rollback, resources, locks,
 operator (https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
+_NO_SESSION: Final = frozenset({"08", "28", "3D", "57"})
+"""Classes of SQLSTATE of a server that cannot be reached, or that lets this user in nowhere."""
+_LEFT_BEHIND: Final = (
+    "A pooler in between hands out sessions in which another program has left prepared statements."
+)
+_NO_RIGHTS: Final = "Give this user a schema, and the right to create and change tables in it."
+_LOCKED: Final = "Other programs hold locks in this database; try again."
+_REJECTED: Final = {
+    "26": _LEFT_BEHIND,
+    "3F": _NO_RIGHTS,
+    "40": _LOCKED,
+    "42501": _NO_RIGHTS,
+    "42P05": _LEFT_BEHIND,
+    "53": "The server is out of disk space, memory or connections.",
+    "55": _LOCKED,
+}
+"""What to do by SQLSTATE, or by its class, where the server answered."""
 _TURN: Final = int.from_bytes(b"training", "big")
 """Key of the advisory lock that whoever writes holds until its transaction ends."""
 
@@ -29,8 +46,11 @@ _CONNECTING: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-# Everything set here ends with the transaction, so that a pooler may stand in between. Whoever
-# falls silent in the middle, perhaps with its machine, loses its turn before others give up.
+# A pooler such as PgBouncer in transaction mode gives each transaction another session of the
+# server, so nothing may be left in one: no prepared statement, and below no setting or lock.
+_WITHOUT_SESSION: Final = {"prepare_threshold": None}
+# Everything set here ends with the transaction. Whoever falls silent in the middle, perhaps with
+# its machine, loses its turn before others give up.
 _BEGIN: Final = f"""
 SELECT set_config('lock_timeout', '30s', true),
        set_config('idle_in_transaction_session_timeout', '15s', true),
@@ -60,7 +80,7 @@ def postgres_engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
     try:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
-            connect_args=given,
+            connect_args={**given, **_WITHOUT_SESSION},
             pool_pre_ping=True,
             # Each is a process of the server, which has 100 for all by default.
             pool_size=2,
@@ -94,10 +114,20 @@ def postgres_error(url: sa.URL, error: Exception) -> StoreError:
     passing = state[:2] in _PASSING if state else is_unreachable(error)
     return StoreError(
         f"The run store {_place(url)} cannot be used: {reason}",
-        hint="Check that the server runs and lets this user in; TRAINING_BACKENDS_STORE_URL says "
-        "where it is.",
+        hint=_hint(state, reached=not (lost or is_unreachable(error))),
         retryable=lost or passing,
     )
+
+
+def _hint(state: str | None, *, reached: bool) -> str:
+    state = state or ""
+    known = _REJECTED.get(state) or _REJECTED.get(state[:2])
+    if known is None and (state[:2] in _NO_SESSION or not reached):
+        return (
+            "Check that the server runs and lets this user in; TRAINING_BACKENDS_STORE_URL says "
+            "where it is."
+        )
+    return known or "The server answered and rejected a statement; its log says more about it."
 
 
 def _place(url: sa.URL) -> str:

@@ -21,6 +21,7 @@ from training_backends.core.status import TrainingStatus
 __all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
 
 _LIVE: Final = tuple(status.value for status in TrainingStatus if not status.is_terminal)
+_CANDIDATES: Final = 6
 _BATCH: Final = 500
 """Ids in one statement; databases bound how many values one may have."""
 _WITH_DOCUMENT: Final = sa.select(runs, documents.c.document).join(documents)
@@ -67,16 +68,20 @@ class Runs(Database):
             put_back(connection, run.id, steps)
 
     def get(self, run_id: str) -> TrainingRun:
-        """Return the run with this id, or the only one whose id begins with it.
+        """Return the run with exactly this id.
 
         Raises:
-            RunNotFound: There is none, or there are several.
+            RunNotFound: There is none; `candidates` has ids that begin with it.
         """
         with self._reading() as connection:
             return _load(find_run(connection, run_id))
 
     def update(self, run_id: str, change: Callable[[TrainingRun], TrainingRun]) -> TrainingRun:
-        """Replace a run by what `change` makes of it, in one transaction."""
+        """Replace a run by what `change` makes of it, in one transaction.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id.
+        """
         with self._writing() as connection:
             return change_run(connection, find_run(connection, run_id), change)
 
@@ -93,10 +98,18 @@ class Runs(Database):
             rows = connection.execute(query).all()
         return [_load(row) for row in rows]
 
-    def delete(self, run_id: str) -> None:
-        """Forget a run with all that is known of it."""
+    def delete(self, run_id: str, *, created_at: datetime | None = None) -> None:
+        """Delete the record of a run with its log, metrics and journal; safe to repeat.
+
+        Args:
+            created_at: Leave the record alone if it was created at another time: the id names
+                a new run by then. None deletes whichever run has the id.
+        """
+        gone = runs.delete().where(runs.c.id == run_id)
+        if created_at is not None:
+            gone = gone.where(runs.c.created_at == as_text(created_at))
         with self._writing() as connection:
-            connection.execute(runs.delete().where(runs.c.id == run_id))
+            connection.execute(gone)
 
     def live(
         self,
@@ -164,30 +177,23 @@ class Runs(Database):
 
 
 def find_run(connection: sa.Connection, run_id: str) -> Any:
-    """Return the row of a run by its id or the unique beginning of it.
+    """Return the row of the run with exactly this id.
 
     Raises:
-        RunNotFound: There is none, or there are several.
+        RunNotFound: There is none; `candidates` has ids that begin with it.
     """
-    exact = connection.execute(_WITH_DOCUMENT.where(runs.c.id == run_id)).first()
-    if exact is not None:
-        return exact
+    row = connection.execute(_WITH_DOCUMENT.where(runs.c.id == run_id)).first()
+    if row is not None:
+        return row
     # Not by LIKE: whether that minds case, and uses an index, differs between databases.
-    begins = _WITH_DOCUMENT.where(runs.c.id > run_id, runs.c.id < f"{run_id}\U0010ffff")
-    rows = connection.execute(begins.order_by(runs.c.id).limit(6)).all() if run_id else []
-    if len(rows) == 1:
-        return rows[0]
-    if rows:
-        names = ", ".join(row.id for row in rows[:5])
-        raise RunNotFound(
-            f"{run_id!r} is the beginning of several run ids: {names}.",
-            hint="Type more of the id.",
-            run_id=run_id,
-        )
+    begins = sa.select(runs.c.id).where(runs.c.id > run_id, runs.c.id < f"{run_id}\U0010ffff")
+    begins = begins.order_by(runs.c.id).limit(_CANDIDATES)
+    candidates = connection.execute(begins).scalars().all() if run_id else []
+    hint = "`training-backends list` shows the runs of this store."
+    if candidates:
+        hint = f"Ids are matched exactly. Ids that begin with it: {', '.join(candidates)}."
     raise RunNotFound(
-        f"There is no run {run_id!r}.",
-        hint="`training-backends list` shows the runs of this store.",
-        run_id=run_id,
+        f"There is no run {run_id!r}.", candidates=candidates, hint=hint, run_id=run_id
     )
 
 

@@ -24,7 +24,7 @@ __all__ = [
     "uploads",
 ]
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest one in `migrations/versions`."""
 
 metadata = sa.MetaData()

@@ -78,7 +78,11 @@ class Timeline(Database):
 
         Args:
             tell_status: Add a record for a change of status that none of the records tells.
-            change: Gets the run as it is now; must leave the store alone.
+            change: Gets the run as it is now; must leave the store alone. An error that it
+                raises leaves everything as it was.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id (any more).
         """
         clean = _redacted(found)
         with self._writing() as connection:
@@ -101,6 +105,9 @@ class Timeline(Database):
         """Change a run and add log records of our own, as `observed` does.
 
         A run that this ends has a whole log too: its provider has no more to tell.
+
+        Raises:
+            RunNotFound: There is no run with exactly this id (any more).
         """
         clean = _redacted(found)
         with self._writing() as connection:
@@ -166,7 +173,11 @@ class Timeline(Database):
         return [_record(row) for row in rows]
 
     def metrics(self, run_id: str) -> list[MetricPoint]:
-        """Return what was measured, by step; of a step told of twice, the later word."""
+        """Return what was measured, by step; of a step told of twice, the later word.
+
+        What a checkpoint says counts where the step has no record of its own: a provider may
+        give a mean since the checkpoint before under the same name.
+        """
         query = sa.select(metrics).where(metrics.c.run_id == run_id)
         with self._reading() as connection:
             rows = connection.execute(query.order_by(metrics.c.step, metrics.c.name)).all()
@@ -312,10 +323,13 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
 
 
 def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord]) -> None:
+    reached = {it.step for it in found if it.source == "checkpoint" and _is_count(it.step)}
+    own = _told_by_step(connection, run_id, reached) if reached else set()
     points = {
         (step, name): {"run_id": run_id, "step": step, "name": name, "at": at, "value": value}
         for record in found
         for step, name, at, value in _values(record)
+        if record.source == "metrics" or (step, name) not in own
     }
     if not points:
         return
@@ -326,6 +340,17 @@ def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord])
     )
     connection.execute(told_before, [{"the_step": step, "the_name": name} for step, name in points])
     connection.execute(metrics.insert(), list(points.values()))
+
+
+def _told_by_step(
+    connection: sa.Connection, run_id: str, steps: Collection[int | None]
+) -> set[tuple[int, str]]:
+    """Return which measures of some steps the records of these steps themselves tell."""
+    query = sa.select(records).where(
+        records.c.run_id == run_id, records.c.source == "metrics", records.c.step.in_(steps)
+    )
+    rows = connection.execute(query)
+    return {(step, name) for row in rows for step, name, _, _ in _values(_record(row))}
 
 
 def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
