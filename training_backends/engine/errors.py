@@ -3,6 +3,7 @@
 import errno
 
 from training_backends.core.run import Failure, FailureKind
+from training_backends.engine.stop import Stopped
 from training_backends.rundir.directory import ExitCode
 
 __all__ = ["EngineError", "Stopped", "TeamLost", "failure_of", "is_out_of_memory"]
@@ -23,10 +24,6 @@ class EngineError(Exception):
         self.failure = Failure(kind=kind, message=message, retryable=retryable)
         default = ExitCode.BAD_INPUT if kind == "validation" else ExitCode.CRASHED
         self.code = code if code is not None else default
-
-
-class Stopped(Exception):
-    """A stop was asked for before the first step of this process."""
 
 
 class TeamLost(Exception):

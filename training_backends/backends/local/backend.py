@@ -1,6 +1,5 @@
 """Train on this machine, in a child process that outlives its parent."""
 
-import os
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -273,11 +272,12 @@ class LocalBackend(TrainingBackend):
                 directory.request_stop(save_checkpoint=save_checkpoint)
             except OSError:
                 # A full disk must not keep a run going: the signal alone ends it too.
-                if not _signal(directory):
+                if not directory.signal_process(signal.SIGTERM):
                     raise
                 return
-        # The file alone is obeyed at the next step; the signal also wakes who waits in the queue.
-        _signal(directory)
+        # The file alone is obeyed, also by a process in another container or on another host;
+        # the signal only makes it sooner.
+        directory.signal_process(signal.SIGTERM)
 
     async def resume(
         self,
@@ -387,18 +387,6 @@ def _require_engine() -> None:
             hint=_INSTALL,
             backend="local",
         )
-
-
-def _signal(directory: RunDir) -> bool:
-    """Tell the process that lives in a directory to end; False if there is none."""
-    pid = directory.active_pid()
-    if pid is None:
-        return False
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return False  # it ended by itself in between
-    return True
 
 
 def _start_process(
