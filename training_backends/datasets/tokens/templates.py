@@ -1,7 +1,10 @@
 """Count rows with a model's own tokenizer and chat template, by transformers."""
 
+import ctypes
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -9,7 +12,67 @@ from training_backends.datasets.chat import ChatRow, TextRow
 from training_backends.datasets.tokens.errors import Uncountable
 from training_backends.datasets.tokens.images import refuse_images
 
-__all__ = ["TemplateCounter"]
+__all__ = ["RENDER_SECONDS", "EndlessTemplate", "TemplateCounter", "rendered"]
+
+T = TypeVar("T")
+
+RENDER_SECONDS: Final = 5.0
+"""Longest time that a chat template may take for one row; common ones take a millisecond."""
+
+
+class EndlessTemplate(Uncountable):
+    """A chat template takes longer than it may."""
+
+
+class _Interrupt(BaseException):
+    """Raised from outside in a thread that renders; no `except Exception` on the way takes it."""
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Return what a chat template gives; end it after `RENDER_SECONDS`.
+
+    A template comes with a model. Jinja's sandbox bounds each loop, but loops within loops
+    multiply, and run for years. They run as Python code, which another thread can interrupt.
+
+    Args:
+        render: Renders; called in this thread.
+
+    Raises:
+        EndlessTemplate: It took longer.
+    """
+    thread, guard = threading.get_ident(), threading.Lock()
+    is_done = is_late = False
+
+    def interrupt() -> None:
+        nonlocal is_late
+        with guard:
+            if not is_done:
+                is_late = True
+                _raise_in(thread, _Interrupt)
+
+    timer = threading.Timer(RENDER_SECONDS, interrupt)
+    timer.daemon = True
+    try:
+        timer.start()
+        try:
+            return render()
+        finally:
+            with guard:
+                is_done = True
+            timer.cancel()
+            if is_late:
+                _raise_in(thread, None)  # none may arrive later, in other code
+                raise _Interrupt  # noqa: B012  # in place of whatever it returned
+    except _Interrupt:
+        raise EndlessTemplate(
+            f"the chat template takes longer than {RENDER_SECONDS:g} s for a row, or never ends"
+        ) from None
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in a thread at its next step; None takes back one not yet raised."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 class TemplateCounter:
@@ -56,12 +119,16 @@ class TemplateCounter:
             if msgspec.json.encode(special).decode()[1:-1] in content:
                 raise Uncountable(f"the text holds {special}, which is a control token here")
         try:
-            ids = self._tokenizer.apply_chat_template(
-                _messages(row),
-                tools=msgspec.to_builtins(row.tools) if row.tools else None,
-                tokenize=True,
-                return_dict=False,
+            ids = rendered(
+                lambda: self._tokenizer.apply_chat_template(
+                    _messages(row),
+                    tools=msgspec.to_builtins(row.tools) if row.tools else None,
+                    tokenize=True,
+                    return_dict=False,
+                )
             )
+        except EndlessTemplate:
+            raise
         except Exception as error:  # templates raise what they like
             first = str(error).partition("\n")[0]
             raise Uncountable(f"the chat template refuses the row: {first}") from error
