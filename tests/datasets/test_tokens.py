@@ -7,6 +7,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from io import BytesIO
@@ -20,9 +21,14 @@ from hypothesis import strategies as st
 
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.chat import TextRow, byte_encode, parse_row
-from training_backends.datasets.tokens import TokenCount, count_tokens, row_counter, tokenizer_of
+from training_backends.datasets.tokens import (
+    TokenCount,
+    count_tokens,
+    row_counter,
+    templates,
+    tokenizer_of,
+)
 from training_backends.datasets.tokens import models as token_models
-from training_backends.datasets.tokens import templates
 from training_backends.datasets.tokens.layout import Layout
 from training_backends.datasets.tokens.lengths import Lengths, bucket_of
 from training_backends.datasets.tokens.openai import OpenAICounter
@@ -704,7 +710,7 @@ def test_whatever_ends_at_the_limit_leaves_nothing_behind(monkeypatch: pytest.Mo
     late = 0
     for number in range(300):
         try:
-            assert templates.rendered(lambda: [*range(number * 50)][:1]) is not None
+            assert templates.rendered(partial(sum, range(number * 50))) >= 0
         except templates.EndlessTemplate:
             late += 1
     with pytest.raises(templates.EndlessTemplate):

@@ -72,4 +72,4 @@ def _is_disk_full(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return what a library's error says first, 500 characters at most; some say thousands."""
     lines = str(error).strip().splitlines()
-    return lines[0][:_LONGEST] if lines else "no message"
+    return lines[0].strip()[:_LONGEST] if lines else "no message"

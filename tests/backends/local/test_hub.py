@@ -90,7 +90,21 @@ async def test_variables_of_the_libraries_are_passed_on_and_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NCCL_P2P_DISABLE is the usual remedy on many machines; nothing else can set it."""
-    prefixes = "NCCL GLOO TORCH TORCHINDUCTOR TRITON HSA HIP ROCR CUBLAS BNB UCX FI HF_XET".split()
+    prefixes = [
+        "NCCL",
+        "GLOO",
+        "TORCH",
+        "TORCHINDUCTOR",
+        "TRITON",
+        "HSA",
+        "HIP",
+        "ROCR",
+        "CUBLAS",
+        "BNB",
+        "UCX",
+        "FI",
+        "HF_XET",
+    ]
     for prefix in prefixes:
         monkeypatch.setenv(f"{prefix}_SOME_SETTING", "1")
         for secret in ("API_KEY", "TOKEN", "AUTH_SECRET", "PASSWORD"):

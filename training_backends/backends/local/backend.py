@@ -18,6 +18,12 @@ from training_backends.backends.local.disk import copy_whole, reason_of, reporti
 from training_backends.backends.local.estimating import estimate_run
 from training_backends.backends.local.hub import Handed, Hub
 from training_backends.backends.local.listing import find_runs
+from training_backends.backends.local.modelchecks import (
+    files_issues,
+    find_directory,
+    how_to_report,
+    hub_issues,
+)
 from training_backends.backends.local.options import LocalOptions
 from training_backends.backends.local.planning import (
     build_spec,
@@ -47,13 +53,14 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TINY_MODEL, TrainingConfig
 from training_backends.core.counting import counting
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendNotInstalled,
     ConfigError,
     DuplicateRun,
+    Issue,
     RunNotFound,
     TrainingBackendError,
 )
@@ -143,6 +150,9 @@ class LocalBackend(TrainingBackend):
         issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
+        issues += await self._model_issues(config, dataset)
+        if any(issue.severity == "error" for issue in issues):
+            return ValidationReport(issues=issues)
         wishes = counting()
         overlong = partial(
             overlong_rows,
@@ -150,11 +160,20 @@ class LocalBackend(TrainingBackend):
             config.model,
             int(settled_values(config)["seq_len"]),
             fix="what is beyond is cut off in training: shorten them, or raise seq_len",
+            unusable=how_to_report(config, issues),
             cache=wishes.cache,
             on_progress=wishes.on_progress,
         )
         found = await to_thread.run_sync(overlong)
         return ValidationReport(issues=(*issues, found) if found else issues)
+
+    async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
+        if config.model == TINY_MODEL:
+            return ()
+        directory = await to_thread.run_sync(find_directory, config.model)
+        if directory is None:
+            return tuple(await hub_issues(config, self._hub))
+        return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; a duration is known only from earlier runs here."""

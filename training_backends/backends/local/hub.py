@@ -54,6 +54,11 @@ class Handed:
     token: SecretStr | None = None
 
     @property
+    def is_offline(self) -> bool:
+        """Whether the hub must not be asked."""
+        return self.environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+
+    @property
     def stdin(self) -> bytes:
         """What is to be written to its standard input."""
         return f"{self.token.get_secret_value()}\n".encode() if self.token else b""
@@ -87,8 +92,7 @@ class Hub:
         return _matching(_PASSED_ON) | ours
 
     async def _token(self, environment: dict[str, str]) -> SecretStr | None:
-        offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-        if self._credentials is None or offline:
+        if self._credentials is None or Handed(environment).is_offline:
             return None
         endpoint = environment.get("HF_ENDPOINT", "https:")
         if not endpoint.startswith("https:") and not is_loopback(endpoint):

@@ -19,7 +19,14 @@ from training_backends.datasets.tokens.errors import Uncountable
 from training_backends.datasets.tokens.images import ImageConfig
 from training_backends.datasets.tokens.texts import shipped, tekken_facts
 
-__all__ = ["SHIPPED", "Tokenizer", "find_tokenizer", "mistral_file", "tokenizer_of"]
+__all__ = [
+    "SHIPPED",
+    "Tokenizer",
+    "find_tokenizer",
+    "hub_snapshot",
+    "mistral_file",
+    "tokenizer_of",
+]
 
 Kind = Literal["bytes", "tekken", "sentencepiece", "tiktoken", "template"]
 
@@ -191,7 +198,7 @@ def find_tokenizer(model: str) -> Tokenizer:
         return _in_directory(directory)
     if name := _openai_encoding(base):
         return _openai(name)
-    if model.count("/") == 1 and (cached := _from_hub_cache(model)):
+    if model.count("/") == 1 and (cached := hub_snapshot(model)):
         return _in_directory(cached, model)
     raise Uncountable(f"the tokenizer of {model!r} is not known here")
 
@@ -217,7 +224,8 @@ def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
     raise Uncountable(f"{directory} holds no tokenizer")
 
 
-def _from_hub_cache(model: str) -> Path | None:
+def hub_snapshot(model: str) -> Path | None:
+    """Return where the files of a model of the hub are cached on this machine, or None."""
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415
         from huggingface_hub.errors import (  # noqa: PLC0415
