@@ -28,6 +28,10 @@ STRICT = (
     "{% if messages[0].content == '7 plus 7?' %}{{ raise_exception('no sevens') }}{% endif %}"
     + PLAIN
 )
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}...{% else %}"
+    "{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
 ENDLESS = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
 SHAPE = {
     "model_type": "llama",
@@ -272,6 +276,28 @@ async def test_a_configuration_tells_the_size_of_other_weights(
     (issue,) = await check(model)
     # A thousand times its layers, with the same tables.
     assert "6979.6 billion weights" in issue.message
+
+
+@pytest.mark.parametrize(("turns", "codes"), [(1, []), (2, ["unusable_row"])])
+async def test_a_template_that_rewrites_earlier_answers(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Inspected,
+    model: Path,
+    tmp_path: Path,
+    *,
+    turns: int,
+    codes: list[str],
+) -> None:
+    """The engine rejects such rows, where more than the last answer is to be learnt."""
+    (model / "chat_template.jinja").write_text(FORGETFUL)
+    turn = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps({"messages": turn * turns}) + "\n")
+    run = make_run(model=str(model), data={"train": data})
+    report = await backend.validate(run.config, inspected(run))
+    assert [issue.code for issue in report.errors] == codes
+    assert all("changes earlier messages" in issue.message for issue in report.errors)
 
 
 class HubServer(BaseHTTPRequestHandler):

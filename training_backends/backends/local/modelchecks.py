@@ -19,10 +19,11 @@ from anyio import to_thread
 
 from training_backends.backends.local.hub import Hub
 from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.planning import has_gpu
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.chat import ClassifierRow
+from training_backends.datasets.chat import ChatRow, ClassifierRow
 from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.datasets.sources import opened
 from training_backends.datasets.tokens import row_counter
@@ -158,7 +159,7 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
     if isinstance(weights, str):
         if not is_cached:  # the engine fetches what a cached model lacks
             yield _model_issue("model_files", weights)
-    elif weights:
+    elif weights and "quantization_config" not in described:  # several weights in a number
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, is_cached=is_cached)
@@ -355,6 +356,8 @@ def _described_weights(described: Mapping[str, Any]) -> int | None:
 def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     options = LocalOptions.model_validate(config.options)
     gpus = [] if options.device == "cpu" else _gpu_memory()
+    if not gpus and options.device != "cpu" and has_gpu():
+        return  # one whose memory nothing tells
     here = max(gpus) if gpus else _machine_memory()
     if here is None:
         return
@@ -447,6 +450,11 @@ def _first_unusable(
     count = None
     for number, row in _first_rows(file):
         if check is not None and check.accepts(row):
+            if isinstance(row, ChatRow) and check.rewrites(row):
+                return number, (
+                    "the chat template changes earlier messages, so its answers cannot be told "
+                    "from the rest"
+                )
             continue
         # In doubt the tokenizer itself is asked, which loads transformers.
         if count is None and (count := row_counter(model)) is None:

@@ -28,6 +28,7 @@ __all__ = [
     "config_of",
     "defaults_taken",
     "find_issues",
+    "has_gpu",
     "settled_model",
     "settled_values",
 ]
@@ -99,7 +100,8 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
         )
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Tell whether this machine shows a GPU, by its driver's device files."""
     return any(map(Path.exists, _GPU_DEVICES))
 
 
@@ -192,7 +194,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
                 field=f"options.{name}",
                 severity="warning",
             )
-    if options.device == "cuda" and not _has_gpu():
+    if options.device == "cuda" and not has_gpu():
         yield Issue(
             code="no_gpu",
             message="a GPU is asked for and this machine shows none",
@@ -201,7 +203,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             severity="warning",
         )
     batch_size = settled_values(config)["batch_size"]
-    if options.num_processes > 1 and (options.device == "cpu" or not _has_gpu()):
+    if options.num_processes > 1 and (options.device == "cpu" or not has_gpu()):
         yield Issue(
             code="no_gpu",
             message="without GPUs the processes share the processors, which gains nothing",

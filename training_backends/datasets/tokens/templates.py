@@ -183,6 +183,29 @@ class TemplateCheck:
         except Uncountable:
             return False
 
+    def rewrites(self, row: ChatRow) -> bool:
+        """Tell whether the answers of an accepted row certainly cannot be told from the rest.
+
+        That needs what is before an answer, and what ends with it, to begin the conversation.
+        """
+        count = len(row.messages)
+        try:
+            whole = self._text(row, count, waiting=False)
+            return not all(
+                whole.startswith(self._text(row, end, waiting=end == index))
+                for index in range(count)
+                if row.messages[index].is_trained
+                for end in (index, index + 1)
+            )
+        except Exception:  # a part of it is rejected, at least by plain Jinja
+            return False
+
+    def _text(self, row: ChatRow, count: int, *, waiting: bool) -> str:
+        tools = msgspec.to_builtins(row.tools) if row.tools else None
+        values = {**self._names, "messages": _messages(row)[:count], "tools": tools}
+        text = rendered(lambda: self._template.render(**values, add_generation_prompt=waiting))
+        return str(text)
+
     def _renders(self, row: ChatRow | TextRow) -> bool:
         if isinstance(row, TextRow):
             return True
@@ -191,10 +214,8 @@ class TemplateCheck:
         content = msgspec.json.encode(row).decode()
         if any(msgspec.json.encode(each).decode()[1:-1] in content for each in self._special):
             return False
-        tools = msgspec.to_builtins(row.tools) if row.tools else None
-        values = {**self._names, "messages": _messages(row), "tools": tools}
         try:
-            rendered(lambda: self._template.render(**values, add_generation_prompt=False))
+            self._text(row, len(row.messages), waiting=False)
         except Exception:  # templates raise what they like
             return False
         return True
