@@ -17,6 +17,8 @@ from training_backends.rundir.handover import ON_STDIN
 
 pytestmark = pytest.mark.engine
 
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
+
 
 def sample(
     *arguments: str, env: Mapping[str, str] = {}, prompt: str = ""
@@ -55,6 +57,7 @@ def test_a_prompt_may_stand_on_standard_input_behind_the_token() -> None:
     [
         ({"HF_ENDPOINT": "http://127.0.0.1:1"}, 1, "cannot be reached"),
         ({"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE"),
+        (dict.fromkeys(PROXIES, "http://u:s3cret/pass#word@127.0.0.1:1"), 1, "cannot be reached"),
     ],
 )
 def test_a_model_out_of_reach_is_said_at_once(env: dict[str, str], code: int, said: str) -> None:
@@ -62,6 +65,7 @@ def test_a_model_out_of_reach_is_said_at_once(env: dict[str, str], code: int, sa
     done = sample("nobody/nothing", "--prompt", "x", env=env)
     assert done.returncode == code
     assert said in done.stderr
+    assert "s3cret" not in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.datasets.tokens.models import hub_failure
 from training_backends.engine.classifier import (
     add_heads,
     describe_classifier,
@@ -255,7 +256,7 @@ def _refuse_offline(name: str) -> NoReturn:
 def _refuse_unreachable(name: str, error: Exception) -> NoReturn:
     raise EngineError(
         f"The model {name!r} is not on this machine, and the hub that would have it cannot be "
-        f"reached: {first_line(error)}",
+        f"reached: {hub_failure(error)}",
         kind="provider",
         retryable=True,
     ) from error

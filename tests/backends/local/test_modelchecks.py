@@ -399,3 +399,17 @@ async def test_a_row_that_the_template_rejects_far_down_is_found_when_rows_are_c
     assert (issue.code, issue.severity) == ("unusable_row", "error")
     assert ":151: " in issue.message
     assert "no sevens" in issue.message
+
+
+async def test_a_proxy_s_password_is_in_no_issue(
+    home: Path, make_run: MakeRun, inspected: Inspected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries quote the URL that they cannot read."""
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://user:s3cret/pass#word@127.0.0.1:1")
+    backend = LocalBackend(home, hub=Hub(LocalSettings(hub_url="https://hub.example.org")))
+    run = make_run(model="org/any")
+    (issue,) = (await backend.validate(run.config, inspected(run))).issues
+    assert issue.code == "hub_not_asked"
+    assert "s3cret" not in str(issue)
+    assert "word" not in str(issue)

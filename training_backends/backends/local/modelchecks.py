@@ -25,12 +25,13 @@ from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.datasets.chat import ChatRow, ClassifierRow
 from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, lines_up_to
-from training_backends.datasets.sources import opened
+from training_backends.datasets.sources import STDIN, opened
 from training_backends.datasets.tokens import row_counter
 from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.models import find_tokenizer, hub_snapshot
+from training_backends.datasets.tokens.models import find_tokenizer, hub_failure, hub_snapshot
 from training_backends.datasets.tokens.rows import AnyRow, read_row
 from training_backends.datasets.tokens.templates import TemplateCheck, has_template
+from training_backends.net.urls import is_loopback
 
 __all__ = [
     "files_issues",
@@ -100,7 +101,10 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
         from huggingface_hub import HfApi, errors  # noqa: PLC0415
     except ImportError:
         return _not_asked(model, "huggingface_hub is not installed")
-    api = HfApi(endpoint=endpoint, token=token or False)
+    # Without a token of ours the hub's library takes the one of its own login, as it does in the
+    # engine; never over plain HTTP.
+    is_private = endpoint is None or endpoint.startswith("https:") or is_loopback(endpoint)
+    api = HfApi(endpoint=endpoint, token=token or (None if is_private else False))
     try:
         info = api.model_info(model, timeout=_HUB_TIMEOUT)
         if getattr(info, "gated", False):
@@ -122,7 +126,7 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
             "`training-backends credentials set huggingface`",
         )
     except Exception as error:  # the hub's client passes on whatever its HTTP library raises
-        return _not_asked(model, str(error).strip().partition("\n")[0] or type(error).__name__)
+        return _not_asked(model, hub_failure(error))
     described: Mapping[str, Any] = info.config or {}
     model_type = described.get("model_type")
     weights = getattr(info.safetensors, "total", None)
@@ -133,7 +137,7 @@ def _not_asked(model: str, why: str) -> Issue:
     return Issue(
         code="hub_not_asked",
         message=f"{model!r} is not on this machine, and whether the hub has it was not checked: "
-        f"{why[:300]}",
+        f"{why}",
         field="model",
         fix="the run fails when its turn comes if the hub does not have it",
         severity="warning",
@@ -467,6 +471,8 @@ def _first_unusable(
 
 
 def _first_rows(file: DataFile) -> Iterator[tuple[int, AnyRow]]:
+    if file.path == STDIN:
+        return  # it was read, and cannot be read again
     read = 0
     with suppress(DatasetError, OSError), opened(file.path) as source:
         for number, line in enumerate(lines_up_to(source.lines, MAX_LINE_BYTES), 1):

@@ -23,6 +23,7 @@ __all__ = [
     "SHIPPED",
     "Tokenizer",
     "find_tokenizer",
+    "hub_failure",
     "hub_snapshot",
     "mistral_file",
     "tokenizer_of",
@@ -118,6 +119,9 @@ _AMBIGUOUS: Final[Mapping[str, str]] = MappingProxyType(
 
 _FIRST_IMAGES: Final = ImageConfig(16, 1024)
 """What "m1" stands for in the name of a file: `MultiModalVersion` of mistral-common 1.13."""
+
+_CONNECTION_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "ReadTimeout"})
+"""Of httpx, which the hub's client uses; only `net` imports it."""
 
 _OPENAI_ENCODINGS: Final = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 
@@ -222,6 +226,18 @@ def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
     if any((directory / each).is_file() for each in ("tokenizer.json", "tokenizer_config.json")):
         return Tokenizer(name or directory.name, "template", path=directory)
     raise Uncountable(f"{directory} holds no tokenizer")
+
+
+def hub_failure(error: Exception) -> str:
+    """Say in a line why the hub could not be asked.
+
+    Only errors of a connection are quoted. Others may repeat what could not be read, such as a
+    proxy's URL with its password.
+    """
+    name = type(error).__name__
+    if not isinstance(error, OSError) and name not in _CONNECTION_ERRORS:
+        return name
+    return str(error).strip().partition("\n")[0][:300] or name
 
 
 def hub_snapshot(model: str) -> Path | None:
