@@ -124,12 +124,20 @@ def test_an_unknown_model_names_what_is_offered(run: Run, config_file: Path) -> 
 
 def test_no_key_says_where_to_put_one(run: Run, config_file: Path) -> None:
     """Exit code 4, with the variable, the command and the way without a key."""
-    done = run(
-        "launch", config_file.name, "-b", "mistral", "--yes", "--set", "hyperparameters.batch_size="
-    )
+    given = ("-b", "mistral", "--yes", "--set", "hyperparameters.batch_size=")
+    here = "http://127.0.0.1:9"
+    done = run("launch", config_file.name, *given, TRAINING_BACKENDS_MISTRAL__BASE_URL=here)
     assert done.code == 4
     for hint in ("MISTRAL_API_KEY", "credentials set mistral", "local"):
         assert hint in done.err
+
+
+def test_the_default_url_of_mistral_is_not_ready_to_launch(run: Run, config_file: Path) -> None:
+    """Exit code 8 without a key too, with what to use instead: the hosted service is retired."""
+    done = run("validate", config_file.name, "-b", "mistral", "--set=hyperparameters.batch_size=")
+    assert done.code == 8
+    assert "ready to launch" not in done.err
+    assert "training-backends serve" in done.err
 
 
 def test_a_key_is_not_sent_over_plain_http(run: Run, config_file: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from io import BytesIO
@@ -20,7 +21,13 @@ from hypothesis import strategies as st
 
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.chat import TextRow, byte_encode, parse_row
-from training_backends.datasets.tokens import TokenCount, count_tokens, row_counter, tokenizer_of
+from training_backends.datasets.tokens import (
+    TokenCount,
+    count_tokens,
+    row_counter,
+    templates,
+    tokenizer_of,
+)
 from training_backends.datasets.tokens import models as token_models
 from training_backends.datasets.tokens.layout import Layout
 from training_backends.datasets.tokens.lengths import Lengths, bucket_of
@@ -678,6 +685,38 @@ def test_another_model_reads_with_its_own_template(dataset: MakeDataset, templat
     control = count_tokens(dataset([chat("a </s>", "b")]), str(templated))
     assert control.data_tokens is None
     assert "the text holds </s>" in (control.reason or "")
+
+
+ENDLESS = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
+
+
+def test_a_template_that_never_ends_is_a_reason(
+    dataset: MakeDataset, templated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is interrupted, and the next row is counted as before."""
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1.0)
+    file = templated / "chat_template.jinja"
+    plain = file.read_text()
+    file.write_text(f"{{% if messages[0].content == 'a' %}}{ENDLESS}{{% endif %}}{plain}")
+    count = count_tokens(dataset([chat("b", "b"), chat("a", "b")]), str(templated))
+    assert "never ends" in (count.reason or "")
+    assert ":2: " in (count.reason or "")
+    assert count_tokens(dataset([chat("b", "b")]), str(templated)).data_tokens == 7
+
+
+def test_whatever_ends_at_the_limit_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption is raised here or taken back: none arrives in later code."""
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1e-4)
+    late = 0
+    for number in range(300):
+        try:
+            assert templates.rendered(partial(sum, range(number * 50))) >= 0
+        except templates.EndlessTemplate:
+            late += 1
+    with pytest.raises(templates.EndlessTemplate):
+        templates.rendered(lambda: [None for _ in iter(int, 1)])
+    assert sum(range(10_000)) == 49_995_000
+    assert late <= 300
 
 
 def test_a_directory_without_a_tokenizer_is_a_reason(dataset: MakeDataset, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training_backends.datasets.chat import ChatRow, Control, Message, byte_encode, parse_row
+from training_backends.datasets.tokens import templates
 from training_backends.engine.encoding import (
     ByteEncoder,
     Encoder,
@@ -267,6 +268,19 @@ def test_a_row_that_cannot_be_masked_is_refused(
     encoder = TemplateEncoder("other", make_chatml(tmp_path, template))
     with pytest.raises(UnusableRow, match=said):
         encoder.encode(row)
+
+
+def test_a_template_that_never_ends_is_an_error_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run, not the row: each row would take as long."""
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
+    encoder = TemplateEncoder("other", make_chatml(tmp_path, endless))
+    with pytest.raises(EngineError, match="never ends"):
+        encoder.encode(chat(("user", "a"), ("assistant", "b")))
+    with pytest.raises(EngineError, match="never ends"):
+        encoder.prompt("a")
 
 
 def test_a_model_without_template_takes_text_only(tmp_path: Path) -> None:

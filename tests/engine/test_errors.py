@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training_backends.core.run import FailureKind
-from training_backends.engine.errors import failure_of
+from training_backends.engine.errors import failure_of, first_line
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ def test_torch_really_runs_out_of_memory_like_this() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert failure_of(raised.value).kind == "out_of_memory"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\n a \nb\n", "x" * 4000, ""])
+def test_a_library_s_error_is_told_in_one_short_line(text: str) -> None:
+    """Some list every class that they know in their message."""
+    assert first_line(ValueError(text)) == (
+        text.strip().partition("\n")[0].strip()[:500] or "no message"
+    )

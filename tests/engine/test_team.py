@@ -221,7 +221,7 @@ def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_p
 
     run = make_run(tmp_path / "r")
     with pytest.raises(EngineError, match="changed while"):
-        Work(run, run.read_spec(), StopRequest(run), Torn()).run()
+        Work(run, run.read_spec(), StopRequest(run.stop), Torn()).run()
 
 
 def test_the_others_are_let_go_before_the_result_is_saved(
@@ -233,7 +233,7 @@ def test_the_others_are_let_go_before_the_result_is_saved(
     work = Work(
         run,
         run.read_spec(),
-        StopRequest(run),
+        StopRequest(run.stop),
         on_trained=lambda: saved.append(run.result.exists()),
     )
     assert work.run()

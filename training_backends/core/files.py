@@ -6,6 +6,7 @@ Standard library only, POSIX only (`flock`). Each function touches just the path
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ __all__ = [
     "is_locked",
     "make_private_directory",
     "read_lines",
+    "signal_holder",
     "sync_directory",
     "write_atomic",
 ]
@@ -121,11 +123,65 @@ def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
             time.sleep(0.02)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        record = f"{_identity()}\n".encode()
+        # One write, and only then the rest of a longer record is cut off, so that a reader of
+        # the first line never sees half of one.
+        os.pwrite(descriptor, record, 0)
+        os.ftruncate(descriptor, len(record))
         yield
     finally:
         os.close(descriptor)
+
+
+def signal_holder(path: Path, number: int) -> bool:
+    """Send a signal to the process that holds a lock; False if that process is not certain.
+
+    A process id alone means another process in another container, on another host or after a
+    restart. So the lock's record must name this boot of this machine, this process's pid
+    namespace and the start time of the process that has the id now. A record of an earlier
+    version, which has the id only, is never acted upon, nor is one on a system without `/proc`
+    and pidfd (Linux 5.3).
+    """
+    if not is_locked(path):
+        return False
+    try:
+        record = path.read_text(encoding="ascii").partition("\n")[0]
+        pid = int(record.partition(" ")[0])
+        # Opened before it is identified: the id cannot pass to another process in between.
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError, ValueError):
+        return False
+    try:
+        if " " not in record or record != _identity(pid):
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        return False  # it ended meanwhile
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _identity(pid: int | None = None) -> str:
+    """Return "PID BOOT NAMESPACE STARTED" of a process in this pid namespace.
+
+    Just "PID" where the system does not say the rest.
+
+    Args:
+        pid: None for this process.
+    """
+    number = os.getpid() if pid is None else pid
+    proc = Path("/proc")
+    try:
+        if str((proc / "self").readlink()) != str(os.getpid()):
+            return str(number)  # the /proc of another pid namespace
+        boot = (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = (proc / "self/ns/pid").stat().st_ino
+        # proc_pid_stat(5): the command in parentheses may hold anything; field 22 is the start.
+        stat = (proc / str(number) / "stat").read_bytes().rpartition(b")")[2].split()
+        return f"{number} {boot} {namespace} {int(stat[19])}"
+    except (OSError, ValueError, IndexError):
+        return str(number)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -1,7 +1,7 @@
 """Warn of rows that are longer than what a model reads at once."""
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
@@ -21,10 +21,11 @@ def overlong_rows(
     seq_len: int,
     *,
     fix: str,
+    unusable: Literal["error", "warning"] | None = None,
     cache: Path | None = None,
     on_progress: CountProgress | None = None,
 ) -> Issue | None:
-    """Return a warning if training rows are longer than `seq_len` tokens; blocks.
+    """Return an issue if training rows are longer than `seq_len` tokens; blocks.
 
     It takes a second or two at most, whatever the size of the data. No token is shorter than a
     byte, so where the longest row has no more bytes than that, nothing is counted; data that
@@ -33,6 +34,8 @@ def overlong_rows(
 
     Args:
         fix: What can be done about it.
+        unusable: How to report a row that cannot be counted, where training rejects such rows;
+            None leaves it out.
         cache: Where full counts are kept, so that an estimate need not count again; of large
             data, those of packed files, from which no sample is drawn.
     """
@@ -48,6 +51,13 @@ def overlong_rows(
         cache=cache,
         on_progress=on_progress,
     )
+    if count.bad_row and unusable:
+        return Issue(
+            code="unusable_row",
+            message=f"the model cannot be trained on a row: {count.reason}",
+            fix="change or remove it, or use another model",
+            severity=unusable,
+        )
     if not count.over:
         return None
     about = "about " if count.basis == "sampled" else ""

@@ -1,17 +1,16 @@
 """`python -m training_backends.engine train RUN_DIR` and `… sample MODEL <TEXT`."""
 
-import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from training_backends.engine.following import follow
 from training_backends.engine.hub import take_token
-from training_backends.engine.imports import prepare_imports
-from training_backends.engine.threads import prepare_threads
-from training_backends.engine.training import train
-from training_backends.rundir.directory import ExitCode
+from training_backends.engine.waiting import Admission, when_admitted
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 __all__ = ["main"]
 
@@ -21,6 +20,23 @@ _UTF_8: Final = ("utf-8", "replace")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that is given; return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) == 2 and given[0] == "train":
+        # Without argparse and the other commands: a process that is queued holds little memory.
+        take_token()
+        return when_admitted(Path(given[1]), _load_training)
+    return _other(_parsed(given))
+
+
+def _load_training() -> Callable[[Admission], int]:
+    from training_backends.engine.training import train_admitted  # noqa: PLC0415
+
+    return train_admitted
+
+
+def _parsed(arguments: list[str]) -> "Namespace":
+    import argparse  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(prog="python -m training_backends.engine")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train what a run directory asks for")
@@ -36,25 +52,34 @@ def main(arguments: list[str] | None = None) -> int:
     )
     sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def _other(given: "Namespace") -> int:
     take_token()
     if given.command == "train":
-        return int(train(given.run_dir))
+        return when_admitted(given.run_dir, _load_training)
     if given.command == "follow":
+        from training_backends.engine.following import follow  # noqa: PLC0415
+
         return int(follow(given.run_dir, given.rank, given.size))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+    # Imported here: `train` must be able to queue without torch, and without what loads pydantic.
+    from training_backends.engine.imports import prepare_imports  # noqa: PLC0415
+    from training_backends.engine.threads import prepare_threads  # noqa: PLC0415
+
     prepare_threads()
     prepare_imports(model)
-    # Imported here: `train` must be able to queue without torch.
     from training_backends.engine.classifier import classify  # noqa: PLC0415
     from training_backends.engine.errors import EngineError  # noqa: PLC0415
     from training_backends.engine.models import choose_device, load_model  # noqa: PLC0415
     from training_backends.engine.sampling import answer  # noqa: PLC0415
     from training_backends.engine.work import set_up_torch  # noqa: PLC0415
+    from training_backends.rundir.directory import ExitCode  # noqa: PLC0415
 
     set_up_torch(model)
     device = choose_device("auto")

@@ -19,7 +19,8 @@ from training_backends.datasets.chat import (
     TextRow,
     byte_encode,
 )
-from training_backends.engine.errors import EngineError
+from training_backends.datasets.tokens.templates import EndlessTemplate, rendered
+from training_backends.engine.errors import EngineError, first_line
 
 __all__ = [
     "ByteEncoder",
@@ -273,7 +274,7 @@ class MistralEncoder:
             request = self._request.from_openai(**content)
             return list(tokenizer.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
-            raise UnusableRow(str(error).splitlines()[0]) from error
+            raise UnusableRow(first_line(error)) from error
 
     def _answers(self, ids: list[int]) -> list[tuple[int, int]]:
         spans = []
@@ -314,7 +315,9 @@ class TemplateEncoder:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise EngineError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
+            raise EngineError(
+                f"The tokenizer of {model!r} cannot be loaded: {first_line(error)}"
+            ) from error
         if self._tokenizer.eos_token_id is None:
             raise EngineError(f"The tokenizer of {model!r} has no end-of-text token.")
         self._model = model
@@ -399,16 +402,23 @@ class TemplateEncoder:
 
         try:
             return list(
-                self._tokenizer.apply_chat_template(
-                    content["messages"][:count],
-                    tools=content.get("tools"),
-                    add_generation_prompt=waiting,
-                    tokenize=True,
-                    return_dict=False,
+                rendered(
+                    lambda: self._tokenizer.apply_chat_template(
+                        content["messages"][:count],
+                        tools=content.get("tools"),
+                        add_generation_prompt=waiting,
+                        tokenize=True,
+                        return_dict=False,
+                    )
                 )
             )
+        except EndlessTemplate as error:
+            # Not the row's fault: the other rows would take as long.
+            raise EngineError(
+                f"The tokenizer of {self._model!r} cannot be used: {error}."
+            ) from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses it: {error}") from error
+            raise UnusableRow(f"the chat template refuses it: {first_line(error)}") from error
 
     def prompt(self, text: str) -> list[int]:
         """Lay out one user message, or plain text for a model without a chat template."""

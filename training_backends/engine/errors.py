@@ -1,11 +1,15 @@
 """Why a training process ended early, in the words of a run's `Failure`."""
 
 import errno
+from typing import Final
 
 from training_backends.core.run import Failure, FailureKind
+from training_backends.engine.stop import Stopped
 from training_backends.rundir.directory import ExitCode
 
-__all__ = ["EngineError", "Stopped", "TeamLost", "failure_of", "is_out_of_memory"]
+__all__ = ["EngineError", "Stopped", "TeamLost", "failure_of", "first_line", "is_out_of_memory"]
+
+_LONGEST: Final = 500
 
 
 class EngineError(Exception):
@@ -25,10 +29,6 @@ class EngineError(Exception):
         self.code = code if code is not None else default
 
 
-class Stopped(Exception):
-    """A stop was asked for before the first step of this process."""
-
-
 class TeamLost(Exception):
     """Another process that trains with this one is gone, or does not answer."""
 
@@ -36,18 +36,18 @@ class TeamLost(Exception):
 def failure_of(error: BaseException) -> Failure:
     """Say in a `Failure` what an unexpected exception means."""
     if isinstance(error, TeamLost):
-        message = f"A process that trains with this one does not answer: {_first_line(error)}"
+        message = f"A process that trains with this one does not answer: {first_line(error)}"
         return Failure(kind="lost", message=message, retryable=True)
     if is_out_of_memory(error):
         message = (
-            f"Out of memory: {_first_line(error)} "
+            f"Out of memory: {first_line(error)} "
             "Lower batch_size, micro_batch_size or seq_len, or train a smaller model."
         )
         return Failure(kind="out_of_memory", message=message)
     if _is_disk_full(error):
         message = "The disk is full. Free some space and resume from the last checkpoint."
         return Failure(kind="internal", message=message, retryable=True)
-    return Failure(kind="internal", message=f"{type(error).__name__}: {_first_line(error)}")
+    return Failure(kind="internal", message=f"{type(error).__name__}: {first_line(error)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,6 +69,7 @@ def _is_disk_full(error: BaseException) -> bool:
     return full or "No space left on device" in str(error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says first, 500 characters at most; some say thousands."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+    return lines[0].strip()[:_LONGEST] if lines else "no message"

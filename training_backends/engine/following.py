@@ -38,7 +38,7 @@ def follow(path: Path, rank: int, size: int) -> ExitCode:
         threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
         # Not sooner: where nobody leads any more, it would be looked for patiently.
         team = Team(rank, size, int(port))
-        Work(run, spec, _Deaf(run), team).run()
+        Work(run, spec, _Deaf(run.stop), team).run()
     except Exception as error:
         traceback.print_exception(error)
         failure = error.failure if isinstance(error, EngineError) else failure_of(error)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.datasets.tokens.models import hub_failure
 from training_backends.engine.classifier import (
     add_heads,
     describe_classifier,
@@ -23,7 +24,7 @@ from training_backends.engine.classifier import (
     read_targets,
 )
 from training_backends.engine.encoding import Encoder, encoder_for
-from training_backends.engine.errors import EngineError
+from training_backends.engine.errors import EngineError, first_line
 from training_backends.engine.quantized import (
     adapt_alike,
     compute_dtype,
@@ -155,7 +156,9 @@ def _set_attention(model: Any, name: str, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
-        raise EngineError(f"{name!r} cannot use the attention {attention!r}: {error}") from error
+        raise EngineError(
+            f"{name!r} cannot use the attention {attention!r}: {first_line(error)}"
+        ) from error
 
 
 def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) -> None:
@@ -171,7 +174,9 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
     try:
         model = PeftModel.from_pretrained(base.model, directory)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(f"The adapter {name!r} does not fit {base_name!r}: {error}") from error
+        raise EngineError(
+            f"The adapter {name!r} does not fit {base_name!r}: {first_line(error)}"
+        ) from error
     return LoadedModel(model, base.encoder, targets, directory)
 
 
@@ -251,7 +256,7 @@ def _refuse_offline(name: str) -> NoReturn:
 def _refuse_unreachable(name: str, error: Exception) -> NoReturn:
     raise EngineError(
         f"The model {name!r} is not on this machine, and the hub that would have it cannot be "
-        f"reached: {error}",
+        f"reached: {hub_failure(error)}",
         kind="provider",
         retryable=True,
     ) from error
@@ -279,7 +284,7 @@ def _load_weights(
         model = loader.from_pretrained(directory, config=config, local_files_only=True, **options)
     except (ImportError, OSError, ValueError, KeyError) as error:
         kind = "classifier" if targets else "model"
-        raise EngineError(f"{name!r} cannot be loaded as a {kind}: {error}") from error
+        raise EngineError(f"{name!r} cannot be loaded as a {kind}: {first_line(error)}") from error
     if is_in_four_bits(model):
         if trained_fully:
             raise EngineError(
@@ -313,7 +318,7 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise EngineError(f"LoRA cannot be added to {name!r}: {error}") from error
+        raise EngineError(f"LoRA cannot be added to {name!r}: {first_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

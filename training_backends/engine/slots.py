@@ -14,18 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from tempfile import mkstemp
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from training_backends.core.files import hold_lock, is_locked
-from training_backends.engine.errors import Stopped
+from training_backends.engine.stop import Stopped
 
 __all__ = ["Place", "Turn", "hold_places", "places_for"]
 
 _LOOK_EVERY: Final = 0.1
 """Seconds between two looks of the first in the queue, for each that stands before another."""
 _LOOK_AT_LEAST_EVERY: Final = 5.0
+_OBEY_WITHIN: Final = 1.0
+"""Seconds between two looks for a request to stop, at most."""
 _TICKETS: Final = "tickets"
 _TOP_PRIORITY: Final = 1000
 
@@ -124,7 +125,7 @@ def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
     while not should_stop():
         if (left := until - time.monotonic()) <= 0:
             return
-        time.sleep(min(left, _LOOK_EVERY))
+        time.sleep(min(left, _OBEY_WITHIN))
     raise Stopped
 
 
@@ -157,9 +158,11 @@ class _Ticket:
     def draw(self) -> None:
         """Take it; it has its name only once it is locked, so that nobody sees it free."""
         self.drop()
-        self._descriptor, made = mkstemp(dir=self._directory, prefix=".")
+        # Not named by the process id, which another container may have as well.
+        made = self._directory / f".{os.urandom(8).hex()}"
+        self._descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        Path(made).rename(self._directory / self._name)
+        made.rename(self._directory / self._name)
 
     def drop(self) -> None:
         """Give it back."""

@@ -3,21 +3,28 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from training_backends.rundir.directory import RunDir
-
-__all__ = ["STOP_SIGNALS", "StopRequest"]
+__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped"]
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopRequest:
-    """Whether this process was asked to save a checkpoint and end."""
+class Stopped(Exception):
+    """A stop was asked for before the first step of this process."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+
+class StopRequest:
+    """Whether this process was asked to save a checkpoint and end.
+
+    Args:
+        file: The run directory's `stop`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
         self._signalled = False
 
     @contextmanager
@@ -38,11 +45,15 @@ class StopRequest:
     def saves_checkpoint(self) -> bool:
         """Whether what was learnt so far is to be kept."""
         try:
-            return self._run.stop.read_text(encoding="ascii") != "discard"
+            return self._file.read_text(encoding="ascii") != "discard"
         except FileNotFoundError:
             return True  # a signal says nothing else
 
     @property
     def requested(self) -> bool:
         """Whether to stop; looks at the file too, so it also works from other machines."""
-        return self._signalled or self._run.stop.exists()
+        return self._signalled or self._file.exists()
+
+    def clear(self) -> None:
+        """Remove a request that was made of an earlier process."""
+        self._file.unlink(missing_ok=True)

@@ -1,26 +1,22 @@
 """One training process from the spec to the result."""
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from training_backends.core.files import hold_lock
-from training_backends.core.run import utc_now
-from training_backends.engine.devices import VISIBLE, visible_devices
+from training_backends.engine.devices import VISIBLE
 from training_backends.engine.errors import EngineError, Stopped, failure_of
 from training_backends.engine.imports import prepare_imports
 from training_backends.engine.leading import followed
-from training_backends.engine.slots import Turn, hold_places, places_for
 from training_backends.engine.status import say_status
 from training_backends.engine.stop import StopRequest
 from training_backends.engine.threads import prepare_threads
+from training_backends.engine.waiting import Admission, when_admitted
 from training_backends.rundir.directory import (
     Event,
     ExitCode,
@@ -29,7 +25,7 @@ from training_backends.rundir.directory import (
     RunSpec,
 )
 
-__all__ = ["train"]
+__all__ = ["train", "train_admitted"]
 
 
 def train(path: Path) -> ExitCode:
@@ -38,27 +34,17 @@ def train(path: Path) -> ExitCode:
     Repeating it is safe: a completed run stays as it is, a run that another process works
     on is left alone.
     """
-    run = RunDir(path)
-    if not path.is_dir():
-        print(f"{path} is not a directory", file=sys.stderr)  # noqa: T201  # the child's log
-        return ExitCode.BAD_INPUT
-    stop = StopRequest(run)
-    try:
-        with stop.listening(), hold_lock(run.lock):
-            return _train_locked(run, stop)
-    except BlockingIOError:
-        print(f"another process trains in {path}", file=sys.stderr)  # noqa: T201
-        return ExitCode.ALREADY_ACTIVE
+    return ExitCode(when_admitted(path, lambda: train_admitted))
 
 
-def _train_locked(run: RunDir, stop: StopRequest) -> ExitCode:
+def train_admitted(admission: Admission) -> ExitCode:
+    """Train in a directory whose lock this process holds, and on the devices that it was given."""
+    run = RunDir(admission.run)
     before = run.read_exit()
     if before is not None and before.status == "completed":
         return ExitCode.DONE
-    if before is not None:
-        run.clear_stale()
     try:
-        record = _train_in_slot(run, stop)
+        record = _train(run, admission)
     except BaseException as error:
         if not isinstance(error, Exception):  # such as SystemExit: say so, then go on with it
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
@@ -91,34 +77,20 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     run.stop.unlink(missing_ok=True)  # obeyed
 
 
-def _train_in_slot(run: RunDir, stop: StopRequest) -> ExitRecord:
+def _train(run: RunDir, admission: Admission) -> ExitRecord:
     spec = _read_spec(run)
-    asks = spec.device != "cpu" and (spec.slots_dir or spec.num_processes > 1)
-    devices = visible_devices() if asks else ()
-    gpus = spec.num_processes if devices else 1
-    if gpus > max(1, len(devices)):
-        raise EngineError(
-            f"num_processes is {gpus}, and this machine shows {len(devices)} GPUs: take fewer."
-        )
-    with hold_places(
-        spec.slots_dir,
-        Turn(spec.run_id, spec.priority, _waits_since(run)),
-        places_for(devices, spec.slots, gpus),
-        gpus=gpus,
-        on_wait=partial(_say_position, run),
-        should_stop=lambda: stop.requested,
-    ) as places:
-        chosen = [place.device for place in places if place.device is not None]
-        if gpus > 1 and not chosen:
-            chosen = list(devices[:gpus])
-        where = ""
-        if chosen:
-            os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
-            where = f", on GPU {', '.join(chosen)}"
-        say_status(run, "initializing", f"loads {spec.model}{where}")
-        prepare_threads()
-        prepare_imports(spec.model)
-        return _work(run, spec, stop, chosen)
+    if isinstance(admission.error, ValueError):
+        raise EngineError(str(admission.error)) from admission.error
+    if admission.error is not None:
+        raise admission.error
+    where = ""
+    if chosen := admission.devices:
+        os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
+        where = f", on GPU {', '.join(chosen)}"
+    say_status(run, "initializing", f"loads {spec.model}{where}")
+    prepare_threads()
+    prepare_imports(spec.model)
+    return _work(run, spec, admission.stop, chosen)
 
 
 def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]) -> ExitRecord:
@@ -145,23 +117,6 @@ def _end_at_once(run: RunDir, error: EngineError) -> None:
         _end(run, _failed(run, error))
     finally:
         os._exit(error.code)
-
-
-def _waits_since(run: RunDir) -> datetime:
-    """Return since when this run waits; an earlier process of it may have begun to."""
-    since = utc_now()
-    for event, _ in reversed(run.read_events()):
-        if event.name != "status":
-            continue
-        if event.data.get("status") != "queued":
-            break
-        since = event.at
-    return since
-
-
-def _say_position(run: RunDir, position: int) -> None:
-    message = f"waits for a free place to train, at position {position} of the queue"
-    say_status(run, "queued", message, position=position)
 
 
 def _read_spec(run: RunDir) -> RunSpec:

@@ -20,7 +20,14 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 
-__all__ = ["NO_MODEL", "ErrorItem", "error_from_answer", "no_model_message", "validation_body"]
+__all__ = [
+    "NO_MODEL",
+    "ErrorItem",
+    "error_from_answer",
+    "no_model_message",
+    "retired",
+    "validation_body",
+]
 
 NO_MODEL = "Model not available for this type of fine-tuning"
 """How the service begins its refusal of a model; with an empty list it means: retired."""
@@ -36,6 +43,21 @@ class ErrorItem(TypedDict):
     loc: list[str | int]
     msg: str
     ctx: NotRequired[dict[str, Any]]
+
+
+def retired(how: str, backend: str | None) -> BackendRetired:
+    """Return the error for a service that trains no more.
+
+    Args:
+        how: How that is known.
+    """
+    return BackendRetired(
+        f"The provider has ended its fine-tuning API ({how}).",
+        hint="Hosted fine-tuning jobs at Mistral have answered 410 since "
+        f"{RETIRED_SINCE}. `training-backends serve` offers the same protocol on your own "
+        "compute, and `launch --backend local` runs this configuration without a server.",
+        backend=backend,
+    )
 
 
 def no_model_message(job_type: str, available: list[str]) -> str:
@@ -55,13 +77,7 @@ def error_from_answer(
     document = _document(body)
     said = _message(document) or body[:200].decode("utf-8", "replace").strip() or "no explanation"
     if status in {410, 501} or (status == 422 and _offers_no_model(said)):
-        return BackendRetired(
-            f"The provider has ended its fine-tuning API ({status}: {said}).",
-            hint="Hosted fine-tuning jobs at Mistral have answered 410 since "
-            f"{RETIRED_SINCE}. `training-backends serve` offers the same protocol on your own "
-            "compute, and `launch --backend local` runs this configuration without a server.",
-            backend=backend,
-        )
+        return retired(f"{status}: {said}", backend)
     if status in {400, 422}:
         return _refusal(status, document, said, backend)
     if status == 401:

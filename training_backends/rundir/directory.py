@@ -4,7 +4,8 @@ The only thing that a parent and its training child share: both sides, a backend
 engine, read and write it the same way and may not import each other. POSIX only (`flock`).
 
     spec.json       what to train; written by the parent before the child starts
-    lock            held by the child for as long as it lives; holds its process id
+    lock            held by the child for as long as it lives; holds its process id, boot id,
+                    pid namespace and start time, see `core.files.signal_holder`
     events.jsonl    append-only: status changes, samples, checkpoints, messages
     metrics.jsonl   append-only: one row a logged step
     checkpoints/step-N/   complete when it has its name; `state.json` lists the files
@@ -27,6 +28,7 @@ from training_backends.core.files import (
     is_locked,
     make_private_directory,
     read_lines,
+    signal_holder,
     write_atomic,
 )
 from training_backends.core.run import Failure, UtcDatetime, utc_now
@@ -312,22 +314,25 @@ class RunDir:
         return is_locked(self.lock)
 
     def active_pid(self) -> int | None:
-        """Return the id of the process that lives here, or None."""
+        """Return the id that the process here has in its own pid namespace, or None.
+
+        It says nothing about which process has that id here: to signal it, use
+        `signal_process`.
+        """
         if not self.is_active():
             return None
         try:
-            return int(self.lock.read_text(encoding="ascii"))
-        except (OSError, ValueError):
+            return int(self.lock.read_text(encoding="ascii").split()[0])
+        except (OSError, ValueError, IndexError):
             return None
+
+    def signal_process(self, number: int) -> bool:
+        """Send a signal to the process here; False unless it is certain which one that is."""
+        return signal_holder(self.lock, number)
 
     def request_stop(self, *, save_checkpoint: bool = True) -> None:
         """Ask the process to end, with a checkpoint if wanted; safe to repeat."""
         write_atomic(self.stop, "save" if save_checkpoint else "discard")
-
-    def clear_stale(self) -> None:
-        """Remove what an earlier process left, before a new one is started."""
-        self.exit.unlink(missing_ok=True)
-        self.stop.unlink(missing_ok=True)
 
     def add_event(self, event: Event) -> None:
         """Append to events.jsonl."""

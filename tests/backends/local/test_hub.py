@@ -86,6 +86,36 @@ async def test_settings_choose_hub_key_and_offline(
     assert (await Hub(LocalSettings(), keys).handed("org/model")).token is None
 
 
+async def test_variables_of_the_libraries_are_passed_on_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL_P2P_DISABLE is the usual remedy on many machines; nothing else can set it."""
+    prefixes = [
+        "NCCL",
+        "GLOO",
+        "TORCH",
+        "TORCHINDUCTOR",
+        "TRITON",
+        "HSA",
+        "HIP",
+        "ROCR",
+        "CUBLAS",
+        "BNB",
+        "UCX",
+        "FI",
+        "HF_XET",
+    ]
+    for prefix in prefixes:
+        monkeypatch.setenv(f"{prefix}_SOME_SETTING", "1")
+        for secret in ("API_KEY", "TOKEN", "AUTH_SECRET", "PASSWORD"):
+            monkeypatch.setenv(f"{prefix}_{secret}", "s3cret")
+    monkeypatch.setenv("OTHER_SETTING", "1")
+    passed = (await Hub(LocalSettings(), vault(tmp_path)).handed("tiny-mistral")).environment
+    assert {f"{prefix}_SOME_SETTING" for prefix in prefixes} <= passed.keys()
+    assert "OTHER_SETTING" not in passed
+    assert "s3cret" not in passed.values()
+
+
 async def test_without_a_key_the_run_goes_on(tmp_path: Path) -> None:
     """Most models need none: neither its absence nor a locked keyring holds anything up."""
 

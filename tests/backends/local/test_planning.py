@@ -93,8 +93,12 @@ TARGET = {"name": "topic", "labels": ["a", "b"]}
             ("classifier_targets[0].name", "rename"),
         ),
         (
-            {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a", "a"]}]},
+            {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a", "b", "a"]}]},
             ("classifier_targets[0].labels", "leave one out"),
+        ),
+        (
+            {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a"]}]},
+            ("classifier_targets[0].labels", "at least two labels"),
         ),
         (
             {"method": "classifier", "classifier_targets": [{**TARGET, "weight": 0}]},

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from training_backends import BackendRetired, Dataset, Issue, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.checks import check_config
-from training_backends.backends.mistral.settings import HOSTED_URL
+from training_backends.backends.mistral.settings import HOSTED_URL, MistralSettings
 from training_backends.core.backend import CredentialSource
+from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.provider import ScriptedProvider
@@ -195,6 +196,17 @@ async def test_retired_service_is_told(
     provider.retired = True
     with pytest.raises(BackendRetired):
         await backend.validate(config, dataset)
+
+
+async def test_the_hosted_service_is_retired_even_where_it_cannot_be_asked(
+    config: TrainingConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Without a key, the default URL is not ready to launch at."""
+    keys = CredentialVault(home=tmp_path, environ={})
+    backend = MistralAPIBackend(credentials=keys, settings=MistralSettings(base_url=HOSTED_URL))
+    with pytest.raises(BackendRetired, match="not asked this time"):
+        await backend.validate(config, dataset)
+    await backend.aclose()
 
 
 async def test_server_that_is_away_is_a_warning(

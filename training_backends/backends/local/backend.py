@@ -1,6 +1,5 @@
 """Train on this machine, in a child process that outlives its parent."""
 
-import os
 import shutil
 import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -19,6 +18,12 @@ from training_backends.backends.local.disk import copy_whole, reason_of, reporti
 from training_backends.backends.local.estimating import estimate_run
 from training_backends.backends.local.hub import Handed, Hub
 from training_backends.backends.local.listing import find_place, find_runs, make_place
+from training_backends.backends.local.modelchecks import (
+    files_issues,
+    find_directory,
+    how_to_report,
+    hub_issues,
+)
 from training_backends.backends.local.options import LocalOptions
 from training_backends.backends.local.planning import (
     build_spec,
@@ -48,13 +53,14 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TINY_MODEL, TrainingConfig
 from training_backends.core.counting import counting
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendNotInstalled,
     ConfigError,
     DuplicateRun,
+    Issue,
     RunNotFound,
     TrainingBackendError,
 )
@@ -147,6 +153,9 @@ class LocalBackend(TrainingBackend):
         issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
+        issues += await self._model_issues(config, dataset)
+        if any(issue.severity == "error" for issue in issues):
+            return ValidationReport(issues=issues)
         wishes = counting()
         overlong = partial(
             overlong_rows,
@@ -154,11 +163,20 @@ class LocalBackend(TrainingBackend):
             config.model,
             int(settled_values(config)["seq_len"]),
             fix="what is beyond is cut off in training: shorten them, or raise seq_len",
+            unusable=how_to_report(config, issues),
             cache=wishes.cache,
             on_progress=wishes.on_progress,
         )
         found = await to_thread.run_sync(overlong)
         return ValidationReport(issues=(*issues, found) if found else issues)
+
+    async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
+        if config.model == TINY_MODEL:
+            return ()
+        directory = await to_thread.run_sync(find_directory, config.model)
+        if directory is None:
+            return tuple(await hub_issues(config, self._hub))
+        return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; a duration is known only from earlier runs here."""
@@ -298,11 +316,12 @@ class LocalBackend(TrainingBackend):
                 directory.request_stop(save_checkpoint=save_checkpoint)
             except OSError:
                 # A full disk must not keep a run going: the signal alone ends it too.
-                if not _signal(directory):
+                if not directory.signal_process(signal.SIGTERM):
                     raise
                 return
-        # The file alone is obeyed at the next step; the signal also wakes who waits in the queue.
-        _signal(directory)
+        # The file alone is obeyed, also by a process in another container or on another host;
+        # the signal only makes it sooner.
+        directory.signal_process(signal.SIGTERM)
 
     async def resume(
         self,
@@ -412,18 +431,6 @@ def _require_engine() -> None:
             hint=_INSTALL,
             backend="local",
         )
-
-
-def _signal(directory: RunDir) -> bool:
-    """Tell the process that lives in a directory to end; False if there is none."""
-    pid = directory.active_pid()
-    if pid is None:
-        return False
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return False  # it ended by itself in between
-    return True
 
 
 def _start_process(

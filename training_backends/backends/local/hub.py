@@ -27,8 +27,13 @@ _PASSED_ON: Final = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
     r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
     r"|CUDA_\w+|NVIDIA_\w+|(OMP|MKL|OPENBLAS)_NUM_THREADS|PYTORCH_\w+"
+    r"|(NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON|HSA|HIP|ROCR|CUBLAS|BNB|UCX|FI|HF_XET)_\w+"
     r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
     re.IGNORECASE,
+)
+# Whatever its prefix says.
+_SECRET: Final = re.compile(
+    r"(?:\w+_)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)", re.IGNORECASE
 )
 # May hold a password, so it is for those only who go out.
 _WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
@@ -47,6 +52,11 @@ class Handed:
 
     environment: dict[str, str]
     token: SecretStr | None = None
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the hub must not be asked."""
+        return self.environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
     @property
     def stdin(self) -> bytes:
@@ -82,8 +92,7 @@ class Hub:
         return _matching(_PASSED_ON) | ours
 
     async def _token(self, environment: dict[str, str]) -> SecretStr | None:
-        offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-        if self._credentials is None or offline:
+        if self._credentials is None or Handed(environment).is_offline:
             return None
         endpoint = environment.get("HF_ENDPOINT", "https:")
         if not endpoint.startswith("https:") and not is_loopback(endpoint):
@@ -106,4 +115,8 @@ def _is_here(model: str) -> bool:
 
 
 def _matching(pattern: re.Pattern[str]) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if pattern.fullmatch(name)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if pattern.fullmatch(name) and not _SECRET.fullmatch(name)
+    }

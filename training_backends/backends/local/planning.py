@@ -28,6 +28,7 @@ __all__ = [
     "config_of",
     "defaults_taken",
     "find_issues",
+    "has_gpu",
     "settled_model",
     "settled_values",
 ]
@@ -63,6 +64,7 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
             field="suffix",
             severity="warning",
         )
+    yield from _label_issues(config, dataset)
     for file in dataset.files:
         if file.sample_type and file.sample_type not in _ROWS[config.method]:
             wanted = " or ".join(_ROWS[config.method])
@@ -98,7 +100,8 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
         )
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Tell whether this machine shows a GPU, by its driver's device files."""
     return any(map(Path.exists, _GPU_DEVICES))
 
 
@@ -122,12 +125,35 @@ def _method_issues(config: TrainingConfig) -> Iterator[Issue]:
         field = f"classifier_targets[{index}]"
         if names[target.name] > 1:
             yield _unsupported(f"{field}.name", "two targets have this name", "rename one")
-        if len({*target.labels}) < len(target.labels):
+        if len({*target.labels}) == 1:
+            yield _unsupported(
+                f"{field}.labels",
+                f"with one label, {target.labels[0]!r}, there is nothing to decide or to learn",
+                "name at least two labels",
+            )
+        elif len({*target.labels}) < len(target.labels):
             yield _unsupported(f"{field}.labels", "a label stands there twice", "leave one out")
     if config.classifier_targets and not any(t.weight for t in config.classifier_targets):
         yield _unsupported(
             "classifier_targets", "every target has weight 0", "give one of them a weight"
         )
+
+
+def _label_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
+    """Warn of targets for which all training rows give the same label."""
+    for index, target in enumerate(config.classifier_targets):
+        found = {
+            each for file in dataset.train for each in file.summary.labels.get(target.name, ())
+        }
+        if len(found) == 1 and len(target.labels) > 1:
+            yield Issue(
+                code="one_label",
+                message=f"every training row has the same label for it, {found.pop()!r}: "
+                "there is nothing to learn",
+                field=f"classifier_targets[{index}].labels",
+                fix="add rows with the other labels",
+                severity="warning",
+            )
 
 
 def _is_model(name: str) -> bool:
@@ -168,7 +194,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
                 field=f"options.{name}",
                 severity="warning",
             )
-    if options.device == "cuda" and not _has_gpu():
+    if options.device == "cuda" and not has_gpu():
         yield Issue(
             code="no_gpu",
             message="a GPU is asked for and this machine shows none",
@@ -177,7 +203,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             severity="warning",
         )
     batch_size = settled_values(config)["batch_size"]
-    if options.num_processes > 1 and (options.device == "cpu" or not _has_gpu()):
+    if options.num_processes > 1 and (options.device == "cpu" or not has_gpu()):
         yield Issue(
             code="no_gpu",
             message="without GPUs the processes share the processors, which gains nothing",

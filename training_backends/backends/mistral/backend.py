@@ -168,7 +168,7 @@ class MistralAPIBackend(TrainingBackend):
         if issue := await anyio.to_thread.run_sync(overlong):
             issues.append(issue)
         if not any(issue.severity == "error" for issue in issues):
-            issues += await check_server(config, self.api)
+            issues += await check_server(config, self.api, hosted=self._settings.is_hosted)
         return ValidationReport(issues=tuple(issues))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:

@@ -21,6 +21,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
     VaultLocked,
 )
+from training_backends.mistral.errors import retired
 from training_backends.mistral.wire import FTModelCard, ModelCard
 
 __all__ = ["check_config", "check_secrets", "check_server"]
@@ -106,10 +107,15 @@ def _options(config: TrainingConfig) -> MistralOptions:
         return MistralOptions()  # reported by check_config
 
 
-async def check_server(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
+async def check_server(
+    config: TrainingConfig, api: MistralAPI, *, hosted: bool = False
+) -> list[Issue]:
     """Ask the server, changing nothing, whether it trains at all and knows the model.
 
     What cannot be asked now (no key, no network) is a warning: the launch will say it.
+
+    Args:
+        hosted: It is the provider's own service, which needs no asking: it is retired.
 
     Raises:
         BackendRetired: It trains no more.
@@ -120,6 +126,8 @@ async def check_server(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
     except BackendRetired:
         raise
     except TrainingBackendError as error:
+        if hosted:
+            raise retired(f"not asked this time: {error.message}", "mistral") from error
         message = f"the server could not be asked: {error.message}"
         return [Issue(code="server_not_asked", message=message, fix=error.hint, severity="warning")]
     return [*_model_issues(config, cards), *await _integration_issues(config, api)]

@@ -14,7 +14,7 @@ from training_backends.datasets.parallel import cpu_count, run_parallel
 from training_backends.datasets.sources import STDIN, kind_of
 from training_backends.datasets.tokens.cache import CountCache
 from training_backends.datasets.tokens.counters import count_row, counter_of, is_fast
-from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.datasets.tokens.errors import BadRow, Uncountable
 from training_backends.datasets.tokens.lengths import Lengths
 from training_backends.datasets.tokens.models import Tokenizer, find_tokenizer, tokenizer_of
 from training_backends.datasets.tokens.openai import NOTE as OPENAI_NOTE
@@ -96,7 +96,7 @@ def count_tokens(
         )
         return counting.count(sample, exact=exact)
     except Uncountable as error:
-        return TokenCount(tokenizer=name, reason=str(error))
+        return TokenCount(tokenizer=name, reason=str(error), bad_row=isinstance(error, BadRow))
     except DatasetError as error:
         reason = error.issues[0].message if error.issues else str(error)
         return TokenCount(tokenizer=name, reason=f"a file cannot be read: {reason}")
@@ -228,7 +228,8 @@ class _Counting:
             part: Part = result
             lines += part.lines
             if part.failure:
-                raise Uncountable(f"{file.path}:{lines}: {part.failure}")
+                error = BadRow if part.lines else Uncountable
+                raise error(f"{file.path}:{lines}: {part.failure}")
             lengths.merge(part.lengths)
             meter.reach(min(job.end, file.size))
             if position + 1 == len(jobs) or jobs[position + 1][0] != number:

@@ -19,7 +19,15 @@ from training_backends.datasets.tokens.errors import Uncountable
 from training_backends.datasets.tokens.images import ImageConfig
 from training_backends.datasets.tokens.texts import shipped, tekken_facts
 
-__all__ = ["SHIPPED", "Tokenizer", "find_tokenizer", "mistral_file", "tokenizer_of"]
+__all__ = [
+    "SHIPPED",
+    "Tokenizer",
+    "find_tokenizer",
+    "hub_failure",
+    "hub_snapshot",
+    "mistral_file",
+    "tokenizer_of",
+]
 
 Kind = Literal["bytes", "tekken", "sentencepiece", "tiktoken", "template"]
 
@@ -112,6 +120,9 @@ _AMBIGUOUS: Final[Mapping[str, str]] = MappingProxyType(
 _FIRST_IMAGES: Final = ImageConfig(16, 1024)
 """What "m1" stands for in the name of a file: `MultiModalVersion` of mistral-common 1.13."""
 
+_CONNECTION_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "ReadTimeout"})
+"""Of httpx, which the hub's client uses; only `net` imports it."""
+
 _OPENAI_ENCODINGS: Final = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 
 
@@ -191,7 +202,7 @@ def find_tokenizer(model: str) -> Tokenizer:
         return _in_directory(directory)
     if name := _openai_encoding(base):
         return _openai(name)
-    if model.count("/") == 1 and (cached := _from_hub_cache(model)):
+    if model.count("/") == 1 and (cached := hub_snapshot(model)):
         return _in_directory(cached, model)
     raise Uncountable(f"the tokenizer of {model!r} is not known here")
 
@@ -217,7 +228,20 @@ def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
     raise Uncountable(f"{directory} holds no tokenizer")
 
 
-def _from_hub_cache(model: str) -> Path | None:
+def hub_failure(error: Exception) -> str:
+    """Say in a line why the hub could not be asked.
+
+    Only errors of a connection are quoted. Others may repeat what could not be read, such as a
+    proxy's URL with its password.
+    """
+    name = type(error).__name__
+    if not isinstance(error, OSError) and name not in _CONNECTION_ERRORS:
+        return name
+    return str(error).strip().partition("\n")[0][:300] or name
+
+
+def hub_snapshot(model: str) -> Path | None:
+    """Return where the files of a model of the hub are cached on this machine, or None."""
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415
         from huggingface_hub.errors import (  # noqa: PLC0415

@@ -32,7 +32,8 @@ def encoding_count(name: str) -> TextCount:
 
         encode = get_encoding(name).encode_ordinary
     except Exception as error:  # what its HTTP library raises, where the stored file is damaged
-        raise Uncountable(f"tiktoken cannot load the encoding {name}: {error}") from error
+        first = str(error).partition("\n")[0]
+        raise Uncountable(f"tiktoken cannot load the encoding {name}: {first}") from error
     return lambda text: len(encode(text))
 
 

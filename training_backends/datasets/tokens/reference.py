@@ -39,7 +39,8 @@ class Reference:
         except ImportError as error:
             raise missing("mistral-common with sentencepiece") from error
         except Exception as error:
-            raise Uncountable(f"mistral-common cannot read {path.name}: {error}") from error
+            first = str(error).partition("\n")[0]
+            raise Uncountable(f"mistral-common cannot read {path.name}: {first}") from error
         self._request = ChatCompletionRequest
         instruct = self._tokenizer.instruct_tokenizer
         if instruct.image_encoder is not None:

@@ -17,6 +17,7 @@ class TokenCount:
         data_tokens: None when they cannot be counted; `reason` then says why.
         basis: How they were counted.
         interval: Bounds of the 95 % interval when `sampled`.
+        bad_row: The reason is a row, not the tokenizer.
         tokenizer: Name of the tokenizer, when one is known.
         rows: How many rows; their lengths are those of the rows drawn when `sampled`. A
             preference is as long as the longer of its two conversations.
@@ -31,6 +32,7 @@ class TokenCount:
     interval: tuple[int, int] | None = None
     tokenizer: str | None = None
     reason: str | None = None
+    bad_row: bool = False
     rows: int | None = None
     shortest: int | None = None
     longest: int | None = None

@@ -16,7 +16,7 @@ from training_backends.datasets.tokens.counters import (
     counter_of,
     has_reference,
 )
-from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.datasets.tokens.errors import BadRow, Uncountable
 from training_backends.datasets.tokens.lengths import Lengths
 from training_backends.datasets.tokens.models import Tokenizer
 from training_backends.datasets.tokens.rows import read_row, texts_of
@@ -158,7 +158,7 @@ def draw(job: Job) -> Sample:
             try:
                 known[place] = _count_line(counter, line, job) if line.strip() else (0,)
             except Uncountable as error:
-                raise Uncountable(f"{job.path}, {place}: {error}") from None
+                raise BadRow(f"{job.path}, {place}: {error}") from None
             sample.at_least += sum(known[place])
         sample.shares.append(sum(known[place]) / len(line))
         if line.strip():

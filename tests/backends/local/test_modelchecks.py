@@ -1,0 +1,415 @@
+"""What the files of a model, or the hub, say against a run before it is launched."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.hub import Hub
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.core.errors import Issue
+from training_backends.core.run import TrainingRun
+
+pytestmark = pytest.mark.anyio
+
+MakeRun = Callable[..., TrainingRun]
+Inspected = Callable[..., Any]
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+STRICT = (
+    "{% if messages[0].content == '7 plus 7?' %}{{ raise_exception('no sevens') }}{% endif %}"
+    + PLAIN
+)
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}...{% else %}"
+    "{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
+ENDLESS = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+}
+
+
+def write_weights(path: Path, shape: tuple[int, ...] = (4, 4), cut: int = 0) -> None:
+    """Write a safetensors file of one tensor, without its last bytes if wanted."""
+    size = 4
+    for each in shape:
+        size *= each
+    tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": {}, "w": tensor}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size - cut)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The directory of a model against which nothing can be said."""
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    core.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "chat_template.jinja").write_text(PLAIN)
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    write_weights(directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def check(backend: LocalBackend, make_run: MakeRun, inspected: Inspected) -> Callable[..., Any]:
+    """Return a function that validates a run of a model; keywords change its configuration."""
+
+    async def found(model: object, rows: str = "instruct", **changes: Any) -> tuple[Issue, ...]:
+        run = make_run(model=str(model), **changes)
+        report = await backend.validate(run.config, inspected(run, sample_type=rows))
+        return report.issues
+
+    return found
+
+
+async def test_a_good_model_has_no_issues(check: Callable[..., Any], model: Path) -> None:
+    """Neither its files nor its rows."""
+    assert await check(model) == ()
+
+
+def test_a_good_model_is_checked_without_torch(model: Path, tmp_path: Path) -> None:
+    """Nor transformers: whoever launches keeps its memory."""
+    chat = {"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(chat) + "\n")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from training_backends.backends.local.modelchecks import files_issues\n"
+        "from training_backends.core.config import TrainingConfig\n"
+        "from training_backends.core.dataset import DataFile, Dataset\n"
+        "model, data = map(Path, sys.argv[1:])\n"
+        "config = TrainingConfig.model_validate({'model': str(model), 'data': {'train': data}})\n"
+        "file = DataFile(path=data, role='train', size=1, rows=1, sample_type='instruct')\n"
+        "assert [*files_issues(config, Dataset(files=(file,)), model)] == []\n"
+        "assert not sys.modules.keys() & {'torch', 'transformers'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model), str(data)], check=True)
+
+
+async def test_an_architecture_that_cannot_be_loaded(
+    check: Callable[..., Any], model: Path
+) -> None:
+    """It is named, and so is a type that nobody knows; a classifier has its own list."""
+    for described in (
+        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]},
+        {"model_type": "clip"},
+        {"model_type": "no-such-type"},
+    ):
+        (model / "config.json").write_text(json.dumps(described))
+        (issue,) = await check(model)
+        assert (issue.code, issue.severity) == ("unsupported_architecture", "error")
+        assert described["model_type"] in issue.message
+
+
+@pytest.mark.engine
+def test_the_list_of_architectures_is_that_of_transformers() -> None:
+    """What its tables say as text, and what it says when it is loaded, are the same."""
+    from transformers import (  # noqa: PLC0415
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
+
+    from training_backends.backends.local import modelchecks  # noqa: PLC0415
+
+    for loader, classifies in (
+        (AutoModelForCausalLM, False),
+        (AutoModelForSequenceClassification, True),
+    ):
+        classes = {each.__name__ for each in loader._model_mapping}
+        known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
+        found = modelchecks.trainable_types(classifies=classifies)
+        assert found is not None
+        assert known <= found
+        assert found & CONFIG_MAPPING_NAMES.keys() == known
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", "config.json is not valid JSON"),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("model.safetensors", None, "holds no weights"),
+        ("model.safetensors", b"", "model.safetensors is damaged"),
+        ("model.safetensors", b"version https://git-lfs", "model.safetensors is damaged"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "model.safetensors is damaged"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"w": "model-1.safetensors"}}',
+            "model-1.safetensors is missing",
+        ),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is damaged"),
+    ],
+)
+async def test_damaged_or_missing_files(
+    check: Callable[..., Any], model: Path, name: str, content: bytes | None, said: str
+) -> None:
+    """The file is named."""
+    (model / name).unlink(missing_ok=True)
+    if content is not None:
+        (model / name).write_bytes(content)
+    (issue,) = await check(model)
+    assert (issue.field, issue.severity) == ("model", "error")
+    assert said in issue.message
+
+
+async def test_weights_that_were_not_copied_to_their_end(
+    check: Callable[..., Any], model: Path
+) -> None:
+    """The header says how long the file is."""
+    write_weights(model / "model.safetensors", cut=1)
+    (issue,) = await check(model)
+    assert "model.safetensors is damaged" in issue.message
+
+
+async def test_a_model_without_a_tokenizer(check: Callable[..., Any], model: Path) -> None:
+    """Nothing can be encoded for it."""
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    (issue,) = await check(model)
+    assert "holds no tokenizer" in issue.message
+
+
+async def test_chats_need_a_template(check: Callable[..., Any], model: Path) -> None:
+    """A base model takes texts only."""
+    (model / "chat_template.jinja").unlink()
+    (issue,) = await check(model)
+    assert issue.code == "no_chat_template"
+    assert await check(model, rows="pretrain") == ()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("template", "said"), [(STRICT, "no sevens"), (ENDLESS, "never ends"), ("{% if %}", "refuses")]
+)
+async def test_rows_that_the_template_rejects(
+    check: Callable[..., Any],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    said: str,
+) -> None:
+    """With the line, as an estimate would say it; a warning where such rows are tolerated."""
+    monkeypatch.setattr("training_backends.datasets.tokens.templates.RENDER_SECONDS", 1.0)
+    (model / "chat_template.jinja").write_text(template)
+    issues = await check(model)
+    assert {issue.code for issue in issues} == {"unusable_row"}
+    assert said in issues[0].message
+    assert issues[0].line == (8 if template == STRICT else 1)
+    assert issues[0].severity == "error"
+    tolerant = await check(model, options={"device": "cpu", "max_invalid_fraction": 0.1})
+    assert {issue.severity for issue in tolerant} == {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("described", "tuning", "severity"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "full", "error"),
+        ({"quant_method": "gptq"}, "full", "error"),
+        ({"quant_method": "gptq"}, "lora", "warning"),
+    ],
+)
+async def test_a_quantized_model(
+    check: Callable[..., Any], model: Path, described: dict[str, Any], tuning: str, severity: str
+) -> None:
+    """Its weights are rounded, so they cannot be trained themselves."""
+    (model / "config.json").write_text(json.dumps({**SHAPE, "quantization_config": described}))
+    (issue,) = await check(model, tuning=tuning)
+    assert (issue.code, issue.severity) == ("quantized_model", severity)
+
+
+@pytest.mark.parametrize(
+    ("share", "tuning", "severity"),
+    [(0.5, "full", "warning"), (2, "full", "error"), (2, "lora", "error"), (0.01, "full", None)],
+)
+async def test_a_model_that_does_not_fit_into_memory(
+    check: Callable[..., Any], model: Path, share: float, tuning: str, severity: str | None
+) -> None:
+    """An error if the weights alone do not fit; sparse files stand for large ones."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    write_weights(model / "model.safetensors", (int(share * memory / 4 / 1024), 1024))
+    issues = await check(model, tuning=tuning)
+    assert [issue.severity for issue in issues] == ([severity] if severity else [])
+    assert all("GiB" in issue.message for issue in issues)
+
+
+async def test_a_configuration_tells_the_size_of_other_weights(
+    check: Callable[..., Any], model: Path
+) -> None:
+    """Mistral 7B has 7.24 billion."""
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").touch()
+    large = {
+        **SHAPE,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32_000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "vocab_size": 32_000,
+    }
+    (model / "config.json").write_text(json.dumps(large))
+    (issue,) = await check(model)
+    # A thousand times its layers, with the same tables.
+    assert "6979.6 billion weights" in issue.message
+
+
+@pytest.mark.parametrize(("turns", "codes"), [(1, []), (2, ["unusable_row"])])
+async def test_a_template_that_rewrites_earlier_answers(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Inspected,
+    model: Path,
+    tmp_path: Path,
+    *,
+    turns: int,
+    codes: list[str],
+) -> None:
+    """The engine rejects such rows, where more than the last answer is to be learnt."""
+    (model / "chat_template.jinja").write_text(FORGETFUL)
+    turn = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps({"messages": turn * turns}) + "\n")
+    run = make_run(model=str(model), data={"train": data})
+    report = await backend.validate(run.config, inspected(run))
+    assert [issue.code for issue in report.errors] == codes
+    assert all("changes earlier messages" in issue.message for issue in report.errors)
+
+
+class HubServer(BaseHTTPRequestHandler):
+    """A hub that has one small model, one of an unknown type, a gated one, and one too large."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].removeprefix("/api/models/org/")
+        sizes = {"large": 10**15, "small": 1000, "odd": 1000, "gated": 1000}
+        code, error = 200, ""
+        body: dict[str, Any] = {}
+        if name.endswith("/auth-check"):
+            code, error = 403, "GatedRepo"
+        elif name in sizes:
+            described = {"model_type": "mistral3" if name == "odd" else "llama"}
+            tensors = {"parameters": {"F32": sizes[name]}, "total": sizes[name]}
+            body = {"id": f"org/{name}", "modelId": f"org/{name}", "config": described}
+            body |= {"safetensors": tensors, "gated": "manual" if name == "gated" else False}
+        else:
+            code, error = 404, "RepoNotFound"
+        content = json.dumps(body).encode()
+        self.send_response(code)
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_request(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """Where that hub is."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubServer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "codes"),
+    [
+        ("small", []),
+        ("none", ["unknown_model"]),
+        ("gated", ["gated_model"]),
+        ("odd", ["unsupported_architecture"]),
+        ("large", ["memory"]),
+    ],
+)
+async def test_the_hub_is_asked_for_a_model_that_is_not_here(
+    hub: str, home: Path, make_run: MakeRun, inspected: Inspected, *, name: str, codes: list[str]
+) -> None:
+    """Whether it has it, gives it, and what it is; nothing is fetched."""
+    pytest.importorskip("huggingface_hub")
+    run = make_run(model=f"org/{name}")
+    backend = LocalBackend(home, hub=Hub(LocalSettings(hub_url=hub)))
+    report = await backend.validate(run.config, inspected(run))
+    assert [issue.code for issue in report.errors] == codes
+
+
+async def test_a_hub_out_of_reach_is_a_warning_and_one_that_must_not_be_asked_an_error(
+    home: Path, make_run: MakeRun, inspected: Inspected
+) -> None:
+    """It was not checked; the run cannot work."""
+    run = make_run(model="org/any")
+    away = LocalBackend(home, hub=Hub(LocalSettings(hub_url="http://127.0.0.1:1")))
+    (issue,) = (await away.validate(run.config, inspected(run))).issues
+    assert (issue.code, issue.severity) == ("hub_not_asked", "warning")
+    assert "was not checked" in issue.message
+    offline = LocalBackend(home, hub=Hub(LocalSettings(offline=True)))
+    (issue,) = (await offline.validate(run.config, inspected(run))).issues
+    assert (issue.code, issue.severity) == ("model_not_here", "error")
+
+
+@pytest.mark.engine
+async def test_a_row_that_the_template_rejects_far_down_is_found_when_rows_are_counted(
+    backend: LocalBackend,
+    make_run: MakeRun,
+    inspected: Inspected,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    """Long rows are counted in any case, and the count meets it."""
+    (model / "chat_template.jinja").write_text(STRICT)
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+        for text in ["a"] * 150 + ["7 plus 7?"]
+    ]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    run = make_run(model=str(model), data={"train": data})
+    files = inspected(run, sample_type="instruct", summary={"longest_row": 10_000})
+    (issue,) = (await backend.validate(run.config, files)).issues
+    assert (issue.code, issue.severity) == ("unusable_row", "error")
+    assert ":151: " in issue.message
+    assert "no sevens" in issue.message
+
+
+async def test_a_proxy_s_password_is_in_no_issue(
+    home: Path, make_run: MakeRun, inspected: Inspected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries quote the URL that they cannot read."""
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://user:s3cret/pass#word@127.0.0.1:1")
+    backend = LocalBackend(home, hub=Hub(LocalSettings(hub_url="https://hub.example.org")))
+    run = make_run(model="org/any")
+    (issue,) = (await backend.validate(run.config, inspected(run))).issues
+    assert issue.code == "hub_not_asked"
+    assert "s3cret" not in str(issue)
+    assert "word" not in str(issue)

@@ -1,0 +1,488 @@
+"""What a model's files, or the hub, say against a run before it waits for its slot.
+
+Files are read without torch. What cannot be told for certain is a warning, or left to the engine.
+"""
+
+import ast
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from anyio import to_thread
+
+from training_backends.backends.local.hub import Hub
+from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.planning import has_gpu
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import DataFile, Dataset
+from training_backends.core.errors import DatasetError, Issue
+from training_backends.datasets.chat import ChatRow, ClassifierRow
+from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, lines_up_to
+from training_backends.datasets.sources import STDIN, opened
+from training_backends.datasets.tokens import row_counter
+from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.datasets.tokens.models import find_tokenizer, hub_failure, hub_snapshot
+from training_backends.datasets.tokens.rows import AnyRow, read_row
+from training_backends.datasets.tokens.templates import TemplateCheck, has_template
+from training_backends.net.urls import is_loopback
+
+__all__ = [
+    "files_issues",
+    "find_directory",
+    "how_to_report",
+    "hub_issues",
+    "trainable_types",
+]
+
+_HUB_TIMEOUT: Final = 5.0
+"""Seconds; the engine waits as long for the hub."""
+_CHECKED_ROWS: Final = 100
+"""Rows of each file, from its beginning, that are rendered."""
+_SMALL_VOCABULARY: Final = 300
+"""A vocabulary of bytes, as that of `tiny-mistral`: it encodes any text."""
+_MOST_HEADER: Final = 100_000_000
+"""Bytes: the limit of the safetensors format itself."""
+_GIB: Final = 2**30
+_BYTES_FULL: Final = 16
+"""A weight in full fine-tuning: itself, its gradient and AdamW's two moments, 4 bytes each."""
+_BYTES_QUANTIZED: Final = 0.6
+"""A weight of a base model in 4 bits, with what belongs to it."""
+_SMI: Final = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+
+
+def find_directory(model: str) -> Path | None:
+    """Return where a model's files are on this machine, the hub's cache included."""
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    found = hub_snapshot(model) if model.count("/") == 1 else None
+    return found if found and (found / "config.json").is_file() else None
+
+
+# The hub
+
+
+class _Found(NamedTuple):
+    """What the hub says of a model; numbers are None where it does not say them."""
+
+    model_type: str | None
+    weights: int | None
+
+
+async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
+    """Ask the hub for a model that is not on this machine; what it cannot be asked is a warning."""
+    handed = await hub.handed(config.model)
+    if handed.is_offline:
+        message = (
+            f"{config.model!r} is not on this machine, and the hub must not be asked "
+            "(`local.offline` or HF_HUB_OFFLINE)"
+        )
+        return [Issue(code="model_not_here", message=message, field="model", fix="fetch it first")]
+    token = handed.token.get_secret_value() if handed.token else None
+    endpoint = handed.environment.get("HF_ENDPOINT")
+    found = await to_thread.run_sync(_ask, config.model, endpoint, token)
+    if isinstance(found, Issue):
+        return [found]
+    issues = [*_architecture_issues(config, found.model_type, None)]
+    if found.weights:
+        issues += await to_thread.run_sync(lambda: [*_memory_issues(config, found.weights or 0)])
+    return issues
+
+
+def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
+    try:
+        from huggingface_hub import HfApi, errors  # noqa: PLC0415
+    except ImportError:
+        return _not_asked(model, "huggingface_hub is not installed")
+    # Without a token of ours the hub's library takes the one of its own login, as it does in the
+    # engine; never over plain HTTP.
+    is_private = endpoint is None or endpoint.startswith("https:") or is_loopback(endpoint)
+    api = HfApi(endpoint=endpoint, token=token or (None if is_private else False))
+    try:
+        info = api.model_info(model, timeout=_HUB_TIMEOUT)
+        if getattr(info, "gated", False):
+            api.auth_check(model)
+    except errors.GatedRepoError:
+        return Issue(
+            code="gated_model",
+            message=f"{model!r} is a gated model",
+            field="model",
+            fix="accept its license on the hub, then store a token with "
+            "`training-backends credentials set huggingface`",
+        )
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        return Issue(
+            code="unknown_model",
+            message=f"there is no model {model!r}: no directory here, none on the hub",
+            field="model",
+            fix="check the name; for a private model, store a token with "
+            "`training-backends credentials set huggingface`",
+        )
+    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
+        return _not_asked(model, hub_failure(error))
+    described: Mapping[str, Any] = info.config or {}
+    model_type = described.get("model_type")
+    weights = getattr(info.safetensors, "total", None)
+    return _Found(model_type if isinstance(model_type, str) else None, weights)
+
+
+def _not_asked(model: str, why: str) -> Issue:
+    return Issue(
+        code="hub_not_asked",
+        message=f"{model!r} is not on this machine, and whether the hub has it was not checked: "
+        f"{why}",
+        field="model",
+        fix="the run fails when its turn comes if the hub does not have it",
+        severity="warning",
+    )
+
+
+# The model's files
+
+
+def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
+    """Yield what a model's files say against a run; blocks while it reads them and some rows."""
+    if (directory / "adapter_config.json").is_file():
+        return  # of the model that it adapts
+    described = _read_object(directory / "config.json")
+    if isinstance(described, str):
+        yield _model_issue("model_files", f"config.json {described}")
+        return
+    model_type = described.get("model_type")
+    yield from _architecture_issues(config, model_type, described.get("architectures"))
+    yield from _quantization_issues(config, described.get("quantization_config"))
+    is_cached = directory != Path(config.model).expanduser()
+    weights = _count_weights(directory, described)
+    if isinstance(weights, str):
+        if not is_cached:  # the engine fetches what a cached model lacks
+            yield _model_issue("model_files", weights)
+    elif weights and "quantization_config" not in described:  # several weights in a number
+        yield from _memory_issues(config, weights)
+    if config.method != "classifier" and not _encodes_bytes(described):
+        yield from _row_issues(config, dataset, is_cached=is_cached)
+
+
+def how_to_report(
+    config: TrainingConfig, issues: Sequence[Issue]
+) -> Literal["error", "warning"] | None:
+    """Return the severity of a row that has no token count; None where it says nothing."""
+    directory = find_directory(config.model)
+    described = _read_object(directory / "config.json") if directory else ""
+    known = any(issue.code == "unusable_row" for issue in issues)
+    if known or config.method == "classifier" or isinstance(described, str):
+        return None
+    return None if _encodes_bytes(described) else _severity(config)
+
+
+def _severity(config: TrainingConfig) -> Literal["error", "warning"]:
+    tolerated = LocalOptions.model_validate(config.options).max_invalid_fraction
+    return "warning" if tolerated else "error"
+
+
+def _encodes_bytes(described: Mapping[str, Any]) -> bool:
+    size = described.get("vocab_size")
+    return isinstance(size, int) and size < _SMALL_VOCABULARY
+
+
+def _model_issue(code: str, message: str, fix: str | None = None) -> Issue:
+    return Issue(code=code, message=message, field="model", fix=fix)
+
+
+def _read_object(path: Path) -> dict[str, Any] | str:
+    """Read a JSON object, or say why that does not work."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):
+        return "is not valid JSON"
+    return found if isinstance(found, dict) else "holds no JSON object"
+
+
+def _architecture_issues(
+    config: TrainingConfig, model_type: object, architectures: object
+) -> Iterator[Issue]:
+    classifies = config.method == "classifier"
+    known = trainable_types(classifies=classifies)
+    if not isinstance(model_type, str) or known is None or model_type in known:
+        return
+    named = f" ({architectures[0]})" if isinstance(architectures, list) and architectures else ""
+    kind = "sequence classifier" if classifies else "causal language model"
+    yield _model_issue(
+        "unsupported_architecture",
+        f"models of the type {model_type!r}{named} cannot be trained here: the installed version "
+        f"of transformers has no {kind} of it",
+        "use another model, or a version of transformers that has it",
+    )
+
+
+@lru_cache
+def trainable_types(*, classifies: bool) -> frozenset[str] | None:
+    """Return the `model_type`s that transformers can load; None where that is not known.
+
+    Its tables are read as text: importing them loads torch.
+    """
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return None
+    auto = Path(spec.origin).parent / "models" / "auto"
+    task = "SEQUENCE_CLASSIFICATION" if classifies else "CAUSAL_LM"
+    heads = _table(auto / "modeling_auto.py", f"MODEL_FOR_{task}_MAPPING_NAMES")
+    configs = _table(auto / "auto_mappings.py", "CONFIG_MAPPING_NAMES")
+    configs |= _table(auto / "configuration_auto.py", "CONFIG_MAPPING_NAMES")
+    if not heads or not configs:
+        return None
+    # Types that share a configuration class are interchangeable.
+    classes = {configs[name] for name in heads.keys() & configs.keys()}
+    return frozenset(heads) | {name for name, each in configs.items() if each in classes}
+
+
+def _table(path: Path, name: str) -> dict[str, str]:
+    """Return the pairs of strings in the literal that a module assigns to a name."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    found: dict[str, str] = {}
+    for statement in tree.body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(statement, ast.Assign) or not isinstance(target, ast.Name):
+            continue
+        if target.id == name:
+            for node in ast.walk(statement.value):
+                if isinstance(node, ast.Tuple) and len(node.elts) == 2:
+                    key, value = (getattr(each, "value", None) for each in node.elts)
+                    if isinstance(key, str):
+                        found[key] = value if isinstance(value, str) else ""
+    return found
+
+
+def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[Issue]:
+    if not isinstance(described, dict):
+        return
+    method = described.get("quant_method", "bitsandbytes")
+    if config.tuning is not None and config.tuning.kind == "full":
+        yield _model_issue(
+            "quantized_model",
+            f"the model is quantized ({method}), and quantized weights cannot be trained "
+            "themselves",
+            "use tuning: qlora or lora, or the model that it was made from",
+        )
+    elif method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+        yield _model_issue(
+            "quantized_model",
+            "the model is quantized, and the package bitsandbytes is not installed",
+            "pip install 'training-backends[qlora]'",
+        )
+    elif method != "bitsandbytes":
+        yield Issue(
+            code="quantized_model",
+            message=f"the model is quantized with {method}, which needs that method's own package "
+            "and may not be trainable",
+            field="model",
+            fix="use the model that it was made from",
+            severity="warning",
+        )
+
+
+# Weights and memory
+
+
+def _count_weights(directory: Path, described: Mapping[str, Any]) -> int | str | None:
+    """Count the weights by the headers of their files, or say what is wrong with these."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        listed = _read_object(index)
+        names = listed if isinstance(listed, str) else listed.get("weight_map")
+        if not isinstance(names, dict):
+            return f"{index.name} {names}" if isinstance(names, str) else f"{index.name} is damaged"
+        files = sorted({directory / str(name) for name in names.values()})
+    elif (directory / "model.safetensors").is_file():
+        files = [directory / "model.safetensors"]
+    elif any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin")):
+        return _described_weights(described)
+    else:
+        return "the directory holds no weights (no *.safetensors)"
+    total = 0
+    for path in files:
+        found = _read_header(path)
+        if isinstance(found, str):
+            return f"{path.name} {found}"
+        total += found
+    return total
+
+
+def _read_header(path: Path) -> int | str:
+    """Count the weights of a safetensors file by its header, or say what is wrong with it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MOST_HEADER, size - 8):
+                return "is damaged: its header is not that of a safetensors file"
+            header = json.loads(file.read(length))
+        tensors = [each for name, each in header.items() if name != "__metadata__"]
+        end = max((each["data_offsets"][1] for each in tensors), default=0)
+        weights = sum(math.prod(each["shape"]) for each in tensors)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return "is damaged: its header cannot be read"
+    if 8 + length + end != size:
+        return f"is damaged: it has {size:,} bytes, and its header says {8 + length + end:,}"
+    return int(weights)
+
+
+def _described_weights(described: Mapping[str, Any]) -> int | None:
+    """Count the weights of a plain transformer by its configuration; None for other shapes."""
+    try:
+        width, layers = int(described["hidden_size"]), int(described["num_hidden_layers"])
+        heads = int(described["num_attention_heads"])
+        shared = int(described.get("num_key_value_heads") or heads)
+        inner, words = int(described["intermediate_size"]), int(described["vocab_size"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    head = int(described.get("head_dim") or width // max(1, heads))
+    tables = 1 if described.get("tie_word_embeddings") else 2
+    attention = 2 * width * head * (heads + shared)
+    return tables * words * width + layers * (attention + 3 * width * inner)
+
+
+def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
+    options = LocalOptions.model_validate(config.options)
+    gpus = [] if options.device == "cpu" else _gpu_memory()
+    if not gpus and options.device != "cpu" and has_gpu():
+        return  # one whose memory nothing tells
+    here = max(gpus) if gpus else _machine_memory()
+    if here is None:
+        return
+    kind = config.tuning.kind if config.tuning else "lora"
+    halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
+    if kind == "full":
+        least, needed = 4.0 * weights, float(_BYTES_FULL * weights)
+    elif kind == "qlora":
+        least = needed = _BYTES_QUANTIZED * weights
+    else:
+        least = needed = (2.0 if halves else 4.0) * weights
+    if needed <= here:
+        return
+    where = "the GPU" if gpus else "this machine"
+    fixes = {"full": "lora or qlora", "lora": "qlora"}
+    other = f"use tuning: {fixes[kind]}, or a smaller model" if kind in fixes else ""
+    beside = "" if kind == "full" else ", beside the rows"
+    yield Issue(
+        code="memory",
+        message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
+        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
+        f"{here / _GIB:.1f} GiB",
+        field="model",
+        fix=other or "use a smaller model",
+        severity="error" if least > here else "warning",
+    )
+
+
+def _machine_memory() -> int | None:
+    """Return the bytes of memory that this machine, or this container, has."""
+    found: list[int] = []
+    with suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii")
+            found.append(int(text))
+    return min(found, default=None)
+
+
+@lru_cache(maxsize=1)
+def _gpu_memory() -> tuple[int, ...]:
+    """Return the bytes of each GPU's memory; () where there is none, or nothing says."""
+    try:
+        done = subprocess.run(_SMI, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+        lines = done.stdout.split() if done.returncode == 0 else []
+        return tuple(int(line) * 2**20 for line in lines)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ()
+
+
+# Tokenizer and rows
+
+
+def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) -> Iterator[Issue]:
+    try:
+        tokenizer = find_tokenizer(config.model)
+    except Uncountable as error:
+        if not is_cached:
+            yield _model_issue("model_files", str(error))
+        return
+    files = [file for file in dataset.files if file.sample_type in {"instruct", "preference"}]
+    check: TemplateCheck | None = None
+    if tokenizer.kind == "template" and tokenizer.path is not None and files:
+        if not has_template(tokenizer.path):
+            yield _model_issue(
+                "no_chat_template",
+                "the tokenizer has no chat template, so conversations cannot be encoded",
+                "use the instruct version of the model, or rows with `text`",
+            )
+            return
+        check = TemplateCheck(tokenizer.path)
+    for file in files:
+        if found := _first_unusable(config.model, file, check):
+            line, reason = found
+            yield Issue(
+                code="unusable_row",
+                message=f"the model cannot be trained on this row: {reason}",
+                path=str(file.path),
+                line=line,
+                fix="change or remove it, or use another model",
+                severity=_severity(config),
+            )
+
+
+def _first_unusable(
+    model: str, file: DataFile, check: TemplateCheck | None
+) -> tuple[int, str] | None:
+    """Return the first row, of those that are looked at, that the engine will reject, and why."""
+    count = None
+    for number, row in _first_rows(file):
+        if check is not None and check.accepts(row):
+            if isinstance(row, ChatRow) and check.rewrites(row):
+                return number, (
+                    "the chat template changes earlier messages, so its answers cannot be told "
+                    "from the rest"
+                )
+            continue
+        # In doubt the tokenizer itself is asked, which loads transformers.
+        if count is None and (count := row_counter(model)) is None:
+            return None
+        try:
+            count(row)
+        except Uncountable as error:
+            return number, str(error)
+    return None
+
+
+def _first_rows(file: DataFile) -> Iterator[tuple[int, AnyRow]]:
+    if file.path == STDIN:
+        return  # it was read, and cannot be read again
+    read = 0
+    with suppress(DatasetError, OSError), opened(file.path) as source:
+        for number, line in enumerate(lines_up_to(source.lines, MAX_LINE_BYTES), 1):
+            content = line.removeprefix(BOM) if number == 1 else line
+            if not content.strip():
+                continue
+            with suppress(Uncountable):  # what is no row was reported by the inspection
+                row = read_row(content)
+                if not isinstance(row, ClassifierRow):
+                    yield number, row
+            read += 1
+            if read == _CHECKED_ROWS:
+                return
