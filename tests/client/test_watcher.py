@@ -503,6 +503,25 @@ async def test_waiting_ends_with_the_error_of_a_run(
             await client.wait(*(run.id for run in runs))
 
 
+async def test_waiting_outlasts_an_answer_that_cannot_be_read(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """A proxy may have answered in place of the server."""
+    backend = Picky(ProtocolError("a web page"), bad=["run-000"])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        (run,) = await launch(client, make_config, 1)
+
+        async def recover() -> None:
+            await until(lambda: backend.failed)
+            backend.bad.clear()
+            backend.finish(str(run.remote_id))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(recover)
+            (ended,) = await client.wait(run.id)
+    assert ended.status is TrainingStatus.COMPLETED
+
+
 # -- changes of status --------------------------------------------------------------------------
 
 
