@@ -496,13 +496,15 @@ async def test_one_job_of_a_provider_keeps_its_trouble_to_itself(
 async def test_a_run_in_trouble_is_asked_for_less_and_less_often(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    """While another one is asked for as ever."""
+    """The pause doubles, from a second on, however often the other run is asked for."""
     backend = Picky(KeyError("a bug"), bad=["run-000"])
     async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
         await launch(client, make_config, 2)
+        began = anyio.current_time()
         async with watching(client.watcher()):
-            await until(lambda: backend.failed["run-000"] > 1)
-    assert len(backend.looks) > 4 * backend.failed["run-000"]
+            await until(lambda: backend.failed["run-000"] == 3)
+        assert anyio.current_time() - began >= 1 + 2
+    assert len(backend.looks) > 1
 
 
 async def test_a_run_that_recovers_is_seen_again(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -577,6 +579,25 @@ async def test_waiting_ends_with_the_error_of_a_run(
         runs = await launch(client, make_config, 3)
         with pytest.raises(PermissionDenied, match="not yours"):
             await client.wait(*(run.id for run in runs))
+
+
+async def test_waiting_outlasts_an_answer_that_cannot_be_read(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """A proxy may have answered in place of the server."""
+    backend = Picky(ProtocolError("a web page"), bad=["run-000"])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        (run,) = await launch(client, make_config, 1)
+
+        async def recover() -> None:
+            await until(lambda: backend.failed)
+            backend.bad.clear()
+            backend.finish(str(run.remote_id))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(recover)
+            (ended,) = await client.wait(run.id)
+    assert ended.status is TrainingStatus.COMPLETED
 
 
 # -- changes of status --------------------------------------------------------------------------

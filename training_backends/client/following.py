@@ -15,7 +15,12 @@ from training_backends.client.looks import Looks
 from training_backends.client.rounds import RoundOf
 from training_backends.client.store import RunStore
 from training_backends.core.concurrency import run_all
-from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
+from training_backends.core.errors import (
+    ProtocolError,
+    RunNotFound,
+    StoreError,
+    TrainingBackendError,
+)
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
 
@@ -126,7 +131,9 @@ class Following:
             try:
                 await rounds.go()
                 for run in rounds.runs.values():
-                    if (error := rounds.trouble_of(run.id)) is not None:
+                    error = rounds.trouble_of(run.id)
+                    # A proxy's error page in place of an answer may be gone the next time.
+                    if error is not None and not isinstance(error, ProtocolError):
                         await self._bear(run, error)
                 pause, trouble = await rounds.pause(_STORE_LOOK), _SHORTEST
             except TrainingBackendError as error:
