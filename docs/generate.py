@@ -54,7 +54,7 @@ def exit_codes() -> str:
         ExitCode.NOT_FOUND: "there is no such run",
         ExitCode.CONFLICT: "a duplicate or a conflict",
         ExitCode.BUDGET: "the budget would be exceeded, or the price was not confirmed",
-        ExitCode.UNAVAILABLE: "the backend cannot be reached, is retired or is not installed",
+        ExitCode.UNAVAILABLE: "the backend cannot be reached, is retired, not installed or broken",
         ExitCode.UNSUPPORTED: "the backend cannot do this",
         ExitCode.RUN_FAILED: "the run failed",
         ExitCode.RUN_CANCELLED: "the run was cancelled",

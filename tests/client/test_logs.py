@@ -142,3 +142,50 @@ async def test_a_lost_run_is_said_to_have_vanished(
     assert stale is not None
     assert stale.kind == "vanished"
     assert timedelta(0) <= stale.since - before < timedelta(minutes=1)
+
+
+async def test_each_change_of_status_is_in_the_log_once(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Whether the client, the backend or both tell it; what else the backend says is kept."""
+    run = await client.launch(make_config(), backend="scripted")
+    remote_id = str(run.remote_id)
+    backend.say(remote_id, TrainingStatus.STOPPING)
+    await client.status(run.id)
+    backend.tell(remote_id, TrainingStatus.STOPPING)
+    backend._add(remote_id, "saves", "status", fields={"status": "stopping"})
+    await client.status(run.id)
+    backend.tell(remote_id, TrainingStatus.CANCELLED)
+    await client.status(run.id)
+    records = await read_log(client, run.id)
+    assert [(record.source, record.message) for record in records] == [
+        ("status", "stopping"),
+        ("event", "saves"),
+        ("status", "cancelled"),
+    ]
+
+
+async def test_the_history_that_a_backend_logs_is_kept(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """What was over before anybody looked is told by the backend alone."""
+    run = await client.launch(make_config(), backend="scripted")
+    for status in (TrainingStatus.INITIALIZING, TrainingStatus.RUNNING):
+        backend.tell(str(run.remote_id), status)
+    backend.finish(str(run.remote_id))
+    messages = [record.message for record in await read_log(client, run.id)]
+    assert messages == ["initializing", "running", "completed"]
+
+
+async def test_a_run_that_was_never_launched_ends_in_its_log_too(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """No provider has a log of it, so all of it is here."""
+    backend = ScriptedBackend()
+    backend.before_create = backend.refusing(BackendUnavailable("away", sent=False))
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        with pytest.raises(BackendUnavailable):
+            await client.launch(make_config(), backend="scripted", run_id="mine")
+        await client.stop("mine")
+        (record,) = await read_log(client, "mine", follow=True)
+    assert (record.source, record.fields["status"]) == ("status", "cancelled")

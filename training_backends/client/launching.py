@@ -1,6 +1,7 @@
 """The records of runs on their way to a provider: launched once, continued, brought up to date."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from anyio import to_thread
 
@@ -96,7 +97,7 @@ class RunRecords:
             return state.remote_id or run_id
 
         await journal.step(LAUNCHED, accepted, repeatable=True)
-        return await self.saw(run, state, forget_failure=True)
+        return await self.saw(run, state, accepted=True)
 
     def resuming(
         self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
@@ -126,16 +127,23 @@ class RunRecords:
         return start
 
     async def saw(
-        self, run: TrainingRun, state: RunState, *, forget_failure: bool = False
+        self, run: TrainingRun, state: RunState, *, accepted: bool = False
     ) -> TrainingRun:
-        """Store what a provider said of a run and return the run with it."""
+        """Store the state of a run and return the run with it.
+
+        Args:
+            accepted: Whether it comes from a provider that has accepted the launch. Otherwise
+                there is no job, and so no log to be read later.
+        """
 
         def change(now: TrainingRun) -> TrainingRun:
-            if forget_failure:
+            if accepted:
                 now = now.model_copy(update={"failure": None})
             return with_state(now, state)
 
-        seen = await to_thread.run_sync(self._store.launched, run.id, change)
+        seen = await to_thread.run_sync(
+            partial(self._store.launched, run.id, change, whole=not accepted)
+        )
         report_change(run, seen, state)
         return seen
 

@@ -241,7 +241,8 @@ class LogRecord(BaseModel):
     """One line of a run's log.
 
     Attributes:
-        source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, …
+        source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client
+            adds the `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
             backend that tells of single steps keeps what a checkpoint is known by together,

@@ -118,18 +118,27 @@ class Timeline(Database):
                 _set_whole(connection, row, run)
             return run
 
-    def launched(self, run_id: str, change: Callable[[TrainingRun], TrainingRun]) -> TrainingRun:
+    def launched(
+        self,
+        run_id: str,
+        change: Callable[[TrainingRun], TrainingRun],
+        *,
+        whole: bool = False,
+    ) -> TrainingRun:
         """Change a run by what was seen of it without its log; an end is recorded there.
 
-        The log of a run that ends without a job at a provider is whole then. Other changes of
-        status are left to the first look, which reads the provider's log from its beginning.
+        Other changes of status are left to the first look, which reads the provider's log from
+        its beginning.
+
+        Args:
+            whole: With its end, the log of the run is whole: no provider has one.
         """
         with self._writing() as connection:
             row = find_run(connection, run_id)
             run = change_run(connection, row, change)
             if run.status.is_terminal:
                 _append(connection, row, _with_status(connection, row, run, []))
-                if run.remote_id is None:
+                if whole:
                     _set_whole(connection, row, run)
             return run
 
