@@ -14,6 +14,7 @@ from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import CredentialNotFound, VaultLocked
 from training_backends.core.logs import get_logger
+from training_backends.net.environment import proxy_environment
 from training_backends.net.urls import is_loopback
 from training_backends.rundir.handover import ON_STDIN
 
@@ -30,8 +31,6 @@ _PASSED_ON: Final = re.compile(
     r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
     re.IGNORECASE,
 )
-# May hold a password, so it is for those only who go out.
-_WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
 """What the hub's own library takes for yes."""
 
@@ -64,10 +63,15 @@ class Hub:
         self._credentials = credentials
 
     async def handed(self, model: str) -> Handed:
-        """Return what a process needs that loads a model; a token only for one of the hub."""
+        """Return what a process needs that loads a model; a token only for one of the hub.
+
+        Raises:
+            ConfigError: A proxy's variable cannot be used. The hub's library would quote it.
+        """
         if await to_thread.run_sync(_is_here, model):
             return Handed(self._environment())
-        environment = self._environment() | _matching(_WAY_OUT)
+        # Proxies may hold a password, so they are only for a process that needs the network.
+        environment = self._environment() | proxy_environment()
         token = await self._token(environment)
         if token is not None:
             environment[ON_STDIN] = "1"
