@@ -91,13 +91,13 @@ def test_a_proxy_that_cannot_be_used_is_named_and_not_shown(
     for read in (lambda: make_pool(HOST, HttpPolicy()), proxy_environment):
         with pytest.raises(ConfigError, match=name) as caught:
             read()
-        assert [issue.field for issue in caught.value.issues] == [name]
-        text = f"{caught.value} {caught.value.issues} {caught.value.hint}"
+        text = f"{caught.value} {caught.value.hint}"
+        assert redact(text) == text
         assert not any(text.count(piece) for piece in (PASSWORD, PASSWORD[:7], "corp"))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))))
+@given(value=st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_no_value_is_more_than_a_named_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """Whatever a proxy variable or NO_PROXY holds."""
     for name, form in (("HTTPS_PROXY", "{}"), ("HTTPS_PROXY", "http://{}@h"), ("NO_PROXY", "{}")):

@@ -19,7 +19,7 @@ from urllib.request import getproxies
 
 import httpx
 
-from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue
+from training_backends.core.errors import BackendNotInstalled, ConfigError
 from training_backends.core.redaction import register_proxy
 from training_backends.net.urls import is_loopback
 
@@ -155,15 +155,13 @@ def _read_proxy(name: str, value: str) -> _Proxy:
 
 
 def _unusable(variable: str, why: str) -> ConfigError:
-    fix = "correct or unset it"
     hint = f"Correct or unset {variable}."
     if variable.lower().endswith("_proxy"):
-        hint = (
-            f"{variable} has the form http://user:password@host:port. Percent-encode special "
-            "characters of the user and password: `/` is %2F, `#` %23, `?` %3F, `@` %40."
+        hint += (
+            " Special characters in its user name and password are percent-encoded "
+            "(%2F for /, %23 for #, %3F for ?, %40 for @)."
         )
-    issue = Issue(code="bad_network_variable", message=why, field=variable, fix=fix)
-    return ConfigError(f"{variable} cannot be used: {why}.", issues=[issue], hint=hint)
+    return ConfigError(f"{variable} cannot be used: {why}.", hint=hint)
 
 
 def _variable(name: str) -> str:
