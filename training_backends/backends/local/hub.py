@@ -12,10 +12,10 @@ from pydantic import SecretStr
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
-from training_backends.core.errors import CredentialNotFound, VaultLocked
+from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
 from training_backends.core.logs import get_logger
-from training_backends.net.environment import proxy_environment
-from training_backends.net.urls import is_loopback
+from training_backends.net.environment import proxy_environment, tls_context
+from training_backends.net.urls import is_loopback, normalize_base_url
 from training_backends.rundir.handover import ON_STDIN
 
 __all__ = ["Handed", "Hub"]
@@ -66,13 +66,17 @@ class Hub:
         """Return what a process needs that loads a model; a token only for one of the hub.
 
         Raises:
-            ConfigError: A proxy's variable cannot be used. The hub's library would quote it.
+            ConfigError: A variable of the network cannot be used. The hub's library would quote it.
         """
-        if await to_thread.run_sync(_is_here, model):
-            return Handed(self._environment())
+        environment = self._environment()
+        is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        if is_offline or await to_thread.run_sync(_is_here, model):
+            return Handed(environment)
+        endpoint = _checked_endpoint(environment.get("HF_ENDPOINT"))
+        await to_thread.run_sync(tls_context)
         # Proxies may hold a password, so they are only for a process that needs the network.
-        environment = self._environment() | proxy_environment()
-        token = await self._token(environment)
+        environment |= proxy_environment()
+        token = await self._token(endpoint)
         if token is not None:
             environment[ON_STDIN] = "1"
         return Handed(environment, token)
@@ -85,11 +89,9 @@ class Hub:
             ours["HF_ENDPOINT"] = self._settings.hub_url
         return _matching(_PASSED_ON) | ours
 
-    async def _token(self, environment: dict[str, str]) -> SecretStr | None:
-        offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-        if self._credentials is None or offline:
+    async def _token(self, endpoint: str) -> SecretStr | None:
+        if self._credentials is None:
             return None
-        endpoint = environment.get("HF_ENDPOINT", "https:")
         if not endpoint.startswith("https:") and not is_loopback(endpoint):
             log.warning("no token for the model hub: it is asked over plain http", url=endpoint)
             return None
@@ -103,6 +105,18 @@ class Hub:
             # Most models need none; where one does, the hub's refusal is the run's failure.
             log.warning("no token for the model hub", reason=error.message)
             return None
+
+
+def _checked_endpoint(value: str | None) -> str:
+    if not value:
+        return "https:"  # the hub itself
+    try:
+        return normalize_base_url(value)
+    except ConfigError as error:
+        why = "; ".join(issue.message for issue in error.issues)
+        raise ConfigError(
+            f"HF_ENDPOINT cannot be used: {why}.", hint="Correct or unset HF_ENDPOINT."
+        ) from None
 
 
 def _is_here(model: str) -> bool:
