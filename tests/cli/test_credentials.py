@@ -282,7 +282,9 @@ def test_a_key_that_is_accepted_ends_with_0(
         "profile": "work",
         "accepted": True,
         "source": "keyring",
+        "server": provider.base_url,
     }
+    assert provider.base_url in tried.err  # where the key was sent
     assert {request.method for request in provider.requests} == {"GET"}
     assert CANARY not in tried.out + tried.err + stored.out + stored.err
 

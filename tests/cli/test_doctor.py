@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.plugins import Install
 
 Run = Any
@@ -77,3 +79,40 @@ def test_a_broken_plugin_has_an_exit_code_of_its_own(
     done = run("validate", config_file.name, "--backend", "plugin", "--json")
     assert (done.code, done.document["error"]["type"]) == (8, "BackendBroken")
     assert "report it" in done.document["error"]["hint"]
+
+
+def test_what_a_dotenv_says_is_ignored_and_shown(run: Run, tmp_path: Path) -> None:
+    """Each command says so once; `doctor` says from where and what to do instead."""
+    names = "TRAINING_BACKENDS_MISTRAL__BASE_URL", "TRAINING_BACKENDS_GATEWAY__HOST"
+    (tmp_path / ".env").write_text("".join(f"{name}=attacker.example\n" for name in names))
+    done = run("doctor", "--json", MISTRAL_API_KEY="")
+    assert done.code == 0
+    settings = {entry["name"]: entry["origin"] for entry in done.document["settings"]}
+    assert settings["mistral.base_url"] == settings["gateway.host"] == "default"
+    (check,) = [check for check in done.document["checks"] if check["name"] == ".env"]
+    assert all(name in check["message"] for name in (*names, str(tmp_path / ".env")))
+    done = run("keys", "list")
+    assert done.err.count("is not read") == 1
+    assert all(name in done.err for name in names)
+    assert "attacker" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTPS_PROXY", "http://corp:hunter2hunter/x@proxy.example:8080"),
+        ("HTTPS_PROXY", "http://127.0.0.1:port"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+    ],
+)
+def test_a_network_variable_that_cannot_be_used_is_a_failed_line(
+    run: Run, variable: str, value: str
+) -> None:
+    """All else is still shown."""
+    done = run("doctor", "--json", MISTRAL_API_KEY="k" * 32, **{variable: value})
+    assert done.code == 1
+    checks = {check["name"]: check for check in done.document["checks"]}
+    assert checks["mistral"]["state"] == "failed"
+    assert variable in checks["mistral"]["message"]
+    assert checks["run store"]["state"] == "ok"
+    assert "hunter2" not in done.out + done.err

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import string
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -22,7 +23,9 @@ from training_backends.core.redaction import (
     redact,
     redact_value,
     register_environment,
+    register_proxy,
     register_secret,
+    register_url,
 )
 from training_backends.core.run import new_run_id
 
@@ -309,6 +312,124 @@ def test_secrets_of_the_environment_are_found_by_their_names() -> None:
     for secret in ("one-secret", "two-secret", "three secret", "three%20secret", "four-secret"):
         assert redact(f"-{secret}-") == f"-{REDACTED}-"
     assert redact("nothing") == "nothing"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://corp:hunter2hunter/x@proxy.example:8080",
+        "http://corp:hunter2hunter#x@proxy.example:8080",
+        "http://corp:hunter2hunter?x@proxy.example:8080",
+        "http://corp:x@hunter2hunter@proxy.example:8080",
+        "http://corp:x/hunter2hunter:1@proxy.example:8080",
+        "http://corp:hunter2hunter%zz@proxy.example:8080",
+        "corp:hunter2hunter/x@proxy.example:8080",
+        "http://8080/hunter2hunter@proxy.example",
+        "http://corp:8080/hunter2hunter@proxy.example",
+    ],
+)
+def test_a_proxy_password_that_breaks_its_url_is_found_in_pieces(url: str) -> None:
+    """A parser that takes the password for a host or port quotes a piece of it."""
+    register_environment({"Https_Proxy": url})
+    assert redact("Invalid port: 'hunter2hunter'") == f"Invalid port: '{REDACTED}'"
+    assert redact("cannot resolve proxy.example") == "cannot resolve proxy.example"
+
+
+@given(
+    st.text(string.ascii_letters + "/#?@:%", min_size=1, max_size=30).filter(lambda t: t[0] != ":"),
+    st.sampled_from(["http://u:{}@h", "u:{}@h:3128", "socks5://u:{}@[::1]:1"]),
+)
+def test_every_long_piece_of_a_proxy_password_is_found(password: str, form: str) -> None:
+    """Whichever delimiters it holds, escaped or not."""
+    register_proxy(form.format(password))
+    for piece in re.split("[/#?@:%]", password):
+        if len(piece) >= 6:
+            assert piece not in redact(f"Invalid port: '{piece}'")
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql://u:first/second@host/db", "second"),
+        ("postgresql://u:p%20assword@host/db?application_name=a@b", "p assword"),
+        ("http://one.example,http://u:second-one@two.example", "second-one"),
+    ],
+)
+def test_a_password_inside_any_url_is_found(url: str, secret: str) -> None:
+    """Also where it makes the URL unreadable, or the URL is not the first one."""
+    register_url(url)
+    assert redact(f"<{secret}>") == f"<{REDACTED}>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://registry.example:8080/@scope/package",
+        "https://example.org/a:b, write to admin@example.org",
+        "postgresql://u@host.example/database?application_name=some@thing",
+    ],
+)
+def test_a_url_without_a_password_registers_nothing(text: str) -> None:
+    """An @ in a path or behind the URL makes no password of what is before it."""
+    register_url(text)
+    assert redact(text) == text
+
+
+# -- time --------------------------------------------------------------------------------------
+
+HEAVY = [
+    *("hf_", "eyJ-", "eyJ_a.", "sk-", "gho_", "wandb_v1_", "a1B-", "A1"),
+    *(
+        "token",
+        "token=",
+        "token=\\",
+        "token={",
+        "token: ",
+        "password: x ",
+        "api_key='",
+        '("token",',
+    ),
+    *("bearer ", "bearer\t", "basic ", "://", "://a:", "?x-amz-", "&key=", "%25", "%5C", "\\", '"'),
+    *(" ", "ab\\", "secret_"),
+]
+
+
+@pytest.mark.parametrize("before", ["", "token=", "x \\"])
+@pytest.mark.parametrize("atom", HEAVY)
+def test_four_times_the_text_takes_about_four_times_as_long(before: str, atom: str) -> None:
+    """A request's path or an error's body must not hold a process: time is linear."""
+    for secret in ('ab\\"cd"efgh', '\\\\"secret"', "hf_hf_hf_secret", "% % % %", "\\n\n\\n\n\\n"):
+        register_secret(secret)
+    short = (before + atom * 4096)[:4096]
+    long = (before + atom * 16384)[:16384]
+    best = dict.fromkeys((short, long), float("inf"))
+    for _ in range(4):
+        for text in best:
+            began = time.thread_time()
+            redact(text)
+            best[text] = min(best[text], time.thread_time() - began)
+    assert best[long] < 9 * best[short]  # 16 where it is quadratic
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    secret=tokens(LETTERS_AND_DIGITS + "/ '\\", 12, 60).map(str.strip).filter(lambda t: len(t) > 8),
+    where=st.integers(-70, 5000),
+    register=st.booleans(),
+)
+def test_no_half_of_a_secret_remains_where_a_long_text_is_cut(
+    secret: str, where: int, register: bool
+) -> None:
+    """The end of what is kept is left out too, as a secret may have been cut there."""
+    shown = secret if register else SHA1
+    if register:
+        register_secret(secret)
+    text = f"{'. ' * 2**15}"[: 2**16 - where] + f" {shown} " + ". " * 5000
+    cleaned = redact(text)
+    assert len(cleaned) < 2**16
+    assert shown[: len(shown) // 2] not in cleaned
+    assert cleaned.endswith(f"[cut: {len(text)} characters]")
+    assert redact(cleaned) == cleaned
 
 
 WORDS = st.text(string.ascii_lowercase, min_size=1, max_size=12)

@@ -1,4 +1,4 @@
-"""Settings come from the environment, `.env` and the settings file, in this order."""
+"""Settings come from the environment and the settings file, in this order."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,11 @@ import pytest
 from pydantic import PositiveFloat
 
 from training_backends import ConfigError
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core import settings
 from training_backends.core.settings import SectionSettings, Settings, load_settings
+from training_backends.gateway.settings import GatewaySettings
 
 
 class PartSettings(SectionSettings):
@@ -25,7 +28,7 @@ class PartSettings(SectionSettings):
 
 @pytest.fixture(autouse=True)
 def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no `.env` of the project be read."""
+    """Have a directory in which a test may write a `.env`."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -47,13 +50,11 @@ def write_file(text: str) -> None:
     path.write_text(text)
 
 
-def test_the_environment_wins_over_dotenv_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each source is seen only where no earlier one says anything."""
+def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file counts only where no variable is set."""
     assert load_settings(PartSettings).where == "default"
     write_file('[part]\nwhere = "file"\npatience = 1\n')
     assert load_settings(PartSettings).where == "file"
-    Path(".env").write_text("TRAINING_BACKENDS_PART__WHERE=dotenv\n")
-    assert load_settings(PartSettings).where == "dotenv"
     monkeypatch.setenv("TRAINING_BACKENDS_PART__WHERE", "environment")
     loaded = load_settings(PartSettings)
     assert (loaded.where, loaded.patience) == ("environment", 1.0)
@@ -159,12 +160,31 @@ def test_a_misspelt_variable_names_the_nearest(
     assert (issue.field, near in issue.message) == (variable, True)
 
 
-def test_a_misspelt_name_in_dotenv_names_the_nearest() -> None:
-    """The file beside the project is no different."""
-    Path(".env").write_text("TRAINING_BACKENDS_LOG_LEVLE=debug\n")
-    with pytest.raises(ConfigError) as caught:
-        load_settings(Settings)
-    assert "log_level" in caught.value.issues[0].message
+@pytest.mark.parametrize(
+    "name", ["MISTRAL__BASE_URL", "LOCAL__HUB_URL", "GATEWAY__HOST", "GATEWAY__API_KEY", "HOME"]
+)
+def test_a_dotenv_in_the_working_directory_sets_nothing(name: str) -> None:
+    """It comes with a cloned repository, and must not decide where keys are sent."""
+    kinds = (Settings, MistralSettings, LocalSettings, GatewaySettings)
+    before = [load_settings(kind) for kind in kinds]
+    Path(".env").write_text(f"TRAINING_BACKENDS_{name}=https://attacker.example\nNO_SUCH=1\n")
+    assert [load_settings(kind) for kind in kinds] == before
+    assert settings.ignored_variables() == (f"TRAINING_BACKENDS_{name}",)
+
+
+def test_the_ignored_names_of_a_dotenv_are_known() -> None:
+    """However they are written; a value is never shown."""
+    assert settings.ignored_variables() == ()
+    Path(".env").write_bytes(
+        b"\xff\n  export training_backends_log_level = debug\n"
+        b"OTHER='TRAINING_BACKENDS_HOME=/x'\n# TRAINING_BACKENDS_STORE_URL=y\n"
+        b"TRAINING_BACKENDS_HOEM=TRAINING_BACKENDS_WATCH__X=1\nTRAINING_BACKENDS_HOEM=2\n"
+    )
+    names = ("training_backends_log_level", "TRAINING_BACKENDS_HOEM")
+    assert settings.ignored_variables() == names
+    Path(".env").unlink()
+    Path(".env").mkdir()
+    assert settings.ignored_variables() == ()
 
 
 def test_a_misspelt_section_of_the_file_names_the_nearest() -> None:
@@ -184,10 +204,9 @@ def test_variables_of_others_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -
 def test_each_setting_tells_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the source that counts, with what is secret left out."""
     write_file('store_url = "sqlite:///a.db"\nlog_format = "json"\n')
-    Path(".env").write_text("TRAINING_BACKENDS_LOG_FORMAT=console\n")
     monkeypatch.setenv("TRAINING_BACKENDS_STORE_URL", "postgresql://me:hunter22@db/runs")
     found = {entry.name: entry for entry in settings.effective_settings(Settings)}
     assert found["store_url"].origin == "TRAINING_BACKENDS_STORE_URL"
     assert "hunter22" not in found["store_url"].value
-    assert found["log_format"][1:] == ("console", ".env")
+    assert found["log_format"][1:] == ("json", str(settings.config_file()))
     assert found["log_level"][1:] == ("warning", "default")

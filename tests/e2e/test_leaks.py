@@ -375,13 +375,116 @@ def test_settings_that_cannot_be_used(world: World) -> None:
     world.assert_clean()
 
 
+PIECES = ("leftcanary", "rightcanary")
+BROKEN = [delimiter.join(PIECES) for delimiter in ("/", "#", "?", "@", ":", "%", "%zz", "/@:#")]
+"""Passwords that were not percent-encoded, so that a parser takes a piece for a host or port."""
+
+
+def know_pieces(world: World) -> None:
+    world.secrets |= {piece: frozenset({piece[:8].encode()}) for piece in PIECES}
+
+
+def proxies(url: str) -> dict[str, str]:
+    return {"HTTPS_PROXY": url, "https_proxy": url, "ALL_PROXY": url}
+
+
+def test_no_piece_of_a_proxy_password_is_shown(world: World) -> None:
+    """Neither by a command, nor in what a failed launch leaves, nor by the training process."""
+    know_pieces(world)
+    world.config()
+    world.config("hub.yaml", backend="local", model="owner/model")
+    elsewhere = settings(MISTRAL__BASE_URL="https://provider.invalid", MISTRAL__ATTEMPTS="1")
+    commands = []
+    for number, password in enumerate(BROKEN):
+        given = {**elsewhere, **proxies(f"http://user:{password}@127.0.0.1:9")}
+        commands += [
+            command("credentials", "test", "mistral", code=(3, 8), given=given),
+            command("launch", "run.yaml", "--id", f"m{number}", "--yes", code=(3, 8), given=given),
+            command("validate", "hub.yaml", code=(0, 3), given=given),
+            command("doctor", "--json", code=1, given=given),
+        ]
+        if password[len(PIECES[0])] in "/#?":  # else it is a proxy, and a process would train
+            launch = command("launch", "hub.yaml", "--id", f"l{number}", code=3, given=given)
+            commands.append(launch)
+    for url in ("ftp://{}@h", "socks4://u:{}@h:1", "u:{}@h:port", "http://{}@h/path", "{}"):
+        given = {**elsewhere, **proxies(url.format(BROKEN[0]))}
+        commands.append(command("credentials", "test", "mistral", code=(3, 8), given=given))
+    commands += [command("list", "--json"), command("logs", "m0", code=(0, 5))]
+    world.run_all(commands)
+    assert "HTTPS_PROXY" in (world.seen / "output-1" / "0.err").read_text().upper()
+    world.assert_clean()
+
+
+def test_no_piece_of_a_proxy_password_is_sent_to_clients_of_the_gateway(world: World) -> None:
+    """A job that needs the model hub fails; its events are sent to whoever has a key."""
+    know_pieces(world)
+    given = proxies(f"http://user:{BROKEN[0]}@127.0.0.1:9")
+    with world.started("serve", "--port", "0", "--json", given=given) as served:
+        wait_until(lambda: b"\n" in served.out.read_bytes())
+        url = json.loads(served.out.read_bytes())["url"]
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {GATEWAY_KEY}"}) as http:
+            data = (world.planted / "train.jsonl").read_bytes()
+            files = {"file": ("train.jsonl", data, "application/jsonl")}
+            file_id = http.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()[
+                "id"
+            ]
+            job = {
+                "model": "open-mistral-7b",
+                "training_files": [{"file_id": file_id}],
+                "hyperparameters": {"training_steps": 4},
+                "auto_start": True,
+            }
+            made = http.post("/v1/fine_tuning/jobs", json=job).json()
+            path = f"/v1/fine_tuning/jobs/{made['id']}"
+            ended = {"FAILED", "FAILED_VALIDATION"}
+            wait_until(lambda: http.get(path).json()["status"] in ended)
+            world.look_at("the job at the gateway", http.get(path).content)
+            assert "PROXY" in http.get(path).text.upper()
+        assert served.interrupt() == 0
+    world.assert_clean()
+
+
+def test_no_piece_of_a_password_in_a_setting_is_shown(world: World) -> None:
+    """Of a base URL, a hub, a store, given by a variable or in the settings file."""
+    know_pieces(world)
+    commands = []
+    for password in BROKEN:
+        for name, url in (
+            ("MISTRAL__BASE_URL", f"https://user:{password}@host.invalid"),
+            ("LOCAL__HUB_URL", f"https://user:{password}@host.invalid:443"),
+            ("STORE_URL", f"postgresql://user:{password}@127.0.0.1:1/runs"),
+            ("GATEWAY__PUBLIC_URL", f"https://user:{password}@host.invalid"),
+        ):
+            given = settings(**{name: url})
+            commands.append(command("doctor", code=(0, 1, 3, 8), given=given))
+            if name == "STORE_URL":
+                commands.append(command("list", "--json", code=(1, 3, 8), given=given))
+    world.run_all(commands)
+    world.assert_clean()
+
+
+def test_a_dotenv_of_somebody_else_sends_no_key_away(world: World) -> None:
+    """The directory is a cloned repository that names its own servers."""
+    with LoopbackServer(lambda _: Reply(status=401, content=b"{}")) as attacker:
+        (world.planted / ".env").write_text(
+            f"TRAINING_BACKENDS_MISTRAL__BASE_URL={attacker.base_url}\n"
+            f"TRAINING_BACKENDS_LOCAL__HUB_URL={attacker.base_url}\n"
+            f"ALL_PROXY={attacker.base_url}\nTRAINING_BACKENDS_GATEWAY__PORT={STRANGE_KEY}\n"
+            f"broken line {STRANGE_KEY}\n"
+        )
+        world.run_all(
+            [
+                command("credentials", "test", "mistral", code=8),
+                command("doctor", code=1),
+                command("serve", "--port", "0", "--tls-cert", "password", code=3),
+            ]
+        )
+        assert attacker.requests == []
+    world.assert_clean()
+
+
 def test_settings_files_that_cannot_be_used(world: World) -> None:
-    """`.env` and `config.toml`, with a secret in the line that is wrong, or beside it."""
-    (world.planted / ".env").write_text(
-        f"TRAINING_BACKENDS_GATEWAY__PORT={STRANGE_KEY}\nbroken line {STRANGE_KEY}\n"
-    )
-    world.run_all([command("serve", code=3), command("doctor", code=(0, 1, 3))])
-    (world.planted / ".env").unlink()
+    """`config.toml`, with a secret in the line that is wrong, or beside it."""
     commands = []
     for number, text in enumerate(
         (

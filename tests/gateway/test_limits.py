@@ -120,6 +120,18 @@ async def test_a_head_within_the_bounds_is_taken(here: Site) -> None:
         assert (await client.answer()).status == 200
 
 
+@pytest.mark.parametrize("before", [2, 280, 290, 2960, 2990])
+async def test_of_a_long_path_only_the_beginning_is_logged(
+    here: Site, logs: list[Any], before: int
+) -> None:
+    """Whoever asks decides what is in it; no half of a key remains where it is cut."""
+    key = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c"
+    await here.http.get(f"/v1/{'x/' * (before // 2)}{key}/{'y/' * 8000}")
+    (line,) = [entry for entry in logs if entry["event"] == "request"]
+    assert len(line["path"]) <= 300
+    assert key[:20] not in line["path"]
+
+
 async def test_the_bounds_of_a_head_are_settings(tmp_path: Path) -> None:
     """For clients with large tokens, or a stricter house."""
     async with site(tmp_path, max_headers=3, max_header_bytes=2048) as here:

@@ -242,3 +242,12 @@ def test_tuned_model_is_told_from_a_base(key: str) -> None:
 def test_accuracy_is_not_bounded(value: float) -> None:
     """The service's accuracy above 1 is read as it is."""
     assert wire.MetricOut(valid_mean_token_accuracy=value).valid_mean_token_accuracy == value
+
+
+@pytest.mark.parametrize(
+    "target", [{"name": "x" * 257, "labels": ["a"]}, {"name": "x", "labels": ["a" * 257]}]
+)
+def test_names_of_targets_are_bounded(target: dict[str, Any]) -> None:
+    """They become names of metrics, which are written in each log record."""
+    with pytest.raises(ValidationError, match="at most 256"):
+        wire.ClassifierTargetIn.model_validate(target)

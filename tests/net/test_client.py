@@ -1,11 +1,17 @@
 """What the HTTP client promises: one pool, lawful retries, a private key, clear errors."""
 
+import gzip
+import json
 import pickle
+import random
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Protocol
 
 import anyio
@@ -21,6 +27,7 @@ from training_backends import (
     ConfigError,
     ProtocolError,
     RateLimited,
+    TrainingBackendError,
 )
 from training_backends.net.client import HttpClient
 from training_backends.testing.faults import (
@@ -452,4 +459,113 @@ async def test_closing_twice_is_fine(client: HttpClient) -> None:
     await client.aclose()
     await client.json("GET", "/a")
     await client.aclose()
+    await client.aclose()
+
+
+# -- hostile answers ---------------------------------------------------------------------------
+
+
+def coded(content: bytes, coding: str = "gzip", status: int = 200) -> Reply:
+    return Reply(status=status, content=content, headers={"Content-Encoding": coding})
+
+
+async def test_a_compressed_answer_is_read(
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy, tmp_path: Path
+) -> None:
+    """A gzip coding is asked for and undone, however small the pieces are."""
+    text = json.dumps({"text": "0" * 2_000_000, "more": random.Random(1).randbytes(9).hex()})
+    answer_by(lambda _: coded(gzip.compress(text.encode())))
+    assert await client.json("GET", "/a") == json.loads(text)
+    assert server.requests[0].headers["accept-encoding"] == "gzip"
+    target = await client.download("/a", tmp_path / "file")
+    assert target.read_text() == text
+
+
+@pytest.mark.parametrize("status", [200, 502])
+@pytest.mark.parametrize("coding", ["gzip, gzip", "gzip,gzip,gzip", "br", "deflate", "x" * 5000])
+async def test_an_answer_of_another_coding_is_not_decompressed(
+    client: HttpClient, answer_by: AnswerBy, coding: str, status: int, tmp_path: Path
+) -> None:
+    """A few kilobytes that are compressed twice would become gigabytes."""
+    bomb = gzip.compress(gzip.compress(bytes(2**26)))
+    answer_by(lambda _: coded(bomb, coding, status))
+    tracemalloc.start()
+    for asking in (client.json("GET", "/a"), client.download("/a", tmp_path / "file")):
+        with pytest.raises(ProtocolError, match="content coding") as caught:
+            await asking
+        assert len(caught.value.message) < 500
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [200, 502])
+async def test_a_compressed_answer_is_bounded(
+    client: HttpClient, answer_by: AnswerBy, status: int
+) -> None:
+    """No more of it is decompressed than an answer may have."""
+    bomb = gzip.compress(b'{"message": "' + b"0" * 2**28)
+    answer_by(lambda _: coded(bomb, status=status))
+    kind = ProtocolError if status == 200 else BackendUnavailable
+    with pytest.raises(kind, match="larger than 64 MiB" if status == 200 else "502"):
+        await client.json("GET", "/a", repeatable=False)
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"a": 1}')[:-9]])
+async def test_a_broken_coding_breaks_the_protocol(
+    client: HttpClient, answer_by: AnswerBy, content: bytes
+) -> None:
+    """What cannot be decompressed, or ends too early."""
+    answer_by(lambda _: coded(content))
+    with pytest.raises(ProtocolError, match=r"encoding is broken|ends too early"):
+        await client.json("GET", "/a")
+
+
+@pytest.mark.parametrize("status", [200, 422, 502])
+@pytest.mark.parametrize("depth", [70, 500, 950, 60_000])
+@pytest.mark.parametrize("form", ['{{"data": {}}}', '{{"detail": [{{"msg": {}}}]}}', "{}"])
+async def test_a_deep_answer_is_an_error_of_ours(
+    client: HttpClient, answer_by: AnswerBy, status: int, depth: int, form: str
+) -> None:
+    """Nested as deep as no document is, it raises no RecursionError, here or later."""
+    content = form.format("[" * depth + "]" * depth).encode()
+    answer_by(lambda _: Reply(status=status, content=content))
+    with pytest.raises(TrainingBackendError) as caught:
+        await client.json("GET", "/a", repeatable=False)
+    assert isinstance(caught.value, ProtocolError) or status != 200
+
+
+@pytest.mark.parametrize("content", ['{"a": ' + "9" * 5000 + "}", '{"a": NaN, "b": 1e999}', "{"])
+async def test_strange_numbers_are_no_bug(
+    client: HttpClient, answer_by: AnswerBy, content: str
+) -> None:
+    """They are read or break the protocol."""
+    answer_by(lambda _: Reply(content=content.encode()))
+    with suppress(ProtocolError):
+        assert "a" in await client.json("GET", "/a")
+
+
+@pytest.mark.parametrize("status", [200, 302, 429, 503])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Mon, 01 Jan 2024 00:00:00 +99999999979999",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "9" * 400,
+        "1e308",
+        "nan",
+        "-5",
+        "\xb2",
+    ],
+)
+async def test_strange_headers_are_no_bug(
+    make_client: MakeClient, answer_by: AnswerBy, status: int, value: str
+) -> None:
+    """A date outside the calendar, or a number that is too large, is as good as none."""
+    names = ("Date", "Retry-After", "X-RateLimit-Limit-Req-Minute", "Location", "X-Request-Id")
+    answer_by(lambda _: Reply(status=status, content=b"{}", headers=dict.fromkeys(names, value)))
+    client = make_client(attempts=1)
+    with suppress(TrainingBackendError):
+        await client.json("GET", "/a")
     await client.aclose()

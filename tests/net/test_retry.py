@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import AuthenticationFailed, BackendUnavailable, RateLimited
-from training_backends.net.retry import Backoff, read_retry_after
+from training_backends.net.retry import Backoff, read_date_ahead, read_retry_after
 
 BUSY = BackendUnavailable("busy")
 
@@ -112,3 +112,13 @@ def test_date_is_read() -> None:
     assert 55 < ahead <= 60
     assert read_retry_after(format_datetime(now - timedelta(days=1), usegmt=True)) == 0
     assert read_retry_after(None) is None
+
+
+@given(
+    st.text() | st.from_regex(r"Mon, \d\d Jan \d{4} \d\d:\d\d:\d\d [+-]\d{4,20}", fullmatch=True)
+)
+def test_any_header_gives_a_pause_of_a_year_at_most_or_none(value: str) -> None:
+    """A server may write what it likes."""
+    pause = read_retry_after(value)
+    assert pause is None or 0 <= pause <= 366 * 86400
+    read_date_ahead(value)

@@ -118,9 +118,12 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
     """Try a key by one call that changes nothing; ends with 4 if it is refused."""
     from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import source_of, terminal_vault
-    from training_backends.client.diagnosis import try_key
+    from training_backends.client.diagnosis import server_of, try_key
 
     vault = terminal_vault(_home())
+    server = server_of(provider)
+    if server and not json:
+        typer.echo(f"Testing the key for {_name(provider, profile)} at {server} …", err=True)
 
     async def find_out() -> "CredentialInfo | None":
         await try_key(vault, provider, profile)
@@ -130,7 +133,7 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
     source = used.source if used else "keyring"
     if json:
         document = {"provider": provider, "profile": profile, "accepted": True, "source": source}
-        write_json(document)
+        write_json({**document, "server": server})
         return
     place = used.name if used and source == "environment" else f"the {source}"
     out = console()

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -33,12 +34,28 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Fine-tuning that outlives the provider: one interface, any backend."""
+    del version
+    if context.invoked_subcommand and "--help" not in sys.argv and "-h" not in sys.argv:
+        _say_what_is_ignored()
+
+
+def _say_what_is_ignored() -> None:
+    with suppress(OSError):
+        if not Path(".env").is_file():
+            return
+        # The import takes time, so only where there is such a file.
+        from training_backends.core.settings import ignored_variables
+
+        if names := ignored_variables():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            typer.echo(f"note: .env in this directory is not read; ignored: {shown}", err=True)
 
 
 app.command()(quickstart.quickstart)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from anyio import to_thread
@@ -22,13 +23,23 @@ from training_backends.core.settings import (
     Effective,
     SectionSettings,
     Settings,
+    config_file,
     effective_settings,
+    ignored_variables,
     load_settings,
 )
 from training_backends.credentials.settings import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, check_names
 
-__all__ = ["Check", "check_clock", "check_extras", "diagnose", "known_settings", "try_key"]
+__all__ = [
+    "Check",
+    "check_clock",
+    "check_extras",
+    "diagnose",
+    "known_settings",
+    "server_of",
+    "try_key",
+]
 
 _NOBODYS_SUFFIX: Final = "credentials-test"
 """Runs of this name are listed to try a key: none, so that one request tells all."""
@@ -76,10 +87,23 @@ def known_settings(*more: type[SectionSettings]) -> list[Effective]:
 
 async def diagnose(client: AsyncTrainingClient, vault: CredentialVault) -> list[Check]:
     """Look at keyring, store, clock, backends and extras; changes and costs nothing."""
-    checks = [await _keyring(vault), *await _store(client)]
+    ignored = await to_thread.run_sync(_ignored_settings)
+    checks = [*ignored, await _keyring(vault), *await _store(client)]
     for name in installed_backends():
         checks += await _backend(client, name)
     return [*checks, *await to_thread.run_sync(check_extras)]
+
+
+def _ignored_settings() -> list[Check]:
+    names = ignored_variables()
+    if not names:
+        return []
+    message = f"{Path.cwd() / '.env'} is not read; ignored: {', '.join(names)}"
+    hint = (
+        f"Export the variables, or write the settings into {config_file()}: a file that comes with "
+        "a repository must not decide where your keys are sent."
+    )
+    return [Check(".env", "unused", message, hint)]
 
 
 async def _keyring(vault: CredentialVault) -> Check:
@@ -187,6 +211,18 @@ def _is_installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def server_of(provider: str) -> str | None:
+    """Return the base URL to which a provider's key is sent, or None if it has no setting for it.
+
+    Raises:
+        ConfigError: The settings cannot be used.
+    """
+    if provider not in installed_backends():
+        return None
+    model = backend_class(provider).settings_model
+    return getattr(load_settings(model), "base_url", None) if model else None
 
 
 async def try_key(vault: CredentialVault, provider: str, profile: str | None) -> None:

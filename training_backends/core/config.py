@@ -1,7 +1,7 @@
 """What to train, on what, and how: the configuration of a run, the same for every backend."""
 
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -126,8 +126,8 @@ class Hyperparameters(_Model):
 class ClassifierTarget(_Model):
     """One thing that a classifier decides."""
 
-    name: str
-    labels: tuple[str, ...] = Field(min_length=1)
+    name: str = Field(max_length=256)
+    labels: tuple[Annotated[str, Field(max_length=256)], ...] = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0, le=1e6)
     loss_function: Literal["single_class", "multi_class"] | None = None
 

@@ -26,6 +26,7 @@ __all__ = [
     "redact",
     "redact_value",
     "register_environment",
+    "register_proxy",
     "register_secret",
     "register_url",
 ]
@@ -39,6 +40,10 @@ _SHORTEST: Final = 6
 _SHORTEST_BASE64: Final = 8
 _MOST: Final = 64
 """So that a program which runs for months does not collect every key it ever had."""
+_LONGEST: Final = 64 * 2**10
+"""Characters of one text that are redacted; the rest is left out, as no line needs more."""
+_MARGIN: Final = 4096
+"""Characters left out before that, so that no half of a secret remains at the end."""
 
 # State of the module, for what must not be written concerns all of a process, whichever part of
 # it read the secret. In clear, as a text cannot be searched for what is known by its hash only;
@@ -77,20 +82,46 @@ def register_environment(environ: Mapping[str, str] = os.environ) -> None:
     for name, value in environ.items():
         if _SECRET_VARIABLE.search(name):
             register_secret(value)
+        elif name.lower().endswith("_proxy"):
+            register_proxy(value)
         else:
             register_url(value)
 
 
 def register_url(text: str) -> None:
-    """Register the passwords inside a text, if it is a URL; some hold what no URL should."""
-    if "://" not in text:
-        return
-    found = _PASSWORD_IN_URL.search(text)
-    if found:
-        register_secret(unquote(found[1]))
-    for name, value in parse_qsl(text.partition("?")[2]):
-        if _SECRET_NAME.search(name):
-            register_secret(value)
+    """Register the passwords inside a text, if it is a URL; some hold what no URL should.
+
+    A password that was not percent-encoded may make a URL that no parser accepts. It is
+    registered all the same, and so is each part of it that an error message could quote.
+    """
+    for rest in text.split("://")[1:]:
+        authority = _END_OF_AUTHORITY.split(rest, maxsplit=1)[0]
+        if "@" in authority:
+            _register_userinfo(authority)
+        elif _BROKEN_PASSWORD.match(rest):
+            _register_userinfo(rest)
+    if "://" in text:
+        for name, value in parse_qsl(text.partition("?")[2]):
+            if _SECRET_NAME.search(name):
+                register_secret(value)
+
+
+def register_proxy(url: str) -> None:
+    """Register the password of a proxy's URL, also where there is no scheme before it.
+
+    All up to the last `@` is user and password, for a proxy has no path.
+    """
+    _register_userinfo(url.partition("://")[2] or url)
+
+
+def _register_userinfo(text: str) -> None:
+    userinfo = text.rpartition("@")[0]
+    user, colon, password = userinfo.partition(":")
+    secret = password if colon else user
+    if colon or len(secret) >= _LONG_USER or _END_OF_AUTHORITY.search(secret):
+        # The last one registered is the last one forgotten.
+        for piece in (*_DELIMITERS.split(secret), unquote(secret), secret):
+            register_secret(piece)
 
 
 def forget_secrets() -> None:
@@ -100,7 +131,14 @@ def forget_secrets() -> None:
         _publish()
 
 
-_PASSWORD_IN_URL: Final = re.compile(r"://[^:/@]*:([^@]+)@")
+_LONG_USER: Final = 20
+"""Characters from which on a name without a password is rather a token."""
+_END_OF_AUTHORITY: Final = re.compile(r"[/?#]")
+_DELIMITERS: Final = re.compile(r"[/?#@:%]")
+_BROKEN_PASSWORD: Final = re.compile(
+    # Not a port before a path that has an `@` in it.
+    r"""[^\s/?#:@"']*:(?!\d{1,5}[/?#])[^\s@"'<>]*@"""
+)
 _SECRET_VARIABLE: Final = re.compile(
     r"((API|ACCESS|SECRET|PRIVATE)_?KEY|TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET)$", re.IGNORECASE
 )
@@ -109,18 +147,24 @@ _SECRET_VARIABLE: Final = re.compile(
 def _written(secret: str) -> str:
     """Return a pattern for every way in which a secret may be written."""
     parts = re.findall(r"\\+|.", secret, re.DOTALL)
-    return "|".join(["".join(map(_in_any_quoting, parts)), *_in_base64(secret)])
+    befores = ["", *parts]
+    plain = "".join(map(_in_any_quoting, parts, befores))
+    return "|".join([plain, *_in_base64(secret)])
 
 
-def _in_any_quoting(char: str) -> str:
+def _in_any_quoting(char: str, before: str) -> str:
     if char.isascii() and (char.isalnum() or char in "-_.~"):
         return re.escape(char)
     quoted = "".join(f"%(?:25)*(?i:{byte:02x})" for byte in char.encode("utf-8", "surrogatepass"))
-    # Backslashes are doubled each time that an escaped text is escaped again.
+    # Backslashes are doubled each time that an escaped text is escaped again. A run of them is
+    # matched at once and from its beginning, for tried at each of them a long one takes hours.
+    run = r"(?<!\\)\\++"
     if char.startswith("\\"):
-        return rf"(?:\\+|{quoted})"
-    escaped = re.escape(json.dumps(char)[1:-1]).replace(r"\\", r"\\+")
-    ways = dict.fromkeys((re.escape(char), quoted, escaped, rf"\\+{re.escape(char)}"))
+        return rf"(?:{run}|{quoted})"
+    escaped = [re.escape(json.dumps(char)[1:-1]).replace(r"\\", run), run + re.escape(char)]
+    if before.startswith("\\"):
+        escaped = [each.removeprefix(run) for each in escaped]  # matched with the one before
+    ways = dict.fromkeys((re.escape(char), quoted, *escaped))
     if char == " ":
         ways[r"\+"] = None
     return f"(?:{'|'.join(ways)})"
@@ -169,7 +213,7 @@ _PLAIN: Final = re.compile(
     (?![bru]?\\*["'])                           # quoted: done before
     (?![{{[(]+(?:[\s"'\\]|\Z))                  # what it holds has names of its own
     # Up to white space, the next parameter, or the end of the text in JSON that it stands in.
-    ([^\s&]+?)(?=[)"'}},;.]{{0,4}}(?:[\s&]|\Z) | \\+["'] | ["']\s*[,:}}\]])
+    ([^\s&]+?)(?=[)"'}},;.]{{0,4}}(?:[\s&]|\Z) | (?<!\\)\\++["'] | ["']\s*[,:}}\]])
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -217,12 +261,18 @@ _SCHEME: Final = re.compile(
     """,
     re.VERBOSE,
 )
+# Each takes a word at once, also where it is no secret, which the functions below decide: else a
+# text such as `hf_hf_hf_…` would be read again from each `hf_` on.
+_HUB: Final = re.compile(r"(?<![A-Za-z0-9])hf_\w{12,}", re.ASCII)
+_HUB_MARK: Final = re.compile(r"[A-Z0-9]")
+_HUB_LETTERS: Final = re.compile(r"(?<![A-Za-z0-9])hf_[a-z]{20}\w*", re.ASCII)
+_JWT: Final = re.compile(  # JSON Web Token
+    r"(?<![A-Za-z0-9])eyJ(?:([\w-]{8,}+\.[\w-]{8,}+\.[\w-]*+)|[\w-]*+)", re.ASCII
+)
 _PREFIXED: Final = re.compile(
     r"""(?<![A-Za-z0-9])(?:
         (?:sk|tb)-[\w-]{8,}                     # OpenAI and many others; our gateway
-        | hf_(?=[a-z_]*[A-Z0-9]|[a-z]{20})\w{12,}           # no name such as hf_checkpoints
         | (?:wandb_v\d+|gh[opusr]|github_pat)_\w{16,}
-        | eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*       # JSON Web Token
     )""",
     re.VERBOSE | re.ASCII,
 )
@@ -242,6 +292,16 @@ _HASH_BEFORE: Final = re.compile(
 )
 
 
+def _hide_hub(match: re.Match[str]) -> str:
+    """Leave names such as hf_checkpoints."""
+    word = match[0]
+    return REDACTED if _HUB_MARK.search(word) else _HUB_LETTERS.sub(REDACTED, word)
+
+
+def _hide_jwt(match: re.Match[str]) -> str:
+    return REDACTED if match[1] else match[0]
+
+
 def _hide_bare(match: re.Match[str]) -> str:
     """Leave the hash of a commit, which looks like a key, where it is called one."""
     before = match.string[max(0, match.start() - 24) : match.start()]
@@ -255,7 +315,19 @@ _DEEPEST: Final = 12
 
 
 def redact(text: str) -> str:
-    """Replace everything in `text` that is known to be a secret or looks like one."""
+    """Replace everything in `text` that is known to be a secret or looks like one.
+
+    Takes time in proportion to the length. Of more than 64 Ki characters only the first are
+    returned, with a note of how many are left out.
+    """
+    if len(text) <= _LONGEST:
+        return _redacted(text)
+    margin = max(_MARGIN, 12 * max(map(len, _known), default=0))  # as `%2525xx` for a character
+    kept = _redacted(text[:_LONGEST])[:-margin]
+    return f"{kept} … [cut: {len(text)} characters]"
+
+
+def _redacted(text: str) -> str:
     for known in _longest_first:
         text = known.sub(REDACTED, text)
     text = _USERINFO.sub(REDACTED, text)
@@ -264,6 +336,8 @@ def redact(text: str) -> str:
     text = _PLAIN.sub(_hide_named, text)
     text = _QUERY.sub(rf"\1{REDACTED}", text)
     text = _SCHEME.sub(rf"\1\2{REDACTED}", text)
+    text = _JWT.sub(_hide_jwt, text)
+    text = _HUB.sub(_hide_hub, text)
     text = _PREFIXED.sub(REDACTED, text)
     return _BARE.sub(_hide_bare, text)
 

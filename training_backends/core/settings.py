@@ -1,11 +1,15 @@
-"""Settings from the environment, `.env` and `config.toml`, in this order of precedence.
+"""Settings from the environment, then from `config.toml` of the user.
+
+A `.env` in the working directory is not read: it comes with a cloned repository, and a setting such
+as a base URL decides where the user's keys are sent.
 
 Each part of the package owns one section: a subclass of `SectionSettings` with its name. That
-of a backend bears the backend's name. A name that is not known, in any of the three places, is
-an error that tells the nearest one: a misspelt setting would be one that is not obeyed.
+of a backend bears the backend's name. A name that is not known, in either place, is an error that
+tells the nearest one: a misspelt setting would be one that is not obeyed.
 """
 
 import os
+import re
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +19,6 @@ import platformdirs
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
-    DotEnvSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -32,6 +35,7 @@ __all__ = [
     "Settings",
     "config_file",
     "effective_settings",
+    "ignored_variables",
     "load_settings",
 ]
 
@@ -94,7 +98,6 @@ class SectionSettings(BaseSettings):
     section: ClassVar[str | None] = None
 
     model_config = SettingsConfigDict(
-        env_file=".env",
         env_nested_delimiter="__",
         env_ignore_empty=True,
         extra="ignore",
@@ -116,10 +119,10 @@ class SectionSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the settings file behind the environment and `.env`."""
-        del file_secret_settings
+        """Put the settings file behind the environment."""
+        del dotenv_settings, file_secret_settings
         toml = _SectionSource(settings_cls, config_file(), cls.section)
-        return (init_settings, env_settings, dotenv_settings, toml)
+        return (init_settings, env_settings, toml)
 
 
 class Settings(SectionSettings):
@@ -139,7 +142,7 @@ class Effective(NamedTuple):
     Attributes:
         name: As the settings file has it, with its section.
         value: Without what is secret in it.
-        origin: The variable, `.env`, the settings file, or `default`.
+        origin: The variable, the settings file, or `default`.
     """
 
     name: str
@@ -165,18 +168,17 @@ def load_settings(kind: type[_S]) -> _S:
                 code=detail["type"],
                 message=detail["msg"].removeprefix("Value error, "),
                 field=_variable(kind, detail["loc"]),
-                fix="correct it in the environment, .env or config.toml",
+                fix="correct it in the environment or in config.toml",
             )
             for detail in error.errors(include_input=False, include_url=False)
         ]
         raise ConfigError("The settings cannot be used.", issues=issues) from None
     except _Unknown as error:
-        fix = "correct it in the environment or in .env"
+        fix = "correct it in the environment"
         issue = Issue(code="unknown_setting", message=str(error), field=error.variable, fix=fix)
         raise ConfigError("The settings cannot be used.", issues=[issue]) from None
     except (ValueError, OSError) as error:
-        source = ".env" if isinstance(error, UnicodeDecodeError) else str(config_file())
-        raise ConfigError(f"The settings in {source} cannot be used: {error}") from None
+        raise ConfigError(f"The settings in {config_file()} cannot be used: {error}") from None
 
 
 def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> str:
@@ -193,7 +195,7 @@ class _Unknown(Exception):
 def _require_known_variables(kind: type[SectionSettings]) -> None:
     """Refuse variables that look like ours and are none."""
     prefix = str(kind.model_config["env_prefix"])
-    for variable in _variables(kind):
+    for variable in os.environ:
         name = variable.upper().removeprefix(prefix)
         if name == variable.upper():
             continue
@@ -207,9 +209,20 @@ def _require_known_variables(kind: type[SectionSettings]) -> None:
             raise _Unknown(variable, str(error)) from None
 
 
-def _variables(kind: type[SectionSettings]) -> list[str]:
-    dotenv = DotEnvSettingsSource(kind)
-    return [*os.environ, *(name for name in dotenv.env_vars if name.upper().startswith(_PREFIX))]
+def ignored_variables() -> tuple[str, ...]:
+    """Return the names of our settings that a `.env` in the working directory means to set."""
+    try:
+        text = Path(_DOTENV).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(_ASSIGNMENT.findall(text)))
+
+
+_DOTENV = ".env"
+_ASSIGNMENT = re.compile(
+    rf"^[ \t]*(?:export[ \t]+)?({_PREFIX}\w{{1,60}})[ \t]*=",
+    re.MULTILINE | re.IGNORECASE | re.ASCII,
+)
 
 
 def effective_settings(kind: type[SectionSettings]) -> list[Effective]:
@@ -222,7 +235,6 @@ def effective_settings(kind: type[SectionSettings]) -> list[Effective]:
     prefix = f"{kind.section}." if kind.section else ""
     sources = {
         "environment": EnvSettingsSource(kind)(),
-        ".env": DotEnvSettingsSource(kind)(),
         str(config_file()): _SectionSource(kind, config_file(), kind.section)(),
     }
     found = []

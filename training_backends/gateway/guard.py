@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from training_backends.core.logs import get_logger
+from training_backends.core.logs import get_logger, redact
 from training_backends.gateway.errors import Refusal
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
@@ -25,6 +25,8 @@ log = get_logger()
 
 _PROTECTED = "/v1/"
 _UPLOADS = "/v1/files"
+_LONGEST_PATH = 300
+"""Characters of a path that are logged."""
 _READS = frozenset({"GET", "HEAD"})
 
 
@@ -49,13 +51,17 @@ class Guard:
         answer = _Answer(send, str(uuid4()))
         scope.setdefault("state", {})["request_id"] = answer.request_id
         began = time.perf_counter()
+        path = scope["path"]
+        if len(path) > _LONGEST_PATH:
+            # Redacted before it is cut, or half of a secret could remain.
+            path = redact(path[: 10 * _LONGEST_PATH])[:_LONGEST_PATH]
         with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
             try:
                 await self._serve(scope, receive, answer)
             except ClientDisconnect:
-                log.info("client left", method=scope["method"], path=scope["path"])
+                log.info("client left", method=scope["method"], path=path)
             except Exception:
-                log.exception("request failed", method=scope["method"], path=scope["path"])
+                log.exception("request failed", method=scope["method"], path=path)
                 if answer.status is not None:
                     raise
                 await answer.json(
@@ -66,7 +72,7 @@ class Guard:
             log.info(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=path,
                 status=answer.status,
                 seconds=seconds,
             )

@@ -1,6 +1,7 @@
 """The protocol's error bodies: read by clients, written by the gateway."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
@@ -121,7 +122,7 @@ def error_from_answer(
 def _document(body: bytes) -> Any:
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -189,6 +190,7 @@ def _place(location: Any) -> str | None:
 def _seconds(value: str | None) -> float | None:
     """Read a Retry-After given in seconds; a date is not used by this service."""
     try:
-        return max(0.0, float(value)) if value is not None else None
+        seconds = float(value or "")
     except ValueError:
         return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

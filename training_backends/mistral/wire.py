@@ -193,6 +193,9 @@ class CompletionTrainingParametersIn(ClassifierTrainingParametersIn):
 class ClassifierTargetIn(_In):
     """One thing that a classifier decides."""
 
+    # The name becomes part of each metric's name; the specification has no bound.
+    model_config = ConfigDict(str_max_length=256)
+
     name: str
     labels: list[str]
     weight: float = Field(default=1.0, ge=0)

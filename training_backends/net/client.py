@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
@@ -48,6 +49,10 @@ _T = TypeVar("_T")
 _LARGEST_JSON: Final = 64 * 2**20
 _LARGEST_ERROR: Final = 64 * 2**10
 """Bytes of an error answer: more says no more, and secrets are looked for in all of it."""
+_DEEPEST_JSON: Final = 64
+"""Levels of an answer. Far more end in a RecursionError, here or where a part is written down."""
+_PIECE: Final = 2**18
+"""Bytes that are decompressed at once."""
 
 
 class HttpClient:
@@ -182,9 +187,10 @@ class HttpClient:
                 async with self._answer(request, call) as response:
                     length = response.headers.get("content-length")
                     plain = "content-encoding" not in response.headers
-                    expected = int(length) if plain and length and length.isdigit() else None
+                    known = plain and length and length.isascii() and length.isdigit()
+                    expected = int(length[:20]) if known and length else None
                     # What is on this side by then may take its time to reach the disk.
-                    arriving = pace.over(response.aiter_bytes(), then=math.inf)
+                    arriving = pace.over(_decoded(response), then=math.inf)
                     async with aclosing(arriving) as pieces:
                         return await save_stream(pieces, target, expected, on_progress)
 
@@ -248,15 +254,20 @@ class HttpClient:
         if self._secret is not None:
             sent_headers["Authorization"] = f"Bearer {self._secret.get_secret_value()}"
         client = await self._opened()
-        return client.build_request(
-            method,
-            self.base_url + path,
-            params=list(query) or None,
-            headers=sent_headers,
-            content=content,
-            timeout=timeouts(self._policy, read_timeout, write_timeout),
-            extensions={"trace": call.trace},
-        )
+        try:
+            return client.build_request(
+                method,
+                self.base_url + path,
+                params=list(query) or None,
+                headers=sent_headers,
+                content=content,
+                timeout=timeouts(self._policy, read_timeout, write_timeout),
+                extensions={"trace": call.trace},
+            )
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise error_from_transport(
+                error, call=call.name, sent=False, backend=self._backend
+            ) from None
 
     async def _read_key(self, source: KeySource) -> SecretStr:
         """Ask for the key; one that does not fit into a header must not reach an error."""
@@ -306,7 +317,7 @@ class HttpClient:
                 body = await _read_capped(response, _LARGEST_ERROR)
             finally:
                 await response.aclose()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, UnicodeError) as error:
             raise error_from_transport(
                 error, call=_asked(request), sent=call.sent, backend=self._backend
             ) from error
@@ -316,13 +327,14 @@ class HttpClient:
         self, response: httpx.Response, body: bytes, retry_after: float | None
     ) -> TrainingBackendError:
         if response.is_redirect:
-            target = response.headers.get("location", "an unknown place")
+            target = response.headers.get("location", "an unknown place")[:2000]
             return ProtocolError(
                 f"{_asked(response.request)}: the server sends us on to {redact(target)}.",
                 hint="Redirects are not followed with a key; set the base URL to that place.",
                 backend=self._backend,
             )
-        error = self._decode_error(response.status_code, response.headers, body)
+        said = b"" if _is_too_deep(body) else body
+        error = self._decode_error(response.status_code, response.headers, said)
         if isinstance(error, RateLimited):
             error.retry_after = retry_after
         return error
@@ -331,15 +343,21 @@ class HttpClient:
         self, response: httpx.Response, call: str, secrets: Sequence[SecretStr] = ()
     ) -> dict[str, Any]:
         body = await _read_capped(response)
+        if len(body) > _LARGEST_JSON:
+            raise ProtocolError(
+                f"{call}: the answer is larger than {_LARGEST_JSON >> 20} MiB.",
+                backend=self._backend,
+            )
         try:
             document = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
-        if isinstance(document, dict):
+        if isinstance(document, dict) and not _is_deep(document):
             return document
         found = response.headers.get("content-type", "no content type")
         raise ProtocolError(
-            f"{call}: the answer is not a JSON object ({response.status_code}, {found}).",
+            f"{call}: the answer is not a JSON object, or one of more than {_DEEPEST_JSON} levels "
+            f"({response.status_code}, {found[:200]}).",
             # Scrubbed before it is cut, or the half of a secret would be left at the end.
             excerpt=self._scrubbed(body[:_LARGEST_ERROR], secrets)[:2000].decode(
                 "utf-8", "replace"
@@ -362,9 +380,63 @@ def _asked(request: httpx.Request) -> str:
 
 
 async def _read_capped(response: httpx.Response, most: int = _LARGEST_JSON) -> bytes:
+    """Read a body, of a longer one a byte more than `most`."""
     body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > most:
-            break
-    return bytes(body[:most])
+    async with aclosing(_decoded(response)) as pieces:
+        async for piece in pieces:
+            body += piece
+            if len(body) > most:
+                break
+    return bytes(body[: most + 1])
+
+
+async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """Yield a body in small pieces, decompressed at most once.
+
+    httpx undoes every coding that the server names and each piece at once: a few kilobytes, twice
+    compressed, would become gigabytes.
+
+    Raises:
+        ProtocolError: Of another coding than gzip, or broken.
+    """
+    call = _asked(response.request)
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding in {"", "identity"}:
+        async for piece in response.aiter_raw():
+            yield piece
+        return
+    if coding not in {"gzip", "x-gzip"}:
+        raise ProtocolError(
+            f"{call}: the answer has a content coding that was not asked for ({coding[:100]})."
+        )
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        async for piece in response.aiter_raw():
+            rest, unpacked = piece, b""
+            while rest or len(unpacked) == _PIECE:
+                unpacked = unpacker.decompress(rest, _PIECE)
+                rest = unpacker.unconsumed_tail
+                yield unpacked
+    except zlib.error:
+        raise ProtocolError(f"{call}: the answer's encoding is broken.") from None
+    if not unpacker.eof and response.num_bytes_downloaded:
+        raise ProtocolError(f"{call}: the compressed answer ends too early.")
+
+
+def _is_too_deep(body: bytes) -> bool:
+    try:
+        return _is_deep(json.loads(body))
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+
+
+def _is_deep(document: Any) -> bool:
+    level = [document]
+    for _ in range(_DEEPEST_JSON):
+        inner = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [each for nodes in inner for each in nodes if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True

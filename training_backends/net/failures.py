@@ -32,7 +32,11 @@ _WHAT_HAPPENED: Mapping[type[httpx.HTTPError], str] = MappingProxyType(
 
 
 def error_from_transport(
-    error: httpx.HTTPError, *, call: str, sent: bool, backend: str | None = None
+    error: httpx.HTTPError | httpx.InvalidURL | UnicodeError,
+    *,
+    call: str,
+    sent: bool,
+    backend: str | None = None,
 ) -> TrainingBackendError:
     """Say what became of a call that got no answer.
 
@@ -40,6 +44,13 @@ def error_from_transport(
         call: What was asked, for example `GET https://host/v1/models`.
         sent: Whether the request's first byte had left.
     """
+    if isinstance(error, httpx.InvalidURL | UnicodeError):
+        # Its text quotes what it chokes on, and a host name is looked up in IDNA.
+        return ConfigError(
+            f"{call}: the base URL cannot be used.",
+            hint="Its host name or port is not valid.",
+            backend=backend,
+        )
     if isinstance(error, httpx.UnsupportedProtocol):
         return ConfigError(f"{call}: only http and https URLs can be used.", backend=backend)
     if isinstance(error, httpx.DecodingError):

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import httpx
 
-from training_backends.net.urls import is_loopback
+from training_backends.net.environment import proxy_for, tls_context
 
 __all__ = ["HttpPolicy", "make_pool", "timeouts"]
 
@@ -58,6 +58,10 @@ def make_pool(
     """Make the pool for one server.
 
     Reads certificates and package metadata from the disk: not for the event loop.
+
+    Raises:
+        ConfigError: A network variable, such as HTTPS_PROXY, cannot be used.
+        BackendNotInstalled: It names a SOCKS proxy, and what speaks that is not installed.
     """
     encrypted = base_url.startswith("https://")
     return httpx.AsyncClient(
@@ -70,11 +74,12 @@ def make_pool(
         headers={
             "User-Agent": f"training-backends/{version('training-backends')}",
             "Accept": "application/json",
+            "Accept-Encoding": "gzip",
         },
         follow_redirects=False,
-        # A proxy from the environment would see a key that goes to loopback unencrypted.
-        trust_env=not is_loopback(base_url),
+        trust_env=False,
+        proxy=None if transport else proxy_for(base_url),
         # Without TLS the certificates need not be read; an empty context trusts nobody.
-        verify=httpx.create_ssl_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        verify=tls_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         transport=transport,
     )

@@ -14,31 +14,29 @@ __all__ = ["Backoff", "read_date_ahead", "read_retry_after"]
 
 _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 20.0
+_LONGEST_TOLD = 365 * 86400.0
+"""Seconds; a longer pause is as good as for ever, and too long for a date."""
 
 
 def read_retry_after(value: str | None) -> float | None:
-    """Read a Retry-After header: seconds, or an HTTP date. Returns seconds, never negative."""
+    """Read a Retry-After header: seconds, or an HTTP date. Returns seconds from 0 to a year."""
     if value is None:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        return _until(value)
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _until(date: str) -> float | None:
-    ahead = read_date_ahead(date)
-    return None if ahead is None else max(0.0, ahead.total_seconds())
+        ahead = read_date_ahead(value)
+        seconds = math.nan if ahead is None else ahead.total_seconds()
+    return min(max(0.0, seconds), _LONGEST_TOLD) if math.isfinite(seconds) else None
 
 
 def read_date_ahead(date: str | None) -> timedelta | None:
-    """Return how far an HTTP date lies ahead of our clock; None if there is no date."""
+    """Return how far an HTTP date is ahead of our clock; None if it is not a date."""
     try:
         at = parsedate_to_datetime(date or "")
-    except ValueError:
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
+    except (ValueError, OverflowError):  # a time zone may lead out of the calendar
         return None
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
 
 
 @dataclass(slots=True, kw_only=True)

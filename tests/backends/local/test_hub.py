@@ -15,7 +15,12 @@ from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.hub import Hub
 from training_backends.backends.local.sampling import ask_model
 from training_backends.backends.local.settings import LocalSettings
-from training_backends.core.errors import BackendUnavailable, CredentialNotFound, VaultLocked
+from training_backends.core.errors import (
+    BackendUnavailable,
+    ConfigError,
+    CredentialNotFound,
+    VaultLocked,
+)
 from training_backends.core.run import TrainingRun
 from training_backends.credentials.vault import CredentialVault
 from training_backends.testing.journal import MemoryJournal
@@ -114,6 +119,39 @@ async def test_variables_of_the_libraries_are_passed_on_and_no_secret(
     assert {f"{prefix}_SOME_SETTING" for prefix in prefixes} <= passed.keys()
     assert "OTHER_SETTING" not in passed
     assert "s3cret" not in passed.values()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTPS_PROXY", "http://corp:hunter2hunter/x@proxy.example:8080"),
+        ("HF_ENDPOINT", "http://corp:hunter2hunter/x@hub.example"),
+        ("HF_ENDPOINT", "http://[::1"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+    ],
+)
+async def test_a_network_variable_that_cannot_be_used_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """Before a process is started, whose libraries would quote it; only if it needs the hub."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=variable) as caught:
+        await Hub().handed("org/model")
+    assert "hunter" not in f"{caught.value} {caught.value.hint}"
+    await Hub().handed(str(home))
+    await Hub(LocalSettings(offline=True)).handed("org/model")
+
+
+async def test_a_process_gets_the_proxies_in_a_form_that_it_can_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What curl accepts, the hub's library need not accept."""
+    monkeypatch.setenv("HTTPS_PROXY", "u:p@ss@proxy.example:1")
+    monkeypatch.setenv("NO_PROXY", "[::1],fd00::/8")
+    environment = (await Hub().handed("org/model")).environment
+    assert environment["https_proxy"] == "http://u:p%40ss@proxy.example:1"
+    assert environment["no_proxy"] == "::1"
+    assert not {"HTTPS_PROXY", "NO_PROXY"} & environment.keys()
 
 
 async def test_without_a_key_the_run_goes_on(tmp_path: Path) -> None:

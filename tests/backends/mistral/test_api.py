@@ -12,8 +12,11 @@ from training_backends import BackendUnavailable, ConfigError, ProtocolError, Ru
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.mistral import wire
+from training_backends.mistral.errors import error_from_answer
+from training_backends.net.client import HttpClient
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.provider import ScriptedProvider, read_form
+from training_backends.testing.server import LoopbackServer, Received, Reply
 
 pytestmark = pytest.mark.anyio
 TUNED = "ft:open-mistral-7b:587a6b29:20240514:7e773925"
@@ -150,6 +153,25 @@ async def test_server_without_pages_is_read_once(
     page = {"object": "list", "total": 100, "data": shown}
     provider.fail(OtherAnswer(status=200, body=page), method="GET", times=99)
     assert len([job.id async for job in api.iter_jobs()]) == 100
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_a_list_that_never_ends_is_an_error(size: int) -> None:
+    """A server that always has more jobs, or says so, does not hold a launch for ever."""
+    document = {"model": "m", "status": "QUEUED", "created_at": 1, "modified_at": 1}
+
+    def answer(request: Received) -> Reply:
+        page = int(dict(request.query)["page"])
+        jobs = [{**document, "id": f"job-{page}-{number}"} for number in range(size)]
+        return Reply(content=json.dumps({"data": jobs, "total": 10**12}).encode())
+
+    with LoopbackServer(answer) as server:
+        http = HttpClient(server.base_url, key=None, decode_error=error_from_answer)
+        with pytest.raises(ProtocolError, match="does not end"):
+            async for _ in MistralAPI(http).job_heads():
+                pass
+        await http.aclose()
+        assert len(server.requests) == 1000
 
 
 async def test_completion_job_carries_every_parameter(

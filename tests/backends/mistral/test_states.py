@@ -263,6 +263,7 @@ AMOUNTS = st.sampled_from([0.0, -1.0, 2.5, 1e300, math.nan, math.inf, None])
                     "cost": AMOUNTS,
                     "cost_currency": st.sampled_from(["USD", "ÄÖÜ", "", "euro"]),
                     "train_tokens": NUMBERS,
+                    "data_tokens": NUMBERS,
                     "train_tokens_per_step": NUMBERS,
                     "expected_duration_seconds": NUMBERS,
                 },

@@ -12,9 +12,10 @@ from pydantic import SecretStr
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
-from training_backends.core.errors import CredentialNotFound, VaultLocked
+from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
 from training_backends.core.logs import get_logger
-from training_backends.net.urls import is_loopback
+from training_backends.net.environment import proxy_environment, tls_context
+from training_backends.net.urls import is_loopback, normalize_base_url
 from training_backends.rundir.handover import ON_STDIN
 
 __all__ = ["Handed", "Hub"]
@@ -35,8 +36,6 @@ _PASSED_ON: Final = re.compile(
 _SECRET: Final = re.compile(
     r"(?:\w+_)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)", re.IGNORECASE
 )
-# May hold a password, so it is for those only who go out.
-_WAY_OUT: Final = re.compile(r"(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
 """What the hub's own library takes for yes."""
 
@@ -74,11 +73,19 @@ class Hub:
         self._credentials = credentials
 
     async def handed(self, model: str) -> Handed:
-        """Return what a process needs that loads a model; a token only for one of the hub."""
-        if await to_thread.run_sync(_is_here, model):
-            return Handed(self._environment())
-        environment = self._environment() | _matching(_WAY_OUT)
-        token = await self._token(environment)
+        """Return what a process needs that loads a model; a token only for one of the hub.
+
+        Raises:
+            ConfigError: A variable of the network cannot be used. The hub's library would quote it.
+        """
+        environment = self._environment()
+        if Handed(environment).is_offline or await to_thread.run_sync(_is_here, model):
+            return Handed(environment)
+        endpoint = _checked_endpoint(environment.get("HF_ENDPOINT"))
+        await to_thread.run_sync(tls_context)
+        # Proxies may hold a password, so they are only for a process that needs the network.
+        environment |= proxy_environment()
+        token = await self._token(endpoint)
         if token is not None:
             environment[ON_STDIN] = "1"
         return Handed(environment, token)
@@ -91,10 +98,9 @@ class Hub:
             ours["HF_ENDPOINT"] = self._settings.hub_url
         return _matching(_PASSED_ON) | ours
 
-    async def _token(self, environment: dict[str, str]) -> SecretStr | None:
-        if self._credentials is None or Handed(environment).is_offline:
+    async def _token(self, endpoint: str) -> SecretStr | None:
+        if self._credentials is None:
             return None
-        endpoint = environment.get("HF_ENDPOINT", "https:")
         if not endpoint.startswith("https:") and not is_loopback(endpoint):
             log.warning("no token for the model hub: it is asked over plain http", url=endpoint)
             return None
@@ -108,6 +114,18 @@ class Hub:
             # Most models need none; where one does, the hub's refusal is the run's failure.
             log.warning("no token for the model hub", reason=error.message)
             return None
+
+
+def _checked_endpoint(value: str | None) -> str:
+    if not value:
+        return "https:"  # the hub itself
+    try:
+        return normalize_base_url(value)
+    except ConfigError as error:
+        why = "; ".join(issue.message for issue in error.issues)
+        raise ConfigError(
+            f"HF_ENDPOINT cannot be used: {why}.", hint="Correct or unset HF_ENDPOINT."
+        ) from None
 
 
 def _is_here(model: str) -> bool:

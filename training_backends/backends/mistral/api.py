@@ -23,6 +23,8 @@ log = get_logger()
 
 PAGE_SIZE: Final = 100
 """Entries asked for at once; the specification's default."""
+_MOST_PAGES: Final = 1000
+"""Pages of one list; a server that has more of them may never end it."""
 
 _FILES: Final = "/v1/files"
 _JOBS: Final = "/v1/fine_tuning/jobs"
@@ -363,9 +365,12 @@ async def _paged(
 
     The end is a page that is not full, unless the server says that there are more: it may
     give fewer at once than it is asked for.
+
+    Raises:
+        ProtocolError: There are more than a thousand pages.
     """
     seen: set[str] = set()
-    for page in range(1_000_000):
+    for page in range(_MOST_PAGES):
         found, total = await fetch(page)
         fresh = {identify(entry): entry for entry in found if identify(entry) not in seen}
         seen.update(fresh)
@@ -373,6 +378,10 @@ async def _paged(
         # A server that knows no pages answers the same again: no fresh one, the end.
         if not fresh or (len(found) < PAGE_SIZE and len(seen) >= total):
             return
+    raise ProtocolError(
+        f"The server's list does not end: {_MOST_PAGES} pages, {len(seen)} entries.",
+        hint="Is the base URL that of a server of this protocol?",
+    )
 
 
 def _job(entry: Mapping[str, Any]) -> wire.Job | None:

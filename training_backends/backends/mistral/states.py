@@ -50,6 +50,8 @@ _RANK: Mapping[str, int] = MappingProxyType(
 )  # order of a job's life; QUEUED tells an event only the first time
 _LATEST: Final = 253_402_300_799
 """The last second that a date can hold: the end of the year 9999."""
+_HIGHEST: Final = 1e12
+"""A larger amount is not a price."""
 _REASON_KEYS: Final = ("error", "message", "reason", "detail", "details", "errors", "description")
 
 _KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
@@ -234,7 +236,7 @@ def _money(job: Job) -> Money | None:
     meta = job.metadata
     if meta is None or meta.cost is None or not meta.cost_currency:
         return None
-    if not math.isfinite(meta.cost) or meta.cost < 0:
+    if not 0 <= meta.cost <= _HIGHEST:
         return None
     currency = meta.cost_currency.upper()
     if len(currency) != 3 or not (currency.isalpha() and currency.isascii()):
@@ -285,7 +287,10 @@ def passes(train_tokens: int | None, data_tokens: int | None) -> float | None:
     """Return how often the data is gone through, None where that cannot be told."""
     if train_tokens is None or not data_tokens:
         return None
-    return round(train_tokens / data_tokens, 4)
+    try:
+        return round(train_tokens / data_tokens, 4)
+    except OverflowError:  # JSON integers may have thousands of digits
+        return None
 
 
 def failure_of(job: Job) -> Failure:
