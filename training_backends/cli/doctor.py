@@ -63,6 +63,8 @@ def doctor(
 
 
 def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Check]") -> None:
+    from rich.markup import escape
+
     from training_backends.cli.render import console
 
     out = console()
@@ -71,7 +73,8 @@ def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Chec
     out.print("[bold]Settings[/]")
     for entry in settings:
         out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
-    out.print(f"[bold]Keys[/], looked for in {', then '.join(found['sources'])}")
+    sources = escape(", then ".join(found["sources"]))
+    out.print(f"[bold]Keys[/], looked for in {sources}")
     for entry in found["credentials"]:
         unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
         place = f"{entry['provider']}/{entry['profile']}"
@@ -80,7 +83,7 @@ def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Chec
         out.print("  none")
     out.print("[bold]Checks[/]")
     for check in checks:
-        out.print(f"  {_MARKS[check.state]} {check.name}: ", end="", highlight=False)
+        out.print(f"  {_MARKS[check.state]} {escape(check.name)}: ", end="", highlight=False)
         out.print(check.message, markup=False, highlight=False)
         if check.hint and check.state != "ok":
             out.print(f"         {check.hint}", markup=False, highlight=False)

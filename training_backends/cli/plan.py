@@ -22,6 +22,8 @@ __all__ = ["backends", "estimate", "validate"]
 
 def backends(json: JsonOption = False) -> None:
     """Show what is installed and what each backend can do."""
+    from rich.markup import escape
+
     from training_backends import BackendNotInstalled, ConfigError, installed_backends
     from training_backends.cli.render import console, write_json
 
@@ -44,13 +46,13 @@ def backends(json: JsonOption = False) -> None:
         return
     out = console()
     for entry in found:
-        out.print(f"[bold]{entry['name']}[/] [dim]({entry['package']})[/]")
+        out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
-            out.print(f"  [red]cannot be loaded:[/] {entry['error']}")
+            out.print(f"  [red]cannot be loaded:[/] {escape(entry['error'])}")
             continue
-        out.print(f"  {entry['summary']}")
+        out.print(f"  {entry['summary']}", markup=False)
         for line in _capability_lines(entry["capabilities"]):
-            out.print(f"  {line}")
+            out.print(f"  {line}", markup=False)
 
 
 def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
@@ -71,6 +73,8 @@ def validate(
     json: JsonOption = False,
 ) -> None:
     """Check a configuration and its data; nothing is uploaded or spent."""
+    from rich.markup import escape
+
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.render import (
         console,
@@ -103,7 +107,7 @@ def validate(
             show_dataset(report.dataset, out)
         show_issues(issues, out)
         verdict = "[green]ready to launch[/]" if report.ok else "[red]cannot be launched[/]"
-        out.print(f"{config.name} on {name}: {verdict}")
+        out.print(f"{escape(config.name)} on {escape(name)}: {verdict}")
     if not report.ok:
         raise typer.Exit(ExitCode.INVALID)
 

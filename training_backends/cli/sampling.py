@@ -18,13 +18,13 @@ def sample(
     json: JsonOption = False,
 ) -> None:
     """Ask the finished model of a run, on the machine where it was trained."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.render import console, show_text, write_json
 
     said = with_client(lambda client: client.sample(run, prompt, max_tokens=max_tokens))
     if json:
         write_json(said.model_dump(mode="json", exclude_none=True))
     elif said.answer is not None:
-        console().print(said.answer, markup=False)
+        show_text(said.answer, console())
     else:
         for target, labels in (said.labels or {}).items():
             likely = sorted(labels.items(), key=lambda label: -label[1])
