@@ -169,6 +169,7 @@ def check_upload(
         for issue in issues:
             if issue.severity == "error":
                 text = f"{issue.field}: {issue.message}" if issue.field else issue.message
+                text = f"{text} ({issue.fix})" if issue.fix else text
                 errors.setdefault(issue.line or 1, text)
             if len(errors) >= max_errors:
                 return UploadCheck(collector.sample_type, None, _line_errors(errors))
@@ -190,7 +191,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     raise DatasetError(
         f"The training data cannot be used: {count} in {place}.",
         issues=dataset.issues,
-        hint="Correct the lines named, then try again.",
+        hint="Correct the lines named, then try again."
+        if any(issue.line for issue in errors)
+        else None,
     )
 
 
