@@ -26,6 +26,9 @@ def backends(json: JsonOption = False) -> None:
 
     from training_backends import BackendNotInstalled, ConfigError, installed_backends
     from training_backends.cli.render import console, write_json
+    from training_backends.client.diagnosis import PACKAGE, check_extras
+
+    extras = {check.name: check for check in check_extras()}
 
     async def describe(client: "AsyncTrainingClient") -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -37,6 +40,9 @@ def backends(json: JsonOption = False) -> None:
                 entry["capabilities"] = backend.capabilities.model_dump(mode="json")
             except (BackendNotInstalled, ConfigError) as error:
                 entry["error"] = error.message
+            extra = extras.get(f"extra {name}")
+            if extra and extra.state != "ok" and package == PACKAGE:
+                entry["missing"] = f"{extra.message}; {extra.hint}"
             found.append(entry)
         return found
 
@@ -51,6 +57,8 @@ def backends(json: JsonOption = False) -> None:
             out.print(f"  [red]cannot be loaded:[/] {escape(entry['error'])}")
             continue
         out.print(f"  {entry['summary']}", markup=False)
+        if "missing" in entry:
+            out.print(f"  [yellow]{escape(entry['missing'])}[/]")
         for line in _capability_lines(entry["capabilities"]):
             out.print(f"  {line}", markup=False)
 
