@@ -103,7 +103,7 @@ class Postgres:
     def url(self, schema: str = "public") -> str:
         """Return the URL of one of its schemas."""
         url = sa.URL.create(
-            "postgresql",
+            "postgresql+psycopg",  # SQLAlchemy 2.0 takes another driver unless asked
             "postgres",
             database="postgres",
             query={"host": str(self.directory), "options": f"-csearch_path={schema}"},

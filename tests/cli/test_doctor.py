@@ -20,6 +20,14 @@ def test_a_fresh_machine_is_sound(run: Run) -> None:
     assert origins["gateway.port"] == "default"
 
 
+def test_settings_with_their_defaults_are_shown_when_asked(run: Run) -> None:
+    """What somebody has set is seen at a glance."""
+    short, long = run("doctor", MISTRAL_API_KEY=""), run("doctor", "--all", MISTRAL_API_KEY="")
+    assert "TRAINING_BACKENDS_HOME" in short.err
+    assert "gateway.port" not in short.err
+    assert "gateway.port" in long.err
+
+
 def test_a_misspelt_setting_ends_every_command(run: Run) -> None:
     """Before anything is done with settings that nobody meant."""
     done = run("list", TRAINING_BACKENDS_STORE_ULR="sqlite:///other.db")

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def test_backends_are_listed_from_the_registry(run: Run) -> None:
     found = {entry["name"]: entry for entry in run("backends", "--json").document}
     assert found["local"]["capabilities"]["resumes"] is True
     assert found["mistral"]["capabilities"]["quotes"] is True
+    assert ("missing" in found["local"]) is (find_spec("torch") is None)
 
 
 def test_a_good_configuration_is_ready(run: Run, config_file: Path) -> None:

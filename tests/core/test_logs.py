@@ -80,6 +80,23 @@ def test_no_way_into_the_log_shows_a_secret(stream: io.StringIO) -> None:
     assert CANARY not in stream.getvalue()
 
 
+def test_no_line_holds_a_control_character(stream: io.StringIO) -> None:
+    """A provider's text can neither command the terminal nor forge a line."""
+    evil = "\x1b]0;owned\x07\x9b2J\u202e\u2028\n2026-11-30 forged"
+    get_logger(bound=evil).error(evil, field=evil, nested=[evil])
+    logging.getLogger("other").error(evil)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert not any(line.startswith("2026-11-30 forged") for line in lines)
+    try:
+        fail_with(evil)
+    except ExceptionGroup:
+        get_logger().exception("failed")
+    written = stream.getvalue()
+    assert "Traceback" in written
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u2028"} & set(written)
+
+
 def test_tracebacks_show_no_secret(stream: io.StringIO) -> None:
     """Messages, causes, notes and groups are cleaned; variables are not shown at all."""
     try:

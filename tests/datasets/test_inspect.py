@@ -541,7 +541,8 @@ def test_packed_files_are_inspected_but_not_trained_on(
     assert [one.code for one in inspect(make_config(data={"train": path})).errors] == [
         "packed_file"
     ]
-    assert [error.message for error in check_upload(path).errors] == ["the file is compressed"]
+    (error,) = check_upload(path).errors
+    assert error.message.startswith("the file is compressed (gzip) (send plain JSON Lines")
 
 
 def test_several_threads_inspect_at_the_same_time(tmp_path: Path) -> None:
@@ -571,3 +572,98 @@ def test_without_room_for_hashes_the_rest_is_still_told(
     assert issues[1].severity == "warning"
     assert file is not None
     assert file.summary.duplicate_rows is None
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "fix"),
+    [
+        (json.dumps([talk(n) for n in range(20)]), "a JSON array", "jq -c '.[]' "),
+        (json.dumps([talk(n) for n in range(20)], indent=2), "a JSON array", "jq -c '.[]' "),
+        (json.dumps([talk(n) for n in range(3000)]) + "\n", "a JSON array", "jq -c '.[]' "),
+        ("\ufeff\n [\n" + json.dumps(talk(1)) + ",\n", "a JSON array", "jq -c '.[]' "),
+        (json.dumps(talk(1), indent=1) * 3, "pretty-printed JSON", "jq -c . "),
+        ('{"messages": [\n' + json.dumps(talk(1))[14:], "pretty-printed JSON", "jq -c . "),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_that_is_not_json_lines_is_one_error(
+    tmp_path: Path, content: str, text: str, fix: str, packed: bool
+) -> None:
+    """The commonest mistake is named once, with the command that mends it."""
+    path = tmp_path / "data.json"
+    data = content.encode()
+    path.write_bytes(gzip.compress(data) if packed else data)
+    file, (issue,) = inspect_file(path)
+    assert file is None
+    assert issue.message.startswith(f"the file is {text}")
+    assert f"{fix}FILE" in str(issue.fix)
+
+
+def test_rows_that_are_arrays_are_named_by_line(tmp_path: Path) -> None:
+    """A list of messages on each line is no array of rows."""
+    path = write(tmp_path / "a.jsonl", [ANSWER], [ANSWER])
+    _, issues = inspect_file(path)
+    assert [issue.line for issue in issues] == [1, 2]
+
+
+def test_csv_is_one_error(tmp_path: Path) -> None:
+    """By its name and its first character, not once for each line."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\n" + "a,b\n" * 30)
+    _, (issue,) = inspect_file(path)
+    assert issue.message == "the file is CSV"
+
+
+def test_blank_lines_without_an_end_are_not_read_to_it(tmp_path: Path) -> None:
+    """A few kilobytes can hold thousands of millions of them."""
+    for name, content in {
+        "a.jsonl": b"\n" * 8_000_000,
+        "a.jsonl.gz": gzip.compress(b"\n" * 8_000_000),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        file, (issue,) = inspect_file(path, processes=1)
+        assert file is None
+        assert issue.message == "over 1,000,000 blank lines in a row, the rest was not read"
+
+
+def test_a_line_without_an_end_is_not_read_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few megabytes can hold one of any length."""
+    monkeypatch.setattr(parts, "MAX_SKIPPED_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": "' + b"a" * (8 << 20)))
+    file, issues = inspect_file(path, max_line=1 << 16)
+    assert file is None
+    assert [issue.code for issue in issues][-1] == "line_too_long"
+
+
+def test_a_target_with_one_label_is_a_warning(tmp_path: Path, make_config: MakeConfig) -> None:
+    """There is nothing to learn, unless another file has other labels."""
+    one, other = (
+        write(
+            tmp_path / f"{label}.jsonl",
+            *({"text": f"{label} {n}", "labels": {"topic": label}} for n in range(3)),
+        )
+        for label in ("delivery", "price")
+    )
+    config = make_config(data={"train": one}, method="classifier")
+    (issue,) = inspect(config).issues
+    assert (issue.code, issue.field, issue.severity) == ("single_label", "labels.topic", "warning")
+    assert not inspect(make_config(data={"train": [one, other]}, method="classifier")).issues
+
+
+def test_a_large_file_is_searched_for_doubled_keys_here_and_there(tmp_path: Path) -> None:
+    """Each of the first rows, and enough of the others to find what a program did to all."""
+    rows = [json.dumps(talk(n)) for n in range(120_000)]
+    twice = [row[:-1] + ', "messages": ' + row[13:] for row in rows]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(twice[:1] + rows[1:]) + "\n")
+    assert [issue.line for issue in inspect_file(path)[1]] == [1]
+    path.write_text("\n".join(rows[:60_000] + twice[60_000:]) + "\n")
+    file, _ = inspect_file(path)
+    assert file is not None
+    assert file.summary.findings["duplicate_key"] > 30_000
+    alone, together = (inspect_file(path, processes=count) for count in (1, 2))
+    assert alone == together

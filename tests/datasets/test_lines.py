@@ -43,12 +43,12 @@ def test_a_line_is_never_longer_than_the_limit(content: bytes, limit: int) -> No
     for line in lines_up_to(file, limit):
         found.append(line)
         if not line.endswith(b"\n"):
-            skip_line(file)
+            skip_line(file, 1 << 40)
     assert found == [line[:limit] for line in content.splitlines(keepends=True)]
 
 
 def test_a_line_of_any_length_is_passed_over_and_measured() -> None:
     """What stands behind it is read next."""
     file = io.BytesIO(b"a" * (3 << 20) + b"\nb")
-    assert skip_line(file) == (3 << 20) + 1
+    assert skip_line(file, 1 << 40) == (3 << 20) + 1
     assert file.read() == b"b"

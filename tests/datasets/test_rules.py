@@ -765,3 +765,89 @@ def test_a_file_labels_and_writes_its_rows_in_one_way() -> None:
     assert told(list(file_findings(rules.facts, MISTRAL))) == [
         ("mixed_labels", "labels.mood", "warning")
     ]
+
+
+# What is meant by rows of other kinds
+
+
+@pytest.mark.parametrize("weight", ["1", "1.0", "0.0", "1e0"])
+@ALL
+def test_a_weight_may_be_written_as_a_float(dialect: Dialect, weight: str) -> None:
+    """Tables make floats of whole numbers; 0.5 and true are no weights."""
+    answer = b'{"role":"assistant","content":"It is.","weight":%s}'
+    text = b'{"messages":[{"role":"user","content":"Is it?"},%s,%s]}'
+    more = b'{"role":"user","content":"Is it?"},{"role":"assistant","content":"It is."}'
+    row = text % (answer % weight.encode(), more)
+    assert RowRules(dialect).judge(row) == ("instruct", ())
+    assert RowFaults(dialect).describe(row, Facts()) == ("instruct", ())
+    for wrong in (b"0.5", b"true", b"2.0"):
+        row = text % (answer % wrong, more)
+        assert told(RowRules(dialect).judge(row)[1]) == [
+            ("bad_weight", "messages[1].weight", "error")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ('{"messages": [], "messages": [{"role":"user","content":"a"},%s]}', "messages"),
+        ('{"messages": [{"role":"user","content":"a"},%s], "messages": []}', "messages"),
+        ('{"messages": [{"role":"user","content":"a","content":"b"},%s]}', "content"),
+        ('{"messages": [{"role":"user","content":"a","role":"user"},%s]}', "role"),
+        ('{"messages": [{"role":"user","content":"a"},%s],"tools":[],"tools":[]}', "tools"),
+        ('{"text": "a", "text": "b"}', "text"),
+        ('{"text": "a", "labels": {"topic": "x", "topic": "y"}}', "topic"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_an_error(row: str, key: str) -> None:
+    """Its first value would be lost without a word, also in rows with nothing else wrong."""
+    answer = json.dumps(ANSWER)
+    text = (row % answer if "%s" in row else row).encode()
+    found = RowRules(LOCAL).judge(text)[1]
+    assert f"{key!r} occurs twice in one object" in [one.message for one in found]
+    assert ("duplicate_key", None, "error") in told(found)
+
+
+@given(st.text(), st.text())
+@CALM
+def test_words_that_look_like_keys_are_no_keys(question: str, answer: str) -> None:
+    """Quotes inside of a text are escaped, whatever it quotes."""
+    quoted = '"role": "content" "messages" '
+    row = chat(
+        {"role": "user", "content": quoted + question}, dict(ANSWER, content=answer + quoted)
+    )
+    assert judged(row) == ()
+    assert judged(chat({"role": "user", "content": 'say "role'}, ANSWER)) == ()
+
+
+def test_a_text_with_a_label_is_a_row_of_a_classifier() -> None:
+    """What was meant is said, and how to write it; the label is not dropped."""
+    finding = only({"text": "Where is it?", "label": "spam"}, LOCAL)
+    assert told([finding]) == [("unknown_format", "label", "error")]
+    assert '"labels": {"TARGET": "spam"}' in str(finding.fix)
+    assert "remove `label`" in str(finding.fix)
+
+
+@ALL
+def test_alpaca_is_recognised_beside_a_text(dialect: Dialect) -> None:
+    """The original Alpaca file has the three parts and a text made of them."""
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2: 3"}
+    assert "Alpaca" in str(only(row, dialect).fix)
+
+
+def test_a_prompt_beside_complete_conversations_is_to_be_removed() -> None:
+    """UltraFeedback has the prompt as a string and again in both answers."""
+    user = {"role": "user", "content": "Is it far?"}
+    good, bad = (dict(ANSWER, content=text) for text in ("Two stops.", "Yes."))
+    row = {"prompt": "Is it far?", "chosen": [user, good], "rejected": [user, bad]}
+    assert only(row, LOCAL).fix == "remove `prompt`"
+    row = {"prompt": "Is it far?", "chosen": [good], "rejected": [bad]}
+    assert "write it as messages" in str(only(row, LOCAL).fix)
+
+
+def test_a_comma_after_a_row_is_named() -> None:
+    """Rows cut out of an array still have theirs."""
+    row = json.dumps(chat(USER, ANSWER)).encode()
+    (finding,) = RowRules().judge(row + b",\n")[1]
+    assert finding.message == f"there is a comma after the object, at column {len(row) + 1}"
+    assert finding.fix == "remove the comma"

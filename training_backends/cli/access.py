@@ -183,8 +183,8 @@ def create_key(
 @keys.command("list")
 def list_keys(json: JsonOption = False) -> None:
     """Show the gateway's keys, never their values."""
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     from training_backends.cli.render import console, write_json
 
@@ -201,7 +201,7 @@ def list_keys(json: JsonOption = False) -> None:
     for key in found:
         moments = (key.created_at, key.expires_at, key.last_used_at)
         times = (_minute(moment) if moment else "never" for moment in moments)
-        table.add_row(key.id, key.state, key.scope, key.project, *times, Text(key.name))
+        table.add_row(key.id, key.state, key.scope, escape(key.project), *times, escape(key.name))
     console().print(table)
 
 

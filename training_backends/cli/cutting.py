@@ -118,6 +118,8 @@ def split(
     The same rows and seed give the same sides, and identical rows are never on both. Several
     files are taken as one.
     """
+    from rich.markup import escape
+
     from training_backends.cli.cutview import bar, show_data, show_split
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.render import console, write_json
@@ -160,7 +162,7 @@ def split(
     for each in found:
         show_split(each, out)
     if note:
-        out.print(f"[yellow]note[/] {note}")
+        out.print(f"[yellow]note[/] {escape(note)}")
     show_data(data, out)
 
 

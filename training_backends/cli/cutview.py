@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from training_backends.cli.exit_codes import Interrupted
-from training_backends.cli.render import FileBars, issue_document, show_issues
+from training_backends.cli.render import FileBars, issue_document, show_issues, show_text
 from training_backends.core.errors import Issue
 from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
@@ -196,4 +196,4 @@ def _show_file(path: Path, rows: int, size: int, out: Console) -> None:
 def show_data(data: dict[str, Any], out: Console) -> None:
     """Show the part of a configuration that names the files."""
     out.print("For the configuration:")
-    out.print(yaml.safe_dump({"data": data}, sort_keys=False).rstrip(), markup=False)
+    show_text(yaml.safe_dump({"data": data}, sort_keys=False).rstrip(), out)

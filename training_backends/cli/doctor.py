@@ -24,11 +24,14 @@ def doctor(
             help="Set a damaged run store aside; make a new one of what it and the providers tell.",
         ),
     ] = False,
+    all_settings: Annotated[
+        bool, typer.Option("--all", help="Also list settings that have their defaults.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show every setting and check all that is set up; ends with 1 if some of it does not work."""
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.render import write_json
+    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import terminal_vault
     from training_backends.client.diagnosis import diagnose, known_settings
     from training_backends.gateway.settings import GatewaySettings
@@ -57,21 +60,35 @@ def doctor(
             }
         )
     else:
-        _show(settings, found, checks)
+        for line in found["recovery"].get("lines", ()):
+            console().print(line, markup=False)
+        _show_settings(settings, all_settings=all_settings)
+        _show(found, checks)
     if not ok:
         raise typer.Exit(ExitCode.UNEXPECTED)
 
 
-def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Check]") -> None:
+def _show_settings(settings: "list[Effective]", *, all_settings: bool) -> None:
     from training_backends.cli.render import console
 
     out = console()
-    for line in found["recovery"].get("lines", ()):
-        out.print(line, markup=False)
-    out.print("[bold]Settings[/]")
-    for entry in settings:
+    more = "" if all_settings else " that are not defaults (--all lists every setting)"
+    out.print(f"[bold]Settings[/]{more}")
+    shown = [entry for entry in settings if all_settings or entry.origin != "default"]
+    for entry in shown:
         out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
-    out.print(f"[bold]Keys[/], looked for in {', then '.join(found['sources'])}")
+    if not shown:
+        out.print("  none")
+
+
+def _show(found: dict[str, Any], checks: "list[Check]") -> None:
+    from rich.markup import escape
+
+    from training_backends.cli.render import console
+
+    out = console()
+    sources = escape(", then ".join(found["sources"]))
+    out.print(f"[bold]Keys[/], looked for in {sources}")
     for entry in found["credentials"]:
         unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
         place = f"{entry['provider']}/{entry['profile']}"
@@ -80,7 +97,7 @@ def _show(settings: "list[Effective]", found: dict[str, Any], checks: "list[Chec
         out.print("  none")
     out.print("[bold]Checks[/]")
     for check in checks:
-        out.print(f"  {_MARKS[check.state]} {check.name}: ", end="", highlight=False)
+        out.print(f"  {_MARKS[check.state]} {escape(check.name)}: ", end="", highlight=False)
         out.print(check.message, markup=False, highlight=False)
         if check.hint and check.state != "ok":
             out.print(f"         {check.hint}", markup=False, highlight=False)

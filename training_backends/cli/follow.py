@@ -20,6 +20,7 @@ from rich.progress import (
 
 from training_backends.cli.render import console, show_estimate, show_log_record
 from training_backends.client.aio import AsyncTrainingClient
+from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
@@ -62,7 +63,9 @@ class LaunchView:
     def progress(self, name: str, done: int, total: int) -> None:
         """Show how far an upload is."""
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(escape(_short(name)), total=total)
+            self._tasks[name] = self._bars.add_task(
+                escape(escape_controls(_short(name))), total=total
+            )
         self._bars.update(self._tasks[name], completed=done)
         if done >= total and not self._quiet and not self._out.is_terminal:
             self._out.print(f"  {escape(_short(name))}: {total:,} bytes sent")

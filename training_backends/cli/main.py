@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +12,7 @@ from training_backends import __version__
 from training_backends.cli import access, data, doctor, plan, quickstart, runs, sampling, serve
 from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
+from training_backends.core.escape import escape_controls
 
 __all__ = ["app", "main"]
 
@@ -117,7 +119,7 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     code = exit_code_of(error)
     if isinstance(error, Interrupted):
         # Below the ^C that the terminal has written.
-        typer.echo(f"\n{error.message}", err=True)
+        typer.echo(f"\n{escape_controls(error.message)}", err=True)
     elif not shown:
         show_error(error)
     if "--json" in sys.argv[1:]:
@@ -134,7 +136,10 @@ def _wrong_usage(error: Any) -> TrainingBackendError:
 
     register_environment()
     error.message = redact(str(error.message))
-    error.show()
+    shown = StringIO()
+    error.show(shown)
+    # typer escapes the arguments that it quotes itself; this is for the messages of our commands.
+    typer.echo(escape_controls(shown.getvalue(), keep="\n"), nl=False, err=True)
     return UsageError(error.format_message(), hint="--help shows what a command takes.")
 
 

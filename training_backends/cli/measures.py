@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.escape import escape_controls
 
 if TYPE_CHECKING:
     from training_backends.client.store import MetricPoint
@@ -57,7 +58,7 @@ def choose(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Seri
 def write_csv(series: Mapping[str, Series]) -> None:
     """Write a line a step to standard output; a metric that was not measured then is empty."""
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["step", *series])
+    out.writerow(["step", *map(escape_controls, series)])
     for step in sorted({step for values in series.values() for step in values}):
         out.writerow([step, *(values.get(step, "") for values in series.values())])
 
@@ -149,7 +150,7 @@ def chart(series: Mapping[str, Series], *, width: int, coloured: bool, plain: bo
             marker=sign if lone else None,
             interp=None if plain else "linear",
         )
-        told = f"{sign if lone else '―'} {name} {values[steps[-1]]:.6g}"
+        told = f"{sign if lone else '―'} {escape_controls(name)} {values[steps[-1]]:.6g}"
         names.append(plotille.color(told, fg=colour, mode="names", no_color=not coloured))
     # Its first line is the arrow of an axis without a label; its empty places are no spaces.
     _, _, drawn = str(figure.show()).partition("\n")

@@ -26,6 +26,9 @@ def backends(json: JsonOption = False) -> None:
 
     from training_backends import TrainingBackendError, installed_backends
     from training_backends.cli.render import console, write_json
+    from training_backends.client.diagnosis import PACKAGE, check_extras
+
+    extras = {check.name: check for check in check_extras()}
 
     async def describe(client: "AsyncTrainingClient") -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -37,6 +40,9 @@ def backends(json: JsonOption = False) -> None:
                 entry["capabilities"] = backend.capabilities.model_dump(mode="json")
             except TrainingBackendError as error:
                 entry["error"] = error.message
+            extra = extras.get(f"extra {name}")
+            if extra and extra.state != "ok" and package == PACKAGE:
+                entry["missing"] = f"{extra.message}; {extra.hint}"
             found.append(entry)
         return found
 
@@ -46,13 +52,15 @@ def backends(json: JsonOption = False) -> None:
         return
     out = console()
     for entry in found:
-        out.print(f"[bold]{entry['name']}[/] [dim]({entry['package']})[/]")
+        out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
             out.print(f"  [red]cannot be used:[/] {escape(entry['error'])}")
             continue
-        out.print(f"  {entry['summary']}")
+        out.print(f"  {entry['summary']}", markup=False)
+        if "missing" in entry:
+            out.print(f"  [yellow]{escape(entry['missing'])}[/]")
         for line in _capability_lines(entry["capabilities"]):
-            out.print(f"  {line}")
+            out.print(f"  {line}", markup=False)
 
 
 def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
@@ -73,6 +81,8 @@ def validate(
     json: JsonOption = False,
 ) -> None:
     """Check a configuration and its data; nothing is uploaded or spent."""
+    from rich.markup import escape
+
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.render import (
         console,
@@ -105,7 +115,7 @@ def validate(
             show_dataset(report.dataset, out)
         show_issues(issues, out)
         verdict = "[green]ready to launch[/]" if report.ok else "[red]cannot be launched[/]"
-        out.print(f"{config.name} on {name}: {verdict}")
+        out.print(f"{escape(config.name)} on {escape(name)}: {verdict}")
     if not report.ok:
         raise typer.Exit(ExitCode.INVALID)
 

@@ -88,7 +88,8 @@ class _Result:
         if self.model is None:
             return
         config = shlex.quote(str(_short(self.home / "run.yaml")))
-        out.print("\n[bold]Next, with your own data[/]")
+        out.print()
+        out.print("[bold]Next, with your own data[/]")
         out.print(f"  put your chats into {_short(self.home / 'data')}/train.jsonl", markup=False)
         for command in (f"validate {config}", f"launch {config} --follow", "list"):
             out.print(f"  {_program()} {command}", markup=False)
@@ -191,7 +192,8 @@ class _Quickstart:
     def _title(self, title: str, what: str) -> None:
         from rich.markup import escape
 
-        self._out.print(f"\n[bold]{title}[/]  [dim]{escape(what)}[/]")
+        self._out.print()
+        self._out.print(f"[bold]{title}[/]  [dim]{escape(what)}[/]")
 
 
 def _prepare(home: Path) -> Path:

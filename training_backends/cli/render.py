@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,10 +18,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
+from training_backends.core.escape import escape_controls, escape_json
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
@@ -46,6 +49,7 @@ __all__ = [
     "show_metrics",
     "show_run",
     "show_runs",
+    "show_text",
     "write_json",
     "write_json_line",
 ]
@@ -61,13 +65,43 @@ _PATIENCE = 1.0
 """Seconds for which nobody needs to be told that something goes on."""
 
 
+class _SafeConsole(Console):
+    """A console on which text from outside cannot command the terminal.
+
+    Escapes control characters in all that is printed, line ends too: `show_text` prints what
+    may have several lines.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape before the text is measured."""
+        return super().render_str(escape_controls(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Escape what was made without `render_str`, such as the columns of a progress bar."""
+        if isinstance(renderable, Text):
+            plain = renderable.plain
+            escaped = escape_controls(plain, keep="\n")
+            if escaped != plain:
+                renderable = renderable.copy()
+                renderable.plain = escaped
+        return super().render(renderable, options)
+
+
 def console() -> Console:
     """Return the console for people; standard output is kept for programs."""
-    out = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    out = _SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     if not out.is_terminal:
         # A file or a pipe has no edge at which a table would have to be cut.
         out.width = 200
     return out
+
+
+def show_text(text: str, out: Console) -> None:
+    """Print text that may have several lines, such as the answer of a model."""
+    for line in text.split("\n"):
+        out.print(line.expandtabs(), markup=False)
 
 
 def write_json(document: Any) -> None:
@@ -82,6 +116,7 @@ def write_json_line(document: Any) -> None:
 
 def _json(document: Any, *, indent: int | None = None) -> str:
     text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
+    text = escape_json(text)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
@@ -207,7 +242,9 @@ class FileBars:
         key = what, path
         if key not in self._tasks:
             self._bars.start()
-            self._tasks[key] = self._bars.add_task(f"{what} {escape(path.name)}", total=total)
+            self._tasks[key] = self._bars.add_task(
+                f"{what} {escape(escape_controls(path.name))}", total=total
+            )
         self._bars.update(self._tasks[key], completed=done, total=total, visible=done < total)
 
 

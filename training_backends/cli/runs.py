@@ -21,6 +21,7 @@ from training_backends.cli.session import (
     with_client,
 )
 from training_backends.cli.terminal import heard_at_once
+from training_backends.core.escape import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -353,7 +354,7 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
 
 def _ask(question: str) -> bool:
     with heard_at_once():
-        return typer.confirm(question, err=True)
+        return typer.confirm(escape_controls(question), err=True)
 
 
 def _given_id(run_id: str | None) -> str | None:

@@ -21,7 +21,7 @@ def sample(
     json: JsonOption = False,
 ) -> None:
     """Ask the finished model of a run, on the machine where it was trained."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.render import console, show_text, write_json
 
     async def ask(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
@@ -30,7 +30,7 @@ def sample(
     if json:
         write_json(said.model_dump(mode="json", exclude_none=True))
     elif said.answer is not None:
-        console().print(said.answer, markup=False)
+        show_text(said.answer, console())
     else:
         for target, labels in (said.labels or {}).items():
             likely = sorted(labels.items(), key=lambda label: -label[1])

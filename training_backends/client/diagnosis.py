@@ -32,6 +32,7 @@ from training_backends.credentials.settings import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, check_names
 
 __all__ = [
+    "PACKAGE",
     "Check",
     "check_clock",
     "check_extras",
@@ -43,7 +44,7 @@ __all__ = [
 
 _NOBODYS_SUFFIX: Final = "credentials-test"
 """Runs of this name are listed to try a key: none, so that one request tells all."""
-_PACKAGE: Final = "training-backends"
+PACKAGE: Final = "training-backends"
 _CLOCKS_AGREE: Final = timedelta(seconds=30)
 """Leases and signed links bear with a minute."""
 _EXTRA: Final = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
@@ -185,7 +186,7 @@ async def _backend(client: AsyncTrainingClient, name: str) -> list[Check]:
 def check_extras(is_installed: Callable[[str], bool] | None = None) -> Sequence[Check]:
     """Say which extras of this package are installed, as its own metadata names them."""
     is_installed = is_installed or _is_installed
-    package = distribution(_PACKAGE)
+    package = distribution(PACKAGE)
     needs: dict[str, list[str]] = {
         extra: [] for extra in package.metadata.get_all("Provides-Extra") or ()
     }
@@ -201,7 +202,7 @@ def _extra(extra: str, names: Sequence[str], is_installed: Callable[[str], bool]
     title = f"extra {extra}"
     if not missing:
         return Check(title, "ok", "installed")
-    hint = f"pip install '{_PACKAGE}[{extra}]'"
+    hint = f"pip install '{PACKAGE}[{extra}]'"
     return Check(title, "unused", f"not installed: {', '.join(missing)}", hint)
 
 

@@ -4,10 +4,11 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TextIO
+from typing import Any, Final, Literal, TextIO
 
 import structlog
 
+from training_backends.core.escape import escape_controls
 from training_backends.core.redaction import (
     REDACTED,
     redact,
@@ -27,6 +28,9 @@ __all__ = [
     "register_secret",
 ]
 
+_MULTILINE: Final = frozenset({"exception", "stack"})
+"""Keys of an event whose values this program has written on several lines."""
+
 
 def redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
     """Take the secrets out of a line: a structlog processor, the last one before the renderer.
@@ -35,6 +39,16 @@ def redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[st
     """
     cleaned: dict[str, Any] = redact_value(event)
     return cleaned
+
+
+def _escape_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Escape control characters, in a traceback all but its line ends."""
+    return {
+        escape_controls(name): escape_controls(value, keep="\n" if name in _MULTILINE else "")
+        if isinstance(value, str)
+        else value
+        for name, value in event.items()
+    }
 
 
 def configure_logs(
@@ -58,14 +72,15 @@ def configure_logs(
         # Here and not in the renderer, which would show what local variables hold.
         structlog.processors.format_exc_info,
     ]
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
+    # JSON has escapes of its own.
+    rendering: list[Any] = (
+        [structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=target.isatty())
+        else [_escape_event, structlog.dev.ConsoleRenderer(colors=target.isatty())]
     )
     numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
-        processors=[*shared, redact_event, renderer],
+        processors=[*shared, redact_event, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
         logger_factory=structlog.PrintLoggerFactory(target),
         cache_logger_on_first_use=False,
@@ -77,7 +92,7 @@ def configure_logs(
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 redact_event,
-                renderer,
+                *rendering,
             ],
         )
     )

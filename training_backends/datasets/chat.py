@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -32,12 +32,16 @@ __all__ = [
     "TextRow",
     "Tool",
     "ToolCall",
+    "Weight",
     "byte_encode",
     "byte_token_count",
     "parse_any_row",
     "parse_row",
     "row_pieces",
 ]
+
+Weight = Annotated[float, msgspec.Meta(ge=0, le=1, multiple_of=1)]
+"""0 or 1; pandas and others write 0.0 and 1.0, which mistral-common 1.13 accepts, too."""
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -95,7 +99,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
-    weight: Literal[0, 1] | None = None
+    weight: Weight | None = None
 
     @property
     def text(self) -> str:

@@ -13,11 +13,14 @@ from training_backends.datasets.findings import Finding
 from training_backends.datasets.judging import KEPT_PER_CODE, End, Verdict
 from training_backends.datasets.rules import file_findings
 
-__all__ = ["Collector", "FileRole"]
+__all__ = ["MOST_BLANK_LINES", "Collector", "FileRole"]
 
 FileRole = Literal["train", "validation"]
 
 _JSONL: Final = "write one JSON object on each line"
+
+MOST_BLANK_LINES: Final = 1_000_000
+"""In a row; a small compressed file may hold thousands of millions."""
 
 
 class Collector:
@@ -39,7 +42,7 @@ class Collector:
         self._weight = weight
         self._dialect = dialect
         self._facts = Facts()
-        self._bad_rows = self._blank = 0
+        self._bad_rows = self._blank = self._blank_in_a_row = 0
         self._first_blank: int | None = None
         self._has_crlf = False
         self._sizes: Counter[int] = Counter()
@@ -58,6 +61,11 @@ class Collector:
             yield from self._tell(finding, self.lines + line)
         if verdict.first_blank:
             self._first_blank = self._first_blank or self.lines + verdict.first_blank
+        self._blank_in_a_row = 0 if verdict.rows else self._blank_in_a_row + verdict.blank
+        if self._blank_in_a_row > MOST_BLANK_LINES:
+            self.failed = True
+            text = f"over {MOST_BLANK_LINES:,} blank lines in a row, the rest was not read"
+            yield from self.add(Finding("only_blank_lines", None, text, _JSONL))
         self.lines += verdict.lines
         self.rows += verdict.rows
         self._bad_rows += verdict.bad_rows

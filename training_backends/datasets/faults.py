@@ -6,7 +6,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     # A process that judges rows is up without pydantic.
     from training_backends.core.config import ClassifierTarget
 
-__all__ = ["RIGHT", "TYPES", "RowFaults", "Verdict"]
+__all__ = ["RIGHT", "TYPES", "RowFaults", "Verdict", "has_duplicate_keys"]
 
 TYPES: Final[Mapping[RowFormat, SampleType]] = {
     "messages": "instruct",
@@ -109,7 +110,7 @@ class RowFaults:
             "text": self._text,
             "labels": self._labels,
             "preference": self._preference,
-            "chosen": self._chosen,
+            "chosen": self._trl,
         }
 
     def describe(self, line: bytes, facts: Facts) -> Verdict:
@@ -134,8 +135,7 @@ class RowFaults:
             return TYPES[form], (self._unsupported(form),)
         found = chain(self._judges[form](row), self._beside(row, form))
         findings = self._weighed(islice(found, _MOST_FINDINGS))
-        if any(finding.severity == "error" for finding in findings):
-            findings += _duplicate_keys(line)
+        findings += _duplicate_keys(line)
         return (TYPES[form], tuple(findings)) if findings else RIGHT[TYPES[form]]
 
     def _weighed(self, findings: Iterable[Finding]) -> list[Finding]:
@@ -158,6 +158,8 @@ class RowFaults:
         for form, telling in _TELLING.items():
             if not telling.isdisjoint(keys):
                 return form, None
+        if "messages" not in keys and (problem := self._other_meaning(row, keys)):
+            return None, problem
         found = [form for form in _PLAIN if _KEYS[form] <= keys]
         if len(found) == 1:
             return found[0], None
@@ -166,6 +168,21 @@ class RowFaults:
             field = "completion" if found[-1] == "completion" else "text"
             return None, Finding("ambiguous_row", field, text, "keep one of them")
         return None, self._unknown(row)
+
+    def _other_meaning(self, row: Mapping[str, Any], keys: AbstractSet[str]) -> Finding | None:
+        """Say of a row with `text` that it is more than a text to continue the training with."""
+        if {"text", "instruction", "output"} <= keys:
+            text = "the row has `text` beside `instruction` and `output`"
+            return Finding("unknown_format", "instruction", text, _FOREIGN["instruction"])
+        if {"text", "label"} <= keys and "labels" in self._dialect.formats:
+            label = row["label"]
+            value = json.dumps(brief(label) if isinstance(label, str) else str(label))
+            fix = (
+                f'for a classifier, write `"labels": {{"TARGET": {value}}}`; '
+                "to train on the text alone, remove `label`"
+            )
+            return Finding("unknown_format", "label", "the row has `label` beside `text`", fix)
+        return None
 
     def _unknown(self, row: Mapping[str, Any]) -> Finding:
         text = "the row is of no known format"
@@ -304,6 +321,13 @@ class RowFaults:
         if good is not None and good == bad:
             yield _same("non_preferred_output")
 
+    def _trl(self, row: Mapping[str, Any]) -> Iterator[Finding]:
+        good, bad = row.get("chosen"), row.get("rejected")
+        if isinstance(row.get("prompt"), str) and isinstance(good, list) and isinstance(bad, list):
+            yield _apart(good, bad)
+        else:
+            yield from self._chosen(row)
+
     def _chosen(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         prompt, good, bad = row.get("prompt"), row.get("chosen"), row.get("rejected")
         whole = prompt is None
@@ -397,6 +421,16 @@ def _same(field: str) -> Finding:
     return Finding("same_answers", field, text, "remove the row")
 
 
+def _apart(good: list[Any], bad: list[Any]) -> Finding:
+    """Say how to write a prompt that is a string beside answers that are messages."""
+    firsts = [one[0].get("role") for one in (good, bad) if one and isinstance(one[0], dict)]
+    if "assistant" in firsts or not firsts:
+        fix = 'write it as messages, too: [{"role": "user", "content": ...}]'
+        return Finding("wrong_type", "prompt", "the prompt is a string, the answers are not", fix)
+    text = "`chosen` and `rejected` are complete conversations, which hold the prompt already"
+    return Finding("wrong_type", "prompt", text, "remove `prompt`")
+
+
 def _flag(row: Mapping[str, Any], place: str) -> Iterator[Finding]:
     value = row.get("parallel_tool_calls")
     if value is not None and not isinstance(value, bool):
@@ -440,30 +474,56 @@ def _bad_json(line: bytes, text: str) -> Finding:
         message = f"the JSON ends too early, at column {_column(line, len(line))}"
         return Finding("bad_json", None, message, "complete it; each row stands on one line")
     what = _BYTE.sub("", text).removeprefix("JSON is malformed: ")
+    if what == "trailing characters" and line.rstrip().endswith(b","):
+        row = line.rstrip()[:-1]
+        if _is_json(row):
+            message = f"there is a comma after the object, at column {_column(line, len(row))}"
+            return Finding("bad_json", None, message, "remove the comma")
     # msgspec 0.22 points one byte behind a character that follows the whole value.
     offset = int(found[1]) - (what == "trailing characters")
     message = f"not JSON: {what} at column {_column(line, offset)}"
     return Finding("bad_json", None, message, "write one JSON object on each line")
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
 def _column(line: bytes, offset: int) -> int:
     return len(line[:offset].decode("utf-8", "replace")) + 1
 
 
-def _duplicate_keys(line: bytes) -> list[Finding]:
-    """Find keys that stand twice in one object; only the last of them is read."""
-    twice: list[str] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> None:
-        keys = [key for key, _ in items]
-        if len(set(keys)) < len(keys):
-            twice.extend(key for key, count in Counter(keys).items() if count > 1)
-
+def has_duplicate_keys(line: bytes) -> bool:
+    """Tell whether an object of a row may have a key twice, so that readers differ on its value."""
     try:
-        json.loads(line, object_pairs_hook=pairs)
+        return bool(_keys_twice(line))
+    except (ValueError, RecursionError):
+        return True  # of what cannot be read, nothing else is known
+
+
+def _duplicate_keys(line: bytes) -> list[Finding]:
+    try:
+        twice = _keys_twice(line)
     except (ValueError, RecursionError):
         return []
     return [
-        Finding("duplicate_key", None, f"{short(key)} stands twice in one object", "keep one")
-        for key in dict.fromkeys(twice)
+        Finding("duplicate_key", None, f"{short(key)} occurs twice in one object", "keep one")
+        for key in islice(twice, _MOST_FINDINGS)
     ]
+
+
+def _keys_twice(line: bytes) -> Collection[str]:
+    """Find keys that occur twice in one object; only the last of them is read."""
+    twice: dict[str, None] = {}
+
+    def look(items: list[tuple[str, Any]]) -> None:
+        if len(dict(items)) < len(items):
+            counts = Counter(key for key, _ in items)
+            twice.update((key, None) for key, count in counts.items() if count > 1)
+
+    json.loads(line, object_pairs_hook=look)
+    return twice

@@ -192,7 +192,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     raise DatasetError(
         f"The training data cannot be used: {count} in {place}.",
         issues=dataset.issues,
-        hint="Correct the lines named, then try again.",
+        hint="Correct the lines named, then try again."
+        if any(issue.line for issue in errors)
+        else None,
     )
 
 

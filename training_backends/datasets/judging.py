@@ -55,6 +55,9 @@ _PIECE: Final = 1 << 16
 _AT_ONCE: Final = 64
 """Lines that are read at once."""
 
+_CLOSELY_EVERY: Final = 64
+"""Batches of these lines, of which one is searched for keys that occur twice."""
+
 _LF: Final = ord("\n")
 _BRACE: Final = {ord("}")}
 _last: Final = itemgetter(-2)
@@ -67,6 +70,7 @@ class Part:
     Attributes:
         path: The file; None where there are `lines`.
         begins: A line begins at `start`.
+        closely: Search every row for keys that occur twice, not one batch in 64.
         rules: See `packed_rules`.
     """
 
@@ -75,6 +79,7 @@ class Part:
     end: int = 0
     begins: bool = False
     lines: bytes = b""
+    closely: bool = True
     rules: bytes
     max_line: int
 
@@ -233,6 +238,7 @@ class _Judging:
         self._rules = _rules(part.rules, get_ident())
         self._rules.facts = self.verdict.facts
         self._max_line = part.max_line
+        self._closely = part.closely
         self._longest = min(part.max_line, _PIECE - 1)
         self._lengths = array("I")
         self._no_rows = 0
@@ -244,7 +250,12 @@ class _Judging:
     def run(self, file: BinaryIO, left: int) -> Verdict:
         """Judge lines until `left` bytes are read, and the one that is begun then."""
         pieces_of = lines_up_to(file, _PIECE)
+        batch = 0
         while (left > 0 or self._begun) and (pieces := list(islice(pieces_of, _AT_ONCE))):
+            # Where one was found there are more.
+            self._closely = self._closely or "duplicate_key" in self.verdict.counts
+            self._rules.closely = self._closely or batch % _CLOSELY_EVERY == 0
+            batch += 1
             sizes = list(map(len, pieces))
             if not self._begun and self._are_rows(pieces, sizes):
                 if sum(sizes) > left:

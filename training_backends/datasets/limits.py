@@ -1,5 +1,6 @@
 """Hold data files against one another and against a provider's limits."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
+from training_backends.datasets.findings import brief, short
 
 __all__ = ["against_limits", "against_method", "between_files"]
 
@@ -40,6 +42,7 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
                 fix="name it once and give it a weight",
                 severity="warning",
             )
+    yield from _single_labels([file for file in files if file.role == "train"])
     typed = [file for file in files if file.sample_type]
     for file in typed:
         if file.sample_type != typed[0].sample_type:
@@ -49,6 +52,27 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
                 f"{typed[0].sample_type}",
                 path=str(file.path),
                 fix="train on one format at a time",
+            )
+
+
+def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
+    """Tell of targets of a classifier that have the same label in all rows."""
+    labelled = [file for file in files if file.sample_type == "classifier"]
+    labels: dict[str, Counter[str]] = {}
+    for file in labelled:
+        for target, counts in file.summary.labels.items():
+            labels.setdefault(target, Counter()).update(counts)
+    rows = sum(file.rows for file in labelled)
+    for target, found in labels.items():
+        # Where some rows have none of the labels, there is something to tell apart.
+        if len(found) == 1 and found.total() >= rows:
+            yield Issue(
+                code="single_label",
+                message=f"every row has the label {short(next(iter(found)))} for {short(target)}, "
+                "so there is nothing to learn",
+                field=f"labels.{brief(target)}",
+                fix="add rows with other labels",
+                severity="warning",
             )
 
 

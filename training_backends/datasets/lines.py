@@ -7,6 +7,7 @@ from typing import BinaryIO, Final
 __all__ = [
     "BOM",
     "MAX_LINE_BYTES",
+    "MAX_SKIPPED_BYTES",
     "UTF16",
     "line_at_or_after",
     "lines_up_to",
@@ -20,6 +21,9 @@ UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 """How a file in UTF-16 begins."""
 
 _CHUNK_BYTES: Final = 1 << 20
+
+MAX_SKIPPED_BYTES: Final = 1 << 30
+"""Of a line that is read past; a small compressed file may hold one of any length."""
 
 MAX_LINE_BYTES: Final = 32 << 20
 """Longest line that is kept; a longer one is read past, so that no file fills the memory."""
@@ -47,10 +51,10 @@ def lines_up_to(file: BinaryIO, limit: int) -> Iterator[bytes]:
     return iter(partial(file.readline, limit), b"")
 
 
-def skip_line(file: BinaryIO) -> int:
-    """Read past the end of the line; return how many bytes were read."""
+def skip_line(file: BinaryIO, most: int) -> int:
+    """Read past the end of the line; return how many bytes were read, just over `most` at most."""
     done = 0
-    while part := file.readline(_CHUNK_BYTES):
+    while done <= most and (part := file.readline(_CHUNK_BYTES)):
         done += len(part)
         if part.endswith(b"\n"):
             break

@@ -6,7 +6,6 @@ they were written.
 
 import hashlib
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from training_backends.core.dialect import Dialect
+from training_backends.datasets.faults import has_duplicate_keys
 
 __all__ = ["Mend", "is_empty", "mend"]
 
@@ -100,7 +100,7 @@ def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, 
         codes: What was found wrong with it.
     """
     wanted = (_CUT | _IDS | _ARGUMENTS).intersection(codes)
-    if not wanted or _has_key_twice(line):
+    if not wanted or has_duplicate_keys(line):
         return line, ()
     try:
         row = _Row(line)
@@ -113,21 +113,6 @@ def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, 
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # Of another shape than the rules led to expect: not for us to repair.
         return line, ()
-
-
-def _has_key_twice(line: bytes) -> bool:
-    """Tell whether an object has two values under one key, so that readers differ on it."""
-    twice = False
-
-    def look(items: list[tuple[str, Any]]) -> None:
-        nonlocal twice
-        twice = twice or len(dict(items)) < len(items)
-
-    try:
-        json.loads(line, object_pairs_hook=look)
-    except (ValueError, RecursionError):
-        return True
-    return twice
 
 
 class _Row:

@@ -6,13 +6,16 @@ from typing import Final
 
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.datasets.judging import End, Part, Told
-from training_backends.datasets.lines import BOM, UTF16, skip_line
+from training_backends.datasets.lines import BOM, MAX_SKIPPED_BYTES, UTF16, skip_line
 from training_backends.datasets.sources import STDIN, Source, opened
 
 __all__ = ["parts_of"]
 
 _FIRST: Final = 1 << 16
 """Bytes of the first part; small, so that what is wrong at the beginning is told at once."""
+
+_SEARCHED: Final = 1 << 20
+"""Bytes at the beginning of a file in which every row is searched for doubled keys."""
 
 _LARGEST: Final = 4 << 20
 _LARGEST_BLOCK: Final = 1 << 20
@@ -32,7 +35,9 @@ def parts_of(
     try:
         with opened(path, digest=True) as source:
             if plain_only and source.kind != "plain":
-                yield cutting.problem("bad_utf8", "the file is compressed", "unpack it first")
+                what = "Parquet" if source.kind == "parquet" else f"compressed ({source.kind})"
+                fix = "send plain JSON Lines; `training-backends data repair` writes them"
+                yield cutting.problem("bad_utf8", f"the file is {what}", fix)
                 return
             # Looked at, not taken: a stream cannot go back.
             head = source.lines.peek(len(BOM))[: len(BOM)]
@@ -67,6 +72,11 @@ class _Cutting:
         issue = Issue(code=code, message=message, path=str(self._path), line=1, fix=fix)
         return Told(self._file, 0, issue)
 
+    def unusable(self, code: str, message: str) -> Told:
+        """Tell of a file that is not read to its end."""
+        fix = "write one JSON object on each line"
+        return Told(self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix))
+
     def ranges(self, begin: int) -> Iterator[Told]:
         """Yield parts of a plain file by where they lie."""
         found = self._path.stat()
@@ -78,6 +88,7 @@ class _Cutting:
                 start=start,
                 end=end,
                 begins=start == begin,
+                closely=end <= _SEARCHED,
                 rules=self._rules,
                 max_line=self._max_line,
             )
@@ -97,9 +108,15 @@ class _Cutting:
                 block += rest
                 if not rest.endswith(b"\n") and len(rest) > self._max_line:
                     # The judge sees that it is too long, and needs no more of it.
-                    unpacked += skip_line(lines)
+                    skipped = skip_line(lines, MAX_SKIPPED_BYTES)
+                    if skipped > MAX_SKIPPED_BYTES:
+                        text = f"a line is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
+                        yield self.unusable("line_too_long", text)
+                        return
+                    unpacked += skipped
             unpacked += len(block)
-            part = Part(lines=block, rules=self._rules, max_line=self._max_line)
+            closely = unpacked <= _SEARCHED
+            part = Part(lines=block, closely=closely, rules=self._rules, max_line=self._max_line)
             yield Told(self._file, source.size, part)
             step = min(2 * step, _LARGEST_BLOCK)
         yield Told(self._file, source.size, End(source.kind, source.size, source.sha256, unpacked))

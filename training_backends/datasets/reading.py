@@ -98,13 +98,17 @@ class Reading:
 
     def _parts(self) -> Iterator[Told]:
         for number, collector in enumerate(self._collectors):
-            yield from parts_of(
+            parts = parts_of(
                 number,
                 collector.path,
                 rules=self._rules,
                 max_line=self._max_line,
                 plain_only=self._plain_only,
             )
+            for part in parts:
+                if collector.failed:
+                    break
+                yield part
 
     def _worth_processes(self) -> int:
         return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= _WORTH_PROCESSES else 1

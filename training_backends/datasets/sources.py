@@ -7,6 +7,8 @@ of it are in memory at a time.
 import gzip
 import hashlib
 import io
+import json
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,7 @@ from typing import Any, Final, Literal, NoReturn
 import msgspec
 
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.datasets.lines import BOM
 
 __all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
 
@@ -33,7 +36,11 @@ _MAGIC: Final[dict[bytes, Kind]] = {
 }
 _ENDINGS: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _BUFFER: Final = 1 << 20
+_ARRAY: Final = re.compile(rb"\[\s*\{")
 _BATCH_BYTES: Final = 4 << 20
+_LAYOUT_BYTES: Final = 1 << 16
+"""Of a file that are read, at most, to tell JSON Lines from other JSON."""
+_CONVERT: Final = "convert it: each row becomes one JSON object on a line of its own"
 _WINDOW_LOG: Final = 27
 """128 MiB, the most that `zstd` itself unpacks unasked; a frame may name any window."""
 
@@ -91,6 +98,8 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
             _refuse(path, unreadable(path, error))
         kind = kind_of(stored.head)
         chunks = _guarded(path, kind, _UNPACKERS[kind](stored, path))
+        if kind != "parquet":
+            chunks = _checked(path, chunks)
         yield Source(kind, io.BufferedReader(_Chunks(chunks), _BUFFER), stored)
 
 
@@ -217,6 +226,71 @@ def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]
         if isinstance(error, EOFError):
             message = f"the {kind} data end too early"
         _refuse(path, _issue(path, "damaged_file", message, "fetch or pack the file again"))
+
+
+def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Reject JSON that is not one object a line, once, before each of its lines is an error."""
+    begun = b""
+    for chunk in chunks:
+        begun += chunk
+        is_sure, problem = _layout_problem(path, begun, at_end=len(begun) >= _LAYOUT_BYTES)
+        if is_sure:
+            break
+    else:
+        _, problem = _layout_problem(path, begun, at_end=True)
+    if problem:
+        _refuse(path, problem)
+    if begun:
+        yield begun
+    yield from chunks
+
+
+def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
+    """Return whether this is certain, and what is wrong with the layout of a file.
+
+    Args:
+        begun: The first bytes of the file.
+        at_end: No more are read.
+    """
+    text = begun.removeprefix(BOM).lstrip()
+    line, end, rest = text.partition(b"\n")
+    line = line.rstrip()
+    if path.suffix.lower() in {".csv", ".tsv"} and text and text[:1] not in b"[{":
+        return True, _issue(path, "not_json_lines", "the file is CSV", _CONVERT)
+    if not text or (not end and not at_end):
+        return at_end, None
+    if line == b"[" and not rest.strip():
+        return at_end, None
+    if _ARRAY.match(text):
+        if _is_json(line) and rest.strip():
+            return True, None  # each row is an array
+        fix = "write one object on each line: jq -c '.[]' FILE > rows.jsonl"
+        problem = _issue(path, "not_json_lines", "the file is a JSON array", fix)
+        return bool(rest.strip()) or at_end or not _is_json(line), problem
+    if not line.startswith(b"{") or line.endswith((b"}", b"},")):
+        return True, None
+    if line == b"{" or _is_document(text):
+        fix = "write each object on one line: jq -c . FILE > rows.jsonl"
+        message = "the file is pretty-printed JSON: its objects take several lines"
+        return True, _issue(path, "not_json_lines", message, fix)
+    return at_end, None
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def _is_document(text: bytes) -> bool:
+    """Tell whether a text begins with a JSON value that takes several lines."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return b"\n" in text[:end]
 
 
 def _first_line(error: Exception) -> str:

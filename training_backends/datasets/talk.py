@@ -290,7 +290,7 @@ class Talk:
         role = message["role"]
         weight = message.get("weight")
         if weight is not None:
-            if type(weight) is not int or weight not in self._dialect.weights:
+            if type(weight) not in {int, float} or weight not in self._dialect.weights:
                 known = " or ".join(map(str, self._dialect.weights)) or "none"
                 text = f"the weight is {short(weight)}"
                 yield Finding("bad_weight", f"{place}.weight", text, f"use {known}")

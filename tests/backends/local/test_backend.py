@@ -317,3 +317,20 @@ async def test_an_unknown_run_is_said(backend: LocalBackend, make_run: MakeRun) 
         await collect(backend, run)
     with pytest.raises(RunNotFound):
         await backend.delete(run)
+
+
+async def test_a_client_alone_needs_no_training_libraries(
+    backend: LocalBackend, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is optional, until part of it is installed or a run is here."""
+    here = "training_backends.backends.local.backend.find_spec"
+    monkeypatch.setattr(here, lambda name: None if name == "torch" else name)
+    partly = await backend.health()
+    assert (partly.ok, partly.configured, partly.message) == (False, True, "not installed: torch")
+    monkeypatch.setattr(here, lambda _: None)
+    health = await backend.health()
+    assert (health.ok, health.configured) == (False, False)
+    assert health.message.startswith("not installed (optional): torch, ")
+    assert "training-backends[local]" in str(health.hint)
+    (home / "runs" / "r").mkdir(parents=True)
+    assert (await backend.health()).configured

@@ -404,7 +404,11 @@ class LocalBackend(TrainingBackend):
         """Say whether the training libraries are there."""
         missing = await to_thread.run_sync(_missing)
         if missing:
-            return Health(ok=False, message=f"not installed: {', '.join(missing)}", hint=_INSTALL)
+            # A client alone needs none of them.
+            is_used = len(missing) < len(_NEEDED) or await to_thread.run_sync(_has_any, self._runs)
+            words = "not installed" if is_used else "not installed (optional)"
+            message = f"{words}: {', '.join(missing)}"
+            return Health(ok=False, message=message, hint=_INSTALL, configured=is_used)
         return Health(ok=True, message="the training libraries are installed")
 
     def _directory(self, run: TrainingRun) -> RunDir:
@@ -417,6 +421,10 @@ class LocalBackend(TrainingBackend):
                 f"There is no run {run.id} on this machine.", backend=self.name, run_id=run.id
             )
         return directory
+
+
+def _has_any(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def _missing() -> list[str]:
