@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import time
 from itertools import permutations
 from pathlib import Path
@@ -345,7 +346,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         await here.upload()
 
 
-async def test_an_upload_cut_off_leaves_nothing(here: Site) -> None:
+async def test_an_upload_lingered_leaves_nothing(here: Site) -> None:
     """A client that goes away in mid-file is cleaned up behind."""
     async with await anyio.connect_tcp(*address(here)) as stream:
         await stream.send(upload_head(here) + b"a" * 3_000_000)
@@ -355,15 +356,88 @@ async def test_an_upload_cut_off_leaves_nothing(here: Site) -> None:
 
 
 async def test_what_a_crash_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    """Half a file, and bytes that nothing refers to."""
+    """An upload that was cut off, and bytes whose last file was deleted."""
     async with site(tmp_path) as here:
         kept = await here.upload()
+        deleted = await here.upload(jsonl(ROWS[:2]))
+        before = {path: path.read_bytes() for path in blobs(here)}
+        await here.http.delete(f"/v1/files/{deleted}")
+    for path, content in before.items():
+        path.write_bytes(content)
+        os.utime(path, (0, 0))
     (tmp_path / "gateway" / "incoming" / "half.part").write_bytes(b"half")
-    (tmp_path / "gateway" / "files" / ("0" * 64)).write_bytes(b"orphan")
     async with site(tmp_path) as here:
         assert leftovers(here) == []
         assert len(blobs(here)) == 1
         assert (await here.http.get(f"/v1/files/{kept}/content")).content == CONTENT
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+async def test_uploads_survive_the_loss_of_the_database(
+    tmp_path: Path, logs: list[Any], emptied: bool
+) -> None:
+    """A new database knows none of them, which is no reason to delete them."""
+    async with site(tmp_path) as here:
+        for n in range(1, 4):
+            await here.upload(jsonl(ROWS[:n]))
+    for path in (tmp_path / "gateway").glob("gateway.db*"):
+        path.rename(tmp_path / path.name)
+    if emptied:
+        (tmp_path / "gateway" / "gateway.db").touch()
+    async with site(tmp_path) as here:
+        assert (await here.http.get("/v1/files")).json()["total"] == 0
+        assert len(blobs(here)) == 3
+    assert [entry["files"] for entry in logs if "unknown to the database" in entry["event"]] == [3]
+    for path in (*(tmp_path / "gateway").glob("gateway.db*"),):
+        path.unlink()
+    for path in tmp_path.glob("gateway.db*"):
+        path.rename(tmp_path / "gateway" / path.name)
+    async with site(tmp_path) as here:
+        files = (await here.http.get("/v1/files")).json()["data"]
+        codes = [(await here.http.get(f"/v1/files/{f['id']}/content")).status_code for f in files]
+    assert codes == [200, 200, 200]
+
+
+@pytest.mark.parametrize("lingered", [True, False])
+async def test_uploads_newer_than_a_restored_database_are_kept(
+    tmp_path: Path, lingered: bool
+) -> None:
+    """Also where the older copy knows their content as deleted, whether or not it was there."""
+    async with site(tmp_path) as here:
+        again = await here.upload()
+        bytes_of_it = blobs(here)
+        await here.http.delete(f"/v1/files/{again}")
+    old = {path: path.read_bytes() for path in (tmp_path / "gateway").glob("gateway.db*")}
+    async with site(tmp_path) as here:
+        if lingered:
+            bytes_of_it[0].write_bytes(CONTENT)
+            os.utime(bytes_of_it[0], (0, 0))
+        await here.upload()
+        await here.upload(jsonl(ROWS[:2]))
+    for path in (tmp_path / "gateway").glob("gateway.db*"):
+        path.unlink()
+    for path, content in old.items():
+        path.write_bytes(content)
+    async with site(tmp_path) as here:
+        assert len(blobs(here)) == 2
+
+
+async def test_what_the_gateway_did_not_write_is_left_alone(
+    tmp_path: Path, logs: list[Any]
+) -> None:
+    """A stray file or directory in its state neither stops the start nor is removed."""
+    async with site(tmp_path):
+        pass
+    root = tmp_path / "gateway"
+    strays = [root / "incoming" / "notes", root / "files" / "notes", root / "incoming" / "x.part"]
+    for stray in strays:
+        stray.mkdir()
+    (root / "incoming" / "notes.txt").write_text("mine")
+    async with site(tmp_path) as here:
+        await here.upload()
+    assert all(stray.is_dir() for stray in strays)
+    assert (root / "incoming" / "notes.txt").read_text() == "mine"
+    assert sum("left in place" in entry["event"] for entry in logs) == 2
 
 
 async def test_unknown_ids_are_not_found_and_other_words_are_refused(here: Site) -> None:

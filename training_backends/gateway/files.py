@@ -74,9 +74,10 @@ class FileService:
         self._lock = anyio.Lock()
 
     async def open(self) -> None:
-        """Make the directories and remove what nothing refers to."""
-        needed = await self._store.aread(_needed)
-        await to_thread.run_sync(self._blobs.prepare, needed)
+        """Create the directories and remove what a crash left in them."""
+        known = await self._store.aread(_known)
+        await to_thread.run_sync(self._blobs.prepare)
+        await to_thread.run_sync(self._blobs.collect, known)
 
     async def upload(
         self,
@@ -288,6 +289,17 @@ def _needed(connection: sa.Connection) -> set[str]:
     for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
         found.update(blobs[0])
     return found
+
+
+def _known(connection: sa.Connection) -> dict[str, float | None]:
+    """Return what `BlobStore.collect` takes."""
+    deleted = sa.func.max(sa.func.coalesce(files.c.deleted_at, files.c.expires_at))
+    query = sa.select(files.c.sha256, deleted).group_by(files.c.sha256)
+    needed = _needed(connection)
+    return {
+        sha256: None if sha256 in needed else deleted_at
+        for sha256, deleted_at in connection.execute(query)
+    }
 
 
 def _conditions(filters: FileFilters) -> list[sa.ColumnElement[bool]]:
