@@ -10,9 +10,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
 from training_backends import __version__
-from training_backends.core.errors import StoreError, TrainingBackendError
+from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logs import get_logger
-from training_backends.gateway.errors import Refusal
+from training_backends.gateway.errors import Refusal, failure_answer
 from training_backends.gateway.guard import Guard
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -83,7 +83,5 @@ async def _trouble(request: Request, error: Exception) -> JSONResponse:
     """Answer for what is wrong on this side, without telling where things lie here."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
     log.error("request failed", path=request.url.path, reason=error.message)
-    passing = error.retryable or isinstance(error, StoreError)
-    sentence = "The gateway cannot do this now." if passing else "Internal server error"
-    body = {"message": sentence, "request_id": request.state.request_id}
-    return JSONResponse(body, 503 if passing else 500)
+    status, body, headers = failure_answer(error, request.state.request_id)
+    return JSONResponse(body, status, headers)

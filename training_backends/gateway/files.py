@@ -13,7 +13,6 @@ import anyio
 import sqlalchemy as sa
 from anyio import to_thread
 
-from training_backends.core.errors import StoreError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
@@ -162,8 +161,8 @@ class FileService:
             await anyio.sleep(_SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
-            except (StoreError, OSError) as error:
-                log.error("expired files not removed", reason=str(error))  # noqa: TRY400
+            except Exception:  # the gateway must not end for it
+                log.exception("expired files not removed")
 
     async def collect(self, digests: Sequence[str]) -> None:
         """Remove those of these blobs that nothing refers to any more."""

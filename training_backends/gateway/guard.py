@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logs import get_logger
-from training_backends.gateway.errors import Refusal
+from training_backends.gateway.errors import Refusal, failure_answer
 from training_backends.gateway.keys import KeyStore, unauthorized
 from training_backends.gateway.settings import GatewaySettings
 
@@ -54,14 +54,11 @@ class Guard:
                 await self._serve(scope, receive, answer)
             except ClientDisconnect:
                 log.info("client left", method=scope["method"], path=scope["path"])
-            except Exception:
+            except Exception as error:
                 log.exception("request failed", method=scope["method"], path=scope["path"])
                 if answer.status is not None:
                     raise
-                await answer.json(
-                    500,
-                    {"message": "Internal server error", "request_id": answer.request_id},
-                )
+                await answer.json(*failure_answer(error, answer.request_id))
             seconds = round(time.perf_counter() - began, 4)
             log.info(
                 "request",

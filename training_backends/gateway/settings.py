@@ -48,6 +48,11 @@ class GatewaySettings(SectionSettings):
     max_request_bytes: int = Field(
         default=2**20, ge=1, description="Largest body of a request that is no upload."
     )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most open connections; default: three eighths of the file descriptors.",
+    )
     max_headers: int = Field(default=100, ge=1, description="Most headers of a request.")
     max_header_bytes: int = Field(
         default=2**15, ge=1024, description="Largest head: address and all headers."
