@@ -301,3 +301,54 @@ async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> No
         answer = await here.try_create(integrations=[wandb])
         assert answer.status_code == 422
         assert answer.json()["detail"][0]["loc"] == ["body", "integrations", 0, "api_key"]
+
+
+def unknown(count: int) -> dict[str, Any]:
+    """Return a job's body with so many fields that there are not."""
+    return {"model": "tiny-mistral", "hyperparameters": {}} | {f"f{n}": 1 for n in range(count)}
+
+
+async def test_a_body_with_many_mistakes_gets_a_short_answer(here: Site) -> None:
+    """The first ones are named, the others counted."""
+    answer = await here.http.post(JOBS, json=unknown(500))
+    detail = answer.json()["detail"]
+    assert (answer.status_code, len(detail)) == (422, 21)
+    assert detail[0]["loc"] == ["body", "f0"]
+    assert detail[-1]["msg"] == "480 more errors are not shown."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        unknown(80_000),
+        {"model": "m", "hyperparameters": {"epochs": [[1] * 200] * 100}},
+        {"model": "m", "training_files": [{}] * 20_000},
+    ],
+    ids=["fields", "nested", "items"],
+)
+async def test_a_body_with_too_many_values_is_not_validated_one_by_one(
+    here: Site, body: Any
+) -> None:
+    """It is rejected in one sentence, before anything is made of each value."""
+    answer = await here.http.post(JOBS, json=body)
+    assert answer.status_code == 413
+    assert "at most 10000" in answer.json()["detail"]
+    patched = await here.http.patch("/v1/fine_tuning/models/x", json=body)
+    assert patched.status_code == 413
+
+
+@pytest.mark.parametrize("depth", [20, 900, 100_000])
+async def test_a_body_nested_deeply_is_the_client_s_mistake(here: Site, depth: int) -> None:
+    """However deeply, and whether or not the parser still reads it."""
+    content = b'{"model": ' + b"[" * depth + b"]" * depth + b"}"
+    headers = {"content-type": "application/json"}
+    answer = await here.http.post(JOBS, content=content, headers=headers)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["detail"]
+
+
+async def test_an_answer_repeats_no_long_value(here: Site) -> None:
+    """Such as the name of an unknown field."""
+    answer = await here.http.post(JOBS, json=unknown(1) | {"x" * 900_000: 1})
+    assert answer.status_code == 422
+    assert len(answer.content) < 5000

@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse
 from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logs import get_logger
-from training_backends.gateway.errors import Refusal, failure_answer
+from training_backends.gateway.errors import Refusal, failure_answer, field_errors
 from training_backends.gateway.guard import Guard
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
 from training_backends.gateway.service import Gateway
-from training_backends.mistral.errors import ErrorItem, validation_body
+from training_backends.mistral.errors import ErrorItem
 
 __all__ = ["create_app"]
 
@@ -65,7 +65,7 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it only
-    return JSONResponse(validation_body(_items(error.errors())), 422)
+    return JSONResponse(field_errors(_items(error.errors())), 422)
 
 
 def _items(errors: Sequence[Any]) -> list[ErrorItem]:
@@ -74,7 +74,7 @@ def _items(errors: Sequence[Any]) -> list[ErrorItem]:
     for error in errors:
         item: ErrorItem = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
         if error.get("ctx"):
-            item["ctx"] = {name: str(value) for name, value in error["ctx"].items()}
+            item["ctx"] = error["ctx"]
         items.append(item)
     return items
 

@@ -14,8 +14,20 @@ from training_backends.core.errors import (
 )
 from training_backends.mistral.errors import ErrorItem, validation_body
 
-__all__ = ["Refusal", "failure_answer", "invalid", "is_temporary", "misfit", "not_found", "plain"]
+__all__ = [
+    "Refusal",
+    "failure_answer",
+    "field_errors",
+    "invalid",
+    "is_temporary",
+    "misfit",
+    "not_found",
+    "plain",
+]
 
+_MOST_ERRORS: Final = 20
+_LONGEST: Final = 500
+"""Characters of a value that an answer repeats."""
 _RETRY_AFTER: Final = "5"
 """Seconds."""
 _SHORTAGES: Final = frozenset(
@@ -72,13 +84,34 @@ def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
         {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
         for detail in error.errors(include_url=False, include_input=False)
     ]
-    return Refusal(422, validation_body(items))
+    return Refusal(422, field_errors(items))
+
+
+def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:
+    """Return the body of a 422 that names the first fields, and how many more there are."""
+    shown: list[ErrorItem] = [_cut(item) for item in items[:_MOST_ERRORS]]
+    if more := len(items) - len(shown):
+        message = f"{more} more errors are not shown."
+        shown.append({"type": "too_many_errors", "loc": ["body"], "msg": message})
+    return validation_body(shown)
+
+
+def _cut(item: ErrorItem) -> ErrorItem:
+    """Cut off what a client sent at great length, such as the name of an unknown field."""
+    cut: ErrorItem = {
+        "type": item["type"],
+        "loc": [part[:_LONGEST] if isinstance(part, str) else part for part in item["loc"]],
+        "msg": item["msg"][:_LONGEST],
+    }
+    if "ctx" in item:
+        cut["ctx"] = {name: str(value)[:_LONGEST] for name, value in item["ctx"].items()}
+    return cut
 
 
 def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> Refusal:
     """Refuse one field of the request by its place."""
     item: ErrorItem = {"type": kind, "loc": list(loc), "msg": message}
-    return Refusal(422, validation_body([item]))
+    return Refusal(422, field_errors([item]))
 
 
 def failure_answer(
