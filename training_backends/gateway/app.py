@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse
 from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logs import get_logger
-from training_backends.gateway.errors import Refusal, failure_answer, field_errors
+from training_backends.gateway.errors import Refusal, failure_answer, field_errors, is_temporary
 from training_backends.gateway.guard import Guard
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -23,6 +24,9 @@ from training_backends.mistral.errors import ErrorItem
 __all__ = ["create_app"]
 
 log = get_logger()
+
+_HEALTH_SECONDS = 1.0
+"""For how long one look at the databases counts."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -45,12 +49,46 @@ def create_app(gateway: Gateway) -> FastAPI:
     for router in (files_router, links_router, jobs_router, models_router):
         app.include_router(router)
 
-    @app.get("/health", tags=["health"])
-    async def health() -> dict[str, str]:
-        """Say that the gateway answers; needs no key."""
-        return {"status": "ok", "backend": gateway.backend, "version": __version__}
+    health = _Health(gateway)
+
+    @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str]}})
+    async def get_health() -> JSONResponse:
+        """Return whether the gateway and its databases work; needs no key."""
+        return await health.answer()
 
     return app
+
+
+class _Health:
+    """Answers from one look at the databases for a while, since anyone may ask at any rate."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._lock = anyio.Lock()
+        self._until = float("-inf")
+        self._ok = True
+
+    async def answer(self) -> JSONResponse:
+        """Return the state of the gateway; of what is wrong only which part it is."""
+        async with self._lock:
+            if anyio.current_time() >= self._until:
+                self._ok = await self._look()
+                self._until = anyio.current_time() + _HEALTH_SECONDS
+        body = {"status": "ok", "backend": self._gateway.backend, "version": __version__}
+        if self._ok:
+            return JSONResponse(body)
+        body |= {"status": "unavailable", "reason": "A database of the gateway cannot be used."}
+        return JSONResponse(body, 503)
+
+    async def _look(self) -> bool:
+        try:
+            await self._gateway.check()
+        except Exception as error:
+            if not is_temporary(error):
+                raise
+            log.error("health check failed", reason=str(error))  # noqa: TRY400
+            return False
+        return True
 
 
 async def _refused(_: Request, refusal: Exception) -> JSONResponse:

@@ -23,8 +23,11 @@ __all__ = ["Guard"]
 
 log = get_logger()
 
-_PROTECTED = "/v1/"
+_NEEDS_NO_KEY = "/health"
+_LINKS = "/files/"
+"""Signed: each names its file and how long it works."""
 _UPLOADS = "/v1/files"
+_ENDING = "The gateway is shutting down; send the request again later."
 _READS = frozenset({"GET", "HEAD"})
 
 
@@ -52,6 +55,13 @@ class Guard:
         with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
             try:
                 await self._serve(scope, receive, answer)
+            except anyio.get_cancelled_exc_class():
+                # The server ends, and what it still waited for is cut off. To raise this again
+                # would have uvicorn answer 500 and log a traceback.
+                log.info("request cut off", method=scope["method"], path=scope["path"])
+                if answer.status is not None:
+                    raise
+                await answer.json(503, {"detail": _ENDING}, {"connection": "close"})
             except ClientDisconnect:
                 log.info("client left", method=scope["method"], path=scope["path"])
             except Exception as error:
@@ -72,7 +82,7 @@ class Guard:
         path = scope["path"]
         headers = {name.lower(): value for name, value in scope["headers"]}
         admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
-        if path.startswith(_PROTECTED):
+        if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
             try:
                 scope["state"]["caller"] = await admit()
             except Refusal as refusal:

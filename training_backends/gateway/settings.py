@@ -5,12 +5,15 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import AnyHttpUrl, Field, SecretStr
+from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.mistral.wire import MAX_FILE_BYTES
 
 __all__ = ["GatewaySettings"]
+
+_SHORTEST_KEY = 16
+"""Characters; a random key of this length cannot be guessed over a network."""
 
 
 class GatewaySettings(SectionSettings):
@@ -19,7 +22,8 @@ class GatewaySettings(SectionSettings):
     section: ClassVar[str | None] = "gateway"
 
     api_key: SecretStr | None = Field(
-        default=None, description="One static key, beside those of `keys create`."
+        default=None,
+        description="One static key, beside those of `keys create`; at least 16 characters.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="0: any free port.")
@@ -85,6 +89,15 @@ class GatewaySettings(SectionSettings):
         gt=0,
         description="Taken when a job gives neither epochs nor training_steps.",
     )
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_guessable(cls, key: SecretStr | None) -> SecretStr | None:
+        if key and len(key) < _SHORTEST_KEY:
+            raise ValueError(
+                f"use at least {_SHORTEST_KEY} characters, such as those of `openssl rand -hex 16`"
+            )
+        return key
 
     @property
     def organization_id(self) -> str:
