@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import time
+from collections.abc import AsyncIterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,44 @@ async def test_a_name_with_folders_keeps_its_last_part(here: Site) -> None:
     file_id = await here.upload(name="../../etc/passwd.jsonl")
     found = (await here.http.get(f"/v1/files/{file_id}")).json()
     assert found["filename"] == "passwd.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ("filename*=UTF-8''%e2%82%ac%20rates.jsonl", "€ rates.jsonl"),
+        ("filename*=iso-8859-1'en'%A3.jsonl", "£.jsonl"),
+        ("filename*=utf-16''x.jsonl", "plain.jsonl"),
+        ("filename*=nonsense", "plain.jsonl"),
+        ("filename*=UTF-8''..%2F..%2Fpasswd", "passwd"),
+    ],
+)
+async def test_an_extended_file_name_is_read(here: Site, extra: str, name: str) -> None:
+    """As RFC 5987 writes one; what cannot be read leaves the plain name."""
+    disposition = f'form-data; name="file"; filename="plain.jsonl"; {extra}'
+    body = b"--x\r\ncontent-disposition: %s\r\n\r\n%s\r\n--x--\r\n"
+    answer = await here.http.post(
+        "/v1/files",
+        content=body % (disposition.encode(), CONTENT),
+        headers={"content-type": "multipart/form-data; boundary=x"},
+    )
+    assert (answer.status_code, answer.json()["filename"]) == (200, name)
+
+
+async def test_what_follows_the_end_of_a_form_has_a_bound(here: Site) -> None:
+    """A little is ignored, more is rejected and nothing of the form is kept."""
+    form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    form += CONTENT + b"\r\n--x--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+
+    async def chunks(behind: int) -> AsyncIterator[bytes]:
+        yield form
+        for _ in range(behind):
+            yield b"y" * 1000
+
+    for behind, status in ((5, 200), (500, 413)):
+        answer = await here.http.post("/v1/files", content=chunks(behind), headers=headers)
+        assert (answer.status_code, leftovers(here)) == (status, [])
 
 
 @pytest.mark.parametrize("declared", [True, False])
