@@ -47,3 +47,15 @@ def test_a_damaged_store_is_set_aside_when_asked(run: Run, tmp_path: Path) -> No
     assert done.code == 0
     assert Path(done.document["recovery"]["damaged"]).exists()
     assert run("list").code == 0
+
+
+def test_a_gateway_s_damaged_store_is_found(run: Run, tmp_path: Path) -> None:
+    """With the command that saves what can be read, which works."""
+    root = tmp_path / "home" / "gateway"
+    root.mkdir(parents=True)
+    (root / "runs.db").write_bytes(b"no database" * 500)
+    done = run("doctor", MISTRAL_API_KEY="")
+    assert (done.code, "failed gateway" in done.err) == (1, True)
+    assert f"TRAINING_BACKENDS_HOME={root} training-backends doctor --recover" in done.err
+    run("doctor", "--recover", MISTRAL_API_KEY="", TRAINING_BACKENDS_HOME=str(root))
+    assert run("doctor", MISTRAL_API_KEY="").code == 0

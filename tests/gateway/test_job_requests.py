@@ -352,3 +352,38 @@ async def test_an_answer_repeats_no_long_value(here: Site) -> None:
     answer = await here.http.post(JOBS, json=unknown(1) | {"x" * 900_000: 1})
     assert answer.status_code == 422
     assert len(answer.content) < 5000
+
+
+async def test_a_key_has_so_many_unfinished_jobs_at_most(tmp_path: Path) -> None:
+    """429 with the time after which to try again; a job that ends makes room."""
+    async with site(tmp_path, max_open_jobs=2) as here:
+        first = await here.create(suffix="a")
+        await here.create(suffix="b")
+        rejected = await here.try_create(suffix="c")
+        assert (rejected.status_code, rejected.headers["retry-after"]) == (429, "60")
+        assert "2 unfinished jobs" in rejected.json()["detail"]
+        await here.http.post(f"{JOBS}/{first['id']}/cancel")
+        await here.create(suffix="c")
+
+
+async def test_a_job_has_so_many_steps_at_most(tmp_path: Path) -> None:
+    """What the settings say, named as any other bound."""
+    async with site(tmp_path, max_training_steps=100) as here:
+        rejected = await here.try_create(hyperparameters={"training_steps": 101})
+        assert rejected.status_code == 422
+        place = ["body", "hyperparameters", "training_steps"]
+        assert rejected.json()["detail"][0]["loc"] == place
+        await here.create(hyperparameters={"training_steps": 100})
+
+
+@pytest.mark.parametrize("table", ["files", "jobs"])
+async def test_lists_are_read_from_an_index(tmp_path: Path, table: str) -> None:
+    """Also in a database that an earlier version made."""
+    async with site(tmp_path) as here:
+        drop = f"DROP INDEX ix_{table}_created_at"
+        await here.served.gateway.store.awrite(lambda c: c.exec_driver_sql(drop))
+    async with site(tmp_path) as here:
+        explain = f"EXPLAIN QUERY PLAN SELECT * FROM {table} ORDER BY created_at DESC, id LIMIT 9"
+        read = here.served.gateway.store.aread
+        plan = await read(lambda c: c.exec_driver_sql(explain).all())
+    assert f"ix_{table}_created_at" in str(plan)

@@ -64,7 +64,7 @@ async def list_jobs(
 
 
 @jobs_router.post(
-    "", responses=answers(503, _409=Conflict), name="create_job", dependencies=[SmallBody]
+    "", responses=answers(429, 503, _409=Conflict), name="create_job", dependencies=[SmallBody]
 )
 async def create_job(
     *,

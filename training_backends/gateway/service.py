@@ -135,7 +135,7 @@ async def open_gateway(
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
-                default_epochs=settings.default_epochs,
+                settings=settings,
             ),
             models=ModelService(
                 store,

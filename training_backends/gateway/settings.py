@@ -78,6 +78,10 @@ class GatewaySettings(SectionSettings):
     answer_timeout: float = Field(
         default=60.0, gt=0, description="Seconds for which a client may leave an answer unread."
     )
+    max_open_jobs: int = Field(default=200, ge=1, description="Most unfinished jobs of one key.")
+    max_training_steps: int = Field(
+        default=1_000_000, ge=1, description="Most training steps of one job."
+    )
     organization: str = Field(
         default="local", min_length=1, description="Stands, as 8 hex digits, in model names."
     )

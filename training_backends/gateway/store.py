@@ -128,6 +128,11 @@ keys = sa.Table(
     sa.Column("last_used_at", sa.Float),
 )
 
+_INDEXES = (
+    sa.Index("ix_files_created_at", files.c.created_at),
+    sa.Index("ix_jobs_created_at", jobs.c.created_at),
+)
+"""Made where they are missing; a version that does not know them reads the same database."""
 _UPGRADES = {
     1: (
         "ALTER TABLE keys ADD COLUMN scope VARCHAR DEFAULT 'write' NOT NULL",
@@ -197,12 +202,13 @@ class GatewayStore:
                 f"{SCHEMA_VERSION}).",
                 hint="Upgrade training-backends.",
             )
-        if found == SCHEMA_VERSION:
-            return
         if found == 0:
             _metadata.create_all(connection)
         else:
             for version in range(found, SCHEMA_VERSION):
                 for statement in _UPGRADES[version]:
                     connection.exec_driver_sql(statement)
-        connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+            for index in _INDEXES:
+                index.create(connection, checkfirst=True)
+        if found != SCHEMA_VERSION:
+            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
