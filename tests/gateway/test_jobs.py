@@ -445,6 +445,29 @@ async def test_a_shortage_of_the_system_is_not_the_job_s_failure(
     assert (len(raised), len(here.backend.created)) == (2, 1)
 
 
+async def test_what_a_job_leaves_is_cleaned_up_after_a_shortage(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that only it needed are removed, though the first try failed."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    collect = here.served.gateway.files.collect
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    async def short(digests: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await collect(digests)
+
+    file_id = await here.upload()
+    job_id, remote_id = await here.started(files=[file_id])
+    await here.until(job_id, "RUNNING")
+    await here.http.delete(f"/v1/files/{file_id}")
+    monkeypatch.setattr(here.served.gateway.files, "collect", short)
+    here.backend.finish(remote_id)
+    await here.until(job_id, "SUCCESS")
+    await until(lambda: not list((here.home / "gateway" / "files").iterdir()))
+
+
 async def test_a_file_that_cannot_be_read_for_a_while_fails_no_validation(
     here: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,9 @@ CREATE TABLE keys (
     revoked_at FLOAT,
     PRIMARY KEY (id)
 );
-CREATE TABLE jobs (id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL);
+CREATE TABLE jobs (
+    id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL, created_at FLOAT
+);
 PRAGMA user_version=1;
 """
 OLD_KEY = "tb-0123abcd-" + "x" * 43

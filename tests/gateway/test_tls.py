@@ -241,8 +241,10 @@ async def test_connections_that_never_begin_a_handshake_count_towards_the_limit(
     tmp_path: Path, server: Pair
 ) -> None:
     """The one above the limit is closed at once."""
-    settings = {"tls_cert": server.cert, "tls_key": server.key, "max_connections": 4}
-    async with site(tmp_path, **settings) as here, AsyncExitStack() as stack:
+    async with (
+        site(tmp_path, max_connections=4, tls_cert=server.cert, tls_key=server.key) as here,
+        AsyncExitStack() as stack,
+    ):
         url = httpx.URL(here.served.url)
         for _ in range(5):
             last = await anyio.connect_tcp(url.host, url.port or 443)

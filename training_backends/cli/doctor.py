@@ -108,7 +108,7 @@ async def _gateway_check() -> "Check":
     store = f"sqlite:///{root / 'runs.db'}"
     if problems := await anyio.to_thread.run_sync(check_store, store):
         hint = f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves it."
-        return Check("gateway", "failed", f"its run store is damaged: {problems[0]}", hint)
+        return Check("gateway", "failed", f"its run store cannot be used: {problems[0]}", hint)
     place = f"{settings.host}:{settings.port}"
     try:
         with anyio.fail_after(3):

@@ -145,7 +145,7 @@ class JobRunner:
         while True:
             began = anyio.current_time()
             try:
-                await self._drive_or_fail(job_id)
+                await self._drive_or_fail(job_id, again=tries > 0)
             except Refusal:
                 log.warning("job not found")
                 return
@@ -159,27 +159,33 @@ class JobRunner:
                     log.exception("failure of a job not stored", pause=pause)
                 if tries == _TRIES_IN_SILENCE:
                     await self._say_waiting(job_id)
-                await anyio.sleep(pause)
+                await self._pause(job_id, pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 return
+
+    async def _pause(self, job_id: str, seconds: float) -> None:
+        """Sleep, but not through a request to stop."""
+        stop = self._stop_event(job_id)
+        with anyio.move_on_after(seconds):
+            await (anyio.sleep_forever() if stop.is_set() else stop.wait())
 
     async def _say_waiting(self, job_id: str) -> None:
         """Add to a job's events that it waits for the gateway, if that can be stored."""
 
         def work(connection: sa.Connection) -> None:
-            status = load_job(connection, job_id).status
-            data = {"status": status, "message": _WAITS}
-            add_event(connection, job_id, "waiting", data, time.time())
+            add_event(connection, job_id, "waiting", {"message": _WAITS}, time.time())
 
         try:
             await self._store.awrite(work)
         except Exception as error:  # the log has said it already
             log.debug("waiting not stored", reason=_reason(error))
 
-    async def _drive_or_fail(self, job_id: str) -> None:
+    async def _drive_or_fail(self, job_id: str, *, again: bool) -> None:
         try:
             await self._drive(job_id)
+            if again and (await self._load(job_id)).status in ENDED:
+                await self._on_end(job_id)  # it may be what failed before; safe to repeat
         except Exception as group:  # whatever else it is, it is this job's failure
             if is_temporary(group) or isinstance(group, Refusal):
                 raise

@@ -153,7 +153,7 @@ async def _require_sound(client: AsyncTrainingClient, root: Path) -> None:
     """Find out now what would keep every job waiting."""
     if problems := await client.check_store():
         raise StoreError(
-            f"The gateway's run store in {root} is damaged: {problems[0]}",
+            f"The gateway's run store in {root} cannot be used: {problems[0]}",
             hint=f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves what "
             "can be read of it.",
         )

@@ -202,13 +202,11 @@ class GatewayStore:
                 f"{SCHEMA_VERSION}).",
                 hint="Upgrade training-backends.",
             )
-        if found == 0:
-            _metadata.create_all(connection)
-        else:
-            for version in range(found, SCHEMA_VERSION):
-                for statement in _UPGRADES[version]:
-                    connection.exec_driver_sql(statement)
-            for index in _INDEXES:
-                index.create(connection, checkfirst=True)
+        for version in range(found or SCHEMA_VERSION, SCHEMA_VERSION):
+            for statement in _UPGRADES[version]:
+                connection.exec_driver_sql(statement)
+        _metadata.create_all(connection)
+        for index in _INDEXES:
+            index.create(connection, checkfirst=True)
         if found != SCHEMA_VERSION:
             connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
