@@ -124,3 +124,15 @@ def test_a_network_variable_that_cannot_be_used_is_a_failed_line(
     assert variable in checks["mistral"]["message"]
     assert checks["run store"]["state"] == "ok"
     assert "hunter2" not in done.out + done.err
+
+
+def test_a_gateway_s_damaged_store_is_found(run: Run, tmp_path: Path) -> None:
+    """With the command that saves what can be read, which works."""
+    root = tmp_path / "home" / "gateway"
+    root.mkdir(parents=True)
+    (root / "runs.db").write_bytes(b"no database" * 500)
+    done = run("doctor", MISTRAL_API_KEY="")
+    assert (done.code, "failed gateway" in done.err) == (1, True)
+    assert f"TRAINING_BACKENDS_HOME={root} training-backends doctor --recover" in done.err
+    run("doctor", "--recover", MISTRAL_API_KEY="", TRAINING_BACKENDS_HOME=str(root))
+    assert run("doctor", MISTRAL_API_KEY="").code == 0

@@ -1,5 +1,7 @@
 """The command line: exit codes, one JSON document, and what is said of wrong input."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -193,6 +195,22 @@ def test_a_taken_port_is_named(run: Run) -> None:
     assert done.code == 3
     assert f"Port {port}" in done.err
     assert "--port 0" in done.err
+
+
+def test_an_exit_code_needs_no_standard_error(tmp_path: Path) -> None:
+    """A closed pipe takes the message away, not the code or the document."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stderr:
+        done = subprocess.run(
+            [sys.executable, "-m", "training_backends", "status", "nothing", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            check=False,
+            timeout=100,
+        )
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["error"]["exit_code"] == 5
 
 
 def test_a_gateway_without_a_key_does_not_start(run: Run) -> None:

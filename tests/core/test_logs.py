@@ -1,12 +1,15 @@
 """Logs are for people or machines, and hold no secret."""
 
+import errno
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -141,6 +144,62 @@ def test_a_line_that_cannot_be_written_shows_nothing_either() -> None:
     assert "log line lost" in stream.getvalue()
     assert "third.party" in stream.getvalue()
     assert CANARY not in stream.getvalue()
+
+
+class Failing(io.StringIO):
+    """A stream on a disk that is full for a while."""
+
+    error: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """Write, unless there is trouble."""
+        if self.error:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(), ValueError("closed")], ids=repr
+)
+def test_a_log_that_cannot_be_written_is_no_error_of_its_caller(
+    log_format: Format, error: Exception
+) -> None:
+    """Once it can be written again, one note says that something is missing."""
+    stream = Failing()
+    configure_logs(log_format=log_format, stream=stream)
+    stream.error = error
+    for n in range(3):
+        get_logger().error("lost", n=n)
+        logging.getLogger("third.party").error("lost too")
+    stream.error = None
+    get_logger().error("first again")
+    logging.getLogger("third.party").error("second again")
+    lines = [line for line in stream.getvalue().splitlines() if line]
+    assert "some log lines could not be written" in lines[0]
+    assert ["first again" in lines[1], "second again" in lines[2], len(lines)] == [True, True, 3]
+    if log_format == "json":
+        assert all(json.loads(line)["level"] for line in lines)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "closed pipe"])
+def test_a_program_outlives_its_log(full: bool, log_format: Format) -> None:
+    """A real one, whose standard error goes to a full disk or a pipe without a reader."""
+    program = (
+        "import logging; from training_backends.core.logs import *; "
+        f"configure_logs(log_format={log_format!r}); "
+        "[(get_logger().error('x' * 5000), logging.error('y' * 5000)) for _ in range(9)]; "
+        "print('done')"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Path("/dev/full").open("wb") as disk, os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=disk if full else pipe,
+            check=False,
+        )
+    assert done.stdout == b"done\n"
 
 
 @pytest.mark.anyio

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import os
 import time
+from collections.abc import AsyncIterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,44 @@ async def test_a_name_with_folders_keeps_its_last_part(here: Site) -> None:
     assert found["filename"] == "passwd.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ("filename*=UTF-8''%e2%82%ac%20rates.jsonl", "€ rates.jsonl"),
+        ("filename*=iso-8859-1'en'%A3.jsonl", "£.jsonl"),
+        ("filename*=utf-16''x.jsonl", "plain.jsonl"),
+        ("filename*=nonsense", "plain.jsonl"),
+        ("filename*=UTF-8''..%2F..%2Fpasswd", "passwd"),
+    ],
+)
+async def test_an_extended_file_name_is_read(here: Site, extra: str, name: str) -> None:
+    """As RFC 5987 writes one; what cannot be read leaves the plain name."""
+    disposition = f'form-data; name="file"; filename="plain.jsonl"; {extra}'
+    body = b"--x\r\ncontent-disposition: %s\r\n\r\n%s\r\n--x--\r\n"
+    answer = await here.http.post(
+        "/v1/files",
+        content=body % (disposition.encode(), CONTENT),
+        headers={"content-type": "multipart/form-data; boundary=x"},
+    )
+    assert (answer.status_code, answer.json()["filename"]) == (200, name)
+
+
+async def test_what_follows_the_end_of_a_form_has_a_bound(here: Site) -> None:
+    """A little is ignored, more is rejected and nothing of the form is kept."""
+    form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    form += CONTENT + b"\r\n--x--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+
+    async def chunks(behind: int) -> AsyncIterator[bytes]:
+        yield form
+        for _ in range(behind):
+            yield b"y" * 1000
+
+    for behind, status in ((5, 200), (500, 413)):
+        answer = await here.http.post("/v1/files", content=chunks(behind), headers=headers)
+        assert (answer.status_code, leftovers(here)) == (status, [])
+
+
 @pytest.mark.parametrize("declared", [True, False])
 async def test_a_file_too_large_is_refused(tmp_path: Path, declared: bool) -> None:
     """By its declared size before it arrives, or once it turns out to be."""
@@ -379,7 +419,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         await here.upload()
 
 
-async def test_an_upload_cut_off_leaves_nothing(here: Site) -> None:
+async def test_an_upload_lingered_leaves_nothing(here: Site) -> None:
     """A client that goes away in mid-file is cleaned up behind."""
     async with await anyio.connect_tcp(*address(here)) as stream:
         await stream.send(upload_head(here) + b"a" * 3_000_000)
@@ -389,15 +429,88 @@ async def test_an_upload_cut_off_leaves_nothing(here: Site) -> None:
 
 
 async def test_what_a_crash_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    """Half a file, and bytes that nothing refers to."""
+    """An upload that was cut off, and bytes whose last file was deleted."""
     async with site(tmp_path) as here:
         kept = await here.upload()
+        deleted = await here.upload(jsonl(ROWS[:2]))
+        before = {path: path.read_bytes() for path in blobs(here)}
+        await here.http.delete(f"/v1/files/{deleted}")
+    for path, content in before.items():
+        path.write_bytes(content)
+        os.utime(path, (0, 0))
     (tmp_path / "gateway" / "incoming" / "half.part").write_bytes(b"half")
-    (tmp_path / "gateway" / "files" / ("0" * 64)).write_bytes(b"orphan")
     async with site(tmp_path) as here:
         assert leftovers(here) == []
         assert len(blobs(here)) == 1
         assert (await here.http.get(f"/v1/files/{kept}/content")).content == CONTENT
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+async def test_uploads_survive_the_loss_of_the_database(
+    tmp_path: Path, logs: list[Any], emptied: bool
+) -> None:
+    """A new database knows none of them, which is no reason to delete them."""
+    async with site(tmp_path) as here:
+        for n in range(1, 4):
+            await here.upload(jsonl(ROWS[:n]))
+    for path in (tmp_path / "gateway").glob("gateway.db*"):
+        path.rename(tmp_path / path.name)
+    if emptied:
+        (tmp_path / "gateway" / "gateway.db").touch()
+    async with site(tmp_path) as here:
+        assert (await here.http.get("/v1/files")).json()["total"] == 0
+        assert len(blobs(here)) == 3
+    assert [entry["files"] for entry in logs if "unknown to the database" in entry["event"]] == [3]
+    for path in (*(tmp_path / "gateway").glob("gateway.db*"),):
+        path.unlink()
+    for path in tmp_path.glob("gateway.db*"):
+        path.rename(tmp_path / "gateway" / path.name)
+    async with site(tmp_path) as here:
+        files = (await here.http.get("/v1/files")).json()["data"]
+        codes = [(await here.http.get(f"/v1/files/{f['id']}/content")).status_code for f in files]
+    assert codes == [200, 200, 200]
+
+
+@pytest.mark.parametrize("lingered", [True, False])
+async def test_uploads_newer_than_a_restored_database_are_kept(
+    tmp_path: Path, lingered: bool
+) -> None:
+    """Also where the older copy knows their content as deleted, whether or not it was there."""
+    async with site(tmp_path) as here:
+        again = await here.upload()
+        bytes_of_it = blobs(here)
+        await here.http.delete(f"/v1/files/{again}")
+    old = {path: path.read_bytes() for path in (tmp_path / "gateway").glob("gateway.db*")}
+    async with site(tmp_path) as here:
+        if lingered:
+            bytes_of_it[0].write_bytes(CONTENT)
+            os.utime(bytes_of_it[0], (0, 0))
+        await here.upload()
+        await here.upload(jsonl(ROWS[:2]))
+    for path in (tmp_path / "gateway").glob("gateway.db*"):
+        path.unlink()
+    for path, content in old.items():
+        path.write_bytes(content)
+    async with site(tmp_path) as here:
+        assert len(blobs(here)) == 2
+
+
+async def test_what_the_gateway_did_not_write_is_left_alone(
+    tmp_path: Path, logs: list[Any]
+) -> None:
+    """A stray file or directory in its state neither stops the start nor is removed."""
+    async with site(tmp_path):
+        pass
+    root = tmp_path / "gateway"
+    strays = [root / "incoming" / "notes", root / "files" / "notes", root / "incoming" / "x.part"]
+    for stray in strays:
+        stray.mkdir()
+    (root / "incoming" / "notes.txt").write_text("mine")
+    async with site(tmp_path) as here:
+        await here.upload()
+    assert all(stray.is_dir() for stray in strays)
+    assert (root / "incoming" / "notes.txt").read_text() == "mine"
+    assert sum("left in place" in entry["event"] for entry in logs) == 2
 
 
 async def test_unknown_ids_are_not_found_and_other_words_are_refused(here: Site) -> None:

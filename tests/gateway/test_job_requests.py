@@ -372,3 +372,90 @@ async def test_a_key_that_cannot_be_kept_safely_is_refused(tmp_path: Path) -> No
         answer = await here.try_create(integrations=[wandb])
         assert answer.status_code == 422
         assert answer.json()["detail"][0]["loc"] == ["body", "integrations", 0, "api_key"]
+
+
+def unknown(count: int) -> dict[str, Any]:
+    """Return a job's body with so many fields that there are not."""
+    return {"model": "tiny-mistral", "hyperparameters": {}} | {f"f{n}": 1 for n in range(count)}
+
+
+async def test_a_body_with_many_mistakes_gets_a_short_answer(here: Site) -> None:
+    """The first ones are named, the others counted."""
+    answer = await here.http.post(JOBS, json=unknown(500))
+    detail = answer.json()["detail"]
+    assert (answer.status_code, len(detail)) == (422, 21)
+    assert detail[0]["loc"] == ["body", "f0"]
+    assert detail[-1]["msg"] == "480 more errors are not shown."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        unknown(80_000),
+        {"model": "m", "hyperparameters": {"epochs": [[1] * 200] * 100}},
+        {"model": "m", "training_files": [{}] * 20_000},
+    ],
+    ids=["fields", "nested", "items"],
+)
+async def test_a_body_with_too_many_values_is_not_validated_one_by_one(
+    here: Site, body: Any
+) -> None:
+    """It is rejected in one sentence, before anything is made of each value."""
+    answer = await here.http.post(JOBS, json=body)
+    assert answer.status_code == 413
+    assert "at most 10000" in answer.json()["detail"]
+    patched = await here.http.patch("/v1/fine_tuning/models/x", json=body)
+    assert patched.status_code == 413
+
+
+@pytest.mark.parametrize("depth", [20, 900, 100_000])
+async def test_a_body_nested_deeply_is_the_client_s_mistake(here: Site, depth: int) -> None:
+    """However deeply, and whether or not the parser still reads it."""
+    content = b'{"model": ' + b"[" * depth + b"]" * depth + b"}"
+    headers = {"content-type": "application/json"}
+    answer = await here.http.post(JOBS, content=content, headers=headers)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["detail"]
+
+
+async def test_an_answer_repeats_no_long_value(here: Site) -> None:
+    """Such as the name of an unknown field."""
+    answer = await here.http.post(JOBS, json=unknown(1) | {"x" * 900_000: 1})
+    assert answer.status_code == 422
+    assert len(answer.content) < 5000
+
+
+async def test_a_key_has_so_many_unfinished_jobs_at_most(tmp_path: Path) -> None:
+    """429 with the time after which to try again; a job that ends makes room."""
+    async with site(tmp_path, max_open_jobs=2) as here:
+        first = await here.create(suffix="a")
+        await here.create(suffix="b")
+        rejected = await here.try_create(suffix="c")
+        assert rejected.status_code == 429, rejected.text
+        assert rejected.headers["retry-after"] == "60"
+        assert "2 unfinished jobs" in rejected.json()["detail"]
+        await here.http.post(f"{JOBS}/{first['id']}/cancel")
+        await here.create(suffix="c")
+
+
+async def test_a_job_has_so_many_steps_at_most(tmp_path: Path) -> None:
+    """What the settings say, named as any other bound."""
+    async with site(tmp_path, max_training_steps=100) as here:
+        rejected = await here.try_create(hyperparameters={"training_steps": 101})
+        assert rejected.status_code == 422
+        place = ["body", "hyperparameters", "training_steps"]
+        assert rejected.json()["detail"][0]["loc"] == place
+        await here.create(hyperparameters={"training_steps": 100})
+
+
+@pytest.mark.parametrize("table", ["files", "jobs"])
+async def test_lists_are_read_from_an_index(tmp_path: Path, table: str) -> None:
+    """Also in a database that an earlier version made."""
+    async with site(tmp_path) as here:
+        drop = f"DROP INDEX ix_{table}_created_at"
+        await here.served.gateway.store.awrite(lambda c: c.exec_driver_sql(drop))
+    async with site(tmp_path) as here:
+        explain = f"EXPLAIN QUERY PLAN SELECT * FROM {table} ORDER BY created_at DESC, id LIMIT 9"
+        read = here.served.gateway.store.aread
+        plan = await read(lambda c: c.exec_driver_sql(explain).all())
+    assert f"ix_{table}_created_at" in str(plan)

@@ -1,5 +1,6 @@
 """The life of jobs over HTTP."""
 
+import errno
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +13,17 @@ import sqlalchemy as sa
 
 from tests.gateway.conftest import Site, jsonl, scripted, site
 from tests.waiting import until
-from training_backends.core.errors import BackendUnavailable, Issue, StoreError
+from training_backends.core.errors import (
+    BackendUnavailable,
+    DatasetError,
+    Issue,
+    StoreError,
+    TrainingBackendError,
+)
 from training_backends.core.estimate import Money
 from training_backends.core.run import ValidationReport
 from training_backends.core.status import TrainingStatus
+from training_backends.gateway import runner
 from training_backends.gateway.jobstore import STATUS_EVENT
 from training_backends.gateway.store import GatewayStore
 
@@ -416,6 +424,99 @@ async def test_a_database_that_fails_for_a_while_fails_no_job(
     ended = await here.until(job_id, "SUCCESS", "FAILED")
     steps = [point["step_number"] for point in ended["checkpoints"]]
     assert (ended["status"], steps) == ("SUCCESS", [20, 10])
+
+
+SHORTAGES = [
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    MemoryError(),
+    RuntimeError("can't start new thread"),
+    StoreError("disk I/O error"),
+    DatasetError("x", issues=[Issue(code="unreadable_file", message="too many open files")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "shortage"),
+    [
+        *(("launch", shortage) for shortage in SHORTAGES),
+        *((verb, SHORTAGES[0]) for verb in ("validate", "estimate", "observe", "stop")),
+    ],
+    ids=lambda each: each if isinstance(each, str) else str(each) or "memory",
+)
+async def test_a_shortage_of_the_system_is_not_the_job_s_failure(
+    here: Site, monkeypatch: pytest.MonkeyPatch, verb: str, shortage: Exception
+) -> None:
+    """Whatever the gateway was doing for it, it tries again, also if a boundary wrapped it."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    original = getattr(here.backend, verb)
+    raised: list[Exception] = []
+
+    async def short(*args: Any, **kwargs: Any) -> Any:
+        if len(raised) < 2:
+            raised.append(shortage)
+            if len(raised) == 2 and not isinstance(shortage, TrainingBackendError):
+                raise TrainingBackendError("The plugin failed.") from shortage
+            raise shortage
+        return await original(*args, **kwargs)
+
+    if verb in {"observe", "stop"}:
+        job_id, remote_id = await here.started()
+        await here.until(job_id, "RUNNING")
+        monkeypatch.setattr(here.backend, verb, short)
+    else:
+        monkeypatch.setattr(here.backend, verb, short)
+        job_id, remote_id = await here.started()
+    if verb == "stop":
+        await here.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+        await until(lambda: here.backend._jobs[remote_id].status is TrainingStatus.STOPPING)
+        here.backend.say(remote_id, TrainingStatus.CANCELLED)
+    else:
+        here.backend.measure(remote_id, 10, train_loss=1.0)
+        here.backend.finish(remote_id)
+    ended = await here.until(job_id, "SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
+    assert ended["status"] == ("CANCELLED" if verb == "stop" else "SUCCESS")
+    assert (len(raised), len(here.backend.created)) == (2, 1)
+
+
+async def test_what_a_job_leaves_is_cleaned_up_after_a_shortage(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that only it needed are removed, though the first try failed."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    collect = here.served.gateway.files.collect
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    async def short(digests: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await collect(digests)
+
+    file_id = await here.upload()
+    job_id, remote_id = await here.started(files=[file_id])
+    await here.until(job_id, "RUNNING")
+    await here.http.delete(f"/v1/files/{file_id}")
+    monkeypatch.setattr(here.served.gateway.files, "collect", short)
+    here.backend.finish(remote_id)
+    await here.until(job_id, "SUCCESS")
+    await until(lambda: not list((here.home / "gateway" / "files").iterdir()))
+
+
+async def test_a_file_that_cannot_be_read_for_a_while_fails_no_validation(
+    here: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway wrote it, so its disk is in trouble and not the job's data."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    issue = Issue(code="unreadable_file", message="the file cannot be read: too many open files")
+    here.backend.report = ValidationReport(issues=(issue,))
+    job = await here.create()
+    waiting = await here.until(job["id"], "VALIDATING")
+    waiting = await until(lambda: here.get(job["id"]), lambda job: len(job["events"]) > 2)
+    assert waiting["events"][-1]["name"] == "waiting"
+    assert "will try again" in waiting["events"][-1]["data"]["message"]
+    here.backend.report = ValidationReport()
+    await here.until(job["id"], "VALIDATED")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ CREATE TABLE keys (
     revoked_at FLOAT,
     PRIMARY KEY (id)
 );
-CREATE TABLE jobs (id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL);
+CREATE TABLE jobs (
+    id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL, created_at FLOAT
+);
 CREATE TABLE files (id VARCHAR(36) NOT NULL PRIMARY KEY, visibility VARCHAR);
 CREATE TABLE models (id VARCHAR NOT NULL PRIMARY KEY);
 PRAGMA user_version=1;

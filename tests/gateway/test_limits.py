@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -292,3 +292,28 @@ async def _half(here: Site, *, task_status: TaskStatus[None]) -> None:
         await client.send(GET)
         task_status.started()
         await anyio.sleep_forever()
+
+
+async def test_connections_have_a_limit_and_idle_ones_give_way(
+    tmp_path: Path, logs: list[Any]
+) -> None:
+    """Those above it are closed at once, and the others when their time is up."""
+    async with site(tmp_path, max_connections=8, header_timeout=1.0) as here:
+        url = httpx.URL(here.served.url)
+        async with AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(await anyio.connect_tcp(url.host, url.port or 80))
+                for _ in range(20)
+            ]
+            for stream in streams:
+                with anyio.fail_after(PATIENCE), suppress(anyio.EndOfStream):
+                    await stream.receive()
+            assert await until(lambda: _answers(here))
+    assert [entry["limit"] for entry in logs if "too many are open" in entry["event"]] == [8]
+
+
+async def _answers(here: Site) -> bool:
+    try:
+        return (await here.http.get("/health")).status_code == 200
+    except httpx.TransportError:
+        return False

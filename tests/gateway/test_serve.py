@@ -15,6 +15,7 @@ from pydantic import SecretStr, ValidationError
 from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
+from training_backends.gateway import app, serve
 from training_backends.gateway.serve import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.signing import load_secret
@@ -189,6 +190,74 @@ async def test_a_request_under_way_is_answered_before_the_server_ends(
     assert codes == [200]
 
 
+async def test_an_upload_under_way_at_the_end_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be sent again later, and is no error of the server's."""
+    monkeypatch.setattr(serve, "_PATIENCE", 0.1)
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+        "content-type: multipart/form-data; boundary=x\r\ncontent-length: 5000000\r\n\r\n"
+    )
+    incoming = tmp_path / "gateway" / "incoming"
+    async with site(tmp_path) as here:
+        host, port = here.served.url.removeprefix("http://").split(":")
+        stream = await anyio.connect_tcp(host, int(port))
+        await stream.send(head.encode())
+        await until(lambda: list(incoming.iterdir()))
+    async with stream:
+        answer = await stream.receive()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"shutting down" in answer
+    assert list(incoming.iterdir()) == []
+    assert "Exception in ASGI application" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/v1/models", "/elsewhere"])
+async def test_all_but_health_and_links_need_a_key(here: Site, path: str) -> None:
+    """Whether or not there is something."""
+    async with httpx.AsyncClient(base_url=here.served.url) as http:
+        assert (await http.get(path)).status_code == 401
+        assert (await http.get("/health")).status_code == 200
+    assert (await here.http.get("/openapi.json")).status_code == 200
+
+
+async def test_health_says_when_a_database_cannot_be_used(
+    here: Site, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    """503 with a reason that names no path; green again once it works."""
+
+    async def damaged(_: str) -> Any:
+        raise StoreError(f"{here.home}/runs.db: database disk image is malformed")
+
+    async def status() -> int:
+        return (await here.http.get("/health")).status_code
+
+    monkeypatch.setattr(app, "_HEALTH_SECONDS", 0.0)
+    client = here.served.gateway.client
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "get", damaged)
+        answer = await here.http.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
+    assert "database" in answer.json()["reason"]
+    assert str(here.home) not in answer.text
+    assert any("malformed" in str(entry.get("reason")) for entry in logs)
+    assert await status() == 200
+
+
+async def test_a_gateway_over_a_damaged_run_store_does_not_start(tmp_path: Path) -> None:
+    """It names the store and how to save what is left of it, and touches nothing."""
+    async with site(tmp_path) as here:
+        await here.finished()
+    path = tmp_path / "gateway" / "runs.db"
+    path.write_bytes(b"this is no database" * 1000)
+    with pytest.raises(StoreError, match=r"run store .* cannot be used") as caught:
+        async with site(tmp_path):
+            pass
+    assert "doctor --recover" in str(caught.value.hint)
+    assert path.read_bytes().startswith(b"this is no database")
+
+
 async def _once_closed(url: str, event: anyio.Event) -> None:
     host, port = url.removeprefix("http://").split(":")
 
@@ -286,6 +355,13 @@ def test_the_organization_is_eight_hex_digits() -> None:
     named = GatewaySettings(organization="ACME").organization_id
     assert len(named) == 8
     assert int(named, 16) >= 0
+
+
+def test_a_static_key_that_can_be_guessed_is_rejected() -> None:
+    """By its length, and without repeating it."""
+    with pytest.raises(ValidationError, match="at least 16 characters") as caught:
+        GatewaySettings(api_key=SecretStr("hunter2"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_the_static_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

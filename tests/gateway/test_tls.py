@@ -2,10 +2,12 @@
 
 import ssl
 import subprocess
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from pydantic import AnyHttpUrl, SecretStr
@@ -233,3 +235,19 @@ async def test_with_tls_every_address_may_be_served(tmp_path: Path, server: Pair
     """Nothing has to be said twice."""
     async with beyond(tmp_path, tls_cert=server.cert, tls_key=server.key) as served:
         assert served.url.startswith("https://")
+
+
+async def test_connections_that_never_begin_a_handshake_count_towards_the_limit(
+    tmp_path: Path, server: Pair
+) -> None:
+    """The one above the limit is closed at once."""
+    async with (
+        site(tmp_path, max_connections=4, tls_cert=server.cert, tls_key=server.key) as here,
+        AsyncExitStack() as stack,
+    ):
+        url = httpx.URL(here.served.url)
+        for _ in range(5):
+            last = await anyio.connect_tcp(url.host, url.port or 443)
+            await stack.enter_async_context(last)
+        with anyio.fail_after(20), pytest.raises(anyio.EndOfStream):
+            await last.receive()

@@ -110,7 +110,8 @@ async def _gateway_check() -> "Check":
 
     from training_backends import ConfigError
     from training_backends.client.diagnosis import Check
-    from training_backends.core.settings import load_settings
+    from training_backends.client.store.recovery import check as check_store
+    from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.settings import GatewaySettings
     from training_backends.gateway.tls import server_options
 
@@ -120,6 +121,11 @@ async def _gateway_check() -> "Check":
     except ConfigError as error:
         reasons = "; ".join(str(issue) for issue in error.issues)
         return Check("gateway", "failed", f"{error.message} {reasons}".strip(), error.hint)
+    root = load_settings(Settings).home.expanduser().absolute() / "gateway"
+    store = f"sqlite:///{root / 'runs.db'}"
+    if problems := await anyio.to_thread.run_sync(check_store, store):
+        hint = f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves it."
+        return Check("gateway", "failed", f"its run store cannot be used: {problems[0]}", hint)
     place = f"{settings.host}:{settings.port}"
     try:
         with anyio.fail_after(3):

@@ -117,16 +117,18 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     error.message = redact(error.message)
     error.hint = error.hint and redact(error.hint)
     code = exit_code_of(error)
-    if isinstance(error, Interrupted):
-        # Below the ^C that the terminal has written.
-        typer.echo(f"\n{escape_controls(error.message)}", err=True)
-    elif not shown:
-        show_error(error)
+    # Where nothing can be written any more, the exit code still says it.
     if "--json" in sys.argv[1:]:
-        # On one line, so that it is also a good last line of a stream. Where nothing can be
-        # written any more, the exit code still says it.
+        # On one line, so that it is also a good last line of a stream.
         with suppress(OSError):
             write_json_line(redact_value(error_document(error, code)))
+    # Last, because rich exits and closes standard output where nobody reads standard error.
+    with suppress(OSError, SystemExit):
+        if isinstance(error, Interrupted):
+            # Below the ^C that the terminal has written.
+            typer.echo(f"\n{escape_controls(error.message)}", err=True)
+        elif not shown:
+            show_error(error)
     raise SystemExit(code)
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_DESCRIPTORS = 65_536
+
 
 def serve(
     host: Annotated[
@@ -57,35 +59,54 @@ def serve(
     }
     given = {name: value for name, value in options.items() if value}
     settings = settings.model_copy(update=given)
+    _raise_descriptor_limit()
     run_async(lambda: _serve(settings, host, port, backend, json=json))
+
+
+def _raise_descriptor_limit() -> None:
+    """Use as many file descriptors as the system allows; a shell's default is often 1,024."""
+    import resource
+    from contextlib import suppress
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(
     settings: "GatewaySettings", host: str | None, port: int | None, backend: str, *, json: bool
 ) -> None:
     import signal
+    from contextlib import suppress
 
     import anyio
 
-    from training_backends.cli.render import console, write_json_line
+    from training_backends.cli.render import write_json_line
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.serve import running
 
     home = load_settings(Settings).home.expanduser().absolute()
-    out = console()
+
+    def say(text: str) -> None:
+        # On a full disk or a closed pipe the gateway runs on all the same.
+        with suppress(OSError):
+            typer.echo(text, err=True)
+
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with running(settings, home=home, backend=backend, host=host, port=port) as served:
             new_key = await _first_key(served.gateway)
             if json:
                 write_json_line({"url": served.url, "backend": backend, "home": str(home)})
-            out.print(f"Serving the Mistral protocol at {served.url}", markup=False)
-            out.print(f"  backend {backend}, state in {served.gateway.home}", markup=False)
+            say(f"Serving the Mistral protocol at {served.url}")
+            say(f"  backend {backend}, state in {served.gateway.home}")
             if new_key:
-                out.print(f"  first API key, shown this once: {new_key}", markup=False)
-            out.print("  Ctrl-C ends it; training that is under way goes on.", markup=False)
+                say(f"  first API key, shown this once: {new_key}")
+            say("  Ctrl-C ends it; training that is under way goes on.")
             async for _ in signals:
                 break
-    out.print("Ended.", markup=False)
+    say("Ended.")
 
 
 async def _first_key(gateway: "Gateway") -> str | None:

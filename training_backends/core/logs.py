@@ -1,5 +1,6 @@
 """Set up structlog: lines for people on a console, JSON for machines, never a secret."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -63,7 +64,11 @@ def configure_logs(
     environment holds are taken out of every line, and others as `redact` finds them.
     """
     register_environment()
-    target = stream or sys.stderr
+    output = stream or sys.stderr
+    note = "some log lines could not be written"
+    if log_format == "json":
+        note = json.dumps({"event": note, "level": "warning"})
+    target: Any = _Unfailing(output, note)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -76,7 +81,7 @@ def configure_logs(
     rendering: list[Any] = (
         [structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [_escape_event, structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        else [_escape_event, structlog.dev.ConsoleRenderer(colors=output.isatty())]
     )
     numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -100,6 +105,42 @@ def configure_logs(
     root.handlers[:] = [handler]
     root.setLevel(max(numeric, logging.WARNING))
     logging.captureWarnings(capture=True)
+
+
+class _Unfailing:
+    """Writes to a stream; what cannot be written is lost, never the caller's error.
+
+    A disk may be full, and the reader of a pipe may have exited. A note marks the gap once
+    lines can be written again.
+    """
+
+    def __init__(self, stream: TextIO, note: str) -> None:
+        self._stream = stream
+        self._note = note
+        self._failed = False
+
+    def write(self, text: str) -> int:
+        """Write as much as the stream takes."""
+        with self._tolerant():
+            if self._failed:
+                # What was written last may have been cut off in the middle of a line.
+                self._stream.write(f"\n{self._note}\n")
+                self._stream.flush()
+                self._failed = False
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        with self._tolerant():
+            self._stream.flush()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: it is closed, or cannot encode a character
+            self._failed = True
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -10,19 +11,22 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
 from training_backends import __version__
-from training_backends.core.errors import StoreError, TrainingBackendError
+from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logs import get_logger
-from training_backends.gateway.errors import Refusal
+from training_backends.gateway.errors import Refusal, failure_answer, field_errors, is_temporary
 from training_backends.gateway.guard import Guard
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
 from training_backends.gateway.service import Gateway
-from training_backends.mistral.errors import ErrorItem, validation_body
+from training_backends.mistral.errors import ErrorItem
 
 __all__ = ["create_app"]
 
 log = get_logger()
+
+_HEALTH_SECONDS = 1.0
+"""For how long one look at the databases counts."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -47,18 +51,54 @@ def create_app(gateway: Gateway) -> FastAPI:
     for router in (files_router, links_router, jobs_router, models_router):
         app.include_router(router)
 
-    @app.get("/health", tags=["health"])
-    async def health() -> dict[str, str | list[str]]:
-        """Say that the gateway answers, and what its jobs may report to; needs no key."""
-        capabilities = gateway.client.backend(gateway.backend).capabilities
-        return {
+    health = _Health(gateway)
+
+    @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})
+    async def get_health() -> JSONResponse:
+        """Return whether the gateway and its databases work, and what jobs may report to."""
+        return await health.answer()
+
+    return app
+
+
+class _Health:
+    """Answers from one look at the databases for a while, since anyone may ask at any rate."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._lock = anyio.Lock()
+        self._until = float("-inf")
+        self._ok = True
+
+    async def answer(self) -> JSONResponse:
+        """Return the state of the gateway; of what is wrong only which part it is."""
+        async with self._lock:
+            if anyio.current_time() >= self._until:
+                self._ok = await self._look()
+                self._until = anyio.current_time() + _HEALTH_SECONDS
+        gateway = self._gateway
+        body = {
             "status": "ok",
             "backend": gateway.backend,
             "version": __version__,
-            "integrations": sorted(capabilities.integrations),
+            "integrations": sorted(
+                gateway.client.backend(gateway.backend).capabilities.integrations
+            ),
         }
+        if self._ok:
+            return JSONResponse(body)
+        body |= {"status": "unavailable", "reason": "A database of the gateway cannot be used."}
+        return JSONResponse(body, 503)
 
-    return app
+    async def _look(self) -> bool:
+        try:
+            await self._gateway.check()
+        except Exception as error:
+            if not is_temporary(error):
+                raise
+            log.error("health check failed", reason=str(error))  # noqa: TRY400
+            return False
+        return True
 
 
 async def _refused(_: Request, refusal: Exception) -> JSONResponse:
@@ -73,7 +113,7 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it only
-    return JSONResponse(validation_body(_items(error.errors())), 422)
+    return JSONResponse(field_errors(_items(error.errors())), 422)
 
 
 def _items(errors: Sequence[Any]) -> list[ErrorItem]:
@@ -82,7 +122,7 @@ def _items(errors: Sequence[Any]) -> list[ErrorItem]:
     for error in errors:
         item: ErrorItem = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
         if error.get("ctx"):
-            item["ctx"] = {name: str(value) for name, value in error["ctx"].items()}
+            item["ctx"] = error["ctx"]
         items.append(item)
     return items
 
@@ -91,7 +131,5 @@ async def _trouble(request: Request, error: Exception) -> JSONResponse:
     """Answer for what is wrong on this side, without telling where things lie here."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
     log.error("request failed", path=request.scope["path"], reason=error.message)
-    passing = error.retryable or isinstance(error, StoreError)
-    sentence = "The gateway cannot do this now." if passing else "Internal server error"
-    body = {"message": sentence, "request_id": request.state.request_id}
-    return JSONResponse(body, 503 if passing else 500)
+    status, body, headers = failure_answer(error, request.state.request_id)
+    return JSONResponse(body, status, headers)

@@ -6,15 +6,19 @@ final name it is always whole. Everything here blocks; call it in a worker threa
 
 import hashlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Self
 from uuid import uuid4
 
 from training_backends.core.files import make_private_directory, sync_directory
+from training_backends.core.logs import get_logger
 
 __all__ = ["BlobStore", "Incoming", "OpenFile"]
 
+log = get_logger()
+
+_PART = ".part"
 OpenFile = Callable[[Path], BinaryIO]
 """Opens a new file for writing; replaced in tests by a disk that is full."""
 
@@ -74,19 +78,34 @@ class BlobStore:
         self._incoming = root / "incoming"
         self._open_file = open_file
 
-    def prepare(self, needed: Collection[str]) -> None:
-        """Make the directories, and remove what a crash left in them.
-
-        Args:
-            needed: Digests of the blobs that are still referred to.
-        """
+    def prepare(self) -> None:
+        """Create the directories and remove uploads that were cut off."""
         for directory in (self._blobs, self._incoming):
             make_private_directory(directory)
         for path in self._incoming.iterdir():
-            path.unlink()
+            if path.suffix == _PART:
+                _remove(path)
+            else:
+                log.warning("unexpected file left in place", path=str(path))
+
+    def collect(self, known: Mapping[str, float | None]) -> None:
+        """Remove the blobs that a crash left behind.
+
+        A blob that the database does not know is kept: the database may be new, or restored
+        from a copy that is older than the upload.
+
+        Args:
+            known: Digest of every blob that the database knows, with the time in seconds since
+                the epoch at which the last reference to it was deleted; None: still needed.
+        """
+        unknown = 0
         for path in self._blobs.iterdir():
-            if path.name not in needed:
-                path.unlink()
+            if path.name not in known:
+                unknown += 1
+            elif (deleted_at := known[path.name]) is not None and _written_before(path, deleted_at):
+                _remove(path)
+        if unknown:
+            log.warning("files unknown to the database kept", files=unknown, path=str(self._blobs))
 
     def path(self, sha256: str) -> Path:
         """Return where a blob lies, or would lie."""
@@ -94,7 +113,7 @@ class BlobStore:
 
     def receive(self) -> Incoming:
         """Begin a new file."""
-        return Incoming(self._incoming / f"{uuid4()}.part", self._open_file)
+        return Incoming(self._incoming / f"{uuid4()}{_PART}", self._open_file)
 
     def keep(self, incoming: Incoming) -> None:
         """Make a finished file permanent under its digest; the same content is kept once."""
@@ -110,3 +129,17 @@ class BlobStore:
         """Return how many bytes fit on the disk."""
         found = os.statvfs(self._blobs)
         return found.f_bavail * found.f_frsize
+
+
+def _written_before(path: Path, moment: float) -> bool:
+    try:
+        return path.stat().st_mtime < moment
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:  # a directory of that name, or a disk that is read-only
+        log.warning("leftover not removed", path=str(path), reason=error.strerror)

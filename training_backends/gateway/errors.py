@@ -1,13 +1,53 @@
-"""Answers that refuse a request, with the service's own bodies."""
+"""Answers that refuse a request, with the service's own bodies, and which errors pass."""
 
+import errno
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
+from training_backends.core.errors import (
+    ConfigError,
+    DatasetError,
+    StoreError,
+    TrainingBackendError,
+)
 from training_backends.mistral.errors import ErrorItem, validation_body
 
-__all__ = ["Refusal", "invalid", "misfit", "not_found", "plain"]
+__all__ = [
+    "Refusal",
+    "failure_answer",
+    "field_errors",
+    "invalid",
+    "is_temporary",
+    "misfit",
+    "not_found",
+    "plain",
+]
+
+_MOST_ERRORS: Final = 20
+_LONGEST: Final = 500
+"""Characters of a value that an answer repeats."""
+_RETRY_AFTER: Final = "5"
+"""Seconds."""
+_SHORTAGES: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EDQUOT,
+        errno.EINTR,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOLCK,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
+"""What the system says when it is short of something or its disk is in trouble."""
 
 
 class Refusal(Exception):
@@ -44,10 +84,70 @@ def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
         {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
         for detail in error.errors(include_url=False, include_input=False)
     ]
-    return Refusal(422, validation_body(items))
+    return Refusal(422, field_errors(items))
+
+
+def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:
+    """Return the body of a 422 that names the first fields, and how many more there are."""
+    shown: list[ErrorItem] = [_cut(item) for item in items[:_MOST_ERRORS]]
+    if more := len(items) - len(shown):
+        message = f"{more} more errors are not shown."
+        shown.append({"type": "too_many_errors", "loc": ["body"], "msg": message})
+    return validation_body(shown)
+
+
+def _cut(item: ErrorItem) -> ErrorItem:
+    """Cut off what a client sent at great length, such as the name of an unknown field."""
+    cut: ErrorItem = {
+        "type": item["type"],
+        "loc": [part[:_LONGEST] if isinstance(part, str) else part for part in item["loc"]],
+        "msg": item["msg"][:_LONGEST],
+    }
+    if "ctx" in item:
+        cut["ctx"] = {name: str(value)[:_LONGEST] for name, value in item["ctx"].items()}
+    return cut
 
 
 def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> Refusal:
     """Refuse one field of the request by its place."""
     item: ErrorItem = {"type": kind, "loc": list(loc), "msg": message}
-    return Refusal(422, validation_body([item]))
+    return Refusal(422, field_errors([item]))
+
+
+def failure_answer(
+    error: BaseException, request_id: str
+) -> tuple[int, dict[str, str], dict[str, str]]:
+    """Return status, body and headers for what went wrong on this side; no details of it."""
+    body = {"message": "Internal server error", "request_id": request_id}
+    if not is_temporary(error):
+        return 500, body, {}
+    body["message"] = "The gateway cannot do this now."
+    return 503, body, {"retry-after": _RETRY_AFTER}
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Tell whether an error is the system's, a store's or a network's, and so worth a retry.
+
+    Any member of a group counts, and so does what is caused by a shortage of the system.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_temporary, error.exceptions))
+    if isinstance(error, ConfigError | DatasetError):
+        # The gateway stored the file itself, so it is the disk's fault, or too many are open.
+        temporary = any(issue.code == "unreadable_file" for issue in error.issues)
+    elif isinstance(error, TrainingBackendError):
+        temporary = error.retryable or isinstance(error, StoreError)
+    else:
+        temporary = False
+    return temporary or _is_shortage(error)
+
+
+def _is_shortage(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        found = error.errno in _SHORTAGES
+    else:
+        found = isinstance(error, MemoryError) or (
+            # CPython has no class of its own for it.
+            isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+        )
+    return found or (error.__cause__ is not None and _is_shortage(error.__cause__))

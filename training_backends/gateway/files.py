@@ -13,7 +13,6 @@ import anyio
 import sqlalchemy as sa
 from anyio import to_thread
 
-from training_backends.core.errors import StoreError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
@@ -75,9 +74,10 @@ class FileService:
         self._lock = anyio.Lock()
 
     async def open(self) -> None:
-        """Make the directories and remove what nothing refers to."""
-        needed = await self._store.aread(_needed)
-        await to_thread.run_sync(self._blobs.prepare, needed)
+        """Create the directories and remove what a crash left in them."""
+        known = await self._store.aread(_known)
+        await to_thread.run_sync(self._blobs.prepare)
+        await to_thread.run_sync(self._blobs.collect, known)
 
     async def upload(
         self,
@@ -175,8 +175,8 @@ class FileService:
             await anyio.sleep(_SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
-            except (StoreError, OSError) as error:
-                log.error("expired files not removed", reason=str(error))  # noqa: TRY400
+            except Exception:  # the gateway must not end for it
+                log.exception("expired files not removed")
 
     async def collect(self, digests: Sequence[str]) -> None:
         """Remove those of these blobs that nothing refers to any more."""
@@ -324,6 +324,17 @@ def _needed(connection: sa.Connection) -> set[str]:
     for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
         found.update(blobs[0])
     return found
+
+
+def _known(connection: sa.Connection) -> dict[str, float | None]:
+    """Return what `BlobStore.collect` takes."""
+    deleted = sa.func.max(sa.func.coalesce(files.c.deleted_at, files.c.expires_at))
+    query = sa.select(files.c.sha256, deleted).group_by(files.c.sha256)
+    needed = _needed(connection)
+    return {
+        sha256: None if sha256 in needed else deleted_at
+        for sha256, deleted_at in connection.execute(query)
+    }
 
 
 def _conditions(filters: FileFilters) -> list[sa.ColumnElement[bool]]:

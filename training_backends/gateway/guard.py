@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logs import get_logger, redact
-from training_backends.gateway.errors import Refusal
+from training_backends.gateway.errors import Refusal, failure_answer
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
 
@@ -23,10 +23,13 @@ __all__ = ["Guard"]
 
 log = get_logger()
 
-_PROTECTED = "/v1/"
+_NEEDS_NO_KEY = "/health"
+_LINKS = "/files/"
+"""Signed: each names its file and how long it works."""
 _UPLOADS = "/v1/files"
 _LONGEST_PATH = 300
 """Characters of a path that are logged."""
+_ENDING = "The gateway is shutting down; send the request again later."
 _READS = frozenset({"GET", "HEAD"})
 
 
@@ -58,16 +61,20 @@ class Guard:
         with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
             try:
                 await self._serve(scope, receive, answer)
+            except anyio.get_cancelled_exc_class():
+                # The server ends, and what it still waited for is cut off. To raise this again
+                # would have uvicorn answer 500 and log a traceback.
+                log.info("request cut off", method=scope["method"], path=path)
+                if answer.status is not None:
+                    raise
+                await answer.json(503, {"detail": _ENDING}, {"connection": "close"})
             except ClientDisconnect:
                 log.info("client left", method=scope["method"], path=path)
-            except Exception:
+            except Exception as error:
                 log.exception("request failed", method=scope["method"], path=path)
                 if answer.status is not None:
                     raise
-                await answer.json(
-                    500,
-                    {"message": "Internal server error", "request_id": answer.request_id},
-                )
+                await answer.json(*failure_answer(error, answer.request_id))
             seconds = round(time.perf_counter() - began, 4)
             log.info(
                 "request",
@@ -81,7 +88,7 @@ class Guard:
         path = scope["path"]
         headers = {name.lower(): value for name, value in scope["headers"]}
         admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
-        if path.startswith(_PROTECTED):
+        if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
             try:
                 scope["state"]["caller"] = await admit()
             except Refusal as refusal:

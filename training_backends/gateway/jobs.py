@@ -15,7 +15,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.ending import JobEnding, SecretKeeper
-from training_backends.gateway.errors import invalid, plain
+from training_backends.gateway.errors import Refusal, invalid, plain
 from training_backends.gateway.files import FileService, StoredFile, names_by_path
 from training_backends.gateway.jobspec import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -32,11 +32,14 @@ from training_backends.gateway.jobstore import (
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.outcome import error_data, issue_data, quote, shown_notes
 from training_backends.gateway.runner import JobRunner, accept_start
+from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
 from training_backends.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 
 __all__ = ["JobFilters", "JobService"]
 
+_RETRY_AFTER = "60"
+"""Seconds."""
 _BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
 _IN_THE_WAY = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
 
@@ -69,7 +72,7 @@ class JobService:
         backend: str,
         catalogue: Catalogue,
         secrets: SecretKeeper,
-        default_epochs: float,
+        settings: GatewaySettings,
     ) -> None:
         self._store = store
         self._client = client
@@ -79,7 +82,7 @@ class JobService:
         self._backend = backend
         self._catalogue = catalogue
         self._secrets = secrets
-        self._default_epochs = default_epochs
+        self._settings = settings
 
     async def list(
         self, filters: JobFilters, caller: Principal, *, page: int, page_size: int
@@ -201,11 +204,15 @@ class JobService:
         return job
 
     def _check(self, request: JobIn) -> CheckedJob:
+        most = self._settings.max_training_steps
+        if (request.hyperparameters.training_steps or 0) > most:
+            place = ["body", "hyperparameters", "training_steps"]
+            raise invalid(place, f"Input should be less than or equal to {most}", "less_than_equal")
         return check_job(
             request,
             self._catalogue,
             self._client.backend(self._backend).capabilities,
-            default_epochs=self._default_epochs,
+            default_epochs=self._settings.default_epochs,
         )
 
     def _make_config(
@@ -258,6 +265,7 @@ class JobService:
                 f"A similar job is queued, validated or running: {similar}.",
                 job_id=similar,
             )
+        _require_below(self._settings.max_open_jobs, connection, caller)
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -323,6 +331,15 @@ class JobService:
     async def _forget_secret(self, job: CheckedJob, job_id: str) -> None:
         for given in job.request.integrations or ():
             await self._ending.forget(given.type, job_id)
+
+
+def _require_below(limit: int, connection: sa.Connection, caller: str) -> None:
+    """Reject a job of a key that has as many unfinished ones as it may have."""
+    mine = jobs.c.created_by == caller, jobs.c.status.not_in(ENDED)
+    found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
+    if found.scalar_one() >= limit:
+        sentence = f"This API key has {limit} unfinished jobs; wait for one or cancel one."
+        raise Refusal(429, {"detail": sentence}, {"retry-after": _RETRY_AFTER})
 
 
 def _canonical(file_id: str, place: list[str | int]) -> str:

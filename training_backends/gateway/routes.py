@@ -1,10 +1,12 @@
 """What all routes share."""
 
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel
 
+from training_backends.gateway.errors import plain
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.service import Gateway
 
@@ -16,8 +18,12 @@ __all__ = [
     "Page",
     "PageSize",
     "Problem",
+    "SmallBody",
     "answers",
 ]
+
+_MOST_VALUES: Final = 10_000
+_DEEPEST: Final = 16
 
 
 async def _gateway(request: Request) -> Gateway:
@@ -30,6 +36,31 @@ async def _caller(request: Request) -> Principal:
     return caller
 
 
+async def _small_body(request: Request) -> None:
+    """Reject a body with too many values before each of them is validated.
+
+    FastAPI has parsed it by now, and keeps what it parsed.
+    """
+    with suppress(ValueError):  # not JSON: validation says so
+        level = [await request.json()]
+        count = 0
+        for _ in range(_DEEPEST):
+            level = [value for each in level for value in _values(each)]
+            count += len(level)
+            if not level:
+                return
+            if count > _MOST_VALUES:
+                raise plain(413, f"The body has too many values; at most {_MOST_VALUES} are read.")
+        raise plain(413, f"The body is nested too deeply; at most {_DEEPEST} levels are read.")
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+SmallBody = Depends(_small_body)
 Opened = Annotated[Gateway, Depends(_gateway)]
 Caller = Annotated[Principal, Depends(_caller)]
 # SQLite counts with 64 bits, so the product of these must stay below.

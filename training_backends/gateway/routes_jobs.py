@@ -6,7 +6,15 @@ from uuid import UUID
 from fastapi import APIRouter
 
 from training_backends.gateway.jobs import JobFilters
-from training_backends.gateway.routes import Caller, Conflict, Opened, Page, PageSize, answers
+from training_backends.gateway.routes import (
+    Caller,
+    Conflict,
+    Opened,
+    Page,
+    PageSize,
+    SmallBody,
+    answers,
+)
 from training_backends.mistral.status import JobStatus
 from training_backends.mistral.wire import (
     ClassifierDetailedJobOut,
@@ -55,7 +63,9 @@ async def list_jobs(
     return await gateway.jobs.list(filters, caller, page=page, page_size=page_size)
 
 
-@jobs_router.post("", responses=answers(503, _409=Conflict), name="create_job")
+@jobs_router.post(
+    "", responses=answers(429, 503, _409=Conflict), name="create_job", dependencies=[SmallBody]
+)
 async def create_job(
     *,
     job: JobIn,

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from training_backends.gateway.routes import Caller, Opened, answers
+from training_backends.gateway.routes import Caller, Opened, SmallBody, answers
 from training_backends.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
@@ -43,7 +43,10 @@ async def delete_model(model_id: str, gateway: Opened, caller: Caller) -> Delete
 
 
 @models_router.patch(
-    "/fine_tuning/models/{model_id}", responses=answers(403, 404), name="update_model"
+    "/fine_tuning/models/{model_id}",
+    responses=answers(403, 404),
+    name="update_model",
+    dependencies=[SmallBody],
 )
 async def update_model(
     model_id: str, change: UpdateFTModelIn, gateway: Opened, caller: Caller

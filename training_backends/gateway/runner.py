@@ -21,16 +21,17 @@ from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
     BackendBroken,
+    DatasetError,
     RateLimited,
     RunNotFound,
-    StoreError,
     TrainingBackendError,
 )
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.gateway.errors import Refusal, is_temporary
 from training_backends.gateway.files import FileService
-from training_backends.gateway.jobstore import add_metrics, change_status, load_job
+from training_backends.gateway.jobstore import add_event, add_metrics, change_status, load_job
 from training_backends.gateway.outcome import (
     NOT_ENDED,
     effective,
@@ -57,6 +58,8 @@ _LOOK_EVERY: Final = 5.0
 """Seconds between two looks at a running job's status, beside its log."""
 _BATCH: Final = 500
 """Log records stored in one transaction at most."""
+_TRIES_IN_SILENCE: Final = 3
+_WAITS: Final = "The gateway cannot continue this job at the moment; it will try again."
 _LAWFUL: Final[dict[str, tuple[str, ...]]] = {
     "STARTED": ("QUEUED",),
     "RUNNING": ("QUEUED", "STARTED"),
@@ -137,30 +140,58 @@ class JobRunner:
     async def _guarded(self, job_id: str) -> None:
         """Let no job's trouble reach the others or the server.
 
-        A database that cannot be used, its disk being full perhaps, is no job's failure:
-        the run goes on, so its job is taken up again until the database works.
+        A full disk, or too few file descriptors, is no job's failure: the run keeps running,
+        so its job is taken up again until that has passed.
         """
-        pause = _FIRST_PAUSE
+        pause, tries = _FIRST_PAUSE, 0
         while True:
+            began = anyio.current_time()
             try:
-                await self._drive_or_fail(job_id)
-            except StoreError as error:
-                log.error("job waits for the database", reason=error.message)  # noqa: TRY400
-                await anyio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
-            except Exception:  # there is nobody left to tell it to
-                log.exception("failure not stored")
+                await self._drive_or_fail(job_id, again=tries > 0)
+            except Refusal:
+                log.warning("job not found")
                 return
+            except Exception as error:
+                if anyio.current_time() - began > _LONGEST_PAUSE:
+                    pause, tries = _FIRST_PAUSE, 0
+                tries += 1
+                if is_temporary(error):
+                    log.error("job waits", reason=_reason(error), pause=pause)  # noqa: TRY400
+                else:
+                    log.exception("failure of a job not stored", pause=pause)
+                if tries == _TRIES_IN_SILENCE:
+                    await self._say_waiting(job_id)
+                await self._pause(job_id, pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 return
 
-    async def _drive_or_fail(self, job_id: str) -> None:
+    async def _pause(self, job_id: str, seconds: float) -> None:
+        """Sleep, but not through a request to stop."""
+        stop = self._stop_event(job_id)
+        with anyio.move_on_after(seconds):
+            await (anyio.sleep_forever() if stop.is_set() else stop.wait())
+
+    async def _say_waiting(self, job_id: str) -> None:
+        """Add to a job's events that it waits for the gateway, if that can be stored."""
+
+        def work(connection: sa.Connection) -> None:
+            add_event(connection, job_id, "waiting", {"message": _WAITS}, time.time())
+
+        try:
+            await self._store.awrite(work)
+        except Exception as error:  # the log has said it already
+            log.debug("waiting not stored", reason=_reason(error))
+
+    async def _drive_or_fail(self, job_id: str, *, again: bool) -> None:
         try:
             await self._drive(job_id)
-        except Exception as group:  # whatever it is, it is this job's failure
+            if again and (await self._load(job_id)).status in ENDED:
+                await self._on_end(job_id)  # it may be what failed before; safe to repeat
+        except Exception as group:  # whatever else it is, it is this job's failure
+            if is_temporary(group) or isinstance(group, Refusal):
+                raise
             error = _single(group)
-            if isinstance(error, StoreError):
-                raise error from group
             if isinstance(error, TrainingBackendError) and not isinstance(error, BackendBroken):
                 log.error("job failed", reason=error.message)  # noqa: TRY400
             else:
@@ -207,6 +238,9 @@ class JobRunner:
                     lambda: self._client.validate(config, backend=job.backend)
                 )
                 if not report.ok:
+                    unfit = DatasetError(str(report.errors[0]), issues=report.errors)
+                    if is_temporary(unfit):
+                        raise unfit
                     names = await self._files.names(job)
                     await self._refuse(job, issue_data(report.errors, names))
                     return
@@ -214,6 +248,8 @@ class JobRunner:
                     lambda: self._client.estimate(config, backend=job.backend)
                 )
             except TrainingBackendError as error:
+                if is_temporary(error):
+                    raise
                 await self._refuse(job, error_data(error, await self._files.names(job)))
                 return
             values = {
@@ -298,6 +334,8 @@ class JobRunner:
         try:
             await self._patiently(lambda: self._client.stop(job_id))
         except TrainingBackendError as error:
+            if is_temporary(error):
+                raise
             log.error("run cannot be stopped", reason=error.message)  # noqa: TRY400
 
     async def _look(self, job_id: str) -> None:
@@ -306,10 +344,11 @@ class JobRunner:
             await anyio.sleep(_LOOK_EVERY)
             try:
                 run = await self._client.status(job_id)
-            except TrainingBackendError as error:
-                log.debug("run cannot be seen now", reason=error.message)
-            else:
                 await self._store.awrite(partial(_move_on, job_id=job_id, status=run.status))
+            except Exception as error:
+                if not (isinstance(error, TrainingBackendError) or is_temporary(error)):
+                    raise
+                log.debug("run cannot be seen now", reason=_reason(error))
 
     async def _follow(self, job_id: str) -> TrainingRun:
         """Stay with a run to its end, however often its backend is away."""
@@ -405,6 +444,13 @@ def _single(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _reason(error: BaseException) -> str:
+    error = _single(error)
+    if isinstance(error, TrainingBackendError):
+        return error.message
+    return f"{type(error).__name__}: {error}"
 
 
 def _longer(error: TrainingBackendError, pause: float) -> float:

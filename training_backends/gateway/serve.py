@@ -2,12 +2,15 @@
 
 import errno
 import ipaddress
+import resource
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import anyio
 import uvicorn
@@ -31,6 +34,12 @@ log = get_logger()
 
 _PATIENCE = 5
 """Seconds that requests under way are given when the server ends."""
+_BACKLOG = 64
+"""Connections that wait to be accepted."""
+_LOG_EVERY = 60.0
+"""Seconds between two lines about too many connections."""
+_MOST_CONNECTIONS = 4096
+_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,45 @@ class RunningGateway:
     url: str
     api_key: SecretStr | None
     gateway: Gateway
+
+
+class _Listener(socket.socket):
+    """A listening socket that closes connections above a limit as soon as they are made.
+
+    The limit holds before TLS and before HTTP, so no client can use up the file descriptors
+    that jobs and their databases need.
+    """
+
+    def __init__(self, family: int, kind: int, protocol: int, *, limit: int) -> None:
+        super().__init__(family, kind, protocol)
+        self._limit = limit
+        self._open: WeakSet[socket.socket] = WeakSet()
+        self._short_since = self._logged_at = float("-inf")
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            BlockingIOError: There is none, or it was closed.
+            OSError: No descriptor is left; at most once a second, because asyncio goes on to
+                accept as often as its backlog says and schedules a retry for each failure.
+        """
+        try:
+            connection, address = super().accept()
+        except OSError as error:
+            now = time.monotonic()
+            if error.errno not in _OUT_OF_DESCRIPTORS or now - self._short_since >= 1:
+                self._short_since = now
+                raise
+            raise BlockingIOError(errno.EAGAIN, "no descriptor left") from error
+        if sum(each.fileno() >= 0 for each in self._open) < self._limit:
+            self._open.add(connection)
+            return connection, address
+        connection.close()
+        if time.monotonic() - self._logged_at >= _LOG_EVERY:
+            self._logged_at = time.monotonic()
+            log.warning("connections closed: too many are open", limit=self._limit)
+        raise BlockingIOError(errno.EAGAIN, "too many connections")
 
 
 class _Server(uvicorn.Server):
@@ -83,7 +131,9 @@ async def running(
     """
     host = host or settings.host
     tls = await to_thread.run_sync(server_options, settings)
-    listener = await to_thread.run_sync(_bind, host, settings.port if port is None else port)
+    limit = settings.max_connections or _connections()
+    port = settings.port if port is None else port
+    listener = await to_thread.run_sync(_bind, host, port, limit)
     try:
         url = _url(listener, "https" if tls else "http")
         if not tls and not _is_loopback(listener):
@@ -114,6 +164,7 @@ async def _serving(
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_PATIENCE,
+        backlog=_BACKLOG,
         # A client's pool must not find its connection closed under its next request.
         timeout_keep_alive=75,
         **tls,
@@ -157,7 +208,18 @@ def _mind_plain_http(settings: GatewaySettings, url: str) -> None:
     log.warning("serving plain http beyond this machine", url=url)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _connections() -> int:
+    """Return how many connections fit below the limit of file descriptors.
+
+    Each may have a file open besides, and a quarter is for databases, jobs and all else.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return min(max(soft - soft // 4, 2) // 2, _MOST_CONNECTIONS)
+
+
+def _bind(host: str, port: int, limit: int) -> socket.socket:
     """Listen on an address, before anything else is begun."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -168,11 +230,11 @@ def _bind(host: str, port: int) -> socket.socket:
             f"{host!r} is no address of this machine: {error.strerror}.",
             hint="Use 127.0.0.1, or 0.0.0.0 to be reached from the network.",
         ) from error
-    listener = socket.socket(family, kind, protocol)
+    listener = _Listener(family, kind, protocol, limit=limit)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise _cannot_listen(host, port, error) from error

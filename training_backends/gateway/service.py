@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from training_backends.client.aio import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.errors import DuplicateRun
+from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.blobs import BlobStore
@@ -32,6 +32,9 @@ from training_backends.gateway.uploads import Pace
 
 __all__ = ["Gateway", "open_gateway"]
 
+_NO_RUN = "none"
+"""No job's id."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
@@ -47,12 +50,23 @@ class Gateway:
     home: Path
     public_url: str
     backend: str
+    store: GatewayStore
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
     jobs: JobService
     models: ModelService
     links: LinkSigner
+
+    async def check(self) -> None:
+        """Read both databases.
+
+        Raises:
+            StoreError: One of them cannot be used.
+        """
+        await self.store.aread(lambda connection: connection.exec_driver_sql("SELECT 1 FROM keys"))
+        with suppress(RunNotFound):
+            await self.client.get(_NO_RUN)
 
 
 @asynccontextmanager
@@ -79,6 +93,7 @@ async def open_gateway(
         ConfigError: The backend or the catalogue cannot be used.
         BackendNotInstalled: The backend cannot be loaded.
         DuplicateRun: Another gateway is using this home.
+        StoreError: A database is damaged, or cannot be used.
     """
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
@@ -90,6 +105,7 @@ async def open_gateway(
         store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
         stack.callback(store.close)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
+        await _require_sound(client, root)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(type(found))
         files = FileService(
@@ -111,6 +127,7 @@ async def open_gateway(
             home=root,
             public_url=str(settings.public_url or url).rstrip("/"),
             backend=backend,
+            store=store,
             client=client,
             keys=KeyStore(store, settings.api_key),
             files=files,
@@ -123,7 +140,7 @@ async def open_gateway(
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
-                default_epochs=settings.default_epochs,
+                settings=settings,
             ),
             models=ModelService(
                 store,
@@ -134,6 +151,16 @@ async def open_gateway(
                 opened_at=time.time(),
             ),
             links=links,
+        )
+
+
+async def _require_sound(client: AsyncTrainingClient, root: Path) -> None:
+    """Find out now what would keep every job waiting."""
+    if problems := await client.check_store():
+        raise StoreError(
+            f"The gateway's run store in {root} cannot be used: {problems[0]}",
+            hint=f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves what "
+            "can be read of it.",
         )
 
 

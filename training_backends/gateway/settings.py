@@ -12,6 +12,9 @@ from training_backends.mistral.wire import MAX_FILE_BYTES
 
 __all__ = ["GatewaySettings"]
 
+_SHORTEST_KEY = 16
+"""Characters; a random key of this length cannot be guessed over a network."""
+
 
 class GatewaySettings(SectionSettings):
     """Where the gateway listens, what it accepts and what it calls itself."""
@@ -20,8 +23,7 @@ class GatewaySettings(SectionSettings):
 
     api_key: SecretStr | None = Field(
         default=None,
-        min_length=16,
-        description="One static key, beside those of `keys create`.",
+        description="One static key, beside those of `keys create`; at least 16 characters.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="0: any free port.")
@@ -50,6 +52,11 @@ class GatewaySettings(SectionSettings):
     max_request_bytes: int = Field(
         default=2**20, ge=1, description="Largest body of a request that is no upload."
     )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most open connections; default: three eighths of the file descriptors.",
+    )
     max_headers: int = Field(default=100, ge=1, description="Most headers of a request.")
     max_header_bytes: int = Field(
         default=2**15, ge=1024, description="Largest head: address and all headers."
@@ -71,6 +78,10 @@ class GatewaySettings(SectionSettings):
     answer_timeout: float = Field(
         default=60.0, gt=0, description="Seconds for which a client may leave an answer unread."
     )
+    max_open_jobs: int = Field(default=200, ge=1, description="Most unfinished jobs of one key.")
+    max_training_steps: int = Field(
+        default=1_000_000, ge=1, description="Most training steps of one job."
+    )
     organization: str = Field(
         default="local", min_length=1, description="Stands, as 8 hex digits, in model names."
     )
@@ -89,6 +100,15 @@ class GatewaySettings(SectionSettings):
         if value and (value.username or value.password or value.query or value.fragment):
             raise ValueError("give scheme, host, port and path only, as in https://ft.example.org")
         return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_guessable(cls, key: SecretStr | None) -> SecretStr | None:
+        if key and len(key) < _SHORTEST_KEY:
+            raise ValueError(
+                f"use at least {_SHORTEST_KEY} characters, such as those of `openssl rand -hex 16`"
+            )
+        return key
 
     @property
     def organization_id(self) -> str:

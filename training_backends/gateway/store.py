@@ -141,6 +141,11 @@ keys = sa.Table(
     _project(),
 )
 
+_INDEXES = (
+    sa.Index("ix_files_created_at", files.c.created_at),
+    sa.Index("ix_jobs_created_at", jobs.c.created_at),
+)
+"""Made where they are missing; a version that does not know them reads the same database."""
 _UPGRADES = {
     1: (
         "ALTER TABLE keys ADD COLUMN scope VARCHAR DEFAULT 'write' NOT NULL",
@@ -218,12 +223,11 @@ class GatewayStore:
                 f"{SCHEMA_VERSION}).",
                 hint="Upgrade training-backends.",
             )
-        if found == SCHEMA_VERSION:
-            return
-        if found == 0:
-            _metadata.create_all(connection)
-        else:
-            for version in range(found, SCHEMA_VERSION):
-                for statement in _UPGRADES[version]:
-                    connection.exec_driver_sql(statement)
-        connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+        for version in range(found or SCHEMA_VERSION, SCHEMA_VERSION):
+            for statement in _UPGRADES[version]:
+                connection.exec_driver_sql(statement)
+        _metadata.create_all(connection)
+        for index in _INDEXES:
+            index.create(connection, checkfirst=True)
+        if found != SCHEMA_VERSION:
+            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")

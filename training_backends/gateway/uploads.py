@@ -1,7 +1,9 @@
 """Receive a multipart upload as it arrives, in any order of its parts."""
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 import anyio
 from anyio import to_thread
@@ -23,6 +25,9 @@ _BLOCK = 2**20
 """Bytes written to disk at a time."""
 _MAX_FIELD = 1024
 _MAX_PARTS = 16
+
+
+_EXTENDED = re.compile(r"""\bfilename\*="?(utf-8|iso-8859-1)'[^';]*'([^\s;"]+)""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ class _Form:
         self._text = b""
         self._pending: list[bytes] = []
         self._pending_size = 0
+        self._beside = 0
 
     async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
         """Read the form to its end."""
@@ -134,8 +140,13 @@ class _Form:
                     raise too_large(self._limit)
                 if not chunk or parser.closed:
                     continue
+                self._beside += len(chunk)
                 for event in parser.parse(chunk):
                     self._take(event)
+                if self._beside > FORM_OVERHEAD:
+                    raise plain(
+                        413, f"The form has more than {FORM_OVERHEAD} bytes beside its file."
+                    )
                 if self._pending_size >= _BLOCK:
                     await self._flush()
         await self._flush()
@@ -148,6 +159,7 @@ class _Form:
         elif self._part is not None and self._part.name == "file":
             if self._part.bytes_received > self._limit:
                 raise too_large(self._limit)
+            self._beside -= len(event)
             self._pending.append(event)
             self._pending_size += len(event)
         else:
@@ -161,9 +173,10 @@ class _Form:
             return
         if self.upload.filename is not None:
             raise invalid(["body", "file"], "Send one file at a time.")
-        if part.filename is None:
+        filename = _extended_filename(part) or part.filename
+        if filename is None:
             raise invalid(["body", "file"], "Send `file` as a file with a name.")
-        self.upload.filename, self.upload.content_type = part.filename, part.content_type
+        self.upload.filename, self.upload.content_type = filename, part.content_type
 
     def _end(self) -> None:
         if self._part is not None and self._part.name != "file":
@@ -174,3 +187,9 @@ class _Form:
         if self._pending:
             block, self._pending, self._pending_size = b"".join(self._pending), [], 0
             await to_thread.run_sync(self._into.write, block)
+
+
+def _extended_filename(part: MultipartSegment) -> str | None:
+    """Return the name in `filename*` (RFC 5987), which some clients send beside an ASCII one."""
+    found = _EXTENDED.search(part.header("Content-Disposition", ""))
+    return unquote(found[2], found[1], "replace") if found else None

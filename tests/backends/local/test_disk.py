@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -75,6 +76,16 @@ async def test_a_full_disk_is_said_at_the_start(
     with pytest.raises(StoreError, match="No space left") as caught:
         await backend.launch(run, MemoryJournal(run))
     assert (caught.value.run_id, "space" in str(caught.value.hint)) == ("r", True)
+
+
+async def test_a_disk_with_hardly_any_space_is_full(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, make_run: MakeRun
+) -> None:
+    """The training process could not write why it failed, so it is not started."""
+    run = make_run()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StoreError, match="less than 32 MiB"):
+        await backend.launch(run, MemoryJournal(run))
 
 
 async def test_a_full_disk_keeps_no_run_going(

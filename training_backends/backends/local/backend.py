@@ -14,7 +14,12 @@ from anyio import to_thread
 from pydantic import BaseModel
 
 from training_backends.backends.local.continuing import copy_checkpoint
-from training_backends.backends.local.disk import copy_whole, reason_of, reporting_disk
+from training_backends.backends.local.disk import (
+    copy_whole,
+    reason_of,
+    reporting_disk,
+    require_space,
+)
 from training_backends.backends.local.estimating import estimate_run
 from training_backends.backends.local.hub import Handed, Hub
 from training_backends.backends.local.listing import find_place, find_runs, make_place
@@ -457,6 +462,7 @@ def _start_process(
         if has_begun(directory):
             return 0
     with reporting_disk(run):
+        require_space(directory.path.parent)
         directory.write_spec(spec)
         return spawn(directory, program, handed)
 

@@ -1,15 +1,21 @@
 """Writing to this machine's disk: whole or not at all, and what it refused is said."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from training_backends.core.errors import StoreError
+from training_backends.core.files import make_private_directory
 from training_backends.core.run import TrainingRun
 
-__all__ = ["copy_whole", "reason_of", "reporting_disk"]
+__all__ = ["copy_whole", "reason_of", "reporting_disk", "require_space"]
+
+_LEAST_SPACE: Final = 32 * 2**20
+"""Bytes; with less, a training process could not even write why it failed."""
 
 
 @contextmanager
@@ -24,6 +30,17 @@ def reporting_disk(run: TrainingRun) -> Iterator[None]:
             backend="local",
             run_id=run.id,
         ) from error
+
+
+def require_space(path: Path) -> None:
+    """Make a directory where a run is to begin, if its disk has the least that a run needs.
+
+    Raises:
+        OSError: There is too little space.
+    """
+    make_private_directory(path)
+    if shutil.disk_usage(path).free < _LEAST_SPACE:
+        raise OSError(errno.ENOSPC, f"less than {_LEAST_SPACE // 2**20} MiB of disk space is left")
 
 
 def reason_of(error: OSError) -> str:
