@@ -265,7 +265,7 @@ class JobService:
                 f"A similar job is queued, validated or running: {similar}.",
                 job_id=similar,
             )
-        _require_below(self._settings.max_open_jobs, connection, caller)
+        _require_below(self._settings.max_open_jobs, connection, caller.key_id)
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -333,9 +333,9 @@ class JobService:
             await self._ending.forget(given.type, job_id)
 
 
-def _require_below(limit: int, connection: sa.Connection, caller: str) -> None:
+def _require_below(limit: int, connection: sa.Connection, key_id: str) -> None:
     """Reject a job of a key that has as many unfinished ones as it may have."""
-    mine = jobs.c.created_by == caller, jobs.c.status.not_in(ENDED)
+    mine = jobs.c.created_by == key_id, jobs.c.status.not_in(ENDED)
     found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
     if found.scalar_one() >= limit:
         sentence = f"This API key has {limit} unfinished jobs; wait for one or cancel one."
