@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def needs_torch() -> None:
+    """Skip a test where only the client is installed."""
+    if find_spec("torch") is None:
+        pytest.skip("not installed: torch (extra local)")
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """Write a hundred rows of twenty bytes."""
@@ -76,6 +83,7 @@ def data_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def config_file(tmp_path: Path, train_file: Path) -> Path:
     """Write a configuration that the local backend can run."""
+    needs_torch()
     path = tmp_path / "run.yaml"
     path.write_text(
         "backend: local\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import needs_torch
 from training_backends import __version__
 
 pytestmark = pytest.mark.e2e
@@ -260,6 +261,7 @@ def test_wrong_settings_name_their_variable(run: Run) -> None:
 
 def test_quickstart_does_not_write_into_another_directory(run: Run, tmp_path: Path) -> None:
     """What lies there already is left alone."""
+    needs_torch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     done = run("quickstart", "--dir", "mine")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import needs_torch
 from training_backends.cli.render import console, show_text
 from training_backends.testing.server import LoopbackServer, Received, Reply
 
@@ -85,6 +86,7 @@ def test_configurations_cannot_command_the_terminal(
     run: Run, tmp_path: Path, evil_data: Path, command: str
 ) -> None:
     """Values of the file, and its name."""
+    needs_torch()
     assert_harmless(run(command, config(tmp_path, evil_data).name))
 
 

@@ -170,7 +170,9 @@ def shard(
     files: FilesArgument,
     limit: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file, such as 100MB; default the dialect's."),
+        typer.Option(
+            "--limit", metavar="SIZE", help="Largest file, such as 100MB; default the dialect's."
+        ),
     ] = None,
     weight: Annotated[
         float, typer.Option(help="Weight of the file; each of its parts keeps it.")

@@ -42,6 +42,7 @@ def inspect(
     dialect: Annotated[
         str | None,
         typer.Option(
+            "--dialect",
             metavar="DIALECT",
             help="Whose rules hold: mistral, openai, together or local; default the backend of "
             "--config, else mistral.",
@@ -49,14 +50,17 @@ def inspect(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Count the tokens that this model reads.")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Count the tokens that this model reads."),
     ] = None,
     sample: Annotated[
         int | None,
-        typer.Option(min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."),
+        typer.Option(
+            "--sample", min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."
+        ),
     ] = None,
     max_issues: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Issues to show in full.")
+        int, typer.Option("--max-issues", min=0, metavar="N", help="Issues to show in full.")
     ] = 50,
     json: JsonOption = False,
 ) -> None:

@@ -272,3 +272,11 @@ def test_the_way_to_get_a_missing_driver_is_told(monkeypatch: pytest.MonkeyPatch
         RunStore("postgresql://me:hunter22@host/runs")
     assert "pip install 'training-backends[postgres]'" in str(caught.value.hint)
     assert "hunter22" not in str(caught.value)
+
+
+def test_the_url_need_not_name_the_driver(store: RunStore, url: str, make_run: MakeRun) -> None:
+    """`postgresql://` means psycopg, whichever release of SQLAlchemy reads it."""
+    store.insert(make_run("a"))
+    other = RunStore(url.replace("postgresql+psycopg:", "postgresql:"))
+    assert [run.id for run in other.list()] == ["a"]
+    other.close()
