@@ -35,8 +35,8 @@ from mistralai.client import Mistral
 from pydantic import SecretStr
 
 from training_backends import TrainingBackendError
-from training_backends.net.client import HttpClient
-from training_backends.net.multipart import FileUpload, HashedFile, hash_file
+from training_backends.http.client import HttpClient
+from training_backends.http.upload import FileUpload, HashedFile, hash_file
 
 MEMORY_MB = 64
 AGAINST_SDK = 1.8

@@ -31,7 +31,7 @@ from training_backends.datasets.tokens.errors import Uncountable
 from training_backends.datasets.tokens.models import find_tokenizer, hub_failure, hub_snapshot
 from training_backends.datasets.tokens.rows import AnyRow, read_row
 from training_backends.datasets.tokens.templates import TemplateCheck, has_template
-from training_backends.net.urls import is_loopback
+from training_backends.http.urls import is_loopback
 
 __all__ = [
     "files_issues",

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
-from training_backends.net.urls import normalize_base_url
+from training_backends.http.urls import normalize_base_url
 
 __all__ = ["LocalSettings"]
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from training_backends.core.errors import ProtocolError, RunNotFound
 from training_backends.core.logs import get_logger, redact
+from training_backends.http.client import HttpClient
+from training_backends.http.upload import FileUpload, HashedFile, Progress
 from training_backends.mistral import wire
-from training_backends.net.client import HttpClient
-from training_backends.net.multipart import FileUpload, HashedFile, Progress
 
 __all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
 

@@ -7,9 +7,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
+from training_backends.http.policy import HttpPolicy
+from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.mistral.wire import MAX_FILE_BYTES
-from training_backends.net.pool import HttpPolicy
-from training_backends.net.urls import is_loopback, normalize_base_url
 
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "MistralSettings"]
 

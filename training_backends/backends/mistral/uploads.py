@@ -13,7 +13,7 @@ from training_backends.backends.mistral.steps import Steps
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
 from training_backends.datasets.shard import plan_shards
-from training_backends.net.multipart import HashedFile, hash_file, stamp_of
+from training_backends.http.upload import HashedFile, hash_file, stamp_of
 
 __all__ = ["Uploads"]
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from training_backends import BackendNotInstalled, ConfigError, TrainingBackendError
 from training_backends.core.redaction import redact
+from training_backends.http import environment
+from training_backends.http.client import HttpClient
+from training_backends.http.environment import proxy_environment, proxy_for, tls_context
+from training_backends.http.policy import HttpPolicy, make_pool
 from training_backends.mistral.errors import error_from_answer
-from training_backends.net import environment
-from training_backends.net.client import HttpClient
-from training_backends.net.environment import proxy_environment, proxy_for, tls_context
-from training_backends.net.pool import HttpPolicy, make_pool
 from training_backends.testing.server import LoopbackServer, Reply
 
 HOST = "https://api.provider.example"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Final
 
-from training_backends.net.retry import read_retry_after
+from training_backends.http.retry import read_retry_after
 
 __all__ = ["Limiter"]
 

@@ -17,9 +17,9 @@ import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
 from training_backends import BackendUnavailable, DatasetError, PayloadTooLarge
-from training_backends.net import multipart
-from training_backends.net.client import HttpClient
-from training_backends.net.multipart import (
+from training_backends.http import upload
+from training_backends.http.client import HttpClient
+from training_backends.http.upload import (
     CHUNK_BYTES,
     FileUpload,
     HashedFile,
@@ -74,7 +74,7 @@ async def test_form_is_what_real_clients_send(
 @pytest.fixture
 def settled_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that counts as written long ago."""
-    monkeypatch.setattr(multipart, "_SETTLED_NS", -1)
+    monkeypatch.setattr(upload, "_SETTLED_NS", -1)
     path = tmp_path / "settled.jsonl"
     path.write_bytes(b"checked")
     return path
@@ -115,7 +115,7 @@ async def test_loop_is_not_blocked(
 ) -> None:
     """While a file is hashed and sent, the event loop itself reads nothing."""
     await client.json("GET", "/warm-up")
-    with blockbuster_ctx("training_backends.net"):
+    with blockbuster_ctx("training_backends.http"):
         hashed = await hash_file(large_file)
         await client.upload("/v1/files", FileUpload(large_file, fields={}, hashed=hashed))
 
@@ -130,7 +130,7 @@ async def test_blocking_read_would_be_noticed(
         return function(*args)
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", here)
-    with blockbuster_ctx("training_backends.net"), pytest.raises(BlockingError):
+    with blockbuster_ctx("training_backends.http"), pytest.raises(BlockingError):
         await client.upload("/v1/files", FileUpload(large_file, fields={}))
 
 
@@ -186,7 +186,7 @@ async def test_a_settled_file_is_not_hashed_again(
 ) -> None:
     """Its stamp is the same before and after it was read, which says as much."""
     hashed = await hash_file(settled_file)
-    monkeypatch.setattr(multipart, "hashlib", None)
+    monkeypatch.setattr(upload, "hashlib", None)
     await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
     assert read_form(server.requests[0])[2] == b"checked"
 
@@ -248,7 +248,7 @@ async def test_a_part_of_a_settled_file_is_known_by_its_stamp(
 ) -> None:
     """It is not hashed again while nobody has written to the file."""
     hashed = part_of(settled_file, 2, 3)
-    monkeypatch.setattr(multipart, "hashlib", None)
+    monkeypatch.setattr(upload, "hashlib", None)
     await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
     assert read_form(server.requests[0])[2] == b"eck"
 

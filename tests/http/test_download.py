@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from training_backends import BackendUnavailable, TrainingBackendError
-from training_backends.net.client import HttpClient
+from training_backends.http.client import HttpClient
 from training_backends.testing.faults import CutAnswer, OtherAnswer
 from training_backends.testing.server import LoopbackServer
 

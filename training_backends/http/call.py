@@ -12,10 +12,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logs import get_logger
-from training_backends.net.breaker import Breaker, Refusal
-from training_backends.net.limiter import Limiter
-from training_backends.net.pool import HttpPolicy
-from training_backends.net.retry import Backoff, read_retry_after
+from training_backends.http.breaker import Breaker, Refusal
+from training_backends.http.limits import Limiter
+from training_backends.http.policy import HttpPolicy
+from training_backends.http.retry import Backoff, read_retry_after
 
 __all__ = ["Call"]
 

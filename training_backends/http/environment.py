@@ -21,7 +21,7 @@ import httpx
 
 from training_backends.core.errors import BackendNotInstalled, ConfigError
 from training_backends.core.redaction import register_proxy
-from training_backends.net.urls import is_loopback
+from training_backends.http.urls import is_loopback
 
 __all__ = ["proxy_environment", "proxy_for", "tls_context"]
 

@@ -23,15 +23,15 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logs import REDACTED, get_logger, redact, register_secret
 from training_backends.core.tracing import span
-from training_backends.net.accounts import Account, account_of
-from training_backends.net.calls import Call
-from training_backends.net.download import save_stream
-from training_backends.net.failures import error_from_transport
-from training_backends.net.multipart import FileUpload, Progress
-from training_backends.net.pacing import pacing
-from training_backends.net.pool import HttpPolicy, make_pool, timeouts
-from training_backends.net.retry import read_date_ahead
-from training_backends.net.urls import require_private_transport
+from training_backends.http.accounts import Account, account_of
+from training_backends.http.call import Call
+from training_backends.http.download import save_stream
+from training_backends.http.errors import error_from_transport
+from training_backends.http.pacing import pacing
+from training_backends.http.policy import HttpPolicy, make_pool, timeouts
+from training_backends.http.retry import read_date_ahead
+from training_backends.http.upload import FileUpload, Progress
+from training_backends.http.urls import require_private_transport
 
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
 

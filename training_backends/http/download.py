@@ -11,7 +11,7 @@ import anyio.to_thread
 
 from training_backends.core.errors import BackendUnavailable, TrainingBackendError
 from training_backends.core.files import sync_directory
-from training_backends.net.multipart import Progress
+from training_backends.http.upload import Progress
 
 __all__ = ["save_stream"]
 

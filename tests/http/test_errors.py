@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from training_backends import BackendUnavailable, ConfigError, ProtocolError, TrainingBackendError
-from training_backends.net.failures import error_from_transport
+from training_backends.http.errors import error_from_transport
 
 CALL = "POST https://host/v1/files"
 

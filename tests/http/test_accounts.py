@@ -16,7 +16,7 @@ from training_backends import (
     RunNotFound,
     TrainingBackendError,
 )
-from training_backends.net.client import HttpClient
+from training_backends.http.client import HttpClient
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.server import LoopbackServer, Received, Reply
 

@@ -3,7 +3,7 @@
 import pytest
 
 from training_backends import ConfigError
-from training_backends.net.urls import is_loopback, normalize_base_url, require_private_transport
+from training_backends.http.urls import is_loopback, normalize_base_url, require_private_transport
 
 
 @pytest.mark.parametrize(

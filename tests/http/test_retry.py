@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import AuthenticationFailed, BackendUnavailable, RateLimited
-from training_backends.net.retry import Backoff, read_date_ahead, read_retry_after
+from training_backends.http.retry import Backoff, read_date_ahead, read_retry_after
 
 BUSY = BackendUnavailable("busy")
 

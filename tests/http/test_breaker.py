@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.net.conftest import Clock
-from training_backends.net.breaker import Breaker, Refusal
+from tests.http.conftest import Clock
+from training_backends.http.breaker import Breaker, Refusal
 
 LONGEST = 30.0
 

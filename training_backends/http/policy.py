@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import httpx
 
-from training_backends.net.environment import proxy_for, tls_context
+from training_backends.http.environment import proxy_for, tls_context
 
 __all__ = ["HttpPolicy", "make_pool", "timeouts"]
 

@@ -29,7 +29,7 @@ from training_backends import (
     RateLimited,
     TrainingBackendError,
 )
-from training_backends.net.client import HttpClient
+from training_backends.http.client import HttpClient
 from training_backends.testing.faults import (
     CutAnswer,
     DropRequest,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import anyio
 
-from training_backends.net.multipart import CHUNK_BYTES
+from training_backends.http.upload import CHUNK_BYTES
 
 __all__ = ["Pace", "pacing"]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.net.conftest import Clock
-from training_backends.net.limiter import Limiter
+from tests.http.conftest import Clock
+from training_backends.http.limits import Limiter
 
 NEVER = math.inf
 

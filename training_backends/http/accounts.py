@@ -6,8 +6,8 @@ from threading import Lock
 
 from pydantic import SecretStr
 
-from training_backends.net.breaker import Breaker
-from training_backends.net.limiter import Limiter
+from training_backends.http.breaker import Breaker
+from training_backends.http.limits import Limiter
 
 __all__ = ["Account", "account_of"]
 
