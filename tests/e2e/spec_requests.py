@@ -28,9 +28,9 @@ from training_backends import TrainingBackendError
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
-from training_backends.mistral import wire
-from training_backends.mistral.errors import error_from_answer
-from training_backends.mistral.status import JOB_STATUSES
+from training_backends.protocols.mistral import wire
+from training_backends.protocols.mistral.errors import error_from_answer
+from training_backends.protocols.mistral.status import JOB_STATUSES
 
 CACHE = Path(__file__).parent.parent.parent / ".cache" / "prism"
 PRISM = "@stoplight/prism-cli@5.16.0"

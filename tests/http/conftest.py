@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from training_backends.core.errors import TrainingBackendError
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
-from training_backends.mistral.errors import error_from_answer
+from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.testing.server import LoopbackServer, Received, Reply
 
 

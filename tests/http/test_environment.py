@@ -19,7 +19,7 @@ from training_backends.http import environment
 from training_backends.http.client import HttpClient
 from training_backends.http.environment import proxy_environment, proxy_for, tls_context
 from training_backends.http.policy import HttpPolicy, make_pool
-from training_backends.mistral.errors import error_from_answer
+from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.testing.server import LoopbackServer, Reply
 
 HOST = "https://api.provider.example"

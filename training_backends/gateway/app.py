@@ -19,7 +19,7 @@ from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
 from training_backends.gateway.service import Gateway
-from training_backends.mistral.errors import ErrorItem
+from training_backends.protocols.mistral.errors import ErrorItem
 
 __all__ = ["create_app"]
 

@@ -12,7 +12,7 @@ from training_backends.core.errors import (
     StoreError,
     TrainingBackendError,
 )
-from training_backends.mistral.errors import ErrorItem, validation_body
+from training_backends.protocols.mistral.errors import ErrorItem, validation_body
 
 __all__ = [
     "Refusal",

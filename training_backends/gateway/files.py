@@ -20,7 +20,7 @@ from training_backends.gateway.keys import Principal
 from training_backends.gateway.rows import read_facts
 from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
 from training_backends.gateway.uploads import FORM_OVERHEAD, Pace, Upload, receive, too_large
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     FILE_PURPOSES,
     FILE_VISIBILITIES,
     DeleteFileOut,

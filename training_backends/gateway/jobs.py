@@ -34,7 +34,7 @@ from training_backends.gateway.outcome import error_data, issue_data, quote, sho
 from training_backends.gateway.runner import JobRunner, accept_start
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
-from training_backends.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
+from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 
 __all__ = ["JobFilters", "JobService"]
 

@@ -22,8 +22,8 @@ from training_backends.core.config import (
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.gateway.files import StoredFile
-from training_backends.mistral.errors import no_model_message
-from training_backends.mistral.wire import ClassifierTargetIn, JobIn
+from training_backends.protocols.mistral.errors import no_model_message
+from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
 __all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
 

@@ -12,7 +12,7 @@ from training_backends.core.run import LogRecord
 from training_backends.gateway.errors import not_found
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import checkpoints, events, jobs
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     CheckpointOut,
     ClassifierDetailedJobOut,
     ClassifierJobOut,

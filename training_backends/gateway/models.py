@@ -13,7 +13,7 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore, models
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
     ClassifierFTModelOut,

@@ -21,7 +21,7 @@ from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.jobstore import change_status
 from training_backends.gateway.store import models
-from training_backends.mistral.wire import CompletionTrainingParameters, JobMetadataOut
+from training_backends.protocols.mistral.wire import CompletionTrainingParameters, JobMetadataOut
 
 __all__ = [
     "NOT_ENDED",

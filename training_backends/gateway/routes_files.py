@@ -17,7 +17,7 @@ from training_backends.gateway.routes import (
     PageSize,
     answers,
 )
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     DeleteFileOut,
     FileSignedURL,
     ListFilesOut,

@@ -15,8 +15,8 @@ from training_backends.gateway.routes import (
     SmallBody,
     answers,
 )
-from training_backends.mistral.status import JobStatus
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.status import JobStatus
+from training_backends.protocols.mistral.wire import (
     ClassifierDetailedJobOut,
     ClassifierJobOut,
     CompletionDetailedJobOut,

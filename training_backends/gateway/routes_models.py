@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from training_backends.gateway.routes import Caller, Opened, SmallBody, answers
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
     ClassifierFTModelOut,

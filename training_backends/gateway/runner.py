@@ -41,7 +41,7 @@ from training_backends.gateway.outcome import (
     quote,
 )
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
-from training_backends.mistral.status import to_wire
+from training_backends.protocols.mistral.status import to_wire
 
 __all__ = ["JobRunner", "OnEnd"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
-from training_backends.mistral.wire import MAX_FILE_BYTES
+from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 
 __all__ = ["GatewaySettings"]
 

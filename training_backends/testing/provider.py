@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 
-from training_backends.mistral.errors import ErrorItem, no_model_message, validation_body
-from training_backends.mistral.wire import JobIn
+from training_backends.protocols.mistral.errors import ErrorItem, no_model_message, validation_body
+from training_backends.protocols.mistral.wire import JobIn
 from training_backends.testing.server import LoopbackServer, Received, Reply
 from training_backends.testing.stored import (
     StoredFile,

@@ -37,7 +37,7 @@ from training_backends import (
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.mistral.status import JOB_STATUSES
+from training_backends.protocols.mistral.status import JOB_STATUSES
 from training_backends.testing.faults import CutAnswer, DropRequest, Fault, LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider

@@ -12,8 +12,8 @@ from training_backends import BackendUnavailable, ConfigError, ProtocolError, Ru
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.http.client import HttpClient
-from training_backends.mistral import wire
-from training_backends.mistral.errors import error_from_answer
+from training_backends.protocols.mistral import wire
+from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.provider import ScriptedProvider, read_form
 from training_backends.testing.server import LoopbackServer, Received, Reply

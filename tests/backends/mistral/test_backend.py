@@ -25,7 +25,7 @@ from training_backends import (
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.core.backend import BackendContext, CredentialSource
 from training_backends.core.registry import backend_class
-from training_backends.mistral.status import JOB_STATUSES
+from training_backends.protocols.mistral.status import JOB_STATUSES
 from training_backends.testing.faults import DropRequest, Fault, LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider

@@ -19,7 +19,7 @@ from training_backends import (
     WaitTimeout,
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.mistral.errors import no_model_message
+from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider

@@ -17,7 +17,7 @@ from training_backends import (
     TrainingStatus,
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.mistral.status import JOB_STATUSES
+from training_backends.protocols.mistral.status import JOB_STATUSES
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.journal import MemoryJournal
 from training_backends.testing.provider import ScriptedProvider

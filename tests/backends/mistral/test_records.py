@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from training_backends import ConfigError, LogRecord
 from training_backends.backends.mistral.records import LogReader
-from training_backends.mistral.wire import DetailedJob, read_detailed_job
+from training_backends.protocols.mistral.wire import DetailedJob, read_detailed_job
 
 WORDS = ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]
 

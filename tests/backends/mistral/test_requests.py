@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from training_backends.backends.mistral.requests import same_job
-from training_backends.mistral.wire import Job, read_job
+from training_backends.protocols.mistral.wire import Job, read_job
 
 
 def job(**hyperparameters: Any) -> Job:

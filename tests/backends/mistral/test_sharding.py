@@ -12,7 +12,7 @@ from training_backends import DatasetError, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import JSONValue
-from training_backends.mistral.wire import MAX_FILE_BYTES
+from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 from training_backends.testing.faults import LoseAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider

@@ -19,8 +19,13 @@ from training_backends.backends.mistral.states import (
     sorted_events,
     state_of,
 )
-from training_backends.mistral.status import JOB_STATUSES
-from training_backends.mistral.wire import DetailedJob, EventOut, read_detailed_job, read_job
+from training_backends.protocols.mistral.status import JOB_STATUSES
+from training_backends.protocols.mistral.wire import (
+    DetailedJob,
+    EventOut,
+    read_detailed_job,
+    read_job,
+)
 
 LIFE = ["QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING", "SUCCESS"]
 METADATA = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training_backends import TrainingConfig, TrainingRun
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.core.run import utc_now
-from training_backends.mistral.status import JOB_STATUSES, to_status
+from training_backends.protocols.mistral.status import JOB_STATUSES, to_status
 from training_backends.testing.provider import ScriptedProvider
 from training_backends.testing.server import Received, Reply
 

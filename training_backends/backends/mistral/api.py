@@ -15,7 +15,7 @@ from training_backends.core.errors import ProtocolError, RunNotFound
 from training_backends.core.logs import get_logger, redact
 from training_backends.http.client import HttpClient
 from training_backends.http.upload import FileUpload, HashedFile, Progress
-from training_backends.mistral import wire
+from training_backends.protocols.mistral import wire
 
 __all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
 

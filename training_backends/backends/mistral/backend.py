@@ -57,9 +57,9 @@ from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.overlong import overlong_rows
 from training_backends.datasets.tokens import count_tokens
 from training_backends.http.client import HttpClient
-from training_backends.mistral.errors import error_from_answer
-from training_backends.mistral.status import to_status, to_wire
-from training_backends.mistral.wire import Job
+from training_backends.protocols.mistral.errors import error_from_answer
+from training_backends.protocols.mistral.status import to_status, to_wire
+from training_backends.protocols.mistral.wire import Job
 
 __all__ = ["MistralAPIBackend"]
 

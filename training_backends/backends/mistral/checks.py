@@ -21,8 +21,8 @@ from training_backends.core.errors import (
     TrainingBackendError,
     VaultLocked,
 )
-from training_backends.mistral.errors import retired
-from training_backends.mistral.wire import FTModelCard, ModelCard
+from training_backends.protocols.mistral.errors import retired
+from training_backends.protocols.mistral.wire import FTModelCard, ModelCard
 
 __all__ = ["check_config", "check_secrets", "check_server"]
 

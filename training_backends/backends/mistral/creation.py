@@ -25,7 +25,7 @@ from training_backends.backends.mistral.steps import Steps
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import AmbiguousLaunch, DuplicateRun, TrainingBackendError
 from training_backends.core.run import TrainingRun, utc_now
-from training_backends.mistral.wire import Job, JobIn, TrainingFile
+from training_backends.protocols.mistral.wire import Job, JobIn, TrainingFile
 
 __all__ = ["Creation", "require_no_twin"]
 

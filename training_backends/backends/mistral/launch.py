@@ -30,8 +30,8 @@ from training_backends.core.errors import (
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.mistral.status import to_status
-from training_backends.mistral.wire import DetailedJob, Job, TrainingFile
+from training_backends.protocols.mistral.status import to_status
+from training_backends.protocols.mistral.wire import DetailedJob, Job, TrainingFile
 
 __all__ = ["Launch"]
 

@@ -19,8 +19,8 @@ from training_backends.backends.mistral.states import (
 )
 from training_backends.core.errors import ConfigError
 from training_backends.core.run import LogRecord
-from training_backends.mistral.status import to_status
-from training_backends.mistral.wire import CheckpointOut, DetailedJob, EventOut
+from training_backends.protocols.mistral.status import to_status
+from training_backends.protocols.mistral.wire import CheckpointOut, DetailedJob, EventOut
 
 __all__ = ["LogReader"]
 

@@ -13,7 +13,7 @@ from training_backends.backends.mistral.states import plain
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import ConfigError, Issue
-from training_backends.mistral.wire import (
+from training_backends.protocols.mistral.wire import (
     ClassifierTargetIn,
     CompletionTrainingParametersIn,
     GithubRepositoryIn,

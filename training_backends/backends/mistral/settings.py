@@ -9,7 +9,7 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import is_loopback, normalize_base_url
-from training_backends.mistral.wire import MAX_FILE_BYTES
+from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "MistralSettings"]
 

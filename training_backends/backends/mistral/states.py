@@ -11,8 +11,8 @@ from training_backends.backends.mistral.prices import with_fees
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import Checkpoint, Failure, FailureKind, RunState, utc_now
 from training_backends.core.status import TrainingStatus
-from training_backends.mistral.status import to_status
-from training_backends.mistral.wire import CheckpointOut, DetailedJob, EventOut, Job
+from training_backends.protocols.mistral.status import to_status
+from training_backends.protocols.mistral.wire import CheckpointOut, DetailedJob, EventOut, Job
 
 __all__ = [
     "event_reason",

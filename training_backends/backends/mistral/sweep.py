@@ -8,7 +8,7 @@ from training_backends.backends.mistral.api import JobFilters, JobHead, MistralA
 from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.backends.mistral.states import short_state_of
 from training_backends.core.run import RunState, TrainingRun
-from training_backends.mistral.status import JOB_STATUSES, to_status, to_wire
+from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
 
 __all__ = ["FEW", "Sweep"]
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import TrainingStatus
-from training_backends.mistral.status import JOB_STATUSES, to_status, to_wire
+from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
 
 
 def test_all_ten_words_are_known() -> None:

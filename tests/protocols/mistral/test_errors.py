@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import training_backends as tb
-from training_backends.mistral.errors import error_from_answer, no_model_message
+from training_backends.protocols.mistral.errors import error_from_answer, no_model_message
 
 
 def read(status: int, body: Any, **headers: str) -> tb.TrainingBackendError:

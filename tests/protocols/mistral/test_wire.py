@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from training_backends.core.logs import redact
-from training_backends.mistral import wire
+from training_backends.protocols.mistral import wire
 
 NAMES = st.text(min_size=1, max_size=30)
 WEIGHTS = st.floats(min_value=1e-6, max_value=1e6)

@@ -1,0 +1,1 @@
+"""Wire protocols as data, in both directions; no I/O."""
