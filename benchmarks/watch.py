@@ -39,10 +39,10 @@ from pydantic import SecretStr
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client.aio import AsyncTrainingClient
-from training_backends.client.store import RunStore
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.store import RunStore
 
 HANDFUL = 10
 """Requests of a sweep beside the goal, for pages that statuses fill in part."""

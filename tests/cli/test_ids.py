@@ -13,8 +13,8 @@ import pytest
 
 from tests.cli.conftest import read_until
 from training_backends import Checkpoint, RunNotFound, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.client.store import RunStore
 from training_backends.core.run import utc_now
+from training_backends.store import RunStore
 
 Run = Any
 

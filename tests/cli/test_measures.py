@@ -13,9 +13,9 @@ from rich.console import Console
 
 from training_backends.cli import measures
 from training_backends.cli.measures import chart
-from training_backends.client.store import RunStore
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.store import RunStore
 
 Run = Any
 AT = datetime(2026, 1, 1, tzinfo=UTC)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from training_backends.client.store import RunStore
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.store import RunStore
 
 Run = Any
 

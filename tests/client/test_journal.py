@@ -23,7 +23,7 @@ from training_backends import (
     TrainingStatus,
 )
 from training_backends.client.journal import LaunchWatch, StoreJournal
-from training_backends.client.store import RunStore
+from training_backends.store import RunStore
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ import pytest
 
 from training_backends import StoreError
 from training_backends.client.leases import Leases
-from training_backends.client.store import RunStore
+from training_backends.store import RunStore
 
 pytestmark = pytest.mark.anyio
 
@@ -18,7 +18,7 @@ HOLD = """
 import sys, anyio
 from pathlib import Path
 from training_backends.client.leases import Leases
-from training_backends.client.store import RunStore
+from training_backends.store import RunStore
 
 async def main():
     home = Path(sys.argv[1])

@@ -110,10 +110,10 @@ async def _gateway_check() -> "Check":
 
     from training_backends import ConfigError
     from training_backends.client.diagnosis import Check
-    from training_backends.client.store.recovery import check as check_store
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.settings import GatewaySettings
     from training_backends.gateway.tls import server_options
+    from training_backends.store.salvage import check as check_store
 
     settings = load_settings(GatewaySettings)
     try:

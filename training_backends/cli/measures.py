@@ -14,7 +14,7 @@ from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.escape import escape_controls
 
 if TYPE_CHECKING:
-    from training_backends.client.store import MetricPoint
+    from training_backends.store import MetricPoint
 
 __all__ = ["Series", "by_name", "chart", "choose", "plot", "write_csv"]
 

@@ -31,7 +31,7 @@ from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
-    from training_backends.client.store import MetricPoint
+    from training_backends.store import MetricPoint
 
 __all__ = [
     "CountView",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
-    from training_backends.client.store import MetricPoint
+    from training_backends.store import MetricPoint
 
 __all__ = [
     "delete",

@@ -33,8 +33,6 @@ from training_backends.client.records import (
 from training_backends.client.recovering import Recovery, recover
 from training_backends.client.rounds import Round
 from training_backends.client.steering import Steering
-from training_backends.client.store import MetricPoint, RunStore
-from training_backends.client.store.recovery import check
 from training_backends.client.watcher import OnEvent, Watcher
 from training_backends.core.backend import (
     BackendContext,
@@ -70,6 +68,8 @@ from training_backends.core.status import TrainingStatus
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, raise_for_errors
+from training_backends.store import MetricPoint, RunStore
+from training_backends.store.salvage import check
 
 __all__ = ["AsyncTrainingClient"]
 

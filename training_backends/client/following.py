@@ -13,7 +13,6 @@ from training_backends.client.launching import RunRecords
 from training_backends.client.leases import Leases
 from training_backends.client.looks import Looks
 from training_backends.client.rounds import RoundOf
-from training_backends.client.store import RunStore
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
     ProtocolError,
@@ -23,6 +22,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.store import RunStore
 
 __all__ = ["Following"]
 

@@ -8,7 +8,6 @@ from anyio import to_thread
 
 from training_backends.client.boundary import callers_own
 from training_backends.client.records import with_state
-from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
     AmbiguousLaunch,
@@ -20,6 +19,7 @@ from training_backends.core.errors import (
 from training_backends.core.estimate import Budget, Estimate
 from training_backends.core.logs import get_logger
 from training_backends.core.run import RunState, TrainingRun
+from training_backends.store import Lease, RunStore
 
 __all__ = ["Confirm", "LaunchWatch", "OnNotice", "OnProgress", "OnUpdate", "StoreJournal"]
 

@@ -19,7 +19,6 @@ from training_backends.client.records import (
     launch_lease,
     with_state,
 )
-from training_backends.client.store import Lease, RunStore
 from training_backends.core.backend import Journal, TrainingBackend
 from training_backends.core.dataset import DataFile
 from training_backends.core.errors import (
@@ -33,6 +32,7 @@ from training_backends.core.errors import (
 from training_backends.core.run import Failure, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.hashing import digested
+from training_backends.store import Lease, RunStore
 
 __all__ = ["RunRecords", "Start"]
 

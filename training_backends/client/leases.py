@@ -16,10 +16,10 @@ from uuid import uuid4
 import anyio
 from anyio import to_thread
 
-from training_backends.client.store import Lease, RunStore
 from training_backends.core.errors import StoreError
 from training_backends.core.files import is_locked, make_private_directory
 from training_backends.core.logs import get_logger
+from training_backends.store import Lease, RunStore
 
 __all__ = ["Leases"]
 

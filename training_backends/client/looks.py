@@ -10,7 +10,6 @@ from anyio import to_thread
 from training_backends.client.boundary import is_about_server, time_limit
 from training_backends.client.cadence import WatchSettings, last_change
 from training_backends.client.records import LAUNCHED, about, with_state
-from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import (
     BackendUnavailable,
@@ -30,6 +29,7 @@ from training_backends.core.run import (
     utc_now,
 )
 from training_backends.core.status import TrainingStatus
+from training_backends.store import RunStore
 
 __all__ = ["BackendOf", "Looks", "last_seen", "report_change"]
 

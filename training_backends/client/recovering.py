@@ -9,13 +9,13 @@ from anyio import to_thread
 
 from training_backends.client.looks import BackendOf
 from training_backends.client.records import LAUNCHED
-from training_backends.client.store import RunStore
-from training_backends.client.store.journal import SavedStep
-from training_backends.client.store.recovery import Salvage, salvage, set_aside
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.run import RUN_ID_PATTERN, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
+from training_backends.store import RunStore
+from training_backends.store.journal import SavedStep
+from training_backends.store.salvage import Salvage, salvage, set_aside
 
 __all__ = ["Recovery", "recover"]
 

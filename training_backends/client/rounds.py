@@ -13,13 +13,13 @@ from training_backends.client.boundary import has_lists, is_about_server
 from training_backends.client.cadence import due_at
 from training_backends.client.leases import Leases
 from training_backends.client.looks import Looks
-from training_backends.client.store import RunStore
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
 from training_backends.core.logs import bound, get_logger
 from training_backends.core.run import RunState, TrainingRun, utc_now
 from training_backends.core.tracing import span
+from training_backends.store import RunStore
 
 __all__ = ["Round", "RoundOf", "Sweep"]
 

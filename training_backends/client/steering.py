@@ -16,11 +16,11 @@ from training_backends.client.records import (
     new_run_record,
     require_same,
 )
-from training_backends.client.store import RunStore
 from training_backends.core.errors import RunNotFound, UnsupportedOperation
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import TrainingRun, new_run_id
 from training_backends.core.status import TrainingStatus
+from training_backends.store import RunStore
 
 __all__ = ["LAUNCH_PATIENCE", "Steering"]
 

@@ -19,7 +19,6 @@ from training_backends.client.aio import AsyncTrainingClient
 from training_backends.client.configfile import ConfigLike
 from training_backends.client.journal import Confirm, OnNotice, OnProgress, OnUpdate
 from training_backends.client.recovering import Recovery
-from training_backends.client.store import MetricPoint
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
@@ -27,6 +26,7 @@ from training_backends.core.errors import TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, Reply, TrainingRun, ValidationReport
 from training_backends.core.status import TrainingStatus
+from training_backends.store import MetricPoint
 
 __all__ = ["TrainingClient"]
 

@@ -10,10 +10,10 @@ from anyio.abc import TaskGroup
 
 from training_backends.client.leases import Leases
 from training_backends.client.rounds import Round, RoundOf, Sweep
-from training_backends.client.store import RunStore
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.store import RunStore
 
 __all__ = ["OnEvent", "Watcher"]
 

@@ -7,11 +7,11 @@ import pytest
 import sqlalchemy as sa
 
 from tests.client.conftest import NewUrl
-from tests.client.store import test_model as model
-from tests.client.store.conftest import MakeRun, release, start_worker, told
 from tests.postgres import PgBouncer
+from tests.store import test_model as model
+from tests.store.conftest import MakeRun, release, start_worker, told
 from training_backends import TrainingRun
-from training_backends.client.store import RunStore
+from training_backends.store import RunStore
 
 HOUR = timedelta(hours=1)
 

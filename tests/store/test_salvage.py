@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.client.store.conftest import MakeRun, release, sqlite_url, start_worker
+from tests.store.conftest import MakeRun, release, sqlite_url, start_worker
 from training_backends import StoreError, TrainingRun
-from training_backends.client.store import JournalEntry, RunStore
-from training_backends.client.store.recovery import check, salvage, set_aside
+from training_backends.store import JournalEntry, RunStore
+from training_backends.store.salvage import check, salvage, set_aside
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 COUNT = 60

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from training_backends.client.store.database import Database
-from training_backends.client.store.leases import Lease, require
-from training_backends.client.store.schema import as_text, journal, uploads
 from training_backends.core.backend import JSONValue
 from training_backends.core.run import utc_now
+from training_backends.store.database import Database
+from training_backends.store.leases import Lease, require
+from training_backends.store.schema import as_text, journal, uploads
 
 __all__ = ["JournalEntry", "Journals", "SavedStep", "put_back"]
 

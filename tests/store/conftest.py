@@ -11,9 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.client.sqlite import create_file, sqlite_file
-from training_backends.client.store import RunStore
-from training_backends.client.store.schema import as_text
+from training_backends.store import RunStore
+from training_backends.store.schema import as_text
+from training_backends.store.sqlite import create_file, sqlite_file
 
 MakeRun = Callable[..., TrainingRun]
 WriteVersion1 = Callable[..., None]

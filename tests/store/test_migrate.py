@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from tests.client.conftest import NewUrl
-from tests.client.store.conftest import (
+from tests.store.conftest import (
     WORKER,
     MakeRun,
     WriteVersion1,
@@ -20,8 +20,8 @@ from tests.client.store.conftest import (
     told,
 )
 from training_backends import StoreError, TrainingStatus
-from training_backends.client.store import JournalEntry, RunStore, schema
 from training_backends.core.run import RunState, utc_now
+from training_backends.store import JournalEntry, RunStore, schema
 
 
 def test_an_old_store_keeps_its_runs_and_journals(

@@ -11,12 +11,12 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
 
-from training_backends.client.store.database import RECOVER, Database
-from training_backends.client.store.journal import SavedStep, put_back
-from training_backends.client.store.schema import as_text, deliveries, documents, runs
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.store.database import RECOVER, Database
+from training_backends.store.journal import SavedStep, put_back
+from training_backends.store.schema import as_text, deliveries, documents, runs
 
 __all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import alembic.command  # noqa: F401  # here, so that the many processes need not
 import sqlalchemy as sa
 
-from training_backends.client.store import Lease, RunStore
 from training_backends.core.run import LogRecord, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.store import Lease, RunStore
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)

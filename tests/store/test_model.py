@@ -15,9 +15,9 @@ from hypothesis.stateful import (
 )
 
 from tests.client.conftest import NewUrl
-from tests.client.store.conftest import BEGINNING, told
+from tests.store.conftest import BEGINNING, told
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.client.store import Lease, LeaseLost, RunStore
+from training_backends.store import Lease, LeaseLost, RunStore
 
 HOUR, OVER = timedelta(hours=1), timedelta(0)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.store.conftest import MakeRun, at_once
+from tests.store.conftest import MakeRun, at_once
 from training_backends import StoreError
-from training_backends.client.store import Lease, LeaseLost, RunStore
+from training_backends.store import Lease, LeaseLost, RunStore
 
 HOUR = timedelta(hours=1)
 OVER = timedelta(0)

@@ -9,8 +9,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from training_backends.client.store.schema import REVISION, revision
 from training_backends.core.errors import StoreError
+from training_backends.store.schema import REVISION, revision
 
 __all__ = ["migrate"]
 

@@ -12,15 +12,15 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
-from training_backends.client.sqlite import create_file, sqlite_engine, sqlite_file
-from training_backends.client.store import schema
-from training_backends.client.store.postgres import (
+from training_backends.core.errors import ConfigError, StoreError
+from training_backends.store import schema
+from training_backends.store.postgres import (
     is_postgres,
     is_unreachable,
     postgres_engines,
     postgres_error,
 )
-from training_backends.core.errors import ConfigError, StoreError
+from training_backends.store.sqlite import create_file, sqlite_engine, sqlite_file
 
 __all__ = ["RECOVER", "Database"]
 
@@ -113,7 +113,7 @@ class Database:
             create_file(path)
         if not self._is_up_to_date():
             # Loads alembic, which a store that needs no change can do without.
-            from training_backends.client.store.migrating import migrate  # noqa: PLC0415
+            from training_backends.store.migrate import migrate  # noqa: PLC0415
 
             with self._turn:
                 migrate(self._writer)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from training_backends.client.store.types import BigInteger, short_text
+from training_backends.store.types import BigInteger, short_text
 
 __all__ = [
     "REVISION",

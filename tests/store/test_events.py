@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.store.conftest import BEGINNING, MakeRun, at_once, told
-from tests.client.store.worker import EACH, LOOKS
+from tests.store.conftest import BEGINNING, MakeRun, at_once, told
+from tests.store.worker import EACH, LOOKS
 from training_backends import ConfigError, LogRecord, RunNotFound, TrainingRun, TrainingStatus
-from training_backends.client.store import LeaseLost, MetricPoint, RunStore
 from training_backends.core.run import RunState
+from training_backends.store import LeaseLost, MetricPoint, RunStore
 
 
 def same(run: TrainingRun) -> TrainingRun:

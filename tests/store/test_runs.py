@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.client.store.conftest import BEGINNING, MakeRun, execute, told
+from tests.store.conftest import BEGINNING, MakeRun, execute, told
 from training_backends import (
     ConfigError,
     DuplicateRun,
@@ -22,8 +22,8 @@ from training_backends import (
     TrainingRun,
     TrainingStatus,
 )
-from training_backends.client.store import RunStore
 from training_backends.core.run import RunState, Staleness
+from training_backends.store import RunStore
 
 LATER = BEGINNING + timedelta(hours=1)
 

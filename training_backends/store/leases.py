@@ -12,10 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from training_backends.client.store.database import Database
-from training_backends.client.store.schema import as_text, leases
 from training_backends.core.errors import StoreError
 from training_backends.core.run import utc_now
+from training_backends.store.database import Database
+from training_backends.store.schema import as_text, leases
 
 __all__ = ["IsGone", "Lease", "LeaseLost", "Leases", "require"]
 

@@ -1,9 +1,9 @@
 """The run store as a whole."""
 
-from training_backends.client.store.journal import Journals
-from training_backends.client.store.leases import Leases
-from training_backends.client.store.runs import Runs
-from training_backends.client.store.timeline import Timeline
+from training_backends.store.events import Timeline
+from training_backends.store.journal import Journals
+from training_backends.store.leases import Leases
+from training_backends.store.runs import Runs
 
 __all__ = ["RunStore"]
 

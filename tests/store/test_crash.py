@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.store import crashing
-from tests.client.store.conftest import MakeRun, version_1
 from tests.postgres import Postgres
+from tests.store import crashing
+from tests.store.conftest import MakeRun, version_1
 from training_backends import TrainingRun
-from training_backends.client.store import RunStore
+from training_backends.store import RunStore
 
 
 def contents(store: RunStore) -> object:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from training_backends.client.store import RunStore
 from training_backends.core.run import LogRecord
+from training_backends.store import RunStore
 
 LOOKS = 25
 EACH = 3

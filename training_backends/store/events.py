@@ -10,14 +10,14 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
-from training_backends.client.store.database import Database
-from training_backends.client.store.leases import Lease, require
-from training_backends.client.store.runs import change_run, find_run
-from training_backends.client.store.schema import as_text, deliveries, metrics, records, runs
 from training_backends.core.errors import ConfigError
 from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
+from training_backends.store.database import Database
+from training_backends.store.leases import Lease, require
+from training_backends.store.runs import change_run, find_run
+from training_backends.store.schema import as_text, deliveries, metrics, records, runs
 
 __all__ = ["Delivery", "MetricPoint", "Timeline"]
 

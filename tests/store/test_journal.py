@@ -1,7 +1,7 @@
 """What the store keeps of launches: steps, and contents that were uploaded."""
 
-from tests.client.store.conftest import MakeRun
-from training_backends.client.store import JournalEntry, RunStore
+from tests.store.conftest import MakeRun
+from training_backends.store import JournalEntry, RunStore
 
 
 def test_a_step_is_unknown_then_begun_then_finished(store: RunStore, make_run: MakeRun) -> None:
