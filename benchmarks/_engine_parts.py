@@ -73,10 +73,10 @@ def prepare(directory: Path) -> dict[str, Any]:
     from transformers import MistralConfig, MistralForCausalLM
 
     from training_backends.engine.data import Order
-    from training_backends.engine.encoding import encoder_for
     from training_backends.engine.loss import TokenObjective
     from training_backends.engine.preference import PreferenceObjective
     from training_backends.engine.tiny import save_tiny_tokenizer
+    from training_backends.tokens.encoders import encoder_for
 
     task = read_task(directory)
     torch.manual_seed(0)

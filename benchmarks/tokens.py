@@ -120,7 +120,7 @@ def count_ours(path: str, tokenizer: str, processes: str) -> None:
     """Count a file as `count_tokens` does."""
     start = time.perf_counter()
     from training_backends.core.dataset import DataFile, Dataset  # noqa: PLC0415
-    from training_backends.datasets.tokens import count_tokens  # noqa: PLC0415
+    from training_backends.tokens import count_tokens  # noqa: PLC0415
 
     size = Path(path).stat().st_size
     file = DataFile(path=Path(path), role="train", size=size, rows=1)
@@ -228,7 +228,7 @@ _CONTROLS: Final = (
 
 def later_tokenizers(folder: Path) -> Iterator[tuple[str, Path]]:
     """Make tekken files of versions that the wheel has no file of, from the words of one."""
-    from training_backends.datasets.tokens.texts import shipped  # noqa: PLC0415
+    from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
 
     data = json.loads(shipped("tekken_240911.json").read_text(encoding="utf-8"))
     data["special_tokens"] = [
@@ -261,10 +261,10 @@ class Compared:
 
 def compared(path: Path, number: int) -> Iterator[Compared]:
     """Count so many rows of each format both ways, with the tokenizer in a file."""
-    from training_backends.datasets.tokens.counters import count_row, counter_of  # noqa: PLC0415
-    from training_backends.datasets.tokens.errors import Uncountable  # noqa: PLC0415
-    from training_backends.datasets.tokens.models import mistral_file  # noqa: PLC0415
-    from training_backends.datasets.tokens.rows import read_row  # noqa: PLC0415
+    from training_backends.tokens.counters import count_row, counter_of  # noqa: PLC0415
+    from training_backends.tokens.errors import Uncountable  # noqa: PLC0415
+    from training_backends.tokens.rows import read_row  # noqa: PLC0415
+    from training_backends.tokens.tokenizers import mistral_file  # noqa: PLC0415
 
     theirs = Theirs(path)
     ours = counter_of(mistral_file(path))
@@ -288,8 +288,8 @@ def compared(path: Path, number: int) -> Iterator[Compared]:
 
 def equality(number: int) -> int:
     """Compare counts on so many rows of each format with each tokenizer."""
-    from training_backends.datasets.tokens.models import SHIPPED  # noqa: PLC0415
-    from training_backends.datasets.tokens.texts import shipped  # noqa: PLC0415
+    from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
+    from training_backends.tokens.tokenizers import SHIPPED  # noqa: PLC0415
 
     print(f"{'tokenizer':<26} {'format':<18} {'rows':>7} {'refused':>8} {'asked':>7} {'differ':>7}")
     differences = 0
@@ -312,7 +312,7 @@ def equality(number: int) -> int:
 @contextmanager
 def _noting_asked(asked: Counter[str]) -> Iterator[None]:
     """Note how often the fast way leaves a row to mistral-common."""
-    from training_backends.datasets.tokens.layout import Layout  # noqa: PLC0415
+    from training_backends.tokens.mistral_layout import Layout  # noqa: PLC0415
 
     chat = Layout.chat
 
@@ -338,8 +338,8 @@ def measured(*arguments: object) -> Took:
 
 def speed(paths: Mapping[str, Path], rounds: int) -> None:
     """Print rates and ratios; every round measures everything once."""
-    from training_backends.datasets.tokens.models import SHIPPED  # noqa: PLC0415
-    from training_backends.datasets.tokens.texts import shipped  # noqa: PLC0415
+    from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
+    from training_backends.tokens.tokenizers import SHIPPED  # noqa: PLC0415
 
     print("MB/s, and how many times mistral-common's of the same round; medians")
     print(

@@ -17,12 +17,12 @@ from tests.engine.plain import save_tiny
 from training_backends.core.config import ClassifierTarget
 from training_backends.engine.__main__ import main
 from training_backends.engine.classifier import ClassifierObjective, classify
-from training_backends.engine.encoding import ByteEncoder, UnusableRow
 from training_backends.engine.errors import EngineError
 from training_backends.engine.models import load_model
 from training_backends.engine.objective import Totals
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.tokens.encoders import ByteEncoder, UnusableRow
 
 MakeRun = Callable[..., RunDir]
 

@@ -14,15 +14,15 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from training_backends.engine.encoding import (
+from training_backends.engine.errors import EngineError
+from training_backends.engine.fim import cut_out
+from training_backends.engine.loss import TokenObjective
+from training_backends.tokens.encoders import (
     ByteEncoder,
     Encoder,
     MistralEncoder,
     TemplateEncoder,
 )
-from training_backends.engine.errors import EngineError
-from training_backends.engine.fim import cut_out
-from training_backends.engine.loss import TokenObjective
 
 DATA = Path(mistral_common.__file__).parent / "data"
 CODE = "def add(a, b):\n    return a + b\n"

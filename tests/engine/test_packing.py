@@ -19,13 +19,13 @@ from training_backends.engine.data import (
     collate_packs,
     make_sample,
 )
-from training_backends.engine.encoding import ByteEncoder
 from training_backends.engine.errors import EngineError
 from training_backends.engine.loss import TokenObjective
 from training_backends.engine.packing import require_separate_rows
 from training_backends.engine.tiny import make_tiny_model
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.tokens.encoders import ByteEncoder
 
 MAX = 20
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training_backends.core.dialect import Dialect
     from training_backends.core.errors import Issue
     from training_backends.datasets.inspect import Progress
-    from training_backends.datasets.tokens import TokenCount
+    from training_backends.tokens import TokenCount
 
 __all__ = ["inspect"]
 
@@ -131,7 +131,7 @@ def _count(
     dataset: "Dataset", model: str, sample: int | None, on_progress: "Progress"
 ) -> "TokenCount":
     from training_backends.datasets.sources import STDIN
-    from training_backends.datasets.tokens import TokenCount, count_tokens
+    from training_backends.tokens import TokenCount, count_tokens
 
     if any(file.path == STDIN for file in dataset.train):
         return TokenCount(reason="standard input cannot be read a second time")

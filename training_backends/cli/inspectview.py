@@ -14,7 +14,7 @@ from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.core.redaction import redact
-from training_backends.datasets.tokens import TokenCount
+from training_backends.tokens import TokenCount
 
 __all__ = ["InspectView"]
 

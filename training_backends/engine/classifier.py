@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.chat import ClassifierRow, TextRow, parse_any_row
-from training_backends.engine.encoding import Encoder, UnusableRow
 from training_backends.engine.errors import EngineError
 from training_backends.engine.evaluating import evaluating
 from training_backends.engine.objective import Batch, Judged, Reading
+from training_backends.tokens.encoders import Encoder, UnusableRow
 
 __all__ = [
     "CLASSIFIER_FILE",

@@ -12,10 +12,10 @@ import msgspec
 import torch
 from torch.utils.data import Dataset
 
-from training_backends.engine.encoding import UnusableRow
 from training_backends.engine.errors import EngineError, Stopped
 from training_backends.engine.objective import Batch, Example, Reading
 from training_backends.rundir.directory import rows_per_epoch
+from training_backends.tokens.encoders import UnusableRow
 
 __all__ = [
     "IGNORED",

@@ -16,10 +16,10 @@ from training_backends.engine.data import (
     collate_packs,
     make_sample,
 )
-from training_backends.engine.encoding import Encoder
 from training_backends.engine.fim import cut_out
 from training_backends.engine.head import SummedLoss, fits_one_head, sum_loss
 from training_backends.engine.objective import Batch, Judged, Reading
+from training_backends.tokens.encoders import Encoder
 
 __all__ = ["Predicted", "TokenObjective", "predict", "predict_sums"]
 

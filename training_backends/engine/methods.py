@@ -3,12 +3,12 @@
 from typing import Any
 
 from training_backends.engine.classifier import ClassifierObjective
-from training_backends.engine.encoding import Encoder
 from training_backends.engine.errors import EngineError
 from training_backends.engine.loss import TokenObjective
 from training_backends.engine.objective import Objective
 from training_backends.engine.preference import PreferenceObjective
 from training_backends.rundir.directory import RunSpec
+from training_backends.tokens.encoders import Encoder
 
 __all__ = ["make_objective"]
 

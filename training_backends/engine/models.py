@@ -16,14 +16,12 @@ from transformers import (
 )
 
 from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
-from training_backends.datasets.tokens.models import hub_failure
 from training_backends.engine.classifier import (
     add_heads,
     describe_classifier,
     label_names,
     read_targets,
 )
-from training_backends.engine.encoding import Encoder, encoder_for
 from training_backends.engine.errors import EngineError, first_line
 from training_backends.engine.quantized import (
     adapt_alike,
@@ -35,6 +33,8 @@ from training_backends.engine.quantized import (
 )
 from training_backends.engine.tiny import make_tiny_model
 from training_backends.rundir.directory import ResultRecord, RunDir
+from training_backends.tokens.encoders import Encoder, encoder_for
+from training_backends.tokens.tokenizers import hub_failure
 
 __all__ = [
     "LoadedModel",

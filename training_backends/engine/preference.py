@@ -16,9 +16,9 @@ from torch.nn.functional import logsigmoid
 
 from training_backends.datasets.chat import ChatRow, PreferenceRow, parse_any_row
 from training_backends.engine.data import Sample, collate, make_sample
-from training_backends.engine.encoding import Encoder, UnusableRow
 from training_backends.engine.loss import predict
 from training_backends.engine.objective import Batch, Judged, Reading
+from training_backends.tokens.encoders import Encoder, UnusableRow
 
 __all__ = ["Pair", "PreferenceObjective"]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from training_backends.engine.encoding import Encoder
 from training_backends.engine.evaluating import evaluating
+from training_backends.tokens.encoders import Encoder
 
 __all__ = ["answer"]
 

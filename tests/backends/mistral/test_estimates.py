@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from training_backends import DataFile, Dataset, Estimate, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.estimates import count_epoch, estimate_from_count
-from training_backends.datasets.tokens import TokenCount
+from training_backends.tokens import TokenCount
 
 MakeConfig = Callable[..., TrainingConfig]
 UNKNOWN = TokenCount(reason="its tokenizer is not known")

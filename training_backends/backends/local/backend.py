@@ -82,8 +82,8 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.dialects import LOCAL
-from training_backends.datasets.overlong import overlong_rows
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
+from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["LocalBackend"]
 

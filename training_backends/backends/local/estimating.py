@@ -16,8 +16,8 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import utc_now
 from training_backends.datasets.chat import byte_encode, parse_row
-from training_backends.datasets.tokens import count_tokens
 from training_backends.rundir.directory import RunDir, RunSpec
+from training_backends.tokens import count_tokens
 
 __all__ = ["estimate_run"]
 

@@ -26,12 +26,12 @@ from training_backends.core.errors import DatasetError, Issue
 from training_backends.datasets.chat import ChatRow, ClassifierRow
 from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.datasets.sources import STDIN, opened
-from training_backends.datasets.tokens import row_counter
-from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.models import find_tokenizer, hub_failure, hub_snapshot
-from training_backends.datasets.tokens.rows import AnyRow, read_row
-from training_backends.datasets.tokens.templates import TemplateCheck, has_template
 from training_backends.http.urls import is_loopback
+from training_backends.tokens import row_counter
+from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.rows import AnyRow, read_row
+from training_backends.tokens.templates import TemplateCheck, has_template
+from training_backends.tokens.tokenizers import find_tokenizer, hub_failure, hub_snapshot
 
 __all__ = [
     "files_issues",

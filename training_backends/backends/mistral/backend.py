@@ -54,12 +54,12 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.overlong import overlong_rows
-from training_backends.datasets.tokens import count_tokens
 from training_backends.http.client import HttpClient
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import Job
+from training_backends.tokens import count_tokens
+from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["MistralAPIBackend"]
 

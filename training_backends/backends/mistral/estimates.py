@@ -10,8 +10,8 @@ from training_backends.backends.mistral.states import passes
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
-from training_backends.datasets.tokens import TokenCount
 from training_backends.rundir.directory import rows_per_epoch
+from training_backends.tokens import TokenCount
 
 __all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
 

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from training_backends.datasets.chat import ChatRow, FunctionCall, Message, Tool, ToolCall
-from training_backends.datasets.tokens.images import ImageCount
-from training_backends.datasets.tokens.texts import TextCount
+from training_backends.tokens.images import ImageCount
+from training_backends.tokens.text_counters import TextCount
 
 __all__ = ["VERSIONS", "Layout"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from training_backends.core.dataset import DataFile, Dataset, Summary
-from training_backends.datasets import overlong
-from training_backends.datasets.overlong import overlong_rows
+from training_backends.tokens import overlong
+from training_backends.tokens.overlong import overlong_rows
 
 MODEL = "tiny-mistral"
 """A token is a byte, and each row has a few control tokens."""

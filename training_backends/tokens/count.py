@@ -12,16 +12,16 @@ from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError
 from training_backends.datasets.parallel import cpu_count, run_parallel
 from training_backends.datasets.sources import STDIN, kind_of
-from training_backends.datasets.tokens.cache import CountCache
-from training_backends.datasets.tokens.counters import count_row, counter_of, is_fast
-from training_backends.datasets.tokens.errors import BadRow, Uncountable
-from training_backends.datasets.tokens.lengths import Lengths
-from training_backends.datasets.tokens.models import Tokenizer, find_tokenizer, tokenizer_of
-from training_backends.datasets.tokens.openai import NOTE as OPENAI_NOTE
-from training_backends.datasets.tokens.result import TokenCount
-from training_backends.datasets.tokens.rows import UNKNOWN_LAYOUT, AnyRow
-from training_backends.datasets.tokens.work import Check, Job, Part, compare, draw
 from training_backends.datasets.writing import Meter
+from training_backends.tokens.cache import CountCache
+from training_backends.tokens.count_part import Check, Job, Part, compare, draw
+from training_backends.tokens.counters import count_row, counter_of, is_fast
+from training_backends.tokens.counts import TokenCount
+from training_backends.tokens.errors import BadRow, Uncountable
+from training_backends.tokens.lengths import Lengths
+from training_backends.tokens.openai import NOTE as OPENAI_NOTE
+from training_backends.tokens.rows import UNKNOWN_LAYOUT, AnyRow
+from training_backends.tokens.tokenizers import Tokenizer, find_tokenizer, tokenizer_of
 
 __all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]
 
@@ -40,7 +40,7 @@ _PART_BYTES: Final = 4 << 20
 _PARALLEL_BYTES: Final = 16 << 20
 """Below this, starting a process takes longer than it saves."""
 
-_TASK: Final = "training_backends.datasets.tokens.work:run"
+_TASK: Final = "training_backends.tokens.count_part:run"
 _Z95: Final = 1.96
 
 

@@ -9,7 +9,7 @@ from training_backends.datasets.chat import (
     TextRow,
     parse_any_row,
 )
-from training_backends.datasets.tokens.errors import Uncountable
+from training_backends.tokens.errors import Uncountable
 
 __all__ = ["UNKNOWN_LAYOUT", "AnyRow", "Row", "has_images", "parts_of", "read_row", "texts_of"]
 

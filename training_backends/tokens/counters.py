@@ -4,19 +4,19 @@ from functools import lru_cache
 from typing import Final, Protocol
 
 from training_backends.datasets.chat import ChatRow, byte_token_count
-from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.images import (
+from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.images import (
     image_count,
     refuse_distant_images,
     refuse_images,
 )
-from training_backends.datasets.tokens.layout import VERSIONS, Layout
-from training_backends.datasets.tokens.models import Tokenizer
-from training_backends.datasets.tokens.openai import OpenAICounter, encoding_count
-from training_backends.datasets.tokens.reference import load_reference
-from training_backends.datasets.tokens.rows import AnyRow, Row, parts_of
-from training_backends.datasets.tokens.templates import TemplateCounter
-from training_backends.datasets.tokens.texts import sentencepiece_count, tekken_count
+from training_backends.tokens.mistral_layout import VERSIONS, Layout
+from training_backends.tokens.openai import OpenAICounter, encoding_count
+from training_backends.tokens.reference import load_reference
+from training_backends.tokens.rows import AnyRow, Row, parts_of
+from training_backends.tokens.templates import TemplateCounter
+from training_backends.tokens.text_counters import sentencepiece_count, tekken_count
+from training_backends.tokens.tokenizers import Tokenizer
 
 __all__ = ["Counter", "count_row", "counter_of", "has_reference", "is_fast"]
 

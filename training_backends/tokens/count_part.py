@@ -10,16 +10,16 @@ from typing import BinaryIO, Final
 
 from training_backends.datasets.lines import MAX_LINE_BYTES, line_at_or_after, lines_up_to
 from training_backends.datasets.sources import opened
-from training_backends.datasets.tokens.counters import (
+from training_backends.tokens.counters import (
     Counter,
     count_row,
     counter_of,
     has_reference,
 )
-from training_backends.datasets.tokens.errors import BadRow, Uncountable
-from training_backends.datasets.tokens.lengths import Lengths
-from training_backends.datasets.tokens.models import Tokenizer
-from training_backends.datasets.tokens.rows import read_row, texts_of
+from training_backends.tokens.errors import BadRow, Uncountable
+from training_backends.tokens.lengths import Lengths
+from training_backends.tokens.rows import read_row, texts_of
+from training_backends.tokens.tokenizers import Tokenizer
 
 __all__ = ["Check", "Job", "Part", "Sample", "compare", "count_part", "draw", "run"]
 

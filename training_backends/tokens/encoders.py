@@ -19,8 +19,8 @@ from training_backends.datasets.chat import (
     TextRow,
     byte_encode,
 )
-from training_backends.datasets.tokens.templates import EndlessTemplate, rendered
 from training_backends.engine.errors import EngineError, first_line
+from training_backends.tokens.templates import EndlessTemplate, rendered
 
 __all__ = [
     "ByteEncoder",

@@ -6,7 +6,7 @@ from typing import Final, Literal
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
-from training_backends.datasets.tokens import count_tokens
+from training_backends.tokens import count_tokens
 
 __all__ = ["overlong_rows"]
 

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.images import ImageConfig
-from training_backends.datasets.tokens.texts import shipped, tekken_facts
+from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.images import ImageConfig
+from training_backends.tokens.text_counters import shipped, tekken_facts
 
 __all__ = [
     "SHIPPED",

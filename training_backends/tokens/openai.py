@@ -8,9 +8,9 @@ How tools and images count there is not documented.
 from typing import Final
 
 from training_backends.datasets.chat import ChatRow, TextRow
-from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.images import refuse_images
-from training_backends.datasets.tokens.texts import TextCount
+from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.images import refuse_images
+from training_backends.tokens.text_counters import TextCount
 
 __all__ = ["NOTE", "OpenAICounter", "encoding_count"]
 

@@ -10,14 +10,14 @@
 Tokenizers are loaded when they are asked for: they cost up to a second, and are extras.
 """
 
-from training_backends.datasets.tokens.counting import (
+from training_backends.tokens.count import (
     EXACT_BYTES,
     SAMPLE_ROWS,
     count_tokens,
     row_counter,
 )
-from training_backends.datasets.tokens.models import tokenizer_of
-from training_backends.datasets.tokens.result import TokenCount
+from training_backends.tokens.counts import TokenCount
+from training_backends.tokens.tokenizers import tokenizer_of
 
 __all__ = [
     "EXACT_BYTES",

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training_backends.datasets.chat import ChatRow, Control, Message, byte_encode, parse_row
-from training_backends.datasets.tokens import templates
-from training_backends.engine.encoding import (
+from training_backends.engine.errors import EngineError
+from training_backends.tokens import templates
+from training_backends.tokens.encoders import (
     ByteEncoder,
     Encoder,
     MistralEncoder,
@@ -21,7 +22,6 @@ from training_backends.engine.encoding import (
     UnusableRow,
     encoder_for,
 )
-from training_backends.engine.errors import EngineError
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 

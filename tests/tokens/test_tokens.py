@@ -21,18 +21,12 @@ from hypothesis import strategies as st
 
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.chat import TextRow, byte_encode, parse_row
-from training_backends.datasets.tokens import (
-    TokenCount,
-    count_tokens,
-    row_counter,
-    templates,
-    tokenizer_of,
-)
-from training_backends.datasets.tokens import models as token_models
-from training_backends.datasets.tokens.layout import Layout
-from training_backends.datasets.tokens.lengths import Lengths, bucket_of
-from training_backends.datasets.tokens.openai import OpenAICounter
-from training_backends.datasets.tokens.texts import sentencepiece_count, shipped, tekken_count
+from training_backends.tokens import TokenCount, count_tokens, row_counter, templates, tokenizer_of
+from training_backends.tokens import tokenizers as token_models
+from training_backends.tokens.lengths import Lengths, bucket_of
+from training_backends.tokens.mistral_layout import Layout
+from training_backends.tokens.openai import OpenAICounter
+from training_backends.tokens.text_counters import sentencepiece_count, shipped, tekken_count
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = "open-mistral-nemo"
@@ -348,7 +342,7 @@ def test_huge_data_are_sampled_unasked(
     dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above a size a sample is drawn, unless all rows are wished for."""
-    monkeypatch.setattr("training_backends.datasets.tokens.counting.EXACT_BYTES", 1000)
+    monkeypatch.setattr("training_backends.tokens.count.EXACT_BYTES", 1000)
     data = dataset(varied(3000))
     assert count_tokens(data, "tiny-mistral").basis == "sampled"
     assert count_tokens(data, "tiny-mistral", exact=True).basis == "exact"
@@ -437,7 +431,7 @@ def test_a_sample_does_not_read_the_file_for_the_cache(
     new = Dataset(files=(data.files[0].model_copy(update={"sha256": None}),))
     cache = tmp_path / "cache"
     with monkeypatch.context() as patched:
-        patched.delattr("training_backends.datasets.tokens.cache.digested")
+        patched.delattr("training_backends.tokens.cache.digested")
         sampled = count_tokens(new, "tiny-mistral", sample=200, cache=cache)
     assert sampled.basis == "sampled"
     assert sampled == count_tokens(data, "tiny-mistral", sample=200)
@@ -563,7 +557,7 @@ def test_without_mistral_common_the_reason_names_the_extra(dataset: MakeDataset)
         "sys.modules['mistral_common'] = None\n"
         "from pathlib import Path\n"
         "from training_backends.core.dataset import DataFile, Dataset\n"
-        "from training_backends.datasets.tokens import count_tokens\n"
+        "from training_backends.tokens import count_tokens\n"
         f"path = Path({str(path)!r})\n"
         "file = DataFile(path=path, role='train', size=path.stat().st_size, sha256='', rows=1)\n"
         "print(count_tokens(Dataset(files=(file,)), 'tiny-mistral').data_tokens)\n"

@@ -10,9 +10,9 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from training_backends.datasets.chat import ChatRow, TextRow
-from training_backends.datasets.tokens.errors import Uncountable
-from training_backends.datasets.tokens.images import refuse_images
-from training_backends.datasets.tokens.rows import AnyRow, parts_of
+from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.images import refuse_images
+from training_backends.tokens.rows import AnyRow, parts_of
 
 __all__ = [
     "RENDER_SECONDS",

@@ -10,8 +10,8 @@ import msgspec
 from training_backends.core.dataset import DataFile
 from training_backends.core.files import write_atomic
 from training_backends.datasets.hashing import digested
-from training_backends.datasets.tokens.lengths import Lengths
-from training_backends.datasets.tokens.models import Tokenizer
+from training_backends.tokens.lengths import Lengths
+from training_backends.tokens.tokenizers import Tokenizer
 
 __all__ = ["CountCache"]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from training_backends.datasets.tokens.lengths import bucket_of
+from training_backends.tokens.lengths import bucket_of
 
 __all__ = ["TokenCount"]
 
