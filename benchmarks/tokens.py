@@ -35,7 +35,7 @@ import msgspec
 
 from benchmarks._chats import chat_rows
 from benchmarks._conversations import FORMATS, make_row
-from training_backends.datasets.chat import ChatRow
+from training_backends.datasets.rows import ChatRow
 
 _SHARE: Final = 0.1
 """Share of the file that mistral-common counts: its rate does not depend on the length."""

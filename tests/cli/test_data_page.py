@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from training_backends.core.dialect import Dialect
+from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import DIALECTS
 from training_backends.datasets.repair import REPAIRS
-from training_backends.datasets.rules import RowRules
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,7 @@ from training_backends import DatasetError, TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
-from training_backends.datasets import parts, reading
+from training_backends.datasets import parts, scan
 from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.inspect import (
     ISSUES_PER_CODE,
@@ -28,7 +28,7 @@ from training_backends.datasets.inspect import (
     inspect_file,
     raise_for_errors,
 )
-from training_backends.datasets.parallel import run_parallel
+from training_backends.datasets.worker_pool import run_parallel
 
 MakeConfig = Callable[..., TrainingConfig]
 
@@ -515,17 +515,17 @@ def test_parts_of_any_size_have_every_line_once(
 
 def test_few_bytes_are_read_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting another would take longer than it saves."""
-    monkeypatch.setattr(reading, "cpu_count", lambda: 4)
+    monkeypatch.setattr(scan, "cpu_count", lambda: 4)
     asked: list[int] = []
 
     def noted(*arguments: Any, processes: int) -> Any:
         asked.append(processes)
         return run_parallel(*arguments, processes=1)
 
-    monkeypatch.setattr(reading, "run_parallel", noted)
+    monkeypatch.setattr(scan, "run_parallel", noted)
     path = write(tmp_path / "a.jsonl", talk(1))
     inspect_file(path)
-    monkeypatch.setattr(reading, "_WORTH_PROCESSES", 10)
+    monkeypatch.setattr(scan, "_WORTH_PROCESSES", 10)
     inspect_file(path)
     inspect_file(path, processes=2)
     assert asked == [1, 4, 2]

@@ -17,11 +17,11 @@ from tests.datasets.mutations import faulty_rows
 from tests.datasets.rows import Row, line, rows
 from training_backends import ConfigError, DatasetError, Issue
 from training_backends.core.dialect import Dialect
+from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI
 from training_backends.datasets.inspect import inspect_file
 from training_backends.datasets.lines import MAX_LINE_BYTES
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired, repair
-from training_backends.datasets.rules import RowRules
 from training_backends.datasets.seen import SeenRows
 
 dialects = st.sampled_from(list(DIALECTS.values()))

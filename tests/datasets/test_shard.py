@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.datasets.files import written
 from training_backends import ConfigError, DatasetError, TrainingBackendError
+from training_backends.datasets.open_file import kind_of
 from training_backends.datasets.shard import plan_shards, shard
-from training_backends.datasets.sources import kind_of
 
 texts = st.binary(max_size=20).map(lambda text: text.replace(b"\n", b" "))
 contents = st.lists(texts, max_size=20).map(b"\n".join)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
-from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.engine.data import Order
 from training_backends.engine.tiny import make_tiny_model, save_tiny_tokenizer
 from training_backends.rundir.directory import RunSpec

@@ -21,7 +21,7 @@ from tests.engine.plain import (
     train_plainly,
 )
 from training_backends.core.config import ClassifierTarget
-from training_backends.datasets.chat import ChatRow, Message, byte_encode, parse_row
+from training_backends.datasets.rows import ChatRow, Message, byte_encode, parse_row
 from training_backends.engine.classifier import add_heads
 from training_backends.engine.data import Order
 from training_backends.engine.tiny import make_tiny_model

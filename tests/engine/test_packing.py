@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from tests.engine.continuing import assert_continues_bit_equal
-from training_backends.datasets.chat import ChatRow, Message, byte_encode
+from training_backends.datasets.rows import ChatRow, Message, byte_encode
 from training_backends.engine.data import (
     Order,
     Pack,

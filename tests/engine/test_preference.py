@@ -11,7 +11,7 @@ import torch
 from msgspec import DecodeError
 
 from tests.engine.continuing import assert_continues_bit_equal
-from training_backends.datasets.chat import ChatRow, Message, byte_encode
+from training_backends.datasets.rows import ChatRow, Message, byte_encode
 from training_backends.engine.preference import Pair, PreferenceObjective
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, RunDir

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
-from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.engine.trainer import EngineTrainer
 from training_backends.engine.training import train
 from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training_backends.datasets.chat import ChatRow, Control, Message, byte_encode, parse_row
+from training_backends.datasets.rows import ChatRow, Control, Message, byte_encode, parse_row
 from training_backends.engine.errors import EngineError
 from training_backends.tokens import templates
 from training_backends.tokens.encoders import (

@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.datasets.chat import TextRow, byte_encode, parse_row
+from training_backends.datasets.rows import TextRow, byte_encode, parse_row
 from training_backends.tokens import TokenCount, count_tokens, row_counter, templates, tokenizer_of
 from training_backends.tokens import tokenizers as token_models
 from training_backends.tokens.lengths import Lengths, bucket_of

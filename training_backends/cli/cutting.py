@@ -63,9 +63,9 @@ def repair(
     )
     from training_backends.cli.exit_codes import ExitCode, UsageError
     from training_backends.cli.render import console
+    from training_backends.datasets.open_file import STDIN, expand
     from training_backends.datasets.repair import repair as repair_file
-    from training_backends.datasets.sources import STDIN, expand
-    from training_backends.datasets.writing import name_of
+    from training_backends.datasets.write import name_of
 
     rules = dialect_called(dialect)
     paths = expand(files)
@@ -123,7 +123,7 @@ def split(
     from training_backends.cli.cutview import bar, show_data, show_split
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.render import console, write_json
-    from training_backends.datasets.sources import expand
+    from training_backends.datasets.open_file import expand
     from training_backends.datasets.split import split as split_files
 
     if fraction is not None and rows is not None:
@@ -189,8 +189,8 @@ def shard(
     from training_backends.cli.cutview import bar, show_data, show_shards
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.render import console, write_json
+    from training_backends.datasets.open_file import expand
     from training_backends.datasets.shard import shard as shard_file
-    from training_backends.datasets.sources import expand
 
     if weight <= 0:
         raise UsageError("A weight is above 0.")

@@ -22,7 +22,7 @@ from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
 from training_backends.datasets.shard import ShardFile
 from training_backends.datasets.split import Split
-from training_backends.datasets.writing import Progress as OnProgress
+from training_backends.datasets.write import Progress as OnProgress
 
 __all__ = [
     "JsonList",

@@ -109,7 +109,7 @@ def _asked(
     from training_backends.datasets.dialects import DIALECTS, MISTRAL
     from training_backends.datasets.inspect import inspect as inspect_config
     from training_backends.datasets.inspect import inspect_files
-    from training_backends.datasets.sources import expand
+    from training_backends.datasets.open_file import expand
 
     if bool(files or validation) == bool(config):
         raise UsageError("Give files or --config, one of them.")
@@ -130,7 +130,7 @@ def _asked(
 def _count(
     dataset: "Dataset", model: str, sample: int | None, on_progress: "Progress"
 ) -> "TokenCount":
-    from training_backends.datasets.sources import STDIN
+    from training_backends.datasets.open_file import STDIN
     from training_backends.tokens import TokenCount, count_tokens
 
     if any(file.path == STDIN for file in dataset.train):

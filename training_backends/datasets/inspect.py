@@ -15,12 +15,12 @@ from training_backends.core.config import ClassifierTarget, DataSource, Training
 from training_backends.core.dataset import DataFile, Dataset, SampleType
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.collecting import Collector, FileRole
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.judging import KEPT_PER_CODE, packed_rules
+from training_backends.datasets.file_report import Collector, FileRole
 from training_backends.datasets.limits import against_limits, against_method, between_files
 from training_backends.datasets.lines import MAX_LINE_BYTES
-from training_backends.datasets.reading import Progress, Reading
+from training_backends.datasets.scan import Progress, Reading
+from training_backends.datasets.scan_part import KEPT_PER_CODE, packed_rules
 
 __all__ = [
     "ISSUES_PER_CODE",

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Final
 
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.judging import End, Part, Told
 from training_backends.datasets.lines import BOM, MAX_SKIPPED_BYTES, UTF16, skip_line
-from training_backends.datasets.sources import STDIN, Source, opened
+from training_backends.datasets.open_file import STDIN, Source, opened
+from training_backends.datasets.scan_part import End, Part, Told
 
 __all__ = ["parts_of"]
 

@@ -10,14 +10,14 @@ from typing import BinaryIO, Final, Literal, NamedTuple
 from training_backends.core.config import ClassifierTarget
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
+from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import Finding, too_long
 from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, UTF16
-from training_backends.datasets.mending import is_empty, mend
-from training_backends.datasets.rules import RowRules
+from training_backends.datasets.open_file import STDIN, Source, opened
+from training_backends.datasets.repair_row import is_empty, mend
 from training_backends.datasets.seen import SeenRows
-from training_backends.datasets.sources import STDIN, Source, opened
-from training_backends.datasets.writing import Meter, NewFiles, Progress, refuse_existing
+from training_backends.datasets.write import Meter, NewFiles, Progress, refuse_existing
 
 __all__ = ["REPAIRS", "Repair", "Repaired", "repair"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.writing import (
+from training_backends.datasets.write import (
     Meter,
     NewFiles,
     Progress,

@@ -18,7 +18,7 @@ from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import too_long
 from training_backends.datasets.lines import BOM, MAX_LINE_BYTES
-from training_backends.datasets.writing import (
+from training_backends.datasets.write import (
     Meter,
     NewFiles,
     Progress,

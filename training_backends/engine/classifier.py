@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
 from training_backends.core.config import ClassifierTarget
-from training_backends.datasets.chat import ClassifierRow, TextRow, parse_any_row
+from training_backends.datasets.rows import ClassifierRow, TextRow, parse_any_row
 from training_backends.engine.errors import EngineError
 from training_backends.engine.evaluating import evaluating
 from training_backends.engine.objective import Batch, Judged, Reading

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from training_backends.datasets.chat import TextRow, parse_row
+from training_backends.datasets.rows import TextRow, parse_row
 from training_backends.engine.data import (
     IGNORED,
     Pack,

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch.nn.functional import logsigmoid
 
-from training_backends.datasets.chat import ChatRow, PreferenceRow, parse_any_row
+from training_backends.datasets.rows import ChatRow, PreferenceRow, parse_any_row
 from training_backends.engine.data import Sample, collate, make_sample
 from training_backends.engine.loss import predict
 from training_backends.engine.objective import Batch, Judged, Reading

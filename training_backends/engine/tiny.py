@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from training_backends.datasets.chat import BYTE_VOCABULARY_SIZE, CONTROL_TEXT, Control
+from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, CONTROL_TEXT, Control
 from training_backends.rundir.directory import TINY_POSITIONS
 
 __all__ = ["CHAT_TEMPLATE", "make_tiny_model", "make_tiny_tokenizer"]

@@ -10,9 +10,9 @@ from typing import Final
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError
-from training_backends.datasets.parallel import cpu_count, run_parallel
-from training_backends.datasets.sources import STDIN, kind_of
-from training_backends.datasets.writing import Meter
+from training_backends.datasets.open_file import STDIN, kind_of
+from training_backends.datasets.worker_pool import cpu_count, run_parallel
+from training_backends.datasets.write import Meter
 from training_backends.tokens.cache import CountCache
 from training_backends.tokens.count_part import Check, Job, Part, compare, draw
 from training_backends.tokens.counters import count_row, counter_of, is_fast

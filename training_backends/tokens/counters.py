@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Final, Protocol
 
-from training_backends.datasets.chat import ChatRow, byte_token_count
+from training_backends.datasets.rows import ChatRow, byte_token_count
 from training_backends.tokens.errors import Uncountable
 from training_backends.tokens.images import (
     image_count,

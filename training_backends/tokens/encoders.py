@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.datasets.chat import (
+from training_backends.datasets.rows import (
     ChatRow,
     Control,
     Message,

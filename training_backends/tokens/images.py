@@ -10,7 +10,7 @@ from io import BytesIO
 
 import msgspec
 
-from training_backends.datasets.chat import ChatRow, ContentPart, ImageURL, TextRow
+from training_backends.datasets.rows import ChatRow, ContentPart, ImageURL, TextRow
 from training_backends.tokens.errors import Uncountable
 from training_backends.tokens.rows import has_images
 

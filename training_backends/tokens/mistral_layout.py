@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from training_backends.datasets.chat import ChatRow, FunctionCall, Message, Tool, ToolCall
+from training_backends.datasets.rows import ChatRow, FunctionCall, Message, Tool, ToolCall
 from training_backends.tokens.images import ImageCount
 from training_backends.tokens.text_counters import TextCount
 

@@ -7,7 +7,7 @@ How tools and images count there is not documented.
 
 from typing import Final
 
-from training_backends.datasets.chat import ChatRow, TextRow
+from training_backends.datasets.rows import ChatRow, TextRow
 from training_backends.tokens.errors import Uncountable
 from training_backends.tokens.images import refuse_images
 from training_backends.tokens.text_counters import TextCount

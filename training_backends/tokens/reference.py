@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from training_backends.datasets.chat import ChatRow, Message, TextRow
+from training_backends.datasets.rows import ChatRow, Message, TextRow
 from training_backends.tokens.errors import Uncountable
 from training_backends.tokens.images import refuse_distant_images
 from training_backends.tokens.text_counters import missing

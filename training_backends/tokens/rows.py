@@ -2,7 +2,7 @@
 
 import msgspec
 
-from training_backends.datasets.chat import (
+from training_backends.datasets.rows import (
     ChatRow,
     ClassifierRow,
     PreferenceRow,

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from training_backends.datasets.chat import ChatRow, TextRow
+from training_backends.datasets.rows import ChatRow, TextRow
 from training_backends.tokens.errors import Uncountable
 from training_backends.tokens.images import refuse_images
 from training_backends.tokens.rows import AnyRow, parts_of

@@ -15,7 +15,7 @@ from training_backends.core.counting import Counting
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import utc_now
-from training_backends.datasets.chat import byte_encode, parse_row
+from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunDir, RunSpec
 from training_backends.tokens import count_tokens
 

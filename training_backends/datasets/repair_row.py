@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from training_backends.core.dialect import Dialect
-from training_backends.datasets.faults import has_duplicate_keys
+from training_backends.datasets.explain import has_duplicate_keys
 
 __all__ = ["Mend", "is_empty", "mend"]
 

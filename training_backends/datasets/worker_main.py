@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from training_backends.datasets.parallel import Outcome, attempt, load_task
+from training_backends.datasets.worker_pool import Outcome, attempt, load_task
 
 __all__ = ["main"]
 

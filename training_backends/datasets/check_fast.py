@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from training_backends.core.dialect import Dialect, Role, RowFormat
-from training_backends.datasets.chat import Weight
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.facts import Facts
-from training_backends.datasets.faults import (
+from training_backends.datasets.explain import (
     RIGHT,
     TYPES,
     RowFaults,
@@ -33,7 +31,9 @@ from training_backends.datasets.faults import (
     count_labels,
     has_duplicate_keys,
 )
+from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import Finding, brief, short
+from training_backends.datasets.rows import Weight
 
 if TYPE_CHECKING:
     # A process that judges rows is up without pydantic.

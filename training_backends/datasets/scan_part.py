@@ -20,11 +20,11 @@ from xxhash import xxh3_64_intdigest
 
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
+from training_backends.datasets.check_fast import RowRules
+from training_backends.datasets.check_fast import Verdict as RowVerdict
 from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import Finding, too_long
 from training_backends.datasets.lines import line_at_or_after, lines_up_to
-from training_backends.datasets.rules import RowRules
-from training_backends.datasets.rules import Verdict as RowVerdict
 
 if TYPE_CHECKING:
     # A process that judges rows is up without pydantic.

@@ -12,7 +12,7 @@ from typing import BinaryIO, Final, Self
 
 from training_backends.core.errors import ConfigError, TrainingBackendError
 from training_backends.core.files import sync_directory
-from training_backends.datasets.sources import STDIN, opened
+from training_backends.datasets.open_file import STDIN, opened
 
 __all__ = [
     "Meter",

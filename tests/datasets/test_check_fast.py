@@ -14,10 +14,10 @@ from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
 from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows
 from training_backends.core.config import ClassifierTarget
 from training_backends.core.dialect import Dialect
+from training_backends.datasets.check_fast import Finding, RowRules, file_findings
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI, TOGETHER
+from training_backends.datasets.explain import RowFaults
 from training_backends.datasets.facts import Facts
-from training_backends.datasets.faults import RowFaults
-from training_backends.datasets.rules import Finding, RowRules, file_findings
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from tests.datasets.rows import line, rows
 from training_backends.core.dialect import RowFormat
-from training_backends.datasets.chat import (
+from training_backends.datasets.check_fast import RowRules
+from training_backends.datasets.dialects import LOCAL
+from training_backends.datasets.rows import (
     ChatRow,
     ClassifierRow,
     ContentPart,
@@ -24,8 +26,6 @@ from training_backends.datasets.chat import (
     parse_any_row,
     parse_row,
 )
-from training_backends.datasets.dialects import LOCAL
-from training_backends.datasets.rules import RowRules
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -28,7 +28,7 @@ _AHEAD: Final = 4
 _IN_HAND: Final = 2
 """Arguments that a worker has: one it works on, one so that it need not wait."""
 
-_PROGRAM: Final = ("-P", "-m", "training_backends.datasets.worker")
+_PROGRAM: Final = ("-P", "-m", "training_backends.datasets.worker_main")
 _SECRET: Final = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE
 )

@@ -8,10 +8,10 @@ from typing import Final, Literal, cast
 from training_backends.core.dataset import DataFile, SampleType, Summary
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
+from training_backends.datasets.check_fast import file_findings
 from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import Finding
-from training_backends.datasets.judging import KEPT_PER_CODE, End, Verdict
-from training_backends.datasets.rules import file_findings
+from training_backends.datasets.scan_part import KEPT_PER_CODE, End, Verdict
 
 __all__ = ["MOST_BLANK_LINES", "Collector", "FileRole"]
 

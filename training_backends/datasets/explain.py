@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import msgspec
 
 from training_backends.core.dialect import Dialect, RowFormat, SampleType
+from training_backends.datasets.explain_messages import Talk, image_count, unknown_keys
 from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import (
     Finding,
@@ -24,7 +25,6 @@ from training_backends.datasets.findings import (
     short,
     wrong_type,
 )
-from training_backends.datasets.talk import Talk, image_count, unknown_keys
 
 if TYPE_CHECKING:
     # A process that judges rows is up without pydantic.

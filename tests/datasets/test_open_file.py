@@ -16,7 +16,7 @@ import pytest
 
 from training_backends.core.errors import DatasetError
 from training_backends.datasets.inspect import inspect_file
-from training_backends.datasets.sources import STDIN, expand, opened
+from training_backends.datasets.open_file import STDIN, expand, opened
 
 zstd: Any = pytest.importorskip(
     "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"

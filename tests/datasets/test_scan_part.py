@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from training_backends.core.errors import Issue
-from training_backends.datasets import collecting, judging, parts
-from training_backends.datasets.collecting import Collector
+from training_backends.datasets import file_report, parts, scan_part
+from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import MISTRAL
-from training_backends.datasets.judging import End, Part, judge, packed_rules
-from training_backends.datasets.rules import RowRules
+from training_backends.datasets.file_report import Collector
+from training_backends.datasets.scan_part import End, Part, judge, packed_rules
 
 RULES = packed_rules(MISTRAL)
 CHAT = b'{"messages":[{"role":"user","content":"%s"},{"role":"assistant","content":"b"}]}'
@@ -150,11 +150,11 @@ def test_any_parts_of_any_file_give_the_verdict_on_the_whole(data: st.DataObject
         path.write_bytes(content)
         as_it_is = added(path, ranges(path, whole, max_line), len(content))
         # What most rows are is settled after a few of them, and few lines are read at once.
-        for module in (judging, collecting):
+        for module in (scan_part, file_report):
             patch.setattr(module, "KEPT_PER_CODE", 2)
         alone = added(path, ranges(path, whole, max_line), len(content))
-        patch.setattr(judging, "_PIECE", size)
-        patch.setattr(judging, "_AT_ONCE", data.draw(st.integers(1, 4), "lines at once"))
+        patch.setattr(scan_part, "_PIECE", size)
+        patch.setattr(scan_part, "_AT_ONCE", data.draw(st.integers(1, 4), "lines at once"))
         in_pieces = added(path, ranges(path, whole, max_line), len(content))
         together = added(path, ranges(path, sorted({*whole, *cuts}), max_line), len(content))
         path.write_bytes(gzip.compress(content))

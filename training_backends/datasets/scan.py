@@ -9,11 +9,13 @@ from typing import Final
 
 from training_backends.core.dataset import DataFile
 from training_backends.core.errors import Issue
-from training_backends.datasets.collecting import Collector
 from training_backends.datasets.duplicates import Repeat, RowHashes
+from training_backends.datasets.file_report import Collector
 from training_backends.datasets.findings import Finding
 from training_backends.datasets.hashing import digested
-from training_backends.datasets.judging import (
+from training_backends.datasets.open_file import unreadable
+from training_backends.datasets.parts import parts_of
+from training_backends.datasets.scan_part import (
     KEPT_PER_CODE,
     End,
     Judged,
@@ -21,13 +23,11 @@ from training_backends.datasets.judging import (
     Verdict,
     judge_told,
 )
-from training_backends.datasets.parallel import cpu_count, run_parallel
-from training_backends.datasets.parts import parts_of
-from training_backends.datasets.sources import unreadable
+from training_backends.datasets.worker_pool import cpu_count, run_parallel
 
 __all__ = ["Progress", "Reading"]
 
-_TASK: Final = "training_backends.datasets.judging:judge_told"
+_TASK: Final = "training_backends.datasets.scan_part:judge_told"
 
 _WORTH_PROCESSES: Final = 128 << 20
 """Bytes below which starting another process takes longer than it saves."""

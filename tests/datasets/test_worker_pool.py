@@ -13,7 +13,7 @@ import pytest
 
 from tests.waiting import wait_until
 from training_backends.core.errors import TrainingBackendError
-from training_backends.datasets.parallel import cpu_count, run_parallel
+from training_backends.datasets.worker_pool import cpu_count, run_parallel
 
 TASKS = """
 import os, signal, sys, time
@@ -156,7 +156,7 @@ def test_the_caller_s_program_is_not_run_again(tasks: Path) -> None:
     """Neither needs it a guard, nor do workers touch its input and output."""
     script = (
         "import os, sys\n"
-        "from training_backends.datasets.parallel import run_parallel\n"
+        "from training_backends.datasets.worker_pool import run_parallel\n"
         "print('main')\n"
         "print(set(run_parallel('some_tasks:talk', [os.getpid()] * 20, processes=2)) == {None, ''})"
         "\nprint(sys.stdin.read())\n"
@@ -170,7 +170,7 @@ def test_a_daemonic_process_may_call(tasks: Path) -> None:
     """The workers of other pools are such."""
     script = (
         "import multiprocessing as mp\n"
-        "from training_backends.datasets.parallel import run_parallel\n"
+        "from training_backends.datasets.worker_pool import run_parallel\n"
         "def work():\n"
         "    print(len(set(run_parallel('some_tasks:pid', range(100), processes=2))), flush=True)\n"
         "process = mp.get_context('fork').Process(target=work, daemon=True)\n"
@@ -186,7 +186,7 @@ def test_workers_end_with_the_caller(tasks: Path, how: signal.Signals) -> None:
     (tasks / "script.py").write_text(
         "import os\n"
         "from itertools import chain, repeat\n"
-        "from training_backends.datasets.parallel import run_parallel\n"
+        "from training_backends.datasets.worker_pool import run_parallel\n"
         "arguments = chain(repeat(0.01, 200), repeat(60))\n"
         "seen = set()\n"
         "for pid in run_parallel('some_tasks:wait', arguments, processes=2):\n"
