@@ -72,11 +72,11 @@ def prepare(directory: Path) -> dict[str, Any]:
     """Make the model and the rows, as files for ours and as tokens in its order for the peers."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    from training_backends.engine.data import Order
-    from training_backends.engine.loss import TokenObjective
-    from training_backends.engine.preference import PreferenceObjective
-    from training_backends.engine.tiny import save_tiny_tokenizer
     from training_backends.tokens.encoders import encoder_for
+    from training_backends.trainer.data import Order
+    from training_backends.trainer.objectives.preference import PreferenceObjective
+    from training_backends.trainer.objectives.tokens import TokenObjective
+    from training_backends.trainer.tiny_model import save_tiny_tokenizer
 
     task = read_task(directory)
     torch.manual_seed(0)
@@ -355,7 +355,7 @@ def write_run(directory: Path, task: Task) -> Any:
 
 def ours(directory: Path) -> dict[str, Any]:
     """Train a run directory with the engine, as the local backend does."""
-    from training_backends.engine.training import train
+    from training_backends.trainer.process import train
 
     task = read_task(directory)
     run = write_run(directory, task)
@@ -395,8 +395,8 @@ def profile(directory: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from training_backends.engine.trainer import EngineTrainer
-    from training_backends.engine.training import train
+    from training_backends.trainer.loop import EngineTrainer
+    from training_backends.trainer.process import train
 
     task = read_task(directory)
     on_gpu = task.device == "cuda"

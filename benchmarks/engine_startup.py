@@ -23,7 +23,7 @@ from training_backends.rundir.directory import RunDir, RunSpec
 # Neither loads what peft loads where it is installed, and this model never needs.
 NOT_NEEDED = "import sys; sys.modules['bitsandbytes'] = None; "
 LIBRARIES = NOT_NEEDED + "import torch, peft; from transformers import MistralForCausalLM, Trainer"
-OURS = NOT_NEEDED + "import training_backends.engine.work"
+OURS = NOT_NEEDED + "import training_backends.trainer.run"
 
 
 def imports(code: str) -> float:
@@ -51,7 +51,7 @@ def first_step(directory: Path) -> dict[str, float]:
     run.write_spec(spec)
     start = datetime.now(UTC)
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "training_backends.engine", "train", str(directory)],
+        [sys.executable, "-P", "-m", "training_backends.trainer", "train", str(directory)],
         env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
     ) as process:
         while not (rows := run.read_metrics()):

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training_backends.datasets.rows import ChatRow, Control, Message, byte_encode, parse_row
-from training_backends.engine.errors import EngineError
 from training_backends.tokens import templates
 from training_backends.tokens.encoders import (
     ByteEncoder,
@@ -22,6 +21,7 @@ from training_backends.tokens.encoders import (
     UnusableRow,
     encoder_for,
 )
+from training_backends.trainer.errors import EngineError
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 

@@ -19,8 +19,8 @@ from training_backends.datasets.rows import (
     TextRow,
     byte_encode,
 )
-from training_backends.engine.errors import EngineError, first_line
 from training_backends.tokens.templates import EndlessTemplate, rendered
+from training_backends.trainer.errors import EngineError, first_line
 
 __all__ = [
     "ByteEncoder",
@@ -119,7 +119,7 @@ def encoder_for(model: str, directory: Path | None) -> Encoder:
 
 
 def _is_byte_level(directory: Path) -> bool:
-    from training_backends.engine.tiny import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
+    from training_backends.trainer.tiny_model import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
 
     template = directory / "chat_template.jinja"
     return template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
@@ -173,7 +173,7 @@ class ByteEncoder:
 
     def save(self, directory: Path) -> None:
         """Write the equivalent tokenizer for transformers."""
-        from training_backends.engine.tiny import save_tiny_tokenizer  # noqa: PLC0415
+        from training_backends.trainer.tiny_model import save_tiny_tokenizer  # noqa: PLC0415
 
         save_tiny_tokenizer(directory)
 

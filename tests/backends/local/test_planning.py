@@ -256,7 +256,7 @@ def test_importing_the_backend_loads_no_torch() -> None:
     """The class can be named, listed and asked without the engine."""
     code = (
         "import sys, training_backends.backends.local.backend as b; "
-        "heavy = {'torch', 'transformers', 'peft', 'training_backends.engine'}; "
+        "heavy = {'torch', 'transformers', 'peft', 'training_backends.trainer'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from training_backends.rundir.directory import ExitRecord, RunDir
 
 __all__ = ["ENGINE", "spawn", "took_lock"]
 
-ENGINE: Final = (sys.executable, "-P", "-m", "training_backends.engine", "train")
+ENGINE: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "train")
 """The training program; its last argument is the run directory."""
 
 

@@ -24,7 +24,7 @@ async def ask_model(
     Raises:
         BackendUnavailable: The model cannot be loaded; the message is the engine's.
     """
-    command = [sys.executable, "-P", "-m", "training_backends.engine", "sample", model]
+    command = [sys.executable, "-P", "-m", "training_backends.trainer", "sample", model]
     options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
     handed = handed or await Hub().handed(model)
     # Not as an argument, which everybody sees, and of which the system takes 128 KiB at most.

@@ -1,0 +1,102 @@
+"""Training written out as plainly as can be, in float64, a row at a time.
+
+What the engine is held against: no batches, no padding, no masks, no Trainer.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from training_backends.datasets.rows import byte_encode, parse_row
+from training_backends.rundir.directory import RunSpec
+from training_backends.trainer.data import Order
+from training_backends.trainer.tiny_model import make_tiny_model, save_tiny_tokenizer
+
+Losses = Callable[[Any, Sequence[bytes]], torch.Tensor]
+
+
+def batches(spec: RunSpec) -> Iterator[list[bytes]]:
+    """Yield the lines of each step."""
+    (source,) = spec.train
+    lines = source.path.read_bytes().splitlines()
+    order = Order((len(lines),), (1.0,), spec.seed)
+    for step in range(spec.training_steps or 0):
+        first = step * spec.batch_size
+        yield [lines[order.row(first + place)] for place in range(spec.batch_size)]
+
+
+def train_plainly(model: Any, spec: RunSpec, loss_of: Losses) -> list[float]:
+    """Return the loss of each step, with AdamW, a linear warm-up and a cosine decay."""
+    return train_on(model, spec, loss_of, batches(spec))
+
+
+def train_on(
+    model: Any, spec: RunSpec, loss_of: Losses, steps: Iterator[list[bytes]]
+) -> list[float]:
+    """Return the loss of each step over the lines that are given."""
+    model = model.double().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate)
+    total = spec.training_steps or 0
+    warm = round(spec.warmup_fraction * total)
+    losses = []
+    for step, lines in enumerate(steps):
+        share = (step - warm) / (total - warm)
+        scale = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = spec.learning_rate * scale
+        loss = loss_of(model, lines)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def nats(model: Any, ids: list[int], trained: list[bool]) -> torch.Tensor:
+    """Return the loss of each token that counts."""
+    said = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    places = [n for n in range(1, len(ids)) if trained[n]]
+    return -torch.stack([said[n - 1, ids[n]] for n in places])
+
+
+def answer_loss(model: Any, lines: Sequence[bytes]) -> torch.Tensor:
+    """Return the mean loss over the assistants' tokens of chats."""
+    return torch.cat([nats(model, *byte_encode(parse_row(line))) for line in lines]).mean()
+
+
+def log_probability(model: Any, ids: list[int], trained: list[bool]) -> torch.Tensor:
+    """Return how likely the tokens that count are."""
+    return -nats(model, ids, trained).sum()
+
+
+def preference_loss(
+    model: Any,
+    reference: Any,
+    pairs: Sequence[tuple[tuple[list[int], list[bool]], tuple[list[int], list[bool]]]],
+    beta: float,
+) -> torch.Tensor:
+    """Return the mean loss of DPO, as its paper has it."""
+    losses = []
+    for better, worse in pairs:
+        with torch.no_grad():
+            before = log_probability(reference, *better) - log_probability(reference, *worse)
+        now = log_probability(model, *better) - log_probability(model, *worse)
+        losses.append(-logsigmoid(beta * (now - before)))
+    return torch.stack(losses).mean()
+
+
+def save_tiny(directory: Path) -> Path:
+    """Save a small model with a tokenizer, as a base to train adapters on."""
+    make_tiny_model(7).save_pretrained(directory)
+    save_tiny_tokenizer(directory)
+    return directory

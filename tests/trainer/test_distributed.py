@@ -1,0 +1,397 @@
+"""Several processes that train together: what they learn, and how they end."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trainer.conftest import Engine
+from tests.trainer.continuing import hashes, last_step, rows_by_step
+from tests.trainer.tasks import METHODS, changes_for, write_tasks
+from tests.waiting import wait_until
+from training_backends.core.run import Failure
+from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
+from training_backends.trainer import process, workers
+from training_backends.trainer.checkpoint import write_checkpoint
+from training_backends.trainer.control import StopRequest
+from training_backends.trainer.distributed import ALONE, Team
+from training_backends.trainer.errors import EngineError, Stopped, TeamLost, failure_of
+from training_backends.trainer.loop import EngineTrainer
+from training_backends.trainer.process import train
+from training_backends.trainer.run import Work
+from training_backends.trainer.workers import followed
+
+pytestmark = pytest.mark.engine
+
+MakeRun = Callable[..., RunDir]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the rows of each method."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def rows_of(run: RunDir) -> list[MetricsRow]:
+    return [row for row, _ in run.read_metrics()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_together_they_learn_what_one_learns(
+    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path, method: str
+) -> None:
+    """Loss, accuracy and gradients agree at every step, though shares and rows differ in size."""
+    changes = changes_for(method, tasks)
+    alone = make_run(tmp_path / "alone", **changes)
+    assert train(alone.path) is ExitCode.DONE
+    together = make_run(tmp_path / "together", **changes, num_processes=2, micro_batch_size=1)
+    child = engine.start("train", together.path)
+    assert child.wait() == ExitCode.DONE, child.communicate()
+    machine = {"tokens_per_second", "memory_bytes"}
+    for one, two in zip(rows_of(alone), rows_of(together), strict=True):
+        expected = {k: v for k, v in one.measures().items() if k not in machine}
+        found = {k: v for k, v in two.measures().items() if k not in machine}
+        assert found == pytest.approx(expected, rel=2e-4, abs=2e-6)
+
+
+def start(engine: Engine, run: RunDir, *, step: int = 1) -> Any:
+    """Start a run and wait until it has come to a step."""
+    child = engine.start("train", run.path)
+    wait_until(lambda: child.poll() is not None or (run.is_active() and last_step(run) >= step))
+    assert child.poll() is None, child.communicate()
+    return child
+
+
+def followers_of(child: Any) -> list[int]:
+    """Return the ids of the processes that follow one."""
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def ended(pid: int) -> bool:
+    """Tell whether a process is not there, or only still listed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.fixture
+def long_run(make_run: MakeRun, tmp_path: Path) -> RunDir:
+    """A run of two processes that would take long."""
+    return make_run(tmp_path / "long", training_steps=5000, checkpoint_every=1000, num_processes=2)
+
+
+def test_interrupted_and_continued_every_number_is_the_same(
+    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """By SIGTERM to all of them and by SIGKILL, with dropout."""
+    changes: dict[str, Any] = {"training_steps": 40, "checkpoint_every": 10}
+    changes |= {"model": str(tasks / "base"), "tuning": {"kind": "lora", "rank": 4, "dropout": 0.2}}
+    whole = make_run(tmp_path / "whole", **changes, num_processes=2)
+    assert engine.start("train", whole.path).wait() == ExitCode.DONE
+    run = make_run(tmp_path / "r", **changes, num_processes=2)
+
+    child = start(engine, run, step=13)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait() == ExitCode.STOPPED
+    assert run.read_checkpoints()[-1][1].step == last_step(run) < 40
+    child = start(engine, run, step=last_step(run) + 2)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert engine.start("train", run.path).wait() == ExitCode.DONE
+    assert rows_by_step(run) == rows_by_step(whole)
+    assert hashes(run) == hashes(whole)
+
+
+def test_followers_end_with_their_leader(engine: Engine, long_run: RunDir) -> None:
+    """Nobody goes on to use a GPU for a run that is dead."""
+    child = start(engine, long_run)
+    (follower,) = followers_of(child)
+    child.kill()
+    child.wait()
+    wait_until(lambda: ended(follower))
+
+
+def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: RunDir) -> None:
+    """The leader, which waits for it, notices, and says that it may be tried again."""
+    child = start(engine, long_run)
+    os.kill(followers_of(child)[0], signal.SIGKILL)
+    assert child.wait(60) == ExitCode.CRASHED
+    record = long_run.read_exit()
+    assert record is not None
+    assert record.failure is not None
+    assert (record.failure.kind, record.failure.retryable) == ("lost", True)
+    assert "Process 2 of the 2" in record.failure.message
+    assert "signal 9" in record.failure.message
+
+
+def begin(engine: Engine, run: RunDir) -> tuple[Any, int]:
+    """Start a run and return as soon as there is a follower, which has loaded nothing yet."""
+    child = engine.start("train", run.path)
+    (follower,) = wait_until(lambda: followers_of(child))
+    return child, follower
+
+
+def test_a_follower_that_has_not_begun_ends_with_its_leader(
+    engine: Engine, long_run: RunDir
+) -> None:
+    """It does not look for a leader that is not there."""
+    child, follower = begin(engine, long_run)
+    child.kill()
+    child.wait()
+    wait_until(lambda: ended(follower))
+
+
+def test_a_stop_that_comes_before_a_follower_listens(engine: Engine, long_run: RunDir) -> None:
+    """Sent to all of them, it is the leader's to obey, as ever."""
+    child, _ = begin(engine, long_run)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait(60) == ExitCode.STOPPED, child.communicate()
+
+
+def test_a_stop_without_a_checkpoint_ends_all(engine: Engine, long_run: RunDir) -> None:
+    """As it does for one."""
+    child = start(engine, long_run)
+    (follower,) = followers_of(child)
+    long_run.request_stop(save_checkpoint=False)
+    assert child.wait(60) == ExitCode.STOPPED
+    assert long_run.read_checkpoints() == []
+    wait_until(lambda: ended(follower))
+
+
+def test_fewer_gpus_than_processes_are_told(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    run = make_run(tmp_path / "r", device="auto", num_processes=2)
+    assert train(run.path) is ExitCode.BAD_INPUT
+    record = run.read_exit()
+    assert record is not None
+    assert record.failure is not None
+    assert "num_processes is 2, and this machine shows 1" in record.failure.message
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Each has the optimizer's state of its own part."""
+    run = make_run(tmp_path / "r", training_steps=4, checkpoint_every=2)
+    assert train(run.path) is ExitCode.DONE
+    run.exit.unlink()
+    state = run.checkpoints / "step-4" / "engine.json"
+    content = json.loads(state.read_bytes())
+    state.write_text(json.dumps({**content, "processes": 2}))
+    changed = run.checkpoints / "step-4" / "state.json"
+    record = json.loads(changed.read_bytes())
+    record["files"]["engine.json"] = state.stat().st_size
+    del record["checksums"]
+    changed.write_text(json.dumps(record))
+    assert train(run.path) is ExitCode.BAD_INPUT
+    end = run.read_exit()
+    assert end is not None
+    assert end.failure is not None
+    assert "num_processes: 2" in end.failure.message
+
+
+SAYS = """
+import sys
+print({said!r})
+sys.exit(1)
+"""
+
+
+def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_path: Path) -> None:
+    """They would wait for each other at different steps."""
+
+    class Torn(Team):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, []]
+
+    run = make_run(tmp_path / "r")
+    with pytest.raises(EngineError, match="changed while"):
+        Work(run, run.read_spec(), StopRequest(run.stop), Torn()).run()
+
+
+def test_the_others_are_let_go_before_the_result_is_saved(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Saving may take long, and what they hold, or how they end, does not matter any more."""
+    run = make_run(tmp_path / "r", training_steps=2, validation=[])
+    saved: list[bool] = []
+    work = Work(
+        run,
+        run.read_spec(),
+        StopRequest(run.stop),
+        on_trained=lambda: saved.append(run.result.exists()),
+    )
+    assert work.run()
+    assert saved == [False]
+    assert run.result.exists()
+
+
+def test_a_weight_that_nobody_used_has_no_gradient() -> None:
+    """An optimizer lets those decay that have one, be it zero."""
+
+    class Two(Team):
+        def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+            loss, users, *gradients = tensors
+            loss += 3
+            users += torch.tensor([1.0, 1.0, 0.0])
+            for gradient in gradients[:2]:
+                gradient.add_(5)
+
+    trainer = EngineTrainer.__new__(EngineTrainer)
+    trainer.model = torch.nn.ParameterList([torch.zeros(2) for _ in range(3)])
+    trainer._team = Two()
+    ours, theirs, nobodys = trainer.model
+    ours.grad = torch.ones(2)
+    loss = torch.tensor(1.0)
+    trainer._add_up(loss)
+    assert loss.item() == 4
+    assert (ours.grad.tolist(), theirs.grad.tolist()) == ([6, 6], [5, 5])
+    assert nobodys.grad is None
+
+
+def test_nobody_else_reaches_what_they_meet_at() -> None:
+    """Who does could send them anything; any other address stands for other machines."""
+    team = Team(size=2)
+    socket.create_connection(("127.0.0.1", team.port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", team.port))
+
+
+def test_an_end_that_cannot_be_written_is_one_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread would wait forever."""
+    codes: list[int] = []
+    monkeypatch.setattr(process, "os", SimpleNamespace(_exit=codes.append))
+    with pytest.raises(FileNotFoundError):
+        process._end_at_once(RunDir(tmp_path / "no"), EngineError("gone", kind="lost"))
+    assert codes == [ExitCode.CRASHED]
+
+
+def never(error: EngineError) -> None:
+    raise AssertionError(error)
+
+
+def saying(failure: Failure) -> list[str]:
+    """Return a program that fails and says why."""
+    return [sys.executable, "-c", SAYS.format(said=failure.model_dump_json())]
+
+
+def lead(program: list[str], error: Exception, others: int = 1) -> None:
+    """Fail with an error while those who follow are such programs."""
+    with followed(never, program) as followers:
+        followers.start(Path(), [None] * others)
+        raise error
+
+
+@pytest.mark.parametrize("wanted", [EngineError("no"), Stopped()])
+def test_what_the_leader_itself_says_goes_first(wanted: Exception) -> None:
+    """Followers fail for it, not it for them."""
+    with pytest.raises(type(wanted)) as caught:
+        lead(saying(Failure(kind="internal", message="the connection is closed")), wanted)
+    assert caught.value is wanted
+
+
+def test_an_error_that_a_follower_caused_is_told_as_its() -> None:
+    """The connection is closed because somebody had no memory."""
+    failure = Failure(kind="out_of_memory", message="no room")
+    with pytest.raises(EngineError) as caught:
+        lead(saying(failure), TeamLost("connection closed by peer"))
+    assert caught.value.failure == failure
+
+
+def test_an_error_of_the_leader_is_not_put_on_those_who_fail_for_it() -> None:
+    """They find the connection closed because it had no memory."""
+    failure = Failure(kind="internal", message="connection closed by peer")
+    with pytest.raises(MemoryError):
+        lead(saying(failure), MemoryError())
+
+
+BY_RANK = """
+import os, signal, sys, time
+if sys.argv[2] == "--rank=1":
+    print({said!r})
+    sys.exit(1)
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_one_that_died_is_named_not_those_who_left_for_it() -> None:
+    """However long the system takes to tell of it."""
+    said = failure_of(TeamLost("connection closed by peer"))
+    program = [sys.executable, "-c", BY_RANK.format(said=said.model_dump_json())]
+    with pytest.raises(EngineError, match="Process 3 of the 3"):
+        lead(program, TeamLost("connection closed by peer"), others=2)
+
+
+def test_one_who_lost_the_others_is_told_where_nobody_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be tried again."""
+    monkeypatch.setattr(workers, "_GRACE", 0.5)
+    lost = TeamLost("timed out")
+    with pytest.raises(EngineError, match="does not answer: timed out") as caught:
+        lead(saying(failure_of(lost)), lost)
+    assert (caught.value.failure.kind, caught.value.failure.retryable) == ("lost", True)
+
+
+def test_a_checkpoint_that_one_died_over_is_not_put_on_the_disk(tmp_path: Path) -> None:
+    """Who died is told where that is known; half a checkpoint is not left."""
+
+    def fill(directory: Path) -> None:
+        raise TeamLost(f"nobody writes {directory} any more")
+
+    run = RunDir(tmp_path)
+    with pytest.raises(TeamLost):
+        write_checkpoint(run, 1, fill, metrics={}, scheduled=True, keep=1)
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_a_leader_that_waits_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a GPU that will not answer: it is told from another thread."""
+    monkeypatch.setattr(workers, "_GRACE", 0.01)
+    failure = Failure(kind="internal", message="broken")
+    told: list[EngineError] = []
+    with followed(told.append, saying(failure)) as followers:
+        followers.start(Path(), [None])
+        wait_until(lambda: told)
+    assert told[0].failure == failure
+
+
+def test_an_error_of_its_own_stays_what_it_is() -> None:
+    """Without followers nobody else can be the cause."""
+    with pytest.raises(RuntimeError, match="mine"), followed(never):
+        raise RuntimeError("mine")
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_what_is_shared_out_is_put_together_again(values: list[int], size: int) -> None:
+    """In its order."""
+    shares = [values[rank::size] for rank in range(size)]
+    team = Team.__new__(Team)
+    team.size = size
+    assert team.join(shares) == values
+
+
+def test_one_alone_has_everything() -> None:
+    """It waits for nobody."""
+    assert ALONE.leads
+    assert ALONE.share([1, 2]) == [1, 2]
+    assert ALONE.join([[1, 2]]) == [1, 2]
+    assert (ALONE.tell(3), ALONE.gather(3)) == (3, [3])

@@ -1,0 +1,293 @@
+"""Interrupted anywhere and continued, a run is the one that was never interrupted."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.continuing import hashes, last_step, rows_by_step
+from tests.waiting import wait_until
+from training_backends.rundir.directory import CheckpointState, ExitCode, RunDir
+from training_backends.trainer.checkpoint import newest_checkpoint, write_checkpoint
+from training_backends.trainer.errors import EngineError
+from training_backends.trainer.process import train
+from training_backends.trainer.tiny_model import make_tiny_model, save_tiny_tokenizer
+
+pytestmark = pytest.mark.engine
+
+MakeRun = Callable[..., RunDir]
+Uninterrupted = tuple[RunDir, Callable[[Path], RunDir]]
+
+STEPS = 48
+EVERY = 4
+KILLS = 10
+
+
+class Trainer:
+    """Trains one run after the other, each in a process that can be killed."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forking.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, run: RunDir) -> int:
+        """Return the id of the process that trains a run."""
+        assert self._server.stdin
+        self._server.stdin.write(f"{run.path}\n")
+        self._server.stdin.flush()
+        return self._answer()
+
+    def end(self) -> int:
+        """Wait for the process started last; return its exit code."""
+        return self._answer()
+
+    def _answer(self) -> int:
+        assert self._server.stdout
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[Trainer]:
+    made = Trainer()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory to put adapters on."""
+    path = tmp_path_factory.mktemp("base")
+    make_tiny_model(1).save_pretrained(path)
+    save_tiny_tokenizer(path)
+    return path
+
+
+def changes_for(kind: str, base: Path) -> dict[str, Any]:
+    """Say what to train."""
+    length = {"training_steps": STEPS, "checkpoint_every": EVERY, "batch_size": 2}
+    if kind == "full":
+        return length
+    tuning = {"kind": "lora", "rank": 4, "dropout": 0.2}
+    return {**length, "model": str(base), "tuning": tuning}
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def uninterrupted(
+    request: pytest.FixtureRequest,
+    make_run: MakeRun,
+    base: Path,
+    trainer: Trainer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Uninterrupted:
+    """A run from beginning to end, fully tuned or with dropout, and how to begin another."""
+    changes = changes_for(request.param, base)
+    run = make_run(tmp_path_factory.mktemp("runs") / "whole", **changes)
+    trainer.start(run)
+    assert trainer.end() == ExitCode.DONE
+    return run, lambda path: make_run(path, **changes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_at_ten_random_steps_every_number_is_the_same(
+    uninterrupted: Uninterrupted,
+    number: signal.Signals,
+    trainer: Trainer,
+    tmp_path: Path,
+) -> None:
+    """Losses and gradient norms to the last digit, each time a step is done, and the weights."""
+    whole, begin = uninterrupted
+    run = begin(tmp_path / "r")
+    for step in sorted(random.Random(f"{number}").sample(range(1, STEPS - 8), KILLS)):
+        pid = trainer.start(run)
+        wait_until(lambda step=step: run.is_active() and step <= last_step(run))
+        os.kill(pid, number)
+        code = trainer.end()
+        reached = last_step(run)
+        kept = max((state.step for _, state in run.read_checkpoints()), default=0)
+        if number is signal.SIGKILL:
+            assert code == -signal.SIGKILL
+            assert run.read_exit() is None
+            assert reached - kept <= EVERY
+        else:
+            assert code == ExitCode.STOPPED
+            assert kept == reached
+    trainer.start(run)
+    assert trainer.end() == ExitCode.DONE
+    assert rows_by_step(run) == rows_by_step(whole)
+    assert hashes(run) == hashes(whole)
+    assert len(run.read_checkpoints()) == 3
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "said"),
+    [
+        (truncate, "model.safetensors", "bytes, not"),
+        (flip, "optimizer.pt", "has changed since"),
+        (Path.unlink, "rng_state.pth", "cannot be read"),
+        (flip, "trainer_state.json", "has changed since"),
+        (truncate, "state.json", "state.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    trained: RunDir, tmp_path: Path, damage: Callable[[Path], object], name: str, said: str
+) -> None:
+    """The one before is taken and the damage is told; it is set aside, not counted as kept."""
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "r"))
+    damage(run.checkpoints / "step-6" / name)
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.state.step == 4
+    (event,) = [e for e, _ in run.read_events() if e.level == "warning"]
+    assert "step-6 is damaged" in event.message
+    assert said in event.message
+    assert "goes on from step-4" in event.message
+    again = newest_checkpoint(run)
+    assert again is not None
+    assert again.state.step == 4
+    assert [state.step for _, state in run.read_checkpoints()] == [2, 4]
+
+
+@pytest.fixture(scope="module")
+def trained(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with checkpoints at the steps 2, 4 and 6."""
+    path = tmp_path_factory.mktemp("trained") / "r"
+    run = make_run(path, training_steps=6, checkpoint_every=2, validation=[])
+    assert train(run.path) is ExitCode.DONE
+    return run
+
+
+def test_behind_damage_the_run_is_the_same(trained: RunDir, tmp_path: Path) -> None:
+    """Every checkpoint but the oldest is damaged: it goes on from that, to the same weights.
+
+    A line of metrics that a crash tore does not count.
+    """
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "r"))
+    run.exit.unlink()
+    with run.metrics.open("ab") as file:
+        file.write(b'{"step": 5, "trai')
+    flip(run.checkpoints / "step-6" / "optimizer.pt")
+    flip(run.checkpoints / "step-4" / "model.safetensors")
+    assert train(run.path) is ExitCode.DONE
+    assert rows_by_step(run) == rows_by_step(trained)
+    assert hashes(run) == hashes(trained)
+    assert [state.step for _, state in run.read_checkpoints()] == [2, 4, 6]
+    assert not list(run.checkpoints.glob(".*")), "what was set aside has been made anew"
+
+
+def put(size: int) -> Callable[[Path], None]:
+    """Return what writes a checkpoint of one file."""
+
+    def fill(directory: Path) -> None:
+        (directory / "weights").write_bytes(b"w" * size)
+
+    return fill
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Have the system refuse to write files beyond a size, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def saved(run: RunDir, step: int, fill: Callable[[Path], None], keep: int = 3) -> Path:
+    return write_checkpoint(run, step, fill, metrics={}, scheduled=True, keep=keep)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tmp_path: Path) -> None:
+    """It says so, and takes none of the room that is missing."""
+    run = RunDir(tmp_path)
+    saved(run, 1, put(1000))
+    with largest_file(10_000), pytest.raises(EngineError, match="step 2 cannot be written") as told:
+        saved(run, 2, put(20_000))
+    assert told.value.failure.retryable
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-1"]
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.state.step == 1
+
+
+def test_a_run_without_room_fails_and_goes_on_later(
+    trained: RunDir, make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Torch's own writers are refused too; with room again, the end is the same."""
+    run = make_run(tmp_path / "r", training_steps=6, checkpoint_every=2, validation=[])
+    with largest_file(5_000_000):
+        assert train(run.path) is ExitCode.CRASHED
+    record = run.read_exit()
+    assert record is not None
+    assert record.failure is not None
+    assert (record.failure.kind, record.failure.retryable) == ("internal", True)
+    assert "make room" in record.failure.message
+    assert run.read_checkpoints() == []
+    assert train(run.path) is ExitCode.DONE
+    assert hashes(run) == hashes(trained)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_as_many_are_kept_as_is_said(tmp_path: Path, keep: int) -> None:
+    """The newest ones, whatever a crash has left between them."""
+    run = RunDir(tmp_path)
+    for step in range(1, 5):
+        run.checkpoints.mkdir(exist_ok=True)
+        (run.checkpoints / f".step-{step - 1}.tmp").mkdir()
+        saved(run, step, put(10), keep=keep)
+    expected = list(range(5 - keep, 5))
+    assert [state.step for _, state in run.read_checkpoints()] == expected
+    assert len(list(run.checkpoints.iterdir())) == keep
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_taken(tmp_path: Path) -> None:
+    """Its sizes are all that there is to go by."""
+    run = RunDir(tmp_path)
+    path = saved(run, 1, put(10)) / "state.json"
+    state = CheckpointState.model_validate_json(path.read_bytes())
+    path.write_text(state.model_dump_json(exclude={"checksums"}))
+    assert newest_checkpoint(run) is not None
+
+
+def test_files_in_folders_count_too(tmp_path: Path) -> None:
+    """A model in parts may lie in folders of its own."""
+
+    def fill(directory: Path) -> None:
+        (directory / "rank-0").mkdir()
+        (directory / "rank-0" / "part").write_bytes(b"part")
+
+    run = RunDir(tmp_path)
+    path = saved(run, 1, fill)
+    assert newest_checkpoint(run) is not None
+    (path / "rank-0" / "part").write_bytes(b"trap")
+    assert newest_checkpoint(run) is None

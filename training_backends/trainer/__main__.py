@@ -1,0 +1,102 @@
+"""`python -m training_backends.trainer train RUN_DIR` and `… sample MODEL <TEXT`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from training_backends.trainer.admission import Admission, when_admitted
+from training_backends.trainer.hub import take_token
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+__all__ = ["main"]
+
+_UTF_8: Final = ("utf-8", "replace")
+"""What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?"."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that is given; return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) == 2 and given[0] == "train":
+        # Without argparse and the other commands: a process that is queued holds little memory.
+        take_token()
+        return when_admitted(Path(given[1]), _load_training)
+    return _other(_parsed(given))
+
+
+def _load_training() -> Callable[[Admission], int]:
+    from training_backends.trainer.process import train_admitted  # noqa: PLC0415
+
+    return train_admitted
+
+
+def _parsed(arguments: list[str]) -> "Namespace":
+    import argparse  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m training_backends.trainer")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train what a run directory asks for")
+    training.add_argument("run_dir", type=Path)
+    following = commands.add_parser("follow", help="train beside a process that leads")
+    following.add_argument("run_dir", type=Path)
+    for number in ("rank", "size"):
+        following.add_argument(f"--{number}", type=int, required=True)
+    sampling = commands.add_parser("sample", help="ask a model one question")
+    sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
+    sampling.add_argument(
+        "--prompt", help="a question, or a classifier's text; else standard input is it"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
+    sampling.add_argument("--max-tokens", type=int, default=64)
+    return parser.parse_args(arguments)
+
+
+def _other(given: "Namespace") -> int:
+    take_token()
+    if given.command == "train":
+        return when_admitted(given.run_dir, _load_training)
+    if given.command == "follow":
+        from training_backends.trainer.following import follow  # noqa: PLC0415
+
+        return int(follow(given.run_dir, given.rank, given.size))
+    prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
+    return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
+
+
+def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+    # Imported here: `train` must be able to queue without torch, and without what loads pydantic.
+    from training_backends.trainer.imports import prepare_imports  # noqa: PLC0415
+    from training_backends.trainer.threads import prepare_threads  # noqa: PLC0415
+
+    prepare_threads()
+    prepare_imports(model)
+    from training_backends.rundir.directory import ExitCode  # noqa: PLC0415
+    from training_backends.trainer.errors import EngineError  # noqa: PLC0415
+    from training_backends.trainer.generate import answer  # noqa: PLC0415
+    from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
+    from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
+    from training_backends.trainer.run import set_up_torch  # noqa: PLC0415
+
+    set_up_torch(model)
+    device = choose_device("auto")
+    try:
+        loaded = load_model(model, seed=seed, tuning=None, device=device)
+    except EngineError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(error.code)
+    model_here = loaded.model.to(device)
+    if loaded.targets:
+        labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
+        told: dict[str, object] = {"labels": labels}
+    else:
+        told = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
+    print(json.dumps(told))  # noqa: T201
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Encoded rows, their order, and batches of them."""
+
+import codecs
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch.utils.data import Dataset
+
+from training_backends.rundir.directory import rows_per_epoch
+from training_backends.tokens.encoders import UnusableRow
+from training_backends.trainer.errors import EngineError, Stopped
+from training_backends.trainer.objective import Batch, Example, Reading
+
+__all__ = [
+    "IGNORED",
+    "LoadedFile",
+    "Order",
+    "Pack",
+    "PackedSchedule",
+    "Sample",
+    "Schedule",
+    "collate",
+    "collate_packs",
+    "load_file",
+    "make_sample",
+]
+
+IGNORED = -100
+"""The label of a token that the loss leaves out, as transformers has it."""
+
+_ASK_EVERY = 1000
+
+
+class Sample(NamedTuple):
+    """One row: ids, and labels of the same length."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Several rows in one sequence, none of which sees another."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return sum(sample.length for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFile:
+    """The usable rows of one file, and what was done to the others.
+
+    Attributes:
+        truncated: Rows cut off at `seq_len`.
+        untrained: Rows left out because nothing in them can be learnt.
+        invalid: Rows left out because they cannot be used, as (line, reason).
+    """
+
+    examples: list[Any]
+    truncated: int
+    untrained: int
+    invalid: list[tuple[int, str]]
+
+
+def load_file(
+    path: Path,
+    read: Callable[[bytes, str], Reading],
+    *,
+    name: str = "",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> LoadedFile:
+    """Read and encode a JSONL file.
+
+    Args:
+        read: Encodes one line, see `Objective.read`.
+        name: Tells the file from the run's others, wherever it lies.
+
+    Raises:
+        Stopped: `should_stop`, asked now and then, said so.
+        EngineError: The file cannot be read.
+    """
+    examples: list[Any] = []
+    invalid: list[tuple[int, str]] = []
+    truncated = untrained = 0
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number % _ASK_EVERY == 0 and should_stop():
+                    raise Stopped
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not content.strip():
+                    continue
+                try:
+                    example, cut = read(content, f"{name}/{number}")
+                except (msgspec.DecodeError, UnusableRow) as error:
+                    invalid.append((number, str(error)))
+                    continue
+                truncated += cut
+                if example is None:
+                    untrained += 1
+                else:
+                    examples.append(example)
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    return LoadedFile(examples, truncated, untrained, invalid)
+
+
+def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> Sample | None:
+    """Cut a row off at `seq_len`; None if no token of what is left counts."""
+    # The first token is never predicted, so it cannot count.
+    if not any(trained[1:seq_len]):
+        return None
+    tokens = torch.tensor(ids[:seq_len], dtype=torch.int32)
+    counts = torch.tensor(trained[:seq_len])
+    counts[0] = False
+    return Sample(tokens, torch.where(counts, tokens, IGNORED))
+
+
+def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Pad rows on the right to the longest of them."""
+    width = max(len(sample.ids) for sample in samples)
+    ids = torch.full((len(samples), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(samples), width), IGNORED, dtype=torch.int64)
+    mask = torch.zeros((len(samples), width), dtype=torch.int64)
+    for index, sample in enumerate(samples):
+        length = len(sample.ids)
+        ids[index, :length] = sample.ids
+        labels[index, :length] = sample.labels
+        mask[index, :length] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def collate_packs(packs: Sequence[Pack], pad_id: int, *, flat: bool) -> Batch:
+    """Lay packs out with positions that begin anew at each row.
+
+    transformers tells from the positions, and from the absence of a mask, which tokens may
+    see each other. Padding is a row of its own, which nobody sees.
+
+    Args:
+        flat: Put all into one line, which flash attention needs; without it a line for each
+            pack takes less memory.
+    """
+    lines = [[s for pack in packs for s in pack.samples]] if flat else [p.samples for p in packs]
+    width = max(sum(sample.length for sample in line) for line in lines)
+    ids = torch.full((len(lines), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(lines), width), IGNORED, dtype=torch.int64)
+    positions = torch.zeros((len(lines), width), dtype=torch.int64)
+    for index, line in enumerate(lines):
+        start = 0
+        for sample in line:
+            end = start + sample.length
+            ids[index, start:end] = sample.ids
+            labels[index, start:end] = sample.labels
+            positions[index, start:end] = torch.arange(sample.length)
+            start = end
+        positions[index, start:] = torch.arange(width - start)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+class Order:
+    """Which row comes when: a pure function of the seed and the position.
+
+    An epoch takes each file's rows as often as its weight says, whole passes first and a
+    random rest, and shuffles them together.
+    """
+
+    def __init__(self, rows: tuple[int, ...], weights: tuple[float, ...], seed: int) -> None:
+        self._rows = rows
+        self._counts = rows_per_epoch(rows, weights)
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows in one epoch."""
+        return sum(self._counts)
+
+    def row(self, position: int) -> int:
+        """Return the index, over all files, of the row at a position counted from the start."""
+        epoch, place = divmod(position, self.epoch_size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return self._order[place]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        chance = random.Random(f"{self._seed}/{epoch}")  # noqa: S311  # no secret
+        order: list[int] = []
+        first = 0
+        for rows, count in zip(self._rows, self._counts, strict=True):
+            passes, rest = divmod(count, rows) if rows else (0, 0)
+            indices = range(first, first + rows)
+            order.extend(list(indices) * passes)
+            order.extend(chance.sample(indices, rest))
+            first += rows
+        chance.shuffle(order)
+        return order
+
+
+class Schedule(Dataset[Any]):
+    """Every row of the whole run in the order in which it is trained on."""
+
+    def __init__(self, examples: Sequence[Example], order: Order, length: int) -> None:
+        self._examples = examples
+        self._order = order
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int) -> Any:
+        return self._examples[self._order.row(position)]
+
+    def rows(self, position: int) -> int:
+        """Return how many rows come before a position."""
+        return position
+
+    def tokens(self, first: int, last: int) -> int:
+        """Return the tokens from position `first` up to `last`, exclusive."""
+        return sum(self[position].length for position in range(first, last))
+
+
+class PackedSchedule(Schedule):
+    """The same rows in the same order, as many to a sequence as fit into it.
+
+    Args:
+        rows: Rows of the run; the last batch is filled up with those that would come next.
+        steps: Optimizer steps of the run, in place of `rows`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Sample],
+        order: Order,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rows: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._first = array("q", [0])
+        lengths = [example.length for example in examples]
+        position = filled = 0
+        wanted = None if steps is None else steps * batch_size
+        while True:
+            length = lengths[order.row(position)]
+            if filled and filled + length > seq_len:
+                self._first.append(position)
+                filled = 0
+                packs = len(self._first) - 1
+                if wanted is None and rows is not None and position >= rows:
+                    wanted = -(-packs // batch_size) * batch_size
+                if wanted is not None and packs >= wanted:
+                    break
+            filled += length
+            position += 1
+        super().__init__(examples, order, len(self._first) - 1)
+        self._samples = examples
+
+    def __getitem__(self, position: int) -> Pack:
+        first, last = self._first[position], self._first[position + 1]
+        return Pack(tuple(self._samples[self._order.row(row)] for row in range(first, last)))
+
+    def rows(self, position: int) -> int:
+        """Return how many rows come before a position."""
+        return self._first[position]

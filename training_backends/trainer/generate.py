@@ -1,0 +1,32 @@
+"""Ask a model one question, greedily, so that the answer is always the same."""
+
+from typing import Any
+
+import torch
+
+from training_backends.tokens.encoders import Encoder
+from training_backends.trainer.evaluating import evaluating
+
+__all__ = ["answer"]
+
+
+def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
+    """Return what a model says to a user's message.
+
+    Args:
+        max_tokens: Longest answer.
+    """
+    ids = encoder.prompt(prompt)
+    start = torch.tensor([ids], device=model.device)
+    with evaluating(model):
+        out = model.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=encoder.pad_id,
+            eos_token_id=encoder.eos_id,
+        )
+    said = [int(token) for token in out[0, len(ids) :]]
+    return encoder.decode([token for token in said if token != encoder.eos_id])

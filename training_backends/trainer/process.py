@@ -1,0 +1,130 @@
+"""One training process from the spec to the result."""
+
+import os
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from training_backends.rundir.directory import (
+    Event,
+    ExitCode,
+    ExitRecord,
+    RunDir,
+    RunSpec,
+)
+from training_backends.trainer.admission import Admission, when_admitted
+from training_backends.trainer.control import StopRequest
+from training_backends.trainer.environment import VISIBLE
+from training_backends.trainer.errors import EngineError, Stopped, failure_of
+from training_backends.trainer.imports import prepare_imports
+from training_backends.trainer.status import say_status
+from training_backends.trainer.threads import prepare_threads
+from training_backends.trainer.workers import followed
+
+__all__ = ["train", "train_admitted"]
+
+
+def train(path: Path) -> ExitCode:
+    """Train what a run directory asks for, from its newest checkpoint if it has one.
+
+    Repeating it is safe: a completed run stays as it is, a run that another process works
+    on is left alone.
+    """
+    return ExitCode(when_admitted(path, lambda: train_admitted))
+
+
+def train_admitted(admission: Admission) -> ExitCode:
+    """Train in a directory whose lock this process holds, and on the devices that it was given."""
+    run = RunDir(admission.run)
+    before = run.read_exit()
+    if before is not None and before.status == "completed":
+        return ExitCode.DONE
+    try:
+        record = _train(run, admission)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # such as SystemExit: say so, then go on with it
+            _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
+            raise
+        record = _failed(run, error)
+    _end(run, record)
+    return ExitCode(record.code)
+
+
+def _failed(run: RunDir, error: Exception) -> ExitRecord:
+    step = max((state.step for _, state in run.read_checkpoints()), default=0)
+    if isinstance(error, Stopped):
+        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=step)
+    traceback.print_exception(error)
+    if isinstance(error, EngineError):
+        return ExitRecord(status="failed", code=error.code, step=step, failure=error.failure)
+    code = ExitCode.CRASHED
+    return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
+
+
+def _end(run: RunDir, record: ExitRecord) -> None:
+    message = record.failure.message if record.failure else record.status
+    level = "error" if record.status == "failed" else "info"
+    data = {"status": record.status}
+    with suppress(OSError):  # a full disk, as the record may still say
+        run.add_event(
+            Event(name="status", level=level, message=message, step=record.step, data=data)
+        )
+    run.write_exit(record)
+    run.stop.unlink(missing_ok=True)  # obeyed
+
+
+def _train(run: RunDir, admission: Admission) -> ExitRecord:
+    spec = _read_spec(run)
+    if isinstance(admission.error, ValueError):
+        raise EngineError(str(admission.error)) from admission.error
+    if admission.error is not None:
+        raise admission.error
+    where = ""
+    if chosen := admission.devices:
+        os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
+        where = f", on GPU {', '.join(chosen)}"
+    say_status(run, "initializing", f"loads {spec.model}{where}")
+    prepare_threads()
+    prepare_imports(spec.model)
+    return _work(run, spec, admission.stop, chosen)
+
+
+def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]) -> ExitRecord:
+    with followed(partial(_end_at_once, run)) as followers:
+        others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
+        followers.start(run.path, others)
+        # Imported here: loading torch takes seconds and memory, which a queued process should not
+        # take from the one that trains. The followers load it at the same time.
+        from training_backends.trainer.distributed import Team  # noqa: PLC0415
+        from training_backends.trainer.run import Work  # noqa: PLC0415
+
+        team = Team(size=spec.num_processes)
+        go = partial(followers.go, team.port)
+        work = Work(run, spec, stop, team, on_loaded=go, on_trained=followers.end)
+        outcome = work.run()
+    if outcome is None:
+        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
+    return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+
+
+def _end_at_once(run: RunDir, error: EngineError) -> None:
+    """End although the main thread waits, maybe forever, for a process that is not there."""
+    try:
+        _end(run, _failed(run, error))
+    finally:
+        os._exit(error.code)
+
+
+def _read_spec(run: RunDir) -> RunSpec:
+    try:
+        return run.read_spec()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise EngineError(f"spec.json is not valid: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise EngineError(str(error)) from error

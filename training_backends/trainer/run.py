@@ -1,0 +1,344 @@
+"""The part of a training process that needs torch."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from training_backends.core.config import TINY_MODEL
+from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
+from training_backends.trainer.checkpoint import newest_checkpoint
+from training_backends.trainer.control import StopRequest
+from training_backends.trainer.data import LoadedFile, load_file
+from training_backends.trainer.distributed import ALONE, Team
+from training_backends.trainer.errors import EngineError, Stopped
+from training_backends.trainer.generate import answer
+from training_backends.trainer.kernels import use_kernels
+from training_backends.trainer.loop import EngineTrainer, arguments_for, precision_for
+from training_backends.trainer.memory import MicroBatch, what_would_fit
+from training_backends.trainer.methods import make_objective
+from training_backends.trainer.model_card import DataFacts, describe_data, write_card
+from training_backends.trainer.models import (
+    LoadedModel,
+    choose_device,
+    choose_dtype,
+    load_model,
+    prepare_tuning,
+    save_result,
+)
+from training_backends.trainer.objective import Objective
+from training_backends.trainer.objectives.classifier import classify, say_labels
+from training_backends.trainer.objectives.preference import PreferenceObjective
+from training_backends.trainer.packing import require_separate_rows
+from training_backends.trainer.plan import Plan
+from training_backends.trainer.quantized import count_experts
+from training_backends.trainer.references import References
+from training_backends.trainer.reporting import Reporter
+from training_backends.trainer.status import say_status
+from training_backends.trainer.threads import thread_count
+from training_backends.trainer.validation import Validation
+
+__all__ = ["Work", "set_up_torch"]
+
+_SHOWN_ROWS = 3
+_STATE: Final = "engine.json"
+"""In a checkpoint: how many rows fitted into memory at a time, and hashes of the data files."""
+
+
+def set_up_torch(model: str, processes: int = 1) -> None:
+    """Use the processors that this process may use, and keep libraries quiet."""
+    torch.set_num_threads(thread_count(small=model == TINY_MODEL, processes=processes))
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    if processes > 1:  # it would tell to start them otherwise
+        logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
+
+
+class Work:
+    """Load, train, save; `step` says how far it came.
+
+    Args:
+        on_loaded: Called once the model is on this machine.
+        on_trained: Called once no other process is needed any more.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        spec: RunSpec,
+        stop: StopRequest,
+        team: Team = ALONE,
+        *,
+        on_loaded: Callable[[], None] = lambda: None,
+        on_trained: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run = run
+        self._spec = spec
+        self._stop = stop
+        self._team = team
+        self._on_loaded = on_loaded
+        self._on_trained = on_trained
+        self._data: list[DataFacts] = []
+        self.step = 0
+
+    def run(self) -> ResultRecord | None:
+        """Train to the end and return the result; None if it was stopped.
+
+        Raises:
+            Stopped: Before the first step.
+            EngineError: The spec, the data or the model cannot be used.
+        """
+        set_up_torch(self._spec.model, self._team.size)
+        device = choose_device(self._spec.device)
+        loaded = self._load_model(device)
+        self._on_loaded()
+        self._team.meet(device)
+        try:
+            return self._run_on(loaded, device)
+        finally:
+            self._team.part()
+
+    def _run_on(self, loaded: LoadedModel, device: torch.device) -> ResultRecord | None:
+        objective = make_objective(self._spec, loaded.encoder)
+        files = self._load_training(objective)
+        validating = self._load_validation(objective)
+        loaded = self._prepare(loaded, device)
+        plan = Plan(self._spec, files)
+        if self._spec.packing:
+            require_separate_rows(loaded.model, self._spec.model)
+        return self._train(loaded, objective, plan, validating)
+
+    def _load_model(self, device: torch.device) -> LoadedModel:
+        spec = self._spec
+        set_seed(spec.seed)  # before heads are made: their weights are random
+        return load_model(
+            spec.model,
+            seed=spec.seed,
+            tuning=spec.tuning,
+            device=device,
+            dtype=choose_dtype(spec.dtype, device),
+            attention=spec.attention,
+            targets=spec.classifier_targets,
+        )
+
+    def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
+        spec = self._spec
+        set_seed(spec.seed)  # before adapters are made: their weights are random
+        classifies = spec.method == "classifier"
+        model = prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
+        if spec.tuning.kind != "qlora":  # which is where it belongs already
+            model = model.to(device)
+        elif left := count_experts(model):
+            self._warn(f"{left:,} weights of experts are left as they are: not in 4 bits")
+        if used := use_kernels(model, device, spec.kernels):
+            told = f"computes with kernels of liger-kernel: {', '.join(used)}"
+            self._run.add_event(Event(name="message", message=told))
+        return replace(loaded, model=model)
+
+    def _computes_twice(self, device: torch.device) -> bool:
+        wanted = self._spec.gradient_checkpointing
+        return device.type == "cuda" if wanted is None else wanted  # a GPU is short of memory
+
+    def _train(
+        self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
+    ) -> ResultRecord | None:
+        spec, model, device, team = self._spec, loaded.model, loaded.model.device, self._team
+        precision = self._precision(device)
+        start = team.tell(newest_checkpoint(self._run) if team.leads else None)
+        before = json.loads((start.path / _STATE).read_bytes()) if start else {}
+        self._compare(before)
+        micro = self._micro_batch(model, before)
+        validation = Validation(
+            model, objective, validating, micro=micro, precision=precision, team=team
+        )
+        reporter = Reporter(
+            self._run,
+            plan=plan,
+            objective=objective,
+            validation=validation,
+            stop=self._stop,
+            device=device,
+            team=team,
+        )
+        if start is None:
+            self._sample(loaded, "before")
+        if self._stop.requested:
+            raise Stopped
+        references = None
+        if isinstance(objective, PreferenceObjective):
+            references = References(train=plan.examples, valid=validating)
+            if start:
+                references.load(start.path)
+            else:
+                self._ask_reference(references, objective, model, micro)
+        self._say_start(plan, start.state.step if start else 0, model)
+        twice = self._computes_twice(device)
+        trainer = EngineTrainer(
+            model,
+            run=self._run,
+            spec=spec,
+            plan=plan,
+            objective=objective,
+            reporter=reporter,
+            micro=micro,
+            precision=precision,
+            arguments=arguments_for(self._run, spec, plan, device, checkpointing=twice),
+            fill=partial(_fill, micro, references, self._hashes(), team.size),
+            team=team,
+        )
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+        self.step = trainer.state.global_step
+        team.part()
+        self._on_trained()
+        if reporter.stopped or not team.leads:
+            return None
+        self._sample(loaded, "after")
+        return self._save(loaded)
+
+    def _ask_reference(
+        self, references: References, objective: PreferenceObjective, model: Any, micro: MicroBatch
+    ) -> None:
+        references.compute(
+            objective,
+            model,
+            micro,
+            self._precision(model.device),
+            team=self._team,
+            should_stop=lambda: self._stop.requested,
+        )
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[None]:
+        return precision_for(device, choose_dtype(self._spec.dtype, device))
+
+    def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
+        spec, device = self._spec, model.device
+        wanted = spec.micro_batch_size or spec.batch_size
+        return MicroBatch(
+            # What fitted then: the numbers depend on it in their last digits.
+            int(before.get("micro_batch_size", wanted)),
+            on_halved=lambda size: self._warn(
+                f"out of memory: goes on with {size} rows at a time", micro_batch_size=size
+            ),
+            explain=lambda: what_would_fit(
+                spec, model, device, checkpointing=self._computes_twice(device)
+            ),
+        )
+
+    def _hashes(self) -> list[str]:
+        return [each.sha256 for each in self._data]
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Hold what the checkpoint was made of, and what the others have, against what is here."""
+        if (processes := before.get("processes", 1)) != self._team.size and before:
+            raise EngineError(
+                f"The checkpoint was saved with num_processes: {processes}, each of which has a "
+                f"part of it. Now it is {self._team.size}; put it back."
+            )
+        if any(theirs != self._data for theirs in self._team.gather(self._data)):
+            raise EngineError(
+                "A data file was changed while the processes read it, so that they have different "
+                "rows. Let it be, and start again.",
+                kind="internal",
+                retryable=True,
+            )
+        if before.get("data", self._hashes()) != self._hashes():
+            self._warn("the data has changed since the checkpoint that this goes on from")
+
+    def _say_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        head = f"continues at step {step}" if step else "trains"
+        say_status(
+            self._run,
+            "running",
+            f"{head}: {plan.total_steps} steps, {trained:,} trained parameters",
+            step=step,
+            total_steps=plan.total_steps,
+            trained_parameters=trained,
+            rows=plan.order.epoch_size,
+        )
+
+    def _sample(self, loaded: LoadedModel, stage: str) -> None:
+        prompt = self._spec.sample_prompt
+        if prompt is None or not self._team.leads:
+            return
+        if loaded.targets:
+            said = say_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
+        else:
+            said = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
+        data = {"stage": stage, "prompt": prompt, "answer": said}
+        self._run.add_event(Event(name="sample", message=f"{stage}: {said}", data=data))
+
+    def _save(self, loaded: LoadedModel) -> ResultRecord:
+        temporary = self._run.path / ".result.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        record = save_result(loaded, self._spec.model, temporary, wanted=self._spec.result)
+        write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
+        shutil.rmtree(self._run.result, ignore_errors=True)
+        temporary.rename(self._run.result)
+        adapter = record.adapter and f"{self._run.result.name}/{Path(record.adapter).name}"
+        return record.model_copy(update={"path": self._run.result.name, "adapter": adapter})
+
+    def _load_training(self, objective: Objective[Any]) -> list[list[Any]]:
+        files = [
+            self._load(source.path, objective, f"train/{index}")
+            for index, source in enumerate(self._spec.train)
+        ]
+        if not any(files):
+            raise EngineError("The training files hold no row that can be trained on.")
+        return files
+
+    def _load_validation(self, objective: Objective[Any]) -> list[Any]:
+        return [
+            example
+            for index, source in enumerate(self._spec.validation)
+            for example in self._load(source.path, objective, f"valid/{index}")
+        ]
+
+    def _load(self, path: Path, objective: Objective[Any], name: str) -> list[Any]:
+        loaded = load_file(
+            path, objective.read, name=name, should_stop=lambda: self._stop.requested
+        )
+        self._tell_of_rows(str(path), loaded)
+        role = "training" if name.startswith("train/") else "validation"
+        self._data.append(describe_data(path, role, len(loaded.examples)))
+        return loaded.examples
+
+    def _tell_of_rows(self, name: str, loaded: LoadedFile) -> None:
+        invalid, usable = len(loaded.invalid), len(loaded.examples) + loaded.untrained
+        shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
+        if invalid > self._spec.max_invalid_fraction * (invalid + usable):
+            raise EngineError(f"{name}: {invalid} rows cannot be used: {shown}")
+        if invalid:
+            self._warn(f"{name}: {invalid} rows left out: {shown}", invalid=invalid)
+        if loaded.untrained:
+            count = loaded.untrained
+            self._warn(f"{name}: {count} rows left out: nothing to learn in them", untrained=count)
+        if loaded.truncated:
+            length, count = self._spec.seq_len, loaded.truncated
+            self._warn(f"{name}: {count} rows cut off at {length} tokens", truncated=count)
+
+    def _warn(self, message: str, **data: int) -> None:
+        self._run.add_event(Event(name="message", level="warning", message=message, data=data))
+
+
+def _fill(
+    micro: MicroBatch,
+    references: References | None,
+    data: list[str],
+    processes: int,
+    directory: Path,
+) -> None:
+    """Write what a checkpoint needs beside the model and the Trainer's state."""
+    state = json.dumps({"micro_batch_size": micro.size, "data": data, "processes": processes})
+    (directory / _STATE).write_text(state, encoding="ascii")
+    if references:
+        references.save(directory)
