@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from training_backends import Place, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.backends.local.planning import build_spec
+from training_backends.backends.local.spec import build_spec
 from training_backends.core.run import utc_now
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 from training_backends.store import RunStore

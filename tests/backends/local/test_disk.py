@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.planning import build_spec
+from training_backends.backends.local.spec import build_spec
 from training_backends.core.errors import StoreError, TrainingBackendError
 from training_backends.core.run import TrainingRun
 from training_backends.rundir.directory import ExitRecord, ResultRecord, RunDir

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.planning import build_spec
+from training_backends.backends.local.spec import build_spec
 from training_backends.core.errors import ConfigError, RunNotFound
 from training_backends.core.files import hold_lock
 from training_backends.core.run import TrainingRun, utc_now

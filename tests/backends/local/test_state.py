@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training_backends.backends.local.records import Cursor, read_records
+from training_backends.backends.local.run_log import Cursor, read_records
 from training_backends.backends.local.state import START_PATIENCE, read_state
 from training_backends.core.files import hold_lock
 from training_backends.core.run import Failure, utc_now

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from training_backends.backends.mistral.requests import same_job
+from training_backends.backends.mistral.job_request import same_job
 from training_backends.protocols.mistral.wire import Job, read_job
 
 

@@ -13,40 +13,40 @@ import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
-from training_backends.backends.local.continuing import copy_checkpoint
+from training_backends.backends.local.checkpoint_copy import copy_checkpoint
 from training_backends.backends.local.disk import (
     copy_whole,
     reason_of,
     reporting_disk,
     require_space,
 )
-from training_backends.backends.local.estimating import estimate_run
+from training_backends.backends.local.estimate import estimate_run
 from training_backends.backends.local.hub import Handed, Hub
-from training_backends.backends.local.listing import find_place, find_runs, make_place
-from training_backends.backends.local.modelchecks import (
-    files_issues,
-    find_directory,
-    how_to_report,
-    hub_issues,
-)
 from training_backends.backends.local.options import LocalOptions
-from training_backends.backends.local.planning import (
+from training_backends.backends.local.process import ENGINE, spawn
+from training_backends.backends.local.reviving import revive
+from training_backends.backends.local.run_log import Cursor, read_records
+from training_backends.backends.local.runs import find_place, find_runs, make_place
+from training_backends.backends.local.sampling import ask_model
+from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.spec import (
     build_spec,
     defaults_taken,
     find_issues,
     settled_values,
 )
-from training_backends.backends.local.process import ENGINE, spawn
-from training_backends.backends.local.records import Cursor, read_records
-from training_backends.backends.local.reviving import revive
-from training_backends.backends.local.sampling import ask_model
-from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.local.state import (
     Look,
     has_begun,
     is_orphaned,
     read_ending,
     read_state,
+)
+from training_backends.backends.local.validate import (
+    files_issues,
+    find_directory,
+    how_to_report,
+    hub_issues,
 )
 from training_backends.core.backend import (
     BackendContext,

@@ -13,20 +13,20 @@ import anyio.to_thread
 from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
-from training_backends.backends.mistral.checks import check_config, check_secrets, check_server
 from training_backends.backends.mistral.estimates import (
     count_epoch,
     estimate_from_count,
     sequence_length,
 )
+from training_backends.backends.mistral.job_log import LogReader
+from training_backends.backends.mistral.job_request import config_of
+from training_backends.backends.mistral.job_state import is_ending, moment, state_of
 from training_backends.backends.mistral.launch import Launch
+from training_backends.backends.mistral.list_status import FEW, Sweep
 from training_backends.backends.mistral.options import MistralOptions
 from training_backends.backends.mistral.polling import Pace, ask_patiently
-from training_backends.backends.mistral.records import LogReader
-from training_backends.backends.mistral.requests import config_of
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.backends.mistral.states import is_ending, moment, state_of
-from training_backends.backends.mistral.sweep import FEW, Sweep
+from training_backends.backends.mistral.validate import check_config, check_secrets, check_server
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,

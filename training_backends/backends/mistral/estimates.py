@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from training_backends.backends.mistral.job_request import job_type_of
+from training_backends.backends.mistral.job_state import passes
 from training_backends.backends.mistral.prices import FEES_NOTE, Price, find_price, with_fees
-from training_backends.backends.mistral.requests import job_type_of
-from training_backends.backends.mistral.states import passes
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up

@@ -6,18 +6,18 @@ from typing import Final
 import anyio
 
 from training_backends.backends.mistral.api import MistralAPI
-from training_backends.backends.mistral.creation import Creation, require_no_twin
-from training_backends.backends.mistral.polling import Pace, ask_patiently, may_have_happened
-from training_backends.backends.mistral.requests import make_job, read_options
-from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.backends.mistral.states import (
+from training_backends.backends.mistral.create_once import Creation, require_no_twin
+from training_backends.backends.mistral.job_request import make_job, read_options
+from training_backends.backends.mistral.job_state import (
     has_started,
     is_ending,
     is_over,
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.steps import Steps
+from training_backends.backends.mistral.polling import Pace, ask_patiently, may_have_happened
+from training_backends.backends.mistral.retry import Steps
+from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue
 from training_backends.core.errors import (

@@ -9,7 +9,7 @@ from typing import Final
 from anyio import from_thread, to_thread
 
 from training_backends.backends.mistral.api import MistralAPI
-from training_backends.backends.mistral.steps import Steps
+from training_backends.backends.mistral.retry import Steps
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
 from training_backends.datasets.shard import plan_shards

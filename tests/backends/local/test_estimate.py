@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.planning import build_spec
+from training_backends.backends.local.spec import build_spec
 from training_backends.core.counting import Counting, wishing
 from training_backends.core.dataset import Dataset, Summary
 from training_backends.core.run import TrainingRun, utc_now

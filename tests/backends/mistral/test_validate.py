@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from training_backends import BackendRetired, Dataset, Issue, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.backends.mistral.checks import check_config
 from training_backends.backends.mistral.settings import HOSTED_URL, MistralSettings
+from training_backends.backends.mistral.validate import check_config
 from training_backends.core.backend import CredentialSource
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect

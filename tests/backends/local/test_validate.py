@@ -98,7 +98,7 @@ def test_a_good_model_is_checked_without_torch(model: Path, tmp_path: Path) -> N
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from training_backends.backends.local.modelchecks import files_issues\n"
+        "from training_backends.backends.local.validate import files_issues\n"
         "from training_backends.core.config import TrainingConfig\n"
         "from training_backends.core.dataset import DataFile, Dataset\n"
         "model, data = map(Path, sys.argv[1:])\n"

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
 from training_backends.backends.mistral.api import MistralAPI
-from training_backends.backends.mistral.options import MistralOptions
-from training_backends.backends.mistral.requests import (
+from training_backends.backends.mistral.job_request import (
     check_wandb_key,
     find_credential,
     read_options,
     sent_fields,
 )
+from training_backends.backends.mistral.options import MistralOptions
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (

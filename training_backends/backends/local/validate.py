@@ -19,7 +19,7 @@ from anyio import to_thread
 
 from training_backends.backends.local.hub import Hub
 from training_backends.backends.local.options import LocalOptions
-from training_backends.backends.local.planning import has_gpu
+from training_backends.backends.local.spec import has_gpu
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError, Issue

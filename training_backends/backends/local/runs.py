@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from training_backends.backends.local.planning import config_of, settled_model
+from training_backends.backends.local.spec import config_of, settled_model
 from training_backends.backends.local.state import read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import ConfigError, LogRecord
-from training_backends.backends.mistral.records import LogReader
+from training_backends.backends.mistral.job_log import LogReader
 from training_backends.protocols.mistral.wire import DetailedJob, read_detailed_job
 
 WORDS = ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING", "SUCCESS"]

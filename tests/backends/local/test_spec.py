@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from training_backends.backends.local import backend as module
-from training_backends.backends.local import planning
+from training_backends.backends.local import spec
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.planning import build_spec, config_of
+from training_backends.backends.local.spec import build_spec, config_of
 from training_backends.core.errors import BackendNotInstalled
 from training_backends.core.run import TrainingRun
 from training_backends.testing.journal import MemoryJournal
@@ -175,12 +175,12 @@ async def test_qlora_is_taken_where_it_can_run(
 ) -> None:
     """Wherever bitsandbytes is installed, with any result."""
     run = make_run(tuning="qlora", model="org/model", options={"result": "merged"})
-    monkeypatch.setattr(planning, "find_spec", lambda _: None)
+    monkeypatch.setattr(spec, "find_spec", lambda _: None)
     (issue,) = (await backend.validate(run.config, inspected(run))).errors
     assert issue.field == "tuning.kind"
     assert issue.fix is not None
     assert "pip install 'training-backends[qlora]'" in issue.fix
-    monkeypatch.setattr(planning, "find_spec", lambda name: name)
+    monkeypatch.setattr(spec, "find_spec", lambda name: name)
     assert (await backend.validate(run.config, inspected(run))).ok
 
 

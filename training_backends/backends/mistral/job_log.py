@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from training_backends.backends.mistral.states import (
+from training_backends.backends.mistral.job_state import (
     event_reason,
     event_word,
     metrics_of,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import LogRecord, RunState, TrainingStatus
-from training_backends.backends.mistral.records import LogReader
-from training_backends.backends.mistral.requests import config_of
-from training_backends.backends.mistral.states import (
+from training_backends.backends.mistral.job_log import LogReader
+from training_backends.backends.mistral.job_request import config_of
+from training_backends.backends.mistral.job_state import (
     failure_of,
     has_started,
     quote_of,

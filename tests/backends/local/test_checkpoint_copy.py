@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training_backends.backends.local.continuing import copy_checkpoint
+from training_backends.backends.local.checkpoint_copy import copy_checkpoint
 from training_backends.core.errors import ConfigError, DuplicateRun
 from training_backends.core.run import TrainingRun
 from training_backends.rundir.checkpoints import describe_files, find_newest

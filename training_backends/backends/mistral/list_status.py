@@ -5,8 +5,8 @@ from contextlib import aclosing
 from typing import Final
 
 from training_backends.backends.mistral.api import JobFilters, JobHead, MistralAPI
+from training_backends.backends.mistral.job_state import short_state_of
 from training_backends.backends.mistral.settings import CLOCK_SLACK
-from training_backends.backends.mistral.states import short_state_of
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
 
