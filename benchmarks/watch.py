@@ -38,7 +38,7 @@ from pydantic import SecretStr
 
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import LogRecord, TrainingRun

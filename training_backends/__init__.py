@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training_backends.client.aio import AsyncTrainingClient
+    from training_backends.client.client import AsyncTrainingClient
     from training_backends.client.sync import TrainingClient
-    from training_backends.client.watcher import Watcher
+    from training_backends.client.watch import Watcher
     from training_backends.core.backend import (
         BackendContext,
         CredentialSource,

@@ -118,7 +118,7 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
     """Try a key by one call that changes nothing; ends with 4 if it is refused."""
     from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import source_of, terminal_vault
-    from training_backends.client.diagnosis import server_of, try_key
+    from training_backends.client.doctor import server_of, try_key
 
     vault = terminal_vault(_home())
     server = server_of(provider)

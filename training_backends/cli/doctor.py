@@ -8,7 +8,7 @@ from training_backends.cli.session import JsonOption, with_client
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
-    from training_backends.client.diagnosis import Check
+    from training_backends.client.doctor import Check
     from training_backends.core.settings import Effective
 
 __all__ = ["doctor"]
@@ -33,7 +33,7 @@ def doctor(
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import terminal_vault
-    from training_backends.client.diagnosis import diagnose, known_settings
+    from training_backends.client.doctor import diagnose, known_settings
     from training_backends.gateway.settings import GatewaySettings
 
     settings = known_settings(GatewaySettings)
@@ -109,7 +109,7 @@ async def _gateway_check() -> "Check":
     import anyio.to_thread
 
     from training_backends import ConfigError
-    from training_backends.client.diagnosis import Check
+    from training_backends.client.doctor import Check
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.settings import GatewaySettings
     from training_backends.gateway.tls import server_options

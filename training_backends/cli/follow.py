@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from training_backends.cli.render import console, show_estimate, show_log_record
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, TrainingRun

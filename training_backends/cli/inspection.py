@@ -115,7 +115,7 @@ def _asked(
         raise UsageError("Give files or --config, one of them.")
     chosen = dialect_called(dialect) if dialect is not None else None
     if config:
-        from training_backends.client.configfile import load_config
+        from training_backends.client.config_file import load_config
 
         file = load_config(config)
         rules = chosen or DIALECTS.get(file.backend or "", MISTRAL)

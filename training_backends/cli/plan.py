@@ -26,7 +26,7 @@ def backends(json: JsonOption = False) -> None:
 
     from training_backends import TrainingBackendError, installed_backends
     from training_backends.cli.render import console, write_json
-    from training_backends.client.diagnosis import PACKAGE, check_extras
+    from training_backends.client.doctor import PACKAGE, check_extras
 
     extras = {check.name: check for check in check_extras()}
 
@@ -91,7 +91,7 @@ def validate(
         show_issues,
         write_json,
     )
-    from training_backends.client.configfile import load_config
+    from training_backends.client.config_file import load_config
 
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
@@ -137,7 +137,7 @@ def estimate(
 ) -> None:
     """Say what a run will take: tokens, steps, cost and time, as far as they are known."""
     from training_backends.cli.render import CountView, show_estimate, write_json
-    from training_backends.client.configfile import load_config
+    from training_backends.client.config_file import load_config
 
     if exact and sample is not None:
         raise typer.BadParameter("give --sample or --exact, not both", param_hint="--sample")

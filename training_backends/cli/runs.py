@@ -62,7 +62,7 @@ def launch(
     """Start a run; returns when the start is accepted."""
     from training_backends.cli.follow import LaunchView, follow_run
     from training_backends.cli.render import show_run, write_json
-    from training_backends.client.configfile import load_config
+    from training_backends.client.config_file import load_config
     from training_backends.core.run import new_run_id
 
     file = load_config(config, overrides or ())

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from training_backends import AsyncTrainingClient
-    from training_backends.client.configfile import ConfigFile
+    from training_backends.client.config_file import ConfigFile
 
 __all__ = [
     "BackendOption",

@@ -7,7 +7,7 @@ from functools import partial
 from anyio import to_thread
 
 from training_backends.client.boundary import callers_own
-from training_backends.client.records import with_state
+from training_backends.client.run_record import with_state
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
     AmbiguousLaunch,

@@ -6,10 +6,10 @@ import anyio
 from anyio import to_thread
 
 from training_backends.client.journal import LaunchWatch
-from training_backends.client.launching import RunRecords, Start
+from training_backends.client.launch import RunRecords, Start
 from training_backends.client.leases import Leases
-from training_backends.client.looks import Looks
-from training_backends.client.records import (
+from training_backends.client.observe import Looks
+from training_backends.client.run_record import (
     about,
     ended_state,
     launch_lease,

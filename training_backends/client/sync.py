@@ -15,10 +15,10 @@ from typing import Any, Final, Self, TypeVar
 
 from anyio import from_thread, get_cancelled_exc_class, to_thread
 
-from training_backends.client.aio import AsyncTrainingClient
-from training_backends.client.configfile import ConfigLike
+from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.config_file import ConfigLike
 from training_backends.client.journal import Confirm, OnNotice, OnProgress, OnUpdate
-from training_backends.client.recovering import Recovery
+from training_backends.client.recovery import Recovery
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset

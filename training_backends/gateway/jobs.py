@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue

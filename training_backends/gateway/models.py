@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer

@@ -17,7 +17,7 @@ import structlog
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
     BackendBroken,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from training_backends.client.aio import AsyncTrainingClient
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
 from training_backends.core.files import make_private_directory

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from training_backends.client.looks import BackendOf
-from training_backends.client.records import LAUNCHED
+from training_backends.client.observe import BackendOf
+from training_backends.client.run_record import LAUNCHED
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.run import RUN_ID_PATTERN, TrainingRun, utc_now

@@ -29,8 +29,8 @@ from training_backends import (
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.client import rounds
-from training_backends.client.watcher import OnEvent, Watcher
+from training_backends.client import poller
+from training_backends.client.watch import OnEvent, Watcher
 from training_backends.testing.backend import ScriptedBackend
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.provider import ScriptedProvider
@@ -445,7 +445,7 @@ async def test_trouble_with_one_run_keeps_to_it(
 ) -> None:
     """Of forty runs, the ends of thirty-nine are told; the other one says what is wrong."""
     count = 40 if isinstance(outcome, PermissionDenied) else 8
-    monkeypatch.setattr(rounds, "_PATIENCE", 0.05)
+    monkeypatch.setattr(poller, "_PATIENCE", 0.05)
     backend = kind(outcome, bad=["run-007"])
     told = Told()
     async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:

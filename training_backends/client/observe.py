@@ -9,7 +9,7 @@ from anyio import to_thread
 
 from training_backends.client.boundary import is_about_server, time_limit
 from training_backends.client.cadence import WatchSettings, last_change
-from training_backends.client.records import LAUNCHED, about, with_state
+from training_backends.client.run_record import LAUNCHED, about, with_state
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import (
     BackendUnavailable,

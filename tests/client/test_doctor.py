@@ -8,7 +8,7 @@ from tests.client.conftest import MakeConfig
 from tests.plugins import Install
 from training_backends import AsyncTrainingClient, CredentialVault
 from training_backends.client import boundary
-from training_backends.client.diagnosis import check_clock, check_extras, diagnose, known_settings
+from training_backends.client.doctor import check_clock, check_extras, diagnose, known_settings
 from training_backends.core.run import utc_now
 from training_backends.core.settings import SectionSettings
 

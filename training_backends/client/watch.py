@@ -9,7 +9,7 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.leases import Leases
-from training_backends.client.rounds import Round, RoundOf, Sweep
+from training_backends.client.poller import Round, RoundOf, Sweep
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logs import get_logger
 from training_backends.core.run import LogRecord, TrainingRun

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training_backends import ConfigError, Issue, TrainingConfig
-from training_backends.client.configfile import load_config, to_config
+from training_backends.client.config_file import load_config, to_config
 
 GOOD = """\
 backend: local

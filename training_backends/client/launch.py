@@ -10,8 +10,8 @@ from anyio import to_thread
 
 from training_backends.client.journal import LaunchWatch, StoreJournal
 from training_backends.client.leases import Leases
-from training_backends.client.looks import report_change
-from training_backends.client.records import (
+from training_backends.client.observe import report_change
+from training_backends.client.run_record import (
     LAUNCHED,
     about,
     ended_state,

@@ -33,7 +33,7 @@ from training_backends import (
     WaitTimeout,
 )
 from training_backends.client import steering
-from training_backends.client.records import launch_lease
+from training_backends.client.run_record import launch_lease
 from training_backends.core.backend import Journal
 from training_backends.core.run import RunState
 from training_backends.testing.backend import ScriptedBackend
