@@ -21,7 +21,7 @@ import httpx
 from pydantic import SecretStr
 
 from training_backends import Capabilities
-from training_backends.gateway.serve import running
+from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.testing.backend import ScriptedBackend
 

@@ -22,7 +22,7 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, StoreError
 from training_backends.core.run import RunState, TrainingRun, ValidationReport
 from training_backends.datasets.inspect import inspect
-from training_backends.gateway.jobspec import secret_profile
+from training_backends.gateway.job_request import secret_profile
 from training_backends.gateway.store import GatewayStore
 from training_backends.testing.backend import ScriptedBackend
 

@@ -14,8 +14,8 @@ from tests.gateway.conftest import ROWS, Site, jsonl, site
 from training_backends.core.errors import Issue
 from training_backends.core.run import ValidationReport
 from training_backends.gateway.app import create_app
+from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal, Scope
-from training_backends.gateway.service import Gateway
 
 pytestmark = pytest.mark.anyio
 

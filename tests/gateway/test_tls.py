@@ -14,7 +14,7 @@ from pydantic import AnyHttpUrl, SecretStr
 
 from tests.gateway.conftest import KEY, jsonl, scripted, site
 from training_backends.core.errors import ConfigError
-from training_backends.gateway.serve import running
+from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.anyio

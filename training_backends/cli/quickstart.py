@@ -113,7 +113,7 @@ class _Quickstart:
         from training_backends.backends.mistral.settings import MistralSettings
         from training_backends.cli.follow import LaunchView, follow_run
         from training_backends.client.config_file import load_config
-        from training_backends.gateway.serve import running
+        from training_backends.gateway.server import running
         from training_backends.gateway.settings import GatewaySettings
 
         state = self._home / "state"

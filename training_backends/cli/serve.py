@@ -9,7 +9,7 @@ import typer
 from training_backends.cli.session import JsonOption, run_async
 
 if TYPE_CHECKING:
-    from training_backends.gateway.service import Gateway
+    from training_backends.gateway.gateway import Gateway
     from training_backends.gateway.settings import GatewaySettings
 
 __all__ = ["serve"]
@@ -85,7 +85,7 @@ async def _serve(
 
     from training_backends.cli.render import write_json_line
     from training_backends.core.settings import Settings, load_settings
-    from training_backends.gateway.serve import running
+    from training_backends.gateway.server import running
 
     home = load_settings(Settings).home.expanduser().absolute()
 

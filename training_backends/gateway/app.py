@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse
 from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logs import get_logger
+from training_backends.gateway.auth import Guard
 from training_backends.gateway.errors import Refusal, failure_answer, field_errors, is_temporary
-from training_backends.gateway.guard import Guard
+from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
-from training_backends.gateway.service import Gateway
 from training_backends.protocols.mistral.errors import ErrorItem
 
 __all__ = ["create_app"]

@@ -14,10 +14,10 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.ending import JobEnding, SecretKeeper
+from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import Refusal, invalid, plain
 from training_backends.gateway.files import FileService, StoredFile, names_by_path
-from training_backends.gateway.jobspec import CheckedJob, check_job, make_config, secret_profile
+from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
     STATUS_EVENT,
     DetailedJobOut,

@@ -7,8 +7,8 @@ from fastapi import Depends, Query, Request
 from pydantic import BaseModel
 
 from training_backends.gateway.errors import plain
+from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.service import Gateway
 
 __all__ = [
     "Caller",

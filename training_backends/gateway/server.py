@@ -22,8 +22,8 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.logs import get_logger
 from training_backends.gateway.app import create_app
 from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.gateway import Gateway, open_gateway
 from training_backends.gateway.protocol import Bounds, bounded_protocol
-from training_backends.gateway.service import Gateway, open_gateway
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.tasks import beside
 from training_backends.gateway.tls import server_options

@@ -15,8 +15,8 @@ from pydantic import SecretStr, ValidationError
 from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
-from training_backends.gateway import app, serve
-from training_backends.gateway.serve import running
+from training_backends.gateway import app, server
+from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.signing import load_secret
 
@@ -194,7 +194,7 @@ async def test_an_upload_under_way_at_the_end_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be sent again later, and is no error of the server's."""
-    monkeypatch.setattr(serve, "_PATIENCE", 0.1)
+    monkeypatch.setattr(server, "_PATIENCE", 0.1)
     head = (
         f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 5000000\r\n\r\n"

@@ -18,7 +18,7 @@ from training_backends.core.files import make_private_directory
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.ending import JobEnding
+from training_backends.gateway.cleanup import JobEnding
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
