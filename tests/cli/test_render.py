@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import needs_torch
-from training_backends.cli.render import console, show_text
+from training_backends.cli.views.render import console, show_text
 from training_backends.testing.server import LoopbackServer, Received, Reply
 
 pytestmark = pytest.mark.e2e

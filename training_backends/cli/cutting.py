@@ -54,15 +54,15 @@ def repair(
 
     Ends with 3 if rows are left that cannot be repaired; they stand as they were.
     """
-    from training_backends.cli.cutview import (
+    from training_backends.cli.exit_codes import ExitCode, UsageError
+    from training_backends.cli.views.data_files import (
         JsonList,
         JsonRepairs,
         ShownRepairs,
         bar,
         write_lists,
     )
-    from training_backends.cli.exit_codes import ExitCode, UsageError
-    from training_backends.cli.render import console
+    from training_backends.cli.views.render import console
     from training_backends.datasets.open_file import STDIN, expand
     from training_backends.datasets.repair import repair as repair_file
     from training_backends.datasets.write import name_of
@@ -120,9 +120,9 @@ def split(
     """
     from rich.markup import escape
 
-    from training_backends.cli.cutview import bar, show_data, show_split
     from training_backends.cli.exit_codes import UsageError
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.data_files import bar, show_data, show_split
+    from training_backends.cli.views.render import console, write_json
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.split import split as split_files
 
@@ -186,9 +186,9 @@ def shard(
 
     Put together again they are the file, byte for byte.
     """
-    from training_backends.cli.cutview import bar, show_data, show_shards
     from training_backends.cli.exit_codes import UsageError
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.data_files import bar, show_data, show_shards
+    from training_backends.cli.views.render import console, write_json
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.shard import shard as shard_file
 

@@ -31,8 +31,8 @@ def doctor(
 ) -> None:
     """Show every setting and check all that is set up; ends with 1 if some of it does not work."""
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import terminal_vault
+    from training_backends.cli.views.render import console, write_json
     from training_backends.client.doctor import diagnose, known_settings
     from training_backends.gateway.settings import GatewaySettings
 
@@ -69,7 +69,7 @@ def doctor(
 
 
 def _show_settings(settings: "list[Effective]", *, all_settings: bool) -> None:
-    from training_backends.cli.render import console
+    from training_backends.cli.views.render import console
 
     out = console()
     more = "" if all_settings else " that are not defaults (--all lists every setting)"
@@ -84,7 +84,7 @@ def _show_settings(settings: "list[Effective]", *, all_settings: bool) -> None:
 def _show(found: dict[str, Any], checks: "list[Check]") -> None:
     from rich.markup import escape
 
-    from training_backends.cli.render import console
+    from training_backends.cli.views.render import console
 
     out = console()
     sources = escape(", then ".join(found["sources"]))

@@ -69,8 +69,8 @@ def inspect(
     Nothing is uploaded. Ends with 3 if there are errors.
     """
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.inspectview import InspectView
-    from training_backends.cli.render import write_json
+    from training_backends.cli.views.data import InspectView
+    from training_backends.cli.views.render import write_json
 
     asked = _asked(files or [], validation or [], config, dialect)
     with InspectView(asked.dialect, max_issues=max_issues, quiet=json) as view:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import access, data, doctor, plan, quickstart, runs, sampling, serve
+from training_backends.cli import check, data, doctor, keys, quickstart, runs, sampling, serve
 from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.escape import escape_controls
@@ -61,9 +61,9 @@ def _say_what_is_ignored() -> None:
 
 
 app.command()(quickstart.quickstart)
-app.command()(plan.backends)
-app.command()(plan.validate)
-app.command()(plan.estimate)
+app.command()(check.backends)
+app.command()(check.validate)
+app.command()(check.estimate)
 app.command()(runs.launch)
 app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
@@ -76,9 +76,9 @@ app.command()(runs.download)
 app.command()(sampling.sample)
 app.command()(runs.delete)
 app.add_typer(data.data, name="data")
-app.add_typer(access.credentials, name="credentials")
+app.add_typer(keys.credentials, name="credentials")
 app.command()(serve.serve)
-app.add_typer(access.keys, name="keys")
+app.add_typer(keys.keys, name="keys")
 app.command()(doctor.doctor)
 
 
@@ -109,7 +109,7 @@ def _flush() -> None:
 
 
 def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
-    from training_backends.cli.render import error_document, show_error, write_json_line
+    from training_backends.cli.views.render import error_document, show_error, write_json_line
     from training_backends.core.redaction import redact, redact_value, register_environment
 
     # A key that was typed in the wrong place is not repeated.

@@ -45,7 +45,7 @@ def quickstart(
     json: JsonOption = False,
 ) -> None:
     """Train a small model through the whole system, on this machine and without a key."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
     from training_backends.core.run import new_run_id
 
     _need_extras()
@@ -111,7 +111,7 @@ class _Quickstart:
         from training_backends import AsyncTrainingClient, CredentialVault
         from training_backends.backends.mistral.backend import MistralAPIBackend
         from training_backends.backends.mistral.settings import MistralSettings
-        from training_backends.cli.follow import LaunchView, follow_run
+        from training_backends.cli.views.launch import LaunchView, follow_run
         from training_backends.client.config_file import load_config
         from training_backends.gateway.server import running
         from training_backends.gateway.settings import GatewaySettings
@@ -170,7 +170,7 @@ class _Quickstart:
 
     async def _look(self, client: Any, config: "TrainingConfig") -> None:
         """Say what is in the data and what the run will take."""
-        from training_backends.cli.render import show_dataset, show_estimate, show_issues
+        from training_backends.cli.views.render import show_dataset, show_estimate, show_issues
         from training_backends.datasets.inspect import raise_for_errors
 
         self._title("Data", str(_short(self._home / "data")))

@@ -60,8 +60,8 @@ def launch(
     json: JsonOption = False,
 ) -> None:
     """Start a run; returns when the start is accepted."""
-    from training_backends.cli.follow import LaunchView, follow_run
-    from training_backends.cli.render import show_run, write_json
+    from training_backends.cli.views.launch import LaunchView, follow_run
+    from training_backends.cli.views.render import show_run, write_json
     from training_backends.client.config_file import load_config
     from training_backends.core.run import new_run_id
 
@@ -107,7 +107,7 @@ def list_runs(
     json: JsonOption = False,
 ) -> None:
     """List runs, newest first."""
-    from training_backends.cli.render import show_age, show_runs, write_json
+    from training_backends.cli.views.render import show_age, show_runs, write_json
     from training_backends.core.status import TrainingStatus
 
     if status is not None and status not in list(TrainingStatus):
@@ -131,7 +131,7 @@ def list_runs(
 
 def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
     """Show one run, as its backend reports it."""
-    from training_backends.cli.render import show_age
+    from training_backends.cli.views.render import show_age
 
     async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
         run_id = await complete_id(client, run)
@@ -154,7 +154,7 @@ def logs(
     """Show a run's log; with --json one record a line, each with its cursor."""
     from contextlib import aclosing
 
-    from training_backends.cli.render import console, show_log_record, write_json_line
+    from training_backends.cli.views.render import console, show_log_record, write_json_line
 
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
         out = console()
@@ -189,7 +189,7 @@ def metrics(
     from dataclasses import asdict
 
     from training_backends.cli import measures
-    from training_backends.cli.render import console, show_age, show_metrics, write_json
+    from training_backends.cli.views.render import console, show_age, show_metrics, write_json
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
@@ -226,7 +226,7 @@ def wait(
 ) -> None:
     """Wait until all given runs are over; ends with the worst of their exit codes."""
     from training_backends.cli.exit_codes import exit_code_of_status
-    from training_backends.cli.render import show_run, write_json
+    from training_backends.cli.views.render import show_run, write_json
 
     async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
         ids = [await complete_id(client, run) for run in runs]
@@ -264,7 +264,7 @@ def resume(
     json: JsonOption = False,
 ) -> None:
     """Continue a stopped or failed run as a new one; start one that waits for it."""
-    from training_backends.cli.follow import LaunchView
+    from training_backends.cli.views.launch import LaunchView
 
     async def go_on(client: "AsyncTrainingClient") -> "TrainingRun":
         old = await client.status((await client.get(run)).id)
@@ -292,7 +292,7 @@ def download(
     json: JsonOption = False,
 ) -> None:
     """Fetch the finished model of a run."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
         return await client.download(await complete_id(client, run), directory.absolute())
@@ -315,7 +315,7 @@ def delete(
 ) -> None:
     """Delete a finished run, and its model where the backend can."""
     from training_backends.cli.exit_codes import Interrupted
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
 
     async def forget(client: "AsyncTrainingClient") -> None:
         found = await client.get(run)
@@ -344,7 +344,7 @@ def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:
-    from training_backends.cli.render import show_run, write_json
+    from training_backends.cli.views.render import show_run, write_json
 
     if json:
         write_json(run.model_dump(mode="json"))
@@ -418,7 +418,7 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
 
     async def agree(estimate: "Estimate") -> bool:
         from training_backends import BudgetExceeded
-        from training_backends.cli.render import price_text
+        from training_backends.cli.views.render import price_text
 
         if yes or budget.decides(estimate):
             return True

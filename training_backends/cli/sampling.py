@@ -21,7 +21,7 @@ def sample(
     json: JsonOption = False,
 ) -> None:
     """Ask the finished model of a run, on the machine where it was trained."""
-    from training_backends.cli.render import console, show_text, write_json
+    from training_backends.cli.views.render import console, show_text, write_json
 
     async def ask(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)

@@ -83,7 +83,7 @@ async def _serve(
 
     import anyio
 
-    from training_backends.cli.render import write_json_line
+    from training_backends.cli.views.render import write_json_line
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.server import running
 

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from training_backends.cli.render import console, show_estimate, show_log_record
+from training_backends.cli.views.render import console, show_estimate, show_log_record
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate

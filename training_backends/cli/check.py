@@ -25,7 +25,7 @@ def backends(json: JsonOption = False) -> None:
     from rich.markup import escape
 
     from training_backends import TrainingBackendError, installed_backends
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
     from training_backends.client.doctor import PACKAGE, check_extras
 
     extras = {check.name: check for check in check_extras()}
@@ -84,7 +84,7 @@ def validate(
     from rich.markup import escape
 
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.render import (
+    from training_backends.cli.views.render import (
         console,
         issue_document,
         show_dataset,
@@ -136,7 +136,7 @@ def estimate(
     json: JsonOption = False,
 ) -> None:
     """Say what a run will take: tokens, steps, cost and time, as far as they are known."""
-    from training_backends.cli.render import CountView, show_estimate, write_json
+    from training_backends.cli.views.render import CountView, show_estimate, write_json
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from training_backends.cli.exit_codes import Interrupted
-from training_backends.cli.render import FileBars, issue_document, show_issues, show_text
+from training_backends.cli.views.render import FileBars, issue_document, show_issues, show_text
 from training_backends.core.errors import Issue
 from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired

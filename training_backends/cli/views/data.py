@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from rich.filesize import decimal
 from rich.markup import escape
 
-from training_backends.cli.render import FileBars, console, issue_document
+from training_backends.cli.views.render import FileBars, console, issue_document
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from training_backends.cli import measures
-from training_backends.cli.measures import chart
+from training_backends.cli.views import charts
+from training_backends.cli.views.charts import chart
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.store import RunStore
@@ -97,12 +97,12 @@ def test_only_one_form_at_a_time(run: Run) -> None:
 def test_a_terminal_is_filled_within_reason(width: int) -> None:
     """With colours, and never beyond the edge."""
     out = Console(file=io.StringIO(), force_terminal=True, width=width, color_system="standard")
-    measures.plot({"train_loss": FALLING}, out, all_given=False)
+    charts.plot({"train_loss": FALLING}, out, all_given=False)
     assert isinstance(out.file, io.StringIO)
     text = out.file.getvalue()
     assert "\x1b[" in text
     plain = Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True)
-    measures.plot({"train_loss": FALLING}, plain, all_given=False)
+    charts.plot({"train_loss": FALLING}, plain, all_given=False)
     assert isinstance(plain.file, io.StringIO)
     assert "\x1b[" not in plain.file.getvalue()
     longest = max(map(len, plain.file.getvalue().splitlines()))
@@ -121,6 +121,6 @@ def test_what_is_the_same_measure_shares_a_chart() -> None:
     """Whatever else was measured has its own, and all are drawn if they are asked for."""
     out = Console(file=io.StringIO(), width=80)
     names = ["train_loss", "valid_loss", "grad_norm", "valid_loss/topic"]
-    measures.plot(dict.fromkeys(names, FALLING), out, all_given=True)
+    charts.plot(dict.fromkeys(names, FALLING), out, all_given=True)
     assert isinstance(out.file, io.StringIO)
     assert out.file.getvalue().count("(step)") == 3

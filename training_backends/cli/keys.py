@@ -38,8 +38,8 @@ def set_credential(
     """Store a key, read from a prompt or from standard input, never from an argument."""
     from pydantic import SecretStr
 
-    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import source_of, terminal_vault
+    from training_backends.cli.views.render import console, write_json
     from training_backends.credentials.vault import check_names
 
     check_names(provider, profile)
@@ -72,8 +72,8 @@ def set_credential(
 @credentials.command("list")
 def list_credentials(json: JsonOption = False) -> None:
     """Show which keys are known and where each comes from, never their values."""
-    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import terminal_vault
+    from training_backends.cli.views.render import console, write_json
 
     vault = terminal_vault(_home())
 
@@ -102,8 +102,8 @@ def delete_credential(
     provider: Provider, profile: Profile = None, json: JsonOption = False
 ) -> None:
     """Delete a stored key."""
-    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import terminal_vault
+    from training_backends.cli.views.render import console, write_json
 
     vault = terminal_vault(_home())
     run_async(lambda: vault.delete(provider, profile=profile))
@@ -116,8 +116,8 @@ def delete_credential(
 @credentials.command("test")
 def try_credential(provider: Provider, profile: Profile = None, json: JsonOption = False) -> None:
     """Try a key by one call that changes nothing; ends with 4 if it is refused."""
-    from training_backends.cli.render import console, write_json
     from training_backends.cli.vault import source_of, terminal_vault
+    from training_backends.cli.views.render import console, write_json
     from training_backends.client.doctor import server_of, try_key
 
     vault = terminal_vault(_home())
@@ -164,7 +164,7 @@ def create_key(
     json: JsonOption = False,
 ) -> None:
     """Make a key for the gateway; it is shown this once."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
     from training_backends.gateway.keys import read_expiry
 
     ending = None if expires is None else read_expiry(expires)
@@ -186,7 +186,7 @@ def list_keys(json: JsonOption = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
 
     found = _keys().list()
     if json:
@@ -211,7 +211,7 @@ def revoke_key(
     json: JsonOption = False,
 ) -> None:
     """Make a key useless from the next request on."""
-    from training_backends.cli.render import console, write_json
+    from training_backends.cli.views.render import console, write_json
 
     revoked = _keys().revoke(key_id)
     if json:
