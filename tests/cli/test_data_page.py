@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import DIALECTS
 from training_backends.datasets.repair import REPAIRS

@@ -11,7 +11,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from tests.datasets.rows import Row, chats, json_values, rows
-from training_backends.core.dialect import Dialect, Role, RowFormat
+from training_backends.core.data_rules import Dialect, Role, RowFormat
 
 
 class Fault(NamedTuple):

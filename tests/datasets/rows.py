@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from training_backends.core.dialect import Dialect, Place, Role, RowFormat
+from training_backends.core.data_rules import Dialect, Place, Role, RowFormat
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
 from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows
 from training_backends.core.config import ClassifierTarget
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.check_fast import Finding, RowRules, file_findings
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI, TOGETHER
 from training_backends.datasets.explain import RowFaults

@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.dialects import DIALECTS
 
 _JSON = TypeAdapter(Dialect)

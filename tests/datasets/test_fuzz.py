@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.datasets.files import written
 from tests.datasets.rows import line, rows
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.dialects import DIALECTS, MISTRAL
 from training_backends.datasets.inspect import ISSUES_PER_CODE, check_upload, inspect_file

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from training_backends import DatasetError, TrainingConfig
+from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import Dataset
-from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets import parts, scan
 from training_backends.datasets.dialects import LOCAL

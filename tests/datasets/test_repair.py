@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.datasets.mutations import faulty_rows
 from tests.datasets.rows import Row, line, rows
 from training_backends import ConfigError, DatasetError, Issue
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI
 from training_backends.datasets.inspect import inspect_file

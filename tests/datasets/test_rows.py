@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.datasets.rows import line, rows
-from training_backends.core.dialect import RowFormat
+from training_backends.core.data_rules import RowFormat
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.rows import (

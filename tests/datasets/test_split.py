@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.datasets.files import written
 from training_backends import ConfigError, DatasetError
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.split import Split, split
 

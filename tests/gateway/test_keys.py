@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from tests.gateway.conftest import KEY, Site, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
-from training_backends.core.logs import redact
+from training_backends.core.logging import redact
 from training_backends.core.run import utc_now
 from training_backends.gateway import keys as keys_module
 from training_backends.gateway.app import create_app

@@ -10,7 +10,7 @@ import typer
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
-    from training_backends.core.dialect import Dialect
+    from training_backends.core.data_rules import Dialect
     from training_backends.datasets.shard import ShardFile
     from training_backends.datasets.split import SplitFile
 

@@ -11,8 +11,8 @@ from training_backends.cli.cutting import dialect_called
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
+    from training_backends.core.data_rules import Dialect
     from training_backends.core.dataset import Dataset
-    from training_backends.core.dialect import Dialect
     from training_backends.core.errors import Issue
     from training_backends.datasets.inspect import Progress
     from training_backends.tokens import TokenCount

@@ -147,7 +147,7 @@ def _wrong_usage(error: Any) -> TrainingBackendError:
 
 def _unexpected(error: Exception) -> TrainingBackendError:
     """Say what nobody has foreseen without a traceback; the log has that, for debugging."""
-    from training_backends.core.logs import configure_logs, get_logger, redact
+    from training_backends.core.logging import configure_logs, get_logger, redact
     from training_backends.core.settings import Settings, load_settings
 
     with suppress(TrainingBackendError):

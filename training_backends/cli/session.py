@@ -64,7 +64,7 @@ def run_async(
     import anyio
 
     from training_backends.cli.exit_codes import Interrupted
-    from training_backends.core.logs import configure_logs
+    from training_backends.core.logging import configure_logs
     from training_backends.core.settings import Settings, load_settings
 
     settings = load_settings(Settings)

@@ -29,7 +29,7 @@ from training_backends.core.errors import (
     VaultLocked,
 )
 from training_backends.core.estimate import Estimate
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.redaction import redact
 from training_backends.core.registry import backend_class

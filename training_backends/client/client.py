@@ -52,7 +52,7 @@ from training_backends.core.errors import (
     WaitTimeout,
 )
 from training_backends.core.estimate import Estimate
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (

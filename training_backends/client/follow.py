@@ -20,7 +20,7 @@ from training_backends.core.errors import (
     StoreError,
     TrainingBackendError,
 )
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.store import RunStore
 

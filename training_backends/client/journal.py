@@ -17,7 +17,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Budget, Estimate
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.store import Lease, RunStore
 

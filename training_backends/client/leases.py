@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from training_backends.core.errors import StoreError
 from training_backends.core.files import is_locked, make_private_directory
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.store import Lease, RunStore
 
 __all__ = ["Leases"]

@@ -18,7 +18,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import format_duration
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import (
     Failure,
     LogRecord,

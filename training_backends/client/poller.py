@@ -16,7 +16,7 @@ from training_backends.client.observe import Looks
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
-from training_backends.core.logs import bound, get_logger
+from training_backends.core.logging import bound, get_logger
 from training_backends.core.run import RunState, TrainingRun, utc_now
 from training_backends.core.tracing import span
 from training_backends.store import RunStore

@@ -13,7 +13,7 @@ from training_backends.core.errors import (
     DuplicateRun,
     TrainingBackendError,
 )
-from training_backends.core.logs import bound
+from training_backends.core.logging import bound
 from training_backends.core.options import option_issues
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus

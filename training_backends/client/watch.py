@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup
 from training_backends.client.leases import Leases
 from training_backends.client.poller import Round, RoundOf, Sweep
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.store import RunStore
 

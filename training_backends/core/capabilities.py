@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 
 __all__ = ["Capabilities"]
 

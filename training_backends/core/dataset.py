@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from training_backends.core.dialect import SampleType
+from training_backends.core.data_rules import SampleType
 from training_backends.core.errors import Issue
 
 __all__ = ["DataFile", "Dataset", "SampleType", "Summary"]

@@ -11,10 +11,10 @@ from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.core.settings import Settings, load_settings
-from training_backends.credentials.filekeyring import FileKeyring
+from training_backends.credentials.encrypted_file import FileKeyring
 from training_backends.credentials.index import CredentialIndex
+from training_backends.credentials.keyring_access import Keyring
 from training_backends.credentials.password import read_password_descriptor, read_password_file
-from training_backends.credentials.ring import Keyring
 from training_backends.credentials.settings import CredentialSettings
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from training_backends.core.dialect import Dialect, Role, RowFormat
+from training_backends.core.data_rules import Dialect, Role, RowFormat
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.explain import (
     RIGHT,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 
 __all__ = ["DIALECTS", "LOCAL", "MISTRAL", "OPENAI", "TOGETHER"]
 

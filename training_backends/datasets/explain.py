@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import msgspec
 
-from training_backends.core.dialect import Dialect, RowFormat, SampleType
+from training_backends.core.data_rules import Dialect, RowFormat, SampleType
 from training_backends.datasets.explain_messages import Talk, image_count, unknown_keys
 from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import (

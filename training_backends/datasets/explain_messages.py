@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.findings import (
     NO_WORDS,
     Finding,

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, cast
 
+from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile, SampleType, Summary
-from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import file_findings
 from training_backends.datasets.facts import Facts

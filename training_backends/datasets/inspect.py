@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from training_backends.core.config import ClassifierTarget, DataSource, TrainingConfig
+from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile, Dataset, SampleType
-from training_backends.core.dialect import Dialect
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.file_report import Collector, FileRole

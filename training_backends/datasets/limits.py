@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 from training_backends.core.config import TrainingConfig
+from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile
-from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.findings import brief, short
 

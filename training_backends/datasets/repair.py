@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import BinaryIO, Final, Literal, NamedTuple
 
 from training_backends.core.config import ClassifierTarget
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import MISTRAL

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.datasets.explain import has_duplicate_keys
 
 __all__ = ["Mend", "is_empty", "mend"]

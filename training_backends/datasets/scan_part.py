@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.check_fast import Verdict as RowVerdict

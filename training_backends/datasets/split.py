@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from training_backends.core.dialect import Dialect
+from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import too_long

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.gateway.auth import Guard
 from training_backends.gateway.errors import Refusal, failure_answer, field_errors, is_temporary
 from training_backends.gateway.gateway import Gateway

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from training_backends.core.logs import get_logger, redact
+from training_backends.core.logging import get_logger, redact
 from training_backends.gateway.errors import Refusal, failure_answer
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings

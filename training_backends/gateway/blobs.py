@@ -12,7 +12,7 @@ from typing import BinaryIO, Self
 from uuid import uuid4
 
 from training_backends.core.files import make_private_directory, sync_directory
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 
 __all__ = ["BlobStore", "Incoming", "OpenFile"]
 

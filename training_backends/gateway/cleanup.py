@@ -5,7 +5,7 @@ from typing import Protocol
 from pydantic import SecretStr
 
 from training_backends.core.errors import TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_request import secret_profile
 from training_backends.gateway.jobstore import load_job

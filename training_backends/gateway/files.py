@@ -13,7 +13,7 @@ import anyio
 import sqlalchemy as sa
 from anyio import to_thread
 
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
 from training_backends.gateway.keys import Principal

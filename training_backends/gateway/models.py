@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.errors import RunNotFound, TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.keys import Principal

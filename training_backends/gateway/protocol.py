@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle, Transport

@@ -26,7 +26,7 @@ from training_backends.core.errors import (
     RunNotFound,
     TrainingBackendError,
 )
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.errors import Refusal, is_temporary

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import ConfigError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.gateway.app import create_app
 from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.gateway import Gateway, open_gateway

@@ -11,7 +11,7 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.http.breaker import Breaker, Refusal
 from training_backends.http.limits import Limiter
 from training_backends.http.policy import HttpPolicy

@@ -21,7 +21,7 @@ from training_backends.core.errors import (
     RateLimited,
     TrainingBackendError,
 )
-from training_backends.core.logs import REDACTED, get_logger, redact, register_secret
+from training_backends.core.logging import REDACTED, get_logger, redact, register_secret
 from training_backends.core.tracing import span
 from training_backends.http.accounts import Account, account_of
 from training_backends.http.call import Call

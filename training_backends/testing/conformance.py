@@ -15,8 +15,8 @@ import anyio
 
 from training_backends.core.backend import RemoteFilters, TrainingBackend
 from training_backends.core.config import TrainingConfig
+from training_backends.core.data_rules import RowFormat
 from training_backends.core.dataset import Dataset
-from training_backends.core.dialect import RowFormat
 from training_backends.core.errors import RunNotFound, UnsupportedOperation
 from training_backends.core.run import LogRecord, TrainingRun, new_run_id
 from training_backends.core.status import TrainingStatus

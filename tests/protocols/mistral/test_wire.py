@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from training_backends.core.logs import redact
+from training_backends.core.logging import redact
 from training_backends.protocols.mistral import wire
 
 NAMES = st.text(min_size=1, max_size=30)

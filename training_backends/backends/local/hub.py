@@ -13,7 +13,7 @@ from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.handover import ON_STDIN

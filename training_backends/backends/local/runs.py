@@ -10,7 +10,7 @@ from training_backends.backends.local.spec import config_of, settled_model
 from training_backends.backends.local.state import read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
-from training_backends.core.logs import get_logger
+from training_backends.core.logging import get_logger
 from training_backends.core.run import RUN_ID_PATTERN, Place
 from training_backends.rundir.directory import RunDir
 

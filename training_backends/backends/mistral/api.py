@@ -12,7 +12,7 @@ import msgspec
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from training_backends.core.errors import ProtocolError, RunNotFound
-from training_backends.core.logs import get_logger, redact
+from training_backends.core.logging import get_logger, redact
 from training_backends.http.client import HttpClient
 from training_backends.http.upload import FileUpload, HashedFile, Progress
 from training_backends.protocols.mistral import wire

@@ -40,8 +40,8 @@ from training_backends.core.backend import (
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import counting
+from training_backends.core.data_rules import Dialect, Level
 from training_backends.core.dataset import Dataset
-from training_backends.core.dialect import Dialect, Level
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (

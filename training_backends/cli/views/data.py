@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from training_backends.cli.views.render import FileBars, console, issue_document
+from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.core.dialect import Dialect
 from training_backends.core.errors import Issue
 from training_backends.core.redaction import redact
 from training_backends.tokens import TokenCount

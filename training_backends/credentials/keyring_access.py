@@ -18,8 +18,8 @@ from anyio.lowlevel import current_token
 from pydantic import SecretStr
 
 from training_backends.core.errors import TrainingBackendError, UnsupportedOperation, VaultLocked
-from training_backends.credentials.filekeyring import FileKeyring
-from training_backends.credentials.secretservice import SecretService
+from training_backends.credentials.encrypted_file import FileKeyring
+from training_backends.credentials.secret_service import SecretService
 
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend

@@ -18,7 +18,7 @@ import pytest
 import structlog
 from anyio import to_thread
 
-from training_backends.core.logs import (
+from training_backends.core.logging import (
     REDACTED,
     bound,
     configure_logs,
@@ -185,7 +185,7 @@ def test_a_log_that_cannot_be_written_is_no_error_of_its_caller(
 def test_a_program_outlives_its_log(full: bool, log_format: Format) -> None:
     """A real one, whose standard error goes to a full disk or a pipe without a reader."""
     program = (
-        "import logging; from training_backends.core.logs import *; "
+        "import logging; from training_backends.core.logging import *; "
         f"configure_logs(log_format={log_format!r}); "
         "[(get_logger().error('x' * 5000), logging.error('y' * 5000)) for _ in range(9)]; "
         "print('done')"
@@ -337,7 +337,7 @@ def test_a_program_that_configured_nothing_gets_no_output() -> None:
     """Standard output and standard error belong to it."""
     program = """
 import training_backends
-from training_backends.core.logs import bound, get_logger
+from training_backends.core.logging import bound, get_logger
 log = get_logger(backend="x")
 with bound(run_id="r"):
     for say in (log.debug, log.info, log.warning, log.error, log.exception):
