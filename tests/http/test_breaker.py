@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.http.conftest import Clock
-from training_backends.http.breaker import Breaker, Refusal
+from training_backends.http.limits import Breaker, Refusal
 
 LONGEST = 30.0
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import SystemRandom
 from typing import Any, Final
@@ -12,12 +12,60 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logging import get_logger
-from training_backends.http.breaker import Breaker, Refusal
-from training_backends.http.limits import Limiter
+from training_backends.http.limits import Breaker, Limiter, Refusal
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.retry import Backoff, read_retry_after
+from training_backends.http.upload import CHUNK_BYTES
 
-__all__ = ["Call"]
+__all__ = ["Call", "Pace", "pacing"]
+
+
+class Pace:
+    """Gives every `CHUNK_BYTES` of a transfer, and what is left at its end, the same time."""
+
+    def __init__(self, scope: anyio.CancelScope, seconds: float) -> None:
+        self._scope = scope
+        self._seconds = seconds
+        self._allow("nothing came of it", seconds)
+
+    def _allow(self, failing: str, seconds: float) -> None:
+        self.failing = f"{failing} within {seconds:g} s"
+        self._scope.deadline = anyio.current_time() + seconds
+
+    async def over(
+        self, pieces: AsyncIterator[bytes], *, then: float
+    ) -> AsyncGenerator[bytes, None]:
+        """Pass pieces on; one is moved when the next is asked for.
+
+        Args:
+            then: Seconds for all that comes after the last one.
+        """
+        failing = f"fewer than {CHUNK_BYTES} bytes moved"
+        self._allow(failing, self._seconds)
+        moved = 0
+        async for piece in pieces:
+            yield piece
+            moved += len(piece)
+            if moved >= CHUNK_BYTES:
+                moved = 0
+                self._allow(failing, self._seconds)
+        self._allow("no whole answer came to what was sent", then)
+
+
+@contextmanager
+def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
+    """End what is done inside when it takes longer than its pace allows.
+
+    Args:
+        seconds: For `CHUNK_BYTES`, and for all that comes before the first of them.
+        late: Makes the error, from what did not come in time.
+    """
+    with anyio.CancelScope() as scope:
+        pace = Pace(scope, seconds)
+        yield pace
+    if scope.cancelled_caught:
+        raise late(pace.failing)
+
 
 _LONG_WAIT: Final = 5.0
 """From here on somebody would wonder at the silence."""

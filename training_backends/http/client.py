@@ -23,11 +23,10 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logging import REDACTED, get_logger, redact, register_secret
 from training_backends.core.tracing import span
-from training_backends.http.accounts import Account, account_of
-from training_backends.http.call import Call
+from training_backends.http.call import Call, pacing
 from training_backends.http.download import save_stream
 from training_backends.http.errors import error_from_transport
-from training_backends.http.pacing import pacing
+from training_backends.http.limits import Account, account_of
 from training_backends.http.policy import HttpPolicy, make_pool, timeouts
 from training_backends.http.retry import read_date_ahead
 from training_backends.http.upload import FileUpload, Progress

@@ -1,13 +1,147 @@
 """When the next call of an account may go: pauses asked for, calls left in this minute."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from random import SystemRandom
 from threading import Lock
 from typing import Final
 
+from pydantic import SecretStr
+
 from training_backends.http.retry import read_retry_after
 
-__all__ = ["Limiter"]
+__all__ = ["Account", "Breaker", "Limiter", "Refusal", "account_of"]
+
+_FAILURES: Final = 5
+"""Calls in a row, each with all its attempts."""
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 30.0
+_uniform = SystemRandom().uniform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a call is not made.
+
+    Attributes:
+        failures: Calls in a row that failed.
+        since: When the first of them did.
+        seconds: Until the server is asked again.
+        last: What became of the last one.
+    """
+
+    failures: int
+    since: datetime
+    seconds: float
+    last: str
+
+
+class Breaker:
+    """Counts the failed calls to one server; may be used from any thread and event loop.
+
+    After several in a row, new calls are refused for a time that is drawn at random and grows
+    up to a bound. Then one call is let through: if it is answered, all are.
+
+    Args:
+        patience: Seconds after which another call is let through though the one before has
+            not come back; it may be an upload.
+    """
+
+    def __init__(
+        self,
+        *,
+        patience: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[float, float], float] = _uniform,
+    ) -> None:
+        self._patience = patience
+        self._clock = clock
+        self._jitter = jitter
+        self._lock = Lock()
+        self._failures = 0
+        self._since = datetime.now(UTC)
+        self._last = ""
+        self._pauses = 0
+        self._ask_at: float | None = None
+
+    def enter(self) -> bool | Refusal:
+        """Let a call through, or say why not.
+
+        Returns:
+            Whether the call is the one that tries the server; to be given to `leave`.
+        """
+        with self._lock:
+            if self._ask_at is None:
+                return False
+            now = self._clock()
+            if now >= self._ask_at:
+                self._ask_at = now + self._patience
+                return True
+            return Refusal(
+                failures=self._failures,
+                since=self._since,
+                seconds=self._ask_at - now,
+                last=self._last,
+            )
+
+    def leave(self, *, trying: bool, answered: bool | None, what: str = "") -> None:
+        """Take in how a call ended.
+
+        Args:
+            trying: What `enter` returned.
+            answered: None if the call says nothing of the server, for it was cancelled or
+                ended on this side.
+            what: What became of one that was not answered.
+        """
+        with self._lock:
+            if answered:
+                self._failures = self._pauses = 0
+                self._ask_at = None
+            elif answered is False:
+                self._count(trying=trying, what=what)
+            elif trying:
+                self._ask_at = self._clock()
+
+    def _count(self, *, trying: bool, what: str) -> None:
+        if self._failures == 0:
+            self._since = datetime.now(UTC)
+        self._failures += 1
+        self._last = what
+        if trying or (self._ask_at is None and self._failures >= _FAILURES):
+            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._pauses)
+            self._pauses = min(self._pauses + 1, 16)
+            self._ask_at = self._clock() + self._jitter(longest / 2, longest)
+
+
+class Account:
+    """Limits and failures of one account."""
+
+    def __init__(self) -> None:
+        self.limiter = Limiter()
+        self.breaker = Breaker()
+
+
+def account_of(base_url: str, key: SecretStr | None) -> Account:
+    """Return the account that this process has for a key at a server; one for all callers."""
+    digest = "" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()
+    with _making:
+        return _account(base_url, digest)
+
+
+# State of the module, for a limit is the server's and not a client's: two clients with one key
+# share it, also when one comes after the other. A client keeps its own, however many there are.
+_making = Lock()
+
+
+@lru_cache(maxsize=64)
+def _account(base_url: str, digest: str) -> Account:
+    del base_url, digest
+    return Account()
+
 
 _MINUTE: Final = 60.0
 _LITTLE: Final = 0.2
