@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.store import RunStore
+from training_backends.store.database import create_file, sqlite_file
 from training_backends.store.schema import as_text
-from training_backends.store.sqlite import create_file, sqlite_file
 
 MakeRun = Callable[..., TrainingRun]
 WriteVersion1 = Callable[..., None]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training_backends.store.sqlite import sqlite_engine
+from training_backends.store.database import sqlite_engine
 
 
 def test_who_opens_a_database_waits_for_who_changes_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from anyio import to_thread
 from sqlalchemy.exc import DatabaseError
 
 from training_backends.core.errors import StoreError
-from training_backends.store.sqlite import create_file, sqlite_engine
+from training_backends.store.database import create_file, sqlite_engine
 
 __all__ = [
     "DEFAULT_PROJECT",

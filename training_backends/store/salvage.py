@@ -25,9 +25,9 @@ from pydantic import ValidationError
 from training_backends.core.errors import StoreError
 from training_backends.core.files import sync_directory
 from training_backends.core.run import TrainingRun
+from training_backends.store.database import sqlite_file
 from training_backends.store.journal import SavedStep
 from training_backends.store.schema import REVISION
-from training_backends.store.sqlite import sqlite_file
 
 __all__ = ["Salvage", "check", "salvage", "set_aside"]
 

@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from training_backends.store.types import BigInteger, short_text
-
 __all__ = [
     "REVISION",
+    "BigInteger",
     "as_text",
     "deliveries",
     "documents",
@@ -21,8 +20,23 @@ __all__ = [
     "records",
     "revision",
     "runs",
+    "short_text",
     "uploads",
 ]
+
+# In SQLite only INTEGER numbers rows by itself, and it is as wide.
+BigInteger = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+"""An integer of 64 bits."""
+
+
+def short_text(length: int) -> sa.String:
+    """Return the type of a short text, which is in order of its code points.
+
+    Args:
+        length: As expected. SQLite holds nobody to it, so PostgreSQL is not told of it.
+    """
+    return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
+
 
 REVISION = "0003"
 """The newest one in `migrations/versions`."""

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from training_backends.store.types import BigInteger, short_text
+from training_backends.store.schema import BigInteger, short_text
 
 revision = "0002"
 down_revision = "0001"
