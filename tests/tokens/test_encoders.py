@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training_backends.datasets.rows import ChatRow, Control, Message, byte_encode, parse_row
-from training_backends.tokens import templates
+from training_backends.tokens import counters
 from training_backends.tokens.encoders import (
     ByteEncoder,
     Encoder,
@@ -274,7 +274,7 @@ def test_a_template_that_never_ends_is_an_error_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends the run, not the row: each row would take as long."""
-    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(counters, "RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
     encoder = TemplateEncoder("other", make_chatml(tmp_path, endless))
     with pytest.raises(EngineError, match="never ends"):

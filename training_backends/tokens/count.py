@@ -15,12 +15,16 @@ from training_backends.datasets.worker_pool import cpu_count, run_parallel
 from training_backends.datasets.write import Meter
 from training_backends.tokens.cache import CountCache
 from training_backends.tokens.count_part import Check, Job, Part, compare, draw
+from training_backends.tokens.counters import NOTE as OPENAI_NOTE
 from training_backends.tokens.counters import count_row, counter_of, is_fast
-from training_backends.tokens.counts import TokenCount
-from training_backends.tokens.errors import BadRow, Uncountable
-from training_backends.tokens.lengths import Lengths
-from training_backends.tokens.openai import NOTE as OPENAI_NOTE
-from training_backends.tokens.rows import UNKNOWN_LAYOUT, AnyRow
+from training_backends.tokens.counts import (
+    UNKNOWN_LAYOUT,
+    AnyRow,
+    BadRow,
+    Lengths,
+    TokenCount,
+    Uncountable,
+)
 from training_backends.tokens.tokenizers import Tokenizer, find_tokenizer, tokenizer_of
 
 __all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]

@@ -16,9 +16,7 @@ from training_backends.tokens.counters import (
     counter_of,
     has_reference,
 )
-from training_backends.tokens.errors import BadRow, Uncountable
-from training_backends.tokens.lengths import Lengths
-from training_backends.tokens.rows import read_row, texts_of
+from training_backends.tokens.counts import BadRow, Lengths, Uncountable, read_row, texts_of
 from training_backends.tokens.tokenizers import Tokenizer
 
 __all__ = ["Check", "Job", "Part", "Sample", "compare", "count_part", "draw", "run"]

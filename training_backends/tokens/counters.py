@@ -1,24 +1,485 @@
 """Count the tokens of one row, by the rules of its model's tokenizer."""
 
+import ctypes
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
 
-from training_backends.datasets.rows import ChatRow, byte_token_count
-from training_backends.tokens.errors import Uncountable
+import msgspec
+
+from training_backends.datasets.rows import ChatRow, Message, TextRow, byte_token_count
+from training_backends.tokens.counts import AnyRow, Row, Uncountable, parts_of
 from training_backends.tokens.images import (
     image_count,
     refuse_distant_images,
     refuse_images,
 )
 from training_backends.tokens.mistral_layout import VERSIONS, Layout
-from training_backends.tokens.openai import OpenAICounter, encoding_count
-from training_backends.tokens.reference import load_reference
-from training_backends.tokens.rows import AnyRow, Row, parts_of
-from training_backends.tokens.templates import TemplateCounter
-from training_backends.tokens.text_counters import sentencepiece_count, tekken_count
+from training_backends.tokens.text_counters import (
+    TextCount,
+    missing,
+    sentencepiece_count,
+    tekken_count,
+)
 from training_backends.tokens.tokenizers import Tokenizer
 
-__all__ = ["Counter", "count_row", "counter_of", "has_reference", "is_fast"]
+__all__ = [
+    "NOTE",
+    "RENDER_SECONDS",
+    "Counter",
+    "EndlessTemplate",
+    "OpenAICounter",
+    "Reference",
+    "TemplateCheck",
+    "TemplateCounter",
+    "count_row",
+    "counter_of",
+    "encoding_count",
+    "has_reference",
+    "has_template",
+    "is_fast",
+    "load_reference",
+    "rendered",
+]
+
+
+class Reference:
+    """Counts rows with mistral-common, in its mode for fine-tuning."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a tokenizer file, which costs about a second.
+
+        Raises:
+            Uncountable: A package is not installed, or the file is of no version it knows.
+        """
+        try:
+            from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
+            from mistral_common.protocol.instruct.request import (  # noqa: PLC0415
+                ChatCompletionRequest,
+            )
+            from mistral_common.protocol.instruct.validator import (  # noqa: PLC0415
+                ValidationMode,
+            )
+            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: PLC0415
+
+            self._tokenizer = MistralTokenizer.from_file(str(path), ValidationMode.finetuning)
+        except ImportError as error:
+            raise missing("mistral-common with sentencepiece") from error
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            raise Uncountable(f"mistral-common cannot read {path.name}: {first}") from error
+        self._request = ChatCompletionRequest
+        instruct = self._tokenizer.instruct_tokenizer
+        if instruct.image_encoder is not None:
+            instruct.image_encoder = _Sizes(instruct.image_encoder)
+        # It also asserts, and raises what Python raises for bad values and deep nesting.
+        self._refusals = (MistralCommonException, ValueError, AssertionError, RecursionError)
+
+    def text(self, text: str) -> int:
+        """Count one text on its own."""
+        return len(self._encode(text, around=False))
+
+    def row(self, row: ChatRow | TextRow) -> int:
+        """Count a conversation or a text.
+
+        Raises:
+            Uncountable: It refuses the row.
+        """
+        refuse_distant_images(row)
+        if isinstance(row, TextRow):
+            return len(self._encode(row.text, around=True))
+        try:
+            request = self._request.model_validate(_request(row))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return len(self._tokenizer.encode_chat_completion(request).tokens)
+        except self._refusals as error:
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise Uncountable(f"mistral-common refuses the row: {why}") from error
+
+    def _encode(self, text: str, *, around: bool) -> Sequence[int]:
+        tokens: Sequence[int]
+        tokens = self._tokenizer.instruct_tokenizer.tokenizer.encode(text, bos=around, eos=around)
+        return tokens
+
+
+class _Sizes:
+    """Mistral-common's tokens of an image, without the pixels, which take opencv to make."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+
+    def __call__(self, part: Any) -> Any:
+        import numpy  # noqa: PLC0415, ICN001  # comes with it
+        from mistral_common.tokens.tokenizers.image import (  # noqa: PLC0415
+            ImageEncoding,
+            image_from_chunk,
+        )
+
+        size = self._encoder._image_to_num_tokens  # noqa: SLF001  # there is no public way
+        columns, rows = size(image_from_chunk(part))
+        tokens = [self._encoder.special_ids.img] * (columns + 1) * rows
+        return ImageEncoding(tokens, numpy.zeros((3, 1, 1)))
+
+
+@lru_cache(maxsize=2)
+def load_reference(path: Path) -> Reference:
+    """Return mistral-common's tokenizer of a file; it is kept, because loading is slow."""
+    return Reference(path)
+
+
+def _request(row: ChatRow) -> dict[str, Any]:
+    request: dict[str, Any] = {"messages": [_message(message) for message in row.messages]}
+    if row.tools:
+        request["tools"] = [
+            {
+                "type": tool.type,
+                "function": {
+                    "name": tool.function.name,
+                    "description": tool.function.description or "",
+                    "parameters": tool.function.parameters or {},
+                },
+            }
+            for tool in row.tools
+        ]
+    return request
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Write a message as mistral-common takes it: without weight, which it refuses."""
+    role = "system" if message.role == "developer" else message.role
+    content: Any = message.content
+    if isinstance(content, list):
+        # Keys that a part does not have must not be there as nulls.
+        content = [
+            {key: value for key, value in msgspec.to_builtins(part).items() if value is not None}
+            for part in content
+        ]
+    written: dict[str, Any] = {"role": role, "content": content}
+    if message.tool_calls:
+        written["tool_calls"] = [
+            {
+                "type": call.type,
+                "function": msgspec.to_builtins(call.function),
+                **({"id": call.id} if call.id is not None else {}),
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        written["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            written["name"] = message.name
+    return written
+
+
+T = TypeVar("T")
+
+_TEMPLATE_FILES: Final = ("chat_template.jinja", "additional_chat_templates")
+
+RENDER_SECONDS: Final = 5.0
+"""Longest time that a chat template may take for one row; common ones take a millisecond."""
+
+
+class EndlessTemplate(Uncountable):
+    """A chat template takes longer than it may."""
+
+
+class _Interrupt(BaseException):
+    """Raised from outside in a thread that renders; no `except Exception` on the way takes it."""
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Return what a chat template gives; end it after `RENDER_SECONDS`.
+
+    A template comes with a model. Jinja's sandbox bounds each loop, but loops within loops
+    multiply, and run for years. They run as Python code, which another thread can interrupt.
+
+    Args:
+        render: Renders; called in this thread.
+
+    Raises:
+        EndlessTemplate: It took longer.
+    """
+    thread, guard = threading.get_ident(), threading.Lock()
+    is_done = is_late = False
+
+    def interrupt() -> None:
+        nonlocal is_late
+        with guard:
+            if not is_done:
+                is_late = True
+                _raise_in(thread, _Interrupt)
+
+    timer = threading.Timer(RENDER_SECONDS, interrupt)
+    timer.daemon = True
+    try:
+        timer.start()
+        try:
+            return render()
+        finally:
+            with guard:
+                is_done = True
+            timer.cancel()
+            if is_late:
+                _raise_in(thread, None)  # none may arrive later, in other code
+                raise _Interrupt  # in place of whatever it returned
+    except _Interrupt:
+        raise EndlessTemplate(
+            f"the chat template takes longer than {RENDER_SECONDS:g} s for a row, or never ends"
+        ) from None
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in a thread at its next step; None takes back one not yet raised."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+class TemplateCounter:
+    """Counts as the engine reads rows: text never becomes a control token."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load the tokenizer in the directory of a model.
+
+        Raises:
+            Uncountable: That does not work here.
+        """
+        try:
+            from transformers import AutoTokenizer  # noqa: PLC0415  # loads for seconds
+        except ImportError as error:
+            reason = "counting needs transformers: pip install 'training-backends[local]'"
+            raise Uncountable(reason) from error
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # files of strangers: anything can be wrong with them
+            first = str(error).partition("\n")[0]
+            raise Uncountable(f"the tokenizer cannot be loaded: {first}") from error
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        self._special = sorted(special | {*self._tokenizer.all_special_tokens})
+
+    def text(self, text: str) -> int:
+        """Count one text on its own."""
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return len(encoded.input_ids)
+
+    def row(self, row: ChatRow | TextRow) -> int:
+        """Count one row.
+
+        Raises:
+            Uncountable: The template refuses it, or there is none.
+        """
+        refuse_images(row)
+        if isinstance(row, TextRow):
+            return self.text(row.text) + 1 + (self._tokenizer.bos_token_id is not None)
+        if self._tokenizer.chat_template is None:
+            raise Uncountable("the tokenizer has no chat template")
+        content = msgspec.json.encode(row).decode()
+        for special in self._special:
+            if msgspec.json.encode(special).decode()[1:-1] in content:
+                raise Uncountable(f"the text holds {special}, which is a control token here")
+        try:
+            ids = rendered(
+                lambda: self._tokenizer.apply_chat_template(
+                    _messages(row),
+                    tools=msgspec.to_builtins(row.tools) if row.tools else None,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            )
+        except EndlessTemplate:
+            raise
+        except Exception as error:  # templates raise what they like
+            first = str(error).partition("\n")[0]
+            raise Uncountable(f"the chat template refuses the row: {first}") from error
+        return len(ids)
+
+
+def has_template(directory: Path) -> bool:
+    """Tell whether a tokenizer has a chat template, by its files alone."""
+    if any((directory / name).exists() for name in _TEMPLATE_FILES):
+        return True
+    return bool(_settings(directory).get("chat_template"))
+
+
+class TemplateCheck:
+    """Tells without transformers, which loads for seconds, which rows are beyond doubt.
+
+    A row that plain Jinja renders, and that holds no control token, is one that the tokenizer
+    takes. Of the others only the tokenizer knows.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read the template and the names of the control tokens."""
+        self._template: Any = None
+        settings = _settings(directory)
+        names = {key: _text(value) for key, value in settings.items() if key.endswith("_token")}
+        self._names = {key: value for key, value in names.items() if value}
+        self._special = {*self._names.values()}
+        added = settings.get("added_tokens_decoder")
+        try:
+            tokens = msgspec.json.decode((directory / "tokenizer.json").read_bytes(), type=_Added)
+            listed = [*tokens.added_tokens, *(added.values() if isinstance(added, dict) else ())]
+            self._special |= {token["content"] for token in listed if token.get("special")}
+            self._template = _compiled(_template_text(directory, settings))
+        except Exception:  # files of strangers: anything can be wrong with them
+            self._template = None
+
+    def accepts(self, row: AnyRow) -> bool:
+        """Tell whether the tokenizer certainly takes a row."""
+        try:
+            return all(map(self._renders, parts_of(row)))
+        except Uncountable:
+            return False
+
+    def rewrites(self, row: ChatRow) -> bool:
+        """Tell whether the answers of an accepted row certainly cannot be told from the rest.
+
+        That needs what is before an answer, and what ends with it, to begin the conversation.
+        """
+        count = len(row.messages)
+        try:
+            whole = self._text(row, count, waiting=False)
+            return not all(
+                whole.startswith(self._text(row, end, waiting=end == index))
+                for index in range(count)
+                if row.messages[index].is_trained
+                for end in (index, index + 1)
+            )
+        except Exception:  # a part of it is rejected, at least by plain Jinja
+            return False
+
+    def _text(self, row: ChatRow, count: int, *, waiting: bool) -> str:
+        tools = msgspec.to_builtins(row.tools) if row.tools else None
+        values = {**self._names, "messages": _messages(row)[:count], "tools": tools}
+        text = rendered(lambda: self._template.render(**values, add_generation_prompt=waiting))
+        return str(text)
+
+    def _renders(self, row: ChatRow | TextRow) -> bool:
+        if isinstance(row, TextRow):
+            return True
+        if self._template is None or any(message.has_other_parts for message in row.messages):
+            return False
+        content = msgspec.json.encode(row).decode()
+        if any(msgspec.json.encode(each).decode()[1:-1] in content for each in self._special):
+            return False
+        try:
+            self._text(row, len(row.messages), waiting=False)
+        except Exception:  # templates raise what they like
+            return False
+        return True
+
+
+class _Added(msgspec.Struct):
+    """The part of tokenizer.json that names tokens."""
+
+    added_tokens: list[dict[str, Any]] = []
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode((directory / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str:
+    """Return a token's text, which may be written as an object."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else ""
+
+
+def _template_text(directory: Path, settings: dict[str, Any]) -> str:
+    file = directory / "chat_template.jinja"
+    found = file.read_text(encoding="utf-8") if file.is_file() else settings["chat_template"]
+    if not isinstance(found, str):
+        raise TypeError("several templates")
+    return found
+
+
+def _compiled(text: str) -> Any:
+    from jinja2.ext import loopcontrols  # noqa: PLC0415  # comes with transformers
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **_: msgspec.json.encode(value).decode()
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
+    return environment.from_string(text)
+
+
+def _messages(row: ChatRow) -> list[dict[str, Any]]:
+    messages = []
+    for message in row.messages:
+        role = "system" if message.role == "developer" else message.role
+        plain: dict[str, Any] = {"role": role, "content": message.text}
+        if message.tool_calls:
+            plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+        if message.tool_call_id is not None:
+            plain["tool_call_id"] = message.tool_call_id
+        messages.append(plain)
+    return messages
+
+
+NOTE: Final = "Counted by the rule of OpenAI's cookbook; what is billed may differ."
+
+_PER_MESSAGE: Final = 3
+_PER_NAME: Final = 1
+_AT_THE_END: Final = 3
+
+
+def encoding_count(name: str) -> TextCount:
+    """Load an encoding that tiktoken has fetched before.
+
+    Raises:
+        Uncountable: It cannot be loaded.
+    """
+    try:
+        from tiktoken import get_encoding  # noqa: PLC0415
+
+        encode = get_encoding(name).encode_ordinary
+    except Exception as error:  # what its HTTP library raises, where the stored file is damaged
+        first = str(error).partition("\n")[0]
+        raise Uncountable(f"tiktoken cannot load the encoding {name}: {first}") from error
+    return lambda text: len(encode(text))
+
+
+class OpenAICounter:
+    """Counts by the words of an encoding and the rule above."""
+
+    def __init__(self, count: TextCount) -> None:
+        self.text = count
+
+    def row(self, row: ChatRow | TextRow) -> int:
+        """Count one row.
+
+        Raises:
+            Uncountable: It holds what is not documented.
+        """
+        refuse_images(row)
+        if isinstance(row, TextRow):
+            return self.text(row.text)
+        if row.tools or any(message.tool_calls for message in row.messages):
+            raise Uncountable("how tools count is not documented by OpenAI")
+        total = _AT_THE_END
+        for message in row.messages:
+            if message.role == "tool":
+                raise Uncountable("how tools count is not documented by OpenAI")
+            total += _PER_MESSAGE + self.text(message.role) + self.text(message.text)
+            if message.name is not None:
+                total += _PER_NAME + self.text(message.name)
+        return total
+
 
 _MISTRAL: Final = frozenset({"tekken", "sentencepiece"})
 

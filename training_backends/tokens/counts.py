@@ -4,9 +4,155 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from training_backends.tokens.lengths import bucket_of
+import msgspec
 
-__all__ = ["TokenCount"]
+from training_backends.datasets.rows import (
+    ChatRow,
+    ClassifierRow,
+    PreferenceRow,
+    TextRow,
+    parse_any_row,
+)
+
+__all__ = [
+    "UNKNOWN_LAYOUT",
+    "AnyRow",
+    "BadRow",
+    "Lengths",
+    "Row",
+    "TokenCount",
+    "Uncountable",
+    "bucket_of",
+    "has_images",
+    "parts_of",
+    "read_row",
+    "texts_of",
+]
+
+Row = ChatRow | TextRow
+AnyRow = ChatRow | TextRow | ClassifierRow | PreferenceRow
+
+UNKNOWN_LAYOUT = "how the service lays out the rows of a classifier is not known"
+
+
+def read_row(line: bytes) -> AnyRow:
+    """Decode a line.
+
+    Raises:
+        Uncountable: It holds no row.
+    """
+    try:
+        return parse_any_row(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Uncountable("the row cannot be read") from None
+
+
+def parts_of(row: AnyRow) -> tuple[Row, ...]:
+    """Return what a row is read as: itself, or for a preference the pair of conversations.
+
+    Raises:
+        Uncountable: It is a classifier's.
+    """
+    if isinstance(row, ClassifierRow):
+        raise Uncountable(UNKNOWN_LAYOUT)
+    if isinstance(row, PreferenceRow):
+        answers = (row.chosen, row.rejected)
+        return tuple(ChatRow([*row.prompt, *answer], row.tools) for answer in answers)
+    return (row,)
+
+
+def texts_of(row: AnyRow) -> list[str]:
+    """Return the texts in a row, of whatever format it is.
+
+    Raises:
+        Uncountable: It holds images.
+    """
+    texts: list[str] = []
+    for part in (row.content,) if isinstance(row, ClassifierRow) else parts_of(row):
+        if isinstance(part, TextRow):
+            texts.append(part.text)
+        elif has_images(part):
+            raise Uncountable("images cannot be counted here")
+        else:
+            texts += [message.text for message in part.messages]
+    return texts
+
+
+def has_images(row: Row) -> bool:
+    """Tell whether a row holds anything but text."""
+    if isinstance(row, TextRow):
+        return False
+    return any(type(m.content) is list and m.has_other_parts for m in row.messages)
+
+
+_SMALLEST = 16
+
+
+def bucket_of(length: int) -> int:
+    """Return the upper bound of the bucket that a length falls in, the bound included.
+
+    There are four buckets between a power of two and the next, and every power is a bound, so
+    that how many rows are longer than a usual context length is exact.
+    """
+    if length <= _SMALLEST:
+        return _SMALLEST
+    width = 1 << ((length - 1).bit_length() - 3)
+    return -(-length // width) * width
+
+
+class Lengths(msgspec.Struct, kw_only=True):
+    """What is known of the rows of some data.
+
+    Attributes:
+        tokens: In all rows.
+        rows: How many; of a sample, how many there are by its weights.
+        longest: Length of the longest row; a pair of answers is as long as the longer one.
+        buckets: Rows by the upper bound of their bucket.
+        over: Rows longer than the length that was asked for.
+    """
+
+    tokens: int = 0
+    rows: float = 0
+    shortest: int | None = None
+    longest: int = 0
+    buckets: dict[int, float] = msgspec.field(default_factory=dict)
+    over: float = 0
+
+    def add(self, sequences: tuple[int, ...], seq_len: int | None, weight: float = 1) -> None:
+        """Add one row, given as the lengths of the token sequences that it is read as."""
+        length = max(sequences)
+        self.tokens += sum(sequences)
+        self.rows += weight
+        if self.shortest is None or length < self.shortest:
+            self.shortest = length
+        self.longest = max(self.longest, length)
+        bucket = bucket_of(length)
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + weight
+        if seq_len is not None and length > seq_len:
+            self.over += weight
+
+    def merge(self, other: "Lengths") -> None:
+        """Add the rows of `other`."""
+        self.tokens += other.tokens
+        self.rows += other.rows
+        shortest = [each for each in (self.shortest, other.shortest) if each is not None]
+        self.shortest = min(shortest, default=None)
+        self.longest = max(self.longest, other.longest)
+        self.over += other.over
+        for bucket, rows in other.buckets.items():
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + rows
+
+    def histogram(self) -> Mapping[int, int]:
+        """Return whole rows by the upper bound of their bucket, in order."""
+        return {bucket: round(self.buckets[bucket]) for bucket in sorted(self.buckets)}
+
+
+class Uncountable(ValueError):
+    """A row or a model has no exact count; the text says why."""
+
+
+class BadRow(Uncountable):
+    """The data have a row without an exact count; the text says where and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from training_backends.datasets.rows import (
     TextRow,
     byte_encode,
 )
-from training_backends.tokens.templates import EndlessTemplate, rendered
+from training_backends.tokens.counters import EndlessTemplate, rendered
 from training_backends.trainer.errors import EngineError, first_line
 
 __all__ = [

@@ -11,8 +11,7 @@ from io import BytesIO
 import msgspec
 
 from training_backends.datasets.rows import ChatRow, ContentPart, ImageURL, TextRow
-from training_backends.tokens.errors import Uncountable
-from training_backends.tokens.rows import has_images
+from training_backends.tokens.counts import Uncountable, has_images
 
 __all__ = ["ImageConfig", "ImageCount", "image_count", "refuse_distant_images", "refuse_images"]
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.counts import Uncountable
 from training_backends.tokens.images import ImageConfig
 
 __all__ = ["TextCount", "sentencepiece_count", "shipped", "tekken_count", "tekken_facts"]

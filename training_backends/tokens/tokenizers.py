@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.tokens.errors import Uncountable
+from training_backends.tokens.counts import Uncountable
 from training_backends.tokens.images import ImageConfig
 from training_backends.tokens.text_counters import shipped, tekken_facts
 

@@ -28,9 +28,8 @@ from training_backends.datasets.open_file import STDIN, opened
 from training_backends.datasets.rows import ChatRow, ClassifierRow
 from training_backends.http.urls import is_loopback
 from training_backends.tokens import row_counter
-from training_backends.tokens.errors import Uncountable
-from training_backends.tokens.rows import AnyRow, read_row
-from training_backends.tokens.templates import TemplateCheck, has_template
+from training_backends.tokens.counters import TemplateCheck, has_template
+from training_backends.tokens.counts import AnyRow, Uncountable, read_row
 from training_backends.tokens.tokenizers import find_tokenizer, hub_failure, hub_snapshot
 
 __all__ = [
