@@ -17,7 +17,7 @@ from training_backends.core.data_rules import Dialect
 from training_backends.datasets.check_fast import Finding, RowRules, file_findings
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI, TOGETHER
 from training_backends.datasets.explain import RowFaults
-from training_backends.datasets.facts import Facts
+from training_backends.datasets.findings import Facts
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(

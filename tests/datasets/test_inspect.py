@@ -19,7 +19,7 @@ from training_backends import DatasetError, TrainingConfig
 from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
-from training_backends.datasets import parts, scan
+from training_backends.datasets import scan
 from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.inspect import (
     ISSUES_PER_CODE,
@@ -468,9 +468,9 @@ def test_several_processes_find_the_same(
     packed.write_bytes(gzip.compress(first.read_bytes()))
     config = make_config(data={"train": [first, packed], "validation": second})
     alone = inspect(config, processes=1)
-    monkeypatch.setattr(parts, "_FIRST", 1000)
-    monkeypatch.setattr(parts, "_LARGEST", 20_000)
-    monkeypatch.setattr(parts, "_LARGEST_BLOCK", 20_000)
+    monkeypatch.setattr(scan, "_FIRST", 1000)
+    monkeypatch.setattr(scan, "_LARGEST", 20_000)
+    monkeypatch.setattr(scan, "_LARGEST_BLOCK", 20_000)
     told: list[Issue] = []
     together = inspect(config, processes=processes, on_issue=told.append)
     assert together == alone
@@ -507,7 +507,7 @@ def test_parts_of_any_size_have_every_line_once(
         whole = inspect_file(path, max_line=max_line)
     for size in (1, 7, 64, 1000):
         for name in ("_FIRST", "_LARGEST", "_LARGEST_BLOCK"):
-            monkeypatch.setattr(parts, name, size)
+            monkeypatch.setattr(scan, name, size)
         found = inspect_file(path, max_line=max_line)
         assert found[1] == whole[1]
         assert found == whole
@@ -631,7 +631,7 @@ def test_a_line_without_an_end_is_not_read_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few megabytes can hold one of any length."""
-    monkeypatch.setattr(parts, "MAX_SKIPPED_BYTES", 1 << 20)
+    monkeypatch.setattr(scan, "MAX_SKIPPED_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": "' + b"a" * (8 << 20)))
     file, issues = inspect_file(path, max_line=1 << 16)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends.datasets.lines import (
+from training_backends.datasets.scan_part import (
     line_at_or_after,
     lines_up_to,
     skip_line,

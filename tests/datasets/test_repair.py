@@ -20,9 +20,8 @@ from training_backends.core.data_rules import Dialect
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI
 from training_backends.datasets.inspect import inspect_file
-from training_backends.datasets.lines import MAX_LINE_BYTES
-from training_backends.datasets.repair import REPAIRS, Repair, Repaired, repair
-from training_backends.datasets.seen import SeenRows
+from training_backends.datasets.repair import REPAIRS, Repair, Repaired, SeenRows, repair
+from training_backends.datasets.scan_part import MAX_LINE_BYTES
 
 dialects = st.sampled_from(list(DIALECTS.values()))
 

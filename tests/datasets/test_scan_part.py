@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from training_backends.core.errors import Issue
-from training_backends.datasets import file_report, parts, scan_part
+from training_backends.datasets import file_report, scan, scan_part
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.file_report import Collector
@@ -95,7 +95,7 @@ def ranges(path: Path, places: Iterable[int], max_line: int) -> Iterator[Part]:
 
 def blocks(path: Path, max_line: int) -> Iterator[Part]:
     """Cut a packed file as it is cut wherever it is read."""
-    for told in parts.parts_of(0, path, rules=RULES, max_line=max_line):
+    for told in scan.parts_of(0, path, rules=RULES, max_line=max_line):
         if isinstance(told.what, Part):
             yield told.what
 
@@ -159,7 +159,7 @@ def test_any_parts_of_any_file_give_the_verdict_on_the_whole(data: st.DataObject
         together = added(path, ranges(path, sorted({*whole, *cuts}), max_line), len(content))
         path.write_bytes(gzip.compress(content))
         for name in ("_FIRST", "_LARGEST_BLOCK"):
-            patch.setattr(parts, name, data.draw(st.integers(1, 100), name))
+            patch.setattr(scan, name, data.draw(st.integers(1, 100), name))
         unpacked = added(path, blocks(path, max_line), len(content))
     assert alone == in_pieces == together == unpacked
     assert (as_it_is.hashes, as_it_is.file) == (alone.hashes, alone.file)

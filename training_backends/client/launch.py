@@ -31,7 +31,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.run import Failure, RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.datasets.hashing import digested
+from training_backends.datasets.scan import digested
 from training_backends.store import Lease, RunStore
 
 __all__ = ["RunRecords", "Start"]

@@ -31,8 +31,7 @@ from training_backends.datasets.explain import (
     count_labels,
     has_duplicate_keys,
 )
-from training_backends.datasets.facts import Facts
-from training_backends.datasets.findings import Finding, brief, short
+from training_backends.datasets.findings import Facts, Finding, brief, short
 from training_backends.datasets.rows import Weight
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import msgspec
 
 from training_backends.core.data_rules import Dialect, RowFormat, SampleType
 from training_backends.datasets.explain_messages import Talk, image_count, unknown_keys
-from training_backends.datasets.facts import Facts
 from training_backends.datasets.findings import (
+    Facts,
     Finding,
     brief,
     empty,

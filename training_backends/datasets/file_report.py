@@ -9,8 +9,7 @@ from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile, SampleType, Summary
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import file_findings
-from training_backends.datasets.facts import Facts
-from training_backends.datasets.findings import Finding
+from training_backends.datasets.findings import Facts, Finding
 from training_backends.datasets.scan_part import KEPT_PER_CODE, End, Verdict
 
 __all__ = ["MOST_BLANK_LINES", "Collector", "FileRole"]

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, NoReturn
 import msgspec
 
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.lines import BOM
+from training_backends.datasets.scan_part import BOM
 
 __all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
 

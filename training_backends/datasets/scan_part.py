@@ -8,9 +8,9 @@ import io
 import pickle
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, islice
 from operator import itemgetter
 from threading import get_ident
@@ -22,16 +22,17 @@ from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.check_fast import Verdict as RowVerdict
-from training_backends.datasets.facts import Facts
-from training_backends.datasets.findings import Finding, too_long
-from training_backends.datasets.lines import line_at_or_after, lines_up_to
+from training_backends.datasets.findings import Facts, Finding, too_long
 
 if TYPE_CHECKING:
-    # A process that judges rows is up without pydantic.
     from training_backends.core.config import ClassifierTarget
 
 __all__ = [
+    "BOM",
     "KEPT_PER_CODE",
+    "MAX_LINE_BYTES",
+    "MAX_SKIPPED_BYTES",
+    "UTF16",
     "End",
     "Judged",
     "Kind",
@@ -40,8 +41,58 @@ __all__ = [
     "Verdict",
     "judge",
     "judge_told",
+    "line_at_or_after",
+    "lines_up_to",
     "packed_rules",
+    "skip_line",
 ]
+
+BOM: Final = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+
+UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
+"""How a file in UTF-16 begins."""
+
+_CHUNK_BYTES: Final = 1 << 20
+
+MAX_SKIPPED_BYTES: Final = 1 << 30
+"""Of a line that is read past; a small compressed file may hold one of any length."""
+
+MAX_LINE_BYTES: Final = 32 << 20
+"""Longest line that is kept; a longer one is read past, so that no file fills the memory."""
+
+
+def line_at_or_after(file: BinaryIO, start: int, end: int) -> int | None:
+    """Seek the first line that begins in a part of a file; return where it begins, or None.
+
+    Parts that lie side by side have each line once: in the one in which it begins.
+    """
+    if not start:
+        file.seek(0)
+        return 0
+    file.seek(start - 1)
+    begun = file.readline(end - start)
+    return start - 1 + len(begun) if begun.endswith(b"\n") else None
+
+
+def lines_up_to(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Iterate over lines with their ends; of a longer one, `limit` bytes come without an end.
+
+    The rest of such a line is then still to be read, see `skip_line`. As fast as iterating over
+    the file itself, which would hold a line of any length.
+    """
+    return iter(partial(file.readline, limit), b"")
+
+
+def skip_line(file: BinaryIO, most: int) -> int:
+    """Read past the end of the line; return how many bytes were read, just over `most` at most."""
+    done = 0
+    while done <= most and (part := file.readline(_CHUNK_BYTES)):
+        done += len(part)
+        if part.endswith(b"\n"):
+            break
+    return done
+
 
 KEPT_PER_CODE: Final = 20
 """Findings of one code that are kept, and not just counted."""

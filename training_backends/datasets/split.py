@@ -17,7 +17,7 @@ from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import too_long
-from training_backends.datasets.lines import BOM, MAX_LINE_BYTES
+from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES
 from training_backends.datasets.write import (
     Meter,
     NewFiles,

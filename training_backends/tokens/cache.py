@@ -9,7 +9,7 @@ import msgspec
 
 from training_backends.core.dataset import DataFile
 from training_backends.core.files import write_atomic
-from training_backends.datasets.hashing import digested
+from training_backends.datasets.scan import digested
 from training_backends.tokens.counts import Lengths
 from training_backends.tokens.tokenizers import Tokenizer
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from training_backends.datasets.lines import MAX_LINE_BYTES, line_at_or_after, lines_up_to
 from training_backends.datasets.open_file import opened
+from training_backends.datasets.scan_part import MAX_LINE_BYTES, line_at_or_after, lines_up_to
 from training_backends.tokens.counters import (
     Counter,
     count_row,

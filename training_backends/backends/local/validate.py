@@ -23,9 +23,9 @@ from training_backends.backends.local.spec import has_gpu
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError, Issue
-from training_backends.datasets.lines import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.datasets.open_file import STDIN, opened
 from training_backends.datasets.rows import ChatRow, ClassifierRow
+from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.http.urls import is_loopback
 from training_backends.tokens import row_counter
 from training_backends.tokens.counters import TemplateCheck, has_template
