@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training_backends.trainer import kernels
-from training_backends.trainer.kernels import use_kernels
+from training_backends.trainer import run
+from training_backends.trainer.run import use_kernels
 
 GPU = torch.device("cuda")
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         name = f"apply_liger_kernel_to_{kind}"
         setattr(stand_in, name, lambda name=name, **asked: made.append((name, asked)))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
-    monkeypatch.setattr(kernels, "find_spec", lambda _: stand_in)
+    monkeypatch.setattr(run, "find_spec", lambda _: stand_in)
     return made
 
 
@@ -75,6 +75,6 @@ def test_nothing_where_it_does_not_fit(calls: Calls, kind: str, device: str, wan
 
 def test_nothing_without_the_package(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is optional."""
-    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
     assert use_kernels(small("mistral"), GPU, "auto") == ()
     assert calls == []

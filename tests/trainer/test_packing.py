@@ -23,8 +23,8 @@ from training_backends.trainer.data import (
 )
 from training_backends.trainer.errors import EngineError
 from training_backends.trainer.objectives.tokens import TokenObjective
-from training_backends.trainer.packing import require_separate_rows
 from training_backends.trainer.process import train
+from training_backends.trainer.run import require_separate_rows
 from training_backends.trainer.tiny_model import make_tiny_model
 
 MAX = 20

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from tests.trainer.plain import answer_loss, save_tiny, train_plainly
 from training_backends.core.config import ClassifierTarget, Tuning
 from training_backends.rundir.directory import ExitCode, RunDir
-from training_backends.trainer import models, quantized
+from training_backends.trainer import models
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.errors import EngineError
 from training_backends.trainer.models import load_model
@@ -205,7 +205,7 @@ def test_a_classifier(make_run: MakeRun, base: Path, tmp_path: Path) -> None:
     )
     assert train(run.path) is ExitCode.DONE
     loaded = load_model(str(run.result), seed=0, tuning=None, device=CPU)
-    assert not quantized.is_in_four_bits(loaded.model)
+    assert not models.is_in_four_bits(loaded.model)
     for text, label in (("6 and 9", "big"), ("1 and 2", "small")):
         shares = classify(loaded.model, loaded.encoder, loaded.targets, text)
         assert max(shares["sign"], key=shares["sign"].__getitem__) == label
@@ -257,7 +257,7 @@ def test_without_the_package_it_is_said_how_to_install_it(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what goes without."""
-    monkeypatch.setattr(quantized, "find_spec", lambda _: None)
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
     with pytest.raises(
         EngineError, match=r"pip install 'training-backends\[qlora\]'; or take lora"
     ):
@@ -271,7 +271,7 @@ def test_the_package_is_loaded_in_silence_and_where_it_can_be_needed(
     """Nothing of it stands in the log of a run, and the built-in model starts without it."""
     code = (
         "import sys\n"
-        "from training_backends.trainer.imports import prepare_imports\n"
+        "from training_backends.trainer.environment import prepare_imports\n"
         f"prepare_imports({model!r})\n"
         "import training_backends.trainer.models\n"
         "print(bool(sys.modules.get('bitsandbytes')))\n"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.plain import save_tiny
 from training_backends.rundir.directory import ExitCode, RunDir, RunSpec
-from training_backends.trainer.plan import Plan
+from training_backends.trainer.loop import Plan
 from training_backends.trainer.process import train
 
 MakeRun = Callable[..., RunDir]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from training_backends.trainer.admission import Admission, when_admitted
-from training_backends.trainer.hub import take_token
+from training_backends.trainer.environment import take_token
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -60,7 +60,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "train":
         return when_admitted(given.run_dir, _load_training)
     if given.command == "follow":
-        from training_backends.trainer.following import follow  # noqa: PLC0415
+        from training_backends.trainer.workers import follow  # noqa: PLC0415
 
         return int(follow(given.run_dir, given.rank, given.size))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
@@ -69,8 +69,10 @@ def _other(given: "Namespace") -> int:
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     # Imported here: `train` must be able to queue without torch, and without what loads pydantic.
-    from training_backends.trainer.imports import prepare_imports  # noqa: PLC0415
-    from training_backends.trainer.threads import prepare_threads  # noqa: PLC0415
+    from training_backends.trainer.environment import (
+        prepare_imports,  # noqa: PLC0415
+        prepare_threads,  # noqa: PLC0415
+    )
 
     prepare_threads()
     prepare_imports(model)

@@ -7,7 +7,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped"]
+from training_backends.rundir.directory import Event, RunDir
+
+__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped", "say_status"]
+
+
+def say_status(run: RunDir, status: str, message: str, **data: object) -> None:
+    """Append a `status` event; `data` goes beside the status."""
+    run.add_event(Event(name="status", message=message, data={"status": status, **data}))
+
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 

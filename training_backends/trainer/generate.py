@@ -1,13 +1,26 @@
 """Ask a model one question, greedily, so that the answer is always the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from training_backends.tokens.encoders import Encoder
-from training_backends.trainer.evaluating import evaluating
 
-__all__ = ["answer"]
+__all__ = ["answer", "evaluating"]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout and gradients off for the block; afterwards the model is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:

@@ -17,12 +17,9 @@ from training_backends.rundir.directory import (
     RunSpec,
 )
 from training_backends.trainer.admission import Admission, when_admitted
-from training_backends.trainer.control import StopRequest
-from training_backends.trainer.environment import VISIBLE
+from training_backends.trainer.control import StopRequest, say_status
+from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
 from training_backends.trainer.errors import EngineError, Stopped, failure_of
-from training_backends.trainer.imports import prepare_imports
-from training_backends.trainer.status import say_status
-from training_backends.trainer.threads import prepare_threads
 from training_backends.trainer.workers import followed
 
 __all__ = ["train", "train_admitted"]

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -16,38 +19,133 @@ from transformers.utils import logging as transformers_logging
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
+from training_backends.tokens.encoders import Encoder
 from training_backends.trainer.checkpoint import newest_checkpoint
-from training_backends.trainer.control import StopRequest
+from training_backends.trainer.control import StopRequest, say_status
 from training_backends.trainer.data import LoadedFile, load_file
 from training_backends.trainer.distributed import ALONE, Team
+from training_backends.trainer.environment import thread_count
 from training_backends.trainer.errors import EngineError, Stopped
-from training_backends.trainer.generate import answer
-from training_backends.trainer.kernels import use_kernels
-from training_backends.trainer.loop import EngineTrainer, arguments_for, precision_for
+from training_backends.trainer.generate import answer, evaluating
+from training_backends.trainer.loop import (
+    EngineTrainer,
+    Plan,
+    Reporter,
+    Validation,
+    arguments_for,
+    precision_for,
+)
 from training_backends.trainer.memory import MicroBatch, what_would_fit
-from training_backends.trainer.methods import make_objective
 from training_backends.trainer.model_card import DataFacts, describe_data, write_card
 from training_backends.trainer.models import (
     LoadedModel,
     choose_device,
     choose_dtype,
+    count_experts,
     load_model,
     prepare_tuning,
     save_result,
 )
 from training_backends.trainer.objective import Objective
-from training_backends.trainer.objectives.classifier import classify, say_labels
-from training_backends.trainer.objectives.preference import PreferenceObjective
-from training_backends.trainer.packing import require_separate_rows
-from training_backends.trainer.plan import Plan
-from training_backends.trainer.quantized import count_experts
-from training_backends.trainer.references import References
-from training_backends.trainer.reporting import Reporter
-from training_backends.trainer.status import say_status
-from training_backends.trainer.threads import thread_count
-from training_backends.trainer.validation import Validation
+from training_backends.trainer.objectives.classifier import (
+    ClassifierObjective,
+    classify,
+    say_labels,
+)
+from training_backends.trainer.objectives.preference import PreferenceObjective, References
+from training_backends.trainer.objectives.tokens import TokenObjective
 
-__all__ = ["Work", "set_up_torch"]
+__all__ = ["Work", "make_objective", "require_separate_rows", "set_up_torch", "use_kernels"]
+
+_APPLY: Final[Mapping[str, str]] = MappingProxyType(
+    {kind: f"apply_liger_kernel_to_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")}
+)
+"""Architectures whose logits and gradients were compared. Mixtral is none of them: its experts
+cannot be adapted any more behind liger-kernel 0.8."""
+_SILU: Final = frozenset({"silu", "swish"})
+
+
+def use_kernels(model: Any, device: torch.device, wanted: str) -> tuple[str, ...]:
+    """Have a model compute with these kernels and return their names; none where they do not fit.
+
+    The last layer and the loss stay ours (`head.py`), which needs no logits of all tokens either.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = _APPLY.get(causal.config.model_type)
+    if wanted == "none" or device.type != "cuda" or not name or not find_spec("liger_kernel"):
+        return ()
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # tells of kernels for other chips
+    # Theirs knows this one activation, whatever the model has.
+    plain = causal.config.hidden_act in _SILU and not getattr(causal.config, "mlp_bias", False)
+    chosen = {"rope": True, "rms_norm": True, "swiglu": plain}
+    apply = getattr(import_module("liger_kernel.transformers"), name)
+    apply(model=causal, cross_entropy=False, fused_linear_cross_entropy=False, **chosen)
+    return tuple(kernel for kernel, used in chosen.items() if used)
+
+
+_FIRST: Final = ([1, 2, 3, 4], [5, 6, 7, 8])
+_SECOND: Final = [3, 1, 2]
+_ROUNDING: Final = 0.1
+"""Share of the difference between a row behind one text and behind another that may remain:
+experts compute in groups of tokens, so that their rounding depends on the other row."""
+
+
+def require_separate_rows(model: Any, name: str) -> None:
+    """Try on the model itself whether a row depends on the one packed before it.
+
+    transformers keeps packed rows apart in the attention of most architectures. One that
+    carries a state from token to token would learn from the wrong row, and nothing would say
+    so.
+
+    Raises:
+        EngineError: It does.
+    """
+    first, second = range(len(_FIRST[0])), range(len(_SECOND))
+    with evaluating(model):
+        packed = _difference(model, [*first, *second])
+        joined = _difference(model, [*range(len(first) + len(second))])
+    if packed > _ROUNDING * joined:
+        raise EngineError(
+            f"The architecture of {name!r} does not keep packed rows apart: each would learn from "
+            "the one before it. Leave options.packing out."
+        )
+
+
+def _difference(model: Any, positions: list[int]) -> float:
+    """Return how much the second row's logits change with the first row."""
+    one, other = (
+        model(
+            input_ids=torch.tensor([first + _SECOND], device=model.device),
+            position_ids=torch.tensor([positions], device=model.device),
+            use_cache=False,
+        ).logits[:, -len(_SECOND) :]
+        for first in _FIRST
+    )
+    return float((one - other).abs().max())
+
+
+def make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
+    """Make what a spec's method learns.
+
+    Raises:
+        EngineError: The spec lacks something, or the model's tokenizer does.
+    """
+    if spec.method == "classifier":
+        if not spec.classifier_targets:
+            raise EngineError("A classifier needs classifier_targets.")
+        return ClassifierObjective(encoder, spec.seq_len, spec.classifier_targets)
+    if spec.method == "dpo":
+        return PreferenceObjective(
+            encoder, spec.seq_len, beta=spec.dpo_beta, label_smoothing=spec.dpo_label_smoothing
+        )
+    return TokenObjective(
+        encoder,
+        spec.seq_len,
+        fim_ratio=spec.fim_ratio or 0.0,
+        seed=spec.seed,
+        flat=spec.attention == "flash_attention_2",
+    )
+
 
 _SHOWN_ROWS = 3
 _STATE: Final = "engine.json"

@@ -1,23 +1,88 @@
 """Start the processes that train beside this one, and notice at once when one has died."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock, Thread
 from typing import Final
 
 from pydantic import ValidationError
 
 from training_backends.core.run import Failure
-from training_backends.trainer.control import STOP_SIGNALS
-from training_backends.trainer.environment import VISIBLE
-from training_backends.trainer.errors import EngineError, Stopped, TeamLost
-from training_backends.trainer.hub import environment_without_token
+from training_backends.rundir.directory import Event, ExitCode, MetricsRow, RunDir
+from training_backends.trainer.control import STOP_SIGNALS, StopRequest
+from training_backends.trainer.environment import (
+    VISIBLE,
+    environment_without_token,
+    prepare_imports,
+    prepare_threads,
+)
+from training_backends.trainer.errors import EngineError, Stopped, TeamLost, failure_of
 
-__all__ = ["Followers", "followed"]
+__all__ = ["Followers", "follow", "followed"]
+
+
+def follow(path: Path, rank: int, size: int) -> ExitCode:
+    """Train as number `rank` of `size`; the leader starts this, and nobody else.
+
+    It begins once the leader writes to standard input where to meet, and ends when that is
+    closed. Why it failed it says in a line on standard output.
+    """
+    # Who asks the whole group to end asks the leader, which needs its followers to save.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    run = _Quiet(path)
+    try:
+        spec = run.read_spec()
+        prepare_threads()
+        prepare_imports(spec.model)
+        from training_backends.trainer.distributed import Team  # noqa: PLC0415
+        from training_backends.trainer.run import Work  # noqa: PLC0415
+
+        if not (port := sys.stdin.readline()):
+            return ExitCode.STOPPED
+        threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
+        # Not sooner: where nobody leads any more, it would be looked for patiently.
+        team = Team(rank, size, int(port))
+        Work(run, spec, _Deaf(run.stop), team).run()
+    except Exception as error:
+        traceback.print_exception(error)
+        failure = error.failure if isinstance(error, EngineError) else failure_of(error)
+        print(failure.model_dump_json(), flush=True)  # noqa: T201  # the leader reads it
+        return ExitCode.CRASHED
+    return ExitCode.DONE
+
+
+def _end_with_leader() -> None:
+    """End this process at once when the leader has ended: it may wait for it forever."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(ExitCode.STOPPED)
+
+
+class _Quiet(RunDir):
+    """A run of which somebody else tells; what only this process has seen goes to the log."""
+
+    def add_event(self, event: Event) -> None:
+        if event.level == "warning":
+            print(event.message, file=sys.stderr)  # noqa: T201
+
+    def add_metrics(self, row: MetricsRow) -> None:
+        pass
+
+
+class _Deaf(StopRequest):
+    """The leader hears requests to stop, and tells of them between two steps."""
+
+    @property
+    def requested(self) -> bool:
+        return False
+
 
 _PROGRAM: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "follow")
 _GRACE: Final = 10.0
@@ -42,8 +107,8 @@ class Followers:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._failure: Failure | None = None
         self._lock = Lock()
-        self._failed = Event()
-        self._over = Event()
+        self._failed = threading.Event()
+        self._over = threading.Event()
 
     def start(self, run: Path, devices: Sequence[str | None]) -> None:
         """Start one for each device; they wait for `go`."""

@@ -21,8 +21,7 @@ from training_backends.tokens.encoders import (
     TemplateEncoder,
 )
 from training_backends.trainer.errors import EngineError
-from training_backends.trainer.fim import cut_out
-from training_backends.trainer.objectives.tokens import TokenObjective
+from training_backends.trainer.objectives.tokens import TokenObjective, cut_out
 
 DATA = Path(mistral_common.__file__).parent / "data"
 CODE = "def add(a, b):\n    return a + b\n"

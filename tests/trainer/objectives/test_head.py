@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training_backends.trainer import head
-from training_backends.trainer.head import fits_one_head, sum_loss
+from training_backends.trainer.objectives import tokens
+from training_backends.trainer.objectives.tokens import fits_one_head, sum_loss
 
 pytestmark = pytest.mark.engine
 
@@ -15,7 +15,7 @@ TOKENS, WIDTH, WORDS = 50, 16, 40
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take seven tokens at a time, so that the last part is smaller."""
-    monkeypatch.setitem(head._LOGITS, "cpu", 7 * WORDS)
+    monkeypatch.setitem(tokens._LOGITS, "cpu", 7 * WORDS)
 
 
 def made(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.rows import ClassifierRow, TextRow, parse_any_row
 from training_backends.tokens.encoders import Encoder, UnusableRow
 from training_backends.trainer.errors import EngineError
-from training_backends.trainer.evaluating import evaluating
+from training_backends.trainer.generate import evaluating
 from training_backends.trainer.objective import Batch, Judged, Reading
 
 __all__ = [
