@@ -13,7 +13,7 @@ from pydantic import BaseModel, SecretStr
 
 from tests.gateway.conftest import KEY, Site, jsonl, scripted, site
 from tests.waiting import until
-from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import Journal

@@ -182,7 +182,7 @@ class _Quickstart:
         show_estimate(await client.estimate(config, backend="mistral"), self._out)
 
     async def _ask(self, model: str, when: str) -> str:
-        from training_backends.backends.local.sampling import sample_answer
+        from training_backends.backends.local.process import sample_answer
 
         answer = await sample_answer(model, QUESTION)
         self._title(f"Answer {when}", f"{QUESTION} (a question of the training data)")

@@ -12,8 +12,7 @@ import pytest
 
 from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.hub import Hub
-from training_backends.backends.local.sampling import ask_model
+from training_backends.backends.local.process import Hub, ask_model
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.errors import (
     BackendUnavailable,

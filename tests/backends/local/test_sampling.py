@@ -4,8 +4,7 @@ import anyio
 import pytest
 from pydantic import SecretStr
 
-from training_backends.backends.local.hub import Hub
-from training_backends.backends.local.sampling import ask_model
+from training_backends.backends.local.process import Hub, ask_model
 from training_backends.core.backend import CredentialSource
 from training_backends.core.run import Reply
 

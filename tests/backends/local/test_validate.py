@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.hub import Hub
+from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.errors import Issue
 from training_backends.core.run import TrainingRun

@@ -13,22 +13,18 @@ import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
-from training_backends.backends.local.checkpoint_copy import copy_checkpoint
-from training_backends.backends.local.disk import (
+from training_backends.backends.local.checkpoint_copy import (
+    copy_checkpoint,
     copy_whole,
     reason_of,
     reporting_disk,
     require_space,
 )
 from training_backends.backends.local.estimate import estimate_run
-from training_backends.backends.local.hub import Handed, Hub
-from training_backends.backends.local.options import LocalOptions
-from training_backends.backends.local.process import ENGINE, spawn
-from training_backends.backends.local.reviving import revive
+from training_backends.backends.local.process import ENGINE, Handed, Hub, ask_model, spawn
 from training_backends.backends.local.run_log import Cursor, read_records
-from training_backends.backends.local.runs import find_place, find_runs, make_place
-from training_backends.backends.local.sampling import ask_model
-from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.runs import find_place, find_runs, make_place, revive
+from training_backends.backends.local.settings import LocalOptions, LocalSettings
 from training_backends.backends.local.spec import (
     build_spec,
     defaults_taken,

@@ -1,16 +1,79 @@
 """Find the checkpoint that a run is continued from, and put it into the new run's directory."""
 
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-from training_backends.backends.local.disk import copy_whole, reporting_disk
 from training_backends.backends.local.state import read_ending
-from training_backends.core.errors import ConfigError, DuplicateRun, Issue
+from training_backends.core.errors import ConfigError, DuplicateRun, Issue, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.core.run import TrainingRun
 from training_backends.rundir.checkpoints import damage_of, find_newest, step_of
 from training_backends.rundir.directory import RunDir
 
-__all__ = ["copy_checkpoint"]
+__all__ = ["copy_checkpoint", "copy_whole", "reason_of", "reporting_disk", "require_space"]
+
+_LEAST_SPACE: Final = 32 * 2**20
+"""Bytes; with less, a training process could not even write why it failed."""
+
+
+@contextmanager
+def reporting_disk(run: TrainingRun) -> Iterator[None]:
+    """Say what the system refused, such as a file on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"The state of run {run.id} cannot be kept here: {reason_of(error)}.",
+            hint="Is the disk full? Make space, then repeat the same command.",
+            backend="local",
+            run_id=run.id,
+        ) from error
+
+
+def require_space(path: Path) -> None:
+    """Make a directory where a run is to begin, if its disk has the least that a run needs.
+
+    Raises:
+        OSError: There is too little space.
+    """
+    make_private_directory(path)
+    if shutil.disk_usage(path).free < _LEAST_SPACE:
+        raise OSError(errno.ENOSPC, f"less than {_LEAST_SPACE // 2**20} MiB of disk space is left")
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's words."""
+    # A copy of many files fails with a list of its own in place of the system's word.
+    return error.strerror or str(error)[:500]
+
+
+def copy_whole(source: Path, target: Path, *, link: bool = True) -> None:
+    """Copy a directory so that `target` appears whole or not at all.
+
+    Args:
+        link: Share the files where that works; they must never change then.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_or_copy if link else shutil.copy2)
+        if link:
+            shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:

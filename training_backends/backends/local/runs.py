@@ -2,19 +2,38 @@
 
 import re
 import socket
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
+from training_backends.backends.local.process import Handed, spawn
 from training_backends.backends.local.spec import config_of, settled_model
-from training_backends.backends.local.state import read_state
+from training_backends.backends.local.state import is_orphaned, read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.logging import get_logger
 from training_backends.core.run import RUN_ID_PATTERN, Place
-from training_backends.rundir.directory import RunDir
+from training_backends.rundir.directory import RunDir, RunSpec
 
-__all__ = ["find_place", "find_runs", "make_place"]
+__all__ = ["find_place", "find_runs", "make_place", "revive"]
+
+
+def revive(
+    run: RunDir, spec: RunSpec, slots_dir: Path, program: Sequence[str], handed: Handed
+) -> None:
+    """Start the process of a run that waits in the queue without one.
+
+    Of several who see that at once, one does it.
+    """
+    with suppress(BlockingIOError), hold_lock(run.path / ".reviving", patience=0):
+        if not is_orphaned(run):
+            return  # somebody else was quicker
+        if spec.slots_dir != slots_dir:  # all state was moved
+            run.write_spec(spec.model_copy(update={"slots_dir": slots_dir}))
+        spawn(run, program, handed)
+
 
 log = get_logger()
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.settings import LocalOptions
 from training_backends.core.config import (
     TINY_MODEL,
     Hyperparameters,

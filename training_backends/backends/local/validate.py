@@ -17,8 +17,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from anyio import to_thread
 
-from training_backends.backends.local.hub import Hub
-from training_backends.backends.local.options import LocalOptions
+from training_backends.backends.local.process import Hub
+from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.local.spec import has_gpu
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset

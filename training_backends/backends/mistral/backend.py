@@ -23,9 +23,8 @@ from training_backends.backends.mistral.job_request import config_of
 from training_backends.backends.mistral.job_state import is_ending, moment, state_of
 from training_backends.backends.mistral.launch import Launch
 from training_backends.backends.mistral.list_status import FEW, Sweep
-from training_backends.backends.mistral.options import MistralOptions
-from training_backends.backends.mistral.polling import Pace, ask_patiently
-from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.backends.mistral.retry import Pace, ask_patiently
+from training_backends.backends.mistral.settings import MistralOptions, MistralSettings
 from training_backends.backends.mistral.validate import check_config, check_secrets, check_server
 from training_backends.core.backend import (
     BackendContext,

@@ -19,8 +19,7 @@ from pydantic import BaseModel
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.job_request import matches, same_job
 from training_backends.backends.mistral.job_state import has_started, is_over
-from training_backends.backends.mistral.polling import asked_pause, may_have_happened, may_pass
-from training_backends.backends.mistral.retry import Steps
+from training_backends.backends.mistral.retry import Steps, asked_pause, may_have_happened, may_pass
 from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import AmbiguousLaunch, DuplicateRun, TrainingBackendError

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from training_backends.backends.mistral.job_state import plain
-from training_backends.backends.mistral.options import MistralOptions
+from training_backends.backends.mistral.settings import MistralOptions
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import ConfigError, Issue

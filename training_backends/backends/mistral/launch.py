@@ -15,8 +15,7 @@ from training_backends.backends.mistral.job_state import (
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.polling import Pace, ask_patiently, may_have_happened
-from training_backends.backends.mistral.retry import Steps
+from training_backends.backends.mistral.retry import Pace, Steps, ask_patiently, may_have_happened
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue

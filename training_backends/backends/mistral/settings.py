@@ -1,9 +1,9 @@
 """Where the server of the Mistral protocol is and how patient we are with it."""
 
 from datetime import timedelta
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
@@ -11,7 +11,38 @@ from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 
-__all__ = ["CLOCK_SLACK", "HOSTED_URL", "MistralSettings"]
+__all__ = ["CLOCK_SLACK", "HOSTED_URL", "GithubRepository", "MistralOptions", "MistralSettings"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GithubRepository(_Model):
+    """A repository to train on. The token is named, never written down."""
+
+    type: Literal["github"] = "github"
+    owner: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    ref: str | None = Field(default=None, description="Branch, tag or commit.")
+    weight: float = Field(default=1.0, gt=0, description="Share relative to the other data.")
+    credential: str = Field(
+        default="github",
+        description="Where the token lies in the vault: PROVIDER or PROVIDER/PROFILE.",
+    )
+
+
+class MistralOptions(_Model):
+    """`options` of a configuration for the Mistral protocol."""
+
+    invalid_sample_skip_percentage: float = Field(
+        default=0.0, ge=0, le=0.5, description="Share of broken samples that is tolerated."
+    )
+    repositories: tuple[GithubRepository, ...] = ()
+    validate_timeout: float = Field(
+        default=1800.0, gt=0, description="Seconds to wait until the server has checked the data."
+    )
+
 
 HOSTED_URL: Final = "https://api.mistral.ai"
 CLOCK_SLACK: Final = timedelta(days=1)

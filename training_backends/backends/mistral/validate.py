@@ -10,7 +10,7 @@ from training_backends.backends.mistral.job_request import (
     read_options,
     sent_fields,
 )
-from training_backends.backends.mistral.options import MistralOptions
+from training_backends.backends.mistral.settings import MistralOptions
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import (
