@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import Checkpoint, Estimate, TrainingConfig, TrainingRun
-from training_backends.client.cadence import due_at, expected_end, interval
+from training_backends.client.observe import due_at, expected_end, interval
 
 BOUNDS = (timedelta(seconds=1), timedelta(minutes=1))
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)

@@ -32,7 +32,7 @@ from training_backends import (
     ValidationReport,
     WaitTimeout,
 )
-from training_backends.client import steering
+from training_backends.client import launch
 from training_backends.client.run_record import launch_lease
 from training_backends.core.backend import Journal
 from training_backends.core.run import RunState
@@ -464,7 +464,7 @@ async def test_a_run_being_launched_elsewhere_is_not_called_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It would get its job all the same, and nobody would know."""
-    monkeypatch.setattr(steering, "LAUNCH_PATIENCE", 0.1)
+    monkeypatch.setattr(launch, "LAUNCH_PATIENCE", 0.1)
     await cut_off_launch(client, backend, make_config())
     async with other._leases.hold(launch_lease("mine")):
         with pytest.raises(UnsupportedOperation, match="being launched"):

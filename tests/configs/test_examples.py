@@ -9,8 +9,8 @@ import pytest
 
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.client.cadence import WatchSettings
 from training_backends.client.config_file import load_config
+from training_backends.client.observe import WatchSettings
 from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
 from training_backends.core.settings import SectionSettings, Settings

@@ -11,7 +11,6 @@ import anyio
 from anyio import from_thread, to_thread
 
 from training_backends.client.boundary import callers_own, guarded, make_backend
-from training_backends.client.cadence import WatchSettings
 from training_backends.client.config_file import ConfigLike, to_config
 from training_backends.client.follow import Following
 from training_backends.client.journal import (
@@ -21,9 +20,9 @@ from training_backends.client.journal import (
     OnProgress,
     OnUpdate,
 )
-from training_backends.client.launch import RunRecords
+from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, last_seen
+from training_backends.client.observe import Looks, WatchSettings, last_seen
 from training_backends.client.poller import Round
 from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
@@ -32,7 +31,6 @@ from training_backends.client.run_record import (
     require_options,
     require_same,
 )
-from training_backends.client.steering import Steering
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.core.backend import (
     BackendContext,

@@ -11,8 +11,8 @@ from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.client.boundary import make_backend
-from training_backends.client.cadence import WatchSettings
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.observe import WatchSettings
 from training_backends.core.backend import BackendContext, RemoteFilters
 from training_backends.core.errors import TrainingBackendError, UnsupportedOperation
 from training_backends.core.estimate import format_duration

@@ -8,10 +8,9 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
-from training_backends.client.cadence import due_at
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks
+from training_backends.client.observe import Looks, due_at
 from training_backends.client.poller import RoundOf
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (

@@ -10,9 +10,8 @@ import anyio
 from anyio import to_thread
 
 from training_backends.client.boundary import has_lists, is_about_server
-from training_backends.client.cadence import due_at
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks
+from training_backends.client.observe import Looks, due_at
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
