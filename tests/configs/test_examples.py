@@ -14,7 +14,7 @@ from training_backends.client.observe import WatchSettings
 from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
 from training_backends.core.settings import SectionSettings, Settings
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.datasets.dialects import LOCAL, MISTRAL
 from training_backends.datasets.inspect import inspect
 from training_backends.gateway.catalogue import Catalogue

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from training_backends import ConfigError, CredentialNotFound, VaultLocked
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,7 @@ async def test_a_new_password_shuts_out_those_who_know_the_old_one(
 WRITER = """
 import anyio, sys
 from pathlib import Path
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault
 
 async def main():

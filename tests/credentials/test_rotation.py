@@ -13,7 +13,7 @@ from training_backends import AuthenticationFailed, TrainingConfig, TrainingRun
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import RemoteFilters
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault
 from training_backends.testing.provider import ScriptedProvider
 

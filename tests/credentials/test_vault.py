@@ -26,7 +26,7 @@ from training_backends import (
     UnsupportedOperation,
     VaultLocked,
 )
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, environment_names
 
 pytestmark = pytest.mark.anyio

@@ -28,7 +28,7 @@ from training_backends.core.settings import (
     ignored_variables,
     load_settings,
 )
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, check_names
 
 __all__ = [

@@ -23,7 +23,28 @@ __all__ = [
     "signal_holder",
     "sync_directory",
     "write_atomic",
+    "write_private",
 ]
+
+_MODE: Final = 0o600
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that nobody else can read; a reader, or a crash, finds the old or the new."""
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
 
 LOCK_PATIENCE: Final = 2.0
 """Seconds to wait for a lock that a reader, or a process just killed, still holds."""

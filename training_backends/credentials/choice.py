@@ -5,22 +5,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from anyio import to_thread
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 
-from training_backends.core.settings import Settings, load_settings
-from training_backends.credentials.encrypted_file import FileKeyring
+from training_backends.core.settings import SectionSettings, Settings, load_settings
+from training_backends.credentials.encrypted_file import (
+    FileKeyring,
+    read_password_descriptor,
+    read_password_file,
+)
 from training_backends.credentials.index import CredentialIndex
 from training_backends.credentials.keyring_access import Keyring
-from training_backends.credentials.password import read_password_descriptor, read_password_file
-from training_backends.credentials.settings import CredentialSettings
 
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend
 
-__all__ = ["AskPassword", "Choice", "KeyringChoice"]
+__all__ = ["AskPassword", "Choice", "CredentialSettings", "KeyringChoice"]
+
+
+class CredentialSettings(SectionSettings):
+    """Section `credentials`; no setting holds a password, only where it is read."""
+
+    section: ClassVar[str | None] = "credentials"
+
+    keyring: Literal["system", "file"] = Field(
+        default="system", description="The system's keyring, or an encrypted file in home."
+    )
+    password_file: Path | None = Field(
+        default=None, description="Its first line opens the encrypted file; for its owner only."
+    )
+    password_fd: int | None = Field(
+        default=None, ge=3, description="An open descriptor whose first line opens the file."
+    )
+
 
 AskPassword = Callable[[bool], SecretStr | None]
 """Asks a person for the password of the encrypted file, for a new one if True."""

@@ -12,9 +12,8 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training_backends.core.errors import StoreError
-from training_backends.core.files import hold_lock, make_private_directory
+from training_backends.core.files import hold_lock, make_private_directory, write_private
 from training_backends.core.run import UtcDatetime
-from training_backends.credentials.private import write_private
 
 __all__ = ["CredentialIndex", "IndexEntry"]
 

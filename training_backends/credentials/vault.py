@@ -13,8 +13,7 @@ from pydantic import SecretStr
 from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
 from training_backends.core.redaction import register_secret
 from training_backends.core.run import utc_now
-from training_backends.credentials.choice import AskPassword, KeyringChoice
-from training_backends.credentials.settings import CredentialSettings
+from training_backends.credentials.choice import AskPassword, CredentialSettings, KeyringChoice
 
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend

@@ -34,6 +34,7 @@ from training_backends.core.files import (
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
+    "ON_STDIN",
     "TINY_POSITIONS",
     "CheckpointState",
     "Event",
@@ -45,6 +46,10 @@ __all__ = [
     "RunSpec",
     "rows_per_epoch",
 ]
+
+ON_STDIN: Final = "HF_TOKEN_ON_STDIN"
+"""Environment variable that is set if the first line of standard input is the token."""
+
 
 Row = TypeVar("Row", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.rundir.handover import ON_STDIN
+from training_backends.rundir.directory import ON_STDIN
 
 __all__ = [
     "VISIBLE",
