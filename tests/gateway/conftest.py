@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from tests.waiting import until
 from training_backends.core.capabilities import Capabilities
-from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.server import RunningGateway, running
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.uploads import BlobStore
 from training_backends.testing.backend import ScriptedBackend
 
 KEY = "a-static-key-for-tests"

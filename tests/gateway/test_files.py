@@ -18,7 +18,7 @@ from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site, trickle
 from tests.waiting import until
 from training_backends.datasets.inspect import inspect_file
 from training_backends.gateway import files
-from training_backends.gateway.blobs import BlobStore
+from training_backends.gateway.uploads import BlobStore
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,9 @@ from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
 from training_backends.gateway import app, server
+from training_backends.gateway.gateway import load_secret
 from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.signing import load_secret
 
 pytestmark = pytest.mark.anyio
 

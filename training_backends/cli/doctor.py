@@ -111,8 +111,8 @@ async def _gateway_check() -> "Check":
     from training_backends import ConfigError
     from training_backends.client.doctor import Check
     from training_backends.core.settings import Settings, load_settings
+    from training_backends.gateway.server import server_options
     from training_backends.gateway.settings import GatewaySettings
-    from training_backends.gateway.tls import server_options
     from training_backends.store.salvage import check as check_store
 
     settings = load_settings(GatewaySettings)

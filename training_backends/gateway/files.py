@@ -14,12 +14,19 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from training_backends.core.logging import get_logger
-from training_backends.gateway.blobs import BlobStore, Incoming
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.rows import read_facts
 from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
-from training_backends.gateway.uploads import FORM_OVERHEAD, Pace, Upload, receive, too_large
+from training_backends.gateway.uploads import (
+    FORM_OVERHEAD,
+    BlobStore,
+    Incoming,
+    Pace,
+    Upload,
+    read_facts,
+    receive,
+    too_large,
+)
 from training_backends.protocols.mistral.wire import (
     FILE_PURPOSES,
     FILE_VISIBILITIES,

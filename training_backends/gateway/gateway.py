@@ -1,7 +1,10 @@
 """The gateway's life: what it is made of, opened and closed in one block."""
 
 import fcntl
+import hashlib
+import hmac
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -9,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import anyio
 from anyio import to_thread
+from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.credentials.vault import CredentialVault
-from training_backends.gateway.blobs import BlobStore
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding
 from training_backends.gateway.files import FileService
@@ -25,12 +29,74 @@ from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.signing import LinkSigner, load_secret
 from training_backends.gateway.store import GatewayStore
-from training_backends.gateway.tasks import beside
-from training_backends.gateway.uploads import Pace
+from training_backends.gateway.uploads import BlobStore, Pace
 
-__all__ = ["Gateway", "open_gateway"]
+__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
+
+_SECRET_BYTES = 32
+
+
+def load_secret(path: Path) -> bytes:
+    """Return this gateway's own secret, made on first use and readable by its owner only."""
+    try:
+        known = path.read_bytes()
+    except FileNotFoundError:
+        known = b""
+    if len(known) >= _SECRET_BYTES:
+        return known  # an emptied file would let anybody sign
+    make_private_directory(path.parent)
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return secret
+
+
+class LinkSigner:
+    """Signs and checks links."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def path(self, file_id: str, hours: int) -> str:
+        """Return the path and query of a link that works for `hours`."""
+        expires = int(time.time()) + hours * 3600
+        return f"/files/{file_id}?expires={expires}&signature={self._sign(file_id, expires)}"
+
+    def allows(self, file_id: str, expires: int, signature: str) -> bool:
+        """Tell whether a link is ours and still valid."""
+        genuine = hmac.compare_digest(self._sign(file_id, expires).encode(), signature.encode())
+        return genuine and time.time() < expires
+
+    def _sign(self, file_id: str, expires: int) -> str:
+        message = f"{file_id}\n{expires}".encode()
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+
+
+@asynccontextmanager
+async def beside() -> AsyncIterator[TaskGroup]:
+    """Run tasks beside a block; an error of the block itself leaves it as it is.
+
+    A plain task group would wrap it, and whoever expects a `ConfigError` would miss it.
+    """
+    failure: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as tasks:
+            try:
+                yield tasks
+            except BaseException as error:
+                failure = error
+                raise
+    except BaseExceptionGroup:
+        if failure is not None:
+            raise failure from None
+        raise
+
 
 _NO_RUN = "none"
 """No job's id."""

@@ -25,12 +25,15 @@ from training_backends.gateway.jobstore import (
     add_event,
     change_status,
     detailed_job,
+    error_data,
+    issue_data,
     load_job,
+    quote,
     require_job,
     short_job,
+    shown_notes,
 )
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.outcome import error_data, issue_data, quote, shown_notes
 from training_backends.gateway.runner import JobRunner, accept_start
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import ENDED, GatewayStore, jobs

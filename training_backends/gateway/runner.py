@@ -31,13 +31,16 @@ from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.errors import Refusal, is_temporary
 from training_backends.gateway.files import FileService
-from training_backends.gateway.jobstore import add_event, add_metrics, change_status, load_job
-from training_backends.gateway.outcome import (
+from training_backends.gateway.jobstore import (
     NOT_ENDED,
+    add_event,
+    add_metrics,
+    change_status,
     effective,
     error_data,
     finish_job,
     issue_data,
+    load_job,
     quote,
 )
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
