@@ -1,17 +1,402 @@
 """The group `data`: look at data files, and write them anew."""
 
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
 import typer
 
-from training_backends.cli import cutting, inspection
+from training_backends.cli.session import JsonOption
 
-__all__ = ["data"]
+if TYPE_CHECKING:
+    from training_backends.core.data_rules import Dialect
+    from training_backends.core.dataset import Dataset
+    from training_backends.core.errors import Issue
+    from training_backends.datasets.inspect import Progress
+    from training_backends.datasets.shard import ShardFile
+    from training_backends.datasets.split import SplitFile
+    from training_backends.tokens import TokenCount
+
+__all__ = ["data", "dialect_called", "inspect", "repair", "shard", "split"]
+
+
+def inspect(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Files, patterns, directories, or - for stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option("--validation", metavar="FILE", help="A file to validate on; repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="CONFIG", help="YAML file of a run: its files, targets and method."
+        ),
+    ] = None,
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            "--dialect",
+            metavar="DIALECT",
+            help="Whose rules hold: mistral, openai, together or local; default the backend of "
+            "--config, else mistral.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Count the tokens that this model reads."),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."
+        ),
+    ] = None,
+    max_issues: Annotated[
+        int, typer.Option("--max-issues", min=0, metavar="N", help="Issues to show in full.")
+    ] = 50,
+    json: JsonOption = False,
+) -> None:
+    """Say what is in data files, and everything that is wrong with them, line by line.
+
+    Nothing is uploaded. Ends with 3 if there are errors.
+    """
+    from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.views.data import InspectView
+    from training_backends.cli.views.render import write_json
+
+    asked = _asked(files or [], validation or [], config, dialect)
+    with InspectView(asked.dialect, max_issues=max_issues, quiet=json) as view:
+        found = asked.look(
+            on_issue=lambda issue: view.issue(asked.locate(issue)), on_progress=view.reading
+        )
+        dataset = found.model_copy(update={"issues": tuple(map(asked.locate, found.issues))})
+        tokens = _count(dataset, model, sample, view.counting) if model else None
+    if json:
+        write_json(view.document(dataset, tokens))
+    else:
+        view.show(dataset, tokens)
+    if dataset.errors:
+        raise typer.Exit(ExitCode.INVALID)
+
+
+class _Asked(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+        look: Reads the files.
+        dialect: The rules for them.
+        locate: Adds to an issue where in a configuration its field stands.
+    """
+
+    look: "Callable[..., Dataset]"
+    dialect: "Dialect"
+    locate: "Callable[[Issue], Issue]"
+
+
+def _asked(
+    files: list[Path], validation: list[Path], config: Path | None, dialect: str | None
+) -> _Asked:
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.core.config import DataSource
+    from training_backends.datasets.dialects import DIALECTS, MISTRAL
+    from training_backends.datasets.inspect import inspect as inspect_config
+    from training_backends.datasets.inspect import inspect_files
+    from training_backends.datasets.open_file import expand
+
+    if bool(files or validation) == bool(config):
+        raise UsageError("Give files or --config, one of them.")
+    chosen = dialect_called(dialect) if dialect is not None else None
+    if config:
+        from training_backends.client.config_file import load_config
+
+        file = load_config(config)
+        rules = chosen or DIALECTS.get(file.backend or "", MISTRAL)
+        look = partial(inspect_config, file.config, dialect=rules)
+        return _Asked(look, rules, lambda issue: file.located([issue])[0])
+    rules = chosen or MISTRAL
+    train = [DataSource(path=path) for path in expand(files)]
+    others = [DataSource(path=path) for path in expand(validation)]
+    return _Asked(partial(inspect_files, train, others, dialect=rules), rules, lambda issue: issue)
+
+
+def _count(
+    dataset: "Dataset", model: str, sample: int | None, on_progress: "Progress"
+) -> "TokenCount":
+    from training_backends.datasets.open_file import STDIN
+    from training_backends.tokens import TokenCount, count_tokens
+
+    if any(file.path == STDIN for file in dataset.train):
+        return TokenCount(reason="standard input cannot be read a second time")
+    return count_tokens(dataset, model, sample=sample, on_progress=on_progress)
+
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+
+FilesArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE", help="Files, patterns, directories, or - for stdin."),
+]
+DialectOption = Annotated[
+    str, typer.Option("--dialect", help="Whose rules hold: mistral, openai, together or local.")
+]
+DirectoryOption = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Where to write; default beside the file."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+
+
+def repair(
+    files: FilesArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="What to write; default NAME.repaired.jsonl."
+        ),
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Keep the name; the old content is in FILE.orig.")
+    ] = False,
+    drop_invalid: Annotated[
+        bool, typer.Option("--drop-invalid", help="Leave out rows that cannot be repaired.")
+    ] = False,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write data files anew without the faults that can be repaired without changing their meaning.
+
+    Ends with 3 if rows are left that cannot be repaired; they stand as they were.
+    """
+    from training_backends.cli.exit_codes import ExitCode, UsageError
+    from training_backends.cli.views.data import (
+        JsonList,
+        JsonRepairs,
+        ShownRepairs,
+        bar,
+        write_lists,
+    )
+    from training_backends.cli.views.render import console
+    from training_backends.datasets.open_file import STDIN, expand
+    from training_backends.datasets.repair import repair as repair_file
+    from training_backends.datasets.write import name_of
+
+    rules = dialect_called(dialect)
+    paths = expand(files)
+    if output and (in_place or len(paths) > 1):
+        raise UsageError("--output goes with one file and without --in-place.")
+    if STDIN in paths and (in_place or not output):
+        raise UsageError("Standard input needs --output to name the new file.")
+    if output and output.name.endswith((".gz", ".zst", ".parquet")):
+        raise UsageError(f"What is written is not packed: name it .jsonl, not {output.suffix}.")
+    out = console()
+    documents = JsonList()
+    invalid = 0
+    for path in paths:
+        view = JsonRepairs(documents) if json else ShownRepairs(out)
+        target = output or path.with_name(f"{name_of(path)}.repaired.jsonl")
+        with bar(out, "repairing") as progress:
+            done = repair_file(
+                path,
+                None if in_place else target,
+                dialect=rules,
+                drop_invalid=drop_invalid,
+                force=force,
+                on_repair=view.repair,
+                on_issue=view.issue,
+                on_progress=progress,
+            )
+        view.finish(done)
+        invalid += done.invalid
+    if json:
+        write_lists({"ok": not invalid}, files=documents)
+    if invalid:
+        raise typer.Exit(ExitCode.INVALID)
+
+
+def split(
+    files: FilesArgument,
+    fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the rows to set aside; default the dialect's."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to set aside.")] = None,
+    seed: Annotated[int, typer.Option(help="Another one sets other rows aside.")] = 0,
+    directory: DirectoryOption = None,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Set rows aside to validate on: NAME.train.jsonl and NAME.validation.jsonl.
+
+    The same rows and seed give the same sides, and identical rows are never on both. Several
+    files are taken as one.
+    """
+    from rich.markup import escape
+
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.data import bar, show_data, show_split
+    from training_backends.cli.views.render import console, write_json
+    from training_backends.datasets.open_file import expand
+    from training_backends.datasets.split import split as split_files
+
+    if fraction is not None and rows is not None:
+        raise UsageError("Give --fraction or --rows, not both.")
+    rules = dialect_called(dialect)
+    out = console()
+    with bar(out, "splitting") as progress:
+        found = split_files(
+            expand(files),
+            dialect=rules,
+            fraction=fraction,
+            rows=rows,
+            seed=seed,
+            directory=directory,
+            force=force,
+            on_progress=progress,
+        )
+    train = [each.train for each in found if each.train]
+    validation = [each.validation for each in found if each.validation]
+    note = _note(train, validation, rules)
+    data = {
+        "train": [str(side.path) for side in train],
+        "validation": [str(side.path) for side in validation],
+    }
+    if json:
+        documents = [
+            {
+                "source": each.source,
+                "train": each.train and each.train._asdict(),
+                "validation": each.validation and each.validation._asdict(),
+            }
+            for each in found
+        ]
+        write_json({"files": documents, "note": note, "data": data})
+        return
+    for each in found:
+        show_split(each, out)
+    if note:
+        out.print(f"[yellow]note[/] {escape(note)}")
+    show_data(data, out)
+
+
+def shard(
+    files: FilesArgument,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            "--limit", metavar="SIZE", help="Largest file, such as 100MB; default the dialect's."
+        ),
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(help="Weight of the file; each of its parts keeps it.")
+    ] = 1.0,
+    directory: DirectoryOption = None,
+    dialect: DialectOption = "mistral",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Cut data files between rows into NAME-00001-of-00007.jsonl and so on, none above a limit.
+
+    Put together again they are the file, byte for byte.
+    """
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.data import bar, show_data, show_shards
+    from training_backends.cli.views.render import console, write_json
+    from training_backends.datasets.open_file import expand
+    from training_backends.datasets.shard import shard as shard_file
+
+    if weight <= 0:
+        raise UsageError("A weight is above 0.")
+    rules = dialect_called(dialect)
+    most = _size(limit) if limit is not None else rules.max_file_bytes
+    if most is None:
+        raise UsageError(f"No limit of {rules.name} is known: give --limit.")
+    out = console()
+    found: dict[Path, Sequence[ShardFile]] = {}
+    for path in expand(files):
+        with bar(out, "cutting") as progress:
+            found[path] = shard_file(
+                path, most, directory=directory, force=force, on_progress=progress
+            )
+    parts = [part for each in found.values() for part in each]
+    data = {
+        "train": [
+            str(part.path) if weight == 1 else {"path": str(part.path), "weight": weight}
+            for part in parts
+        ]
+    }
+    if json:
+        documents = [
+            {"source": path, "files": [part._asdict() for part in each]}
+            for path, each in found.items()
+        ]
+        write_json({"limit": most, "files": documents, "data": data})
+        return
+    for path, each in found.items():
+        show_shards(path, each, out)
+    show_data(data, out)
+
+
+def dialect_called(name: str) -> "Dialect":
+    """Return the rules of this name."""
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.datasets.dialects import DIALECTS
+
+    if name not in DIALECTS:
+        raise UsageError(
+            f"No dialect is called {name!r}.", hint=f"Known are {', '.join(DIALECTS)}."
+        )
+    return DIALECTS[name]
+
+
+def _size(text: str) -> int:
+    """Read a size in bytes; MB are a million of them, MiB are 2 to the 20th."""
+    from training_backends.cli.exit_codes import UsageError
+
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{text!r} is not a size.", hint="Write 100MB, 1.5GB or 64MiB.")
+    base = 1024 if found["binary"] else 1000
+    size = int(float(found["number"]) * base ** " kmgt".index(found["unit"].lower() or " "))
+    if size < 1:
+        raise UsageError("A file has at least one byte.", hint="Write 100MB, 1.5GB or 64MiB.")
+    return size
+
+
+def _note(
+    train: "Sequence[SplitFile]", validation: "Sequence[SplitFile]", dialect: "Dialect"
+) -> str | None:
+    """Say that a validation set of the size asked for will be refused."""
+    size = sum(side.size for side in validation)
+    share = size / sum(side.size for side in train)
+    most, most_share = dialect.validation_max_bytes, dialect.validation_max_share
+    if not ((most and size > most) or (most_share and share > most_share)):
+        return None
+    limits = [f"{most:,} bytes"] if most else []
+    limits += [f"{most_share:.0%} of the training set"] if most_share else []
+    return (
+        f"this validation set is too large for {dialect.name}, which takes at most "
+        f"{' and '.join(limits)}; it has {size:,} bytes, {share:.1%}"
+    )
+
 
 data = typer.Typer(
     help="Inspect, repair, split and shard data files.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-data.command()(inspection.inspect)
-data.command()(cutting.repair)
-data.command()(cutting.split)
-data.command()(cutting.shard)
+data.command()(inspect)
+data.command()(repair)
+data.command()(split)
+data.command()(shard)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, quickstart, runs, sampling, serve
+from training_backends.cli import check, data, doctor, keys, quickstart, runs, serve
 from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.escape import escape_controls
@@ -73,7 +73,7 @@ app.command()(runs.wait)
 app.command()(runs.stop)
 app.command()(runs.resume)
 app.command()(runs.download)
-app.command()(sampling.sample)
+app.command()(runs.sample)
 app.command()(runs.delete)
 app.add_typer(data.data, name="data")
 app.add_typer(keys.credentials, name="credentials")
