@@ -262,10 +262,7 @@ class Compared:
 def compared(path: Path, number: int) -> Iterator[Compared]:
     """Count so many rows of each format both ways, with the tokenizer in a file."""
     from training_backends.tokens.counters import count_row, counter_of  # noqa: PLC0415
-    from training_backends.tokens.counts import (
-        Uncountable,  # noqa: PLC0415
-        read_row,  # noqa: PLC0415
-    )
+    from training_backends.tokens.counts import Uncountable, read_row  # noqa: PLC0415
     from training_backends.tokens.tokenizers import mistral_file  # noqa: PLC0415
 
     theirs = Theirs(path)

@@ -69,10 +69,7 @@ def _other(given: "Namespace") -> int:
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     # Imported here: `train` must be able to queue without torch, and without what loads pydantic.
-    from training_backends.trainer.environment import (
-        prepare_imports,  # noqa: PLC0415
-        prepare_threads,  # noqa: PLC0415
-    )
+    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
 
     prepare_threads()
     prepare_imports(model)
