@@ -72,11 +72,11 @@ def prepare(directory: Path) -> dict[str, Any]:
     """Make the model and the rows, as files for ours and as tokens in its order for the peers."""
     from transformers import MistralConfig, MistralForCausalLM
 
+    from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
     from training_backends.tokens.encoders import encoder_for
     from training_backends.trainer.data import Order
     from training_backends.trainer.objectives.preference import PreferenceObjective
     from training_backends.trainer.objectives.tokens import TokenObjective
-    from training_backends.trainer.tiny_model import save_tiny_tokenizer
 
     task = read_task(directory)
     torch.manual_seed(0)

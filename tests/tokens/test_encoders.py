@@ -18,10 +18,10 @@ from training_backends.tokens.encoders import (
     Encoder,
     MistralEncoder,
     TemplateEncoder,
+    TokenizerError,
     UnusableRow,
     encoder_for,
 )
-from training_backends.trainer.errors import EngineError
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
@@ -277,9 +277,9 @@ def test_a_template_that_never_ends_is_an_error_of_the_model(
     monkeypatch.setattr(counters, "RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
     encoder = TemplateEncoder("other", make_chatml(tmp_path, endless))
-    with pytest.raises(EngineError, match="never ends"):
+    with pytest.raises(TokenizerError, match="never ends"):
         encoder.encode(chat(("user", "a"), ("assistant", "b")))
-    with pytest.raises(EngineError, match="never ends"):
+    with pytest.raises(TokenizerError, match="never ends"):
         encoder.prompt("a")
 
 
@@ -289,5 +289,5 @@ def test_a_model_without_template_takes_text_only(tmp_path: Path) -> None:
     ids, trained = encoder.encode(parse_row(b'{"text": "a<|im_end|>b"}'))
     assert ids.count(encoder.eos_id) == 1
     assert trained == [True] * len(ids)
-    with pytest.raises(EngineError, match="no chat template"):
+    with pytest.raises(TokenizerError, match="no chat template"):
         encoder.encode(chat(("user", "a"), ("assistant", "b")))

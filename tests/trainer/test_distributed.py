@@ -25,7 +25,7 @@ from training_backends.trainer import process, workers
 from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.distributed import ALONE, Team
-from training_backends.trainer.errors import EngineError, Stopped, TeamLost, failure_of
+from training_backends.trainer.errors import Stopped, TeamLost, TrainerError, failure_of
 from training_backends.trainer.loop import EngineTrainer
 from training_backends.trainer.process import train
 from training_backends.trainer.run import Work
@@ -220,7 +220,7 @@ def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_p
             return [value, []]
 
     run = make_run(tmp_path / "r")
-    with pytest.raises(EngineError, match="changed while"):
+    with pytest.raises(TrainerError, match="changed while"):
         Work(run, run.read_spec(), StopRequest(run.stop), Torn()).run()
 
 
@@ -279,11 +279,11 @@ def test_an_end_that_cannot_be_written_is_one_all_the_same(
     codes: list[int] = []
     monkeypatch.setattr(process, "os", SimpleNamespace(_exit=codes.append))
     with pytest.raises(FileNotFoundError):
-        process._end_at_once(RunDir(tmp_path / "no"), EngineError("gone", kind="lost"))
+        process._end_at_once(RunDir(tmp_path / "no"), TrainerError("gone", kind="lost"))
     assert codes == [ExitCode.CRASHED]
 
 
-def never(error: EngineError) -> None:
+def never(error: TrainerError) -> None:
     raise AssertionError(error)
 
 
@@ -299,7 +299,7 @@ def lead(program: list[str], error: Exception, others: int = 1) -> None:
         raise error
 
 
-@pytest.mark.parametrize("wanted", [EngineError("no"), Stopped()])
+@pytest.mark.parametrize("wanted", [TrainerError("no"), Stopped()])
 def test_what_the_leader_itself_says_goes_first(wanted: Exception) -> None:
     """Followers fail for it, not it for them."""
     with pytest.raises(type(wanted)) as caught:
@@ -310,7 +310,7 @@ def test_what_the_leader_itself_says_goes_first(wanted: Exception) -> None:
 def test_an_error_that_a_follower_caused_is_told_as_its() -> None:
     """The connection is closed because somebody had no memory."""
     failure = Failure(kind="out_of_memory", message="no room")
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(TrainerError) as caught:
         lead(saying(failure), TeamLost("connection closed by peer"))
     assert caught.value.failure == failure
 
@@ -336,7 +336,7 @@ def test_the_one_that_died_is_named_not_those_who_left_for_it() -> None:
     """However long the system takes to tell of it."""
     said = failure_of(TeamLost("connection closed by peer"))
     program = [sys.executable, "-c", BY_RANK.format(said=said.model_dump_json())]
-    with pytest.raises(EngineError, match="Process 3 of the 3"):
+    with pytest.raises(TrainerError, match="Process 3 of the 3"):
         lead(program, TeamLost("connection closed by peer"), others=2)
 
 
@@ -346,7 +346,7 @@ def test_one_who_lost_the_others_is_told_where_nobody_else_is(
     """It may be tried again."""
     monkeypatch.setattr(workers, "_GRACE", 0.5)
     lost = TeamLost("timed out")
-    with pytest.raises(EngineError, match="does not answer: timed out") as caught:
+    with pytest.raises(TrainerError, match="does not answer: timed out") as caught:
         lead(saying(failure_of(lost)), lost)
     assert (caught.value.failure.kind, caught.value.failure.retryable) == ("lost", True)
 
@@ -367,7 +367,7 @@ def test_a_leader_that_waits_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -
     """As for a GPU that will not answer: it is told from another thread."""
     monkeypatch.setattr(workers, "_GRACE", 0.01)
     failure = Failure(kind="internal", message="broken")
-    told: list[EngineError] = []
+    told: list[TrainerError] = []
     with followed(told.append, saying(failure)) as followers:
         followers.start(Path(), [None])
         wait_until(lambda: told)

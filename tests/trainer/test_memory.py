@@ -11,7 +11,7 @@ import torch
 
 from tests.trainer.plain import save_tiny
 from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.memory import MicroBatch
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import train
@@ -56,7 +56,7 @@ def test_a_single_row_that_does_not_fit_ends_the_run() -> None:
     def work(size: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    with pytest.raises(EngineError, match=r"single row at a time: CUDA .* Take less\.") as raised:
+    with pytest.raises(TrainerError, match=r"single row at a time: CUDA .* Take less\.") as raised:
         micro.attempt(work)
     assert raised.value.failure.kind == "out_of_memory"
 

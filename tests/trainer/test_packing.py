@@ -21,7 +21,7 @@ from training_backends.trainer.data import (
     collate_packs,
     make_sample,
 )
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import train
 from training_backends.trainer.run import require_separate_rows
@@ -114,7 +114,7 @@ def test_an_architecture_that_mixes_rows_is_refused() -> None:
     require_separate_rows(AutoModelForCausalLM.from_config(experts), "experts")
     config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
     mamba = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(EngineError, match="'mamba' does not keep packed rows apart"):
+    with pytest.raises(TrainerError, match="'mamba' does not keep packed rows apart"):
         require_separate_rows(mamba, "mamba")
 
 

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from tests.trainer.plain import answer_loss, save_tiny, train_plainly
 from training_backends.core.config import ClassifierTarget, Tuning
 from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer import models
 from training_backends.trainer.__main__ import main
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import load_model
 from training_backends.trainer.objectives.classifier import classify
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import save_tiny_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -167,7 +167,7 @@ def test_a_base_that_is_stored_in_four_bits(make_run: MakeRun, base: Path, tmp_p
     trained = PeftModel.from_pretrained(load(stored), run.result / "adapter")
     assert torch.allclose(logits(merged), logits(trained), atol=1e-4)
 
-    with pytest.raises(EngineError, match="take qlora"):
+    with pytest.raises(TrainerError, match="take qlora"):
         load(stored, "full")
 
 
@@ -259,7 +259,7 @@ def test_without_the_package_it_is_said_how_to_install_it(
     """And what goes without."""
     monkeypatch.setattr(models, "find_spec", lambda _: None)
     with pytest.raises(
-        EngineError, match=r"pip install 'training-backends\[qlora\]'; or take lora"
+        TrainerError, match=r"pip install 'training-backends\[qlora\]'; or take lora"
     ):
         load(base)
 

@@ -17,10 +17,11 @@ import pytest
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.waiting import wait_until
 from training_backends.rundir.directory import CheckpointState, ExitCode, RunDir
+from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.checkpoint import newest_checkpoint, write_checkpoint
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import make_tiny_model, save_tiny_tokenizer
+from training_backends.trainer.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -231,7 +232,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tmp_path: Pat
     """It says so, and takes none of the room that is missing."""
     run = RunDir(tmp_path)
     saved(run, 1, put(1000))
-    with largest_file(10_000), pytest.raises(EngineError, match="step 2 cannot be written") as told:
+    with (
+        largest_file(10_000),
+        pytest.raises(TrainerError, match="step 2 cannot be written") as told,
+    ):
         saved(run, 2, put(20_000))
     assert told.value.failure.retryable
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-1"]

@@ -17,6 +17,7 @@ from training_backends.core.estimate import Budget
 __all__ = [
     "NOT_A_NUMBER",
     "TINY_MODEL",
+    "TINY_POSITIONS",
     "ClassifierTarget",
     "Data",
     "DataSource",
@@ -31,6 +32,8 @@ __all__ = [
 _LONGEST_NAME: Final = 30
 """Characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
+TINY_POSITIONS: Final = 32768
+"""Tokens that `TINY_MODEL` can read at most."""
 """Name of the model that is made on the spot, with no network."""
 NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
 

@@ -57,6 +57,7 @@ __all__ = [
     "UnsupportedOperation",
     "VaultLocked",
     "WaitTimeout",
+    "first_line",
 ]
 
 _MOST_NOTES: Final = 20
@@ -320,3 +321,12 @@ class WaitTimeout(TrainingBackendError, TimeoutError):
     """The wait is over before the run is; the run goes on."""
 
     retryable_by_default = True
+
+
+_LONGEST_LINE: Final = 500
+
+
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says first, 500 characters at most; some say thousands."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:_LONGEST_LINE] if lines else "no message"

@@ -35,7 +35,6 @@ from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
     "ON_STDIN",
-    "TINY_POSITIONS",
     "CheckpointState",
     "Event",
     "ExitCode",
@@ -55,9 +54,6 @@ Row = TypeVar("Row", bound=BaseModel)
 
 _TAIL_BYTES: Final = 16 * 1024
 """About a hundred rows of metrics."""
-
-TINY_POSITIONS: Final = 32768
-"""Tokens that `tiny-mistral` reads at most."""
 
 
 class ExitCode(IntEnum):

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.core.errors import first_line
 from training_backends.datasets.rows import (
     ChatRow,
     Control,
@@ -20,13 +21,13 @@ from training_backends.datasets.rows import (
     byte_encode,
 )
 from training_backends.tokens.counters import EndlessTemplate, rendered
-from training_backends.trainer.errors import EngineError, first_line
 
 __all__ = [
     "ByteEncoder",
     "Encoder",
     "MistralEncoder",
     "TemplateEncoder",
+    "TokenizerError",
     "UnusableRow",
     "encoder_for",
 ]
@@ -45,6 +46,10 @@ _FILL_IN: Final = (
 """Control tokens before the beginning, the end and the middle of a text, in this order."""
 
 Encoded = tuple[list[int], list[bool]]
+
+
+class TokenizerError(Exception):
+    """No row can be encoded exactly with this model's tokenizer; the message says why."""
 
 
 class UnusableRow(ValueError):
@@ -84,7 +89,7 @@ class Encoder(Protocol):
         """Return the ids of a text whose middle is to be filled in, behind both its ends.
 
         Raises:
-            EngineError: The tokenizer has no control tokens for it.
+            TokenizerError: The tokenizer has no control tokens for it.
         """
         ...
 
@@ -109,7 +114,7 @@ def encoder_for(model: str, directory: Path | None) -> Encoder:
         directory: Where its files lie; None for `tiny-mistral`.
 
     Raises:
-        EngineError: There is no way to encode chats for it exactly.
+        TokenizerError: There is no way to encode chats for it exactly.
     """
     if directory is None or _is_byte_level(directory):
         return ByteEncoder()
@@ -119,7 +124,7 @@ def encoder_for(model: str, directory: Path | None) -> Encoder:
 
 
 def _is_byte_level(directory: Path) -> bool:
-    from training_backends.trainer.tiny_model import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
+    from training_backends.tokens.byte_tokenizer import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
 
     template = directory / "chat_template.jinja"
     return template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
@@ -135,8 +140,8 @@ def _refuse_images(row: ChatRow) -> None:
         raise UnusableRow("a message holds parts that are not text (images are not supported)")
 
 
-def _no_filling_in(name: str) -> EngineError:
-    return EngineError(
+def _no_filling_in(name: str) -> TokenizerError:
+    return TokenizerError(
         f"The tokenizer of {name} has no control tokens to fill in the middle of a text: "
         "leave fim_ratio out, or take a model for code."
     )
@@ -173,7 +178,7 @@ class ByteEncoder:
 
     def save(self, directory: Path) -> None:
         """Write the equivalent tokenizer for transformers."""
-        from training_backends.trainer.tiny_model import save_tiny_tokenizer  # noqa: PLC0415
+        from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer  # noqa: PLC0415
 
         save_tiny_tokenizer(directory)
 
@@ -193,7 +198,7 @@ class MistralEncoder:
             self._training = MistralTokenizer.from_file(source, ValidationMode.finetuning)
             self._asking = MistralTokenizer.from_file(source, ValidationMode.test)
         except ImportError as error:
-            raise EngineError(
+            raise TokenizerError(
                 f"The tokenizer {source.name} needs the package sentencepiece: "
                 "pip install 'mistral-common[sentencepiece]'"
             ) from error
@@ -208,7 +213,7 @@ class MistralEncoder:
     def _control(self, text: str) -> int:
         found = self._optional(text)
         if not found:
-            raise EngineError(
+            raise TokenizerError(
                 f"{self._source.name} has no control token {text}: its chats cannot be masked. "
                 "Take a model with a tokenizer of version 2 or later."
             )
@@ -315,11 +320,11 @@ class TemplateEncoder:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise EngineError(
+            raise TokenizerError(
                 f"The tokenizer of {model!r} cannot be loaded: {first_line(error)}"
             ) from error
         if self._tokenizer.eos_token_id is None:
-            raise EngineError(f"The tokenizer of {model!r} has no end-of-text token.")
+            raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
         self._model = model
         self.eos_id = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
@@ -351,7 +356,7 @@ class TemplateEncoder:
     def _require_plain(self, row: ChatRow) -> None:
         _refuse_images(row)
         if self._tokenizer.chat_template is None:
-            raise EngineError(
+            raise TokenizerError(
                 f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
                 "be encoded. Take the instruct version of the model, or rows with `text`."
             )
@@ -414,7 +419,7 @@ class TemplateEncoder:
             )
         except EndlessTemplate as error:
             # Not the row's fault: the other rows would take as long.
-            raise EngineError(
+            raise TokenizerError(
                 f"The tokenizer of {self._model!r} cannot be used: {error}."
             ) from error
         except (TemplateError, TypeError, ValueError) as error:

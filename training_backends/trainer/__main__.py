@@ -74,7 +74,8 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     prepare_threads()
     prepare_imports(model)
     from training_backends.rundir.directory import ExitCode  # noqa: PLC0415
-    from training_backends.trainer.errors import EngineError  # noqa: PLC0415
+    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
     from training_backends.trainer.generate import answer  # noqa: PLC0415
     from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
     from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
@@ -84,9 +85,9 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     device = choose_device("auto")
     try:
         loaded = load_model(model, seed=seed, tuning=None, device=device)
-    except EngineError as error:
+    except (TrainerError, TokenizerError) as error:
         print(error, file=sys.stderr)  # noqa: T201  # this is a command
-        return int(error.code)
+        return int(exit_code_of(error))
     model_here = loaded.model.to(device)
     if loaded.targets:
         labels = classify(model_here, loaded.encoder, loaded.targets, prompt)

@@ -9,7 +9,7 @@ from pathlib import Path
 from training_backends.core.files import sync_directory, write_atomic
 from training_backends.rundir.checkpoints import STATE, Whole, describe_files, find_newest, step_of
 from training_backends.rundir.directory import CheckpointState, RunDir
-from training_backends.trainer.errors import EngineError, TeamLost, failure_of
+from training_backends.trainer.errors import TeamLost, TrainerError, failure_of
 
 __all__ = ["newest_checkpoint", "write_checkpoint"]
 
@@ -30,7 +30,7 @@ def write_checkpoint(
         scheduled: Whether the step was due, see `CheckpointState`.
 
     Raises:
-        EngineError: It cannot be written, as on a full disk; those before it are left.
+        TrainerError: It cannot be written, as on a full disk; those before it are left.
     """
     run.checkpoints.mkdir(exist_ok=True)
     _clean(run)
@@ -64,9 +64,9 @@ def _said(step: int, temporary: Path) -> Iterator[None]:
         # What was written of it would take the room that is missing.
         shutil.rmtree(temporary, ignore_errors=True)
         failure = failure_of(error)
-        if isinstance(error, EngineError | TeamLost) or failure.kind == "out_of_memory":
+        if isinstance(error, TrainerError | TeamLost) or failure.kind == "out_of_memory":
             raise
-        raise EngineError(
+        raise TrainerError(
             f"The checkpoint at step {step} cannot be written ({failure.message}), with "
             f"{free / 1e6:,.0f} MB free on the disk. Those before it are kept: make room, resume.",
             kind="internal",

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens.encoders import UnusableRow
-from training_backends.trainer.errors import EngineError, Stopped
+from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.objective import Batch, Example, Reading
 
 __all__ = [
@@ -92,7 +92,7 @@ def load_file(
 
     Raises:
         Stopped: `should_stop`, asked now and then, said so.
-        EngineError: The file cannot be read.
+        TrainerError: The file cannot be read.
     """
     examples: list[Any] = []
     invalid: list[tuple[int, str]] = []
@@ -116,7 +116,7 @@ def load_file(
                 else:
                     examples.append(example)
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+        raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
     return LoadedFile(examples, truncated, untrained, invalid)
 
 

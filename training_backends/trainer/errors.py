@@ -1,18 +1,17 @@
 """Why a training process ended early, in the words of a run's `Failure`."""
 
 import errno
-from typing import Final
 
+from training_backends.core.errors import first_line
 from training_backends.core.run import Failure, FailureKind
 from training_backends.rundir.directory import ExitCode
+from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import Stopped
 
-__all__ = ["EngineError", "Stopped", "TeamLost", "failure_of", "first_line", "is_out_of_memory"]
-
-_LONGEST: Final = 500
+__all__ = ["Stopped", "TeamLost", "TrainerError", "exit_code_of", "failure_of", "is_out_of_memory"]
 
 
-class EngineError(Exception):
+class TrainerError(Exception):
     """The run cannot go on; says why in a `Failure` and with which exit code."""
 
     def __init__(
@@ -33,8 +32,19 @@ class TeamLost(Exception):
     """Another process that trains with this one is gone, or does not answer."""
 
 
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Return the exit code of a process that ends with this exception."""
+    if isinstance(error, TrainerError):
+        return error.code
+    return ExitCode.BAD_INPUT if isinstance(error, TokenizerError) else ExitCode.CRASHED
+
+
 def failure_of(error: BaseException) -> Failure:
-    """Say in a `Failure` what an unexpected exception means."""
+    """Describe in a `Failure` why a run ended with this exception."""
+    if isinstance(error, TrainerError):
+        return error.failure
+    if isinstance(error, TokenizerError):
+        return Failure(kind="validation", message=str(error))
     if isinstance(error, TeamLost):
         message = f"A process that trains with this one does not answer: {first_line(error)}"
         return Failure(kind="lost", message=message, retryable=True)
@@ -67,9 +77,3 @@ def _is_disk_full(error: BaseException) -> bool:
     # safetensors writes in Rust and raises an error of its own, with the system's words.
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or "No space left on device" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return what a library's error says first, 500 characters at most; some say thousands."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:_LONGEST] if lines else "no message"

@@ -26,7 +26,7 @@ from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.data import Order, PackedSchedule, Schedule
 from training_backends.trainer.distributed import ALONE, Team, Update
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch, peak_memory
 from training_backends.trainer.models import save_model
@@ -221,7 +221,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         # Such gradients have made weights of their kind, though the loss is of before.
         for name, value in (("loss", loss), ("norm of the gradients", grad_norm or 0.0)):
             if not math.isfinite(value):
-                raise EngineError(
+                raise TrainerError(
                     f"The {name} is {value} at step {step}: the training diverged. "
                     "Lower the learning rate.",
                     kind="internal",

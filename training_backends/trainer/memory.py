@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from training_backends.rundir.directory import RunSpec
-from training_backends.trainer.errors import EngineError, is_out_of_memory
+from training_backends.trainer.errors import TrainerError, is_out_of_memory
 
 __all__ = ["MicroBatch", "peak_memory", "what_would_fit"]
 
@@ -47,7 +47,7 @@ class MicroBatch:
             undo: Takes back what a failed attempt left.
 
         Raises:
-            EngineError: A single row does not fit.
+            TrainerError: A single row does not fit.
         """
         while True:
             failure = ""
@@ -62,7 +62,7 @@ class MicroBatch:
             _free()
             if self.size == 1:
                 message = f"Out of memory with a single row at a time: {failure} {self._explain()}"
-                raise EngineError(message, kind="out_of_memory")
+                raise TrainerError(message, kind="out_of_memory")
             self.size //= 2
             self._on_halved(self.size)
 

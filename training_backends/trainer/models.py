@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.core.errors import first_line
 from training_backends.rundir.directory import ResultRecord, RunDir
 from training_backends.tokens.encoders import Encoder, encoder_for
 from training_backends.tokens.tokenizers import hub_failure
-from training_backends.trainer.errors import EngineError, first_line
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.objectives.classifier import (
     add_heads,
     describe_classifier,
@@ -63,10 +64,10 @@ def in_four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     Embeddings and the last layer stay in `dtype`.
 
     Raises:
-        EngineError: The package for it is not installed.
+        TrainerError: The package for it is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise EngineError(f"qlora needs the package bitsandbytes: {_INSTALL}; or take lora.")
+        raise TrainerError(f"qlora needs the package bitsandbytes: {_INSTALL}; or take lora.")
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -152,12 +153,12 @@ def choose_device(wanted: str) -> torch.device:
     """Return the device to train on.
 
     Raises:
-        EngineError: A GPU was asked for and there is none.
+        TrainerError: A GPU was asked for and there is none.
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise EngineError("A GPU was asked for (device: cuda), but torch finds none here.")
+        raise TrainerError("A GPU was asked for (device: cuda), but torch finds none here.")
     return torch.device(wanted)
 
 
@@ -190,7 +191,7 @@ def load_model(
         targets: Make a classifier of it that decides these.
 
     Raises:
-        EngineError: There is no such model, it cannot be fetched, or its chats cannot be
+        TrainerError: There is no such model, it cannot be fetched, or its chats cannot be
             encoded exactly.
     """
     dtype = dtype or choose_dtype("auto", device)
@@ -221,7 +222,7 @@ def _settled_targets(
     if tuning is None or not there:
         return wanted or there
     if [(t.name, t.labels) for t in there] != [(t.name, t.labels) for t in wanted]:
-        raise EngineError(
+        raise TrainerError(
             f"{name!r} is a classifier of its own targets ({', '.join(t.name for t in there)}), "
             "and can be trained on for the same targets and labels only."
         )
@@ -232,7 +233,7 @@ def _set_attention(model: Any, name: str, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
-        raise EngineError(
+        raise TrainerError(
             f"{name!r} cannot use the attention {attention!r}: {first_line(error)}"
         ) from error
 
@@ -250,7 +251,7 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
     try:
         model = PeftModel.from_pretrained(base.model, directory)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(
+        raise TrainerError(
             f"The adapter {name!r} does not fit {base_name!r}: {first_line(error)}"
         ) from error
     return LoadedModel(model, base.encoder, targets, directory)
@@ -269,15 +270,15 @@ def find_model(name: str) -> Path:
     """Return the directory of a model, fetched from the hub where that is needed.
 
     Raises:
-        EngineError: There is no such model, or it cannot be fetched.
+        TrainerError: There is no such model, or it cannot be fetched.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         if not any((local / f).is_file() for f in ("config.json", "adapter_config.json")):
-            raise EngineError(f"{local} is no model: it holds no config.json.")
+            raise TrainerError(f"{local} is no model: it holds no config.json.")
         return local
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise EngineError(f"There is no model directory {local}.")
+        raise TrainerError(f"There is no model directory {local}.")
     return _from_hub(name)
 
 
@@ -292,16 +293,16 @@ def _from_hub(name: str) -> Path:
         # Asked first, and once: the download itself retries for half a minute.
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_UNNEEDED))
-    except EngineError:
+    except TrainerError:
         raise
     except hub.GatedRepoError as error:
-        raise EngineError(
+        raise TrainerError(
             f"The hub gives {name!r} only to who accepted its terms: accept them there, then store "
             "your token with `training-backends credentials set huggingface`.",
             kind="auth",
         ) from error
     except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
-        raise EngineError(
+        raise TrainerError(
             f"There is no model {name!r}: no directory here, none on the hub. "
             f"Built in: {TINY_MODEL}."
         ) from error
@@ -323,14 +324,14 @@ def _cached(name: str) -> Path | None:
 
 
 def _refuse_offline(name: str) -> NoReturn:
-    raise EngineError(
+    raise TrainerError(
         f"The model {name!r} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. "
         f"Built in: {TINY_MODEL}."
     )
 
 
 def _refuse_unreachable(name: str, error: Exception) -> NoReturn:
-    raise EngineError(
+    raise TrainerError(
         f"The model {name!r} is not on this machine, and the hub that would have it cannot be "
         f"reached: {hub_failure(error)}",
         kind="provider",
@@ -360,10 +361,10 @@ def _load_weights(
         model = loader.from_pretrained(directory, config=config, local_files_only=True, **options)
     except (ImportError, OSError, ValueError, KeyError) as error:
         kind = "classifier" if targets else "model"
-        raise EngineError(f"{name!r} cannot be loaded as a {kind}: {first_line(error)}") from error
+        raise TrainerError(f"{name!r} cannot be loaded as a {kind}: {first_line(error)}") from error
     if is_in_four_bits(model):
         if trained_fully:
-            raise EngineError(
+            raise TrainerError(
                 f"{name!r} is stored in 4 bits, which cannot be trained themselves: take qlora."
             )
         keep_as_loaded(model)
@@ -377,12 +378,12 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
         classifies: The model is a classifier; its heads are trained in any case.
 
     Raises:
-        EngineError: The model has no such modules.
+        TrainerError: The model has no such modules.
     """
     if tuning.kind == "full":
         return model
     if name == TINY_MODEL:
-        raise EngineError(f"{TINY_MODEL} starts from random weights, so it is tuned fully only.")
+        raise TrainerError(f"{TINY_MODEL} starts from random weights, so it is tuned fully only.")
     modules = list(tuning.target_modules) if tuning.target_modules else "all-linear"
     config = LoraConfig(
         r=tuning.rank,
@@ -394,7 +395,7 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise EngineError(f"LoRA cannot be added to {name!r}: {first_line(error)}") from error
+        raise TrainerError(f"LoRA cannot be added to {name!r}: {first_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

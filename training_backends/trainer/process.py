@@ -19,7 +19,7 @@ from training_backends.rundir.directory import (
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, say_status
 from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
-from training_backends.trainer.errors import EngineError, Stopped, failure_of
+from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
 from training_backends.trainer.workers import followed
 
 __all__ = ["train", "train_admitted"]
@@ -56,9 +56,7 @@ def _failed(run: RunDir, error: Exception) -> ExitRecord:
     if isinstance(error, Stopped):
         return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=step)
     traceback.print_exception(error)
-    if isinstance(error, EngineError):
-        return ExitRecord(status="failed", code=error.code, step=step, failure=error.failure)
-    code = ExitCode.CRASHED
+    code = exit_code_of(error)
     return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
 
 
@@ -77,7 +75,7 @@ def _end(run: RunDir, record: ExitRecord) -> None:
 def _train(run: RunDir, admission: Admission) -> ExitRecord:
     spec = _read_spec(run)
     if isinstance(admission.error, ValueError):
-        raise EngineError(str(admission.error)) from admission.error
+        raise TrainerError(str(admission.error)) from admission.error
     if admission.error is not None:
         raise admission.error
     where = ""
@@ -108,7 +106,7 @@ def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str])
     return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
 
 
-def _end_at_once(run: RunDir, error: EngineError) -> None:
+def _end_at_once(run: RunDir, error: TrainerError) -> None:
     """End although the main thread waits, maybe forever, for a process that is not there."""
     try:
         _end(run, _failed(run, error))
@@ -122,6 +120,6 @@ def _read_spec(run: RunDir) -> RunSpec:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise EngineError(f"spec.json is not valid: {place}: {first['msg']}") from error
+        raise TrainerError(f"spec.json is not valid: {place}: {first['msg']}") from error
     except ValueError as error:
-        raise EngineError(str(error)) from error
+        raise TrainerError(str(error)) from error

@@ -25,7 +25,7 @@ from training_backends.trainer.control import StopRequest, say_status
 from training_backends.trainer.data import LoadedFile, load_file
 from training_backends.trainer.distributed import ALONE, Team
 from training_backends.trainer.environment import thread_count
-from training_backends.trainer.errors import EngineError, Stopped
+from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import answer, evaluating
 from training_backends.trainer.loop import (
     EngineTrainer,
@@ -98,14 +98,14 @@ def require_separate_rows(model: Any, name: str) -> None:
     so.
 
     Raises:
-        EngineError: It does.
+        TrainerError: It does.
     """
     first, second = range(len(_FIRST[0])), range(len(_SECOND))
     with evaluating(model):
         packed = _difference(model, [*first, *second])
         joined = _difference(model, [*range(len(first) + len(second))])
     if packed > _ROUNDING * joined:
-        raise EngineError(
+        raise TrainerError(
             f"The architecture of {name!r} does not keep packed rows apart: each would learn from "
             "the one before it. Leave options.packing out."
         )
@@ -128,11 +128,11 @@ def make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
     """Make what a spec's method learns.
 
     Raises:
-        EngineError: The spec lacks something, or the model's tokenizer does.
+        TrainerError: The spec lacks something, or the model's tokenizer does.
     """
     if spec.method == "classifier":
         if not spec.classifier_targets:
-            raise EngineError("A classifier needs classifier_targets.")
+            raise TrainerError("A classifier needs classifier_targets.")
         return ClassifierObjective(encoder, spec.seq_len, spec.classifier_targets)
     if spec.method == "dpo":
         return PreferenceObjective(
@@ -193,7 +193,7 @@ class Work:
 
         Raises:
             Stopped: Before the first step.
-            EngineError: The spec, the data or the model cannot be used.
+            TrainerError: The spec, the data or the model cannot be used.
         """
         set_up_torch(self._spec.model, self._team.size)
         device = choose_device(self._spec.device)
@@ -337,12 +337,12 @@ class Work:
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Hold what the checkpoint was made of, and what the others have, against what is here."""
         if (processes := before.get("processes", 1)) != self._team.size and before:
-            raise EngineError(
+            raise TrainerError(
                 f"The checkpoint was saved with num_processes: {processes}, each of which has a "
                 f"part of it. Now it is {self._team.size}; put it back."
             )
         if any(theirs != self._data for theirs in self._team.gather(self._data)):
-            raise EngineError(
+            raise TrainerError(
                 "A data file was changed while the processes read it, so that they have different "
                 "rows. Let it be, and start again.",
                 kind="internal",
@@ -391,7 +391,7 @@ class Work:
             for index, source in enumerate(self._spec.train)
         ]
         if not any(files):
-            raise EngineError("The training files hold no row that can be trained on.")
+            raise TrainerError("The training files hold no row that can be trained on.")
         return files
 
     def _load_validation(self, objective: Objective[Any]) -> list[Any]:
@@ -414,7 +414,7 @@ class Work:
         invalid, usable = len(loaded.invalid), len(loaded.examples) + loaded.untrained
         shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
         if invalid > self._spec.max_invalid_fraction * (invalid + usable):
-            raise EngineError(f"{name}: {invalid} rows cannot be used: {shown}")
+            raise TrainerError(f"{name}: {invalid} rows cannot be used: {shown}")
         if invalid:
             self._warn(f"{name}: {invalid} rows left out: {shown}", invalid=invalid)
         if loaded.untrained:

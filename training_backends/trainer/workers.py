@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from training_backends.core.run import Failure
 from training_backends.rundir.directory import Event, ExitCode, MetricsRow, RunDir
+from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import STOP_SIGNALS, StopRequest
 from training_backends.trainer.environment import (
     VISIBLE,
@@ -23,7 +24,7 @@ from training_backends.trainer.environment import (
     prepare_imports,
     prepare_threads,
 )
-from training_backends.trainer.errors import EngineError, Stopped, TeamLost, failure_of
+from training_backends.trainer.errors import Stopped, TeamLost, TrainerError, failure_of
 
 __all__ = ["Followers", "follow", "followed"]
 
@@ -53,8 +54,7 @@ def follow(path: Path, rank: int, size: int) -> ExitCode:
         Work(run, spec, _Deaf(run.stop), team).run()
     except Exception as error:
         traceback.print_exception(error)
-        failure = error.failure if isinstance(error, EngineError) else failure_of(error)
-        print(failure.model_dump_json(), flush=True)  # noqa: T201  # the leader reads it
+        print(failure_of(error).model_dump_json(), flush=True)  # noqa: T201  # the leader reads it
         return ExitCode.CRASHED
     return ExitCode.DONE
 
@@ -100,7 +100,7 @@ class Followers:
     """
 
     def __init__(
-        self, on_lost: Callable[[EngineError], object], program: Sequence[str] = _PROGRAM
+        self, on_lost: Callable[[TrainerError], object], program: Sequence[str] = _PROGRAM
     ) -> None:
         self._on_lost = on_lost
         self._program = program
@@ -158,7 +158,7 @@ class Followers:
             self._failed.set()
             return self._failure
 
-    def explain(self, error: Exception) -> EngineError | None:
+    def explain(self, error: Exception) -> TrainerError | None:
         """Return why this process could not go on, if that is because a follower has failed."""
         # By itself this process may fail as well, and they then for it.
         patience = _PATIENCE if isinstance(error, TeamLost) else 0
@@ -183,13 +183,13 @@ class Followers:
 
 @contextmanager
 def followed(
-    on_lost: Callable[[EngineError], object], program: Sequence[str] = _PROGRAM
+    on_lost: Callable[[TrainerError], object], program: Sequence[str] = _PROGRAM
 ) -> Iterator[Followers]:
     """Keep followers for the block; an error in it that was a follower's is told as such."""
     followers = Followers(on_lost, program)
     try:
         yield followers
-    except (EngineError, Stopped):
+    except (TrainerError, TokenizerError, Stopped):
         raise
     except Exception as error:
         if cause := followers.explain(error):
@@ -224,5 +224,5 @@ def _lost(code: int, rank: int, size: int) -> Failure:
     return Failure(kind="lost", message=message, retryable=True)
 
 
-def _error_of(failure: Failure) -> EngineError:
-    return EngineError(failure.message, kind=failure.kind, retryable=failure.retryable)
+def _error_of(failure: Failure) -> TrainerError:
+    return TrainerError(failure.message, kind=failure.kind, retryable=failure.retryable)

@@ -18,7 +18,7 @@ from training_backends.core.config import ClassifierTarget
 from training_backends.rundir.directory import ExitCode, RunDir
 from training_backends.tokens.encoders import ByteEncoder, UnusableRow
 from training_backends.trainer.__main__ import main
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import load_model
 from training_backends.trainer.objective import Totals
 from training_backends.trainer.objectives.classifier import ClassifierObjective, classify
@@ -249,5 +249,5 @@ def test_a_model_that_cannot_classify_is_named(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "clvp"}))
-    with pytest.raises(EngineError, match="cannot be loaded as a classifier"):
+    with pytest.raises(TrainerError, match="cannot be loaded as a classifier"):
         load_model(str(base), seed=0, tuning=None, device=torch.device("cpu"), targets=(TOPIC,))

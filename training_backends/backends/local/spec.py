@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.core.config import (
     TINY_MODEL,
+    TINY_POSITIONS,
     Hyperparameters,
     TrainingConfig,
     Tuning,
 )
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
-from training_backends.rundir.directory import TINY_POSITIONS, RunSpec
+from training_backends.rundir.directory import RunSpec
 
 __all__ = [
     "MODELS_OFFERED",

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.rows import ClassifierRow, TextRow, parse_any_row
 from training_backends.tokens.encoders import Encoder, UnusableRow
-from training_backends.trainer.errors import EngineError
+from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.objective import Batch, Judged, Reading
 
@@ -199,7 +199,7 @@ def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
     """Return what the model in `directory` decides; nothing if it is no classifier.
 
     Raises:
-        EngineError: The file that says so cannot be read.
+        TrainerError: The file that says so cannot be read.
     """
     path = directory / CLASSIFIER_FILE
     if not path.is_file():
@@ -208,7 +208,7 @@ def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
         found = json.loads(path.read_text(encoding="utf-8"))["targets"]
         return tuple(ClassifierTarget.model_validate(target) for target in found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path} cannot be read: {error}") from error
+        raise TrainerError(f"{path} cannot be read: {error}") from error
 
 
 def say_labels(found: Mapping[str, Mapping[str, float]]) -> str:

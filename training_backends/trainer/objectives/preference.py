@@ -21,7 +21,7 @@ from training_backends.datasets.rows import ChatRow, PreferenceRow, parse_any_ro
 from training_backends.tokens.encoders import Encoder, UnusableRow
 from training_backends.trainer.data import Sample, collate, make_sample
 from training_backends.trainer.distributed import Team
-from training_backends.trainer.errors import EngineError, Stopped
+from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch
 from training_backends.trainer.objective import Batch, Judged, Reading
@@ -186,12 +186,12 @@ class References:
         """Take them from a checkpoint.
 
         Raises:
-            EngineError: It was made of other data.
+            TrainerError: It was made of other data.
         """
         margins = load_file(directory / _FILE)
         for name, pairs in self._pairs.items():
             if len(margins[name]) != len(pairs):
-                raise EngineError(
+                raise TrainerError(
                     f"The checkpoint {directory.name} was made of {len(margins[name])} pairs, and "
                     f"now there are {len(pairs)}: the data has changed since. Put it back, or "
                     "begin a new run."
