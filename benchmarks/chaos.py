@@ -2,8 +2,8 @@
 
     python benchmarks/chaos.py [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
 
-A trial is one run: `training-backends launch CONFIG --id ID --yes`, in its own home and through
-a proxy in front of a gateway, is repeated until it succeeds; then `wait` must report the run as
+A trial is one run: `training-backends launch CONFIG --id ID --yes`, in its own home and through a
+proxy in front of a gateway, is repeated until it succeeds; then `wait` must report the run as
 completed. Meanwhile requests are broken in various ways, or the process is killed. In every case
 there must be exactly one job, started once, with each file uploaded once, and nothing else: no
 second job, no job that was never started, no partial file.
