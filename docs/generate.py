@@ -29,7 +29,7 @@ CAPABILITIES = {
     "downloads": "model download",
     "samples": "sample",
     "deletes": "delete",
-    "lists_remote": "list of provider jobs",
+    "lists_remote": "run listing",
     "validation_files": "validation files",
     "suffix": "model name suffix",
 }
