@@ -6,7 +6,7 @@ PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
 LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
-LOWEST_TESTS := tests/core tests/net tests/mistral tests/credentials tests/client \
+LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
 EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock

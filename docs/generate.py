@@ -1,7 +1,7 @@
-"""Write the parts of the documentation that the program itself knows.
+"""Generate the parts of the documentation that come from the code.
 
-A page keeps its own words; what stands between `<!-- generated: NAME -->` and
-`<!-- end -->` is replaced. `--check` changes nothing and fails if a page is out of date.
+Replaces the text between `<!-- generated: NAME -->` and `<!-- end -->` in each page and keeps
+the rest. `--check` changes nothing and exits with 1 if a page is out of date.
 """
 
 import os
@@ -21,16 +21,31 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+CAPABILITIES = {
+    "quotes": "price quote",
+    "stops": "stop",
+    "keeps_checkpoint_on_stop": "checkpoint on stop",
+    "resumes": "resume",
+    "downloads": "model download",
+    "samples": "sample",
+    "deletes": "delete",
+    "lists_remote": "run listing",
+    "validation_files": "validation files",
+    "suffix": "model name suffix",
+}
+"""What the table calls each flag of `Capabilities`."""
+
+
 def backends() -> str:
-    """One row a backend, from the registry."""
-    rows = ["| backend | what it is | trains | can |", "| --- | --- | --- | --- |"]
+    """Return a table with one row per installed backend."""
+    rows = ["| backend | description | methods | supports |", "| --- | --- | --- | --- |"]
     for name in installed_backends():
         kind = backend_class(name)
         capabilities = _capabilities(name)
-        can = [word for word, value in capabilities.items() if value is True]
-        methods = ", ".join(sorted(capabilities["methods"]))
-        verbs = ", ".join(word.replace("_", " ") for word in can)
-        rows.append(f"| `{name}` | {kind.summary} | {methods} | {verbs} |")
+        methods = ", ".join(f"`{method}`" for method in sorted(capabilities["methods"]))
+        flags = [flag for flag, value in capabilities.items() if value is True]
+        supported = ", ".join(CAPABILITIES.get(flag, flag.replace("_", " ")) for flag in flags)
+        rows.append(f"| `{name}` | {kind.summary} | {methods} | {supported} |")
     return "\n".join(rows)
 
 
@@ -44,29 +59,29 @@ def _capabilities(name: str) -> dict[str, Any]:
 
 
 def exit_codes() -> str:
-    """One row an exit code."""
+    """Return a table of all exit codes."""
     meaning = {
-        ExitCode.DONE: "done",
-        ExitCode.UNEXPECTED: "something unexpected, or a store or a disk that cannot be used",
-        ExitCode.USAGE: "the command line is wrong",
-        ExitCode.INVALID: "the configuration or the data is invalid",
-        ExitCode.CREDENTIALS: "no key, a locked keyring, or a key that was refused",
-        ExitCode.NOT_FOUND: "there is no such run",
-        ExitCode.CONFLICT: "a duplicate or a conflict",
-        ExitCode.BUDGET: "the budget would be exceeded, or the price was not confirmed",
-        ExitCode.UNAVAILABLE: "the backend cannot be reached, is retired, not installed or broken",
-        ExitCode.UNSUPPORTED: "the backend cannot do this",
-        ExitCode.RUN_FAILED: "the run failed",
-        ExitCode.RUN_CANCELLED: "the run was cancelled",
-        ExitCode.TIMEOUT: "`wait` ran out of time; the run goes on",
-        ExitCode.INTERRUPTED: "Ctrl-C; the run goes on and its id is printed",
+        ExitCode.DONE: "success",
+        ExitCode.UNEXPECTED: "unexpected error, or an unusable store or disk",
+        ExitCode.USAGE: "invalid command line",
+        ExitCode.INVALID: "invalid configuration or data",
+        ExitCode.CREDENTIALS: "missing or rejected API key, or a locked keyring",
+        ExitCode.NOT_FOUND: "run not found",
+        ExitCode.CONFLICT: "duplicate run or other conflict",
+        ExitCode.BUDGET: "budget exceeded, or price not confirmed",
+        ExitCode.UNAVAILABLE: "backend unreachable, retired, not installed or broken",
+        ExitCode.UNSUPPORTED: "not supported by the backend",
+        ExitCode.RUN_FAILED: "run failed",
+        ExitCode.RUN_CANCELLED: "run cancelled",
+        ExitCode.TIMEOUT: "`wait` timed out; the run keeps running",
+        ExitCode.INTERRUPTED: "Ctrl-C; the run keeps running and its id is printed",
     }
     rows = [f"| {code.value} | {meaning[code]} |" for code in ExitCode]
     return "\n".join(["| code | meaning |", "| --- | --- |", *rows])
 
 
 def commands() -> str:
-    """The help of every command."""
+    """Return the help text of every command."""
     parts = []
     for words in _command_names():
         title = " ".join(("training-backends", *words))
@@ -96,9 +111,9 @@ def _help(*words: str) -> str:
 
 
 def config_fields() -> str:
-    """Every field of a configuration file, from its schema."""
+    """Return a table of all configuration fields, from the JSON schema."""
     schema = TrainingConfig.model_json_schema()
-    rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
+    rows = ["| field | type | default | description |", "| --- | --- | --- | --- |"]
     rows.extend(_rows(schema, schema, ""))
     return "\n".join(rows)
 
@@ -113,7 +128,7 @@ def _rows(schema: dict[str, Any], root: dict[str, Any], prefix: str) -> Iterator
         default = field.get("default")
         shown = "" if default in (None, "", [], {}) else f"`{default}`"
         if name in schema.get("required", ()):
-            shown = "needed"
+            shown = "required"
         description = " ".join(field.get("description", "").split())
         yield f"| `{prefix}{name}` | {_type(field, root)} | {shown} | {description} |"
 
@@ -152,7 +167,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
 
 
 def main() -> int:
-    """Write or check all pages; return the exit code."""
+    """Update or check all pages; return the exit code."""
     check = "--check" in sys.argv[1:]
     stale = []
     for page in PAGES:
@@ -163,7 +178,7 @@ def main() -> int:
             if not check:
                 page.write_text(fresh, encoding="utf-8")
     for page in stale:
-        print(f"{page}: {'out of date, run python docs/generate.py' if check else 'written'}")
+        print(f"{page}: {'out of date; run python docs/generate.py' if check else 'updated'}")
     return 1 if check and stale else 0
 
 

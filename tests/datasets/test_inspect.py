@@ -542,7 +542,9 @@ def test_packed_files_are_inspected_but_not_trained_on(
         "packed_file"
     ]
     (error,) = check_upload(path).errors
-    assert error.message.startswith("the file is compressed (gzip) (send plain JSON Lines")
+    assert error.message == "the file is compressed (gzip)"
+    assert error.fix is not None
+    assert error.fix.startswith("send plain JSON Lines")
 
 
 def test_several_threads_inspect_at_the_same_time(tmp_path: Path) -> None:

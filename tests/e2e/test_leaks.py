@@ -866,7 +866,7 @@ def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None
             command("list", "--json"),
             command("list"),
             failing("resume", "fails", "--yes", "--id", "again", verb="resume", status="failed"),
-            failing("delete", "fails", verb="delete", status="failed"),
+            failing("delete", "fails", "--yes", verb="delete", status="failed"),
             command("launch", "run.yaml", "--yes", "--id", "ends"),
             command("status", "ends", "--json", given={"STATUS": "completed"}),
             failing("download", "ends", "model", verb="download", status="completed"),

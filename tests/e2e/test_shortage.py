@@ -98,7 +98,7 @@ def test_a_job_outlives_a_shortage_of_file_descriptors(
 
         used = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used - 8, DESCRIPTORS))
-        wait_until(lambda: "job waits" in said.read_text())
+        wait_until(lambda: "Too many open files" in said.read_text())
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
         wait_until(lambda: is_healthy(http))
 

@@ -77,13 +77,13 @@ def test_a_file_says_how_a_model_is_trained(tmp_path: Path) -> None:
     assert b is not None
     assert a.tuning == Tuning(kind="qlora")
     assert b.tuning == Tuning(kind="lora", target_modules=("q_proj",))
-    catalogue.check_options(LocalBackend)
+    catalogue.check_options(LocalBackend.options_model)
     path.write_text(
         '[models.a]\ntarget = "x"\noptions.num_processes = 0\n'
         '[models.b]\ntarget = "x"\noptions.gpus = 2\n'
     )
     with pytest.raises(ConfigError) as raised:
-        Catalogue.load(path).check_options(LocalBackend)
+        Catalogue.load(path).check_options(LocalBackend.options_model)
     assert [issue.path for issue in raised.value.issues] == [str(path)] * 2
     fields = [issue.field for issue in raised.value.issues]
     assert fields == ["models.a.options.num_processes", "models.b.options.gpus"]

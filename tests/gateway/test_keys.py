@@ -46,7 +46,9 @@ CREATE TABLE keys (
 CREATE TABLE jobs (
     id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL, created_at FLOAT
 );
-CREATE TABLE files (id VARCHAR(36) NOT NULL PRIMARY KEY, visibility VARCHAR);
+CREATE TABLE files (
+    id VARCHAR(36) NOT NULL PRIMARY KEY, visibility VARCHAR, created_at FLOAT
+);
 CREATE TABLE models (id VARCHAR NOT NULL PRIMARY KEY);
 PRAGMA user_version=1;
 """

@@ -216,7 +216,7 @@ def metrics(
     """Show what was measured while a run trained."""
     from dataclasses import asdict
 
-    from training_backends.cli import measures
+    from training_backends.cli.views import charts
     from training_backends.cli.views.render import console, show_age, show_metrics, write_json
 
     if plot + csv + json > 1:
@@ -231,14 +231,14 @@ def metrics(
 
     missed, shown, points = with_client(read)
     show_age([shown], missed)
-    series = measures.choose(measures.by_name(points), names or ())
+    series = charts.choose(charts.by_name(points), names or ())
     points = [point for point in points if point.name in series]
     if json:
         write_json([asdict(point) for point in points])
     elif csv:
-        measures.write_csv(series)
+        charts.write_csv(series)
     elif plot and series:
-        measures.plot(series, console(), all_given=bool(names))
+        charts.plot(series, console(), all_given=bool(names))
     else:
         show_metrics(points, shown, up_to_date=missed is not None and shown.id not in missed)
 

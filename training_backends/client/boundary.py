@@ -15,8 +15,15 @@ from types import MappingProxyType
 from typing import Any, Final, cast
 
 import anyio
+from pydantic import SecretStr
 
-from training_backends.core.backend import BackendContext, Health, RemoteRun, TrainingBackend
+from training_backends.core.backend import (
+    BackendContext,
+    CredentialSource,
+    Health,
+    RemoteRun,
+    TrainingBackend,
+)
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.errors import (
     AuthenticationFailed,
@@ -43,6 +50,7 @@ from training_backends.core.run import (
 )
 
 __all__ = [
+    "CallersCredentials",
     "callers_own",
     "guarded",
     "has_lists",
@@ -118,6 +126,7 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
         BackendUnavailable: It was not ready in time.
     """
     package = installed_backends().get(name, name)
+    context = replace(context, credentials=CallersCredentials(context.credentials))
     made: list[TrainingBackend | BaseException] = []
 
     def work() -> None:
@@ -184,6 +193,18 @@ def callers_own() -> Iterator[None]:
     except BaseException as error:
         error.__dict__[_CALLERS] = True
         raise
+
+
+class CallersCredentials:
+    """A credential source whose errors leave a backend's verb unchanged, as a callback's do."""
+
+    def __init__(self, source: CredentialSource) -> None:
+        self._source = source
+
+    async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+        """See `CredentialSource.get`."""
+        with callers_own():
+            return await self._source.get(provider, profile)
 
 
 class _Guard:

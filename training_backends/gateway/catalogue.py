@@ -24,7 +24,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import Tuning
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.options import option_issues
@@ -147,17 +146,20 @@ class Catalogue:
             offers.update(_read(path))
         return cls(offers, path)
 
-    def check_options(self, backend: type[TrainingBackend]) -> None:
-        """Check the options of all models, which are those of the backend that trains them.
+    def check_options(self, model: type[BaseModel]) -> None:
+        """Check the options of all offered models.
+
+        Args:
+            model: `options_model` of the backend that trains them.
 
         Raises:
-            ConfigError: Some are not; the issues name file and key.
+            ConfigError: Some do not fit; the issues name file and key.
         """
         issues = [
             replace(issue, path=str(self._path), field=f"models.{offer.name}.{issue.field}")
             for offer in self.all()
             if offer.options
-            for issue in option_issues(backend.options_model, offer.options)
+            for issue in option_issues(model, offer.options)
         ]
         if self._path and issues:
             raise _error(self._path, issues)

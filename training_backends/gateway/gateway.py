@@ -173,7 +173,7 @@ async def open_gateway(
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
         await _require_sound(client, root)
         found = await to_thread.run_sync(client.backend, backend)
-        catalogue.check_options(type(found))
+        catalogue.check_options(found.options_model)
         files = FileService(
             store,
             blobs or BlobStore(root),

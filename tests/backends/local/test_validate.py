@@ -134,7 +134,7 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
 
-    from training_backends.backends.local import modelchecks  # noqa: PLC0415
+    from training_backends.backends.local import validate  # noqa: PLC0415
 
     for loader, classifies in (
         (AutoModelForCausalLM, False),
@@ -142,7 +142,7 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     ):
         classes = {each.__name__ for each in loader._model_mapping}
         known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
-        found = modelchecks.trainable_types(classifies=classifies)
+        found = validate.trainable_types(classifies=classifies)
         assert found is not None
         assert known <= found
         assert found & CONFIG_MAPPING_NAMES.keys() == known
@@ -412,4 +412,4 @@ async def test_a_proxy_s_password_is_in_no_issue(
     (issue,) = (await backend.validate(run.config, inspected(run))).issues
     assert issue.code == "hub_not_asked"
     assert "s3cret" not in str(issue)
-    assert "word" not in str(issue)
+    assert "#word" not in str(issue)

@@ -22,7 +22,7 @@ from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.local.spec import has_gpu
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
-from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.open_file import STDIN, opened
 from training_backends.datasets.rows import ChatRow, ClassifierRow
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, lines_up_to
@@ -77,7 +77,10 @@ class _Found(NamedTuple):
 
 async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
     """Ask the hub for a model that is not on this machine; what it cannot be asked is a warning."""
-    handed = await hub.handed(config.model)
+    try:
+        handed = await hub.handed(config.model)
+    except ConfigError as error:
+        return [Issue(code="hub_not_asked", message=error.message, field="model", fix=error.hint)]
     if handed.is_offline:
         message = (
             f"{config.model!r} is not on this machine, and the hub must not be asked "
