@@ -1,7 +1,7 @@
-"""What trains behind the chaos bench's gateways: nothing, in a fraction of a second.
+"""The backend of the chaos benchmark's gateways: "trains" in a fraction of a second.
 
-A training is a file, made once; it is over when the file is old enough. So any process finds
-again what an earlier one began, and the bench can count how many were ever begun.
+A training is a file that is created once and counts as finished when it is old enough. Any process
+can therefore find a training that another one started, and the benchmark can count all of them.
 """
 
 import time
@@ -32,42 +32,42 @@ from training_backends import (
 __all__ = ["QuickBackend"]
 
 _TRAINS_FOR: Final = 0.3
-"""Seconds: long enough to be seen running, short enough to be over when a command is repeated."""
+"""Seconds: long enough to be observed running, short enough to finish before a repeated command."""
 
 
 class QuickBackend(TrainingBackend):
-    """Trains nothing, durably."""
+    """Records trainings as files and trains nothing."""
 
     name: ClassVar[str] = "quick"
-    summary: ClassVar[str] = "Trains nothing, and is soon done with it."
+    summary: ClassVar[str] = "Finishes at once without training."
 
     def __init__(self, trainings: Path) -> None:
         self._trainings = trainings
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
-        """Keep the trainings below the client's home."""
+        """Store the trainings in the client's home."""
         return cls(context.home / "trainings")
 
     @property
     def capabilities(self) -> Capabilities:
-        """The least that a gateway needs."""
+        """The minimum that a gateway needs."""
         return Capabilities(suffix=True)
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Find nothing wrong."""
+        """Accept everything."""
         del config, dataset
         return ValidationReport()
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Cost nothing."""
+        """Return an estimate with a cost of zero."""
         del config
         tokens = sum(file.size for file in dataset.train)
         free = Money.model_validate("0 USD")
         return Estimate(data_tokens=tokens, train_tokens=tokens, steps=1, cost=free)
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
-        """Make the training's file, once."""
+        """Create the training's file, once."""
         path = anyio.Path(self._trainings / run.id)
 
         async def begin() -> str:
@@ -84,13 +84,13 @@ class QuickBackend(TrainingBackend):
         return await self._state(run.id)
 
     async def status(self, run: TrainingRun) -> RunState:
-        """Tell whether the time is over."""
+        """Return the state, which depends on the age of the file."""
         return await self._state(run.remote_id or "")
 
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Say one thing, when it is over."""
+        """Yield a single record once the training is finished."""
         state = await self.status(run)
         while follow and not state.status.is_terminal:
             await anyio.sleep(0.1)
@@ -102,7 +102,7 @@ class QuickBackend(TrainingBackend):
             )
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
-        """Leave it: it is over in no time."""
+        """Do nothing: the training finishes in a moment."""
         del run, save_checkpoint
 
     async def resume(
@@ -113,7 +113,7 @@ class QuickBackend(TrainingBackend):
         *,
         checkpoint: str | None = None,
     ) -> RunState:
-        """Refuse."""
+        """Not supported."""
         del run, new_run, journal, checkpoint
         raise self.unsupported("resume a run", "Launch it again.")
 
@@ -121,7 +121,7 @@ class QuickBackend(TrainingBackend):
         path = anyio.Path(self._trainings / training)
         if not training or not await path.is_file():
             raise RunNotFound(f"There is no training {training!r}.", backend=self.name)
-        # Empty for the moment between its making and its first word.
+        # The file is empty for a moment after it has been created.
         began = float(await path.read_text() or time.time())
         started = datetime.fromtimestamp(began, UTC)
         if time.time() - began < _TRAINS_FOR:

@@ -1,4 +1,4 @@
-"""What the chaos bench does to launches: every trial, one after the other."""
+"""The trials of the chaos benchmark."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ FAULTS: Final[Mapping[str, Sequence[Fault]]] = {
     "slow bytes": [Fault("after", "drip")],
     "sent twice": [Fault("after", "twice")],
 }
-"""What is done to every single request of a launch."""
+"""By kind, the faults injected into every single request of a launch."""
 _STOPS: Final[Sequence[Fault]] = [
     Fault("before", "stop server"),
     Fault("during", "stop server"),
@@ -71,14 +71,14 @@ KINDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run and what is done to it.
+    """One run and the faults injected into it.
 
     Attributes:
-        writes: For each launch in turn, at which write of the store it is killed.
-        wait_write: At which write of the store `wait` is killed, before it is repeated.
+        writes: For each launch in turn, the write to the store at which it is killed.
+        wait_write: The write to the store at which `wait` is killed before it is repeated.
         twins: Whether two processes launch the run at the same time.
-        lag: Seconds for which the gateway's lists leave out what was just made.
-        engine: Whether a model is really trained.
+        lag: Seconds for which the gateway's lists omit new objects.
+        engine: Whether a real model is trained.
     """
 
     kind: str
@@ -93,11 +93,11 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Clean:
-    """What a launch without faults does.
+    """The requests and writes of a launch without faults.
 
     Attributes:
-        writes: How often the launch writes its store.
-        wait_writes: How often `wait` does afterwards.
+        writes: Number of writes to the store by the launch.
+        wait_writes: Number of writes by the `wait` that follows.
     """
 
     requests: Sequence[Seen]
@@ -106,7 +106,7 @@ class Clean:
 
 
 def _singles(kind: str, requests: Sequence[Seen]) -> Iterator[Trial]:
-    """Each way of a kind, at each request of a launch."""
+    """Each fault of a kind, at each request of a launch."""
     for fault in FAULTS[kind]:
         for number, request in enumerate(requests):
             if fault.when != "during" or request.is_upload:
@@ -115,7 +115,7 @@ def _singles(kind: str, requests: Sequence[Seen]) -> Iterator[Trial]:
 
 
 def _rows(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
-    """The same fault several times in a row: more often than a client tries."""
+    """The same fault several times in a row, up to more often than the client retries."""
     for kind, faults in FAULTS.items():
         for fault in faults:
             for times in (2, 4, 7):
@@ -125,7 +125,7 @@ def _rows(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
 
 
 def _storms(rng: random.Random) -> Iterator[Trial]:
-    """Anything, at any time, again and again."""
+    """Random faults at random requests."""
     every = [fault for faults in FAULTS.values() for fault in faults]
     for number in range(40):
         plan = tuple(Injection(rng.choice(every), rng.randrange(8)) for _ in range(6))
@@ -133,24 +133,24 @@ def _storms(rng: random.Random) -> Iterator[Trial]:
 
 
 def _stores(rng: random.Random, writes: int) -> Iterator[Trial]:
-    """Killed before and after each write of the store, and again and again at some of them."""
+    """Killed before and after each write to the store, and repeatedly at random writes."""
     for write in range(1, writes + 1):
         for when in ("before", "after"):
             yield Trial("store", f"killed {when} write {write}", writes=(f"{when}:{write}",))
     for number in range(10):
         chosen = tuple(f"{rng.choice(('before', 'after'))}:{rng.randint(2, 6)}" for _ in range(5))
-        yield Trial("store", f"killed at each of {number}: {' '.join(chosen)}", writes=chosen)
+        yield Trial("store", f"killed repeatedly, {number}: {' '.join(chosen)}", writes=chosen)
 
 
 def _waits(writes: int) -> Iterator[Trial]:
-    """`wait`, too, is killed before and after each of its writes."""
+    """`wait` is killed before and after each of its writes."""
     for write in range(1, writes + 1):
         for when in ("before", "after"):
             yield Trial("wait", f"killed {when} write {write}", wait_write=f"{when}:{write}")
 
 
 def _twins(requests: Sequence[Seen]) -> Iterator[Trial]:
-    """Two processes launch the same run, and the first of them is killed."""
+    """Two processes launch the same run, and the first one is killed."""
     for number, request in enumerate(requests):
         for fault in FAULTS["kill"][:2]:
             name = f"first killed {fault.when} request {number} ({request.name})"
@@ -158,7 +158,7 @@ def _twins(requests: Sequence[Seen]) -> Iterator[Trial]:
 
 
 def _servers(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
-    """The gateway is killed, and started again on its state; the client, too, in the end."""
+    """The gateway is killed and restarted on its state; in the last trials the client too."""
     for number, request in enumerate(requests):
         if request.method == "POST" or number % 4 == 0:
             for fault in _STOPS:
@@ -171,23 +171,23 @@ def _servers(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
 
 
 def _doubts() -> Iterator[Trial]:
-    """It is in doubt for a while whether a create got through: all that speaks of it is late."""
+    """The outcome of a create is unknown for a while, because lists lag or the create is late."""
     lost = [Fault("after", effect) for effect in ("reset", "kill", "silence")]
     for fault in lost:
         for lag in (0.5, 2.0, 6.0):
             name = f"{fault.effect} after create, lists {lag:g} s behind"
             yield Trial("doubt", name, (Injection(fault, only=_CREATE),), lag=lag)
     for effect, reply in (("429", _429), ("500", _500)):
-        refusals = (Injection(Fault("before", "reply", reply), only=_CREATE),) * 4
+        rejections = (Injection(Fault("before", "reply", reply), only=_CREATE),) * 4
         for fault in lost:
             name = f"{fault.effect} after create, lists 6 s behind, then {effect} to creates"
-            yield Trial("doubt", name, (Injection(fault, only=_CREATE), *refusals), lag=6.0)
+            yield Trial("doubt", name, (Injection(fault, only=_CREATE), *rejections), lag=6.0)
         late = Injection(Fault("before", "late"), only=_CREATE)
-        yield Trial("doubt", f"late create, then {effect} to creates", (late, *refusals))
+        yield Trial("doubt", f"late create, then {effect} to creates", (late, *rejections))
 
 
 def _lates(requests: Sequence[Seen]) -> Iterator[Trial]:
-    """A request that changes something arrives after its sender has given up."""
+    """A request with a side effect arrives after the client has given up."""
     for number, request in enumerate(requests):
         if request.method == "POST":
             for copy in range(4):
@@ -196,17 +196,17 @@ def _lates(requests: Sequence[Seen]) -> Iterator[Trial]:
 
 
 def _engines(requests: Sequence[Seen]) -> Iterator[Trial]:
-    """Killed around each request that changes something, with a model that really trains."""
+    """Killed before and after each request with a side effect, while a real model is trained."""
     for number, request in enumerate(requests):
         if request.method == "POST":
             for when in ("before", "after"):
-                name = f"kill {when} request {number} ({request.name}), trained for real"
+                name = f"kill {when} request {number} ({request.name}), real training"
                 plan = (Injection(Fault(when, "kill"), number),)
                 yield Trial("engine", name, plan, engine=True)
 
 
 def few(clean: Clean) -> Iterator[Trial]:
-    """A handful of the worst moments."""
+    """A few trials at the most critical points."""
     chosen = {
         "files": [Fault("during", "kill")],
         "jobs": [Fault("after", "kill")],
@@ -222,7 +222,7 @@ def few(clean: Clean) -> Iterator[Trial]:
 
 
 def planned(seed: int, clean: Clean) -> list[Trial]:
-    """Return all trials; those chosen by chance follow from the seed."""
+    """Return all trials; the random ones are determined by the seed."""
     rng = random.Random(seed)
     requests = clean.requests
     trials = [trial for kind in FAULTS for trial in _singles(kind, requests)]

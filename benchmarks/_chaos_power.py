@@ -1,10 +1,10 @@
-"""The command line, killed by SIGKILL next to the n-th write of its run store.
+"""The command line, killed by SIGKILL at the n-th write to its run store.
 
     CHAOS_WRITE=before:7 python -m benchmarks._chaos_power launch …   # before the 7th COMMIT
     CHAOS_WRITE=after:7  python -m benchmarks._chaos_power launch …   # right after it
-    CHAOS_WRITE=count:FILE …                                          # writes how many there are
+    CHAOS_WRITE=count:FILE …                                          # write the number to FILE
 
-Only transactions that change something are counted; nothing of the product knows of this.
+Only transactions with changes are counted. The package itself has no code for this.
 """
 
 import atexit
@@ -21,7 +21,7 @@ _CHANGES = ("INSERT", "UPDATE", "DELETE", "CREATE", "DROP", "ALTER")
 
 
 class _Writes:
-    """Counts the commits of one process, and ends it at one of them."""
+    """Counts the commits of one process and kills it at one of them."""
 
     def __init__(self, when: str, at: int) -> None:
         self.count = 0
@@ -38,20 +38,20 @@ class _Writes:
             connection.info["changed"] = True
 
     def _commits(self, connection: Connection) -> None:
-        """Called just before COMMIT is sent to the database."""
+        """Count a commit; SQLAlchemy calls this just before it sends COMMIT."""
         if not connection.info.pop("changed", False):
             return
         self.count += 1
         if self.count != self._at:
             return
         if self._when == "after":
-            # SQLAlchemy commits once more, after us: by then there is nothing left of us.
+            # SQLAlchemy would commit after this hook, but the process is dead by then.
             connection.dialect.do_commit(connection.connection)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run() -> None:
-    """Read what to do from the environment and be the command line."""
+    """Install the hook that `CHAOS_WRITE` describes and run the command line."""
     when, _, argument = os.environ["CHAOS_WRITE"].partition(":")
     writes = _Writes(when, 0 if when == "count" else int(argument))
     writes.install()

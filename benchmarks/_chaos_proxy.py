@@ -1,8 +1,8 @@
-"""A proxy on loopback that knows where requests begin and end, and breaks what it is told to.
+"""A loopback proxy that parses HTTP messages and injects faults.
 
-It also keeps the books: what reached the server, and what the server said to it. A server that
-forgives a repeated request (the same file again, a job that is there already) hides what the
-client did; the books do not.
+It also records which requests reached the server and how the server responded. A server that
+tolerates repeated requests (the same file again, an existing job) hides what the client did; the
+proxy's record does not.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from anyio.streams.buffered import BufferedByteStream
 __all__ = ["Fault", "Injection", "Proxy", "Seen", "in_row"]
 
 When = Literal["before", "during", "after"]
-"""The request is not forwarded; half of it is; it is, and its answer is here."""
+"""Before the request is forwarded; after half of it; after the response has arrived."""
 Effect = Literal[
-    "kill",  # SIGKILL for the client
-    "stop server",  # SIGKILL for the server
-    "reset",  # the connection is reset
-    "silence",  # no answer until the client gives up
-    "reply",  # another answer
-    "halve",  # half of the answer's body, as if it were whole
-    "cut",  # half of the answer's body, then a reset
-    "drip",  # the answer in many small pieces
-    "twice",  # the request is forwarded a second time, and the second answer passed on
-    "late",  # no answer; forwarded some seconds after the client has given up
+    "kill",  # SIGKILL to the client
+    "stop server",  # SIGKILL to the server
+    "reset",  # reset the connection
+    "silence",  # no response until the client gives up
+    "reply",  # a different response
+    "halve",  # half of the response body, with a matching length
+    "cut",  # half of the response body, then a reset
+    "drip",  # the response in many small pieces
+    "twice",  # forward the request twice and return the second response
+    "late",  # no response; forward the request seconds after the client has given up
 ]
 
 _BLOCK: Final = 16 * 1024
 _PIECES: Final = 40
 _PIECE_PAUSE: Final = 0.03
 _LATE: Final = (0.0, 3.0)
-"""Seconds; within them a client that has given up looks for what it did and tries again."""
+"""Delay range in seconds, in which a client that gave up searches for its job and retries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One way to break one request."""
+    """A fault for one request."""
 
     when: When
     effect: Effect
@@ -56,11 +56,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """Break requests.
+    """A fault and the request that it applies to.
 
     Attributes:
-        skip: How many are let through before, counted from the injection before this one.
-        only: Name of the requests that are meant and counted; None: all.
+        skip: Requests to let through first, counted from the previous injection.
+        only: Name of the requests to count and break; None for all.
     """
 
     fault: Fault
@@ -69,18 +69,19 @@ class Injection:
 
 
 def in_row(fault: Fault, skip: int, times: int) -> tuple[Injection, ...]:
-    """Break several requests, one after the other."""
+    """Return injections that break consecutive requests."""
     return (Injection(fault, skip), *(Injection(fault) for _ in range(times - 1)))
 
 
 @dataclass(slots=True)
 class Seen:
-    """A request.
+    """A request that the proxy received.
 
     Attributes:
-        fault: What was done to it.
-        status: What the server answered, if it was asked; whether or not the client was told.
-        content: SHA-256 of the file that was uploaded with it.
+        fault: The injected fault, if any.
+        status: The server's response status, even if the client did not receive it; None if the
+            request was not forwarded completely.
+        content: SHA-256 of the uploaded file.
     """
 
     method: str
@@ -91,24 +92,24 @@ class Seen:
 
     @property
     def path(self) -> str:
-        """The target without its query."""
+        """The target without the query string."""
         return self.target.partition("?")[0]
 
     @property
     def name(self) -> str:
-        """What is asked, whichever job or file it is about."""
+        """Method and path, with ids replaced by `ID`."""
         words = self.path.removeprefix("/v1/").split("/")
         return f"{self.method} {'/'.join('ID' if len(word) == 36 else word for word in words)}"
 
     @property
     def is_upload(self) -> bool:
-        """Whether a file comes with it."""
+        """Whether this is a file upload."""
         return self.name == "POST files"
 
     def __str__(self) -> str:
-        """Show it on one line."""
+        """Return one line for the log of a trial."""
         broken = f"  <- {self.fault.effect} {self.fault.when}" if self.fault else ""
-        return f"{self.method} {self.target} -> {self.status or 'not answered'}{broken}"
+        return f"{self.method} {self.target} -> {self.status or 'no response'}{broken}"
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ class _Request:
 
 
 class _Closed(Exception):
-    """The connection is to be closed, or is."""
+    """The connection is closed or must be closed."""
 
 
 _GONE: Final = (
@@ -134,21 +135,21 @@ _GONE: Final = (
 
 
 class Proxy:
-    """Forwards to a server; broken by `plan`.
+    """Forwards to a server and injects the faults of `plan`.
 
     Attributes:
-        plan: What is still to be broken.
+        plan: Injections still to come.
         seen: Every request so far.
-        injected: How many faults there were.
-        kill_client: Ends the client at once; set while there is one.
-        stop_server: Ends the server at once.
-        lag: Seconds for which lists leave out what was just made.
+        injected: Number of faults injected.
+        kill_client: Kills the client; set while one is running.
+        stop_server: Kills the server.
+        lag: Seconds for which lists omit new objects.
     """
 
     def __init__(
         self, server: Callable[[], int], *, stop_server: Callable[[], None], seed: str
     ) -> None:
-        """Forward to whatever port of loopback `server` returns."""
+        """Forward to the loopback port that `server` returns."""
         self._server = server
         self._delay = random.Random(seed)
         self.plan: deque[Injection] = deque()
@@ -164,10 +165,10 @@ class Proxy:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Listen for as long as the block lasts."""
+        """Listen while the block runs."""
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
         raw = listener.extra(SocketAttribute.raw_socket)
-        # A small buffer, so that half an upload is half an upload to its sender, too.
+        # A small buffer, so that the client notices that only half of its upload was received.
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         self.url = f"http://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
         async with anyio.create_task_group() as tasks:
@@ -177,7 +178,7 @@ class Proxy:
         await listener.aclose()
 
     async def nothing_held(self) -> None:
-        """Return once no request is kept back any more."""
+        """Return once no request is being delayed."""
         while self._held:
             await self._released.wait()
 
@@ -188,7 +189,7 @@ class Proxy:
                 while True:
                     await self._exchange(client, buffered)
         except _GONE:
-            pass  # one of both hung up; that is what this is for
+            pass  # one side hung up, as the trials intend
 
     async def _exchange(self, client: SocketStream, buffered: BufferedByteStream) -> None:
         request = await _read_request(buffered)
@@ -228,14 +229,14 @@ class Proxy:
             request.body += await client.receive(min(_BLOCK, wanted - len(request.body)))
 
     async def _half_forwarded(self, request: _Request) -> None:
-        """Send the server what is there of a request, and hang up."""
+        """Send the server the partial request and hang up."""
         async with await self._connect() as server:
             await server.send(request.head + request.body)
 
     async def _forwarded(
         self, client: SocketStream, buffered: BufferedByteStream, request: _Request
     ) -> bytes:
-        """Return the server's whole answer; a server that is away resets the connection."""
+        """Return the server's complete response; reset the client if the server is down."""
         await self._read_body(buffered, request)
         try:
             return await self._ask(request)
@@ -244,7 +245,7 @@ class Proxy:
             raise _Closed from None
 
     async def _ask(self, request: _Request) -> bytes:
-        """Return the server's whole answer and note it down."""
+        """Return the server's complete response and record it."""
         async with await self._connect() as server:
             await server.send(request.head + request.body)
             buffered = BufferedByteStream(server)
@@ -256,7 +257,7 @@ class Proxy:
         return self._lagging(request.seen, answer) if self.lag else answer
 
     def _lagging(self, seen: Seen, answer: bytes) -> bytes:
-        """Leave out of a list what was made a short while ago."""
+        """Omit recently created objects from a list."""
         head, _, body = answer.partition(b"\r\n\r\n")
         if seen.status != 200 or not seen.path.endswith(("/files", "/jobs")):
             return answer
@@ -275,7 +276,7 @@ class Proxy:
         return await anyio.connect_tcp("127.0.0.1", self._server())
 
     async def _late(self, client: SocketStream, request: _Request) -> None:
-        """Forward a request after its sender has given up waiting for the answer."""
+        """Forward a request after the client has given up waiting for the response."""
         self._held += 1
         try:
             await _until_gone(client)
@@ -289,7 +290,7 @@ class Proxy:
     async def _break(
         self, client: SocketStream, request: _Request, fault: Fault, answer: bytes
     ) -> None:
-        """Do to the client what the fault says; the connection does not outlive it."""
+        """Apply the fault; raise `_Closed` if the connection cannot be used afterwards."""
         head, _, body = answer.partition(b"\r\n\r\n")
         match fault.effect:
             case "kill":
@@ -309,7 +310,7 @@ class Proxy:
             case "reply":
                 await client.send(fault.reply)
                 if fault.when != "during":
-                    return  # the connection is as good as before
+                    return  # the connection can still be used
             case "halve":
                 await client.send(_with_length(head, len(body) // 2) + body[: len(body) // 2])
                 return
@@ -345,7 +346,7 @@ def _with_length(head: bytes, length: int) -> bytes:
 
 
 def _content(form: bytes) -> str | None:
-    """Return the digest of the file in a form."""
+    """Return the SHA-256 of the file in a multipart form."""
     boundary = form.partition(b"\r\n")[0]
     for part in form.split(b"\r\n" + boundary):
         head, _, content = part.partition(b"\r\n\r\n")
@@ -355,7 +356,7 @@ def _content(form: bytes) -> str | None:
 
 
 async def _reset(stream: SocketStream) -> None:
-    """Close so that the other side is told of an error, not of an end."""
+    """Close with RST, so that the other side gets an error instead of an end of stream."""
     linger = struct.pack("ii", 1, 0)
     raw = stream.extra(SocketAttribute.raw_socket)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -363,7 +364,7 @@ async def _reset(stream: SocketStream) -> None:
 
 
 async def _until_gone(stream: SocketStream) -> None:
-    """Say nothing until the other side hangs up."""
+    """Read without responding until the other side hangs up."""
     try:
         while True:
             await stream.receive()

@@ -1,4 +1,4 @@
-"""A gateway as a process of its own, started as users start it, and what it says of itself."""
+"""A gateway in its own process, started from the command line, and its view of files and jobs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 def environment(work: Path, home: Path, **more: str) -> dict[str, str]:
-    """Return the environment of a child process: nothing of the user's own settings."""
+    """Return the environment of a child process, without the user's own settings."""
     kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     paths = [str(work / "plugins"), *filter(None, [kept.pop("PYTHONPATH", "")]), str(_REPOSITORY)]
     return {
@@ -39,7 +39,7 @@ def environment(work: Path, home: Path, **more: str) -> dict[str, str]:
 
 
 def install_quick_backend(work: Path) -> None:
-    """Register the bench's backend as any plugin does: by an entry point."""
+    """Register the benchmark's backend as a plugin, with an entry point."""
     metadata = work / "plugins" / "quick_backend-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: quick-backend\nVersion: 1.0\n")
@@ -49,10 +49,10 @@ def install_quick_backend(work: Path) -> None:
 
 
 class Site:
-    """One gateway; it may be killed and started again on its state.
+    """One gateway, which is restarted on its state whenever it is killed.
 
     Attributes:
-        key: Of its API.
+        key: Its API key.
     """
 
     def __init__(self, work: Path, name: str, *, backend: str) -> None:
@@ -71,7 +71,7 @@ class Site:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Have it run for as long as the block lasts, and come back whenever it is killed."""
+        """Run the gateway while the block runs; restart it whenever it is killed."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._keep_running)
             await self.ready()
@@ -79,12 +79,12 @@ class Site:
             tasks.cancel_scope.cancel()
 
     async def ready(self) -> None:
-        """Return once it listens."""
+        """Return once the gateway is listening."""
         with anyio.fail_after(60):
             await self._listens.wait()
 
     def kill(self) -> None:
-        """End it as a power cut does; it comes back by itself."""
+        """Kill the gateway, as a power failure would; it restarts automatically."""
         if self._process is not None:
             self._listens = anyio.Event()
             self._process.kill()
@@ -104,17 +104,17 @@ class Site:
                 if self.port:
                     self._listens.set()
                 if await self._process.wait() != -signal.SIGKILL:
-                    raise RuntimeError(f"the gateway has ended; see {self.home / 'gateway.log'}")
+                    raise RuntimeError(f"the gateway exited; see {self.home / 'gateway.log'}")
             finally:
                 with anyio.CancelScope(shield=True):
                     await _end(self._process)
 
     async def files(self) -> list[dict[str, Any]]:
-        """Return all files that it lists."""
+        """List all files."""
         return await self._list("/v1/files")
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """Return all jobs that it lists."""
+        """List all jobs."""
         return await self._list("/v1/fine_tuning/jobs")
 
     async def _list(self, path: str) -> list[dict[str, Any]]:
@@ -131,9 +131,9 @@ class Site:
         return found
 
     async def settled(self) -> bool:
-        """Tell whether nothing is left of what it has begun to receive and not finished.
+        """Tell whether no partial uploads are left.
 
-        It may take a moment until it notices that an upload will not go on.
+        Waits up to 15 s, because the gateway takes a moment to notice an aborted upload.
         """
         incoming = self.home / "gateway" / "incoming"
         for _ in range(150):
@@ -143,18 +143,18 @@ class Site:
         return False
 
     def contents(self) -> list[str]:
-        """Return the digests of the contents that it keeps."""
+        """Return the digests of all stored contents."""
         return sorted(path.name for path in (self.home / "gateway" / "files").iterdir())
 
     def trainings(self) -> list[str]:
-        """Return the ids of all trainings that were ever begun behind it."""
+        """Return the ids of all trainings ever started."""
         kept = "runs" if self._backend == "local" else "trainings"
         directory = self.home / "gateway" / kept
         return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
 async def _port_of(gateway: Process) -> int:
-    """Read where it listens from the one line that it prints; 0 if it ended before that."""
+    """Read the port from the line that the gateway prints; 0 if it exited before that."""
     assert gateway.stdout is not None
     line = b""
     with anyio.fail_after(60):
@@ -166,7 +166,7 @@ async def _port_of(gateway: Process) -> int:
 
 
 async def _end(gateway: Process) -> None:
-    """End it as users do, and if that does not help, at once."""
+    """Interrupt the gateway; kill it if it does not exit."""
     if gateway.returncode is None:
         gateway.send_signal(signal.SIGINT)
         with anyio.move_on_after(20):

@@ -1,4 +1,4 @@
-"""Chats for benchmarks: English, French and code, a tenth with tool calls; the same each time."""
+"""Reproducible chats for benchmarks: English, French and code, a tenth with tool calls."""
 
 import random
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def _weather(chance: random.Random) -> list[dict[str, Any]]:
 
 
 def chat_rows(seed: int = 0) -> Iterator[bytes]:
-    """Yield rows without end, about 1.5 kB each, every one valid."""
+    """Yield valid rows of about 1.5 kB indefinitely."""
     chance = random.Random(seed)
     encode = msgspec.json.encode
     while True:
@@ -108,7 +108,7 @@ def chat_rows(seed: int = 0) -> Iterator[bytes]:
 
 
 def write_chats(path: Path, size: int, *, seed: int = 0) -> int:
-    """Write at least `size` bytes of them; return the number of rows."""
+    """Write at least `size` bytes of rows; return their number."""
     rows = written = 0
     with path.open("wb") as file:
         for row in chat_rows(seed):

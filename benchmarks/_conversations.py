@@ -1,4 +1,4 @@
-"""Rows of every trained format, with all that is hard for tokenizers; the same each time."""
+"""Reproducible rows of every format, with text that is hard to tokenize."""
 
 import json
 import random
@@ -99,7 +99,7 @@ _WEIGHTS: Final = [weight for _, weight in _PIECES]
 
 
 def text(chance: random.Random) -> str:
-    """Make a text that is not empty."""
+    """Return a non-empty text."""
     made = chance.choices(_MAKERS, _WEIGHTS, k=chance.randint(1, 8))
     return chance.choice(("", " ", "\n")).join(maker(chance) for maker in made) or "x"
 
@@ -124,7 +124,7 @@ def _exchange(chance: random.Random) -> list[Row]:
 
 
 def _with_system(chance: random.Random, messages: list[Row]) -> list[Row]:
-    """Put system prompts in: mostly in front, at times where nobody expects one."""
+    """Insert system prompts: mostly at the start, sometimes at unusual positions."""
     prompt = {"role": chance.choice(("system", "system", "developer")), "content": _content(chance)}
     kind = chance.random()
     if kind < 0.4:
@@ -139,7 +139,7 @@ def _with_system(chance: random.Random, messages: list[Row]) -> list[Row]:
 
 
 def instruct(chance: random.Random) -> Row:
-    """Make a conversation, at times with messages of one role in a row."""
+    """Return a conversation, sometimes with consecutive messages of one role."""
     messages = [each for _ in range(chance.randint(1, 4)) for each in _exchange(chance)]
     if chance.random() < 0.15:
         place = chance.randrange(len(messages))
@@ -219,7 +219,7 @@ def _tool_exchange(chance: random.Random, names: list[str]) -> list[Row]:
 
 
 def tools(chance: random.Random) -> Row:
-    """Make a conversation with calls of tools and their results."""
+    """Return a conversation with tool calls and their results."""
     names = ["get_weather", "search-docs", "f"]
     messages: list[Row] = []
     for _ in range(chance.randint(1, 3)):
@@ -266,7 +266,7 @@ def _break_tool(chance: random.Random, row: Row) -> None:
 
 
 def odd(chance: random.Random) -> Row:
-    """Make a conversation with something in it that may be refused."""
+    """Return a conversation that may be rejected."""
     row = tools(chance) if chance.random() < 0.6 else instruct(chance)
     breaks = (_break_role, _break_order, _break_end, _break_content, _break_call, _break_tool)
     chance.choice(breaks)(chance, row)
@@ -274,7 +274,7 @@ def odd(chance: random.Random) -> Row:
 
 
 def pretrain(chance: random.Random) -> Row:
-    """Make a plain text."""
+    """Return a plain text."""
     return {"text": "\n".join(text(chance) for _ in range(chance.randint(1, 4)))}
 
 
@@ -296,7 +296,7 @@ def _image(chance: random.Random) -> Row:
 
 
 def vision(chance: random.Random) -> Row:
-    """Make a conversation with images in the rows themselves."""
+    """Return a conversation with inline images."""
     row = instruct(chance)
     for message in row["messages"]:
         if message["role"] == "user" and chance.random() < 0.7:
@@ -311,7 +311,7 @@ def vision(chance: random.Random) -> Row:
 
 
 def preference(chance: random.Random) -> Row:
-    """Make a pair of answers, in one of the two known forms."""
+    """Return a preference pair in one of the two known forms."""
     asked = _exchange(chance) if chance.random() < 0.3 else []
     prompt = _with_system(chance, [*asked, {"role": "user", "content": _content(chance)}])
     if prompt[-1]["role"] != "user":
@@ -341,6 +341,6 @@ FORMATS: Final[dict[str, Callable[[random.Random], Row]]] = {
 
 
 def make_row(form: str, number: int) -> bytes:
-    """Return a row of a format as the line of a file."""
+    """Return row `number` of a format as a line of a file."""
     chance = random.Random(f"{form} {number}")
     return json.dumps(FORMATS[form](chance), ensure_ascii=chance.random() < 0.3).encode()

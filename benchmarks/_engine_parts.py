@@ -1,11 +1,11 @@
-"""What `engine.py` runs in processes of their own: a model, the peers, a profile.
+"""The parts of `engine.py` that run in their own processes.
 
     python benchmarks/_engine_parts.py prepare|ours|transformers|trl|matmul|profile DIR
 
-DIR holds `task.json` (see `Task`); each part prints one JSON document.
+DIR contains `task.json` (see `Task`). Each part prints one JSON document.
 """
 
-# ruff: noqa: PLC0415  # a part imports what it needs and no more: its memory is measured
+# ruff: noqa: PLC0415  # each part imports only what it needs, because its memory is measured
 import json
 import random
 import shutil
@@ -29,7 +29,7 @@ _KINDS: Final = {
     "matrices": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::addmm", "aten::bmm"),
     "copies": ("memcpy", "memset", "copy_", "_to_copy"),
 }
-"""What a kernel or operation is, by what its name holds."""
+"""Kinds of kernels and operations, by substrings of their names."""
 _WORDS: Final = (
     *("the", "model", "answers", "a", "question", "about", "parcels", "invoices", "rivers"),
     *("because", "somebody", "asked", "for", "short", "and", "clear", "summary", "of", "places"),
@@ -38,11 +38,11 @@ _WORDS: Final = (
 
 @dataclass(frozen=True)
 class Task:
-    """What all contenders train.
+    """What all trainers train.
 
     Attributes:
-        micro: Rows of the batch in memory at a time.
-        chats: Learn answers only; otherwise whole texts.
+        micro: Rows in memory at a time.
+        chats: Train on answers only; otherwise on every token of texts.
     """
 
     device: str
@@ -59,17 +59,17 @@ class Task:
 
     @property
     def dtype(self) -> str:
-        """What is computed in; the weights are float32."""
+        """Compute dtype; weights are float32."""
         return "bfloat16" if self.device == "cuda" else "float32"
 
 
 def read_task(directory: Path) -> Task:
-    """Return the task that lies in a directory."""
+    """Read the task stored in a directory."""
     return Task(**json.loads((directory / "task.json").read_text()))
 
 
 def prepare(directory: Path) -> dict[str, Any]:
-    """Make the model and the rows, as files for ours and as tokens in its order for the peers."""
+    """Write the model and the rows: as text for ours, tokenized in its order for the peers."""
     from transformers import MistralConfig, MistralForCausalLM
 
     from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
@@ -123,7 +123,7 @@ def prepare(directory: Path) -> dict[str, Any]:
         "parameters": parameters,
         "multiplied": parameters - embedded,
         "tokens": tokens,
-        "learnt": sum(int((s.labels != IGNORED).sum()) for s in samples) / tokens,
+        "in_loss": sum(int((s.labels != IGNORED).sum()) for s in samples) / tokens,
         "width": tokens / len(samples),
     }
 
@@ -131,16 +131,16 @@ def prepare(directory: Path) -> dict[str, Any]:
 def _for_peers(example: Any) -> dict[str, list[int]]:
     if not hasattr(example, "chosen"):
         return {"input_ids": example.ids.tolist(), "labels": example.labels.tolist()}
-    (prompt, better), (_, worse) = (
-        (each.ids[: each.length - learnt].tolist(), each.ids[each.length - learnt :].tolist())
+    (prompt, chosen), (_, rejected) = (
+        (each.ids[: each.length - in_loss].tolist(), each.ids[each.length - in_loss :].tolist())
         for each in (example.chosen, example.rejected)
-        for learnt in [int((each.labels != IGNORED).sum())]
+        for in_loss in [int((each.labels != IGNORED).sum())]
     )
-    return {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
-    # Texts of a GPU fill their sequence; elsewhere rows are as uneven as chats are.
+    # On a GPU texts fill the sequence; on a CPU row lengths vary as those of chats do.
     least = 1.0 if task.device == "cuda" else 0.25
     count = round(task.seq_len * chance.uniform(least, 1.0) * (1.2 if least == 1.0 else 0.7))
     words = chance.choices(_WORDS, k=count)
@@ -148,11 +148,11 @@ def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
         return {"text": " ".join(words)}
     asked, answered = words[: count // 2], words[count // 2 :]
     if task.method == "dpo":
-        worse = chance.sample(answered, k=len(answered) // 2 + 1)
+        rejected = chance.sample(answered, k=len(answered) // 2 + 1)
         return {
             "prompt": " ".join(asked),
             "chosen": " ".join(answered),
-            "rejected": " ".join(worse),
+            "rejected": " ".join(rejected),
         }
     return {
         "messages": [
@@ -163,7 +163,7 @@ def _make_row(chance: random.Random, task: Task) -> dict[str, Any]:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest of them."""
+    """Pad rows on the right to the length of the longest."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def pad(name: str, value: int) -> torch.Tensor:
@@ -178,14 +178,14 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
-    """Train with transformers' Trainer or TRL's, as their users would; say how fast it was."""
+    """Train with transformers' Trainer or TRL's, as their users would, and measure it."""
     from transformers import MistralForCausalLM
 
     task = read_task(directory)
     rows = json.loads((directory / "rows.json").read_text())
     times: list[float] = []
     common: dict[str, Any] = {
-        # As much as ours keeps in full precision: the weights, with autocast above them.
+        # The same precision as ours: float32 weights with autocast.
         "model": MistralForCausalLM.from_pretrained(directory / "base", dtype=torch.float32),
         "callbacks": [_make_clock(task, times)],
     }
@@ -204,7 +204,7 @@ def peer(directory: Path, *, trl: bool) -> dict[str, Any]:
 
 
 def _length(row: dict[str, list[int]]) -> int:
-    """Return the tokens of a row; in a pair the prompt is read with each answer."""
+    """Return the tokens of a row; in a pair the prompt counts with each answer."""
     return sum(
         len(ids) * (1 + (name == "prompt_ids")) for name, ids in row.items() if "ids" in name
     )
@@ -234,7 +234,7 @@ def _peer_arguments(directory: Path, task: Task) -> dict[str, Any]:
 
 
 def _make_clock(task: Task, times: list[float]) -> Any:
-    """Return a callback that notes the end of the warm-up and of the last step."""
+    """Return a callback that records when the warm-up and the last step end."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # untyped library
@@ -270,7 +270,7 @@ def _make_trl(
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    # The rows are encoded already.
+    # The rows are already tokenized.
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = trl.SFTTrainer(
         args=trl.SFTConfig(**arguments, **prepared),
@@ -291,11 +291,11 @@ def _make_trl_pairs(
 
     class Trainer(trl.DPOTrainer):  # type: ignore[misc]  # untyped library
         def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
-            del others  # the rows are encoded already
+            del others  # the rows are already tokenized
             return dataset
 
     trainer = Trainer(
-        # As ours does: the reference is asked once, and no second model is held.
+        # As ours: reference log probabilities are computed once, without a second model in memory.
         args=trl.DPOConfig(**arguments, beta=0.1, max_length=None, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(directory / "tokenizer"),
@@ -316,7 +316,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
 
 
 def peak_memory(task: Task) -> int:
-    """Return the most bytes held, as the engine counts them."""
+    """Return peak memory in bytes, measured as the trainer does."""
     if task.device == "cuda":
         return torch.cuda.max_memory_allocated()
     # Written out: a Python that has TRL need not have us.
@@ -325,7 +325,7 @@ def peak_memory(task: Task) -> int:
 
 
 def write_run(directory: Path, task: Task) -> Any:
-    """Say in a run directory what the task is."""
+    """Create a run directory for the task."""
     from training_backends.core.config import DataSource, Tuning
     from training_backends.rundir.directory import RunDir, RunSpec
 
@@ -354,18 +354,18 @@ def write_run(directory: Path, task: Task) -> Any:
 
 
 def ours(directory: Path) -> dict[str, Any]:
-    """Train a run directory with the engine, as the local backend does."""
+    """Train with our trainer, as the local backend does, and measure it."""
     from training_backends.trainer.process import train
 
     task = read_task(directory)
     run = write_run(directory, task)
     code = train(run.path)
     if code:
-        raise SystemExit(f"the engine ended with {code!r}: {run.read_exit()}")
+        raise SystemExit(f"the trainer exited with {code!r}: {run.read_exit()}")
     rows = [row for row, _ in run.read_metrics()]
     first, last = rows[_WARM_UP - 1], rows[-1]
     return {
-        "version": "this engine",
+        "version": "training-backends",
         "tokens_per_second": (last.tokens - first.tokens) / (last.at - first.at).total_seconds(),
         "memory": last.memory_bytes,
         "loss": sum(row.train_loss for row in rows) / len(rows),
@@ -373,7 +373,7 @@ def ours(directory: Path) -> dict[str, Any]:
 
 
 def matmul(directory: Path) -> dict[str, Any]:
-    """Measure how fast the device multiplies large matrices."""
+    """Measure the device's matrix throughput in FLOP/s."""
     task = read_task(directory)
     size = 8192 if task.device == "cuda" else 1024
     one, other = (
@@ -391,7 +391,7 @@ def matmul(directory: Path) -> dict[str, Any]:
 
 
 def profile(directory: Path) -> dict[str, Any]:
-    """Say what some steps of ours spend their time on, as shares."""
+    """Profile a few steps of our trainer; return the share of time of each kind of kernel."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -425,11 +425,11 @@ def profile(directory: Path) -> dict[str, Any]:
         name = event.key.lower()
         kind = next((k for k, words in _KINDS.items() if any(w in name for w in words)), None)
         shares[kind or "other kernels"] += spent / 1e6 / wall
-    return {**shares, "nothing of these": 1 - sum(shares.values())}
+    return {**shares, "outside kernels": 1 - sum(shares.values())}
 
 
 def main() -> None:
-    """Do one part."""
+    """Run one part."""
     part, directory = sys.argv[1], Path(sys.argv[2])
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "prepare": prepare,

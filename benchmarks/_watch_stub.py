@@ -1,10 +1,10 @@
-"""A provider with very many jobs, some of which move all the time: the other side of `watch.py`.
+"""The server of `watch.py`: a provider with many jobs, some of which change constantly.
 
     python benchmarks/_watch_stub.py LIVE
 
-Prints its port. It serves lists and single jobs of the Mistral protocol as cheaply as Python
-can: a job's entry in a list is rendered when the job changes. Beside the LIVE jobs it has twice
-as many that ended before, as a provider would. What is under `/control` is the benchmark's own.
+Prints its port. It serves job lists and single jobs of the Mistral protocol as cheaply as possible
+in Python: a job's list entry is rendered when the job changes. Besides the LIVE jobs it has twice
+as many finished ones, as a provider would. Paths under `/control` belong to the benchmark.
 """
 
 import bisect
@@ -23,12 +23,11 @@ from urllib.parse import parse_qsl, urlsplit
 SPACING = 20
 """Seconds between the creations of two jobs; the newest is an hour old."""
 QUIET = 4 * 3600
-"""Seconds for which nothing of a live job has changed, at most."""
+"""Maximum seconds since the last change of a live job."""
 TICK = 0.2
 REST = 2.0
-"""Seconds in which a job that has changed does not change again: its `modified_at` could not
-tell, for it counts whole seconds."""
-GROWN_UP = ("QUEUED", "STARTED", "RUNNING")
+"""Minimum seconds between two changes of a job, because `modified_at` counts whole seconds."""
+LIVE = ("QUEUED", "STARTED", "RUNNING")
 AFTER = {"QUEUED": "STARTED", "STARTED": "RUNNING", "RUNNING": "SUCCESS"}
 
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -52,19 +51,19 @@ class Job:
     listed: bytes = b""
 
     def say(self, status: str, at: int) -> None:
-        """Take a status."""
+        """Change the status."""
         self.status = status
         self.events.append({"name": "status-updated", "data": {"status": status}, "created_at": at})
 
     def reach(self, at: int) -> int:
-        """Make a checkpoint; return its step."""
+        """Add a checkpoint; return its step."""
         step = 100 * (len(self.checkpoints) + 1)
         metrics = {"train_loss": 1 / step, "valid_loss": None, "valid_mean_token_accuracy": None}
         self.checkpoints.append({"metrics": metrics, "step_number": step, "created_at": at})
         return step
 
     def document(self) -> dict[str, Any]:
-        """Return it as a list shows it."""
+        """Return the job as in a list."""
         return {
             "id": self.id,
             "object": "job",
@@ -94,13 +93,13 @@ class Job:
         }
 
     def detailed(self) -> bytes:
-        """Return it as it is when asked for by itself."""
+        """Return the job as in a request for it alone."""
         newest_first = {"events": self.events[::-1], "checkpoints": self.checkpoints[::-1]}
         return json.dumps({**self.document(), **newest_first}).encode()
 
 
 class Stub:
-    """All jobs, what was asked for, and what has changed."""
+    """All jobs, counts of requests, and the changes so far."""
 
     def __init__(self, live: int) -> None:
         self._random = random.Random(3)
@@ -113,14 +112,14 @@ class Stub:
         self.rate = 0.0
         now = int(time.time())
         for number in range(3 * live):
-            # Every third job is live; most of them train.
+            # Every third job is live; most of those are training.
             words = ("QUEUED", "STARTED", *("RUNNING",) * 8)
             status = words[number // 3 % 10] if number % 3 == 0 else "SUCCESS"
             self._add(number, now - 3600 - number * SPACING, status)
 
     def _add(self, number: int, created: int, status: str) -> None:
         job = Job(f"{number:08x}-0000-4000-8000-000000000000", created, status, created)
-        for moment, word in enumerate(("VALIDATING", "VALIDATED", *GROWN_UP, "SUCCESS")):
+        for moment, word in enumerate(("VALIDATING", "VALIDATED", *LIVE, "SUCCESS")):
             job.say(word, created + moment)
             if word == status:
                 break
@@ -138,10 +137,10 @@ class Stub:
         job.listed = json.dumps(job.document()).encode()
         bisect.insort(self._by_status.setdefault(job.status, []), job, key=_newest_first)
 
-    # -- movement -----------------------------------------------------------------------
+    # -- changes ------------------------------------------------------------------------
 
     def move(self) -> None:
-        """Change jobs for ever, at the rate that was asked for."""
+        """Change jobs forever at the current rate."""
         owed = 0.0
         while True:
             time.sleep(TICK)
@@ -152,9 +151,9 @@ class Stub:
                     self._change()
 
     def _change(self) -> None:
-        """Let one live job come further: a checkpoint, or every tenth time a new status."""
+        """Advance one live job: by a checkpoint, or every tenth time by a status."""
         now, moment = int(time.time()), time.monotonic()
-        status = self._random.choice(GROWN_UP) if self._random.random() < 0.1 else "RUNNING"
+        status = self._random.choice(LIVE) if self._random.random() < 0.1 else "RUNNING"
         waiting = self._by_status.get(status, [])
         job = self._random.choice(waiting) if waiting else None
         if job is None or moment - job.changed < REST:
@@ -173,21 +172,21 @@ class Stub:
     # -- the protocol -------------------------------------------------------------------
 
     def answer(self, target: str) -> bytes:
-        """Answer a GET."""
+        """Return the response to a GET request."""
         url = urlsplit(target)
         asked = dict(parse_qsl(url.query))
         with self._lock:
             if url.path.startswith("/control/"):
-                return _whole(_OK, json.dumps(self._control(url.path[9:], asked)).encode())
+                return _response(_OK, json.dumps(self._control(url.path[9:], asked)).encode())
             job_id = url.path.removeprefix("/v1/fine_tuning/jobs").strip("/")
             if not job_id:
                 self.lists += 1
-                return _whole(_OK, self._list(asked))
+                return _response(_OK, self._list(asked))
             self.details += 1
             job = self.jobs.get(job_id)
             if job is None:
-                return _whole(_NOT_FOUND, b'{"detail": "No fine tuning job matches."}')
-            return _whole(_OK, job.detailed())
+                return _response(_NOT_FOUND, b'{"detail": "No fine tuning job matches."}')
+            return _response(_OK, job.detailed())
 
     def _list(self, asked: Mapping[str, str]) -> bytes:
         if "status" in asked:
@@ -211,7 +210,7 @@ class Stub:
         if what == "rate":
             self.rate = float(asked["value"])
         elif what == "jobs":
-            live = (job for job in self.jobs.values() if job.status in GROWN_UP)
+            live = (job for job in self.jobs.values() if job.status in LIVE)
             return [(job.id, job.status, job.created, job.modified) for job in live]
         elif what == "changes":
             return self.changes
@@ -226,7 +225,7 @@ def _seconds(text: str) -> int:
     return int(datetime.fromisoformat(text).timestamp())
 
 
-def _whole(head: bytes, body: bytes) -> bytes:
+def _response(head: bytes, body: bytes) -> bytes:
     return head % len(body) + body
 
 
@@ -234,7 +233,7 @@ def _whole(head: bytes, body: bytes) -> bytes:
 
 
 def targets(connection: socket.socket) -> Iterator[str]:
-    """Yield what is asked for on one connection; no request has a body."""
+    """Yield the request targets of one connection; requests have no body."""
     waiting = b""
     while True:
         while b"\r\n\r\n" not in waiting:
@@ -247,7 +246,7 @@ def targets(connection: socket.socket) -> Iterator[str]:
 
 
 def serve(stub: Stub, connection: socket.socket) -> None:
-    """Serve one connection until it ends."""
+    """Serve one connection until it is closed."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with connection:
         for target in targets(connection):

@@ -1,19 +1,18 @@
-"""Launch runs through everything that can go wrong, and count what came of it.
+"""Launch runs under fault injection and count what goes wrong.
 
     python benchmarks/chaos.py [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
 
-A trial is one run: `training-backends launch CONFIG --id ID --yes`, with a home of its own, is
-repeated until it succeeds, through a proxy in front of a gateway; then `wait` has to see the run
-completed. In between, requests are broken one way or another, or the process is killed. Whatever
-was done to it, there has to be one job, started once, on each file uploaded once, and nothing
-else: no second job, none that was never started, no half of a file.
+A trial is one run: `training-backends launch CONFIG --id ID --yes`, in its own home and through a
+proxy in front of a gateway, is repeated until it succeeds; then `wait` must report the run as
+completed. Meanwhile requests are broken in various ways, or the process is killed. In every case
+there must be exactly one job, started once, with each file uploaded once, and nothing else: no
+second job, no job that was never started, no partial file.
 
-Client and gateway are real processes of the installed program. Behind the gateways trains a
-backend that is done in a fraction of a second, except for the kind `engine`, where a model is
-really trained.
+Client and gateway are real processes of the installed program. The gateways use a backend that
+finishes in a fraction of a second, except for the kind `engine`, which trains a real model.
 
-Ends with 0 if nothing was doubled, lost, left behind or hung. The folders of trials that went
-wrong are kept: each command's output, and what the proxy saw.
+Exits with 0 if nothing was duplicated, lost, left behind or hung. The directories of failed trials
+are kept: the output of each command and the requests that the proxy recorded.
 """
 
 import argparse
@@ -39,10 +38,10 @@ from benchmarks._chaos_site import PROGRAM, Site, environment, install_quick_bac
 
 _MOST_COMMANDS: Final = 15
 _COMMAND_LIMIT: Final = 90.0
-"""Seconds; far beyond what all of a client's timeouts add up to. Longer is a hang."""
-_TELLS_EVERY: Final = 15.0
+"""Seconds; far more than the sum of the client's timeouts. A longer command counts as a hang."""
+_REPORT_EVERY: Final = 15.0
 """Seconds."""
-_PATIENCE: Final = {
+_TIMEOUTS: Final = {
     "CONNECT_TIMEOUT": "1.5",
     "READ_TIMEOUT": "1.5",
     "WRITE_TIMEOUT": "1.5",
@@ -53,18 +52,18 @@ _PATIENCE: Final = {
     "POLL_MAX": "0.2",
     "SETTLE_TIMEOUT": "4",
 }
-"""A client in a hurry, so that timeouts take seconds here instead of minutes. Only a create
-that was not answered is waited for longer than the proxy may hold it back."""
-_SAYS_COME_AGAIN: Final = {0, 8, -signal.SIGKILL}
-"""Exit codes after which repeating the command is the thing to do: done, unavailable, killed."""
+"""Short timeouts, so that they expire in seconds instead of minutes. Only the wait for a lost
+create is longer than the proxy may delay it."""
+_REPEATABLE: Final = {0, 8, -signal.SIGKILL}
+"""Exit codes after which a user would repeat the command: success, unavailable, killed."""
 
-Verdict = Literal["duplicate", "lost", "orphan", "hang", "odd"]
-_VERDICTS: Final[Sequence[Verdict]] = ("duplicate", "lost", "orphan", "hang", "odd")
+Verdict = Literal["duplicate", "lost", "orphan", "hang", "exit code"]
+_VERDICTS: Final[Sequence[Verdict]] = ("duplicate", "lost", "orphan", "hang", "exit code")
 
 
 @dataclass(slots=True)
 class Result:
-    """What came of a trial."""
+    """The outcome of a trial."""
 
     trial: Trial
     faults: int = 0
@@ -87,7 +86,7 @@ class Run:
         self._proxy = proxy
         self._work = work
         self._commands = 0
-        # Content that no other trial has, large enough to be cut in half on its way.
+        # Content unique to this trial, large enough to be interrupted halfway through the upload.
         rows = {"train": 1200, "validation": 40}
         self.digests = [self._write_data(name, count) for name, count in rows.items()]
         (folder / "run.yaml").write_text(
@@ -101,34 +100,34 @@ class Run:
         for number in range(rows):
             question = f"{self.folder.name}: what is {number} plus {number}?"
             answer = f"It is {number + number}."
-            said = (("user", question), ("assistant", answer))
-            messages = [{"role": role, "content": content} for role, content in said]
+            turns = (("user", question), ("assistant", answer))
+            messages = [{"role": role, "content": content} for role, content in turns]
             lines.append(json.dumps({"messages": messages}) + "\n")
         content = "".join(lines).encode()
         (self.folder / f"{name}.jsonl").write_bytes(content)
         return hashlib.sha256(content).hexdigest()
 
     async def launch(self, write: str | None = None, *, killable: bool = True) -> int | None:
-        """Run the command that is repeated; None: it hung."""
+        """Run `launch` once; return its exit code, or None if it hung."""
         arguments = ["launch", "run.yaml", "--id", self.id, "--yes", "--json"]
         code, _ = await self._command(arguments, write, killable=killable)
         return code
 
     async def wait(self, write: str | None = None) -> tuple[int | None, dict[str, Any]]:
-        """See the run to its end; return the exit code and the run as it was seen last."""
-        code, said = await self._command(["wait", self.id, "--timeout", "60", "--json"], write)
-        found = json.loads(said)[0] if code == 0 else {}
+        """Run `wait`; return its exit code and the run that it printed."""
+        code, output = await self._command(["wait", self.id, "--timeout", "60", "--json"], write)
+        found = json.loads(output)[0] if code == 0 else {}
         return code, found
 
     async def log(self) -> list[dict[str, Any]]:
-        """Return the run's log as the command line shows it."""
-        _, said = await self._command(["logs", self.id, "--json"])
-        return [json.loads(line) for line in said.splitlines()]
+        """Return the run's log as the command line prints it."""
+        _, output = await self._command(["logs", self.id, "--json"])
+        return [json.loads(line) for line in output.splitlines()]
 
     async def _command(
         self, arguments: Sequence[str], write: str | None = None, *, killable: bool = True
     ) -> tuple[int | None, str]:
-        settings = {f"TRAINING_BACKENDS_MISTRAL__{k}": v for k, v in _PATIENCE.items()}
+        settings = {f"TRAINING_BACKENDS_MISTRAL__{k}": v for k, v in _TIMEOUTS.items()}
         settings |= {
             "MISTRAL_API_KEY": self._site.key,
             "TRAINING_BACKENDS_MISTRAL__BASE_URL": self._proxy.url,
@@ -160,8 +159,8 @@ class Run:
         return code, out.read_text()
 
 
-async def tried(trial: Trial, work: Path, folder: Path, site: Site) -> Result:
-    """Do one trial and judge it."""
+async def run_trial(trial: Trial, work: Path, folder: Path, site: Site) -> Result:
+    """Run one trial and audit the result."""
     result = Result(trial)
     proxy = Proxy(lambda: site.port, stop_server=site.kill, seed=trial.name)
     proxy.plan.extend(trial.injections)
@@ -200,20 +199,20 @@ async def _launch(trial: Trial, run: Run, result: Result) -> None:
         result.faults += bool(trial.writes) and codes == [-signal.SIGKILL]
         for code in codes:
             if code is None:
-                result.problems.append(("hang", f"a launch took more than {_COMMAND_LIMIT:g} s"))
+                result.problems.append(("hang", f"launch took more than {_COMMAND_LIMIT:g} s"))
                 return
-            if code not in {*_SAYS_COME_AGAIN, *result.codes}:
-                result.problems.append(("odd", f"a launch ended with {code}"))
+            if code not in {*_REPEATABLE, *result.codes}:
+                result.problems.append(("exit code", f"launch exited with {code}"))
             result.codes.append(code)
         if 0 in codes:
             return
         if len(result.problems) and result.codes.count(result.codes[-1]) > 2:
-            break  # the same again, and nothing that would go away
-    result.problems.append(("lost", f"no launch of {len(result.codes)} got through"))
+            break  # the same exit code three times: not transient
+    result.problems.append(("lost", f"none of {len(result.codes)} launches succeeded"))
 
 
 async def _launch_twice(run: Run) -> list[int | None]:
-    """Launch, and again while the first is still at it; only the first can be killed."""
+    """Launch twice concurrently; only the first launch can be killed."""
     codes: list[int | None] = []
 
     async def first() -> None:
@@ -227,7 +226,7 @@ async def _launch_twice(run: Run) -> list[int | None]:
 
 
 async def _audit_run(site: Site, run: Run, job_id: str | None) -> list[tuple[Verdict, str]]:
-    """Ask the gateway itself what it has of a run."""
+    """Check what the gateway itself lists for a run."""
     problems: list[tuple[Verdict, str]] = []
     mine: list[str] = []
     files = await site.files()
@@ -235,9 +234,9 @@ async def _audit_run(site: Site, run: Run, job_id: str | None) -> list[tuple[Ver
         found = [file["id"] for file in files if file["signature"] == digest[:16]]
         mine += found
         if not found:
-            problems.append(("lost", "a file is not there"))
+            problems.append(("lost", "a file is missing"))
         if len(found) > 1:
-            problems.append(("duplicate", f"a file is there {len(found)} times"))
+            problems.append(("duplicate", f"a file exists {len(found)} times"))
     jobs = [job for job in await site.jobs() if set(mine) & set(job["training_files"])]
     if not jobs:
         problems.append(("lost", "there is no job"))
@@ -246,16 +245,16 @@ async def _audit_run(site: Site, run: Run, job_id: str | None) -> list[tuple[Ver
         problems.append(("duplicate", f"there are {len(jobs)} jobs: {statuses}"))
     for job in jobs:
         if job["id"] != job_id:
-            problems.append(("orphan", f"a job, {job['status']}, that the run knows nothing of"))
+            problems.append(("orphan", f"a job ({job['status']}) that the run does not know"))
         elif job["status"] != "SUCCESS" or job["id"] not in site.trainings():
             problems.append(("lost", f"the run's job is {job['status']}"))
     if not await site.settled():
-        problems.append(("orphan", "half a file lies at the gateway"))
+        problems.append(("orphan", "a partial file is left on the gateway"))
     return problems
 
 
 def _audit_books(seen: Iterable[Seen], digests: Sequence[str]) -> list[tuple[Verdict, str]]:
-    """Look for what a gateway forgives: a request that it had carried out before."""
+    """Look for repeated requests, which a gateway tolerates and therefore hides."""
     done = [one for one in seen if one.method == "POST" and one.status is not None]
     problems: list[tuple[Verdict, str]] = []
     for digest in digests:
@@ -265,32 +264,32 @@ def _audit_books(seen: Iterable[Seen], digests: Sequence[str]) -> list[tuple[Ver
     for what, ending in (("create", "/jobs"), ("start", "/start")):
         asked = [one for one in done if one.path.endswith(ending)]
         if len(asked) > 1:
-            words = ", ".join(str(one.status) for one in asked)
-            problems.append(("duplicate", f"{what} reached the gateway more than once: {words}"))
+            statuses = ", ".join(str(one.status) for one in asked)
+            problems.append(("duplicate", f"{what} reached the gateway more than once: {statuses}"))
     return problems
 
 
 def _audit_log(records: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
-    """Look for what a log says twice, or not at all."""
+    """Look for duplicate and missing log records."""
     problems: list[tuple[Verdict, str]] = []
-    told = Counter((one["at"], one["source"], one["message"], one["step"]) for one in records)
-    problems += [("duplicate", f"the log says twice: {what}") for what in told if told[what] > 1]
+    counts = Counter((one["at"], one["source"], one["message"], one["step"]) for one in records)
+    problems += [("duplicate", f"duplicate log record: {key}") for key in counts if counts[key] > 1]
     if len({one["cursor"] for one in records}) < len(records):
-        problems.append(("duplicate", "two records of the log have the same cursor"))
+        problems.append(("duplicate", "two log records have the same cursor"))
     if not any(one["fields"].get("status") == "completed" for one in records):
-        problems.append(("lost", "the log does not tell of the end"))
+        problems.append(("lost", "the log has no record of the end"))
     return problems
 
 
 async def _audit_site(site: Site, runs: int) -> list[tuple[Verdict, str]]:
-    """Look at the whole of a gateway: one job, one training and two files a run, no more."""
+    """Check the totals of a gateway: one job, one training and two files per run."""
     jobs, files = await site.jobs(), await site.files()
     found = {
         "jobs": len(jobs),
-        "jobs with success": sum(job["status"] == "SUCCESS" for job in jobs),
+        "successful jobs": sum(job["status"] == "SUCCESS" for job in jobs),
         "trainings": len(site.trainings()),
-        "half of the files": len(files) / 2,
-        "half of the contents": len(site.contents()) / 2,
+        "pairs of files": len(files) / 2,
+        "pairs of contents": len(site.contents()) / 2,
     }
     return [
         ("orphan" if number > runs else "lost", f"{number:g} {what} for {runs} runs")
@@ -299,25 +298,25 @@ async def _audit_site(site: Site, runs: int) -> list[tuple[Verdict, str]]:
     ]
 
 
-# -- all of them -----------------------------------------------------------------------------
+# -- all trials ------------------------------------------------------------------------------
 
 
 class Bench:
-    """Does trials, several at a time, and says how it goes."""
+    """Runs trials concurrently and reports progress."""
 
     def __init__(self, work: Path, *, jobs: int) -> None:
         self._work = work
         self._jobs = jobs
         self._began = time.monotonic()
-        self._told = self._began
+        self._reported_at = self._began
         self._number = 0
         self.results: list[Result] = []
 
     async def measure(self) -> Clean:
-        """Launch and wait without any fault.
+        """Launch and wait without faults, to count requests and writes.
 
         Raises:
-            RuntimeError: Not even that works.
+            RuntimeError: The launch failed.
         """
         site = Site(self._work, "clean", backend="quick")
         launches, waits = self._work / "launch-writes", self._work / "wait-writes"
@@ -325,16 +324,16 @@ class Bench:
             trial = Trial(
                 "clean", "no fault", writes=(f"count:{launches}",), wait_write=f"count:{waits}"
             )
-            result = await tried(trial, self._work, self._work / "trial-clean", site)
+            result = await run_trial(trial, self._work, self._work / "trial-clean", site)
         if result.problems or result.codes != [0]:
-            raise RuntimeError(f"a launch without faults fails: {result.codes} {result.problems}")
+            raise RuntimeError(f"a launch without faults failed: {result.codes} {result.problems}")
         start = next(n for n, one in enumerate(result.seen) if one.path.endswith("/start"))
-        # A launch asks once more after the start; what follows is of `wait`.
+        # A launch makes one more request after the start; the rest belong to `wait`.
         requests = result.seen[: start + 2]
         return Clean(requests, int(launches.read_text()), int(waits.read_text()))
 
     async def run(self, trials: Sequence[Trial], group: str, *, backend: str) -> None:
-        """Do trials, each worker with a gateway of its own."""
+        """Run trials; each worker has its own gateway."""
         waiting = iter(trials)
         async with anyio.create_task_group() as tasks:
             for worker in range(min(self._jobs, len(trials))):
@@ -347,7 +346,7 @@ class Bench:
             for trial in waiting:
                 self._number += 1
                 folder = self._work / f"trial-{self._number:04}"
-                result = await tried(trial, self._work, folder, site)
+                result = await run_trial(trial, self._work, folder, site)
                 self._finished(result, folder)
                 done.append(result)
             if site.home.name.startswith("late") or any(result.problems for result in done):
@@ -366,18 +365,18 @@ class Bench:
         else:
             shutil.rmtree(folder)
         now = time.monotonic()
-        if now - self._told > _TELLS_EVERY:
-            self._told = now
+        if now - self._reported_at > _REPORT_EVERY:
+            self._reported_at = now
             faults = sum(one.faults for one in self.results)
             wrong = sum(bool(one.problems) for one in self.results)
             print(
                 f"{now - self._began:5.0f} s  {len(self.results)} trials done, {faults} faults, "
-                f"{wrong} trials went wrong"
+                f"{wrong} trials failed"
             )
 
     def report(self) -> bool:
-        """Print what came of it all; return whether nothing went wrong."""
-        head = ("kind", "trials", "faults", "not hit", "commands", "most")
+        """Print the summary; return whether all trials passed."""
+        head = ("kind", "trials", "faults", "not hit", "commands", "max")
         print(f"\n{head[0]:<12}" + "".join(f"{word:>10}" for word in (*head[1:], *_VERDICTS)))
         kinds = dict.fromkeys(result.trial.kind for result in self.results)
         for kind in kinds:
@@ -408,8 +407,8 @@ async def _bench(options: argparse.Namespace, work: Path) -> bool:
     bench = Bench(work, jobs=options.jobs)
     clean = await bench.measure()
     print(
-        f"A launch makes {len(clean.requests)} requests and writes its store {clean.writes} "
-        f"times, then `wait` {clean.wait_writes} times."
+        f"A launch makes {len(clean.requests)} requests and writes to its store {clean.writes} "
+        f"times; `wait` then writes {clean.wait_writes} times."
     )
     for number, request in enumerate(clean.requests):
         print(f"  {number:2} {request.name}")
@@ -431,13 +430,17 @@ async def _bench(options: argparse.Namespace, work: Path) -> bool:
 
 
 def main() -> None:
-    """Read the command line, do the trials, say how it went."""
+    """Run the trials selected on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of what is chosen by chance")
-    parser.add_argument("--only", action="append", choices=KINDS, help="kinds of fault")
-    parser.add_argument("--trial", default="", help="trials whose name holds this text")
-    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
-    parser.add_argument("--few", action="store_true", help="a handful of the worst moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random trials")
+    parser.add_argument(
+        "--only", action="append", choices=KINDS, help="run only this kind of fault (repeatable)"
+    )
+    parser.add_argument("--trial", default="", help="run only trials whose name contains this text")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent trials")
+    parser.add_argument(
+        "--few", action="store_true", help="run only a few trials, at the most critical points"
+    )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="chaos-"))
     passed = False
@@ -447,7 +450,7 @@ def main() -> None:
         if passed:
             shutil.rmtree(work)
         else:
-            print(f"What was left is in {work}")
+            print(f"Files kept in {work}")
     sys.exit(not passed)
 
 

@@ -1,19 +1,20 @@
-"""Speed and memory of the engine against TRL's trainers and transformers' Trainer.
+"""Compare speed and memory of the trainer with TRL's trainers and transformers' Trainer.
 
     python benchmarks/engine.py [--rounds N] [--peer-python PATH]
     python benchmarks/engine.py --device cuda
 
-All train the same Mistral-architecture model with random weights on the same rows in the same
-order, batch and precision; each in a process of its own, in turn, round by round. What counts is
-the time from the end of the third step to the end of the last, and the most memory held.
+All train the same Mistral-architecture model with random weights on the same rows, in the same
+order, batch size and precision. Each runs in its own process; they alternate round by round.
+Measured are the time from the end of the third step to the end of the last one, and peak memory.
 
-TRL is no dependency of ours. Without it the others are compared; `pip install trl` brings it, here
-or into another environment with the same torch and transformers, whose Python `--peer-python`
-names.
+TRL is not a dependency. Without it only the others are compared. Install it with `pip install
+trl`, here or in another environment with the same torch and transformers, and pass that
+environment's Python as `--peer-python`.
 
-With `--device cuda` the model has 1.27 billion parameters and all of them are trained, computed in
-bfloat16. Then the share of the chip's own matrix throughput that the training reaches is printed
-too, and what the rest goes into. That part was written without a GPU at hand and has never run.
+With `--device cuda` the model has 1.27 billion parameters, all of them trained, computed in
+bfloat16. The benchmark then also prints the fraction of the GPU's matrix throughput that training
+reaches (MFU) and a profile of the rest. This part was written without a GPU and has never been
+run.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from typing import Any, Final
 PARTS: Final = Path(__file__).with_name("_engine_parts.py")
 TASKS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "cpu": {
-        "answers of chats": {"chats": True},
-        "every token of texts": {"chats": False},
-        "pairs of answers (DPO)": {"chats": True, "method": "dpo"},
+        "chat answers": {"chats": True},
+        "texts, every token": {"chats": False},
+        "preference pairs (DPO)": {"chats": True, "method": "dpo"},
     },
     "cuda": {
-        "every token of texts": {"chats": False},
-        "the same, computed twice": {"chats": False, "checkpointing": True},
+        "texts, every token": {"chats": False},
+        "texts, gradient checkpointing": {"chats": False, "checkpointing": True},
     },
 }
 SIZES: Final[dict[str, dict[str, Any]]] = {
@@ -51,7 +52,7 @@ LEAST_MFU: Final = 0.45
 
 
 def run_part(python: str, part: str, directory: Path) -> dict[str, Any]:
-    """Run a part in a process of its own."""
+    """Run a part of `_engine_parts.py` in its own process."""
     done = subprocess.run(
         [python, str(PARTS), part, str(directory)],
         capture_output=True,
@@ -66,33 +67,34 @@ def run_part(python: str, part: str, directory: Path) -> dict[str, Any]:
 
 
 def has_trl(python: str) -> bool:
-    """Tell whether an interpreter finds TRL."""
+    """Tell whether a Python interpreter can import TRL."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
 def who_trains(method: str, pythons: dict[str, str]) -> dict[str, str]:
-    """Leave out those that do not know a method."""
+    """Return the trainers that support a method."""
     return {name: p for name, p in pythons.items() if method == "sft" or name != "transformers"}
 
 
 def compare(directory: Path, pythons: dict[str, str], rounds: int) -> dict[str, list[Any]]:
-    """Train with each in turn, round by round."""
+    """Train with each trainer in turn, round by round."""
     found: dict[str, list[Any]] = {name: [] for name in pythons}
     for number in range(rounds):
         for name, python in pythons.items():
             found[name].append(run_part(python, name, directory))
-            said = found[name][-1]
+            result = found[name][-1]
             print(
-                f"  round {number + 1}  {said['version']:<22} {said['tokens_per_second']:>9,.0f} "
-                f"tokens/s {said['memory'] / 1e6:>9,.0f} MB   mean loss {said['loss']:.5f}",
+                f"  round {number + 1}  {result['version']:<22} "
+                f"{result['tokens_per_second']:>9,.0f} tokens/s "
+                f"{result['memory'] / 1e6:>9,.0f} MB   mean loss {result['loss']:.5f}",
                 flush=True,
             )
     return found
 
 
 def print_ratios(found: dict[str, list[Any]]) -> bool:
-    """Print ours against the best of the others; tell whether it is what is aimed at."""
+    """Print ours relative to the best alternative; return whether the targets are met."""
     peers = [name for name in found if name != "ours"]
     rounds = range(len(found["ours"]))
 
@@ -106,35 +108,41 @@ def print_ratios(found: dict[str, list[Any]]) -> bool:
     memory = statistics.median(
         found["ours"][n]["memory"] / min(values("memory", n, peers)) for n in rounds
     )
-    print(f"  tokens/s, ours / the fastest other   {speed:.2f}   (aim: at least {LEAST_SPEED})")
-    print(f"  memory,   ours / the lowest other    {memory:.2f}   (aim: at most {MOST_MEMORY})")
+    print(
+        f"  tokens/s, ours / fastest alternative   {speed:.2f}   (target: at least {LEAST_SPEED})"
+    )
+    print(
+        f"  memory,   ours / lowest alternative    {memory:.2f}   (target: at most {MOST_MEMORY})"
+    )
     return bool(speed >= LEAST_SPEED and memory <= MOST_MEMORY)
 
 
 def print_mfu(task: dict[str, Any], facts: dict[str, Any], tokens: float, flops: float) -> bool:
-    """Print the share of the chip's matrix throughput that the training reaches."""
-    # A token: 6 operations a weight that multiplies it, and causal attention, which sees half.
+    """Print the fraction of matrix throughput reached; return whether the target is met."""
+    # Per token: 6 operations per multiplied weight, plus causal attention, which covers half.
     weights = 6 * facts["multiplied"]
     attention = 6 * task["layers"] * task["hidden"] * facts["width"]
     mfu: float = tokens * (weights + attention) / flops
-    print(f"  matrix throughput, measured          {flops / 1e12:.2f} TFLOP/s")
-    print(f"  share of it in the training (MFU)    {mfu:.2f}   (aim: at least {LEAST_MFU})")
+    print(f"  matrix throughput, measured            {flops / 1e12:.2f} TFLOP/s")
+    print(f"  fraction reached in training (MFU)     {mfu:.2f}   (target: at least {LEAST_MFU})")
     return mfu >= LEAST_MFU
 
 
 def main() -> int:
-    """Compare on each task; 0 if all is as aimed at."""
+    """Compare on each task; return 0 if all targets are met."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=[*SIZES], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has TRL")
-    parser.add_argument("--profile", action="store_true", help="say what ours spends its time on")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="Python interpreter with TRL installed"
+    )
+    parser.add_argument("--profile", action="store_true", help="profile our trainer")
     given = parser.parse_args()
     pythons = {"ours": sys.executable, "transformers": given.peer_python}
     if has_trl(given.peer_python):
         pythons["trl"] = given.peer_python
     else:
-        print("TRL is not installed (pip install trl), so it is left out.")
+        print("TRL is not installed (pip install trl); skipping it.")
     good = True
     for title, changes in TASKS[given.device].items():
         with tempfile.TemporaryDirectory(prefix="engine-") as temporary:
@@ -153,7 +161,7 @@ def main() -> int:
             facts = run_part(sys.executable, "prepare", directory)
             print(
                 f"{title}: {facts['parameters']:,} parameters, {task['batch']} rows of "
-                f"{facts['width']:.0f} tokens a step, {facts['learnt']:.0%} of them learnt"
+                f"{facts['width']:.0f} tokens per step, {facts['in_loss']:.0%} of them in the loss"
             )
             found = compare(directory, able, given.rounds)
             good = print_ratios(found) and good
@@ -161,10 +169,10 @@ def main() -> int:
                 tokens = statistics.median(each["tokens_per_second"] for each in found["ours"])
                 flops = run_part(sys.executable, "matmul", directory)["flops"]
                 enough = print_mfu(task, facts, tokens, flops)
-                good = good and (enough or task["checkpointing"])  # which costs a third more
+                good = good and (enough or task["checkpointing"])  # recomputing costs a third more
             if given.device == "cuda" or given.profile:
                 for kind, share in run_part(sys.executable, "profile", directory).items():
-                    print(f"  time of ours in {kind:<20} {share:.2f}")
+                    print(f"  share of time in {kind:<20} {share:.2f}")
     print("PASS" if good else "FAIL")
     return 0 if good else 1
 

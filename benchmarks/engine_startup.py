@@ -1,9 +1,9 @@
-"""What passes between the start of a training process and its first step, against bare imports.
+"""Measure the time from the start of a training process to its first step.
 
     python benchmarks/engine_startup.py [RUNS]
 
-Trains `tiny-mistral` on the sample data. Prints medians of wall time from this one run, and
-what the time goes into; the bare imports are those of the libraries that train.
+Trains `tiny-mistral` on the sample data and prints median wall times of this run by phase,
+relative to merely importing the training libraries.
 """
 
 import os
@@ -20,22 +20,22 @@ from statistics import median
 from training_backends.core.config import DataSource, Tuning
 from training_backends.rundir.directory import RunDir, RunSpec
 
-# Neither loads what peft loads where it is installed, and this model never needs.
+# Keep peft from importing bitsandbytes, which this model does not need.
 NOT_NEEDED = "import sys; sys.modules['bitsandbytes'] = None; "
 LIBRARIES = NOT_NEEDED + "import torch, peft; from transformers import MistralForCausalLM, Trainer"
 OURS = NOT_NEEDED + "import training_backends.trainer.run"
 
 
 def imports(code: str) -> float:
-    """Time one process that imports something and ends."""
+    """Time a process that only runs imports."""
     start = time.perf_counter()
-    # As the engine ends: nothing is taken down in order.
+    # Like the trainer, exit without interpreter shutdown.
     subprocess.run([sys.executable, "-c", f"{code}; import os; os._exit(0)"], check=True)
     return time.perf_counter() - start
 
 
 def first_step(directory: Path) -> dict[str, float]:
-    """Start a run; say when, in seconds from then, it told of what."""
+    """Start a run; return the seconds until each status and until the first step."""
     run = RunDir(directory)
     data = Path(str(files("training_backends") / "samples" / "train.jsonl"))
     spec = RunSpec(
@@ -56,16 +56,16 @@ def first_step(directory: Path) -> dict[str, float]:
     ) as process:
         while not (rows := run.read_metrics()):
             if process.poll() is not None:
-                raise SystemExit(f"the engine ended with {process.returncode}")
+                raise SystemExit(f"the trainer exited with {process.returncode}")
             time.sleep(0.01)
         process.kill()
-    told = {str(event.data.get("status")): event.at for event, _ in run.read_events()}
-    told["first step"] = rows[0][0].at
-    return {name: (at - start).total_seconds() for name, at in told.items()}
+    reported = {str(event.data.get("status")): event.at for event, _ in run.read_events()}
+    reported["first step"] = rows[0][0].at
+    return {name: (at - start).total_seconds() for name, at in reported.items()}
 
 
 def main() -> None:
-    """Measure all in turn, so that a slow moment hits all of them."""
+    """Alternate the measurements, so that a slow moment affects all of them."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     measured: dict[str, Callable[[], float]] = {
         "bare python": lambda: imports("pass"),
@@ -73,21 +73,21 @@ def main() -> None:
         "ours": lambda: imports(OURS),
     }
     times: dict[str, list[float]] = {name: [] for name in measured}
-    told: dict[str, list[float]] = {}
-    imports(OURS)  # fills the caches
+    reported: dict[str, list[float]] = {}
+    imports(OURS)  # warm the caches
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(runs):
             for name, measure in measured.items():
                 times[name].append(measure())
             for name, at in first_step(Path(temporary) / f"run-{number}").items():
-                told.setdefault(name, []).append(at)
+                reported.setdefault(name, []).append(at)
     libraries, ours = median(times["libraries"]), median(times["ours"])
-    queue, ready, step = (median(told[n]) for n in ("initializing", "running", "first step"))
+    queue, ready, step = (median(reported[n]) for n in ("initializing", "running", "first step"))
     lines = [
         ("bare imports of the libraries", libraries),
         ("start to first step", step),
-        ("  until it has a place to train", queue),
-        ("  imports behind that", ours - queue),
+        ("  until it has a slot", queue),
+        ("  remaining imports", ours - queue),
         ("  model, data, trainer", ready - ours),
         ("  first step", step - ready),
     ]

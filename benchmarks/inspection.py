@@ -1,21 +1,19 @@
-"""What a full inspection of training data costs, beside decoding it and no more.
+"""Compare a full inspection of training data with merely decoding it.
 
     python benchmarks/inspection.py [--size MB] [--rounds N] [--big GB] [--junk MB]
 
-The reference is a bare strict msgspec decode into typed structs, a line at a time, which looks
-at nothing of what it reads. The inspection is all of it: the rules of a dialect, rows that stand
-twice, summary; by one process and by two. They take turns, each in a fresh process,
-on one file that lies in the system's cache; every figure is from this one run. What is timed
-begins behind the imports of the process that is asked; what the second process needs to start
-is within. MB is 10⁶ bytes. The file is the same each time: English, French and code, a tenth
-with tool calls.
+The baseline is a strict msgspec decode into typed structs, line by line, without any checks. The
+inspection is complete (provider rules, duplicate rows, summary) and runs with one process and with
+two. The variants alternate, each in a fresh process, on one file in the page cache; all figures
+are from this run. Timing starts after the imports of the main process and includes starting the
+second one. MB is 10⁶ bytes. The file is reproducible: English, French and code, a tenth with tool
+calls.
 
-Memory is the most that all processes of an inspection held together, seen every few
-milliseconds, above what a Python has that does nothing (Linux only; pages that processes share
-are counted for each). `--big` adds a file of so many GB, the same rows again and again with a
-number in each that makes them different, and a broken third line: how its inspection does, and
-how long after its start the command line shows the first issue. `--junk` adds a file of so many
-MB of random bytes, and one of so many that is a single line.
+Memory is the peak of all processes of an inspection together, sampled every few milliseconds,
+minus that of an idle Python interpreter (Linux only; shared pages count once per process). `--big`
+adds a file of the given GB: the same rows repeated, with a number in each that makes it unique,
+and an invalid third line. It measures the inspection and the time until the command line shows the
+first issue. `--junk` adds a file of the given MB of random bytes, and one that is a single line.
 """
 
 import argparse
@@ -46,18 +44,18 @@ FIRST_ISSUE_S = 1.0
 WAYS: Final = ("decode", "one process", "two processes")
 
 
-# -- in processes of their own ----------------------------------------------------------------
+# -- run in their own processes ---------------------------------------------------------------
 
 
 class Call(msgspec.Struct, frozen=True, gc=False):
-    """What a tool call calls."""
+    """Function name and arguments of a tool call."""
 
     name: str
     arguments: str
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
-    """A call of a tool."""
+    """A tool call."""
 
     id: str
     function: Call
@@ -76,7 +74,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Function(msgspec.Struct, frozen=True, gc=False):
-    """A function on offer."""
+    """A function declaration."""
 
     name: str
     description: str | None = None
@@ -84,7 +82,7 @@ class Function(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tool(msgspec.Struct, frozen=True, gc=False):
-    """A tool on offer."""
+    """A tool declaration."""
 
     function: Function
     type: Literal["function"] = "function"
@@ -109,7 +107,7 @@ def decode(path: Path) -> int:
 
 
 def work(way: str, path: Path) -> None:
-    """Do it one way and print how long it took."""
+    """Run one variant and print its duration."""
     from training_backends.datasets.inspect import inspect_file  # noqa: PLC0415
 
     began = time.perf_counter()
@@ -121,11 +119,11 @@ def work(way: str, path: Path) -> None:
     print(json.dumps({"seconds": time.perf_counter() - began, "rows": rows}))
 
 
-# -- their memory -----------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------
 
 
 def held(pid: int) -> int:
-    """Return the bytes that a process and its children hold in memory."""
+    """Return the resident memory in bytes of a process and its children."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         children = [
@@ -139,7 +137,7 @@ def held(pid: int) -> int:
 
 
 def run(way: str, path: Path, *, watched: bool = False) -> dict[str, Any]:
-    """Do it one way in a fresh process; say how long it took and what it held."""
+    """Run one variant in a fresh process; return its duration and peak memory."""
     command = [sys.executable, __file__, "--work", way, str(path)]
     if way == "nothing":
         command = [sys.executable, "-c", "print({}, flush=True); input()"]
@@ -161,37 +159,37 @@ def run(way: str, path: Path, *, watched: bool = False) -> dict[str, Any]:
 
 
 def compare(path: Path, rounds: int) -> None:
-    """Let the ways take turns and print what they took."""
+    """Alternate the variants and print their speed and memory."""
     size = path.stat().st_size / 1e6
     nothing = run("nothing", path)["peak"] / 1e6
     took: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
         for way in WAYS:
             took[way].append(run(way, path)["seconds"])
-    # The first round brings the file into the cache.
+    # The first round loads the file into the page cache.
     took = {way: seconds[1:] for way, seconds in took.items()}
-    print(f"\n{size:,.0f} MB of chats, {rounds} rounds; a bare interpreter holds {nothing:.0f} MB")
+    print(f"\n{size:,.0f} MB of chats, {rounds} rounds; idle interpreter: {nothing:.0f} MB")
     for way, seconds in took.items():
         memory = run(way, path, watched=True)["peak"] / 1e6 - nothing
         speed = size / statistics.median(seconds)
-        print(f"  {way:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above the interpreter")
+        print(f"  {way:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above idle")
     tell("one process / decode", ratios(took["decode"], took["one process"]), OF_THE_DECODE)
     tell("two processes / one", ratios(took["one process"], took["two processes"]), TWO_OF_ONE)
 
 
 def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
-    """Compare what ran in the same round."""
+    """Return the ratios of durations in the same round."""
     return [one / other for one, other in zip(slower, faster, strict=True)]
 
 
 def tell(what: str, found: Sequence[float], target: float) -> None:
-    """Print a ratio with its spread and what it should be."""
+    """Print a ratio with its range and target."""
     middle = statistics.median(found)
-    print(f"  {what:<22} {middle:.2f} ({min(found):.2f} to {max(found):.2f}), wanted {target}")
+    print(f"  {what:<22} {middle:.2f} ({min(found):.2f} to {max(found):.2f}), target {target}")
 
 
 def repeat(path: Path, big: Path, size: int) -> None:
-    """Write the rows again and again, none of them twice, the third line broken."""
+    """Write the rows repeatedly, each one unique, with an invalid third line."""
     lines = path.read_bytes().splitlines(keepends=True)
     mark = b'{"messages":[{"role":"user","content":"'
     rows = [line for line in lines if line.startswith(mark)]
@@ -205,27 +203,27 @@ def repeat(path: Path, big: Path, size: int) -> None:
 
 
 def inspect_big(path: Path, size: int) -> None:
-    """Inspect a file larger than any memory."""
+    """Inspect a file larger than memory."""
     big = path.with_name("big.jsonl")
     if shutil.disk_usage(path.parent).free < size * 1.2:
-        print(f"  too little space for {size / 1e9:.0f} GB in {path.parent}")
+        print(f"  not enough disk space for {size / 1e9:.0f} GB in {path.parent}")
         return
     repeat(path, big, size)
     nothing = run("nothing", big)["peak"]
-    print(f"\n{big.stat().st_size / 1e9:.1f} GB of chats, line 3 broken")
-    print(f"  first issue after {first_issue(big):.2f} s, wanted {FIRST_ISSUE_S:.0f}")
+    print(f"\n{big.stat().st_size / 1e9:.1f} GB of chats, line 3 invalid")
+    print(f"  first issue after {first_issue(big):.2f} s, target {FIRST_ISSUE_S:.0f} s")
     for way in WAYS[1:]:
         found = run(way, big, watched=True)
         speed = big.stat().st_size / 1e6 / found["seconds"]
         memory = (found["peak"] - nothing) / 1e6
         print(
-            f"  {way:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above the interpreter, "
-            f"wanted {MEMORY_MB}   {found['rows']:,} rows"
+            f"  {way:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above idle, "
+            f"target {MEMORY_MB} MB   {found['rows']:,} rows"
         )
 
 
 def inspect_junk(folder: Path, size: int) -> None:
-    """Inspect what is no data at all."""
+    """Inspect files that are not training data."""
     print(f"\n{size / 1e6:,.0f} MB of junk")
     chance = random.Random(0)
     path = folder / "junk.jsonl"
@@ -239,16 +237,16 @@ def inspect_junk(folder: Path, size: int) -> None:
 
 
 def tell_of(what: str, path: Path) -> None:
-    """Print how one process inspects a file."""
+    """Print speed and memory of inspecting a file with one process."""
     nothing = run("nothing", path)["peak"]
     found = run("one process", path, watched=True)
     speed = path.stat().st_size / 1e6 / found["seconds"]
     memory = (found["peak"] - nothing) / 1e6
-    print(f"  {what:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above the interpreter")
+    print(f"  {what:<14} {speed:6,.0f} MB/s   {memory:4.0f} MB above idle")
 
 
 def first_issue(path: Path) -> float:
-    """Return how long the command line takes to show one."""
+    """Return the seconds until the command line shows the first issue."""
     command = [sys.executable, "-m", "training_backends", "data", "inspect", str(path)]
     began = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -257,13 +255,13 @@ def first_issue(path: Path) -> float:
         took = time.perf_counter() - began
         process.kill()
     if ":3:" not in line:
-        sys.exit(f"not the issue of line 3: {line}")
+        sys.exit(f"unexpected output instead of the issue in line 3: {line}")
     return took
 
 
 @contextmanager
 def chats(size: int) -> Iterator[Path]:
-    """Write the file."""
+    """Write the file to a temporary directory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chats.jsonl"
         write_chats(path, size)
@@ -271,7 +269,7 @@ def chats(size: int) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Make the file and compare."""
+    """Write the file and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=200, metavar="MB")
     parser.add_argument("--rounds", type=int, default=7)

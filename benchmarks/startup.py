@@ -1,8 +1,8 @@
-"""What it costs to import the package and to print its help, against bare Python.
+"""Measure importing the package and printing its help, relative to bare Python.
 
     python benchmarks/startup.py [RUNS]
 
-Prints medians of wall time and their ratio; every figure is from this one run.
+Prints median wall times and their ratios, all from this run.
 """
 
 import statistics
@@ -36,11 +36,11 @@ def seconds(arguments: list[str]) -> float:
 
 
 def main() -> None:
-    """Run every command in turn, so that a slow moment hits all of them."""
+    """Alternate the commands, so that a slow moment affects all of them."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for arguments in COMMANDS.values():
-        seconds(arguments)  # fills the caches
+        seconds(arguments)  # warm the caches
     for _ in range(runs):
         for name, arguments in COMMANDS.items():
             times[name].append(seconds(arguments))

@@ -1,15 +1,15 @@
-"""Exact counts of tokens: how fast against mistral-common, and whether they are equal.
+"""Compare exact token counts with mistral-common: speed and equality.
 
     python benchmarks/tokens.py [--size MB] [--rounds N] [--file FILE]
     python benchmarks/tokens.py --equality [N]
 
-The first compares whole counts, from the file to the number, with mistral-common's
-`encode_chat_completion` on rows of the same file, in one run and in turns. Both begin in a
-process of their own, so the time to import and load is in both. The rows are prose and code
-out of the standard library, and French and tool calls of `_chats.py`.
+The first command compares complete counts, from file to number, with mistral-common's
+`encode_chat_completion` on rows of the same file. The two alternate within one run, each in its
+own process, so that both include importing and loading. The rows are prose and code from the
+standard library, and the French and tool-call rows of `_chats.py`.
 
-The second counts N rows of every format with every tokenizer of the wheel both ways and ends
-with 1 where one row differs.
+The second command counts N rows of every format both ways with every tokenizer in the wheel and
+exits with 1 if any row differs.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from benchmarks._conversations import FORMATS, make_row
 from training_backends.datasets.rows import ChatRow
 
 _SHARE: Final = 0.1
-"""Share of the file that mistral-common counts: its rate does not depend on the length."""
+"""Fraction of the file that mistral-common counts; its rate does not depend on the length."""
 
 _Row = dict[str, Any]
 
 
 def docs_and_code() -> Iterator[tuple[str, str]]:
-    """Yield pieces of the standard library: what a function says of itself, and its source."""
+    """Yield docstrings and source code of functions in the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if "site-packages" in path.parts:
@@ -66,7 +66,7 @@ def docs_and_code() -> Iterator[tuple[str, str]]:
 
 
 def rows(seed: int = 0) -> Iterator[bytes]:
-    """Yield rows without end."""
+    """Yield rows indefinitely."""
     chance = random.Random(seed)
     pieces = list(docs_and_code())
     texts = [text for text, _ in pieces if len(text) > 60]
@@ -85,7 +85,7 @@ def rows(seed: int = 0) -> Iterator[bytes]:
 
 
 def write_rows(path: Path, size: int, *, tools: bool = True) -> None:
-    """Write at least so many bytes of rows."""
+    """Write at least `size` bytes of rows."""
     written = 0
     with path.open("wb") as file:
         for row in rows():
@@ -95,11 +95,11 @@ def write_rows(path: Path, size: int, *, tools: bool = True) -> None:
                 return
 
 
-# What runs in processes of their own; each prints a `Took`.
+# Run in their own processes; each prints a `Took`.
 
 
 class Took(NamedTuple):
-    """What a count took, seconds and seconds of processors, and what of that was for loading."""
+    """Wall and CPU seconds of a count, and how much of each was loading."""
 
     size: int
     seconds: float
@@ -108,11 +108,11 @@ class Took(NamedTuple):
     loading_cpu: float = 0.0
 
     def rate(self, size: int) -> float:
-        """Return bytes a second, had the file so many: it is loaded only once."""
+        """Return bytes per second, extrapolated to a file of `size` bytes; loading happens once."""
         return size / (self.loading + (self.seconds - self.loading) * size / self.size)
 
     def cpu_rate(self, size: int) -> float:
-        """Return bytes a second of one processor, which says more on a busy machine."""
+        """Return bytes per CPU second, which is more meaningful on a busy machine."""
         return size / (self.loading_cpu + (self.cpu - self.loading_cpu) * size / self.size)
 
 
@@ -131,7 +131,7 @@ def count_ours(path: str, tokenizer: str, processes: str) -> None:
 
 
 def count_theirs(path: str, tokenizer: str, share: str) -> None:
-    """Count the first rows of a file with mistral-common, by the file of a tokenizer."""
+    """Count the first rows of a file with mistral-common and a tokenizer file."""
     start = time.perf_counter()
     reference = Theirs(Path(tokenizer))
     loading, loading_cpu = time.perf_counter() - start, time.process_time()
@@ -140,7 +140,7 @@ def count_theirs(path: str, tokenizer: str, share: str) -> None:
     with Path(path).open("rb") as file:
         for line in file:
             if reference.count(line) is None:
-                raise SystemExit(f"refused: {line!r}")
+                raise SystemExit(f"rejected: {line!r}")
             size += len(line)
             if size >= wanted:
                 break
@@ -160,7 +160,7 @@ _MODELS: Final = {
 
 
 class Theirs:
-    """Mistral-common, fed from the row as JSON, without a line of ours."""
+    """Counts a JSON row with mistral-common alone."""
 
     def __init__(self, path: Path) -> None:
         from mistral_common.protocol.instruct.request import (  # noqa: PLC0415
@@ -175,22 +175,22 @@ class Theirs:
     @staticmethod
     @contextmanager
     def without_pixels() -> Iterator[None]:
-        """Have it leave out resizing images, for which it needs opencv; tokens stay the same."""
-        import numpy as np  # noqa: PLC0415  # comes with it
+        """Skip resizing images, which needs opencv and does not change the tokens."""
+        import numpy as np  # noqa: PLC0415  # a dependency of mistral-common
         from mistral_common.tokens.tokenizers import image  # noqa: PLC0415
 
         with patch.object(image, "transform_image", lambda *_: np.zeros((3, 1, 1))):
             yield
 
     def count(self, line: bytes) -> int | None:
-        """Count a row; None where it is refused."""
+        """Count the tokens of a row; None if mistral-common rejects it."""
         row = json.loads(line)
         if "text" in row:
             tokenizer = self._tokenizer.instruct_tokenizer.tokenizer
             return len(tokenizer.encode(row["text"], bos=True, eos=True))
         try:
             return sum(self._conversation(*each) for each in _conversations(row))
-        except Exception:  # every kind of refusal
+        except Exception:  # any kind of rejection
             return None
 
     def _conversation(self, messages: list[_Row], tools: list[_Row] | None) -> int:
@@ -227,7 +227,7 @@ _CONTROLS: Final = (
 
 
 def later_tokenizers(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Make tekken files of versions that the wheel has no file of, from the words of one."""
+    """Write tekken files of versions that the wheel lacks, with the vocabulary of one it has."""
     from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
 
     data = json.loads(shipped("tekken_240911.json").read_text(encoding="utf-8"))
@@ -239,7 +239,7 @@ def later_tokenizers(folder: Path) -> Iterator[tuple[str, Path]]:
         data["config"]["version"] = version
         path = folder / f"tekken_made_{version}.json"
         path.write_text(json.dumps(data), encoding="utf-8")
-        yield f"{version} made of v3-tekken-m1", path
+        yield f"{version} from v3-tekken-m1", path
 
 
 @dataclass(slots=True)
@@ -247,9 +247,9 @@ class Compared:
     """Rows of one format, counted both ways.
 
     Attributes:
-        refused: Rows that mistral-common refuses.
-        asked: Rows that the fast way left to it.
-        differences: What differs.
+        refused: Number of rows that mistral-common rejects.
+        asked: Number of rows that our counter passed to mistral-common.
+        differences: One message per row that differs.
     """
 
     form: str
@@ -260,7 +260,7 @@ class Compared:
 
 
 def compared(path: Path, number: int) -> Iterator[Compared]:
-    """Count so many rows of each format both ways, with the tokenizer in a file."""
+    """Count rows of each format both ways with the tokenizer in a file."""
     from training_backends.tokens.counters import count_row, counter_of  # noqa: PLC0415
     from training_backends.tokens.counts import Uncountable, read_row  # noqa: PLC0415
     from training_backends.tokens.tokenizers import mistral_file  # noqa: PLC0415
@@ -286,11 +286,13 @@ def compared(path: Path, number: int) -> Iterator[Compared]:
 
 
 def equality(number: int) -> int:
-    """Compare counts on so many rows of each format with each tokenizer."""
+    """Compare counts of rows of each format with each tokenizer."""
     from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
     from training_backends.tokens.tokenizers import SHIPPED  # noqa: PLC0415
 
-    print(f"{'tokenizer':<26} {'format':<18} {'rows':>7} {'refused':>8} {'asked':>7} {'differ':>7}")
+    print(
+        f"{'tokenizer':<26} {'format':<18} {'rows':>7} {'rejected':>8} {'passed':>7} {'differ':>7}"
+    )
     differences = 0
     with tempfile.TemporaryDirectory() as folder:
         files = [(name, shipped(file)) for name, file in SHIPPED.items()]
@@ -310,7 +312,7 @@ def equality(number: int) -> int:
 
 @contextmanager
 def _noting_asked(asked: Counter[str]) -> Iterator[None]:
-    """Note how often the fast way leaves a row to mistral-common."""
+    """Count how often our counter passes a row to mistral-common."""
     from training_backends.tokens.mistral_layout import Layout  # noqa: PLC0415
 
     chat = Layout.chat
@@ -328,7 +330,7 @@ def _noting_asked(asked: Counter[str]) -> Iterator[None]:
 
 
 def measured(*arguments: object) -> Took:
-    """Run one of the counts above in a process of its own."""
+    """Run one of the counts above in its own process."""
     command = [sys.executable, "-m", "benchmarks.tokens", "--run", *map(str, arguments)]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
@@ -336,11 +338,11 @@ def measured(*arguments: object) -> Took:
 
 
 def speed(paths: Mapping[str, Path], rounds: int) -> None:
-    """Print rates and ratios; every round measures everything once."""
+    """Print rates and ratios; every round measures each variant once."""
     from training_backends.tokens.text_counters import shipped  # noqa: PLC0415
     from training_backends.tokens.tokenizers import SHIPPED  # noqa: PLC0415
 
-    print("MB/s, and how many times mistral-common's of the same round; medians")
+    print("MB/s and ratio to mistral-common in the same round; medians")
     print(
         f"{'':<14} {'mistral-common':>15} {'1 process':>16} {'in CPU time':>12} {'2 processes':>16}"
     )
@@ -366,11 +368,11 @@ def speed(paths: Mapping[str, Path], rounds: int) -> None:
 
 
 def main() -> int:
-    """Read the command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=200, help="MB of rows")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--file", type=Path, help="rows of your own instead")
+    parser.add_argument("--file", type=Path, help="use this file of rows instead")
     parser.add_argument("--tokenizers", nargs="*", default=["v3-tekken", "v1", "v3", "v7"])
     parser.add_argument("--equality", type=int, nargs="?", const=5000, metavar="N")
     parser.add_argument("--run", nargs="*", help=argparse.SUPPRESS)
@@ -384,7 +386,7 @@ def main() -> int:
         path, without = Path(folder) / "rows.jsonl", Path(folder) / "without-tools.jsonl"
         if not given.file:
             write_rows(path, given.size * 1_000_000)
-            # The first version has no tools.
+            # The v1 tokenizer has no tools.
             write_rows(without, given.size * 1_000_000, tools=False)
         paths = {name: without if name == "v1" else path for name in given.tokenizers}
         speed({name: given.file or path for name, path in paths.items()}, given.rounds)

@@ -1,12 +1,12 @@
-"""Two processes launch the same run at the same instant, again and again: one job each time.
+"""Launch the same run from two processes at the same instant, repeatedly; expect one job each time.
 
     python benchmarks/twins.py [TIMES]
 
-Both are programs that use the library, on one store, against one gateway that is a process of
-its own. They are told an instant and launch when it has come. Afterwards the gateway is asked
-what it has: one job a run, started once, on one upload of each content.
+Both processes use the library with the same store and the same gateway, which runs in its own
+process. They receive a point in time and launch at that time. Afterwards the gateway must have one
+job per run, started once, with one upload of each content.
 
-Ends with 0 if every launch of both gave the same one job.
+Exits with 0 if both processes got the same job in every round.
 """
 
 import json
@@ -25,11 +25,11 @@ from benchmarks._chaos_site import Site, environment, install_quick_backend
 from training_backends import TrainingBackendError, TrainingClient, TrainingConfig
 
 _NOTICE: Final = 0.05
-"""Seconds from telling the instant until it has come."""
+"""Seconds between sending an order and the time of the launch."""
 
 
-def _launch_when_told() -> None:
-    """Be one of the two: read instants and configurations, launch, say what came of it."""
+def _launch_on_order() -> None:
+    """Run as one of the two processes: read orders, launch, print the results."""
     with TrainingClient() as client:
         client.backend("mistral")
         print("ready", flush=True)
@@ -40,10 +40,10 @@ def _launch_when_told() -> None:
             began = time.time()
             try:
                 run = client.launch(config, backend="mistral", run_id=order["id"])
-                said: dict[str, Any] = {"job": run.remote_id}
+                result: dict[str, Any] = {"job": run.remote_id}
             except TrainingBackendError as error:
-                said = {"error": f"{type(error).__name__}: {error.message}"}
-            print(json.dumps({**said, "began": began}), flush=True)
+                result = {"error": f"{type(error).__name__}: {error.message}"}
+            print(json.dumps({**result, "began": began}), flush=True)
 
 
 def _twin(settings: dict[str, str]) -> "subprocess.Popen[str]":
@@ -54,21 +54,21 @@ def _twin(settings: dict[str, str]) -> "subprocess.Popen[str]":
         text=True,
         env=settings,
     )
-    _hear(twin)
+    _receive(twin)
     return twin
 
 
-def _tell(twin: "subprocess.Popen[str]", order: dict[str, Any]) -> None:
+def _send(twin: "subprocess.Popen[str]", order: dict[str, Any]) -> None:
     assert twin.stdin is not None
     twin.stdin.write(json.dumps(order) + "\n")
     twin.stdin.flush()
 
 
-def _hear(twin: "subprocess.Popen[str]") -> str:
+def _receive(twin: "subprocess.Popen[str]") -> str:
     assert twin.stdout is not None
     line = twin.stdout.readline()
     if not line:
-        raise RuntimeError("one of the two has died")
+        raise RuntimeError("one of the two processes died")
     return line
 
 
@@ -103,25 +103,25 @@ async def _run(times: int, work: Path) -> int:
         for number in range(times):
             order = {**_order(work, number), "at": time.time() + _NOTICE}
             for twin in twins:
-                _tell(twin, order)
-            said = [json.loads(await anyio.to_thread.run_sync(_hear, twin)) for twin in twins]
-            apart.append(abs(said[0]["began"] - said[1]["began"]))
-            for each in said:
+                _send(twin, order)
+            results = [json.loads(await anyio.to_thread.run_sync(_receive, twin)) for twin in twins]
+            apart.append(abs(results[0]["began"] - results[1]["began"]))
+            for each in results:
                 if "error" in each:
                     print(f"  run {number}: {each['error']}")
                     wrong["errors"] += 1
-            if len({each.get("job") for each in said}) != 1:
+            if len({each.get("job") for each in results}) != 1:
                 wrong["runs with two jobs"] += 1
         for twin in twins:
             assert twin.stdin is not None
             twin.stdin.close()
             twin.wait()
         jobs, files = await site.jobs(), await site.files()
-    wrong["jobs too many or too few"] += abs(len(jobs) - times)
-    wrong["starts too many or too few"] += abs(len(site.trainings()) - times)
-    wrong["uploads too many or too few"] += abs(len(files) - times)
-    print(f"launches of the same id at the same instant  {times}")
-    print(f"median time between the two                  {statistics.median(apart) * 1000:.2f} ms")
+    wrong["missing or extra jobs"] += abs(len(jobs) - times)
+    wrong["missing or extra starts"] += abs(len(site.trainings()) - times)
+    wrong["missing or extra uploads"] += abs(len(files) - times)
+    print(f"concurrent launches of the same id           {times}")
+    print(f"median time between the two launches         {statistics.median(apart) * 1000:.2f} ms")
     for what, count in wrong.items():
         print(f"{what:<44} {count}")
     failed = any(wrong.values())
@@ -130,9 +130,9 @@ async def _run(times: int, work: Path) -> int:
 
 
 def main() -> int:
-    """Launch as often as the command line says."""
+    """Run as often as the command line says."""
     if sys.argv[1:] == ["--twin"]:
-        _launch_when_told()
+        _launch_on_order()
         return 0
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with tempfile.TemporaryDirectory(prefix="twins-") as directory:

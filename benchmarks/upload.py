@@ -1,17 +1,16 @@
-"""What uploading a large file costs: this client, the official SDK and `curl -F`, side by side.
+"""Compare uploads of a large file by this client, the official SDK and `curl -F`.
 
     python benchmarks/upload.py [MB] [ROUNDS]
 
-Everything goes to a sink in a process of its own on loopback, which throws the bytes away as
-cheaply as the system lets it. Each upload runs in a fresh process; the clients take turns, so
-that a slow moment hits all of them; every figure is from this one run. MB is 10⁶ bytes.
+All uploads go to a sink on loopback in its own process, which discards the bytes as cheaply as the
+system allows. Each upload runs in a fresh process. The clients alternate, so that a slow moment
+affects all of them, and all figures are from this run. MB is 10⁶ bytes.
 
-Memory is the process's high-water mark during the upload minus what it held right before, with
-everything imported and one small file sent (Linux only). How long the event loop was held is
-seen by a task that asks to be woken every millisecond: how late that was, and how much
-processor time the loop's own thread had used since its last turn. The row "idle" is the same
-task in a process with nothing else to do, while `curl` and the sink keep the machine busy: what
-is late there is the system's doing.
+Memory is the peak during the upload minus the resident memory just before it, after all imports
+and the upload of one small file (Linux only). Blocking of the event loop is measured by a task
+that wakes up every millisecond: how late it woke up, and how much CPU time the loop's thread used
+since the last wake-up. The row "idle" is the same task in an otherwise idle process while `curl`
+and the sink keep the machine busy: its delays are caused by the system.
 """
 
 import hashlib
@@ -44,14 +43,14 @@ AGAINST_CURL = 0.5
 HELD_MS = 10
 
 OURS = "ours"
-REHASHED = "ours, just written file"
+REHASHED = "ours, rehashed file"
 SDK = "official SDK, async"
 CURL = "curl -F"
 IDLE = "idle"
 
 Upload = Callable[[Path], Awaitable[object]]
 Ticks = list[tuple[float, float]]
-"""How late the ticker came and what its thread had used meanwhile, both in ms."""
+"""Delay of each wake-up and CPU time of the thread since the last one, both in ms."""
 
 
 # -- the sink -----------------------------------------------------------------------------------
@@ -69,12 +68,12 @@ _ANSWER = json.dumps(
     }
 ).encode()
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-# On Linux the kernel then drops what a TCP socket received without copying it out.
+# On Linux the kernel then discards received TCP data without copying it.
 _DISCARD = socket.MSG_TRUNC if sys.platform == "linux" else 0
 
 
 def sink() -> None:
-    """Answer every request like a file store, reading no more of it than its length."""
+    """Respond to every request as a file store would, reading only its length."""
     with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
         print(listener.getsockname()[1], flush=True)
         while True:
@@ -83,7 +82,7 @@ def sink() -> None:
 
 
 def swallow(connection: socket.socket) -> None:
-    """Serve one connection until it ends."""
+    """Serve one connection until it is closed."""
     buffer = bytearray(2**20)
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -107,11 +106,11 @@ def swallow(connection: socket.socket) -> None:
             connection.sendall(_HEAD % len(_ANSWER) + _ANSWER)
 
 
-# -- one upload, in a process of its own ----------------------------------------------------------
+# -- one upload, in its own process ---------------------------------------------------------------
 
 
 async def measure(name: str, url: str, path: Path, *, ticking: bool) -> dict[str, Any]:
-    """Upload once, and return what it took."""
+    """Upload once; return duration, memory and ticks."""
     ticks: Ticks = []
     upload = client(name, url, await hash_file(path))
     await upload(path.with_suffix(".small"))
@@ -130,19 +129,19 @@ async def measure(name: str, url: str, path: Path, *, ticking: bool) -> dict[str
 
 
 def client(name: str, url: str, hashed: HashedFile) -> Upload:
-    """Return what uploads a file in one of the ways that are compared."""
+    """Return the upload function of one of the clients."""
     if name == IDLE:
         return lambda _: anyio.sleep(hashed.size / 1e9)  # about as long as an upload
     if name == SDK:
         return sdk(url)
     if hashed.stamp is None:
-        raise RuntimeError("the file counts as just written; it was to be left alone")
-    # One just written has to be hashed again on its way, for its stamp says nothing.
+        raise RuntimeError("the file was modified too recently to have a stamp")
+    # Without a stamp, as for a file that has just been written, the upload hashes the file again.
     return ours(url, hashed._replace(stamp=None) if name == REHASHED else hashed)
 
 
 def ours(url: str, hashed: HashedFile) -> Upload:
-    """Upload as this package's backends do, of a file hashed before."""
+    """Upload a file that has been hashed, as this package's backends do."""
 
     async def key() -> SecretStr:
         return SecretStr("no-key")
@@ -162,7 +161,7 @@ def ours(url: str, hashed: HashedFile) -> Upload:
 
 
 def sdk(url: str) -> Upload:
-    """Upload as the official SDK does with an open file, which it streams."""
+    """Upload with the official SDK from an open file, which it streams."""
     made = Mistral(api_key="no-key", server_url=url)
 
     async def upload(path: Path) -> object:
@@ -176,7 +175,7 @@ def sdk(url: str) -> Upload:
 
 
 async def tick(ticks: Ticks) -> None:
-    """Ask for a turn every millisecond, and note how late it comes."""
+    """Wake up every millisecond and record the delay."""
     while True:
         began, used = time.perf_counter(), time.thread_time()
         await anyio.sleep(0.001)
@@ -185,15 +184,15 @@ async def tick(ticks: Ticks) -> None:
 
 
 def forget_high_water() -> None:
-    """Count the high-water mark from now on, where the system can."""
+    """Reset the peak memory of this process, where supported."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # it then counts from the start of the process, so too much
+        return  # the peak then includes the time since the process started
 
 
 def memory(field: str) -> int:
-    """Read a line of what Linux tells about this process; 0 elsewhere."""
+    """Return a memory field of `/proc/self/status` in bytes; 0 on other systems."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -206,7 +205,7 @@ def memory(field: str) -> int:
 
 
 class Bench:
-    """Uploads one file again and again, to one sink."""
+    """Uploads one file to one sink, repeatedly."""
 
     def __init__(self, url: str, path: Path) -> None:
         self._url = url
@@ -214,7 +213,7 @@ class Bench:
         self.megabytes = path.stat().st_size / 1e6
 
     def run(self, name: str, *, ticking: bool = False) -> dict[str, Any]:
-        """Upload once, in a fresh process."""
+        """Upload once in a fresh process."""
         arguments = [name, self._url, str(self._path), "tick" if ticking else "time"]
         command = [sys.executable, __file__, "--child", *arguments]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -222,7 +221,7 @@ class Bench:
         return measured
 
     def curl(self) -> float:
-        """Upload once by curl; return the seconds that it tells."""
+        """Upload once with curl; return the seconds that it reports."""
         command = ["curl", "-sS", "-o", os.devnull, "-w", "%{time_total}"]
         form = ["-F", "purpose=fine-tune", "-F", f"file=@{self._path}"]
         address = f"{self._url}/v1/files"
@@ -230,7 +229,7 @@ class Bench:
         return float(done.stdout)
 
     def idle(self) -> Ticks:
-        """Watch the ticker alone while curl keeps the machine busy."""
+        """Run the ticker alone while curl keeps the machine busy."""
         over = threading.Event()
 
         def load() -> None:
@@ -247,7 +246,7 @@ class Bench:
         return ticks
 
     def hashing(self) -> float:
-        """Return the MB that one core hashes in a second, nothing else running."""
+        """Return the SHA-256 speed of one core in MB/s, with nothing else running."""
         began = time.perf_counter()
         with self._path.open("rb") as file:
             hashlib.file_digest(file, "sha256")
@@ -255,7 +254,7 @@ class Bench:
 
 
 def compare(bench: Bench, rounds: int) -> None:
-    """Run all of them in turn and print the table and the goals."""
+    """Alternate the clients and print the table and the targets."""
     names = [OURS, REHASHED, SDK]
     speeds: dict[str, list[float]] = {name: [] for name in [*names, CURL]}
     above: dict[str, float] = dict.fromkeys(names, 0.0)
@@ -271,12 +270,10 @@ def compare(bench: Bench, rounds: int) -> None:
         ticks[IDLE] += bench.idle()
         hashing.append(bench.hashing())
     median = {name: statistics.median(each) for name, each in speeds.items()}
-    print(
-        f"{bench.megabytes:.0f} MB, {rounds} rounds: median speeds; memory, lateness: the worst\n"
-    )
+    print(f"{bench.megabytes:.0f} MB, {rounds} rounds: median speed; maximum memory and delay\n")
     print(
         f"{'':<23}{'MB/s':>6}{'× SDK':>7}{'× curl':>8}{'memory MB':>11}"
-        f"{'late ms: p99':>14}{'longest':>9}{'own CPU':>9}"
+        f"{'delay ms: p99':>14}{'max':>9}{'own CPU':>9}"
     )
     for name in [*names, CURL, IDLE]:
         row = f"{name:<23}"
@@ -288,8 +285,8 @@ def compare(bench: Bench, rounds: int) -> None:
         print(row.rstrip())
     print(f"\nSHA-256 alone, one core: {statistics.median(hashing):.0f} MB/s")
     print(
-        "The first row is how launches upload: the file was hashed before, and its stamp says\n"
-        "before and afterwards that nobody has written to it.\n"
+        "Launches upload as in the first row: the file was hashed before, and its stamp shows\n"
+        "before and after the upload that it has not been modified.\n"
     )
     most = max(above[OURS], above[REHASHED])
     goal(most <= MEMORY_MB, f"memory at most {MEMORY_MB} MB above idle", f"{most:.1f}")
@@ -300,29 +297,29 @@ def compare(bench: Bench, rounds: int) -> None:
     longest = max(late for late, _ in ticks[OURS] + ticks[REHASHED])
     idle = max(late for late, _ in ticks[IDLE])
     met = None if longest > HELD_MS < idle else longest <= HELD_MS
-    text = f"the loop never held for more than {HELD_MS} ms"
-    goal(met, text, f"{longest:.1f}, where an idle one was held for {idle:.1f}")
+    text = f"event loop blocked for at most {HELD_MS} ms"
+    goal(met, text, f"{longest:.1f} (idle: {idle:.1f})")
 
 
 def held(ticks: Sequence[tuple[float, float]]) -> str:
-    """Write how late the ticker was, and the most that its thread worked meanwhile."""
+    """Format the delays of the ticker and the maximum CPU time of its thread."""
     late = sorted(each for each, _ in ticks)
     own = max(used for _, used in ticks)
     return f"{late[int(len(late) * 0.99)]:>14.1f}{late[-1]:>9.1f}{own:>9.1f}"
 
 
 def goal(met: bool | None, text: str, found: str) -> None:  # noqa: FBT001
-    """Print one goal; None: this machine was too busy to tell."""
+    """Print one target; None means that the machine was too busy to tell."""
     word = {True: "yes", False: "NO", None: "?"}[met]
     print(f"{word:<4} {text}: {found}")
 
 
 def main() -> None:
-    """Make the file and the sink, and compare."""
+    """Create the file, start the sink and compare."""
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 512
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     if shutil.which("curl") is None:
-        sys.exit("curl is needed for the comparison and is not installed")
+        sys.exit("curl is not installed; the comparison needs it")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.jsonl"
         path.with_suffix(".small").write_bytes(b"{}\n")
@@ -330,7 +327,7 @@ def main() -> None:
         with path.open("wb") as file:
             for _ in range(megabytes):
                 file.write(block)
-        time.sleep(2.5)  # until its stamp says that it was left alone
+        time.sleep(2.5)  # until the file is old enough to have a stamp
         command = [sys.executable, __file__, "--sink"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:

@@ -1,17 +1,17 @@
-"""What it costs to watch very many live runs from one process, against one GET for each run.
+"""Compare watching many live runs from one process with one GET per run.
 
     python benchmarks/watch.py [RUNS] [SWEEPS] [SECONDS]
 
-A server of the Mistral protocol in a process of its own (`_watch_stub.py`) has RUNS live jobs
-and twice as many that have ended. Every 100 s about a tenth of the live ones change: most reach
-a checkpoint, some a new status. RUNS runs are written into a store and looked at once each,
-in a process of their own. Then this process watches: it sweeps every SECONDS (10) and is told of
-events. In the same run, with the same server at rest, single jobs are asked for by the official
-SDK and by httpx alone, each in a fresh process; their figures are scaled from SAMPLE jobs.
+A server of the Mistral protocol in its own process (`_watch_stub.py`) has RUNS live jobs and twice
+as many finished ones. Every 100 s about a tenth of the live jobs change: most reach a checkpoint,
+some a new status. Another process writes RUNS runs to a store and observes each one once. Then
+this process watches: it sweeps every SECONDS (10) and receives events. Afterwards, with the same
+server idle, the official SDK and bare httpx request single jobs, each in a fresh process; their
+figures are extrapolated from SAMPLE jobs.
 
-CPU is that of the asking process with all its threads, the store's work included. Memory is what
-the process holds above what it held with everything imported and the store open. A delay is the
-time from the moment at which the server changed a job until the watcher's caller was told.
+CPU is that of the client process with all its threads, including the store. Memory is the resident
+memory above that with everything imported and the store open. A delay is the time from the change
+on the server until the event callback is called.
 """
 
 import json
@@ -45,39 +45,39 @@ from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.store import RunStore
 
 HANDFUL = 10
-"""Requests of a sweep beside the goal, for pages that statuses fill in part."""
+"""Extra requests allowed per sweep, for partially filled pages of each status."""
 CHANGED_A_SECOND = 1 / 1000
-"""Share of the runs."""
+"""Fraction of the runs."""
 SAMPLE = 500
 CONFIG = {"model": "open-mistral-7b", "data": {"train": "/data/train.jsonl"}}
 
 
 class NoSecret:
-    """Has the same key for everybody."""
+    """Returns the same key for every provider."""
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
-        """Return it."""
+        """Return the key."""
         del provider, profile
         return SecretStr("no-key")
 
 
 class AlwaysDue(MistralAPIBackend):
-    """The backend, but every run is to be looked at in every sweep."""
+    """The backend with every run due in every sweep."""
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """See the base."""
+        """Zero."""
         return timedelta(0), timedelta(0)
 
 
 def backend(url: str) -> AlwaysDue:
-    """Make the backend under test."""
+    """Create the backend under test."""
     return AlwaysDue(credentials=NoSecret(), settings=MistralSettings(base_url=url))
 
 
 @contextmanager
 def provider(runs: int) -> Iterator[str]:
-    """Run the server; give its URL."""
+    """Run the server; yield its URL."""
     command = [sys.executable, str(Path(__file__).with_name("_watch_stub.py")), str(runs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -88,17 +88,17 @@ def provider(runs: int) -> Iterator[str]:
 
 
 def control(url: str, what: str) -> Any:
-    """Ask the server for what is no part of the protocol."""
+    """Call a control endpoint of the server, which is not part of the protocol."""
     return httpx.get(f"{url}/control/{what}", timeout=60).json()
 
 
-# -- in processes of their own ------------------------------------------------------------
+# -- run in their own processes -----------------------------------------------------------
 
 
 def seed(url: str, home: str) -> None:
-    """Record every live job as a run that was launched here and seen once."""
+    """Store every live job as a run that was launched here and observed once."""
     store = RunStore(f"sqlite:///{home}/runs.db")
-    asked = backend(url)
+    observer = backend(url)
     config = TrainingConfig.model_validate(CONFIG)
 
     async def record(job_id: str, created: int) -> None:
@@ -109,7 +109,7 @@ def seed(url: str, home: str) -> None:
             remote_id=job_id,
             created_at=datetime.fromtimestamp(created, UTC),
         )
-        seen = await asked.observe(run)
+        seen = await observer.observe(run)
         await to_thread.run_sync(store.insert, run)
         await to_thread.run_sync(
             lambda: store.observed(
@@ -120,14 +120,14 @@ def seed(url: str, home: str) -> None:
     async def all_of_them() -> None:
         jobs = control(url, "jobs")
         await run_all((partial(record, job[0], job[2]) for job in jobs), at_once=4)
-        await asked.aclose()
+        await observer.aclose()
 
     anyio.run(all_of_them)
     store.close()
 
 
 def one_by_one(get: Callable[[str], object], ids: list[str]) -> None:
-    """Ask for each job by itself and print what that took as JSON."""
+    """Request each job separately and print the time per job as JSON."""
     for job_id in ids[:20]:
         get(job_id)
     cpu, wall = time.process_time(), time.perf_counter()
@@ -138,7 +138,7 @@ def one_by_one(get: Callable[[str], object], ids: list[str]) -> None:
 
 
 def ask_by_sdk(url: str) -> None:
-    """Ask through the official SDK, as its documentation does."""
+    """Request jobs with the official SDK, as its documentation does."""
     from mistralai.client import Mistral  # noqa: PLC0415  # heavy, and only this mode needs it
 
     client = Mistral(api_key="no-key", server_url=url)
@@ -147,7 +147,7 @@ def ask_by_sdk(url: str) -> None:
 
 
 def ask_by_httpx(url: str) -> None:
-    """Ask with the HTTP library alone; the answer is parsed and nothing else."""
+    """Request jobs with httpx alone and only parse the response."""
     ids = [job[0] for job in control(url, "jobs")[:SAMPLE]]
     with httpx.Client(base_url=f"{url}/v1/fine_tuning/jobs/") as client:
         one_by_one(lambda job_id: client.get(job_id).json(), ids)
@@ -161,7 +161,7 @@ MODES: dict[str, Callable[..., None]] = {
 
 
 def child(*arguments: str) -> str:
-    """Run this program in one of its modes and return what it printed."""
+    """Run this program in another mode and return its output."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout
@@ -172,33 +172,33 @@ def child(*arguments: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SweepCost:
-    """What one sweep took."""
+    """The cost of one sweep."""
 
     lists: int
     details: int
     cpu: float
     wall: float
     memory: float
-    """Megabytes above idle, right after it."""
+    """Megabytes above idle, right after the sweep."""
     ended: float
 
 
 @dataclass(slots=True)
 class Watched:
-    """What came of watching."""
+    """The results of watching."""
 
     sweeps: list[SweepCost] = field(default_factory=list)
-    told: list[tuple[str, str, float]] = field(default_factory=list)
-    """Job, step or status, and when it was told of."""
+    events: list[tuple[str, str, float]] = field(default_factory=list)
+    """Job, step or status, and time of delivery, for each event."""
 
 
 async def watch(url: str, home: str, runs: int, sweeps: int, seconds: float) -> Watched:
-    """Watch for some sweeps while jobs change, and then until all is told."""
+    """Watch for some sweeps while jobs change, then until all events are delivered."""
     found = Watched()
 
     async def on_event(run: TrainingRun, record: LogRecord) -> None:
         what = record.fields.get("raw_status") if record.source == "status" else record.step
-        found.told.append((str(run.remote_id), str(what), time.monotonic()))
+        found.events.append((str(run.remote_id), str(what), time.monotonic()))
 
     watched = backend(url)
     async with AsyncTrainingClient(
@@ -209,7 +209,7 @@ async def watch(url: str, home: str, runs: int, sweeps: int, seconds: float) -> 
         idle = resident()
         next_at = time.monotonic()
         for number in range(sweeps + 3):
-            if number == 1:  # the first one reads all records from the store
+            if number == 1:  # the first sweep reads all records from the store
                 control(url, f"rate?value={max(runs * CHANGED_A_SECOND, 1)}")
             if number == sweeps + 1:
                 control(url, "rate?value=0")
@@ -229,7 +229,7 @@ async def watch(url: str, home: str, runs: int, sweeps: int, seconds: float) -> 
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process holds now; 0 where the system is silent."""
+    """Return the resident memory of this process in bytes; 0 on other systems than Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -238,13 +238,13 @@ def resident() -> int:
     return int(held[1]) * 1024 if held else 0
 
 
-# -- what is printed ----------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------
 
 
 def report(
     found: Watched, changes: list[tuple[str, str, float]], runs: int, seconds: float
 ) -> None:
-    """Print what watching took, and whether the goals were met."""
+    """Print the cost of watching and whether the targets are met."""
     measured = found.sweeps[1:-2]
     ends = [sweep.ended for sweep in found.sweeps[:-2]]
     changed = sum(
@@ -257,38 +257,41 @@ def report(
         for values in zip(*((sweep.lists, sweep.details) for sweep in measured), strict=True)
     )
     allowed = count * (runs / 100 + HANDFUL) + changed
-    print(f"{runs:,} live runs, {count} sweeps, one every {seconds:g} s; mean of a sweep\n")
-    row("runs that changed", f"{changed / count:.1f}")
+    print(f"{runs:,} live runs, {count} sweeps, one every {seconds:g} s; mean per sweep\n")
+    row("changed runs", f"{changed / count:.1f}")
     row("requests", f"{requests / count:.1f}", f"{lists:.1f} lists, {details:.1f} details")
     cpu = sorted(sweep.cpu for sweep in measured)
     row("CPU seconds", f"{statistics.mean(cpu):.2f}", f"{cpu[0]:.2f} to {cpu[-1]:.2f}")
     wall = sorted(sweep.wall for sweep in measured)
-    row("seconds from begin to end", f"{statistics.mean(wall):.2f}", f"{wall[-1]:.2f} at most")
+    row("wall seconds", f"{statistics.mean(wall):.2f}", f"max {wall[-1]:.2f}")
     first, last = found.sweeps[0], measured[-1]
     row("first sweep: CPU seconds", f"{first.cpu:.2f}", "reads all records from the store")
-    row("memory after it, MB", f"{first.memory:.0f}", "above idle")
+    row("memory after that, MB", f"{first.memory:.0f}", "above idle")
     half = measured[count // 2].memory
     row(
-        "memory in the end, MB",
+        "memory at the end, MB",
         f"{last.memory:.0f}",
         f"{last.memory - half:+.1f} in the second half",
     )
-    times = Counter((job, what) for job, what, _ in found.told)
-    moments = {(job, what): at for job, what, at in reversed(found.told)}
+    times = Counter((job, what) for job, what, _ in found.events)
+    moments = {(job, what): at for job, what, at in reversed(found.events)}
     delays = sorted(moments[job, what] - at for job, what, at in changes if (job, what) in moments)
     missing, twice = len(changes) - len(delays), sum(n > 1 for n in times.values())
     p50, p95 = (delays[int(len(delays) * share)] for share in (0.5, 0.95))
-    row("detection delay, s", f"{p50:.1f}", f"p95 {p95:.1f}, longest {delays[-1]:.1f}")
-    row("events told", f"{len(found.told)}", f"{missing} missing, {twice} twice")
+    row("detection delay, s", f"{p50:.1f}", f"p95 {p95:.1f}, max {delays[-1]:.1f}")
+    row("events delivered", f"{len(found.events)}", f"{missing} missing, {twice} duplicated")
     print()
-    goal(requests <= allowed, "requests: 1 per 100 runs, 1 per changed one, a handful")
-    goal(not missing and not twice, "each event told once")
-    goal(delays[-1] <= 2 * (seconds + wall[-1]), "every change told of within two sweeps")
+    goal(
+        requests <= allowed,
+        f"requests: at most 1 per 100 runs, 1 per changed run and {HANDFUL} more",
+    )
+    goal(not missing and not twice, "each event delivered once")
+    goal(delays[-1] <= 2 * (seconds + wall[-1]), "every change reported within two sweeps")
 
 
 def compare(url: str, runs: int, watched: float) -> None:
-    """Print what asking for each run by itself takes."""
-    print(f"\nOne GET for each run, scaled from {min(SAMPLE, runs)} jobs\n")
+    """Print the cost of requesting each run separately."""
+    print(f"\nOne GET per run, extrapolated from {min(SAMPLE, runs)} jobs\n")
     print(f"  {'':<28}{'requests':>10}{'CPU s':>8}{'× ours':>8}{'wall s':>8}")
     for name, mode in (("official SDK, sync", "--sdk"), ("httpx, sync", "--httpx")):
         took = json.loads(child(mode, url))
@@ -302,19 +305,19 @@ def row(name: str, value: str, note: str = "") -> None:
 
 
 def goal(met: bool, what: str) -> None:  # noqa: FBT001  # reads like assert
-    """Print whether a goal was met."""
+    """Print whether a target is met."""
     print(f"  {'yes' if met else 'NO ':<4} {what}")
 
 
 def arguments(
     runs: str = "10000", sweeps: str = "10", seconds: str = "10"
 ) -> tuple[int, int, float]:
-    """Read the command line."""
+    """Parse the command line."""
     return int(runs), int(sweeps), float(seconds)
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run the benchmark."""
     if sys.argv[1:2] and sys.argv[1] in MODES:
         MODES[sys.argv[1]](*sys.argv[2:])
         return
@@ -323,7 +326,7 @@ def main() -> None:
         began = time.perf_counter()
         child("--seed", url, home)
         print(
-            f"{runs:,} runs recorded and seen once in {time.perf_counter() - began:.0f} s",
+            f"{runs:,} runs stored and observed once in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
         found = anyio.run(watch, url, home, runs, sweeps, seconds)
