@@ -413,27 +413,27 @@ def file_findings(facts: Facts, dialect: Dialect) -> Iterator[Finding]:
     """Judge a whole file by what was counted in all its rows."""
     rows = facts.rows.total()
     if rows < dialect.min_rows:
-        text = f"the file has {rows:,} rows, fewer than {dialect.min_rows:,}"
-        yield Finding("too_few_rows", None, text, "add more")
+        text = f"the file has {rows:,} rows; at least {dialect.min_rows:,} are required"
+        yield Finding("too_few_rows", None, text, "add rows")
     if dialect.max_rows is not None and rows > dialect.max_rows:
-        text = f"the file has {rows:,} rows, more than {dialect.max_rows:,}"
-        yield Finding("too_many_rows", None, text, "leave some out")
+        text = f"the file has {rows:,} rows; the limit is {dialect.max_rows:,}"
+        yield Finding("too_many_rows", None, text, "remove some of them")
     if dialect.max_image_rows is not None and facts.image_rows > dialect.max_image_rows:
-        text = f"{facts.image_rows:,} rows have images, more than {dialect.max_image_rows:,}"
-        yield Finding("too_many_images", None, text, "leave some out")
+        text = f"{facts.image_rows:,} rows have images; the limit is {dialect.max_image_rows:,}"
+        yield Finding("too_many_images", None, text, "remove some of them")
     for target in sorted({target for target, _ in facts.label_kinds}):
         single, multi = (facts.label_kinds[target, kind] for kind in ("single", "multi"))
         if single and multi:
-            text = f"{short(target)} has one label in {single:,} rows and a list in {multi:,}"
-            fix = "write all of them in one way"
+            text = f"{short(target)} has a single label in {single:,} rows and a list in {multi:,}"
+            fix = "use one form in all rows"
             yield Finding("mixed_labels", f"labels.{brief(target)}", text, fix, "warning")
     for one in sorted({TYPES[form] for form in _forms(facts)}):
         forms = [form for form in _forms(facts) if TYPES[form] == one]
         if len(forms) > 1:
-            text = "the rows are written in several ways: " + ", ".join(
+            text = "the rows have several formats: " + ", ".join(
                 f"{facts.formats[form]:,} with `{form}`" for form in forms
             )
-            yield Finding("mixed_formats", None, text, "put each in a file of its own")
+            yield Finding("mixed_formats", None, text, "put each format in its own file")
 
 
 def _forms(facts: Facts) -> list[RowFormat]:

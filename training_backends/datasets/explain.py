@@ -68,16 +68,16 @@ _WORDS: Final[Mapping[RowFormat, str]] = {
     "messages": "`messages` (instruct)",
     "completion": "`prompt` and `completion` (instruct)",
     "text": "`text` (pretrain)",
-    "labels": "`labels` beside `text` or `messages` (classifier)",
+    "labels": "`labels` with `text` or `messages` (classifier)",
     "preference": "`input`, `preferred_output` and `non_preferred_output` (preference)",
     "chosen": "`prompt`, `chosen` and `rejected` (preference)",
 }
 _FOREIGN: Final[Mapping[str, str]] = {
-    "conversations": "this looks like ShareGPT: turn `from` and `value` into `role` and `content`",
-    "contents": "this looks like Gemini: turn `parts` into `content`, `model` into `assistant`",
-    "instruction": "this looks like Alpaca: turn each row into `messages`",
+    "conversations": "this looks like ShareGPT: convert `from` and `value` to `role` and `content`",
+    "contents": "this looks like Gemini: convert `parts` to `content`, `model` to `assistant`",
+    "instruction": "this looks like Alpaca: convert each row to `messages`",
     "interactions": "rename `interactions` to `messages`",
-    "question": "turn question and answer into `messages`",
+    "question": "convert question and answer to `messages`",
 }
 _SURROGATE: Final = re.compile(
     rb"(?<!\\)(?:\\\\)*\\u(?:d[89ab][0-9a-f]{2}(?!\\ud[c-f])|(?<!\\ud[89ab]..\\u)d[c-f][0-9a-f]{2})",
@@ -123,7 +123,7 @@ class RowFaults:
                 return None, (row,)
             return self._described(row, line, facts)
         except RecursionError:
-            text = "the JSON is nested too deeply to be read"
+            text = "the JSON is nested too deeply"
             return None, (Finding("bad_json", None, text, "flatten the row"),)
 
     def _described(self, row: Any, line: bytes, facts: Facts) -> Verdict:
@@ -164,7 +164,7 @@ class RowFaults:
         if len(found) == 1:
             return found[0], None
         if found:
-            text = "a row has either `messages`, `text` or `completion`, this one has several"
+            text = "the row has more than one of `messages`, `text` and `completion`"
             field = "completion" if found[-1] == "completion" else "text"
             return None, Finding("ambiguous_row", field, text, "keep one of them")
         return None, self._unknown(row)
@@ -172,7 +172,7 @@ class RowFaults:
     def _other_meaning(self, row: Mapping[str, Any], keys: AbstractSet[str]) -> Finding | None:
         """Say of a row with `text` that it is more than a text to continue the training with."""
         if {"text", "instruction", "output"} <= keys:
-            text = "the row has `text` beside `instruction` and `output`"
+            text = "the row has `text` as well as `instruction` and `output`"
             return Finding("unknown_format", "instruction", text, _FOREIGN["instruction"])
         if {"text", "label"} <= keys and "labels" in self._dialect.formats:
             label = row["label"]
@@ -181,15 +181,15 @@ class RowFaults:
                 f'for a classifier, write `"labels": {{"TARGET": {value}}}`; '
                 "to train on the text alone, remove `label`"
             )
-            return Finding("unknown_format", "label", "the row has `label` beside `text`", fix)
+            return Finding("unknown_format", "label", "the row has `label` and `text`", fix)
         return None
 
     def _unknown(self, row: Mapping[str, Any]) -> Finding:
-        text = "the row is of no known format"
+        text = "unknown row format"
         known = {key for form in self._dialect.formats for key in _KEYS[form]} - row.keys()
         for key in islice(row, _MOST_FINDINGS):
             if meant := nearest(key, known):
-                text += f", but has {short(key)}"
+                text += f" with the key {short(key)}"
                 return Finding("unknown_format", brief(key), text, f"rename it to `{meant}`")
         for key, fix in _FOREIGN.items():
             if key in row:
@@ -198,10 +198,10 @@ class RowFaults:
 
     def _formats(self) -> str:
         words = [_WORDS[form] for form in self._dialect.formats]
-        return "give " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
+        return "use " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
 
     def _unsupported(self, form: RowFormat) -> Finding:
-        text = f"rows with {_WORDS[form]} are not taken here"
+        text = f"rows with {_WORDS[form]} are not supported"
         return Finding("unsupported_format", None, text, self._formats())
 
     def _beside(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
@@ -210,8 +210,8 @@ class RowFaults:
         unread = [key for key in row if key not in known and key != "functions"]
         yield from unknown_keys(unread, "", known - row.keys())
         if "functions" in row and not self._dialect.legacy_functions:
-            text = "`functions` was replaced by `tools`"
-            yield Finding("legacy_functions", "functions", text, "write them as `tools`")
+            text = "`functions` is deprecated in favor of `tools`"
+            yield Finding("legacy_functions", "functions", text, "rewrite them as `tools`")
         if "tools" in self._dialect.row_keys:
             yield from self._talk.tools(row.get("tools"))
         yield from _flag(row, "")
@@ -219,8 +219,8 @@ class RowFaults:
         if weight is not None and "weight" in self._dialect.row_keys:
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not is_number or weight < 0:
-                text = f"the weight of the row is {short(weight)}"
-                yield Finding("bad_weight", "weight", text, "use a number from 0 up")
+                text = f"invalid row weight {short(weight)}"
+                yield Finding("bad_weight", "weight", text, "use a number of at least 0")
 
     # Each format
 
@@ -240,7 +240,7 @@ class RowFaults:
     def _labels(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         text, messages = row.get("text"), row.get("messages")
         if (text is None) == (messages is None):
-            message = "a classifier row has either `text` or `messages`"
+            message = "a classifier row needs either `text` or `messages`"
             yield Finding("ambiguous_row", None, message, "keep exactly one of them")
         if text is not None:
             yield from _words(text, "text", "the text")
@@ -248,15 +248,15 @@ class RowFaults:
             yield from self._talk.prompt(messages, row.get("tools"), field="messages")
         labels = row["labels"]
         if not isinstance(labels, dict):
-            yield wrong_type("labels", labels, "an object of targets and their labels")
+            yield wrong_type("labels", labels, "an object that maps targets to labels")
         elif not labels:
-            yield empty("labels", "the mapping of labels")
+            yield empty("labels", "`labels`")
         else:
             for target, value in labels.items():
                 yield from self._label(target, value)
             if not self._targets.keys().isdisjoint(labels):
                 for target in self._targets.keys() - labels.keys():
-                    text = f"the row has no label of {short(target)}"
+                    text = f"no label for target {short(target)}"
                     field = f"labels.{brief(target)}"
                     yield Finding("missing_target", field, text, "add it", "warning")
 
@@ -268,10 +268,10 @@ class RowFaults:
             return
         several = target in self._targets and self._targets[target].loss_function == "multi_class"
         if (not given and not several) or any(is_blank(label) for label in given):
-            yield empty(field, "a label")
+            yield empty(field, "the label")
             return
         if len(set(given)) < len(given):
-            yield Finding("duplicate_label", field, "a label stands here twice", "keep one of them")
+            yield Finding("duplicate_label", field, "duplicate label", "remove it")
         if self._targets:
             yield from self._against_target(target, given, field)
 
@@ -279,18 +279,18 @@ class RowFaults:
         known = self._targets.get(target)
         if known is None:
             fix = "known targets: " + ", ".join(sorted(self._targets))
-            text = f"{short(target)} is not one of classifier_targets"
+            text = f"{short(target)} is not in classifier_targets"
             yield Finding("unknown_target", field, text, fix)
             return
         if known.loss_function != "multi_class" and len(given) > 1:
-            text = f"{len(given)} labels for a target that has a single one"
-            fix = "keep one of them, or set loss_function: multi_class"
+            text = f"{len(given)} labels for a single-label target"
+            fix = "keep one, or set loss_function: multi_class"
             sure: Literal["error", "warning"] = "error" if known.loss_function else "warning"
             yield Finding("label_count", field, text, fix, sure)
         for label in given:
             if label not in known.labels:
                 fix = "known labels: " + ", ".join(sorted(known.labels))
-                yield Finding("unknown_label", field, f"{short(label)} is not a label of it", fix)
+                yield Finding("unknown_label", field, f"unknown label {short(label)}", fix)
 
     def _preference(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         given = row.get("input")
@@ -332,7 +332,7 @@ class RowFaults:
         prompt, good, bad = row.get("prompt"), row.get("chosen"), row.get("rejected")
         whole = prompt is None
         wanted = str if isinstance(prompt, str) else list
-        words = "a string, as the prompt is" if wanted is str else "an array of messages"
+        words = "a string like the prompt" if wanted is str else "an array of messages"
         if isinstance(prompt, str):
             yield from _words(prompt, "prompt", "the prompt")
         elif not whole:
@@ -356,8 +356,8 @@ class RowFaults:
         if good == bad:
             yield _same("rejected")
         elif whole and isinstance(good, list) and isinstance(bad, list) and good[:1] != bad[:1]:
-            text = "`chosen` and `rejected` begin differently, so they answer different prompts"
-            yield Finding("different_prompts", "rejected", text, "begin both with the same prompt")
+            text = "`chosen` and `rejected` start differently, so they answer different prompts"
+            yield Finding("different_prompts", "rejected", text, "start both with the same prompt")
 
     # What is in it
 
@@ -417,7 +417,7 @@ def _missing(field: str) -> Finding:
 
 
 def _same(field: str) -> Finding:
-    text = "both answers are the same, so there is nothing to prefer"
+    text = "the chosen and rejected answers are identical"
     return Finding("same_answers", field, text, "remove the row")
 
 
@@ -425,9 +425,11 @@ def _apart(good: list[Any], bad: list[Any]) -> Finding:
     """Say how to write a prompt that is a string beside answers that are messages."""
     firsts = [one[0].get("role") for one in (good, bad) if one and isinstance(one[0], dict)]
     if "assistant" in firsts or not firsts:
-        fix = 'write it as messages, too: [{"role": "user", "content": ...}]'
-        return Finding("wrong_type", "prompt", "the prompt is a string, the answers are not", fix)
-    text = "`chosen` and `rejected` are complete conversations, which hold the prompt already"
+        fix = 'write it as messages: [{"role": "user", "content": ...}]'
+        return Finding(
+            "wrong_type", "prompt", "the prompt is a string, but the answers are messages", fix
+        )
+    text = "`chosen` and `rejected` are complete conversations and already include the prompt"
     return Finding("wrong_type", "prompt", text, "remove `prompt`")
 
 
@@ -446,17 +448,17 @@ def _parsed(line: bytes) -> Any:
         line.decode()
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
-        text = f"byte 0x{line[error.start]:02x} at column {column} is not UTF-8"
+        text = f"invalid UTF-8: byte 0x{line[error.start]:02x} at column {column}"
         return Finding("bad_utf8", None, text, "save the file as UTF-8")
     if line.count(b",") > _MOST_VALUES:
-        text = f"the row has over {_MOST_VALUES:,} commas, too many to be looked at"
-        return Finding("row_too_large", None, text, "cut it into several rows")
+        text = f"the row has more than {_MOST_VALUES:,} commas, too many to check"
+        return Finding("row_too_large", None, text, "split it into several rows")
     try:
         return msgspec.json.decode(line)
     except msgspec.ValidationError as error:
         field = brief(str(error).partition("`$.")[2].rstrip("`")) or None
-        text = "the number is too large to be read"
-        return Finding("bad_number", field, text, "write it as text")
+        text = "the number is too large"
+        return Finding("bad_number", field, text, "write it as a string")
     except msgspec.DecodeError as error:
         return _bad_json(line, str(error))
 
@@ -464,25 +466,27 @@ def _parsed(line: bytes) -> Any:
 def _bad_json(line: bytes, text: str) -> Finding:
     nul = line.find(b"\0")
     if nul >= 0:
-        message = f"there is a NUL byte at column {_column(line, nul)}"
-        return Finding("nul_byte", None, message, "remove it; is the file really JSON Lines?")
+        message = f"NUL byte at column {_column(line, nul)}"
+        return Finding("nul_byte", None, message, "remove it; check that the file is JSON Lines")
     if lone := _SURROGATE.search(line):
-        message = f"half a surrogate pair at column {_column(line, lone.start())}"
-        return Finding("lone_surrogate", None, message, "write the whole character")
+        message = f"lone surrogate at column {_column(line, lone.start())}"
+        return Finding("lone_surrogate", None, message, "write the complete character")
     found = _BYTE.search(text)
     if found is None:
-        message = f"the JSON ends too early, at column {_column(line, len(line))}"
-        return Finding("bad_json", None, message, "complete it; each row stands on one line")
+        message = f"invalid JSON: unexpected end at column {_column(line, len(line))}"
+        return Finding(
+            "bad_json", None, message, "complete the object; each row must be on one line"
+        )
     what = _BYTE.sub("", text).removeprefix("JSON is malformed: ")
     if what == "trailing characters" and line.rstrip().endswith(b","):
         row = line.rstrip()[:-1]
         if _is_json(row):
-            message = f"there is a comma after the object, at column {_column(line, len(row))}"
+            message = f"invalid JSON: trailing comma at column {_column(line, len(row))}"
             return Finding("bad_json", None, message, "remove the comma")
     # msgspec 0.22 points one byte behind a character that follows the whole value.
     offset = int(found[1]) - (what == "trailing characters")
-    message = f"not JSON: {what} at column {_column(line, offset)}"
-    return Finding("bad_json", None, message, "write one JSON object on each line")
+    message = f"invalid JSON: {what} at column {_column(line, offset)}"
+    return Finding("bad_json", None, message, "write one JSON object per line")
 
 
 def _is_json(text: bytes) -> bool:
@@ -511,7 +515,7 @@ def _duplicate_keys(line: bytes) -> list[Finding]:
     except (ValueError, RecursionError):
         return []
     return [
-        Finding("duplicate_key", None, f"{short(key)} occurs twice in one object", "keep one")
+        Finding("duplicate_key", None, f"duplicate key {short(key)}", "keep one of them")
         for key in islice(twice, _MOST_FINDINGS)
     ]
 

@@ -16,7 +16,7 @@ __all__ = ["MOST_BLANK_LINES", "Collector", "FileRole"]
 
 FileRole = Literal["train", "validation"]
 
-_JSONL: Final = "write one JSON object on each line"
+_JSONL: Final = "write one JSON object per line"
 
 MOST_BLANK_LINES: Final = 1_000_000
 """In a row; a small compressed file may hold thousands of millions."""
@@ -63,7 +63,7 @@ class Collector:
         self._blank_in_a_row = 0 if verdict.rows else self._blank_in_a_row + verdict.blank
         if self._blank_in_a_row > MOST_BLANK_LINES:
             self.failed = True
-            text = f"over {MOST_BLANK_LINES:,} blank lines in a row, the rest was not read"
+            text = f"more than {MOST_BLANK_LINES:,} blank lines in a row; the rest was not read"
             yield from self.add(Finding("only_blank_lines", None, text, _JSONL))
         self.lines += verdict.lines
         self.rows += verdict.rows
@@ -82,33 +82,37 @@ class Collector:
             self._counts["mixed_formats"] += kind.rows
             self._errors["mixed_formats"] += kind.rows
             self._bad_rows += kind.good
-            text = f"this row is {name}, the file began with {self.sample_type}"
-            finding = Finding("mixed_formats", None, text, "put each format in a file of its own")
+            text = f"this row is {name}, but the file starts with {self.sample_type} rows"
+            finding = Finding("mixed_formats", None, text, "put each format in its own file")
             yield from ((line, finding) for line in kind.first)
 
     def _line_ends(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
         if verdict.first_crlf and not self._has_crlf:
             self._has_crlf = True
             self._counts["line_ends"] += 1
-            text = "lines end with CRLF, this is the first"
-            fix = "end them with LF"
+            text = "CRLF line endings, first on this line"
+            fix = "use LF"
             yield verdict.first_crlf, Finding("line_ends", None, text, fix, "warning")
 
     def end(self, end: End) -> Iterator[Issue]:
         """Yield what is wrong with the file as a whole, and how much was not told."""
         if end.changed_at is not None and not self._is_as_then(end):
             self.failed = True
-            fix = "try again once nobody writes to it"
+            fix = "try again when no other process is writing to it"
             yield from self.add(
-                Finding("changed_file", None, "the file was changed meanwhile", fix)
+                Finding("changed_file", None, "the file changed while it was read", fix)
             )
         elif not self.rows:
             what = "has only blank lines" if end.size else "is empty"
             yield from self.add(Finding("empty_file", None, f"the file {what}", _JSONL))
         else:
             if self._blank:
-                are = "1 blank line is" if self._blank == 1 else f"{self._blank:,} blank lines are"
-                text = f"{are} skipped, the first is this"
+                what = (
+                    "1 blank line"
+                    if self._blank == 1
+                    else f"{self._blank:,} blank lines, first here"
+                )
+                text = f"skipped {what}"
                 finding = Finding("blank_lines", None, text, None, "warning")
                 yield from self.add(finding, self._first_blank)
             for finding in file_findings(self._facts, self._dialect):
@@ -147,7 +151,7 @@ class Collector:
                 self._told[code] = count
                 yield Issue(
                     code=code,
-                    message=f"{more:,} more of this kind (`{code}`)",
+                    message=f"{more:,} more like this (`{code}`)",
                     path=str(self.path),
                     severity="error" if self._errors[code] else "warning",
                 )

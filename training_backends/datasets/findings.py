@@ -80,7 +80,7 @@ class Facts:
             self.label_kinds[target, kind] += 1
 
 
-NO_WORDS: Final = "fill it or remove the row"
+NO_WORDS: Final = "fill it in or remove the row"
 
 
 class Finding(NamedTuple):
@@ -136,13 +136,13 @@ def empty(field: str, what: str) -> Finding:
 def wrong_type(field: str | None, value: Any, wanted: str) -> Finding:
     """Say that something is of another type than it may be."""
     text = f"expected {wanted}, got {type_name(value)}"
-    return Finding("wrong_type", field, text, "correct the value's type")
+    return Finding("wrong_type", field, text, "correct the type")
 
 
 def too_long(limit: int) -> Finding:
     """Say that a line has more bytes than are kept of one."""
     message = f"the line is longer than {limit >> 20} MiB"
-    return Finding("line_too_long", None, message, "write one JSON object on each line")
+    return Finding("line_too_long", None, message, "write one JSON object per line")
 
 
 def is_blank(value: object) -> bool:

@@ -56,16 +56,16 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
         if before.role != file.role:
             yield Issue(
                 code="train_validation_overlap",
-                message=f"the same content is in the training file {before.path}",
+                message=f"same content as the training file {before.path}",
                 path=str(file.path),
-                fix="validate on rows that are not trained on",
+                fix="use validation rows that are not in the training data",
             )
         else:
             yield Issue(
                 code="duplicate_file",
-                message=f"the same content is in {before.path}",
+                message=f"same content as {before.path}",
                 path=str(file.path),
-                fix="name it once and give it a weight",
+                fix="list it once and set its weight",
                 severity="warning",
             )
     yield from _single_labels([file for file in files if file.role == "train"])
@@ -74,7 +74,7 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
         if file.sample_type != typed[0].sample_type:
             yield Issue(
                 code="mixed_formats",
-                message=f"the file is {file.sample_type}, {typed[0].path} is "
+                message=f"the file is {file.sample_type}, but {typed[0].path} is "
                 f"{typed[0].sample_type}",
                 path=str(file.path),
                 fix="train on one format at a time",
@@ -124,10 +124,10 @@ def _too_large(files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool)
         is_cut = cuts_files and file.role == "train"
         yield Issue(
             code="file_too_large",
-            message=f"the file has {file.size:,} bytes, {dialect.name} takes {most:,}"
-            + ("; it is cut at launch" if is_cut else ""),
+            message=f"the file is {file.size:,} bytes; {dialect.name} allows {most:,}"
+            + ("; it is sharded at launch" if is_cut else ""),
             path=str(file.path),
-            fix=None if is_cut else "cut it with `training-backends data shard`",
+            fix=None if is_cut else "split it with `training-backends data shard`",
             severity="warning" if is_cut else "error",
         )
 
@@ -145,10 +145,10 @@ def _validation(files: Sequence[DataFile], dialect: Dialect) -> Iterator[Issue]:
     if limits and validation > min(limits):
         yield Issue(
             code="validation_too_large",
-            message=f"there are {validation:,} bytes of validation data, {dialect.name} takes "
+            message=f"the validation data is {validation:,} bytes; {dialect.name} allows "
             f"{min(limits):,}{limits[min(limits)]}",
             field="data.validation",
-            fix="validate on fewer rows",
+            fix="use fewer validation rows",
         )
 
 
@@ -158,9 +158,9 @@ def against_method(config: TrainingConfig, files: Sequence[DataFile]) -> Iterato
         if file.packing != "plain":
             yield Issue(
                 code="packed_file",
-                message=f"the file is packed ({file.packing}), training takes plain JSON Lines",
+                message=f"the file is compressed ({file.packing}); training requires JSON Lines",
                 path=str(file.path),
-                fix="unpack it; `training-backends data repair` does, too",
+                fix="decompress it, or convert it with `training-backends data repair`",
             )
         wanted = _METHODS.get(file.sample_type or "", config.method)
         if wanted != config.method:
@@ -328,9 +328,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     place = "1 file" if files == 1 else f"{files} files"
     raise DatasetError(
-        f"The training data cannot be used: {count} in {place}.",
+        f"The training data is invalid: {count} in {place}.",
         issues=dataset.issues,
-        hint="Correct the lines named, then try again."
+        hint="Fix the lines listed, then try again."
         if any(issue.line for issue in errors)
         else None,
     )

@@ -40,7 +40,7 @@ _ARRAY: Final = re.compile(rb"\[\s*\{")
 _BATCH_BYTES: Final = 4 << 20
 _LAYOUT_BYTES: Final = 1 << 16
 """Of a file that are read, at most, to tell JSON Lines from other JSON."""
-_CONVERT: Final = "convert it: each row becomes one JSON object on a line of its own"
+_CONVERT: Final = "convert it to JSON Lines: one JSON object per line"
 _WINDOW_LOG: Final = 27
 """128 MiB, the most that `zstd` itself unpacks unasked; a frame may name any window."""
 
@@ -111,9 +111,9 @@ def file_problem(path: Path) -> Issue | None:
         return unreadable(path, error)
     if stat.S_ISREG(mode):
         return None
-    what, fix = "not a regular file", "copy the data to one, or give `-` for standard input"
+    what, fix = "not a regular file", "copy the data to one, or use `-` for standard input"
     if stat.S_ISDIR(mode):
-        what, fix = "a directory, not a file", "name the files in it"
+        what, fix = "a directory, not a file", "list the files in it"
     return _issue(path, "not_a_file", f"this is {what}", fix)
 
 
@@ -129,14 +129,14 @@ def expand(names: Iterable[Path | str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(each for each in path.rglob("*") if _is_data(each, path))
             ending = ", ".join(_ENDINGS)
-            problem = f"no file in this directory ends in {ending}"
+            problem = f"the directory contains no data files ({ending})"
         elif has_magic(str(path)) and not path.exists():
             inside = [Path(each) for each in sorted(glob(str(path), recursive=True))]  # noqa: PTH207  # also absolute patterns
-            problem = "no file is called like that"
+            problem = "no files match this pattern"
         else:
             inside, problem = [path], ""
         if not inside:
-            _refuse(path, _issue(path, "missing_file", problem, "correct the path"))
+            _refuse(path, _issue(path, "missing_file", problem, "check the path"))
         found |= dict.fromkeys(inside)
     return list(found)
 
@@ -217,15 +217,17 @@ def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]
         raise
     except ImportError as error:
         fix = f"pip install 'training-backends[{kind}]'"
-        _refuse(path, _issue(path, "missing_extra", f"{error.name} is needed to read it", fix))
+        _refuse(
+            path, _issue(path, "missing_extra", f"reading this file requires {error.name}", fix)
+        )
     except Exception as error:
         # An error of the system has a number, one of an unpacker's own has none.
         if isinstance(error, OSError) and error.errno is not None:
             _refuse(path, unreadable(path, error))
-        message = f"the {kind} data are damaged: {_first_line(error)}"
+        message = f"the {kind} data is corrupt: {_first_line(error)}"
         if isinstance(error, EOFError):
-            message = f"the {kind} data end too early"
-        _refuse(path, _issue(path, "damaged_file", message, "fetch or pack the file again"))
+            message = f"the {kind} data is truncated"
+        _refuse(path, _issue(path, "damaged_file", message, "download or compress the file again"))
 
 
 def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -256,7 +258,7 @@ def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Is
     line, end, rest = text.partition(b"\n")
     line = line.rstrip()
     if path.suffix.lower() in {".csv", ".tsv"} and text and text[:1] not in b"[{":
-        return True, _issue(path, "not_json_lines", "the file is CSV", _CONVERT)
+        return True, _issue(path, "not_json_lines", "the file is CSV, not JSON Lines", _CONVERT)
     if not text or (not end and not at_end):
         return at_end, None
     if line == b"[" and not rest.strip():
@@ -264,14 +266,14 @@ def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Is
     if _ARRAY.match(text):
         if _is_json(line) and rest.strip():
             return True, None  # each row is an array
-        fix = "write one object on each line: jq -c '.[]' FILE > rows.jsonl"
-        problem = _issue(path, "not_json_lines", "the file is a JSON array", fix)
+        fix = "write one object per line: jq -c '.[]' FILE > rows.jsonl"
+        problem = _issue(path, "not_json_lines", "the file is a JSON array, not JSON Lines", fix)
         return bool(rest.strip()) or at_end or not _is_json(line), problem
     if not line.startswith(b"{") or line.endswith((b"}", b"},")):
         return True, None
     if line == b"{" or _is_document(text):
-        fix = "write each object on one line: jq -c . FILE > rows.jsonl"
-        message = "the file is pretty-printed JSON: its objects take several lines"
+        fix = "write one object per line: jq -c . FILE > rows.jsonl"
+        message = "the file is pretty-printed JSON, not JSON Lines"
         return True, _issue(path, "not_json_lines", message, fix)
     return at_end, None
 
@@ -324,7 +326,7 @@ def _zstd(stored: _Stored, _: Path) -> Iterator[bytes]:
 def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
     if path == STDIN:
         message = "Parquet cannot be read from standard input"
-        _refuse(path, _issue(path, "not_a_file", message, "write it to a file first"))
+        _refuse(path, _issue(path, "not_a_file", message, "save it to a file first"))
     from pyarrow import parquet  # noqa: PLC0415
 
     encode = msgspec.json.Encoder().encode
@@ -359,7 +361,7 @@ _UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
 
 
 def _refuse(path: Path, issue: Issue) -> NoReturn:
-    raise DatasetError(f"{path} cannot be read.", issues=[issue]) from None
+    raise DatasetError(f"Could not read {path}.", issues=[issue]) from None
 
 
 def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
@@ -369,10 +371,10 @@ def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
 def unreadable(path: Path, error: OSError) -> Issue:
     """Say that a file cannot be read, and why."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        fix = "correct the path; in a configuration it is relative to its file"
-        return _issue(path, "missing_file", "there is no such file", fix)
+        fix = "check the path; in a configuration file it is relative to that file"
+        return _issue(path, "missing_file", "no such file", fix)
     if isinstance(error, PermissionError):
-        fix = "make it readable for the user who runs this"
-        return _issue(path, "unreadable_file", "the file may not be read", fix)
-    message = f"the file cannot be read: {error.strerror or _first_line(error)}"
+        fix = "make the file readable for the current user"
+        return _issue(path, "unreadable_file", "permission denied", fix)
+    message = f"could not read the file: {error.strerror or _first_line(error)}"
     return _issue(path, "unreadable_file", message, "check the disk")

@@ -86,21 +86,21 @@ def _stored(digests: set[bytes]) -> sqlite3.Connection:
 
 def _not_stored(error: sqlite3.Error) -> TrainingBackendError:
     return TrainingBackendError(
-        f"The hashes of the rows cannot be kept in the directory for temporary files: {error}.",
-        hint="Make room there, or name another directory in SQLITE_TMPDIR.",
+        f"Could not store row hashes in the temporary directory: {error}.",
+        hint="Free space there, or set SQLITE_TMPDIR to another directory.",
     )
 
 
 REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "byte_order_mark": "byte order marks removed",
-        "line_ends": "lines ended with LF instead of CRLF",
+        "line_ends": "line endings changed from CRLF to LF",
         "blank_line": "blank lines removed",
         "empty_row": "empty rows removed",
-        "duplicate_row": "rows removed that stood there before",
-        "trailing_turns": "rows cut behind the assistant's last message",
-        "call_ids": "rows with new ids for their tool calls",
-        "arguments": "rows with arguments written as a string",
+        "duplicate_row": "duplicate rows removed",
+        "trailing_turns": "rows truncated after the last assistant message",
+        "call_ids": "rows with new tool call ids",
+        "arguments": "rows with arguments converted to strings",
         "invalid_row": "invalid rows removed",
     }
 )
@@ -190,7 +190,7 @@ def repair(
         refuse_existing(target)
     with opened(path) as source, NewFiles() as made:
         if path != STDIN and target.exists() and target.samefile(path):
-            raise ConfigError(f"{path} is not written over.", hint="Use --in-place.")
+            raise ConfigError(f"{path} is both the input and the output.", hint="Use --in-place.")
         with made.create(target) as out:
             work.run(source, out, on_progress)
     return work.result(target)
@@ -199,11 +199,16 @@ def repair(
 def _in_place(path: Path, work: "_Repairing", on_progress: Progress | None) -> Repaired:
     with opened(path) as source, NewFiles() as made:
         if source.kind != "plain" or path == STDIN:
-            raise ConfigError(f"{path} cannot be mended in place.", hint="Name a new file.")
+            raise ConfigError(
+                f"{path} is not a plain file, so it cannot be repaired in place.",
+                hint="Write to a new file with --output.",
+            )
         # Through a link, so that it goes on to name the file.
         place = path.resolve() if path.is_symlink() else path
         backup = place.with_name(f"{place.name}.orig")
-        refuse_existing(backup, hint="What the file was goes there; move the old one away.")
+        refuse_existing(
+            backup, hint="The original is backed up to this path. Move or delete the file first."
+        )
         with made.create(place, like=place) as out:
             work.run(source, out, on_progress)
         if not work.counts:
@@ -258,10 +263,12 @@ class _Repairing:
                     out.write(piece)
         if self._first_crlf:
             many = self.counts["line_ends"]
-            what = "1 line" if many == 1 else f"{many:,} lines"
-            self._tell(self._first_crlf, "line_ends", f"{what} ended with CRLF, the first is this")
+            what = "1 line" if many == 1 else f"{many:,} lines, first here"
+            self._tell(self._first_crlf, "line_ends", f"changed CRLF to LF in {what}")
         if not self._written:
-            raise _unusable(self._path, "empty_file", "no row would be left", "is it JSON Lines?")
+            raise _unusable(
+                self._path, "empty_file", "no rows would be left", "check that it is JSON Lines"
+            )
 
     def result(self, target: Path, backup: Path | None = None) -> Repaired:
         """Return what was done."""
@@ -288,9 +295,9 @@ class _Repairing:
         if row.startswith(BOM):
             while row.startswith(BOM):
                 row = row.removeprefix(BOM)
-            self._done(number, "byte_order_mark", "removed the byte order mark")
+            self._done(number, "byte_order_mark", "removed byte order mark")
         if not row or row.isspace():
-            self._done(number, "blank_line", "removed the blank line")
+            self._done(number, "blank_line", "removed blank line")
             return b""
         self._rows += 1
         mended = self._row(number, row)
@@ -302,11 +309,11 @@ class _Repairing:
         done: Sequence[Repair] = ()
         if findings:
             if is_empty(row):
-                self._done(number, "empty_row", "removed the row, which holds nothing")
+                self._done(number, "empty_row", "removed empty row")
                 return None
             row, findings, done = self._mend(number, row, findings)
         if not self._seen.add(row):
-            self._done(number, "duplicate_row", "removed the row, which stood there before")
+            self._done(number, "duplicate_row", "removed duplicate row")
             return None
         if not self._keeps(number, findings):
             return None
@@ -336,7 +343,7 @@ class _Repairing:
         if errors and self.drop_invalid:
             first = errors[0]
             what = f"{first.field}: {first.message}" if first.field else first.message
-            self._done(number, "invalid_row", f"removed the row: {what}")
+            self._done(number, "invalid_row", f"removed invalid row: {what}")
             return False
         self._written += 1
         self._invalid += bool(errors)
@@ -371,4 +378,4 @@ def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes, Literal["line", "start
 
 def _unusable(path: Path, code: str, message: str, fix: str) -> DatasetError:
     issue = Issue(code=code, message=message, path=str(path), fix=fix)
-    return DatasetError(f"{path} cannot be repaired.", issues=[issue])
+    return DatasetError(f"Could not repair {path}.", issues=[issue])

@@ -150,7 +150,7 @@ class _Row:
         if rest and _UNLEARNT.issuperset(rest):
             del messages[end:]
             what = "1 message" if len(rest) == 1 else f"{len(rest)} messages"
-            yield Mend("trailing_turns", f"left out {what} behind the assistant's last")
+            yield Mend("trailing_turns", f"removed {what} after the last assistant message")
 
     def write_arguments(self) -> Iterator[Mend]:
         """Write arguments that are objects as a string of the same letters."""
@@ -162,7 +162,9 @@ class _Row:
                 count += len(changed)
                 message["tool_calls"] = _raw(calls)
         if count:
-            yield Mend("arguments", f"wrote the arguments of {_many(count, 'call')} as a string")
+            yield Mend(
+                "arguments", f"converted the arguments of {_many(count, 'tool call')} to a string"
+            )
 
     def new_ids(self, dialect: Dialect) -> Iterator[Mend]:
         """Give calls good ids, and their answers the same."""
@@ -187,7 +189,7 @@ class _Row:
                     message["tool_calls"] = _raw(calls)
                     count += made
         if count:
-            yield Mend("call_ids", f"gave {_many(count, 'tool call')} a new id")
+            yield Mend("call_ids", f"assigned new ids to {_many(count, 'tool call')}")
 
 
 class _Exchange:

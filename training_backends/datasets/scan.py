@@ -70,7 +70,7 @@ def parts_of(
         with opened(path, digest=True) as source:
             if plain_only and source.kind != "plain":
                 what = "Parquet" if source.kind == "parquet" else f"compressed ({source.kind})"
-                fix = "send plain JSON Lines; `training-backends data repair` writes them"
+                fix = "upload plain JSON Lines; `training-backends data repair` converts it"
                 yield cutting.problem("bad_utf8", f"the file is {what}", fix)
                 return
             # Looked at, not taken: a stream cannot go back.
@@ -108,7 +108,7 @@ class _Cutting:
 
     def unusable(self, code: str, message: str) -> Told:
         """Tell of a file that is not read to its end."""
-        fix = "write one JSON object on each line"
+        fix = "write one JSON object per line"
         return Told(self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix))
 
     def ranges(self, begin: int) -> Iterator[Told]:
@@ -289,9 +289,9 @@ class Reading:
         found = hashes.find(groups, most=KEPT_PER_CODE)
         for number, file in self._files.items():
             counts = found.duplicates[number], found.overlaps[number]
-            fix = "`training-backends data repair` removes it"
+            fix = "remove it, or run `training-backends data repair`"
             yield from self._named("duplicate_row", number, found.named, counts[0], fix)
-            fix = "validate on rows that are not trained on"
+            fix = "use validation rows that are not in the training data"
             code = "train_validation_overlap"
             yield from self._named(code, number, found.named_overlaps, counts[1], fix)
             yield from self._collectors[number].rest()
@@ -311,8 +311,10 @@ class Reading:
             if place.file == number:
                 first = self._collectors[before.file]
                 where = "" if first is collector else f" of {first.path}"
-                what = "is" if first.role == collector.role else "is trained on,"
-                text = f"the same row {what} in line {before.line:,}{where}"
+                what = (
+                    "duplicate of" if first.role == collector.role else "also in the training data:"
+                )
+                text = f"{what} line {before.line:,}{where}"
                 yield from collector.add(Finding(code, None, text, fix, "warning"), place.line)
                 count -= 1
         collector.leave(code, count, "warning")
@@ -322,8 +324,8 @@ def _not_searched(error: OSError) -> Issue:
     """Say that rows are not compared: their hashes find no room beside the data."""
     return Issue(
         code="duplicates_not_searched",
-        message=f"rows that stand twice were not looked for: {error.strerror or error}",
-        fix=f"make room in {gettempdir()}, or name another directory in TMPDIR",
+        message=f"skipped the search for duplicate rows: {error.strerror or error}",
+        fix=f"free space in {gettempdir()}, or set TMPDIR to another directory",
         severity="warning",
     )
 

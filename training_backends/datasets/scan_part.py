@@ -269,7 +269,7 @@ def judge_told(told: Told) -> Judged:
     try:
         return Judged(told.file, told.done, judge(what))
     except OSError as error:
-        message = f"the file cannot be read: {error.strerror or error}"
+        message = f"could not read the file: {error.strerror or error}"
         issue = Issue(code="unreadable_file", message=message, path=what.path, fix="check the disk")
         return Judged(told.file, told.done, issue)
 

@@ -90,7 +90,7 @@ def shard(
         size = file.seek(0, os.SEEK_END)
         if not size:
             issue = Issue(code="empty_file", message="the file is empty", path=str(path))
-            raise DatasetError(f"{path} cannot be cut.", issues=[issue])
+            raise DatasetError(f"Could not shard {path}.", issues=[issue])
         meter = Meter(path, 2 * size, on_progress)
         parts = _plan(file, path, limit, meter)
         paths = _names(path, directory, len(parts))
@@ -163,6 +163,8 @@ def _too_long(path: Path, line: int, limit: int) -> DatasetError:
         message=f"the row is longer than the limit of {limit:,} bytes",
         path=str(path),
         line=line,
-        fix="shorten the row, or allow larger files",
+        fix="shorten the row or raise the limit",
     )
-    return DatasetError(f"{path} cannot be cut into files of {limit:,} bytes.", issues=[issue])
+    return DatasetError(
+        f"Could not shard {path} into files of at most {limit:,} bytes.", issues=[issue]
+    )

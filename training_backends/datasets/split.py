@@ -85,7 +85,7 @@ def split(
     targets = [_targets(path, directory) for path in paths]
     if len(set(targets)) < len(targets):
         raise ConfigError(
-            "Two of the files would be written under one name.", hint="Split them one by one."
+            "Two of the files have the same output name.", hint="Split them one at a time."
         )
     if not force:
         refuse_existing(*(target for both in targets for target in both))
@@ -196,10 +196,10 @@ def _check(path: Path, weights: Sequence[int], chosen: bytearray, budget: str) -
     if any(chosen) and rest:
         return
     if any(chosen):
-        what = f"nothing would be left to train on beside {budget} to validate on"
+        what = f"a validation set of {budget} leaves no rows for training"
     else:
-        what = f"no row fits into a validation set of {budget}"
-    fix = "add rows, or say with --rows or --fraction how many to set aside"
+        what = f"no row fits in a validation set of {budget}"
+    fix = "add rows, or set the size with --rows or --fraction"
     raise _unusable(path, None, "too_few_rows", what, fix)
 
 
@@ -207,4 +207,4 @@ def _unusable(
     path: Path, line: int | None, code: str, message: str, fix: str | None = None
 ) -> DatasetError:
     issue = Issue(code=code, message=message, path=str(path), line=line, fix=fix)
-    return DatasetError(f"{path} cannot be split.", issues=[issue])
+    return DatasetError(f"Could not split {path}.", issues=[issue])

@@ -216,8 +216,8 @@ class _Worker:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return TrainingBackendError(
-            f"A worker process was ended {how} while it read data.",
-            hint="If memory ran out, use fewer processes.",
+            f"A worker process was terminated {how} while reading data.",
+            hint="If it ran out of memory, use fewer processes.",
             retryable=True,
         )
 

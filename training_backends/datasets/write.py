@@ -104,8 +104,8 @@ def refuse_existing(*paths: Path, hint: str | None = None) -> None:
     for path in paths:
         if path.exists() or path.is_symlink():
             raise ConfigError(
-                f"{path} exists already and was left alone.",
-                hint=hint or "Name another place, or have it replaced with --force.",
+                f"{path} already exists.",
+                hint=hint or "Choose another path, or use --force to overwrite it.",
             )
 
 
@@ -197,7 +197,7 @@ def read_bytes(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
         elif left is None:
             return
         else:
-            raise OSError("the file became shorter while it was read")
+            raise OSError("the file was truncated while it was read")
         left = None if left is None else left - len(chunk)
 
 
@@ -217,6 +217,6 @@ def _told_of(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingBackendError(
-            f"{path} was not written: {error.strerror or error}.",
-            hint="Is there enough space, and may you write there? Nothing half-written is left.",
+            f"Could not write {path}: {error.strerror or error}.",
+            hint="Check free space and write permission. No partial files were left.",
         ) from None

@@ -103,9 +103,9 @@ def count_tokens(
         return TokenCount(tokenizer=name, reason=str(error), bad_row=isinstance(error, BadRow))
     except DatasetError as error:
         reason = error.issues[0].message if error.issues else str(error)
-        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {reason}")
+        return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
     except OSError as error:
-        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {error.strerror}")
+        return TokenCount(tokenizer=name, reason=f"could not read a file: {error.strerror}")
 
 
 def row_counter(model: str) -> Callable[[AnyRow], int] | None:
@@ -155,7 +155,7 @@ class _Counting:
         except _Differs as difference:
             self._slow = True
             self._notes.append(
-                f"mistral-common counted all rows: the fast way differed at {difference}"
+                f"All rows were counted with mistral-common: counts differed at {difference}."
             )
             estimates = self._estimate(packed, sample)
         return self._total(estimates)
@@ -211,7 +211,7 @@ class _Counting:
         if check.difference:
             raise _Differs(check.difference)
         if check.omitted:
-            note = f"No row was compared with mistral-common: {check.omitted}"
+            note = f"Counts were not verified with mistral-common: {check.omitted}."
             if note not in self._notes:
                 self._notes.append(note)
 
@@ -269,7 +269,7 @@ class _Counting:
             interval = max(least, math.floor(tokens - margin)), math.ceil(tokens + margin)
         if self._texts_only:
             what = f"between {interval[0]} and {interval[1]}" if interval else str(tokens)
-            raise Uncountable(f"{UNKNOWN_LAYOUT}; their texts alone are {what} tokens")
+            raise Uncountable(f"{UNKNOWN_LAYOUT}; the texts alone have {what} tokens")
         return TokenCount(
             data_tokens=tokens,
             basis="sampled" if interval else "exact",
@@ -301,7 +301,7 @@ def _is_packed(file: DataFile) -> bool:
         Uncountable: It is not what was inspected.
     """
     if file.path == STDIN:
-        raise Uncountable("standard input cannot be read a second time")
+        raise Uncountable("standard input cannot be read twice")
     with file.path.open("rb") as opened:
         if opened.seek(0, 2) != file.size:
             raise Uncountable(f"{file.path} has changed since it was inspected")

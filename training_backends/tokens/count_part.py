@@ -131,7 +131,7 @@ def _lines(job: Job) -> Iterator[bytes]:
 
 def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
     if len(line) >= _PIECE_BYTES:
-        raise Uncountable("the line is too long to be read")
+        raise Uncountable("the line is too long")
     row = read_row(line)
     if job.texts_only:
         return (sum(map(counter.text, texts_of(row))),)

@@ -71,7 +71,7 @@ class Reference:
             raise missing("mistral-common with sentencepiece") from error
         except Exception as error:
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"mistral-common cannot read {path.name}: {first}") from error
+            raise Uncountable(f"mistral-common could not read {path.name}: {first}") from error
         self._request = ChatCompletionRequest
         instruct = self._tokenizer.instruct_tokenizer
         if instruct.image_encoder is not None:
@@ -99,7 +99,7 @@ class Reference:
                 return len(self._tokenizer.encode_chat_completion(request).tokens)
         except self._refusals as error:
             why = str(error).partition("\n")[0] or type(error).__name__
-            raise Uncountable(f"mistral-common refuses the row: {why}") from error
+            raise Uncountable(f"mistral-common rejects the row: {why}") from error
 
     def _encode(self, text: str, *, around: bool) -> Sequence[int]:
         tokens: Sequence[int]
@@ -229,7 +229,7 @@ def rendered(render: Callable[[], T]) -> T:
                 raise _Interrupt  # in place of whatever it returned
     except _Interrupt:
         raise EndlessTemplate(
-            f"the chat template takes longer than {RENDER_SECONDS:g} s for a row, or never ends"
+            f"the chat template did not finish within {RENDER_SECONDS:g} s for a row"
         ) from None
 
 
@@ -251,13 +251,13 @@ class TemplateCounter:
         try:
             from transformers import AutoTokenizer  # noqa: PLC0415  # loads for seconds
         except ImportError as error:
-            reason = "counting needs transformers: pip install 'training-backends[local]'"
+            reason = "counting requires transformers: pip install 'training-backends[local]'"
             raise Uncountable(reason) from error
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # files of strangers: anything can be wrong with them
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"the tokenizer cannot be loaded: {first}") from error
+            raise Uncountable(f"could not load the tokenizer: {first}") from error
         added = self._tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         self._special = sorted(special | {*self._tokenizer.all_special_tokens})
@@ -281,7 +281,7 @@ class TemplateCounter:
         content = msgspec.json.encode(row).decode()
         for special in self._special:
             if msgspec.json.encode(special).decode()[1:-1] in content:
-                raise Uncountable(f"the text holds {special}, which is a control token here")
+                raise Uncountable(f"the text contains the control token {special}")
         try:
             ids = rendered(
                 lambda: self._tokenizer.apply_chat_template(
@@ -295,7 +295,7 @@ class TemplateCounter:
             raise
         except Exception as error:  # templates raise what they like
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"the chat template refuses the row: {first}") from error
+            raise Uncountable(f"the chat template rejects the row: {first}") from error
         return len(ids)
 
 
@@ -431,7 +431,7 @@ def _messages(row: ChatRow) -> list[dict[str, Any]]:
     return messages
 
 
-NOTE: Final = "Counted by the rule of OpenAI's cookbook; what is billed may differ."
+NOTE: Final = "Counted as in OpenAI's cookbook; billed tokens may differ."
 
 _PER_MESSAGE: Final = 3
 _PER_NAME: Final = 1
@@ -450,7 +450,7 @@ def encoding_count(name: str) -> TextCount:
         encode = get_encoding(name).encode_ordinary
     except Exception as error:  # what its HTTP library raises, where the stored file is damaged
         first = str(error).partition("\n")[0]
-        raise Uncountable(f"tiktoken cannot load the encoding {name}: {first}") from error
+        raise Uncountable(f"tiktoken could not load the encoding {name}: {first}") from error
     return lambda text: len(encode(text))
 
 
@@ -470,11 +470,11 @@ class OpenAICounter:
         if isinstance(row, TextRow):
             return self.text(row.text)
         if row.tools or any(message.tool_calls for message in row.messages):
-            raise Uncountable("how tools count is not documented by OpenAI")
+            raise Uncountable("OpenAI does not document how tools are counted")
         total = _AT_THE_END
         for message in row.messages:
             if message.role == "tool":
-                raise Uncountable("how tools count is not documented by OpenAI")
+                raise Uncountable("OpenAI does not document how tools are counted")
             total += _PER_MESSAGE + self.text(message.role) + self.text(message.text)
             if message.name is not None:
                 total += _PER_NAME + self.text(message.name)

@@ -32,7 +32,7 @@ __all__ = [
 Row = ChatRow | TextRow
 AnyRow = ChatRow | TextRow | ClassifierRow | PreferenceRow
 
-UNKNOWN_LAYOUT = "how the service lays out the rows of a classifier is not known"
+UNKNOWN_LAYOUT = "the provider's encoding of classifier rows is not documented"
 
 
 def read_row(line: bytes) -> AnyRow:
@@ -44,7 +44,7 @@ def read_row(line: bytes) -> AnyRow:
     try:
         return parse_any_row(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Uncountable("the row cannot be read") from None
+        raise Uncountable("the row is invalid") from None
 
 
 def parts_of(row: AnyRow) -> tuple[Row, ...]:
@@ -72,7 +72,7 @@ def texts_of(row: AnyRow) -> list[str]:
         if isinstance(part, TextRow):
             texts.append(part.text)
         elif has_images(part):
-            raise Uncountable("images cannot be counted here")
+            raise Uncountable("images cannot be counted for this model")
         else:
             texts += [message.text for message in part.messages]
     return texts

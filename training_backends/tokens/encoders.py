@@ -137,13 +137,13 @@ def _mistral_tokenizer(directory: Path) -> Path | None:
 
 def _refuse_images(row: ChatRow) -> None:
     if any(message.has_other_parts for message in row.messages):
-        raise UnusableRow("a message holds parts that are not text (images are not supported)")
+        raise UnusableRow("a message has parts that are not text (images are not supported)")
 
 
 def _no_filling_in(name: str) -> TokenizerError:
     return TokenizerError(
-        f"The tokenizer of {name} has no control tokens to fill in the middle of a text: "
-        "leave fim_ratio out, or take a model for code."
+        f"The tokenizer of {name} has no fill-in-the-middle tokens: "
+        "remove fim_ratio, or use a code model."
     )
 
 
@@ -199,7 +199,7 @@ class MistralEncoder:
             self._asking = MistralTokenizer.from_file(source, ValidationMode.test)
         except ImportError as error:
             raise TokenizerError(
-                f"The tokenizer {source.name} needs the package sentencepiece: "
+                f"The tokenizer {source.name} requires sentencepiece: "
                 "pip install 'mistral-common[sentencepiece]'"
             ) from error
         self._tokens = self._training.instruct_tokenizer.tokenizer
@@ -214,8 +214,8 @@ class MistralEncoder:
         found = self._optional(text)
         if not found:
             raise TokenizerError(
-                f"{self._source.name} has no control token {text}: its chats cannot be masked. "
-                "Take a model with a tokenizer of version 2 or later."
+                f"{self._source.name} has no control token {text}, so its chats cannot be masked. "
+                "Use a model with a tokenizer of version 2 or later."
             )
         return found.pop()
 
@@ -238,7 +238,7 @@ class MistralEncoder:
         spans = self._answers(ids)
         messages = [message for message in row.messages if message.role == "assistant"]
         if len(spans) != len(messages):
-            raise UnusableRow("assistant messages that follow each other cannot be told apart")
+            raise UnusableRow("consecutive assistant messages cannot be told apart")
         trained = [False] * len(ids)
         for (start, end), message in zip(spans, messages, strict=True):
             trained[start:end] = [message.is_trained] * (end - start)
@@ -321,7 +321,7 @@ class TemplateEncoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise TokenizerError(
-                f"The tokenizer of {model!r} cannot be loaded: {first_line(error)}"
+                f"Could not load the tokenizer of {model!r}: {first_line(error)}"
             ) from error
         if self._tokenizer.eos_token_id is None:
             raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
@@ -358,7 +358,7 @@ class TemplateEncoder:
         if self._tokenizer.chat_template is None:
             raise TokenizerError(
                 f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
-                "be encoded. Take the instruct version of the model, or rows with `text`."
+                "be encoded. Use the instruct version of the model, or rows with `text`."
             )
         self._refuse_control_text(row)
 
@@ -400,7 +400,7 @@ class TemplateEncoder:
         text = msgspec.json.encode(row).decode()
         escaped = (msgspec.json.encode(special).decode()[1:-1] for special in self._specials)
         if found := next((special for special in escaped if special in text), None):
-            raise UnusableRow(f"the text holds {found}, which this tokenizer takes for control")
+            raise UnusableRow(f"the text contains the control token {found}")
 
     def _render(self, content: dict[str, Any], count: int, *, waiting: bool) -> list[int]:
         from jinja2.exceptions import TemplateError  # noqa: PLC0415  # comes with transformers
@@ -420,10 +420,10 @@ class TemplateEncoder:
         except EndlessTemplate as error:
             # Not the row's fault: the other rows would take as long.
             raise TokenizerError(
-                f"The tokenizer of {self._model!r} cannot be used: {error}."
+                f"The tokenizer of {self._model!r} is not usable: {error}."
             ) from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses it: {first_line(error)}") from error
+            raise UnusableRow(f"the chat template rejects the row: {first_line(error)}") from error
 
     def prompt(self, text: str) -> list[int]:
         """Lay out one user message, or plain text for a model without a chat template."""

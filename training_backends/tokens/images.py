@@ -46,7 +46,7 @@ def refuse_distant_images(row: ChatRow | TextRow) -> None:
         for message in row.messages:
             for part in message.content if isinstance(message.content, list) else ():
                 if part.type != "text" and not _address(part).startswith("data:"):
-                    raise Uncountable("images cannot be counted unless they are in the row itself")
+                    raise Uncountable("only inline images (data: URLs) can be counted")
 
 
 def image_count(config: ImageConfig) -> ImageCount:

@@ -54,8 +54,8 @@ def overlong_rows(
     if count.bad_row and unusable:
         return Issue(
             code="unusable_row",
-            message=f"the model cannot be trained on a row: {count.reason}",
-            fix="change or remove it, or use another model",
+            message=f"a row cannot be used with this model: {count.reason}",
+            fix="change or remove the row, or use another model",
             severity=unusable,
         )
     if not count.over:

@@ -69,7 +69,7 @@ def shipped(name: str) -> Path:
 
 def missing(package: str) -> Uncountable:
     """Say that a package is needed."""
-    return Uncountable(f"counting needs {package}: pip install 'training-backends[tokens]'")
+    return Uncountable(f"counting requires {package}: pip install 'training-backends[tokens]'")
 
 
 def tekken_facts(path: Path) -> tuple[str, ImageConfig | None]:

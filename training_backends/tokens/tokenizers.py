@@ -111,10 +111,10 @@ _AMBIGUOUS: Final[Mapping[str, str]] = MappingProxyType(
             "mistral-small-latest",
             "pixtral-large-latest",
         ),
-        "has stood for models with different tokenizers; name a dated model to have tokens counted",
+        "has referred to models with different tokenizers; use a dated model name",
     )
     # mistral-common 1.13.1 says tekken, the cookbook sentencepiece v3.
-    | {"mistral-small-2409": "has two tokenizers by Mistral's own sources"}
+    | {"mistral-small-2409": "has two tokenizers according to Mistral's own sources"}
 )
 
 _FIRST_IMAGES: Final = ImageConfig(16, 1024)
@@ -204,7 +204,7 @@ def find_tokenizer(model: str) -> Tokenizer:
         return _openai(name)
     if model.count("/") == 1 and (cached := hub_snapshot(model)):
         return _in_directory(cached, model)
-    raise Uncountable(f"the tokenizer of {model!r} is not known here")
+    raise Uncountable(f"no tokenizer is known for {model!r}")
 
 
 def mistral_file(path: Path, name: str | None = None) -> Tokenizer:
@@ -225,7 +225,7 @@ def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
         return mistral_file(found, name)
     if any((directory / each).is_file() for each in ("tokenizer.json", "tokenizer_config.json")):
         return Tokenizer(name or directory.name, "template", path=directory)
-    raise Uncountable(f"{directory} holds no tokenizer")
+    raise Uncountable(f"no tokenizer found in {directory}")
 
 
 def hub_failure(error: Exception) -> str:
@@ -274,5 +274,7 @@ def _openai(name: str) -> Tokenizer:
     path = cache / sha1(url.encode(), usedforsecurity=False).hexdigest()
     if not path.is_file():
         fetch = f"python -c 'import tiktoken; tiktoken.get_encoding(\"{name}\")'"
-        raise Uncountable(f"the encoding {name} is not on this machine; fetch it once: {fetch}")
+        raise Uncountable(
+            f"the encoding {name} is not cached on this machine; download it once: {fetch}"
+        )
     return Tokenizer(name, "tiktoken", path=path)

@@ -204,7 +204,8 @@ async def test_chats_need_a_template(check: Callable[..., Any], model: Path) -> 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("template", "said"), [(STRICT, "no sevens"), (ENDLESS, "never ends"), ("{% if %}", "refuses")]
+    ("template", "said"),
+    [(STRICT, "no sevens"), (ENDLESS, "did not finish"), ("{% if %}", "rejects")],
 )
 async def test_rows_that_the_template_rejects(
     check: Callable[..., Any],
