@@ -1,6 +1,6 @@
-"""Say everything that is wrong with one line, slowly and completely.
+"""Find and explain every issue of one line; thorough rather than fast.
 
-`rules` lets through the rows that are plainly right; only the others come here.
+`check_fast` accepts rows that are clearly valid; only the others are passed to this module.
 """
 
 import json
@@ -27,7 +27,7 @@ from training_backends.datasets.findings import (
 )
 
 if TYPE_CHECKING:
-    # A process that judges rows is up without pydantic.
+    # Worker processes start faster without pydantic.
     from training_backends.core.config import ClassifierTarget
 
 __all__ = ["RIGHT", "TYPES", "RowFaults", "Verdict", "has_duplicate_keys"]
@@ -40,7 +40,7 @@ TYPES: Final[Mapping[RowFormat, SampleType]] = {
     "preference": "preference",
     "chosen": "preference",
 }
-"""What rows of each format are."""
+"""Sample type of each row format."""
 
 _KEYS: Final[Mapping[RowFormat, frozenset[str]]] = {
     "messages": frozenset({"messages"}),
@@ -55,14 +55,14 @@ _TELLING: Final[Mapping[RowFormat, frozenset[str]]] = {
     "preference": frozenset({"preferred_output", "non_preferred_output"}),
     "chosen": frozenset({"chosen", "rejected"}),
 }
-"""Keys that no other format has."""
+"""Keys that identify a format."""
 
 _PLAIN: Final[Sequence[RowFormat]] = ("messages", "text", "completion")
 _MOST_FINDINGS: Final = 100
-"""Findings of one row; whoever has more has no row."""
+"""Maximum number of findings per row."""
 
 _MOST_VALUES: Final = 200_000
-"""Commas in a row that is looked at; small values take a hundred times their text in memory."""
+"""Commas per row; small values take up to a hundred times their text in memory."""
 
 _WORDS: Final[Mapping[RowFormat, str]] = {
     "messages": "`messages` (instruct)",
@@ -87,17 +87,17 @@ _BYTE: Final = re.compile(r" \(byte (\d+)\)$")
 
 
 Verdict = tuple[SampleType | None, Sequence[Finding]]
-"""What one line is, None where that cannot be told, and what is wrong with it."""
+"""Type of a line, or None if it was not recognized, and its findings."""
 
 RIGHT: Final[Mapping[SampleType, Verdict]] = {one: (one, ()) for one in get_args(SampleType)}
-"""The verdicts on rows with nothing wrong, each made once."""
+"""The verdicts on valid rows; compared by identity."""
 
 
 class RowFaults:
-    """Judges one line at a time.
+    """Checks one line at a time and explains its issues.
 
     Args:
-        targets: What a classifier may be asked; empty for anything.
+        targets: Allowed classifier targets; empty for any.
     """
 
     def __init__(self, dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> None:
@@ -114,8 +114,8 @@ class RowFaults:
         }
 
     def describe(self, line: bytes, facts: Facts) -> Verdict:
-        """Say what is wrong with a line and count what is in it; never raises for bad data."""
-        # Else a row that is cut off within a text would seem to have a line's end in it.
+        """Return the findings of a line and count its contents; never raises for bad data."""
+        # Otherwise a row truncated inside a string would seem to contain a line break.
         line = line.rstrip(b"\r\n")
         try:
             row = _parsed(line)
@@ -149,7 +149,7 @@ class RowFaults:
                 made.append(finding._replace(severity=level))
         return made
 
-    # Which format
+    # Row format
 
     def _recognise(self, row: Any) -> tuple[RowFormat | None, Finding | None]:
         if not isinstance(row, dict):
@@ -170,7 +170,7 @@ class RowFaults:
         return None, self._unknown(row)
 
     def _other_meaning(self, row: Mapping[str, Any], keys: AbstractSet[str]) -> Finding | None:
-        """Say of a row with `text` that it is more than a text to continue the training with."""
+        """Return a finding for a row with `text` that is not plain pretraining text."""
         if {"text", "instruction", "output"} <= keys:
             text = "the row has `text` as well as `instruction` and `output`"
             return Finding("unknown_format", "instruction", text, _FOREIGN["instruction"])
@@ -205,7 +205,7 @@ class RowFaults:
         return Finding("unsupported_format", None, text, self._formats())
 
     def _beside(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
-        """Judge the keys beside those of the format."""
+        """Check the keys that do not define the format."""
         known = _KEYS[form] | {*self._dialect.row_keys}
         unread = [key for key in row if key not in known and key != "functions"]
         yield from unknown_keys(unread, "", known - row.keys())
@@ -222,7 +222,7 @@ class RowFaults:
                 text = f"invalid row weight {short(weight)}"
                 yield Finding("bad_weight", "weight", text, "use a number of at least 0")
 
-    # Each format
+    # Checks by format
 
     def _messages(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         yield from self._talk.conversation(row["messages"], row.get("tools"))
@@ -359,7 +359,7 @@ class RowFaults:
             text = "`chosen` and `rejected` start differently, so they answer different prompts"
             yield Finding("different_prompts", "rejected", text, "start both with the same prompt")
 
-    # What is in it
+    # Counts
 
     def _count(self, row: Mapping[str, Any], form: RowFormat, facts: Facts) -> None:
         facts.rows[TYPES[form]] += 1
@@ -382,7 +382,7 @@ class RowFaults:
         facts.roles.update(
             role
             for one in messages
-            if (role := one.get("role")) in known  # others are faults
+            if (role := one.get("role")) in known  # others are errors
         )
         lists = (one.get("tool_calls") for one in messages)
         calls = sum(len(one) for one in lists if isinstance(one, list))
@@ -395,7 +395,7 @@ class RowFaults:
 
 
 def count_labels(facts: Facts, labels: Mapping[str, Any]) -> None:
-    """Count the labels of a classifier's row."""
+    """Count the labels of a classifier row."""
     for target, value in labels.items():
         given = value if isinstance(value, list) else [value]
         facts.count_label_kind(target, "multi" if isinstance(value, list) else "single")
@@ -422,7 +422,7 @@ def _same(field: str) -> Finding:
 
 
 def _apart(good: list[Any], bad: list[Any]) -> Finding:
-    """Say how to write a prompt that is a string beside answers that are messages."""
+    """Return the finding for a string prompt with answers that are messages."""
     firsts = [one[0].get("role") for one in (good, bad) if one and isinstance(one[0], dict)]
     if "assistant" in firsts or not firsts:
         fix = 'write it as messages: [{"role": "user", "content": ...}]'
@@ -439,11 +439,11 @@ def _flag(row: Mapping[str, Any], place: str) -> Iterator[Finding]:
         yield wrong_type(f"{place}parallel_tool_calls", value, "true or false")
 
 
-# From bytes to plain JSON
+# Decoding
 
 
 def _parsed(line: bytes) -> Any:
-    """Read a line, or say in a `Finding` why it cannot be read."""
+    """Decode a line; return a `Finding` if it cannot be decoded."""
     try:
         line.decode()
     except UnicodeDecodeError as error:
@@ -483,7 +483,7 @@ def _bad_json(line: bytes, text: str) -> Finding:
         if _is_json(row):
             message = f"invalid JSON: trailing comma at column {_column(line, len(row))}"
             return Finding("bad_json", None, message, "remove the comma")
-    # msgspec 0.22 points one byte behind a character that follows the whole value.
+    # msgspec 0.22 reports trailing characters one byte too late.
     offset = int(found[1]) - (what == "trailing characters")
     message = f"invalid JSON: {what} at column {_column(line, offset)}"
     return Finding("bad_json", None, message, "write one JSON object per line")
@@ -502,11 +502,11 @@ def _column(line: bytes, offset: int) -> int:
 
 
 def has_duplicate_keys(line: bytes) -> bool:
-    """Tell whether an object of a row may have a key twice, so that readers differ on its value."""
+    """Return whether an object of a row may have a duplicate key."""
     try:
         return bool(_keys_twice(line))
     except (ValueError, RecursionError):
-        return True  # of what cannot be read, nothing else is known
+        return True  # cannot be decoded, so unknown
 
 
 def _duplicate_keys(line: bytes) -> list[Finding]:
@@ -521,7 +521,7 @@ def _duplicate_keys(line: bytes) -> list[Finding]:
 
 
 def _keys_twice(line: bytes) -> Collection[str]:
-    """Find keys that occur twice in one object; only the last of them is read."""
+    """Return the duplicate keys of all objects; JSON parsers read only the last value."""
     twice: dict[str, None] = {}
 
     def look(items: list[tuple[str, Any]]) -> None:

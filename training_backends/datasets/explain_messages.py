@@ -1,6 +1,6 @@
-"""What can be wrong with the messages of a row, told from the plain JSON of it.
+"""Check the messages of a row, decoded as plain JSON, and explain every issue.
 
-Nothing here is in a hurry: whole rows without a fault are let through before, see `rules`.
+Speed does not matter here: valid rows are accepted by `check_fast` before.
 """
 
 import binascii
@@ -44,7 +44,7 @@ _DATA: Final = re.compile(r"data:image/(?P<type>[a-z0-9.+-]+);base64,", re.IGNOR
 
 
 class _Object(msgspec.Struct, gc=False):
-    """Any JSON object; what is in it is skipped over, strictly."""
+    """Any JSON object; its contents are validated but not decoded."""
 
 
 _read_object: Final = msgspec.json.Decoder(_Object).decode
@@ -67,7 +67,7 @@ def _is_base64(text: str) -> bool:
 
 
 def _bad_arguments(arguments: object) -> str | None:
-    """Say why a text does not hold the arguments of a call."""
+    """Return why a value is not valid as the arguments of a call, or None."""
     if not isinstance(arguments, str):
         return f"the arguments must be a JSON string, got {type_name(arguments)}"
     try:
@@ -80,7 +80,7 @@ def _bad_arguments(arguments: object) -> str | None:
 
 
 class Talk:
-    """Judges lists of messages by one dialect."""
+    """Checks lists of messages against a dialect."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -98,19 +98,19 @@ class Talk:
     def conversation(
         self, messages: Any, tools: Any, *, field: str = "messages"
     ) -> Iterator[Finding]:
-        """Judge a conversation that is to be learnt from."""
+        """Check a conversation to train on."""
         if (yield from self._each_of(messages, field)):
             yield from self._order(messages, field)
             yield from self._calls(messages, tools, field)
             yield from self._answered(messages, field)
 
     def prompt(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
-        """Judge messages that wait for an answer, or that are to be classified."""
+        """Check messages that precede an answer or that are to be classified."""
         if (yield from self._each_of(messages, field)):
             yield from self._calls(messages, tools, field)
 
     def answer(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
-        """Judge one of the two answers of a preference pair."""
+        """Check one answer of a preference pair."""
         if not (yield from self._each_of(messages, field)):
             return
         for index, message in enumerate(messages):
@@ -131,7 +131,7 @@ class Talk:
     # Single messages
 
     def _each_of(self, messages: Any, field: str) -> _Checked:
-        """Judge each message by itself; returns whether all have a role and can be compared."""
+        """Check each message on its own; return whether all of them have a valid role."""
         if not isinstance(messages, list):
             yield wrong_type(field, messages, "an array of messages")
             return False
@@ -200,7 +200,7 @@ class Talk:
         calls = role == "assistant" and (message.get("tool_calls") or "function_call" in message)
         if calls:
             if says:
-                # mistral-common 1.13 refuses it for tokenizers up to version 3, not since.
+                # mistral-common 1.13 rejects it for tokenizers up to version 3.
                 text = "the message has both content and tool calls"
                 fix = "remove one of them; some models do not accept both"
                 yield Finding("content_with_tool_calls", field, text, fix, "warning")
@@ -209,7 +209,7 @@ class Talk:
 
     def _may_be_silent(self, message: Mapping[str, Any], content: object) -> bool:
         if message["role"] in {"tool", "function"}:
-            # A function may rightly return nothing.
+            # A function may return nothing.
             return isinstance(content, str)
         refusal = message.get("refusal")
         return "refusal" in self._message_keys and isinstance(refusal, str) and bool(refusal)
@@ -366,10 +366,10 @@ class Talk:
             fix = f"use {self._dialect.function_name_words}"
             yield Finding("bad_function_name", place, text, fix)
 
-    # Messages beside each other
+    # Message order
 
     def _order(self, messages: Sequence[Mapping[str, Any]], field: str) -> Iterator[Finding]:
-        """Hold who speaks against the dialect's order; answers of tools go by their calls."""
+        """Check the order of roles; tool messages are checked against their calls instead."""
         order = self._dialect.order
         before = "start"
         for index, message in enumerate(messages):
@@ -415,7 +415,7 @@ class Talk:
     ) -> Iterator[Finding]:
         """Match each call with its answer and its declaration.
 
-        Calls at the very end wait for their answers rightly.
+        Calls in the last message need no answer.
         """
         known = _names(tools)
         waiting: dict[str, str] = {}
@@ -465,12 +465,12 @@ class Talk:
                 if meant
                 else "declare it in `tools`"
             )
-            # Without any `tools` the call can still be learnt; with them it is a slip.
+            # Without any `tools` the row can still be trained on; with them it is a mistake.
             field = f"{where}.function.name"
             yield Finding("undeclared_tool", field, text, fix, "error" if known else "warning")
 
     def tools(self, tools: Any, *, field: str = "tools") -> Iterator[Finding]:
-        """Judge the functions on offer."""
+        """Check the declared tools."""
         if tools is None:
             return
         if not isinstance(tools, list):
@@ -510,10 +510,10 @@ class Talk:
 
 
 def unknown_keys(keys: Iterable[str], place: str, meant: Collection[str]) -> Iterator[Finding]:
-    """Say of keys that nobody reads them, and which were probably meant.
+    """Yield a warning for each unknown key, with the key that was probably meant.
 
     Args:
-        meant: The keys that are missing.
+        meant: The known keys that are missing.
     """
     for key in keys:
         field = f"{place}.{brief(key)}" if place else brief(key)
@@ -523,7 +523,7 @@ def unknown_keys(keys: Iterable[str], place: str, meant: Collection[str]) -> Ite
 
 
 def _names(tools: Any) -> frozenset[str]:
-    """Return the names of the functions on offer."""
+    """Return the names of the declared functions."""
     if not isinstance(tools, list):
         return frozenset()
     functions = (tool.get("function") for tool in tools if isinstance(tool, dict))

@@ -1,4 +1,4 @@
-"""Add up the verdicts on the parts of a file, in their order, to what is told of the file."""
+"""Merge the verdicts on the parts of a file, in order, into issues and a `DataFile`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ FileRole = Literal["train", "validation"]
 _JSONL: Final = "write one JSON object per line"
 
 MOST_BLANK_LINES: Final = 1_000_000
-"""In a row; a small compressed file may hold thousands of millions."""
+"""Consecutive blank lines; a small compressed file can contain billions."""
 
 
 class Collector:
-    """What is known of one file, and the issues found in it, capped per code.
+    """Collects the counts and issues of one file; issues are limited per code.
 
     Attributes:
-        failed: The file cannot be read to its end.
-        lines: Lines so far.
-        rows: Lines so far that are not blank.
-        sample_type: What the first row is of which that can be told.
+        failed: The file could not be read completely.
+        lines: Number of lines so far.
+        rows: Number of non-blank lines so far.
+        sample_type: Type of the first row whose type was recognized.
     """
 
     def __init__(self, path: Path, role: FileRole, weight: float, dialect: Dialect) -> None:
@@ -50,7 +50,7 @@ class Collector:
         self._told: Counter[str] = Counter()
 
     def take(self, verdict: Verdict) -> Iterator[Issue]:
-        """Add the verdict on the next part and yield its issues, by line."""
+        """Add the verdict on the next part and yield its issues by line."""
         for code, (warnings, errors) in verdict.counts.items():
             self._counts[code] += warnings + errors
             self._errors[code] += errors
@@ -73,7 +73,7 @@ class Collector:
         self._facts.merge(verdict.facts)
 
     def _mixed(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
-        """Tell of rows of another type than the first."""
+        """Yield a finding for rows of another type than the first."""
         if verdict.kinds and self.sample_type is None:
             self.sample_type = cast("SampleType", next(iter(verdict.kinds)))
         for name, kind in verdict.kinds.items():
@@ -95,7 +95,7 @@ class Collector:
             yield verdict.first_crlf, Finding("line_ends", None, text, fix, "warning")
 
     def end(self, end: End) -> Iterator[Issue]:
-        """Yield what is wrong with the file as a whole, and how much was not told."""
+        """Yield the issues of the file as a whole, and the number of issues not shown."""
         if end.changed_at is not None and not self._is_as_then(end):
             self.failed = True
             fix = "try again when no other process is writing to it"
@@ -116,7 +116,7 @@ class Collector:
                 finding = Finding("blank_lines", None, text, None, "warning")
                 yield from self.add(finding, self._first_blank)
             for finding in file_findings(self._facts, self._dialect):
-                # Of rows that nobody can read there are enough.
+                # Unreadable rows count towards the minimum.
                 enough = self.role != "train" or self.rows >= self._dialect.min_rows
                 if finding.code != "too_few_rows" or not enough:
                     yield from self.add(finding)
@@ -130,7 +130,7 @@ class Collector:
         return (now.st_size, now.st_mtime_ns) == (end.size, end.changed_at)
 
     def add(self, finding: Finding, line: int | None = None) -> Iterator[Issue]:
-        """Tell of the file as a whole, or of a row, as gravely as the dialect has it."""
+        """Yield an issue of the file or of a line, with the severity set by the dialect."""
         level = self._dialect.levels.get(finding.code, finding.severity)
         if level != "ignored":
             self._counts[finding.code] += 1
@@ -138,14 +138,14 @@ class Collector:
             yield from self._tell(finding._replace(severity=level), line)
 
     def leave(self, code: str, more: int, severity: Literal["error", "warning"]) -> None:
-        """Count what was found beside that which was told; `rest` speaks of it."""
+        """Count findings without an issue of their own; `rest` reports their number."""
         level = self._dialect.levels.get(code, severity)
         if level != "ignored":
             self._counts[code] += more
             self._errors[code] += more * (level == "error")
 
     def rest(self) -> Iterator[Issue]:
-        """Yield for each code how many were found and not told, once."""
+        """Yield for each code the number of issues not shown, once."""
         for code, count in self._counts.items():
             if more := count - self._told[code]:
                 self._told[code] = count
@@ -158,7 +158,7 @@ class Collector:
 
     @property
     def findings(self) -> dict[str, int]:
-        """How often each thing was found, by its code."""
+        """Number of findings by code."""
         return {code: count for code, count in self._counts.items() if count}
 
     def _tell(self, finding: Finding, line: int | None) -> Iterator[Issue]:
@@ -176,7 +176,7 @@ class Collector:
             )
 
     def file(self, end: End) -> DataFile:
-        """Return all that is known of the file."""
+        """Return the summary of the file."""
         facts = self._facts
         labels: dict[str, dict[str, int]] = {}
         for (target, label), rows in facts.labels.items():

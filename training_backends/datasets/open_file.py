@@ -1,7 +1,7 @@
-"""Open data files of every kind as one stream of lines, and find them by pattern.
+"""Open data files of any supported format as a stream of lines, and expand glob patterns.
 
-What a file is, its first bytes say, not its name. However well it was packed, a few megabytes
-of it are in memory at a time.
+The format is detected from the first bytes, not from the name. Only a few megabytes are in memory
+at a time, whatever the compression ratio.
 """
 
 import gzip
@@ -25,7 +25,7 @@ from training_backends.datasets.scan_part import BOM
 __all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
 
 STDIN: Final = Path("-")
-"""Stands for standard input."""
+"""Path that denotes standard input."""
 
 Kind = Literal["plain", "gzip", "zstd", "parquet"]
 
@@ -39,18 +39,18 @@ _BUFFER: Final = 1 << 20
 _ARRAY: Final = re.compile(rb"\[\s*\{")
 _BATCH_BYTES: Final = 4 << 20
 _LAYOUT_BYTES: Final = 1 << 16
-"""Of a file that are read, at most, to tell JSON Lines from other JSON."""
+"""Bytes read at most to distinguish JSON Lines from other JSON."""
 _CONVERT: Final = "convert it to JSON Lines: one JSON object per line"
 _WINDOW_LOG: Final = 27
-"""128 MiB, the most that `zstd` itself unpacks unasked; a frame may name any window."""
+"""128 MiB, the default limit of the `zstd` command; a frame may request any window size."""
 
 
 class Source:
     """An open data file.
 
     Attributes:
-        kind: How the file is packed.
-        lines: Its lines' bytes, unpacked. Reading raises `DatasetError` where it is damaged.
+        kind: Compression or container format.
+        lines: Decompressed JSON Lines. Reading raises `DatasetError` if the file is corrupt.
     """
 
     def __init__(self, kind: Kind, lines: io.BufferedReader, stored: "_Stored") -> None:
@@ -60,30 +60,30 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the file as it is stored, read so far."""
+        """Bytes of the stored file read so far."""
         return self._stored.size
 
     @property
     def sha256(self) -> str | None:
-        """Hex digest of the file as it is stored, read so far; None where nobody asked for it."""
+        """Hex digest of the stored bytes read so far; None unless requested."""
         digest = self._stored.digest
         return digest.hexdigest() if digest else None
 
 
 def kind_of(head: bytes) -> Kind:
-    """Tell how a file is packed from its first four bytes."""
+    """Detect the file format from its first four bytes."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "plain")
 
 
 @contextmanager
 def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
-    """Open a data file; "-" is standard input.
+    """Open a data file as a stream of lines; "-" is standard input.
 
     Args:
-        digest: Make the digest of what is read.
+        digest: Compute the SHA-256 digest while reading.
 
     Raises:
-        DatasetError: It cannot be read, or what unpacks it is not installed.
+        DatasetError: The file cannot be read, or the package to decompress it is not installed.
     """
     if path != STDIN and (issue := file_problem(path)):
         _refuse(path, issue)
@@ -104,7 +104,7 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
 
 
 def file_problem(path: Path) -> Issue | None:
-    """Say why a path cannot be read as a file; None where it can."""
+    """Return why a path cannot be read as a file, or None if it can."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -118,10 +118,10 @@ def file_problem(path: Path) -> Issue | None:
 
 
 def expand(names: Iterable[Path | str]) -> list[Path]:
-    """Return the files that names, patterns and directories stand for, each once, sorted.
+    """Expand names, glob patterns and directories to files, without duplicates.
 
     Raises:
-        DatasetError: A pattern or directory holds no data file.
+        DatasetError: A pattern or directory matches no data file.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -147,18 +147,18 @@ def _is_data(path: Path, directory: Path) -> bool:
 
 
 def _standard_input() -> Any:
-    # Without its buffer a pipe gives what is there, and does not wait for more.
+    # Unbuffered, so that reading from a pipe returns what is available without waiting.
     return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
 
 
 class _Stored(io.RawIOBase):
-    """The file as it is stored, measured while it is read."""
+    """The stored file; counts and hashes the bytes that are read."""
 
     def __init__(self, file: Any, *, digest: bool) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256(usedforsecurity=False) if digest else None
-        # A pipe may give its first bytes one by one.
+        # A pipe may return its first bytes one at a time.
         self.head = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
             self.head += more
@@ -181,14 +181,14 @@ class _Stored(io.RawIOBase):
         return count
 
     def drain(self) -> None:
-        """Measure what nobody has read."""
+        """Read the rest of the file, to count and hash it."""
         buffer = bytearray(_BUFFER)
         while self.readinto(buffer):
             pass
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
+    """A file object over an iterator of bytes."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -210,7 +210,7 @@ class _Chunks(io.RawIOBase):
 
 
 def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Turn everything that unpackers raise for bad data into one error."""
+    """Convert everything that decompressors raise for bad data to `DatasetError`."""
     try:
         yield from chunks
     except DatasetError:
@@ -221,7 +221,7 @@ def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]
             path, _issue(path, "missing_extra", f"reading this file requires {error.name}", fix)
         )
     except Exception as error:
-        # An error of the system has a number, one of an unpacker's own has none.
+        # System errors have an errno, errors of the decompressors have none.
         if isinstance(error, OSError) and error.errno is not None:
             _refuse(path, unreadable(path, error))
         message = f"the {kind} data is corrupt: {_first_line(error)}"
@@ -231,7 +231,7 @@ def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]
 
 
 def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Reject JSON that is not one object a line, once, before each of its lines is an error."""
+    """Reject JSON that is not JSON Lines once, instead of with an error on every line."""
     begun = b""
     for chunk in chunks:
         begun += chunk
@@ -248,11 +248,11 @@ def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
-    """Return whether this is certain, and what is wrong with the layout of a file.
+    """Return whether the layout could be determined, and its problem if any.
 
     Args:
         begun: The first bytes of the file.
-        at_end: No more are read.
+        at_end: `begun` is all there is to examine.
     """
     text = begun.removeprefix(BOM).lstrip()
     line, end, rest = text.partition(b"\n")
@@ -287,7 +287,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _is_document(text: bytes) -> bool:
-    """Tell whether a text begins with a JSON value that takes several lines."""
+    """Return whether a text starts with a JSON value that spans several lines."""
     try:
         _, end = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -330,7 +330,7 @@ def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
     from pyarrow import parquet  # noqa: PLC0415
 
     encode = msgspec.json.Encoder().encode
-    # Without `pre_buffer` a whole group of rows is never in memory at once.
+    # `pre_buffer` would load a complete row group into memory.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
         for batch in file.iter_batches(batch_size=_batch_size(file), use_threads=False):
             yield b"".join(encode(_without_nulls(row)) + b"\n" for row in batch.to_pylist())
@@ -338,7 +338,7 @@ def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
 
 
 def _batch_size(file: Any) -> int:
-    """Return how many rows are some megabytes."""
+    """Return how many rows take about `_BATCH_BYTES`."""
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     size = max(1, sum(int(group.total_byte_size) for group in groups))
     rows = sum(int(group.num_rows) for group in groups)
@@ -346,7 +346,7 @@ def _batch_size(file: Any) -> int:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Leave out null fields: in Parquet every row has all fields that any row has."""
+    """Remove null fields: in Parquet every row has the fields of all rows."""
     if isinstance(value, dict):
         return {k: _without_nulls(each) for k, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -369,7 +369,7 @@ def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
 
 
 def unreadable(path: Path, error: OSError) -> Issue:
-    """Say that a file cannot be read, and why."""
+    """Return the issue for a file that cannot be read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         fix = "check the path; in a configuration file it is relative to that file"
         return _issue(path, "missing_file", "no such file", fix)

@@ -1,8 +1,8 @@
-"""Spread work on files over processes, whatever program the caller is.
+"""Distribute work on files over processes, whatever the calling program is.
 
-The pools of the standard library and those built on it run the caller's `__main__` again in
-each worker unless it is guarded, fork a process that may have threads, or refuse daemonic
-callers. A worker here is a program of its own.
+The pools of the standard library, and those built on it, run the caller's `__main__` in each
+worker unless it is guarded, fork a process that may have threads, or reject daemonic callers. A
+worker here is a separate program.
 """
 
 import os
@@ -20,13 +20,13 @@ from training_backends.core.errors import TrainingBackendError
 __all__ = ["Outcome", "attempt", "cpu_count", "load_task", "run_parallel"]
 
 Outcome = tuple[bool, Any]
-"""Whether a call returned, and what it returned or raised."""
+"""Whether a call succeeded, and its result or exception."""
 
 _AHEAD: Final = 4
-"""Arguments taken before the first of them is answered, for each process."""
+"""Arguments per process that are taken ahead of results."""
 
 _IN_HAND: Final = 2
-"""Arguments that a worker has: one it works on, one so that it need not wait."""
+"""Arguments per worker: one in progress and one queued."""
 
 _PROGRAM: Final = ("-P", "-m", "training_backends.datasets.worker_main")
 _SECRET: Final = re.compile(
@@ -35,13 +35,13 @@ _SECRET: Final = re.compile(
 
 
 def cpu_count() -> int:
-    """Return how many processors this process may use: by its affinity and its cgroup."""
+    """Return the number of CPUs available to this process, by affinity and cgroup."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(allowed, _cgroup_quota() or allowed))
 
 
 def _cgroup_quota() -> int | None:
-    """Return how many processors' time a container gets, rounded up; None for all of it."""
+    """Return the CPU quota of the container, rounded up; None without a quota."""
     here = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):
         time, period = map(int, (here / "cpu.max").read_text(encoding="ascii").split())
@@ -56,14 +56,14 @@ def _cgroup_quota() -> int | None:
 
 
 def load_task(task: str) -> Callable[[Any], Any]:
-    """Import the function that "package.module:function" names."""
+    """Import a function named "package.module:function"."""
     module, _, name = task.partition(":")
     function: Callable[[Any], Any] = getattr(import_module(module), name)
     return function
 
 
 def attempt(function: Callable[[Any], Any], argument: object) -> Outcome:
-    """Call a function and keep what it raises."""
+    """Call a function and return its result or its exception."""
     try:
         return True, function(argument)
     except Exception as error:
@@ -73,21 +73,21 @@ def attempt(function: Callable[[Any], Any], argument: object) -> Outcome:
 def run_parallel(
     task: str, arguments: Iterable[object], *, processes: int
 ) -> Generator[Any, None, None]:
-    """Call a function for each argument and yield what it returns, in their order.
+    """Call a function for each argument and yield the results in order.
 
-    This process does its share, the first argument at once, and `processes` counts it; with 1
-    no other is started. Few arguments are taken ahead of the answers. The workers end when the
-    iterator is closed, dropped or raises, and when this process dies, however it dies. They
-    share neither standard input nor output with it, and no secret of its environment.
+    This process works too, starting with the first argument; with `processes=1` no other is
+    started. Only a few arguments are taken ahead of the results. The workers end when the iterator
+    is closed, garbage-collected or raises, and when this process exits for any reason. They do not
+    share standard input or output with it, or secrets in its environment.
 
     Args:
-        task: "package.module:function" with one argument, imported by each process. What goes
-            in and comes out, errors too, is pickled.
-        arguments: Best of equal weight, and each worth a few hundredths of a second.
-        processes: How many at most; see `cpu_count`.
+        task: "package.module:function" with one argument, imported by each process. Arguments,
+            results and exceptions are pickled.
+        arguments: Ideally of similar cost, a few hundredths of a second each.
+        processes: Maximum number, including this one; see `cpu_count`.
 
     Raises:
-        Exception: What the function raised, as itself, where its result would stand.
+        Exception: Raised by the function, in place of its result.
         TrainingBackendError: A worker was killed.
     """
     function = load_task(task)
@@ -99,7 +99,7 @@ def run_parallel(
 
 
 class _Crew:
-    """This process and its workers, busy with one series of arguments."""
+    """This process and its workers, processing one series of arguments."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Crew:
     def _free(self) -> "_Worker | None":
         if self._to_start:
             self._to_start -= 1
-            # Where no more processes may be started, those that there are do the work.
+            # If no more processes can be started, the existing ones do the work.
             with suppress(OSError):
                 self._workers.append(_Worker(self._task, self._stack))
         least = min(self._workers, key=lambda worker: worker.in_hand, default=None)
@@ -173,10 +173,10 @@ class _Crew:
 
 
 class _Worker:
-    """One process that waits for arguments.
+    """A worker process.
 
     Attributes:
-        in_hand: Arguments that it has not answered yet.
+        in_hand: Number of arguments without a result.
     """
 
     def __init__(self, task: str, stack: ExitStack) -> None:
@@ -191,7 +191,7 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
-                # A Ctrl-C is for the caller, who then ends this process.
+                # Ctrl-C is handled by the parent, which then ends this process.
                 start_new_session=True,
             )
         stack.callback(self._end)
@@ -227,12 +227,12 @@ class _Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Return our environment with the modules that we find, without what is secret."""
+    """Return the environment for workers: the same import path, without secrets."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if not _SECRET.search(name) and not ("://" in value and "@" in value)
     }
     path = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    # Looking for plugins of pydantic takes a tenth of the time in which a worker starts.
+    # Searching for pydantic plugins takes a tenth of a worker's startup time.
     return {"PYDANTIC_DISABLE_PLUGINS": "__all__"} | kept | {"PYTHONPATH": path}
