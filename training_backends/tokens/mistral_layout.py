@@ -1,8 +1,8 @@
-"""How Mistral's tokenizers lay a conversation out: texts, and control tokens between them.
+"""Layout of conversations in Mistral's tokenizers: texts with control tokens between them.
 
-The rules are those of mistral-common 1.13 (`tokens/tokenizers/instruct.py`, `protocol/instruct/
-normalize.py` and `validator.py`, read 2026-11), in its mode for fine-tuning. What is out of the
-ordinary is left to mistral-common itself, above all every row that it might refuse.
+Implements mistral-common 1.13 in fine-tuning mode (`tokens/tokenizers/instruct.py`, `protocol/
+instruct/normalize.py` and `validator.py`, read 2026-11). Unusual rows, in particular every row
+that might be rejected, are left to mistral-common itself.
 """
 
 import json
@@ -21,7 +21,7 @@ from training_backends.tokens.text_counters import TextCount
 __all__ = ["VERSIONS", "Layout"]
 
 VERSIONS: Final = frozenset({"v1", "v2", "v3", "v7", "v11", "v13"})
-"""Versions whose layout is known here; later ones are left to mistral-common."""
+"""Versions whose layout is implemented here; later ones are left to mistral-common."""
 
 _FOLLOWERS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -40,14 +40,14 @@ _dumps: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class _Odd(Exception):
-    """Mistral-common has to say what this row is."""
+    """The row is left to mistral-common."""
 
 
 class _Turn(NamedTuple):
-    """One message as it is encoded, or several of one role that are made one.
+    """One message to encode, or several consecutive ones of the same role merged.
 
     Attributes:
-        chunks: Where there are images: the texts, and the tokens of each image.
+        chunks: With images: the texts, and the number of tokens of each image.
     """
 
     role: str
@@ -58,7 +58,7 @@ class _Turn(NamedTuple):
 
 
 class Layout:
-    """Counts conversations for one version of the tokenizers."""
+    """Counts the tokens of conversations for one tokenizer version."""
 
     def __init__(self, version: str, count: TextCount, images: ImageCount | None = None) -> None:
         self._version = int(version.removeprefix("v"))
@@ -67,7 +67,7 @@ class Layout:
         self._tools: dict[bytes, int | None] = {}
 
     def chat(self, row: ChatRow) -> int | None:
-        """Count a conversation; None where mistral-common has to be asked."""
+        """Count a conversation; None if it is left to mistral-common."""
         try:
             turns = self._turns(row.messages)
             tools = self._tools_block(row.tools) if row.tools else 0
@@ -80,7 +80,7 @@ class Layout:
             return None
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
-        """Check what mistral-common checks, and put messages together as it does."""
+        """Validate and merge messages as mistral-common does."""
         if len(messages) < 2 or messages[-1].role != "assistant":
             raise _Odd
         turns: list[_Turn] = []
@@ -115,7 +115,7 @@ class Layout:
         return turns
 
     def _parts(self, message: Message) -> tuple[str, Sequence[str | int]]:
-        """Return the text of a message made of parts, and the parts where not all are text."""
+        """Return the text of a message with parts, and the parts if not all of them are text."""
         if not isinstance(message.content, list):
             return "", ()
         chunks: list[str | int] = []
@@ -134,7 +134,7 @@ class Layout:
         return "", merged
 
     def _check_calls(self, turns: Sequence[_Turn]) -> None:
-        """Let only calls pass that every version takes: each answered once, by its id."""
+        """Accept only calls that are valid in every version: each answered once, by id."""
         open_ids: set[str] = set()
         if self._version == 1 or turns[0].role in ("assistant", "tool"):
             raise _Odd
@@ -163,14 +163,14 @@ class Layout:
             text = turn.text
             if turn.role == "user":
                 text = f"[INST] {_joined(system, text)} [/INST]"
-                system = None  # it goes into the first one
+                system = None  # only in the first user message
             else:
                 total += 1
             total += self._count(text)
         return total
 
     def _early(self, turns: Sequence[_Turn], tools: int) -> int:
-        """Versions 2 and 3: the system prompt and the tools stand in the last user message."""
+        """Versions 2 and 3: the system prompt and the tools are in the last user message."""
         system, turns, last = _without_system(turns)
         count = self._count
         total = tools
@@ -180,7 +180,7 @@ class Layout:
             elif turn.role == "assistant" and not turn.calls:
                 total += 1 + count(turn.text.rstrip(" "))
             elif self._version == 2 and position < last:
-                pass  # calls and results before the last user message are left out
+                pass  # calls and results before the last user message are dropped
             elif turn.calls:
                 if self._version == 2 and len(turn.calls) > 1:
                     raise _Odd
@@ -190,9 +190,9 @@ class Layout:
         return total
 
     def _late(self, turns: Sequence[_Turn], tools: int) -> int:
-        """Versions 7 to 13: the system prompt stands where it was written."""
+        """Versions 7 to 13: the system prompt keeps its position."""
         count = self._count
-        # Tools stand with a user message, so without one they are left out.
+        # Tools precede a user message, so without one they are dropped.
         total = tools if any(turn.role == "user" for turn in turns) else 0
         for turn in turns:
             if turn.role == "assistant":
@@ -237,7 +237,7 @@ class Layout:
         return {"content": content, "call_id": turn.message.tool_call_id}
 
     def _tools_block(self, tools: Sequence[Tool]) -> int:
-        """Count the definitions of tools, which rows of one file mostly share."""
+        """Count tool definitions; cached, because the rows of a file often share them."""
         key = blake2b(msgspec.json.encode(tools), digest_size=16).digest()
         if key not in self._tools:
             if len(self._tools) >= _REMEMBERED_TOOLS:
@@ -264,7 +264,7 @@ class Layout:
 
 
 def _merged(*chunks: str | int) -> Sequence[str | int]:
-    """Join texts that stand side by side, as mistral-common does."""
+    """Join adjacent texts, as mistral-common does."""
     merged: list[str | int] = []
     for chunk in chunks:
         if isinstance(chunk, str) and merged and isinstance(merged[-1], str):
@@ -275,9 +275,9 @@ def _merged(*chunks: str | int) -> Sequence[str | int]:
 
 
 def _without_system(turns: Sequence[_Turn]) -> tuple[str | None, Sequence[_Turn], int]:
-    """Return the system prompt, the other turns and the place of the last user's.
+    """Return the system prompt, the other turns and the index of the last user turn.
 
-    Versions up to 3 begin with a user message, an empty one if need be.
+    Versions up to 3 start with a user message, if necessary an empty one.
     """
     prompts = [turn.text for turn in turns if turn.role == "system" and turn.text]
     others = [turn for turn in turns if turn.role != "system"]
@@ -304,7 +304,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _are_valid(tools: Sequence[Tool]) -> bool:
-    """Tell whether mistral-common takes the definitions: by name, and as JSON schemas."""
+    """Return whether mistral-common accepts the definitions: names and JSON schemas."""
     try:
         from jsonschema import Draft7Validator, SchemaError  # noqa: PLC0415  # comes with it
     except ImportError:
