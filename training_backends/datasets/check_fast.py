@@ -182,8 +182,8 @@ class _Memory:
             uses_tools=before.uses_tools or role == "tool",
         )
         may_end = "end" in self._order.get(role, ())
-        lonely = before.before is None and not self._lone_answer
-        turns.fits = turns.in_order and turns.answers > 0 and may_end and not lonely
+        is_lone = before.before is None and not self._lone_answer
+        turns.fits = turns.in_order and turns.answers > 0 and may_end and not is_lone
         turns.plain = turns.fits and not turns.uses_tools
         return turns
 
@@ -255,7 +255,7 @@ class RowRules:
         except _UNREADABLE:
             return self._other(line)
         if row.tools is not _NO_TOOLS:
-            return self._closer(row, line)
+            return self._judge_closely(row, line)
         steps = self._start
         try:
             for message in row.messages:
@@ -266,11 +266,11 @@ class RowRules:
                     or message.tool_calls is not None
                     or message.weight is not None
                 ):
-                    return self._closer(row, line)
+                    return self._judge_closely(row, line)
                 steps = steps[message.role]
             turns: _Turns = steps[_HERE]
         except KeyError:
-            return self._closer(row, line)
+            return self._judge_closely(row, line)
         if turns.plain:
             # Quotes inside strings are escaped, so more matches than messages mean duplicate keys.
             count = len(row.messages)
@@ -279,12 +279,12 @@ class RowRules:
                 or line.count(b'"content"') != count
                 or line.count(b'"messages"') != 1
             ):
-                return self._closer(row, line)
+                return self._judge_closely(row, line)
             turns.rows += 1
             return _INSTRUCT
-        return self._closer(row, line)
+        return self._judge_closely(row, line)
 
-    def _closer(self, row: _Chat, line: bytes) -> Verdict:
+    def _judge_closely(self, row: _Chat, line: bytes) -> Verdict:
         """Check a row with tools, weights, a new role sequence or a possible error."""
         known = self._declared(row.tools)
         if known is None or (self.closely and has_duplicate_keys(line)):
@@ -303,7 +303,7 @@ class RowRules:
             if message.tool_calls is not None:
                 if content or waiting or role != "assistant":
                     break
-                waiting = self._right_calls(message.tool_calls, known)
+                waiting = self._valid_calls(message.tool_calls, known)
                 calls += len(waiting)
                 if not waiting:
                     break
@@ -345,7 +345,7 @@ class RowRules:
             self._tools[text] = known
         return known
 
-    def _right_calls(self, calls: list[_Call], known: frozenset[str]) -> set[str | None]:
+    def _valid_calls(self, calls: list[_Call], known: frozenset[str]) -> set[str | None]:
         """Return the ids of calls; empty if one of the calls may be invalid."""
         ids: set[str | None] = set()
         for call in calls:
@@ -385,14 +385,14 @@ class RowRules:
             facts.rows["pretrain"] += 1
             facts.formats["text"] += 1
             return RIGHT["pretrain"]
-        if labels and self._takes_labels and self._are_right(labels):
+        if labels and self._takes_labels and self._are_valid_labels(labels):
             facts.rows["classifier"] += 1
             facts.formats["labels"] += 1
             count_labels(facts, labels)
             return RIGHT["classifier"]
         return self._faults.describe(line, facts)
 
-    def _are_right(self, labels: Mapping[str, str | list[str]]) -> bool:
+    def _are_valid_labels(self, labels: Mapping[str, str | list[str]]) -> bool:
         targets = self._targets
         if targets and targets.keys() != labels.keys():
             return False

@@ -129,16 +129,16 @@ class RowFaults:
     def _described(self, row: Any, line: bytes, facts: Facts) -> Verdict:
         form, problem = self._recognise(row)
         if form is None:
-            return None, tuple(self._weighed([problem] if problem else []))
+            return None, tuple(self._leveled([problem] if problem else []))
         self._count(row, form, facts)
         if form not in self._dialect.formats:
             return TYPES[form], (self._unsupported(form),)
-        found = chain(self._judges[form](row), self._beside(row, form))
-        findings = self._weighed(islice(found, _MOST_FINDINGS))
+        found = chain(self._judges[form](row), self._other_keys(row, form))
+        findings = self._leveled(islice(found, _MOST_FINDINGS))
         findings += _duplicate_keys(line)
         return (TYPES[form], tuple(findings)) if findings else RIGHT[TYPES[form]]
 
-    def _weighed(self, findings: Iterable[Finding]) -> list[Finding]:
+    def _leveled(self, findings: Iterable[Finding]) -> list[Finding]:
         levels = self._dialect.levels
         made = []
         for finding in findings:
@@ -204,7 +204,7 @@ class RowFaults:
         text = f"rows with {_WORDS[form]} are not supported"
         return Finding("unsupported_format", None, text, self._formats())
 
-    def _beside(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
+    def _other_keys(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
         """Check the keys that do not define the format."""
         known = _KEYS[form] | {*self._dialect.row_keys}
         unread = [key for key in row if key not in known and key != "functions"]
@@ -229,13 +229,13 @@ class RowFaults:
 
     @staticmethod
     def _text(row: Mapping[str, Any]) -> Iterator[Finding]:
-        yield from _words(row["text"], "text", "the text")
+        yield from _check_text(row["text"], "text", "the text")
 
     @staticmethod
     def _completion(row: Mapping[str, Any]) -> Iterator[Finding]:
         if not isinstance(row["prompt"], str):
             yield wrong_type("prompt", row["prompt"], "a string")
-        yield from _words(row["completion"], "completion", "the completion")
+        yield from _check_text(row["completion"], "completion", "the completion")
 
     def _labels(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         text, messages = row.get("text"), row.get("messages")
@@ -243,7 +243,7 @@ class RowFaults:
             message = "a classifier row needs either `text` or `messages`"
             yield Finding("ambiguous_row", None, message, "keep exactly one of them")
         if text is not None:
-            yield from _words(text, "text", "the text")
+            yield from _check_text(text, "text", "the text")
         if messages is not None:
             yield from self._talk.prompt(messages, row.get("tools"), field="messages")
         labels = row["labels"]
@@ -312,50 +312,59 @@ class RowFaults:
                 yield _missing("input.messages")
             else:
                 yield from self._talk.prompt(given["messages"], tools, field="input.messages")
-        good, bad = row.get("preferred_output"), row.get("non_preferred_output")
-        for field, answer in (("preferred_output", good), ("non_preferred_output", bad)):
+        chosen, rejected = row.get("preferred_output"), row.get("non_preferred_output")
+        for field, answer in (("preferred_output", chosen), ("non_preferred_output", rejected)):
             if answer is None:
                 yield _missing(field)
             else:
                 yield from self._talk.answer(answer, tools, field=field)
-        if good is not None and good == bad:
+        if chosen is not None and chosen == rejected:
             yield _same("non_preferred_output")
 
     def _trl(self, row: Mapping[str, Any]) -> Iterator[Finding]:
-        good, bad = row.get("chosen"), row.get("rejected")
-        if isinstance(row.get("prompt"), str) and isinstance(good, list) and isinstance(bad, list):
-            yield _apart(good, bad)
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if (
+            isinstance(row.get("prompt"), str)
+            and isinstance(chosen, list)
+            and isinstance(rejected, list)
+        ):
+            yield _mixed_types(chosen, rejected)
         else:
             yield from self._chosen(row)
 
     def _chosen(self, row: Mapping[str, Any]) -> Iterator[Finding]:
-        prompt, good, bad = row.get("prompt"), row.get("chosen"), row.get("rejected")
-        whole = prompt is None
+        prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+        complete = prompt is None
         wanted = str if isinstance(prompt, str) else list
         words = "a string like the prompt" if wanted is str else "an array of messages"
         if isinstance(prompt, str):
-            yield from _words(prompt, "prompt", "the prompt")
-        elif not whole:
+            yield from _check_text(prompt, "prompt", "the prompt")
+        elif not complete:
             yield from self._talk.prompt(prompt, row.get("tools"), field="prompt")
-        for field, answer in (("chosen", good), ("rejected", bad)):
+        for field, answer in (("chosen", chosen), ("rejected", rejected)):
             if answer is None:
                 yield _missing(field)
-            elif whole and isinstance(answer, str):
+            elif complete and isinstance(answer, str):
                 yield _missing("prompt")
                 return
             elif not isinstance(answer, wanted):
                 yield wrong_type(field, answer, words)
             elif isinstance(answer, str):
-                yield from _words(answer, field, "the answer")
-            elif whole:
+                yield from _check_text(answer, field, "the answer")
+            elif complete:
                 yield from self._talk.conversation(answer, row.get("tools"), field=field)
             else:
                 yield from self._talk.answer(answer, row.get("tools"), field=field)
-        if good is None or bad is None:
+        if chosen is None or rejected is None:
             return
-        if good == bad:
+        if chosen == rejected:
             yield _same("rejected")
-        elif whole and isinstance(good, list) and isinstance(bad, list) and good[:1] != bad[:1]:
+        elif (
+            complete
+            and isinstance(chosen, list)
+            and isinstance(rejected, list)
+            and chosen[:1] != rejected[:1]
+        ):
             text = "`chosen` and `rejected` start differently, so they answer different prompts"
             yield Finding("different_prompts", "rejected", text, "start both with the same prompt")
 
@@ -404,7 +413,7 @@ def count_labels(facts: Facts, labels: Mapping[str, Any]) -> None:
                 facts.count_label(target, label)
 
 
-def _words(value: Any, field: str, what: str) -> Iterator[Finding]:
+def _check_text(value: Any, field: str, what: str) -> Iterator[Finding]:
     if not isinstance(value, str):
         yield wrong_type(field, value, "a string")
     elif is_blank(value):
@@ -421,9 +430,9 @@ def _same(field: str) -> Finding:
     return Finding("same_answers", field, text, "remove the row")
 
 
-def _apart(good: list[Any], bad: list[Any]) -> Finding:
+def _mixed_types(chosen: list[Any], rejected: list[Any]) -> Finding:
     """Return the finding for a string prompt with answers that are messages."""
-    firsts = [one[0].get("role") for one in (good, bad) if one and isinstance(one[0], dict)]
+    firsts = [one[0].get("role") for one in (chosen, rejected) if one and isinstance(one[0], dict)]
     if "assistant" in firsts or not firsts:
         fix = 'write it as messages: [{"role": "user", "content": ...}]'
         return Finding(
@@ -524,10 +533,10 @@ def _keys_twice(line: bytes) -> Collection[str]:
     """Return the duplicate keys of all objects; JSON parsers read only the last value."""
     twice: dict[str, None] = {}
 
-    def look(items: list[tuple[str, Any]]) -> None:
+    def collect(items: list[tuple[str, Any]]) -> None:
         if len(dict(items)) < len(items):
             counts = Counter(key for key, _ in items)
             twice.update((key, None) for key, count in counts.items() if count > 1)
 
-    json.loads(line, object_pairs_hook=look)
+    json.loads(line, object_pairs_hook=collect)
     return twice

@@ -184,37 +184,37 @@ class Talk:
         content = message.get("content")
         field = f"{place}.content"
         role = message["role"]
-        says = bool(content) and not is_blank(content)
+        has_text = bool(content) and not is_blank(content)
         if isinstance(content, list):
-            says = bool(content)
-            told = False
+            has_text = bool(content)
+            has_findings = False
             for number, part in enumerate(content):
                 for finding in self._part(part, role, f"{field}[{number}]"):
-                    told = True
+                    has_findings = True
                     yield finding
-            if told:
+            if has_findings:
                 return
         elif content is not None and not isinstance(content, str):
             yield wrong_type(field, content, "a string or an array of parts")
             return
         calls = role == "assistant" and (message.get("tool_calls") or "function_call" in message)
         if calls:
-            if says:
+            if has_text:
                 # mistral-common 1.13 rejects it for tokenizers up to version 3.
                 text = "the message has both content and tool calls"
                 fix = "remove one of them; some models do not accept both"
                 yield Finding("content_with_tool_calls", field, text, fix, "warning")
-        elif not says and not self._may_be_silent(message, content):
-            yield self._unsaid(message, field)
+        elif not has_text and not self._may_be_empty(message, content):
+            yield self._no_content(message, field)
 
-    def _may_be_silent(self, message: Mapping[str, Any], content: object) -> bool:
+    def _may_be_empty(self, message: Mapping[str, Any], content: object) -> bool:
         if message["role"] in {"tool", "function"}:
             # A function may return nothing.
             return isinstance(content, str)
         refusal = message.get("refusal")
         return "refusal" in self._message_keys and isinstance(refusal, str) and bool(refusal)
 
-    def _unsaid(self, message: Mapping[str, Any], field: str) -> Finding:
+    def _no_content(self, message: Mapping[str, Any], field: str) -> Finding:
         if "content" in message:
             return empty(field, "the content")
         others = message.keys() - self._message_keys

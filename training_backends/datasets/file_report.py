@@ -41,13 +41,13 @@ class Collector:
         self._weight = weight
         self._dialect = dialect
         self._facts = Facts()
-        self._bad_rows = self._blank = self._blank_in_a_row = 0
+        self._invalid_rows = self._blank = self._blank_in_a_row = 0
         self._first_blank: int | None = None
         self._has_crlf = False
         self._sizes: Counter[int] = Counter()
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
 
     def take(self, verdict: Verdict) -> Iterator[Issue]:
         """Add the verdict on the next part and yield its issues by line."""
@@ -57,7 +57,7 @@ class Collector:
         found = [*verdict.found, *self._mixed(verdict), *self._line_ends(verdict)]
         found.sort(key=lambda each: each[0])
         for line, finding in found:
-            yield from self._tell(finding, self.lines + line)
+            yield from self._report(finding, self.lines + line)
         if verdict.first_blank:
             self._first_blank = self._first_blank or self.lines + verdict.first_blank
         self._blank_in_a_row = 0 if verdict.rows else self._blank_in_a_row + verdict.blank
@@ -67,7 +67,7 @@ class Collector:
             yield from self.add(Finding("only_blank_lines", None, text, _JSONL))
         self.lines += verdict.lines
         self.rows += verdict.rows
-        self._bad_rows += verdict.bad_rows
+        self._invalid_rows += verdict.bad_rows
         self._blank += verdict.blank
         self._sizes.update(verdict.sizes)
         self._facts.merge(verdict.facts)
@@ -81,7 +81,7 @@ class Collector:
                 continue
             self._counts["mixed_formats"] += kind.rows
             self._errors["mixed_formats"] += kind.rows
-            self._bad_rows += kind.good
+            self._invalid_rows += kind.good
             text = f"this row is {name}, but the file starts with {self.sample_type} rows"
             finding = Finding("mixed_formats", None, text, "put each format in its own file")
             yield from ((line, finding) for line in kind.first)
@@ -96,7 +96,7 @@ class Collector:
 
     def end(self, end: End) -> Iterator[Issue]:
         """Yield the issues of the file as a whole, and the number of issues not shown."""
-        if end.changed_at is not None and not self._is_as_then(end):
+        if end.changed_at is not None and not self._is_unchanged(end):
             self.failed = True
             fix = "try again when no other process is writing to it"
             yield from self.add(
@@ -122,7 +122,7 @@ class Collector:
                     yield from self.add(finding)
         yield from self.rest()
 
-    def _is_as_then(self, end: End) -> bool:
+    def _is_unchanged(self, end: End) -> bool:
         try:
             now = self.path.stat()
         except OSError:
@@ -135,7 +135,7 @@ class Collector:
         if level != "ignored":
             self._counts[finding.code] += 1
             self._errors[finding.code] += level == "error"
-            yield from self._tell(finding._replace(severity=level), line)
+            yield from self._report(finding._replace(severity=level), line)
 
     def leave(self, code: str, more: int, severity: Literal["error", "warning"]) -> None:
         """Count findings without an issue of their own; `rest` reports their number."""
@@ -147,8 +147,8 @@ class Collector:
     def rest(self) -> Iterator[Issue]:
         """Yield for each code the number of issues not shown, once."""
         for code, count in self._counts.items():
-            if more := count - self._told[code]:
-                self._told[code] = count
+            if more := count - self._reported[code]:
+                self._reported[code] = count
                 yield Issue(
                     code=code,
                     message=f"{more:,} more like this (`{code}`)",
@@ -161,10 +161,10 @@ class Collector:
         """Number of findings by code."""
         return {code: count for code, count in self._counts.items() if count}
 
-    def _tell(self, finding: Finding, line: int | None) -> Iterator[Issue]:
+    def _report(self, finding: Finding, line: int | None) -> Iterator[Issue]:
         code, field, message, fix, severity = finding
-        if self._told[code] < KEPT_PER_CODE:
-            self._told[code] += 1
+        if self._reported[code] < KEPT_PER_CODE:
+            self._reported[code] += 1
             yield Issue(
                 code=code,
                 message=message,
@@ -202,7 +202,7 @@ class Collector:
             size=end.size,
             sha256=end.sha256,
             rows=self.rows,
-            bad_rows=self._bad_rows,
+            bad_rows=self._invalid_rows,
             turns=facts.turns,
             sample_type=self.sample_type,
             packing=end.packing,

@@ -229,7 +229,7 @@ def inspect(
         on_progress=on_progress,
         processes=processes,
     )
-    more = _all_told(against_method(config, found.files), on_issue)
+    more = _collected(against_method(config, found.files), on_issue)
     return found.model_copy(update={"issues": (*found.issues, *more)})
 
 
@@ -258,11 +258,11 @@ def inspect_files(
         yield from between_files(reading.files)
         yield from against_limits(reading.files, dialect)
 
-    told = _all_told(issues(), on_issue)
+    told = _collected(issues(), on_issue)
     return Dataset(files=tuple(reading.files), issues=told)
 
 
-def _all_told(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
+def _collected(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
     told = []
     for issue in issues:
         told.append(issue)

@@ -86,7 +86,7 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
         DatasetError: The file cannot be read, or the package to decompress it is not installed.
     """
     if path != STDIN and (issue := file_problem(path)):
-        _refuse(path, issue)
+        _fail(path, issue)
     with ExitStack() as stack:
         try:
             if path == STDIN:
@@ -95,9 +95,9 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
                 file = stack.enter_context(path.open("rb", buffering=0))
             stored = _Stored(file, digest=digest)
         except OSError as error:
-            _refuse(path, unreadable(path, error))
+            _fail(path, unreadable(path, error))
         kind = kind_of(stored.head)
-        chunks = _guarded(path, kind, _UNPACKERS[kind](stored, path))
+        chunks = _with_data_errors(path, kind, _DECODERS[kind](stored, path))
         if kind != "parquet":
             chunks = _checked(path, chunks)
         yield Source(kind, io.BufferedReader(_Chunks(chunks), _BUFFER), stored)
@@ -136,7 +136,7 @@ def expand(names: Iterable[Path | str]) -> list[Path]:
         else:
             inside, problem = [path], ""
         if not inside:
-            _refuse(path, _issue(path, "missing_file", problem, "check the path"))
+            _fail(path, _issue(path, "missing_file", problem, "check the path"))
         found |= dict.fromkeys(inside)
     return list(found)
 
@@ -162,17 +162,17 @@ class _Stored(io.RawIOBase):
         self.head = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
             self.head += more
-        self._again = self.head
+        self._replay = self.head
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        if self._again:
-            count = min(len(view), len(self._again))
-            view[:count] = self._again[:count]
-            self._again = self._again[count:]
+        if self._replay:
+            count = min(len(view), len(self._replay))
+            view[:count] = self._replay[:count]
+            self._replay = self._replay[count:]
         else:
             count = int(self._file.readinto(view) or 0)
         self.size += count
@@ -209,7 +209,7 @@ class _Chunks(io.RawIOBase):
         return count
 
 
-def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _with_data_errors(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Convert everything that decompressors raise for bad data to `DatasetError`."""
     try:
         yield from chunks
@@ -217,44 +217,44 @@ def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]
         raise
     except ImportError as error:
         fix = f"pip install 'training-backends[{kind}]'"
-        _refuse(
-            path, _issue(path, "missing_extra", f"reading this file requires {error.name}", fix)
-        )
+        _fail(path, _issue(path, "missing_extra", f"reading this file requires {error.name}", fix))
     except Exception as error:
         # System errors have an errno, errors of the decompressors have none.
         if isinstance(error, OSError) and error.errno is not None:
-            _refuse(path, unreadable(path, error))
+            _fail(path, unreadable(path, error))
         message = f"the {kind} data is corrupt: {_first_line(error)}"
         if isinstance(error, EOFError):
             message = f"the {kind} data is truncated"
-        _refuse(path, _issue(path, "damaged_file", message, "download or compress the file again"))
+        _fail(path, _issue(path, "damaged_file", message, "download or compress the file again"))
 
 
 def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Reject JSON that is not JSON Lines once, instead of with an error on every line."""
-    begun = b""
+    head_bytes = b""
     for chunk in chunks:
-        begun += chunk
-        is_sure, problem = _layout_problem(path, begun, at_end=len(begun) >= _LAYOUT_BYTES)
+        head_bytes += chunk
+        is_sure, problem = _layout_problem(
+            path, head_bytes, at_end=len(head_bytes) >= _LAYOUT_BYTES
+        )
         if is_sure:
             break
     else:
-        _, problem = _layout_problem(path, begun, at_end=True)
+        _, problem = _layout_problem(path, head_bytes, at_end=True)
     if problem:
-        _refuse(path, problem)
-    if begun:
-        yield begun
+        _fail(path, problem)
+    if head_bytes:
+        yield head_bytes
     yield from chunks
 
 
-def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
+def _layout_problem(path: Path, head_bytes: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
     """Return whether the layout could be determined, and its problem if any.
 
     Args:
-        begun: The first bytes of the file.
-        at_end: `begun` is all there is to examine.
+        head_bytes: The first bytes of the file.
+        at_end: `head_bytes` is all there is to examine.
     """
-    text = begun.removeprefix(BOM).lstrip()
+    text = head_bytes.removeprefix(BOM).lstrip()
     line, end, rest = text.partition(b"\n")
     line = line.rstrip()
     if path.suffix.lower() in {".csv", ".tsv"} and text and text[:1] not in b"[{":
@@ -326,7 +326,7 @@ def _zstd(stored: _Stored, _: Path) -> Iterator[bytes]:
 def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
     if path == STDIN:
         message = "Parquet cannot be read from standard input"
-        _refuse(path, _issue(path, "not_a_file", message, "save it to a file first"))
+        _fail(path, _issue(path, "not_a_file", message, "save it to a file first"))
     from pyarrow import parquet  # noqa: PLC0415
 
     encode = msgspec.json.Encoder().encode
@@ -352,7 +352,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-_UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
+_DECODERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
     "plain": _plain,
     "gzip": _gzip,
     "zstd": _zstd,
@@ -360,7 +360,7 @@ _UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
 }
 
 
-def _refuse(path: Path, issue: Issue) -> NoReturn:
+def _fail(path: Path, issue: Issue) -> NoReturn:
     raise DatasetError(f"Could not read {path}.", issues=[issue]) from None
 
 

@@ -258,13 +258,13 @@ class _Repairing:
                     continue
                 if part == "start":
                     self._rows += 1
-                    kept = self._keeps(number, (too_long(MAX_LINE_BYTES),))
+                    kept = self._accepts(number, (too_long(MAX_LINE_BYTES),))
                 if kept:
                     out.write(piece)
         if self._first_crlf:
             many = self.counts["line_ends"]
             what = "1 line" if many == 1 else f"{many:,} lines, first here"
-            self._tell(self._first_crlf, "line_ends", f"changed CRLF to LF in {what}")
+            self._report(self._first_crlf, "line_ends", f"changed CRLF to LF in {what}")
         if not self._written:
             raise _unusable(
                 self._path, "empty_file", "no rows would be left", "check that it is JSON Lines"
@@ -300,8 +300,8 @@ class _Repairing:
             self._done(number, "blank_line", "removed blank line")
             return b""
         self._rows += 1
-        mended = self._row(number, row)
-        return b"" if mended is None else mended + end
+        repaired = self._row(number, row)
+        return b"" if repaired is None else repaired + end
 
     def _row(self, number: int, row: bytes) -> bytes | None:
         """Return the repaired row, or None to remove it."""
@@ -311,17 +311,17 @@ class _Repairing:
             if is_empty(row):
                 self._done(number, "empty_row", "removed empty row")
                 return None
-            row, findings, done = self._mend(number, row, findings)
+            row, findings, done = self._repair_row(number, row, findings)
         if not self._seen.add(row):
             self._done(number, "duplicate_row", "removed duplicate row")
             return None
-        if not self._keeps(number, findings):
+        if not self._accepts(number, findings):
             return None
         for one in done:
             self._done(*one)
         return row
 
-    def _mend(
+    def _repair_row(
         self, number: int, row: bytes, findings: Sequence[Finding]
     ) -> tuple[bytes, Sequence[Finding], Sequence[Repair]]:
         """Repair a row until nothing changes; keep the original if an error remains."""
@@ -337,7 +337,7 @@ class _Repairing:
             return new, left, done
         return row, findings, ()
 
-    def _keeps(self, number: int, findings: Sequence[Finding]) -> bool:
+    def _accepts(self, number: int, findings: Sequence[Finding]) -> bool:
         """Count a row and report its errors; return False if it is removed for them."""
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors and self.drop_invalid:
@@ -354,9 +354,9 @@ class _Repairing:
 
     def _done(self, number: int, code: str, message: str) -> None:
         self.counts[code] += 1
-        self._tell(number, code, message)
+        self._report(number, code, message)
 
-    def _tell(self, number: int, code: str, message: str) -> None:
+    def _report(self, number: int, code: str, message: str) -> None:
         if self._on_repair:
             self._on_repair(Repair(number, code, message))
 

@@ -210,8 +210,8 @@ class _Exchange:
         for number, (call, old) in enumerate(zip(self._calls, self._call_ids, strict=True)):
             partners = [
                 answer
-                for answer, told in zip(self._answers, self._answer_ids, strict=True)
-                if told is not None and told == old
+                for answer, answer_id in zip(self._answers, self._answer_ids, strict=True)
+                if answer_id is not None and answer_id == old
             ]
             if lone and lone[0] == number:
                 partners.append(self._answers[lone[1]])

@@ -211,8 +211,11 @@ def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | Preference
         prompt, tools = pair.input.messages, pair.input.tools
         chosen, rejected = pair.preferred_output, pair.non_preferred_output
     else:
-        prompt, tools = _said("user", pair.prompt) or [], pair.tools
-        chosen, rejected = _said("assistant", pair.chosen), _said("assistant", pair.rejected)
+        prompt, tools = _as_messages("user", pair.prompt) or [], pair.tools
+        chosen, rejected = (
+            _as_messages("assistant", pair.chosen),
+            _as_messages("assistant", pair.rejected),
+        )
     if chosen is None or rejected is None:
         raise msgspec.ValidationError("Object is of no known format")
     return PreferenceRow(prompt, chosen, rejected, tools)
@@ -228,7 +231,7 @@ def _content(row: _Row) -> ChatRow | TextRow:
     raise msgspec.ValidationError("Object has neither `messages` nor `text`")
 
 
-def _said(role: Role, given: str | list[Message] | None) -> list[Message] | None:
+def _as_messages(role: Role, given: str | list[Message] | None) -> list[Message] | None:
     return [Message(role, given)] if isinstance(given, str) else given
 
 

@@ -293,7 +293,7 @@ class _Judging:
         self._longest = min(part.max_line, _PIECE - 1)
         self._lengths = array("I")
         self._no_rows = 0
-        self._looked_at = 0
+        self._single_rows = 0
         self._usual: RowVerdict | None = None
         self._begun = 0
         self._kept = bytearray()
@@ -316,12 +316,12 @@ class _Judging:
                 self._take(pieces, sizes)
                 left -= sum(sizes)
             else:
-                left = self._look_at(pieces, left)
+                left = self._take_each(pieces, left)
         if self._begun:
             self._finish()
-        return self._summed_up()
+        return self._totals()
 
-    def _summed_up(self) -> Verdict:
+    def _totals(self) -> Verdict:
         verdict = self.verdict
         verdict.facts = self._rules.facts  # updated on access
         verdict.lines = self._number
@@ -329,8 +329,8 @@ class _Judging:
         verdict.facts.longest_row = max(self._lengths, default=0)
         verdict.sizes = Counter(map(int.bit_length, self._lengths))
         if (usual := self._usual) and usual[0]:
-            verdict.kinds[usual[0]].rows += len(self._lengths) - self._looked_at
-            verdict.kinds[usual[0]].good += len(self._lengths) - self._looked_at
+            verdict.kinds[usual[0]].rows += len(self._lengths) - self._single_rows
+            verdict.kinds[usual[0]].good += len(self._lengths) - self._single_rows
         return verdict
 
     @property
@@ -355,23 +355,23 @@ class _Judging:
             verdict.hashes.extend(map(xxh3_64_intdigest, lines))
             return
         for line, one in zip(lines, found, strict=True):
-            self._unusual(line, one)
+            self._take_one(line, one)
 
-    def _look_at(self, pieces: list[bytes], left: int) -> int:
+    def _take_each(self, pieces: list[bytes], left: int) -> int:
         """Process lines and pieces of long ones individually; return the bytes left."""
         for piece in pieces:
             if left <= 0 and not self._begun:
                 break  # belongs to the next part
             left -= len(piece)
             if len(piece) < _PIECE and not self._begun:
-                self._unusual(piece, None)
+                self._take_one(piece, None)
                 continue
-            self._begin_or_go_on(piece)
+            self._extend(piece)
             if left <= 0 and self._begun > self._max_line:
                 self._finish()  # too long, whatever follows
         return left
 
-    def _begin_or_go_on(self, piece: bytes) -> None:
+    def _extend(self, piece: bytes) -> None:
         """Add a piece of a long line; lines that are too long are not kept."""
         self._begun += len(piece)
         if self._begun <= self._max_line + 1:
@@ -389,14 +389,14 @@ class _Judging:
         if size - line.endswith(b"\n") > self._max_line:
             self._add_too_long()
         else:
-            self._unusual(line, None)
+            self._take_one(line, None)
 
     def _add_too_long(self) -> None:
         self._no_rows += 1
         self.verdict.add(self._number, (too_long(self._max_line),))
-        self._leave_out()
+        self._record_places()
 
-    def _unusual(self, line: bytes, found: RowVerdict | None) -> None:
+    def _take_one(self, line: bytes, found: RowVerdict | None) -> None:
         """Process a single line, with its verdict if there is one already."""
         verdict = self.verdict
         if len(line) - line.endswith(b"\n") > self._max_line:
@@ -406,7 +406,7 @@ class _Judging:
         if row:
             self._lengths.append(len(line))
             if found is None or found is not self._usual:
-                self._looked_at += 1
+                self._single_rows += 1
                 if self._is_bad(found or self._rules.judge(row)):
                     row = None
         else:
@@ -416,9 +416,9 @@ class _Judging:
             if verdict.places is not None:
                 verdict.places.append(self._number)
         else:
-            self._leave_out()
+            self._record_places()
 
-    def _leave_out(self) -> None:
+    def _record_places(self) -> None:
         """Record line numbers of hashes from the first line without a hash on."""
         if self.verdict.places is None:
             self.verdict.places = array("I", range(1, self._number))

@@ -19,9 +19,9 @@ _Inbox = SimpleQueue[bytes]
 def main() -> None:
     """Process arguments until the parent closes the connection or exits."""
     connection: Connection[Any, Any] = Connection(os.dup(0))
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 0)
+    os.close(devnull)
     inbox: _Inbox = SimpleQueue()
     Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     function = load_task(sys.argv[1])

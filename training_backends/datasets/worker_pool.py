@@ -25,7 +25,7 @@ Outcome = tuple[bool, Any]
 _AHEAD: Final = 4
 """Arguments per process that are taken ahead of results."""
 
-_IN_HAND: Final = 2
+_PENDING: Final = 2
 """Arguments per worker: one in progress and one queued."""
 
 _PROGRAM: Final = ("-P", "-m", "training_backends.datasets.worker_main")
@@ -95,10 +95,10 @@ def run_parallel(
         yield from map(function, arguments)
         return
     with ExitStack() as stack:
-        yield from _Crew(task, function, iter(arguments), processes, stack).results()
+        yield from _Pool(task, function, iter(arguments), processes, stack).results()
 
 
-class _Crew:
+class _Pool:
     """This process and its workers, processing one series of arguments."""
 
     def __init__(
@@ -113,7 +113,7 @@ class _Crew:
         self._function = function
         self._arguments = arguments
         self._to_start = processes - 1
-        self._most_open = processes * _AHEAD
+        self._most_pending = processes * _AHEAD
         self._stack = stack
         self._workers: list[_Worker] = []
         self._taken = 0
@@ -124,7 +124,7 @@ class _Crew:
         own: tuple[int, object] | None = None
         while True:
             own = own or self._take()
-            self._hand_out()
+            self._dispatch()
             if self._wanted in self._done:
                 returned, value = self._done.pop(self._wanted)
                 self._wanted += 1
@@ -135,20 +135,20 @@ class _Crew:
                 self._done[own[0]] = attempt(self._function, own[1])
                 own = None
             elif self._wanted < self._taken:
-                self._collect(patiently=True)
+                self._collect(block=True)
             else:
                 return
-            self._collect(patiently=False)
+            self._collect(block=False)
 
     def _take(self) -> tuple[int, object] | None:
-        if self._taken - self._wanted >= self._most_open:
+        if self._taken - self._wanted >= self._most_pending:
             return None
         for argument in self._arguments:
             self._taken += 1
             return self._taken - 1, argument
         return None
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         while (worker := self._free()) and (taken := self._take()):
             worker.give(*taken)
 
@@ -158,14 +158,14 @@ class _Crew:
             # If no more processes can be started, the existing ones do the work.
             with suppress(OSError):
                 self._workers.append(_Worker(self._task, self._stack))
-        least = min(self._workers, key=lambda worker: worker.in_hand, default=None)
-        return least if least and least.in_hand < _IN_HAND else None
+        least = min(self._workers, key=lambda worker: worker.pending, default=None)
+        return least if least and least.pending < _PENDING else None
 
-    def _collect(self, *, patiently: bool) -> None:
+    def _collect(self, *, block: bool) -> None:
         from multiprocessing.connection import wait  # noqa: PLC0415
 
-        busy = [worker for worker in self._workers if worker.in_hand]
-        ready = wait([worker.connection for worker in busy], None if patiently else 0)
+        busy = [worker for worker in self._workers if worker.pending]
+        ready = wait([worker.connection for worker in busy], None if block else 0)
         for worker in busy:
             if worker.connection in ready:
                 number, outcome = worker.answer()
@@ -176,13 +176,13 @@ class _Worker:
     """A worker process.
 
     Attributes:
-        in_hand: Number of arguments without a result.
+        pending: Number of arguments without a result.
     """
 
     def __init__(self, task: str, stack: ExitStack) -> None:
         from multiprocessing import Pipe  # noqa: PLC0415
 
-        self.in_hand = 0
+        self.pending = 0
         self.connection, theirs = Pipe()
         stack.enter_context(self.connection)
         with theirs:
@@ -201,14 +201,14 @@ class _Worker:
             self.connection.send((number, argument))
         except ConnectionError:
             raise self._lost() from None
-        self.in_hand += 1
+        self.pending += 1
 
     def answer(self) -> tuple[int, Outcome]:
         try:
             number, outcome = self.connection.recv()
         except (EOFError, ConnectionError):
             raise self._lost() from None
-        self.in_hand -= 1
+        self.pending -= 1
         return number, outcome
 
     def _lost(self) -> TrainingBackendError:

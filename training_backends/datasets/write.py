@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _BUFFER: Final = 1 << 20
-_TELL_EVERY: Final = 8 << 20
+_REPORT_EVERY: Final = 8 << 20
 _ENDINGS: Final = (".gz", ".zst", ".parquet", ".jsonl")
 
 Progress = Callable[[Path, int, int], None]
@@ -40,7 +40,7 @@ class Meter:
         self._path = path
         self._total = total
         self._on_progress = on_progress
-        self._done = self._told = 0
+        self._done = self._reported = 0
 
     def add(self, count: int) -> None:
         """Add processed bytes."""
@@ -49,9 +49,9 @@ class Meter:
     def reach(self, done: int) -> None:
         """Set the number of processed bytes."""
         self._done = done
-        since = done - self._told
-        if self._on_progress and since and (since >= _TELL_EVERY or done == self._total):
-            self._told = done
+        since = done - self._reported
+        if self._on_progress and since and (since >= _REPORT_EVERY or done == self._total):
+            self._reported = done
             self._on_progress(self._path, done, max(done, self._total))
 
 
@@ -81,12 +81,12 @@ def rereadable(path: Path, directory: Path) -> Iterator[BinaryIO]:
             with path.open("rb") as file:
                 yield file
             return
-        with _told_of(directory):
+        with _write_errors(directory):
             _make_directory(directory)
             # An anonymous file, so that even a killed process leaves nothing behind.
             copy = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # closed below
         with copy:
-            with _told_of(directory):
+            with _write_errors(directory):
                 copy.writelines(read_bytes(source.lines))
                 copy.seek(0)
             yield copy
@@ -124,7 +124,7 @@ class NewFiles:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                self._name_all()
+                self._rename_all()
         finally:
             for temporary in self._made.values():
                 temporary.unlink(missing_ok=True)
@@ -141,11 +141,11 @@ class NewFiles:
         """
         writer = f"{os.getpid()}-{threading.get_ident()}"
         temporary = path.with_name(f".{path.name}.{writer}.tmp")
-        with _told_of(path):
+        with _write_errors(path):
             _make_directory(path.parent)
             if path.is_dir():
                 # Fail before any other file has been renamed into place.
-                raise _refusal(errno.EISDIR)
+                raise _os_error(errno.EISDIR)
             file = temporary.open("wb", buffering=_BUFFER)
             self._made[path] = temporary
             try:
@@ -165,7 +165,7 @@ class NewFiles:
 
     def keep(self, path: Path, backup: Path) -> None:
         """Back up the existing file at `path`."""
-        with _told_of(backup):
+        with _write_errors(backup):
             try:
                 backup.hardlink_to(path)
             except FileExistsError:
@@ -174,12 +174,12 @@ class NewFiles:
                 # Not every file system supports hard links.
                 shutil.copy2(path, backup)
 
-    def _name_all(self) -> None:
+    def _rename_all(self) -> None:
         for path, temporary in self._made.items():
-            with _told_of(path):
+            with _write_errors(path):
                 temporary.replace(path)
         for directory in {path.parent for path in self._made}:
-            with _told_of(directory):
+            with _write_errors(directory):
                 sync_directory(directory)
 
 
@@ -203,16 +203,16 @@ def read_bytes(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
 
 def _make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise _refusal(errno.ENOTDIR)
+        raise _os_error(errno.ENOTDIR)
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _refusal(number: int) -> OSError:
+def _os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

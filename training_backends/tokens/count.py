@@ -48,7 +48,7 @@ _TASK: Final = "training_backends.tokens.count_part:run"
 _Z95: Final = 1.96
 
 
-class _Differs(Exception):
+class _Mismatch(Exception):
     """The fast counter and the reference disagree; the message has the position."""
 
 
@@ -152,7 +152,7 @@ class _Counting:
             sample = SAMPLE_ROWS
         try:
             estimates = self._estimate(packed, sample)
-        except _Differs as difference:
+        except _Mismatch as difference:
             self._slow = True
             self._notes.append(
                 f"All rows were counted with mistral-common: counts differed at {difference}."
@@ -162,7 +162,7 @@ class _Counting:
 
     def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
         found: dict[int, _Estimate] = {}
-        whole: list[tuple[int, Job]] = []
+        complete: list[tuple[int, Job]] = []
         for number, file in enumerate(self._files):
             job = self._job(file, is_packed=packed[number])
             wanted = _share(sample, file.size, self._size)
@@ -176,8 +176,8 @@ class _Counting:
             if is_drawn:
                 found[number] = self._draw(file, job, wanted)
             else:
-                whole.append((number, job))
-        for number, lengths in self._count_whole(whole):
+                complete.append((number, job))
+        for number, lengths in self._count_complete(complete):
             found[number] = _exactly(lengths)
             self._cache.keep(self._files[number], lengths)
         return [found[number] for number in sorted(found)]
@@ -195,7 +195,7 @@ class _Counting:
     def _draw(self, file: DataFile, job: Job, wanted: int) -> _Estimate:
         """Estimate a file: mean tokens per byte of sampled rows, times the file size."""
         if not self._slow:
-            self._judge(compare(replace(job, draws=_CHECKED_ROWS)))
+            self._note(compare(replace(job, draws=_CHECKED_ROWS)))
         sample = draw(replace(job, draws=wanted))
         variance = file.size**2 * statistics.variance(sample.shares) / len(sample.shares)
         return _Estimate(
@@ -207,18 +207,18 @@ class _Counting:
             sample.at_least,
         )
 
-    def _judge(self, check: Check) -> None:
+    def _note(self, check: Check) -> None:
         if check.difference:
-            raise _Differs(check.difference)
+            raise _Mismatch(check.difference)
         if check.omitted:
             note = f"Counts were not verified with mistral-common: {check.omitted}."
             if note not in self._notes:
                 self._notes.append(note)
 
-    def _count_whole(self, whole: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
+    def _count_complete(self, complete: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
         """Count files completely, in parts distributed over processes."""
-        jobs = [(number, job) for number, each in whole for job in self._parts(number, each)]
-        size = sum(self._files[number].size for number, _ in whole)
+        jobs = [(number, job) for number, each in complete for job in self._parts(number, each)]
+        size = sum(self._files[number].size for number, _ in complete)
         results = run_parallel(_TASK, [job for _, job in jobs], processes=self._workers(size))
         lengths, lines = Lengths(), 0
         meter: Meter | None = None
@@ -227,7 +227,7 @@ class _Counting:
             if meter is None:
                 meter = Meter(file.path, file.size, self._on_progress)
             if isinstance(result, Check):
-                self._judge(result)
+                self._note(result)
                 continue
             part: Part = result
             lines += part.lines

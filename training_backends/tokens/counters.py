@@ -77,7 +77,7 @@ class Reference:
         if instruct.image_encoder is not None:
             instruct.image_encoder = _Sizes(instruct.image_encoder)
         # It also raises built-in exceptions for bad values and deep nesting.
-        self._refusals = (MistralCommonException, ValueError, AssertionError, RecursionError)
+        self._row_errors = (MistralCommonException, ValueError, AssertionError, RecursionError)
 
     def text(self, text: str) -> int:
         """Count a text on its own."""
@@ -97,7 +97,7 @@ class Reference:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return len(self._tokenizer.encode_chat_completion(request).tokens)
-        except self._refusals as error:
+        except self._row_errors as error:
             why = str(error).partition("\n")[0] or type(error).__name__
             raise Uncountable(f"mistral-common rejects the row: {why}") from error
 

@@ -39,7 +39,7 @@ _REMEMBERED_TOOLS: Final = 4096
 _dumps: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class _Odd(Exception):
+class _Unsupported(Exception):
     """The row is left to mistral-common."""
 
 
@@ -76,20 +76,20 @@ class Layout:
             if self._version <= 3:
                 return 1 + self._early(turns, tools)
             return 1 + self._late(turns, tools)
-        except (_Odd, RecursionError, ValueError):
+        except (_Unsupported, RecursionError, ValueError):
             return None
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
         """Validate and merge messages as mistral-common does."""
         if len(messages) < 2 or messages[-1].role != "assistant":
-            raise _Odd
+            raise _Unsupported
         turns: list[_Turn] = []
         previous = ""
         has_calls = False
         for message in messages:
             role = "system" if message.role == "developer" else message.role
             if previous and role not in _FOLLOWERS[previous]:
-                raise _Odd
+                raise _Unsupported
             text = message.content
             chunks: Sequence[str | int] = ()
             if type(text) is not str:
@@ -97,13 +97,13 @@ class Layout:
             calls = message.tool_calls or ()
             if role == "assistant":
                 if (not text and not calls) or (text and calls and self._version <= 3):
-                    raise _Odd
+                    raise _Unsupported
             elif message.content is None or calls:
-                raise _Odd
+                raise _Unsupported
             if role == previous and role in ("user", "assistant"):
                 before = turns.pop()
                 if calls or before.calls:
-                    raise _Odd
+                    raise _Unsupported
                 if chunks or before.chunks:
                     chunks = _merged(*(before.chunks or (before.text,)), *(chunks or (text,)))
                 text = _JOIN.join(part for part in (before.text, text) if part)
@@ -125,35 +125,35 @@ class Layout:
             elif self._images and self._version >= 3 and message.role == "user":
                 chunks.append(self._images(part))
             else:
-                raise _Odd
+                raise _Unsupported
         merged = _merged(*chunks)
         if len(merged) == 1 and isinstance(merged[0], str) and merged[0]:
             return merged[0], ()
         if not any(isinstance(each, int) for each in merged):
-            raise _Odd
+            raise _Unsupported
         return "", merged
 
     def _check_calls(self, turns: Sequence[_Turn]) -> None:
         """Accept only calls that are valid in every version: each answered once, by id."""
         open_ids: set[str] = set()
         if self._version == 1 or turns[0].role in ("assistant", "tool"):
-            raise _Odd
+            raise _Unsupported
         for turn in turns:
             if turn.role == "assistant":
                 ids = [self._checked_call(call) for call in turn.calls]
                 if open_ids or len(set(ids)) < len(ids):
-                    raise _Odd
+                    raise _Unsupported
                 open_ids = set(ids)
             elif turn.role == "tool" and turn.message:
                 name, call_id = turn.message.name, turn.message.tool_call_id
                 if call_id not in open_ids or (name is not None and not _NAME.fullmatch(name)):
-                    raise _Odd
+                    raise _Unsupported
                 open_ids.remove(call_id)
 
     def _checked_call(self, call: ToolCall) -> str:
         is_known = call.type == "function" and _NAME.fullmatch(call.function.name)
         if not is_known or not call.id or not _ID.fullmatch(call.id):
-            raise _Odd
+            raise _Unsupported
         return call.id
 
     def _first_version(self, turns: Sequence[_Turn]) -> int:
@@ -183,7 +183,7 @@ class Layout:
                 pass  # calls and results before the last user message are dropped
             elif turn.calls:
                 if self._version == 2 and len(turn.calls) > 1:
-                    raise _Odd
+                    raise _Unsupported
                 total += 2 + count(_dumps([self._call(call) for call in turn.calls]))
             else:
                 total += 2 + count(_dumps(self._result(turn)))
@@ -231,7 +231,7 @@ class Layout:
     def _result(self, turn: _Turn) -> Any:
         content = _json_or_text(turn.text)
         if turn.message is None:
-            raise _Odd
+            raise _Unsupported
         if self._version == 2:
             return [{"name": turn.message.name, "content": content}]
         return {"content": content, "call_id": turn.message.tool_call_id}
@@ -245,7 +245,7 @@ class Layout:
             self._tools[key] = self._count_tools(tools) if _are_valid(tools) else None
         counted = self._tools[key]
         if counted is None:
-            raise _Odd
+            raise _Unsupported
         return counted
 
     def _count_tools(self, tools: Sequence[Tool]) -> int:

@@ -129,7 +129,7 @@ def sentencepiece_count(path: Path) -> TextCount:
         raise missing("sentencepiece")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     encode = processor.encode
-    if not _falls_into_words(processor):
+    if not _splits_into_words(processor):
         return lambda text: len(encode(text))
     words = _Words(encode)
     count_word = words.__getitem__
@@ -163,7 +163,7 @@ class _Words(dict[str, int]):
         return count
 
 
-def _falls_into_words(processor: Any) -> bool:
+def _splits_into_words(processor: Any) -> bool:
     """Return whether no token spans a newline, or a word and the space after it.
 
     If so, words can be tokenized independently and their counts cached. This also requires that
