@@ -493,7 +493,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert target.read_bytes() == lines({"text": "a"})
     (tmp_path / "link").symlink_to(path)
     for same in (path, tmp_path / "link"):
-        with pytest.raises(ConfigError, match="not written over"):
+        with pytest.raises(ConfigError, match="both the input and the output"):
             repair(path, same, force=True)
 
 

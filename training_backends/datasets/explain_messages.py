@@ -378,10 +378,8 @@ class Talk:
                 allowed = order.get(before, ())  # type: ignore[call-overload]
                 if role not in allowed:
                     code = "bad_start" if before == "start" else "bad_order"
-                    behind = (
-                        "at the start" if before == "start" else f"after one with role {before}"
-                    )
-                    text = f"a message with role {role} is not allowed {behind}"
+                    where = "at the start" if before == "start" else f"after one with role {before}"
+                    text = f"a message with role {role} is not allowed {where}"
                     words = [one for one in allowed if one != "end"]
                     fix = "insert a message with role " + " or ".join(words) + " before it"
                     yield Finding(code, f"{field}[{index}].role", text, fix)

@@ -258,17 +258,17 @@ def inspect_files(
         yield from between_files(reading.files)
         yield from against_limits(reading.files, dialect)
 
-    told = _collected(issues(), on_issue)
-    return Dataset(files=tuple(reading.files), issues=told)
+    found = _collected(issues(), on_issue)
+    return Dataset(files=tuple(reading.files), issues=found)
 
 
 def _collected(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
-    told = []
+    collected = []
     for issue in issues:
-        told.append(issue)
+        collected.append(issue)
         if on_issue:
             on_issue(issue)
-    return tuple(told)
+    return tuple(collected)
 
 
 def inspect_file(

@@ -341,8 +341,8 @@ class _Judging:
     def _are_rows(self, pieces: list[bytes], sizes: list[int]) -> bool:
         """Return whether all pieces are complete lines that end in `}` and LF."""
         # One check per batch, because this is the hot path.
-        whole = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
-        return whole and {*map(_last, pieces)} == _BRACE
+        complete = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
+        return complete and {*map(_last, pieces)} == _BRACE
 
     def _take(self, lines: list[bytes], sizes: list[int]) -> None:
         """Process lines; a batch with identical verdicts is handled as a whole."""

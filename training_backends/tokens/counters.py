@@ -330,22 +330,22 @@ class TemplateCheck:
             self._template = None
 
     def accepts(self, row: AnyRow) -> bool:
-        """Tell whether the tokenizer certainly takes a row."""
+        """Return whether the tokenizer certainly accepts a row."""
         try:
             return all(map(self._renders, parts_of(row)))
         except Uncountable:
             return False
 
     def rewrites(self, row: ChatRow) -> bool:
-        """Tell whether the answers of an accepted row certainly cannot be told from the rest.
+        """Return whether the answers of an accepted row certainly cannot be located.
 
-        That needs what is before an answer, and what ends with it, to begin the conversation.
+        An answer can be located if the text before it and the text up to its end are prefixes.
         """
         count = len(row.messages)
         try:
-            whole = self._text(row, count, waiting=False)
+            complete = self._text(row, count, waiting=False)
             return not all(
-                whole.startswith(self._text(row, end, waiting=end == index))
+                complete.startswith(self._text(row, end, waiting=end == index))
                 for index in range(count)
                 if row.messages[index].is_trained
                 for end in (index, index + 1)

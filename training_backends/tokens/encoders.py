@@ -338,19 +338,18 @@ class TemplateEncoder:
             return self._encode_text(row.text)
         self._require_plain(row)
         content = _openai_row(row)
-        whole = self._render(content, len(row.messages), waiting=False)
-        trained = [False] * len(whole)
+        ids = self._render(content, len(row.messages), waiting=False)
+        trained = [False] * len(ids)
         for index, message in enumerate(row.messages):
             if message.is_trained:
                 start = self._render(content, index, waiting=True)
                 end = self._render(content, index + 1, waiting=False)
-                if whole[: len(start)] != start or whole[: len(end)] != end:
+                if ids[: len(start)] != start or ids[: len(end)] != end:
                     raise UnusableRow(
-                        "the chat template changes earlier messages, so its answers cannot be "
-                        "told from the rest"
+                        "the chat template rewrites earlier messages, so answers cannot be located"
                     )
                 trained[len(start) : len(end)] = [True] * (len(end) - len(start))
-        return whole, trained
+        return ids, trained
 
     def _require_plain(self, row: ChatRow) -> None:
         _refuse_images(row)
