@@ -295,7 +295,7 @@ class Talk:
                 text = f"invalid weight {short(weight)}"
                 yield Finding("bad_weight", f"{place}.weight", text, f"use {known}")
             elif role not in self._dialect.weighted_roles:
-                fix = "only set it on messages with role " + " or ".join(
+                fix = "set it only on messages with role " + " or ".join(
                     self._dialect.weighted_roles
                 )
                 text = f"{role} messages cannot have a weight"
@@ -338,7 +338,7 @@ class Talk:
         call_id = call.get("id")
         if not isinstance(call_id, str) or not call_id or not self._is_call_id(call_id):
             found = "has no id" if call_id is None else f"has the invalid id {short(call_id)}"
-            fix = f"set an id ({self._dialect.call_id_words}) and repeat it in the tool message"
+            fix = f"use {self._dialect.call_id_words}, and repeat the id in the tool message"
             yield Finding("bad_call_id", f"{place}.id", f"the tool call {found}", fix)
         kind = call.get("type")
         if kind is not None and kind != "function":
@@ -398,7 +398,7 @@ class Talk:
             text = "the assistant message is the only message"
             yield Finding("lone_answer", field, text, "add the message that it answers")
         if all(one.get("weight") == 0 for one in answers):
-            text = "every assistant message has weight 0, so the row trains nothing"
+            text = "every assistant message has weight 0, so nothing is trained"
             yield Finding("nothing_trained", field, text, "remove the row", "warning")
 
     @staticmethod

@@ -371,7 +371,7 @@ def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
 def unreadable(path: Path, error: OSError) -> Issue:
     """Return the issue for a file that cannot be read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        fix = "check the path; in a configuration file it is relative to that file"
+        fix = "check the path; a configuration's paths are relative to its file"
         return _issue(path, "missing_file", "no such file", fix)
     if isinstance(error, PermissionError):
         fix = "make the file readable for the current user"

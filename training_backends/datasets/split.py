@@ -1,7 +1,7 @@
 """Split data files into training and validation rows.
 
-The assignment of a row depends only on its content and the seed: reordering or adding rows leaves
-the others where they are, and identical rows always end up in the same part.
+The assignment is by a hash of the row's content and the seed: reordering rows changes nothing,
+adding rows moves few others, and identical rows always end up in the same part.
 """
 
 import os
