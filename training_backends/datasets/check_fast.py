@@ -411,13 +411,14 @@ def file_findings(facts: Facts, dialect: Dialect) -> Iterator[Finding]:
     """Yield the findings of a file as a whole, from the counts over all its rows."""
     rows = facts.rows.total()
     if rows < dialect.min_rows:
-        text = f"the file has {rows:,} rows; at least {dialect.min_rows:,} are required"
+        text = f"too few rows: {rows:,}; at least {dialect.min_rows:,} required"
         yield Finding("too_few_rows", None, text, "add rows")
     if dialect.max_rows is not None and rows > dialect.max_rows:
-        text = f"the file has {rows:,} rows; the limit is {dialect.max_rows:,}"
+        text = f"too many rows: {rows:,}; the limit is {dialect.max_rows:,}"
         yield Finding("too_many_rows", None, text, "remove some of them")
     if dialect.max_image_rows is not None and facts.image_rows > dialect.max_image_rows:
-        text = f"{facts.image_rows:,} rows have images; the limit is {dialect.max_image_rows:,}"
+        many, limit = facts.image_rows, dialect.max_image_rows
+        text = f"too many rows with images: {many:,}; the limit is {limit:,}"
         yield Finding("too_many_images", None, text, "remove some of them")
     for target in sorted({target for target, _ in facts.label_kinds}):
         single, multi = (facts.label_kinds[target, kind] for kind in ("single", "multi"))

@@ -202,7 +202,7 @@ def show_shards(source: Path, parts: Sequence[ShardFile], out: Console) -> None:
 
 
 def _show_file(path: Path, rows: int, size: int, out: Console) -> None:
-    out.print(f"  {escape(str(path))}  {rows:,} rows, {decimal(size)}")
+    out.print(f"  {escape(str(path))}  {_many(rows, 'row')}, {decimal(size)}")
 
 
 def show_data(data: dict[str, Any], out: Console) -> None:
