@@ -36,8 +36,8 @@ def test_a_file_is_repaired_into_a_new_one(run: Run, write: Callable[..., Path])
     before = path.read_bytes()
     done = run("data", "repair", path.name)
     assert (done.code, done.out) == (0, "")
-    assert "line 2: removed the row, which stood there before" in done.err
-    assert "line 4: removed the row, which holds nothing" in done.err
+    assert "line 2: removed duplicate row" in done.err
+    assert "line 4: removed empty row" in done.err
     assert "data.jsonl: 4 rows read, 2 written to data.repaired.jsonl" in done.err
     assert path.read_bytes() == before
     new = path.with_name("data.repaired.jsonl").read_text().splitlines()
@@ -49,11 +49,11 @@ def test_what_cannot_be_repaired_ends_with_3(run: Run, write: Callable[..., Path
     write(GOOD, {"messages": [ASK]})
     done = run("data", "repair", "data.jsonl")
     assert done.code == 3
-    assert "data.jsonl:2: messages: no message is the assistant's" in done.err
-    assert "rows that are still invalid: 1" in done.err
+    assert "data.jsonl:2: messages: there is no assistant message" in done.err
+    assert "rows still invalid: 1" in done.err
     dropped = run("data", "repair", "data.jsonl", "--drop-invalid", "--force")
     assert dropped.code == 0
-    assert "line 2: removed the row: messages: no message is the assistant's" in dropped.err
+    assert "line 2: removed invalid row: messages: there is no assistant message" in dropped.err
 
 
 def test_json_has_everything(run: Run, write: Callable[..., Path]) -> None:
@@ -76,8 +76,8 @@ def test_many_repairs_are_counted_on_the_screen(run: Run, write: Callable[..., P
     done = run("data", "repair", "data.jsonl")
     assert "line 51: " in done.err
     assert "line 52: " not in done.err
-    assert "… and 249 more (--json has them all)" in done.err
-    assert "rows removed that stood there before: 299" in done.err
+    assert "… and 249 more (use --json to list all)" in done.err
+    assert "duplicate rows removed: 299" in done.err
 
 
 def test_in_place_keeps_what_it_was(run: Run, write: Callable[..., Path]) -> None:
@@ -86,11 +86,11 @@ def test_in_place_keeps_what_it_was(run: Run, write: Callable[..., Path]) -> Non
     before = path.read_bytes()
     done = run("data", "repair", "data.jsonl", "--in-place")
     assert done.code == 0
-    assert "what it was is in" in done.err
+    assert "original backed up to" in done.err
     assert path.with_name("data.jsonl.orig").read_bytes() == before
     again = run("data", "repair", "data.jsonl", "--in-place")
     assert again.code == 3
-    assert "data.jsonl.orig exists already" in again.err
+    assert "data.jsonl.orig already exists" in again.err
 
 
 def test_in_place_a_right_file_is_left_alone(run: Run, write: Callable[..., Path]) -> None:
@@ -144,15 +144,27 @@ def test_the_dialect_decides(run: Run, write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["none.jsonl"], 3, "none.jsonl: there is no such file"),
-        (["data.jsonl", "--output", "other.jsonl"], 3, "other.jsonl exists already"),
-        (["data.jsonl", "--output", "data.jsonl", "--force"], 3, "data.jsonl is not written over"),
-        (["data.jsonl", "other.jsonl", "--output", "new.jsonl"], 2, "--output goes with one file"),
-        (["data.jsonl", "--output", "new.jsonl", "--in-place"], 2, "--output goes with one file"),
-        (["data.jsonl", "--output", "new.jsonl.gz"], 2, "name it .jsonl"),
-        (["data.jsonl", "--dialect", "mistrl"], 2, "No dialect is called 'mistrl'"),
-        (["empty.jsonl"], 3, "no row would be left"),
-        (["directory"], 3, "no file in this directory"),
+        (["none.jsonl"], 3, "none.jsonl: no such file"),
+        (["data.jsonl", "--output", "other.jsonl"], 3, "other.jsonl already exists"),
+        (
+            ["data.jsonl", "--output", "data.jsonl", "--force"],
+            3,
+            "data.jsonl is both the input and the output",
+        ),
+        (
+            ["data.jsonl", "other.jsonl", "--output", "new.jsonl"],
+            2,
+            "--output requires a single file",
+        ),
+        (
+            ["data.jsonl", "--output", "new.jsonl", "--in-place"],
+            2,
+            "--output requires a single file",
+        ),
+        (["data.jsonl", "--output", "new.jsonl.gz"], 2, "use .jsonl, not .gz"),
+        (["data.jsonl", "--dialect", "mistrl"], 2, "Unknown dialect 'mistrl'"),
+        (["empty.jsonl"], 3, "no rows would be left"),
+        (["directory"], 3, "the directory contains no data files"),
         ([], 2, "Missing argument"),
     ],
 )

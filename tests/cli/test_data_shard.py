@@ -29,7 +29,7 @@ def test_shards_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """Each part keeps the weight of the file, for weights are those of a row."""
     done = run("data", "shard", "data.jsonl", "--limit", "1kB", "--weight", "2.5")
-    shown = yaml.safe_load(done.err.partition("For the configuration:\n")[2])
+    shown = yaml.safe_load(done.err.partition("Add to the configuration:\n")[2])
     assert shown == {
         "data": {
             "train": [
@@ -55,7 +55,7 @@ def test_the_limit_is_that_of_the_dialect(run: Run, tmp_path: Path) -> None:
     document = run("data", "shard", "data.jsonl", "--json").document
     assert document["limit"] == 512_000_000
     assert [path.name for path in shards(tmp_path)] == ["data-00001-of-00001.jsonl"]
-    assert "No limit of local is known" in run("data", "shard", "x", "--dialect", "local").err
+    assert "local has no file size limit" in run("data", "shard", "x", "--dialect", "local").err
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_sizes_are_read(run: Run, limit: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["none.jsonl"], 3, "none.jsonl: there is no such file"),
+        (["none.jsonl"], 3, "none.jsonl: no such file"),
         (["data.jsonl", "--limit", "19"], 3, "the row is longer than the limit of 19 bytes"),
-        (["data.jsonl", "--limit", "large"], 2, "'large' is not a size"),
-        (["data.jsonl", "--limit", "0"], 2, "A file has at least one byte"),
-        (["data.jsonl", "--weight", "0"], 2, "A weight is above 0"),
-        (["data.jsonl", "--dialect", "x"], 2, "Known are mistral, openai"),
+        (["data.jsonl", "--limit", "large"], 2, "Invalid size 'large'"),
+        (["data.jsonl", "--limit", "0"], 2, "The size must be at least 1 byte"),
+        (["data.jsonl", "--weight", "0"], 2, "--weight must be greater than 0"),
+        (["data.jsonl", "--dialect", "x"], 2, "Choose from mistral, openai"),
         ([], 2, "Missing argument"),
     ],
 )
@@ -93,7 +93,7 @@ def test_nothing_is_written_over(run: Run, tmp_path: Path) -> None:
     assert run("data", "shard", "data.jsonl", "--limit", "1kB").code == 0
     again = run("data", "shard", "data.jsonl", "--limit", "1kB")
     assert again.code == 3
-    assert "data-00001-of-00002.jsonl exists already" in again.err
+    assert "data-00001-of-00002.jsonl already exists" in again.err
     assert run("data", "shard", "data.jsonl", "--limit", "1kB", "--force").code == 0
 
 
@@ -110,5 +110,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, data_file: Path) -> N
         check=False,
     )
     assert done.returncode == 1
-    assert "data-00001-of-00002.jsonl was not written: File too large" in done.stderr
+    assert "Could not write data-00001-of-00002.jsonl: File too large" in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["data.jsonl"]

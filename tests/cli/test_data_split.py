@@ -24,7 +24,7 @@ def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> No
 
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """It is YAML, with the paths as they were given."""
-    shown = run("data", "split", "data.jsonl").err.partition("For the configuration:\n")[2]
+    shown = run("data", "split", "data.jsonl").err.partition("Add to the configuration:\n")[2]
     assert yaml.safe_load(shown) == {
         "data": {"train": ["data.train.jsonl"], "validation": ["data.validation.jsonl"]}
     }
@@ -78,14 +78,14 @@ def test_standard_input_is_split(run: Run, tmp_path: Path, data_file: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["none.jsonl"], 3, "none.jsonl: there is no such file"),
-        (["data.jsonl", "--rows", "100"], 3, "nothing would be left to train on"),
-        (["data.jsonl", "--fraction", "0.001"], 3, "no row fits into a validation set of 0 rows"),
+        (["none.jsonl"], 3, "none.jsonl: no such file"),
+        (["data.jsonl", "--rows", "100"], 3, "leaves no rows for training"),
+        (["data.jsonl", "--fraction", "0.001"], 3, "no row fits in a validation set of 0 rows"),
         (["data.jsonl", "--rows", "0"], 2, "Invalid value for '--rows'"),
         (["data.jsonl", "--fraction", "2"], 2, "Invalid value for '--fraction'"),
-        (["data.jsonl", "--rows", "2", "--fraction", "0.5"], 2, "Give --fraction or --rows"),
-        (["data.jsonl", "--dialect", "x"], 2, "Known are mistral, openai"),
-        (["data.jsonl", "--dir", "data.jsonl"], 1, "was not written: Not a directory"),
+        (["data.jsonl", "--rows", "2", "--fraction", "0.5"], 2, "Pass either --fraction or --rows"),
+        (["data.jsonl", "--dialect", "x"], 2, "Choose from mistral, openai"),
+        (["data.jsonl", "--dir", "data.jsonl"], 1, "data.train.jsonl: Not a directory"),
     ],
 )
 def test_wrong_input_is_explained(
@@ -103,5 +103,5 @@ def test_nothing_is_written_over(run: Run, tmp_path: Path) -> None:
     assert run("data", "split", "data.jsonl").code == 0
     again = run("data", "split", "data.jsonl", "--json")
     assert again.code == 3
-    assert "data.train.jsonl exists already" in again.document["error"]["message"]
+    assert "data.train.jsonl already exists" in again.document["error"]["message"]
     assert run("data", "split", "data.jsonl", "--force").code == 0

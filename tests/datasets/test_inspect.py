@@ -367,7 +367,7 @@ def test_an_upload_is_judged_by_line(tmp_path: Path) -> None:
     check = check_upload(path)
     assert (check.sample_type, check.num_lines) == ("instruct", 3)
     assert [error.line_number for error in check.errors] == [2, 3]
-    assert "no message is the assistant's" in check.errors[0].message
+    assert "there is no assistant message" in check.errors[0].message
 
 
 def test_an_upload_is_not_read_past_enough_errors(tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ def test_packed_files_are_inspected_but_not_trained_on(
     (error,) = check_upload(path).errors
     assert error.message == "the file is compressed (gzip)"
     assert error.fix is not None
-    assert error.fix.startswith("send plain JSON Lines")
+    assert error.fix.startswith("upload plain JSON Lines")
 
 
 def test_several_threads_inspect_at_the_same_time(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_csv_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n" + "a,b\n" * 30)
     _, (issue,) = inspect_file(path)
-    assert issue.message == "the file is CSV"
+    assert issue.message == "the file is CSV, not JSON Lines"
 
 
 def test_blank_lines_without_an_end_are_not_read_to_it(tmp_path: Path) -> None:
@@ -626,7 +626,7 @@ def test_blank_lines_without_an_end_are_not_read_to_it(tmp_path: Path) -> None:
         path.write_bytes(content)
         file, (issue,) = inspect_file(path, processes=1)
         assert file is None
-        assert issue.message == "over 1,000,000 blank lines in a row, the rest was not read"
+        assert issue.message == "more than 1,000,000 blank lines in a row; the rest was not read"
 
 
 def test_a_line_without_an_end_is_not_read_to_it(

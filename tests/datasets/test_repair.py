@@ -486,14 +486,14 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     path, target = tmp_path / "data.jsonl", tmp_path / "new.jsonl"
     path.write_bytes(lines({"text": "a"}, {"text": "a"}))
     target.write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         repair(path, target)
     assert target.read_bytes() == b"mine"
     repair(path, target, force=True)
     assert target.read_bytes() == lines({"text": "a"})
     (tmp_path / "link").symlink_to(path)
     for same in (path, tmp_path / "link"):
-        with pytest.raises(ConfigError, match="not written over"):
+        with pytest.raises(ConfigError, match="both the input and the output"):
             repair(path, same, force=True)
 
 
@@ -511,7 +511,7 @@ def test_in_place_the_old_content_is_kept(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         repair(path)
     assert (path.read_bytes(), backup.read_bytes()) == (content, content)
 

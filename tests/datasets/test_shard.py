@@ -110,7 +110,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     path.write_bytes(b"1\n2\n")
     there = tmp_path / "data-00002-of-00002.jsonl"
     there.write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         shard(path, 2)
     assert sorted(tmp_path.iterdir()) == [there, path]
     assert there.read_bytes() == b"mine"
@@ -131,7 +131,7 @@ def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"1\n2\n")
     (tmp_path / "data-00002-of-00002.jsonl").mkdir()
-    with pytest.raises(TrainingBackendError, match=r"00002-of-00002\.jsonl was not written"):
+    with pytest.raises(TrainingBackendError, match=r"Could not write .*00002-of-00002\.jsonl"):
         shard(path, 2, force=True)
     assert {one.name for one in tmp_path.iterdir()} == {"data.jsonl", "data-00002-of-00002.jsonl"}
 

@@ -167,7 +167,7 @@ def test_the_size_that_was_asked_for_is_named(tmp_path: Path, rows: int, size: s
     path.write_bytes(b'{"text": "a"}\n' * (rows + 1))
     with pytest.raises(DatasetError) as caught:
         split([path], rows=rows)
-    assert caught.value.issues[0].message == f"no row fits into a validation set of {size}"
+    assert caught.value.issues[0].message == f"no row fits in a validation set of {size}"
 
 
 def test_rows_that_differ_only_in_line_end_and_byte_order_mark_are_the_same(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     path.write_bytes(numbered(100))
     there = tmp_path / "data.validation.jsonl"
     there.write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         split([path])
     assert sorted(tmp_path.iterdir()) == [path, there]
     assert there.read_bytes() == b"mine"
@@ -227,6 +227,6 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.jsonl").write_bytes(numbered(100))
     paths = [tmp_path / name / "data.jsonl" for name in ("a", "b")]
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="same output name"):
         split(paths, directory=tmp_path)
     assert len(split(paths)) == 2

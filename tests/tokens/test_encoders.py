@@ -257,8 +257,8 @@ def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
     ("template", "row", "said"),
     [
         (FORGETFUL, chat(("user", "a"), ("assistant", "b"), ("user", "c")), "earlier messages"),
-        (CHATML, chat(("user", "<|im_end|>"), ("assistant", "b")), "takes for control"),
-        ("{{ raise_exception('no') }}", chat(("user", "a"), ("assistant", "b")), "refuses"),
+        (CHATML, chat(("user", "<|im_end|>"), ("assistant", "b")), "contains the control token"),
+        ("{{ raise_exception('no') }}", chat(("user", "a"), ("assistant", "b")), "rejects"),
     ],
 )
 def test_a_row_that_cannot_be_masked_is_refused(
@@ -277,9 +277,9 @@ def test_a_template_that_never_ends_is_an_error_of_the_model(
     monkeypatch.setattr(counters, "RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
     encoder = TemplateEncoder("other", make_chatml(tmp_path, endless))
-    with pytest.raises(TokenizerError, match="never ends"):
+    with pytest.raises(TokenizerError, match="did not finish"):
         encoder.encode(chat(("user", "a"), ("assistant", "b")))
-    with pytest.raises(TokenizerError, match="never ends"):
+    with pytest.raises(TokenizerError, match="did not finish"):
         encoder.prompt("a")
 
 

@@ -203,10 +203,10 @@ def test_a_wrong_library_is_found_out_and_left(
     data = dataset([chat(f"Question {n}?", "An answer.") for n in range(30)])
     found = count_tokens(data, str(directory))
     assert found.data_tokens == count_tokens(data, MISTRAL).data_tokens
-    assert "mistral-common counted all rows" in found.notes[0]
+    assert "All rows were counted with mistral-common" in found.notes[0]
     assert str(data.files[0].path) in found.notes[0]
     sampled = count_tokens(data, str(directory), sample=10)
-    assert "mistral-common counted all rows" in sampled.notes[0]
+    assert "All rows were counted with mistral-common" in sampled.notes[0]
 
 
 # Files
@@ -290,7 +290,7 @@ def test_several_processes_count_what_one_does(tmp_path: Path, dataset: MakeData
     rows[-1] = b"{"
     broken = count_tokens(dataset(rows), "tiny-mistral", processes=2)
     assert broken.data_tokens is None
-    assert f"0.jsonl:{len(rows)}: the row cannot be read" in (broken.reason or "")
+    assert f"0.jsonl:{len(rows)}: the row is invalid" in (broken.reason or "")
 
 
 def test_progress_may_stop_the_count(dataset: MakeDataset) -> None:
@@ -481,8 +481,8 @@ def test_a_cache_that_cannot_be_written_stops_nothing(dataset: MakeDataset, tmp_
     [
         ("mistral-large-latest", "different tokenizers"),
         ("mistral-small-2409", "two tokenizers"),
-        ("nobody-knows", "not known"),
-        ("nobody/knows-it", "not known"),
+        ("nobody-knows", "no tokenizer is known"),
+        ("nobody/knows-it", "no tokenizer is known"),
     ],
 )
 def test_an_unknown_tokenizer_is_no_number(dataset: MakeDataset, model: str, reason: str) -> None:
@@ -504,7 +504,7 @@ def test_images_count_where_they_are_in_the_row(dataset: MakeDataset) -> None:
     assert (seen.data_tokens or 0) - (plain.data_tokens or 0) == 3 + 1
     assert seen.notes == ()
     blind = count_tokens(dataset([row]), MISTRAL)
-    assert "0.jsonl:1: mistral-common refuses the row" in (blind.reason or "")
+    assert "0.jsonl:1: mistral-common rejects the row" in (blind.reason or "")
 
 
 def test_rows_that_cannot_be_counted_are_named(dataset: MakeDataset) -> None:
@@ -516,10 +516,11 @@ def test_rows_that_cannot_be_counted_are_named(dataset: MakeDataset) -> None:
     for model in (MISTRAL, "pixtral-12b-2409", "tiny-mistral"):
         count = count_tokens(dataset(rows), model)
         assert count.data_tokens is None
-        assert "0.jsonl:2: images cannot be counted" in (count.reason or "")
+        assert "0.jsonl:2: " in (count.reason or "")
+        assert "images" in (count.reason or "")
     refused = count_tokens(dataset([{"messages": rows[0]["messages"][1:]}]), MISTRAL)
     assert refused.data_tokens is None
-    assert "0.jsonl:1: mistral-common refuses the row" in (refused.reason or "")
+    assert "0.jsonl:1: mistral-common rejects the row" in (refused.reason or "")
 
 
 def test_classifier_rows_have_no_count_but_that_of_their_texts(dataset: MakeDataset) -> None:
@@ -528,7 +529,7 @@ def test_classifier_rows_have_no_count_but_that_of_their_texts(dataset: MakeData
     rows += [{"messages": [{"role": "user", "content": "de"}], "labels": {"x": "y"}}]
     count = count_tokens(dataset(rows, sample_type="classifier"), "tiny-mistral")
     assert count.data_tokens is None
-    assert "classifier is not known; their texts alone are 5 tokens" in (count.reason or "")
+    assert "is not documented; the texts alone have 5 tokens" in (count.reason or "")
 
 
 def test_a_file_that_went_away_is_a_reason(dataset: MakeDataset) -> None:
@@ -537,7 +538,7 @@ def test_a_file_that_went_away_is_a_reason(dataset: MakeDataset) -> None:
     data.files[0].path.unlink()
     count = count_tokens(data, "tiny-mistral")
     assert count.data_tokens is None
-    assert "cannot be read" in (count.reason or "")
+    assert "could not read" in (count.reason or "")
 
 
 def test_a_file_that_changed_is_a_reason(dataset: MakeDataset) -> None:
@@ -629,7 +630,7 @@ def test_openais_rule_is_the_documented_one() -> None:
     parsed = parse_row(line(row))
     assert counter.row(parsed) == 3 + (3 + 1 + 2 + 1 + 1) + (3 + 1 + 1)
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    with pytest.raises(ValueError, match="not documented"):
+    with pytest.raises(ValueError, match="does not document"):
         counter.row(parse_row(line({**row, "tools": [tool]})))
 
 
@@ -678,7 +679,7 @@ def test_another_model_reads_with_its_own_template(dataset: MakeDataset, templat
     assert count.data_tokens == 1 + (1 + 2 + 1) + (1 + 3 + 1) + 4
     control = count_tokens(dataset([chat("a </s>", "b")]), str(templated))
     assert control.data_tokens is None
-    assert "the text holds </s>" in (control.reason or "")
+    assert "the text contains the control token </s>" in (control.reason or "")
 
 
 ENDLESS = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
@@ -693,7 +694,7 @@ def test_a_template_that_never_ends_is_a_reason(
     plain = file.read_text()
     file.write_text(f"{{% if messages[0].content == 'a' %}}{ENDLESS}{{% endif %}}{plain}")
     count = count_tokens(dataset([chat("b", "b"), chat("a", "b")]), str(templated))
-    assert "never ends" in (count.reason or "")
+    assert "did not finish" in (count.reason or "")
     assert ":2: " in (count.reason or "")
     assert count_tokens(dataset([chat("b", "b")]), str(templated)).data_tokens == 7
 
@@ -718,4 +719,4 @@ def test_a_directory_without_a_tokenizer_is_a_reason(dataset: MakeDataset, tmp_p
     (tmp_path / "empty").mkdir()
     count = count_tokens(dataset([chat("a", "b")]), str(tmp_path / "empty"))
     assert isinstance(count, TokenCount)
-    assert "holds no tokenizer" in (count.reason or "")
+    assert "no tokenizer found" in (count.reason or "")

@@ -1,1 +1,1 @@
-"""Data files: rows, inspection, token counts; knows no run."""
+"""Training data files: reading, validation, repair, splitting and sharding."""

@@ -1,17 +1,15 @@
-"""The rules that a row of training data must keep, as a provider's dialect declares them.
+"""Check rows against a dialect: a fast path that accepts valid rows.
 
-`RowRules.judge` takes one line, without a byte order mark and not blank, and counts what is in
-it. Rows of one type with nothing wrong all get the very same verdict, so `is` tells them apart
-from the others. `RowRules.facts` is brought up to date by asking for it: ask at the end, not for
-each row; the longest row is left to whoever measures rows. What a file must keep as a whole is
-judged by `file_findings` from its facts, merged over all its parts.
+`RowRules.judge` checks one line (without a byte order mark, not blank) and counts its contents.
+Valid rows of one type all get the identical verdict object, so callers can compare with `is`.
+`RowRules.facts` is updated on access: read it once at the end, not per row; `longest_row` is left
+to the caller. `file_findings` checks a file as a whole, from its facts merged over all parts.
 
-How it is fast: rows are decoded strictly into structs that have no room for what is wrong, so
-a wrong key, type or role fails there, and so does text that is not UTF-8 (msgspec 0.22 decodes
-each string that it keeps, and with unknown keys forbidden it skips none). Who speaks after
-whom is judged once for each sequence of roles and then remembered in a tree of them, which
-counts the rows as well. Any row that is not plainly right is described anew from its bytes by
-`faults`, which alone says what is wrong: here is only "certainly right" and "perhaps not".
+Why it is fast: rows are decoded into strict structs, so that an unknown key, a wrong type or
+role, or invalid UTF-8 fails in the decoder (msgspec 0.22 decodes every string that it keeps, and
+with unknown keys forbidden it skips none). The order of roles is checked once per sequence and
+cached in a tree, which also counts the rows. A row that is not certainly valid is passed on to
+`explain`, which decodes it again and produces the findings.
 """
 
 import re
@@ -35,16 +33,16 @@ from training_backends.datasets.findings import Facts, Finding, brief, short
 from training_backends.datasets.rows import Weight
 
 if TYPE_CHECKING:
-    # A process that judges rows is up without pydantic.
+    # Worker processes start faster without pydantic.
     from training_backends.core.config import ClassifierTarget
 
 __all__ = ["Facts", "Finding", "RowRules", "Verdict", "file_findings"]
 
 _MOST_TURNS: Final = 20_000
-"""Sequences of roles that are remembered; a long conversation takes one for each message."""
+"""Maximum number of cached role sequences; a conversation needs one per message."""
 
 _MOST_TOOLS: Final = 1 << 20
-"""Bytes of declarations of tools that are remembered."""
+"""Bytes of tool declarations that are cached."""
 
 _NO_TOOLS: Final = msgspec.Raw(b"null")
 
@@ -53,7 +51,7 @@ _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Strict(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    """Has no place for a key that nobody knows."""
+    """Base of structs that reject unknown keys."""
 
 
 class _Function(_Strict):
@@ -79,7 +77,7 @@ class _Tool(_Strict):
 
 
 class _Message(_Strict):
-    """One struct for all roles: its attributes are then found fastest."""
+    """One struct for all roles, which is the fastest to decode and access."""
 
     role: Role
     content: str | None = None
@@ -95,14 +93,14 @@ class _Chat(_Strict):
 
 
 class _Other(_Strict):
-    """A text, or a classifier's row with a text."""
+    """A pretraining row, or a classifier row with `text`."""
 
     text: str | None = None
     labels: dict[str, str | list[str]] | None = None
 
 
 class _Object(msgspec.Struct, gc=False):
-    """Any JSON object; its contents are skipped, strictly."""
+    """Any JSON object; its contents are validated but not decoded."""
 
 
 _read_object: Final = msgspec.json.Decoder(_Object).decode
@@ -113,11 +111,11 @@ class _Turns:
     """A sequence of roles.
 
     Attributes:
-        before: The same without the last.
-        answers: How many are the assistant's.
-        fits: The dialect takes a conversation of just these turns.
-        plain: The same, and no tool speaks in it.
-        rows: How many rows were so.
+        before: The sequence without the last role.
+        answers: Number of assistant messages.
+        fits: The dialect accepts a conversation with this sequence.
+        plain: The same, without tool messages.
+        rows: Number of rows with this sequence since the last `move_to`.
     """
 
     before: "_Turns | None"
@@ -131,22 +129,22 @@ class _Turns:
 
 
 _Steps = dict[str, Any]
-"""By role the steps from there on; under the empty name the `_Turns` up to here.
+"""A tree of role sequences: children by role, and under "" the `_Turns` of this node.
 
-Nested plain dicts, because no lookup is faster, and it is done for each message.
+Nested plain dicts, because there is a lookup for each message.
 """
 
 _HERE: Final = ""
 
 
 class _Memory:
-    """All sequences of roles that were seen, each judged once."""
+    """Cache of the role sequences seen so far, each checked once."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._order: Mapping[str, Sequence[str]] = dict(dialect.order.items())
         self._roles = frozenset(dialect.roles)
         self._lone_answer = dialect.lone_answer
-        # A dialect with fewer words than the structs have is left to `faults` altogether.
+        # A dialect that supports less than the structs is left to `explain` altogether.
         takes_chats = (
             "messages" in dialect.formats
             and "tools" in dialect.row_keys
@@ -159,7 +157,7 @@ class _Memory:
         self._all = [start]
 
     def turns(self, messages: Iterable[_Message]) -> _Turns | None:
-        """Return who speaks in messages, remembering it; None where no more is remembered."""
+        """Return the cached role sequence of messages; None if the cache is full."""
         steps = self.start
         for message in messages:
             role = message.role
@@ -174,7 +172,7 @@ class _Memory:
         return found
 
     def _longer(self, before: _Turns, role: str) -> _Turns:
-        # What a tool answers is held against the calls instead.
+        # Tool messages are checked against their calls instead.
         follows = role == "tool" or role in self._order.get(before.role, ())
         turns = _Turns(
             before=before,
@@ -184,13 +182,13 @@ class _Memory:
             uses_tools=before.uses_tools or role == "tool",
         )
         may_end = "end" in self._order.get(role, ())
-        lonely = before.before is None and not self._lone_answer
-        turns.fits = turns.in_order and turns.answers > 0 and may_end and not lonely
+        is_lone = before.before is None and not self._lone_answer
+        turns.fits = turns.in_order and turns.answers > 0 and may_end and not is_lone
         turns.plain = turns.fits and not turns.uses_tools
         return turns
 
     def move_to(self, facts: Facts) -> None:
-        """Add what was counted to facts and count anew."""
+        """Add the counts to `facts` and reset them."""
         for turns in self._all:
             if rows := turns.rows:
                 turns.rows = 0
@@ -203,14 +201,14 @@ class _Memory:
 
 
 class RowRules:
-    """Judges one line at a time, and counts what the lines hold.
+    """Checks one line at a time and counts its contents.
 
     Args:
-        dialect: Whose rules.
-        targets: What a classifier may be asked; empty for anything.
+        dialect: The provider format.
+        targets: Allowed classifier targets; empty for any.
 
     Attributes:
-        closely: Search rows for keys that occur twice, too; takes about half as long again.
+        closely: Also search rows for duplicate keys; takes about 50% longer.
     """
 
     def __init__(
@@ -239,25 +237,25 @@ class RowRules:
 
     @property
     def facts(self) -> Facts:
-        """What was counted; brought up to date whenever it is asked for."""
+        """The counts so far; updated on access."""
         facts = self._facts
         self._memory.move_to(facts)
         return facts
 
     @facts.setter
     def facts(self, facts: Facts) -> None:
-        """Count into these from now on; what was counted stays with the former."""
+        """Count into `facts` from now on."""
         self._memory.move_to(self._facts)
         self._facts = facts
 
     def judge(self, line: bytes) -> Verdict:
-        """Say what a line is and what is wrong with it; never raises for bad data."""
+        """Return the type and the findings of a line; never raises for bad data."""
         try:
             row = self._decode(line)
         except _UNREADABLE:
             return self._other(line)
         if row.tools is not _NO_TOOLS:
-            return self._closer(row, line)
+            return self._judge_closely(row, line)
         steps = self._start
         try:
             for message in row.messages:
@@ -268,26 +266,26 @@ class RowRules:
                     or message.tool_calls is not None
                     or message.weight is not None
                 ):
-                    return self._closer(row, line)
+                    return self._judge_closely(row, line)
                 steps = steps[message.role]
             turns: _Turns = steps[_HERE]
         except KeyError:
-            return self._closer(row, line)
+            return self._judge_closely(row, line)
         if turns.plain:
-            # Inside a text the quotes are escaped; each message here has both of its keys.
+            # Quotes inside strings are escaped, so more matches than messages mean duplicate keys.
             count = len(row.messages)
             if self.closely and (
                 line.count(b'"role"') != count
                 or line.count(b'"content"') != count
                 or line.count(b'"messages"') != 1
             ):
-                return self._closer(row, line)
+                return self._judge_closely(row, line)
             turns.rows += 1
             return _INSTRUCT
-        return self._closer(row, line)
+        return self._judge_closely(row, line)
 
-    def _closer(self, row: _Chat, line: bytes) -> Verdict:
-        """Look closer at a row with tools or weights, of new turns, or with something wrong."""
+    def _judge_closely(self, row: _Chat, line: bytes) -> Verdict:
+        """Check a row with tools, weights, a new role sequence or a possible error."""
         known = self._declared(row.tools)
         if known is None or (self.closely and has_duplicate_keys(line)):
             return self._faults.describe(line, self._facts)
@@ -305,7 +303,7 @@ class RowRules:
             if message.tool_calls is not None:
                 if content or waiting or role != "assistant":
                     break
-                waiting = self._right_calls(message.tool_calls, known)
+                waiting = self._valid_calls(message.tool_calls, known)
                 calls += len(waiting)
                 if not waiting:
                     break
@@ -318,7 +316,7 @@ class RowRules:
             steps = steps and steps.get(role)
         else:
             turns = steps[_HERE] if steps else self._memory.turns(row.messages)
-            # Calls at the very end wait for their answers rightly.
+            # Calls in the last message need no answer.
             waits = waiting and turns and turns.role == "tool"
             if turns and turns.fits and turns.answers > silent and not waits:
                 turns.rows += 1
@@ -327,9 +325,9 @@ class RowRules:
         return self._faults.describe(line, self._facts)
 
     def _declared(self, tools: msgspec.Raw) -> frozenset[str] | None:
-        """Return the names of the functions on offer; None if they are perhaps not right.
+        """Return the names of the declared functions; None if they may be invalid.
 
-        Many rows have the same tools, letter by letter.
+        Cached, because many rows have byte-identical tools.
         """
         text = bytes(tools)
         if text in self._tools:
@@ -347,8 +345,8 @@ class RowRules:
             self._tools[text] = known
         return known
 
-    def _right_calls(self, calls: list[_Call], known: frozenset[str]) -> set[str | None]:
-        """Return the ids of calls; none if one of the calls is perhaps not right."""
+    def _valid_calls(self, calls: list[_Call], known: frozenset[str]) -> set[str | None]:
+        """Return the ids of calls; empty if one of the calls may be invalid."""
         ids: set[str | None] = set()
         for call in calls:
             function = call.function
@@ -372,7 +370,7 @@ class RowRules:
         facts.weighted_rows += weighted
 
     def _other(self, line: bytes) -> Verdict:
-        """Look at a row that is no plain conversation."""
+        """Check a row that is not a conversation."""
         try:
             row = self._decode_other(line)
         except _UNREADABLE:
@@ -387,14 +385,14 @@ class RowRules:
             facts.rows["pretrain"] += 1
             facts.formats["text"] += 1
             return RIGHT["pretrain"]
-        if labels and self._takes_labels and self._are_right(labels):
+        if labels and self._takes_labels and self._are_valid_labels(labels):
             facts.rows["classifier"] += 1
             facts.formats["labels"] += 1
             count_labels(facts, labels)
             return RIGHT["classifier"]
         return self._faults.describe(line, facts)
 
-    def _are_right(self, labels: Mapping[str, str | list[str]]) -> bool:
+    def _are_valid_labels(self, labels: Mapping[str, str | list[str]]) -> bool:
         targets = self._targets
         if targets and targets.keys() != labels.keys():
             return False
@@ -410,30 +408,31 @@ class RowRules:
 
 
 def file_findings(facts: Facts, dialect: Dialect) -> Iterator[Finding]:
-    """Judge a whole file by what was counted in all its rows."""
+    """Yield the findings of a file as a whole, from the counts over all its rows."""
     rows = facts.rows.total()
     if rows < dialect.min_rows:
-        text = f"the file has {rows:,} rows, fewer than {dialect.min_rows:,}"
-        yield Finding("too_few_rows", None, text, "add more")
+        text = f"too few rows: {rows:,}; at least {dialect.min_rows:,} required"
+        yield Finding("too_few_rows", None, text, "add rows")
     if dialect.max_rows is not None and rows > dialect.max_rows:
-        text = f"the file has {rows:,} rows, more than {dialect.max_rows:,}"
-        yield Finding("too_many_rows", None, text, "leave some out")
+        text = f"too many rows: {rows:,}; the limit is {dialect.max_rows:,}"
+        yield Finding("too_many_rows", None, text, "remove some of them")
     if dialect.max_image_rows is not None and facts.image_rows > dialect.max_image_rows:
-        text = f"{facts.image_rows:,} rows have images, more than {dialect.max_image_rows:,}"
-        yield Finding("too_many_images", None, text, "leave some out")
+        many, limit = facts.image_rows, dialect.max_image_rows
+        text = f"too many rows with images: {many:,}; the limit is {limit:,}"
+        yield Finding("too_many_images", None, text, "remove some of them")
     for target in sorted({target for target, _ in facts.label_kinds}):
         single, multi = (facts.label_kinds[target, kind] for kind in ("single", "multi"))
         if single and multi:
-            text = f"{short(target)} has one label in {single:,} rows and a list in {multi:,}"
-            fix = "write all of them in one way"
+            text = f"{short(target)} has a single label in {single:,} rows and a list in {multi:,}"
+            fix = "use one form in all rows"
             yield Finding("mixed_labels", f"labels.{brief(target)}", text, fix, "warning")
     for one in sorted({TYPES[form] for form in _forms(facts)}):
         forms = [form for form in _forms(facts) if TYPES[form] == one]
         if len(forms) > 1:
-            text = "the rows are written in several ways: " + ", ".join(
+            text = "the rows have several formats: " + ", ".join(
                 f"{facts.formats[form]:,} with `{form}`" for form in forms
             )
-            yield Finding("mixed_formats", None, text, "put each in a file of its own")
+            yield Finding("mixed_formats", None, text, "put each format in its own file")
 
 
 def _forms(facts: Facts) -> list[RowFormat]:

@@ -1,6 +1,6 @@
-"""What each provider takes, as data. Sources and their dates stand beside the facts.
+"""The provider formats, as data. Sources and their dates are next to the facts.
 
-A fact without a source of its own comes from the source named first in its block.
+A fact without its own source comes from the first source named in its block.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ OPENAI: Final = Dialect(
     # FineTuneCompletionRequestInput of the OpenAPI document 2.3.0.
     formats=("messages", "preference", "completion"),
     roles=("system", "developer", "user", "assistant", "tool"),
-    # No order is documented; a last message of somebody else is refused (reports of 2024-09).
+    # No order is documented; a last message of another role is rejected (reports of 2024-09).
     order={
         "start": ("system", "developer", "user", "assistant"),
         "system": ("system", "developer", "user", "assistant"),
@@ -94,7 +94,7 @@ TOGETHER: Final = Dialect(
         "assistant": ("user", "end"),
         "tool": ("user", "assistant", "end"),
     },
-    # A message of any role may be weighted, and a row may have a weight of its own.
+    # Messages of any role may have a weight, and so may a row.
     weighted_roles=("system", "user", "assistant", "tool"),
     row_keys=("tools", "weight"),
     message_keys=(
@@ -123,8 +123,8 @@ TOGETHER: Final = Dialect(
 
 LOCAL: Final = Dialect(
     name="local",
-    # What `datasets.chat` parses and the engine encodes; `prompt`, `chosen`, `rejected` are the
-    # words of TRL 1.16 ("Dataset formats and types", 2026-07).
+    # What `datasets.rows` parses and the trainer encodes; `prompt`, `chosen`, `rejected` are the
+    # names of TRL 1.16 ("Dataset formats and types", 2026-07).
     formats=("messages", "text", "labels", "preference", "chosen"),
     roles=("system", "developer", "user", "assistant", "tool"),
     order={
@@ -135,7 +135,7 @@ LOCAL: Final = Dialect(
         "assistant": ("user", "assistant", "end"),
         "tool": ("user", "assistant"),
     },
-    # The engine reads text only.
+    # The trainer supports text only.
     parts={
         "system": ("text",),
         "developer": ("text",),
@@ -144,7 +144,7 @@ LOCAL: Final = Dialect(
         "tool": ("text",),
     },
     arguments=("string", "object"),
-    # Tokenizers of Mistral's models refuse other ids, those of other models take any.
+    # Mistral's tokenizers reject other ids; those of other models accept any.
     call_id=r"[a-zA-Z0-9]{9}",
     call_id_words="exactly 9 letters or digits for Mistral's tokenizers",
     levels={
@@ -157,4 +157,4 @@ LOCAL: Final = Dialect(
 DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType(
     {dialect.name: dialect for dialect in (MISTRAL, OPENAI, TOGETHER, LOCAL)}
 )
-"""The dialects by name."""
+"""The provider formats by name."""

@@ -1,9 +1,9 @@
-"""Find rows that stand twice, in files of any size, in little memory.
+"""Find duplicate rows in files of any size with little memory.
 
-A row is known by a 64-bit hash: among 13 million different rows, two are taken for equal once
-in 200,000 times, and what comes of it is a warning. Once the hashes are many they lie in a
-file. The equal ones are found slice by slice of their value, each small enough for a set, and
-their lines are named by one more look at all of them in order.
+Rows are compared by a 64-bit hash: with 13 million distinct rows, the probability of a collision
+is about 1 in 200,000, and its only effect is a warning. Large numbers of hashes are spooled to
+disk. Equal hashes are found in slices of the hash space, each small enough for a set; a second
+pass over all hashes finds their line numbers.
 """
 
 import tempfile
@@ -17,13 +17,13 @@ __all__ = ["Found", "Place", "Repeat", "RowHashes"]
 
 _IN_MEMORY: Final = 4 << 20
 _SLICE: Final = 1 << 17
-"""Hashes in a slice; as a set of Python's they take some 9 MB."""
+"""Hashes in a slice; as a Python set they take about 9 MB."""
 
 _AT_ONCE: Final = 1 << 18
-"""Hashes that are dealt out to the slices before any of them is written."""
+"""Hashes that are buffered before the slices are written to disk."""
 
 _KNOWN: Final = 1 << 16
-"""Repeated hashes that are kept to name their lines; what is more, is counted only."""
+"""Repeated hashes whose line numbers are reported; any others are only counted."""
 
 
 class Place(NamedTuple):
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A row that stands at another place before."""
+    """A duplicate row and its first occurrence."""
 
     place: Place
     before: Place
@@ -42,13 +42,13 @@ class Repeat(NamedTuple):
 
 @dataclass(slots=True)
 class Found:
-    """What was found.
+    """Duplicate rows and overlaps between groups of files.
 
     Attributes:
-        duplicates: By file, its rows that stand before in its group of files.
-        overlaps: By file, its rows that stand in a group before.
-        named: Some duplicates, in order: of each file the first, unless they are very many.
-        named_overlaps: The same of overlaps.
+        duplicates: Number of duplicate rows by file, within its group.
+        overlaps: Number of rows by file that also occur in an earlier group.
+        named: The first duplicates of each file, in order; incomplete if there are very many.
+        named_overlaps: The same for overlaps.
     """
 
     duplicates: Counter[int] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Found:
 
 
 class _Block(NamedTuple):
-    """Where the hashes of some rows of a file lie, and behind them their lines."""
+    """Position of a block of hashes in the spool file, followed by their line numbers."""
 
     file: int
     lines_before: int
@@ -68,7 +68,7 @@ class _Block(NamedTuple):
 
 
 class RowHashes:
-    """The hashes of the rows of some files, in order. Use it in a `with`."""
+    """Row hashes of several files, in order; a context manager."""
 
     def __init__(self) -> None:
         self._stored: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # see __exit__
@@ -84,15 +84,15 @@ class RowHashes:
     def add(
         self, file: int, hashes: "array[int]", lines_before: int, places: "array[int] | None"
     ) -> None:
-        """Add rows of a file, which stand behind those added before.
+        """Add the next rows of a file.
 
-        Where there is no room for them, `find` says so.
+        If they cannot be stored, `find` raises the error.
 
         Args:
-            file: Its number.
-            hashes: One a row.
-            lines_before: Lines of the file before these.
-            places: Which of these lines each row is; None for 1, 2, 3…
+            file: Number of the file.
+            hashes: One hash per row.
+            lines_before: Number of lines of the file before these rows.
+            places: Line number of each row, relative to `lines_before`; None for 1, 2, 3…
         """
         if not hashes or self._error:
             return
@@ -107,14 +107,14 @@ class RowHashes:
         self._blocks.append(block)
 
     def find(self, groups: Sequence[Sequence[int]], *, most: int) -> Found:
-        """Find the rows that stand twice in a group of files, or in a later group again.
+        """Find rows that occur twice within a group of files or again in a later group.
 
         Args:
-            groups: The numbers of the files; one in no group is left out.
-            most: How many rows to name, of each file.
+            groups: File numbers by group; other files are ignored.
+            most: Maximum number of rows to name per file.
 
         Raises:
-            OSError: There is no room for the hashes.
+            OSError: The hashes could not be stored.
         """
         if self._error:
             raise self._error
@@ -136,7 +136,7 @@ class RowHashes:
         return search.found
 
     def _slices(self, blocks: Sequence[_Block]) -> Iterator["Mapping[int, array[int]]"]:
-        """Yield all hashes by file, a part of them at a time; equal ones come together."""
+        """Yield the hashes by file in slices; equal hashes are in the same slice."""
         bits = (sum(block.rows for block in blocks) // _SLICE).bit_length()
         if not bits:
             yield self._by_file(blocks)
@@ -180,7 +180,7 @@ class RowHashes:
         return hashes
 
     def _placed(self, block: _Block, hashes: "array[int]") -> Iterator[tuple[int, int]]:
-        """Yield each hash with its line."""
+        """Yield each hash with its line number."""
         places: Sequence[int] = range(1, block.rows + 1)
         if block.has_places:
             lines = array("I")
@@ -191,10 +191,10 @@ class RowHashes:
 
 
 class _Search:
-    """The counting of equal hashes, and then the naming of their lines.
+    """Counts equal hashes, then finds their line numbers.
 
     Attributes:
-        known: The hashes whose lines can be named.
+        known: Hashes whose line numbers are to be found.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
@@ -207,7 +207,7 @@ class _Search:
         self.found = Found()
 
     def count(self, by_file: "Mapping[int, array[int]]") -> None:
-        """Count the equal ones of a slice."""
+        """Count equal hashes in a slice."""
         before: set[int] = set()
         for group in self._groups:
             seen: set[int] = set()
@@ -225,12 +225,12 @@ class _Search:
             before = before | seen if before else seen
 
     def to_name(self, most: int) -> int:
-        """Return how many lines are to be named."""
+        """Return how many line numbers are to be found."""
         counts = (*self.found.duplicates.values(), *self.found.overlaps.values())
         return sum(min(most, count) for count in counts)
 
     def name(self, file: int, rows: Iterator[tuple[int, int]], most: int) -> int:
-        """Name the lines of the next rows, as far as wanted; return how many were named."""
+        """Record the line numbers of the next rows, up to the limit; return how many."""
         group = self._group_of[file]
         first = self._first[group]
         before = len(self.found.named) + len(self.found.named_overlaps)

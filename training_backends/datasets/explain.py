@@ -1,6 +1,6 @@
-"""Say everything that is wrong with one line, slowly and completely.
+"""Find and explain every issue of one line; thorough rather than fast.
 
-`rules` lets through the rows that are plainly right; only the others come here.
+`check_fast` accepts rows that are clearly valid; only the others are passed to this module.
 """
 
 import json
@@ -27,7 +27,7 @@ from training_backends.datasets.findings import (
 )
 
 if TYPE_CHECKING:
-    # A process that judges rows is up without pydantic.
+    # Worker processes start faster without pydantic.
     from training_backends.core.config import ClassifierTarget
 
 __all__ = ["RIGHT", "TYPES", "RowFaults", "Verdict", "has_duplicate_keys"]
@@ -40,7 +40,7 @@ TYPES: Final[Mapping[RowFormat, SampleType]] = {
     "preference": "preference",
     "chosen": "preference",
 }
-"""What rows of each format are."""
+"""Sample type of each row format."""
 
 _KEYS: Final[Mapping[RowFormat, frozenset[str]]] = {
     "messages": frozenset({"messages"}),
@@ -55,29 +55,29 @@ _TELLING: Final[Mapping[RowFormat, frozenset[str]]] = {
     "preference": frozenset({"preferred_output", "non_preferred_output"}),
     "chosen": frozenset({"chosen", "rejected"}),
 }
-"""Keys that no other format has."""
+"""Keys that identify a format."""
 
 _PLAIN: Final[Sequence[RowFormat]] = ("messages", "text", "completion")
 _MOST_FINDINGS: Final = 100
-"""Findings of one row; whoever has more has no row."""
+"""Maximum number of findings per row."""
 
 _MOST_VALUES: Final = 200_000
-"""Commas in a row that is looked at; small values take a hundred times their text in memory."""
+"""Commas per row; small values take up to a hundred times their text in memory."""
 
 _WORDS: Final[Mapping[RowFormat, str]] = {
     "messages": "`messages` (instruct)",
     "completion": "`prompt` and `completion` (instruct)",
     "text": "`text` (pretrain)",
-    "labels": "`labels` beside `text` or `messages` (classifier)",
+    "labels": "`labels` with `text` or `messages` (classifier)",
     "preference": "`input`, `preferred_output` and `non_preferred_output` (preference)",
     "chosen": "`prompt`, `chosen` and `rejected` (preference)",
 }
 _FOREIGN: Final[Mapping[str, str]] = {
-    "conversations": "this looks like ShareGPT: turn `from` and `value` into `role` and `content`",
-    "contents": "this looks like Gemini: turn `parts` into `content`, `model` into `assistant`",
-    "instruction": "this looks like Alpaca: turn each row into `messages`",
+    "conversations": "this looks like ShareGPT: convert `from` and `value` to `role` and `content`",
+    "contents": "this looks like Gemini: convert `parts` to `content`, `model` to `assistant`",
+    "instruction": "this looks like Alpaca: convert each row to `messages`",
     "interactions": "rename `interactions` to `messages`",
-    "question": "turn question and answer into `messages`",
+    "question": "convert question and answer to `messages`",
 }
 _SURROGATE: Final = re.compile(
     rb"(?<!\\)(?:\\\\)*\\u(?:d[89ab][0-9a-f]{2}(?!\\ud[c-f])|(?<!\\ud[89ab]..\\u)d[c-f][0-9a-f]{2})",
@@ -87,17 +87,17 @@ _BYTE: Final = re.compile(r" \(byte (\d+)\)$")
 
 
 Verdict = tuple[SampleType | None, Sequence[Finding]]
-"""What one line is, None where that cannot be told, and what is wrong with it."""
+"""Type of a line, or None if it was not recognized, and its findings."""
 
 RIGHT: Final[Mapping[SampleType, Verdict]] = {one: (one, ()) for one in get_args(SampleType)}
-"""The verdicts on rows with nothing wrong, each made once."""
+"""The verdicts on valid rows; compared by identity."""
 
 
 class RowFaults:
-    """Judges one line at a time.
+    """Checks one line at a time and explains its issues.
 
     Args:
-        targets: What a classifier may be asked; empty for anything.
+        targets: Allowed classifier targets; empty for any.
     """
 
     def __init__(self, dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> None:
@@ -114,8 +114,8 @@ class RowFaults:
         }
 
     def describe(self, line: bytes, facts: Facts) -> Verdict:
-        """Say what is wrong with a line and count what is in it; never raises for bad data."""
-        # Else a row that is cut off within a text would seem to have a line's end in it.
+        """Return the findings of a line and count its contents; never raises for bad data."""
+        # Otherwise a row truncated inside a string would seem to contain a line break.
         line = line.rstrip(b"\r\n")
         try:
             row = _parsed(line)
@@ -123,22 +123,22 @@ class RowFaults:
                 return None, (row,)
             return self._described(row, line, facts)
         except RecursionError:
-            text = "the JSON is nested too deeply to be read"
+            text = "the JSON is nested too deeply"
             return None, (Finding("bad_json", None, text, "flatten the row"),)
 
     def _described(self, row: Any, line: bytes, facts: Facts) -> Verdict:
         form, problem = self._recognise(row)
         if form is None:
-            return None, tuple(self._weighed([problem] if problem else []))
+            return None, tuple(self._leveled([problem] if problem else []))
         self._count(row, form, facts)
         if form not in self._dialect.formats:
             return TYPES[form], (self._unsupported(form),)
-        found = chain(self._judges[form](row), self._beside(row, form))
-        findings = self._weighed(islice(found, _MOST_FINDINGS))
+        found = chain(self._judges[form](row), self._other_keys(row, form))
+        findings = self._leveled(islice(found, _MOST_FINDINGS))
         findings += _duplicate_keys(line)
         return (TYPES[form], tuple(findings)) if findings else RIGHT[TYPES[form]]
 
-    def _weighed(self, findings: Iterable[Finding]) -> list[Finding]:
+    def _leveled(self, findings: Iterable[Finding]) -> list[Finding]:
         levels = self._dialect.levels
         made = []
         for finding in findings:
@@ -149,7 +149,7 @@ class RowFaults:
                 made.append(finding._replace(severity=level))
         return made
 
-    # Which format
+    # Row format
 
     def _recognise(self, row: Any) -> tuple[RowFormat | None, Finding | None]:
         if not isinstance(row, dict):
@@ -164,15 +164,15 @@ class RowFaults:
         if len(found) == 1:
             return found[0], None
         if found:
-            text = "a row has either `messages`, `text` or `completion`, this one has several"
+            text = "the row has more than one of `messages`, `text` and `completion`"
             field = "completion" if found[-1] == "completion" else "text"
             return None, Finding("ambiguous_row", field, text, "keep one of them")
         return None, self._unknown(row)
 
     def _other_meaning(self, row: Mapping[str, Any], keys: AbstractSet[str]) -> Finding | None:
-        """Say of a row with `text` that it is more than a text to continue the training with."""
+        """Return a finding for a row with `text` that is not plain pretraining text."""
         if {"text", "instruction", "output"} <= keys:
-            text = "the row has `text` beside `instruction` and `output`"
+            text = "the row has `text` as well as `instruction` and `output`"
             return Finding("unknown_format", "instruction", text, _FOREIGN["instruction"])
         if {"text", "label"} <= keys and "labels" in self._dialect.formats:
             label = row["label"]
@@ -181,15 +181,15 @@ class RowFaults:
                 f'for a classifier, write `"labels": {{"TARGET": {value}}}`; '
                 "to train on the text alone, remove `label`"
             )
-            return Finding("unknown_format", "label", "the row has `label` beside `text`", fix)
+            return Finding("unknown_format", "label", "the row has `label` and `text`", fix)
         return None
 
     def _unknown(self, row: Mapping[str, Any]) -> Finding:
-        text = "the row is of no known format"
+        text = "unknown row format"
         known = {key for form in self._dialect.formats for key in _KEYS[form]} - row.keys()
         for key in islice(row, _MOST_FINDINGS):
             if meant := nearest(key, known):
-                text += f", but has {short(key)}"
+                text += f" with the key {short(key)}"
                 return Finding("unknown_format", brief(key), text, f"rename it to `{meant}`")
         for key, fix in _FOREIGN.items():
             if key in row:
@@ -198,20 +198,20 @@ class RowFaults:
 
     def _formats(self) -> str:
         words = [_WORDS[form] for form in self._dialect.formats]
-        return "give " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
+        return "use " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
 
     def _unsupported(self, form: RowFormat) -> Finding:
-        text = f"rows with {_WORDS[form]} are not taken here"
+        text = f"rows with {_WORDS[form]} are not supported"
         return Finding("unsupported_format", None, text, self._formats())
 
-    def _beside(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
-        """Judge the keys beside those of the format."""
+    def _other_keys(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
+        """Check the keys that do not define the format."""
         known = _KEYS[form] | {*self._dialect.row_keys}
         unread = [key for key in row if key not in known and key != "functions"]
         yield from unknown_keys(unread, "", known - row.keys())
         if "functions" in row and not self._dialect.legacy_functions:
-            text = "`functions` was replaced by `tools`"
-            yield Finding("legacy_functions", "functions", text, "write them as `tools`")
+            text = "`functions` is deprecated in favor of `tools`"
+            yield Finding("legacy_functions", "functions", text, "rewrite them as `tools`")
         if "tools" in self._dialect.row_keys:
             yield from self._talk.tools(row.get("tools"))
         yield from _flag(row, "")
@@ -219,44 +219,44 @@ class RowFaults:
         if weight is not None and "weight" in self._dialect.row_keys:
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not is_number or weight < 0:
-                text = f"the weight of the row is {short(weight)}"
-                yield Finding("bad_weight", "weight", text, "use a number from 0 up")
+                text = f"invalid row weight {short(weight)}"
+                yield Finding("bad_weight", "weight", text, "use a number of at least 0")
 
-    # Each format
+    # Checks by format
 
     def _messages(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         yield from self._talk.conversation(row["messages"], row.get("tools"))
 
     @staticmethod
     def _text(row: Mapping[str, Any]) -> Iterator[Finding]:
-        yield from _words(row["text"], "text", "the text")
+        yield from _check_text(row["text"], "text", "the text")
 
     @staticmethod
     def _completion(row: Mapping[str, Any]) -> Iterator[Finding]:
         if not isinstance(row["prompt"], str):
             yield wrong_type("prompt", row["prompt"], "a string")
-        yield from _words(row["completion"], "completion", "the completion")
+        yield from _check_text(row["completion"], "completion", "the completion")
 
     def _labels(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         text, messages = row.get("text"), row.get("messages")
         if (text is None) == (messages is None):
-            message = "a classifier row has either `text` or `messages`"
+            message = "a classifier row needs either `text` or `messages`"
             yield Finding("ambiguous_row", None, message, "keep exactly one of them")
         if text is not None:
-            yield from _words(text, "text", "the text")
+            yield from _check_text(text, "text", "the text")
         if messages is not None:
             yield from self._talk.prompt(messages, row.get("tools"), field="messages")
         labels = row["labels"]
         if not isinstance(labels, dict):
-            yield wrong_type("labels", labels, "an object of targets and their labels")
+            yield wrong_type("labels", labels, "an object that maps targets to labels")
         elif not labels:
-            yield empty("labels", "the mapping of labels")
+            yield empty("labels", "`labels`")
         else:
             for target, value in labels.items():
                 yield from self._label(target, value)
             if not self._targets.keys().isdisjoint(labels):
                 for target in self._targets.keys() - labels.keys():
-                    text = f"the row has no label of {short(target)}"
+                    text = f"no label for target {short(target)}"
                     field = f"labels.{brief(target)}"
                     yield Finding("missing_target", field, text, "add it", "warning")
 
@@ -268,10 +268,10 @@ class RowFaults:
             return
         several = target in self._targets and self._targets[target].loss_function == "multi_class"
         if (not given and not several) or any(is_blank(label) for label in given):
-            yield empty(field, "a label")
+            yield empty(field, "the label")
             return
         if len(set(given)) < len(given):
-            yield Finding("duplicate_label", field, "a label stands here twice", "keep one of them")
+            yield Finding("duplicate_label", field, "duplicate label", "remove it")
         if self._targets:
             yield from self._against_target(target, given, field)
 
@@ -279,18 +279,18 @@ class RowFaults:
         known = self._targets.get(target)
         if known is None:
             fix = "known targets: " + ", ".join(sorted(self._targets))
-            text = f"{short(target)} is not one of classifier_targets"
+            text = f"{short(target)} is not in classifier_targets"
             yield Finding("unknown_target", field, text, fix)
             return
         if known.loss_function != "multi_class" and len(given) > 1:
-            text = f"{len(given)} labels for a target that has a single one"
-            fix = "keep one of them, or set loss_function: multi_class"
+            text = f"{len(given)} labels for a single-label target"
+            fix = "keep one, or set loss_function: multi_class"
             sure: Literal["error", "warning"] = "error" if known.loss_function else "warning"
             yield Finding("label_count", field, text, fix, sure)
         for label in given:
             if label not in known.labels:
                 fix = "known labels: " + ", ".join(sorted(known.labels))
-                yield Finding("unknown_label", field, f"{short(label)} is not a label of it", fix)
+                yield Finding("unknown_label", field, f"unknown label {short(label)}", fix)
 
     def _preference(self, row: Mapping[str, Any]) -> Iterator[Finding]:
         given = row.get("input")
@@ -312,54 +312,63 @@ class RowFaults:
                 yield _missing("input.messages")
             else:
                 yield from self._talk.prompt(given["messages"], tools, field="input.messages")
-        good, bad = row.get("preferred_output"), row.get("non_preferred_output")
-        for field, answer in (("preferred_output", good), ("non_preferred_output", bad)):
+        chosen, rejected = row.get("preferred_output"), row.get("non_preferred_output")
+        for field, answer in (("preferred_output", chosen), ("non_preferred_output", rejected)):
             if answer is None:
                 yield _missing(field)
             else:
                 yield from self._talk.answer(answer, tools, field=field)
-        if good is not None and good == bad:
+        if chosen is not None and chosen == rejected:
             yield _same("non_preferred_output")
 
     def _trl(self, row: Mapping[str, Any]) -> Iterator[Finding]:
-        good, bad = row.get("chosen"), row.get("rejected")
-        if isinstance(row.get("prompt"), str) and isinstance(good, list) and isinstance(bad, list):
-            yield _apart(good, bad)
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if (
+            isinstance(row.get("prompt"), str)
+            and isinstance(chosen, list)
+            and isinstance(rejected, list)
+        ):
+            yield _mixed_types(chosen, rejected)
         else:
             yield from self._chosen(row)
 
     def _chosen(self, row: Mapping[str, Any]) -> Iterator[Finding]:
-        prompt, good, bad = row.get("prompt"), row.get("chosen"), row.get("rejected")
-        whole = prompt is None
+        prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+        complete = prompt is None
         wanted = str if isinstance(prompt, str) else list
-        words = "a string, as the prompt is" if wanted is str else "an array of messages"
+        words = "a string like the prompt" if wanted is str else "an array of messages"
         if isinstance(prompt, str):
-            yield from _words(prompt, "prompt", "the prompt")
-        elif not whole:
+            yield from _check_text(prompt, "prompt", "the prompt")
+        elif not complete:
             yield from self._talk.prompt(prompt, row.get("tools"), field="prompt")
-        for field, answer in (("chosen", good), ("rejected", bad)):
+        for field, answer in (("chosen", chosen), ("rejected", rejected)):
             if answer is None:
                 yield _missing(field)
-            elif whole and isinstance(answer, str):
+            elif complete and isinstance(answer, str):
                 yield _missing("prompt")
                 return
             elif not isinstance(answer, wanted):
                 yield wrong_type(field, answer, words)
             elif isinstance(answer, str):
-                yield from _words(answer, field, "the answer")
-            elif whole:
+                yield from _check_text(answer, field, "the answer")
+            elif complete:
                 yield from self._talk.conversation(answer, row.get("tools"), field=field)
             else:
                 yield from self._talk.answer(answer, row.get("tools"), field=field)
-        if good is None or bad is None:
+        if chosen is None or rejected is None:
             return
-        if good == bad:
+        if chosen == rejected:
             yield _same("rejected")
-        elif whole and isinstance(good, list) and isinstance(bad, list) and good[:1] != bad[:1]:
-            text = "`chosen` and `rejected` begin differently, so they answer different prompts"
-            yield Finding("different_prompts", "rejected", text, "begin both with the same prompt")
+        elif (
+            complete
+            and isinstance(chosen, list)
+            and isinstance(rejected, list)
+            and chosen[:1] != rejected[:1]
+        ):
+            text = "`chosen` and `rejected` start differently, so they answer different prompts"
+            yield Finding("different_prompts", "rejected", text, "start both with the same prompt")
 
-    # What is in it
+    # Counts
 
     def _count(self, row: Mapping[str, Any], form: RowFormat, facts: Facts) -> None:
         facts.rows[TYPES[form]] += 1
@@ -382,7 +391,7 @@ class RowFaults:
         facts.roles.update(
             role
             for one in messages
-            if (role := one.get("role")) in known  # others are faults
+            if (role := one.get("role")) in known  # others are errors
         )
         lists = (one.get("tool_calls") for one in messages)
         calls = sum(len(one) for one in lists if isinstance(one, list))
@@ -395,7 +404,7 @@ class RowFaults:
 
 
 def count_labels(facts: Facts, labels: Mapping[str, Any]) -> None:
-    """Count the labels of a classifier's row."""
+    """Count the labels of a classifier row."""
     for target, value in labels.items():
         given = value if isinstance(value, list) else [value]
         facts.count_label_kind(target, "multi" if isinstance(value, list) else "single")
@@ -404,7 +413,7 @@ def count_labels(facts: Facts, labels: Mapping[str, Any]) -> None:
                 facts.count_label(target, label)
 
 
-def _words(value: Any, field: str, what: str) -> Iterator[Finding]:
+def _check_text(value: Any, field: str, what: str) -> Iterator[Finding]:
     if not isinstance(value, str):
         yield wrong_type(field, value, "a string")
     elif is_blank(value):
@@ -417,17 +426,19 @@ def _missing(field: str) -> Finding:
 
 
 def _same(field: str) -> Finding:
-    text = "both answers are the same, so there is nothing to prefer"
+    text = "the chosen and rejected answers are identical"
     return Finding("same_answers", field, text, "remove the row")
 
 
-def _apart(good: list[Any], bad: list[Any]) -> Finding:
-    """Say how to write a prompt that is a string beside answers that are messages."""
-    firsts = [one[0].get("role") for one in (good, bad) if one and isinstance(one[0], dict)]
+def _mixed_types(chosen: list[Any], rejected: list[Any]) -> Finding:
+    """Return the finding for a string prompt with answers that are messages."""
+    firsts = [one[0].get("role") for one in (chosen, rejected) if one and isinstance(one[0], dict)]
     if "assistant" in firsts or not firsts:
-        fix = 'write it as messages, too: [{"role": "user", "content": ...}]'
-        return Finding("wrong_type", "prompt", "the prompt is a string, the answers are not", fix)
-    text = "`chosen` and `rejected` are complete conversations, which hold the prompt already"
+        fix = 'write it as messages: [{"role": "user", "content": ...}]'
+        return Finding(
+            "wrong_type", "prompt", "the prompt is a string, but the answers are messages", fix
+        )
+    text = "`chosen` and `rejected` are complete conversations and already include the prompt"
     return Finding("wrong_type", "prompt", text, "remove `prompt`")
 
 
@@ -437,26 +448,26 @@ def _flag(row: Mapping[str, Any], place: str) -> Iterator[Finding]:
         yield wrong_type(f"{place}parallel_tool_calls", value, "true or false")
 
 
-# From bytes to plain JSON
+# Decoding
 
 
 def _parsed(line: bytes) -> Any:
-    """Read a line, or say in a `Finding` why it cannot be read."""
+    """Decode a line; return a `Finding` if it cannot be decoded."""
     try:
         line.decode()
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
-        text = f"byte 0x{line[error.start]:02x} at column {column} is not UTF-8"
+        text = f"invalid UTF-8: byte 0x{line[error.start]:02x} at column {column}"
         return Finding("bad_utf8", None, text, "save the file as UTF-8")
     if line.count(b",") > _MOST_VALUES:
-        text = f"the row has over {_MOST_VALUES:,} commas, too many to be looked at"
-        return Finding("row_too_large", None, text, "cut it into several rows")
+        text = f"the row has more than {_MOST_VALUES:,} commas, too many to check"
+        return Finding("row_too_large", None, text, "split it into several rows")
     try:
         return msgspec.json.decode(line)
     except msgspec.ValidationError as error:
         field = brief(str(error).partition("`$.")[2].rstrip("`")) or None
-        text = "the number is too large to be read"
-        return Finding("bad_number", field, text, "write it as text")
+        text = "the number is too large"
+        return Finding("bad_number", field, text, "write it as a string")
     except msgspec.DecodeError as error:
         return _bad_json(line, str(error))
 
@@ -464,25 +475,27 @@ def _parsed(line: bytes) -> Any:
 def _bad_json(line: bytes, text: str) -> Finding:
     nul = line.find(b"\0")
     if nul >= 0:
-        message = f"there is a NUL byte at column {_column(line, nul)}"
-        return Finding("nul_byte", None, message, "remove it; is the file really JSON Lines?")
+        message = f"NUL byte at column {_column(line, nul)}"
+        return Finding("nul_byte", None, message, "remove it; check that the file is JSON Lines")
     if lone := _SURROGATE.search(line):
-        message = f"half a surrogate pair at column {_column(line, lone.start())}"
-        return Finding("lone_surrogate", None, message, "write the whole character")
+        message = f"lone surrogate at column {_column(line, lone.start())}"
+        return Finding("lone_surrogate", None, message, "write the complete character")
     found = _BYTE.search(text)
     if found is None:
-        message = f"the JSON ends too early, at column {_column(line, len(line))}"
-        return Finding("bad_json", None, message, "complete it; each row stands on one line")
+        message = f"invalid JSON: unexpected end at column {_column(line, len(line))}"
+        return Finding(
+            "bad_json", None, message, "complete the object; each row must be on one line"
+        )
     what = _BYTE.sub("", text).removeprefix("JSON is malformed: ")
     if what == "trailing characters" and line.rstrip().endswith(b","):
         row = line.rstrip()[:-1]
         if _is_json(row):
-            message = f"there is a comma after the object, at column {_column(line, len(row))}"
+            message = f"invalid JSON: trailing comma at column {_column(line, len(row))}"
             return Finding("bad_json", None, message, "remove the comma")
-    # msgspec 0.22 points one byte behind a character that follows the whole value.
+    # msgspec 0.22 reports trailing characters one byte too late.
     offset = int(found[1]) - (what == "trailing characters")
-    message = f"not JSON: {what} at column {_column(line, offset)}"
-    return Finding("bad_json", None, message, "write one JSON object on each line")
+    message = f"invalid JSON: {what} at column {_column(line, offset)}"
+    return Finding("bad_json", None, message, "write one JSON object per line")
 
 
 def _is_json(text: bytes) -> bool:
@@ -498,11 +511,11 @@ def _column(line: bytes, offset: int) -> int:
 
 
 def has_duplicate_keys(line: bytes) -> bool:
-    """Tell whether an object of a row may have a key twice, so that readers differ on its value."""
+    """Return whether an object of a row may have a duplicate key."""
     try:
         return bool(_keys_twice(line))
     except (ValueError, RecursionError):
-        return True  # of what cannot be read, nothing else is known
+        return True  # cannot be decoded, so unknown
 
 
 def _duplicate_keys(line: bytes) -> list[Finding]:
@@ -511,19 +524,19 @@ def _duplicate_keys(line: bytes) -> list[Finding]:
     except (ValueError, RecursionError):
         return []
     return [
-        Finding("duplicate_key", None, f"{short(key)} occurs twice in one object", "keep one")
+        Finding("duplicate_key", None, f"duplicate key {short(key)}", "keep one of them")
         for key in islice(twice, _MOST_FINDINGS)
     ]
 
 
 def _keys_twice(line: bytes) -> Collection[str]:
-    """Find keys that occur twice in one object; only the last of them is read."""
+    """Return the duplicate keys of all objects; JSON parsers read only the last value."""
     twice: dict[str, None] = {}
 
-    def look(items: list[tuple[str, Any]]) -> None:
+    def collect(items: list[tuple[str, Any]]) -> None:
         if len(dict(items)) < len(items):
             counts = Counter(key for key, _ in items)
             twice.update((key, None) for key, count in counts.items() if count > 1)
 
-    json.loads(line, object_pairs_hook=look)
+    json.loads(line, object_pairs_hook=collect)
     return twice

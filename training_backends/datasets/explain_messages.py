@@ -1,6 +1,6 @@
-"""What can be wrong with the messages of a row, told from the plain JSON of it.
+"""Check the messages of a row, decoded as plain JSON, and explain every issue.
 
-Nothing here is in a hurry: whole rows without a fault are let through before, see `rules`.
+Speed does not matter here: valid rows are accepted by `check_fast` before.
 """
 
 import binascii
@@ -44,7 +44,7 @@ _DATA: Final = re.compile(r"data:image/(?P<type>[a-z0-9.+-]+);base64,", re.IGNOR
 
 
 class _Object(msgspec.Struct, gc=False):
-    """Any JSON object; what is in it is skipped over, strictly."""
+    """Any JSON object; its contents are validated but not decoded."""
 
 
 _read_object: Final = msgspec.json.Decoder(_Object).decode
@@ -67,20 +67,20 @@ def _is_base64(text: str) -> bool:
 
 
 def _bad_arguments(arguments: object) -> str | None:
-    """Say why a text does not hold the arguments of a call."""
+    """Return why a value is not valid as the arguments of a call, or None."""
     if not isinstance(arguments, str):
-        return f"the arguments are {type_name(arguments)}, not a JSON string"
+        return f"the arguments must be a JSON string, got {type_name(arguments)}"
     try:
         _read_object(arguments)
     except msgspec.ValidationError:
-        return "the arguments hold JSON that is not an object"
+        return "the arguments must be a JSON object"
     except (msgspec.DecodeError, RecursionError, UnicodeError):
-        return "the arguments are not JSON"
+        return "the arguments are not valid JSON"
     return None
 
 
 class Talk:
-    """Judges lists of messages by one dialect."""
+    """Checks lists of messages against a dialect."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -98,31 +98,31 @@ class Talk:
     def conversation(
         self, messages: Any, tools: Any, *, field: str = "messages"
     ) -> Iterator[Finding]:
-        """Judge a conversation that is to be learnt from."""
+        """Check a conversation to train on."""
         if (yield from self._each_of(messages, field)):
             yield from self._order(messages, field)
             yield from self._calls(messages, tools, field)
             yield from self._answered(messages, field)
 
     def prompt(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
-        """Judge messages that wait for an answer, or that are to be classified."""
+        """Check messages that precede an answer or that are to be classified."""
         if (yield from self._each_of(messages, field)):
             yield from self._calls(messages, tools, field)
 
     def answer(self, messages: Any, tools: Any, *, field: str) -> Iterator[Finding]:
-        """Judge one of the two answers of a preference pair."""
+        """Check one answer of a preference pair."""
         if not (yield from self._each_of(messages, field)):
             return
         for index, message in enumerate(messages):
             if message["role"] not in {"assistant", "tool"}:
-                text = f"the {message['role']} speaks in an answer"
+                text = f"an answer cannot contain a message with role {message['role']}"
                 place = f"{field}[{index}].role"
-                yield Finding("misplaced_role", place, text, "move it to the prompt")
+                yield Finding("misplaced_role", place, text, "move the message to the prompt")
                 return
         most = self._dialect.max_answer_messages
         if most is not None and len(messages) > most:
-            text = f"the answer has {len(messages)} messages"
-            yield Finding("too_many_messages", field, text, f"leave {most} of them")
+            text = f"the answer has {len(messages)} messages; the limit is {most}"
+            yield Finding("too_many_messages", field, text, "remove the others")
         yield from self._calls(messages, tools, field)
         last = messages[-1]["role"]
         if last != "assistant":
@@ -131,7 +131,7 @@ class Talk:
     # Single messages
 
     def _each_of(self, messages: Any, field: str) -> _Checked:
-        """Judge each message by itself; returns whether all have a role and can be compared."""
+        """Check each message on its own; return whether all of them have a valid role."""
         if not isinstance(messages, list):
             yield wrong_type(field, messages, "an array of messages")
             return False
@@ -159,8 +159,8 @@ class Talk:
             images += image_count(message)
         most = self._dialect.max_images
         if most is not None and images > most:
-            text = f"the row has {images} images"
-            yield Finding("too_many_images", field, text, f"leave {most} of them")
+            text = f"the row has {images} images; the limit is {most}"
+            yield Finding("too_many_images", field, text, "remove the others")
         return comparable
 
     def _keys(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
@@ -178,43 +178,43 @@ class Talk:
             return None
         meant = _OTHER_ROLES.get(role.lower()) or nearest(role, self._roles)
         fix = f"use {meant}" if meant in self._roles else f"use {self._role_words}"
-        return Finding("unknown_role", f"{place}.role", f"the role {short(role)} is not known", fix)
+        return Finding("unknown_role", f"{place}.role", f"unknown role {short(role)}", fix)
 
     def _content(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
         content = message.get("content")
         field = f"{place}.content"
         role = message["role"]
-        says = bool(content) and not is_blank(content)
+        has_text = bool(content) and not is_blank(content)
         if isinstance(content, list):
-            says = bool(content)
-            told = False
+            has_text = bool(content)
+            has_findings = False
             for number, part in enumerate(content):
                 for finding in self._part(part, role, f"{field}[{number}]"):
-                    told = True
+                    has_findings = True
                     yield finding
-            if told:
+            if has_findings:
                 return
         elif content is not None and not isinstance(content, str):
             yield wrong_type(field, content, "a string or an array of parts")
             return
         calls = role == "assistant" and (message.get("tool_calls") or "function_call" in message)
         if calls:
-            if says:
-                # mistral-common 1.13 refuses it for tokenizers up to version 3, not since.
-                text = "the message has content beside its tool calls"
-                fix = "keep one of them; not every model takes both"
+            if has_text:
+                # mistral-common 1.13 rejects it for tokenizers up to version 3.
+                text = "the message has both content and tool calls"
+                fix = "remove one of them; some models do not accept both"
                 yield Finding("content_with_tool_calls", field, text, fix, "warning")
-        elif not says and not self._may_be_silent(message, content):
-            yield self._unsaid(message, field)
+        elif not has_text and not self._may_be_empty(message, content):
+            yield self._no_content(message, field)
 
-    def _may_be_silent(self, message: Mapping[str, Any], content: object) -> bool:
+    def _may_be_empty(self, message: Mapping[str, Any], content: object) -> bool:
         if message["role"] in {"tool", "function"}:
-            # A function may rightly return nothing.
+            # A function may return nothing.
             return isinstance(content, str)
         refusal = message.get("refusal")
         return "refusal" in self._message_keys and isinstance(refusal, str) and bool(refusal)
 
-    def _unsaid(self, message: Mapping[str, Any], field: str) -> Finding:
+    def _no_content(self, message: Mapping[str, Any], field: str) -> Finding:
         if "content" in message:
             return empty(field, "the content")
         others = message.keys() - self._message_keys
@@ -229,11 +229,11 @@ class Talk:
         kind = part.get("type")
         allowed: Sequence[str] = self._dialect.parts.get(role, ("text",))  # type: ignore[call-overload]
         if not isinstance(kind, str) or kind not in _PARTS:
-            what = "has no type" if kind is None else f"has the type {short(kind)}"
+            what = "has no type" if kind is None else f"has the unknown type {short(kind)}"
             fix = "use " + " or ".join(allowed)
-            yield Finding("unknown_part", f"{place}.type", f"the part {what}", fix)
+            yield Finding("unknown_part", f"{place}.type", f"the content part {what}", fix)
         elif kind not in allowed:
-            text = f"the {role}'s message has a part of type {kind}"
+            text = f"{role} messages cannot have {kind} parts"
             fix = "use " + " or ".join(allowed)
             yield Finding("misplaced_part", f"{place}.type", text, fix)
         elif kind == "text":
@@ -251,7 +251,7 @@ class Talk:
         elif isinstance(image, dict):
             detail = image.get("detail")
             if detail is not None and detail not in _DETAILS:
-                text = f"the detail is {short(detail)}"
+                text = f"invalid detail {short(detail)}"
                 yield Finding("bad_image", f"{place}.detail", text, f"use {' or '.join(_DETAILS)}")
             place = f"{place}.url"
             url = image.get("url")
@@ -266,25 +266,25 @@ class Talk:
                 "data:image/…;base64,…" if one == "data" else f"{one}://…"
                 for one in self._dialect.image_schemes
             )
-            yield Finding("bad_image", place, reason, f"give {schemes}")
+            yield Finding("bad_image", place, reason, f"use {schemes}")
 
     def _bad_url(self, url: str) -> str | None:
         schemes = self._dialect.image_schemes
         if url[:5].lower() == "data:":
             if "data" not in schemes:
-                return "images given as data are not taken"
+                return "inline images (data: URLs) are not supported"
             found = _DATA.match(url)
             if not found or not _is_base64(url[found.end() :]):
-                return "the image is not well-formed base64 data"
+                return "the image is not valid base64 data"
             kind = found["type"].lower()
             if kind not in self._dialect.image_types and kind != "jpg":
-                return f"images of type {short(kind)} are not taken"
+                return f"image type {short(kind)} is not supported"
             return None
         found = _WEB.fullmatch(url)
         if not found:
-            return f"{short(url)} is no address of an image"
+            return f"{short(url)} is not an image URL"
         scheme = found["scheme"].lower()
-        return None if scheme in schemes else f"addresses with {scheme}:// are not taken"
+        return None if scheme in schemes else f"{scheme}:// URLs are not supported"
 
     def _extras(self, message: Mapping[str, Any], place: str) -> Iterator[Finding]:
         role = message["role"]
@@ -292,11 +292,13 @@ class Talk:
         if weight is not None:
             if type(weight) not in {int, float} or weight not in self._dialect.weights:
                 known = " or ".join(map(str, self._dialect.weights)) or "none"
-                text = f"the weight is {short(weight)}"
+                text = f"invalid weight {short(weight)}"
                 yield Finding("bad_weight", f"{place}.weight", text, f"use {known}")
             elif role not in self._dialect.weighted_roles:
-                fix = "only give it to the " + " or ".join(self._dialect.weighted_roles)
-                text = f"the {role}'s message has a weight"
+                fix = "set it only on messages with role " + " or ".join(
+                    self._dialect.weighted_roles
+                )
+                text = f"{role} messages cannot have a weight"
                 yield Finding("misplaced_weight", f"{place}.weight", text, fix)
         for key in ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content"):
             value = message.get(key)
@@ -308,10 +310,12 @@ class Talk:
         if calls is None:
             return
         if role != "assistant":
-            text = f"the {role} calls tools"
-            yield Finding("misplaced_tool_calls", f"{place}.tool_calls", text, "remove them")
+            text = f"{role} messages cannot have tool calls"
+            yield Finding(
+                "misplaced_tool_calls", f"{place}.tool_calls", text, "remove `tool_calls`"
+            )
         elif not isinstance(calls, list):
-            yield wrong_type(f"{place}.tool_calls", calls, "an array of calls")
+            yield wrong_type(f"{place}.tool_calls", calls, "an array of tool calls")
         else:
             for number, call in enumerate(calls):
                 yield from self._call(call, f"{place}.tool_calls[{number}]")
@@ -319,8 +323,8 @@ class Talk:
     def _function_call(self, call: Any, place: str) -> Iterator[Finding]:
         taken = self._dialect.legacy_functions
         severity: Literal["error", "warning"] = "warning" if taken else "error"
-        text = "`function_call` was replaced by `tool_calls`"
-        fix = "write it as a tool call with an id, and `functions` as `tools`"
+        text = "`function_call` is deprecated in favor of `tool_calls`"
+        fix = "rewrite it as a tool call with an id, and `functions` as `tools`"
         yield Finding("legacy_functions", place, text, fix, severity)
         if taken:
             yield from self._function(call, place)
@@ -333,12 +337,12 @@ class Talk:
         yield from unknown_keys(unread, place, _CALL_KEYS - call.keys())
         call_id = call.get("id")
         if not isinstance(call_id, str) or not call_id or not self._is_call_id(call_id):
-            found = "has no id" if call_id is None else f"has the id {short(call_id)}"
-            fix = f"give an id, {self._dialect.call_id_words}, the same in its answer"
+            found = "has no id" if call_id is None else f"has the invalid id {short(call_id)}"
+            fix = f"use {self._dialect.call_id_words}, and repeat the id in the tool message"
             yield Finding("bad_call_id", f"{place}.id", f"the tool call {found}", fix)
         kind = call.get("type")
         if kind is not None and kind != "function":
-            text = f"the type of the call is {short(kind)}"
+            text = f"unsupported tool call type {short(kind)}"
             yield Finding("wrong_type", f"{place}.type", text, "use function")
         yield from self._function(call.get("function"), f"{place}.function")
 
@@ -351,23 +355,21 @@ class Talk:
         if isinstance(arguments, dict) and "object" in self._dialect.arguments:
             return
         if reason := _bad_arguments(arguments):
-            fix = (
-                'write them as a string that holds a JSON object, such as "{\\"of\\": \\"Rome\\"}"'
-            )
+            fix = 'use a string with a JSON object, such as "{\\"city\\": \\"Rome\\"}"'
             yield Finding("bad_arguments", f"{place}.arguments", reason, fix)
 
     def _name(self, name: Any, place: str) -> Iterator[Finding]:
         if not isinstance(name, str):
             yield wrong_type(place, name, "a string")
         elif not self._is_name(name):
-            text = f"the function's name is {short(name)}"
+            text = f"invalid function name {short(name)}"
             fix = f"use {self._dialect.function_name_words}"
             yield Finding("bad_function_name", place, text, fix)
 
-    # Messages beside each other
+    # Message order
 
     def _order(self, messages: Sequence[Mapping[str, Any]], field: str) -> Iterator[Finding]:
-        """Hold who speaks against the dialect's order; answers of tools go by their calls."""
+        """Check the order of roles; tool messages are checked against their calls instead."""
         order = self._dialect.order
         before = "start"
         for index, message in enumerate(messages):
@@ -376,10 +378,10 @@ class Talk:
                 allowed = order.get(before, ())  # type: ignore[call-overload]
                 if role not in allowed:
                     code = "bad_start" if before == "start" else "bad_order"
-                    behind = "at the start" if before == "start" else f"behind the {before}"
-                    text = f"the {role} speaks {behind}"
+                    where = "at the start" if before == "start" else f"after one with role {before}"
+                    text = f"a message with role {role} is not allowed {where}"
                     words = [one for one in allowed if one != "end"]
-                    fix = "put a message of " + " or ".join(words) + " here"
+                    fix = "insert a message with role " + " or ".join(words) + " before it"
                     yield Finding(code, f"{field}[{index}].role", text, fix)
             before = role
 
@@ -387,29 +389,31 @@ class Talk:
         answers = [one for one in messages if one["role"] == "assistant"]
         last = messages[-1]["role"]
         if not answers:
-            fix = "add the answer to learn, with role assistant"
-            yield Finding("no_assistant", field, "no message is the assistant's", fix)
+            fix = "add an assistant message to train on"
+            yield Finding("no_assistant", field, "there is no assistant message", fix)
             return
         if "end" not in self._dialect.order.get(last, ()):
             yield self._not_last(f"{field}[{len(messages) - 1}].role", last)
         if len(messages) == 1 and not self._dialect.lone_answer:
-            text = "nothing stands before the assistant's answer"
-            yield Finding("lone_answer", field, text, "add what it answers")
+            text = "the assistant message is the only message"
+            yield Finding("lone_answer", field, text, "add the message that it answers")
         if all(one.get("weight") == 0 for one in answers):
-            text = "every assistant message has weight 0, so nothing is learnt from this row"
-            yield Finding("nothing_trained", field, text, "leave the row out", "warning")
+            text = "every assistant message has weight 0, so nothing is trained"
+            yield Finding("nothing_trained", field, text, "remove the row", "warning")
 
     @staticmethod
     def _not_last(place: str, role: str) -> Finding:
-        text = f"the last message is the {role}'s, not the assistant's"
-        return Finding("last_not_assistant", place, text, "end with the answer to learn")
+        text = f"the last message has role {role}, not assistant"
+        return Finding(
+            "last_not_assistant", place, text, "end the conversation with an assistant message"
+        )
 
     def _calls(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, field: str
     ) -> Iterator[Finding]:
         """Match each call with its answer and its declaration.
 
-        Calls at the very end wait for their answers rightly.
+        Calls in the last message need no answer.
         """
         known = _names(tools)
         waiting: dict[str, str] = {}
@@ -425,8 +429,8 @@ class Talk:
                 call_id = call.get("id")
                 if isinstance(call_id, str):
                     if call_id in waiting:
-                        text = f"two calls have the id {short(call_id)}"
-                        fix = "give each call its own id"
+                        text = f"duplicate tool call id {short(call_id)}"
+                        fix = "give each call a unique id"
                         yield Finding("duplicate_call_id", f"{where}.id", text, fix)
                     waiting[call_id] = f"{where}.id"
                 yield from self._declared(call, known, where)
@@ -438,12 +442,12 @@ class Talk:
         if call_id is None and waiting and not self._dialect.answers_name_calls:
             waiting.pop(next(iter(waiting)))
         elif call_id is None:
-            text = "the tool's message does not say which call it answers"
-            fix = "repeat the id of the call that it answers"
+            text = "the tool message has no `tool_call_id`"
+            fix = "set it to the id of the call that it answers"
             yield Finding("unmatched_answer", field, text, fix)
         elif isinstance(call_id, str) and waiting.pop(call_id, None) is None:
-            text = f"no open tool call has the id {short(call_id)}"
-            fix = "put the answer right behind its call, with the same id"
+            text = f"no pending tool call has the id {short(call_id)}"
+            fix = "place the tool message directly after its call, with the same id"
             yield Finding("unmatched_answer", field, text, fix)
 
     def _declared(
@@ -452,19 +456,19 @@ class Talk:
         function = call.get("function")
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and self._is_name(name) and name not in known:
-            text = f"`tools` does not declare {short(name)}"
+            text = f"function {short(name)} is not declared in `tools`"
             meant = nearest(name, known)
             fix = (
                 f"declare it in `tools`, or call {short(meant)}"
                 if meant
                 else "declare it in `tools`"
             )
-            # Without any `tools` the call can still be learnt; with them it is a slip.
+            # Without any `tools` the row can still be trained on; with them it is a mistake.
             field = f"{where}.function.name"
             yield Finding("undeclared_tool", field, text, fix, "error" if known else "warning")
 
     def tools(self, tools: Any, *, field: str = "tools") -> Iterator[Finding]:
-        """Judge the functions on offer."""
+        """Check the declared tools."""
         if tools is None:
             return
         if not isinstance(tools, list):
@@ -478,7 +482,7 @@ class Talk:
                 continue
             kind = tool.get("type")
             if kind is not None and kind != "function":
-                text = f"the type of the tool is {short(kind)}"
+                text = f"unsupported tool type {short(kind)}"
                 yield Finding("wrong_type", f"{place}.type", text, "use function")
             yield from self._tool(tool.get("function"), f"{place}.function", seen)
 
@@ -490,8 +494,10 @@ class Talk:
         yield from self._name(name, f"{place}.name")
         if isinstance(name, str):
             if name in seen:
-                text = f"{short(name)} is declared twice"
-                yield Finding("duplicate_tool", f"{place}.name", text, "remove one of them")
+                text = f"function {short(name)} is declared twice"
+                yield Finding(
+                    "duplicate_tool", f"{place}.name", text, "remove one of the declarations"
+                )
             seen.add(name)
         parameters = function.get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
@@ -502,20 +508,20 @@ class Talk:
 
 
 def unknown_keys(keys: Iterable[str], place: str, meant: Collection[str]) -> Iterator[Finding]:
-    """Say of keys that nobody reads them, and which were probably meant.
+    """Yield a warning for each unknown key, with the key that was probably meant.
 
     Args:
-        meant: The keys that are missing.
+        meant: The known keys that are missing.
     """
     for key in keys:
         field = f"{place}.{brief(key)}" if place else brief(key)
         found = nearest(key, meant)
         fix = f"rename it to `{found}`" if found else "remove it"
-        yield Finding("unknown_key", field, f"{short(key)} is not read", fix, "warning")
+        yield Finding("unknown_key", field, f"unknown key {short(key)} is ignored", fix, "warning")
 
 
 def _names(tools: Any) -> frozenset[str]:
-    """Return the names of the functions on offer."""
+    """Return the names of the declared functions."""
     if not isinstance(tools, list):
         return frozenset()
     functions = (tool.get("function") for tool in tools if isinstance(tool, dict))
@@ -532,6 +538,6 @@ def _calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _unanswered(waiting: Mapping[str, str]) -> Iterator[Finding]:
     for call_id, place in waiting.items():
-        text = f"the tool call {short(call_id)} is not answered"
-        fix = "add a message with role tool and this tool_call_id right behind it"
+        text = f"tool call {short(call_id)} has no answer"
+        fix = "add a tool message with this tool_call_id directly after it"
         yield Finding("unanswered_call", place, text, fix)

@@ -1,4 +1,4 @@
-"""Add up the verdicts on the parts of a file, in their order, to what is told of the file."""
+"""Merge the verdicts on the parts of a file, in order, into issues and a `DataFile`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ __all__ = ["MOST_BLANK_LINES", "Collector", "FileRole"]
 
 FileRole = Literal["train", "validation"]
 
-_JSONL: Final = "write one JSON object on each line"
+_JSONL: Final = "write one JSON object per line"
 
 MOST_BLANK_LINES: Final = 1_000_000
-"""In a row; a small compressed file may hold thousands of millions."""
+"""Consecutive blank lines; a small compressed file can contain billions."""
 
 
 class Collector:
-    """What is known of one file, and the issues found in it, capped per code.
+    """Collects the counts and issues of one file; issues are limited per code.
 
     Attributes:
-        failed: The file cannot be read to its end.
-        lines: Lines so far.
-        rows: Lines so far that are not blank.
-        sample_type: What the first row is of which that can be told.
+        failed: The file could not be read completely.
+        lines: Number of lines so far.
+        rows: Number of non-blank lines so far.
+        sample_type: Type of the first row whose type was recognized.
     """
 
     def __init__(self, path: Path, role: FileRole, weight: float, dialect: Dialect) -> None:
@@ -41,39 +41,39 @@ class Collector:
         self._weight = weight
         self._dialect = dialect
         self._facts = Facts()
-        self._bad_rows = self._blank = self._blank_in_a_row = 0
+        self._invalid_rows = self._blank = self._blank_in_a_row = 0
         self._first_blank: int | None = None
         self._has_crlf = False
         self._sizes: Counter[int] = Counter()
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
 
     def take(self, verdict: Verdict) -> Iterator[Issue]:
-        """Add the verdict on the next part and yield its issues, by line."""
+        """Add the verdict on the next part and yield its issues by line."""
         for code, (warnings, errors) in verdict.counts.items():
             self._counts[code] += warnings + errors
             self._errors[code] += errors
         found = [*verdict.found, *self._mixed(verdict), *self._line_ends(verdict)]
         found.sort(key=lambda each: each[0])
         for line, finding in found:
-            yield from self._tell(finding, self.lines + line)
+            yield from self._report(finding, self.lines + line)
         if verdict.first_blank:
             self._first_blank = self._first_blank or self.lines + verdict.first_blank
         self._blank_in_a_row = 0 if verdict.rows else self._blank_in_a_row + verdict.blank
         if self._blank_in_a_row > MOST_BLANK_LINES:
             self.failed = True
-            text = f"over {MOST_BLANK_LINES:,} blank lines in a row, the rest was not read"
+            text = f"more than {MOST_BLANK_LINES:,} blank lines in a row; the rest was not read"
             yield from self.add(Finding("only_blank_lines", None, text, _JSONL))
         self.lines += verdict.lines
         self.rows += verdict.rows
-        self._bad_rows += verdict.bad_rows
+        self._invalid_rows += verdict.bad_rows
         self._blank += verdict.blank
         self._sizes.update(verdict.sizes)
         self._facts.merge(verdict.facts)
 
     def _mixed(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
-        """Tell of rows of another type than the first."""
+        """Yield a finding for rows of another type than the first."""
         if verdict.kinds and self.sample_type is None:
             self.sample_type = cast("SampleType", next(iter(verdict.kinds)))
         for name, kind in verdict.kinds.items():
@@ -81,44 +81,48 @@ class Collector:
                 continue
             self._counts["mixed_formats"] += kind.rows
             self._errors["mixed_formats"] += kind.rows
-            self._bad_rows += kind.good
-            text = f"this row is {name}, the file began with {self.sample_type}"
-            finding = Finding("mixed_formats", None, text, "put each format in a file of its own")
+            self._invalid_rows += kind.good
+            text = f"this row is {name}, but the file starts with {self.sample_type} rows"
+            finding = Finding("mixed_formats", None, text, "put each format in its own file")
             yield from ((line, finding) for line in kind.first)
 
     def _line_ends(self, verdict: Verdict) -> Iterator[tuple[int, Finding]]:
         if verdict.first_crlf and not self._has_crlf:
             self._has_crlf = True
             self._counts["line_ends"] += 1
-            text = "lines end with CRLF, this is the first"
-            fix = "end them with LF"
+            text = "CRLF line endings, first on this line"
+            fix = "use LF"
             yield verdict.first_crlf, Finding("line_ends", None, text, fix, "warning")
 
     def end(self, end: End) -> Iterator[Issue]:
-        """Yield what is wrong with the file as a whole, and how much was not told."""
-        if end.changed_at is not None and not self._is_as_then(end):
+        """Yield the issues of the file as a whole, and the number of issues not shown."""
+        if end.changed_at is not None and not self._is_unchanged(end):
             self.failed = True
-            fix = "try again once nobody writes to it"
+            fix = "try again when no other process is writing to it"
             yield from self.add(
-                Finding("changed_file", None, "the file was changed meanwhile", fix)
+                Finding("changed_file", None, "the file changed while it was read", fix)
             )
         elif not self.rows:
             what = "has only blank lines" if end.size else "is empty"
             yield from self.add(Finding("empty_file", None, f"the file {what}", _JSONL))
         else:
             if self._blank:
-                are = "1 blank line is" if self._blank == 1 else f"{self._blank:,} blank lines are"
-                text = f"{are} skipped, the first is this"
+                what = (
+                    "1 blank line"
+                    if self._blank == 1
+                    else f"{self._blank:,} blank lines, first here"
+                )
+                text = f"skipped {what}"
                 finding = Finding("blank_lines", None, text, None, "warning")
                 yield from self.add(finding, self._first_blank)
             for finding in file_findings(self._facts, self._dialect):
-                # Of rows that nobody can read there are enough.
+                # Unreadable rows count towards the minimum.
                 enough = self.role != "train" or self.rows >= self._dialect.min_rows
                 if finding.code != "too_few_rows" or not enough:
                     yield from self.add(finding)
         yield from self.rest()
 
-    def _is_as_then(self, end: End) -> bool:
+    def _is_unchanged(self, end: End) -> bool:
         try:
             now = self.path.stat()
         except OSError:
@@ -126,41 +130,41 @@ class Collector:
         return (now.st_size, now.st_mtime_ns) == (end.size, end.changed_at)
 
     def add(self, finding: Finding, line: int | None = None) -> Iterator[Issue]:
-        """Tell of the file as a whole, or of a row, as gravely as the dialect has it."""
+        """Yield an issue of the file or of a line, with the severity set by the dialect."""
         level = self._dialect.levels.get(finding.code, finding.severity)
         if level != "ignored":
             self._counts[finding.code] += 1
             self._errors[finding.code] += level == "error"
-            yield from self._tell(finding._replace(severity=level), line)
+            yield from self._report(finding._replace(severity=level), line)
 
     def leave(self, code: str, more: int, severity: Literal["error", "warning"]) -> None:
-        """Count what was found beside that which was told; `rest` speaks of it."""
+        """Count findings without an issue of their own; `rest` reports their number."""
         level = self._dialect.levels.get(code, severity)
         if level != "ignored":
             self._counts[code] += more
             self._errors[code] += more * (level == "error")
 
     def rest(self) -> Iterator[Issue]:
-        """Yield for each code how many were found and not told, once."""
+        """Yield for each code the number of issues not shown, once."""
         for code, count in self._counts.items():
-            if more := count - self._told[code]:
-                self._told[code] = count
+            if more := count - self._reported[code]:
+                self._reported[code] = count
                 yield Issue(
                     code=code,
-                    message=f"{more:,} more of this kind (`{code}`)",
+                    message=f"{more:,} more like this (`{code}`)",
                     path=str(self.path),
                     severity="error" if self._errors[code] else "warning",
                 )
 
     @property
     def findings(self) -> dict[str, int]:
-        """How often each thing was found, by its code."""
+        """Number of findings by code."""
         return {code: count for code, count in self._counts.items() if count}
 
-    def _tell(self, finding: Finding, line: int | None) -> Iterator[Issue]:
+    def _report(self, finding: Finding, line: int | None) -> Iterator[Issue]:
         code, field, message, fix, severity = finding
-        if self._told[code] < KEPT_PER_CODE:
-            self._told[code] += 1
+        if self._reported[code] < KEPT_PER_CODE:
+            self._reported[code] += 1
             yield Issue(
                 code=code,
                 message=message,
@@ -172,7 +176,7 @@ class Collector:
             )
 
     def file(self, end: End) -> DataFile:
-        """Return all that is known of the file."""
+        """Return the summary of the file."""
         facts = self._facts
         labels: dict[str, dict[str, int]] = {}
         for (target, label), rows in facts.labels.items():
@@ -198,7 +202,7 @@ class Collector:
             size=end.size,
             sha256=end.sha256,
             rows=self.rows,
-            bad_rows=self._bad_rows,
+            bad_rows=self._invalid_rows,
             turns=facts.turns,
             sample_type=self.sample_type,
             packing=end.packing,

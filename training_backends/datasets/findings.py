@@ -1,4 +1,4 @@
-"""What is said of one row."""
+"""Findings and counts of rows."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -22,28 +22,28 @@ __all__ = [
 ]
 
 _MOST_LABELS: Final = 10_000
-"""Labels that are counted apart; a column of free text is no label."""
+"""Maximum number of distinct labels that are counted; beyond it, the column is free text."""
 
 
 @dataclass(slots=True)
 class Facts:
-    """Counts over rows; those of several parts of a file are added by `merge`.
+    """Counts over the rows of a file; `merge` adds those of another part.
 
-    Rows with errors count too, as far as they could be told apart.
+    Rows with errors are included if their type was recognized.
 
     Attributes:
-        rows: Rows by type, such as `instruct`.
-        formats: Rows by how they are written, see `RowFormat`.
-        turns: Messages.
+        rows: Rows by sample type, such as `instruct`.
+        formats: Rows by `RowFormat`.
+        turns: Number of messages.
         roles: Messages by role.
         tool_rows: Rows that declare or call tools.
-        tool_calls: Calls.
+        tool_calls: Number of tool calls.
         image_rows: Rows with images.
-        images: Images.
-        weighted_rows: Rows in which a message has a weight.
-        longest_row: Bytes of the longest row, as far as whoever reads them measured it.
-        labels: Rows by `(target, label)` of a classifier.
-        label_kinds: Rows by `(target, "single" or "multi")`.
+        images: Number of images.
+        weighted_rows: Rows with a message weight.
+        longest_row: Bytes of the longest row, if the caller measures rows.
+        labels: Classifier rows by `(target, label)`.
+        label_kinds: Classifier rows by `(target, "single" or "multi")`.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -70,21 +70,21 @@ class Facts:
         self.longest_row = max(self.longest_row, other.longest_row)
 
     def count_label(self, target: str, label: str) -> None:
-        """Count a label, while there are not too many to be labels."""
+        """Count a label, up to `_MOST_LABELS` distinct ones."""
         if (target, label) in self.labels or len(self.labels) < _MOST_LABELS:
             self.labels[target, label] += 1
 
     def count_label_kind(self, target: str, kind: str) -> None:
-        """Count how a target is labelled, likewise."""
+        """Count whether a target has a single label or a list, up to the same limit."""
         if (target, kind) in self.label_kinds or len(self.label_kinds) < _MOST_LABELS:
             self.label_kinds[target, kind] += 1
 
 
-NO_WORDS: Final = "fill it or remove the row"
+NO_WORDS: Final = "fill it in or remove the row"
 
 
 class Finding(NamedTuple):
-    """One thing wrong with a row or a file."""
+    """An error or warning about a row or a file."""
 
     code: str
     field: str | None
@@ -96,7 +96,7 @@ class Finding(NamedTuple):
 def nearest(word: str, known: Collection[str]) -> str | None:
     """Return the known word that was probably meant."""
     if len(word) > 40 or len(known) > 1000:
-        return None  # comparing takes long
+        return None  # too slow to compare
     return _nearest(word.lower(), frozenset(known))
 
 
@@ -107,21 +107,21 @@ def _nearest(word: str, known: frozenset[str]) -> str | None:
 
 
 def brief(text: str) -> str:
-    """Cut a text of the user's; data is not poured into messages at full length."""
+    """Truncate user data for a message."""
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def short(value: object) -> str:
-    """Quote a value of the user's, cut."""
+    """Quote a value from user data, truncated."""
     if isinstance(value, str):
         return repr(brief(value))
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:
-        return "a number of many digits"  # turning it into text takes long
+        return "a number with many digits"  # slow to format
     return brief(str(value)) if isinstance(value, int | float) else type_name(value)
 
 
 def type_name(value: Any) -> str:
-    """Return what JSON calls a value."""
+    """Return the JSON type of a value."""
     names = {dict: "an object", list: "an array", str: "a string", type(None): "null"}
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -129,22 +129,22 @@ def type_name(value: Any) -> str:
 
 
 def empty(field: str, what: str) -> Finding:
-    """Say that something has nothing in it."""
+    """Return the finding for an empty value."""
     return Finding("empty_content", field, f"{what} is empty", NO_WORDS)
 
 
 def wrong_type(field: str | None, value: Any, wanted: str) -> Finding:
-    """Say that something is of another type than it may be."""
+    """Return the finding for a value of the wrong type."""
     text = f"expected {wanted}, got {type_name(value)}"
-    return Finding("wrong_type", field, text, "correct the value's type")
+    return Finding("wrong_type", field, text, "correct the type")
 
 
 def too_long(limit: int) -> Finding:
-    """Say that a line has more bytes than are kept of one."""
+    """Return the finding for a line longer than `limit` bytes."""
     message = f"the line is longer than {limit >> 20} MiB"
-    return Finding("line_too_long", None, message, "write one JSON object on each line")
+    return Finding("line_too_long", None, message, "write one JSON object per line")
 
 
 def is_blank(value: object) -> bool:
-    """Tell whether a text has no words."""
+    """Return whether a value is an empty or whitespace-only string."""
     return isinstance(value, str) and (not value or value.isspace())

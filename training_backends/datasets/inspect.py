@@ -1,9 +1,9 @@
-"""Find everything that is wrong with data files before the first byte leaves.
+"""Validate data files before anything is uploaded.
 
 Each file is read once, in constant memory: size and row count come from the same pass as the
-issues, which are told as they are found. Only files that may be the same, being of one size, are
-read again, for their digests. Large files are judged by several processes;
-what is found does not depend on how many. Bad data raises nothing; it is told in issues.
+issues, which are reported as they are found. Only files of equal size, which may be identical, are
+read again, for their digests. Large files are checked by several processes; the result does not
+depend on how many. Bad data never raises; it is reported as issues.
 """
 
 from collections import Counter
@@ -43,11 +43,11 @@ __all__ = [
 _METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {"instruct": "sft", "pretrain": "sft", "classifier": "classifier", "preference": "dpo"}
 )
-"""The method for each sample type."""
+"""Training method of each sample type."""
 
 
 def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
-    """Tell of content given twice, and of files whose rows cannot be used together."""
+    """Yield issues across files: duplicate content, mixed formats and single labels."""
     seen: dict[str, DataFile] = {}
     for number, file in enumerate(files):
         before = seen.setdefault(file.sha256 or str(number), file)
@@ -56,16 +56,16 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
         if before.role != file.role:
             yield Issue(
                 code="train_validation_overlap",
-                message=f"the same content is in the training file {before.path}",
+                message=f"same content as the training file {before.path}",
                 path=str(file.path),
-                fix="validate on rows that are not trained on",
+                fix="use validation rows that are not in the training data",
             )
         else:
             yield Issue(
                 code="duplicate_file",
-                message=f"the same content is in {before.path}",
+                message=f"same content as {before.path}",
                 path=str(file.path),
-                fix="name it once and give it a weight",
+                fix="list it once and set its weight",
                 severity="warning",
             )
     yield from _single_labels([file for file in files if file.role == "train"])
@@ -74,7 +74,7 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
         if file.sample_type != typed[0].sample_type:
             yield Issue(
                 code="mixed_formats",
-                message=f"the file is {file.sample_type}, {typed[0].path} is "
+                message=f"the file is {file.sample_type}, but {typed[0].path} is "
                 f"{typed[0].sample_type}",
                 path=str(file.path),
                 fix="train on one format at a time",
@@ -82,7 +82,7 @@ def between_files(files: Sequence[DataFile]) -> Iterator[Issue]:
 
 
 def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
-    """Tell of targets of a classifier that have the same label in all rows."""
+    """Yield a warning for each classifier target with the same label in all rows."""
     labelled = [file for file in files if file.sample_type == "classifier"]
     labels: dict[str, Counter[str]] = {}
     for file in labelled:
@@ -90,7 +90,7 @@ def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
             labels.setdefault(target, Counter()).update(counts)
     rows = sum(file.rows for file in labelled)
     for target, found in labels.items():
-        # Where some rows have none of the labels, there is something to tell apart.
+        # Rows without the label are a second class.
         if len(found) == 1 and found.total() >= rows:
             yield Issue(
                 code="single_label",
@@ -105,10 +105,10 @@ def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
 def against_limits(
     files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool = True
 ) -> Iterator[Issue]:
-    """Tell of files that are larger than a provider takes.
+    """Yield issues for files that exceed the provider's size limits.
 
     Args:
-        cuts_files: Training files that are too large are cut at launch.
+        cuts_files: The launch splits training files that are too large.
     """
     for issue in (*_too_large(files, dialect, cuts_files=cuts_files), *_validation(files, dialect)):
         level = dialect.levels.get(issue.code, issue.severity)
@@ -124,10 +124,10 @@ def _too_large(files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool)
         is_cut = cuts_files and file.role == "train"
         yield Issue(
             code="file_too_large",
-            message=f"the file has {file.size:,} bytes, {dialect.name} takes {most:,}"
-            + ("; it is cut at launch" if is_cut else ""),
+            message=f"the file is {file.size:,} bytes; {dialect.name} allows {most:,}"
+            + ("; it is sharded at launch" if is_cut else ""),
             path=str(file.path),
-            fix=None if is_cut else "cut it with `training-backends data shard`",
+            fix=None if is_cut else "split it with `training-backends data shard`",
             severity="warning" if is_cut else "error",
         )
 
@@ -145,22 +145,22 @@ def _validation(files: Sequence[DataFile], dialect: Dialect) -> Iterator[Issue]:
     if limits and validation > min(limits):
         yield Issue(
             code="validation_too_large",
-            message=f"there are {validation:,} bytes of validation data, {dialect.name} takes "
+            message=f"the validation data is {validation:,} bytes; {dialect.name} allows "
             f"{min(limits):,}{limits[min(limits)]}",
             field="data.validation",
-            fix="validate on fewer rows",
+            fix="use fewer validation rows",
         )
 
 
 def against_method(config: TrainingConfig, files: Sequence[DataFile]) -> Iterator[Issue]:
-    """Tell of files that cannot be trained on as the configuration wants it."""
+    """Yield issues for files that do not match the configured method."""
     for file in files:
         if file.packing != "plain":
             yield Issue(
                 code="packed_file",
-                message=f"the file is packed ({file.packing}), training takes plain JSON Lines",
+                message=f"the file is compressed ({file.packing}); training requires JSON Lines",
                 path=str(file.path),
-                fix="unpack it; `training-backends data repair` does, too",
+                fix="decompress it, or convert it with `training-backends data repair`",
             )
         wanted = _METHODS.get(file.sample_type or "", config.method)
         if wanted != config.method:
@@ -174,14 +174,14 @@ def against_method(config: TrainingConfig, files: Sequence[DataFile]) -> Iterato
 
 
 ISSUES_PER_CODE: Final = KEPT_PER_CODE
-"""How many issues of one code a file gets in full; one more says how many there are."""
+"""Maximum number of issues per code and file; one more has the number of the others."""
 
 OnIssue = Callable[[Issue], None]
 """Called with each issue as it is found; may raise to stop reading."""
 
 
 class LineError(NamedTuple):
-    """One line that cannot be used, and what to do about it, as an upload is answered."""
+    """An invalid line of an upload, with the fix."""
 
     line_number: int
     message: str
@@ -189,12 +189,12 @@ class LineError(NamedTuple):
 
 
 class UploadCheck(NamedTuple):
-    """What an uploaded file holds.
+    """Result of validating an uploaded file.
 
     Attributes:
-        num_lines: Rows, blank lines not counted; None when reading stopped at an error.
-        errors: The first lines that cannot be used; a file that is no JSON Lines at all
-            has one error on line 1.
+        num_lines: Number of rows, without blank lines; None if reading stopped early.
+        errors: The first invalid lines; a file that is not JSON Lines has one error on
+            line 1.
     """
 
     sample_type: SampleType | None
@@ -210,15 +210,15 @@ def inspect(
     on_progress: Progress | None = None,
     processes: int | None = None,
 ) -> Dataset:
-    """Read all data files of a configuration and say what is in them and what is wrong.
+    """Summarize and validate all data files of a configuration.
 
-    Blocks while it reads: call it in a thread from async code. A file that cannot be read
-    to its end is missing in `files` and has an issue.
+    Blocks while reading: call it in a thread from async code. A file that cannot be read
+    completely is missing from `files` and has an issue.
 
     Args:
-        dialect: Whose rules and limits the data is held against.
-        on_issue: Told of each issue at once, those of a file by line.
-        processes: How many may judge rows; None: as many as are worth it.
+        dialect: The provider format, with its limits.
+        on_issue: Called with each issue as it is found, ordered by line within a file.
+        processes: Maximum number of processes; None chooses by size.
     """
     found = inspect_files(
         config.data.train,
@@ -229,7 +229,7 @@ def inspect(
         on_progress=on_progress,
         processes=processes,
     )
-    more = _all_told(against_method(config, found.files), on_issue)
+    more = _collected(against_method(config, found.files), on_issue)
     return found.model_copy(update={"issues": (*found.issues, *more)})
 
 
@@ -243,7 +243,7 @@ def inspect_files(
     on_progress: Progress | None = None,
     processes: int | None = None,
 ) -> Dataset:
-    """Do the same for files without a configuration; "-" is standard input."""
+    """Summarize and validate files without a configuration; "-" is standard input."""
     collectors = [Collector(each.path, "train", each.weight, dialect) for each in train]
     collectors += [Collector(each.path, "validation", each.weight, dialect) for each in validation]
     reading = Reading(
@@ -258,17 +258,17 @@ def inspect_files(
         yield from between_files(reading.files)
         yield from against_limits(reading.files, dialect)
 
-    told = _all_told(issues(), on_issue)
-    return Dataset(files=tuple(reading.files), issues=told)
+    found = _collected(issues(), on_issue)
+    return Dataset(files=tuple(reading.files), issues=found)
 
 
-def _all_told(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
-    told = []
+def _collected(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
+    collected = []
     for issue in issues:
-        told.append(issue)
+        collected.append(issue)
         if on_issue:
             on_issue(issue)
-    return tuple(told)
+    return tuple(collected)
 
 
 def inspect_file(
@@ -282,7 +282,7 @@ def inspect_file(
     on_progress: Progress | None = None,
     processes: int | None = None,
 ) -> tuple[DataFile | None, tuple[Issue, ...]]:
-    """Read one data file; no `DataFile` when it cannot be read to its end."""
+    """Validate one data file; the `DataFile` is None if it cannot be read completely."""
     reading = Reading(
         [Collector(path, role, weight, dialect)],
         rules=packed_rules(dialect, targets),
@@ -300,7 +300,7 @@ def check_upload(
     max_errors: int = 10,
     max_line: int = MAX_LINE_BYTES,
 ) -> UploadCheck:
-    """Judge one uploaded file and stop at the `max_errors`-th line that cannot be used."""
+    """Validate an uploaded file; stop at the `max_errors`-th invalid line."""
     collector = Collector(path, "train", 1.0, dialect)
     reading = Reading([collector], rules=packed_rules(dialect), max_line=max_line, plain_only=True)
     errors: dict[int, LineError] = {}
@@ -316,10 +316,10 @@ def check_upload(
 
 
 def raise_for_errors(dataset: Dataset) -> None:
-    """Do nothing for usable data.
+    """Raise `DatasetError` if a dataset has errors.
 
     Raises:
-        DatasetError: There are errors; it carries all issues, warnings too.
+        DatasetError: There are errors; it has all issues, including warnings.
     """
     errors = dataset.errors
     if not errors:
@@ -328,9 +328,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     place = "1 file" if files == 1 else f"{files} files"
     raise DatasetError(
-        f"The training data cannot be used: {count} in {place}.",
+        f"The training data is invalid: {count} in {place}.",
         issues=dataset.issues,
-        hint="Correct the lines named, then try again."
+        hint="Fix the lines listed, then try again."
         if any(issue.line for issue in errors)
         else None,
     )

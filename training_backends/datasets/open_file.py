@@ -1,7 +1,7 @@
-"""Open data files of every kind as one stream of lines, and find them by pattern.
+"""Open data files of any supported format as a stream of lines, and expand glob patterns.
 
-What a file is, its first bytes say, not its name. However well it was packed, a few megabytes
-of it are in memory at a time.
+The format is detected from the first bytes, not from the name. Only a few megabytes are in memory
+at a time, whatever the compression ratio.
 """
 
 import gzip
@@ -25,7 +25,7 @@ from training_backends.datasets.scan_part import BOM
 __all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
 
 STDIN: Final = Path("-")
-"""Stands for standard input."""
+"""Path that denotes standard input."""
 
 Kind = Literal["plain", "gzip", "zstd", "parquet"]
 
@@ -39,18 +39,18 @@ _BUFFER: Final = 1 << 20
 _ARRAY: Final = re.compile(rb"\[\s*\{")
 _BATCH_BYTES: Final = 4 << 20
 _LAYOUT_BYTES: Final = 1 << 16
-"""Of a file that are read, at most, to tell JSON Lines from other JSON."""
-_CONVERT: Final = "convert it: each row becomes one JSON object on a line of its own"
+"""Bytes read at most to distinguish JSON Lines from other JSON."""
+_CONVERT: Final = "convert it to JSON Lines: one JSON object per line"
 _WINDOW_LOG: Final = 27
-"""128 MiB, the most that `zstd` itself unpacks unasked; a frame may name any window."""
+"""128 MiB, the default limit of the `zstd` command; a frame may request any window size."""
 
 
 class Source:
     """An open data file.
 
     Attributes:
-        kind: How the file is packed.
-        lines: Its lines' bytes, unpacked. Reading raises `DatasetError` where it is damaged.
+        kind: Compression or container format.
+        lines: Decompressed JSON Lines. Reading raises `DatasetError` if the file is corrupt.
     """
 
     def __init__(self, kind: Kind, lines: io.BufferedReader, stored: "_Stored") -> None:
@@ -60,33 +60,33 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the file as it is stored, read so far."""
+        """Bytes of the stored file read so far."""
         return self._stored.size
 
     @property
     def sha256(self) -> str | None:
-        """Hex digest of the file as it is stored, read so far; None where nobody asked for it."""
+        """Hex digest of the stored bytes read so far; None unless requested."""
         digest = self._stored.digest
         return digest.hexdigest() if digest else None
 
 
 def kind_of(head: bytes) -> Kind:
-    """Tell how a file is packed from its first four bytes."""
+    """Detect the file format from its first four bytes."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "plain")
 
 
 @contextmanager
 def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
-    """Open a data file; "-" is standard input.
+    """Open a data file as a stream of lines; "-" is standard input.
 
     Args:
-        digest: Make the digest of what is read.
+        digest: Compute the SHA-256 digest while reading.
 
     Raises:
-        DatasetError: It cannot be read, or what unpacks it is not installed.
+        DatasetError: The file cannot be read, or the package to decompress it is not installed.
     """
     if path != STDIN and (issue := file_problem(path)):
-        _refuse(path, issue)
+        _fail(path, issue)
     with ExitStack() as stack:
         try:
             if path == STDIN:
@@ -95,33 +95,33 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
                 file = stack.enter_context(path.open("rb", buffering=0))
             stored = _Stored(file, digest=digest)
         except OSError as error:
-            _refuse(path, unreadable(path, error))
+            _fail(path, unreadable(path, error))
         kind = kind_of(stored.head)
-        chunks = _guarded(path, kind, _UNPACKERS[kind](stored, path))
+        chunks = _with_data_errors(path, kind, _DECODERS[kind](stored, path))
         if kind != "parquet":
             chunks = _checked(path, chunks)
         yield Source(kind, io.BufferedReader(_Chunks(chunks), _BUFFER), stored)
 
 
 def file_problem(path: Path) -> Issue | None:
-    """Say why a path cannot be read as a file; None where it can."""
+    """Return why a path cannot be read as a file, or None if it can."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         return unreadable(path, error)
     if stat.S_ISREG(mode):
         return None
-    what, fix = "not a regular file", "copy the data to one, or give `-` for standard input"
+    what, fix = "not a regular file", "copy the data to one, or use `-` for standard input"
     if stat.S_ISDIR(mode):
-        what, fix = "a directory, not a file", "name the files in it"
+        what, fix = "a directory, not a file", "list the files in it"
     return _issue(path, "not_a_file", f"this is {what}", fix)
 
 
 def expand(names: Iterable[Path | str]) -> list[Path]:
-    """Return the files that names, patterns and directories stand for, each once, sorted.
+    """Expand names, glob patterns and directories to files, without duplicates.
 
     Raises:
-        DatasetError: A pattern or directory holds no data file.
+        DatasetError: A pattern or directory matches no data file.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -129,14 +129,14 @@ def expand(names: Iterable[Path | str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(each for each in path.rglob("*") if _is_data(each, path))
             ending = ", ".join(_ENDINGS)
-            problem = f"no file in this directory ends in {ending}"
+            problem = f"the directory contains no data files ({ending})"
         elif has_magic(str(path)) and not path.exists():
             inside = [Path(each) for each in sorted(glob(str(path), recursive=True))]  # noqa: PTH207  # also absolute patterns
-            problem = "no file is called like that"
+            problem = "no files match this pattern"
         else:
             inside, problem = [path], ""
         if not inside:
-            _refuse(path, _issue(path, "missing_file", problem, "correct the path"))
+            _fail(path, _issue(path, "missing_file", problem, "check the path"))
         found |= dict.fromkeys(inside)
     return list(found)
 
@@ -147,32 +147,32 @@ def _is_data(path: Path, directory: Path) -> bool:
 
 
 def _standard_input() -> Any:
-    # Without its buffer a pipe gives what is there, and does not wait for more.
+    # Unbuffered, so that reading from a pipe returns what is available without waiting.
     return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
 
 
 class _Stored(io.RawIOBase):
-    """The file as it is stored, measured while it is read."""
+    """The stored file; counts and hashes the bytes that are read."""
 
     def __init__(self, file: Any, *, digest: bool) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256(usedforsecurity=False) if digest else None
-        # A pipe may give its first bytes one by one.
+        # A pipe may return its first bytes one at a time.
         self.head = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
             self.head += more
-        self._again = self.head
+        self._replay = self.head
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        if self._again:
-            count = min(len(view), len(self._again))
-            view[:count] = self._again[:count]
-            self._again = self._again[count:]
+        if self._replay:
+            count = min(len(view), len(self._replay))
+            view[:count] = self._replay[:count]
+            self._replay = self._replay[count:]
         else:
             count = int(self._file.readinto(view) or 0)
         self.size += count
@@ -181,14 +181,14 @@ class _Stored(io.RawIOBase):
         return count
 
     def drain(self) -> None:
-        """Measure what nobody has read."""
+        """Read the rest of the file, to count and hash it."""
         buffer = bytearray(_BUFFER)
         while self.readinto(buffer):
             pass
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
+    """A file object over an iterator of bytes."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -209,54 +209,56 @@ class _Chunks(io.RawIOBase):
         return count
 
 
-def _guarded(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Turn everything that unpackers raise for bad data into one error."""
+def _with_data_errors(path: Path, kind: Kind, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Convert everything that decompressors raise for bad data to `DatasetError`."""
     try:
         yield from chunks
     except DatasetError:
         raise
     except ImportError as error:
         fix = f"pip install 'training-backends[{kind}]'"
-        _refuse(path, _issue(path, "missing_extra", f"{error.name} is needed to read it", fix))
+        _fail(path, _issue(path, "missing_extra", f"reading this file requires {error.name}", fix))
     except Exception as error:
-        # An error of the system has a number, one of an unpacker's own has none.
+        # System errors have an errno, errors of the decompressors have none.
         if isinstance(error, OSError) and error.errno is not None:
-            _refuse(path, unreadable(path, error))
-        message = f"the {kind} data are damaged: {_first_line(error)}"
+            _fail(path, unreadable(path, error))
+        message = f"the {kind} data is corrupt: {_first_line(error)}"
         if isinstance(error, EOFError):
-            message = f"the {kind} data end too early"
-        _refuse(path, _issue(path, "damaged_file", message, "fetch or pack the file again"))
+            message = f"the {kind} data is truncated"
+        _fail(path, _issue(path, "damaged_file", message, "download or compress the file again"))
 
 
 def _checked(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Reject JSON that is not one object a line, once, before each of its lines is an error."""
-    begun = b""
+    """Reject JSON that is not JSON Lines once, instead of with an error on every line."""
+    head_bytes = b""
     for chunk in chunks:
-        begun += chunk
-        is_sure, problem = _layout_problem(path, begun, at_end=len(begun) >= _LAYOUT_BYTES)
+        head_bytes += chunk
+        is_sure, problem = _layout_problem(
+            path, head_bytes, at_end=len(head_bytes) >= _LAYOUT_BYTES
+        )
         if is_sure:
             break
     else:
-        _, problem = _layout_problem(path, begun, at_end=True)
+        _, problem = _layout_problem(path, head_bytes, at_end=True)
     if problem:
-        _refuse(path, problem)
-    if begun:
-        yield begun
+        _fail(path, problem)
+    if head_bytes:
+        yield head_bytes
     yield from chunks
 
 
-def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
-    """Return whether this is certain, and what is wrong with the layout of a file.
+def _layout_problem(path: Path, head_bytes: bytes, *, at_end: bool) -> tuple[bool, Issue | None]:
+    """Return whether the layout could be determined, and its problem if any.
 
     Args:
-        begun: The first bytes of the file.
-        at_end: No more are read.
+        head_bytes: The first bytes of the file.
+        at_end: `head_bytes` is all there is to examine.
     """
-    text = begun.removeprefix(BOM).lstrip()
+    text = head_bytes.removeprefix(BOM).lstrip()
     line, end, rest = text.partition(b"\n")
     line = line.rstrip()
     if path.suffix.lower() in {".csv", ".tsv"} and text and text[:1] not in b"[{":
-        return True, _issue(path, "not_json_lines", "the file is CSV", _CONVERT)
+        return True, _issue(path, "not_json_lines", "the file is CSV, not JSON Lines", _CONVERT)
     if not text or (not end and not at_end):
         return at_end, None
     if line == b"[" and not rest.strip():
@@ -264,14 +266,14 @@ def _layout_problem(path: Path, begun: bytes, *, at_end: bool) -> tuple[bool, Is
     if _ARRAY.match(text):
         if _is_json(line) and rest.strip():
             return True, None  # each row is an array
-        fix = "write one object on each line: jq -c '.[]' FILE > rows.jsonl"
-        problem = _issue(path, "not_json_lines", "the file is a JSON array", fix)
+        fix = "write one object per line: jq -c '.[]' FILE > rows.jsonl"
+        problem = _issue(path, "not_json_lines", "the file is a JSON array, not JSON Lines", fix)
         return bool(rest.strip()) or at_end or not _is_json(line), problem
     if not line.startswith(b"{") or line.endswith((b"}", b"},")):
         return True, None
     if line == b"{" or _is_document(text):
-        fix = "write each object on one line: jq -c . FILE > rows.jsonl"
-        message = "the file is pretty-printed JSON: its objects take several lines"
+        fix = "write one object per line: jq -c . FILE > rows.jsonl"
+        message = "the file is pretty-printed JSON, not JSON Lines"
         return True, _issue(path, "not_json_lines", message, fix)
     return at_end, None
 
@@ -285,7 +287,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _is_document(text: bytes) -> bool:
-    """Tell whether a text begins with a JSON value that takes several lines."""
+    """Return whether a text starts with a JSON value that spans several lines."""
     try:
         _, end = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -324,11 +326,11 @@ def _zstd(stored: _Stored, _: Path) -> Iterator[bytes]:
 def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
     if path == STDIN:
         message = "Parquet cannot be read from standard input"
-        _refuse(path, _issue(path, "not_a_file", message, "write it to a file first"))
+        _fail(path, _issue(path, "not_a_file", message, "save it to a file first"))
     from pyarrow import parquet  # noqa: PLC0415
 
     encode = msgspec.json.Encoder().encode
-    # Without `pre_buffer` a whole group of rows is never in memory at once.
+    # `pre_buffer` would load a complete row group into memory.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
         for batch in file.iter_batches(batch_size=_batch_size(file), use_threads=False):
             yield b"".join(encode(_without_nulls(row)) + b"\n" for row in batch.to_pylist())
@@ -336,7 +338,7 @@ def _parquet(stored: _Stored, path: Path) -> Iterator[bytes]:
 
 
 def _batch_size(file: Any) -> int:
-    """Return how many rows are some megabytes."""
+    """Return how many rows take about `_BATCH_BYTES`."""
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     size = max(1, sum(int(group.total_byte_size) for group in groups))
     rows = sum(int(group.num_rows) for group in groups)
@@ -344,13 +346,13 @@ def _batch_size(file: Any) -> int:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Leave out null fields: in Parquet every row has all fields that any row has."""
+    """Remove null fields: in Parquet every row has the fields of all rows."""
     if isinstance(value, dict):
         return {k: _without_nulls(each) for k, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-_UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
+_DECODERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
     "plain": _plain,
     "gzip": _gzip,
     "zstd": _zstd,
@@ -358,8 +360,8 @@ _UNPACKERS: Final[dict[Kind, Callable[[_Stored, Path], Iterator[bytes]]]] = {
 }
 
 
-def _refuse(path: Path, issue: Issue) -> NoReturn:
-    raise DatasetError(f"{path} cannot be read.", issues=[issue]) from None
+def _fail(path: Path, issue: Issue) -> NoReturn:
+    raise DatasetError(f"Could not read {path}.", issues=[issue]) from None
 
 
 def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
@@ -367,12 +369,12 @@ def _issue(path: Path, code: str, message: str, fix: str) -> Issue:
 
 
 def unreadable(path: Path, error: OSError) -> Issue:
-    """Say that a file cannot be read, and why."""
+    """Return the issue for a file that cannot be read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        fix = "correct the path; in a configuration it is relative to its file"
-        return _issue(path, "missing_file", "there is no such file", fix)
+        fix = "check the path; a configuration's paths are relative to its file"
+        return _issue(path, "missing_file", "no such file", fix)
     if isinstance(error, PermissionError):
-        fix = "make it readable for the user who runs this"
-        return _issue(path, "unreadable_file", "the file may not be read", fix)
-    message = f"the file cannot be read: {error.strerror or _first_line(error)}"
+        fix = "make the file readable for the current user"
+        return _issue(path, "unreadable_file", "permission denied", fix)
+    message = f"could not read the file: {error.strerror or _first_line(error)}"
     return _issue(path, "unreadable_file", message, "check the disk")

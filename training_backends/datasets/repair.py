@@ -1,4 +1,4 @@
-"""Write a data file anew without the faults that can be mended without changing its meaning."""
+"""Rewrite a data file with the repairs that do not change its meaning."""
 
 import sqlite3
 from collections import Counter
@@ -24,16 +24,16 @@ from training_backends.datasets.write import Meter, NewFiles, Progress, refuse_e
 __all__ = ["REPAIRS", "Repair", "Repaired", "SeenRows", "repair"]
 
 _IN_MEMORY: Final = 1 << 18
-"""Rows that are kept in a set, some 30 MB; more are kept on the disk, several times slower."""
+"""Rows kept in a set of about 30 MB; beyond it, hashes are stored on disk (slower)."""
 
 
 _INSERT: Final = "INSERT OR IGNORE INTO seen VALUES (?)"
 
 
 class SeenRows:
-    """The rows so far, each as a hash of 128 bits: two different ones are never taken for one.
+    """Set of the rows seen so far, by 128-bit hash, so that collisions are negligible.
 
-    Use it in a `with`.
+    A context manager.
     """
 
     def __init__(self, *, in_memory: int = _IN_MEMORY) -> None:
@@ -49,10 +49,10 @@ class SeenRows:
             self._stored.close()
 
     def add(self, row: bytes) -> bool:
-        """Remember a row; return whether it is new. White space behind it does not count.
+        """Add a row and return whether it is new; trailing whitespace is ignored.
 
         Raises:
-            TrainingBackendError: There is no room for it on the disk.
+            TrainingBackendError: The temporary directory is full.
         """
         digest = xxh3_128_digest(row.rstrip())
         if self._stored is None:
@@ -70,7 +70,7 @@ class SeenRows:
 
 
 def _stored(digests: set[bytes]) -> sqlite3.Connection:
-    """Put hashes on the disk, in a file without a name, gone with the connection."""
+    """Move hashes to an anonymous on-disk table, which is deleted with the connection."""
     stored = sqlite3.connect("", isolation_level=None)
     try:
         for setting in ("journal_mode = off", "synchronous = off", "cache_size = -16384"):
@@ -86,41 +86,41 @@ def _stored(digests: set[bytes]) -> sqlite3.Connection:
 
 def _not_stored(error: sqlite3.Error) -> TrainingBackendError:
     return TrainingBackendError(
-        f"The hashes of the rows cannot be kept in the directory for temporary files: {error}.",
-        hint="Make room there, or name another directory in SQLITE_TMPDIR.",
+        f"Could not store row hashes in the temporary directory: {error}.",
+        hint="Free space there, or set SQLITE_TMPDIR to another directory.",
     )
 
 
 REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "byte_order_mark": "byte order marks removed",
-        "line_ends": "lines ended with LF instead of CRLF",
+        "line_ends": "line endings changed from CRLF to LF",
         "blank_line": "blank lines removed",
         "empty_row": "empty rows removed",
-        "duplicate_row": "rows removed that stood there before",
-        "trailing_turns": "rows cut behind the assistant's last message",
-        "call_ids": "rows with new ids for their tool calls",
-        "arguments": "rows with arguments written as a string",
+        "duplicate_row": "duplicate rows removed",
+        "trailing_turns": "rows truncated after the last assistant message",
+        "call_ids": "rows with new tool call ids",
+        "arguments": "rows with arguments converted to strings",
         "invalid_row": "invalid rows removed",
     }
 )
-"""What can be done to a line, by its code, and how many of them are spoken of."""
+"""Repairs by code, with the label of their count."""
 
 _PIECE: Final = 1 << 20
 _ROUNDS: Final = 4
-"""How often a row is mended again for what the last time has brought to light."""
+"""Maximum number of passes over a row."""
 
 OnRepair = Callable[["Repair"], None]
 OnIssue = Callable[[Issue], None]
 
 
 class Repair(NamedTuple):
-    """One thing that was done.
+    """One repair that was made.
 
     Attributes:
-        line: In the file that was read, counted from 1.
+        line: Line number in the input file, from 1.
         code: A key of `REPAIRS`.
-        message: What was done.
+        message: Description of the repair.
     """
 
     line: int
@@ -130,14 +130,14 @@ class Repair(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repaired:
-    """What became of a file.
+    """Result of repairing a file.
 
     Attributes:
-        rows: Rows read, blank lines not counted.
+        rows: Rows read, without blank lines.
         written: Rows written.
-        invalid: Rows among them that still have an error; they stand as they were.
-        counts: How often each repair was made, by its code.
-        backup: Where the old content is, after a repair in place that changed something.
+        invalid: Rows written unchanged that still have an error.
+        counts: Number of repairs by code.
+        backup: Path of the original content after an in-place repair; None if unchanged.
     """
 
     source: Path
@@ -161,25 +161,25 @@ def repair(
     on_issue: OnIssue | None = None,
     on_progress: Progress | None = None,
 ) -> Repaired:
-    """Write a file anew, mended; rows without a fault keep their bytes.
+    """Write a repaired copy of a file; valid rows keep their bytes.
 
-    A row that cannot be mended stands in the new file as it was.
+    A row that cannot be repaired is copied unchanged.
 
     Args:
-        path: What to read; packed files are unpacked, `-` is standard input.
-        target: What to write; None mends the file under its own name, unless there is nothing
-            to mend, and keeps what it was as NAME.orig.
-        dialect: Whose rules the rows shall keep.
-        targets: What a classifier may be asked.
-        drop_invalid: Leave out rows that cannot be mended.
-        force: Replace `target` if it is there.
-        on_repair: Told of everything that is done; of the ends of lines last, and once.
-        on_issue: Told of every error that is left.
+        path: Input file, decompressed if necessary; `-` is standard input.
+        target: Output file; None repairs the file in place, unless there is nothing to
+            repair, and backs up the original to NAME.orig.
+        dialect: The provider format.
+        targets: Allowed classifier targets.
+        drop_invalid: Remove rows that cannot be repaired.
+        force: Overwrite `target` if it exists.
+        on_repair: Called with each repair; line endings are reported once, at the end.
+        on_issue: Called with each remaining error.
 
     Raises:
-        DatasetError: The file cannot be read, or no row would be left.
-        ConfigError: `target` or NAME.orig is there already, or what is to be mended under its
-            own name is packed.
+        DatasetError: The file cannot be read, or no rows would be left.
+        ConfigError: `target` or NAME.orig already exists, or the file to repair in place is
+            compressed.
         TrainingBackendError: `target` cannot be written.
     """
     work = _Repairing(path, RowRules(dialect, targets), on_repair, on_issue)
@@ -190,7 +190,7 @@ def repair(
         refuse_existing(target)
     with opened(path) as source, NewFiles() as made:
         if path != STDIN and target.exists() and target.samefile(path):
-            raise ConfigError(f"{path} is not written over.", hint="Use --in-place.")
+            raise ConfigError(f"{path} is both the input and the output.", hint="Use --in-place.")
         with made.create(target) as out:
             work.run(source, out, on_progress)
     return work.result(target)
@@ -199,11 +199,16 @@ def repair(
 def _in_place(path: Path, work: "_Repairing", on_progress: Progress | None) -> Repaired:
     with opened(path) as source, NewFiles() as made:
         if source.kind != "plain" or path == STDIN:
-            raise ConfigError(f"{path} cannot be mended in place.", hint="Name a new file.")
-        # Through a link, so that it goes on to name the file.
+            raise ConfigError(
+                f"{path} is not a plain file, so it cannot be repaired in place.",
+                hint="Write to a new file with --output.",
+            )
+        # Follow a symlink, so that it still refers to the file afterwards.
         place = path.resolve() if path.is_symlink() else path
         backup = place.with_name(f"{place.name}.orig")
-        refuse_existing(backup, hint="What the file was goes there; move the old one away.")
+        refuse_existing(
+            backup, hint="The original is backed up to this path. Move or delete the file first."
+        )
         with made.create(place, like=place) as out:
             work.run(source, out, on_progress)
         if not work.counts:
@@ -214,7 +219,7 @@ def _in_place(path: Path, work: "_Repairing", on_progress: Progress | None) -> R
 
 
 class _Repairing:
-    """One pass over one file."""
+    """One pass over a file."""
 
     def __init__(
         self,
@@ -234,7 +239,7 @@ class _Repairing:
         self.drop_invalid = False
 
     def run(self, source: Source, out: BinaryIO, on_progress: Progress | None) -> None:
-        """Read the file to its end and write what it shall be."""
+        """Read the complete file and write the repaired one."""
         size = 0 if self._path == STDIN else self._path.stat().st_size
         meter = Meter(self._path, size, on_progress)
         judge, is_new = self._rules.judge, self._seen.add
@@ -243,7 +248,7 @@ class _Repairing:
             for number, piece, part in _pieces(source.lines):
                 meter.reach(source.size)
                 if part == "line":
-                    # Nearly all lines are right, and this is all that they need.
+                    # Fast path: nearly all lines are valid.
                     if piece.endswith(b"}\n") and not judge(piece)[1] and is_new(piece):
                         self._rows += 1
                         self._written += 1
@@ -253,18 +258,20 @@ class _Repairing:
                     continue
                 if part == "start":
                     self._rows += 1
-                    kept = self._keeps(number, (too_long(MAX_LINE_BYTES),))
+                    kept = self._accepts(number, (too_long(MAX_LINE_BYTES),))
                 if kept:
                     out.write(piece)
         if self._first_crlf:
             many = self.counts["line_ends"]
-            what = "1 line" if many == 1 else f"{many:,} lines"
-            self._tell(self._first_crlf, "line_ends", f"{what} ended with CRLF, the first is this")
+            what = "1 line" if many == 1 else f"{many:,} lines, first here"
+            self._report(self._first_crlf, "line_ends", f"changed CRLF to LF in {what}")
         if not self._written:
-            raise _unusable(self._path, "empty_file", "no row would be left", "is it JSON Lines?")
+            raise _unusable(
+                self._path, "empty_file", "no rows would be left", "check that it is JSON Lines"
+            )
 
     def result(self, target: Path, backup: Path | None = None) -> Repaired:
-        """Return what was done."""
+        """Return the result."""
         return Repaired(
             source=self._path,
             target=target,
@@ -276,7 +283,7 @@ class _Repairing:
         )
 
     def _line(self, number: int, line: bytes) -> bytes:
-        """Return what shall stand in place of a line, its end included."""
+        """Return the repaired line with its line ending."""
         if number == 1 and line.startswith(UTF16):
             raise _unusable(self._path, "bad_utf8", "the file is UTF-16", "save it as UTF-8")
         row = line.removesuffix(b"\n")
@@ -288,36 +295,36 @@ class _Repairing:
         if row.startswith(BOM):
             while row.startswith(BOM):
                 row = row.removeprefix(BOM)
-            self._done(number, "byte_order_mark", "removed the byte order mark")
+            self._done(number, "byte_order_mark", "removed byte order mark")
         if not row or row.isspace():
-            self._done(number, "blank_line", "removed the blank line")
+            self._done(number, "blank_line", "removed blank line")
             return b""
         self._rows += 1
-        mended = self._row(number, row)
-        return b"" if mended is None else mended + end
+        repaired = self._row(number, row)
+        return b"" if repaired is None else repaired + end
 
     def _row(self, number: int, row: bytes) -> bytes | None:
-        """Return what shall stand in place of a row; None for nothing."""
+        """Return the repaired row, or None to remove it."""
         findings = self._rules.judge(row)[1]
         done: Sequence[Repair] = ()
         if findings:
             if is_empty(row):
-                self._done(number, "empty_row", "removed the row, which holds nothing")
+                self._done(number, "empty_row", "removed empty row")
                 return None
-            row, findings, done = self._mend(number, row, findings)
+            row, findings, done = self._repair_row(number, row, findings)
         if not self._seen.add(row):
-            self._done(number, "duplicate_row", "removed the row, which stood there before")
+            self._done(number, "duplicate_row", "removed duplicate row")
             return None
-        if not self._keeps(number, findings):
+        if not self._accepts(number, findings):
             return None
         for one in done:
             self._done(*one)
         return row
 
-    def _mend(
+    def _repair_row(
         self, number: int, row: bytes, findings: Sequence[Finding]
     ) -> tuple[bytes, Sequence[Finding], Sequence[Repair]]:
-        """Mend a row until nothing more can be mended; where an error stays, all stays."""
+        """Repair a row until nothing changes; keep the original if an error remains."""
         new, left = row, findings
         done: list[Repair] = []
         for _ in range(_ROUNDS):
@@ -330,13 +337,13 @@ class _Repairing:
             return new, left, done
         return row, findings, ()
 
-    def _keeps(self, number: int, findings: Sequence[Finding]) -> bool:
-        """Count a row and tell of the errors in it, unless it is left out for them."""
+    def _accepts(self, number: int, findings: Sequence[Finding]) -> bool:
+        """Count a row and report its errors; return False if it is removed for them."""
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors and self.drop_invalid:
             first = errors[0]
             what = f"{first.field}: {first.message}" if first.field else first.message
-            self._done(number, "invalid_row", f"removed the row: {what}")
+            self._done(number, "invalid_row", f"removed invalid row: {what}")
             return False
         self._written += 1
         self._invalid += bool(errors)
@@ -347,15 +354,15 @@ class _Repairing:
 
     def _done(self, number: int, code: str, message: str) -> None:
         self.counts[code] += 1
-        self._tell(number, code, message)
+        self._report(number, code, message)
 
-    def _tell(self, number: int, code: str, message: str) -> None:
+    def _report(self, number: int, code: str, message: str) -> None:
         if self._on_repair:
             self._on_repair(Repair(number, code, message))
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes, Literal["line", "start", "rest"]]]:
-    """Yield lines with their ends, and those too long to be looked at in pieces."""
+    """Yield lines with their endings; lines that are too long to check come in pieces."""
     number = 0
     inside = False
     while piece := file.readline(_PIECE if inside else MAX_LINE_BYTES + 1):
@@ -371,4 +378,4 @@ def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes, Literal["line", "start
 
 def _unusable(path: Path, code: str, message: str, fix: str) -> DatasetError:
     issue = Issue(code=code, message=message, path=str(path), fix=fix)
-    return DatasetError(f"{path} cannot be repaired.", issues=[issue])
+    return DatasetError(f"Could not repair {path}.", issues=[issue])

@@ -1,7 +1,6 @@
-"""Repair one row in ways that cannot change what is learnt from it.
+"""Repair one row without changing what is trained on.
 
-What a repair does not touch keeps its bytes: numbers, escapes and the order of keys stay as
-they were written.
+Everything else keeps its bytes: numbers, escapes and the order of keys are preserved.
 """
 
 import hashlib
@@ -25,10 +24,10 @@ _ID_LENGTH: Final = 9
 _CUT: Final = frozenset({"last_not_assistant"})
 _IDS: Final = frozenset({"bad_call_id", "unmatched_answer", "unanswered_call"})
 _ARGUMENTS: Final = frozenset({"bad_arguments"})
-"""Codes of the findings that call for each repair."""
+"""Codes of the findings that each repair fixes."""
 
 _UNLEARNT: Final = frozenset({"user", "system", "developer"})
-"""Roles whose messages nothing is learnt from, and nobody behind them waits for."""
+"""Roles whose trailing messages can be removed: they are not trained on."""
 
 _LISTS: Final[Sequence[tuple[str, ...]]] = (
     ("messages",),
@@ -40,7 +39,7 @@ _LISTS: Final[Sequence[tuple[str, ...]]] = (
     ("rejected",),
     ("completion",),
 )
-"""Where a row may hold messages, whatever its format."""
+"""Paths of message lists in all row formats."""
 
 _Object = dict[str, Raw]
 _decode = msgspec.json.decode
@@ -48,7 +47,7 @@ _encode = msgspec.json.encode
 
 
 class _Message(dict[str, Raw]):
-    """A message that keeps its bytes until something in it is replaced."""
+    """A message that keeps its original bytes until a value is replaced."""
 
     def __init__(self, raw: Raw) -> None:
         super().__init__(_decode(raw, type=_Object))
@@ -65,14 +64,14 @@ class _Message(dict[str, Raw]):
 
 
 class Mend(NamedTuple):
-    """One thing that was done to a row."""
+    """One repair of a row."""
 
     code: str
     message: str
 
 
 def is_empty(line: bytes) -> bool:
-    """Tell whether a row is an object that holds nothing but empty texts, lists and objects."""
+    """Return whether a row is an object of only empty strings, lists and objects."""
     if len(line) > 4096:
         return False
     try:
@@ -91,13 +90,13 @@ def _is_nothing(value: Any) -> bool:
 
 
 def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, Sequence[Mend]]:
-    """Return a row with what can be repaired of the findings; the same where nothing can be.
+    """Repair what can be repaired in a row; return it unchanged if nothing can.
 
-    The caller holds the result against the rules again: what one repair leaves may need another.
+    The caller must check the result again: one repair may reveal another issue.
 
     Args:
         line: Valid JSON of a known format.
-        codes: What was found wrong with it.
+        codes: Codes of its findings.
     """
     wanted = (_CUT | _IDS | _ARGUMENTS).intersection(codes)
     if not wanted or has_duplicate_keys(line):
@@ -111,12 +110,12 @@ def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, 
         ]
         return (row.written(), mends) if mends else (line, ())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        # Of another shape than the rules led to expect: not for us to repair.
+        # Unexpected shape: leave it unchanged.
         return line, ()
 
 
 class _Row:
-    """A row, taken apart as far as it has to be."""
+    """A row, decoded only as far as necessary."""
 
     def __init__(self, line: bytes) -> None:
         self._row = _decode(line, type=_Object)
@@ -129,7 +128,7 @@ class _Row:
                 self._lists[path] = [_Message(one) for one in _decode(raw, type=list[Raw])]
 
     def written(self) -> bytes:
-        """Return the row as a line."""
+        """Return the row as JSON."""
         for path, messages in self._lists.items():
             raw = _raw([message.raw for message in messages])
             if len(path) == 2:
@@ -140,7 +139,7 @@ class _Row:
         return _encode(self._row)
 
     def cut(self) -> Iterator[Mend]:
-        """Leave out what stands behind the last message of the assistant."""
+        """Remove the messages after the last assistant message."""
         messages = self._lists.get(("messages",), [])
         roles = [_text(message.get("role")) for message in messages]
         if "assistant" not in roles:
@@ -150,10 +149,10 @@ class _Row:
         if rest and _UNLEARNT.issuperset(rest):
             del messages[end:]
             what = "1 message" if len(rest) == 1 else f"{len(rest)} messages"
-            yield Mend("trailing_turns", f"left out {what} behind the assistant's last")
+            yield Mend("trailing_turns", f"removed {what} after the last assistant message")
 
     def write_arguments(self) -> Iterator[Mend]:
-        """Write arguments that are objects as a string of the same letters."""
+        """Convert arguments that are objects to strings of the same JSON."""
         count = 0
         for message in itertools.chain(*self._lists.values()):
             calls = _calls(message)
@@ -162,10 +161,12 @@ class _Row:
                 count += len(changed)
                 message["tool_calls"] = _raw(calls)
         if count:
-            yield Mend("arguments", f"wrote the arguments of {_many(count, 'call')} as a string")
+            yield Mend(
+                "arguments", f"converted the arguments of {_many(count, 'tool call')} to a string"
+            )
 
     def new_ids(self, dialect: Dialect) -> Iterator[Mend]:
-        """Give calls good ids, and their answers the same."""
+        """Assign valid ids to calls and their answers."""
         pattern = re.compile(dialect.call_id or ".+", re.DOTALL)
         taken: set[str | None] = set()
         for message in itertools.chain(*self._lists.values()):
@@ -187,11 +188,11 @@ class _Row:
                     message["tool_calls"] = _raw(calls)
                     count += made
         if count:
-            yield Mend("call_ids", f"gave {_many(count, 'tool call')} a new id")
+            yield Mend("call_ids", f"assigned new ids to {_many(count, 'tool call')}")
 
 
 class _Exchange:
-    """The calls of one message and the answers right behind it."""
+    """The tool calls of one message and the answers directly after it."""
 
     def __init__(self, calls: Sequence[_Object], answers: Sequence[_Object]) -> None:
         self._calls = calls
@@ -200,17 +201,17 @@ class _Exchange:
         self._answer_ids = [_text(answer.get("tool_call_id")) for answer in answers]
 
     def agree(self, pattern: re.Pattern[str], place: str, taken: set[str | None]) -> int:
-        """Give calls without a good id a new one, where it is certain who answers them."""
+        """Assign new ids to calls with invalid ids if their answers are unambiguous."""
         if any(many > 1 for one, many in Counter(self._call_ids).items() if one is not None):
-            # Which answer is whose, nobody can tell any more.
+            # The answers cannot be matched to the calls.
             return 0
         lone = self._lone_pair()
         count = 0
         for number, (call, old) in enumerate(zip(self._calls, self._call_ids, strict=True)):
             partners = [
                 answer
-                for answer, told in zip(self._answers, self._answer_ids, strict=True)
-                if told is not None and told == old
+                for answer, answer_id in zip(self._answers, self._answer_ids, strict=True)
+                if answer_id is not None and answer_id == old
             ]
             if lone and lone[0] == number:
                 partners.append(self._answers[lone[1]])
@@ -227,7 +228,7 @@ class _Exchange:
         return count
 
     def _lone_pair(self) -> tuple[int, int] | None:
-        """Return the one call and the one answer that are left, where an id is missing."""
+        """Return the only unmatched call and answer if one of them has no id."""
         calls = [
             n for n, one in enumerate(self._call_ids) if one not in self._answer_ids or one is None
         ]

@@ -1,9 +1,9 @@
-"""Rows of a training file, and the byte-level chat encoding of `tiny-mistral`.
+"""Typed rows of training files, and the byte-level chat encoding of `tiny-mistral`.
 
-`parse_row` turns one JSON line into typed structs, `parse_any_row` one of a classifier or a
-preference, too. They check shape and types only; the rules are kept by `datasets.rules`. The
-encoding lives here, in plain Python, so that tokens can be counted exactly
-without torch; the engine makes tensors of the same ids.
+`parse_row` decodes one JSON line into typed structs; `parse_any_row` also supports classifier and
+preference rows. They check shape and types only; `datasets.check_fast` checks the rules. The
+encoding is implemented here in plain Python, so that tokens can be counted exactly without torch;
+the trainer makes tensors of the same ids.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ __all__ = [
 ]
 
 Weight = Annotated[float, msgspec.Meta(ge=0, le=1, multiple_of=1)]
-"""0 or 1; pandas and others write 0.0 and 1.0, which mistral-common 1.13 accepts, too."""
+"""0 or 1; 0.0 and 1.0 (written by pandas) are accepted, as in mistral-common 1.13."""
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class ImageURL(msgspec.Struct, frozen=True, gc=False):
-    """Where an image is, or the image itself as a `data:` address."""
+    """An image URL, or the image itself as a `data:` URL."""
 
     url: str
     detail: str | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True, gc=False):
-    """One part of a message whose content is a list; only `text` carries text."""
+    """One part of a message whose content is a list."""
 
     type: str
     text: str | None = None
@@ -62,14 +62,14 @@ class ContentPart(msgspec.Struct, frozen=True, gc=False):
 
 
 class FunctionCall(msgspec.Struct, frozen=True, gc=False):
-    """What a tool call calls; arguments are a JSON string, or already an object."""
+    """Function and arguments of a tool call; arguments are a JSON string or an object."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
-    """One call that an assistant makes; the answer repeats its `id`."""
+    """A tool call of an assistant message; the tool message repeats its `id`."""
 
     function: FunctionCall
     id: str | None = None
@@ -77,7 +77,7 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, gc=False):
-    """A function on offer; `parameters` is a JSON schema."""
+    """A declared function; `parameters` is a JSON schema."""
 
     name: str
     description: str | None = None
@@ -92,7 +92,7 @@ class Tool(msgspec.Struct, frozen=True, gc=False):
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
-    """One message, as Mistral and OpenAI write it; unknown keys are ignored."""
+    """A message in the format of Mistral and OpenAI; unknown keys are ignored."""
 
     role: Role
     content: str | list[ContentPart] | None = None
@@ -103,7 +103,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def text(self) -> str:
-        """The message's text; parts of a list are joined, others than text left out."""
+        """The text content; text parts are joined, other parts are skipped."""
         if self.content is None:
             return ""
         if isinstance(self.content, str):
@@ -112,37 +112,37 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def has_other_parts(self) -> bool:
-        """Whether the content holds parts that are not text, such as images."""
+        """Whether the content has parts that are not text, such as images."""
         return isinstance(self.content, list) and any(p.type != "text" for p in self.content)
 
     @property
     def is_trained(self) -> bool:
-        """Whether the loss counts this message: an assistant's, unless its weight is 0."""
+        """Whether the message is in the loss: an assistant message, unless its weight is 0."""
         return self.role == "assistant" and self.weight != 0
 
 
 class ChatRow(msgspec.Struct, frozen=True, gc=False):
-    """A conversation, with the tools on offer in it."""
+    """A conversation, with the declared tools."""
 
     messages: list[Message]
     tools: list[Tool] | None = None
 
 
 class TextRow(msgspec.Struct, frozen=True, gc=False):
-    """Plain text to continue the pre-training with."""
+    """Plain text for continued pretraining."""
 
     text: str
 
 
 class ClassifierRow(msgspec.Struct, frozen=True, gc=False):
-    """What is to be classified, and by target its label, or its labels where it has several."""
+    """A text or conversation to classify, and its label or labels by target."""
 
     content: ChatRow | TextRow
     labels: dict[str, str | list[str]]
 
 
 class PreferenceRow(msgspec.Struct, frozen=True, gc=False):
-    """Two answers to one prompt, which is empty where each answer holds the whole conversation."""
+    """Two answers to one prompt, which is empty if each answer is a complete conversation."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -151,7 +151,7 @@ class PreferenceRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Row(msgspec.Struct, frozen=True, gc=False):
-    """A chat or a text; null stands for a key that is left out."""
+    """A chat or a text; null is the same as a missing key."""
 
     messages: list[Message] | None = None
     text: str | None = None
@@ -168,7 +168,7 @@ class _Labelled(_Row, frozen=True, gc=False):
 
 
 class _Pair(msgspec.Struct, frozen=True, gc=False):
-    """A preference in OpenAI's words, or in TRL's."""
+    """A preference row in the format of OpenAI or TRL."""
 
     input: _Input | None = None
     preferred_output: list[Message] | None = None
@@ -185,7 +185,7 @@ _PAIR: Final = msgspec.json.Decoder(_Pair)
 
 
 def parse_row(line: bytes) -> ChatRow | TextRow:
-    """Decode one line of a JSONL file: a chat where it has `messages`, else a text.
+    """Decode one line of a JSONL file: a chat if it has `messages`, else a text.
 
     Raises:
         msgspec.ValidationError: Valid JSON of the wrong shape, or of two formats at once; the
@@ -196,7 +196,7 @@ def parse_row(line: bytes) -> ChatRow | TextRow:
 
 
 def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | PreferenceRow:
-    """Decode one line of a JSONL file, whatever method it is for.
+    """Decode one line of a JSONL file for any training method.
 
     Raises:
         msgspec.DecodeError: As `parse_row` does.
@@ -211,8 +211,11 @@ def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | Preference
         prompt, tools = pair.input.messages, pair.input.tools
         chosen, rejected = pair.preferred_output, pair.non_preferred_output
     else:
-        prompt, tools = _said("user", pair.prompt) or [], pair.tools
-        chosen, rejected = _said("assistant", pair.chosen), _said("assistant", pair.rejected)
+        prompt, tools = _as_messages("user", pair.prompt) or [], pair.tools
+        chosen, rejected = (
+            _as_messages("assistant", pair.chosen),
+            _as_messages("assistant", pair.rejected),
+        )
     if chosen is None or rejected is None:
         raise msgspec.ValidationError("Object is of no known format")
     return PreferenceRow(prompt, chosen, rejected, tools)
@@ -228,7 +231,7 @@ def _content(row: _Row) -> ChatRow | TextRow:
     raise msgspec.ValidationError("Object has neither `messages` nor `text`")
 
 
-def _said(role: Role, given: str | list[Message] | None) -> list[Message] | None:
+def _as_messages(role: Role, given: str | list[Message] | None) -> list[Message] | None:
     return [Message(role, given)] if isinstance(given, str) else given
 
 
@@ -275,11 +278,11 @@ CONTROL_TEXT: Final[Mapping[Control, str]] = MappingProxyType(
 BYTE_VOCABULARY_SIZE: Final = 272  # 256 bytes + 15 control tokens, rounded up to a multiple of 8
 
 Piece = tuple[Control | str, bool]
-"""A control token or a text, and whether the loss counts it."""
+"""A control token or a text, and whether it is in the loss."""
 
 
 def row_pieces(row: ChatRow | TextRow) -> Iterator[Piece]:
-    """Lay a row out in the order in which `tiny-mistral` reads it."""
+    """Yield the control tokens and texts of a row in the order of `tiny-mistral`'s template."""
     yield Control.BOS, False
     if isinstance(row, TextRow):
         yield row.text, True
@@ -331,7 +334,7 @@ def _tools_json(tools: list[Tool]) -> str:
 
 
 def _function_json(function: FunctionDefinition) -> str:
-    # One fixed key order, so that the saved chat template can say the same.
+    # Fixed key order, so that the saved chat template renders the same text.
     return _dumps(
         {
             "name": function.name,
@@ -348,11 +351,10 @@ def _dumps(value: object) -> str:
 def byte_encode(row: ChatRow | TextRow) -> tuple[list[int], list[bool]]:
     """Encode a row for `tiny-mistral`.
 
-    Text only ever gives bytes: "[INST]" written in a message stays seven
-    characters and never becomes the control token.
+    Text is encoded as bytes only: "[INST]" in a message never becomes the control token.
 
     Returns:
-        The token ids, and for each whether the loss counts it.
+        The token ids, and for each whether it is in the loss.
     """
     ids: list[int] = []
     trained: list[bool] = []
@@ -364,7 +366,7 @@ def byte_encode(row: ChatRow | TextRow) -> tuple[list[int], list[bool]]:
 
 
 def byte_token_count(row: ChatRow | TextRow) -> int:
-    """Count the tokens that `byte_encode` gives, without making them."""
+    """Count the tokens of `byte_encode` without creating them."""
     count = 0
     for piece, _ in row_pieces(row):
         if isinstance(piece, Control):

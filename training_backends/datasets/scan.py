@@ -1,4 +1,4 @@
-"""Read data files once, all of them, and tell of issues on the way."""
+"""Read data files in one pass and yield issues as they are found."""
 
 import hashlib
 from collections import Counter
@@ -33,7 +33,7 @@ __all__ = ["Progress", "Reading", "digested", "parts_of"]
 
 
 def digested(file: DataFile) -> DataFile:
-    """Return what is known of a file with its digest.
+    """Return a file with its SHA-256 digest, computed if necessary.
 
     Raises:
         OSError: The file cannot be read.
@@ -46,34 +46,34 @@ def digested(file: DataFile) -> DataFile:
 
 
 _FIRST: Final = 1 << 16
-"""Bytes of the first part; small, so that what is wrong at the beginning is told at once."""
+"""Bytes of the first part; small, so that issues at the start are reported immediately."""
 
 _SEARCHED: Final = 1 << 20
-"""Bytes at the beginning of a file in which every row is searched for doubled keys."""
+"""Bytes at the start of a file in which every row is searched for duplicate keys."""
 
 _LARGEST: Final = 4 << 20
 _LARGEST_BLOCK: Final = 1 << 20
-"""The same where the bytes themselves are handed over."""
+"""The same for parts that contain their bytes."""
 
 
 def parts_of(
     file: int, path: Path, *, rules: bytes, max_line: int, plain_only: bool = False
 ) -> Iterator[Told]:
-    """Yield all parts of a file, and its end unless it cannot be read to that.
+    """Yield the parts of a file, then an `End` if it was read completely.
 
     Args:
-        rules: What the parts are judged by, see `packed_rules`.
-        plain_only: Refuse files that have to be unpacked.
+        rules: The rules, see `packed_rules`.
+        plain_only: Reject compressed files and Parquet.
     """
     cutting = _Cutting(file, path, rules, max_line)
     try:
         with opened(path, digest=True) as source:
             if plain_only and source.kind != "plain":
                 what = "Parquet" if source.kind == "parquet" else f"compressed ({source.kind})"
-                fix = "send plain JSON Lines; `training-backends data repair` writes them"
+                fix = "upload plain JSON Lines; `training-backends data repair` converts it"
                 yield cutting.problem("bad_utf8", f"the file is {what}", fix)
                 return
-            # Looked at, not taken: a stream cannot go back.
+            # Peek, because a stream cannot seek back.
             head = source.lines.peek(len(BOM))[: len(BOM)]
             if head.startswith(UTF16):
                 yield cutting.problem("bad_utf8", "the file is UTF-16", "save the file as UTF-8")
@@ -93,7 +93,7 @@ def parts_of(
 
 
 class _Cutting:
-    """One file and what all its parts have."""
+    """Splits one file into parts."""
 
     def __init__(self, file: int, path: Path, rules: bytes, max_line: int) -> None:
         self._file = file
@@ -102,17 +102,17 @@ class _Cutting:
         self._max_line = max_line
 
     def problem(self, code: str, message: str, fix: str) -> Told:
-        """Tell of something wrong on line 1."""
+        """Return an issue on line 1."""
         issue = Issue(code=code, message=message, path=str(self._path), line=1, fix=fix)
         return Told(self._file, 0, issue)
 
     def unusable(self, code: str, message: str) -> Told:
-        """Tell of a file that is not read to its end."""
-        fix = "write one JSON object on each line"
+        """Return the issue for a file that is not read completely."""
+        fix = "write one JSON object per line"
         return Told(self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix))
 
     def ranges(self, begin: int) -> Iterator[Told]:
-        """Yield parts of a plain file by where they lie."""
+        """Yield the parts of an uncompressed file as byte ranges."""
         found = self._path.stat()
         start, step = begin, _FIRST
         while start < found.st_size:
@@ -133,15 +133,15 @@ class _Cutting:
         )
 
     def blocks(self, source: Source) -> Iterator[Told]:
-        """Yield parts of a stream with their lines."""
+        """Yield the parts of a stream with their bytes."""
         lines, step, unpacked = source.lines, _FIRST, 0
-        # At first take what there is; whoever writes to a pipe may be slow.
+        # Start with whatever is available: the writer of a pipe may be slow.
         while block := lines.read1(step) if step == _FIRST else lines.read(step):
             if not block.endswith(b"\n"):
                 rest = lines.readline(self._max_line + 1)
                 block += rest
                 if not rest.endswith(b"\n") and len(rest) > self._max_line:
-                    # The judge sees that it is too long, and needs no more of it.
+                    # This much is enough to report that the line is too long.
                     skipped = skip_line(lines, MAX_SKIPPED_BYTES)
                     if skipped > MAX_SKIPPED_BYTES:
                         text = f"a line is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
@@ -159,24 +159,24 @@ class _Cutting:
 _TASK: Final = "training_backends.datasets.scan_part:judge_told"
 
 _WORTH_PROCESSES: Final = 128 << 20
-"""Bytes below which starting another process takes longer than it saves."""
+"""Bytes below which starting more processes is slower."""
 
 _MOST_PROCESSES: Final = 6
-"""More of them would wait for the parent, which adds up what they find."""
+"""Limit of processes; with more, the parent that merges the verdicts is the bottleneck."""
 
 Progress = Callable[[Path, int, int], None]
 """Called with the file, the bytes read so far and its size; may raise to stop reading."""
 
 
 class Reading:
-    """One pass over some files.
+    """One pass over several files.
 
     Args:
-        collectors: One for each file.
-        rules: What rows are judged by, see `packed_rules`.
-        max_line: Bytes of the longest line that is judged.
-        plain_only: Refuse files that have to be unpacked.
-        on_progress: Told how far the reading is.
+        collectors: One per file.
+        rules: The rules, see `packed_rules`.
+        max_line: Maximum bytes of a line; longer ones are an error.
+        plain_only: Reject compressed files and Parquet.
+        on_progress: Called with the bytes read.
     """
 
     def __init__(
@@ -198,14 +198,14 @@ class Reading:
 
     @property
     def files(self) -> list[DataFile]:
-        """What is known of the files that were read to their end."""
+        """The summaries of the files that were read completely."""
         return list(self._files.values())
 
     def issues(self, processes: int | None = None) -> Iterator[Issue]:
-        """Yield issues as they are found; leave no process behind, however it ends.
+        """Yield issues as they are found; worker processes end with the iterator.
 
         Args:
-            processes: How many may judge; None: as many as are worth it.
+            processes: Maximum number of processes; None chooses by size.
         """
         with ExitStack() as stack:
             hashes = stack.enter_context(RowHashes())
@@ -221,7 +221,7 @@ class Reading:
                 yield _not_searched(error)
 
     def issues_of_rows(self) -> Generator[Issue, None, None]:
-        """Do the same in this process alone, without digests and rows that stand twice."""
+        """Do the same in this process, without digests and duplicate search."""
         for part in self._parts():
             yield from self._take(judge_told(part))
 
@@ -243,7 +243,7 @@ class Reading:
         return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= _WORTH_PROCESSES else 1
 
     def _measure(self, judged: Judged, hashes: RowHashes) -> Iterator[Issue]:
-        """Take a part of a file, with its hashes."""
+        """Process the verdict on a part, including its row hashes."""
         number, what = judged.file, judged.what
         collector = self._collectors[number]
         if isinstance(what, Verdict) and not collector.failed:
@@ -263,12 +263,12 @@ class Reading:
         elif isinstance(what, End):
             yield from collector.end(what)
         else:
-            # One part says it for all that are still to come.
+            # Report an unreadable file once, not for each part.
             collector.failed = what.code == "unreadable_file"
             yield what
 
     def _compared(self) -> Iterator[Issue]:
-        """Make the digests of files that may be the same, being of one size."""
+        """Compute the digests of files of equal size, which may be identical."""
         sizes = Counter(file.size for file in self._files.values())
         for number, file in self._files.items():
             if sizes[file.size] > 1:
@@ -278,7 +278,7 @@ class Reading:
                     yield unreadable(file.path, error)
 
     def _repeated(self, hashes: RowHashes) -> Iterator[Issue]:
-        """Tell of rows that stand twice; not where a whole file does, which says more."""
+        """Yield duplicate rows, except in duplicate files, which have an issue of their own."""
         first: dict[str, int] = {}
         for number, file in self._files.items():
             first.setdefault(file.sha256 or str(number), number)
@@ -289,9 +289,9 @@ class Reading:
         found = hashes.find(groups, most=KEPT_PER_CODE)
         for number, file in self._files.items():
             counts = found.duplicates[number], found.overlaps[number]
-            fix = "`training-backends data repair` removes it"
+            fix = "remove it, or run `training-backends data repair`"
             yield from self._named("duplicate_row", number, found.named, counts[0], fix)
-            fix = "validate on rows that are not trained on"
+            fix = "use validation rows that are not in the training data"
             code = "train_validation_overlap"
             yield from self._named(code, number, found.named_overlaps, counts[1], fix)
             yield from self._collectors[number].rest()
@@ -311,19 +311,21 @@ class Reading:
             if place.file == number:
                 first = self._collectors[before.file]
                 where = "" if first is collector else f" of {first.path}"
-                what = "is" if first.role == collector.role else "is trained on,"
-                text = f"the same row {what} in line {before.line:,}{where}"
+                what = (
+                    "duplicate of" if first.role == collector.role else "also in the training data:"
+                )
+                text = f"{what} line {before.line:,}{where}"
                 yield from collector.add(Finding(code, None, text, fix, "warning"), place.line)
                 count -= 1
         collector.leave(code, count, "warning")
 
 
 def _not_searched(error: OSError) -> Issue:
-    """Say that rows are not compared: their hashes find no room beside the data."""
+    """Return the issue for row hashes that could not be stored."""
     return Issue(
         code="duplicates_not_searched",
-        message=f"rows that stand twice were not looked for: {error.strerror or error}",
-        fix=f"make room in {gettempdir()}, or name another directory in TMPDIR",
+        message=f"skipped the search for duplicate rows: {error.strerror or error}",
+        fix=f"free space in {gettempdir()}, or set TMPDIR to another directory",
         severity="warning",
     )
 

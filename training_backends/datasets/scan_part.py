@@ -1,7 +1,7 @@
-"""Judge the rows of a part of a file: what a worker process does, and all that it tells.
+"""Check the rows of a part of a file: the task of a worker process, and its messages.
 
-Parts are judged without knowing what stands before them, so that they can be judged at once;
-whoever adds up the verdicts in their order knows the rest.
+Parts are checked independently of each other, so that they can be checked in parallel; the
+verdicts are merged in order by `file_report`.
 """
 
 import io
@@ -51,21 +51,21 @@ BOM: Final = b"\xef\xbb\xbf"
 """The byte order mark of UTF-8."""
 
 UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
-"""How a file in UTF-16 begins."""
+"""Byte order marks of UTF-16."""
 
 _CHUNK_BYTES: Final = 1 << 20
 
 MAX_SKIPPED_BYTES: Final = 1 << 30
-"""Of a line that is read past; a small compressed file may hold one of any length."""
+"""Bytes of a line that are skipped at most; a compressed file may have a line of any length."""
 
 MAX_LINE_BYTES: Final = 32 << 20
-"""Longest line that is kept; a longer one is read past, so that no file fills the memory."""
+"""Longest line that is kept in memory; longer ones are skipped."""
 
 
 def line_at_or_after(file: BinaryIO, start: int, end: int) -> int | None:
-    """Seek the first line that begins in a part of a file; return where it begins, or None.
+    """Seek to the first line that starts in a byte range; return its offset, or None.
 
-    Parts that lie side by side have each line once: in the one in which it begins.
+    With adjacent ranges each line belongs to exactly one: the one in which it starts.
     """
     if not start:
         file.seek(0)
@@ -76,16 +76,16 @@ def line_at_or_after(file: BinaryIO, start: int, end: int) -> int | None:
 
 
 def lines_up_to(file: BinaryIO, limit: int) -> Iterator[bytes]:
-    """Iterate over lines with their ends; of a longer one, `limit` bytes come without an end.
+    """Iterate over lines with their endings; a longer line yields `limit` bytes without one.
 
-    The rest of such a line is then still to be read, see `skip_line`. As fast as iterating over
-    the file itself, which would hold a line of any length.
+    The rest of such a line remains to be read, see `skip_line`. As fast as iterating over the
+    file itself, but with bounded memory.
     """
     return iter(partial(file.readline, limit), b"")
 
 
 def skip_line(file: BinaryIO, most: int) -> int:
-    """Read past the end of the line; return how many bytes were read, just over `most` at most."""
+    """Skip the rest of a line, up to about `most` bytes; return how many were skipped."""
     done = 0
     while done <= most and (part := file.readline(_CHUNK_BYTES)):
         done += len(part)
@@ -95,19 +95,19 @@ def skip_line(file: BinaryIO, most: int) -> int:
 
 
 KEPT_PER_CODE: Final = 20
-"""Findings of one code that are kept, and not just counted."""
+"""Findings per code that are kept; others are only counted."""
 
 Packing = Literal["plain", "gzip", "zstd", "parquet"]
 
 _BUFFER: Final = 1 << 18
 _PIECE: Final = 1 << 16
-"""Bytes of a line that are read at once."""
+"""Bytes of a line that are read at a time."""
 
 _AT_ONCE: Final = 64
-"""Lines that are read at once."""
+"""Lines that are read at a time."""
 
 _CLOSELY_EVERY: Final = 64
-"""Batches of these lines, of which one is searched for keys that occur twice."""
+"""One in this many batches is searched for duplicate keys."""
 
 _LF: Final = ord("\n")
 _BRACE: Final = {ord("}")}
@@ -116,12 +116,12 @@ _last: Final = itemgetter(-2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of a file to be judged: the lines that begin in it, or the lines themselves.
+    """A part of a file to check: a byte range, or the lines themselves.
 
     Attributes:
-        path: The file; None where there are `lines`.
-        begins: A line begins at `start`.
-        closely: Search every row for keys that occur twice, not one batch in 64.
+        path: The file; None if there are `lines`.
+        begins: A line starts at `start`.
+        closely: Search every row for duplicate keys, not one batch in 64.
         rules: See `packed_rules`.
     """
 
@@ -140,9 +140,9 @@ class Kind:
     """The rows of one sample type.
 
     Attributes:
-        rows: How many.
-        good: How many of them have no error.
-        first: The lines of the first of them.
+        rows: Number of rows.
+        good: Number of rows without an error.
+        first: Line numbers of the first rows.
     """
 
     rows: int = 0
@@ -152,22 +152,22 @@ class Kind:
 
 @dataclass(slots=True)
 class Verdict:
-    """What a part holds; its lines are counted from 1.
+    """Counts and findings of a part; line numbers are relative to it, from 1.
 
     Attributes:
-        lines: How many.
-        rows: Lines that are not blank.
-        bad_rows: Rows with an error.
-        found: What is wrong, by line; only the first of each code.
-        counts: How many warnings and errors there are of each code.
-        kinds: Rows by sample type, in the order in which they first came.
-        blank: How many lines are blank.
-        first_blank: The first of them.
+        lines: Number of lines.
+        rows: Number of non-blank lines.
+        bad_rows: Number of rows with an error.
+        found: Findings by line; only the first of each code.
+        counts: Number of warnings and errors by code.
+        kinds: Rows by sample type, in order of first occurrence.
+        blank: Number of blank lines.
+        first_blank: The first blank line.
         first_crlf: The first line that ends with CRLF.
-        hashes: One for each row that could be read, in order.
-        places: The line of each of them, where that is not simply the next.
-        sizes: Rows by the number of bits of their length.
-        facts: What else the rows hold.
+        hashes: One per readable row, in order.
+        places: Line numbers of the hashes; None for 1, 2, 3…
+        sizes: Rows by bit length of their size.
+        facts: Counts over the rows.
     """
 
     lines: int = 0
@@ -185,7 +185,7 @@ class Verdict:
     facts: Facts = field(default_factory=Facts)
 
     def add(self, line: int, findings: Sequence[Finding]) -> bool:
-        """Keep what was found on one line; return whether there is an error."""
+        """Add the findings of one line; return whether there is an error."""
         bad = False
         for finding in findings:
             bad = bad or finding.severity == "error"
@@ -198,14 +198,14 @@ class Verdict:
 
 
 class End(NamedTuple):
-    """Stands behind the last part of a file that was read to its end.
+    """Marks the end of a file that was read completely.
 
     Attributes:
-        packing: How the file is packed.
-        size: Bytes of the file as it is stored.
-        sha256: Their digest, where it came from the same pass.
-        unpacked: Bytes of its lines.
-        changed_at: When it was written last, in nanoseconds, as its reading began.
+        packing: Format of the file.
+        size: Bytes of the stored file.
+        sha256: Their digest, if it was computed in this pass.
+        unpacked: Bytes of the lines, decompressed.
+        changed_at: Modification time when reading started, in nanoseconds.
     """
 
     packing: Packing
@@ -217,11 +217,11 @@ class End(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A part of a file, its end, or what is wrong with it as a whole.
+    """A part of a file, its end, or an issue of the file as a whole.
 
     Attributes:
         file: Number of the file.
-        done: Bytes of it, as it is stored, up to the end of the part.
+        done: Bytes of the stored file up to the end of the part.
     """
 
     file: int
@@ -231,7 +231,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The same with a verdict in place of the part."""
+    """`Told` with a verdict instead of a part."""
 
     file: int
     done: int
@@ -239,12 +239,12 @@ class Judged:
 
 
 def packed_rules(dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> bytes:
-    """Write down rules so that they travel with every part."""
+    """Pickle the rules, to be sent with every part."""
     return pickle.dumps((dialect, tuple(targets)))
 
 
 def judge(part: Part) -> Verdict:
-    """Judge the lines of a part.
+    """Check the lines of a part.
 
     Raises:
         OSError: The file cannot be read.
@@ -262,27 +262,27 @@ def judge(part: Part) -> Verdict:
 
 
 def judge_told(told: Told) -> Judged:
-    """Judge a part of a file, and pass on what is none."""
+    """Check a part of a file; pass anything else through."""
     what = told.what
     if not isinstance(what, Part):
         return Judged(told.file, told.done, what)
     try:
         return Judged(told.file, told.done, judge(what))
     except OSError as error:
-        message = f"the file cannot be read: {error.strerror or error}"
+        message = f"could not read the file: {error.strerror or error}"
         issue = Issue(code="unreadable_file", message=message, path=what.path, fix="check the disk")
         return Judged(told.file, told.done, issue)
 
 
 @lru_cache(maxsize=16)
 def _rules(packed: bytes, _thread: int) -> RowRules:
-    """Make rules once in a thread: they remember what they have seen, and count it."""
+    """Return the rules of a thread; cached, because they hold caches and counts."""
     dialect, targets = pickle.loads(packed)  # noqa: S301  # from our own parent
     return RowRules(dialect, targets)
 
 
 class _Judging:
-    """One part on its way to a verdict."""
+    """The check of one part."""
 
     def __init__(self, part: Part) -> None:
         self.verdict = Verdict()
@@ -293,59 +293,59 @@ class _Judging:
         self._longest = min(part.max_line, _PIECE - 1)
         self._lengths = array("I")
         self._no_rows = 0
-        self._looked_at = 0
+        self._single_rows = 0
         self._usual: RowVerdict | None = None
         self._begun = 0
         self._kept = bytearray()
 
     def run(self, file: BinaryIO, left: int) -> Verdict:
-        """Judge lines until `left` bytes are read, and the one that is begun then."""
+        """Check lines until `left` bytes are read, including the line at the boundary."""
         pieces_of = lines_up_to(file, _PIECE)
         batch = 0
         while (left > 0 or self._begun) and (pieces := list(islice(pieces_of, _AT_ONCE))):
-            # Where one was found there are more.
+            # Once a duplicate key was found, search every row.
             self._closely = self._closely or "duplicate_key" in self.verdict.counts
             self._rules.closely = self._closely or batch % _CLOSELY_EVERY == 0
             batch += 1
             sizes = list(map(len, pieces))
             if not self._begun and self._are_rows(pieces, sizes):
                 if sum(sizes) > left:
-                    # Those that begin behind the part belong to the next.
+                    # Lines that start after the part belong to the next one.
                     count = sum(start < left for start in accumulate(sizes[:-1], initial=0))
                     del pieces[count:], sizes[count:]
                 self._take(pieces, sizes)
                 left -= sum(sizes)
             else:
-                left = self._look_at(pieces, left)
+                left = self._take_each(pieces, left)
         if self._begun:
             self._finish()
-        return self._summed_up()
+        return self._totals()
 
-    def _summed_up(self) -> Verdict:
+    def _totals(self) -> Verdict:
         verdict = self.verdict
-        verdict.facts = self._rules.facts  # brought up to date by asking
+        verdict.facts = self._rules.facts  # updated on access
         verdict.lines = self._number
         verdict.rows = verdict.lines - verdict.blank
         verdict.facts.longest_row = max(self._lengths, default=0)
         verdict.sizes = Counter(map(int.bit_length, self._lengths))
         if (usual := self._usual) and usual[0]:
-            verdict.kinds[usual[0]].rows += len(self._lengths) - self._looked_at
-            verdict.kinds[usual[0]].good += len(self._lengths) - self._looked_at
+            verdict.kinds[usual[0]].rows += len(self._lengths) - self._single_rows
+            verdict.kinds[usual[0]].good += len(self._lengths) - self._single_rows
         return verdict
 
     @property
     def _number(self) -> int:
-        """How many lines there were so far."""
+        """Number of lines so far."""
         return len(self._lengths) + self._no_rows
 
     def _are_rows(self, pieces: list[bytes], sizes: list[int]) -> bool:
-        """Tell whether all are whole lines that end like rows, each with nothing white behind."""
-        # Nothing else takes time, so what most lines are is asked of all at once.
-        whole = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
-        return whole and {*map(_last, pieces)} == _BRACE
+        """Return whether all pieces are complete lines that end in `}` and LF."""
+        # One check per batch, because this is the hot path.
+        complete = pieces[-1][-1] == _LF and max(sizes) <= self._longest and min(sizes) > 1
+        return complete and {*map(_last, pieces)} == _BRACE
 
     def _take(self, lines: list[bytes], sizes: list[int]) -> None:
-        """Take lines, nearly all of which get the same verdict and are then dealt with at once."""
+        """Process lines; a batch with identical verdicts is handled as a whole."""
         found = list(map(self._rules.judge, lines))
         verdict = self.verdict
         if found.count(self._usual) == len(found):  # type: ignore[arg-type]  # None is not in it
@@ -355,24 +355,24 @@ class _Judging:
             verdict.hashes.extend(map(xxh3_64_intdigest, lines))
             return
         for line, one in zip(lines, found, strict=True):
-            self._unusual(line, one)
+            self._take_one(line, one)
 
-    def _look_at(self, pieces: list[bytes], left: int) -> int:
-        """Take lines, and pieces of long ones, one by one; return how many bytes are left."""
+    def _take_each(self, pieces: list[bytes], left: int) -> int:
+        """Process lines and pieces of long ones individually; return the bytes left."""
         for piece in pieces:
             if left <= 0 and not self._begun:
-                break  # it belongs to the next part
+                break  # belongs to the next part
             left -= len(piece)
             if len(piece) < _PIECE and not self._begun:
-                self._unusual(piece, None)
+                self._take_one(piece, None)
                 continue
-            self._begin_or_go_on(piece)
+            self._extend(piece)
             if left <= 0 and self._begun > self._max_line:
-                self._finish()  # whatever its rest is
+                self._finish()  # too long, whatever follows
         return left
 
-    def _begin_or_go_on(self, piece: bytes) -> None:
-        """Take a piece of a long line; of one that is too long nothing is kept."""
+    def _extend(self, piece: bytes) -> None:
+        """Add a piece of a long line; lines that are too long are not kept."""
         self._begun += len(piece)
         if self._begun <= self._max_line + 1:
             self._kept += piece
@@ -382,22 +382,22 @@ class _Judging:
             self._finish()
 
     def _finish(self) -> None:
-        """Take the long line that was begun."""
+        """Process the long line that was read in pieces."""
         line, size = bytes(self._kept), self._begun
         self._kept.clear()
         self._begun = 0
         if size - line.endswith(b"\n") > self._max_line:
             self._add_too_long()
         else:
-            self._unusual(line, None)
+            self._take_one(line, None)
 
     def _add_too_long(self) -> None:
         self._no_rows += 1
         self.verdict.add(self._number, (too_long(self._max_line),))
-        self._leave_out()
+        self._record_places()
 
-    def _unusual(self, line: bytes, found: RowVerdict | None) -> None:
-        """Take a line that may be unlike the others, with its verdict if there is one yet."""
+    def _take_one(self, line: bytes, found: RowVerdict | None) -> None:
+        """Process a single line, with its verdict if there is one already."""
         verdict = self.verdict
         if len(line) - line.endswith(b"\n") > self._max_line:
             self._add_too_long()
@@ -406,7 +406,7 @@ class _Judging:
         if row:
             self._lengths.append(len(line))
             if found is None or found is not self._usual:
-                self._looked_at += 1
+                self._single_rows += 1
                 if self._is_bad(found or self._rules.judge(row)):
                     row = None
         else:
@@ -416,15 +416,15 @@ class _Judging:
             if verdict.places is not None:
                 verdict.places.append(self._number)
         else:
-            self._leave_out()
+            self._record_places()
 
-    def _leave_out(self) -> None:
-        """Have the lines of rows written down from the first on that is none."""
+    def _record_places(self) -> None:
+        """Record line numbers of hashes from the first line without a hash on."""
         if self.verdict.places is None:
             self.verdict.places = array("I", range(1, self._number))
 
     def _is_bad(self, found: RowVerdict) -> bool:
-        """Note what was found in the row just taken; tell whether there is an error."""
+        """Record the verdict on the current row; return whether there is an error."""
         kind, findings = found
         bad = self.verdict.add(self._number, findings)
         if kind:
@@ -434,12 +434,12 @@ class _Judging:
             if len(counted.first) < KEPT_PER_CODE:
                 counted.first.append(self._number)
             elif not findings and self._usual is None:
-                # The very same verdict needs no look any more.
+                # Rows with this verdict can be handled in batches from now on.
                 self._usual = found
         return bad
 
     def _trimmed(self, line: bytes, number: int) -> bytes | None:
-        """Return a row as if LF stood right behind its last character; None for no row."""
+        """Return a row without trailing whitespace, ended with LF; None for a blank line."""
         text = line.rstrip()
         if line.endswith(b"\r\n") and not self.verdict.first_crlf:
             self.verdict.first_crlf = number

@@ -1,4 +1,4 @@
-"""Cut a data file into files that keep a provider's size limit, between two lines."""
+"""Split a data file at line boundaries into shards below a size limit."""
 
 import hashlib
 import os
@@ -24,13 +24,13 @@ _CHUNK: Final = 1 << 20
 
 
 class Shard(NamedTuple):
-    """A part of a file that begins and ends between two lines.
+    """A byte range of a file that contains complete lines.
 
     Attributes:
-        offset: Where it begins in the file.
+        offset: Byte offset in the file.
         size: Bytes, at most the limit.
-        rows: Lines in it.
-        sha256: Hex digest of its bytes.
+        rows: Number of lines.
+        sha256: Hex digest of the bytes.
     """
 
     offset: int
@@ -40,7 +40,7 @@ class Shard(NamedTuple):
 
 
 class ShardFile(NamedTuple):
-    """A file that holds one part of another."""
+    """A shard that was written to a file."""
 
     path: Path
     size: int
@@ -49,13 +49,13 @@ class ShardFile(NamedTuple):
 
 
 def plan_shards(path: Path, limit: int, *, on_progress: Progress | None = None) -> Sequence[Shard]:
-    """Cut a plain file into parts of at most `limit` bytes, as few as its lines allow.
+    """Plan the fewest shards of at most `limit` bytes for an uncompressed file.
 
-    The parts follow one another and make up the whole file; nothing is written. An empty file
-    has no parts.
+    The shards are contiguous and cover the complete file; nothing is written. An empty file
+    has no shards.
 
     Raises:
-        DatasetError: A line is longer than `limit`; it says which.
+        DatasetError: A line is longer than `limit`; the issue has its number.
         OSError: The file cannot be read.
     """
     with path.open("rb") as file:
@@ -71,26 +71,26 @@ def shard(
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> Sequence[ShardFile]:
-    """Write the parts of a file as NAME-00001-of-00007.jsonl and so on, all or none.
+    """Write the shards of a file as NAME-00001-of-00007.jsonl, …: all of them or none.
 
-    One after the other they hold the bytes of the file, unpacked if it was packed.
+    Concatenated, the shards are byte-identical to the decompressed file.
 
     Args:
-        directory: Where to write; default beside the file.
-        force: Replace files that are there already.
-        on_progress: Told of the bytes written.
+        directory: Output directory; default next to the file.
+        force: Overwrite existing files.
+        on_progress: Called with the bytes processed.
 
     Raises:
         DatasetError: A line is longer than `limit`, or the file is empty or cannot be read.
-        ConfigError: A file is there already.
-        TrainingBackendError: A file cannot be written.
+        ConfigError: An output file already exists.
+        TrainingBackendError: An output file cannot be written.
     """
     directory = directory or place_of(path)
     with rereadable(path, directory) as file:
         size = file.seek(0, os.SEEK_END)
         if not size:
             issue = Issue(code="empty_file", message="the file is empty", path=str(path))
-            raise DatasetError(f"{path} cannot be cut.", issues=[issue])
+            raise DatasetError(f"Could not shard {path}.", issues=[issue])
         meter = Meter(path, 2 * size, on_progress)
         parts = _plan(file, path, limit, meter)
         paths = _names(path, directory, len(parts))
@@ -134,7 +134,7 @@ def _plan(file: BinaryIO, path: Path, limit: int, meter: Meter) -> Sequence[Shar
 
 
 def _last_line_end(file: BinaryIO, start: int, stop: int) -> int | None:
-    """Return where the last line that ends between both places ends; None if none does."""
+    """Return the end of the last line that ends between `start` and `stop`, or None."""
     while stop > start:
         begin = max(start, stop - _CHUNK)
         file.seek(begin)
@@ -163,6 +163,8 @@ def _too_long(path: Path, line: int, limit: int) -> DatasetError:
         message=f"the row is longer than the limit of {limit:,} bytes",
         path=str(path),
         line=line,
-        fix="shorten the row, or allow larger files",
+        fix="shorten the row or raise the limit",
     )
-    return DatasetError(f"{path} cannot be cut into files of {limit:,} bytes.", issues=[issue])
+    return DatasetError(
+        f"Could not shard {path} into files of at most {limit:,} bytes.", issues=[issue]
+    )

@@ -1,7 +1,7 @@
-"""Set a part of the rows aside to validate on.
+"""Split data files into training and validation rows.
 
-Which side a row goes to hangs on its own content and the seed: neither the order of the rows nor
-rows that are added later shuffle the others, and identical rows never end up on both sides.
+The assignment is by a hash of the row's content and the seed: reordering rows changes nothing,
+adding rows moves few others, and identical rows always end up in the same part.
 """
 
 import os
@@ -31,14 +31,14 @@ from training_backends.datasets.write import (
 __all__ = ["DEFAULT_SHARE", "Split", "SplitFile", "split"]
 
 DEFAULT_SHARE: Final = 0.05
-"""Size of the validation set as a share of the training set, where a dialect names none."""
+"""Size of the validation set relative to the training set, unless the dialect has a limit."""
 
 _BUCKETS: Final = 1 << 20
-"""Rows are counted by the first bits of their hash: 8 MB, whatever the size of the files."""
+"""Buckets of row hashes; their counts take 8 MB regardless of file size."""
 
 
 class SplitFile(NamedTuple):
-    """One side of a split file."""
+    """One part of a split file."""
 
     path: Path
     rows: int
@@ -46,7 +46,7 @@ class SplitFile(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Both sides of a file; None for a side that has no row."""
+    """Both parts of a file; None for a part without rows."""
 
     source: Path
     train: SplitFile | None
@@ -64,28 +64,28 @@ def split(
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> Sequence[Split]:
-    """Write each file as NAME.train.jsonl and NAME.validation.jsonl, all or none.
+    """Write each file as NAME.train.jsonl and NAME.validation.jsonl: all of them or none.
 
-    Rows keep their bytes and their order; blank lines are left out. Several files are taken as
-    one: the size of the validation set is that of all of them together.
+    Rows keep their bytes and their order; blank lines are dropped. Several files are split as one
+    data set: the size of the validation set applies to all of them together.
 
     Args:
-        dialect: How large the validation set may be, where neither of the next two is given.
-        fraction: Share of the rows to set aside.
-        rows: Rows to set aside; fewer where identical rows cannot be parted.
-        seed: Another one sets other rows aside.
-        directory: Where to write; default beside each file.
-        force: Replace files that are there already.
+        dialect: Limits the size of the validation set if `fraction` and `rows` are None.
+        fraction: Fraction of the rows for validation.
+        rows: Number of rows for validation; fewer if identical rows would be separated.
+        seed: Random seed.
+        directory: Output directory; default next to each file.
+        force: Overwrite existing files.
 
     Raises:
         DatasetError: There are too few rows, or a file cannot be read.
-        ConfigError: A file is there already.
-        TrainingBackendError: A file cannot be written.
+        ConfigError: An output file already exists.
+        TrainingBackendError: An output file cannot be written.
     """
     targets = [_targets(path, directory) for path in paths]
     if len(set(targets)) < len(targets):
         raise ConfigError(
-            "Two of the files would be written under one name.", hint="Split them one by one."
+            "Two of the files have the same output name.", hint="Split them one at a time."
         )
     if not force:
         refuse_existing(*(target for both in targets for target in both))
@@ -109,7 +109,7 @@ def split(
 
 
 class _File:
-    """One file that is split."""
+    """A file being split."""
 
     def __init__(
         self, path: Path, file: BinaryIO, targets: tuple[Path, Path], meter: Meter
@@ -120,7 +120,7 @@ class _File:
         self._meter = meter
 
     def rows(self) -> Iterator[bytes]:
-        """Yield the rows, each with the end of its line, from the first on."""
+        """Yield all rows with their line endings, from the start."""
         self._file.seek(0)
         number = 0
         while line := self._file.readline(MAX_LINE_BYTES + 1):
@@ -133,7 +133,7 @@ class _File:
                 yield line
 
     def write(self, made: NewFiles, chosen: bytearray, seed: int) -> Split:
-        """Write both sides; one without a row is left out."""
+        """Write both parts; a part without rows is not created."""
         rows, sizes = [0, 0], [0, 0]
         train, validation = self._targets
         with made.create(train) as first, made.create(validation) as second:
@@ -154,7 +154,7 @@ class _File:
 
 
 def _bucket(line: bytes, seed: int) -> int:
-    """Return where a row falls; the end of its line and a byte order mark do not count."""
+    """Return the bucket of a row; line endings and a byte order mark are ignored."""
     return xxh3_64_intdigest(line.strip().removeprefix(BOM), seed % 2**64) >> 44
 
 
@@ -165,19 +165,19 @@ def _targets(path: Path, directory: Path | None) -> tuple[Path, Path]:
 
 
 def _budget(total: int, dialect: Dialect, fraction: float | None, rows: int | None) -> int:
-    """Return how much may be set aside: rows where they are asked for, else bytes."""
+    """Return the size of the validation set: in bytes, or in rows if they were requested."""
     if rows is not None:
         return rows
     if fraction is not None:
         return round(fraction * total)
     share = dialect.validation_max_share or DEFAULT_SHARE
-    # The share is one of what remains to train on.
+    # The share is relative to the remaining training rows.
     budget = int(total * share / (1 + share))
     return min(budget, dialect.validation_max_bytes or budget)
 
 
 def _choose(weights: Sequence[int], budget: int) -> bytearray:
-    """Flag the buckets that are set aside: the lowest, without those too large to fit."""
+    """Flag the buckets for validation: the lowest ones, skipping those that do not fit."""
     flags = bytearray(len(weights))
     left = budget
     for bucket, weight in enumerate(weights):
@@ -185,21 +185,21 @@ def _choose(weights: Sequence[int], budget: int) -> bytearray:
             flags[bucket] = 1
             left -= weight
         elif weight and 2 * left <= budget:
-            # Going on to fill the last gap would favour short rows.
+            # Filling the last gap would favor short rows.
             break
     return flags
 
 
 def _check(path: Path, weights: Sequence[int], chosen: bytearray, budget: str) -> None:
-    """Do nothing where both sides have rows."""
+    """Raise `DatasetError` unless both parts have rows."""
     rest = any(weight for weight, flag in zip(weights, chosen, strict=True) if not flag)
     if any(chosen) and rest:
         return
     if any(chosen):
-        what = f"nothing would be left to train on beside {budget} to validate on"
+        what = f"a validation set of {budget} leaves no rows for training"
     else:
-        what = f"no row fits into a validation set of {budget}"
-    fix = "add rows, or say with --rows or --fraction how many to set aside"
+        what = f"no row fits in a validation set of {budget}"
+    fix = "add rows, or set the size with --rows or --fraction"
     raise _unusable(path, None, "too_few_rows", what, fix)
 
 
@@ -207,4 +207,4 @@ def _unusable(
     path: Path, line: int | None, code: str, message: str, fix: str | None = None
 ) -> DatasetError:
     issue = Issue(code=code, message=message, path=str(path), line=line, fix=fix)
-    return DatasetError(f"{path} cannot be split.", issues=[issue])
+    return DatasetError(f"Could not split {path}.", issues=[issue])

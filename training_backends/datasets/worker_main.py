@@ -1,4 +1,4 @@
-"""The program of a worker process, see `parallel`; its argument is the task's name."""
+"""Entry point of a worker process (see `worker_pool`); its argument is the task name."""
 
 import os
 import pickle
@@ -17,15 +17,15 @@ _Inbox = SimpleQueue[bytes]
 
 
 def main() -> None:
-    """Answer arguments until the caller closes the connection or dies."""
+    """Process arguments until the parent closes the connection or exits."""
     connection: Connection[Any, Any] = Connection(os.dup(0))
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 0)
+    os.close(devnull)
     inbox: _Inbox = SimpleQueue()
     Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     function = load_task(sys.argv[1])
-    # Where nobody takes an answer any more, there is nobody to tell of that either.
+    # The parent is gone: there is no one left to report to.
     with suppress(ConnectionError):
         while True:
             number, argument = pickle.loads(inbox.get())  # noqa: S301  # from our own parent
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _listen(connection: "Connection[Any, Any]", inbox: _Inbox) -> None:
-    """Take arguments in while others are worked on; end the process with its parent's."""
+    """Receive arguments in the background; exit when the parent does."""
     with suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv_bytes())
@@ -41,12 +41,12 @@ def _listen(connection: "Connection[Any, Any]", inbox: _Inbox) -> None:
 
 
 def _pickled(number: int, outcome: Outcome) -> bytes:
-    """Write down an answer that the parent can read, if only an error that says why not."""
+    """Pickle an outcome; if that fails, return a `TypeError` that says why."""
     returned, value = outcome
     try:
         data = pickle.dumps((number, outcome))
         if not returned:
-            pickle.loads(data)  # noqa: S301  # some errors can be written, but not be read
+            pickle.loads(data)  # noqa: S301  # some errors pickle but do not unpickle
     except Exception as error:
         kind = "result" if returned else f"error {type(value).__name__}: {value}"
         return pickle.dumps((number, (False, TypeError(f"cannot pickle the {kind} ({error})"))))

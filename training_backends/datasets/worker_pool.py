@@ -1,8 +1,8 @@
-"""Spread work on files over processes, whatever program the caller is.
+"""Distribute work on files over processes, whatever the calling program is.
 
-The pools of the standard library and those built on it run the caller's `__main__` again in
-each worker unless it is guarded, fork a process that may have threads, or refuse daemonic
-callers. A worker here is a program of its own.
+The pools of the standard library, and those built on it, run the caller's `__main__` in each
+worker unless it is guarded, fork a process that may have threads, or reject daemonic callers. A
+worker here is a separate program.
 """
 
 import os
@@ -20,13 +20,13 @@ from training_backends.core.errors import TrainingBackendError
 __all__ = ["Outcome", "attempt", "cpu_count", "load_task", "run_parallel"]
 
 Outcome = tuple[bool, Any]
-"""Whether a call returned, and what it returned or raised."""
+"""Whether a call succeeded, and its result or exception."""
 
 _AHEAD: Final = 4
-"""Arguments taken before the first of them is answered, for each process."""
+"""Arguments per process that are taken ahead of results."""
 
-_IN_HAND: Final = 2
-"""Arguments that a worker has: one it works on, one so that it need not wait."""
+_PENDING: Final = 2
+"""Arguments per worker: one in progress and one queued."""
 
 _PROGRAM: Final = ("-P", "-m", "training_backends.datasets.worker_main")
 _SECRET: Final = re.compile(
@@ -35,13 +35,13 @@ _SECRET: Final = re.compile(
 
 
 def cpu_count() -> int:
-    """Return how many processors this process may use: by its affinity and its cgroup."""
+    """Return the number of CPUs available to this process, by affinity and cgroup."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(allowed, _cgroup_quota() or allowed))
 
 
 def _cgroup_quota() -> int | None:
-    """Return how many processors' time a container gets, rounded up; None for all of it."""
+    """Return the CPU quota of the container, rounded up; None without a quota."""
     here = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):
         time, period = map(int, (here / "cpu.max").read_text(encoding="ascii").split())
@@ -56,14 +56,14 @@ def _cgroup_quota() -> int | None:
 
 
 def load_task(task: str) -> Callable[[Any], Any]:
-    """Import the function that "package.module:function" names."""
+    """Import a function named "package.module:function"."""
     module, _, name = task.partition(":")
     function: Callable[[Any], Any] = getattr(import_module(module), name)
     return function
 
 
 def attempt(function: Callable[[Any], Any], argument: object) -> Outcome:
-    """Call a function and keep what it raises."""
+    """Call a function and return its result or its exception."""
     try:
         return True, function(argument)
     except Exception as error:
@@ -73,21 +73,21 @@ def attempt(function: Callable[[Any], Any], argument: object) -> Outcome:
 def run_parallel(
     task: str, arguments: Iterable[object], *, processes: int
 ) -> Generator[Any, None, None]:
-    """Call a function for each argument and yield what it returns, in their order.
+    """Call a function for each argument and yield the results in order.
 
-    This process does its share, the first argument at once, and `processes` counts it; with 1
-    no other is started. Few arguments are taken ahead of the answers. The workers end when the
-    iterator is closed, dropped or raises, and when this process dies, however it dies. They
-    share neither standard input nor output with it, and no secret of its environment.
+    This process works too, starting with the first argument; with `processes=1` no other is
+    started. Only a few arguments are taken ahead of the results. The workers end when the iterator
+    is closed, garbage-collected or raises, and when this process exits for any reason. They do not
+    share standard input or output with it, or secrets in its environment.
 
     Args:
-        task: "package.module:function" with one argument, imported by each process. What goes
-            in and comes out, errors too, is pickled.
-        arguments: Best of equal weight, and each worth a few hundredths of a second.
-        processes: How many at most; see `cpu_count`.
+        task: "package.module:function" with one argument, imported by each process. Arguments,
+            results and exceptions are pickled.
+        arguments: Ideally of similar cost, a few hundredths of a second each.
+        processes: Maximum number, including this one; see `cpu_count`.
 
     Raises:
-        Exception: What the function raised, as itself, where its result would stand.
+        Exception: Raised by the function, in place of its result.
         TrainingBackendError: A worker was killed.
     """
     function = load_task(task)
@@ -95,11 +95,11 @@ def run_parallel(
         yield from map(function, arguments)
         return
     with ExitStack() as stack:
-        yield from _Crew(task, function, iter(arguments), processes, stack).results()
+        yield from _Pool(task, function, iter(arguments), processes, stack).results()
 
 
-class _Crew:
-    """This process and its workers, busy with one series of arguments."""
+class _Pool:
+    """This process and its workers, processing one series of arguments."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Crew:
         self._function = function
         self._arguments = arguments
         self._to_start = processes - 1
-        self._most_open = processes * _AHEAD
+        self._most_pending = processes * _AHEAD
         self._stack = stack
         self._workers: list[_Worker] = []
         self._taken = 0
@@ -124,7 +124,7 @@ class _Crew:
         own: tuple[int, object] | None = None
         while True:
             own = own or self._take()
-            self._hand_out()
+            self._dispatch()
             if self._wanted in self._done:
                 returned, value = self._done.pop(self._wanted)
                 self._wanted += 1
@@ -135,37 +135,37 @@ class _Crew:
                 self._done[own[0]] = attempt(self._function, own[1])
                 own = None
             elif self._wanted < self._taken:
-                self._collect(patiently=True)
+                self._collect(block=True)
             else:
                 return
-            self._collect(patiently=False)
+            self._collect(block=False)
 
     def _take(self) -> tuple[int, object] | None:
-        if self._taken - self._wanted >= self._most_open:
+        if self._taken - self._wanted >= self._most_pending:
             return None
         for argument in self._arguments:
             self._taken += 1
             return self._taken - 1, argument
         return None
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         while (worker := self._free()) and (taken := self._take()):
             worker.give(*taken)
 
     def _free(self) -> "_Worker | None":
         if self._to_start:
             self._to_start -= 1
-            # Where no more processes may be started, those that there are do the work.
+            # If no more processes can be started, the existing ones do the work.
             with suppress(OSError):
                 self._workers.append(_Worker(self._task, self._stack))
-        least = min(self._workers, key=lambda worker: worker.in_hand, default=None)
-        return least if least and least.in_hand < _IN_HAND else None
+        least = min(self._workers, key=lambda worker: worker.pending, default=None)
+        return least if least and least.pending < _PENDING else None
 
-    def _collect(self, *, patiently: bool) -> None:
+    def _collect(self, *, block: bool) -> None:
         from multiprocessing.connection import wait  # noqa: PLC0415
 
-        busy = [worker for worker in self._workers if worker.in_hand]
-        ready = wait([worker.connection for worker in busy], None if patiently else 0)
+        busy = [worker for worker in self._workers if worker.pending]
+        ready = wait([worker.connection for worker in busy], None if block else 0)
         for worker in busy:
             if worker.connection in ready:
                 number, outcome = worker.answer()
@@ -173,16 +173,16 @@ class _Crew:
 
 
 class _Worker:
-    """One process that waits for arguments.
+    """A worker process.
 
     Attributes:
-        in_hand: Arguments that it has not answered yet.
+        pending: Number of arguments without a result.
     """
 
     def __init__(self, task: str, stack: ExitStack) -> None:
         from multiprocessing import Pipe  # noqa: PLC0415
 
-        self.in_hand = 0
+        self.pending = 0
         self.connection, theirs = Pipe()
         stack.enter_context(self.connection)
         with theirs:
@@ -191,7 +191,7 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
-                # A Ctrl-C is for the caller, who then ends this process.
+                # Ctrl-C is handled by the parent, which then ends this process.
                 start_new_session=True,
             )
         stack.callback(self._end)
@@ -201,14 +201,14 @@ class _Worker:
             self.connection.send((number, argument))
         except ConnectionError:
             raise self._lost() from None
-        self.in_hand += 1
+        self.pending += 1
 
     def answer(self) -> tuple[int, Outcome]:
         try:
             number, outcome = self.connection.recv()
         except (EOFError, ConnectionError):
             raise self._lost() from None
-        self.in_hand -= 1
+        self.pending -= 1
         return number, outcome
 
     def _lost(self) -> TrainingBackendError:
@@ -216,8 +216,8 @@ class _Worker:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return TrainingBackendError(
-            f"A worker process was ended {how} while it read data.",
-            hint="If memory ran out, use fewer processes.",
+            f"A worker process was terminated {how} while reading data.",
+            hint="If it ran out of memory, use fewer processes.",
             retryable=True,
         )
 
@@ -227,12 +227,12 @@ class _Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Return our environment with the modules that we find, without what is secret."""
+    """Return the environment for workers: the same import path, without secrets."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if not _SECRET.search(name) and not ("://" in value and "@" in value)
     }
     path = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    # Looking for plugins of pydantic takes a tenth of the time in which a worker starts.
+    # Searching for pydantic plugins takes a tenth of a worker's startup time.
     return {"PYDANTIC_DISABLE_PLUGINS": "__all__"} | kept | {"PYTHONPATH": path}

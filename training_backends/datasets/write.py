@@ -1,4 +1,4 @@
-"""Write data files so that each is there whole or not at all."""
+"""Write data files atomically."""
 
 import errno
 import os
@@ -26,37 +26,37 @@ __all__ = [
 ]
 
 _BUFFER: Final = 1 << 20
-_TELL_EVERY: Final = 8 << 20
+_REPORT_EVERY: Final = 8 << 20
 _ENDINGS: Final = (".gz", ".zst", ".parquet", ".jsonl")
 
 Progress = Callable[[Path, int, int], None]
-"""Called with the file, the bytes done so far and how many there are; may raise to stop."""
+"""Called with the file, the bytes processed and the total; may raise to stop."""
 
 
 class Meter:
-    """Adds up the bytes of one file that are done, and tells of them."""
+    """Counts the processed bytes of one file and reports progress."""
 
     def __init__(self, path: Path, total: int, on_progress: Progress | None) -> None:
         self._path = path
         self._total = total
         self._on_progress = on_progress
-        self._done = self._told = 0
+        self._done = self._reported = 0
 
     def add(self, count: int) -> None:
-        """Count some more bytes."""
+        """Add processed bytes."""
         self.reach(self._done + count)
 
     def reach(self, done: int) -> None:
-        """Say how many bytes are done in all."""
+        """Set the number of processed bytes."""
         self._done = done
-        since = done - self._told
-        if self._on_progress and since and (since >= _TELL_EVERY or done == self._total):
-            self._told = done
+        since = done - self._reported
+        if self._on_progress and since and (since >= _REPORT_EVERY or done == self._total):
+            self._reported = done
             self._on_progress(self._path, done, max(done, self._total))
 
 
 def name_of(path: Path) -> str:
-    """Return a file's name without what says how it is written."""
+    """Return a file's name without format extensions."""
     name = "stdin" if path == STDIN else path.name
     for ending in _ENDINGS:
         name = name.removesuffix(ending)
@@ -64,55 +64,55 @@ def name_of(path: Path) -> str:
 
 
 def place_of(path: Path) -> Path:
-    """Return the directory in which the parts of a file are written, where none is named."""
+    """Return the default output directory for a file."""
     return Path() if path == STDIN else path.parent
 
 
 @contextmanager
 def rereadable(path: Path, directory: Path) -> Iterator[BinaryIO]:
-    """Open a file in which one can go back, unpacked in `directory` if need be.
+    """Open a seekable file; compressed data is decompressed to a temporary file in `directory`.
 
     Raises:
         DatasetError: The file cannot be read.
-        TrainingBackendError: It cannot be unpacked, for example because the disk is full.
+        TrainingBackendError: It cannot be decompressed, for example because the disk is full.
     """
     with opened(path) as source:
         if source.kind == "plain" and path != STDIN:
             with path.open("rb") as file:
                 yield file
             return
-        with _told_of(directory):
+        with _write_errors(directory):
             _make_directory(directory)
-            # It has no name, so that not even a killed process leaves it behind.
+            # An anonymous file, so that even a killed process leaves nothing behind.
             copy = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # closed below
         with copy:
-            with _told_of(directory):
+            with _write_errors(directory):
                 copy.writelines(read_bytes(source.lines))
                 copy.seek(0)
             yield copy
 
 
 def refuse_existing(*paths: Path, hint: str | None = None) -> None:
-    """Do nothing where none of the files is there yet.
+    """Raise if any of the files exists.
 
     Args:
-        hint: What to do otherwise; default another place or `--force`.
+        hint: Hint of the error; default another path or `--force`.
 
     Raises:
-        ConfigError: One is.
+        ConfigError: A file already exists.
     """
     for path in paths:
         if path.exists() or path.is_symlink():
             raise ConfigError(
-                f"{path} exists already and was left alone.",
-                hint=hint or "Name another place, or have it replaced with --force.",
+                f"{path} already exists.",
+                hint=hint or "Choose another path, or use --force to overwrite it.",
             )
 
 
 class NewFiles:
-    """Files that take their names together when the block ends well.
+    """Output files that are renamed into place together when the block succeeds.
 
-    What stood under a name is replaced then. After an error nothing is left behind.
+    Existing files are replaced. After an error no files are left behind.
     """
 
     def __init__(self) -> None:
@@ -124,28 +124,28 @@ class NewFiles:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                self._name_all()
+                self._rename_all()
         finally:
             for temporary in self._made.values():
                 temporary.unlink(missing_ok=True)
 
     @contextmanager
     def create(self, path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
-        """Open one of the files; at the end of the block its content is safe on the disk.
+        """Open an output file; at the end of the block its content is flushed to disk.
 
         Args:
-            like: A file whose permissions it shall have.
+            like: File whose permissions are copied.
 
         Raises:
-            TrainingBackendError: It cannot be written, for example because the disk is full.
+            TrainingBackendError: The file cannot be written, for example because the disk is full.
         """
         writer = f"{os.getpid()}-{threading.get_ident()}"
         temporary = path.with_name(f".{path.name}.{writer}.tmp")
-        with _told_of(path):
+        with _write_errors(path):
             _make_directory(path.parent)
             if path.is_dir():
-                # Found out at the end, the files named before it would stand there already.
-                raise _refusal(errno.EISDIR)
+                # Fail before any other file has been renamed into place.
+                raise _os_error(errno.EISDIR)
             file = temporary.open("wb", buffering=_BUFFER)
             self._made[path] = temporary
             try:
@@ -155,39 +155,39 @@ class NewFiles:
                 file.flush()
                 os.fsync(file.fileno())
             finally:
-                # Where the disk is full, the bytes still in the buffer find no room again.
+                # On a full disk, flushing the buffer fails again.
                 with suppress(OSError):
                     file.close()
 
     def discard(self, path: Path) -> None:
-        """Leave out one of the files that were created."""
+        """Drop a created file."""
         self._made.pop(path).unlink(missing_ok=True)
 
     def keep(self, path: Path, backup: Path) -> None:
-        """Give what stands under the name of one of the files another name."""
-        with _told_of(backup):
+        """Back up the existing file at `path`."""
+        with _write_errors(backup):
             try:
                 backup.hardlink_to(path)
             except FileExistsError:
                 raise
             except OSError:
-                # Not every file system has links.
+                # Not every file system supports hard links.
                 shutil.copy2(path, backup)
 
-    def _name_all(self) -> None:
+    def _rename_all(self) -> None:
         for path, temporary in self._made.items():
-            with _told_of(path):
+            with _write_errors(path):
                 temporary.replace(path)
         for directory in {path.parent for path in self._made}:
-            with _told_of(directory):
+            with _write_errors(directory):
                 sync_directory(directory)
 
 
 def read_bytes(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
-    """Yield the next `size` bytes, or all that are left, in chunks.
+    """Yield the next `size` bytes, or all remaining ones, in chunks.
 
     Raises:
-        OSError: There are not as many.
+        OSError: The file ends early.
     """
     left = size
     while left is None or left > 0:
@@ -197,26 +197,26 @@ def read_bytes(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
         elif left is None:
             return
         else:
-            raise OSError("the file became shorter while it was read")
+            raise OSError("the file was truncated while it was read")
         left = None if left is None else left - len(chunk)
 
 
 def _make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise _refusal(errno.ENOTDIR)
+        raise _os_error(errno.ENOTDIR)
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _refusal(number: int) -> OSError:
+def _os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise TrainingBackendError(
-            f"{path} was not written: {error.strerror or error}.",
-            hint="Is there enough space, and may you write there? Nothing half-written is left.",
+            f"Could not write {path}: {error.strerror or error}.",
+            hint="Check free space and write permission. No partial files were left.",
         ) from None

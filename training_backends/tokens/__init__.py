@@ -1,13 +1,13 @@
-"""Count the tokens of training files, exactly or with a stated interval, never by a guess.
+"""Count the tokens of training files, exactly or with a confidence interval, and encode rows.
 
-    models     which model reads with which tokenizer
-    rows       from a line to the conversations that training reads it as
-    layout     Mistral's versions: texts, and control tokens between them
-    texts      the tokens of one text, by the fastest exact library
-    reference  mistral-common itself, which is right by definition
-    counting   whole files, in several processes or sampled
+    tokenizers      find the tokenizer of a model
+    text_counters   tokens of a text, with the fastest exact library
+    mistral_layout  layout of conversations in Mistral's tokenizer versions
+    counters        tokens of a row; mistral-common is the reference
+    count           tokens of files, in several processes or sampled
+    encoders        rows as token ids with a loss mask
 
-Tokenizers are loaded when they are asked for: they cost up to a second, and are extras.
+Tokenizers are optional dependencies and take up to a second to load, so they are loaded on demand.
 """
 
 from training_backends.tokens.count import (

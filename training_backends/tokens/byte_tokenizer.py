@@ -1,6 +1,6 @@
-"""The byte-level tokenizer of `tiny-mistral`, as transformers loads it.
+"""The byte-level tokenizer of `tiny-mistral` for transformers.
 
-It gives the same ids as `datasets.rows.byte_encode`.
+It produces the same ids as `datasets.rows.byte_encode`.
 """
 
 from pathlib import Path
@@ -14,10 +14,10 @@ from training_backends.datasets.rows import CONTROL_TEXT, Control
 
 __all__ = ["CHAT_TEMPLATE", "make_tiny_tokenizer", "save_tiny_tokenizer"]
 
-# Text must never become a control token, but a tokenizer looks for control tokens in the
-# text that the template gives. So the template writes every "[" and "<" of a message with
-# this mark (a code point that Unicode keeps for internal use), and the normalizer, which
-# runs behind the search for control tokens, takes it out again.
+# Text must never become a control token, but tokenizers search for control tokens in the output
+# of the template. The template therefore escapes every "[" and "<" of a message with this mark (a
+# code point that Unicode reserves for internal use), and the normalizer, which runs after the
+# search for control tokens, removes it.
 _MARK: Final = "\ufdd0"
 _ESCAPES: Final = ((_MARK, f"{_MARK}0"), ("[", f"{_MARK}1"), ("<", f"{_MARK}2"))
 
@@ -64,7 +64,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def make_tiny_tokenizer() -> Any:
-    """Make the tokenizer whose ids are bytes and control tokens, with its chat template."""
+    """Build the tokenizer, whose ids are bytes and control tokens, with its chat template."""
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[], fuse_unk=False))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(marked, plain) for plain, marked in reversed(_ESCAPES)]
@@ -87,7 +87,7 @@ def make_tiny_tokenizer() -> Any:
 
 
 def _vocabulary() -> dict[str, int]:
-    """Give each byte the id of its value, under the name that byte-level BPE has for it."""
+    """Return the vocabulary: bytes by their byte-level BPE names, and control tokens."""
     names = _byte_names()
     controls = {text: int(control) for control, text in CONTROL_TEXT.items()}
     return {names[value]: value for value in range(256)} | controls

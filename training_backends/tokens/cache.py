@@ -1,4 +1,4 @@
-"""Keep counts from one time to the next, by content, tokenizer and version of this code."""
+"""Cache token counts by content, tokenizer and version of this code."""
 
 from contextlib import suppress
 from hashlib import sha256
@@ -16,30 +16,30 @@ from training_backends.tokens.tokenizers import Tokenizer
 __all__ = ["CountCache"]
 
 _VERSION: Final = 1
-"""To be raised with every change of what is counted or kept."""
+"""Increment when counting or the stored format changes."""
 
 
 class CountCache:
-    """Small files in a directory, one a counted file; None keeps nothing.
+    """Count cache in a directory, with one small file per data file; None disables it.
 
-    What cannot be read counts as not there, and what cannot be written is not kept: a cache
-    must not stop a count.
+    Entries that cannot be read are ignored, and so are write errors: the cache must never make
+    a count fail.
     """
 
     def __init__(self, directory: Path | None, tokenizer: Tokenizer, seq_len: int | None) -> None:
         self._directory = directory
-        # Reading tens of megabytes for it is only worth while where something is kept.
+        # The fingerprint reads tens of megabytes.
         print_ = tokenizer.fingerprint() if directory else ""
         self._key = f"{_VERSION}\n{print_}\n{seq_len}"
 
     def may_hold(self, file: DataFile) -> bool:
-        """Tell whether the count of a file of this size is kept; the file is not read for it."""
+        """Return whether a count of a file of this size is cached, without reading the file."""
         with suppress(OSError):
             return self._directory is not None and any(self._directory.glob(self._name(file, "*")))
         return False
 
     def known(self, file: DataFile) -> DataFile:
-        """Return the file with the digest by which its count is kept, if any is kept at all.
+        """Return the file with its digest, the cache key; unchanged if the cache is disabled.
 
         Raises:
             OSError: The file cannot be read.
@@ -47,19 +47,19 @@ class CountCache:
         return file if self._directory is None else digested(file)
 
     def find(self, file: DataFile) -> Lengths | None:
-        """Return what was kept for a file of this content; it must be a `known` one."""
+        """Return the cached count of a file returned by `known`."""
         if self._directory is None:
             return None
         with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
             data = self._path(self._directory, file).read_bytes()
             found = msgspec.json.decode(data, type=Lengths)
-            # Every row has a count or none is kept, so a torn entry shows.
+            # Detects truncated entries.
             if found.rows == sum(found.buckets.values()):
                 return found
         return None
 
     def keep(self, file: DataFile, lengths: Lengths) -> None:
-        """Remember the count of a `known` file."""
+        """Store the count of a file returned by `known`."""
         if self._directory is None:
             return
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Count the tokens of training files: all rows, or a sample with an interval, never a guess."""
+"""Count the tokens of training files: all rows, or a sample with a confidence interval."""
 
 import math
 import statistics
@@ -30,26 +30,26 @@ from training_backends.tokens.tokenizers import Tokenizer, find_tokenizer, token
 __all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]
 
 EXACT_BYTES: Final = 1_000_000_000
-"""Data up to this size are counted in full, in about 20 seconds on two processors."""
+"""Data up to this size is counted completely, in about 20 seconds on two CPUs."""
 
 SLOW_EXACT_BYTES: Final = 20_000_000
-"""The same where nothing fast counts: chat templates, and Mistral's latest tokenizers."""
+"""The same for slow counters: chat templates and Mistral's latest tokenizers."""
 
 SAMPLE_ROWS: Final = 2_000
-"""Rows drawn of larger data; the interval is then about 1 % to either side."""
+"""Rows sampled from larger data; the interval is then about ±1%."""
 
 _LEAST_ROWS: Final = 200
 _CHECKED_ROWS: Final = 64
 _PART_BYTES: Final = 4 << 20
 _PARALLEL_BYTES: Final = 16 << 20
-"""Below this, starting a process takes longer than it saves."""
+"""Bytes below which starting more processes is slower."""
 
 _TASK: Final = "training_backends.tokens.count_part:run"
 _Z95: Final = 1.96
 
 
-class _Differs(Exception):
-    """The fast way and the reference disagree; the text says where."""
+class _Mismatch(Exception):
+    """The fast counter and the reference disagree; the message has the position."""
 
 
 @dataclass(slots=True)
@@ -74,17 +74,17 @@ def count_tokens(
     cache: Path | None = None,
     on_progress: CountProgress | None = None,
 ) -> TokenCount:
-    """Count the tokens of the training files as `model` reads them.
+    """Count the tokens of the training files with the tokenizer of `model`.
 
-    Blocks while it reads: call it in a thread from async code. Where mistral-common is the
-    measure, it also counts a few rows of each file, and all of them should it ever differ.
+    Blocks while reading: call it in a thread from async code. If mistral-common is the reference, a
+    few rows of each file are verified with it, and all rows are counted with it if they differ.
 
     Args:
-        sample: Draw so many rows instead of counting all, the same ones for the same content.
-            Without it, data above `EXACT_BYTES` are sampled unless `exact`.
-        seq_len: Also count the rows that are longer than this.
-        processes: How many may work; None for all processors where the data are worth it.
-        cache: Directory in which full counts are kept.
+        sample: Sample so many rows instead of counting all; deterministic for the same content.
+            If None, data above `EXACT_BYTES` is sampled unless `exact`.
+        seq_len: Also count the rows longer than this.
+        processes: Maximum number of processes; None chooses by size.
+        cache: Directory for caching complete counts.
         on_progress: Called with the file, the bytes counted and its size.
     """
     name = tokenizer_of(model)
@@ -103,13 +103,13 @@ def count_tokens(
         return TokenCount(tokenizer=name, reason=str(error), bad_row=isinstance(error, BadRow))
     except DatasetError as error:
         reason = error.issues[0].message if error.issues else str(error)
-        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {reason}")
+        return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
     except OSError as error:
-        return TokenCount(tokenizer=name, reason=f"a file cannot be read: {error.strerror}")
+        return TokenCount(tokenizer=name, reason=f"could not read a file: {error.strerror}")
 
 
 def row_counter(model: str) -> Callable[[AnyRow], int] | None:
-    """Return what counts single rows for `model`, or None where nothing can.
+    """Return a function that counts single rows for `model`, or None if there is none.
 
     It raises `ValueError` for a row without an exact count.
     """
@@ -121,7 +121,7 @@ def row_counter(model: str) -> Callable[[AnyRow], int] | None:
 
 
 class _Counting:
-    """One count of some files."""
+    """One count over several files."""
 
     def __init__(
         self,
@@ -145,29 +145,29 @@ class _Counting:
         self._slow = False
 
     def count(self, sample: int | None, *, exact: bool) -> TokenCount:
-        """Count all files, again with the reference should the fast way be wrong."""
+        """Count all files; repeat with the reference if the fast counter differs."""
         packed = [_is_packed(file) for file in self._files]
         bound = EXACT_BYTES if is_fast(self._tokenizer) else SLOW_EXACT_BYTES
         if sample is None and not exact and self._size > bound:
             sample = SAMPLE_ROWS
         try:
             estimates = self._estimate(packed, sample)
-        except _Differs as difference:
+        except _Mismatch as difference:
             self._slow = True
             self._notes.append(
-                f"mistral-common counted all rows: the fast way differed at {difference}"
+                f"All rows were counted with mistral-common: counts differed at {difference}."
             )
             estimates = self._estimate(packed, sample)
         return self._total(estimates)
 
     def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
         found: dict[int, _Estimate] = {}
-        whole: list[tuple[int, Job]] = []
+        complete: list[tuple[int, Job]] = []
         for number, file in enumerate(self._files):
             job = self._job(file, is_packed=packed[number])
             wanted = _share(sample, file.size, self._size)
             is_drawn = bool(wanted) and wanted < file.rows and not packed[number]
-            # The cache reads a file whole to know it, which a sample is there to avoid.
+            # The cache reads the complete file for its digest, which sampling avoids.
             if not is_drawn or self._cache.may_hold(file):
                 file = self._files[number] = self._cache.known(file)  # noqa: PLW2901
                 if kept := self._cache.find(file):
@@ -176,8 +176,8 @@ class _Counting:
             if is_drawn:
                 found[number] = self._draw(file, job, wanted)
             else:
-                whole.append((number, job))
-        for number, lengths in self._count_whole(whole):
+                complete.append((number, job))
+        for number, lengths in self._count_complete(complete):
             found[number] = _exactly(lengths)
             self._cache.keep(self._files[number], lengths)
         return [found[number] for number in sorted(found)]
@@ -193,32 +193,32 @@ class _Counting:
         )
 
     def _draw(self, file: DataFile, job: Job, wanted: int) -> _Estimate:
-        """Estimate a file: tokens per byte of rows drawn by their length, times all bytes."""
+        """Estimate a file: mean tokens per byte of sampled rows, times the file size."""
         if not self._slow:
-            self._judge(compare(replace(job, draws=_CHECKED_ROWS)))
+            self._note(compare(replace(job, draws=_CHECKED_ROWS)))
         sample = draw(replace(job, draws=wanted))
         variance = file.size**2 * statistics.variance(sample.shares) / len(sample.shares)
         return _Estimate(
             sample.lengths,
             file.size * statistics.fmean(sample.shares),
             file.rows,
-            # Never quite zero, so that a sample of equal rows is not taken for a full count.
+            # Never zero, so that a sample of equal rows is not reported as exact.
             max(variance, 1e-9),
             sample.at_least,
         )
 
-    def _judge(self, check: Check) -> None:
+    def _note(self, check: Check) -> None:
         if check.difference:
-            raise _Differs(check.difference)
+            raise _Mismatch(check.difference)
         if check.omitted:
-            note = f"No row was compared with mistral-common: {check.omitted}"
+            note = f"Counts were not verified with mistral-common: {check.omitted}."
             if note not in self._notes:
                 self._notes.append(note)
 
-    def _count_whole(self, whole: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
-        """Count files in full, in parts that any process may do."""
-        jobs = [(number, job) for number, each in whole for job in self._parts(number, each)]
-        size = sum(self._files[number].size for number, _ in whole)
+    def _count_complete(self, complete: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
+        """Count files completely, in parts distributed over processes."""
+        jobs = [(number, job) for number, each in complete for job in self._parts(number, each)]
+        size = sum(self._files[number].size for number, _ in complete)
         results = run_parallel(_TASK, [job for _, job in jobs], processes=self._workers(size))
         lengths, lines = Lengths(), 0
         meter: Meter | None = None
@@ -227,7 +227,7 @@ class _Counting:
             if meter is None:
                 meter = Meter(file.path, file.size, self._on_progress)
             if isinstance(result, Check):
-                self._judge(result)
+                self._note(result)
                 continue
             part: Part = result
             lines += part.lines
@@ -269,7 +269,7 @@ class _Counting:
             interval = max(least, math.floor(tokens - margin)), math.ceil(tokens + margin)
         if self._texts_only:
             what = f"between {interval[0]} and {interval[1]}" if interval else str(tokens)
-            raise Uncountable(f"{UNKNOWN_LAYOUT}; their texts alone are {what} tokens")
+            raise Uncountable(f"{UNKNOWN_LAYOUT}; the texts alone have {what} tokens")
         return TokenCount(
             data_tokens=tokens,
             basis="sampled" if interval else "exact",
@@ -290,18 +290,18 @@ def _exactly(lengths: Lengths) -> _Estimate:
 
 
 def _share(sample: int | None, size: int, total: int) -> int:
-    """Return how many rows to draw from a file; 0 for all."""
+    """Return how many rows to sample from a file; 0 for all."""
     return 0 if sample is None else max(_LEAST_ROWS, sample * size // max(1, total))
 
 
 def _is_packed(file: DataFile) -> bool:
-    """Look at a file before it is counted.
+    """Return whether a file is compressed; check that it has not changed.
 
     Raises:
-        Uncountable: It is not what was inspected.
+        Uncountable: The file is standard input, or has changed since it was inspected.
     """
     if file.path == STDIN:
-        raise Uncountable("standard input cannot be read a second time")
+        raise Uncountable("standard input cannot be read twice")
     with file.path.open("rb") as opened:
         if opened.seek(0, 2) != file.size:
             raise Uncountable(f"{file.path} has changed since it was inspected")

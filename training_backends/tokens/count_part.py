@@ -1,4 +1,4 @@
-"""What a count is made of: parts of files, samples, and the comparison with the reference."""
+"""Count parts of files, draw samples, and compare counts with the reference."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ from training_backends.tokens.tokenizers import Tokenizer
 __all__ = ["Check", "Job", "Part", "Sample", "compare", "count_part", "draw", "run"]
 
 _CHECKED_LINE_BYTES: Final = 1 << 20
-"""Longer rows are not compared: the reference would take seconds for one."""
+"""Longer rows are not compared: the reference takes seconds for one."""
 
 _NEAR_BYTES: Final = 8 << 20
 _PIECE_BYTES: Final = MAX_LINE_BYTES + 2
@@ -31,13 +31,13 @@ _STEP: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Rows of one file that are to be counted, all of them or a few.
+    """Rows of one file to count: all of them or a sample.
 
     Attributes:
-        packed: It has to be unpacked, and so is read whole.
-        draws: How many rows to take, as likely as they are long; None for all.
-        slow: Count with the reference itself.
-        texts_only: Count the texts of a classifier's rows, and nothing around them.
+        packed: The file is compressed, so it is read completely.
+        draws: Number of rows to sample, weighted by length; None for all.
+        slow: Count with the reference.
+        texts_only: Count only the texts of classifier rows.
     """
 
     path: Path
@@ -53,11 +53,11 @@ class Job:
 
 @dataclass(slots=True)
 class Part:
-    """The rows of a part of a file.
+    """Counts of a part of a file.
 
     Attributes:
-        lines: How many there are, the empty ones too.
-        failure: Why the last of them has no count.
+        lines: Number of lines, including blank ones.
+        failure: Why the last line has no count.
     """
 
     lengths: Lengths = field(default_factory=Lengths)
@@ -67,12 +67,12 @@ class Part:
 
 @dataclass(slots=True)
 class Sample:
-    """Rows drawn from a file.
+    """Counts of sampled rows.
 
     Attributes:
-        lengths: Theirs, each weighted by how many rows it stands for.
-        shares: Tokens per byte of each.
-        at_least: Tokens of the rows drawn, each once.
+        lengths: Lengths, weighted by the number of rows that each represents.
+        shares: Tokens per byte of each row.
+        at_least: Total tokens of the distinct sampled rows.
     """
 
     lengths: Lengths = field(default_factory=Lengths)
@@ -82,10 +82,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What comparing a few rows with the reference gave.
+    """Result of comparing sampled rows with the reference.
 
     Attributes:
-        difference: The first row where the two disagree.
+        difference: Position of the first row with different counts.
         omitted: Why nothing was compared.
     """
 
@@ -94,12 +94,12 @@ class Check:
 
 
 def run(job: Job) -> Part | Check:
-    """Do a job of a process: compare the rows that it draws, or count all."""
+    """Run a job: compare a sample with the reference, or count all rows."""
     return count_part(job) if job.draws is None else compare(job)
 
 
 def count_part(job: Job) -> Part:
-    """Count all rows of a job; the first without a count ends it."""
+    """Count all rows of a job; stop at the first row without a count."""
     part = Part()
     try:
         counter = counter_of(job.tokenizer, slow=job.slow)
@@ -113,7 +113,7 @@ def count_part(job: Job) -> Part:
 
 
 def _lines(job: Job) -> Iterator[bytes]:
-    """Yield lines with their ends; one that is too long comes in pieces."""
+    """Yield lines with their endings; a line that is too long comes in pieces."""
     if job.packed:
         with opened(job.path) as source:
             yield from lines_up_to(source.lines, _PIECE_BYTES)
@@ -131,7 +131,7 @@ def _lines(job: Job) -> Iterator[bytes]:
 
 def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
     if len(line) >= _PIECE_BYTES:
-        raise Uncountable("the line is too long to be read")
+        raise Uncountable("the line is too long")
     row = read_row(line)
     if job.texts_only:
         return (sum(map(counter.text, texts_of(row))),)
@@ -139,13 +139,13 @@ def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
 
 
 def draw(job: Job) -> Sample:
-    """Draw rows, each as likely as it is long, the same ones for the same content.
+    """Sample rows with probability proportional to length; deterministic for the same content.
 
-    The mean of their tokens per byte, times the bytes of the file, is then an estimate without
-    bias, whatever the lengths of the rows, and only the rows drawn are read.
+    The mean of tokens per byte, times the file size, is then an unbiased estimate, whatever the
+    lengths of the rows, and only the sampled rows are read.
 
     Raises:
-        Uncountable: One of them has no count.
+        Uncountable: A sampled row has no count.
     """
     sample = Sample()
     counter = counter_of(job.tokenizer, slow=job.slow)
@@ -166,7 +166,7 @@ def draw(job: Job) -> Sample:
 
 
 def compare(job: Job) -> Check:
-    """Count a few rows and have the reference count them too."""
+    """Count sampled rows with the fast counter and the reference."""
     if not has_reference(job.tokenizer):
         return Check()
     try:
@@ -175,7 +175,7 @@ def compare(job: Job) -> Check:
     except Uncountable as error:
         return Check(omitted=str(error))
     for place, line in _drawn_unpacked(job) if job.packed else _drawn(job):
-        # What has no count ends the count itself, with the number of the line.
+        # Rows without a count are reported by the count itself, with the line number.
         with suppress(Uncountable):
             if len(line) <= _CHECKED_LINE_BYTES and line.strip():
                 counted = _count_line(fast, line, job)
@@ -192,7 +192,7 @@ def _slow_line(slow: Counter, line: bytes, job: Job) -> tuple[int, ...] | None:
 
 
 def _drawn(job: Job) -> Iterator[tuple[str, bytes]]:
-    """Yield where rows begin, and the rows with their ends."""
+    """Yield the position and the bytes of sampled rows."""
     size = job.path.stat().st_size
     chance = random.Random(size)  # noqa: S311  # repeatable on purpose
     places = sorted(chance.randrange(size) for _ in range(job.draws or 0)) if size else ()
@@ -204,7 +204,7 @@ def _drawn(job: Job) -> Iterator[tuple[str, bytes]]:
 
 
 def _drawn_unpacked(job: Job) -> Iterator[tuple[str, bytes]]:
-    """Yield rows near the beginning: to draw from all, all would have to be unpacked."""
+    """Yield sampled rows near the start, to avoid decompressing the complete file."""
     lines: list[bytes] = []
     size = 0
     with opened(job.path) as source:
@@ -219,7 +219,7 @@ def _drawn_unpacked(job: Job) -> Iterator[tuple[str, bytes]]:
 
 
 def _line_start(file: BinaryIO, place: int) -> int:
-    """Find where the line begins that a byte is part of."""
+    """Return the start of the line that contains a byte."""
     low = place
     while low > 0:
         high, low = low, max(0, low - _STEP)

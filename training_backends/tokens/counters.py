@@ -1,4 +1,4 @@
-"""Count the tokens of one row, by the rules of its model's tokenizer."""
+"""Count the tokens of one row with the tokenizer of a model."""
 
 import ctypes
 import threading
@@ -48,13 +48,13 @@ __all__ = [
 
 
 class Reference:
-    """Counts rows with mistral-common, in its mode for fine-tuning."""
+    """Counts rows with mistral-common in fine-tuning mode."""
 
     def __init__(self, path: Path) -> None:
-        """Load a tokenizer file, which costs about a second.
+        """Load a tokenizer file, which takes about a second.
 
         Raises:
-            Uncountable: A package is not installed, or the file is of no version it knows.
+            Uncountable: A package is not installed, or the file version is not supported.
         """
         try:
             from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
@@ -71,23 +71,23 @@ class Reference:
             raise missing("mistral-common with sentencepiece") from error
         except Exception as error:
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"mistral-common cannot read {path.name}: {first}") from error
+            raise Uncountable(f"mistral-common could not read {path.name}: {first}") from error
         self._request = ChatCompletionRequest
         instruct = self._tokenizer.instruct_tokenizer
         if instruct.image_encoder is not None:
             instruct.image_encoder = _Sizes(instruct.image_encoder)
-        # It also asserts, and raises what Python raises for bad values and deep nesting.
-        self._refusals = (MistralCommonException, ValueError, AssertionError, RecursionError)
+        # It also raises built-in exceptions for bad values and deep nesting.
+        self._row_errors = (MistralCommonException, ValueError, AssertionError, RecursionError)
 
     def text(self, text: str) -> int:
-        """Count one text on its own."""
+        """Count a text on its own."""
         return len(self._encode(text, around=False))
 
     def row(self, row: ChatRow | TextRow) -> int:
         """Count a conversation or a text.
 
         Raises:
-            Uncountable: It refuses the row.
+            Uncountable: mistral-common rejects the row.
         """
         refuse_distant_images(row)
         if isinstance(row, TextRow):
@@ -97,9 +97,9 @@ class Reference:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return len(self._tokenizer.encode_chat_completion(request).tokens)
-        except self._refusals as error:
+        except self._row_errors as error:
             why = str(error).partition("\n")[0] or type(error).__name__
-            raise Uncountable(f"mistral-common refuses the row: {why}") from error
+            raise Uncountable(f"mistral-common rejects the row: {why}") from error
 
     def _encode(self, text: str, *, around: bool) -> Sequence[int]:
         tokens: Sequence[int]
@@ -108,7 +108,7 @@ class Reference:
 
 
 class _Sizes:
-    """Mistral-common's tokens of an image, without the pixels, which take opencv to make."""
+    """Image encoder with mistral-common's token counts but no pixels, which would need opencv."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
@@ -128,7 +128,7 @@ class _Sizes:
 
 @lru_cache(maxsize=2)
 def load_reference(path: Path) -> Reference:
-    """Return mistral-common's tokenizer of a file; it is kept, because loading is slow."""
+    """Return the reference counter of a file; cached, because loading is slow."""
     return Reference(path)
 
 
@@ -150,11 +150,11 @@ def _request(row: ChatRow) -> dict[str, Any]:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """Write a message as mistral-common takes it: without weight, which it refuses."""
+    """Return a message in mistral-common's format: without weight, which it rejects."""
     role = "system" if message.role == "developer" else message.role
     content: Any = message.content
     if isinstance(content, list):
-        # Keys that a part does not have must not be there as nulls.
+        # Missing keys must not be null.
         content = [
             {key: value for key, value in msgspec.to_builtins(part).items() if value is not None}
             for part in content
@@ -181,28 +181,28 @@ T = TypeVar("T")
 _TEMPLATE_FILES: Final = ("chat_template.jinja", "additional_chat_templates")
 
 RENDER_SECONDS: Final = 5.0
-"""Longest time that a chat template may take for one row; common ones take a millisecond."""
+"""Time limit of a chat template per row; common templates take a millisecond."""
 
 
 class EndlessTemplate(Uncountable):
-    """A chat template takes longer than it may."""
+    """A chat template exceeded its time limit."""
 
 
 class _Interrupt(BaseException):
-    """Raised from outside in a thread that renders; no `except Exception` on the way takes it."""
+    """Raised asynchronously in a rendering thread; not caught by `except Exception`."""
 
 
 def rendered(render: Callable[[], T]) -> T:
-    """Return what a chat template gives; end it after `RENDER_SECONDS`.
+    """Render a chat template; interrupt it after `RENDER_SECONDS`.
 
-    A template comes with a model. Jinja's sandbox bounds each loop, but loops within loops
-    multiply, and run for years. They run as Python code, which another thread can interrupt.
+    Templates are untrusted. Jinja's sandbox limits each loop, but nested loops multiply and can
+    run for years. They run as Python code, which another thread can interrupt.
 
     Args:
-        render: Renders; called in this thread.
+        render: Renders the template; called in this thread.
 
     Raises:
-        EndlessTemplate: It took longer.
+        EndlessTemplate: The time limit was exceeded.
     """
     thread, guard = threading.get_ident(), threading.Lock()
     is_done = is_late = False
@@ -225,45 +225,45 @@ def rendered(render: Callable[[], T]) -> T:
                 is_done = True
             timer.cancel()
             if is_late:
-                _raise_in(thread, None)  # none may arrive later, in other code
-                raise _Interrupt  # in place of whatever it returned
+                _raise_in(thread, None)  # cancel, so that it is not raised in other code
+                raise _Interrupt  # replaces the result
     except _Interrupt:
         raise EndlessTemplate(
-            f"the chat template takes longer than {RENDER_SECONDS:g} s for a row, or never ends"
+            f"the chat template did not finish within {RENDER_SECONDS:g} s for a row"
         ) from None
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in a thread at its next step; None takes back one not yet raised."""
+    """Raise an exception in another thread; None cancels one that is still pending."""
     raised = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 class TemplateCounter:
-    """Counts as the engine reads rows: text never becomes a control token."""
+    """Counts rows as the trainer encodes them: text never becomes a control token."""
 
     def __init__(self, directory: Path) -> None:
-        """Load the tokenizer in the directory of a model.
+        """Load the tokenizer from a model directory.
 
         Raises:
-            Uncountable: That does not work here.
+            Uncountable: transformers is not installed, or the tokenizer cannot be loaded.
         """
         try:
-            from transformers import AutoTokenizer  # noqa: PLC0415  # loads for seconds
+            from transformers import AutoTokenizer  # noqa: PLC0415  # takes seconds to import
         except ImportError as error:
-            reason = "counting needs transformers: pip install 'training-backends[local]'"
+            reason = "counting requires transformers: pip install 'training-backends[local]'"
             raise Uncountable(reason) from error
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # files of strangers: anything can be wrong with them
+        except Exception as error:  # untrusted files
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"the tokenizer cannot be loaded: {first}") from error
+            raise Uncountable(f"could not load the tokenizer: {first}") from error
         added = self._tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         self._special = sorted(special | {*self._tokenizer.all_special_tokens})
 
     def text(self, text: str) -> int:
-        """Count one text on its own."""
+        """Count a text on its own."""
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return len(encoded.input_ids)
 
@@ -271,7 +271,7 @@ class TemplateCounter:
         """Count one row.
 
         Raises:
-            Uncountable: The template refuses it, or there is none.
+            Uncountable: The template rejects the row, or there is none.
         """
         refuse_images(row)
         if isinstance(row, TextRow):
@@ -281,7 +281,7 @@ class TemplateCounter:
         content = msgspec.json.encode(row).decode()
         for special in self._special:
             if msgspec.json.encode(special).decode()[1:-1] in content:
-                raise Uncountable(f"the text holds {special}, which is a control token here")
+                raise Uncountable(f"the text contains the control token {special}")
         try:
             ids = rendered(
                 lambda: self._tokenizer.apply_chat_template(
@@ -293,28 +293,28 @@ class TemplateCounter:
             )
         except EndlessTemplate:
             raise
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise arbitrary exceptions
             first = str(error).partition("\n")[0]
-            raise Uncountable(f"the chat template refuses the row: {first}") from error
+            raise Uncountable(f"the chat template rejects the row: {first}") from error
         return len(ids)
 
 
 def has_template(directory: Path) -> bool:
-    """Tell whether a tokenizer has a chat template, by its files alone."""
+    """Return whether a model directory has a chat template, without loading it."""
     if any((directory / name).exists() for name in _TEMPLATE_FILES):
         return True
     return bool(_settings(directory).get("chat_template"))
 
 
 class TemplateCheck:
-    """Tells without transformers, which loads for seconds, which rows are beyond doubt.
+    """Finds rows that certainly can be encoded, without importing transformers (seconds).
 
-    A row that plain Jinja renders, and that holds no control token, is one that the tokenizer
-    takes. Of the others only the tokenizer knows.
+    A row that plain Jinja renders and that contains no control token is accepted by the
+    tokenizer. Other rows have to be checked with the tokenizer.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Read the template and the names of the control tokens."""
+        """Load the template and the control tokens."""
         self._template: Any = None
         settings = _settings(directory)
         names = {key: _text(value) for key, value in settings.items() if key.endswith("_token")}
@@ -326,31 +326,31 @@ class TemplateCheck:
             listed = [*tokens.added_tokens, *(added.values() if isinstance(added, dict) else ())]
             self._special |= {token["content"] for token in listed if token.get("special")}
             self._template = _compiled(_template_text(directory, settings))
-        except Exception:  # files of strangers: anything can be wrong with them
+        except Exception:  # untrusted files
             self._template = None
 
     def accepts(self, row: AnyRow) -> bool:
-        """Tell whether the tokenizer certainly takes a row."""
+        """Return whether the tokenizer certainly accepts a row."""
         try:
             return all(map(self._renders, parts_of(row)))
         except Uncountable:
             return False
 
     def rewrites(self, row: ChatRow) -> bool:
-        """Tell whether the answers of an accepted row certainly cannot be told from the rest.
+        """Return whether the answers of an accepted row certainly cannot be located.
 
-        That needs what is before an answer, and what ends with it, to begin the conversation.
+        An answer can be located if the text before it and the text up to its end are prefixes.
         """
         count = len(row.messages)
         try:
-            whole = self._text(row, count, waiting=False)
+            complete = self._text(row, count, waiting=False)
             return not all(
-                whole.startswith(self._text(row, end, waiting=end == index))
+                complete.startswith(self._text(row, end, waiting=end == index))
                 for index in range(count)
                 if row.messages[index].is_trained
                 for end in (index, index + 1)
             )
-        except Exception:  # a part of it is rejected, at least by plain Jinja
+        except Exception:  # a part is rejected, at least by plain Jinja
             return False
 
     def _text(self, row: ChatRow, count: int, *, waiting: bool) -> str:
@@ -369,13 +369,13 @@ class TemplateCheck:
             return False
         try:
             self._text(row, len(row.messages), waiting=False)
-        except Exception:  # templates raise what they like
+        except Exception:  # templates raise arbitrary exceptions
             return False
         return True
 
 
 class _Added(msgspec.Struct):
-    """The part of tokenizer.json that names tokens."""
+    """The added tokens in tokenizer.json."""
 
     added_tokens: list[dict[str, Any]] = []
 
@@ -389,7 +389,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _text(value: object) -> str:
-    """Return a token's text, which may be written as an object."""
+    """Return the text of a token, which may be an object."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else ""
 
@@ -431,7 +431,7 @@ def _messages(row: ChatRow) -> list[dict[str, Any]]:
     return messages
 
 
-NOTE: Final = "Counted by the rule of OpenAI's cookbook; what is billed may differ."
+NOTE: Final = "Counted as in OpenAI's cookbook; billed tokens may differ."
 
 _PER_MESSAGE: Final = 3
 _PER_NAME: Final = 1
@@ -439,23 +439,23 @@ _AT_THE_END: Final = 3
 
 
 def encoding_count(name: str) -> TextCount:
-    """Load an encoding that tiktoken has fetched before.
+    """Load an encoding that tiktoken has cached.
 
     Raises:
-        Uncountable: It cannot be loaded.
+        Uncountable: The encoding cannot be loaded.
     """
     try:
         from tiktoken import get_encoding  # noqa: PLC0415
 
         encode = get_encoding(name).encode_ordinary
-    except Exception as error:  # what its HTTP library raises, where the stored file is damaged
+    except Exception as error:  # arbitrary exceptions if the cached file is corrupt
         first = str(error).partition("\n")[0]
-        raise Uncountable(f"tiktoken cannot load the encoding {name}: {first}") from error
+        raise Uncountable(f"tiktoken could not load the encoding {name}: {first}") from error
     return lambda text: len(encode(text))
 
 
 class OpenAICounter:
-    """Counts by the words of an encoding and the rule above."""
+    """Counts rows by a tiktoken encoding and the rule of OpenAI's cookbook."""
 
     def __init__(self, count: TextCount) -> None:
         self.text = count
@@ -464,17 +464,17 @@ class OpenAICounter:
         """Count one row.
 
         Raises:
-            Uncountable: It holds what is not documented.
+            Uncountable: The row has parts whose tokens are not documented.
         """
         refuse_images(row)
         if isinstance(row, TextRow):
             return self.text(row.text)
         if row.tools or any(message.tool_calls for message in row.messages):
-            raise Uncountable("how tools count is not documented by OpenAI")
+            raise Uncountable("OpenAI does not document how tools are counted")
         total = _AT_THE_END
         for message in row.messages:
             if message.role == "tool":
-                raise Uncountable("how tools count is not documented by OpenAI")
+                raise Uncountable("OpenAI does not document how tools are counted")
             total += _PER_MESSAGE + self.text(message.role) + self.text(message.text)
             if message.name is not None:
                 total += _PER_NAME + self.text(message.name)
@@ -485,23 +485,23 @@ _MISTRAL: Final = frozenset({"tekken", "sentencepiece"})
 
 
 class Counter(Protocol):
-    """Counts for one tokenizer."""
+    """Token counter of one tokenizer."""
 
     def text(self, text: str, /) -> int:
-        """Count a text on its own, without anything around it."""
+        """Count a text on its own, without control tokens."""
         ...
 
     def row(self, row: Row, /) -> int:
-        """Count one conversation or text as it is read in training.
+        """Count a conversation or text as it is encoded for training.
 
         Raises:
-            Uncountable: It has no exact count.
+            Uncountable: The row has no exact count.
         """
         ...
 
 
 class _Bytes:
-    """The vocabulary of `tiny-mistral`."""
+    """Counter of `tiny-mistral`'s byte-level vocabulary."""
 
     def text(self, text: str) -> int:
         return len(text.encode("utf-8", "replace"))
@@ -512,7 +512,7 @@ class _Bytes:
 
 
 class _Mistral:
-    """Counts with the fastest library, and asks mistral-common about odd rows."""
+    """Counts with the fastest library; leaves unusual rows to mistral-common."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.path is None:
@@ -530,19 +530,19 @@ class _Mistral:
             counted = self._layout.chat(row)
         else:
             try:
-                counted = self.text(row.text) + 2  # the tokens for beginning and end
+                counted = self.text(row.text) + 2  # BOS and EOS
             except ValueError:
                 counted = None
         return load_reference(self._path).row(row) if counted is None else counted
 
 
 def has_reference(tokenizer: Tokenizer) -> bool:
-    """Tell whether mistral-common says what is right."""
+    """Return whether mistral-common is the reference for a tokenizer."""
     return tokenizer.kind in _MISTRAL
 
 
 def is_fast(tokenizer: Tokenizer) -> bool:
-    """Tell whether rows are counted without mistral-common or a chat template."""
+    """Return whether rows are counted without mistral-common or a chat template."""
     if tokenizer.kind in _MISTRAL:
         return tokenizer.version in VERSIONS
     return tokenizer.kind != "template"
@@ -550,13 +550,13 @@ def is_fast(tokenizer: Tokenizer) -> bool:
 
 @lru_cache(maxsize=4)
 def counter_of(tokenizer: Tokenizer, *, slow: bool = False) -> Counter:
-    """Return the counter of a tokenizer; it is kept, because loading costs tenths of a second.
+    """Return the counter of a tokenizer; cached, because loading takes tenths of a second.
 
     Args:
-        slow: Take mistral-common itself.
+        slow: Use mistral-common itself.
 
     Raises:
-        Uncountable: Something for it is not installed or cannot be loaded.
+        Uncountable: A required package is not installed, or the tokenizer cannot be loaded.
     """
     if tokenizer.path is None:
         return _Bytes()
@@ -570,7 +570,7 @@ def counter_of(tokenizer: Tokenizer, *, slow: bool = False) -> Counter:
 
 
 def count_row(counter: Counter, row: AnyRow) -> tuple[int, ...]:
-    """Return the lengths of the token sequences that training reads a row as.
+    """Return the lengths of the token sequences that a row is encoded as.
 
     Raises:
         Uncountable: The row has no exact count.

@@ -1,4 +1,4 @@
-"""What a count of tokens gives."""
+"""Results and errors of token counting, and the parts of rows that are counted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,26 +32,26 @@ __all__ = [
 Row = ChatRow | TextRow
 AnyRow = ChatRow | TextRow | ClassifierRow | PreferenceRow
 
-UNKNOWN_LAYOUT = "how the service lays out the rows of a classifier is not known"
+UNKNOWN_LAYOUT = "the provider's encoding of classifier rows is not documented"
 
 
 def read_row(line: bytes) -> AnyRow:
     """Decode a line.
 
     Raises:
-        Uncountable: It holds no row.
+        Uncountable: The line is not a valid row.
     """
     try:
         return parse_any_row(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Uncountable("the row cannot be read") from None
+        raise Uncountable("the row is invalid") from None
 
 
 def parts_of(row: AnyRow) -> tuple[Row, ...]:
-    """Return what a row is read as: itself, or for a preference the pair of conversations.
+    """Return the sequences of a row: the row itself, or the two conversations of a preference.
 
     Raises:
-        Uncountable: It is a classifier's.
+        Uncountable: It is a classifier row.
     """
     if isinstance(row, ClassifierRow):
         raise Uncountable(UNKNOWN_LAYOUT)
@@ -62,24 +62,24 @@ def parts_of(row: AnyRow) -> tuple[Row, ...]:
 
 
 def texts_of(row: AnyRow) -> list[str]:
-    """Return the texts in a row, of whatever format it is.
+    """Return the texts of a row of any format.
 
     Raises:
-        Uncountable: It holds images.
+        Uncountable: The row has images.
     """
     texts: list[str] = []
     for part in (row.content,) if isinstance(row, ClassifierRow) else parts_of(row):
         if isinstance(part, TextRow):
             texts.append(part.text)
         elif has_images(part):
-            raise Uncountable("images cannot be counted here")
+            raise Uncountable("images cannot be counted for this model")
         else:
             texts += [message.text for message in part.messages]
     return texts
 
 
 def has_images(row: Row) -> bool:
-    """Tell whether a row holds anything but text."""
+    """Return whether a row has parts other than text."""
     if isinstance(row, TextRow):
         return False
     return any(type(m.content) is list and m.has_other_parts for m in row.messages)
@@ -89,10 +89,10 @@ _SMALLEST = 16
 
 
 def bucket_of(length: int) -> int:
-    """Return the upper bound of the bucket that a length falls in, the bound included.
+    """Return the inclusive upper bound of a length's histogram bucket.
 
-    There are four buckets between a power of two and the next, and every power is a bound, so
-    that how many rows are longer than a usual context length is exact.
+    There are four buckets per power of two, and every power is a bound, so that the number of rows
+    longer than a common context length is exact.
     """
     if length <= _SMALLEST:
         return _SMALLEST
@@ -101,14 +101,14 @@ def bucket_of(length: int) -> int:
 
 
 class Lengths(msgspec.Struct, kw_only=True):
-    """What is known of the rows of some data.
+    """Lengths of a set of rows, in tokens.
 
     Attributes:
-        tokens: In all rows.
-        rows: How many; of a sample, how many there are by its weights.
-        longest: Length of the longest row; a pair of answers is as long as the longer one.
-        buckets: Rows by the upper bound of their bucket.
-        over: Rows longer than the length that was asked for.
+        tokens: Total over all rows.
+        rows: Number of rows; for a sample, the estimated total.
+        longest: Length of the longest row; the longer answer counts for a pair.
+        buckets: Number of rows by upper bound of the bucket.
+        over: Number of rows longer than `seq_len`.
     """
 
     tokens: int = 0
@@ -119,7 +119,7 @@ class Lengths(msgspec.Struct, kw_only=True):
     over: float = 0
 
     def add(self, sequences: tuple[int, ...], seq_len: int | None, weight: float = 1) -> None:
-        """Add one row, given as the lengths of the token sequences that it is read as."""
+        """Add one row, given the lengths of its token sequences."""
         length = max(sequences)
         self.tokens += sum(sequences)
         self.rows += weight
@@ -143,34 +143,34 @@ class Lengths(msgspec.Struct, kw_only=True):
             self.buckets[bucket] = self.buckets.get(bucket, 0) + rows
 
     def histogram(self) -> Mapping[int, int]:
-        """Return whole rows by the upper bound of their bucket, in order."""
+        """Return the number of rows by upper bound of the bucket, rounded and sorted."""
         return {bucket: round(self.buckets[bucket]) for bucket in sorted(self.buckets)}
 
 
 class Uncountable(ValueError):
-    """A row or a model has no exact count; the text says why."""
+    """A row or a model has no exact count; the message has the reason."""
 
 
 class BadRow(Uncountable):
-    """The data have a row without an exact count; the text says where and why."""
+    """A row of the data has no exact count; the message has its position and the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCount:
-    """Tokens of the training files, each row counted once whatever its file's weight.
+    """Tokens of the training files; each row counts once, whatever the weight of its file.
 
     Attributes:
-        data_tokens: None when they cannot be counted; `reason` then says why.
-        basis: How they were counted.
-        interval: Bounds of the 95 % interval when `sampled`.
-        bad_row: The reason is a row, not the tokenizer.
-        tokenizer: Name of the tokenizer, when one is known.
-        rows: How many rows; their lengths are those of the rows drawn when `sampled`. A
-            preference is as long as the longer of its two conversations.
-        histogram: Rows by length, under the upper bound of each bucket.
-        seq_len: The length that was asked for.
-        over: Rows longer than that.
-        notes: What else there is to know about the number.
+        data_tokens: Total; None if it cannot be counted, with the `reason`.
+        basis: Whether all rows were counted or a sample.
+        interval: Bounds of the 95% confidence interval if `sampled`.
+        bad_row: `reason` is about a row, not the tokenizer.
+        tokenizer: Name of the tokenizer, if known.
+        rows: Number of rows; lengths are those of the sampled rows if `sampled`. A
+            preference has the length of the longer of its two conversations.
+        histogram: Number of rows by upper bound of the length bucket.
+        seq_len: The requested sequence length.
+        over: Number of rows longer than `seq_len`.
+        notes: Caveats about the count.
     """
 
     data_tokens: int | None = None
@@ -189,14 +189,14 @@ class TokenCount:
 
     @property
     def mean(self) -> float | None:
-        """Tokens a row."""
+        """Mean tokens per row."""
         return self.data_tokens / self.rows if self.rows and self.data_tokens is not None else None
 
     def rows_over(self, seq_len: int) -> int | None:
-        """Return how many rows are longer than that; None where this is not known exactly.
+        """Return how many rows are longer than `seq_len`; None if not known exactly.
 
-        It is known for the length that the count was asked for, for powers of two and the
-        other bounds of the histogram, and beyond the longest row.
+        Known for the `seq_len` of the count, for powers of two and other bucket bounds of the
+        histogram, and for anything above the longest row.
         """
         if self.basis != "exact" or self.histogram is None or self.longest is None:
             return None

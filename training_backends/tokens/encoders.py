@@ -1,8 +1,7 @@
-"""From rows to token ids and the mask of tokens that the loss counts.
+"""Encode rows as token ids with a loss mask.
 
-An encoder never lets text become a control token and never masks by guess: a row that
-cannot be encoded exactly raises `UnusableRow`, a model for which that holds for every row
-is refused.
+Text never becomes a control token, and loss masks are never guessed: a row that cannot be encoded
+exactly raises `UnusableRow`; a model that can encode no row exactly raises `TokenizerError`.
 """
 
 import shutil
@@ -43,34 +42,34 @@ _FILL_IN: Final = (
     ),  # DeepSeek
     ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # Code Llama
 )
-"""Control tokens before the beginning, the end and the middle of a text, in this order."""
+"""Control tokens for prefix, suffix and middle, in this order."""
 
 Encoded = tuple[list[int], list[bool]]
 
 
 class TokenizerError(Exception):
-    """No row can be encoded exactly with this model's tokenizer; the message says why."""
+    """The tokenizer of a model cannot encode rows exactly; the message has the reason."""
 
 
 class UnusableRow(ValueError):
-    """This row cannot be trained on; the message says why."""
+    """A row cannot be encoded for training; the message has the reason."""
 
 
 class Encoder(Protocol):
-    """What turns rows into tokens for one model, and answers back into text."""
+    """Encodes rows as tokens for one model, and decodes answers."""
 
     @property
     def pad_id(self) -> int:
-        """Fills rows up to the longest of a batch."""
+        """Id of the padding token."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """Ends an answer."""
+        """Id of the end-of-sequence token."""
         ...
 
     def encode(self, row: Row) -> Encoded:
-        """Return the ids, and for each whether the loss counts it.
+        """Return the token ids, and for each whether it is in the loss.
 
         Raises:
             UnusableRow: The row cannot be encoded exactly.
@@ -78,7 +77,7 @@ class Encoder(Protocol):
         ...
 
     def read(self, row: Row) -> list[int]:
-        """Return the ids of a row that is only read: it may end with anyone's message.
+        """Return the token ids of a row without a loss mask; it may end with any role.
 
         Raises:
             UnusableRow: The row cannot be encoded exactly.
@@ -86,35 +85,35 @@ class Encoder(Protocol):
         ...
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
-        """Return the ids of a text whose middle is to be filled in, behind both its ends.
+        """Encode a fill-in-the-middle example.
 
         Raises:
-            TokenizerError: The tokenizer has no control tokens for it.
+            TokenizerError: The tokenizer has no fill-in-the-middle tokens.
         """
         ...
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids of a user's message that waits for its answer."""
+        """Return the token ids of a user message as a generation prompt."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of an answer; bytes that are no UTF-8 are replaced."""
+        """Decode an answer; invalid UTF-8 is replaced."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer beside the model."""
+        """Save the tokenizer to the model directory."""
         ...
 
 
 def encoder_for(model: str, directory: Path | None) -> Encoder:
-    """Choose the encoder that is exact for a model.
+    """Return the encoder of a model.
 
     Args:
-        model: Its name, for messages.
-        directory: Where its files lie; None for `tiny-mistral`.
+        model: Name of the model, for messages.
+        directory: Directory of the model; None for `tiny-mistral`.
 
     Raises:
-        TokenizerError: There is no way to encode chats for it exactly.
+        TokenizerError: The model's chats cannot be encoded exactly.
     """
     if directory is None or _is_byte_level(directory):
         return ByteEncoder()
@@ -137,57 +136,57 @@ def _mistral_tokenizer(directory: Path) -> Path | None:
 
 def _refuse_images(row: ChatRow) -> None:
     if any(message.has_other_parts for message in row.messages):
-        raise UnusableRow("a message holds parts that are not text (images are not supported)")
+        raise UnusableRow("a message has parts that are not text (images are not supported)")
 
 
 def _no_filling_in(name: str) -> TokenizerError:
     return TokenizerError(
-        f"The tokenizer of {name} has no control tokens to fill in the middle of a text: "
-        "leave fim_ratio out, or take a model for code."
+        f"The tokenizer of {name} has no fill-in-the-middle tokens: "
+        "remove fim_ratio, or use a code model."
     )
 
 
 class ByteEncoder:
-    """The byte-level vocabulary of `tiny-mistral`."""
+    """Encoder of `tiny-mistral`'s byte-level vocabulary."""
 
     pad_id: Final = int(Control.PAD)
     eos_id: Final = int(Control.EOS)
 
     def encode(self, row: Row) -> Encoded:
-        """Encode with `datasets.chat`."""
+        """Encode with `datasets.rows.byte_encode`."""
         if isinstance(row, ChatRow):
             _refuse_images(row)
         return byte_encode(row)
 
     def read(self, row: Row) -> list[int]:
-        """Encode with `datasets.chat`."""
+        """Encode with `datasets.rows.byte_encode`."""
         return self.encode(row)[0]
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
-        """Refuse: the vocabulary has no control tokens for it."""
+        """Raise: the vocabulary has no fill-in-the-middle tokens."""
         del prefix, middle, suffix
         raise _no_filling_in(TINY_MODEL)
 
     def prompt(self, text: str) -> list[int]:
-        """Lay out one user message."""
+        """Encode one user message."""
         return byte_encode(ChatRow([Message("user", text)]))[0]
 
     def decode(self, ids: list[int]) -> str:
-        """Join the bytes and leave the control tokens out."""
+        """Decode the bytes, without control tokens."""
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
-        """Write the equivalent tokenizer for transformers."""
+        """Save the equivalent transformers tokenizer."""
         from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer  # noqa: PLC0415
 
         save_tiny_tokenizer(directory)
 
 
 class MistralEncoder:
-    """Mistral's own encoding, by mistral-common, masked by its control tokens."""
+    """Encodes with mistral-common; the loss mask is derived from control tokens."""
 
     def __init__(self, source: Path) -> None:
-        # Imported here: it costs half a second, and only Mistral's own models need it.
+        # Imported here, because it takes half a second and only Mistral's models need it.
         from mistral_common.protocol.instruct.request import ChatCompletionRequest  # noqa: PLC0415
         from mistral_common.protocol.instruct.validator import ValidationMode  # noqa: PLC0415
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: PLC0415
@@ -199,7 +198,7 @@ class MistralEncoder:
             self._asking = MistralTokenizer.from_file(source, ValidationMode.test)
         except ImportError as error:
             raise TokenizerError(
-                f"The tokenizer {source.name} needs the package sentencepiece: "
+                f"The tokenizer {source.name} requires sentencepiece: "
                 "pip install 'mistral-common[sentencepiece]'"
             ) from error
         self._tokens = self._training.instruct_tokenizer.tokenizer
@@ -214,8 +213,8 @@ class MistralEncoder:
         found = self._optional(text)
         if not found:
             raise TokenizerError(
-                f"{self._source.name} has no control token {text}: its chats cannot be masked. "
-                "Take a model with a tokenizer of version 2 or later."
+                f"{self._source.name} has no control token {text}, so its chats cannot be masked. "
+                "Use a model with a tokenizer of version 2 or later."
             )
         return found.pop()
 
@@ -225,11 +224,11 @@ class MistralEncoder:
             try:
                 found.add(int(self._tokens.get_special_token(text)))
             except (KeyError, ValueError, AttributeError):
-                continue  # not every version has every control token
+                continue  # not in every version
         return found
 
     def encode(self, row: Row) -> Encoded:
-        """Encode by mistral-common; the loss counts from `[/INST]` through `</s>`."""
+        """Encode with mistral-common; tokens from `[/INST]` through `</s>` are in the loss."""
         if isinstance(row, TextRow):
             ids = self._tokens.encode(row.text, bos=True, eos=True)
             return ids, [False] + [True] * (len(ids) - 1)
@@ -238,14 +237,14 @@ class MistralEncoder:
         spans = self._answers(ids)
         messages = [message for message in row.messages if message.role == "assistant"]
         if len(spans) != len(messages):
-            raise UnusableRow("assistant messages that follow each other cannot be told apart")
+            raise UnusableRow("consecutive assistant messages cannot be told apart")
         trained = [False] * len(ids)
         for (start, end), message in zip(spans, messages, strict=True):
             trained[start:end] = [message.is_trained] * (end - start)
         return ids, trained
 
     def read(self, row: Row) -> list[int]:
-        """Encode by mistral-common."""
+        """Encode with mistral-common."""
         if isinstance(row, TextRow):
             return self.encode(row)[0]
         _refuse_images(row)
@@ -253,9 +252,9 @@ class MistralEncoder:
         return self._encode_chat(row, self._training if answered else self._asking)
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
-        """Encode by mistral-common: suffix, prefix, middle, as Codestral was trained."""
+        """Encode with mistral-common as suffix, prefix, middle, as Codestral was trained."""
         head = self._fill_in_head(prefix, suffix)
-        # Encoded as a suffix is: a middle begins amid a line, with no space of its own.
+        # Encoded like a suffix: a middle starts within a line, without a leading space.
         rest = self._fill_in_head("", middle)[2:-1]
         controls = {*self._optional("<s>", "[SUFFIX]", "[PREFIX]")}
         ids = [*head, *rest, self.eos_id]
@@ -291,37 +290,37 @@ class MistralEncoder:
                 start = position + 1
             elif token == self.eos_id and start is not None:
                 spans.append((start, position + 1))
-                # Behind </s> comes the next user message, or tool results, or another answer.
+                # `</s>` is followed by a user message, tool results or another answer.
                 start = position + 1
         return spans
 
     def prompt(self, text: str) -> list[int]:
-        """Lay out one user message."""
+        """Encode one user message."""
         request = self._request.from_openai(messages=[{"role": "user", "content": text}])
         return list(self._asking.encode_chat_completion(request).tokens)
 
     def decode(self, ids: list[int]) -> str:
-        """Decode, control tokens left out."""
+        """Decode without control tokens."""
         return str(self._training.decode(ids))
 
     def save(self, directory: Path) -> None:
-        """Copy the tokenizer's file."""
+        """Copy the tokenizer files."""
         for name in (self._source.name, "tokenizer_config.json", "tokenizer.json"):
             if (self._source.parent / name).is_file():
                 shutil.copy(self._source.parent / name, directory / name)
 
 
 class TemplateEncoder:
-    """Any other model: its own chat template, where the answers in it can be found exactly."""
+    """Encodes with the chat template of a model, if answers can be located exactly."""
 
     def __init__(self, model: str, directory: Path) -> None:
-        from transformers import AutoTokenizer  # noqa: PLC0415  # loads for seconds
+        from transformers import AutoTokenizer  # noqa: PLC0415  # takes seconds to import
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise TokenizerError(
-                f"The tokenizer of {model!r} cannot be loaded: {first_line(error)}"
+                f"Could not load the tokenizer of {model!r}: {first_line(error)}"
             ) from error
         if self._tokenizer.eos_token_id is None:
             raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
@@ -334,43 +333,42 @@ class TemplateEncoder:
         self._specials = specials | {token.content for token in added if token.special}
 
     def encode(self, row: Row) -> Encoded:
-        """Encode by the template; an answer lies between two prefixes of the conversation."""
+        """Encode with the template; an answer is the difference between two rendered prefixes."""
         if isinstance(row, TextRow):
             return self._encode_text(row.text)
         self._require_plain(row)
         content = _openai_row(row)
-        whole = self._render(content, len(row.messages), waiting=False)
-        trained = [False] * len(whole)
+        ids = self._render(content, len(row.messages), waiting=False)
+        trained = [False] * len(ids)
         for index, message in enumerate(row.messages):
             if message.is_trained:
                 start = self._render(content, index, waiting=True)
                 end = self._render(content, index + 1, waiting=False)
-                if whole[: len(start)] != start or whole[: len(end)] != end:
+                if ids[: len(start)] != start or ids[: len(end)] != end:
                     raise UnusableRow(
-                        "the chat template changes earlier messages, so its answers cannot be "
-                        "told from the rest"
+                        "the chat template rewrites earlier messages, so answers cannot be located"
                     )
                 trained[len(start) : len(end)] = [True] * (len(end) - len(start))
-        return whole, trained
+        return ids, trained
 
     def _require_plain(self, row: ChatRow) -> None:
         _refuse_images(row)
         if self._tokenizer.chat_template is None:
             raise TokenizerError(
                 f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
-                "be encoded. Take the instruct version of the model, or rows with `text`."
+                "be encoded. Use the instruct version of the model, or rows with `text`."
             )
         self._refuse_control_text(row)
 
     def read(self, row: Row) -> list[int]:
-        """Encode by the template; here it may rewrite earlier messages, as nothing is masked."""
+        """Encode with the template, which may rewrite earlier messages, since there is no mask."""
         if isinstance(row, TextRow):
             return self._encode_text(row.text)[0]
         self._require_plain(row)
         return self._render(_openai_row(row), len(row.messages), waiting=False)
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
-        """Encode prefix, suffix, middle, each behind its control token."""
+        """Encode prefix, suffix and middle, each after its control token."""
         vocabulary = self._tokenizer.get_vocab()
         known = next((names for names in _FILL_IN if vocabulary.keys() >= {*names}), None)
         if known is None:
@@ -400,7 +398,7 @@ class TemplateEncoder:
         text = msgspec.json.encode(row).decode()
         escaped = (msgspec.json.encode(special).decode()[1:-1] for special in self._specials)
         if found := next((special for special in escaped if special in text), None):
-            raise UnusableRow(f"the text holds {found}, which this tokenizer takes for control")
+            raise UnusableRow(f"the text contains the control token {found}")
 
     def _render(self, content: dict[str, Any], count: int, *, waiting: bool) -> list[int]:
         from jinja2.exceptions import TemplateError  # noqa: PLC0415  # comes with transformers
@@ -418,31 +416,31 @@ class TemplateEncoder:
                 )
             )
         except EndlessTemplate as error:
-            # Not the row's fault: the other rows would take as long.
+            # An error of the model, not of the row: every row would take as long.
             raise TokenizerError(
-                f"The tokenizer of {self._model!r} cannot be used: {error}."
+                f"The tokenizer of {self._model!r} is not usable: {error}."
             ) from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses it: {first_line(error)}") from error
+            raise UnusableRow(f"the chat template rejects the row: {first_line(error)}") from error
 
     def prompt(self, text: str) -> list[int]:
-        """Lay out one user message, or plain text for a model without a chat template."""
+        """Encode one user message, or plain text for a model without a chat template."""
         if self._tokenizer.chat_template is None:
             return self._encode_text(text)[0][:-1]
         content = _openai_row(ChatRow([Message("user", text)]))
         return self._render(content, 1, waiting=True)
 
     def decode(self, ids: list[int]) -> str:
-        """Decode, control tokens left out."""
+        """Decode without control tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer as transformers does."""
+        """Save the tokenizer in transformers format."""
         self._tokenizer.save_pretrained(directory)
 
 
 def _openai_row(row: ChatRow) -> dict[str, Any]:
-    """Return a row as plain data in OpenAI's form, without weights and empty keys."""
+    """Return a row in OpenAI's format, without weights and empty keys."""
     messages = []
     for message in row.messages:
         plain: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Count the tokens of images that stand in the row itself.
+"""Count the tokens of inline images.
 
-Mistral's models read an image as a grid of patches, each row of it with one token more at its
-end (mistral-common 1.13, `tokens/tokenizers/image.py`). Only the size of the image counts.
+Mistral's models encode an image as a grid of patches, with one extra token at the end of each grid
+row (mistral-common 1.13, `tokens/tokenizers/image.py`). Only the size of the image matters.
 """
 
 from base64 import b64decode
@@ -19,7 +19,7 @@ ImageCount = Callable[[ContentPart], int]
 
 
 class ImageConfig(msgspec.Struct, frozen=True):
-    """How a tokenizer cuts images up, in pixels."""
+    """Image patching of a tokenizer; sizes in pixels."""
 
     image_patch_size: int
     max_image_size: int
@@ -27,30 +27,30 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
 
 def refuse_images(row: ChatRow | TextRow) -> None:
-    """Do nothing for a row that is all text.
+    """Reject a row with images.
 
     Raises:
-        Uncountable: It is not.
+        Uncountable: The row has images.
     """
     if has_images(row):
         raise Uncountable("images cannot be counted for this model")
 
 
 def refuse_distant_images(row: ChatRow | TextRow) -> None:
-    """Do nothing for a row whose images are all in it.
+    """Reject a row with images that are not inline.
 
     Raises:
-        Uncountable: One would have to be fetched; mistral-common would do that unasked.
+        Uncountable: An image would have to be downloaded, which mistral-common does by default.
     """
     if isinstance(row, ChatRow) and has_images(row):
         for message in row.messages:
             for part in message.content if isinstance(message.content, list) else ():
                 if part.type != "text" and not _address(part).startswith("data:"):
-                    raise Uncountable("images cannot be counted unless they are in the row itself")
+                    raise Uncountable("only inline images (data: URLs) can be counted")
 
 
 def image_count(config: ImageConfig) -> ImageCount:
-    """Return what counts the tokens of one image; it raises `ValueError` for a bad one."""
+    """Return a function that counts the tokens of an image; it raises `ValueError` for bad data."""
 
     def count(part: ContentPart) -> int:
         header, _, data = _address(part).partition(",")
@@ -78,5 +78,5 @@ def _size(data: str) -> tuple[int, int]:
     try:
         with Image.open(BytesIO(b64decode(data))) as image:
             return image.size
-    except Exception as error:  # decoders of images raise what they like
+    except Exception as error:  # image decoders raise arbitrary exceptions
         raise ValueError("not an image") from error

@@ -1,8 +1,8 @@
-"""How Mistral's tokenizers lay a conversation out: texts, and control tokens between them.
+"""Layout of conversations in Mistral's tokenizers: texts with control tokens between them.
 
-The rules are those of mistral-common 1.13 (`tokens/tokenizers/instruct.py`, `protocol/instruct/
-normalize.py` and `validator.py`, read 2026-11), in its mode for fine-tuning. What is out of the
-ordinary is left to mistral-common itself, above all every row that it might refuse.
+Implements mistral-common 1.13 in fine-tuning mode (`tokens/tokenizers/instruct.py`, `protocol/
+instruct/normalize.py` and `validator.py`, read 2026-11). Unusual rows, in particular every row
+that might be rejected, are left to mistral-common itself.
 """
 
 import json
@@ -21,7 +21,7 @@ from training_backends.tokens.text_counters import TextCount
 __all__ = ["VERSIONS", "Layout"]
 
 VERSIONS: Final = frozenset({"v1", "v2", "v3", "v7", "v11", "v13"})
-"""Versions whose layout is known here; later ones are left to mistral-common."""
+"""Versions whose layout is implemented here; later ones are left to mistral-common."""
 
 _FOLLOWERS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -39,15 +39,15 @@ _REMEMBERED_TOOLS: Final = 4096
 _dumps: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class _Odd(Exception):
-    """Mistral-common has to say what this row is."""
+class _Unsupported(Exception):
+    """The row is left to mistral-common."""
 
 
 class _Turn(NamedTuple):
-    """One message as it is encoded, or several of one role that are made one.
+    """One message to encode, or several consecutive ones of the same role merged.
 
     Attributes:
-        chunks: Where there are images: the texts, and the tokens of each image.
+        chunks: With images: the texts, and the number of tokens of each image.
     """
 
     role: str
@@ -58,7 +58,7 @@ class _Turn(NamedTuple):
 
 
 class Layout:
-    """Counts conversations for one version of the tokenizers."""
+    """Counts the tokens of conversations for one tokenizer version."""
 
     def __init__(self, version: str, count: TextCount, images: ImageCount | None = None) -> None:
         self._version = int(version.removeprefix("v"))
@@ -67,7 +67,7 @@ class Layout:
         self._tools: dict[bytes, int | None] = {}
 
     def chat(self, row: ChatRow) -> int | None:
-        """Count a conversation; None where mistral-common has to be asked."""
+        """Count a conversation; None if it is left to mistral-common."""
         try:
             turns = self._turns(row.messages)
             tools = self._tools_block(row.tools) if row.tools else 0
@@ -76,20 +76,20 @@ class Layout:
             if self._version <= 3:
                 return 1 + self._early(turns, tools)
             return 1 + self._late(turns, tools)
-        except (_Odd, RecursionError, ValueError):
+        except (_Unsupported, RecursionError, ValueError):
             return None
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
-        """Check what mistral-common checks, and put messages together as it does."""
+        """Validate and merge messages as mistral-common does."""
         if len(messages) < 2 or messages[-1].role != "assistant":
-            raise _Odd
+            raise _Unsupported
         turns: list[_Turn] = []
         previous = ""
         has_calls = False
         for message in messages:
             role = "system" if message.role == "developer" else message.role
             if previous and role not in _FOLLOWERS[previous]:
-                raise _Odd
+                raise _Unsupported
             text = message.content
             chunks: Sequence[str | int] = ()
             if type(text) is not str:
@@ -97,13 +97,13 @@ class Layout:
             calls = message.tool_calls or ()
             if role == "assistant":
                 if (not text and not calls) or (text and calls and self._version <= 3):
-                    raise _Odd
+                    raise _Unsupported
             elif message.content is None or calls:
-                raise _Odd
+                raise _Unsupported
             if role == previous and role in ("user", "assistant"):
                 before = turns.pop()
                 if calls or before.calls:
-                    raise _Odd
+                    raise _Unsupported
                 if chunks or before.chunks:
                     chunks = _merged(*(before.chunks or (before.text,)), *(chunks or (text,)))
                 text = _JOIN.join(part for part in (before.text, text) if part)
@@ -115,7 +115,7 @@ class Layout:
         return turns
 
     def _parts(self, message: Message) -> tuple[str, Sequence[str | int]]:
-        """Return the text of a message made of parts, and the parts where not all are text."""
+        """Return the text of a message with parts, and the parts if not all of them are text."""
         if not isinstance(message.content, list):
             return "", ()
         chunks: list[str | int] = []
@@ -125,35 +125,35 @@ class Layout:
             elif self._images and self._version >= 3 and message.role == "user":
                 chunks.append(self._images(part))
             else:
-                raise _Odd
+                raise _Unsupported
         merged = _merged(*chunks)
         if len(merged) == 1 and isinstance(merged[0], str) and merged[0]:
             return merged[0], ()
         if not any(isinstance(each, int) for each in merged):
-            raise _Odd
+            raise _Unsupported
         return "", merged
 
     def _check_calls(self, turns: Sequence[_Turn]) -> None:
-        """Let only calls pass that every version takes: each answered once, by its id."""
+        """Accept only calls that are valid in every version: each answered once, by id."""
         open_ids: set[str] = set()
         if self._version == 1 or turns[0].role in ("assistant", "tool"):
-            raise _Odd
+            raise _Unsupported
         for turn in turns:
             if turn.role == "assistant":
                 ids = [self._checked_call(call) for call in turn.calls]
                 if open_ids or len(set(ids)) < len(ids):
-                    raise _Odd
+                    raise _Unsupported
                 open_ids = set(ids)
             elif turn.role == "tool" and turn.message:
                 name, call_id = turn.message.name, turn.message.tool_call_id
                 if call_id not in open_ids or (name is not None and not _NAME.fullmatch(name)):
-                    raise _Odd
+                    raise _Unsupported
                 open_ids.remove(call_id)
 
     def _checked_call(self, call: ToolCall) -> str:
         is_known = call.type == "function" and _NAME.fullmatch(call.function.name)
         if not is_known or not call.id or not _ID.fullmatch(call.id):
-            raise _Odd
+            raise _Unsupported
         return call.id
 
     def _first_version(self, turns: Sequence[_Turn]) -> int:
@@ -163,14 +163,14 @@ class Layout:
             text = turn.text
             if turn.role == "user":
                 text = f"[INST] {_joined(system, text)} [/INST]"
-                system = None  # it goes into the first one
+                system = None  # only in the first user message
             else:
                 total += 1
             total += self._count(text)
         return total
 
     def _early(self, turns: Sequence[_Turn], tools: int) -> int:
-        """Versions 2 and 3: the system prompt and the tools stand in the last user message."""
+        """Versions 2 and 3: the system prompt and the tools are in the last user message."""
         system, turns, last = _without_system(turns)
         count = self._count
         total = tools
@@ -180,19 +180,19 @@ class Layout:
             elif turn.role == "assistant" and not turn.calls:
                 total += 1 + count(turn.text.rstrip(" "))
             elif self._version == 2 and position < last:
-                pass  # calls and results before the last user message are left out
+                pass  # calls and results before the last user message are dropped
             elif turn.calls:
                 if self._version == 2 and len(turn.calls) > 1:
-                    raise _Odd
+                    raise _Unsupported
                 total += 2 + count(_dumps([self._call(call) for call in turn.calls]))
             else:
                 total += 2 + count(_dumps(self._result(turn)))
         return total
 
     def _late(self, turns: Sequence[_Turn], tools: int) -> int:
-        """Versions 7 to 13: the system prompt stands where it was written."""
+        """Versions 7 to 13: the system prompt keeps its position."""
         count = self._count
-        # Tools stand with a user message, so without one they are left out.
+        # Tools precede a user message, so without one they are dropped.
         total = tools if any(turn.role == "user" for turn in turns) else 0
         for turn in turns:
             if turn.role == "assistant":
@@ -231,13 +231,13 @@ class Layout:
     def _result(self, turn: _Turn) -> Any:
         content = _json_or_text(turn.text)
         if turn.message is None:
-            raise _Odd
+            raise _Unsupported
         if self._version == 2:
             return [{"name": turn.message.name, "content": content}]
         return {"content": content, "call_id": turn.message.tool_call_id}
 
     def _tools_block(self, tools: Sequence[Tool]) -> int:
-        """Count the definitions of tools, which rows of one file mostly share."""
+        """Count tool definitions; cached, because the rows of a file often share them."""
         key = blake2b(msgspec.json.encode(tools), digest_size=16).digest()
         if key not in self._tools:
             if len(self._tools) >= _REMEMBERED_TOOLS:
@@ -245,7 +245,7 @@ class Layout:
             self._tools[key] = self._count_tools(tools) if _are_valid(tools) else None
         counted = self._tools[key]
         if counted is None:
-            raise _Odd
+            raise _Unsupported
         return counted
 
     def _count_tools(self, tools: Sequence[Tool]) -> int:
@@ -264,7 +264,7 @@ class Layout:
 
 
 def _merged(*chunks: str | int) -> Sequence[str | int]:
-    """Join texts that stand side by side, as mistral-common does."""
+    """Join adjacent texts, as mistral-common does."""
     merged: list[str | int] = []
     for chunk in chunks:
         if isinstance(chunk, str) and merged and isinstance(merged[-1], str):
@@ -275,9 +275,9 @@ def _merged(*chunks: str | int) -> Sequence[str | int]:
 
 
 def _without_system(turns: Sequence[_Turn]) -> tuple[str | None, Sequence[_Turn], int]:
-    """Return the system prompt, the other turns and the place of the last user's.
+    """Return the system prompt, the other turns and the index of the last user turn.
 
-    Versions up to 3 begin with a user message, an empty one if need be.
+    Versions up to 3 start with a user message, if necessary an empty one.
     """
     prompts = [turn.text for turn in turns if turn.role == "system" and turn.text]
     others = [turn for turn in turns if turn.role != "system"]
@@ -304,7 +304,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _are_valid(tools: Sequence[Tool]) -> bool:
-    """Tell whether mistral-common takes the definitions: by name, and as JSON schemas."""
+    """Return whether mistral-common accepts the definitions: names and JSON schemas."""
     try:
         from jsonschema import Draft7Validator, SchemaError  # noqa: PLC0415  # comes with it
     except ImportError:

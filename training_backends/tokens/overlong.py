@@ -1,4 +1,4 @@
-"""Warn of rows that are longer than what a model reads at once."""
+"""Warn about training rows that exceed the sequence length."""
 
 from pathlib import Path
 from typing import Final, Literal
@@ -11,7 +11,7 @@ from training_backends.tokens import count_tokens
 __all__ = ["overlong_rows"]
 
 _COUNTED_BYTES: Final = 8_000_000
-"""Up to this size all rows are counted, in less than a second or two."""
+"""Up to this size all rows are counted, which takes a second or two."""
 _SAMPLE_ROWS: Final = 500
 
 
@@ -25,19 +25,18 @@ def overlong_rows(
     cache: Path | None = None,
     on_progress: CountProgress | None = None,
 ) -> Issue | None:
-    """Return an issue if training rows are longer than `seq_len` tokens; blocks.
+    """Return an issue if training rows are longer than `seq_len` tokens. Blocks.
 
-    It takes a second or two at most, whatever the size of the data. No token is shorter than a
-    byte, so where the longest row has no more bytes than that, nothing is counted; data that
-    are larger than a few megabytes are judged by a sample. Where nothing counts for the model,
-    nothing is said.
+    Takes a second or two at most, whatever the size of the data. A token has at least one byte, so
+    nothing is counted if the longest row has at most `seq_len` bytes. Data above a few megabytes
+    is sampled. If the tokens of the model cannot be counted, no issue is returned.
 
     Args:
-        fix: What can be done about it.
-        unusable: How to report a row that cannot be counted, where training rejects such rows;
-            None leaves it out.
-        cache: Where full counts are kept, so that an estimate need not count again; of large
-            data, those of packed files, from which no sample is drawn.
+        fix: Fix of the issue.
+        unusable: Severity of a row that cannot be counted, if training rejects such rows;
+            None ignores it.
+        cache: Directory for caching complete counts, so that an estimate need not count again.
+            For large data these are only the counts of compressed files, which are not sampled.
     """
     if all(file.summary.longest_row <= seq_len for file in dataset.train):
         return None
@@ -54,8 +53,8 @@ def overlong_rows(
     if count.bad_row and unusable:
         return Issue(
             code="unusable_row",
-            message=f"the model cannot be trained on a row: {count.reason}",
-            fix="change or remove it, or use another model",
+            message=f"a row cannot be used with this model: {count.reason}",
+            fix="change or remove the row, or use another model",
             severity=unusable,
         )
     if not count.over:

@@ -1,6 +1,6 @@
-"""Count the tokens of one text with the fastest exact library that is installed.
+"""Count the tokens of a text with the fastest exact library that is installed.
 
-Texts never hold control tokens: "[INST]" in a message is six characters and nothing else.
+Text never becomes a control token: "[INST]" in a message is counted as six characters.
 """
 
 import re
@@ -21,12 +21,12 @@ __all__ = ["TextCount", "sentencepiece_count", "shipped", "tekken_count", "tekke
 TextCount = Callable[[str], int]
 
 _SPACE: Final = "\u2581"
-"""How sentencepiece writes a space in its tokens."""
+"""The space symbol of sentencepiece."""
 
 _WORDS: Final = re.compile(r" *[^ \n]+| +").findall
 
 _PLAIN: Final = " \n  \ufb01 "
-"""What a tokenizer that tidies texts would change: spaces, a line's end and a ligature."""
+"""A text that normalization would change: spaces, a newline and a ligature."""
 
 _KEPT_WORDS: Final = 100_000
 _KEPT_LENGTH: Final = 32
@@ -46,7 +46,7 @@ class _TekkenConfig(msgspec.Struct):
 class _Head(msgspec.Struct):
     config: _TekkenConfig
     image: ImageConfig | None = None
-    multimodal: ImageConfig | None = None  # what it was called before
+    multimodal: ImageConfig | None = None  # former name
 
 
 class _Tekken(msgspec.Struct):
@@ -55,10 +55,10 @@ class _Tekken(msgspec.Struct):
 
 
 def shipped(name: str) -> Path:
-    """Return where a tokenizer of the mistral-common wheel lies, without importing that.
+    """Return the path of a tokenizer in the mistral-common wheel, without importing it.
 
     Raises:
-        Uncountable: It is not installed.
+        Uncountable: mistral-common is not installed.
     """
     with suppress(ImportError, ValueError):
         spec = find_spec("mistral_common")
@@ -68,12 +68,12 @@ def shipped(name: str) -> Path:
 
 
 def missing(package: str) -> Uncountable:
-    """Say that a package is needed."""
-    return Uncountable(f"counting needs {package}: pip install 'training-backends[tokens]'")
+    """Return the error for a missing package."""
+    return Uncountable(f"counting requires {package}: pip install 'training-backends[tokens]'")
 
 
 def tekken_facts(path: Path) -> tuple[str, ImageConfig | None]:
-    """Read the version of a tekken file, such as "v3", and how it cuts images up."""
+    """Read the version of a tekken file, such as "v3", and its image settings."""
     head = msgspec.json.decode(path.read_bytes(), type=_Head)
     return head.config.version, head.image or head.multimodal
 
@@ -82,11 +82,11 @@ def tekken_count(path: Path) -> TextCount:
     """Load a tekken file.
 
     Raises:
-        Uncountable: No library for it is installed.
+        Uncountable: No suitable library is installed.
     """
     tekken = msgspec.json.decode(path.read_bytes(), type=_Tekken)
     config = tekken.config
-    # What is behind the size is in the file, but the models do not use it.
+    # The file has more tokens than the models use.
     words = tekken.vocab[: config.default_vocab_size - config.default_num_special_tokens]
     tokens = [word.token_bytes for word in words]
     return _splintr(tokens, config.pattern) or _tiktoken(tokens, config.pattern)
@@ -102,7 +102,7 @@ def _splintr(tokens: list[bytes], pattern: str) -> TextCount | None:
     encode = splintr.Tokenizer.from_bytes(lines, pattern).encode_flat
 
     def count(text: str) -> int:
-        # One 32-bit number a token, which costs less than a list of them.
+        # Returns bytes with one 32-bit number per token, which is faster than a list.
         return len(encode(text)) >> 2
 
     return count
@@ -122,14 +122,14 @@ def sentencepiece_count(path: Path) -> TextCount:
     """Load a sentencepiece file.
 
     Raises:
-        Uncountable: No library for it is installed.
+        Uncountable: No suitable library is installed.
     """
     sentencepiece = _installed("sentencepiece")
     if sentencepiece is None:
         raise missing("sentencepiece")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     encode = processor.encode
-    if not _falls_into_words(processor):
+    if not _splits_into_words(processor):
         return lambda text: len(encode(text))
     words = _Words(encode)
     count_word = words.__getitem__
@@ -138,7 +138,7 @@ def sentencepiece_count(path: Path) -> TextCount:
     def count(text: str) -> int:
         if not text:
             return 0
-        # The tokenizer puts a space before each text, and reads its own sign for one as one.
+        # The tokenizer prefixes a space and treats its space symbol as a space.
         spaced = " " + text.replace(_SPACE, " ")
         return sum(map(count_word, _WORDS(spaced))) + newline * text.count("\n")
 
@@ -146,12 +146,12 @@ def sentencepiece_count(path: Path) -> TextCount:
 
 
 class _Words(dict[str, int]):
-    """How many tokens each word has, spaces before it included; the common ones are kept."""
+    """Cached token counts of words with their leading spaces."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
         self._encode = encode
-        # Behind a line's end no space is put before a word.
+        # After a newline no space is prefixed.
         self._before = len(encode("\n"))
 
     def __missing__(self, word: str) -> int:
@@ -163,12 +163,11 @@ class _Words(dict[str, int]):
         return count
 
 
-def _falls_into_words(processor: Any) -> bool:
-    """Tell whether no token reaches over a line's end, or from a word into the next space.
+def _splits_into_words(processor: Any) -> bool:
+    """Return whether no token spans a newline, or a word and the space after it.
 
-    Then each word is tokenized by itself, and one that was seen before need not be again. For
-    this a space must be put before the text and nothing else be changed, and what is in no
-    token must be read as bytes.
+    If so, words can be tokenized independently and their counts cached. This also requires that
+    normalization only prefixes a space, and that unknown characters are encoded as bytes.
     """
     if processor.normalize(_PLAIN) != f" {_PLAIN}".replace(" ", _SPACE):
         return False

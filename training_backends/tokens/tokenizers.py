@@ -1,6 +1,6 @@
-"""Which model reads with which tokenizer, and where that lies on this machine.
+"""Map models to tokenizers, and find their files on this machine.
 
-Nothing is fetched from anywhere: a tokenizer that is not here has no count.
+Nothing is downloaded: without a local tokenizer there is no count.
 """
 
 import os
@@ -42,7 +42,7 @@ SHIPPED: Final[Mapping[str, str]] = MappingProxyType(
         "v3-tekken-m1": "tekken_240911.json",
     }
 )
-"""Tokenizers in the wheel of mistral-common 1.13, by the names used here."""
+"""Tokenizer files in the wheel of mistral-common 1.13, by the names used here."""
 
 _COMMON: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -63,7 +63,7 @@ _COMMON: Final[Mapping[str, str]] = MappingProxyType(
         "pixtral-large-2411": "v7m1",
     }
 )
-"""Names of the hosted service: `MODEL_NAME_TO_TOKENIZER_CLS` of mistral-common 1.13.1."""
+"""Hosted models: `MODEL_NAME_TO_TOKENIZER_CLS` of mistral-common 1.13.1."""
 
 _HOSTED: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -74,7 +74,7 @@ _HOSTED: Final[Mapping[str, str]] = MappingProxyType(
         "open-mistral-nemo": "v3-tekken",
     }
 )
-"""Names that stand for the models above: docs.mistral.ai, guides/tokenization (2025-03)."""
+"""Aliases of the hosted models: docs.mistral.ai, guides/tokenization (2025-03)."""
 
 _WEIGHTS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -111,17 +111,17 @@ _AMBIGUOUS: Final[Mapping[str, str]] = MappingProxyType(
             "mistral-small-latest",
             "pixtral-large-latest",
         ),
-        "has stood for models with different tokenizers; name a dated model to have tokens counted",
+        "has referred to models with different tokenizers; use a dated model name",
     )
     # mistral-common 1.13.1 says tekken, the cookbook sentencepiece v3.
-    | {"mistral-small-2409": "has two tokenizers by Mistral's own sources"}
+    | {"mistral-small-2409": "has two tokenizers according to Mistral's own sources"}
 )
 
 _FIRST_IMAGES: Final = ImageConfig(16, 1024)
-"""What "m1" stands for in the name of a file: `MultiModalVersion` of mistral-common 1.13."""
+"""Image settings of "m1" in file names: `MultiModalVersion` of mistral-common 1.13."""
 
 _CONNECTION_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "ReadTimeout"})
-"""Of httpx, which the hub's client uses; only `net` imports it."""
+"""Exceptions of httpx, by name, because only `http` imports it."""
 
 _OPENAI_ENCODINGS: Final = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 
@@ -131,9 +131,9 @@ class Tokenizer:
     """A tokenizer on this machine.
 
     Attributes:
-        version: Mistral's version, which says how conversations are laid out.
-        path: Its file, or the directory of the model that it belongs to.
-        images: How it cuts images up; None where it reads none.
+        version: Mistral's tokenizer version, which determines the layout of conversations.
+        path: The tokenizer file or the model directory.
+        images: Image settings; None without image support.
     """
 
     name: str
@@ -143,9 +143,9 @@ class Tokenizer:
     images: ImageConfig | None = None
 
     def fingerprint(self) -> str:
-        """Return what changes whenever counts could: files and versions, as one digest."""
+        """Return a digest of everything that affects counts: files and package versions."""
         parts = [self.kind, self.version, self.name if self.path is None else ""]
-        # Files of one content differ in this by their names alone: v7 and v7m1.
+        # v7 and v7m1 have the same content and differ only in this.
         parts.append(str(self.images))
         paths = [self.path] if self.path else []
         if self.path and self.path.is_dir():
@@ -165,9 +165,9 @@ def _packages(kind: Kind) -> tuple[str, ...]:
 
 
 def tokenizer_of(model: str) -> str | None:
-    """Return the name of the tokenizer that `model` reads with, or None.
+    """Return the name of the tokenizer of `model`, or None if it is unknown.
 
-    A name says nothing about whether the tokenizer is on this machine.
+    The tokenizer itself may not be available on this machine.
     """
     if model == TINY_MODEL:
         return "bytes"
@@ -180,7 +180,7 @@ def tokenizer_of(model: str) -> str | None:
 
 
 def _base_of(model: str) -> str:
-    """Return what a fine-tuned model of the service was made of: "ft:BASE:…"."""
+    """Return the base model of a hosted fine-tuned model, "ft:BASE:…"."""
     return model.split(":")[1] if model.startswith("ft:") and model.count(":") > 1 else model
 
 
@@ -188,7 +188,7 @@ def find_tokenizer(model: str) -> Tokenizer:
     """Return the tokenizer of a model.
 
     Raises:
-        Uncountable: It is not known, or not on this machine.
+        Uncountable: The tokenizer is unknown or not on this machine.
     """
     if model == TINY_MODEL:
         return Tokenizer("bytes", "bytes")
@@ -204,35 +204,35 @@ def find_tokenizer(model: str) -> Tokenizer:
         return _openai(name)
     if model.count("/") == 1 and (cached := hub_snapshot(model)):
         return _in_directory(cached, model)
-    raise Uncountable(f"the tokenizer of {model!r} is not known here")
+    raise Uncountable(f"no tokenizer is known for {model!r}")
 
 
 def mistral_file(path: Path, name: str | None = None) -> Tokenizer:
-    """Return the tokenizer in a file of Mistral's: tekken.json or tokenizer.model.v3."""
+    """Return the tokenizer of a Mistral file: tekken.json or tokenizer.model.v3."""
     if path.suffix == ".json":
         found, images = tekken_facts(path)
         return Tokenizer(name or path.name, "tekken", found, path, images)
-    ending = path.name.rpartition(".")[2]  # "v3", or "v7m1" where images are read too
+    ending = path.name.rpartition(".")[2]  # "v3", or "v7m1" with image support
     found, _, reads = ("v1", "", "") if ending == "model" else ending.partition("m")
     images = _FIRST_IMAGES if reads else None
     return Tokenizer(name or path.name, "sentencepiece", found, path, images)
 
 
 def _in_directory(directory: Path, name: str | None = None) -> Tokenizer:
-    # In the order in which the engine takes them.
+    # The same order as in the trainer.
     named = [directory / "tekken.json", *sorted(directory.glob("tokenizer.model.v*"))]
     if found := next((path for path in named if path.is_file()), None):
         return mistral_file(found, name)
     if any((directory / each).is_file() for each in ("tokenizer.json", "tokenizer_config.json")):
         return Tokenizer(name or directory.name, "template", path=directory)
-    raise Uncountable(f"{directory} holds no tokenizer")
+    raise Uncountable(f"no tokenizer found in {directory}")
 
 
 def hub_failure(error: Exception) -> str:
-    """Say in a line why the hub could not be asked.
+    """Return a one-line reason why the Hugging Face Hub could not be reached.
 
-    Only errors of a connection are quoted. Others may repeat what could not be read, such as a
-    proxy's URL with its password.
+    Only connection errors are quoted. Others may contain input, such as a proxy URL with its
+    password.
     """
     name = type(error).__name__
     if not isinstance(error, OSError) and name not in _CONNECTION_ERRORS:
@@ -241,7 +241,7 @@ def hub_failure(error: Exception) -> str:
 
 
 def hub_snapshot(model: str) -> Path | None:
-    """Return where the files of a model of the hub are cached on this machine, or None."""
+    """Return the local cache directory of a Hub model, or None."""
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415
         from huggingface_hub.errors import (  # noqa: PLC0415
@@ -266,13 +266,15 @@ def _openai_encoding(model: str) -> str | None:
 
 
 def _openai(name: str) -> Tokenizer:
-    """Return an encoding that tiktoken has fetched before; it would fetch it unasked."""
+    """Return an encoding that tiktoken has cached; tiktoken itself would download it."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
-    # The encoding of the gpt-oss models has the words of another one.
+    # The encoding of the gpt-oss models has the vocabulary of o200k_base.
     url = _OPENAI_ENCODINGS.format("o200k_base" if name == "o200k_harmony" else name)
     path = cache / sha1(url.encode(), usedforsecurity=False).hexdigest()
     if not path.is_file():
         fetch = f"python -c 'import tiktoken; tiktoken.get_encoding(\"{name}\")'"
-        raise Uncountable(f"the encoding {name} is not on this machine; fetch it once: {fetch}")
+        raise Uncountable(
+            f"the encoding {name} is not cached on this machine; download it once: {fetch}"
+        )
     return Tokenizer(name, "tiktoken", path=path)
