@@ -173,7 +173,7 @@ class Keyring:
         keeper = self._chosen()
         if keeper is None:
             raise VaultLocked(
-                "This machine has no secure keyring.",
+                "This machine has no keyring that stores secrets securely.",
                 hint=_OTHERWISE,
                 retryable=False,
             )
