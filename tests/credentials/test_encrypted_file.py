@@ -243,7 +243,7 @@ async def test_a_password_file_without_a_password_is_refused(
         await make(tmp_path / "none").set("mistral", CANARY)
     for content in (b"", b"\nsecond line", b"\xff\xfe", b"x" * 5000):
         password_file.write_bytes(content)
-        with pytest.raises(VaultLocked, match="no password|not contain text"):
+        with pytest.raises(VaultLocked, match=r"no password|not contain text"):
             await make(password_file).set("mistral", CANARY)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
