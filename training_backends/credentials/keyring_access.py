@@ -242,14 +242,14 @@ async def _finished(answer: "Future[Any]") -> None:
     token = current_token()
     here = threading.get_ident()
 
-    def tell(_: object) -> None:
+    def notify(_: object) -> None:
         if threading.get_ident() == here:  # it was already done
             event.set()
             return
         with suppress(RuntimeError):  # the loop is closed
             from_thread.run_sync(event.set, token=token)
 
-    answer.add_done_callback(tell)
+    answer.add_done_callback(notify)
     await event.wait()
 
 

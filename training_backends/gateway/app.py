@@ -41,10 +41,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
         exception_handlers={
-            Refusal: _refused,
+            Refusal: _rejected,
             HTTPException: _http_error,
             RequestValidationError: _invalid,
-            TrainingBackendError: _trouble,
+            TrainingBackendError: _backend_failed,
         },
     )
     app.state.gateway = gateway
@@ -74,7 +74,7 @@ class _Health:
         """Return the gateway's health, without details of a failure."""
         async with self._lock:
             if anyio.current_time() >= self._until:
-                self._ok = await self._look()
+                self._ok = await self._probe()
                 self._until = anyio.current_time() + _HEALTH_SECONDS
         gateway = self._gateway
         body = {
@@ -90,7 +90,7 @@ class _Health:
         body |= {"status": "unavailable", "reason": "A database of the gateway is unavailable."}
         return JSONResponse(body, 503)
 
-    async def _look(self) -> bool:
+    async def _probe(self) -> bool:
         try:
             await self._gateway.check()
         except Exception as error:
@@ -101,7 +101,7 @@ class _Health:
         return True
 
 
-async def _refused(_: Request, refusal: Exception) -> JSONResponse:
+async def _rejected(_: Request, refusal: Exception) -> JSONResponse:
     assert isinstance(refusal, Refusal)  # noqa: S101  # registered for it only
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
@@ -127,7 +127,7 @@ def _items(errors: Sequence[Any]) -> list[ErrorItem]:
     return items
 
 
-async def _trouble(request: Request, error: Exception) -> JSONResponse:
+async def _backend_failed(request: Request, error: Exception) -> JSONResponse:
     """Answer with a 5xx that reveals no local paths."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
     log.error("request failed", path=request.scope["path"], reason=error.message)

@@ -29,7 +29,7 @@ _LINKS = "/files/"
 _UPLOADS = "/v1/files"
 _LONGEST_PATH = 300
 """Characters of a path to log."""
-_ENDING = "The gateway is shutting down; retry the request later."
+_SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
 _READS = frozenset({"GET", "HEAD"})
 
 
@@ -44,7 +44,7 @@ class Guard:
         self._app = app
         self._keys = keys
         self._max_bytes = settings.max_request_bytes
-        self._patience = settings.body_timeout
+        self._timeout = settings.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -66,7 +66,7 @@ class Guard:
                 log.info("request cancelled by shutdown", method=scope["method"], path=path)
                 if answer.status is not None:
                     raise
-                await answer.json(503, {"detail": _ENDING}, {"connection": "close"})
+                await answer.json(503, {"detail": _SHUTTING_DOWN}, {"connection": "close"})
             except ClientDisconnect:
                 log.info("client disconnected", method=scope["method"], path=path)
             except Exception as error:
@@ -99,7 +99,7 @@ class Guard:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})
             return
         else:
-            receive = _Bounded(receive, self._max_bytes, self._patience)
+            receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
 
     async def _admit(self, method: str, authorization: bytes) -> Principal:
@@ -137,24 +137,24 @@ class _Bounded:
     def __init__(self, receive: Receive, limit: int, patience: float) -> None:
         self._receive = receive
         self._limit = limit
-        self._patience = patience
+        self._timeout = patience
         self._deadline: float | None = None
         self._size = 0
-        self._whole = False
+        self._complete = False
 
     async def __call__(self) -> Message:
-        if self._whole:
+        if self._complete:
             return await self._receive()  # waits for the client to disconnect, without a limit
         now = anyio.current_time()
         if self._deadline is None:
-            self._deadline = now + self._patience
+            self._deadline = now + self._timeout
         try:
             with anyio.fail_after(self._deadline - now):
                 message = await self._receive()
         except TimeoutError:
-            sentence = f"Timed out: the request body did not arrive within {self._patience:g} s."
+            sentence = f"Timed out: the request body did not arrive within {self._timeout:g} s."
             raise HTTPException(408, sentence, {"connection": "close"}) from None
-        self._whole = not message.get("more_body", False)
+        self._complete = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise HTTPException(413, _too_large(self._limit))

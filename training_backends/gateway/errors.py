@@ -89,14 +89,14 @@ def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
 
 def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:
     """Return the body of a 422 with the first errors and the number of the rest."""
-    shown: list[ErrorItem] = [_cut(item) for item in items[:_MOST_ERRORS]]
+    shown: list[ErrorItem] = [_truncated(item) for item in items[:_MOST_ERRORS]]
     if more := len(items) - len(shown):
         message = f"{more} more errors are not shown."
         shown.append({"type": "too_many_errors", "loc": ["body"], "msg": message})
     return validation_body(shown)
 
 
-def _cut(item: ErrorItem) -> ErrorItem:
+def _truncated(item: ErrorItem) -> ErrorItem:
     """Truncate long input that an error repeats, such as the name of an unknown field."""
     cut: ErrorItem = {
         "type": item["type"],

@@ -165,13 +165,13 @@ async def open_gateway(
     vault = vault or CredentialVault(home=root)
     make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(_hold, root))
+        stack.callback(os.close, await to_thread.run_sync(_lock_home, root))
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
         stack.callback(store.close)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
-        await _require_sound(client, root)
+        await _check_run_store(client, root)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
         files = FileService(
@@ -220,7 +220,7 @@ async def open_gateway(
         )
 
 
-async def _require_sound(client: AsyncTrainingClient, root: Path) -> None:
+async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
     """Fail at start if the run store is damaged, which would block every job."""
     if problems := await client.check_store():
         raise StoreError(
@@ -230,7 +230,7 @@ async def _require_sound(client: AsyncTrainingClient, root: Path) -> None:
         )
 
 
-def _hold(root: Path) -> int:
+def _lock_home(root: Path) -> int:
     """Lock the home for this process; the kernel releases the lock when the process exits."""
     make_private_directory(root)
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

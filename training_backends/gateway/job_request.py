@@ -61,7 +61,7 @@ def check_job(
     """
     job_type = request.job_type or ("classifier" if request.classifier_targets else "completion")
     offer = _offer(request.model, job_type, catalogue, capabilities)
-    _refuse_what_cannot_be_done(request, job_type, capabilities)
+    _check_supported(request, job_type, capabilities)
     if not request.training_files:
         raise invalid(["body", "training_files"], "At least one file is required.", "missing")
     hyperparameters = _hyperparameters(request, default_epochs)
@@ -71,7 +71,7 @@ def check_job(
     suffix = request.suffix or None
     similar: list[Any] = [request.model, job_type, suffix, hyperparameters, targets]
     similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
-    _require_within_bounds(hyperparameters, training_files, targets)
+    _check_bounds(hyperparameters, training_files, targets)
     return CheckedJob(
         request=request,
         offer=offer,
@@ -110,7 +110,7 @@ def make_config(
     )
 
 
-def _require_within_bounds(
+def _check_bounds(
     hyperparameters: Mapping[str, Any],
     training_files: Sequence[Mapping[str, Any]],
     targets: Sequence[Mapping[str, Any]],
@@ -144,7 +144,7 @@ def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabi
     raise plain(422, no_model_message(job_type, names))
 
 
-def _refuse_what_cannot_be_done(request: JobIn, job_type: str, capabilities: Capabilities) -> None:
+def _check_supported(request: JobIn, job_type: str, capabilities: Capabilities) -> None:
     if request.repositories:
         raise invalid(
             ["body", "repositories"],

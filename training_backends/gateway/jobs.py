@@ -44,7 +44,7 @@ __all__ = ["JobFilters", "JobService"]
 _RETRY_AFTER = "60"
 """Seconds."""
 _BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
-_IN_THE_WAY = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
+_CONFLICTING = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +115,11 @@ class JobService:
         """
         job = self._check(request)
         job_id = str(uuid4())
-        await self._keep_secret(job, job_id)
+        await self._store_secret(job, job_id)
         try:
             row = await self._store.awrite(lambda c: self._insert(c, job, job_id, caller))
         except Exception:
-            await self._forget_secret(job, job_id)
+            await self._delete_secret(job, job_id)
             raise
         self._runner.watch(job_id)
         return short_job(row)
@@ -259,7 +259,7 @@ class JobService:
             sa.select(jobs.c.id).where(
                 jobs.c.fingerprint == job.fingerprint,
                 jobs.c.project == caller.project,
-                jobs.c.status.in_(_IN_THE_WAY),
+                jobs.c.status.in_(_CONFLICTING),
             )
         ).scalar()
         if similar is not None:
@@ -268,7 +268,7 @@ class JobService:
                 f"A similar job is queued, validated or running: {similar}.",
                 job_id=similar,
             )
-        _require_below(self._settings.max_open_jobs, connection, caller.key_id)
+        _check_open_jobs(self._settings.max_open_jobs, connection, caller.key_id)
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -322,7 +322,7 @@ class JobService:
             "config": config.model_dump_json(),
         }
 
-    async def _keep_secret(self, job: CheckedJob, job_id: str) -> None:
+    async def _store_secret(self, job: CheckedJob, job_id: str) -> None:
         for index, given in enumerate(job.request.integrations or ()):
             try:
                 profile = secret_profile(job_id)
@@ -331,12 +331,12 @@ class JobService:
                 message = f"The gateway cannot store the key securely: {error.message}"
                 raise invalid(["body", "integrations", index, "api_key"], message) from error
 
-    async def _forget_secret(self, job: CheckedJob, job_id: str) -> None:
+    async def _delete_secret(self, job: CheckedJob, job_id: str) -> None:
         for given in job.request.integrations or ():
             await self._ending.forget(given.type, job_id)
 
 
-def _require_below(limit: int, connection: sa.Connection, key_id: str) -> None:
+def _check_open_jobs(limit: int, connection: sa.Connection, key_id: str) -> None:
     """Reject a job if the key has reached its limit of unfinished jobs."""
     mine = jobs.c.created_by == key_id, jobs.c.status.not_in(ENDED)
     found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))

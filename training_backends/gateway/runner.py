@@ -57,13 +57,13 @@ _T = TypeVar("_T")
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 """Seconds between attempts while a backend is unavailable."""
-_LOOK_EVERY: Final = 5.0
+_POLL_SECONDS: Final = 5.0
 """Seconds between two status polls of a running job, in addition to its log."""
 _BATCH: Final = 500
 """Maximum log records per transaction."""
-_TRIES_IN_SILENCE: Final = 3
-_WAITS: Final = "The gateway cannot continue this job at the moment; it will retry."
-_LAWFUL: Final[dict[str, tuple[str, ...]]] = {
+_TRIES_BEFORE_EVENT: Final = 3
+_WAITING: Final = "The gateway cannot continue this job at the moment; it will retry."
+_TRANSITIONS: Final[dict[str, tuple[str, ...]]] = {
     "STARTED": ("QUEUED",),
     "RUNNING": ("QUEUED", "STARTED"),
     "CANCELLATION_REQUESTED": ("QUEUED", "STARTED", "RUNNING"),
@@ -162,8 +162,8 @@ class JobRunner:
                     log.error("job delayed", reason=_reason(error), pause=pause)  # noqa: TRY400
                 else:
                     log.exception("job failure not stored", pause=pause)
-                if tries == _TRIES_IN_SILENCE:
-                    await self._say_waiting(job_id)
+                if tries == _TRIES_BEFORE_EVENT:
+                    await self._record_waiting(job_id)
                 await self._pause(job_id, pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
             else:
@@ -175,11 +175,11 @@ class JobRunner:
         with anyio.move_on_after(seconds):
             await (anyio.sleep_forever() if stop.is_set() else stop.wait())
 
-    async def _say_waiting(self, job_id: str) -> None:
+    async def _record_waiting(self, job_id: str) -> None:
         """Record in a job's events that the gateway is retrying, if that can be stored."""
 
         def work(connection: sa.Connection) -> None:
-            add_event(connection, job_id, "waiting", {"message": _WAITS}, time.time())
+            add_event(connection, job_id, "waiting", {"message": _WAITING}, time.time())
 
         try:
             await self._store.awrite(work)
@@ -237,7 +237,7 @@ class JobRunner:
             await self._move(job, "VALIDATING", "QUEUED")
             config = TrainingConfig.model_validate_json(job.config)
             try:
-                report = await self._patiently(
+                report = await self._retrying(
                     lambda: self._client.validate(config, backend=job.backend)
                 )
                 if not report.ok:
@@ -245,15 +245,15 @@ class JobRunner:
                     if is_temporary(unfit):
                         raise unfit
                     names = await self._files.names(job)
-                    await self._refuse(job, issue_data(report.errors, names))
+                    await self._reject(job, issue_data(report.errors, names))
                     return
-                estimate = await self._patiently(
+                estimate = await self._retrying(
                     lambda: self._client.estimate(config, backend=job.backend)
                 )
             except TrainingBackendError as error:
                 if is_temporary(error):
                     raise
-                await self._refuse(job, error_data(error, await self._files.names(job)))
+                await self._reject(job, error_data(error, await self._files.names(job)))
                 return
             values = {
                 "quote": quote(estimate).model_dump(),
@@ -261,11 +261,11 @@ class JobRunner:
             }
             await self._move(job, "VALIDATED", "VALIDATING", **values)
 
-    async def _refuse(self, job: Any, data: dict[str, Any]) -> None:
+    async def _reject(self, job: Any, data: dict[str, Any]) -> None:
         if await self._move(job, "FAILED_VALIDATION", "VALIDATING", data=data):
             await self._on_end(job.id)
 
-    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
+    async def _retrying(self, call: Callable[[], Awaitable[_T]]) -> _T:
         """Repeat a call while its backend is unavailable."""
         pause = _FIRST_PAUSE
         while True:
@@ -286,7 +286,7 @@ class JobRunner:
             return
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._stop_when_asked, job.id, stop)
-            tasks.start_soon(self._look, job.id)
+            tasks.start_soon(self._poll_status, job.id)
             run = await self._follow(job.id)
             tasks.cancel_scope.cancel()
         await self._end(job, run)
@@ -306,7 +306,7 @@ class JobRunner:
                     await stop.wait()
                 pause = _longer(error, pause)
         else:
-            if not await self._may_have_run(job):
+            if not await self._stop_during_launch(job):
                 return False
             return await self._launched(job, None)
         return await self._launched(job, run.status)
@@ -315,15 +315,15 @@ class JobRunner:
         def work(connection: sa.Connection) -> None:
             mine = jobs.update().where(jobs.c.id == job.id)
             connection.execute(mine.values(launched=True))
-            _move_on(connection, job.id, status)
+            _advance(connection, job.id, status)
 
         await self._store.awrite(work)
         return True
 
-    async def _may_have_run(self, job: Any) -> bool:
+    async def _stop_during_launch(self, job: Any) -> bool:
         """Stop a job cancelled during its launch; return whether its run still needs watching."""
         try:
-            run = await self._patiently(lambda: self._client.stop(job.id))
+            run = await self._retrying(lambda: self._client.stop(job.id))
         except RunNotFound:
             if await self._move(job, "CANCELLED", *NOT_ENDED):
                 await self._on_end(job.id)
@@ -335,19 +335,19 @@ class JobRunner:
     async def _stop_when_asked(self, job_id: str, stop: anyio.Event) -> None:
         await stop.wait()
         try:
-            await self._patiently(lambda: self._client.stop(job_id))
+            await self._retrying(lambda: self._client.stop(job_id))
         except TrainingBackendError as error:
             if is_temporary(error):
                 raise
             log.error("stopping the run failed", reason=error.message)  # noqa: TRY400
 
-    async def _look(self, job_id: str) -> None:
+    async def _poll_status(self, job_id: str) -> None:
         """Poll a run's status, because not every backend reports it in its log."""
         while True:
-            await anyio.sleep(_LOOK_EVERY)
+            await anyio.sleep(_POLL_SECONDS)
             try:
                 run = await self._client.status(job_id)
-                await self._store.awrite(partial(_move_on, job_id=job_id, status=run.status))
+                await self._store.awrite(partial(_advance, job_id=job_id, status=run.status))
             except Exception as error:
                 if not (isinstance(error, TrainingBackendError) or is_temporary(error)):
                     raise
@@ -376,7 +376,7 @@ class JobRunner:
         failure: TrainingBackendError | None = None
         any_record = False
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._keep, job_id, receive)
+            tasks.start_soon(self._store_records, job_id, receive)
             async with (
                 send,
                 aclosing(self._client.logs(job_id, after=cursor, follow=True)) as records,
@@ -393,7 +393,9 @@ class JobRunner:
             raise failure
         return any_record
 
-    async def _keep(self, job_id: str, records: MemoryObjectReceiveStream[LogRecord]) -> None:
+    async def _store_records(
+        self, job_id: str, records: MemoryObjectReceiveStream[LogRecord]
+    ) -> None:
         """Store records as they arrive, together with the cursor after them."""
         async with records:
             async for record in records:
@@ -427,19 +429,19 @@ def _apply(connection: sa.Connection, *, job_id: str, batch: list[LogRecord]) ->
     for record in batch:
         if record.source == "status":
             word = str(record.fields.get("status"))
-            _move_on(connection, job_id, _STATUSES.get(word), at=record.at.timestamp())
+            _advance(connection, job_id, _STATUSES.get(word), at=record.at.timestamp())
     add_metrics(connection, job_id, batch)
     cursor = batch[-1].cursor
     connection.execute(jobs.update().where(jobs.c.id == job_id).values(log_cursor=cursor))
 
 
-def _move_on(
+def _advance(
     connection: sa.Connection, job_id: str, status: TrainingStatus | None, at: float | None = None
 ) -> None:
     """Apply the status that a backend reports, if it is a step forward."""
     word = to_wire(status) if status else None
-    if word in _LAWFUL:
-        change_status(connection, job_id, word, only_from=_LAWFUL[word], at=at)
+    if word in _TRANSITIONS:
+        change_status(connection, job_id, word, only_from=_TRANSITIONS[word], at=at)
 
 
 def _single(error: BaseException) -> BaseException:

@@ -84,26 +84,26 @@ def _unusable(
     issues = [
         _issue(name, path, "contains no PEM certificate")
         for name, path in (("tls_cert", certificate), ("tls_client_ca", ca))
-        if path and not _holds_certificates(path)
+        if path and not _has_certificates(path)
     ]
     if issues:
         return issues
     asked = False
 
-    def tell() -> str:
+    def get_password() -> str:
         nonlocal asked
         asked = True
         return password or ""  # never a prompt
 
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, tell)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, get_password)
     except (ssl.SSLError, ValueError) as error:
         field, path = ("tls_key", key) if key else ("tls_cert", certificate)
-        return [_issue(field, path, _why_no_key(error, asked=asked, given=password is not None))]
+        return [_issue(field, path, _key_problem(error, asked=asked, given=password is not None))]
     return []
 
 
-def _why_no_key(error: Exception, *, asked: bool, given: bool) -> str:
+def _key_problem(error: Exception, *, asked: bool, given: bool) -> str:
     if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
         return "the private key does not match the certificate"
     if asked:
@@ -113,7 +113,7 @@ def _why_no_key(error: Exception, *, asked: bool, given: bool) -> str:
     return "contains no PEM private key"
 
 
-def _holds_certificates(path: Path) -> bool:
+def _has_certificates(path: Path) -> bool:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError:
@@ -205,10 +205,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stage: _Stage = "between"
         self._headers = 0
         self._head_bytes = 0
-        self._beside_body = 0
+        self._non_body_bytes = 0
         self._too_large = False
-        self._refused = False
-        self._head_timer = _Timer(self.loop.call_later, self._head_is_late)
+        self._rejected = False
+        self._head_timer = _Timer(self.loop.call_later, self._head_timed_out)
         self._rest_timer = _Timer(self.loop.call_later, self._close)
         self._answer_timer = _Timer(self.loop.call_later, self._abort)
 
@@ -224,18 +224,18 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
-        self._beside_body += len(data)
+        self._non_body_bytes += len(data)
         super().data_received(data)
         # Neither a complete head nor a body: an endless header, trailer or chunk extension.
-        if self._beside_body > self._bounds.header_bytes and not self._refused:
-            self._refuse_size()
+        if self._non_body_bytes > self._bounds.header_bytes and not self._rejected:
+            self._reject_size()
         self._watch()
 
     def _watch(self) -> None:
         """Start and stop timers for the current stage."""
-        if self._refused:
+        if self._rejected:
             self._head_timer.clear()
             return
         answered = self._answered()
@@ -272,16 +272,16 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stage = "body"
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._stage = "between"
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_message_complete()
 
     def _count(self, size: int) -> None:
@@ -294,28 +294,28 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self._too_large:
-            self._refuse_size()
+            self._reject_size()
         else:
-            self._refuse(400, msg)
+            self._reject(400, msg)
 
-    def _refuse_size(self) -> None:
-        self._refuse(
+    def _reject_size(self) -> None:
+        self._reject(
             431,
             f"Request head too large; the limits are {self._bounds.headers} headers and "
             f"{self._bounds.header_bytes} bytes.",
         )
 
-    def _head_is_late(self) -> None:
+    def _head_timed_out(self) -> None:
         if self.flow.read_paused:
             # Reading is paused on our side: earlier requests come first.
             self._head_timer.set(self._bounds.header_timeout)
         elif self._stage == "head":
             seconds = self._bounds.header_timeout
-            self._refuse(408, f"Timed out: the request head did not arrive within {seconds:g} s.")
+            self._reject(408, f"Timed out: the request head did not arrive within {seconds:g} s.")
         else:
             self._close()
 
-    def _refuse(self, status: int, sentence: str) -> None:
+    def _reject(self, status: int, sentence: str) -> None:
         if not self._answered():
             # Another response is in progress, so none can be sent.
             self._close()
@@ -330,7 +330,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         # Closing now would lose the response for a client that is still sending.
-        self._refused = True
+        self._rejected = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._rest_timer.set(_LINGER)
@@ -458,7 +458,7 @@ async def running(
     try:
         url = _url(listener, "https" if tls else "http")
         if not tls and not _is_loopback(listener):
-            _mind_plain_http(settings, url)
+            _require_tls(settings, url)
         async with (
             open_gateway(
                 settings, home=home, url=url, backend=backend, backends=backends, blobs=blobs
@@ -511,7 +511,7 @@ def _bounds(settings: GatewaySettings) -> Bounds:
     )
 
 
-def _mind_plain_http(settings: GatewaySettings, url: str) -> None:
+def _require_tls(settings: GatewaySettings, url: str) -> None:
     """Require TLS beyond loopback unless plain HTTP was allowed explicitly.
 
     An https `public_url` means that a proxy in front of the gateway terminates TLS.

@@ -119,7 +119,7 @@ class Call:
         return AsyncRetrying(
             retry=retry_if_exception(self._backoff),
             wait=lambda _: self._backoff.wait,
-            before_sleep=self._say_retry,
+            before_sleep=self._log_retry,
             sleep=anyio.sleep,
         )
 
@@ -173,13 +173,13 @@ class Call:
         at = limiter.turn(latest)
         while (wait := at - time.monotonic()) > 0:
             if at >= latest:
-                raise self._held_back(limiter, wait)
-            self._say("http.held_back", wait, reason="rate limit of the server")
+                raise self._rate_limited(limiter, wait)
+            self._log_pause("http.held_back", wait, reason="rate limit of the server")
             await anyio.sleep(wait * _spread(1.0, 1.1))
             # Another call may have received a longer pause in the meantime.
             at = limiter.paused_until
 
-    def _held_back(self, limiter: Limiter, wait: float) -> TrainingBackendError:
+    def _rate_limited(self, limiter: Limiter, wait: float) -> TrainingBackendError:
         self.retry_after = wait
         asked = f"{self.name}: not sent; the server asked to wait {wait:.0f} s"
         if limiter.is_failing:
@@ -208,7 +208,7 @@ class Call:
         """
         allowed = breaker.enter()
         if isinstance(allowed, Refusal):
-            raise self._refused(allowed)
+            raise self._circuit_open(allowed)
         answered, what = None, ""
         try:
             yield
@@ -223,7 +223,7 @@ class Call:
         finally:
             breaker.leave(trying=allowed, answered=answered, what=what)
 
-    def _refused(self, refusal: Refusal) -> BackendUnavailable:
+    def _circuit_open(self, refusal: Refusal) -> BackendUnavailable:
         return BackendUnavailable(
             f"{self.name}: not sent; the last {refusal.failures} calls to this server failed, "
             f"since {refusal.since:%H:%M:%S} UTC. Next attempt in {refusal.seconds:.1f} s. "
@@ -233,10 +233,10 @@ class Call:
             backend=self._backend,
         )
 
-    def _say_retry(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._say("http.retry", self._backoff.wait, reason=str(error))
+        self._log_pause("http.retry", self._backoff.wait, reason=str(error))
 
-    def _say(self, event: str, seconds: float, *, reason: str) -> None:
+    def _log_pause(self, event: str, seconds: float, *, reason: str) -> None:
         say = self._log.warning if seconds >= _LONG_WAIT else self._log.info
         say(event, call=self.name, seconds=round(seconds, 1), reason=reason, **self.identity)

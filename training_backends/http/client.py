@@ -130,11 +130,11 @@ class HttpClient:
                 method, path, call, query=query, headers=headers, content=content
             )
             async with self._answer(request, call, secrets) as response:
-                return await self._object(response, _asked(request), secrets)
+                return await self._object(response, _request_line(request), secrets)
 
         repeat = method == "GET" if repeatable is None else repeatable
         call = self._call(f"{method} {path}", repeatable=repeat, seconds=self._policy.call_timeout)
-        return await self._made(call, attempt)
+        return await self._execute(call, attempt)
 
     async def upload(
         self, path: str, upload: FileUpload, *, repeatable: bool = False
@@ -168,9 +168,9 @@ class HttpClient:
                         write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
                     )
                     async with self._answer(request, call) as response:
-                        return await self._object(response, _asked(request))
+                        return await self._object(response, _request_line(request))
 
-        return await self._made(self._call(f"POST {path}", repeatable=repeatable), attempt)
+        return await self._execute(self._call(f"POST {path}", repeatable=repeatable), attempt)
 
     async def download(
         self, path: str, target: Path, *, on_progress: Progress | None = None
@@ -192,14 +192,14 @@ class HttpClient:
                     async with aclosing(arriving) as pieces:
                         return await save_stream(pieces, target, expected, on_progress)
 
-        return await self._made(self._call(f"GET {path}", repeatable=True), attempt)
+        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     def _call(self, name: str, *, repeatable: bool, seconds: float | None = None) -> Call:
         return Call(
             name, self._policy, repeatable=repeatable, seconds=seconds, backend=self._backend
         )
 
-    async def _made(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
+    async def _execute(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
         with call.within_its_time():
             account = await self._current_account()
         with call.judged_by(account.breaker), call.within_its_time():
@@ -303,7 +303,7 @@ class HttpClient:
             self.clock_offset = read_date_ahead(response.headers.get("date"))
             self._log.debug(
                 "http.answered",
-                call=_asked(request),
+                call=_request_line(request),
                 status=response.status_code,
                 seconds=round(time.monotonic() - began, 3),
                 **call.identity,
@@ -317,9 +317,9 @@ class HttpClient:
                 await response.aclose()
         except (httpx.HTTPError, UnicodeError) as error:
             raise error_from_transport(
-                error, call=_asked(request), sent=call.sent, backend=self._backend
+                error, call=_request_line(request), sent=call.sent, backend=self._backend
             ) from error
-        raise self._refusal(response, self._scrubbed(body, secrets), call.retry_after)
+        raise self._refusal(response, self._without_secrets(body, secrets), call.retry_after)
 
     def _refusal(
         self, response: httpx.Response, body: bytes, retry_after: float | None
@@ -327,7 +327,7 @@ class HttpClient:
         if response.is_redirect:
             target = response.headers.get("location", "an unknown location")[:2000]
             return ProtocolError(
-                f"{_asked(response.request)}: the server redirects to {redact(target)}.",
+                f"{_request_line(response.request)}: the server redirects to {redact(target)}.",
                 hint="Redirects are not followed, to protect the key; use that base URL instead.",
                 backend=self._backend,
             )
@@ -357,14 +357,14 @@ class HttpClient:
             f"{call}: the response is not a JSON object of at most {_DEEPEST_JSON} levels "
             f"({response.status_code}, {found[:200]}).",
             # Scrub before truncating, or part of a secret could remain at the end.
-            excerpt=self._scrubbed(body[:_LARGEST_ERROR], secrets)[:2000].decode(
+            excerpt=self._without_secrets(body[:_LARGEST_ERROR], secrets)[:2000].decode(
                 "utf-8", "replace"
             ),
             hint="Check that the base URL is that of an API, not of a web page or proxy.",
             backend=self._backend,
         )
 
-    def _scrubbed(self, body: bytes, secrets: Sequence[SecretStr]) -> bytes:
+    def _without_secrets(self, body: bytes, secrets: Sequence[SecretStr]) -> bytes:
         """Remove secrets that a server repeats in its response."""
         for secret in (self._secret, *secrets):
             if secret is not None and secret.get_secret_value():
@@ -373,7 +373,7 @@ class HttpClient:
         return redact(body.decode("utf-8", "replace")).encode()
 
 
-def _asked(request: httpx.Request) -> str:
+def _request_line(request: httpx.Request) -> str:
     return f"{request.method} {request.url.copy_with(query=None)}"
 
 
@@ -397,7 +397,7 @@ async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     Raises:
         ProtocolError: The encoding is not gzip, or the data is corrupt.
     """
-    call = _asked(response.request)
+    call = _request_line(response.request)
     coding = response.headers.get("content-encoding", "").strip().lower()
     if coding in {"", "identity"}:
         async for piece in response.aiter_raw():

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
-_ALONE: Final = threading.Lock()
+_MIGRATING: Final = threading.Lock()
 """Alembic has module-level state, so only one thread of a process migrates at a time."""
 _BEFORE_ALEMBIC: Final = "0001"
 """Revision of a store with a `schema_version` table."""
@@ -62,7 +62,7 @@ def migrate(engine: sa.Engine) -> None:
     config = Config()
     # Config interpolates %.
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    with _ALONE, engine.begin() as connection:
+    with _MIGRATING, engine.begin() as connection:
         config.attributes["connection"] = connection
         found = _found(connection)
         if found == REVISION:
@@ -393,9 +393,9 @@ class Database:
         try:
             yield
         except (DBAPIError, PoolTimeout, OSError) as error:
-            raise self._told(error) from error
+            raise self._translate(error) from error
 
-    def _told(self, error: Exception) -> StoreError:
+    def _translate(self, error: Exception) -> StoreError:
         if is_postgres(self._url):
             return postgres_error(self._url, error)
         place = self._url.render_as_string(hide_password=True)

@@ -93,7 +93,7 @@ class Timeline(Database):
             if tell_status:
                 clean = _with_status(connection, row, run, clean)
             _append(connection, row, clean)
-            _set_whole(connection, row, run)
+            _mark_complete(connection, row, run)
             return run
 
     def note(
@@ -115,7 +115,7 @@ class Timeline(Database):
             run = change_run(connection, row, change)
             _append(connection, row, clean)
             if not TrainingStatus(row.status).is_terminal:
-                _set_whole(connection, row, run)
+                _mark_complete(connection, row, run)
             return run
 
     def launched(
@@ -139,7 +139,7 @@ class Timeline(Database):
             if run.status.is_terminal:
                 _append(connection, row, _with_status(connection, row, run, []))
                 if whole:
-                    _set_whole(connection, row, run)
+                    _mark_complete(connection, row, run)
             return run
 
     def is_whole(self, run_id: str) -> bool:
@@ -206,7 +206,7 @@ class Timeline(Database):
                 connection.execute(gone, [{"gone": it} for it in ids])
 
 
-def _set_whole(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
+def _mark_complete(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
     if run.status.is_terminal and not row.whole:
         connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
 
@@ -234,18 +234,18 @@ def _with_status(
     moved = run.status.value != row.status
     if not (moved or logs_status or row.cursor is None):
         return in_time
-    told = _status_told(connection, run.id)
-    moved = moved or told is None
-    last = told or TrainingStatus.PENDING
+    known = _last_status(connection, run.id)
+    moved = moved or known is None
+    last = known or TrainingStatus.PENDING
     kept = []
     for record in in_time:
         status = _status_of(record)
-        if status is not None and status is told:
+        if status is not None and status is known:
             if record.message in {status.value, record.fields.get("raw_status")}:
                 continue
             record = record.model_copy(update={"source": "event"})  # noqa: PLW2901
         elif status is not None:
-            told = last = status
+            known = last = status
         kept.append(record)
     is_new = run.status is not last and not last.is_terminal
     if is_new and (moved or run.status.is_terminal):
@@ -273,7 +273,7 @@ def _change_of_status(run: TrainingRun) -> LogRecord:
     )
 
 
-def _status_told(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
+def _last_status(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
     """Return the last status in a run's log, or None."""
     query = sa.select(records).where(records.c.run_id == run_id, records.c.source == _STATUS)
     for row in connection.execute(query.order_by(records.c.seq.desc())):
@@ -324,7 +324,7 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
 
 def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord]) -> None:
     reached = {it.step for it in found if it.source == "checkpoint" and _is_count(it.step)}
-    own = _told_by_step(connection, run_id, reached) if reached else set()
+    own = _measured_by_step(connection, run_id, reached) if reached else set()
     points = {
         (step, name): {"run_id": run_id, "step": step, "name": name, "at": at, "value": value}
         for record in found
@@ -342,7 +342,7 @@ def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord])
     connection.execute(metrics.insert(), list(points.values()))
 
 
-def _told_by_step(
+def _measured_by_step(
     connection: sa.Connection, run_id: str, steps: Collection[int | None]
 ) -> set[tuple[int, str]]:
     """Return the metrics that were recorded by the steps themselves, not by checkpoints."""

@@ -84,15 +84,15 @@ class Journals(Database):
         Raises:
             LeaseLost: Another process has taken over this launch.
         """
-        told = json.dumps(result)
+        encoded = json.dumps(result)
         with self._writing() as connection:
             require(connection, lease)
             known = connection.execute(
-                journal.update().where(_step(run_id, name)).values(result=told)
+                journal.update().where(_step(run_id, name)).values(result=encoded)
             )
             if known.rowcount == 0:  # there is only the entry for all steps
                 row = _begun(run_id, name)
-                connection.execute(journal.insert().values(**row, result=told))
+                connection.execute(journal.insert().values(**row, result=encoded))
 
     def forget(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
         """Remove a begun step that certainly had no effect.

@@ -149,12 +149,12 @@ class Runs(Database):
 
     def seen(self, run_ids: Collection[str], at: datetime) -> None:
         """Record when unchanged runs were observed; an earlier time has no effect."""
-        told = as_text(at)
-        earlier = sa.or_(runs.c.seen_at.is_(None), runs.c.seen_at < told)
+        observed_at = as_text(at)
+        earlier = sa.or_(runs.c.seen_at.is_(None), runs.c.seen_at < observed_at)
         with self._writing() as connection:
             for ids in _batches(run_ids):
                 connection.execute(
-                    runs.update().where(runs.c.id.in_(ids), earlier).values(seen_at=told)
+                    runs.update().where(runs.c.id.in_(ids), earlier).values(seen_at=observed_at)
                 )
 
     def update_all(

@@ -135,7 +135,7 @@ class Creation:
         fresh = False
         self._trouble = None
 
-        async def look() -> JSONValue:
+        async def list_jobs() -> JSONValue:
             nonlocal fresh
             fresh = True
             seen = await self._like([*self._lost, wanted])
@@ -145,7 +145,7 @@ class Creation:
                 files=_files(wanted),
             ).model_dump(mode="json")
 
-        before = _Before.model_validate(await self.steps.remember(f"before create{tag}", look))
+        before = _Before.model_validate(await self.steps.remember(f"before create{tag}", list_jobs))
         asked = before.request(wanted)
         if not self._lost:
             self._before = frozenset(before.jobs)
@@ -220,7 +220,7 @@ class Creation:
     async def _like(self, wanted: Sequence[JobIn]) -> list[_Listed]:
         """Return the jobs that match any of `wanted`, and malformed ones."""
 
-        async def look() -> list[_Listed]:
+        async def list_jobs() -> list[_Listed]:
             async with aclosing(self.api.iter_listed(_around(self.run))) as jobs:
                 return [
                     (job_id, job)
@@ -228,7 +228,7 @@ class Creation:
                     if job is None or any(matches(job, one) for one in wanted)
                 ]
 
-        return await self.steps.ask(look)
+        return await self.steps.ask(list_jobs)
 
     async def _one_of(self, seen: Sequence[_Listed]) -> str | None:
         """Return the only job that can be ours, or None.
@@ -271,7 +271,7 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
         return
     possible = created.twins(job)
 
-    async def look() -> list[str]:
+    async def list_jobs() -> list[str]:
         async with aclosing(api.iter_listed(_around(run))) as jobs:
             return [
                 job_id
@@ -283,7 +283,7 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
                 and not has_started(other)
             ]
 
-    twins = await steps.ask(look)
+    twins = await steps.ask(list_jobs)
     claimed = await steps.journal.claimed([job.id, *twins])
     if job.id in claimed:
         raise AmbiguousLaunch(

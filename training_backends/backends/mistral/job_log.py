@@ -30,7 +30,7 @@ _KEPT: Final = 24
 _Level = Literal["debug", "info", "warning", "error"]
 
 
-class _Place(msgspec.Struct, array_like=True):
+class _Position(msgspec.Struct, array_like=True):
     """A position in a log, as encoded in a cursor.
 
     Attributes:
@@ -40,8 +40,8 @@ class _Place(msgspec.Struct, array_like=True):
         point: Second and step of the newest checkpoint returned.
         top: Highest step returned.
         word: Last status in the log.
-        unheard: Statuses taken from the job itself, whose events have not arrived yet.
-        said_at: Second of the job's last change when it had the last of them.
+        unconfirmed: Statuses taken from the job itself, whose events have not arrived yet.
+        status_at: Second of the job's last change when it had the last of them.
     """
 
     newest: int = 0
@@ -50,12 +50,12 @@ class _Place(msgspec.Struct, array_like=True):
     point: tuple[int, int] = (-1, -1)
     top: int = -1
     word: str | None = None
-    unheard: list[str] = msgspec.field(default_factory=list)
-    said_at: int = -1
+    unconfirmed: list[str] = msgspec.field(default_factory=list)
+    status_at: int = -1
 
 
 _ENCODER: Final = msgspec.json.Encoder()
-_DECODER: Final = msgspec.json.Decoder(_Place)
+_DECODER: Final = msgspec.json.Decoder(_Position)
 
 
 class LogReader:
@@ -66,8 +66,8 @@ class LogReader:
     seconds, so a time alone is not a position in the log.
     """
 
-    def __init__(self, place: _Place | None = None) -> None:
-        self._at = place or _Place()
+    def __init__(self, place: _Position | None = None) -> None:
+        self._at = place or _Position()
 
     @classmethod
     def after(cls, cursor: str | None) -> "LogReader":
@@ -98,31 +98,31 @@ class LogReader:
         times = {mark: at for at, mark, _ in entries}
         for at, mark, entry in entries:
             if isinstance(entry, CheckpointOut):
-                if self._reaches(at, entry.step_number):
+                if self._is_new_checkpoint(at, entry.step_number):
                     yield self._checkpoint(entry, job)
-            elif self._hears(at, mark, times) and not self._is_repeat(entry):
+            elif self._is_new_event(at, mark, times) and not self._is_repeat(entry):
                 yield self._event(entry)
         status = str(plain(job.status))
-        if self._at.unheard[-1:] == [status]:
+        if self._at.unconfirmed[-1:] == [status]:
             return  # already reported; its event may still arrive
         if status == self._at.word:
-            self._at.unheard = []
+            self._at.unconfirmed = []
         else:
             yield self._status(status, job)
 
-    def _hears(self, at: int, mark: str, times: Mapping[str, int]) -> bool:
+    def _is_new_event(self, at: int, mark: str, times: Mapping[str, int]) -> bool:
         """Return whether an event is new, and record it."""
         place = self._at
         if at <= place.floor or mark in place.events:
             return False
         place.newest = max(place.newest, at)
         place.events.append(mark)
-        latest = max(times.get(told, 0) for told in place.events)
+        latest = max(times.get(known, 0) for known in place.events)
         while len(place.events) > _KEPT and times.get(place.events[0], 0) < latest:
             place.floor = max(place.floor, times.get(place.events.pop(0), 0))
         return True
 
-    def _reaches(self, at: int, step: int) -> bool:
+    def _is_new_checkpoint(self, at: int, step: int) -> bool:
         """Return whether a checkpoint is new, and record it.
 
         An earlier one that was skipped does not count: a server may list a changing selection of
@@ -139,11 +139,11 @@ class LogReader:
     def _is_repeat(self, event: EventOut) -> bool:
         """Return whether an event only repeats a status already taken from the job."""
         word = event_word(event)
-        if word is None or word not in self._at.unheard:
-            if event.created_at > self._at.said_at:
-                self._at.unheard = []  # the job has changed since
+        if word is None or word not in self._at.unconfirmed:
+            if event.created_at > self._at.status_at:
+                self._at.unconfirmed = []  # the job has changed since
             return False
-        del self._at.unheard[: self._at.unheard.index(word) + 1]
+        del self._at.unconfirmed[: self._at.unconfirmed.index(word) + 1]
         self._at.word = word
         return event.data == {"status": word}
 
@@ -178,9 +178,9 @@ class LogReader:
         """Return a record for a status without an event, which has no exact time."""
         place = self._at
         place.word = word
-        place.said_at = second(job.modified_at)
-        place.newest = max(place.newest, place.said_at)
-        place.unheard = [*place.unheard[-_KEPT:], word]
+        place.status_at = second(job.modified_at)
+        place.newest = max(place.newest, place.status_at)
+        place.unconfirmed = [*place.unconfirmed[-_KEPT:], word]
         return LogRecord(
             at=moment(place.newest),
             level=_level(word),

@@ -34,7 +34,9 @@ from training_backends.protocols.mistral.wire import DetailedJob, Job, TrainingF
 
 __all__ = ["Launch"]
 
-_ANEW: Final = ("The server keeps no checkpoints: training starts again on the same files.",)
+_REPEAT_NOTES: Final = (
+    "The server keeps no checkpoints: training starts again on the same files.",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Launch:
         await require_no_twin(self.api, self._steps, self.run, job)
         word = str(await self._start(job_id))
         try:
-            return self._state(await self._look(job_id))
+            return self._state(await self._fetch_job(job_id))
         except TrainingBackendError:
             # The job is started, so this must not fail the launch.
             return RunState(status=to_status(word), raw_status=word, remote_id=job_id)
@@ -144,7 +146,7 @@ class Launch:
         word = None
         with anyio.move_on_after(limit):
             while True:
-                job = await ask_patiently(lambda: self._look(job_id), self._pace, limit)
+                job = await ask_patiently(lambda: self._fetch_job(job_id), self._pace, limit)
                 if job.status != word:
                     word = job.status
                     self._pace.quicken()
@@ -158,7 +160,7 @@ class Launch:
             "to continue; options.validate_timeout sets the timeout.",
         )
 
-    async def _look(self, job_id: str) -> DetailedJob:
+    async def _fetch_job(self, job_id: str) -> DetailedJob:
         return await self._steps.ask(lambda: self.api.get_job(job_id))
 
     async def _agree_on_quote(self, job: DetailedJob) -> None:
@@ -168,7 +170,7 @@ class Launch:
         try:
             await self.journal.quote(quote)
         except BudgetExceeded as refusal:
-            await self._take_back(job.id, refusal)
+            await self._cancel_unstarted(job.id, refusal)
             raise
         self._quoted = True
 
@@ -177,7 +179,11 @@ class Launch:
         return None if quote is None else self._noted(quote)
 
     def _noted(self, quote: Estimate) -> Estimate:
-        return quote.model_copy(update={"notes": (*_ANEW, *quote.notes)}) if self.anew else quote
+        return (
+            quote.model_copy(update={"notes": (*_REPEAT_NOTES, *quote.notes)})
+            if self.anew
+            else quote
+        )
 
     def _state(self, job: Job) -> RunState:
         """Translate a job; the quote is reported once, with its notes."""
@@ -185,16 +191,16 @@ class Launch:
         state = state_of(job, hosted=self.settings.is_hosted)
         return state.model_copy(update={"estimate": quote})
 
-    async def _take_back(self, job_id: str, refusal: BudgetExceeded) -> None:
+    async def _cancel_unstarted(self, job_id: str, refusal: BudgetExceeded) -> None:
         """Cancel an unstarted job, which costs nothing."""
         try:
             job = await self._steps.ask(lambda: self._cancel(job_id))
         except TrainingBackendError as error:
-            told = (
+            note = (
                 f"Job {job_id} was not started, so it costs nothing, but cancelling it may have "
                 f"failed ({error.message})."
             )
-            refusal.hint = f"{refusal.hint} {told}" if refusal.hint else told
+            refusal.hint = f"{refusal.hint} {note}" if refusal.hint else note
         else:
             await self.journal.record(self._state(job))
 
