@@ -56,7 +56,7 @@ def test_a_key_that_another_process_revokes_stops_at_once(run: Run, tmp_path: Pa
     [
         (("--tls-cert", "none.pem"), "none.pem: gateway.tls_cert: cannot be read"),
         (("--tls-key", "none.pem"), "TLS needs a certificate"),
-        (("--host", "0.0.0.0"), "accept it with --plain-http"),
+        (("--host", "0.0.0.0"), "pass --plain-http"),
     ],
 )
 def test_what_cannot_be_served_safely_is_not(run: Run, words: tuple[str, ...], said: str) -> None:

@@ -90,7 +90,7 @@ async def test_a_wrong_password_opens_nothing(make: MakeVault, password_file: Pa
     await make(password_file).set("mistral", CANARY)
     password_file.write_text("battery staple")
     for call in (make(password_file).get("mistral"), make(password_file).set("mistral", "new")):
-        with pytest.raises(VaultLocked, match="does not open") as caught:
+        with pytest.raises(VaultLocked, match="Wrong password") as caught:
             await call
         assert not caught.value.retryable
         shown = f"{caught.value!r} {caught.value.hint}"
@@ -111,7 +111,7 @@ async def test_a_file_that_was_changed_is_refused(
         part = bytearray(b64decode(whole[name]))
         part[-1] ^= 1
         path.write_text(json.dumps(whole | {name: b64encode(part).decode()}))
-        with pytest.raises(VaultLocked, match="does not open"):
+        with pytest.raises(VaultLocked, match="Wrong password"):
             await make(password_file).get("mistral")
 
 
@@ -153,7 +153,7 @@ async def test_a_vault_is_unlocked_and_locked(make: MakeVault) -> None:
     assert not await vault.is_unlocked()
     with pytest.raises(VaultLocked):
         await vault.get("mistral")
-    with pytest.raises(VaultLocked, match="does not open"):
+    with pytest.raises(VaultLocked, match="Wrong password"):
         await vault.unlock("wrong")
     await vault.unlock(SecretStr(PASSWORD))
     assert (await vault.get("mistral")).get_secret_value() == CANARY
@@ -169,7 +169,7 @@ async def test_what_its_password_file_opens_is_not_locked(
     assert found.unlocked
     assert "credentials.keyring" in (found.name or "")
     password_file.write_text("wrong")
-    with pytest.raises(VaultLocked, match="does not open"):
+    with pytest.raises(VaultLocked, match="Wrong password"):
         await make(password_file).is_unlocked()
     assert not (await make().keyring()).unlocked
 
@@ -243,12 +243,12 @@ async def test_a_password_file_without_a_password_is_refused(
         await make(tmp_path / "none").set("mistral", CANARY)
     for content in (b"", b"\nsecond line", b"\xff\xfe", b"x" * 5000):
         password_file.write_bytes(content)
-        with pytest.raises(VaultLocked, match="holds"):
+        with pytest.raises(VaultLocked, match=r"no password|not contain text"):
             await make(password_file).set("mistral", CANARY)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
     for path in (pipe, tmp_path):
-        with pytest.raises(VaultLocked, match="plain file"):
+        with pytest.raises(VaultLocked, match="regular file"):
             await make(path).set("mistral", CANARY)
 
 

@@ -106,7 +106,7 @@ async def main():
     assert not await vault.is_unlocked()
     for _ in range(3):
         error = await refused(vault.get("mistral"))
-        assert "nobody answered" in error.message, error.message
+        assert "was not answered" in error.message, error.message
         assert len(waiting()) <= 1
     await refused(vault.unlock())
     await none_waits()

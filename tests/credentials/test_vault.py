@@ -372,9 +372,9 @@ async def test_the_order_of_the_sources_is_told(tmp_path: Path) -> None:
     home = tmp_path / "home"
     system = CredentialVault(home=home)
     assert await system.sources() == (
-        "what the program was given",
+        "explicit values",
         "the environment",
-        "the system's keyring",
+        "the system keyring",
     )
     file = CredentialVault(home=home, settings=CredentialSettings(keyring="file"))
     assert (await file.sources())[-1] == f"the encrypted file {home / 'credentials.keyring'}"
@@ -585,7 +585,7 @@ class Keyring(KeyringBackend):
 def test_without_a_bus_there_is_no_keyring(tmp_path: Path) -> None:
     """A key is then missing, not locked; storing one says what to do."""
     first, second = ask(tmp_path)
-    assert first.startswith("CredentialNotFound: There is no key for mistral")
+    assert first.startswith("CredentialNotFound: No API key for mistral")
     assert second.startswith("VaultLocked: This machine has no keyring")
 
 
@@ -615,7 +615,7 @@ def test_a_keyring_that_was_named_and_is_not_there_is_told(
 ) -> None:
     """Another one is not quietly taken instead."""
     for line in ask(tmp_path, PYTHON_KEYRING_BACKEND=named):
-        assert line.startswith(f"VaultLocked: The keyring {named} cannot be loaded")
+        assert line.startswith(f"VaultLocked: Cannot load the keyring {named}")
         assert word in line
 
 
@@ -623,7 +623,7 @@ def test_a_broken_keyring_library_is_told(tmp_path: Path) -> None:
     """It cannot be imported: the error says so and is no traceback."""
     site = install(tmp_path, "keyring", "raise ImportError('built for another machine')")
     for line in ask(tmp_path, PYTHONPATH=site):
-        assert line.startswith("VaultLocked: The keyring library cannot be loaded")
+        assert line.startswith("VaultLocked: Cannot load the keyring library")
         assert "built for another machine" in line
 
 

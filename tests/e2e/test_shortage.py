@@ -106,7 +106,7 @@ def test_a_job_outlives_a_shortage_of_file_descriptors(
         for _ in range(DESCRIPTORS + 50):
             stack.enter_context(socket.create_connection(address, timeout=30))
         wait_until(lambda: is_healthy(http))
-        assert "too many are open" in said.read_text()
+        assert "too many open" in said.read_text()
         ended = wait_until(lambda: status(http, job_id), lambda word: word in {"SUCCESS", "FAILED"})
     assert ended == "SUCCESS"
 

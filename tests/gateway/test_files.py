@@ -183,7 +183,7 @@ async def test_an_upload_that_falls_silent_is_given_up(tmp_path: Path) -> None:
         await stream.send(upload_head(here) + b"a" * 1000)
         answer = await stream.receive()
         assert b" 408 " in answer.splitlines()[0]
-        assert b"Nothing arrived for 0.1 s" in answer
+        assert b"No data arrived for 0.1 s" in answer
         assert leftovers(here) == []
 
 
@@ -200,7 +200,7 @@ async def test_an_upload_that_only_trickles_is_given_up(tmp_path: Path) -> None:
             answer = await stream.receive()
         tasks.cancel_scope.cancel()
     assert b" 408 " in answer.splitlines()[0]
-    assert b"slower than 1e+06 bytes a second" in answer
+    assert b"slower than 1e+06 bytes/s" in answer
     assert leftovers(here) == []
 
 

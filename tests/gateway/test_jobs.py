@@ -514,7 +514,7 @@ async def test_a_file_that_cannot_be_read_for_a_while_fails_no_validation(
     waiting = await here.until(job["id"], "VALIDATING")
     waiting = await until(lambda: here.get(job["id"]), lambda job: len(job["events"]) > 2)
     assert waiting["events"][-1]["name"] == "waiting"
-    assert "will try again" in waiting["events"][-1]["data"]["message"]
+    assert "will retry" in waiting["events"][-1]["data"]["message"]
     here.backend.report = ValidationReport()
     await here.until(job["id"], "VALIDATED")
 

@@ -97,7 +97,7 @@ async def test_a_head_has_a_bound(here: Site, head: bytes) -> None:
         await client.send(head)
         answer = await client.answer()
         assert (answer.status, answer.headers["content-type"]) == (431, "application/json")
-        assert "at most 100 headers and 32768 bytes" in answer.detail
+        assert "the limits are 100 headers and 32768 bytes" in answer.detail
         assert await client.ended()
 
 
@@ -269,7 +269,7 @@ async def test_an_answer_that_is_not_taken_is_given_up(tmp_path: Path, logs: lis
         async with wire(here) as client:
             await client.send(b"GET /v1/files/%s/content HTTP/1.1\r\n" % file_id.encode())
             await client.send(KEYED + b"\r\n")
-            await until(lambda: any("unread" in entry["event"] for entry in logs))
+            await until(lambda: any("did not read" in entry["event"] for entry in logs))
             await client.ended()
             assert len(client.rest) < size
 
@@ -309,7 +309,7 @@ async def test_connections_have_a_limit_and_idle_ones_give_way(
                 with anyio.fail_after(PATIENCE), suppress(anyio.EndOfStream):
                     await stream.receive()
             assert await until(lambda: _answers(here))
-    assert [entry["limit"] for entry in logs if "too many are open" in entry["event"]] == [8]
+    assert [entry["limit"] for entry in logs if "too many open" in entry["event"]] == [8]
 
 
 async def _answers(here: Site) -> bool:

@@ -87,7 +87,7 @@ async def test_a_result_that_cannot_be_deleted_now_is_logged(
 
     monkeypatch.setattr(here.backend, "delete", away)
     assert (await here.http.delete(f"/v1/models/{model}")).status_code == 200
-    assert any(entry["event"] == "result not deleted" for entry in logs)
+    assert any(entry["event"] == "run not deleted" for entry in logs)
 
 
 async def test_base_models_cannot_be_changed(here: Site) -> None:

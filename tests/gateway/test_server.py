@@ -33,7 +33,9 @@ async def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path: Path) -> N
     """Before anything is opened."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"Port {port} on 127.0.0.1 is taken") as raised:
+        with pytest.raises(
+            ConfigError, match=f"Port {port} on 127.0.0.1 is already in use"
+        ) as raised:
             async with running(GatewaySettings(), home=tmp_path, backend="local", port=port):
                 pass
     assert "--port" in str(raised.value.hint)

@@ -141,14 +141,20 @@ async def test_clients_can_be_asked_for_a_certificate(
         ({"tls_client_ca": "cert"}, ["TLS needs a certificate"]),
         ({"tls_cert": "none", "tls_key": "key"}, ["none", "gateway.tls_cert", "No such file"]),
         ({"tls_cert": "cert", "tls_key": "none"}, ["none", "gateway.tls_key", "No such file"]),
-        ({"tls_cert": "junk", "tls_key": "key"}, ["junk", "gateway.tls_cert", "no certificate"]),
-        ({"tls_cert": "cert", "tls_key": "junk"}, ["junk", "gateway.tls_key", "no private key"]),
-        ({"tls_cert": "cert"}, ["gateway.tls_cert", "no private key"]),
-        ({"tls_cert": "cert", "tls_key": "other"}, ["gateway.tls_key", "another certificate"]),
+        (
+            {"tls_cert": "junk", "tls_key": "key"},
+            ["junk", "gateway.tls_cert", "no PEM certificate"],
+        ),
+        (
+            {"tls_cert": "cert", "tls_key": "junk"},
+            ["junk", "gateway.tls_key", "no PEM private key"],
+        ),
+        ({"tls_cert": "cert"}, ["gateway.tls_cert", "no PEM private key"]),
+        ({"tls_cert": "cert", "tls_key": "other"}, ["gateway.tls_key", "does not match"]),
         ({"tls_cert": "cert", "tls_key": "encrypted"}, ["encrypted", "tls_key_password"]),
         (
             {"tls_cert": "cert", "tls_key": "key", "tls_client_ca": "junk"},
-            ["junk", "gateway.tls_client_ca", "no certificate"],
+            ["junk", "gateway.tls_client_ca", "no PEM certificate"],
         ),
     ],
 )
@@ -186,7 +192,7 @@ async def test_a_wrong_password_is_told_but_not_repeated(tmp_path: Path, server:
         async with running(settings, home=tmp_path, backend="scripted", port=0):
             pass
     told = str(raised.value.issues[0])
-    assert "does not open its private key" in told
+    assert "cannot decrypt the private key" in told
     assert "a-wrong-password" not in told
 
 
@@ -204,7 +210,7 @@ def beyond(home: Path, **options: Any) -> Any:
 
 async def test_plain_http_beyond_this_machine_is_refused(tmp_path: Path) -> None:
     """Keys would cross the network in the clear; the hint names the ways on."""
-    with pytest.raises(ConfigError, match="could read API keys") as raised:
+    with pytest.raises(ConfigError, match="would be sent unencrypted") as raised:
         async with beyond(tmp_path):
             pass
     for way in ("--tls-cert", "PUBLIC_URL", "--plain-http"):
@@ -218,14 +224,14 @@ async def test_plain_http_beyond_this_machine_can_be_asked_for(
     """And is logged."""
     async with beyond(tmp_path, plain_http=True) as served:
         assert served.url.startswith("http://")
-    assert any("plain http" in entry["event"] for entry in logs)
+    assert any("plain HTTP" in entry["event"] for entry in logs)
 
 
 async def test_behind_a_proxy_with_tls_plain_http_is_fine(tmp_path: Path, logs: list[Any]) -> None:
     """An https address for clients says that there is one."""
     async with beyond(tmp_path, public_url=AnyHttpUrl("https://tuning.example.org")):
         pass
-    assert not any("plain http" in entry["event"] for entry in logs)
+    assert not any("plain HTTP" in entry["event"] for entry in logs)
     with pytest.raises(ConfigError):
         async with beyond(tmp_path, public_url=AnyHttpUrl("http://tuning.example.org")):
             pass

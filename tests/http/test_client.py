@@ -231,7 +231,7 @@ async def test_silence_ends_a_request(make_client: MakeClient, server: LoopbackS
     """A server that says nothing is given up on after the read timeout."""
     client = make_client(read_timeout=0.3, attempts=1)
     server.fail(SlowAnswer(pause=3.0))
-    with pytest.raises(BackendUnavailable, match="no answer within"):
+    with pytest.raises(BackendUnavailable, match="timed out waiting"):
         await client.json("GET", "/a")
     await client.aclose()
 
@@ -314,7 +314,7 @@ async def test_key_may_end_in_a_newline(
 )
 async def test_key_never_leaves_over_plain_http(url: str, make_client: MakeClient) -> None:
     """A client with a key for a remote plain http server cannot even be made."""
-    with pytest.raises(ConfigError, match="plain http") as caught:
+    with pytest.raises(ConfigError, match="plain HTTP") as caught:
         make_client(url)
     assert "https" in str(caught.value.hint)
 
@@ -491,7 +491,7 @@ async def test_an_answer_of_another_coding_is_not_decompressed(
     answer_by(lambda _: coded(bomb, coding, status))
     tracemalloc.start()
     for asking in (client.json("GET", "/a"), client.download("/a", tmp_path / "file")):
-        with pytest.raises(ProtocolError, match="content coding") as caught:
+        with pytest.raises(ProtocolError, match="content encoding") as caught:
             await asking
         assert len(caught.value.message) < 500
     assert tracemalloc.get_traced_memory()[1] < 2**25
@@ -519,7 +519,7 @@ async def test_a_broken_coding_breaks_the_protocol(
 ) -> None:
     """What cannot be decompressed, or ends too early."""
     answer_by(lambda _: coded(content))
-    with pytest.raises(ProtocolError, match=r"encoding is broken|ends too early"):
+    with pytest.raises(ProtocolError, match=r"response is (corrupt|truncated)"):
         await client.json("GET", "/a")
 
 

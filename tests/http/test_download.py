@@ -70,7 +70,7 @@ async def test_old_file_stays_until_the_new_one_is_whole(
 async def test_unwritable_target_is_said(client: HttpClient, tmp_path: Path) -> None:
     """A target that cannot be written is an error that names it and the reason."""
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingBackendError, match=r"file/model\.bin cannot be written"):
+    with pytest.raises(TrainingBackendError, match=r"Cannot write .*file/model\.bin"):
         await client.download("/x", tmp_path / "file" / "model.bin")
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.client import conftest as clients
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.store import RunStore
 from training_backends.store.database import create_file, sqlite_file
 from training_backends.store.schema import as_text
+
+new_url, url = clients.new_url, clients.url
 
 MakeRun = Callable[..., TrainingRun]
 WriteVersion1 = Callable[..., None]

@@ -245,7 +245,7 @@ def test_who_may_make_no_tables_is_told_so(url: str) -> None:
     with pytest.raises(StoreError, match="cannot be used") as caught:
         RunStore(other.render_as_string()).list()
     assert not caught.value.retryable
-    assert "right to create" in str(caught.value.hint)
+    assert "permission to create" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_check_finds_what_belongs_to_nothing(url: str, filled: Path) -> None:
     with closing(sqlite3.connect(filled)) as connection, connection:
         connection.execute("DELETE FROM runs WHERE id = 'run-001'")
     problems = check(url)
-    assert any("journal belongs to nothing in runs" in problem for problem in problems)
+    assert any("journal has no parent row in runs" in problem for problem in problems)
 
 
 def test_a_check_finds_other_versions_and_other_databases(url: str, filled: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_check_finds_other_versions_and_other_databases(url: str, filled: Path
     assert check(url) == []
     with closing(sqlite3.connect(filled)) as connection, connection:
         connection.execute("DROP TABLE schema_version")
-    assert check(url) == ["it is another program's database"]
+    assert check(url) == ["it is the database of another program"]
 
 
 # -- set aside ---------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The credential vault."""
+"""API keys and other credentials: lookup and storage."""

@@ -1,4 +1,4 @@
-"""Which keyring a vault uses, and who opens it if it is the encrypted file."""
+"""Select the keyring of a vault, and unlock it if it is the encrypted file."""
 
 import threading
 from collections.abc import Callable
@@ -26,34 +26,34 @@ __all__ = ["AskPassword", "Choice", "CredentialSettings", "KeyringChoice"]
 
 
 class CredentialSettings(SectionSettings):
-    """Section `credentials`; no setting holds a password, only where it is read."""
+    """Section `credentials`; settings contain no password, only where to read it."""
 
     section: ClassVar[str | None] = "credentials"
 
     keyring: Literal["system", "file"] = Field(
-        default="system", description="The system's keyring, or an encrypted file in home."
+        default="system", description="The system keyring, or an encrypted file in home."
     )
     password_file: Path | None = Field(
-        default=None, description="Its first line opens the encrypted file; for its owner only."
+        default=None, description="File with the keyring password in its first line; mode 600."
     )
     password_fd: int | None = Field(
-        default=None, ge=3, description="An open descriptor whose first line opens the file."
+        default=None, ge=3, description="Open file descriptor to read the keyring password from."
     )
 
 
 AskPassword = Callable[[bool], SecretStr | None]
-"""Asks a person for the password of the encrypted file, for a new one if True."""
+"""Prompts for the password of the encrypted file; True: for a new password."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was chosen.
+    """The selected keyring.
 
     Attributes:
         ring: The keyring.
-        index: Names what this vault put there.
+        index: Names of the secrets stored in it.
         settings: Section `credentials`.
-        file: The encrypted file, where that is the keyring.
+        file: The encrypted file, if that is the keyring.
     """
 
     ring: Keyring
@@ -63,14 +63,15 @@ class Choice:
 
 
 class KeyringChoice:
-    """The keyring of the settings, chosen when it is first needed.
+    """The keyring from the settings, selected on first use.
 
     Args:
-        home: Where index and encrypted file lie; None for the home of the settings.
-        settings: Used instead of section `credentials`.
-        backend: Used instead of the keyring of the settings.
-        timeout: Seconds to wait for one answer of the keyring.
-        ask: Called, in the event loop, when nothing else gives the encrypted file's password.
+        home: Directory of the index and the encrypted file; None: home from the settings.
+        settings: Overrides section `credentials`.
+        backend: Overrides the keyring from the settings.
+        timeout: Seconds to wait for a response of the keyring.
+        ask: Prompts for the encrypted file's password if the settings name no source for it;
+            called in the event loop.
     """
 
     def __init__(
@@ -91,11 +92,11 @@ class KeyringChoice:
         self._making = threading.Lock()
 
     async def made(self) -> Choice:
-        """Return what the settings say."""
+        """Return the selected keyring."""
         return await to_thread.run_sync(self._make)
 
     async def opened(self, *, to_write: bool) -> Keyring:
-        """Return the keyring, opened by a person where only a person can."""
+        """Return the keyring, after prompting for its password if necessary."""
         choice = await self.made()
         if choice.file is not None and not choice.file.is_shut:
             password = self.typed_password(choice, to_write=to_write)
@@ -104,10 +105,10 @@ class KeyringChoice:
         return choice.ring
 
     def typed_password(self, choice: Choice, *, to_write: bool) -> SecretStr | None:
-        """Ask for the encrypted file's password, if it is needed and nothing else gives it.
+        """Prompt for the encrypted file's password if it is needed and has no other source.
 
-        The event loop stands still meanwhile: in a thread the question would stay open after a
-        Ctrl-C, and another task would ask it a second time.
+        Blocks the event loop on purpose: in a thread, the prompt would outlive Ctrl-C, and
+        another task could prompt a second time.
         """
         settings, file = choice.settings, choice.file
         is_named = settings.password_fd is not None or settings.password_file is not None

@@ -1,7 +1,7 @@
 """A keyring for machines without one: a single file, encrypted with a password.
 
-Argon2id makes a key of the password, AES-256-GCM seals the whole content with it, names
-included. Both come from `cryptography`, which is imported on first use.
+Argon2id derives a key from the password, and AES-256-GCM encrypts the entire content, including
+names. Both come from `cryptography`, which is imported on first use.
 """
 
 import json
@@ -23,18 +23,18 @@ __all__ = ["FileKeyring", "read_password_descriptor", "read_password_file"]
 
 _ONE_AT_A_TIME: Final = threading.Lock()
 _LONGEST: Final = 4096
-"""Bytes; a file that was named by mistake is not read to its end."""
+"""Bytes to read at most, in case the wrong file was named."""
 
 
 def read_password_file(path: Path) -> SecretStr:
-    """Return the first line of a file that nobody else can read.
+    """Return the first line of a file that only its owner can access.
 
     Raises:
-        VaultLocked: It cannot be read, is open to others, or holds no password.
+        VaultLocked: The file cannot be read, is accessible to others, or has no password.
     """
     what = f"The password file {path}"
     try:
-        # A pipe without a writer would hold us up before anybody could see that it is one.
+        # Without O_NONBLOCK, opening a pipe without a writer would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise _unusable(f"{what} cannot be read: {error.strerror}.") from None
@@ -42,24 +42,23 @@ def read_password_file(path: Path) -> SecretStr:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise _unusable(
-                f"{what} is not a plain file.", "A pipe is given as `password_fd` instead."
+                f"{what} is not a regular file.", "For a pipe, set `password_fd` instead."
             )
         if stat.S_IMODE(found.st_mode) & 0o077:
-            raise _unusable(f"{what} can be read or changed by others.", f"chmod 600 {path}")
+            raise _unusable(f"{what} is accessible to others.", f"Run `chmod 600 {path}`.")
         return _first_line(descriptor, what)
     finally:
         os.close(descriptor)
 
 
 def read_password_descriptor(number: int) -> SecretStr:
-    """Return the first line that comes out of a descriptor, and close it.
+    """Return the first line read from a file descriptor, and close it.
 
-    A descriptor belongs to the process and can be read but once, so what came out of it is
-    kept for whoever asks next. Only one that the starting process has passed on is touched:
-    those that are opened in this process are not inheritable.
+    A descriptor can be read only once, so the result is cached. Only inheritable descriptors,
+    passed by the parent process, are used: those opened in this process are not inheritable.
 
     Raises:
-        VaultLocked: It is not one that was passed on, or gave no password.
+        VaultLocked: The descriptor was not passed by the parent, or gave no password.
     """
     with _ONE_AT_A_TIME:
         return _read_and_close(number)
@@ -67,7 +66,7 @@ def read_password_descriptor(number: int) -> SecretStr:
 
 @cache
 def _read_and_close(number: int) -> SecretStr:
-    what = f"Descriptor {number}, which was to give the keyring's password,"
+    what = f"File descriptor {number} for the keyring password"
     try:
         if not os.get_inheritable(number):
             raise _not_passed_on(what)
@@ -88,16 +87,16 @@ def _first_line(descriptor: int, what: str) -> SecretStr:
         data += piece
     line = data.partition(b"\n")[0].removesuffix(b"\r")
     if not line or len(line) > _LONGEST:
-        raise _unusable(f"{what} holds no password in its first line.")
+        raise _unusable(f"{what} has no password in its first line.")
     try:
         return SecretStr(line.decode())
     except UnicodeDecodeError:
-        raise _unusable(f"{what} holds something that is not text.") from None
+        raise _unusable(f"{what} does not contain text.") from None
 
 
 def _not_passed_on(what: str) -> VaultLocked:
     return _unusable(
-        f"{what} was not passed to this process, or was read by an earlier one.",
+        f"{what} was not passed to this process, or was already read by another.",
         "Each process needs its own: `… 3< <(command that prints it)`.",
     )
 
@@ -111,13 +110,13 @@ _SALT_BYTES: Final = 16
 _NONCE_BYTES: Final = 12
 _KEY_BYTES: Final = 32
 _PATIENCE: Final = 5.0
-"""Seconds to wait for another process that changes the file, which takes milliseconds."""
+"""Seconds to wait for the lock; a change takes milliseconds."""
 
 Secrets = dict[str, str]
 
 
 class _Sealed(NamedTuple):
-    """What lies in the file."""
+    """The parsed content of the file."""
 
     salt: bytes
     nonce: bytes
@@ -125,21 +124,21 @@ class _Sealed(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A key, and the salt of the file that it opens."""
+    """A derived key and its salt."""
 
     salt: bytes
     value: bytes
 
 
 class FileKeyring:
-    """Secrets in an encrypted file that several processes may change at once.
+    """Secrets in an encrypted file; safe across processes.
 
-    It stays open for this object until `lock`; the file is read anew each time, so that
-    what another process stores is seen.
+    Stays unlocked until `lock`. The file is read on every access, so changes by other processes
+    are visible.
 
     Args:
-        path: The file; made, for its owner only, when the first secret is stored.
-        source: Gives the password where no `unlock` did; None if it cannot.
+        path: The file; created with mode 600 when the first secret is stored.
+        source: Returns the password if `unlock` was not called; None if it has none.
     """
 
     def __init__(self, path: Path, source: Callable[[], SecretStr | None]) -> None:
@@ -150,24 +149,24 @@ class FileKeyring:
 
     @property
     def name(self) -> str:
-        """What it is, for people."""
+        """Display name."""
         return f"encrypted file {self.path}"
 
     @property
     def exists(self) -> bool:
-        """Whether something was stored already, and a password chosen."""
+        """Whether the file exists, so that its password is set."""
         return self.path.exists()
 
     @property
     def is_shut(self) -> bool:
-        """Whether it was locked on purpose, so that nothing but `unlock` may open it."""
+        """Whether `lock` was called, so that only `unlock` opens it."""
         return self._shut
 
     def is_locked(self) -> bool:
-        """Tell whether only a person can open it now; one that need not be asked opens it.
+        """Return whether a prompt is needed to open the file; otherwise open it.
 
         Raises:
-            VaultLocked: The password that is named for it cannot be had, or is wrong.
+            VaultLocked: The configured password cannot be read or is wrong.
         """
         sealed = self._read()
         if self._fitting_key(sealed) is not None:
@@ -178,10 +177,10 @@ class FileKeyring:
         return password is None
 
     def unlock(self, password: SecretStr | None = None) -> None:
-        """Open the file; for one that is not there yet, choose its password.
+        """Unlock the file; set the password of a new one.
 
         Raises:
-            VaultLocked: The password is wrong, or none was given and none can be had.
+            VaultLocked: The password is wrong or missing.
         """
         sealed = self._read()
         if password is None and self._fitting_key(sealed) is None:
@@ -191,12 +190,12 @@ class FileKeyring:
         self._shut = False
 
     def lock(self) -> None:
-        """Forget the key; only `unlock` brings it back."""
+        """Forget the key until `unlock` is called."""
         self._key = None
         self._shut = True
 
     def get_password(self, service: str, username: str) -> str | None:
-        """Return a secret; None where there is none."""
+        """Return a secret, or None."""
         sealed = self._read()
         if sealed is None:
             return None
@@ -213,7 +212,7 @@ class FileKeyring:
 
     def _change(self, change: Callable[[Secrets], Secrets]) -> None:
         while True:
-            # The key is made before the file is locked: that takes a good part of a second.
+            # Derive the key, which is slow, before locking the file.
             key = self._key_for(self._read())
             try:
                 make_private_directory(self.path.parent)
@@ -225,8 +224,8 @@ class FileKeyring:
                         return
             except OSError as error:
                 raise VaultLocked(
-                    f"The keyring file {self.path} cannot be written: {error.strerror}.",
-                    hint="Is TRAINING_BACKENDS_HOME writable, and the disk not full?",
+                    f"Cannot write the keyring file {self.path}: {error.strerror}.",
+                    hint="Check free space and write permission of TRAINING_BACKENDS_HOME.",
                     retryable=isinstance(error, BlockingIOError),
                 ) from None
 
@@ -239,13 +238,13 @@ class FileKeyring:
             return None
         except (OSError, ValueError, TypeError, KeyError):
             raise VaultLocked(
-                f"The keyring file {self.path} cannot be read or was damaged.",
-                hint="Restore it, or move it away and store the keys again.",
+                f"The keyring file {self.path} cannot be read or is damaged.",
+                hint="Restore it from a backup, or move it away and store the keys again.",
                 retryable=False,
             ) from None
         raise VaultLocked(
             f"The keyring file {self.path} was written by a newer version.",
-            hint="Upgrade this program.",
+            hint="Upgrade training-backends.",
             retryable=False,
         )
 
@@ -259,21 +258,21 @@ class FileKeyring:
     def _locked(self) -> NoReturn:
         raise VaultLocked(
             f"The keyring file {self.path} is locked.",
-            hint="Name a file with its password in TRAINING_BACKENDS_CREDENTIALS__PASSWORD_FILE, "
-            "or an open descriptor in TRAINING_BACKENDS_CREDENTIALS__PASSWORD_FD; on a terminal it "
-            "is asked for.",
+            hint="Set TRAINING_BACKENDS_CREDENTIALS__PASSWORD_FILE to a file with its password, or "
+            "TRAINING_BACKENDS_CREDENTIALS__PASSWORD_FD to an open descriptor, or use a terminal "
+            "to be prompted.",
             retryable=False,
         )
 
     def _fitting_key(self, sealed: _Sealed | None) -> _Key | None:
-        """Return the key that is known, if it belongs to this file."""
+        """Return the cached key if it belongs to this file."""
         is_other = sealed is not None and self._key is not None and sealed.salt != self._key.salt
         return None if is_other else self._key
 
     def _open_with(self, password: SecretStr, sealed: _Sealed | None) -> _Key:
         secret = password.get_secret_value().encode()
         if not secret.strip():
-            raise VaultLocked("The keyring's password is empty.", retryable=False)
+            raise VaultLocked("The keyring password is empty.", retryable=False)
         salt = os.urandom(_SALT_BYTES) if sealed is None else sealed.salt
         key = _Key(salt, _derive(secret, salt))
         if sealed is not None:
@@ -289,8 +288,8 @@ class FileKeyring:
             plain = AESGCM(key.value).decrypt(sealed.nonce, sealed.data, _header(sealed.salt))
         except InvalidTag:
             raise VaultLocked(
-                f"The password does not open the keyring file {self.path}.",
-                hint="If it is the right one, the file was changed or damaged: restore it, or "
+                f"Wrong password for the keyring file {self.path}.",
+                hint="If the password is right, the file is damaged: restore it from a backup, or "
                 "move it away and store the keys again.",
                 retryable=False,
             ) from None
@@ -299,12 +298,11 @@ class FileKeyring:
 
 
 def _derive(secret: bytes, salt: bytes) -> bytes:
-    """Make a key of a password, by the second recommended option of RFC 9106.
+    """Derive a key from a password with the second recommended option of RFC 9106.
 
-    The parameters belong to the version. Were they in the file, whoever can write to it could
-    choose weak ones.
+    The parameters are fixed per version. In the file, an attacker could weaken them.
     """
-    from cryptography.hazmat.primitives.kdf.argon2 import Argon2id  # noqa: PLC0415  # not light, and rarely needed
+    from cryptography.hazmat.primitives.kdf.argon2 import Argon2id  # noqa: PLC0415  # heavy and rarely needed
 
     kdf = Argon2id(salt=salt, length=_KEY_BYTES, iterations=3, lanes=4, memory_cost=64 * 1024)
     return kdf.derive(secret)
@@ -321,7 +319,7 @@ def _seal(secrets: Secrets, key: _Key) -> bytes:
 
 
 def _header(salt: bytes) -> bytes:
-    """Return what is sealed along with the content, though it stands in the open."""
+    """Return the authenticated, unencrypted header."""
     return b"training-backends keyring %d " % _VERSION + salt
 
 

@@ -1,6 +1,6 @@
-"""Names of the secrets in the keyring, because a keyring cannot list what it holds.
+"""Index of the secrets in the keyring, because keyrings cannot list their entries.
 
-The file has names and times only, never a value.
+The file contains names and times only, never a secret.
 """
 
 import json
@@ -18,11 +18,11 @@ from training_backends.core.run import UtcDatetime
 __all__ = ["CredentialIndex", "IndexEntry"]
 
 _PATIENCE: Final = 10.0
-"""Seconds to wait for other processes that change the index, which takes milliseconds."""
+"""Seconds to wait for the lock; a change takes milliseconds."""
 
 
 class IndexEntry(BaseModel):
-    """One secret that was put into the keyring."""
+    """One secret stored in the keyring."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,16 +37,16 @@ class _Content(BaseModel):
 
 
 class CredentialIndex:
-    """The index file; safe to change from several processes at once."""
+    """The index file; safe across processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> tuple[IndexEntry, ...]:
-        """Return all entries, by name; none where there is no file yet.
+        """Return all entries sorted by name; empty if the file does not exist.
 
         Raises:
-            StoreError: The file is there and cannot be read.
+            StoreError: The file cannot be read.
         """
         try:
             content = _Content.model_validate_json(self.path.read_bytes())
@@ -54,19 +54,19 @@ class CredentialIndex:
             return ()
         except (OSError, ValidationError) as error:
             raise StoreError(
-                f"{self.path} cannot be read.",
-                hint="Move it away; `training-backends credentials set` makes a new one. "
-                "The secrets themselves lie in the keyring.",
+                f"Cannot read {self.path}.",
+                hint="Move it away; `training-backends credentials set` creates a new one. "
+                "The secrets themselves are stored in the keyring.",
             ) from error
         return tuple(sorted(content.credentials, key=lambda one: (one.provider, one.profile)))
 
     def add(self, provider: str, profile: str, at: datetime) -> None:
-        """Remember that this secret was stored now."""
+        """Record that a secret was stored."""
         entry = IndexEntry(provider=provider, profile=profile, stored_at=at)
         self._change(lambda others: (*others, entry), provider, profile)
 
     def remove(self, provider: str, profile: str) -> None:
-        """Forget this secret; safe to repeat."""
+        """Remove a secret's entry; safe to repeat."""
         if self.path.exists():
             self._change(lambda others: others, provider, profile)
 
@@ -85,8 +85,8 @@ class CredentialIndex:
                 self._write(make(others))
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be written: {error.strerror}.",
-                hint="Is TRAINING_BACKENDS_HOME writable?",
+                f"Cannot write {self.path}: {error.strerror}.",
+                hint="Check free space and write permission of TRAINING_BACKENDS_HOME.",
             ) from error
 
     def _write(self, entries: tuple[IndexEntry, ...]) -> None:

@@ -1,8 +1,7 @@
-"""The keyring, asked so that it can never hold the program up.
+"""Access to the keyring with timeouts, so that it cannot block the program.
 
-`keyring` is imported on the first call. Every call runs in a daemon thread and is waited
-for only so long; while one hangs, no second one is started. No other thread waits for it, so
-that a program which is interrupted ends at once.
+`keyring` is imported on the first call. Every call runs in a daemon thread with a timeout; while
+one hangs, no second one is started. No other thread waits for it, so Ctrl-C exits immediately.
 """
 
 import os
@@ -31,15 +30,15 @@ SERVICE: Final = "training-backends"
 _T = TypeVar("_T")
 _LOCKABLE: Final = (FileKeyring, SecretService)
 _DIALOGUE: Final = 0.9
-"""Share of the time for which a dialogue is waited for, so that its own error comes first."""
+"""Share of the timeout to wait for a dialog, so that its own error is raised first."""
 _OTHERWISE: Final = (
-    "Set the secret in an environment variable, or choose another keyring: PYTHON_KEYRING_BACKEND "
-    "names one, TRAINING_BACKENDS_CREDENTIALS__KEYRING=file is an encrypted file."
+    "Set the secret in an environment variable, or use another keyring: set "
+    "TRAINING_BACKENDS_CREDENTIALS__KEYRING=file for an encrypted file, or PYTHON_KEYRING_BACKEND."
 )
 
 
 class Keeper(Protocol):
-    """What keeps secrets: ours, and every backend of `keyring`."""
+    """Stores secrets: the encrypted file, or any backend of `keyring`."""
 
     def get_password(self, service: str, username: str) -> str | None:
         """Return a secret, or None."""
@@ -55,11 +54,11 @@ class Keeper(Protocol):
 
 
 class Keyring:
-    """Secrets under the service name of this package.
+    """The secrets stored under this package's service name.
 
     Args:
-        timeout: Seconds to wait for one answer of the keyring.
-        backend: The keyring to use instead of the system's.
+        timeout: Seconds to wait for a response of the keyring.
+        backend: Keyring to use instead of the system's.
     """
 
     def __init__(
@@ -72,61 +71,61 @@ class Keyring:
         self._starting = threading.Lock()
 
     async def get(self, username: str) -> SecretStr | None:
-        """Return the secret, or None where there is none or no keyring at all.
+        """Return the secret; None without a secret or a keyring.
 
         Raises:
-            VaultLocked: The keyring is locked, did not answer in time, or broke.
+            VaultLocked: The keyring is locked, timed out or failed.
         """
         return await self._bounded(lambda: self._get(username))
 
     async def set(self, username: str, secret: SecretStr) -> None:
-        """Store the secret and make sure that it is there.
+        """Store the secret and verify it by reading it back.
 
         Raises:
-            VaultLocked: The keyring is locked or there is none that keeps what it is given.
+            VaultLocked: The keyring is locked, missing, or did not store the secret.
         """
         await self._bounded(lambda: self._set(username, secret))
 
     async def delete(self, username: str) -> bool:
-        """Delete the secret; False where there was none.
+        """Delete the secret; return False if there was none.
 
         Raises:
-            VaultLocked: The keyring is locked or did not answer in time.
+            VaultLocked: The keyring is locked or timed out.
         """
         return await self._bounded(lambda: self._delete(username))
 
     async def is_unlocked(self) -> bool:
-        """Tell whether it can be used without a password; False where there is none.
+        """Return whether the keyring can be used without a prompt; False without a keyring.
 
-        One that cannot be asked (macOS, KWallet) is taken to be unlocked.
+        A keyring that cannot report its state (macOS, KWallet) counts as unlocked.
 
         Raises:
-            VaultLocked: It did not answer in time.
+            VaultLocked: The keyring timed out.
         """
         return await self._bounded(self._is_unlocked)
 
     async def unlock(self, password: SecretStr | None = None) -> None:
-        """Open it, which may show a dialogue of the desktop.
+        """Unlock the keyring, which may show a dialog of the desktop.
 
         Raises:
-            VaultLocked: It stayed locked, or there is none.
+            VaultLocked: The keyring stayed locked, or there is none.
         """
         await self._bounded(lambda: self._unlock(password))
 
     async def lock(self) -> None:
-        """Close it.
+        """Lock the keyring.
 
         Raises:
-            UnsupportedOperation: It cannot be closed from here.
-            VaultLocked: It did not answer in time, or there is none.
+            UnsupportedOperation: The keyring does not support it.
+            VaultLocked: The keyring timed out, or there is none.
         """
         await self._bounded(self._lock)
 
     async def describe(self) -> str | None:
-        """Return the name of the keyring in use; None where there is none.
+        """Return the name of the keyring; None without a keyring.
 
         Raises:
-            VaultLocked: It did not answer in time.
+            VaultLocked: The keyring timed out.
         """
         keeper = await self._bounded(self._chosen)
         return None if keeper is None else _name(keeper)
@@ -141,7 +140,7 @@ class Keyring:
         keeper.set_password(SERVICE, username, secret.get_secret_value())
         if keeper.get_password(SERVICE, username) != secret.get_secret_value():
             raise VaultLocked(
-                f"The keyring {_name(keeper)} accepted the secret and did not keep it.",
+                f"The keyring {_name(keeper)} accepted the secret but did not store it.",
                 hint=_OTHERWISE,
                 retryable=False,
             )
@@ -162,19 +161,19 @@ class Keyring:
         if isinstance(keeper, _LOCKABLE):
             keeper.unlock(password)
         else:
-            keeper.get_password(SERVICE, "unlock")  # makes it ask, if it has to
+            keeper.get_password(SERVICE, "unlock")  # triggers its prompt if locked
 
     def _lock(self) -> None:
         keeper = self._needed()
         if not isinstance(keeper, _LOCKABLE):
-            raise UnsupportedOperation(f"The keyring {_name(keeper)} cannot be locked from here.")
+            raise UnsupportedOperation(f"The keyring {_name(keeper)} does not support locking.")
         keeper.lock()
 
     def _needed(self) -> Keeper:
         keeper = self._chosen()
         if keeper is None:
             raise VaultLocked(
-                "This machine has no keyring that keeps secrets safely.",
+                "This machine has no keyring that stores secrets securely.",
                 hint=_OTHERWISE,
                 retryable=False,
             )
@@ -204,11 +203,11 @@ class Keyring:
             raise
         except Exception as error:
             problem = _translated(error)
-        # Outside the handler, so that it takes no error along whose text or frames hold the secret.
+        # Raised outside the handler: the original error's text or frames may contain the secret.
         raise problem
 
     async def _start(self, call: Callable[[], _T]) -> "Future[_T]":
-        """Make the call in a thread as soon as no other one is under way."""
+        """Start the call in a thread once no other call is running."""
         answer: Future[_T] = Future()
         while True:
             with self._starting:
@@ -227,50 +226,50 @@ class Keyring:
         problem: BaseException | None = None
         try:
             result = call()
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # passed to the waiting caller
             problem = error
         with self._starting:
             self._running = None
         if problem is None:
-            answer.set_result(result)  # type: ignore[arg-type]  # what the call returned
+            answer.set_result(result)  # type: ignore[arg-type]  # set unless the call failed
         else:
             answer.set_exception(problem)
 
 
 async def _finished(answer: "Future[Any]") -> None:
-    """Wait, in whichever event loop, until a thread has answered."""
+    """Wait for a thread's result in the current event loop."""
     event = anyio.Event()
     token = current_token()
     here = threading.get_ident()
 
-    def tell(_: object) -> None:
-        if threading.get_ident() == here:  # it was there already
+    def notify(_: object) -> None:
+        if threading.get_ident() == here:  # it was already done
             event.set()
             return
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+        with suppress(RuntimeError):  # the loop is closed
             from_thread.run_sync(event.set, token=token)
 
-    answer.add_done_callback(tell)
+    answer.add_done_callback(notify)
     await event.wait()
 
 
 def _system_keyring() -> "KeyringBackend | None":
-    """Return the keyring that the user named, or the best of those that `keyring` brings.
+    """Return the keyring that the user configured, or the best one built into `keyring`.
 
-    Left alone, `keyring` takes whatever is installed: a secret may end up in a plain file,
-    or a password prompt for a file may eat the program's input.
+    By default `keyring` would use any installed plugin: secrets could end up in a plain file, or
+    a password prompt could consume the program's input.
     """
     named = os.environ.get("PYTHON_KEYRING_BACKEND")
     try:
-        import keyring.core  # noqa: PLC0415  # costs 80 ms, and most runs never ask
+        import keyring.core  # noqa: PLC0415  # takes 80 ms and is rarely needed
 
         found = keyring.core.get_keyring()
         chosen = named is not None or keyring.core.load_config() is not None
-    except Exception as error:  # a plugin may raise anything, but has seen no secret yet
+    except Exception as error:  # a plugin may raise anything; it has no secret yet
         what = f"keyring {named}" if named else "keyring library"
         raise VaultLocked(
-            f"The {what} cannot be loaded ({type(error).__name__}: {error}).",
-            hint="Correct PYTHON_KEYRING_BACKEND or keyringrc.cfg, or set the secret in an "
+            f"Cannot load the {what} ({type(error).__name__}: {error}).",
+            hint="Fix PYTHON_KEYRING_BACKEND or keyringrc.cfg, or set the secret in an "
             "environment variable.",
             retryable=False,
         ) from None
@@ -278,7 +277,7 @@ def _system_keyring() -> "KeyringBackend | None":
 
 
 def _best(backend: "KeyringBackend | None") -> "KeyringBackend | None":
-    """Refuse a keyring that keeps nothing or keeps it openly; of a chain take its own best."""
+    """Reject keyrings that store nothing or in plain text; of a chain, take the best."""
     members = getattr(backend, "backends", None)
     if members is not None:
         return _best(next(filter(_is_own, members), None))
@@ -300,7 +299,7 @@ def _name(keeper: Keeper) -> str:
 
 def _no_answer(timeout: float) -> VaultLocked:
     return VaultLocked(
-        f"The keyring did not answer within {timeout:g} seconds; it may wait for a password.",
+        f"The keyring did not respond within {timeout:g} s; it may be waiting for a password.",
         hint="Unlock the keyring, or set the secret in an environment variable.",
     )
 
@@ -315,6 +314,6 @@ def _translated(error: Exception) -> VaultLocked:
     if isinstance(error, OSError) or kind == "SecretServiceNotAvailableException":
         return VaultLocked(
             f"The keyring cannot be reached ({kind}).",
-            hint="It may come back; or set the secret in an environment variable.",
+            hint="Try again later, or set the secret in an environment variable.",
         )
     return VaultLocked(f"The keyring failed ({kind}).", hint=_OTHERWISE, retryable=False)

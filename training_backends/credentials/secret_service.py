@@ -1,7 +1,7 @@
-"""The Secret Service of a Linux desktop, with the lock of the collection that it keeps.
+"""The Secret Service of a Linux desktop, with locking of its collection.
 
-`keyring` waits for an unlock dialogue for as long as it is open, and offers neither a look
-at the lock nor a way to close it. Both are a call of `secretstorage`, which `keyring` brings.
+`keyring` waits for an unlock dialog without a timeout and can neither query nor lock the
+collection. `secretstorage`, a dependency of `keyring`, can.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ __all__ = ["SecretService"]
 
 
 class SecretService:
-    """Secrets in the collection that `keyring` prefers.
+    """Secrets in the preferred collection of `keyring`.
 
     Args:
-        backend: What stores and reads them: `keyring.backends.SecretService.Keyring`.
-        patience: Seconds for which an unlock dialogue may stay open.
+        backend: Stores and reads them: `keyring.backends.SecretService.Keyring`.
+        patience: Seconds to wait for the unlock dialog.
     """
 
     def __init__(self, backend: "KeyringBackend", patience: float) -> None:
@@ -31,21 +31,21 @@ class SecretService:
 
     @property
     def name(self) -> str:
-        """What it is, for people."""
+        """Display name."""
         return "Secret Service"
 
     def is_locked(self) -> bool:
-        """Tell whether a dialogue would come up, without one."""
+        """Return whether access would show a dialog, without showing it."""
         with self._collection() as collection:
             return collection is not None and collection.is_locked()
 
     def unlock(self, password: object = None) -> None:
-        """Let the desktop ask for the password, if it has to.
+        """Show the desktop's password dialog if necessary.
 
         Raises:
-            VaultLocked: The dialogue was closed, or stayed open for too long.
+            VaultLocked: The dialog was dismissed or timed out.
         """
-        del password  # the desktop's own dialogue asks for it
+        del password  # the desktop's dialog asks for it
         with self._collection() as collection:
             if collection is None or not collection.is_locked():
                 return
@@ -53,29 +53,29 @@ class SecretService:
                 collection.unlock(timeout=self._patience)
             except TimeoutError:
                 raise VaultLocked(
-                    "The keyring is locked, and nobody answered its dialogue within "
-                    f"{self._patience:g} seconds.",
+                    "The keyring is locked, and its unlock dialog was not answered within "
+                    f"{self._patience:g} s.",
                     hint="Unlock the keyring, or set the secret in an environment variable.",
                 ) from None
             if collection.is_locked():
                 raise VaultLocked(
-                    "The keyring is locked, and its dialogue was closed or cannot be shown here.",
-                    hint="Unlock the keyring, or set the secret in an environment variable; "
-                    "without a desktop an encrypted file serves as a keyring: "
+                    "The keyring is locked; its unlock dialog was dismissed or cannot be shown.",
+                    hint="Unlock the keyring, or set the secret in an environment variable. "
+                    "Without a desktop, use an encrypted file: "
                     "TRAINING_BACKENDS_CREDENTIALS__KEYRING=file.",
                 )
 
     def lock(self) -> None:
-        """Lock the collection, for all programs."""
+        """Lock the collection for all programs."""
         with self._collection() as collection:
             if collection is not None:
                 collection.lock()
 
     def get_password(self, service: str, username: str) -> str | None:
-        """Return a secret; None where there is none."""
+        """Return a secret, or None."""
         with self._collection() as collection:
             if collection is None:
-                return None  # reading would ask for the password of a new one
+                return None  # reading would prompt for the password of a new collection
         self.unlock()
         return self._backend.get_password(service, username)
 

@@ -1,4 +1,4 @@
-"""The one place that secrets come from: given by hand, the environment, the keyring."""
+"""Look up secrets: explicit values, then environment variables, then the keyring."""
 
 import os
 import re
@@ -31,28 +31,28 @@ __all__ = [
 DEFAULT_PROFILE: Final = "default"
 
 KEYRING_TIMEOUT: Final = 10.0
-"""Seconds to wait for the keyring; enough for a slow one, and for a quick person's password."""
+"""Seconds to wait for the keyring, including typing a password."""
 
 _LONGEST_NAME: Final = 30
-"""Characters; keys are longer."""
+"""Maximum characters of a name; API keys are longer."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "huggingface": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
 }
-"""Variables that are not called <PROVIDER>_API_KEY."""
+"""Environment variables not named <PROVIDER>_API_KEY."""
 _COMMON: Final = ("huggingface", "mistral", "openai", "together", "wandb")
-"""Providers whose variables `list` looks for even if nothing was ever stored for them."""
+"""Providers whose variables `list` checks even without a stored secret."""
 
 Source = Literal["explicit", "environment", "keyring"]
 
 
 class CredentialInfo(NamedTuple):
-    """Where one secret would come from; never the secret.
+    """The source of a secret, without the secret.
 
     Attributes:
-        name: The environment variable, or `provider/profile` in the keyring.
-        stored_at: When it was put into the keyring.
-        hidden_by: The source that comes first, where this one is not reached.
+        name: Environment variable, or `provider/profile` in the keyring.
+        stored_at: When it was stored in the keyring.
+        hidden_by: Source that takes precedence over this one.
     """
 
     provider: str
@@ -67,8 +67,8 @@ class KeyringInfo(NamedTuple):
     """The keyring in use.
 
     Attributes:
-        name: What it is; None where there is none that keeps secrets safely.
-        unlocked: Whether it can be used without a password being asked for.
+        name: Display name; None without a secure keyring.
+        unlocked: Whether it can be used without a password prompt.
     """
 
     name: str | None
@@ -76,7 +76,7 @@ class KeyringInfo(NamedTuple):
 
 
 def environment_names(provider: str, profile: str = DEFAULT_PROFILE) -> tuple[str, ...]:
-    """Return the environment variables that are looked at, the first one set counts."""
+    """Return the environment variables to check; the first one that is set is used."""
     if profile != DEFAULT_PROFILE:
         return (f"{_upper(provider)}_{_upper(profile)}_API_KEY",)
     return (*_VARIABLES.get(provider, ()), f"{_upper(provider)}_API_KEY")
@@ -85,21 +85,22 @@ def environment_names(provider: str, profile: str = DEFAULT_PROFILE) -> tuple[st
 class CredentialVault:
     """Secrets by provider and profile, from the first source that has one.
 
-    The order is: what was given to the constructor, the environment, the keyring.
-    A named profile is never answered with another profile's secret. Nothing is remembered:
-    each `get` asks anew, so that a key that was changed elsewhere is found.
+    The order is: values passed to the constructor, environment variables, the keyring. A profile
+    never falls back to another profile's secret. Nothing is cached: each `get` reads the sources
+    again, so a changed key takes effect.
 
     The keyring is the system's or, if section `credentials` of the settings says so, an
     encrypted file in `home`.
 
     Args:
         explicit: Secrets by `provider` or `provider/profile`.
-        home: Where index and encrypted file lie; None for the home of the settings.
-        environ: Read instead of the process's environment.
-        timeout: Seconds to wait for one answer of the keyring.
-        keyring_backend: Used instead of the keyring of the settings.
-        settings: Used instead of section `credentials`.
-        ask: Called, in the event loop, when nothing else gives the encrypted file's password.
+        home: Directory of the index and the encrypted file; None: home from the settings.
+        environ: Overrides the process environment.
+        timeout: Seconds to wait for a response of the keyring.
+        keyring_backend: Overrides the keyring from the settings.
+        settings: Overrides section `credentials`.
+        ask: Prompts for the encrypted file's password if the settings name no source for it;
+            called in the event loop.
     """
 
     def __init__(
@@ -123,11 +124,11 @@ class CredentialVault:
         )
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
-        """Return the secret of `provider`, or of `provider/profile`; asks the sources anew.
+        """Return the secret of `provider` or `provider/profile`.
 
         Raises:
-            CredentialNotFound: No source has one; the hint says how to give one.
-            VaultLocked: The keyring did not open in time.
+            CredentialNotFound: No source has the secret; the hint says how to set it.
+            VaultLocked: The keyring is locked or timed out.
         """
         provider, profile = check_names(provider, profile)
         given = self._explicit.get(_key(provider, profile))
@@ -141,8 +142,8 @@ class CredentialVault:
         except VaultLocked as error:
             variable = environment_names(provider, profile)[0]
             raise VaultLocked(
-                f"{error.message} It was asked for the key of {_label(provider, profile)}.",
-                hint=" ".join(filter(None, (error.hint, f"The variable for it is {variable}."))),
+                f"{error.message} Needed for the API key of {_label(provider, profile)}.",
+                hint=" ".join(filter(None, (error.hint, f"Alternatively, set {variable}."))),
                 retryable=error.retryable,
             ) from None
         value = "" if secret is None else secret.get_secret_value().strip()
@@ -151,14 +152,14 @@ class CredentialVault:
         return _known(SecretStr(value))
 
     async def set(self, provider: str, secret: str | SecretStr, profile: str | None = None) -> None:
-        """Put a secret into the keyring and read it back; replaces an earlier one.
+        """Store a secret in the keyring, replacing an existing one, and verify it.
 
-        White space around the secret is dropped.
+        Surrounding white space is removed.
 
         Raises:
-            ConfigError: The secret is empty or cannot be a key.
-            VaultLocked: The keyring is locked, or keeps nothing.
-            StoreError: The secret is stored; the index that lists it cannot be written.
+            ConfigError: The secret is empty or not a valid key.
+            VaultLocked: The keyring is locked or did not store the secret.
+            StoreError: The secret is stored, but the index cannot be written.
         """
         provider, profile = check_names(provider, profile)
         value = SecretStr(_cleaned(_plain(secret)))
@@ -171,9 +172,9 @@ class CredentialVault:
         """Delete a secret from the keyring.
 
         Raises:
-            CredentialNotFound: The keyring has none; one from the environment is not ours
-                to delete.
-            VaultLocked: The keyring did not open in time.
+            CredentialNotFound: The keyring has no such secret; environment variables cannot be
+                deleted.
+            VaultLocked: The keyring is locked or timed out.
         """
         provider, profile = check_names(provider, profile)
         ring = await self._choice.opened(to_write=False)
@@ -183,15 +184,14 @@ class CredentialVault:
         if not deleted:
             found = self._from_environment(provider, profile)
             raise CredentialNotFound(
-                f"The keyring holds no key for {_label(provider, profile)}.",
+                f"The keyring has no key for {_label(provider, profile)}.",
                 hint=f"It comes from {found[0]}; unset that variable." if found else None,
             )
 
     async def list(self) -> tuple[CredentialInfo, ...]:
-        """Say which secrets there are and where each comes from, without reading any.
+        """List secrets and their sources, without reading any.
 
-        The keyring is not asked, so that nothing needs to be unlocked: what it holds is
-        known from the index.
+        Uses the index instead of the keyring, so nothing needs to be unlocked.
         """
         stored = await to_thread.run_sync((await self._choice.made()).index.read)
         by_key: dict[str, datetime | None] = dict.fromkeys((*self._explicit, *_COMMON))
@@ -200,61 +200,61 @@ class CredentialVault:
         return tuple(info for key in sorted(by_key) for info in self._infos(key, by_key[key]))
 
     async def sources(self) -> tuple[str, ...]:
-        """Say where a key is looked for, what comes first standing first; asks no keyring."""
+        """Return the sources of keys in order of precedence, without opening the keyring."""
         file = (await self._choice.made()).file
-        keyring = f"the {file.name}" if file else "the system's keyring"
-        return ("what the program was given", "the environment", keyring)
+        keyring = f"the {file.name}" if file else "the system keyring"
+        return ("explicit values", "the environment", keyring)
 
     async def keyring(self) -> KeyringInfo:
-        """Say which keyring is in use and whether it is open; shows no dialogue.
+        """Return which keyring is in use and whether it is unlocked, without a prompt.
 
         Raises:
-            VaultLocked: See `is_unlocked`; or it cannot be loaded.
+            VaultLocked: See `is_unlocked`; or the keyring cannot be loaded.
         """
         name = await (await self._choice.made()).ring.describe()
         return KeyringInfo(name, name is not None and await self.is_unlocked())
 
     async def is_unlocked(self) -> bool:
-        """Tell whether the keyring can be used without asking a person for its password.
+        """Return whether the keyring can be used without a password prompt.
 
-        False where there is no keyring. One that cannot be asked, as on macOS, is taken to
-        be unlocked.
+        False without a keyring. A keyring that cannot report its state, as on macOS, counts as
+        unlocked.
 
         Raises:
-            VaultLocked: It did not answer in time, or the password that the settings name for
-                the encrypted file cannot be had or is wrong.
+            VaultLocked: The keyring timed out, or the configured password of the encrypted file
+                cannot be read or is wrong.
         """
         return await (await self._choice.made()).ring.is_unlocked()
 
     async def unlock(self, password: str | SecretStr | None = None) -> None:
-        """Open the keyring; safe to repeat.
+        """Unlock the keyring; safe to repeat.
 
         Args:
-            password: Of the encrypted file, chosen with this if there is no file yet. Left
-                out, it comes from where the settings say, or is asked for.
+            password: Password of the encrypted file, or of a new one. Default: from the source
+                named in the settings, else a prompt.
 
         Raises:
-            ConfigError: The system's keyring takes no password from a program.
-            VaultLocked: The password is wrong, nobody gave it in time, or there is no keyring.
+            ConfigError: A password was given for the system keyring, which accepts none.
+            VaultLocked: The password is wrong or was not given in time, or there is no keyring.
         """
         given = None if password is None else SecretStr(_plain(password))
         choice = await self._choice.made()
         if given is not None and choice.file is None:
             raise ConfigError(
-                "The system's keyring takes no password from a program; it asks for it itself."
+                "The system keyring accepts no password from a program; it prompts for it itself."
             )
         if given is None:
             given = self._choice.typed_password(choice, to_write=True)
         await choice.ring.unlock(given)
 
     async def lock(self) -> None:
-        """Close the keyring; only `unlock` opens it again.
+        """Lock the keyring until `unlock` is called.
 
-        The encrypted file is closed for this vault, the desktop's keyring for all programs.
+        The encrypted file is locked for this vault, a desktop keyring for all programs.
 
         Raises:
-            UnsupportedOperation: This keyring cannot be closed from here.
-            VaultLocked: It did not answer in time, or there is none.
+            UnsupportedOperation: The keyring does not support it.
+            VaultLocked: The keyring timed out, or there is none.
         """
         await (await self._choice.made()).ring.lock()
 
@@ -287,36 +287,36 @@ def _plain(value: str | SecretStr) -> str:
 def _cleaned(value: str) -> str:
     text = value.strip()
     if not text:
-        raise ConfigError("The key is empty.", hint="Give the key itself on standard input.")
+        raise ConfigError("The key is empty.", hint="Pass the key on standard input.")
     if not text.isascii() or not text.isprintable() or " " in text:
-        # Never say which character: what was pasted may hold half of a real key.
+        # Do not quote the text: it may contain part of a real key.
         raise ConfigError(
-            "This cannot be a key: it holds a space, a line break or a special character.",
-            hint="Copy the key again, alone.",
+            "Invalid key: it contains a space, a line break or a special character.",
+            hint="Copy the key again, without other text.",
         )
     return text
 
 
 def check_names(provider: str, profile: str | None = None) -> tuple[str, str]:
-    """Return provider and profile as they are stored; `provider/profile` names both.
+    """Return provider and profile as they are stored; `provider/profile` gives both.
 
     Raises:
-        ConfigError: A name has other characters than it may, or is long enough to be a key.
+        ConfigError: A name has unsupported characters, or is long enough to be a key.
     """
-    if profile is None and "/" in provider:  # a configuration names both in one word
+    if profile is None and "/" in provider:  # as in configurations
         provider, _, profile = provider.partition("/")
     names = (provider.lower(), (DEFAULT_PROFILE if profile is None else profile).lower())
     for name in names:
         if len(name) > _LONGEST_NAME:
-            # Not repeated: it may be one.
+            # Do not quote it: it may be a key.
             raise ConfigError(
-                "A name that long is no provider or profile. Was the key given in its place?",
-                hint="A key is given on standard input; one that was typed here is best replaced.",
+                "The provider or profile name is too long; it looks like an API key.",
+                hint="Pass the key on standard input, and rotate a key that was typed here.",
             )
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{name!r} cannot name a provider or profile.",
-                hint="Use letters, digits, - and _; for example `mistral` or `mistral/work`.",
+                f"Invalid provider or profile name {name!r}.",
+                hint="Use letters, digits, - and _, for example `mistral` or `mistral/work`.",
             )
     return names
 
@@ -341,15 +341,14 @@ def _not_found(provider: str, profile: str) -> CredentialNotFound:
     variable = environment_names(provider, profile)[0]
     option = "" if profile == DEFAULT_PROFILE else f" --profile {profile}"
     return CredentialNotFound(
-        f"There is no key for {_label(provider, profile)}, neither in the environment nor in "
-        "the keyring.",
-        hint=f"Set {variable}, or store it with `training-backends credentials set "
-        f"{provider}{option}`. Without a key: `--backend local` trains on this machine, and "
-        "`training-backends serve` answers the same protocol here.",
+        f"No API key for {_label(provider, profile)} found in the environment or the keyring.",
+        hint=f"Set {variable}, or store the key with `training-backends credentials set "
+        f"{provider}{option}`. Without a key, use `--backend local` to train on this machine, or "
+        "`training-backends serve` for your own server of the same protocol.",
     )
 
 
 def _known(secret: SecretStr) -> SecretStr:
-    """Have a secret taken out of every log line from now on, and return it."""
+    """Register a secret for redaction in logs, and return it."""
     register_secret(secret)
     return secret

@@ -26,25 +26,25 @@ __all__ = ["create_app"]
 log = get_logger()
 
 _HEALTH_SECONDS = 1.0
-"""For how long one look at the databases counts."""
+"""How long a health result is cached."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """Return the application that serves an open gateway."""
+    """Return the ASGI application for an open gateway."""
     app = FastAPI(
         title="training-backends gateway",
         summary="The Mistral files, fine-tuning and models API in front of any backend.",
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        # A redirect would lead to wherever the request's Host header says.
+        # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
         exception_handlers={
-            Refusal: _refused,
+            Refusal: _rejected,
             HTTPException: _http_error,
             RequestValidationError: _invalid,
-            TrainingBackendError: _trouble,
+            TrainingBackendError: _backend_failed,
         },
     )
     app.state.gateway = gateway
@@ -55,14 +55,14 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})
     async def get_health() -> JSONResponse:
-        """Return whether the gateway and its databases work, and what jobs may report to."""
+        """Return the health of the gateway and its databases, and the supported integrations."""
         return await health.answer()
 
     return app
 
 
 class _Health:
-    """Answers from one look at the databases for a while, since anyone may ask at any rate."""
+    """Caches the health check: the endpoint needs no key and may be called at any rate."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -71,10 +71,10 @@ class _Health:
         self._ok = True
 
     async def answer(self) -> JSONResponse:
-        """Return the state of the gateway; of what is wrong only which part it is."""
+        """Return the gateway's health, without details of a failure."""
         async with self._lock:
             if anyio.current_time() >= self._until:
-                self._ok = await self._look()
+                self._ok = await self._probe()
                 self._until = anyio.current_time() + _HEALTH_SECONDS
         gateway = self._gateway
         body = {
@@ -87,10 +87,10 @@ class _Health:
         }
         if self._ok:
             return JSONResponse(body)
-        body |= {"status": "unavailable", "reason": "A database of the gateway cannot be used."}
+        body |= {"status": "unavailable", "reason": "A database of the gateway is unavailable."}
         return JSONResponse(body, 503)
 
-    async def _look(self) -> bool:
+    async def _probe(self) -> bool:
         try:
             await self._gateway.check()
         except Exception as error:
@@ -101,7 +101,7 @@ class _Health:
         return True
 
 
-async def _refused(_: Request, refusal: Exception) -> JSONResponse:
+async def _rejected(_: Request, refusal: Exception) -> JSONResponse:
     assert isinstance(refusal, Refusal)  # noqa: S101  # registered for it only
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
@@ -117,7 +117,7 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 def _items(errors: Sequence[Any]) -> list[ErrorItem]:
-    """Keep what a client needs; never its input, which may hold a key."""
+    """Drop the client's input, which may contain an API key."""
     items: list[ErrorItem] = []
     for error in errors:
         item: ErrorItem = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
@@ -127,8 +127,8 @@ def _items(errors: Sequence[Any]) -> list[ErrorItem]:
     return items
 
 
-async def _trouble(request: Request, error: Exception) -> JSONResponse:
-    """Answer for what is wrong on this side, without telling where things lie here."""
+async def _backend_failed(request: Request, error: Exception) -> JSONResponse:
+    """Answer with a 5xx that reveals no local paths."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
     log.error("request failed", path=request.scope["path"], reason=error.message)
     status, body, headers = failure_answer(error, request.state.request_id)

@@ -1,4 +1,4 @@
-"""What holds for every request: an id, a key, a bounded body, an answer in JSON."""
+"""Middleware for every request: request id, authentication, body limits and JSON errors."""
 
 import json
 import time
@@ -25,26 +25,26 @@ log = get_logger()
 
 _NEEDS_NO_KEY = "/health"
 _LINKS = "/files/"
-"""Signed: each names its file and how long it works."""
+"""Signed URLs, which authenticate themselves."""
 _UPLOADS = "/v1/files"
 _LONGEST_PATH = 300
-"""Characters of a path that are logged."""
-_ENDING = "The gateway is shutting down; send the request again later."
+"""Characters of a path to log."""
+_SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
 _READS = frozenset({"GET", "HEAD"})
 
 
 class Guard:
     """ASGI middleware around the whole application.
 
-    It looks at the key before a byte of the body is read, and puts who presents it into
-    `request.state.caller`. Of an upload it looks at the key once more at the end.
+    Authenticates before reading the body and sets `request.state.caller`. Uploads can take long,
+    so their key is checked again at the end of the body.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
         self._app = app
         self._keys = keys
         self._max_bytes = settings.max_request_bytes
-        self._patience = settings.body_timeout
+        self._timeout = settings.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -56,20 +56,19 @@ class Guard:
         began = time.perf_counter()
         path = scope["path"]
         if len(path) > _LONGEST_PATH:
-            # Redacted before it is cut, or half of a secret could remain.
+            # Redact before truncating, or part of a secret could remain.
             path = redact(path[: 10 * _LONGEST_PATH])[:_LONGEST_PATH]
         with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
             try:
                 await self._serve(scope, receive, answer)
             except anyio.get_cancelled_exc_class():
-                # The server ends, and what it still waited for is cut off. To raise this again
-                # would have uvicorn answer 500 and log a traceback.
-                log.info("request cut off", method=scope["method"], path=path)
+                # Shutdown timed out. Re-raising would make uvicorn answer 500 and log a traceback.
+                log.info("request cancelled by shutdown", method=scope["method"], path=path)
                 if answer.status is not None:
                     raise
-                await answer.json(503, {"detail": _ENDING}, {"connection": "close"})
+                await answer.json(503, {"detail": _SHUTTING_DOWN}, {"connection": "close"})
             except ClientDisconnect:
-                log.info("client left", method=scope["method"], path=path)
+                log.info("client disconnected", method=scope["method"], path=path)
             except Exception as error:
                 log.exception("request failed", method=scope["method"], path=path)
                 if answer.status is not None:
@@ -100,7 +99,7 @@ class Guard:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})
             return
         else:
-            receive = _Bounded(receive, self._max_bytes, self._patience)
+            receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
 
     async def _admit(self, method: str, authorization: bytes) -> Principal:
@@ -112,11 +111,11 @@ class Guard:
 
 
 def _too_large(limit: int) -> str:
-    return f"The request is too large; at most {limit} bytes are accepted."
+    return f"Request body too large; the limit is {limit} bytes."
 
 
 class _Confirmed:
-    """Passes a request's body on, the end of it only if the key still works by then."""
+    """Passes a request's body through and checks the key again before the last chunk."""
 
     def __init__(self, receive: Receive, admit: Callable[[], Awaitable[Principal]]) -> None:
         self._receive = receive
@@ -130,32 +129,32 @@ class _Confirmed:
 
 
 class _Bounded:
-    """Passes a request's body on up to a limit, if it is whole in time.
+    """Passes a request's body through, bounded in size and time.
 
-    It raises what FastAPI lets through where it reads a body.
+    Raises `HTTPException`, which FastAPI does not wrap while it reads a body.
     """
 
     def __init__(self, receive: Receive, limit: int, patience: float) -> None:
         self._receive = receive
         self._limit = limit
-        self._patience = patience
+        self._timeout = patience
         self._deadline: float | None = None
         self._size = 0
-        self._whole = False
+        self._complete = False
 
     async def __call__(self) -> Message:
-        if self._whole:
-            return await self._receive()  # waits for the client to leave, however long
+        if self._complete:
+            return await self._receive()  # waits for the client to disconnect, without a limit
         now = anyio.current_time()
         if self._deadline is None:
-            self._deadline = now + self._patience
+            self._deadline = now + self._timeout
         try:
             with anyio.fail_after(self._deadline - now):
                 message = await self._receive()
         except TimeoutError:
-            sentence = f"The request's body was not here within {self._patience:g} s."
+            sentence = f"Timed out: the request body did not arrive within {self._timeout:g} s."
             raise HTTPException(408, sentence, {"connection": "close"}) from None
-        self._whole = not message.get("more_body", False)
+        self._complete = not message.get("more_body", False)
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise HTTPException(413, _too_large(self._limit))
@@ -163,7 +162,7 @@ class _Bounded:
 
 
 class _Answer:
-    """Sends an answer, with the request's id in a header."""
+    """Sends the response and adds the request id header."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -180,7 +179,7 @@ class _Answer:
     async def json(
         self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a whole answer."""
+        """Send a complete JSON response."""
         content = json.dumps(body).encode()
         fields = {
             "content-type": "application/json",

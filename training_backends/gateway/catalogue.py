@@ -1,18 +1,17 @@
-"""What the gateway offers, and what the backend trains for it.
+"""The model catalogue: names that the gateway offers and the models that the backend trains.
 
-The built-in names are those that the hosted service fine-tuned, mapped to the open
-weights that stood behind each name while it did (the provider's model overview of
-2024-10, ids as published on the Hugging Face hub). Names whose weights were never
-published are not offered, nor is the one that reads images, which nothing here trains. A TOML
-file adds names or replaces them:
+The built-in names are those that the hosted service fine-tuned, mapped to the open weights
+they referred to at the time (the provider's model overview of 2024-10; ids as published on the
+Hugging Face Hub). Names without published weights and the vision model are not offered. A TOML
+file adds or replaces names:
 
     [models.my-model]
-    target = "my-org/my-model"      # what the backend is told to train
-    job_types = ["completion"]      # default; with "classifier" too if it is a text model
+    target = "my-org/my-model"      # the model that the backend trains
+    job_types = ["completion"]      # default; add "classifier" for a text model
     context_length = 32768          # default
     licence = "Apache-2.0"          # shown to clients
-    tuning = "qlora"                # as in a configuration; default is the backend's
-    options.num_processes = 4       # likewise: the backend's own options
+    tuning = "qlora"                # as in a training configuration; default: the backend's
+    options.num_processes = 4       # backend options, as in a training configuration
 """
 
 import re
@@ -33,23 +32,23 @@ __all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
 JobType = Literal["completion", "classifier"]
 
 _ANY: frozenset[JobType] = frozenset({"completion", "classifier"})
-"""What dense text models can be the base of: a classifier is one with other heads."""
+"""Any dense text model; a classifier is the same model with classification heads."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """One model on offer.
+    """One model in the catalogue.
 
     Attributes:
-        name: What clients ask for.
-        target: What the backend is told to train.
-        job_types: Kinds of job that it can be the base of.
-        context_length: Tokens.
-        licence: Short name of the licence of the weights.
-        tuning: Which of the weights are trained; None leaves that to the backend.
-        options: The backend's options for it.
+        name: Model name that clients use.
+        target: Model that the backend trains.
+        job_types: Supported job types.
+        context_length: Context window in tokens.
+        licence: Short name of the license of the weights.
+        tuning: PEFT method or full fine-tuning; None: the backend's default.
+        options: Backend options for this model.
     """
 
     name: str
@@ -67,7 +66,7 @@ BUILT_IN = (
         target="tiny-mistral",
         job_types=_ANY,
         context_length=2048,
-        licence="made on the spot, no weights to license",
+        licence="randomly initialized, no weights to license",
     ),
     Offer(
         name="open-mistral-7b",
@@ -123,10 +122,10 @@ class _Entry(BaseModel):
 
 
 class Catalogue:
-    """All models on offer, by name.
+    """All offered models by name.
 
     Args:
-        path: The file that has added to them.
+        path: Catalogue file, used in error messages.
     """
 
     def __init__(self, offers: Mapping[str, Offer], path: Path | None = None) -> None:
@@ -135,11 +134,11 @@ class Catalogue:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Self:
-        """Return the built-in models and those of a TOML file.
+        """Load the built-in models and those of a TOML file.
 
         Raises:
-            ConfigError: The file cannot be read, or an entry does not fit; the issues name
-                file and key.
+            ConfigError: The file cannot be read or an entry is invalid; the issues give file
+                and key.
         """
         offers = {offer.name: offer for offer in BUILT_IN}
         if path is not None:
@@ -147,13 +146,13 @@ class Catalogue:
         return cls(offers, path)
 
     def check_options(self, model: type[BaseModel]) -> None:
-        """Check the options of all offered models.
+        """Validate the options of all models against the backend's options.
 
         Args:
-            model: `options_model` of the backend that trains them.
+            model: `options_model` of the training backend.
 
         Raises:
-            ConfigError: Some do not fit; the issues name file and key.
+            ConfigError: Some options are invalid; the issues give file and key.
         """
         issues = [
             replace(issue, path=str(self._path), field=f"models.{offer.name}.{issue.field}")
@@ -165,15 +164,15 @@ class Catalogue:
             raise _error(self._path, issues)
 
     def get(self, name: str) -> Offer | None:
-        """Return what stands behind a name, or None."""
+        """Return the model with this name, or None."""
         return self._offers.get(name)
 
     def names(self, job_type: str) -> list[str]:
-        """Return what can be the base of this kind of job."""
+        """Return the names of the models that support a job type."""
         return [offer.name for offer in self.all() if job_type in offer.job_types]
 
     def all(self) -> list[Offer]:
-        """Return every offer, built-in ones first."""
+        """Return all models, built-in ones first."""
         return list(self._offers.values())
 
 
@@ -185,9 +184,9 @@ def _read(path: Path) -> dict[str, Offer]:
     except ValueError as error:
         raise _error(path, [_issue(path, None, f"is not TOML: {error}")]) from error
     tables = document.pop("models", {})
-    issues = [_issue(path, key, "unknown; expected [models.<name>] tables") for key in document]
+    issues = [_issue(path, key, "unknown key; expected [models.<name>] tables") for key in document]
     if not isinstance(tables, dict):
-        raise _error(path, [_issue(path, "models", "expected tables [models.<name>]")])
+        raise _error(path, [_issue(path, "models", "expected [models.<name>] tables")])
     offers: dict[str, Offer] = {}
     for name, table in tables.items():
         found = _offer(path, name, table)
@@ -202,7 +201,7 @@ def _read(path: Path) -> dict[str, Offer]:
 
 def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
     if not _NAME.fullmatch(name):
-        wanted = "a name has up to 100 letters, digits, dots, dashes and underscores"
+        wanted = "use at most 100 letters, digits, dots, dashes and underscores"
         return [_issue(path, f"models.{name}", wanted)]
     try:
         entry = _Entry.model_validate(table)
@@ -232,7 +231,7 @@ def _issue(path: Path, key: str | None, message: str) -> Issue:
 
 def _error(path: Path, issues: list[Issue]) -> ConfigError:
     return ConfigError(
-        f"The model catalogue {path} cannot be used.",
+        f"Invalid model catalogue {path}.",
         issues=issues,
-        hint="Correct the file, or unset TRAINING_BACKENDS_GATEWAY__CATALOGUE.",
+        hint="Fix the file, or unset TRAINING_BACKENDS_GATEWAY__CATALOGUE.",
     )

@@ -1,4 +1,4 @@
-"""What is let go of when a job is over."""
+"""Clean-up after a job finishes: its files and its stored keys."""
 
 from typing import Protocol
 
@@ -17,19 +17,19 @@ log = get_logger()
 
 
 class SecretKeeper(Protocol):
-    """Keeps the key of a job's integration until the job is over."""
+    """Stores the API key of a job's integration until the job finishes."""
 
     async def set(self, provider: str, secret: str | SecretStr, profile: str | None = None) -> None:
-        """Keep a secret."""
+        """Store a secret."""
         ...
 
     async def delete(self, provider: str, profile: str | None = None) -> None:
-        """Forget it."""
+        """Delete a secret."""
         ...
 
 
 class JobEnding:
-    """Cleans up behind a job; safe to repeat."""
+    """Cleans up after a finished job; safe to repeat."""
 
     def __init__(self, store: GatewayStore, files: FileService, secrets: SecretKeeper) -> None:
         self._store = store
@@ -37,15 +37,15 @@ class JobEnding:
         self._secrets = secrets
 
     async def __call__(self, job_id: str) -> None:
-        """Remove the files that only this job still needed, and its own keys."""
+        """Delete the files that only this job needed, and its stored keys."""
         job = await self._store.aread(lambda connection: load_job(connection, job_id))
         await self._files.collect(job.blobs)
         for integration in job.integrations:
             await self.forget(integration["type"], job_id)
 
     async def forget(self, provider: str, job_id: str) -> None:
-        """Delete a job's key; what cannot be deleted is logged, never the job's failure."""
+        """Delete a job's key; a failure is logged and does not fail the job."""
         try:
             await self._secrets.delete(provider, secret_profile(job_id))
         except TrainingBackendError as error:
-            log.warning("key of an ended job not deleted", job_id=job_id, reason=error.message)
+            log.warning("key of a finished job not deleted", job_id=job_id, reason=error.message)

@@ -1,4 +1,4 @@
-"""Answers that refuse a request, with the service's own bodies, and which errors pass."""
+"""Error responses in the service's format, and the classification of temporary errors."""
 
 import errno
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ __all__ = [
 
 _MOST_ERRORS: Final = 20
 _LONGEST: Final = 500
-"""Characters of a value that an answer repeats."""
+"""Characters of a client's value that a response may repeat."""
 _RETRY_AFTER: Final = "5"
 """Seconds."""
 _SHORTAGES: Final = frozenset(
@@ -47,7 +47,7 @@ _SHORTAGES: Final = frozenset(
         errno.ESTALE,
     }
 )
-"""What the system says when it is short of something or its disk is in trouble."""
+"""Errors of a system short of resources, or of a failing disk."""
 
 
 class Refusal(Exception):
@@ -69,17 +69,17 @@ class Refusal(Exception):
 
 
 def plain(status: int, sentence: str, **more: Any) -> Refusal:
-    """Refuse in one sentence, as the service does for what is no field's fault."""
+    """Return an error with one sentence as its `detail`, for errors not tied to a field."""
     return Refusal(status, {"detail": sentence, **more})
 
 
 def not_found(what: str) -> Refusal:
-    """Say in the service's words that there is no such thing."""
+    """Return the service's 404."""
     return plain(404, f"No {what} matches the given query.")
 
 
 def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
-    """Refuse every field of one part of the request that does not fit its model."""
+    """Return a 422 for the fields of one part of the request that fail its model."""
     items: list[ErrorItem] = [
         {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
         for detail in error.errors(include_url=False, include_input=False)
@@ -88,16 +88,16 @@ def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
 
 
 def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:
-    """Return the body of a 422 that names the first fields, and how many more there are."""
-    shown: list[ErrorItem] = [_cut(item) for item in items[:_MOST_ERRORS]]
+    """Return the body of a 422 with the first errors and the number of the rest."""
+    shown: list[ErrorItem] = [_truncated(item) for item in items[:_MOST_ERRORS]]
     if more := len(items) - len(shown):
         message = f"{more} more errors are not shown."
         shown.append({"type": "too_many_errors", "loc": ["body"], "msg": message})
     return validation_body(shown)
 
 
-def _cut(item: ErrorItem) -> ErrorItem:
-    """Cut off what a client sent at great length, such as the name of an unknown field."""
+def _truncated(item: ErrorItem) -> ErrorItem:
+    """Truncate long input that an error repeats, such as the name of an unknown field."""
     cut: ErrorItem = {
         "type": item["type"],
         "loc": [part[:_LONGEST] if isinstance(part, str) else part for part in item["loc"]],
@@ -109,7 +109,7 @@ def _cut(item: ErrorItem) -> ErrorItem:
 
 
 def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> Refusal:
-    """Refuse one field of the request by its place."""
+    """Return a 422 for one field of the request."""
     item: ErrorItem = {"type": kind, "loc": list(loc), "msg": message}
     return Refusal(422, field_errors([item]))
 
@@ -117,23 +117,24 @@ def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -
 def failure_answer(
     error: BaseException, request_id: str
 ) -> tuple[int, dict[str, str], dict[str, str]]:
-    """Return status, body and headers for what went wrong on this side; no details of it."""
+    """Return status, body and headers for a failure of the gateway, without details."""
     body = {"message": "Internal server error", "request_id": request_id}
     if not is_temporary(error):
         return 500, body, {}
-    body["message"] = "The gateway cannot do this now."
+    body["message"] = "The gateway is temporarily unavailable."
     return 503, body, {"retry-after": _RETRY_AFTER}
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Tell whether an error is the system's, a store's or a network's, and so worth a retry.
+    """Return whether an error of the system, a store or the network is worth a retry.
 
-    Any member of a group counts, and so does what is caused by a shortage of the system.
+    True if any member of an exception group is temporary, or if the cause is a shortage of
+    system resources.
     """
     if isinstance(error, BaseExceptionGroup):
         return any(map(is_temporary, error.exceptions))
     if isinstance(error, ConfigError | DatasetError):
-        # The gateway stored the file itself, so it is the disk's fault, or too many are open.
+        # The gateway stored the file itself: the disk fails, or too many files are open.
         temporary = any(issue.code == "unreadable_file" for issue in error.issues)
     elif isinstance(error, TrainingBackendError):
         temporary = error.retryable or isinstance(error, StoreError)
@@ -147,7 +148,7 @@ def _is_shortage(error: BaseException) -> bool:
         found = error.errno in _SHORTAGES
     else:
         found = isinstance(error, MemoryError) or (
-            # CPython has no class of its own for it.
+            # CPython has no dedicated exception for this.
             isinstance(error, RuntimeError) and "can't start new thread" in str(error)
         )
     return found or (error.__cause__ is not None and _is_shortage(error.__cause__))

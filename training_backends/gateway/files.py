@@ -1,4 +1,4 @@
-"""The files that clients uploaded."""
+"""Uploaded files."""
 
 import errno
 import re
@@ -42,7 +42,7 @@ __all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
 log = get_logger()
 
 _SWEEP_EVERY = 3600.0
-"""Seconds."""
+"""Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -60,7 +60,7 @@ class FileFilters:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file as downloads and jobs use it."""
+    """A file as seen by downloads and jobs."""
 
     id: str
     filename: str
@@ -70,18 +70,18 @@ class StoredFile:
 
 
 class FileService:
-    """Receives, lists, hands out and deletes files."""
+    """Receives, lists, serves and deletes files."""
 
     def __init__(self, store: GatewayStore, blobs: BlobStore, *, limit: int, pace: Pace) -> None:
         self._store = store
         self._blobs = blobs
         self._limit = limit
         self._pace = pace
-        # A blob is kept or removed together with the row that refers to it.
+        # A blob and the row that refers to it change together.
         self._lock = anyio.Lock()
 
     async def open(self) -> None:
-        """Create the directories and remove what a crash left in them."""
+        """Create the directories and clean up after a crash."""
         known = await self._store.aread(_known)
         await to_thread.run_sync(self._blobs.prepare)
         await to_thread.run_sync(self._blobs.collect, known)
@@ -94,10 +94,10 @@ class FileService:
         content_length: int | None,
         caller: Principal,
     ) -> UploadFileOut:
-        """Receive a file; the same name and content again is the same file.
+        """Receive a file; uploading the same name and content again returns the same file.
 
         Raises:
-            Refusal: It is too large, too slow, no training file, or does not fit on the disk.
+            Refusal: The file is too large, too slow, invalid, or does not fit on the disk.
         """
         if content_length is not None:
             if content_length > self._limit + FORM_OVERHEAD:
@@ -117,7 +117,7 @@ class FileService:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            log.error("disk full during an upload", reason=str(error))  # noqa: TRY400
+            log.error("disk full during upload", reason=str(error))  # noqa: TRY400
             raise _disk_full() from error
 
     async def list(
@@ -148,27 +148,27 @@ class FileService:
         return await self._store.aread(work)
 
     async def retrieve(self, file_id: str, caller: Principal) -> RetrieveFileOut:
-        """Return what is known of a file."""
+        """Return a file's metadata."""
         return RetrieveFileOut(**_wire(await self._row(file_id, caller)))
 
     async def stored(self, file_id: str, caller: Principal) -> StoredFile:
-        """Return where a file lies."""
+        """Return a file with its path."""
         return self._stored(await self._row(file_id, caller))
 
     async def linked(self, file_id: str) -> StoredFile:
-        """Return the file of a signed URL, which is valid in every project."""
+        """Return the file of a signed URL, whatever its project."""
         return await self.stored(file_id, Principal("link", admin=True))
 
     def find(
         self, connection: sa.Connection, file_ids: Sequence[str], project: str
     ) -> dict[str, StoredFile]:
-        """Return those of these files that the project has, by id."""
+        """Return the files that exist in the project, by id."""
         mine = files.c.id.in_(file_ids), files.c.project == project
         query = sa.select(files).where(*mine, *_present())
         return {row.id: self._stored(row) for row in connection.execute(query)}
 
     async def delete(self, file_id: str, caller: Principal) -> DeleteFileOut:
-        """Delete a file; its bytes go once no other file or unfinished job needs them."""
+        """Delete a file; its content is kept while another file or an unfinished job needs it."""
         row = await self._row(file_id, caller)
         gone = files.update().where(files.c.id == file_id).values(deleted_at=time.time())
         async with self._lock:
@@ -177,16 +177,16 @@ class FileService:
         return DeleteFileOut(id=file_id)
 
     async def sweep(self) -> None:
-        """Delete, now and then, the files that have expired; never ends."""
+        """Delete expired files periodically; runs until cancelled."""
         while True:
             await anyio.sleep(_SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
-            except Exception:  # the gateway must not end for it
+            except Exception:  # must not stop the gateway
                 log.exception("expired files not removed")
 
     async def collect(self, digests: Sequence[str]) -> None:
-        """Remove those of these blobs that nothing refers to any more."""
+        """Remove those of the given blobs that nothing refers to."""
         async with self._lock:
             needed = await self._store.aread(_needed)
             for digest in set(digests) - needed:
@@ -197,7 +197,7 @@ class FileService:
         return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
 
     async def names(self, job: Any) -> dict[str, str]:
-        """Return what a job's own files are called, deleted ones too, by the path of their bytes.
+        """Return the names of a job's files, including deleted ones, by path.
 
         Other files of the same content have the same path, and are not this job's business.
         """
@@ -236,7 +236,7 @@ class FileService:
 
 
 def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
-    """Return the files' names by path; files of the same content share one."""
+    """Return the names of files by path; files with the same content share a path."""
     names: dict[str, dict[str, None]] = {}
     for file in found:
         names.setdefault(str(file.path), {})[file.filename] = None
@@ -244,7 +244,7 @@ def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
 
 
 def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, Any]:
-    """Check a form's fields and make the file's row of them."""
+    """Validate a form's fields and return the file's row."""
     if form.filename is None:
         raise invalid(["body", "file"], "Field required", "missing")
     if incoming.size == 0:
@@ -256,8 +256,8 @@ def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, A
     if visibility == "user":
         raise invalid(
             ["body", "visibility"],
-            "This gateway has no private files: every key of a project sees the project's files. "
-            "Leave visibility out, or use a key of a project of your own.",
+            "Private files are not supported: every key of a project can see the project's files. "
+            "Omit visibility, or use a key of a separate project.",
         )
     now = time.time()
     return {
@@ -293,11 +293,11 @@ def _expires(hours: str | None, now: float) -> float | None:
 
 
 def _clean(filename: str) -> str:
-    """Keep the last part of a name, so that a client's folders never matter here."""
+    """Return the last part of a name, without the client's directories."""
     name = re.split(r"[\\/]", filename)[-1].strip()
     name = "".join(char for char in name if char.isprintable())[:255]
     if name in {"", ".", ".."}:
-        raise invalid(["body", "file"], "The file needs a name.")
+        raise invalid(["body", "file"], "The file name is empty.")
     return name
 
 
@@ -308,17 +308,17 @@ def _mimetype(purpose: str, content_type: str | None) -> str:
 
 
 def _disk_full() -> Refusal:
-    return plain(507, "There is not enough space left on the gateway's disk for this file.")
+    return plain(507, "Not enough disk space on the gateway for this file.")
 
 
 def _present() -> list[sa.ColumnElement[bool]]:
-    """Files that are neither deleted nor expired."""
+    """Return the condition for files that are neither deleted nor expired."""
     alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
     return [files.c.deleted_at.is_(None), alive]
 
 
 def _delete_expired(connection: sa.Connection) -> Sequence[str]:
-    """Mark files whose time is over as deleted, and return their digests."""
+    """Mark expired files as deleted and return their digests."""
     over = files.c.deleted_at.is_(None), files.c.expires_at <= time.time()
     digests = connection.execute(sa.select(files.c.sha256).where(*over)).scalars().all()
     connection.execute(files.update().where(*over).values(deleted_at=files.c.expires_at))
@@ -326,7 +326,7 @@ def _delete_expired(connection: sa.Connection) -> Sequence[str]:
 
 
 def _needed(connection: sa.Connection) -> set[str]:
-    """Digests that a present file or a job not yet over refers to."""
+    """Return the digests that an existing file or an unfinished job refers to."""
     found = set(connection.execute(sa.select(files.c.sha256).where(*_present())).scalars())
     for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
         found.update(blobs[0])
@@ -334,7 +334,7 @@ def _needed(connection: sa.Connection) -> set[str]:
 
 
 def _known(connection: sa.Connection) -> dict[str, float | None]:
-    """Return what `BlobStore.collect` takes."""
+    """Return the `known` argument of `BlobStore.collect`."""
     deleted = sa.func.max(sa.func.coalesce(files.c.deleted_at, files.c.expires_at))
     query = sa.select(files.c.sha256, deleted).group_by(files.c.sha256)
     needed = _needed(connection)

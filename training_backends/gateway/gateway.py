@@ -1,4 +1,4 @@
-"""The gateway's life: what it is made of, opened and closed in one block."""
+"""Open and close a gateway and its services."""
 
 import fcntl
 import hashlib
@@ -38,13 +38,13 @@ _SECRET_BYTES = 32
 
 
 def load_secret(path: Path) -> bytes:
-    """Return this gateway's own secret, made on first use and readable by its owner only."""
+    """Return the gateway's signing secret, created on first use with mode 0600."""
     try:
         known = path.read_bytes()
     except FileNotFoundError:
         known = b""
     if len(known) >= _SECRET_BYTES:
-        return known  # an emptied file would let anybody sign
+        return known  # a truncated secret could be guessed
     make_private_directory(path.parent)
     secret = secrets.token_bytes(_SECRET_BYTES)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -58,18 +58,18 @@ def load_secret(path: Path) -> bytes:
 
 
 class LinkSigner:
-    """Signs and checks links."""
+    """Signs and verifies download URLs."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     def path(self, file_id: str, hours: int) -> str:
-        """Return the path and query of a link that works for `hours`."""
+        """Return the path and query of a URL that is valid for `hours`."""
         expires = int(time.time()) + hours * 3600
         return f"/files/{file_id}?expires={expires}&signature={self._sign(file_id, expires)}"
 
     def allows(self, file_id: str, expires: int, signature: str) -> bool:
-        """Tell whether a link is ours and still valid."""
+        """Return whether the signature is genuine and not expired."""
         genuine = hmac.compare_digest(self._sign(file_id, expires).encode(), signature.encode())
         return genuine and time.time() < expires
 
@@ -80,9 +80,9 @@ class LinkSigner:
 
 @asynccontextmanager
 async def beside() -> AsyncIterator[TaskGroup]:
-    """Run tasks beside a block; an error of the block itself leaves it as it is.
+    """Run tasks alongside a block, raising the block's own error unwrapped.
 
-    A plain task group would wrap it, and whoever expects a `ConfigError` would miss it.
+    A plain task group would wrap it in an exception group, so `except ConfigError` would miss it.
     """
     failure: BaseException | None = None
     try:
@@ -99,17 +99,17 @@ async def beside() -> AsyncIterator[TaskGroup]:
 
 
 _NO_RUN = "none"
-"""No job's id."""
+"""An id that no job has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
-    """An open gateway; everything that HTTP routes need.
+    """An open gateway with everything the HTTP routes need.
 
     Attributes:
-        home: Directory of all its state.
+        home: Directory with all of the gateway's state.
         client: Runs the jobs; a job's id is its run's id.
-        public_url: How clients reach it, without a slash at the end.
+        public_url: URL that clients use, without a trailing slash.
     """
 
     settings: GatewaySettings
@@ -125,10 +125,10 @@ class Gateway:
     links: LinkSigner
 
     async def check(self) -> None:
-        """Read both databases.
+        """Check that both databases can be read.
 
         Raises:
-            StoreError: One of them cannot be used.
+            StoreError: A database cannot be used.
         """
         await self.store.aread(lambda connection: connection.exec_driver_sql("SELECT 1 FROM keys"))
         with suppress(RunNotFound):
@@ -146,32 +146,32 @@ async def open_gateway(
     vault: CredentialVault | None = None,
     blobs: BlobStore | None = None,
 ) -> AsyncIterator[Gateway]:
-    """Open the gateway whose state lies in `<home>/gateway` and go on with its jobs.
+    """Open the gateway with its state in `<home>/gateway` and resume its jobs.
 
     Args:
-        url: Where it listens, for links if the settings have no `public_url`.
-        backend: Name of the backend that trains.
+        url: Listening URL, used in signed URLs unless the settings have a `public_url`.
+        backend: Name of the training backend.
         backends: Backends to use instead of the registered ones.
-        vault: Keeps the keys of jobs' integrations; default the keyring.
-        blobs: Where uploads are kept; default below the gateway's home.
+        vault: Stores the API keys of jobs' integrations; default: the keyring.
+        blobs: Storage for uploads; default: below the gateway's home.
 
     Raises:
         ConfigError: The backend or the catalogue cannot be used.
         BackendNotInstalled: The backend cannot be loaded.
         DuplicateRun: Another gateway is using this home.
-        StoreError: A database is damaged, or cannot be used.
+        StoreError: A database is damaged or cannot be opened.
     """
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
     make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(_hold, root))
+        stack.callback(os.close, await to_thread.run_sync(_lock_home, root))
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
         stack.callback(store.close)
         client = await stack.enter_async_context(await to_thread.run_sync(make_client))
-        await _require_sound(client, root)
+        await _check_run_store(client, root)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
         files = FileService(
@@ -220,18 +220,18 @@ async def open_gateway(
         )
 
 
-async def _require_sound(client: AsyncTrainingClient, root: Path) -> None:
-    """Find out now what would keep every job waiting."""
+async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
+    """Fail at start if the run store is damaged, which would block every job."""
     if problems := await client.check_store():
         raise StoreError(
             f"The gateway's run store in {root} cannot be used: {problems[0]}",
-            hint=f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves what "
-            "can be read of it.",
+            hint=f"Run `TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` to "
+            "recover what is readable.",
         )
 
 
-def _hold(root: Path) -> int:
-    """Take the home for this process; the kernel lets go of it when the process dies."""
+def _lock_home(root: Path) -> int:
+    """Lock the home for this process; the kernel releases the lock when the process exits."""
     make_private_directory(root)
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -240,6 +240,6 @@ def _hold(root: Path) -> int:
         os.close(descriptor)
         raise DuplicateRun(
             f"Another gateway is using {root}.",
-            hint="Stop it first, or set TRAINING_BACKENDS_HOME to another directory.",
+            hint="Stop that gateway, or set TRAINING_BACKENDS_HOME to another directory.",
         ) from None
     return descriptor

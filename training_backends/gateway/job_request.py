@@ -1,4 +1,4 @@
-"""From the request for a job to what the backend is told to train."""
+"""Validate a job request and convert it to a training configuration."""
 
 import hashlib
 import json
@@ -32,12 +32,12 @@ _METHODS = {"completion": "sft", "classifier": "classifier"}
 
 @dataclass(frozen=True, slots=True)
 class CheckedJob:
-    """A request that this gateway can serve.
+    """A request that passed all checks that need no files.
 
     Attributes:
-        hyperparameters: Those that the client set, and no others.
+        hyperparameters: Only those that the client set.
         training_files: Each `{file_id, weight}`.
-        fingerprint: Equal for similar jobs.
+        fingerprint: The same for similar jobs.
     """
 
     request: JobIn
@@ -54,16 +54,16 @@ class CheckedJob:
 def check_job(
     request: JobIn, catalogue: Catalogue, capabilities: Capabilities, *, default_epochs: float
 ) -> CheckedJob:
-    """Check all of a request that can be checked without looking at files.
+    """Check everything in a request that can be checked without its files.
 
     Raises:
-        Refusal: Something in it cannot be served; it is named.
+        Refusal: A field is invalid or not supported.
     """
     job_type = request.job_type or ("classifier" if request.classifier_targets else "completion")
     offer = _offer(request.model, job_type, catalogue, capabilities)
-    _refuse_what_cannot_be_done(request, job_type, capabilities)
+    _check_supported(request, job_type, capabilities)
     if not request.training_files:
-        raise invalid(["body", "training_files"], "Give at least one training file.", "missing")
+        raise invalid(["body", "training_files"], "At least one file is required.", "missing")
     hyperparameters = _hyperparameters(request, default_epochs)
     training_files = [file.model_dump() for file in request.training_files]
     targets = [_target(target) for target in request.classifier_targets or ()]
@@ -71,7 +71,7 @@ def check_job(
     suffix = request.suffix or None
     similar: list[Any] = [request.model, job_type, suffix, hyperparameters, targets]
     similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
-    _require_within_bounds(hyperparameters, training_files, targets)
+    _check_bounds(hyperparameters, training_files, targets)
     return CheckedJob(
         request=request,
         offer=offer,
@@ -88,7 +88,7 @@ def check_job(
 def make_config(
     job: CheckedJob, files: Mapping[str, StoredFile], job_id: str, options: Mapping[str, Any]
 ) -> TrainingConfig:
-    """Say in the backend's words what to train, on the files where they lie."""
+    """Return the training configuration of a job."""
     return TrainingConfig(
         model=job.offer.target,
         method="classifier" if job.job_type == "classifier" else "sft",
@@ -110,12 +110,12 @@ def make_config(
     )
 
 
-def _require_within_bounds(
+def _check_bounds(
     hyperparameters: Mapping[str, Any],
     training_files: Sequence[Mapping[str, Any]],
     targets: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Refuse what the protocol allows and a configuration does not, such as endless steps."""
+    """Reject values that the protocol allows and a configuration does not, such as huge steps."""
     parts: list[tuple[list[str | int], type[BaseModel], Mapping[str, Any]]] = [
         (["body", "hyperparameters"], Hyperparameters, hyperparameters)
     ]
@@ -133,35 +133,35 @@ def _require_within_bounds(
 
 def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabilities) -> Offer:
     if _METHODS[job_type] not in capabilities.methods:
-        raise plain(422, f"This gateway's backend cannot train {job_type} models.")
+        raise plain(422, f"This gateway's backend does not support {job_type} fine-tuning.")
     offer = catalogue.get(model)
     if offer is not None and job_type in offer.job_types:
         return offer
     names = catalogue.names(job_type)
     if not names:
-        # The service's own sentence with an empty list is read as: retired.
+        # Clients take the service's own sentence with an empty list as: API retired.
         raise plain(422, f"This gateway offers no model for {job_type} fine-tuning.")
     raise plain(422, no_model_message(job_type, names))
 
 
-def _refuse_what_cannot_be_done(request: JobIn, job_type: str, capabilities: Capabilities) -> None:
+def _check_supported(request: JobIn, job_type: str, capabilities: Capabilities) -> None:
     if request.repositories:
         raise invalid(
             ["body", "repositories"],
-            "This gateway cannot train on repositories; upload their content as files.",
+            "Repositories are not supported; upload their content as files.",
         )
     for index, integration in enumerate(request.integrations or ()):
         if integration.type not in capabilities.integrations:
-            message = f"This gateway's backend cannot report to {integration.type}."
+            message = f"This gateway's backend does not support {integration.type}."
             raise invalid(["body", "integrations", index], message)
         if index:
-            raise invalid(["body", "integrations", index], "Give one integration.")
+            raise invalid(["body", "integrations", index], "At most one integration is supported.")
     if job_type == "classifier" and not request.classifier_targets:
-        # Said because nothing else tells its user: mistralai 2.5.1 drops all of them otherwise.
-        message = "A classifier job needs them; the Python SDK sends them if each has a weight."
+        # mistralai 2.5.1 silently drops all targets if one has no weight.
+        message = "Required for a classifier job. The Python SDK drops targets without a weight."
         raise invalid(["body", "classifier_targets"], message, "missing")
     if job_type != "classifier" and request.classifier_targets:
-        raise invalid(["body", "classifier_targets"], "Only a classifier job takes them.")
+        raise invalid(["body", "classifier_targets"], "Only supported for classifier jobs.")
     if job_type == "classifier" and "fim_ratio" in request.hyperparameters.model_fields_set:
         raise invalid(
             ["body", "hyperparameters", "fim_ratio"],
@@ -171,7 +171,7 @@ def _refuse_what_cannot_be_done(request: JobIn, job_type: str, capabilities: Cap
     if request.suffix and not _is_suffix(request.suffix):
         raise invalid(["body", "suffix"], "Use letters, digits, dots, dashes and underscores.")
     if request.validation_files and not capabilities.validation_files:
-        raise invalid(["body", "validation_files"], "This gateway's backend does not use them.")
+        raise invalid(["body", "validation_files"], "Not supported by this gateway's backend.")
 
 
 def _is_suffix(text: str) -> bool:
@@ -181,8 +181,8 @@ def _is_suffix(text: str) -> bool:
 def _hyperparameters(request: JobIn, default_epochs: float) -> dict[str, Any]:
     given = request.hyperparameters
     if given.epochs is not None and given.training_steps is not None:
-        raise invalid(["body", "hyperparameters"], "Give epochs or training_steps, not both.")
-    # The protocol's defaults are those of one service: a backend has its own, or has no such value.
+        raise invalid(["body", "hyperparameters"], "Set epochs or training_steps, not both.")
+    # The protocol's defaults are the hosted service's; each backend has its own.
     chosen = given.model_dump(exclude_unset=True, exclude_none=True)
     if given.epochs is None and given.training_steps is None:
         chosen["epochs"] = default_epochs
@@ -206,6 +206,6 @@ def _integrations(job: CheckedJob, job_id: str) -> tuple[WandbIntegration, ...]:
 
 
 def secret_profile(job_id: str) -> str:
-    """Return the profile in the vault under which a job's own key is kept."""
-    # As short as a vault wants its names.
+    """Return the credential profile that stores a job's own key."""
+    # Base32 keeps it within the length limit of a profile name.
     return f"job-{b32encode(UUID(job_id).bytes).decode().rstrip('=').lower()}"

@@ -1,4 +1,4 @@
-"""What clients ask of jobs: create, list, look at, start and cancel them."""
+"""Create, list, retrieve, start and cancel jobs for clients."""
 
 import time
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ __all__ = ["JobFilters", "JobService"]
 _RETRY_AFTER = "60"
 """Seconds."""
 _BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
-_IN_THE_WAY = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
+_CONFLICTING = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class JobFilters:
 
 
 class JobService:
-    """The jobs of one gateway, as its clients see them."""
+    """The jobs of one gateway, as seen by its clients."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class JobService:
     async def list(
         self, filters: JobFilters, caller: Principal, *, page: int, page_size: int
     ) -> JobsOut:
-        """Return one page of jobs, newest first, and how many there are in all."""
+        """Return one page of jobs, newest first, and the total number."""
         conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
         query = (
             sa.select(jobs)
@@ -108,27 +108,27 @@ class JobService:
         return await self._store.aread(work)
 
     async def create(self, request: JobIn, caller: Principal) -> JobOut:
-        """Take a job; it is validated soon, and trained once it is started.
+        """Create a job; it is validated in the background and trained once started.
 
         Raises:
-            Refusal: It cannot be served, or a similar job is under way (409).
+            Refusal: The request is invalid, or a similar job is unfinished (409).
         """
         job = self._check(request)
         job_id = str(uuid4())
-        await self._keep_secret(job, job_id)
+        await self._store_secret(job, job_id)
         try:
             row = await self._store.awrite(lambda c: self._insert(c, job, job_id, caller))
         except Exception:
-            await self._forget_secret(job, job_id)
+            await self._delete_secret(job, job_id)
             raise
         self._runner.watch(job_id)
         return short_job(row)
 
     async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
-        """Say what a job would take, without making one.
+        """Estimate a job without creating it.
 
         Raises:
-            Refusal: It cannot be served.
+            Refusal: The request is invalid.
         """
         job = self._check(request)
         found = await self._store.aread(lambda c: self._find(c, job, caller))
@@ -148,7 +148,7 @@ class JobService:
             passes = round(estimate.train_tokens / estimate.data_tokens, 4)
         return LegacyJobMetadataOut(
             **quote(estimate).model_dump(),
-            details=shown_notes(estimate.notes, names) or "Nothing was started.",
+            details=shown_notes(estimate.notes, names) or "Dry run: no job was created.",
             epochs=config.hyperparameters.epochs or passes,
             training_steps=estimate.steps or config.hyperparameters.training_steps,
         )
@@ -158,10 +158,10 @@ class JobService:
         return await self._store.aread(lambda c: detailed_job(c, job_id, caller))
 
     async def start(self, job_id: str, caller: Principal) -> DetailedJobOut:
-        """Start a validated job; harmless while it is under way already.
+        """Start a validated job; no effect if it is already started.
 
         Raises:
-            Refusal: It is not validated yet, or over.
+            Refusal: The job is not validated yet, or has finished.
         """
 
         def work(connection: sa.Connection) -> DetailedJobOut:
@@ -176,10 +176,10 @@ class JobService:
         return started
 
     async def cancel(self, job_id: str, caller: Principal) -> DetailedJobOut:
-        """End a job: at once before its start, on request while it runs; harmless after.
+        """Cancel a job: immediately before its start, asynchronously while it runs; safe to repeat.
 
         Raises:
-            Refusal: It runs, and the backend cannot stop a run.
+            Refusal: The job is running, and the backend cannot stop a run.
         """
 
         def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
@@ -189,7 +189,7 @@ class JobService:
             )
             if job.started_at is not None and job.status not in ENDED:
                 if not self._client.backend(job.backend).capabilities.stops:
-                    raise plain(422, "This gateway's backend cannot stop a job that was started.")
+                    raise plain(422, "This gateway's backend cannot stop a started job.")
                 change_status(
                     connection,
                     job_id,
@@ -230,10 +230,10 @@ class JobService:
     def _find(
         self, connection: sa.Connection, job: CheckedJob, caller: Principal
     ) -> Mapping[str, StoredFile]:
-        """Return the files of a job by the ids that it gave.
+        """Return the files of a job by the ids in its request.
 
-        They are of the job's own project, also where the caller sees others: what a job says
-        of its files is visible to every key of its project.
+        Only files of the job's own project count, even for a caller who can see others: every
+        key of the project can read what the job reports about its files.
         """
         places: dict[str, list[str | int]] = {}
         for index, entry in enumerate(job.training_files):
@@ -245,9 +245,9 @@ class JobService:
         for file_id, place in places.items():
             file = found.get(canonical[file_id])
             if file is None:
-                raise invalid(place, f"No file {file_id} is here.", "file_not_found")
+                raise invalid(place, f"File {file_id} not found.", "file_not_found")
             if file.purpose != "fine-tune":
-                message = f"The file's purpose is {file.purpose}, not fine-tune."
+                message = f"The file's purpose must be fine-tune, not {file.purpose}."
                 raise invalid(place, message, "file_purpose")
         return {file_id: found[one] for file_id, one in canonical.items()}
 
@@ -259,7 +259,7 @@ class JobService:
             sa.select(jobs.c.id).where(
                 jobs.c.fingerprint == job.fingerprint,
                 jobs.c.project == caller.project,
-                jobs.c.status.in_(_IN_THE_WAY),
+                jobs.c.status.in_(_CONFLICTING),
             )
         ).scalar()
         if similar is not None:
@@ -268,7 +268,7 @@ class JobService:
                 f"A similar job is queued, validated or running: {similar}.",
                 job_id=similar,
             )
-        _require_below(self._settings.max_open_jobs, connection, caller.key_id)
+        _check_open_jobs(self._settings.max_open_jobs, connection, caller.key_id)
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -322,22 +322,22 @@ class JobService:
             "config": config.model_dump_json(),
         }
 
-    async def _keep_secret(self, job: CheckedJob, job_id: str) -> None:
+    async def _store_secret(self, job: CheckedJob, job_id: str) -> None:
         for index, given in enumerate(job.request.integrations or ()):
             try:
                 profile = secret_profile(job_id)
                 await self._secrets.set(given.type, SecretStr(given.api_key), profile)
             except TrainingBackendError as error:
-                message = f"The key cannot be kept safely here: {error.message}"
+                message = f"The gateway cannot store the key securely: {error.message}"
                 raise invalid(["body", "integrations", index, "api_key"], message) from error
 
-    async def _forget_secret(self, job: CheckedJob, job_id: str) -> None:
+    async def _delete_secret(self, job: CheckedJob, job_id: str) -> None:
         for given in job.request.integrations or ():
             await self._ending.forget(given.type, job_id)
 
 
-def _require_below(limit: int, connection: sa.Connection, key_id: str) -> None:
-    """Reject a job of a key that has as many unfinished ones as it may have."""
+def _check_open_jobs(limit: int, connection: sa.Connection, key_id: str) -> None:
+    """Reject a job if the key has reached its limit of unfinished jobs."""
     mine = jobs.c.created_by == key_id, jobs.c.status.not_in(ENDED)
     found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
     if found.scalar_one() >= limit:

@@ -1,4 +1,4 @@
-"""Jobs in the database: rows, lawful changes of status, events, checkpoints, wire form."""
+"""Jobs in the database: rows, status changes, events, checkpoints and wire format."""
 
 import math
 import re
@@ -60,12 +60,12 @@ _RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def quote(estimate: Estimate) -> JobMetadataOut:
-    """Put an estimate into the protocol's words; what is not known is null."""
+    """Convert an estimate to the protocol's format; unknown values are null."""
     per_step = None
     if estimate.train_tokens is not None and estimate.steps:
         per_step = round(estimate.train_tokens / estimate.steps)
     duration = estimate.duration
-    # The protocol's cost leaves fees out; the training comes first among the parts.
+    # The protocol's cost excludes fees; training is the first item.
     cost = estimate.costs[0].amount if estimate.costs else estimate.cost
     return JobMetadataOut(
         expected_duration_seconds=math.ceil(duration.total_seconds()) if duration else None,
@@ -78,9 +78,9 @@ def quote(estimate: Estimate) -> JobMetadataOut:
 
 
 def effective(chosen: Mapping[str, Any], estimate: Estimate) -> dict[str, Any]:
-    """Return a job's hyperparameters with what the backend takes where the client chose none.
+    """Return the effective hyperparameters: the client's, completed with the backend's.
 
-    Of steps and epochs the one that was not chosen follows from the data, as at the service.
+    Steps or epochs, whichever the client did not set, follow from the data, as at the service.
     """
     known = {"epochs": estimate.epochs, "training_steps": estimate.steps}
     known |= {
@@ -92,10 +92,10 @@ def effective(chosen: Mapping[str, Any], estimate: Estimate) -> dict[str, Any]:
 
 
 def issue_data(issues: Sequence[Issue], names: Mapping[str, str]) -> dict[str, Any]:
-    """Say in an event why a job cannot be trained.
+    """Return event data that says why a job cannot be trained.
 
     Args:
-        names: File names by the path at which they lie here, which is nobody's business.
+        names: File names by local path; paths are not revealed to clients.
     """
     shown = [
         {
@@ -114,12 +114,12 @@ def issue_data(issues: Sequence[Issue], names: Mapping[str, str]) -> dict[str, A
 
 
 def shown_notes(notes: Sequence[str], names: Mapping[str, str]) -> str:
-    """Return what an estimate notes, without what rests on a run: it may be another project's."""
+    """Return an estimate's notes, except those that name a run, perhaps of another project."""
     return " ".join(_with_names(note, names) for note in notes if not _RUN_ID.search(note))
 
 
 def error_data(error: BaseException, names: Mapping[str, str]) -> dict[str, Any]:
-    """Say in an event what stopped a job; an error that is not ours is only named."""
+    """Return event data for an error; of unexpected errors, only the type."""
     if isinstance(error, ConfigError | DatasetError) and error.issues:
         return issue_data([i for i in error.issues if i.severity == "error"], names)
     if isinstance(error, BackendBroken):
@@ -138,10 +138,10 @@ def finish_job(
     organization_id: str,
     names: Mapping[str, str],
 ) -> None:
-    """End a job as its run ended; a finished run's model is listed from now on.
+    """Finish a job with the result of its run, and list the model of a completed one.
 
     Args:
-        names: File names by path on this machine.
+        names: File names by local path.
     """
     values: dict[str, Any] = {"trained_tokens": _trained_tokens(run)}
     data: dict[str, Any] = {}
@@ -210,23 +210,23 @@ def _sentence(entry: Mapping[str, Any]) -> str:
 STATUS_EVENT = "status-updated"
 _METRICS = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 _FEWEST_BETWEEN = 10
-"""Steps between two checkpoints, as the hosted service has it."""
+"""Minimum steps between two checkpoints, as at the hosted service."""
 
 _UNKNOWN = {"weight_decay": None, "warmup_fraction": None, "fim_ratio": None}
-"""Hyperparameters until the backend has said what it takes. A learning rate must not be null on
-the wire: the protocol's default is shown until then."""
+"""Hyperparameters before the backend has reported its defaults. The learning rate is absent: it
+must not be null on the wire, so the protocol's default is shown until then."""
 
 DetailedJobOut = CompletionDetailedJobOut | ClassifierDetailedJobOut
 JobOut = CompletionJobOut | ClassifierJobOut
 
 
 def load_job(connection: sa.Connection, job_id: str) -> Any:
-    """Return the row of a job that is known to exist."""
+    """Return the row of an existing job."""
     return connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
 
 
 def require_job(connection: sa.Connection, job_id: str, caller: Principal) -> Any:
-    """Return the row of a job that a client asks for.
+    """Return the row of a job that the caller may see.
 
     Raises:
         Refusal: There is no such job for this client.
@@ -249,13 +249,13 @@ def change_status(
     data: dict[str, Any] | None = None,
     **values: Any,
 ) -> bool:
-    """Move a job on and say so in an event; False when it is not where it was thought to be.
+    """Change a job's status and record an event; False if its status is not in `only_from`.
 
     Args:
-        at: When it happened; default now.
-        silent: Write no event.
-        data: Goes into the event beside the status.
-        values: Other columns to set with it.
+        at: When it happened; default: now.
+        silent: Record no event.
+        data: Event data in addition to the status.
+        values: Other columns to set.
     """
     now = time.time()
     changed = connection.execute(
@@ -266,7 +266,7 @@ def change_status(
     if not changed.rowcount:
         return False
     if not silent:
-        # Another machine's clock must not put events out of order.
+        # Keep events in order despite clock skew.
         latest = sa.select(sa.func.max(events.c.created_at)).where(events.c.job_id == job_id)
         earliest = connection.execute(latest).scalar() or 0.0
         when = max(min(at or now, now), earliest)
@@ -277,12 +277,12 @@ def change_status(
 def add_event(
     connection: sa.Connection, job_id: str, name: str, data: dict[str, Any], at: float
 ) -> None:
-    """Append to a job's events."""
+    """Append an event to a job."""
     connection.execute(events.insert().values(job_id=job_id, name=name, data=data, created_at=at))
 
 
 def add_metrics(connection: sa.Connection, job_id: str, records: Sequence[LogRecord]) -> None:
-    """Turn metrics into checkpoints at the protocol's cadence, however often they come."""
+    """Turn metrics into checkpoints at the protocol's cadence."""
     known = sa.select(checkpoints.c.step).where(checkpoints.c.job_id == job_id)
     steps = set(connection.execute(known).scalars())
     rows = []
@@ -306,18 +306,18 @@ def add_metrics(connection: sa.Connection, job_id: str, records: Sequence[LogRec
 
 
 def _is_due(row: Mapping[str, Any], total: int, before: int) -> bool:
-    """Tell whether a point is told of: every tenth of the run, and the last step.
+    """Return whether a step becomes a checkpoint: every tenth of the run, and the last step.
 
-    A point once told of stays and none turns up later between two others, so that a client
-    which reads again and again sees the same course as one that reads at the end.
+    Checkpoints are only appended, so a client that polls sees the same list as one that reads
+    it at the end.
 
     Args:
-        total: Steps of the run; 0 while that is not known.
-        before: The step told of last.
+        total: Steps of the run; 0 if unknown.
+        before: Step of the last checkpoint.
     """
     if total and row["step"] == total:
         return True
-    # A backend may validate more often than every tenth: what it finds is not lost.
+    # Keep validation losses of a backend that evaluates more often.
     parts = 10 if row["valid_loss"] is None else 100
     return bool(row["step"] - before >= max(_FEWEST_BETWEEN, math.ceil(total / parts)))
 
@@ -338,12 +338,12 @@ def _total_steps(record: LogRecord) -> int:
 
 
 def _finite(value: Any) -> float | None:
-    # JSON has no word for NaN, and a client's parser would refuse the whole job.
+    # JSON has no NaN, and a client's parser would reject the entire job.
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def short_job(row: Any) -> JobOut:
-    """Return a job as lists and creates show it."""
+    """Return a job in the format of list and create responses."""
     kind = ClassifierJobOut if row.job_type == "classifier" else CompletionJobOut
     return kind(**_fields(row))
 

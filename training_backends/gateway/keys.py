@@ -1,9 +1,9 @@
-"""API keys: made here, shown once, kept as a hash.
+"""API keys: generated here, shown once, stored as a hash.
 
-A key is `tb-<id>-<secret>`: the id finds the row, the hash of the whole key is compared
-in constant time. The secret has 256 random bits, so a fast hash is enough, and a flood of
-wrong keys costs one hash and at most one look-up by primary key each. Nothing is cached:
-what another process changes holds from the next request on.
+A key is `tb-<id>-<secret>`: the id selects the row, and the hash of the complete key is compared
+in constant time. The secret has 256 random bits, so a fast hash is enough, and each wrong key
+costs one hash and at most one lookup by primary key. Nothing is cached: a change by another
+process applies to the next request.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ __all__ = [
 ]
 
 STATIC_KEY_ID = "static"
-"""Id of the key from the settings, an `admin` key of the default project."""
+"""Id of the key from the settings: an `admin` key of the default project."""
 
 Scope = Literal["read", "write", "admin"]
-"""`read` and `write` are confined to the key's project; `admin` reads and writes in all."""
+"""`read` and `write` apply to the key's project; `admin` reads and writes in all projects."""
 KeyState = Literal["active", "revoked", "expired"]
 
 _KEY = re.compile(r"tb-([0-9a-f]{8})-[A-Za-z0-9_-]{43}")
@@ -52,19 +52,19 @@ _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _NO_HASH = "0" * 64
 _MAX_NAME = 80
 _LAST_YEAR = 9999
-"""Not every clock on earth can show its last day."""
+"""Excluded: its last day does not exist in every time zone."""
 _USE_NOTED_EVERY = 60.0
-"""Seconds; a durable write for every request would cost more than the request."""
+"""Seconds; a durable write per request would cost more than the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyInfo:
-    """What may be shown of a key.
+    """Public information about a key.
 
     Attributes:
-        project: What it opens; files, jobs and models of others do not exist for it.
-        expires_at: When it stops working, or None.
-        last_used_at: When it last opened the gateway, to the minute; None: never.
+        project: Project it gives access to; objects of other projects are invisible to it.
+        expires_at: When it expires, or None.
+        last_used_at: When it was last used, to the minute; None: never.
     """
 
     id: str
@@ -78,7 +78,7 @@ class KeyInfo:
 
     @property
     def state(self) -> KeyState:
-        """Whether the key opens the gateway now, or why not."""
+        """Whether the key is valid now, or why not."""
         if self.revoked_at is not None:
             return "revoked"
         if self.expires_at is not None and self.expires_at <= utc_now():
@@ -88,7 +88,7 @@ class KeyInfo:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key just made; `key` is never shown again."""
+    """A newly created key; `key` is not shown again."""
 
     info: KeyInfo
     key: SecretStr
@@ -96,12 +96,12 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who sends a request.
+    """The caller of a request.
 
     Attributes:
-        key_id: Id of the key that was presented.
-        project: Project of that key; what is created belongs to it.
-        admin: Every project is visible, not only its own.
+        key_id: Id of the presented key.
+        project: Project of that key; it owns what the caller creates.
+        admin: Whether all projects are visible.
     """
 
     key_id: str
@@ -109,12 +109,12 @@ class Principal:
     admin: bool = False
 
     def sees(self, owner: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-        """Return the condition on a table's project column; part of every query for clients."""
+        """Return the condition on a table's project column, part of every client query."""
         return sa.true() if self.admin else owner == self.project
 
 
 class KeyStore:
-    """The keys of one gateway. Blocking; several processes may use it at once."""
+    """The keys of one gateway. Blocking; safe across processes."""
 
     def __init__(self, store: GatewayStore, static_key: SecretStr | None = None) -> None:
         self._store = store
@@ -128,30 +128,28 @@ class KeyStore:
         project: str = DEFAULT_PROJECT,
         expires_at: datetime | None = None,
     ) -> NewKey:
-        """Make a key.
+        """Create a key.
 
         Args:
-            project: What it opens. A project exists as soon as a key or an object names it.
-            expires_at: When it stops working; None: not by itself.
+            project: Project it gives access to; created by its first key or object.
+            expires_at: When it expires; None: never.
 
         Raises:
-            ConfigError: The name is too long or cannot be printed, the project's name is not
-                valid, or the key would be expired from the beginning.
+            ConfigError: The key name or project name is invalid, or `expires_at` is in the past.
         """
         if not _PROJECT.fullmatch(project):
             raise ConfigError(
                 f"Invalid project name {project!r}.",
-                hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores; "
-                "the first is a letter or digit.",
+                hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores, "
+                "starting with a letter or digit.",
             )
         if len(name) > _MAX_NAME or (name and not name.isprintable()):
-            raise ConfigError(f"A key's name is printable and has at most {_MAX_NAME} characters.")
+            raise ConfigError(f"Invalid key name: use at most {_MAX_NAME} printable characters.")
         now = utc_now()
         if expires_at is not None and expires_at <= now:
             raise ConfigError(
-                f"A key that expires at {expires_at.astimezone():%Y-%m-%d %H:%M} would never "
-                "work: that is past.",
-                hint="Give a later date, or a duration from now on, for example 30d.",
+                f"Expiry {expires_at.astimezone():%Y-%m-%d %H:%M} is in the past.",
+                hint="Use a later date, or a duration from now such as 30d.",
             )
         key_id = secrets.token_hex(4)
         key = f"tb-{key_id}-{secrets.token_urlsafe(32)}"
@@ -176,15 +174,15 @@ class KeyStore:
         return NewKey(info, SecretStr(key))
 
     def list(self) -> Sequence[KeyInfo]:
-        """Return all keys ever made, oldest first."""
+        """Return all keys, including revoked and expired ones, oldest first."""
         query = sa.select(keys).order_by(keys.c.created_at)
         return [_info(row) for row in self._store.read(lambda c: c.execute(query).all())]
 
     def revoke(self, key_id: str) -> KeyInfo:
-        """Make a key useless from the next request on; safe to repeat.
+        """Revoke a key, effective immediately; safe to repeat.
 
         Raises:
-            CredentialNotFound: There is no such key.
+            CredentialNotFound: No key has this id.
         """
         now = utc_now().timestamp()
 
@@ -198,25 +196,25 @@ class KeyStore:
         row = self._store.write(work)
         if row is None:
             raise CredentialNotFound(
-                f"There is no gateway key {key_id!r}.",
-                hint="`training-backends keys list` shows their ids.",
+                f"Gateway key {key_id!r} not found.",
+                hint="`training-backends keys list` shows the key ids.",
             )
         return _info(row)
 
     def usable(self) -> bool:
-        """Tell whether any key opens the gateway."""
+        """Return whether any key is valid now."""
         return self._static is not None or any(key.state == "active" for key in self.list())
 
     def admit(self, presented: str, *, writes: bool) -> Principal:
-        """Return who presents a key.
+        """Authenticate a presented key.
 
-        Only who has the whole key learns what is wrong with it.
+        Only a caller with the complete key learns that it has expired or been revoked.
 
         Args:
-            writes: Whether more is asked for than to read.
+            writes: Whether the request does more than read.
 
         Raises:
-            Refusal: 401, it is none of ours or does not work any more; 403, it may only read.
+            Refusal: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
@@ -229,7 +227,7 @@ class KeyStore:
         if key.state != "active":
             raise unauthorized(f"This API key is {key.state}.")
         if writes and key.scope == "read":
-            raise plain(403, "This API key may only read; the request needs one of scope write.")
+            raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
         return Principal(key.id, key.project, admin=key.scope == "admin")
 
@@ -242,30 +240,30 @@ class KeyStore:
         if key.last_used_at and (now - key.last_used_at).total_seconds() < _USE_NOTED_EVERY:
             return
         used = keys.update().where(keys.c.id == key.id).values(last_used_at=now.timestamp())
-        # A full disk is no reason to refuse a request that only reads.
+        # A full disk must not block read requests.
         with suppress(StoreError):
             self._store.write(lambda connection: connection.execute(used))
 
 
 def unauthorized(sentence: str = "Unauthorized") -> Refusal:
-    """Return the answer to who has no key that works."""
+    """Return a 401."""
     return Refusal(401, {"detail": sentence}, {"www-authenticate": "Bearer"})
 
 
 def open_keys(home: Path) -> KeyStore:
-    """Open the keys of the gateway whose state lies in `home`, running or not."""
+    """Open the keys of the gateway in `home`, running or not."""
     return KeyStore(GatewayStore(home / "gateway" / "gateway.db"))
 
 
 def read_expiry(text: str) -> datetime:
-    """Read when a key is to expire.
+    """Parse an expiry time.
 
     Args:
-        text: From now on (`30d`, `12h`), a day to its end (`2027-01-31`) or a moment
-            (`2027-01-31T12:00`), by this machine's clock unless it names a zone.
+        text: A duration from now (`30d`, `12h`), a date, meaning the end of that day
+            (`2027-01-31`), or a time (`2027-01-31T12:00`), in local time unless it has a zone.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: The text has none of these forms.
     """
     try:
         moment = _read_moment(text.strip())
@@ -273,9 +271,9 @@ def read_expiry(text: str) -> datetime:
         moment = None
     if moment is None or moment.year >= _LAST_YEAR:
         raise ConfigError(
-            f"{text!r} is no time at which a key could expire.",
-            hint="Give a duration such as 30d or 12h, or a date such as 2027-01-31. Without one "
-            "the key does not expire.",
+            f"Invalid --expires value {text!r}.",
+            hint="Use a duration such as 30d or 12h, or a date such as 2027-01-31. Omit it for a "
+            "key that does not expire.",
         )
     return moment
 
@@ -286,7 +284,7 @@ def _read_moment(text: str) -> datetime | None:
     if _DAY.match(text):
         return datetime.fromisoformat(text).astimezone(UTC)
     if text.isdigit():
-        return None  # of what?
+        return None  # no unit
     span: timedelta = TypeAdapter(Duration).validate_python(text)
     return utc_now() + span
 

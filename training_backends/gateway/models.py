@@ -1,4 +1,4 @@
-"""The models that can be fine-tuned here, and those that were."""
+"""Base models and fine-tuned models of the gateway."""
 
 import time
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 class ModelService:
     """Base models of the catalogue and fine-tuned models of this gateway.
 
-    A base model's card says what it can be used for here, which is fine-tuning; a
-    fine-tuned one's says what it was trained for. Neither is served for inference.
+    The capabilities of a base model are what it can be fine-tuned for; those of a fine-tuned
+    model are what it was trained for. Neither is served for inference.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ModelService:
         """Return base models first, then fine-tuned ones, newest first.
 
         Args:
-            provider: Only those that this one owns.
-            model: Only the one with this id.
+            provider: Filter by owner.
+            model: Filter by id.
         """
         query = sa.select(models).where(*_visible(caller))
         query = query.order_by(models.c.created_at.desc())
@@ -85,7 +85,7 @@ class ModelService:
         """Return one model.
 
         Raises:
-            Refusal: There is none of this name.
+            Refusal: There is no such model.
         """
         for offer in self._offers():
             if offer.name == model_id:
@@ -93,7 +93,7 @@ class ModelService:
         return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
 
     async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
-        """Change what was sent of a fine-tuned model's name and description."""
+        """Update the given fields of a fine-tuned model."""
         values = change.model_dump(exclude_unset=True)
         row = await self._store.awrite(lambda c: self._change(c, model_id, values, caller))
         return self._updated(row)
@@ -104,22 +104,22 @@ class ModelService:
         return ArchiveFTModelOut(id=model_id)
 
     async def unarchive(self, model_id: str, caller: Principal) -> UnarchiveFTModelOut:
-        """Bring an archived model back; safe to repeat."""
+        """Unarchive a fine-tuned model; safe to repeat."""
         await self._store.awrite(lambda c: self._change(c, model_id, {"archived": False}, caller))
         return UnarchiveFTModelOut(id=model_id)
 
     async def delete(self, model_id: str, caller: Principal) -> DeleteModelOut:
-        """Delete a fine-tuned model, and its weights where the backend can."""
+        """Delete a fine-tuned model, and its weights if the backend can."""
         row = await self._store.awrite(
             lambda c: self._change(c, model_id, {"deleted_at": time.time()}, caller)
         )
         try:
             await self._client.delete(row.job_id)
         except RunNotFound:
-            log.info("result already gone", model=model_id)
+            log.info("run already deleted", model=model_id)
         except TrainingBackendError as error:
-            # The model is gone for clients; what is left is the operator's to remove.
-            log.error("result not deleted", model=model_id, reason=error.message)  # noqa: TRY400
+            # The model is deleted for clients; the operator must remove the files.
+            log.error("run not deleted", model=model_id, reason=error.message)  # noqa: TRY400
         return DeleteModelOut(id=model_id)
 
     def _offers(self) -> Sequence[Offer]:
@@ -145,7 +145,7 @@ class ModelService:
         caller: Principal,
     ) -> Any:
         if any(offer.name == model_id for offer in self._catalogue.all()):
-            raise plain(403, f"{model_id} is a base model; only fine-tuned ones can be changed.")
+            raise plain(403, f"{model_id} is a base model; only fine-tuned models can be changed.")
         self._row(connection, model_id, caller)
         mine = models.c.id == model_id
         if values:
@@ -153,7 +153,7 @@ class ModelService:
         return connection.execute(models.select().where(mine)).first()
 
     def _base_card(self, offer: Offer) -> BaseModelCard:
-        licence = f" Licence: {offer.licence}." if offer.licence else ""
+        licence = f" License: {offer.licence}." if offer.licence else ""
         return BaseModelCard(
             id=offer.name,
             created=self._opened_at,
@@ -161,7 +161,7 @@ class ModelService:
                 fine_tuning=True, classification="classifier" in offer.job_types
             ),
             name=offer.name,
-            description=f"Trained as {offer.target}.{licence}",
+            description=f"Fine-tunes {offer.target}.{licence}",
             max_context_length=offer.context_length,
         )
 
@@ -206,5 +206,5 @@ class ModelService:
 
 
 def _visible(caller: Principal) -> list[sa.ColumnElement[bool]]:
-    """Models that are there for a caller."""
+    """Return the conditions for the models that a caller may see."""
     return [models.c.deleted_at.is_(None), caller.sees(models.c.project)]

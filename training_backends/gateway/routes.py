@@ -1,4 +1,4 @@
-"""What all routes share."""
+"""Dependencies and response models shared by all routes."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Final
@@ -37,11 +37,11 @@ async def _caller(request: Request) -> Principal:
 
 
 async def _small_body(request: Request) -> None:
-    """Reject a body with too many values before each of them is validated.
+    """Reject a body with too many values before validation.
 
-    FastAPI has parsed it by now, and keeps what it parsed.
+    FastAPI has already parsed the body and caches it, so this does not parse it again.
     """
-    with suppress(ValueError):  # not JSON: validation says so
+    with suppress(ValueError):  # not JSON: reported by validation
         level = [await request.json()]
         count = 0
         for _ in range(_DEEPEST):
@@ -50,8 +50,8 @@ async def _small_body(request: Request) -> None:
             if not level:
                 return
             if count > _MOST_VALUES:
-                raise plain(413, f"The body has too many values; at most {_MOST_VALUES} are read.")
-        raise plain(413, f"The body is nested too deeply; at most {_DEEPEST} levels are read.")
+                raise plain(413, f"Request body has too many values; the limit is {_MOST_VALUES}.")
+        raise plain(413, f"Request body nested too deeply; the limit is {_DEEPEST} levels.")
 
 
 def _values(value: Any) -> Any:
@@ -63,13 +63,13 @@ def _values(value: Any) -> Any:
 SmallBody = Depends(_small_body)
 Opened = Annotated[Gateway, Depends(_gateway)]
 Caller = Annotated[Principal, Depends(_caller)]
-# SQLite counts with 64 bits, so the product of these must stay below.
+# Their product must fit SQLite's 64-bit integers.
 Page = Annotated[int, Query(ge=0, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=1000)]
 
 
 class FieldProblem(BaseModel):
-    """One value of the request that cannot be used."""
+    """One invalid value of the request."""
 
     type: str
     loc: list[str | int]
@@ -78,37 +78,37 @@ class FieldProblem(BaseModel):
 
 
 class LineProblem(BaseModel):
-    """One line of an uploaded file that cannot be used."""
+    """One invalid line of an uploaded file."""
 
     message: str
     line_number: int
 
 
 class Problem(BaseModel):
-    """Why a request was refused: in a sentence, or value by value."""
+    """An error response: one sentence, or a list of invalid values."""
 
     detail: str | list[FieldProblem]
 
 
 class FileProblem(Problem):
-    """Why a file was refused."""
+    """An error response for an invalid file."""
 
     description: str | None = None
     errors: list[LineProblem] | None = None
 
 
 class Conflict(Problem):
-    """What is in the way."""
+    """An error response that names the conflicting job."""
 
     job_id: str
 
 
 def answers(*more: int, **special: type[Problem]) -> dict[int | str, dict[str, Any]]:
-    """Describe a route's refusals.
+    """Return the OpenAPI description of a route's error responses.
 
     Args:
-        more: Statuses beside those that any request may be given.
-        special: Bodies of their own, by `_<status>`.
+        more: Status codes in addition to those of every route.
+        special: Response models by `_<status>`.
     """
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem} for status in (401, 403, 408, 413, 422, 431, *more)

@@ -33,7 +33,7 @@ links_router = APIRouter(prefix="/files", tags=["files"])
 Purpose = Literal["fine-tune", "batch", "ocr"]
 SampleType = Literal["pretrain", "instruct", "batch_request", "batch_result", "batch_error"]
 Source = Literal["upload", "repository", "mistral"]
-Hours = Annotated[int, Query(ge=1, le=24 * 365, description="Hours for which the link works.")]
+Hours = Annotated[int, Query(ge=1, le=24 * 365, description="Hours until the URL expires.")]
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -66,7 +66,7 @@ _BYTES: dict[int | str, dict[str, Any]] = {
     "", openapi_extra=_FORM, responses=answers(507, _422=FileProblem), name="upload_file"
 )
 async def upload(request: Request, gateway: Opened, caller: Caller) -> UploadFileOut:
-    """Upload a file; parts may come in any order, and the same file again is the same file."""
+    """Upload a file; uploading the same name and content again returns the same file."""
     length = request.headers.get("content-length", "")
     return await gateway.files.upload(
         request.stream(),
@@ -105,13 +105,13 @@ async def list_files(
 
 @files_router.get("/{file_id}", responses=answers(404), name="retrieve_file")
 async def retrieve(file_id: UUID, gateway: Opened, caller: Caller) -> RetrieveFileOut:
-    """Return what is known of a file."""
+    """Return a file's metadata."""
     return await gateway.files.retrieve(str(file_id), caller)
 
 
 @files_router.delete("/{file_id}", responses=answers(404), name="delete_file")
 async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOut:
-    """Delete a file; jobs under way that train on it go on."""
+    """Delete a file; unfinished jobs that use it keep running."""
     return await gateway.files.delete(str(file_id), caller)
 
 
@@ -122,7 +122,7 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
     name="download_file",
 )
 async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
-    """Return a file's bytes."""
+    """Return a file's content."""
     return await _content(await gateway.files.stored(str(file_id), caller))
 
 
@@ -130,9 +130,9 @@ async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileRespon
 async def signed_url(
     file_id: UUID, gateway: Opened, caller: Caller, expiry: Hours = 24
 ) -> FileSignedURL:
-    """Return a link to a file that works without a key for a while."""
+    """Return a signed URL of a file, which needs no API key."""
     await gateway.files.stored(str(file_id), caller)
-    # Never the address that the request names: its sender chooses that.
+    # Never from the request's Host header, which the client controls.
     return FileSignedURL(url=gateway.public_url + gateway.links.path(str(file_id), expiry))
 
 
@@ -140,9 +140,9 @@ async def signed_url(
     "/{file_id}", response_class=FileResponse, responses=_BYTES | answers(403, 404), name="linked"
 )
 async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -> FileResponse:
-    """Return a file's bytes to whoever has a valid link."""
+    """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
-        raise plain(403, "The link is not valid, or not any more.")
+        raise plain(403, "The link is invalid or has expired.")
     return await _content(await gateway.files.linked(str(file_id)))
 
 

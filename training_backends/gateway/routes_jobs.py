@@ -73,7 +73,7 @@ async def create_job(
     caller: Caller,
     dry_run: bool | None = None,
 ) -> CompletionJobOut | ClassifierJobOut | LegacyJobMetadataOut:
-    """Create a job, or say with `dry_run` what it would take."""
+    """Create a job, or estimate it with `dry_run`."""
     if dry_run:
         return await gateway.jobs.dry_run(job, caller)
     return await gateway.jobs.create(job, caller)
@@ -87,11 +87,11 @@ async def get_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobO
 
 @jobs_router.post("/{job_id}/start", responses=answers(404), name="start_job")
 async def start_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobOut:
-    """Start a VALIDATED job; harmless when it was started before."""
+    """Start a VALIDATED job; no effect if it is already started."""
     return await gateway.jobs.start(str(job_id), caller)
 
 
 @jobs_router.post("/{job_id}/cancel", responses=answers(404), name="cancel_job")
 async def cancel_job(job_id: UUID, gateway: Opened, caller: Caller) -> DetailedJobOut:
-    """Cancel a job; harmless when it is over."""
+    """Cancel a job; no effect if it has finished."""
     return await gateway.jobs.cancel(str(job_id), caller)

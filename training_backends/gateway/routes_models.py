@@ -24,7 +24,7 @@ models_router = APIRouter(prefix="/v1", tags=["models"])
 async def list_models(
     gateway: Opened, caller: Caller, provider: str | None = None, model: str | None = None
 ) -> ModelList:
-    """List base models and fine-tuned ones."""
+    """List base models and fine-tuned models."""
     return await gateway.models.list(caller, provider=provider, model=model)
 
 
@@ -67,5 +67,5 @@ async def archive_model(model_id: str, gateway: Opened, caller: Caller) -> Archi
     "/fine_tuning/models/{model_id}/archive", responses=answers(403, 404), name="unarchive_model"
 )
 async def unarchive_model(model_id: str, gateway: Opened, caller: Caller) -> UnarchiveFTModelOut:
-    """Bring an archived model back."""
+    """Unarchive a fine-tuned model."""
     return await gateway.models.unarchive(model_id, caller)

@@ -1,8 +1,8 @@
-"""Moves jobs on: one task a job, from validation to its end, taken up again after a restart.
+"""Run jobs: one task per job, from validation to the end, resumed after a restart.
 
-What a job's task does depends on its row only, so a task can end at any moment and be
-started again: validation is repeated, `client.launch` with the job's id never starts a
-second run, and the log is followed from behind the stored cursor.
+A task depends on the job's row only, so it can stop at any moment and be started again:
+validation is repeated, `client.launch` with the job's id never starts a second run, and the log
+is followed from the stored cursor.
 """
 
 import time
@@ -51,30 +51,30 @@ __all__ = ["JobRunner", "OnEnd"]
 log = get_logger()
 
 OnEnd = Callable[[str], Awaitable[None]]
-"""Told the id of a job that is over."""
+"""Called with the id of a finished job."""
 _T = TypeVar("_T")
 
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
-"""Seconds between two tries while a backend is not available."""
-_LOOK_EVERY: Final = 5.0
-"""Seconds between two looks at a running job's status, beside its log."""
+"""Seconds between attempts while a backend is unavailable."""
+_POLL_SECONDS: Final = 5.0
+"""Seconds between two status polls of a running job, in addition to its log."""
 _BATCH: Final = 500
-"""Log records stored in one transaction at most."""
-_TRIES_IN_SILENCE: Final = 3
-_WAITS: Final = "The gateway cannot continue this job at the moment; it will try again."
-_LAWFUL: Final[dict[str, tuple[str, ...]]] = {
+"""Maximum log records per transaction."""
+_TRIES_BEFORE_EVENT: Final = 3
+_WAITING: Final = "The gateway cannot continue this job at the moment; it will retry."
+_TRANSITIONS: Final[dict[str, tuple[str, ...]]] = {
     "STARTED": ("QUEUED",),
     "RUNNING": ("QUEUED", "STARTED"),
     "CANCELLATION_REQUESTED": ("QUEUED", "STARTED", "RUNNING"),
 }
-"""From where a job that was started may move to what its backend tells of it."""
+"""Statuses that a backend may report for a started job, and the statuses they may follow."""
 
 _STATUSES: Final = {status.value: status for status in TrainingStatus}
 
 
 class JobRunner:
-    """The tasks of all jobs under way, in the task group that it is given."""
+    """The tasks of all unfinished jobs, in the given task group."""
 
     def __init__(
         self,
@@ -95,17 +95,17 @@ class JobRunner:
         self._scopes: dict[str, anyio.CancelScope] = {}
         self._again: set[str] = set()
         self._stops: dict[str, anyio.Event] = {}
-        # Validation reads all data; two at a time keep the machine usable.
+        # Validation reads all data; two at a time keep the machine responsive.
         self._validating = anyio.Semaphore(2)
 
     async def take_up(self) -> None:
-        """Go on with every job that was under way when the gateway ended."""
+        """Resume every unfinished job after a restart."""
         query = sa.select(jobs.c.id).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.created_at)
         for job_id in await self._store.aread(lambda c: c.execute(query).scalars().all()):
             self.watch(job_id)
 
     def watch(self, job_id: str) -> None:
-        """See to a job whose row has changed; safe to repeat."""
+        """Drive a job whose row has changed; safe to repeat."""
         if job_id in self._scopes:
             self._again.add(job_id)
             return
@@ -113,12 +113,12 @@ class JobRunner:
         self._tasks.start_soon(self._task, job_id, self._scopes[job_id])
 
     def drop(self, job_id: str) -> None:
-        """Leave a job alone that was cancelled before its start."""
+        """Cancel the task of a job that was cancelled before its start."""
         if job_id in self._scopes:
             self._scopes[job_id].cancel()
 
     def stop(self, job_id: str) -> None:
-        """See to it that a job's run ends, now or as soon as it was launched."""
+        """Stop a job's run, now or as soon as it is launched."""
         self._stop_event(job_id).set()
         self.watch(job_id)
 
@@ -126,7 +126,7 @@ class JobRunner:
         return self._stops.setdefault(job_id, anyio.Event())
 
     async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
-        # A task begins with the context of the request that started it.
+        # A task inherits the context of the request that started it.
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id, run_id=job_id)
         try:
@@ -141,10 +141,10 @@ class JobRunner:
             self._stops.pop(job_id, None)
 
     async def _guarded(self, job_id: str) -> None:
-        """Let no job's trouble reach the others or the server.
+        """Keep the errors of one job from reaching the others or the server.
 
-        A full disk, or too few file descriptors, is no job's failure: the run keeps running,
-        so its job is taken up again until that has passed.
+        A full disk or a lack of file descriptors does not fail a job: the run keeps running, so
+        the job is retried until the shortage has passed.
         """
         pause, tries = _FIRST_PAUSE, 0
         while True:
@@ -159,39 +159,39 @@ class JobRunner:
                     pause, tries = _FIRST_PAUSE, 0
                 tries += 1
                 if is_temporary(error):
-                    log.error("job waits", reason=_reason(error), pause=pause)  # noqa: TRY400
+                    log.error("job delayed", reason=_reason(error), pause=pause)  # noqa: TRY400
                 else:
-                    log.exception("failure of a job not stored", pause=pause)
-                if tries == _TRIES_IN_SILENCE:
-                    await self._say_waiting(job_id)
+                    log.exception("job failure not stored", pause=pause)
+                if tries == _TRIES_BEFORE_EVENT:
+                    await self._record_waiting(job_id)
                 await self._pause(job_id, pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 return
 
     async def _pause(self, job_id: str, seconds: float) -> None:
-        """Sleep, but not through a request to stop."""
+        """Sleep until the time has passed or a stop is requested."""
         stop = self._stop_event(job_id)
         with anyio.move_on_after(seconds):
             await (anyio.sleep_forever() if stop.is_set() else stop.wait())
 
-    async def _say_waiting(self, job_id: str) -> None:
-        """Add to a job's events that it waits for the gateway, if that can be stored."""
+    async def _record_waiting(self, job_id: str) -> None:
+        """Record in a job's events that the gateway is retrying, if that can be stored."""
 
         def work(connection: sa.Connection) -> None:
-            add_event(connection, job_id, "waiting", {"message": _WAITS}, time.time())
+            add_event(connection, job_id, "waiting", {"message": _WAITING}, time.time())
 
         try:
             await self._store.awrite(work)
-        except Exception as error:  # the log has said it already
-            log.debug("waiting not stored", reason=_reason(error))
+        except Exception as error:  # already logged
+            log.debug("waiting event not stored", reason=_reason(error))
 
     async def _drive_or_fail(self, job_id: str, *, again: bool) -> None:
         try:
             await self._drive(job_id)
             if again and (await self._load(job_id)).status in ENDED:
-                await self._on_end(job_id)  # it may be what failed before; safe to repeat
-        except Exception as group:  # whatever else it is, it is this job's failure
+                await self._on_end(job_id)  # may be what failed before; safe to repeat
+        except Exception as group:  # anything else is a failure of this job
             if is_temporary(group) or isinstance(group, Refusal):
                 raise
             error = _single(group)
@@ -237,7 +237,7 @@ class JobRunner:
             await self._move(job, "VALIDATING", "QUEUED")
             config = TrainingConfig.model_validate_json(job.config)
             try:
-                report = await self._patiently(
+                report = await self._retrying(
                     lambda: self._client.validate(config, backend=job.backend)
                 )
                 if not report.ok:
@@ -245,15 +245,15 @@ class JobRunner:
                     if is_temporary(unfit):
                         raise unfit
                     names = await self._files.names(job)
-                    await self._refuse(job, issue_data(report.errors, names))
+                    await self._reject(job, issue_data(report.errors, names))
                     return
-                estimate = await self._patiently(
+                estimate = await self._retrying(
                     lambda: self._client.estimate(config, backend=job.backend)
                 )
             except TrainingBackendError as error:
                 if is_temporary(error):
                     raise
-                await self._refuse(job, error_data(error, await self._files.names(job)))
+                await self._reject(job, error_data(error, await self._files.names(job)))
                 return
             values = {
                 "quote": quote(estimate).model_dump(),
@@ -261,12 +261,12 @@ class JobRunner:
             }
             await self._move(job, "VALIDATED", "VALIDATING", **values)
 
-    async def _refuse(self, job: Any, data: dict[str, Any]) -> None:
+    async def _reject(self, job: Any, data: dict[str, Any]) -> None:
         if await self._move(job, "FAILED_VALIDATION", "VALIDATING", data=data):
             await self._on_end(job.id)
 
-    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat a call for as long as its backend is away."""
+    async def _retrying(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat a call while its backend is unavailable."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -286,13 +286,13 @@ class JobRunner:
             return
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._stop_when_asked, job.id, stop)
-            tasks.start_soon(self._look, job.id)
+            tasks.start_soon(self._poll_status, job.id)
             run = await self._follow(job.id)
             tasks.cancel_scope.cancel()
         await self._end(job, run)
 
     async def _launch(self, job: Any, stop: anyio.Event) -> bool:
-        """Have the backend start the run; False when the job is over instead."""
+        """Launch the run; return False if the job ended instead."""
         config = TrainingConfig.model_validate_json(job.config)
         pause = _FIRST_PAUSE
         while not stop.is_set():
@@ -306,7 +306,7 @@ class JobRunner:
                     await stop.wait()
                 pause = _longer(error, pause)
         else:
-            if not await self._may_have_run(job):
+            if not await self._stop_during_launch(job):
                 return False
             return await self._launched(job, None)
         return await self._launched(job, run.status)
@@ -315,15 +315,15 @@ class JobRunner:
         def work(connection: sa.Connection) -> None:
             mine = jobs.update().where(jobs.c.id == job.id)
             connection.execute(mine.values(launched=True))
-            _move_on(connection, job.id, status)
+            _advance(connection, job.id, status)
 
         await self._store.awrite(work)
         return True
 
-    async def _may_have_run(self, job: Any) -> bool:
-        """End a job that is cancelled before it is known to be launched, if it was not."""
+    async def _stop_during_launch(self, job: Any) -> bool:
+        """Stop a job cancelled during its launch; return whether its run still needs watching."""
         try:
-            run = await self._patiently(lambda: self._client.stop(job.id))
+            run = await self._retrying(lambda: self._client.stop(job.id))
         except RunNotFound:
             if await self._move(job, "CANCELLED", *NOT_ENDED):
                 await self._on_end(job.id)
@@ -335,26 +335,26 @@ class JobRunner:
     async def _stop_when_asked(self, job_id: str, stop: anyio.Event) -> None:
         await stop.wait()
         try:
-            await self._patiently(lambda: self._client.stop(job_id))
+            await self._retrying(lambda: self._client.stop(job_id))
         except TrainingBackendError as error:
             if is_temporary(error):
                 raise
-            log.error("run cannot be stopped", reason=error.message)  # noqa: TRY400
+            log.error("stopping the run failed", reason=error.message)  # noqa: TRY400
 
-    async def _look(self, job_id: str) -> None:
-        """Ask for a run's status now and then: not every backend tells it in its log."""
+    async def _poll_status(self, job_id: str) -> None:
+        """Poll a run's status, because not every backend reports it in its log."""
         while True:
-            await anyio.sleep(_LOOK_EVERY)
+            await anyio.sleep(_POLL_SECONDS)
             try:
                 run = await self._client.status(job_id)
-                await self._store.awrite(partial(_move_on, job_id=job_id, status=run.status))
+                await self._store.awrite(partial(_advance, job_id=job_id, status=run.status))
             except Exception as error:
                 if not (isinstance(error, TrainingBackendError) or is_temporary(error)):
                     raise
-                log.debug("run cannot be seen now", reason=_reason(error))
+                log.debug("run status unavailable", reason=_reason(error))
 
     async def _follow(self, job_id: str) -> TrainingRun:
-        """Stay with a run to its end, however often its backend is away."""
+        """Follow a run to its end, through outages of its backend."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -370,13 +370,13 @@ class JobRunner:
                 pause = await _wait(error, pause)
 
     async def _drain(self, job_id: str) -> bool:
-        """Store a run's log from behind the cursor to its end; tell whether there was any."""
+        """Store the rest of a run's log after the cursor; return whether there was any."""
         cursor = (await self._load(job_id)).log_cursor
         send, receive = anyio.create_memory_object_stream[LogRecord](_BATCH)
         failure: TrainingBackendError | None = None
         any_record = False
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._keep, job_id, receive)
+            tasks.start_soon(self._store_records, job_id, receive)
             async with (
                 send,
                 aclosing(self._client.logs(job_id, after=cursor, follow=True)) as records,
@@ -386,15 +386,17 @@ class JobRunner:
                         any_record = True
                         await send.send(record)
                 except anyio.BrokenResourceError:
-                    pass  # storing has failed; the task group raises its error
+                    pass  # storing failed; the task group raises its error
                 except TrainingBackendError as error:
-                    failure = error  # told once all records before it are stored
+                    failure = error  # raised once all records before it are stored
         if failure is not None and not (failure.retryable and any_record):
             raise failure
         return any_record
 
-    async def _keep(self, job_id: str, records: MemoryObjectReceiveStream[LogRecord]) -> None:
-        """Store records as they come, together with the cursor behind them."""
+    async def _store_records(
+        self, job_id: str, records: MemoryObjectReceiveStream[LogRecord]
+    ) -> None:
+        """Store records as they arrive, together with the cursor after them."""
         async with records:
             async for record in records:
                 batch = [record]
@@ -412,7 +414,7 @@ class JobRunner:
 
 
 def accept_start(connection: sa.Connection, job_id: str) -> bool:
-    """Queue a validated job for training; no event tells of it, as at the service."""
+    """Queue a validated job for training, without an event, like the service."""
     return change_status(
         connection,
         job_id,
@@ -427,23 +429,23 @@ def _apply(connection: sa.Connection, *, job_id: str, batch: list[LogRecord]) ->
     for record in batch:
         if record.source == "status":
             word = str(record.fields.get("status"))
-            _move_on(connection, job_id, _STATUSES.get(word), at=record.at.timestamp())
+            _advance(connection, job_id, _STATUSES.get(word), at=record.at.timestamp())
     add_metrics(connection, job_id, batch)
     cursor = batch[-1].cursor
     connection.execute(jobs.update().where(jobs.c.id == job_id).values(log_cursor=cursor))
 
 
-def _move_on(
+def _advance(
     connection: sa.Connection, job_id: str, status: TrainingStatus | None, at: float | None = None
 ) -> None:
-    """Take over what a backend says of a started job, where that is a step forward."""
+    """Apply the status that a backend reports, if it is a step forward."""
     word = to_wire(status) if status else None
-    if word in _LAWFUL:
-        change_status(connection, job_id, word, only_from=_LAWFUL[word], at=at)
+    if word in _TRANSITIONS:
+        change_status(connection, job_id, word, only_from=_TRANSITIONS[word], at=at)
 
 
 def _single(error: BaseException) -> BaseException:
-    """Take an error out of the groups that task groups put it into."""
+    """Unwrap an error from nested exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -457,13 +459,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _longer(error: TrainingBackendError, pause: float) -> float:
-    log.warning("backend not available", reason=error.message, pause=pause)
+    log.warning("backend unavailable", reason=error.message, pause=pause)
     asked = error.retry_after if isinstance(error, RateLimited) else None
     return min(max(pause * 2, asked or 0.0), _LONGEST_PAUSE)
 
 
 async def _wait(error: TrainingBackendError, pause: float) -> float:
-    """Sleep, and return how long to sleep the next time."""
+    """Sleep, then return the next pause."""
     longer = _longer(error, pause)
     asked = error.retry_after if isinstance(error, RateLimited) else None
     await anyio.sleep(max(pause, min(asked or 0.0, _LONGEST_PAUSE)))

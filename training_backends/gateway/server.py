@@ -38,16 +38,16 @@ __all__ = ["Bounds", "RunningGateway", "bounded_protocol", "running", "server_op
 
 
 def server_options(settings: GatewaySettings) -> dict[str, Any]:
-    """Return what uvicorn is told of TLS; nothing without a certificate. Blocking.
+    """Return uvicorn's TLS options; empty without a certificate. Blocking.
 
     Raises:
-        ConfigError: A file cannot be read, holds something else, or does not fit the others.
+        ConfigError: A file cannot be read, is not valid PEM, or does not match the others.
     """
     certificate, key, ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if certificate is None:
         if key or ca:
             raise ConfigError(
-                "TLS needs a certificate.", hint="Give --tls-cert, or set gateway.tls_cert."
+                "TLS needs a certificate.", hint="Pass --tls-cert, or set gateway.tls_cert."
             )
         return {}
     password = settings.tls_key_password
@@ -59,7 +59,7 @@ def server_options(settings: GatewaySettings) -> dict[str, Any]:
     ]
     issues = issues or _unusable(certificate, key, ca, secret)
     if issues:
-        raise ConfigError("The gateway cannot serve https with these files.", issues=issues)
+        raise ConfigError("Invalid TLS configuration.", issues=issues)
     return {
         "ssl_certfile": certificate,
         "ssl_keyfile": key,
@@ -80,40 +80,40 @@ def _unreadable(name: str, path: Path) -> Issue | None:
 def _unusable(
     certificate: Path, key: Path | None, ca: Path | None, password: str | None
 ) -> list[Issue]:
-    """Load the files as the server will, and say which of them is to blame; OpenSSL does not."""
+    """Load the files as the server will and report which one is invalid; OpenSSL does not."""
     issues = [
-        _issue(name, path, "holds no certificate in PEM form")
+        _issue(name, path, "contains no PEM certificate")
         for name, path in (("tls_cert", certificate), ("tls_client_ca", ca))
-        if path and not _holds_certificates(path)
+        if path and not _has_certificates(path)
     ]
     if issues:
         return issues
     asked = False
 
-    def tell() -> str:
+    def get_password() -> str:
         nonlocal asked
         asked = True
         return password or ""  # never a prompt
 
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, tell)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, get_password)
     except (ssl.SSLError, ValueError) as error:
         field, path = ("tls_key", key) if key else ("tls_cert", certificate)
-        return [_issue(field, path, _why_no_key(error, asked=asked, given=password is not None))]
+        return [_issue(field, path, _key_problem(error, asked=asked, given=password is not None))]
     return []
 
 
-def _why_no_key(error: Exception, *, asked: bool, given: bool) -> str:
+def _key_problem(error: Exception, *, asked: bool, given: bool) -> str:
     if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-        return "holds the private key of another certificate"
+        return "the private key does not match the certificate"
     if asked:
         if given:
-            return "the password in gateway.tls_key_password does not open its private key"
-        return "its private key is encrypted and gateway.tls_key_password is not set"
-    return "holds no private key in PEM form"
+            return "cannot decrypt the private key with gateway.tls_key_password"
+        return "the private key is encrypted and gateway.tls_key_password is not set"
+    return "contains no PEM private key"
 
 
-def _holds_certificates(path: Path) -> bool:
+def _has_certificates(path: Path) -> bool:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError:
@@ -128,22 +128,22 @@ def _issue(name: str, path: Path, message: str) -> Issue:
 log = get_logger()
 
 _LINGER = 5.0
-"""Seconds for which a refused client may go on sending, so that it reads why."""
+"""Seconds a rejected client may keep sending, so that it gets to read the response."""
 
 _Stage = Literal["between", "head", "body"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What one connection may ask of the server.
+    """Limits of one connection.
 
     Attributes:
-        headers: Most headers of a request.
-        header_bytes: Largest head, and largest part of a message that is no body.
-        header_timeout: Seconds in which a head must be here.
-        body_timeout: Seconds for which the rest of a body is taken in that nobody waits for,
-            so that the client gets to read why.
-        answer_timeout: Seconds for which a client may leave an answer unread.
+        headers: Maximum number of request headers.
+        header_bytes: Maximum size of the request head, and of any other non-body data.
+        header_timeout: Seconds to receive the complete head.
+        body_timeout: Seconds to keep reading a body after the response, so that the client gets
+            to read the response.
+        answer_timeout: Seconds a client may take to read a response.
     """
 
     headers: int
@@ -154,7 +154,7 @@ class Bounds:
 
 
 def bounded_protocol(bounds: Bounds) -> type[HttpToolsProtocol]:
-    """Return the protocol class that keeps these bounds, as uvicorn takes it."""
+    """Return a uvicorn protocol class that enforces these bounds."""
 
     class Protocol(_BoundedProtocol):
         _bounds = bounds
@@ -163,11 +163,11 @@ def bounded_protocol(bounds: Bounds) -> type[HttpToolsProtocol]:
 
 
 class _TooLarge(Exception):
-    """Ends the parser; what it raises instead ends in `send_400_response`."""
+    """Stops the parser, which turns it into a call of `send_400_response`."""
 
 
 class _Timer:
-    """Calls once, some time after it was set; setting it again while it runs changes nothing."""
+    """A one-shot timer; setting it while it runs has no effect."""
 
     def __init__(self, later: Callable[..., "TimerHandle"], call: Callable[[], None]) -> None:
         self._later = later
@@ -189,14 +189,13 @@ class _Timer:
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """One connection, with timers for what the application cannot time.
+    """One connection, with timeouts for what the application cannot time.
 
-    - until a head is whole, from the connection or from the first byte after a request;
-    - the rest of a body whose request was answered already;
-    - an answer that the client does not take.
+    - receiving the head, from the connection or the first byte after a request;
+    - reading the rest of a body after the response;
+    - sending a response that the client does not read.
 
-    Between requests uvicorn's own keep-alive applies, and while a body is read the
-    application has its deadlines.
+    uvicorn's keep-alive applies between requests; the application times the body.
     """
 
     _bounds: ClassVar[Bounds]
@@ -206,16 +205,16 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stage: _Stage = "between"
         self._headers = 0
         self._head_bytes = 0
-        self._beside_body = 0
+        self._non_body_bytes = 0
         self._too_large = False
-        self._refused = False
-        self._head_timer = _Timer(self.loop.call_later, self._head_is_late)
+        self._rejected = False
+        self._head_timer = _Timer(self.loop.call_later, self._head_timed_out)
         self._rest_timer = _Timer(self.loop.call_later, self._close)
         self._answer_timer = _Timer(self.loop.call_later, self._abort)
 
     def connection_made(self, transport: "Transport") -> None:  # type: ignore[override]  # so is its base
         super().connection_made(transport)
-        # Every byte that the client has not taken counts, not only those above a mark.
+        # Pause on any unread byte, not only above a high-water mark.
         transport.set_write_buffer_limits(high=1, low=0)
         self._head_timer.set(self._bounds.header_timeout)
 
@@ -225,19 +224,18 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
-        self._beside_body += len(data)
+        self._non_body_bytes += len(data)
         super().data_received(data)
-        # What is neither a whole head nor a body: a header, a trailer or a chunk's
-        # extension without end.
-        if self._beside_body > self._bounds.header_bytes and not self._refused:
-            self._refuse_size()
+        # Neither a complete head nor a body: an endless header, trailer or chunk extension.
+        if self._non_body_bytes > self._bounds.header_bytes and not self._rejected:
+            self._reject_size()
         self._watch()
 
     def _watch(self) -> None:
-        """Set the timer of what is waited for."""
-        if self._refused:
+        """Start and stop timers for the current stage."""
+        if self._rejected:
             self._head_timer.clear()
             return
         answered = self._answered()
@@ -251,7 +249,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._rest_timer.clear()
 
     def _answered(self) -> bool:
-        """Whether no answer is under way; before the first request there is no cycle."""
+        """Whether no response is in progress; there is no cycle before the first request."""
         cycle = cast("RequestResponseCycle | None", self.cycle)
         return cycle is None or cycle.response_complete
 
@@ -267,23 +265,23 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Trailers come here too, after the body, and count with the headers.
+        # Trailers arrive here too and count as headers.
         self._headers += 1
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stage = "body"
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._stage = "between"
-        self._beside_body = 0
+        self._non_body_bytes = 0
         super().on_message_complete()
 
     def _count(self, size: int) -> None:
@@ -292,37 +290,37 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._too_large = True
             raise _TooLarge
 
-    # Refusals, in the form of all others.
+    # Error responses, in the application's format.
 
     def send_400_response(self, msg: str) -> None:
         if self._too_large:
-            self._refuse_size()
+            self._reject_size()
         else:
-            self._refuse(400, msg)
+            self._reject(400, msg)
 
-    def _refuse_size(self) -> None:
-        self._refuse(
+    def _reject_size(self) -> None:
+        self._reject(
             431,
-            f"The request's head is too large; at most {self._bounds.headers} headers and "
-            f"{self._bounds.header_bytes} bytes are accepted.",
+            f"Request head too large; the limits are {self._bounds.headers} headers and "
+            f"{self._bounds.header_bytes} bytes.",
         )
 
-    def _head_is_late(self) -> None:
+    def _head_timed_out(self) -> None:
         if self.flow.read_paused:
-            # It is us who do not read on: earlier requests come first.
+            # Reading is paused on our side: earlier requests come first.
             self._head_timer.set(self._bounds.header_timeout)
         elif self._stage == "head":
             seconds = self._bounds.header_timeout
-            self._refuse(408, f"The request's head was not here within {seconds:g} s.")
+            self._reject(408, f"Timed out: the request head did not arrive within {seconds:g} s.")
         else:
             self._close()
 
-    def _refuse(self, status: int, sentence: str) -> None:
+    def _reject(self, status: int, sentence: str) -> None:
         if not self._answered():
-            # Within another answer nothing can be said.
+            # Another response is in progress, so none can be sent.
             self._close()
             return
-        log.info("request refused", status=status, reason=sentence)
+        log.info("request rejected", status=status, reason=sentence)
         body = json.dumps({"detail": sentence}).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -331,8 +329,8 @@ class _BoundedProtocol(HttpToolsProtocol):
             "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        # To close at once would take the answer from a client that is still sending.
-        self._refused = True
+        # Closing now would lose the response for a client that is still sending.
+        self._rejected = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._rest_timer.set(_LINGER)
@@ -351,27 +349,27 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._answer_timer.clear()
 
     def _abort(self) -> None:
-        log.info("client left an answer unread")
+        log.info("client did not read a response")
         self.transport.abort()
 
 
 _PATIENCE = 5
-"""Seconds that requests under way are given when the server ends."""
+"""Seconds that open requests get to finish on shutdown."""
 _BACKLOG = 64
-"""Connections that wait to be accepted."""
+"""Maximum length of the queue of connections to accept."""
 _LOG_EVERY = 60.0
-"""Seconds between two lines about too many connections."""
+"""Seconds between two log lines about too many connections."""
 _MOST_CONNECTIONS = 4096
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningGateway:
-    """A gateway that answers.
+    """A gateway that serves requests.
 
     Attributes:
-        url: Where, without `/v1`.
-        api_key: The static key from the settings, if there is one.
+        url: Base URL, without `/v1`.
+        api_key: Static key from the settings, if any.
     """
 
     url: str
@@ -380,10 +378,10 @@ class RunningGateway:
 
 
 class _Listener(socket.socket):
-    """A listening socket that closes connections above a limit as soon as they are made.
+    """A listening socket that closes connections above a limit immediately.
 
-    The limit holds before TLS and before HTTP, so no client can use up the file descriptors
-    that jobs and their databases need.
+    The limit applies before TLS and HTTP, so clients cannot exhaust the file descriptors that
+    jobs and databases need.
     """
 
     def __init__(self, family: int, kind: int, protocol: int, *, limit: int) -> None:
@@ -396,8 +394,8 @@ class _Listener(socket.socket):
         """Accept a connection.
 
         Raises:
-            BlockingIOError: There is none, or it was closed.
-            OSError: No descriptor is left; at most once a second, because asyncio goes on to
+            BlockingIOError: No connection is pending, or it was closed.
+            OSError: Out of file descriptors; raised at most once a second, because asyncio calls
                 accept as often as its backlog says and schedules a retry for each failure.
         """
         try:
@@ -407,23 +405,23 @@ class _Listener(socket.socket):
             if error.errno not in _OUT_OF_DESCRIPTORS or now - self._short_since >= 1:
                 self._short_since = now
                 raise
-            raise BlockingIOError(errno.EAGAIN, "no descriptor left") from error
+            raise BlockingIOError(errno.EAGAIN, "out of file descriptors") from error
         if sum(each.fileno() >= 0 for each in self._open) < self._limit:
             self._open.add(connection)
             return connection, address
         connection.close()
         if time.monotonic() - self._logged_at >= _LOG_EVERY:
             self._logged_at = time.monotonic()
-            log.warning("connections closed: too many are open", limit=self._limit)
+            log.warning("connections rejected: too many open", limit=self._limit)
         raise BlockingIOError(errno.EAGAIN, "too many connections")
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to the program it is a part of."""
+    """A server that leaves signal handling to the embedding program."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Do not capture signals."""
         yield
 
 
@@ -438,18 +436,18 @@ async def running(
     backends: Mapping[str, TrainingBackend] | None = None,
     blobs: BlobStore | None = None,
 ) -> AsyncIterator[RunningGateway]:
-    """Serve for as long as the block lasts; jobs under way go on at the next start.
+    """Serve while the block runs; unfinished jobs resume at the next start.
 
     Args:
-        home: Directory of all state; the gateway's lies in `<home>/gateway`.
-        backend: Name of the backend that trains.
-        host: Address to listen on; default that of the settings. Beyond loopback
-            everybody on the network can reach the gateway.
-        port: 0 for any free one; default that of the settings.
+        home: Directory of all state; the gateway's is stored in `<home>/gateway`.
+        backend: Name of the training backend.
+        host: Address to listen on; default: from the settings. Any other than loopback makes
+            the gateway reachable from the network.
+        port: Port to listen on, 0 for any free one; default: from the settings.
 
     Raises:
-        ConfigError: The port is taken, the address is not this machine's, the files for TLS
-            cannot be used, or keys would cross the network in the clear.
+        ConfigError: The port is in use, the address does not belong to this machine, the TLS
+            files are invalid, or keys would cross the network unencrypted.
         DuplicateRun: Another gateway is using this home.
     """
     host = host or settings.host
@@ -460,7 +458,7 @@ async def running(
     try:
         url = _url(listener, "https" if tls else "http")
         if not tls and not _is_loopback(listener):
-            _mind_plain_http(settings, url)
+            _require_tls(settings, url)
         async with (
             open_gateway(
                 settings, home=home, url=url, backend=backend, backends=backends, blobs=blobs
@@ -482,13 +480,13 @@ async def _serving(
         ws="none",
         log_config=None,
         access_log=False,
-        # Nothing here depends on the client's address or scheme, which these could forge.
+        # Unused, and clients could forge them.
         proxy_headers=False,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_PATIENCE,
         backlog=_BACKLOG,
-        # A client's pool must not find its connection closed under its next request.
+        # Longer than common client pools, so that none reuses a closing connection.
         timeout_keep_alive=75,
         **tls,
     )
@@ -513,28 +511,28 @@ def _bounds(settings: GatewaySettings) -> Bounds:
     )
 
 
-def _mind_plain_http(settings: GatewaySettings, url: str) -> None:
-    """Let keys cross a network in the clear only where somebody has said so.
+def _require_tls(settings: GatewaySettings, url: str) -> None:
+    """Require TLS beyond loopback unless plain HTTP was allowed explicitly.
 
-    An https address for clients says that a proxy in front of the gateway does TLS.
+    An https `public_url` means that a proxy in front of the gateway terminates TLS.
     """
     if settings.public_url is not None and settings.public_url.scheme == "https":
         return
     if not settings.plain_http:
         raise ConfigError(
-            f"At {url} everybody on the way could read API keys and training data: it is "
-            "beyond this machine and without TLS.",
-            hint="Give --tls-cert and --tls-key; or, behind a proxy with TLS, set "
-            "TRAINING_BACKENDS_GATEWAY__PUBLIC_URL to its https address; or accept it with "
-            "--plain-http.",
+            f"Refusing to serve plain HTTP on a non-loopback address ({url}): API keys and "
+            "training data would be sent unencrypted.",
+            hint="Pass --tls-cert and --tls-key; or, behind a TLS proxy, set "
+            "TRAINING_BACKENDS_GATEWAY__PUBLIC_URL to its https URL; or pass --plain-http to "
+            "accept the risk.",
         )
-    log.warning("serving plain http beyond this machine", url=url)
+    log.warning("serving plain HTTP on a non-loopback address", url=url)
 
 
 def _connections() -> int:
-    """Return how many connections fit below the limit of file descriptors.
+    """Return how many connections fit within the limit of file descriptors.
 
-    Each may have a file open besides, and a quarter is for databases, jobs and all else.
+    Each connection may have a file open as well; a quarter is reserved for everything else.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -543,15 +541,15 @@ def _connections() -> int:
 
 
 def _bind(host: str, port: int, limit: int) -> socket.socket:
-    """Listen on an address, before anything else is begun."""
+    """Return a socket that listens on an address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
         raise ConfigError(
-            f"{host!r} is no address of this machine: {error.strerror}.",
-            hint="Use 127.0.0.1, or 0.0.0.0 to be reached from the network.",
+            f"{host!r} is not an address of this machine: {error.strerror}.",
+            hint="Use 127.0.0.1, or 0.0.0.0 to be reachable from the network.",
         ) from error
     listener = _Listener(family, kind, protocol, limit=limit)
     try:
@@ -568,17 +566,17 @@ def _bind(host: str, port: int, limit: int) -> socket.socket:
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(
-            f"Port {port} on {host} is taken by another program.",
-            hint="Choose another with --port, or --port 0 for any free one.",
+            f"Port {port} on {host} is already in use.",
+            hint="Choose another port with --port, or --port 0 for any free one.",
         )
     if error.errno == errno.EACCES:
         return ConfigError(
-            f"Port {port} on {host} needs more rights than this program has.",
+            f"No permission to listen on port {port} of {host}.",
             hint="Choose a --port above 1023.",
         )
     return ConfigError(
         f"Cannot listen on {host}, port {port}: {error.strerror}.",
-        hint="Use 127.0.0.1, or 0.0.0.0 to be reached from the network.",
+        hint="Use 127.0.0.1, or 0.0.0.0 to be reachable from the network.",
     )
 
 

@@ -17,88 +17,88 @@ _SHORTEST_KEY = 16
 
 
 class GatewaySettings(SectionSettings):
-    """Where the gateway listens, what it accepts and what it calls itself."""
+    """Section `gateway`: address, TLS, limits and model names."""
 
     section: ClassVar[str | None] = "gateway"
 
     api_key: SecretStr | None = Field(
         default=None,
-        description="One static key, beside those of `keys create`; at least 16 characters.",
+        description="Static API key in addition to those of `keys create`; at least 16 characters.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=8321, ge=0, le=65535, description="0: any free port.")
+    port: int = Field(default=8321, ge=0, le=65535, description="Port; 0: any free port.")
     public_url: AnyHttpUrl | None = Field(
         default=None,
-        description="How clients reach the gateway, for signed URLs; default: where it listens.",
+        description="URL that clients use, for signed URLs; default: the listening address.",
     )
     plain_http: bool = Field(
         default=False,
-        description="Listen beyond this machine without TLS: keys can be read on the way.",
+        description="Allow plain HTTP on non-loopback addresses; keys are sent unencrypted.",
     )
     tls_cert: Path | None = Field(
-        default=None, description="PEM file with the certificate and its chain: serve https."
+        default=None, description="PEM file with the certificate and its chain; enables HTTPS."
     )
     tls_key: Path | None = Field(
-        default=None, description="PEM file with its private key; default: the certificate's file."
+        default=None, description="PEM file with the private key; default: the certificate's file."
     )
     tls_key_password: SecretStr | None = Field(
-        default=None, description="Opens the private key, if it is encrypted."
+        default=None, description="Password of an encrypted private key."
     )
     tls_client_ca: Path | None = Field(
         default=None,
-        description="PEM file with authorities: only clients with a certificate of theirs connect.",
+        description="PEM file with CAs; requires client certificates signed by them (mTLS).",
     )
-    max_upload_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, description="Largest file.")
+    max_upload_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, description="Maximum file size.")
     max_request_bytes: int = Field(
-        default=2**20, ge=1, description="Largest body of a request that is no upload."
+        default=2**20, ge=1, description="Maximum request body size, except for uploads."
     )
     max_connections: int | None = Field(
         default=None,
         ge=1,
-        description="Most open connections; default: three eighths of the file descriptors.",
+        description="Maximum open connections; default: 3/8 of the file descriptor limit.",
     )
-    max_headers: int = Field(default=100, ge=1, description="Most headers of a request.")
+    max_headers: int = Field(default=100, ge=1, description="Maximum request headers.")
     max_header_bytes: int = Field(
-        default=2**15, ge=1024, description="Largest head: address and all headers."
+        default=2**15, ge=1024, description="Maximum size of the request line and headers."
     )
     header_timeout: float = Field(
-        default=30.0, gt=0, description="Seconds in which a request's head must be here."
+        default=30.0, gt=0, description="Seconds to receive the request line and headers."
     )
     body_timeout: float = Field(
-        default=60.0, gt=0, description="Seconds in which the body of what is no upload must be."
+        default=60.0, gt=0, description="Seconds to receive a request body, except for uploads."
     )
     upload_timeout: float = Field(
-        default=120.0, gt=0, description="Seconds of silence after which an upload is given up."
+        default=120.0, gt=0, description="Seconds without data after which an upload is aborted."
     )
     min_upload_rate: float = Field(
         default=1000.0,
         gt=0,
-        description="Bytes a second that an upload must make, upload_timeout to begin with.",
+        description="Minimum upload rate in bytes/s, after the first upload_timeout seconds.",
     )
     answer_timeout: float = Field(
-        default=60.0, gt=0, description="Seconds for which a client may leave an answer unread."
+        default=60.0, gt=0, description="Seconds a client may take to read a response."
     )
-    max_open_jobs: int = Field(default=200, ge=1, description="Most unfinished jobs of one key.")
+    max_open_jobs: int = Field(default=200, ge=1, description="Maximum unfinished jobs per key.")
     max_training_steps: int = Field(
-        default=1_000_000, ge=1, description="Most training steps of one job."
+        default=1_000_000, ge=1, description="Maximum training steps per job."
     )
     organization: str = Field(
-        default="local", min_length=1, description="Stands, as 8 hex digits, in model names."
+        default="local", min_length=1, description="Part of model names, as 8 hex digits."
     )
     catalogue: Path | None = Field(
-        default=None, description="TOML file with models to offer beside the built-in ones."
+        default=None, description="TOML file with models to add to the built-in ones."
     )
     default_epochs: float = Field(
         default=3.0,
         gt=0,
-        description="Taken when a job gives neither epochs nor training_steps.",
+        description="Epochs of a job that sets neither epochs nor training_steps.",
     )
 
     @field_validator("public_url")
     @classmethod
     def _is_a_base(cls, value: AnyHttpUrl | None) -> AnyHttpUrl | None:
         if value and (value.username or value.password or value.query or value.fragment):
-            raise ValueError("give scheme, host, port and path only, as in https://ft.example.org")
+            raise ValueError("use scheme, host, port and path only, as in https://ft.example.org")
         return value
 
     @field_validator("api_key")
@@ -106,13 +106,13 @@ class GatewaySettings(SectionSettings):
     def _not_guessable(cls, key: SecretStr | None) -> SecretStr | None:
         if key and len(key) < _SHORTEST_KEY:
             raise ValueError(
-                f"use at least {_SHORTEST_KEY} characters, such as those of `openssl rand -hex 16`"
+                f"use at least {_SHORTEST_KEY} characters, for example from `openssl rand -hex 16`"
             )
         return key
 
     @property
     def organization_id(self) -> str:
-        """The organization as the 8 hex digits of a model name."""
+        """The organization as 8 hex digits, as used in model names."""
         if re.fullmatch("[0-9a-f]{8}", self.organization):
             return self.organization
         return hashlib.sha256(self.organization.encode()).hexdigest()[:8]

@@ -27,16 +27,16 @@ __all__ = [
 
 SCHEMA_VERSION = 4
 ENDED = ("SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
-"""Statuses that a job never leaves."""
+"""Terminal statuses."""
 DEFAULT_PROJECT = "default"
-"""Owns what was made before there were projects, and what keys without one make."""
+"""Owner of objects created before projects existed, and of keys created without one."""
 
 _T = TypeVar("_T")
 _metadata = sa.MetaData()
 
 
 def _project() -> "sa.Column[str]":
-    """Return a table's column for the project that owns a row."""
+    """Return a column for the project that owns a row."""
     return sa.Column("project", sa.String, nullable=False, server_default=DEFAULT_PROJECT)
 
 
@@ -73,7 +73,7 @@ jobs = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("created_by", sa.String, nullable=False),
     sa.Column("modified_at", sa.Float, nullable=False),
-    # When the start was accepted; launched once the backend has accepted it too.
+    # When the start was accepted; `launched`: the backend has accepted it too.
     sa.Column("started_at", sa.Float),
     sa.Column("launched", sa.Boolean, nullable=False, default=False),
     sa.Column("training_files", sa.JSON, nullable=False),
@@ -145,7 +145,7 @@ _INDEXES = (
     sa.Index("ix_files_created_at", files.c.created_at),
     sa.Index("ix_jobs_created_at", jobs.c.created_at),
 )
-"""Made where they are missing; a version that does not know them reads the same database."""
+"""Created if missing; older versions can still use the database."""
 _UPGRADES = {
     1: (
         "ALTER TABLE keys ADD COLUMN scope VARCHAR DEFAULT 'write' NOT NULL",
@@ -158,15 +158,15 @@ _UPGRADES = {
             f"ALTER TABLE {table} ADD COLUMN project VARCHAR DEFAULT '{DEFAULT_PROJECT}' NOT NULL"
             for table in ("files", "jobs", "models", "keys")
         ),
-        # Every key saw them all the same.
+        # Every key could see them anyway.
         "UPDATE files SET visibility = 'workspace' WHERE visibility = 'user'",
     ),
 }
-"""What brings a database from a schema version to the next."""
+"""Statements that upgrade a database from each schema version to the next."""
 
 
 class GatewayStore:
-    """One SQLite file. Each call is one transaction; writes are durable when it returns."""
+    """One SQLite file. Each call is one transaction; a write is durable when it returns."""
 
     def __init__(self, path: Path) -> None:
         create_file(path)
@@ -181,7 +181,7 @@ class GatewayStore:
         self._reads.dispose()
 
     def read(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Return what `work` makes of a consistent view of the database.
+        """Run `work` in a read transaction and return its result.
 
         Raises:
             StoreError: The database cannot be used.
@@ -189,7 +189,7 @@ class GatewayStore:
         return self._run(self._reads, work)
 
     def write(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Return what `work` returns once all that it changed is durable.
+        """Run `work` in a write transaction and return its result once durable.
 
         Raises:
             StoreError: The database cannot be used; nothing was changed.
@@ -197,11 +197,11 @@ class GatewayStore:
         return self._run(self._writes, work)
 
     async def aread(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Do as `read` does, in a worker thread."""
+        """Call `read` in a worker thread."""
         return await to_thread.run_sync(self.read, work)
 
     async def awrite(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Do as `write` does, in a worker thread, one at a time."""
+        """Call `write` in a worker thread, one at a time."""
         return await to_thread.run_sync(self.write, work, limiter=self._writer)
 
     def _run(self, engine: sa.Engine, work: Callable[[sa.Connection], _T]) -> _T:
@@ -211,16 +211,16 @@ class GatewayStore:
         except DatabaseError as error:
             raise StoreError(
                 f"The gateway's database {self._path} cannot be used: {error.orig or error}",
-                hint="Check the disk and the file's permissions.",
+                hint="Check free disk space and file permissions.",
             ) from error
 
     def _prepare(self, connection: sa.Connection) -> None:
-        """Create the tables, or bring those of an older version up to date."""
+        """Create the tables, or upgrade those of an older version."""
         found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if found > SCHEMA_VERSION:
             raise StoreError(
-                f"{self._path} was written by a newer version (schema {found}, this one knows "
-                f"{SCHEMA_VERSION}).",
+                f"{self._path} was written by a newer version (schema {found}; this version "
+                f"supports {SCHEMA_VERSION}).",
                 hint="Upgrade training-backends.",
             )
         for version in range(found or SCHEMA_VERSION, SCHEMA_VERSION):

@@ -1,4 +1,4 @@
-"""Receive a multipart upload as it arrives, in any order of its parts."""
+"""Receive multipart uploads as streams, check them and store them by content."""
 
 import hashlib
 import os
@@ -39,24 +39,24 @@ __all__ = [
 ]
 
 SHOWN_ERRORS = 20
-"""Reading stops when so many lines are wrong."""
+"""Checking stops after this many errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What an accepted file holds."""
+    """Facts about an accepted file."""
 
     num_lines: int | None
     sample_type: str
 
 
 def read_facts(path: Path, purpose: str) -> FileFacts:
-    """Check a training file, count the lines of a batch file, leave others alone.
+    """Check a training file or count the lines of a batch file; other files are not read.
 
-    Blocking; reads a line at a time.
+    Blocking; reads line by line.
 
     Raises:
-        Refusal: A training file has lines that cannot be trained on.
+        Refusal: A training file has invalid lines.
     """
     if purpose == "batch":
         return FileFacts(_count_lines(path), "batch_request")
@@ -65,7 +65,7 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
     found = check_upload(path, dialect=MISTRAL, max_errors=SHOWN_ERRORS)
     if found.errors:
         raise _refusal(found.errors)
-    # The protocol has no word of its own for classifier samples.
+    # The protocol has no sample type for classifier data.
     sample_type = "pretrain" if found.sample_type == "pretrain" else "instruct"
     return FileFacts(found.num_lines, sample_type)
 
@@ -77,11 +77,11 @@ def _refusal(errors: Sequence[LineError]) -> Refusal:
         422,
         {
             "detail": "Invalid file format.",
-            "description": f"Found {count} {noun} in this file. Each line is one JSON object "
+            "description": f"Found {count} {noun} in this file. Each line must be a JSON object "
             "with `messages` or `text`, and `labels` for a classifier.",
             "errors": [
                 {
-                    # The service's body has no place of its own for what to do.
+                    # The service's error body has no field for a fix.
                     "message": f"{error.message} ({error.fix})" if error.fix else error.message,
                     "line_number": error.line_number,
                 }
@@ -105,7 +105,7 @@ log = get_logger()
 
 _PART = ".part"
 OpenFile = Callable[[Path], BinaryIO]
-"""Opens a new file for writing; replaced in tests by a disk that is full."""
+"""Opens a new file for writing; tests replace it to simulate a full disk."""
 
 
 def _open(path: Path) -> BinaryIO:
@@ -113,7 +113,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class Incoming:
-    """A file being received; leaving the block removes it unless it was kept."""
+    """A file being received; deleted on exit unless it was kept."""
 
     def __init__(self, path: Path, open_file: OpenFile) -> None:
         self.path = path
@@ -122,10 +122,10 @@ class Incoming:
         self._file = open_file(path)
 
     def write(self, data: bytes) -> None:
-        """Append to the file.
+        """Append data to the file.
 
         Raises:
-            OSError: The disk is full, or fails.
+            OSError: The disk is full or fails.
         """
         rest = memoryview(data)
         while rest:
@@ -134,17 +134,17 @@ class Incoming:
         self.size += len(data)
 
     def finish(self) -> None:
-        """Put what was written safely on the disk; nothing can be appended afterwards."""
+        """Flush to disk and close the file."""
         os.fsync(self._file.fileno())
         self._file.close()
 
     @property
     def sha256(self) -> str:
-        """Hex digest of what was written."""
+        """Hex digest of the data written so far."""
         return self._digest.hexdigest()
 
     def discard(self) -> None:
-        """Remove the temporary file, if it still is one."""
+        """Close and delete the temporary file, unless it was kept."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -156,7 +156,7 @@ class Incoming:
 
 
 class BlobStore:
-    """Files by content below one directory."""
+    """Content-addressed files in one directory."""
 
     def __init__(self, root: Path, *, open_file: OpenFile = _open) -> None:
         self._blobs = root / "files"
@@ -164,7 +164,7 @@ class BlobStore:
         self._open_file = open_file
 
     def prepare(self) -> None:
-        """Create the directories and remove uploads that were cut off."""
+        """Create the directories and remove interrupted uploads."""
         for directory in (self._blobs, self._incoming):
             make_private_directory(directory)
         for path in self._incoming.iterdir():
@@ -174,14 +174,14 @@ class BlobStore:
                 log.warning("unexpected file left in place", path=str(path))
 
     def collect(self, known: Mapping[str, float | None]) -> None:
-        """Remove the blobs that a crash left behind.
+        """Remove blobs left behind by a crash.
 
-        A blob that the database does not know is kept: the database may be new, or restored
-        from a copy that is older than the upload.
+        A blob that is not in the database is kept: the database may be new, or restored from a
+        backup older than the upload.
 
         Args:
-            known: Digest of every blob that the database knows, with the time in seconds since
-                the epoch at which the last reference to it was deleted; None: still needed.
+            known: When the last reference to each blob in the database was deleted, by digest,
+                in seconds since the epoch; None: still needed.
         """
         unknown = 0
         for path in self._blobs.iterdir():
@@ -190,28 +190,28 @@ class BlobStore:
             elif (deleted_at := known[path.name]) is not None and _written_before(path, deleted_at):
                 _remove(path)
         if unknown:
-            log.warning("files unknown to the database kept", files=unknown, path=str(self._blobs))
+            log.warning("kept files unknown to the database", files=unknown, path=str(self._blobs))
 
     def path(self, sha256: str) -> Path:
-        """Return where a blob lies, or would lie."""
+        """Return the path of a blob, which may not exist."""
         return self._blobs / sha256
 
     def receive(self) -> Incoming:
-        """Begin a new file."""
+        """Create a new temporary file."""
         return Incoming(self._incoming / f"{uuid4()}{_PART}", self._open_file)
 
     def keep(self, incoming: Incoming) -> None:
-        """Make a finished file permanent under its digest; the same content is kept once."""
-        # Replaced where it is there already: how long it takes must not say whether it was.
+        """Move a finished file to its permanent path; identical content is stored once."""
+        # Replace even if it exists, so that timing does not reveal whether it did.
         incoming.path.replace(self.path(incoming.sha256))
         sync_directory(self._blobs)
 
     def remove(self, sha256: str) -> None:
-        """Remove a blob; one already gone is fine."""
+        """Remove a blob; safe to repeat."""
         self.path(sha256).unlink(missing_ok=True)
 
     def free(self) -> int:
-        """Return how many bytes fit on the disk."""
+        """Return the free disk space in bytes."""
         found = os.statvfs(self._blobs)
         return found.f_bavail * found.f_frsize
 
@@ -226,14 +226,14 @@ def _written_before(path: Path, moment: float) -> bool:
 def _remove(path: Path) -> None:
     try:
         path.unlink()
-    except OSError as error:  # a directory of that name, or a disk that is read-only
+    except OSError as error:  # a directory of that name, or a read-only disk
         log.warning("leftover not removed", path=str(path), reason=error.strerror)
 
 
 FORM_OVERHEAD = 64 * 1024
-"""Bytes that a form may have beside its file."""
+"""Maximum bytes of a form excluding its file."""
 _BLOCK = 2**20
-"""Bytes written to disk at a time."""
+"""Bytes per write to disk."""
 _MAX_FIELD = 1024
 _MAX_PARTS = 16
 
@@ -243,12 +243,12 @@ _EXTENDED = re.compile(r"""\bfilename\*="?(utf-8|iso-8859-1)'[^';]*'([^\s;"]+)""
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How slow an upload may be.
+    """Minimum speed of an upload.
 
     Attributes:
-        silence: Seconds without a byte after which it is given up.
-        rate: Bytes a second that it must make on the whole, beyond the first `silence`
-            seconds; only the time spent waiting for the client counts.
+        silence: Seconds without data after which it is aborted.
+        rate: Minimum average rate in bytes per second after the first `silence` seconds; only
+            time spent waiting for the client counts.
     """
 
     silence: float
@@ -257,10 +257,10 @@ class Pace:
 
 @dataclass(slots=True)
 class Upload:
-    """What a form held; the file's bytes are in the `Incoming` it was received into.
+    """The fields of a form; the file's content is in its `Incoming`.
 
     Attributes:
-        filename: As the client named it, or None when there was no file.
+        filename: Name given by the client; None without a file.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
@@ -269,23 +269,23 @@ class Upload:
 
 
 def too_large(limit: int) -> Refusal:
-    """Return the answer to a file that is larger than allowed."""
-    return plain(413, f"The file is too large; at most {limit} bytes are accepted.")
+    """Return a 413 for a file above the limit."""
+    return plain(413, f"File too large; the limit is {limit} bytes.")
 
 
 async def receive(
     chunks: AsyncIterator[bytes], content_type: str, into: Incoming, *, limit: int, pace: Pace
 ) -> Upload:
-    """Read a whole form; the part named `file` goes to disk while it arrives.
+    """Read a form, streaming the part named `file` to disk.
 
-    Memory stays at a block or two whatever the file's size: reading waits for the disk.
+    Memory use is one or two blocks for any file size: reading waits for the disk.
 
     Args:
-        limit: Largest file, in bytes.
+        limit: Maximum file size in bytes.
 
     Raises:
-        Refusal: It is no form, a part is too large, or it comes too slowly.
-        OSError: The disk is full, or fails.
+        Refusal: The body is not a form, a part is too large, or the client is too slow.
+        OSError: The disk is full or fails.
     """
     kind, options = parse_options_header(content_type)
     if kind != "multipart/form-data" or not options.get("boundary"):
@@ -294,13 +294,13 @@ async def receive(
     try:
         await form.read(_paced(chunks, pace), options["boundary"])
     except MultipartError as error:
-        raise plain(422, f"The form cannot be read: {error.args[0]}.") from error
+        raise plain(422, f"Invalid multipart form: {error.args[0]}.") from error
     await to_thread.run_sync(into.finish)
     return form.upload
 
 
 async def _paced(chunks: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[bytes]:
-    """Pass on what arrives, for as long as it keeps coming."""
+    """Pass chunks through and enforce the pace."""
     waited, arrived = 0.0, 0
     while True:
         began = anyio.current_time()
@@ -319,16 +319,16 @@ async def _paced(chunks: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[byte
 
 def _too_slow(pace: Pace, *, silent: bool) -> Refusal:
     why = (
-        f"Nothing arrived for {pace.silence:g} s"
+        f"No data arrived for {pace.silence:g} s"
         if silent
-        else f"The upload is slower than {pace.rate:g} bytes a second"
+        else f"The upload is slower than {pace.rate:g} bytes/s"
     )
-    # What is still on its way belongs to nothing.
+    # Close: data still in flight belongs to no request.
     return Refusal(408, {"detail": f"{why}; upload the file again."}, {"connection": "close"})
 
 
 class _Form:
-    """Sorts a form's parts: fields are collected, the file is written in blocks."""
+    """Collects a form's fields and writes its file in blocks."""
 
     def __init__(self, into: Incoming, limit: int) -> None:
         self.upload = Upload()
@@ -347,7 +347,7 @@ class _Form:
         with parser:
             async for chunk in chunks:
                 size += len(chunk)
-                if size > self._limit + FORM_OVERHEAD:  # also what comes after the form's end
+                if size > self._limit + FORM_OVERHEAD:  # includes data after the form's end
                     raise too_large(self._limit)
                 if not chunk or parser.closed:
                     continue
@@ -356,7 +356,7 @@ class _Form:
                     self._take(event)
                 if self._beside > FORM_OVERHEAD:
                     raise plain(
-                        413, f"The form has more than {FORM_OVERHEAD} bytes beside its file."
+                        413, f"The form has more than {FORM_OVERHEAD} bytes besides its file."
                     )
                 if self._pending_size >= _BLOCK:
                     await self._flush()
@@ -376,17 +376,17 @@ class _Form:
         else:
             self._text += event
             if len(self._text) > _MAX_FIELD:
-                raise plain(422, "A field of the form is too long.")
+                raise plain(422, "A form field is too long.")
 
     def _begin(self, part: MultipartSegment) -> None:
         self._part, self._text = part, b""
         if part.name != "file":
             return
         if self.upload.filename is not None:
-            raise invalid(["body", "file"], "Send one file at a time.")
+            raise invalid(["body", "file"], "Send one file per request.")
         filename = _extended_filename(part) or part.filename
         if filename is None:
-            raise invalid(["body", "file"], "Send `file` as a file with a name.")
+            raise invalid(["body", "file"], "Send `file` as a file part with a file name.")
         self.upload.filename, self.upload.content_type = filename, part.content_type
 
     def _end(self) -> None:
@@ -401,6 +401,6 @@ class _Form:
 
 
 def _extended_filename(part: MultipartSegment) -> str | None:
-    """Return the name in `filename*` (RFC 5987), which some clients send beside an ASCII one."""
+    """Return the `filename*` parameter (RFC 5987), which some clients send besides an ASCII one."""
     found = _EXTENDED.search(part.header("Content-Disposition", ""))
     return unquote(found[2], found[1], "replace") if found else None

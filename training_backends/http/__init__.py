@@ -1,1 +1,1 @@
-"""HTTP for every backend: the only place that imports httpx. Knows no provider."""
+"""HTTP for every backend, independent of the provider; the only package that imports httpx."""

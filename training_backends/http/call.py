@@ -1,4 +1,4 @@
-"""One call with all its attempts: when each may begin, how long it may take, how it ended."""
+"""One call with its retries: rate limits, deadlines and outcome."""
 
 import math
 import time
@@ -21,12 +21,12 @@ __all__ = ["Call", "Pace", "pacing"]
 
 
 class Pace:
-    """Gives every `CHUNK_BYTES` of a transfer, and what is left at its end, the same time."""
+    """Extends a deadline by the same time for every `CHUNK_BYTES` that are transferred."""
 
     def __init__(self, scope: anyio.CancelScope, seconds: float) -> None:
         self._scope = scope
         self._seconds = seconds
-        self._allow("nothing came of it", seconds)
+        self._allow("no response", seconds)
 
     def _allow(self, failing: str, seconds: float) -> None:
         self.failing = f"{failing} within {seconds:g} s"
@@ -35,12 +35,12 @@ class Pace:
     async def over(
         self, pieces: AsyncIterator[bytes], *, then: float
     ) -> AsyncGenerator[bytes, None]:
-        """Pass pieces on; one is moved when the next is asked for.
+        """Pass pieces through; a piece counts as transferred when the next one is requested.
 
         Args:
-            then: Seconds for all that comes after the last one.
+            then: Seconds allowed after the last piece.
         """
-        failing = f"fewer than {CHUNK_BYTES} bytes moved"
+        failing = f"fewer than {CHUNK_BYTES} bytes transferred"
         self._allow(failing, self._seconds)
         moved = 0
         async for piece in pieces:
@@ -49,16 +49,16 @@ class Pace:
             if moved >= CHUNK_BYTES:
                 moved = 0
                 self._allow(failing, self._seconds)
-        self._allow("no whole answer came to what was sent", then)
+        self._allow("no complete response to the request", then)
 
 
 @contextmanager
 def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
-    """End what is done inside when it takes longer than its pace allows.
+    """Cancel the block when a transfer is slower than its pace.
 
     Args:
-        seconds: For `CHUNK_BYTES`, and for all that comes before the first of them.
-        late: Makes the error, from what did not come in time.
+        seconds: Time for each `CHUNK_BYTES`, and for everything before the first of them.
+        late: Makes the error from a description of what did not happen in time.
     """
     with anyio.CancelScope() as scope:
         pace = Pace(scope, seconds)
@@ -68,23 +68,23 @@ def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
 
 
 _LONG_WAIT: Final = 5.0
-"""From here on somebody would wonder at the silence."""
+"""Seconds; longer pauses are logged as warnings."""
 _REQUEST_IDS: Final = ("x-request-id", "mistral-correlation-id")
 _spread = SystemRandom().uniform
 
 
 class Call:
-    """What is known of one call on its way, and the rules that it keeps.
+    """State of one call and the rules for its attempts.
 
     Args:
-        name: What is asked, for example `GET /v1/models`.
-        repeatable: Whether doing it twice does no harm.
-        seconds: For all of it; None where its attempts keep a pace instead.
+        name: Method and path, for example `GET /v1/models`.
+        repeatable: Whether the request is safe to repeat.
+        seconds: Deadline of the call; None if its attempts have a pace instead.
 
     Attributes:
-        sent: Whether the first byte of the attempt under way has left.
-        retry_after: Seconds that its answer asked for.
-        request_id: What the server calls it.
+        sent: Whether the first byte of the current attempt was sent.
+        retry_after: Seconds from the response's Retry-After.
+        request_id: Request id assigned by the server.
     """
 
     def __init__(
@@ -114,23 +114,22 @@ class Call:
         self._log = get_logger()
 
     def attempts(self) -> AsyncRetrying:
-        """Return the attempts, to be entered one after the other until one succeeds."""
-        # Not stamina, whose hooks are the whole program's: in one that has set none, every
-        # attempt would be told on its standard output.
+        """Return the attempts, to be entered in turn until one succeeds."""
+        # Not stamina: its hooks are process-wide, and by default it prints every retry.
         return AsyncRetrying(
             retry=retry_if_exception(self._backoff),
             wait=lambda _: self._backoff.wait,
-            before_sleep=self._say_retry,
+            before_sleep=self._log_retry,
             sleep=anyio.sleep,
         )
 
     def begin(self) -> None:
-        """Forget what belongs to the attempt before."""
+        """Reset the state of the previous attempt."""
         self.sent = False
         self.retry_after = self.request_id = None
 
     def failed(self, error: TrainingBackendError) -> None:
-        """Take in how an attempt ended; what it says of the call counts all attempts."""
+        """Record a failed attempt, and make its error account for all attempts."""
         self._backoff.retry_after = self.retry_after
         if isinstance(error, BackendUnavailable):
             self._may_have_arrived = error.sent = error.sent or self._may_have_arrived
@@ -138,25 +137,25 @@ class Call:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The server's name for the request, for a log line, where it gave one."""
+        """The server's request id, if any, as fields of a log line."""
         return {} if self.request_id is None else {"request_id": self.request_id}
 
     @contextmanager
     def within_its_time(self) -> Iterator[None]:
-        """End what is done inside when the call's time is over."""
+        """Cancel the block at the call's deadline."""
         left = self._latest - time.monotonic()
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield
         if scope.cancelled_caught:
-            raise self.late(f"no answer within {self._seconds:g} s")
+            raise self.late(f"no response within {self._seconds:g} s")
 
     def late(self, what: str) -> BackendUnavailable:
-        """Make the error of a call that ran out of time."""
+        """Return the error of a call that timed out."""
         sent = self.sent or self._may_have_arrived
         return BackendUnavailable(f"{self.name}: {what}.", sent=sent, backend=self._backend)
 
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Notice when the server is turned to, and when the first byte leaves."""
+        """Record when a connection is attempted and when the first byte is sent."""
         del info
         if event.endswith("send_request_headers.started"):
             self._asked = self.sent = True
@@ -164,36 +163,36 @@ class Call:
             self._asked = True
 
     async def admitted(self, limiter: Limiter) -> None:
-        """Wait until the account may ask again.
+        """Wait until the account's rate limit allows the call.
 
         Raises:
-            RateLimited: That is later than this call may wait; nothing was sent.
-            BackendUnavailable: The same, where the server said that it cannot work.
+            RateLimited: The wait is longer than this call may take; nothing was sent.
+            BackendUnavailable: Likewise, and the server had reported itself unavailable.
         """
         latest = min(self._latest, time.monotonic() + self._longest_pause)
         at = limiter.turn(latest)
         while (wait := at - time.monotonic()) > 0:
             if at >= latest:
-                raise self._held_back(limiter, wait)
-            self._say("http.held_back", wait, reason="the server's limit")
+                raise self._rate_limited(limiter, wait)
+            self._log_pause("http.held_back", wait, reason="rate limit of the server")
             await anyio.sleep(wait * _spread(1.0, 1.1))
-            # Meanwhile another call may have been told of a longer one.
+            # Another call may have received a longer pause in the meantime.
             at = limiter.paused_until
 
-    def _held_back(self, limiter: Limiter, wait: float) -> TrainingBackendError:
+    def _rate_limited(self, limiter: Limiter, wait: float) -> TrainingBackendError:
         self.retry_after = wait
-        asked = f"{self.name}: not sent, for the server wants no request in the next {wait:.0f} s"
+        asked = f"{self.name}: not sent; the server asked to wait {wait:.0f} s"
         if limiter.is_failing:
-            message = f"{asked}: it said that it cannot work (503)."
+            message = f"{asked} (503 Service Unavailable)."
             return BackendUnavailable(message, sent=False, backend=self._backend)
         return RateLimited(
-            f"{asked}, which is longer than this call may take.",
+            f"{asked}, longer than this call may take.",
             retry_after=wait,
             backend=self._backend,
         )
 
     def answered(self, status: int, headers: Mapping[str, str], limiter: Limiter) -> None:
-        """Take in the head of an answer."""
+        """Record the status and headers of a response."""
         self._answered = True
         limiter.told(status, headers, longest=self._longest_pause)
         self.retry_after = read_retry_after(headers.get("retry-after"))
@@ -202,14 +201,14 @@ class Call:
 
     @contextmanager
     def judged_by(self, breaker: Breaker) -> Iterator[None]:
-        """Ask whether to make the call at all, and tell how it ended.
+        """Make the call only if the circuit breaker allows it, and report the outcome to it.
 
         Raises:
-            BackendUnavailable: The server failed so often that it is left alone.
+            BackendUnavailable: The circuit breaker is open after repeated failures.
         """
         allowed = breaker.enter()
         if isinstance(allowed, Refusal):
-            raise self._refused(allowed)
+            raise self._circuit_open(allowed)
         answered, what = None, ""
         try:
             yield
@@ -224,20 +223,20 @@ class Call:
         finally:
             breaker.leave(trying=allowed, answered=answered, what=what)
 
-    def _refused(self, refusal: Refusal) -> BackendUnavailable:
+    def _circuit_open(self, refusal: Refusal) -> BackendUnavailable:
         return BackendUnavailable(
-            f"{self.name}: not sent, for the last {refusal.failures} calls to this server failed, "
-            f"since {refusal.since:%H:%M:%S} UTC. It is asked again in {refusal.seconds:.1f} s. "
-            f"The last one was: {refusal.last}",
-            hint="Is the server running, and the base URL right?",
+            f"{self.name}: not sent; the last {refusal.failures} calls to this server failed, "
+            f"since {refusal.since:%H:%M:%S} UTC. Next attempt in {refusal.seconds:.1f} s. "
+            f"Last error: {refusal.last}",
+            hint="Check that the server is running and the base URL is correct.",
             sent=False,
             backend=self._backend,
         )
 
-    def _say_retry(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._say("http.retry", self._backoff.wait, reason=str(error))
+        self._log_pause("http.retry", self._backoff.wait, reason=str(error))
 
-    def _say(self, event: str, seconds: float, *, reason: str) -> None:
+    def _log_pause(self, event: str, seconds: float, *, reason: str) -> None:
         say = self._log.warning if seconds >= _LONG_WAIT else self._log.info
         say(event, call=self.name, seconds=round(seconds, 1), reason=reason, **self.identity)

@@ -1,4 +1,4 @@
-"""One pooled HTTP client: timeouts on everything, lawful retries, a key that stays private."""
+"""A pooled HTTP client with timeouts, safe retries and protection of the API key."""
 
 import json
 import math
@@ -35,36 +35,35 @@ from training_backends.http.urls import require_private_transport
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
 
 KeySource = Callable[[], Awaitable[SecretStr]]
-"""Gives the key; asked again after a 401, in case it was changed meanwhile."""
+"""Returns the key; called again after a 401, in case the key has changed."""
 
 ErrorDecoder = Callable[[int, Mapping[str, str], bytes], TrainingBackendError]
-"""Makes our error from status, headers and body of an answer that is no success."""
+"""Converts status, headers and body of an error response to an exception."""
 
 Query = Sequence[tuple[str, str]]
-"""Query parameters; a key may come several times."""
+"""Query parameters; a key may occur several times."""
 
 _T = TypeVar("_T")
 
 _LARGEST_JSON: Final = 64 * 2**20
 _LARGEST_ERROR: Final = 64 * 2**10
-"""Bytes of an error answer: more says no more, and secrets are looked for in all of it."""
+"""Maximum bytes of an error response; all of it is searched for secrets."""
 _DEEPEST_JSON: Final = 64
-"""Levels of an answer. Far more end in a RecursionError, here or where a part is written down."""
+"""Maximum nesting of a response; far more would raise RecursionError, now or when serialized."""
 _PIECE: Final = 2**18
-"""Bytes that are decompressed at once."""
+"""Bytes to decompress at a time."""
 
 
 class HttpClient:
-    """Talks to one server with one key over one pool of connections.
+    """A client for one server with one key and one connection pool.
 
-    A safe request is repeated when the server is away or busy; one that may have changed
-    something is not: `BackendUnavailable.sent` then says whether it can have arrived.
-    All clients of a process that use one key at one server keep its limits together, and
-    leave it alone for a while together when it does not answer.
-    Redirects are never followed, so the key goes to no other host.
+    Safe requests are retried when the server is unavailable or busy. Others are not once they
+    may have arrived, which `BackendUnavailable.sent` reports. All clients of a process with the
+    same key and server share its rate limits and circuit breaker. Redirects are never followed,
+    so the key is sent to no other host.
 
     Args:
-        base_url: As `normalize_base_url` returns it.
+        base_url: As returned by `normalize_base_url`.
         key: None sends no Authorization header.
         transport: Replaces the network, for tests.
     """
@@ -83,7 +82,7 @@ class HttpClient:
             require_private_transport(base_url, backend=backend)
         self.base_url = base_url
         self.clock_offset: timedelta | None = None
-        """How far the server's clock was ahead of ours at the latest answer, if it told."""
+        """How far the server's clock was ahead at the last response; None if unknown."""
         self._key = key
         self._decode_error = decode_error
         self._policy = policy or HttpPolicy()
@@ -111,17 +110,17 @@ class HttpClient:
         repeatable: bool | None = None,
         secrets: Sequence[SecretStr] = (),
     ) -> dict[str, Any]:
-        """Send a request and return the JSON object that it is answered with.
+        """Send a request and return the JSON object of the response.
 
         Args:
-            repeatable: Whether sending it twice does no harm; None: only for GET.
-            secrets: What the body holds and an error must not show.
+            repeatable: Whether the request is safe to repeat; None: only GET.
+            secrets: Secrets in the body, which errors must not show.
 
         Raises:
-            BackendUnavailable: No usable answer in time; `sent` says if it may have arrived.
-            RateLimited: The server wants a pause that is longer than the call may take.
-            ProtocolError: The answer is not a JSON object.
-            TrainingBackendError: What `decode_error` makes of an error answer.
+            BackendUnavailable: No usable response in time; `sent` tells if it may have arrived.
+            RateLimited: The server requires a longer pause than the call may take.
+            ProtocolError: The response is not a JSON object.
+            TrainingBackendError: The result of `decode_error` for an error response.
         """
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         headers = {} if content is None else {"Content-Type": "application/json"}
@@ -131,24 +130,24 @@ class HttpClient:
                 method, path, call, query=query, headers=headers, content=content
             )
             async with self._answer(request, call, secrets) as response:
-                return await self._object(response, _asked(request), secrets)
+                return await self._object(response, _request_line(request), secrets)
 
         repeat = method == "GET" if repeatable is None else repeatable
         call = self._call(f"{method} {path}", repeatable=repeat, seconds=self._policy.call_timeout)
-        return await self._made(call, attempt)
+        return await self._execute(call, attempt)
 
     async def upload(
         self, path: str, upload: FileUpload, *, repeatable: bool = False
     ) -> dict[str, Any]:
-        """POST a file and return the JSON object that it is answered with.
+        """POST a file and return the JSON object of the response.
 
         Args:
-            repeatable: Whether the server stores the same content under the same name once.
-                The file is then sent again from its start when an attempt fails; otherwise
-                only if it cannot have arrived.
+            repeatable: Whether the server deduplicates files by name and content. If so, a
+                failed attempt is repeated from the start; otherwise only if the request cannot
+                have arrived.
 
         Raises:
-            DatasetError: The file cannot be read, or changed while it was.
+            DatasetError: The file cannot be read, or changed during the upload.
         """
 
         async def attempt(call: Call) -> dict[str, Any]:
@@ -169,14 +168,14 @@ class HttpClient:
                         write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
                     )
                     async with self._answer(request, call) as response:
-                        return await self._object(response, _asked(request))
+                        return await self._object(response, _request_line(request))
 
-        return await self._made(self._call(f"POST {path}", repeatable=repeatable), attempt)
+        return await self._execute(self._call(f"POST {path}", repeatable=repeatable), attempt)
 
     async def download(
         self, path: str, target: Path, *, on_progress: Progress | None = None
     ) -> Path:
-        """GET a body into `target`, which appears whole or not at all."""
+        """Download a response body to `target`, atomically."""
 
         async def attempt(call: Call) -> Path:
             with pacing(self._policy.call_timeout, call.late) as pace:
@@ -188,19 +187,19 @@ class HttpClient:
                     plain = "content-encoding" not in response.headers
                     known = plain and length and length.isascii() and length.isdigit()
                     expected = int(length[:20]) if known and length else None
-                    # What is on this side by then may take its time to reach the disk.
+                    # Data already received may take longer to reach the disk.
                     arriving = pace.over(_decoded(response), then=math.inf)
                     async with aclosing(arriving) as pieces:
                         return await save_stream(pieces, target, expected, on_progress)
 
-        return await self._made(self._call(f"GET {path}", repeatable=True), attempt)
+        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     def _call(self, name: str, *, repeatable: bool, seconds: float | None = None) -> Call:
         return Call(
             name, self._policy, repeatable=repeatable, seconds=seconds, backend=self._backend
         )
 
-    async def _made(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
+    async def _execute(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
         with call.within_its_time():
             account = await self._current_account()
         with call.judged_by(account.breaker), call.within_its_time():
@@ -213,7 +212,7 @@ class HttpClient:
                     except TrainingBackendError as error:
                         call.failed(error)
                         raise
-        raise AssertionError("attempts end in an answer or an error")
+        raise AssertionError("attempts end with a response or an error")
 
     async def _current_account(self) -> Account:
         if self._account is None:
@@ -223,7 +222,7 @@ class HttpClient:
         return self._account
 
     async def _with_current_key(self, attempt: Callable[[Call], Awaitable[_T]], call: Call) -> _T:
-        """Try once; after a 401 look whether the key was changed, and if so try with that."""
+        """Make one attempt; after a 401, repeat it if the key has changed."""
         used = self._secret
         try:
             return await attempt(call)
@@ -269,21 +268,21 @@ class HttpClient:
             ) from None
 
     async def _read_key(self, source: KeySource) -> SecretStr:
-        """Ask for the key; one that does not fit into a header must not reach an error."""
+        """Read the key; reject one that is invalid in a header without quoting it."""
         key = (await source()).get_secret_value().strip()
         if key and key.isascii() and key.isprintable() and " " not in key:
             register_secret(key)
             return SecretStr(key)
         raise AuthenticationFailed(
-            "The stored key cannot be one: it is empty or holds characters that no key has.",
-            hint="Store it again; was something else pasted with it?",
+            "The stored API key is invalid: it is empty or contains unsupported characters.",
+            hint="Store the key again, without other text.",
             backend=self._backend,
         )
 
     async def _opened(self) -> httpx.AsyncClient:
         async with self._opening:
             if self._client is None:
-                # Reads certificates and package metadata from the disk.
+                # In a thread: reads certificates and package metadata from disk.
                 self._client = await anyio.to_thread.run_sync(
                     make_pool, self.base_url, self._policy, self._transport
                 )
@@ -293,7 +292,7 @@ class HttpClient:
     async def _answer(
         self, request: httpx.Request, call: Call, secrets: Sequence[SecretStr] = ()
     ) -> AsyncGenerator[httpx.Response, None]:
-        """Send; yield the answer if it is a success, raise our error if it is not."""
+        """Send a request; yield the response, or raise an exception for an error response."""
         client = await self._opened()
         limiter = (await self._current_account()).limiter
         await call.admitted(limiter)
@@ -304,7 +303,7 @@ class HttpClient:
             self.clock_offset = read_date_ahead(response.headers.get("date"))
             self._log.debug(
                 "http.answered",
-                call=_asked(request),
+                call=_request_line(request),
                 status=response.status_code,
                 seconds=round(time.monotonic() - began, 3),
                 **call.identity,
@@ -318,18 +317,18 @@ class HttpClient:
                 await response.aclose()
         except (httpx.HTTPError, UnicodeError) as error:
             raise error_from_transport(
-                error, call=_asked(request), sent=call.sent, backend=self._backend
+                error, call=_request_line(request), sent=call.sent, backend=self._backend
             ) from error
-        raise self._refusal(response, self._scrubbed(body, secrets), call.retry_after)
+        raise self._refusal(response, self._without_secrets(body, secrets), call.retry_after)
 
     def _refusal(
         self, response: httpx.Response, body: bytes, retry_after: float | None
     ) -> TrainingBackendError:
         if response.is_redirect:
-            target = response.headers.get("location", "an unknown place")[:2000]
+            target = response.headers.get("location", "an unknown location")[:2000]
             return ProtocolError(
-                f"{_asked(response.request)}: the server sends us on to {redact(target)}.",
-                hint="Redirects are not followed with a key; set the base URL to that place.",
+                f"{_request_line(response.request)}: the server redirects to {redact(target)}.",
+                hint="Redirects are not followed, to protect the key; use that base URL instead.",
                 backend=self._backend,
             )
         said = b"" if _is_too_deep(body) else body
@@ -344,7 +343,7 @@ class HttpClient:
         body = await _read_capped(response)
         if len(body) > _LARGEST_JSON:
             raise ProtocolError(
-                f"{call}: the answer is larger than {_LARGEST_JSON >> 20} MiB.",
+                f"{call}: the response is larger than {_LARGEST_JSON >> 20} MiB.",
                 backend=self._backend,
             )
         try:
@@ -355,18 +354,18 @@ class HttpClient:
             return document
         found = response.headers.get("content-type", "no content type")
         raise ProtocolError(
-            f"{call}: the answer is not a JSON object, or one of more than {_DEEPEST_JSON} levels "
+            f"{call}: the response is not a JSON object of at most {_DEEPEST_JSON} levels "
             f"({response.status_code}, {found[:200]}).",
-            # Scrubbed before it is cut, or the half of a secret would be left at the end.
-            excerpt=self._scrubbed(body[:_LARGEST_ERROR], secrets)[:2000].decode(
+            # Scrub before truncating, or part of a secret could remain at the end.
+            excerpt=self._without_secrets(body[:_LARGEST_ERROR], secrets)[:2000].decode(
                 "utf-8", "replace"
             ),
-            hint="Does the base URL lead to an API, and not to a web page or proxy?",
+            hint="Check that the base URL is that of an API, not of a web page or proxy.",
             backend=self._backend,
         )
 
-    def _scrubbed(self, body: bytes, secrets: Sequence[SecretStr]) -> bytes:
-        """Take secrets that a server repeats out of what it said."""
+    def _without_secrets(self, body: bytes, secrets: Sequence[SecretStr]) -> bytes:
+        """Remove secrets that a server repeats in its response."""
         for secret in (self._secret, *secrets):
             if secret is not None and secret.get_secret_value():
                 register_secret(secret)
@@ -374,12 +373,12 @@ class HttpClient:
         return redact(body.decode("utf-8", "replace")).encode()
 
 
-def _asked(request: httpx.Request) -> str:
+def _request_line(request: httpx.Request) -> str:
     return f"{request.method} {request.url.copy_with(query=None)}"
 
 
 async def _read_capped(response: httpx.Response, most: int = _LARGEST_JSON) -> bytes:
-    """Read a body, of a longer one a byte more than `most`."""
+    """Read a body, at most `most` + 1 bytes."""
     body = bytearray()
     async with aclosing(_decoded(response)) as pieces:
         async for piece in pieces:
@@ -392,13 +391,13 @@ async def _read_capped(response: httpx.Response, most: int = _LARGEST_JSON) -> b
 async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Yield a body in small pieces, decompressed at most once.
 
-    httpx undoes every coding that the server names and each piece at once: a few kilobytes, twice
-    compressed, would become gigabytes.
+    httpx decodes every layer of encoding, each piece at once: a few kilobytes, compressed twice,
+    could expand to gigabytes.
 
     Raises:
-        ProtocolError: Of another coding than gzip, or broken.
+        ProtocolError: The encoding is not gzip, or the data is corrupt.
     """
-    call = _asked(response.request)
+    call = _request_line(response.request)
     coding = response.headers.get("content-encoding", "").strip().lower()
     if coding in {"", "identity"}:
         async for piece in response.aiter_raw():
@@ -406,7 +405,7 @@ async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
         return
     if coding not in {"gzip", "x-gzip"}:
         raise ProtocolError(
-            f"{call}: the answer has a content coding that was not asked for ({coding[:100]})."
+            f"{call}: unsupported content encoding in the response ({coding[:100]})."
         )
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
@@ -417,9 +416,9 @@ async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
                 rest = unpacker.unconsumed_tail
                 yield unpacked
     except zlib.error:
-        raise ProtocolError(f"{call}: the answer's encoding is broken.") from None
+        raise ProtocolError(f"{call}: the compressed response is corrupt.") from None
     if not unpacker.eof and response.num_bytes_downloaded:
-        raise ProtocolError(f"{call}: the compressed answer ends too early.")
+        raise ProtocolError(f"{call}: the compressed response is truncated.")
 
 
 def _is_too_deep(body: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Write a streamed answer to a file that appears whole or not at all."""
+"""Write a streamed response to a file atomically."""
 
 import os
 import secrets
@@ -22,13 +22,13 @@ async def save_stream(
     expected: int | None,
     on_progress: Progress | None = None,
 ) -> Path:
-    """Write `chunks` beside `target`, flush them to the disk, then give them its name.
+    """Write `chunks` to a temporary file, flush it to disk and rename it to `target`.
 
     Args:
-        expected: Bytes announced by the server, or None.
+        expected: Content length announced by the server, or None.
 
     Raises:
-        BackendUnavailable: Fewer or more bytes came than were announced.
+        BackendUnavailable: The number of bytes differs from the announced length.
         TrainingBackendError: The file cannot be written, for example on a full disk.
     """
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
@@ -37,7 +37,7 @@ async def save_stream(
         try:
             done = await _write_all(file, chunks, expected, on_progress)
             if expected is not None and done != expected:
-                raise BackendUnavailable(f"{done} of {expected} bytes of {target.name} came.")
+                raise BackendUnavailable(f"Received {done} of {expected} bytes of {target.name}.")
             await anyio.to_thread.run_sync(_publish, file, part, target)
         finally:
             with anyio.CancelScope(shield=True):
@@ -45,9 +45,7 @@ async def save_stream(
     except OSError as error:
         if isinstance(error, TrainingBackendError):
             raise
-        raise TrainingBackendError(
-            f"{target} cannot be written: {error.strerror or error}."
-        ) from error
+        raise TrainingBackendError(f"Cannot write {target}: {error.strerror or error}.") from error
     return target
 
 

@@ -1,7 +1,7 @@
-"""What the environment says of proxies and certificates, read as curl reads it.
+"""Proxies and certificates from the environment, with the semantics of curl.
 
-httpx would read these variables itself. It rejects values that curl accepts, and its errors quote
-what they choke on, which may be a piece of a password. So no message from here holds a value.
+httpx would read these variables itself, but it rejects values that curl accepts, and its errors
+quote invalid values, which may contain part of a password. Errors of this module never do.
 """
 
 import os
@@ -32,14 +32,13 @@ _ADDRESS: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(?P<p
 
 
 def proxy_for(base_url: str) -> httpx.Proxy | None:
-    """Return the proxy through which a server is reached, or None.
+    """Return the proxy for a server, or None.
 
-    A server on this machine is always reached directly: a proxy would see a key that goes there
-    unencrypted.
+    Loopback servers are always reached directly: a proxy would see the unencrypted key.
 
     Raises:
-        ConfigError: The variable that names the proxy cannot be used.
-        BackendNotInstalled: It names a SOCKS proxy, and what speaks that is not installed.
+        ConfigError: The proxy variable is invalid.
+        BackendNotInstalled: The variable names a SOCKS proxy and socksio is not installed.
     """
     if is_loopback(base_url):
         return None
@@ -58,14 +57,14 @@ def proxy_for(base_url: str) -> httpx.Proxy | None:
     try:
         return httpx.Proxy(f"{proxy.scheme}://{proxy.address}", auth=proxy.auth)
     except httpx.InvalidURL:
-        raise _unusable(_variable(chosen), "its host name is not valid") from None
+        raise _unusable(_variable(chosen), "its host name is invalid") from None
 
 
 def proxy_environment() -> dict[str, str]:
-    """Return the proxy variables for a program that reads them as httpx does.
+    """Return the proxy variables for a subprocess that uses httpx.
 
     Raises:
-        ConfigError: One of them cannot be used.
+        ConfigError: A proxy variable is invalid.
     """
     found = getproxies()
     given = {
@@ -74,22 +73,22 @@ def proxy_environment() -> dict[str, str]:
         if found.get(name)
     }
     entries = [entry.strip("[]") for entry in _entries(found.get("no", ""))]
-    # It takes no network of IPv6.
+    # httpx supports no IPv6 networks here.
     readable = [entry for entry in entries if not (":" in entry and "/" in entry)]
     return {**given, **({"no_proxy": ",".join(readable)} if readable else {})}
 
 
 def tls_context() -> ssl.SSLContext:
-    """Return a context that trusts what SSL_CERT_FILE or SSL_CERT_DIR says, else certifi's list.
+    """Return a context with the CAs of SSL_CERT_FILE or SSL_CERT_DIR, else those of certifi.
 
-    Reads from the disk: not for the event loop.
+    Reads from disk; do not call it in the event loop.
 
     Raises:
-        ConfigError: The variable's file or directory cannot be used.
+        ConfigError: The file or directory is invalid.
     """
     unusable = next((name for name in _CERTIFICATES if not _is_usable(name)), None)
     if unusable is not None:
-        raise _unusable(unusable, "nothing there is a certificate that can be read")
+        raise _unusable(unusable, "it contains no readable certificate")
     try:
         return httpx.create_ssl_context()
     except OSError as error:
@@ -112,10 +111,10 @@ def _is_usable(variable: str) -> bool:
 
 
 class _Proxy(NamedTuple):
-    """A proxy, read from a variable.
+    """A proxy from an environment variable.
 
     Attributes:
-        address: Host and port.
+        address: Host and optional port.
         auth: User and password, or None.
     """
 
@@ -138,11 +137,11 @@ def _read_proxy(name: str, value: str) -> _Proxy:
         raise _unusable(variable, f"its scheme must be one of {', '.join(_SCHEMES)}")
     userinfo, at, address = rest.removesuffix("/").rpartition("@")
     if re.search(r"[/?#]", rest.removesuffix("/")):
-        why = "it has a path" if not at else "its user or password has /, ? or # in it"
+        why = "it has a path" if not at else "its user or password contains /, ? or #"
         raise _unusable(variable, why)
     match = _ADDRESS.fullmatch(address)
     if match is None:
-        raise _unusable(variable, "its host or port is not valid")
+        raise _unusable(variable, "its host or port is invalid")
     host, port = match["host"], match["port"]
     if port and not 0 < int(port) < 65536:
         raise _unusable(variable, "its port is not between 1 and 65535")
@@ -151,23 +150,23 @@ def _read_proxy(name: str, value: str) -> _Proxy:
         user, _, password = userinfo.partition(":")
         auth = (unquote(user), unquote(password)) if at else None
         return _Proxy(scheme.lower(), f"{host}:{port}" if port else host, auth)
-    raise _unusable(variable, "its host name is not valid")
+    raise _unusable(variable, "its host name is invalid")
 
 
 def _unusable(variable: str, why: str) -> ConfigError:
-    hint = f"Correct or unset {variable}."
+    hint = f"Fix or unset {variable}."
     if variable.lower().endswith("_proxy"):
         hint += (
-            " Special characters in its user name and password are percent-encoded "
+            " Percent-encode special characters in the user name and password "
             "(%2F for /, %23 for #, %3F for ?, %40 for @)."
         )
-    return ConfigError(f"{variable} cannot be used: {why}.", hint=hint)
+    return ConfigError(f"Invalid {variable}: {why}.", hint=hint)
 
 
 def _variable(name: str) -> str:
-    """Return the variable's name as it is set; on macOS the system's settings may be meant."""
+    """Return the variable's name as it is set; on macOS it may be a system setting."""
     wanted = f"{name}_proxy"
-    # urllib prefers the one in lower case.
+    # urllib prefers lower case.
     names = [each for each in (wanted, *os.environ) if each.lower() == wanted]
     return next((each for each in names if os.environ.get(each)), wanted.upper())
 
@@ -184,7 +183,7 @@ def _entries(no_proxy: str) -> Iterator[str]:
 
 
 def _covers(entry: str, host: str, port: int | None) -> bool:
-    """Tell whether an entry of NO_PROXY means a host; one that means nothing covers none."""
+    """Return whether an entry of NO_PROXY covers a host; an invalid entry covers none."""
     entry = entry.rpartition("://")[2].lower()
     if entry == "*":
         return True

@@ -1,4 +1,4 @@
-"""Transport errors of httpx, turned into ours by one table."""
+"""Translation of httpx transport errors."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,19 +16,19 @@ __all__ = ["error_from_transport"]
 
 _WHAT_HAPPENED: Mapping[type[httpx.HTTPError], str] = MappingProxyType(
     {
-        httpx.ConnectTimeout: "no connection within the time limit",
-        httpx.ReadTimeout: "no answer within the time limit",
-        httpx.WriteTimeout: "the request could not be sent within the time limit",
-        httpx.PoolTimeout: "all connections were busy for too long",
-        httpx.ConnectError: "no connection",
-        httpx.ReadError: "the connection broke before the answer was complete",
-        httpx.WriteError: "the connection broke while the request was sent",
-        httpx.CloseError: "the connection broke",
-        httpx.RemoteProtocolError: "the connection ended before the answer was complete",
-        httpx.LocalProtocolError: "the request could not be written",
-        httpx.ProxyError: "the proxy did not let the request through",
+        httpx.ConnectTimeout: "connection timed out",
+        httpx.ReadTimeout: "timed out waiting for the response",
+        httpx.WriteTimeout: "timed out sending the request",
+        httpx.PoolTimeout: "timed out waiting for a free connection",
+        httpx.ConnectError: "connection failed",
+        httpx.ReadError: "connection lost before the response was complete",
+        httpx.WriteError: "connection lost while sending the request",
+        httpx.CloseError: "connection lost",
+        httpx.RemoteProtocolError: "connection closed before the response was complete",
+        httpx.LocalProtocolError: "invalid request",
+        httpx.ProxyError: "the proxy rejected the request",
     }
-)  # most specific class first where they overlap; the first match counts
+)  # subclasses first: the first match counts
 
 
 def error_from_transport(
@@ -38,36 +38,38 @@ def error_from_transport(
     sent: bool,
     backend: str | None = None,
 ) -> TrainingBackendError:
-    """Say what became of a call that got no answer.
+    """Return the exception for a call without a response.
 
     Args:
-        call: What was asked, for example `GET https://host/v1/models`.
-        sent: Whether the request's first byte had left.
+        call: Method and URL, for example `GET https://host/v1/models`.
+        sent: Whether the request's first byte was sent.
     """
     if isinstance(error, httpx.InvalidURL | UnicodeError):
-        # Its text quotes what it chokes on, and a host name is looked up in IDNA.
+        # Raised by IDNA encoding; its text quotes the invalid value.
         return ConfigError(
-            f"{call}: the base URL cannot be used.",
-            hint="Its host name or port is not valid.",
+            f"{call}: invalid base URL.",
+            hint="Its host name or port is invalid.",
             backend=backend,
         )
     if isinstance(error, httpx.UnsupportedProtocol):
-        return ConfigError(f"{call}: only http and https URLs can be used.", backend=backend)
+        return ConfigError(f"{call}: only http and https URLs are supported.", backend=backend)
     if isinstance(error, httpx.DecodingError):
-        return ProtocolError(f"{call}: the answer's encoding is broken.", backend=backend)
+        return ProtocolError(f"{call}: the response's encoding is corrupt.", backend=backend)
     text = str(error)
     if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in text:
         return BackendUnavailable(
-            f"{call}: the server's certificate cannot be trusted.",
-            hint="Behind a proxy that reads TLS, name its certificate in SSL_CERT_FILE.",
+            f"{call}: the server's certificate is not trusted.",
+            hint="Behind a TLS-inspecting proxy, set SSL_CERT_FILE to its CA certificate.",
             sent=False,
             retryable=False,
             backend=backend,
         )
-    what = next((w for kind, w in _WHAT_HAPPENED.items() if isinstance(error, kind)), "it failed")
+    what = next(
+        (w for kind, w in _WHAT_HAPPENED.items() if isinstance(error, kind)), "request failed"
+    )
     return BackendUnavailable(
         f"{call}: {what}{f' ({text})' if text else ''}.",
-        hint=None if sent else "Is the server running, and the base URL right?",
+        hint=None if sent else "Check that the server is running and the base URL is correct.",
         sent=sent,
         backend=backend,
     )

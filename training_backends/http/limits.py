@@ -1,4 +1,4 @@
-"""When the next call of an account may go: pauses asked for, calls left in this minute."""
+"""Rate limits and circuit breaker, shared by all clients of an account."""
 
 import hashlib
 import time
@@ -17,7 +17,7 @@ from training_backends.http.retry import read_retry_after
 __all__ = ["Account", "Breaker", "Limiter", "Refusal", "account_of"]
 
 _FAILURES: Final = 5
-"""Calls in a row, each with all its attempts."""
+"""Consecutive failed calls, each with all its attempts."""
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
 _uniform = SystemRandom().uniform
@@ -25,13 +25,13 @@ _uniform = SystemRandom().uniform
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a call is not made.
+    """Why the circuit breaker rejects a call.
 
     Attributes:
-        failures: Calls in a row that failed.
-        since: When the first of them did.
-        seconds: Until the server is asked again.
-        last: What became of the last one.
+        failures: Number of consecutive failed calls.
+        since: When the first of them failed.
+        seconds: Time until the next attempt.
+        last: Error of the last call.
     """
 
     failures: int
@@ -41,14 +41,14 @@ class Refusal:
 
 
 class Breaker:
-    """Counts the failed calls to one server; may be used from any thread and event loop.
+    """A circuit breaker for one server; safe across threads and event loops.
 
-    After several in a row, new calls are refused for a time that is drawn at random and grows
-    up to a bound. Then one call is let through: if it is answered, all are.
+    After several consecutive failures it rejects calls for a random time with growing bounds.
+    Then it lets one call through, and closes if that one gets a response.
 
     Args:
-        patience: Seconds after which another call is let through though the one before has
-            not come back; it may be an upload.
+        patience: Seconds after which another trial call is allowed while the previous one,
+            perhaps an upload, is still running.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Breaker:
         self._ask_at: float | None = None
 
     def enter(self) -> bool | Refusal:
-        """Let a call through, or say why not.
+        """Allow a call or return why it is rejected.
 
         Returns:
-            Whether the call is the one that tries the server; to be given to `leave`.
+            Whether the call is the trial call, to be passed to `leave`.
         """
         with self._lock:
             if self._ask_at is None:
@@ -89,13 +89,13 @@ class Breaker:
             )
 
     def leave(self, *, trying: bool, answered: bool | None, what: str = "") -> None:
-        """Take in how a call ended.
+        """Record the outcome of a call.
 
         Args:
-            trying: What `enter` returned.
-            answered: None if the call says nothing of the server, for it was cancelled or
-                ended on this side.
-            what: What became of one that was not answered.
+            trying: Result of `enter`.
+            answered: Whether the server responded; None if unknown, for example because the
+                call was cancelled or failed locally.
+            what: Error of a call without a response.
         """
         with self._lock:
             if answered:
@@ -118,7 +118,7 @@ class Breaker:
 
 
 class Account:
-    """Limits and failures of one account."""
+    """Rate limits and circuit breaker of one account."""
 
     def __init__(self) -> None:
         self.limiter = Limiter()
@@ -126,14 +126,14 @@ class Account:
 
 
 def account_of(base_url: str, key: SecretStr | None) -> Account:
-    """Return the account that this process has for a key at a server; one for all callers."""
+    """Return this process's account for a key and server, shared by all callers."""
     digest = "" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()
     with _making:
         return _account(base_url, digest)
 
 
-# State of the module, for a limit is the server's and not a client's: two clients with one key
-# share it, also when one comes after the other. A client keeps its own, however many there are.
+# Module state, because limits belong to the server, not to a client: clients with the same key
+# share them, even one after the other. A client keeps its account after it leaves the cache.
 _making = Lock()
 
 
@@ -145,14 +145,14 @@ def _account(base_url: str, digest: str) -> Account:
 
 _MINUTE: Final = 60.0
 _LITTLE: Final = 0.2
-"""Share of a minute's calls from which on those left are spread over the rest of it."""
+"""Used share of a minute's calls above which the remaining calls are spread over the minute."""
 
 
 class Limiter:
-    """What a server said of its limits; holds for every call of one account in this process.
+    """Rate limits reported by a server, for all calls of one account in this process.
 
-    It may be asked from any thread and any event loop: it only says when, the caller sleeps.
-    All times are those of `clock`.
+    Safe across threads and event loops: it only returns times, and the caller sleeps. All times
+    are those of `clock`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -169,16 +169,16 @@ class Limiter:
 
     @property
     def paused_until(self) -> float:
-        """When the pause ends that the server asked for; in the past if there is none."""
+        """When the pause requested by the server ends; in the past if there is none."""
         return self._told_until if self._clock() < self._held_until else 0.0
 
     @property
     def is_failing(self) -> bool:
-        """Whether there is a pause because the server cannot work (503)."""
+        """Whether the current pause is due to a 503."""
         return self._is_failing and self.paused_until > 0
 
     def turn(self, latest: float) -> float:
-        """Return when a call may go, and count it unless that is after `latest`."""
+        """Return when a call may start, and count it unless that is after `latest`."""
         with self._lock:
             now = self._clock()
             at = max(now, self.paused_until)
@@ -187,7 +187,7 @@ class Limiter:
                 return at
             next_at = self._next_at
             if self._left <= 0:
-                # Those that wait for the next minute do not all begin with it.
+                # Spread the calls that wait for the next minute.
                 at = max(at, self._renewed_at) - self._left * _MINUTE / self._limit
             elif self._left <= self._limit * _LITTLE:
                 at = max(at, self._next_at)
@@ -198,11 +198,11 @@ class Limiter:
             return at
 
     def told(self, status: int, headers: Mapping[str, str], *, longest: float) -> None:
-        """Take in what an answer says of pauses and limits.
+        """Update pauses and limits from a response.
 
         Args:
-            longest: Seconds after which a longer pause is no longer kept but asked about
-                again, so that no server can silence this process for a year.
+            longest: Maximum pause in seconds; after it, the server is asked again, so that no
+                response can block this process for a year.
         """
         said = {name.lower(): value for name, value in headers.items()}
         pause = read_retry_after(said.get("retry-after")) if status in {429, 503} else None
@@ -216,23 +216,23 @@ class Limiter:
             if limit and left is not None:
                 self._count_down(limit, left)
             if pause:
-                # More exact than a minute that began who knows when.
+                # More exact than a minute with an unknown start.
                 self._renewed_at = min(self._renewed_at, now + pause)
 
     def _count_down(self, limit: int, left: int) -> None:
         now = self._clock()
         known = self._left is not None and now < self._renewed_at and limit == self._limit
         if known and left <= self._told_left:
-            # Calls on their way are counted here and not yet there.
+            # Calls in flight are counted here but not yet by the server.
             self._left = min(self._left or 0, left)
         else:
-            # A new minute, or the first that is heard of one; when it ends is not said.
+            # A new minute, or the first response; its end is unknown.
             self._left, self._renewed_at = left, now + _MINUTE
         self._limit, self._told_left = limit, left
 
 
 def _count(text: str | None) -> int | None:
-    """Read a number of calls; None for what is none."""
+    """Parse a number of calls; None if invalid."""
     if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
         return None
     return int(text)

@@ -1,4 +1,4 @@
-"""How patient a client is, and the pool of connections that it talks over."""
+"""Timeouts, retries and the connection pool of a client."""
 
 import ssl
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ __all__ = ["HttpPolicy", "make_pool", "timeouts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpPolicy:
-    """How patient a client is. All times in seconds.
+    """Timeouts and retries of a client. All times in seconds.
 
     Attributes:
-        connect_timeout: For one connection, TLS included.
-        read_timeout: Silence while an answer is awaited or read.
-        write_timeout: Silence while a request is sent; a file's may last as long as
-            `call_timeout`, for a slow line takes large buffers in large gulps.
-        pool_timeout: For a free connection.
-        call_timeout: For a whole call with all its attempts. Uploads and downloads may take
-            longer: there it is for each mebibyte, so they end below about 9 kB/s, and for all
-            pauses between attempts.
-        upload_timeout: From a file's last byte to the end of the answer, while the server
-            looks into it.
-        attempts: How often a request is sent at most.
-        max_connections: httpx's cost a request triples beyond about five in flight.
+        connect_timeout: To connect, including TLS.
+        read_timeout: Without data while waiting for or reading a response.
+        write_timeout: Without progress while sending a request. For files it is `call_timeout`,
+            because a slow connection drains large buffers rarely.
+        pool_timeout: To get a free connection.
+        call_timeout: For a call with all its attempts. Uploads and downloads may take longer:
+            for them it applies to each MiB, so they fail below about 9 kB/s, and to the sum of
+            the pauses between attempts.
+        upload_timeout: From the last byte of a file to the end of the response, while the server
+            checks the file.
+        attempts: Maximum attempts per request.
+        max_connections: Pool size; httpx's cost per request triples beyond about five in flight.
     """
 
     connect_timeout: float = 10.0
@@ -43,7 +43,7 @@ class HttpPolicy:
 def timeouts(
     policy: HttpPolicy, read_timeout: float | None = None, write_timeout: float | None = None
 ) -> httpx.Timeout:
-    """Return the policy's timeouts, with others for reading and writing where they are given."""
+    """Return the policy's timeouts, with optional overrides for reading and writing."""
     return httpx.Timeout(
         connect=policy.connect_timeout,
         read=read_timeout or policy.read_timeout,
@@ -55,13 +55,13 @@ def timeouts(
 def make_pool(
     base_url: str, policy: HttpPolicy, transport: httpx.AsyncBaseTransport | None = None
 ) -> httpx.AsyncClient:
-    """Make the pool for one server.
+    """Create the connection pool for one server.
 
-    Reads certificates and package metadata from the disk: not for the event loop.
+    Reads certificates and package metadata from disk; do not call it in the event loop.
 
     Raises:
-        ConfigError: A network variable, such as HTTPS_PROXY, cannot be used.
-        BackendNotInstalled: It names a SOCKS proxy, and what speaks that is not installed.
+        ConfigError: A network variable such as HTTPS_PROXY is invalid.
+        BackendNotInstalled: The variable names a SOCKS proxy and socksio is not installed.
     """
     encrypted = base_url.startswith("https://")
     return httpx.AsyncClient(
@@ -79,7 +79,7 @@ def make_pool(
         follow_redirects=False,
         trust_env=False,
         proxy=None if transport else proxy_for(base_url),
-        # Without TLS the certificates need not be read; an empty context trusts nobody.
+        # Without TLS, skip reading certificates; an empty context trusts no server.
         verify=tls_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         transport=transport,
     )

@@ -1,4 +1,4 @@
-"""When to try again and how long to wait before: full jitter, Retry-After, a bound on both."""
+"""When to retry and how long to wait: full jitter and Retry-After, both bounded."""
 
 import math
 import time
@@ -15,11 +15,11 @@ __all__ = ["Backoff", "read_date_ahead", "read_retry_after"]
 _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 20.0
 _LONGEST_TOLD = 365 * 86400.0
-"""Seconds; a longer pause is as good as for ever, and too long for a date."""
+"""Seconds; limits a Retry-After, so that it can be added to a date."""
 
 
 def read_retry_after(value: str | None) -> float | None:
-    """Read a Retry-After header: seconds, or an HTTP date. Returns seconds from 0 to a year."""
+    """Parse a Retry-After header, seconds or an HTTP date, to seconds from 0 to a year."""
     if value is None:
         return None
     try:
@@ -31,25 +31,25 @@ def read_retry_after(value: str | None) -> float | None:
 
 
 def read_date_ahead(date: str | None) -> timedelta | None:
-    """Return how far an HTTP date is ahead of our clock; None if it is not a date."""
+    """Return how far an HTTP date is ahead of the local clock; None if it is invalid."""
     try:
         at = parsedate_to_datetime(date or "")
         return (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
-    except (ValueError, OverflowError):  # a time zone may lead out of the calendar
+    except (ValueError, OverflowError):  # a time zone may overflow the calendar
         return None
 
 
 @dataclass(slots=True, kw_only=True)
 class Backoff:
-    """Decides, for one call, whether another attempt is lawful and when.
+    """Decides whether and when to retry one call.
 
     Attributes:
-        repeatable: Whether doing the request twice does no harm.
-        attempts: How often the request is sent at most.
-        patience: Seconds that all pauses together may take. The attempts themselves do not
-            count: one that hung for long leaves the others their chance.
-        latest: When the call must be over, in the time of `time.monotonic`.
-        retry_after: What the latest answer asked for, in seconds.
+        repeatable: Whether the request is safe to repeat.
+        attempts: Maximum number of attempts.
+        patience: Maximum sum of all pauses in seconds. Attempts do not count, so that one that
+            hung does not prevent a retry.
+        latest: Deadline of the call, in the time of `time.monotonic`.
+        retry_after: Retry-After of the last response in seconds.
         wait: Seconds until the next attempt.
     """
 
@@ -64,7 +64,7 @@ class Backoff:
     _waited: float = 0.0
 
     def __call__(self, error: BaseException) -> bool:
-        """Tell whether to try again after a failed attempt; `wait` is then set."""
+        """Return whether to retry after a failed attempt, and set `wait`."""
         self._tried += 1
         if self._tried >= self.attempts or not self._is_lawful(error):
             return False
@@ -76,7 +76,7 @@ class Backoff:
         return True
 
     def _is_lawful(self, error: BaseException) -> bool:
-        # A refusal for the rate, and a request that never left, changed nothing.
+        # Safe: a rate-limited or never sent request changed nothing.
         if isinstance(error, RateLimited):
             return True
         if isinstance(error, BackendUnavailable) and error.retryable:

@@ -1,4 +1,4 @@
-"""A multipart upload of a file or a part of one: length known, read in a thread, never whole."""
+"""Multipart upload of a file or a part of it, streamed with a known length."""
 
 import hashlib
 import os
@@ -17,28 +17,27 @@ from training_backends.core.errors import DatasetError, Issue
 __all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file", "stamp_of"]
 
 CHUNK_BYTES: Final = 2**20
-"""Smaller ones are slower, larger ones hold the event loop for longer. Each must leave within
-the time that a write may take, so this also sets how slow a line may be."""
+"""Smaller chunks are slower, larger ones block the event loop for longer. Each must be sent within
+the write timeout, so this also sets the minimum upload speed."""
 _AHEAD: Final = 2
-"""Chunks read while others are sent; more of them only fall out of the processor's caches."""
+"""Chunks to read ahead; more of them would only fall out of the CPU caches."""
 
 _SETTLED_NS: Final = 2 * 10**9
-"""Times of files are as coarse as this on some file systems."""
+"""Resolution of file times on some file systems."""
 
 Progress = Callable[[int, int], None]
-"""Told how many of how many bytes are done."""
+"""Called with the bytes done and the total."""
 
 
 class HashedFile(NamedTuple):
-    """A file, or a part of one, as it was when it was hashed.
+    """A file or a part of it, at the time it was hashed.
 
     Attributes:
-        sha256: Of its content, in hex.
+        sha256: Hex digest of its content.
         size: In bytes.
-        stamp: What the file system says of the file; the same again means the same content.
-            None: it had been written so shortly before that another write could bear the
-            same time.
-        start: Where the part begins in the file; None: it is the whole file.
+        stamp: File system metadata; if unchanged, the content is unchanged. None: the file was
+            modified so recently that another write could have the same time.
+        start: Offset of the part in the file; None: the entire file.
     """
 
     sha256: str
@@ -48,10 +47,10 @@ class HashedFile(NamedTuple):
 
 
 async def hash_file(path: Path) -> HashedFile:
-    """Hash a file, read in a worker thread.
+    """Hash a file in a worker thread.
 
     Raises:
-        DatasetError: It cannot be read.
+        DatasetError: The file cannot be read.
     """
     try:
         return await anyio.to_thread.run_sync(_hash_file, path)
@@ -67,10 +66,10 @@ def _hash_file(path: Path) -> HashedFile:
 
 
 def stamp_of(path: Path) -> tuple[int, ...] | None:
-    """Return the stamp for a `HashedFile` that is hashed after this; blocks.
+    """Return the stamp of a file, to be taken before hashing it. Blocking.
 
     Raises:
-        DatasetError: It cannot be read.
+        DatasetError: The file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -86,20 +85,20 @@ def _settled(file: BinaryIO) -> tuple[int, ...] | None:
 
 
 def _stamp(file: BinaryIO) -> tuple[int, ...]:
-    # The time of change comes along: unlike that of modification, no program can set it.
+    # Includes ctime, which programs cannot set, unlike mtime.
     now = os.fstat(file.fileno())
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 class FileUpload:
-    """The body of a multipart/form-data request; may be streamed again for another attempt.
+    """The body of a multipart/form-data request; can be streamed again for a retry.
 
     Args:
         fields: Text fields, sent before the file in this order.
-        filename: Name told to the server.
-        hashed: What the file must be; made sure of before the request is completed. It is
-            hashed again only where the file system cannot tell that it was left alone. Of a
-            part of a file only that part is sent.
+        filename: File name sent to the server.
+        hashed: Expected content, verified before the request is complete. The file is hashed
+            again unless its metadata shows that it is unchanged. For a part of a file, only that
+            part is sent.
     """
 
     def __init__(
@@ -131,10 +130,10 @@ class FileUpload:
         return "".join(parts).encode()
 
     async def headers(self) -> dict[str, str]:
-        """Return the headers that go with the body, Content-Length among them.
+        """Return the headers for the body, including Content-Length.
 
         Raises:
-            DatasetError: The file is not there, not a file or empty.
+            DatasetError: The file does not exist, is not a regular file or is empty.
         """
         size = await self._size()
         return {
@@ -160,8 +159,8 @@ class FileUpload:
             expected_length: The Content-Length that was sent.
 
         Raises:
-            DatasetError: The file changed since then; the request stays incomplete, so
-                the server keeps nothing.
+            DatasetError: The file has changed; the request stays incomplete, so the server
+                discards it.
         """
         size = expected_length - len(self._head) - len(self._tail)
         try:
@@ -185,10 +184,10 @@ class FileUpload:
 
 
 class _ReadAhead:
-    """Reads, hashes and checks a file in a thread of its own while what it read is sent.
+    """Reads, hashes and verifies a file in a dedicated thread.
 
-    A thread that runs on, instead of one asked for each chunk, need not wait for the loop: the
-    loop sends while the next chunks are hashed.
+    Unlike a worker thread call per chunk, it does not wait for the event loop: the loop sends
+    chunks while the next ones are hashed.
     """
 
     def __init__(self, file: BinaryIO, path: Path, size: int, hashed: HashedFile | None) -> None:
@@ -203,27 +202,27 @@ class _ReadAhead:
         self._thread.start()
 
     async def next(self) -> bytes:
-        """Return the next chunk; the last one only if the file is what it should be.
+        """Return the next chunk; the last one only if the file matches its hash.
 
         Raises:
-            DatasetError: The file cannot be read, or changed.
+            DatasetError: The file cannot be read, or has changed.
         """
         try:
             chunk = self._read.get_nowait()
         except Empty:
             chunk = await anyio.to_thread.run_sync(self._read.get)
         if isinstance(chunk, OSError):
-            why = f"reading failed: {chunk.strerror or chunk}"
+            why = f"read error: {chunk.strerror or chunk}"
             raise _unusable(self._path, why) from chunk
         if isinstance(chunk, Exception):
             raise chunk
         return chunk
 
     def close(self) -> None:
-        """End the thread, wherever it stands, and close the file."""
+        """Stop the thread and close the file."""
         self._unwanted.set()
         try:
-            while True:  # it may be waiting for room
+            while True:  # the thread may be blocked on a full queue
                 self._read.get_nowait()
         except Empty:
             self._thread.join()
@@ -232,7 +231,7 @@ class _ReadAhead:
     def _run(self) -> None:
         try:
             self._read_all()
-        except Exception as error:  # whatever it is, somebody waits for the next chunk
+        except Exception as error:  # pass it to the caller waiting for the next chunk
             self._read.put(error)
 
     def _read_all(self) -> None:
@@ -243,7 +242,7 @@ class _ReadAhead:
         while done < self._size and not self._unwanted.is_set():
             chunk = self._file.read(min(CHUNK_BYTES, self._size - done))
             if not chunk:
-                raise _changed(self._path, f"it was cut from {self._size} to {done} bytes")
+                raise _changed(self._path, f"it shrank from {self._size} to {done} bytes")
             if digest is not None:
                 digest.update(chunk)
             done += len(chunk)
@@ -252,19 +251,19 @@ class _ReadAhead:
             self._read.put(chunk)
 
     def _is_as_hashed(self) -> bool:
-        """Tell whether it need not be hashed, because nobody asks or has written to it."""
+        """Return whether hashing can be skipped: no hash is expected or the file is unchanged."""
         return self._hashed is None or self._hashed.stamp == _stamp(self._file)
 
     def _verify(self, sha256: str | None) -> None:
         if self._start is None:
             now = os.fstat(self._file.fileno()).st_size
             if now != self._size:
-                raise _changed(self._path, f"it went from {self._size} to {now} bytes")
+                raise _changed(self._path, f"its size changed from {self._size} to {now} bytes")
         if self._hashed is None:
             return
         same = self._is_as_hashed() if sha256 is None else sha256 == self._hashed.sha256
         if not same:
-            raise _changed(self._path, "its content is not what was checked before")
+            raise _changed(self._path, "its content differs from when it was checked")
 
 
 def _quoted(text: str) -> str:
@@ -274,13 +273,13 @@ def _quoted(text: str) -> str:
 
 def _unusable(path: Path, why: str) -> DatasetError:
     issue = Issue(code="unreadable_file", message=why, path=str(path))
-    return DatasetError(f"{path.name} cannot be uploaded: {why}.", issues=[issue])
+    return DatasetError(f"Cannot upload {path.name}: {why}.", issues=[issue])
 
 
 def _changed(path: Path, how: str) -> DatasetError:
     issue = Issue(code="file_changed", message=how, path=str(path))
     return DatasetError(
-        f"{path.name} changed while it was uploaded: {how}.",
+        f"{path.name} changed during the upload: {how}.",
         issues=[issue],
-        hint="Wait until nothing writes to the file, then repeat the same command.",
+        hint="Wait until nothing writes to the file, then run the same command again.",
     )

@@ -1,4 +1,4 @@
-"""Where a server is, and whether a key may travel there."""
+"""Base URLs of servers, and whether a key may be sent there."""
 
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -12,24 +12,24 @@ def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
     """Return `scheme://host[:port][/path]` without a trailing slash.
 
     Args:
-        drop_suffix: A last path segment that people add and that is not part of it.
+        drop_suffix: A trailing path segment to remove, which people often add.
 
     Raises:
-        ConfigError: Not an absolute http(s) URL, or one that holds a password.
+        ConfigError: The URL is not an absolute http(s) URL, or contains credentials.
     """
     text = text.strip()
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        # What was wrong with it may be a key that was pasted into it.
-        raise _bad_url("its host or port is none") from None
+        # Do not quote it: a key may have been pasted into it.
+        raise _bad_url("its host or port is invalid") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise _bad_url("give it as https://host, with a port where it has one")
+        raise _bad_url("use https://host or https://host:port")
     if parts.username or parts.password:
-        raise _bad_url("it holds a user name or password; keys come from the vault")
+        raise _bad_url("it contains a user name or password; store the key as a credential instead")
     if parts.query or parts.fragment:
-        raise _bad_url("it holds a query or fragment")
+        raise _bad_url("it contains a query or fragment")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     path = parts.path.rstrip("/")
     if drop_suffix:
@@ -39,11 +39,11 @@ def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
 
 def _bad_url(why: str) -> ConfigError:
     issue = Issue(code="bad_base_url", message=why, field="base_url")
-    return ConfigError(f"The base URL cannot be used: {why}.", issues=[issue])
+    return ConfigError(f"Invalid base URL: {why}.", issues=[issue])
 
 
 def is_loopback(url: str) -> bool:
-    """Tell whether a URL leads to this machine only."""
+    """Return whether a URL's host is a loopback address."""
     host = urlsplit(url).hostname or ""
     if host == "localhost":
         return True
@@ -54,10 +54,10 @@ def is_loopback(url: str) -> bool:
 
 
 def require_private_transport(url: str, *, backend: str | None = None) -> None:
-    """Refuse to send a key where others can read it.
+    """Reject URLs that would send a key unencrypted.
 
     Raises:
-        ConfigError: Plain http to another host.
+        ConfigError: The URL is plain http to a non-loopback host.
     """
     parts = urlsplit(url)
     if parts.scheme == "https" or is_loopback(url):
@@ -69,9 +69,9 @@ def require_private_transport(url: str, *, backend: str | None = None) -> None:
         fix=f"use https://{parts.hostname}, or a tunnel that ends on this machine",
     )
     raise ConfigError(
-        "The key is not sent over plain http to another host.",
+        "Refusing to send the API key over plain HTTP to another host.",
         issues=[issue],
-        hint="Only https and the loopback address carry a key. "
+        hint="API keys are sent over https or to a loopback address only. "
         + str(issue.fix).capitalize()
         + ".",
         backend=backend,

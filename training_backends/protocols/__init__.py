@@ -1,1 +1,1 @@
-"""Wire protocols as data, in both directions; no I/O."""
+"""Wire protocols as data models for clients and servers; no I/O."""

@@ -1,4 +1,4 @@
-"""The run store: every run, what its launch has done, what happened since, in one database."""
+"""The run store: runs, launch journals, logs and metrics in one database."""
 
 from training_backends.store.events import Delivery, MetricPoint
 from training_backends.store.journal import JournalEntry

@@ -1,4 +1,4 @@
-"""The database under the run store: transactions, and errors in our words."""
+"""The database of the run store: migrations, transactions and error translation."""
 
 import os
 import sqlite3
@@ -42,27 +42,27 @@ __all__ = [
 ]
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
-_ALONE: Final = threading.Lock()
-"""Alembic keeps what it is at in its modules, so one thread of a process migrates at a time."""
+_MIGRATING: Final = threading.Lock()
+"""Alembic has module-level state, so only one thread of a process migrates at a time."""
 _BEFORE_ALEMBIC: Final = "0001"
-"""What a store is whose version stands in a table `schema_version`."""
+"""Revision of a store with a `schema_version` table."""
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Bring a new or older store to the newest revision, in one transaction.
+    """Upgrade a new or older store to the latest revision in one transaction.
 
-    Safe when several processes do it at once: the first does it, the others find it done.
+    Safe to run in several processes at once: the first one migrates.
 
     Args:
-        engine: Takes the write lock when it begins.
+        engine: Its transactions take the write lock when they begin.
 
     Raises:
         StoreError: The store was written by a newer version.
     """
     config = Config()
-    # A Config takes % for the beginning of a reference.
+    # Config interpolates %.
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    with _ALONE, engine.begin() as connection:
+    with _MIGRATING, engine.begin() as connection:
         config.attributes["connection"] = connection
         found = _found(connection)
         if found == REVISION:
@@ -70,8 +70,8 @@ def migrate(engine: sa.Engine) -> None:
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if found not in {*known, None}:
             raise StoreError(
-                f"The run store was written by a newer version (revision {found}, "
-                f"this one knows {REVISION}).",
+                f"The run store was written by a newer version (revision {found}; "
+                f"this version supports {REVISION}).",
                 hint="Upgrade training-backends.",
             )
         if found == _BEFORE_ALEMBIC:
@@ -80,7 +80,7 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def _found(connection: sa.Connection) -> str | None:
-    """Return the revision of a store, however it says so; None: it is empty."""
+    """Return the revision of a store, before or after alembic; None: the store is empty."""
     tables = sa.inspect(connection)
     if tables.has_table(revision.name):
         return connection.execute(sa.select(revision.c.version_num)).scalar()
@@ -93,15 +93,15 @@ def _found(connection: sa.Connection) -> str | None:
 _DRIVERS: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
 _SAFE_TO_TELL: Final = frozenset({"host", "hostaddr", "port", "dbname", "service"})
 _PASSING: Final = frozenset({"08", "40", "53", "55", "57"})
-"""Classes of SQLSTATE that the next try may not meet: connection, rollback, resources, locks,
-operator (https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
+"""Retryable classes of SQLSTATE: connection, rollback, resources, locks, operator intervention
+(https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
 _NO_SESSION: Final = frozenset({"08", "28", "3D", "57"})
-"""Classes of SQLSTATE of a server that cannot be reached, or that lets this user in nowhere."""
+"""Classes of SQLSTATE without a session: unreachable server or rejected login."""
 _LEFT_BEHIND: Final = (
-    "A pooler in between hands out sessions in which another program has left prepared statements."
+    "A connection pooler reuses sessions with prepared statements of another program."
 )
-_NO_RIGHTS: Final = "Give this user a schema, and the right to create and change tables in it."
-_LOCKED: Final = "Other programs hold locks in this database; try again."
+_NO_RIGHTS: Final = "Grant this user a schema with permission to create and change tables."
+_LOCKED: Final = "Other programs hold locks in this database; try again later."
 _REJECTED: Final = {
     "26": _LEFT_BEHIND,
     "3F": _NO_RIGHTS,
@@ -111,11 +111,11 @@ _REJECTED: Final = {
     "53": "The server is out of disk space, memory or connections.",
     "55": _LOCKED,
 }
-"""What to do by SQLSTATE, or by its class, where the server answered."""
+"""Hints by SQLSTATE or its class, for errors reported by the server."""
 _TURN: Final = int.from_bytes(b"training", "big")
-"""Key of the advisory lock that whoever writes holds until its transaction ends."""
+"""Key of the advisory lock that every write transaction holds."""
 
-# A server that went away is found out in seconds, whatever patience the system has.
+# Detect a lost server within seconds, regardless of the system's TCP settings.
 _CONNECTING: Final = {
     "fallback_application_name": "training-backends",
     "client_encoding": "utf8",
@@ -125,11 +125,11 @@ _CONNECTING: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-# A pooler such as PgBouncer in transaction mode gives each transaction another session of the
-# server, so nothing may be left in one: no prepared statement, and below no setting or lock.
+# A pooler such as PgBouncer in transaction mode may run each transaction in another session, so
+# sessions must keep no state: no prepared statements, and below no settings or locks.
 _WITHOUT_SESSION: Final = {"prepare_threshold": None}
-# Everything set here ends with the transaction. Whoever falls silent in the middle, perhaps with
-# its machine, loses its turn before others give up.
+# All settings end with the transaction. A process that stalls in a transaction loses the lock
+# before the others time out.
 _BEGIN: Final = f"""
 SELECT set_config('lock_timeout', '30s', true),
        set_config('idle_in_transaction_session_timeout', '15s', true),
@@ -140,16 +140,16 @@ SELECT set_config('lock_timeout', '30s', true),
 
 
 def is_postgres(url: sa.URL) -> bool:
-    """Tell whether a URL names a PostgreSQL database, by the one driver that serves it here."""
+    """Return whether a URL names a PostgreSQL database with the supported driver."""
     return url.drivername in _DRIVERS
 
 
 def postgres_engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
-    """Make an engine that reads and one that writes, on one pool.
+    """Create a reading and a writing engine on one pool.
 
-    A transaction that reads sees one state of the database. Those that write take turns, in
-    whatever process, so each sees what the last one wrote and none fails for another's sake;
-    they are durable when they end.
+    A read transaction sees a consistent snapshot. Write transactions of all processes are
+    serialized, so each sees the previous one's changes and none conflicts; they are durable
+    when they end.
 
     Raises:
         ConfigError: The driver is not installed.
@@ -161,30 +161,30 @@ def postgres_engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
             url.set(drivername="postgresql+psycopg"),
             connect_args={**given, **_WITHOUT_SESSION},
             pool_pre_ping=True,
-            # Each is a process of the server, which has 100 for all by default.
+            # Each connection is a server process, of which PostgreSQL allows 100 by default.
             pool_size=2,
             max_overflow=3,
         )
     except ImportError as error:
         raise ConfigError(
-            f"A run store on PostgreSQL needs a driver that is not installed ({error}).",
-            hint="pip install 'training-backends[postgres]', or leave out "
+            f"The PostgreSQL driver is not installed ({error}).",
+            hint="Run `pip install 'training-backends[postgres]'`, or unset "
             "TRAINING_BACKENDS_STORE_URL.",
         ) from None
     sa.event.listen(engine, "begin", _begin_postgres)
     reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    # Waiting for the turn is a statement itself: what REPEATABLE READ sees is as old as that.
+    # Not REPEATABLE READ: its snapshot would predate the wait for the lock.
     writer = engine.execution_options(isolation_level="READ COMMITTED", writes=True)
     return reader, writer
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Tell whether an error means that the server, not the store on it, cannot be used."""
+    """Return whether an error means that the server, not the store, is unavailable."""
     return isinstance(error, OperationalError) and hasattr(error.orig, "sqlstate")
 
 
 def postgres_error(url: sa.URL, error: Exception) -> StoreError:
-    """Say what is wrong, and where; no password."""
+    """Return the error with its reason and the store's URL, without a password."""
     cause: Any = getattr(error, "orig", None) or error
     state = getattr(cause, "sqlstate", None)
     diagnosis = getattr(cause, "diag", None)
@@ -203,10 +203,10 @@ def _hint(state: str | None, *, reached: bool) -> str:
     known = _REJECTED.get(state) or _REJECTED.get(state[:2])
     if known is None and (state[:2] in _NO_SESSION or not reached):
         return (
-            "Check that the server runs and lets this user in; TRAINING_BACKENDS_STORE_URL says "
-            "where it is."
+            "Check that the server is running and accepts this user, and that "
+            "TRAINING_BACKENDS_STORE_URL is correct."
         )
-    return known or "The server answered and rejected a statement; its log says more about it."
+    return known or "The server rejected a statement; see its log for details."
 
 
 def _place(url: sa.URL) -> str:
@@ -222,17 +222,17 @@ def _begin_postgres(connection: sa.Connection) -> None:
 
 
 _BUSY_PATIENCE = 30
-"""Seconds that a connection waits for another's transaction."""
+"""Seconds to wait for another connection's transaction."""
 
 
 def sqlite_engine(url: str | sa.URL) -> sa.Engine:
-    """Make an engine whose transactions are durable when they end.
+    """Create an engine whose transactions are durable when they end.
 
-    One with the execution option `writes` takes the write lock when it begins: had it read
-    before, it could not go on to write after somebody else did.
+    Transactions with the execution option `writes` take the write lock at the beginning: one
+    that reads first cannot write after another transaction has written.
     """
     if sqlite_file(url) is None:
-        # A database in memory is as old as its connection, so all threads share one.
+        # An in-memory database lives as long as its connection, so all threads share one.
         engine = sa.create_engine(
             url,
             poolclass=sa.QueuePool,
@@ -248,7 +248,7 @@ def sqlite_engine(url: str | sa.URL) -> sa.Engine:
 
 
 def sqlite_file(url: str | sa.URL) -> Path | None:
-    """Return the file that a URL names; None for memory or another kind of database."""
+    """Return the file of a URL; None for in-memory and other databases."""
     url = sa.make_url(url)
     if url.get_backend_name() != "sqlite" or url.database in {None, "", ":memory:"}:
         return None
@@ -256,17 +256,17 @@ def sqlite_file(url: str | sa.URL) -> Path | None:
 
 
 def create_file(path: Path) -> None:
-    """Create a database's file, private to its owner; SQLite would leave that to the umask."""
+    """Create a database file with mode 600; SQLite would use the umask."""
     make_private_directory(path.parent)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _prepare(connection: Any, _record: Any) -> None:
-    # SQLAlchemy begins transactions itself (below), so the driver must not.
+    # Transactions are begun below, not by the driver.
     connection.isolation_level = None
     for pragma in (f"busy_timeout={_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
-    # Of two that turn a database to WAL, SQLite refuses one at once, however patient it is.
+    # SQLite ignores busy_timeout when two connections switch to WAL at once.
     for attempt in Retrying(
         retry=retry_if_exception_message(match="database is locked"),
         wait=wait_random(0, 0.05),
@@ -283,25 +283,25 @@ def _begin(connection: sa.Connection) -> None:
 
 
 RECOVER = (
-    "`training-backends doctor --recover` saves what can still be read and makes a new store; "
-    "one on a server comes back from a backup."
+    "Run `training-backends doctor --recover` to rebuild the store from what is readable; restore "
+    "a store on a server from a backup."
 )
 
 _PATIENCE: Final = 30
-"""Seconds that a server which was there before has to come back."""
+"""Seconds to wait for a server to restart."""
 
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
 class Database:
-    """What the parts of the run store have in common. Safe across threads and processes."""
+    """Base of the parts of the run store. Safe across threads and processes."""
 
     def __init__(self, url: str) -> None:
-        """Open the store at a SQLAlchemy URL; nothing is read or written yet.
+        """Set up the store at a SQLAlchemy URL, without reading or writing.
 
         Raises:
-            ConfigError: The URL cannot be read, or its driver is not installed.
+            ConfigError: The URL is invalid, or its driver is not installed.
         """
         try:
             self._url = sa.make_url(url)
@@ -309,26 +309,26 @@ class Database:
         except ConfigError:
             raise
         except (ArgumentError, ImportError, ValueError) as error:
-            # The URL may hold a password, so only what was wrong with it is repeated.
+            # Do not quote the URL: it may contain a password.
             reason = str(error) if isinstance(error, ImportError) else type(error).__name__
             raise ConfigError(
-                f"The run store's URL cannot be used ({reason}).",
-                hint="TRAINING_BACKENDS_STORE_URL is a SQLAlchemy URL such as "
+                f"Invalid run store URL ({reason}).",
+                hint="Set TRAINING_BACKENDS_STORE_URL to a SQLAlchemy URL such as "
                 "sqlite:///runs.db or postgresql://user@host/database.",
             ) from None
-        # There is one writer at a time; threads that queue here need not do so in the database.
+        # One writer at a time; threads of this process queue here instead of in the database.
         self._turn = threading.Lock()
         self._ready = False
         self._process = os.getpid()
 
     def close(self) -> None:
-        """Close all connections; the next use opens the store as it is by then."""
+        """Close all connections; the next use opens the store again."""
         self._reader.dispose()
         self._ready = False
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        """See one state of the database, whatever others write meanwhile."""
+        """Open a read transaction with a consistent snapshot."""
         with self._errors():
             self._prepare()
             with self._connected(self._reader) as connection, connection.begin():
@@ -336,7 +336,7 @@ class Database:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        """Write all or nothing, alone, durable when it ends."""
+        """Open an exclusive write transaction, durable when it ends."""
         with self._errors():
             self._prepare()
             with (
@@ -347,7 +347,7 @@ class Database:
                 yield connection
 
     def _connected(self, engine: sa.Engine) -> sa.Connection:
-        """Connect; a server that was there before may be starting anew, and is waited for."""
+        """Connect; wait for a server that was reachable before, in case it is restarting."""
         try:
             return engine.connect()
         except DatabaseError as error:
@@ -361,7 +361,7 @@ class Database:
         )(engine.connect)
 
     def _prepare(self) -> None:
-        if self._process != os.getpid():  # forked: all that is open is the parent's
+        if self._process != os.getpid():  # forked: open connections belong to the parent
             self._reader.dispose(close=False)
             self._turn, self._ready, self._process = threading.Lock(), False, os.getpid()
         if self._ready:
@@ -370,7 +370,7 @@ class Database:
         if path is not None:
             create_file(path)
         if not self._is_up_to_date():
-            # Loads alembic, which a store that needs no change can do without.
+            # Imports alembic, which an up-to-date store does not need.
             from training_backends.store.database import migrate  # noqa: PLC0415
 
             with self._turn:
@@ -384,7 +384,7 @@ class Database:
         except DatabaseError as error:
             if is_unreachable(error):
                 raise
-            # There is no such table, or worse: who migrates will see.
+            # No such table, or worse: the migration will report it.
             return False
         return found == schema.REVISION
 
@@ -393,32 +393,32 @@ class Database:
         try:
             yield
         except (DBAPIError, PoolTimeout, OSError) as error:
-            raise self._told(error) from error
+            raise self._translate(error) from error
 
-    def _told(self, error: Exception) -> StoreError:
+    def _translate(self, error: Exception) -> StoreError:
         if is_postgres(self._url):
             return postgres_error(self._url, error)
         place = self._url.render_as_string(hide_password=True)
         cause = getattr(error, "orig", None) or error
-        # The lower byte is the kind of error, the others say more about it.
+        # The lower byte is the primary error code; the others are details.
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
         if code in _DAMAGED:
             return StoreError(f"The run store {place} is damaged: {cause}", hint=RECOVER)
         return StoreError(
             f"The run store {place} cannot be used: {cause}",
-            hint="Check the disk and the file's permissions, or set TRAINING_BACKENDS_HOME.",
+            hint="Check free space and file permissions, or set TRAINING_BACKENDS_HOME.",
             retryable=code in _BUSY,
         )
 
 
 def _engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
-    """Make an engine that reads and one that writes."""
+    """Create a reading and a writing engine."""
     if "@" in (url.host or ""):
-        raise ArgumentError("the end of a password is taken for the host")
+        raise ArgumentError("an unescaped @ in the password")
     if is_postgres(url):
         return postgres_engines(url)
     if url.get_backend_name() != "sqlite":
-        # Of any other it is not known that it keeps what the store promises.
-        raise ArgumentError("neither SQLite nor PostgreSQL")
+        # Others are untested with the guarantees of the store.
+        raise ArgumentError("only SQLite and PostgreSQL are supported")
     engine = sqlite_engine(url)
     return engine, engine.execution_options(writes=True)

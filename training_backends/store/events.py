@@ -1,4 +1,4 @@
-"""What happened in a run, in order of time: stored once, read from any place, delivered once."""
+"""The timeline of each run: log records in order of time, metrics and event delivery."""
 
 import json
 import math
@@ -23,10 +23,10 @@ __all__ = ["Delivery", "MetricPoint", "Timeline"]
 
 _STATUS: Final = "status"
 _EVENTS: Final = frozenset({"status", "event", "checkpoint", "watch"})
-"""Sources of the records that somebody may want to be told of."""
+"""Sources of records that are delivered as events."""
 _MEASURED: Final = frozenset({"metrics", "checkpoint"})
 _COUNTS: Final = frozenset({"step", "total_steps"})
-"""Numbers of a record that were not measured."""
+"""Numeric fields of a record that are not metrics."""
 _TOO_LARGE: Final = 2**63
 _LONGEST_NAME: Final = 128
 _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -34,7 +34,7 @@ _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class MetricPoint:
-    """One value of a metric; finite."""
+    """One finite value of a metric."""
 
     step: int
     at: datetime
@@ -44,7 +44,7 @@ class MetricPoint:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A record that nobody was told of yet."""
+    """A record that was not delivered yet."""
 
     id: int
     run_id: str
@@ -54,7 +54,7 @@ class Delivery:
 class Timeline(Database):
     """Log records of all sources in the run store.
 
-    A record's cursor is its number within the run, from 1.
+    The cursor of a record is its number within the run, starting at 1.
     """
 
     def observed(
@@ -67,22 +67,22 @@ class Timeline(Database):
         cursor: str | None,
         tell_status: bool = False,
     ) -> TrainingRun | None:
-        """Store one look at a run: what it changes, the log behind `after`, the new cursor.
+        """Store one observation of a run: changes, log records after `after`, the new cursor.
 
-        Nothing is stored, and None returned, when the provider's cursor is no longer `after`:
-        then another look was stored meanwhile, and this one may be the older of the two.
+        Stores nothing and returns None if the provider's cursor is no longer `after`: another
+        observation was stored in the meantime, and this one may be older.
 
-        A record that is older than the last one stored goes behind it, at its time, and keeps
-        its own time in the field `told_at`. With the look that sees the run over, its log is
-        whole.
+        A record older than the last stored one is appended with the last one's time, and keeps
+        its own time in the field `told_at`. The observation that sees the run finished completes
+        its log.
 
         Args:
-            tell_status: Add a record for a change of status that none of the records tells.
-            change: Gets the run as it is now; must leave the store alone. An error that it
-                raises leaves everything as it was.
+            tell_status: Add a record for a status change that no given record reports.
+            change: Receives the current run; must not use the store. If it raises, nothing is
+                stored.
 
         Raises:
-            RunNotFound: There is no run with exactly this id (any more).
+            RunNotFound: No run has exactly this id.
         """
         clean = _redacted(found)
         with self._writing() as connection:
@@ -93,7 +93,7 @@ class Timeline(Database):
             if tell_status:
                 clean = _with_status(connection, row, run, clean)
             _append(connection, row, clean)
-            _set_whole(connection, row, run)
+            _mark_complete(connection, row, run)
             return run
 
     def note(
@@ -102,12 +102,12 @@ class Timeline(Database):
         change: Callable[[TrainingRun], TrainingRun],
         found: Sequence[LogRecord],
     ) -> TrainingRun:
-        """Change a run and add log records of our own, as `observed` does.
+        """Change a run and append records that do not come from its provider.
 
-        A run that this ends has a whole log too: its provider has no more to tell.
+        If this finishes the run, its log is complete.
 
         Raises:
-            RunNotFound: There is no run with exactly this id (any more).
+            RunNotFound: No run has exactly this id.
         """
         clean = _redacted(found)
         with self._writing() as connection:
@@ -115,7 +115,7 @@ class Timeline(Database):
             run = change_run(connection, row, change)
             _append(connection, row, clean)
             if not TrainingStatus(row.status).is_terminal:
-                _set_whole(connection, row, run)
+                _mark_complete(connection, row, run)
             return run
 
     def launched(
@@ -125,13 +125,13 @@ class Timeline(Database):
         *,
         whole: bool = False,
     ) -> TrainingRun:
-        """Change a run by what was seen of it without its log; an end is recorded there.
+        """Change a run after its launch, without its log; only a final status is recorded.
 
-        Other changes of status are left to the first look, which reads the provider's log from
-        its beginning.
+        Other status changes are recorded by the first observation, which reads the provider's
+        log from the beginning.
 
         Args:
-            whole: With its end, the log of the run is whole: no provider has one.
+            whole: If the run has finished, its log is complete: the provider has none.
         """
         with self._writing() as connection:
             row = find_run(connection, run_id)
@@ -139,17 +139,17 @@ class Timeline(Database):
             if run.status.is_terminal:
                 _append(connection, row, _with_status(connection, row, run, []))
                 if whole:
-                    _set_whole(connection, row, run)
+                    _mark_complete(connection, row, run)
             return run
 
     def is_whole(self, run_id: str) -> bool:
-        """Tell whether a run is over and its log is stored to the end."""
+        """Return whether a run has finished and its log is stored completely."""
         with self._reading() as connection:
             query = sa.select(runs.c.whole).where(runs.c.id == run_id)
             return bool(connection.execute(query).scalar())
 
     def provider_cursor(self, run_id: str) -> str | None:
-        """Return how far the provider's log is stored; None is its beginning."""
+        """Return the cursor up to which the provider's log is stored; None: the beginning."""
         with self._reading() as connection:
             query = sa.select(runs.c.cursor).where(runs.c.id == run_id)
             found: str | None = connection.execute(query).scalar()
@@ -158,10 +158,10 @@ class Timeline(Database):
     def records(
         self, run_id: str, *, after: str | None = None, limit: int = 1000
     ) -> list[LogRecord]:
-        """Return the log behind a cursor, oldest first.
+        """Return the records after a cursor, oldest first.
 
         Raises:
-            ConfigError: The cursor is not one of this run.
+            ConfigError: The cursor is invalid.
         """
         place = _place(after)
         mine = records.c.run_id == run_id
@@ -173,10 +173,10 @@ class Timeline(Database):
         return [_record(row) for row in rows]
 
     def metrics(self, run_id: str) -> list[MetricPoint]:
-        """Return what was measured, by step; of a step told of twice, the later word.
+        """Return the metrics by step; a later value of the same step wins.
 
-        What a checkpoint says counts where the step has no record of its own: a provider may
-        give a mean since the checkpoint before under the same name.
+        A value from a checkpoint counts only if the step has no metrics record: a provider may
+        report a mean since the previous checkpoint under the same name.
         """
         query = sa.select(metrics).where(metrics.c.run_id == run_id)
         with self._reading() as connection:
@@ -187,17 +187,17 @@ class Timeline(Database):
         ]
 
     def undelivered(self, *, backend: str, limit: int) -> list[Delivery]:
-        """Return events of a backend's runs that nobody was told of, oldest first."""
+        """Return undelivered events of a backend's runs, oldest first."""
         query = sa.select(records).join(deliveries).where(deliveries.c.backend == backend)
         with self._reading() as connection:
             rows = connection.execute(query.order_by(deliveries.c.id).limit(limit)).all()
         return [Delivery(row.id, row.run_id, _record(row)) for row in rows]
 
     def delivered(self, ids: Collection[int], *, lease: Lease | None = None) -> None:
-        """Remember that somebody was told of events.
+        """Mark events as delivered.
 
         Raises:
-            LeaseLost: Somebody else tells of them now.
+            LeaseLost: Another process delivers them now.
         """
         gone = deliveries.delete().where(deliveries.c.id == sa.bindparam("gone"))
         with self._writing() as connection:
@@ -206,13 +206,13 @@ class Timeline(Database):
                 connection.execute(gone, [{"gone": it} for it in ids])
 
 
-def _set_whole(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
+def _mark_complete(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
     if run.status.is_terminal and not row.whole:
         connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
 
 
 def _redacted(found: Sequence[LogRecord]) -> list[LogRecord]:
-    """Return records without the secrets that a provider repeats in what it logs of a run."""
+    """Return records without secrets that a provider repeats in its log."""
     return [
         record.model_copy(
             update={"message": redact(record.message), "fields": redact_value(record.fields)}
@@ -224,28 +224,28 @@ def _redacted(found: Sequence[LogRecord]) -> list[LogRecord]:
 def _with_status(
     connection: sa.Connection, row: Any, run: TrainingRun, found: Sequence[LogRecord]
 ) -> list[LogRecord]:
-    """Return the records of a look with each change of status told once.
+    """Return the records of an observation with each status change reported once.
 
-    A backend may log changes of status itself, even ones that were over before anybody looked.
-    One that was told before is no change: what it says beyond the status is kept as an event.
+    A backend may log status changes itself, even ones that no observation saw. A repeated status
+    is no change: its other fields are kept as an event.
     """
     in_time = sorted(found, key=lambda record: record.at)
     logs_status = any(record.source == _STATUS for record in in_time)
     moved = run.status.value != row.status
     if not (moved or logs_status or row.cursor is None):
         return in_time
-    told = _status_told(connection, run.id)
-    moved = moved or told is None
-    last = told or TrainingStatus.PENDING
+    known = _last_status(connection, run.id)
+    moved = moved or known is None
+    last = known or TrainingStatus.PENDING
     kept = []
     for record in in_time:
         status = _status_of(record)
-        if status is not None and status is told:
+        if status is not None and status is known:
             if record.message in {status.value, record.fields.get("raw_status")}:
                 continue
             record = record.model_copy(update={"source": "event"})  # noqa: PLW2901
         elif status is not None:
-            told = last = status
+            known = last = status
         kept.append(record)
     is_new = run.status is not last and not last.is_terminal
     if is_new and (moved or run.status.is_terminal):
@@ -273,8 +273,8 @@ def _change_of_status(run: TrainingRun) -> LogRecord:
     )
 
 
-def _status_told(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
-    """Return the status that a run's log tells last, or None."""
+def _last_status(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
+    """Return the last status in a run's log, or None."""
     query = sa.select(records).where(records.c.run_id == run_id, records.c.source == _STATUS)
     for row in connection.execute(query.order_by(records.c.seq.desc())):
         if (status := _status_of(_record(row))) is not None:
@@ -290,7 +290,7 @@ def _status_of(record: LogRecord) -> TrainingStatus | None:
 
 
 def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> None:
-    """Write records behind those that are there, with what follows from them."""
+    """Append records, and update metrics and undelivered events."""
     if not found:
         return
     last, latest = _last(connection, run.id)
@@ -316,7 +316,7 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
         "level": record.level,
         "source": record.source,
         "step": record.step if _is_count(record.step) else None,
-        # PostgreSQL has no such character.
+        # PostgreSQL does not support NUL.
         "message": record.message.replace("\0", "\ufffd"),
         "fields": json.dumps(fields, default=str) if fields else None,
     }
@@ -324,7 +324,7 @@ def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any
 
 def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord]) -> None:
     reached = {it.step for it in found if it.source == "checkpoint" and _is_count(it.step)}
-    own = _told_by_step(connection, run_id, reached) if reached else set()
+    own = _measured_by_step(connection, run_id, reached) if reached else set()
     points = {
         (step, name): {"run_id": run_id, "step": step, "name": name, "at": at, "value": value}
         for record in found
@@ -342,10 +342,10 @@ def _measure(connection: sa.Connection, run_id: str, found: Sequence[LogRecord])
     connection.execute(metrics.insert(), list(points.values()))
 
 
-def _told_by_step(
+def _measured_by_step(
     connection: sa.Connection, run_id: str, steps: Collection[int | None]
 ) -> set[tuple[int, str]]:
-    """Return which measures of some steps the records of these steps themselves tell."""
+    """Return the metrics that were recorded by the steps themselves, not by checkpoints."""
     query = sa.select(records).where(
         records.c.run_id == run_id, records.c.source == "metrics", records.c.step.in_(steps)
     )
@@ -364,12 +364,12 @@ def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
 
 
 def _is_name(name: str) -> bool:
-    """Tell whether a database can keep a name in an index."""
+    """Return whether a database can index a name."""
     return len(name) <= _LONGEST_NAME and "\0" not in name
 
 
 def _is_count(value: Any) -> bool:
-    """Tell whether a value is an integer that a database can hold."""
+    """Return whether a value is an integer within 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
 
 
@@ -402,6 +402,6 @@ def _place(cursor: str | None) -> int:
 
 def _bad_cursor(cursor: str | None) -> ConfigError:
     return ConfigError(
-        f"{cursor!r} is not a cursor of this run's log.",
-        hint="Use the cursor of a record that `training-backends logs --json` printed.",
+        f"Invalid log cursor {cursor!r}.",
+        hint="Use the cursor of a record from `training-backends logs --json`.",
     )

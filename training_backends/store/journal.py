@@ -1,4 +1,4 @@
-"""What the launches of runs have done so far, and which contents were uploaded."""
+"""Launch journals: the steps of each launch, and known uploads."""
 
 import json
 from collections.abc import Iterable
@@ -15,16 +15,16 @@ from training_backends.store.schema import as_text, journal, uploads
 __all__ = ["JournalEntry", "Journals", "SavedStep", "put_back"]
 
 _ANY_STEP = "*"
-"""Stands for every step of a run whose journal may have lost rows."""
+"""Name of an entry for all steps of a run whose journal may have lost rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A step that was begun.
+    """A launch step that was begun.
 
     Attributes:
         finished: Whether its result is known.
-        supposed: Nobody knows whether it was begun, because the journal was damaged.
+        supposed: Whether it was begun is unknown, because the journal was damaged.
     """
 
     finished: bool
@@ -34,7 +34,7 @@ class JournalEntry:
 
 @dataclass(frozen=True, slots=True)
 class SavedStep:
-    """A step as it was kept, saved from a damaged store."""
+    """A step recovered from a damaged store."""
 
     name: str
     begun_at: str
@@ -44,11 +44,11 @@ class SavedStep:
 class Journals(Database):
     """Launch journals and known uploads in the run store.
 
-    What is given a lease is written only while that lease was not taken over.
+    Methods with a lease write only if it has not been taken over.
     """
 
     def entry(self, run_id: str, name: str) -> JournalEntry | None:
-        """Return what is known of a step, or None if it was never begun."""
+        """Return a step, or None if it was never begun."""
         names = journal.c.name.in_([name, _ANY_STEP])
         query = sa.select(journal.c.name, journal.c.result).where(journal.c.run_id == run_id, names)
         with self._reading() as connection:
@@ -59,7 +59,7 @@ class Journals(Database):
         return JournalEntry(finished=False, result=None, supposed=True) if found else None
 
     def has_open_step(self, run_id: str) -> bool:
-        """Tell whether a step of the run was begun, or may have been, and is not finished."""
+        """Return whether a step of the run was, or may have been, begun and is unfinished."""
         query = sa.select(journal.c.name).where(
             journal.c.run_id == run_id, journal.c.result.is_(None)
         )
@@ -67,10 +67,10 @@ class Journals(Database):
             return connection.execute(query.limit(1)).first() is not None
 
     def begin(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
-        """Remember that a step is about to be done.
+        """Record that a step is about to begin.
 
         Raises:
-            LeaseLost: Somebody else goes on with this launch.
+            LeaseLost: Another process has taken over this launch.
         """
         with self._writing() as connection:
             require(connection, lease)
@@ -79,33 +79,33 @@ class Journals(Database):
     def finish(
         self, run_id: str, name: str, result: JSONValue, *, lease: Lease | None = None
     ) -> None:
-        """Remember a step's result.
+        """Record a step's result.
 
         Raises:
-            LeaseLost: Somebody else goes on with this launch.
+            LeaseLost: Another process has taken over this launch.
         """
-        told = json.dumps(result)
+        encoded = json.dumps(result)
         with self._writing() as connection:
             require(connection, lease)
             known = connection.execute(
-                journal.update().where(_step(run_id, name)).values(result=told)
+                journal.update().where(_step(run_id, name)).values(result=encoded)
             )
-            if known.rowcount == 0:  # it was only supposed to have been begun
+            if known.rowcount == 0:  # there is only the entry for all steps
                 row = _begun(run_id, name)
-                connection.execute(journal.insert().values(**row, result=told))
+                connection.execute(journal.insert().values(**row, result=encoded))
 
     def forget(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
-        """Remember that a begun step certainly did not happen.
+        """Remove a begun step that certainly had no effect.
 
         Raises:
-            LeaseLost: Somebody else goes on with this launch.
+            LeaseLost: Another process has taken over this launch.
         """
         with self._writing() as connection:
             require(connection, lease)
             connection.execute(journal.delete().where(_step(run_id, name)))
 
     def known_upload(self, scope: str, sha256: str) -> str | None:
-        """Return the provider's id of a content that was uploaded before; it may be gone."""
+        """Return the provider's file id of uploaded content; the file may have been deleted."""
         with self._reading() as connection:
             found: str | None = connection.execute(
                 sa.select(uploads.c.remote_id).where(_content(scope, sha256))
@@ -113,7 +113,7 @@ class Journals(Database):
             return found
 
     def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """Remember the provider's id of a content, instead of an older one."""
+        """Record the provider's file id of uploaded content, replacing an older one."""
         with self._writing() as connection:
             connection.execute(uploads.delete().where(_content(scope, sha256)))
             connection.execute(
@@ -124,7 +124,7 @@ class Journals(Database):
 
 
 def put_back(connection: sa.Connection, run_id: str, steps: Iterable[SavedStep]) -> None:
-    """Write a saved journal, with the mark that rows of it may be missing."""
+    """Write a recovered journal, marked as possibly incomplete."""
     mark = SavedStep(_ANY_STEP, as_text(utc_now()), None)
     by_name = {step.name: step for step in (*steps, mark)}
     rows = [

@@ -1,8 +1,8 @@
-"""Leases: work that only one process at a time may do, until it ends or dies.
+"""Leases: work that only one process at a time may do, until it releases the lease or dies.
 
-Machines that share a store must have clocks that agree to within the `ttl` that they ask
-for: one that is fast by more takes over what is still held. What was taken over is lost to
-its former holder all the same, because every take gives a new token.
+The clocks of machines that share a store must agree to within the requested `ttl`: a clock that
+is further ahead takes over leases that are still held. Writes stay safe: every lease has a new
+fencing token, so a former holder cannot write.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from training_backends.store.schema import as_text, leases
 __all__ = ["IsGone", "Lease", "LeaseLost", "Leases", "require"]
 
 IsGone = Callable[[str], bool | None]
-"""Tells whether an owner is dead: True, False (it lives here), None (nobody here can tell).
+"""Returns whether an owner is dead: True, False (alive on this machine) or None (unknown).
 
-It is asked within a transaction, so it must be quick and leave the store alone.
+Called within a transaction, so it must be quick and must not use the store.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What a holder has in hand.
+    """A held lease.
 
     Attributes:
-        token: Greater than that of every lease taken before, of whatever name.
+        token: Fencing token, greater than that of every earlier lease of any name.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Lease:
 
 
 class LeaseLost(StoreError):
-    """Somebody else has taken the lease over, so nothing was written under it."""
+    """Another process has taken over the lease, so nothing was written."""
 
 
 class Leases(Database):
@@ -50,9 +50,8 @@ class Leases(Database):
         """Take a lease; None while it is held, even by the same owner.
 
         Args:
-            ttl: When it may be taken from an owner of whom nobody here can tell whether it
-                lives. An owner that lives here keeps it however late it is; one that is gone
-                loses it at once.
+            ttl: When the lease expires if it is unknown whether its owner is alive. An owner
+                alive on this machine keeps it after that; a dead one loses it immediately.
         """
         with self._writing() as connection:
             row = _row(connection, name)
@@ -66,7 +65,7 @@ class Leases(Database):
             return Lease(name, owner, token.scalar_one())
 
     def renew(self, lease: Lease, ttl: timedelta) -> bool:
-        """Hold a lease for `ttl` from now on; False if it was taken over."""
+        """Extend a lease to `ttl` from now; False if it was taken over."""
         with self._writing() as connection:
             until = as_text(utc_now() + ttl)
             renewed = connection.execute(
@@ -75,22 +74,22 @@ class Leases(Database):
             return renewed.rowcount == 1
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease; one that was taken over is left alone."""
+        """Release a lease; no effect if it was taken over."""
         with self._writing() as connection:
             connection.execute(leases.delete().where(leases.c.token == lease.token))
 
     def holder(self, name: str, *, is_gone: IsGone = lambda _: None) -> str | None:
-        """Return the owner of a lease that could not be taken now, or None."""
+        """Return the owner of a held lease, or None if it can be taken."""
         with self._reading() as connection:
             row = _row(connection, name)
         return row.owner if row is not None and _holds(row, is_gone) else None
 
 
 def require(connection: sa.Connection, lease: Lease | None) -> None:
-    """Let a transaction go on only while a lease, if given, was not taken over.
+    """Require that the lease, if given, has not been taken over.
 
     Raises:
-        LeaseLost: It was.
+        LeaseLost: The lease was taken over.
     """
     if lease is None:
         return
@@ -98,7 +97,7 @@ def require(connection: sa.Connection, lease: Lease | None) -> None:
     if row is None or row.token != lease.token:
         raise LeaseLost(
             f"{lease.name!r} was taken over by {row.owner if row else 'another process'}.",
-            hint="The other process goes on with it; nothing is left to do here.",
+            hint="The other process continues the work; there is nothing to do here.",
         )
 
 

@@ -1,4 +1,4 @@
-"""The records of runs: found, changed, counted as live."""
+"""Records of runs: look-up, changes and the set of live runs."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ __all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
 _LIVE: Final = tuple(status.value for status in TrainingStatus if not status.is_terminal)
 _CANDIDATES: Final = 6
 _BATCH: Final = 500
-"""Ids in one statement; databases bound how many values one may have."""
+"""Ids per statement; databases limit the number of values."""
 _WITH_DOCUMENT: Final = sa.select(runs, documents.c.document).join(documents)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRuns:
-    """Runs that go on at a provider, as far as is known.
+    """Unfinished runs at a provider.
 
     Attributes:
-        versions: Grows with each change of a run's record, by run id.
-        changed: Those whose version is not the one that was known.
-        seen_at: When each was last seen, by run id.
+        versions: Version of each run's record, by run id; grows with every change.
+        changed: Runs whose version differs from the known one.
+        seen_at: When each was last observed, by run id.
     """
 
     versions: Mapping[str, int]
@@ -49,19 +49,19 @@ class Runs(Database):
         """Record a new run.
 
         Raises:
-            DuplicateRun: There is a run with this id.
+            DuplicateRun: A run with this id exists.
         """
         with self._writing() as connection:
             _insert(connection, run)
 
     def restore(self, run: TrainingRun, steps: Iterable[SavedStep] = ()) -> None:
-        """Record a run that was saved from a damaged store, with what is left of its journal.
+        """Record a run recovered from a damaged store, with the rest of its journal.
 
-        Rows of the journal may be lost without a trace, so each step that it does not tell
-        of counts as begun from now on: it is looked for before it is done.
+        Rows of the journal may be missing, so each step that is not in it counts as begun: its
+        effect is looked for before it is done again.
 
         Raises:
-            DuplicateRun: There is a run with this id.
+            DuplicateRun: A run with this id exists.
         """
         with self._writing() as connection:
             _insert(connection, run)
@@ -71,16 +71,16 @@ class Runs(Database):
         """Return the run with exactly this id.
 
         Raises:
-            RunNotFound: There is none; `candidates` has ids that begin with it.
+            RunNotFound: No run has it; `candidates` are ids that begin with it.
         """
         with self._reading() as connection:
             return _load(find_run(connection, run_id))
 
     def update(self, run_id: str, change: Callable[[TrainingRun], TrainingRun]) -> TrainingRun:
-        """Replace a run by what `change` makes of it, in one transaction.
+        """Replace a run by the result of `change`, in one transaction.
 
         Raises:
-            RunNotFound: There is no run with exactly this id.
+            RunNotFound: No run has exactly this id.
         """
         with self._writing() as connection:
             return change_run(connection, find_run(connection, run_id), change)
@@ -102,8 +102,8 @@ class Runs(Database):
         """Delete the record of a run with its log, metrics and journal; safe to repeat.
 
         Args:
-            created_at: Leave the record alone if it was created at another time: the id names
-                a new run by then. None deletes whichever run has the id.
+            created_at: Delete only a run created at this time, not a newer one with the same id.
+                None deletes any.
         """
         gone = runs.delete().where(runs.c.id == run_id)
         if created_at is not None:
@@ -118,11 +118,11 @@ class Runs(Database):
         known: Mapping[str, int] = MappingProxyType({}),
         only: Collection[str] | None = None,
     ) -> LiveRuns:
-        """Return the runs that are not over and that their provider has an id for.
+        """Return the unfinished runs that have a provider job id.
 
         Args:
-            known: Versions that need not be read again, by run id.
-            only: Ids of the runs to return, if they are live.
+            known: Versions already read, by run id.
+            only: Restrict to these ids.
         """
         query = sa.select(runs.c.id, runs.c.version, runs.c.seen_at).where(*_is_live())
         if backend is not None:
@@ -141,35 +141,35 @@ class Runs(Database):
         )
 
     def backends_to_watch(self) -> Sequence[str]:
-        """Return the names of backends with live runs, or with events not delivered yet."""
+        """Return the names of backends with live runs or undelivered events."""
         live = sa.select(runs.c.backend).where(*_is_live())
         with self._reading() as connection:
             names = connection.execute(live.union(sa.select(deliveries.c.backend))).scalars()
             return sorted(names)
 
     def seen(self, run_ids: Collection[str], at: datetime) -> None:
-        """Remember that runs were seen and stand as they did; an earlier time changes nothing."""
-        told = as_text(at)
-        earlier = sa.or_(runs.c.seen_at.is_(None), runs.c.seen_at < told)
+        """Record when unchanged runs were observed; an earlier time has no effect."""
+        observed_at = as_text(at)
+        earlier = sa.or_(runs.c.seen_at.is_(None), runs.c.seen_at < observed_at)
         with self._writing() as connection:
             for ids in _batches(run_ids):
                 connection.execute(
-                    runs.update().where(runs.c.id.in_(ids), earlier).values(seen_at=told)
+                    runs.update().where(runs.c.id.in_(ids), earlier).values(seen_at=observed_at)
                 )
 
     def update_all(
         self, run_ids: Collection[str], change: Callable[[TrainingRun], TrainingRun]
     ) -> None:
-        """Replace each of many runs by what `change` makes of it, all in one transaction.
+        """Replace each of many runs by the result of `change`, in one transaction.
 
-        Ids of runs that are not there, or no longer, are passed over.
+        Unknown ids are skipped.
         """
         with self._writing() as connection:
             for row in list(_among(connection, _WITH_DOCUMENT, runs.c.id, run_ids)):
                 change_run(connection, row, change)
 
     def claimed(self, run_id: str, remote_ids: Collection[str]) -> frozenset[str]:
-        """Return those of the provider's ids that belong to other runs than this one."""
+        """Return the provider job ids that belong to other runs."""
         query = sa.select(runs.c.remote_id).where(runs.c.id != run_id)
         with self._reading() as connection:
             found = _among(connection, query, runs.c.remote_id, remote_ids)
@@ -180,21 +180,19 @@ def find_run(connection: sa.Connection, run_id: str) -> Any:
     """Return the row of the run with exactly this id.
 
     Raises:
-        RunNotFound: There is none; `candidates` has ids that begin with it.
+        RunNotFound: No run has it; `candidates` are ids that begin with it.
     """
     row = connection.execute(_WITH_DOCUMENT.where(runs.c.id == run_id)).first()
     if row is not None:
         return row
-    # Not by LIKE: whether that minds case, and uses an index, differs between databases.
+    # Not LIKE: its case sensitivity and index use differ between databases.
     begins = sa.select(runs.c.id).where(runs.c.id > run_id, runs.c.id < f"{run_id}\U0010ffff")
     begins = begins.order_by(runs.c.id).limit(_CANDIDATES)
     candidates = connection.execute(begins).scalars().all() if run_id else []
-    hint = "`training-backends list` shows the runs of this store."
+    hint = "`training-backends list` shows the runs in this store."
     if candidates:
-        hint = f"Ids are matched exactly. Ids that begin with it: {', '.join(candidates)}."
-    raise RunNotFound(
-        f"There is no run {run_id!r}.", candidates=candidates, hint=hint, run_id=run_id
-    )
+        hint = f"Run ids are matched exactly. Ids with this prefix: {', '.join(candidates)}."
+    raise RunNotFound(f"Run {run_id!r} not found.", candidates=candidates, hint=hint, run_id=run_id)
 
 
 def change_run(
@@ -203,11 +201,11 @@ def change_run(
     change: Callable[[TrainingRun], TrainingRun],
     **columns: str | None,
 ) -> TrainingRun:
-    """Write what `change` makes of a run, and columns that are no part of its record."""
+    """Write the result of `change`, and columns that are not part of the record."""
     run = change(_load(row))
     document = _document(run)
     values = {**_columns(run), **columns}
-    # Two processes may tell of their looks in another order than they had them.
+    # Processes may store their observations out of order.
     values["seen_at"] = max(filter(None, (row.seen_at, values["seen_at"])), default=None)
     if document != row.document:
         connection.execute(
@@ -224,9 +222,7 @@ def _insert(connection: sa.Connection, run: TrainingRun) -> None:
     try:
         connection.execute(runs.insert().values(**_columns(run), version=1, whole=False))
     except IntegrityError:
-        raise DuplicateRun(
-            f"There is a run {run.id!r} already.", other=run.id, run_id=run.id
-        ) from None
+        raise DuplicateRun(f"Run {run.id!r} already exists.", other=run.id, run_id=run.id) from None
     connection.execute(documents.insert().values(run_id=run.id, document=_document(run)))
 
 
@@ -250,7 +246,7 @@ def _load(row: Any) -> TrainingRun:
         run = TrainingRun.model_validate_json(row.document)
     except ValidationError as error:
         raise StoreError(
-            f"The record of the run {row.id!r} cannot be read: {error.errors()[0]['msg']}.",
+            f"Cannot read the record of run {row.id!r}: {error.errors()[0]['msg']}.",
             hint=RECOVER,
             run_id=row.id,
         ) from error
@@ -262,7 +258,7 @@ def _moment(text: str | None) -> datetime | None:
 
 
 def _is_live() -> tuple[sa.ColumnElement[bool], ...]:
-    # By the words that it may have, so that the index on them serves.
+    # By a list of statuses, so that the index is used.
     return runs.c.status.in_(_LIVE), runs.c.remote_id.is_not(None)
 
 

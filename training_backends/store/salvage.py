@@ -1,10 +1,9 @@
-"""A damaged run store: what is wrong with it, putting it aside, saving what can be read.
+"""Check a damaged run store, back it up and recover what is readable.
 
-What damage took cannot always be seen: a lost write-ahead log leaves an older state that
-looks sound. So no saved journal is taken for complete. `RunStore.restore` makes every step
-that it does not tell of count as begun: a repeated launch then looks for the step's effect
-before it does anything, and refuses where nobody can look. It may find a job that it need not
-have looked for; it cannot make one twice.
+Damage is not always visible: a lost write-ahead log leaves an older, consistent state. So no
+recovered journal counts as complete. `RunStore.restore` treats every missing step as begun: a
+repeated launch looks for the step's effect first, and fails if it cannot be looked up. This may
+cost a needless look-up, but never creates a job twice.
 """
 
 import fcntl
@@ -32,22 +31,22 @@ from training_backends.store.schema import REVISION
 __all__ = ["Salvage", "check", "salvage", "set_aside"]
 
 _PARTS: Final = ("", "-wal", "-shm")
-"""What a SQLite database in WAL mode consists of, by the ends of the files' names."""
+"""Suffixes of the files of a SQLite database in WAL mode."""
 _MAGIC: Final = b"SQLite format 3\0"
 _HEADER: Final = 100
 _LOCKED_BYTES: Final = (510, 0x40000002)
-"""Every process that has a database open in WAL mode holds a shared lock in this range
+"""Every process with an open database in WAL mode holds a shared lock in this range
 (https://www.sqlite.org/src/file/src/os.h, SHARED_FIRST and SHARED_SIZE)."""
 _FARTHEST: Final = 2**62
 
 
 @dataclass(frozen=True, slots=True)
 class Salvage:
-    """What could still be read.
+    """The readable content of a damaged store.
 
     Attributes:
-        runs: In no order.
-        steps: Of the launch journals, by run id; perhaps not all, and perhaps of runs that
+        runs: In no particular order.
+        steps: Steps of launch journals by run id; possibly incomplete, and possibly of runs that
             could not be read.
     """
 
@@ -56,9 +55,9 @@ class Salvage:
 
 
 def check(url: str) -> list[str]:
-    """Return what is wrong with a store, one line each; changes nothing.
+    """Return the problems of a store, one line each, without changing it.
 
-    A store that is not there yet has nothing wrong with it.
+    A store that does not exist yet has no problems.
     """
     path = sqlite_file(url)
     if path is None or not path.exists():
@@ -67,23 +66,22 @@ def check(url: str) -> list[str]:
     try:
         with closing(_open(path, "ro")) as connection:
             for problem in _problems(connection):
-                problems.append(problem)  # noqa: PERF402  # those before an error count too
+                problems.append(problem)  # noqa: PERF402  # keep those found before an error
     except sqlite3.Error as error:
         problems.append(str(error))
     return problems
 
 
 def set_aside(url: str, at: datetime) -> Path | None:
-    """Give a SQLite store's files another name, `<name>.damaged-<time>`, and return it.
+    """Back up a SQLite store by renaming its files to `<name>.damaged-<time>`.
 
-    Close this process's own stores first. Whatever interrupts it, each file keeps at least one
-    of its names.
+    Close this process's own stores first. If interrupted, each file keeps its old or new name.
 
     Returns:
-        None if there is no such file, or the store is another kind of database.
+        The new path; None if there is no such file, or the store is not SQLite.
 
     Raises:
-        StoreError: Some process still uses the store, or the files cannot be renamed.
+        StoreError: Another process uses the store, or the files cannot be renamed.
     """
     path = sqlite_file(url)
     if path is None or not path.exists():
@@ -95,22 +93,22 @@ def set_aside(url: str, at: datetime) -> Path | None:
         for part in parts:
             os.link(_part(path, part), _part(target, part))
         sync_directory(path.parent)
-        # The database first: SQLite throws away a log that it finds alone.
+        # The database first: SQLite deletes a log without a database.
         for part in parts:
             _part(path, part).unlink()
         sync_directory(path.parent)
     except OSError as error:
         raise StoreError(
-            f"The run store {path} cannot be set aside: {error}",
-            hint=f"Move the files {path.name}* of {path.parent} elsewhere by hand.",
+            f"Cannot back up the run store {path}: {error}",
+            hint=f"Move the files {path.name}* in {path.parent} to another directory.",
         ) from error
     return target
 
 
 def salvage(path: Path) -> Salvage:
-    """Read all that can still be read of a SQLite store of any revision; changes nothing.
+    """Read everything readable in a SQLite store of any revision, without changing it.
 
-    Damage only makes the result smaller. What is read is a copy, so there must be room for one.
+    Damaged rows are left out. Reads a copy, which needs free disk space.
 
     Raises:
         StoreError: The file cannot be copied.
@@ -124,16 +122,16 @@ def salvage(path: Path) -> Salvage:
                     shutil.copyfile(_part(path, part), _part(copy, part))
             _mend_header(copy)
             with suppress(sqlite3.Error), closing(_open(copy, "rw")) as connection:
-                # Has SQLite read on in a file that is too short, or whose tables are odd.
+                # Makes SQLite read truncated files and malformed schemas.
                 connection.execute("PRAGMA writable_schema=ON")
-                # Damage may show a row twice.
+                # A damaged table may return a row twice.
                 found.runs.extend({run.id: run for run in _runs(connection)}.values())
                 for run_id, step in _steps(connection):
                     found.steps.setdefault(run_id, []).append(step)
     except OSError as error:
         raise StoreError(
-            f"The run store {path} cannot be copied to be read: {error}",
-            hint="Check the disk; TMPDIR names the directory for copies.",
+            f"Cannot copy the run store {path}: {error}",
+            hint="Check free disk space; TMPDIR sets the directory for the copy.",
         ) from error
     return found
 
@@ -143,15 +141,15 @@ def _problems(connection: sqlite3.Connection) -> Iterator[str]:
         if found != "ok":
             yield str(found)
     for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check"):
-        yield f"row {row} of {table} belongs to nothing in {parent}"
+        yield f"row {row} of {table} has no parent row in {parent}"
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     if "alembic_version" in tables:
-        # Revisions are numbers of one width. An older one is no problem: it migrates itself.
+        # Revisions compare as text. An older one is no problem: it is migrated on open.
         (found,) = connection.execute("SELECT max(version_num) FROM alembic_version").fetchone()
         if found is None or found > REVISION:
-            yield f"it has revision {found}, and this version knows {REVISION}"
+            yield f"its revision is {found}; this version supports {REVISION}"
     elif tables and "schema_version" not in tables:
-        yield "it is another program's database"
+        yield "it is the database of another program"
 
 
 def _require_unused(path: Path) -> None:
@@ -160,8 +158,8 @@ def _require_unused(path: Path) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, *_LOCKED_BYTES)
     except BlockingIOError:
         raise StoreError(
-            f"The run store {path} is in use by another process, whose work would be lost.",
-            hint="End the other training-backends processes first.",
+            f"The run store {path} is in use by another process, which would lose data.",
+            hint="Stop the other training-backends processes first.",
         ) from None
     finally:
         os.close(descriptor)
@@ -178,7 +176,7 @@ def _open(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _mend_header(path: Path) -> None:
-    """Give a database whose first bytes were overwritten those of a sound one like it."""
+    """Replace an overwritten header with that of an intact database of the same page size."""
     with path.open("r+b") as file:
         if file.read(len(_MAGIC)) == _MAGIC:
             return
@@ -189,7 +187,7 @@ def _mend_header(path: Path) -> None:
                 (page,) = connection.execute("PRAGMA page_size").fetchone()
             header = bytearray(Path(sound.name).read_bytes()[:_HEADER])
         header[28:32] = (path.stat().st_size // page).to_bytes(4, "big")
-        # No list of free pages is known, and none is needed for reading.
+        # Reading needs no list of free pages.
         header[32:40] = bytes(8)
         file.seek(0)
         file.write(header)
@@ -197,7 +195,7 @@ def _mend_header(path: Path) -> None:
 
 def _runs(connection: sqlite3.Connection) -> Iterator[TrainingRun]:
     seen_at = dict(_rows(connection, "runs", "id", "seen_at"))
-    # Before revision 0002 the documents were in the table of the runs.
+    # Before revision 0002, documents were stored in the runs table.
     for table, key in (("documents", "run_id"), ("runs", "id")):
         for name, document in _rows(connection, table, key, "document"):
             with suppress(ValidationError, TypeError):
@@ -217,7 +215,7 @@ def _with_sight(run: TrainingRun, seen_at: bytes | None) -> TrainingRun:
 def _steps(connection: sqlite3.Connection) -> Iterator[tuple[str, SavedStep]]:
     columns = ("run_id", "name", "begun_at", "result")
     for row in _rows(connection, "journal", *columns):
-        with suppress(ValueError, AttributeError):  # it is no text, or its result no JSON
+        with suppress(ValueError, AttributeError):  # not text, or the result is not JSON
             run_id, name, begun_at = (value.decode() for value in row[:3])
             result = None if row[3] is None else row[3].decode()
             if result is not None:
@@ -226,10 +224,10 @@ def _steps(connection: sqlite3.Connection) -> Iterator[tuple[str, SavedStep]]:
 
 
 def _rows(connection: sqlite3.Connection, table: str, *columns: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a table that can be read, text as bytes, each once.
+    """Yield the readable rows of a table once each, text as bytes.
 
-    Forwards, jumping over what is damaged, then backwards from the last one found: what a jump
-    forwards went too far over is met from the other side.
+    Scans forwards, skipping damage, then backwards from the last row found, for rows that a
+    forward skip missed.
     """
     connection.text_factory = bytes
     rows = f"SELECT rowid, {', '.join(columns)} FROM {table} WHERE rowid"  # noqa: S608  # ours
@@ -253,7 +251,7 @@ def _walk(
         try:
             for rowid, *values in connection.execute(query, (place,)):
                 found[rowid] = tuple(values)
-                if (rowid - place) * way > 0:  # damage may bring them out of order
+                if (rowid - place) * way > 0:  # damage may change the order
                     place, jump = rowid, 1
         except sqlite3.Error:
             place, jump = place + way * jump, jump * 2

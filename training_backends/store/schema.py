@@ -1,6 +1,6 @@
-"""The tables of the run store as its newest revision has them, and how values are kept.
+"""Tables of the run store at the latest revision, and the encoding of values.
 
-Times are UTC, as ISO text of one width, so that they compare as text.
+Times are UTC in fixed-width ISO format, so that they sort as text.
 """
 
 from datetime import UTC, datetime
@@ -24,28 +24,28 @@ __all__ = [
     "uploads",
 ]
 
-# In SQLite only INTEGER numbers rows by itself, and it is as wide.
+# SQLite autoincrements only INTEGER columns, which are 64-bit.
 BigInteger = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-"""An integer of 64 bits."""
+"""A 64-bit integer."""
 
 
 def short_text(length: int) -> sa.String:
-    """Return the type of a short text, which is in order of its code points.
+    """Return the type of a short text that sorts by code points.
 
     Args:
-        length: As expected. SQLite holds nobody to it, so PostgreSQL is not told of it.
+        length: Expected length; enforced neither by SQLite nor, on purpose, by PostgreSQL.
     """
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
 REVISION = "0003"
-"""The newest one in `migrations/versions`."""
+"""Latest revision in `migrations/versions`."""
 
 metadata = sa.MetaData()
 
 
 def as_text(moment: datetime) -> str:
-    """Return how a time is kept."""
+    """Return a time as stored."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
@@ -57,8 +57,8 @@ def _of_run(*, key: bool = True) -> sa.Column[str]:
 revision = sa.Table(
     "alembic_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True)
 )
-# What queries look at. Apart from the documents, so that a sweep over thousands of runs reads
-# and writes a few short rows a page.
+# Columns for queries, separate from the documents, so that a sweep over thousands of runs reads
+# and writes short rows.
 runs = sa.Table(
     "runs",
     metadata,
@@ -67,13 +67,13 @@ runs = sa.Table(
     sa.Column("status", short_text(32), nullable=False),
     sa.Column("created_at", short_text(40), nullable=False),
     sa.Column("remote_id", short_text(256)),
-    # The only home of `last_seen_at`.
+    # `last_seen_at` is stored only here.
     sa.Column("seen_at", short_text(40)),
-    # Grows by one with each change of the document.
+    # Incremented with each change of the document.
     sa.Column("version", sa.Integer, nullable=False),
-    # How far the provider's log is in `records`.
+    # Provider cursor up to which the log is in `records`.
     sa.Column("cursor", sa.Text),
-    # Whether the run is over and its log is in `records` to the end.
+    # Whether the run has finished and its complete log is in `records`.
     sa.Column("whole", sa.Boolean, nullable=False),
     sa.Index("runs_by_status", "status", "backend", "created_at"),
     sa.Index("runs_by_remote_id", "remote_id"),
@@ -103,12 +103,12 @@ uploads = sa.Table(
 leases = sa.Table(
     "leases",
     metadata,
-    # Every take makes a row, so the database's own numbering gives the fencing token.
+    # Every take inserts a row, so the row id is the fencing token.
     sa.Column("token", BigInteger, primary_key=True),
     sa.Column("name", short_text(200), nullable=False, unique=True),
     sa.Column("owner", short_text(200), nullable=False),
     sa.Column("until", short_text(40), nullable=False),
-    # Never gives out a number again, even after its row is gone.
+    # Never reuses the number of a deleted row.
     sqlite_autoincrement=True,
 )
 records = sa.Table(
@@ -135,7 +135,7 @@ metrics = sa.Table(
     sa.Column("at", short_text(40), nullable=False),
     sa.Column("value", sa.Float, nullable=False),
 )
-# Records that nobody was told of yet.
+# Undelivered records.
 deliveries = sa.Table(
     "deliveries",
     metadata,

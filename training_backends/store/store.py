@@ -1,4 +1,4 @@
-"""The run store as a whole."""
+"""The run store."""
 
 from training_backends.store.events import Timeline
 from training_backends.store.journal import Journals
@@ -9,8 +9,7 @@ __all__ = ["RunStore"]
 
 
 class RunStore(Runs, Journals, Leases, Timeline):
-    """Every run and all that is known of it, in one SQL database.
+    """All runs with their journals, logs, metrics and leases in one SQL database.
 
-    Every method is one durable transaction, safe across threads and processes, and blocks
-    for as long as that takes.
+    Every method is one durable, blocking transaction, safe across threads and processes.
     """

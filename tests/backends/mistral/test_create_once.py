@@ -251,7 +251,7 @@ async def test_late_twin_is_known_by_the_files_of_its_time(
         provider.catch_up()
 
     journal.quote = think  # type: ignore[method-assign]
-    with pytest.raises(AmbiguousLaunch, match="another one like it"):
+    with pytest.raises(AmbiguousLaunch, match="other matching jobs"):
         await launch_again(restart(), journal)
     assert len({str(job.asked["training_files"]) for job in provider.jobs.values()}) == 2
     assert [job.starts for job in provider.jobs.values()] == [0, 0]

@@ -68,7 +68,7 @@ def test_prices_in_two_currencies_are_not_added(make_config: MakeConfig) -> None
     assert parts(found) == {"training": "1.00 EUR", "storage, first month": "2.00 USD"}
     assert found.cost is None
     assert [str(total) for total in found.totals] == ["1.00 EUR", "2.00 USD"]
-    assert any("cannot be added" in note for note in found.notes)
+    assert any("are not added" in note for note in found.notes)
 
 
 def test_steps_are_priced_without_a_count(make_config: MakeConfig) -> None:
@@ -99,7 +99,7 @@ def test_no_guess_without_a_count(make_config: MakeConfig) -> None:
     ("fields", "hosted", "reason"),
     [
         ({"model": "mistral-large-latest", "hyperparameters": {"epochs": 1}}, True, "no price"),
-        ({"hyperparameters": {"epochs": 1}}, False, "server names it"),
+        ({"hyperparameters": {"epochs": 1}}, False, "server quotes it"),
         ({}, True, "neither epochs nor training_steps"),
     ],
 )
@@ -181,9 +181,9 @@ def test_weights_are_said_to_be_ours(make_config: MakeConfig, train_file: Path) 
     data = {"train": [train_file, {"path": train_file, "weight": 2}]}
     count = TokenCount(data_tokens=100)
     found = estimate(make_config, count, data=data, hyperparameters={"epochs": 1})
-    assert any("weight" in note and "not known" in note for note in found.notes)
+    assert any("weight" in note and "unknown" in note for note in found.notes)
     own = estimate(make_config, count, hosted=False, data=data, hyperparameters={"epochs": 1})
-    assert any("our own gateway" in note for note in own.notes)
+    assert any("our gateway" in note for note in own.notes)
 
 
 @pytest.mark.anyio

@@ -228,7 +228,7 @@ async def test_file_that_changes_between_parts_is_not_trained_on(
         train_file.write_bytes(train_file.read_bytes().replace(b"It is", b"It IS"))
 
     journal.uploaded = change  # type: ignore[method-assign]
-    with pytest.raises(DatasetError, match="changed while it was uploaded"):
+    with pytest.raises(DatasetError, match="changed during the upload"):
         await backend.launch(journal.run, journal)
     assert provider.jobs == {}
 

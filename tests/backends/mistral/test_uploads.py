@@ -156,6 +156,6 @@ async def test_server_that_keeps_losing_files_is_reported(
         return await step(name, *args, **kwargs)
 
     journal.step = remember  # type: ignore[method-assign]
-    with pytest.raises(ProtocolError, match="keeps losing"):
+    with pytest.raises(ProtocolError, match="repeatedly lost"):
         await backend.launch(journal.run, journal)
     assert provider.jobs == {}

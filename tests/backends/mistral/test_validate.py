@@ -204,7 +204,7 @@ async def test_the_hosted_service_is_retired_even_where_it_cannot_be_asked(
     """Without a key, the default URL is not ready to launch at."""
     keys = CredentialVault(home=tmp_path, environ={})
     backend = MistralAPIBackend(credentials=keys, settings=MistralSettings(base_url=HOSTED_URL))
-    with pytest.raises(BackendRetired, match="not asked this time"):
+    with pytest.raises(BackendRetired, match="not verified"):
         await backend.validate(config, dataset)
     await backend.aclose()
 

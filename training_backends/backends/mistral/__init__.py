@@ -1,1 +1,1 @@
-"""Training through the Mistral fine-tuning protocol, hosted or on your own gateway."""
+"""Backend for the Mistral fine-tuning protocol, hosted or on your own gateway."""

@@ -1,4 +1,4 @@
-"""Every operation of the Mistral files, fine-tuning and models API, typed."""
+"""Typed client for the Mistral files, fine-tuning and models API."""
 
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -22,9 +22,9 @@ __all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
 log = get_logger()
 
 PAGE_SIZE: Final = 100
-"""Entries asked for at once; the specification's default."""
+"""Entries per page; the specification's default."""
 _MOST_PAGES: Final = 1000
-"""Pages of one list; a server that has more of them may never end it."""
+"""Maximum pages of a list, in case a server never ends it."""
 
 _FILES: Final = "/v1/files"
 _JOBS: Final = "/v1/fine_tuning/jobs"
@@ -40,9 +40,9 @@ class JobFilters(BaseModel):
     """Which jobs to list; None does not filter.
 
     Attributes:
-        created_after: Aware; a time without a zone would be read in the server's own.
-        created_by_me: Only jobs that were made with the same key.
-        status: A word of the protocol, for example `RUNNING`.
+        created_after: With a time zone; otherwise the server would assume its own.
+        created_by_me: Only jobs created with the same key.
+        status: A protocol status, for example `RUNNING`.
     """
 
     model: str | None = None
@@ -56,7 +56,7 @@ class JobFilters(BaseModel):
 
 
 class JobHead(msgspec.Struct, frozen=True, gc=False):
-    """What a sweep over many jobs looks at; to read the whole of them takes ten times as long."""
+    """The fields for a sweep over many jobs; parsing complete jobs takes ten times as long."""
 
     id: str
     status: str
@@ -64,10 +64,10 @@ class JobHead(msgspec.Struct, frozen=True, gc=False):
 
 
 class MistralAPI:
-    """The operations of the specification over one client; holds nothing else.
+    """The operations of the specification over one HTTP client; has no other state.
 
-    Every method raises the errors of `mistral.errors.error_from_answer`, and
-    `ProtocolError` for an answer that does not have the specified shape.
+    Every method raises the errors of `error_from_answer`, and `ProtocolError` for a response
+    that does not match the specification.
     """
 
     def __init__(self, http: HttpClient) -> None:
@@ -90,15 +90,15 @@ class MistralAPI:
         hashed: HashedFile | None = None,
         on_progress: Progress | None = None,
     ) -> wire.UploadFileOut:
-        """Upload a file as a stream; the same name and content again give the same file.
+        """Upload a file as a stream; the same name and content returns the same file.
 
         Args:
             expiry: Hours until the server deletes it.
-            hashed: What the file must be; made sure of before the upload is complete.
-            on_progress: Told how many of how many bytes are read.
+            hashed: Expected content, verified before the upload is complete.
+            on_progress: Called with the bytes read and the total.
 
         Raises:
-            DatasetError: The file cannot be read, is empty or changed meanwhile.
+            DatasetError: The file cannot be read, is empty or changed during the upload.
         """
         given = {"expiry": expiry, "visibility": visibility, "purpose": purpose}
         fields = {name: str(value) for name, value in given.items() if value is not None}
@@ -164,19 +164,19 @@ class MistralAPI:
                     yield file
 
     async def retrieve_file(self, file_id: str) -> wire.RetrieveFileOut:
-        """Return what the server knows of a file."""
+        """Retrieve a file's metadata."""
         document = await self._http.json("GET", f"{_FILES}/{_segment(file_id)}")
         return _read(wire.RetrieveFileOut.model_validate, document)
 
     async def download_file(
         self, file_id: str, target: Path, *, on_progress: Progress | None = None
     ) -> Path:
-        """Fetch a file's content to `target`, which appears whole or not at all."""
+        """Download a file's content to `target`, atomically."""
         path = f"{_FILES}/{_segment(file_id)}/content"
         return await self._http.download(path, target, on_progress=on_progress)
 
     async def get_signed_url(self, file_id: str, *, expiry: int | None = None) -> str:
-        """Return a URL that gives the file without a key, for `expiry` hours (24)."""
+        """Return a signed URL of a file, valid for `expiry` hours (default 24)."""
         path = f"{_FILES}/{_segment(file_id)}/url"
         document = await self._http.json("GET", path, query=_query(expiry=expiry))
         return _read(wire.FileSignedURL.model_validate, document).url
@@ -204,17 +204,17 @@ class MistralAPI:
 
     @property
     def clock_offset(self) -> timedelta | None:
-        """How far the server's clock was ahead of ours at the latest answer, if it told."""
+        """How far the server's clock was ahead at the last response; None if unknown."""
         return self._http.clock_offset
 
     async def probe(self) -> None:
-        """Ask for one job, whatever it is: changes nothing, and says whether jobs are served."""
+        """Request one job from the list, to check that the server serves jobs."""
         await self._jobs_page(None, 0, 1)
 
     async def integrations(self) -> frozenset[str] | None:
-        """Return which integrations the server's jobs may have; None if it does not say.
+        """Return the integrations that the server supports; None if unknown.
 
-        The protocol has no operation for it; a gateway of ours says it beside its health.
+        The protocol has no operation for this; our gateway reports it at its health endpoint.
         """
         found = (await self._http.json("GET", "/health")).get("integrations")
         return frozenset(map(str, found)) if isinstance(found, list) else None
@@ -241,7 +241,7 @@ class MistralAPI:
     async def iter_listed(
         self, filters: JobFilters | None = None
     ) -> AsyncGenerator[tuple[str, wire.Job | None], None]:
-        """Yield every job with its id; None for one that does not have the protocol's shape."""
+        """Yield every job id with its job, or None if the job does not match the protocol."""
         async with aclosing(self._entries(filters)) as pages:
             async for entries in pages:
                 for entry in entries:
@@ -250,7 +250,7 @@ class MistralAPI:
     async def job_heads(
         self, filters: JobFilters | None = None
     ) -> AsyncGenerator[list[JobHead], None]:
-        """Yield jobs in short, page by page; those without the protocol's shape are left out."""
+        """Yield the heads of jobs page by page; jobs that do not match the protocol are skipped."""
         async with aclosing(self._entries(filters)) as pages:
             async for entries in pages:
                 try:
@@ -266,7 +266,7 @@ class MistralAPI:
             data, total = document.get("data"), document.get("total")
             if not isinstance(data, list):
                 raise ProtocolError(
-                    "The server's list of jobs holds no jobs.", excerpt=_excerpt(document)
+                    "The server's job list is malformed.", excerpt=_excerpt(document)
                 )
             found = [entry for entry in data if isinstance(entry, Mapping)]
             return found, total if isinstance(total, int) else 0
@@ -274,15 +274,15 @@ class MistralAPI:
         return _paged(fetch, lambda entry: str(entry.get("id")))
 
     async def create_job(self, job: wire.JobIn) -> wire.Job:
-        """Create a job. Never repeated once it may have arrived.
+        """Create a job. Not retried once it may have arrived.
 
         Raises:
-            BackendUnavailable: `sent` tells whether there may be a job now.
+            BackendUnavailable: `sent` tells whether the job may exist.
         """
         return _read(wire.read_job, await self._create(job))
 
     async def dry_run_job(self, job: wire.JobIn) -> wire.LegacyJobMetadataOut:
-        """Ask what a job would take, without creating it."""
+        """Estimate a job without creating it."""
         return _read(
             wire.LegacyJobMetadataOut.model_validate, await self._create(job, dry_run=True)
         )
@@ -300,12 +300,12 @@ class MistralAPI:
         )
 
     async def get_job(self, job_id: str) -> wire.DetailedJob:
-        """Return a job with its events and checkpoints."""
+        """Retrieve a job with its events and checkpoints."""
         document = await self._http.json("GET", f"{_JOBS}/{_segment(job_id)}")
         return _read(wire.read_detailed_job, document)
 
     async def start_job(self, job_id: str) -> wire.DetailedJob:
-        """Start a validated job. Not repeated once it may have arrived."""
+        """Start a validated job. Not retried once it may have arrived."""
         document = await self._http.json("POST", f"{_JOBS}/{_segment(job_id)}/start")
         return _read(wire.read_detailed_job, document)
 
@@ -319,14 +319,14 @@ class MistralAPI:
     async def list_models(
         self, *, provider: str | None = None, model: str | None = None
     ) -> wire.ModelList:
-        """Return all models that the key may use."""
+        """List all models that the key may use."""
         query = _query(provider=provider, model=model)
         return _read(
             wire.ModelList.model_validate, await self._http.json("GET", _MODELS, query=query)
         )
 
     async def retrieve_model(self, model_id: str) -> wire.ModelCard:
-        """Return what the server knows of a model."""
+        """Retrieve a model."""
         document = await self._http.json("GET", f"{_MODELS}/{_segment(model_id)}")
         return _read(wire.read_model_card, document)
 
@@ -336,7 +336,7 @@ class MistralAPI:
         return _read(wire.DeleteModelOut.model_validate, document)
 
     async def update_model(self, model_id: str, changes: wire.UpdateFTModelIn) -> wire.FTModel:
-        """Change a fine-tuned model's name or description; only what is set is sent."""
+        """Update a fine-tuned model's name or description; only set fields are sent."""
         document = await self._http.json(
             "PATCH",
             f"{_TUNED}/{_segment(model_id)}",
@@ -346,13 +346,13 @@ class MistralAPI:
         return _read(wire.read_ft_model, document)
 
     async def archive_model(self, model_id: str) -> wire.ArchiveFTModelOut:
-        """Put a fine-tuned model away; safe to repeat."""
+        """Archive a fine-tuned model; safe to repeat."""
         path = f"{_TUNED}/{_segment(model_id)}/archive"
         document = await self._http.json("POST", path, repeatable=True)
         return _read(wire.ArchiveFTModelOut.model_validate, document)
 
     async def unarchive_model(self, model_id: str) -> wire.UnarchiveFTModelOut:
-        """Bring a fine-tuned model back; safe to repeat."""
+        """Unarchive a fine-tuned model; safe to repeat."""
         path = f"{_TUNED}/{_segment(model_id)}/archive"
         document = await self._http.json("DELETE", path, repeatable=True)
         return _read(wire.UnarchiveFTModelOut.model_validate, document)
@@ -361,10 +361,10 @@ class MistralAPI:
 async def _paged(
     fetch: Callable[[int], Awaitable[tuple[Sequence[_T], int]]], identify: Callable[[_T], str]
 ) -> AsyncGenerator[list[_T], None]:
-    """Yield pages from 0 on, without what was on an earlier one.
+    """Yield pages from 0 on, without entries of earlier pages.
 
-    The end is a page that is not full, unless the server says that there are more: it may
-    give fewer at once than it is asked for.
+    A page that is not full is the last one, unless the server reports a higher total: it may
+    limit the page size.
 
     Raises:
         ProtocolError: There are more than a thousand pages.
@@ -375,12 +375,12 @@ async def _paged(
         fresh = {identify(entry): entry for entry in found if identify(entry) not in seen}
         seen.update(fresh)
         yield list(fresh.values())
-        # A server that knows no pages answers the same again: no fresh one, the end.
+        # A server without paging returns the same page again: no new entries, the end.
         if not fresh or (len(found) < PAGE_SIZE and len(seen) >= total):
             return
     raise ProtocolError(
-        f"The server's list does not end: {_MOST_PAGES} pages, {len(seen)} entries.",
-        hint="Is the base URL that of a server of this protocol?",
+        f"The server's list is too long: {_MOST_PAGES} pages, {len(seen)} entries.",
+        hint="Check that the base URL is that of a server of this protocol.",
     )
 
 
@@ -388,7 +388,7 @@ def _job(entry: Mapping[str, Any]) -> wire.Job | None:
     try:
         return wire.read_job(entry)
     except ValidationError:
-        log.warning("listed job cannot be read", job=str(entry.get("id"))[:80])
+        log.warning("listed job is malformed", job=str(entry.get("id"))[:80])
         return None
 
 
@@ -400,7 +400,7 @@ def _head(entry: Mapping[str, Any]) -> JobHead | None:
 
 
 def _query(**values: _QueryValue) -> list[tuple[str, str]]:
-    """Write query parameters; None is left out, a list repeats its key."""
+    """Return query parameters; None is omitted, a list repeats its key."""
     query: list[tuple[str, str]] = []
     for name, value in values.items():
         if value is None:
@@ -415,16 +415,16 @@ def _text(value: str | float | datetime) -> str:
         return "true" if value else "false"
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            raise ValueError("a time to filter by needs a time zone")
+            raise ValueError("times in filters need a time zone")
         return value.isoformat()
     return str(value)
 
 
 def _segment(identifier: str) -> str:
-    """Quote an id for a path; `ft:a:b` stays readable, as the official client writes it."""
+    """Quote an id for a path; `ft:a:b` is not escaped, as in the official client."""
     if identifier.strip("./ ") == "":
-        # The URL of nothing is that of everything: never ask, or delete, there.
-        raise RunNotFound(f"{identifier!r} is no id.")
+        # An empty id would address the collection, perhaps to delete it.
+        raise RunNotFound(f"Invalid id {identifier!r}.")
     return quote(identifier, safe=":")
 
 
@@ -439,13 +439,13 @@ def _read(reader: Callable[[Mapping[str, Any]], _M], document: Mapping[str, Any]
             )
         )
         raise ProtocolError(
-            f"The server's answer does not have the shape of the protocol: {places[:400]}.",
+            f"The server's response does not match the protocol: {places[:400]}.",
             excerpt=_excerpt(document),
         ) from None
 
 
 def _excerpt(document: Mapping[str, Any]) -> str:
-    """Write a document down without what a server may have repeated of our secrets."""
+    """Serialize a document without secrets that a server may have repeated."""
 
     def without(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The backend that speaks the Mistral fine-tuning protocol, to whoever serves it."""
+"""The backend for servers of the Mistral fine-tuning protocol."""
 
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
@@ -76,12 +76,12 @@ _CAPABILITIES: Final = Capabilities(
 
 
 class MistralAPIBackend(TrainingBackend):
-    """Trains at a server of the Mistral fine-tuning protocol.
+    """Trains on a server of the Mistral fine-tuning protocol.
 
-    The hosted service has ended its jobs; `training-backends serve` offers the same
-    protocol on your own compute. The protocol hands out no weights and keeps no checkpoint
-    to go on from: resuming a failed or cancelled run trains anew on the files uploaded
-    before.
+    The hosted service has shut down fine-tuning; `training-backends serve` offers the same
+    protocol on your own compute. The protocol has no weight download and no resumable
+    checkpoints: resuming a failed or cancelled run trains from the start on the files that are
+    already uploaded.
     """
 
     name: ClassVar[str] = "mistral"
@@ -99,12 +99,12 @@ class MistralAPIBackend(TrainingBackend):
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
-        """Make the backend with the settings of section `mistral`."""
+        """Create the backend from the settings in section `mistral`."""
         return cls(credentials=context.credentials)
 
     @property
     def api(self) -> MistralAPI:
-        """The operations of the protocol, over one pool of connections.
+        """The client of the protocol, with one connection pool.
 
         Raises:
             ConfigError: The key would travel unencrypted to another host.
@@ -125,12 +125,12 @@ class MistralAPIBackend(TrainingBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the protocol can do."""
+        """The capabilities of the protocol."""
         return self._capabilities
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Take what is set; the longest pause only where it is."""
+        """Return the polling interval from the settings."""
         longest = self._settings.poll_max
         return (
             timedelta(seconds=self._settings.poll_min),
@@ -138,18 +138,18 @@ class MistralAPIBackend(TrainingBackend):
         )
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
-        """Take the share from the options; the server leaves such rows out."""
+        """Return the fraction from the options; the server skips such rows."""
         return MistralOptions.model_validate(config.options).invalid_sample_skip_percentage
 
     def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
-        """Name the share among the options."""
+        """Return the option for the fraction."""
         return {"invalid_sample_skip_percentage": fraction}
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """See the base; also asks the server whether it trains and has the model.
+        """Validate; also ask the server whether it supports fine-tuning and the model.
 
         Raises:
-            BackendRetired: The server trains no more.
+            BackendRetired: The server has ended fine-tuning.
             ConfigError: The key would travel unencrypted to another host.
         """
         issues = check_config(config)
@@ -160,7 +160,7 @@ class MistralAPIBackend(TrainingBackend):
             dataset,
             config.model,
             sequence_length(config),
-            fix="shorten them, or set another seq_len; what the server does with them is its own",
+            fix="shorten them, or set seq_len; how the server handles longer rows is unknown",
             cache=wishes.cache,
             on_progress=wishes.on_progress,
         )
@@ -171,7 +171,7 @@ class MistralAPIBackend(TrainingBackend):
         return ValidationReport(issues=tuple(issues))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Count here what can be counted; the server's own quote comes during the launch."""
+        """Estimate from the data; the server's own quote follows during the launch."""
         wishes = counting()
         count = partial(
             count_tokens,
@@ -186,10 +186,10 @@ class MistralAPIBackend(TrainingBackend):
         return estimate_from_count(config, once, epoch, hosted=self._settings.is_hosted)
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
-        """Upload, create, wait for the quote, start; see the base.
+        """Upload the files, create the job, wait for the quote and start the job.
 
         Raises:
-            WaitTimeout: The server did not check the data in time; repeat to go on.
+            WaitTimeout: The server did not check the data in time; repeat to continue.
         """
         with self._named(run):
             return await self._launch(run, journal).go()
@@ -204,12 +204,12 @@ class MistralAPIBackend(TrainingBackend):
         )
 
     async def status(self, run: TrainingRun) -> RunState:
-        """See the base."""
+        """Retrieve the job's state."""
         with self._named(run):
             return self._state(await self.api.get_job(self._job_id(run)), run)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
-        """Ask for many runs by lists of those in each status, a hundred runs a request."""
+        """Look up many runs in lists by status, a hundred jobs per request."""
         if len(runs) <= FEW:
             return await super().statuses([run for run in runs if run.remote_id is not None])
         sweep = Sweep(self.api, runs)
@@ -217,10 +217,10 @@ class MistralAPIBackend(TrainingBackend):
         return sweep.found
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Ask once for state and log; see the base.
+        """Retrieve state and new log records with one request.
 
         Raises:
-            ConfigError: `after` is no cursor of this backend.
+            ConfigError: `after` is not a cursor of this backend.
         """
         with self._named(run):
             reader = LogReader.after(after)
@@ -231,10 +231,10 @@ class MistralAPIBackend(TrainingBackend):
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield events, checkpoints and status changes; see the base.
+        """Yield events, checkpoints and status changes.
 
         Raises:
-            ConfigError: `after` is no cursor of this backend.
+            ConfigError: `after` is not a cursor of this backend.
             BackendUnavailable: The server was unavailable for longer than `call_timeout`.
         """
         job_id = self._job_id(run)
@@ -252,7 +252,7 @@ class MistralAPIBackend(TrainingBackend):
             await pace.rest()
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
-        """Cancel the job; the protocol keeps nothing of what it learnt. See the base."""
+        """Cancel the job; the protocol saves no checkpoint."""
         del save_checkpoint
         with self._named(run):
             job_id = self._job_id(run)
@@ -261,7 +261,7 @@ class MistralAPIBackend(TrainingBackend):
             try:
                 await self.api.cancel_job(job_id)
             except TrainingBackendError:
-                # Its answer was lost, or it is refused because the job has just ended.
+                # The response was lost, or the job has just ended.
                 if not await self._is_ending(job_id):
                     raise
 
@@ -279,14 +279,14 @@ class MistralAPIBackend(TrainingBackend):
         *,
         checkpoint: str | None = None,
     ) -> RunState:
-        """Start a job that waits for it, or train anew on the files of one that ended badly.
+        """Start an unstarted job, or train again on the files of a failed or cancelled one.
 
         Raises:
-            UnsupportedOperation: A checkpoint is named, or the run is going or completed.
+            UnsupportedOperation: A checkpoint is given, or the run is in progress or completed.
         """
         if checkpoint is not None:
             raise self.unsupported(
-                "go on from a checkpoint", "Leave the checkpoint out to train anew."
+                "resume from a checkpoint", "Omit the checkpoint to train from the start."
             )
         with self._named(new_run):
             launch = self._launch(new_run, journal)
@@ -300,14 +300,15 @@ class MistralAPIBackend(TrainingBackend):
                 return await launch.start(job.id)
             if status not in _BAD_ENDS:
                 raise self.unsupported(
-                    f"resume a run that is {status}", "Only a failed or cancelled run is resumed."
+                    f"resume a run that is {status}",
+                    "Only failed and cancelled runs can be resumed.",
                 )
             launch.anew = True
             launch.reuse = job if new_run.config.data == run.config.data else None
             return await launch.go()
 
     async def _old_job(self, run: TrainingRun) -> Job | None:
-        """Return the job of a run; None if it is gone, or never was, and had ended badly."""
+        """Return the job of a run; None if a failed or cancelled run has none."""
         try:
             return await self.api.get_job(self._job_id(run))
         except RunNotFound:
@@ -316,14 +317,14 @@ class MistralAPIBackend(TrainingBackend):
             return None
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        """List the server's jobs, whoever made them.
+        """List all jobs on the server.
 
-        `config` holds what the server shows: data files are named `remote:<file id>`, and
-        what the protocol does not tell is left out; it is None where that makes no
-        configuration. A job that does not have the protocol's shape is passed over.
+        `config` has what the server reports: data files are named `remote:<file id>`, and fields
+        that the protocol does not report are omitted; None if that is not a valid configuration.
+        Jobs that do not match the protocol are skipped.
         """
         wanted = filters.status
-        # FAILED stands for two words of the protocol and UNKNOWN for any: filtered here.
+        # FAILED maps to two protocol statuses and UNKNOWN to any: filtered here.
         word = to_wire(wanted) if wanted and wanted is not TrainingStatus.FAILED else None
         asked = JobFilters(model=filters.model, suffix=filters.suffix, status=word)
         async with aclosing(self.api.iter_listed(asked)) as jobs:
@@ -343,23 +344,23 @@ class MistralAPIBackend(TrainingBackend):
         )
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
-        """Refuse: the protocol hands out no weights."""
+        """Raise `UnsupportedOperation`: the protocol has no weight download."""
         del target
         model = run.result_model or "the fine-tuned model"
         raise self.unsupported(
             "download the trained model",
-            f"The protocol hands out no weights: use {model} at the server by its name. Behind "
-            "your own gateway the files lie on the gateway's machine: run `training-backends "
+            f"This protocol has no weight download; use the model on the server as {model}. With "
+            "your own gateway, the files are stored on its machine: run `training-backends "
             "download` there.",
         )
 
     async def health(self) -> Health:
-        """Ask for one job, which changes nothing and costs nothing."""
+        """Request one job from the list."""
         began = time.monotonic()
         try:
             await self.api.probe()
         except CredentialNotFound as error:
-            # Without a server of one's own and a key, nobody has meant to use it.
+            # The default server without a key: not configured.
             chosen = not self._settings.is_hosted or self._settings.profile is not None
             return Health(ok=False, message=error.message, hint=error.hint, configured=chosen)
         except TrainingBackendError as error:
@@ -367,7 +368,7 @@ class MistralAPIBackend(TrainingBackend):
         took = time.monotonic() - began
         return Health(
             ok=True,
-            message=f"{self._settings.base_url} answered in {took:.2f} s",
+            message=f"{self._settings.base_url} responded in {took:.2f} s",
             clock_offset=self.api.clock_offset,
         )
 
@@ -385,9 +386,9 @@ class MistralAPIBackend(TrainingBackend):
     def _job_id(self, run: TrainingRun) -> str:
         if run.remote_id is None:
             raise RunNotFound(
-                f"The run {run.id} has no job at the provider yet.",
-                hint=f"`training-backends launch --id {run.id}` with the same configuration goes "
-                "on where it stood.",
+                f"Run {run.id} has no job at the provider yet.",
+                hint=f"Run `training-backends launch --id {run.id}` with the same configuration "
+                "to continue.",
                 backend=self.name,
                 run_id=run.id,
             )
@@ -395,7 +396,7 @@ class MistralAPIBackend(TrainingBackend):
 
     @contextmanager
     def _named(self, run: TrainingRun) -> Generator[None, None, None]:
-        """Say in every error which run and backend it is about."""
+        """Add run and backend to every error."""
         try:
             yield
         except TrainingBackendError as error:
@@ -405,8 +406,8 @@ class MistralAPIBackend(TrainingBackend):
 
 
 def _dialect(settings: MistralSettings) -> Dialect:
-    """Return the protocol's rules as this server has them."""
-    # Validation data is limited by the hosted service; nothing is known of others.
+    """Return the provider format with this server's limits."""
+    # The hosted service limits validation data; other servers may not.
     milder: dict[str, Level] = {} if settings.is_hosted else {"validation_too_large": "warning"}
     levels = {**MISTRAL.levels, **milder}
     return replace(MISTRAL, max_file_bytes=settings.max_file_bytes, levels=levels)

@@ -1,11 +1,11 @@
-"""Creating a job exactly once over a protocol that cannot say "the same again".
+"""Create a job exactly once over a protocol without idempotency keys.
 
-A create whose answer is lost may have made a job, may have made none, or may make one later,
-when a proxy or a slow server gets to it. So each try is a step of its own in the journal and
-is sent once. Before it stands which jobs like it are there already: those are somebody
-else's. After a lost answer the new jobs like it are looked for, for as long as a late one may
-take: one is ours, several cannot be told apart, and with none another try is made. That an
-answer was lost is remembered, and before the start it is looked once more for a late twin.
+A create request whose response is lost may have created a job, or not, or may create one later,
+when a proxy or a slow server processes it. So each attempt is a separate journal step and is sent
+once. Before it, the journal records which matching jobs exist: they belong to others. After a
+lost response, new matching jobs are looked for until a late one would have appeared: one is ours,
+several are ambiguous, and with none another attempt is made. The lost response is recorded, and
+before the start the jobs are searched again for a late duplicate.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,20 @@ from training_backends.protocols.mistral.wire import Job, JobIn, TrainingFile
 __all__ = ["Creation", "require_no_twin"]
 
 _CREATES: Final = 3
-"""How often one launch sends a create that fails or is not answered."""
+"""Maximum create requests per launch."""
 _CREATED: Final = "created"
-"""Step that remembers how sure it is which job is ours."""
+"""Journal step that records how the job was identified."""
 _CLEAN_UP: Final = (
-    "Nothing was started. Cancel at the provider what nobody needs (a job that is not started "
-    "costs nothing), then repeat the launch: it takes the one that is left."
+    "No job was started. Cancel the unneeded jobs at the provider (unstarted jobs cost nothing), "
+    "then repeat the launch: it uses the remaining one."
 )
 
 _Listed = tuple[str, Job | None]
-"""A job's id, and the job if it can be read."""
+"""A job id, and the job if it is well-formed."""
 
 
 class _Files(BaseModel):
-    """Ids of the files that a job is created with, and the weights of those to train on."""
+    """File ids of a create request, with the weights of the training files."""
 
     train: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
@@ -50,12 +50,12 @@ class _Files(BaseModel):
 
 
 class _Before(BaseModel):
-    """What is remembered of the moment before a create is sent.
+    """State recorded before a create request is sent.
 
     Attributes:
-        jobs: Like the one to be created, and there already.
-        at: When that was seen.
-        files: With which it is created.
+        jobs: Existing jobs that match the request.
+        at: When they were listed.
+        files: Files of the request.
     """
 
     jobs: tuple[str, ...] = ()
@@ -63,10 +63,10 @@ class _Before(BaseModel):
     files: _Files | None = None
 
     def request(self, wanted: JobIn) -> JobIn:
-        """Return `wanted` with the files as they were then."""
+        """Return `wanted` with the recorded files."""
         if self.files is None:
             return wanted
-        # Another limit may have cut the files into other parts since.
+        # A changed size limit may have split the files differently since.
         weights = self.files.weights or [file.weight for file in wanted.training_files]
         train = [
             TrainingFile(file_id=file_id, weight=weight)
@@ -77,18 +77,18 @@ class _Before(BaseModel):
 
 
 class _Created(BaseModel):
-    """How sure it is which job is ours.
+    """How the job was identified.
 
     Attributes:
-        before: Jobs like it that were there before.
-        lost: The files of each create whose answer was lost on the way to it.
+        before: Matching jobs that existed before.
+        lost: Files of each create request whose response was lost.
     """
 
     before: tuple[str, ...] = ()
     lost: tuple[_Files, ...] = ()
 
     def twins(self, job: Job) -> list[Job]:
-        """Return what the lost creates made, if they made anything."""
+        """Return the jobs that the lost requests would have created."""
         return [
             job.model_copy(
                 update={"training_files": files.train, "validation_files": files.validation}
@@ -99,23 +99,23 @@ class _Created(BaseModel):
 
 @dataclass(slots=True, kw_only=True)
 class Creation:
-    """Creates the job of one launch, or finds the one that an earlier try has made."""
+    """Creates the job of one launch, or finds the one created by an earlier attempt."""
 
     api: MistralAPI
     steps: Steps
     run: TrainingRun
     _lost: list[JobIn] = field(default_factory=list)
-    """Creates that may have made a job, or may make one still."""
+    """Create requests that may have created a job, or still may."""
     _before: frozenset[str] = frozenset()
     _trouble: TrainingBackendError | None = None
-    """What went wrong with the present try."""
+    """Error of the current attempt."""
 
     async def create(self, wanted: JobIn) -> str:
-        """Return the id of the one job that answers to `wanted`.
+        """Return the id of the job for `wanted`.
 
         Raises:
-            AmbiguousLaunch: Several jobs could be the one that an earlier try made.
-            DuplicateRun: The server has a similar job, which is not ours.
+            AmbiguousLaunch: Several jobs may have been created by an earlier attempt.
+            DuplicateRun: The server has a similar job of another origin.
         """
         number, left = 0, _CREATES
         while True:
@@ -124,18 +124,18 @@ class Creation:
             if job_id is not None:
                 return job_id
             if self._trouble is None:
-                continue  # nothing was sent now: this is what an earlier launch did
+                continue  # nothing was sent now: replayed from an earlier launch
             left -= 1
             if not left or not may_pass(self._trouble):
                 raise self._trouble
             await self.steps.pace().rest(asked_pause(self._trouble))
 
     async def _try(self, tag: str, wanted: JobIn) -> str | None:
-        """Send one create, or learn what came of it earlier; None: no job that we know of."""
+        """Send one create request, or replay its earlier result; None: no known job."""
         fresh = False
         self._trouble = None
 
-        async def look() -> JSONValue:
+        async def list_jobs() -> JSONValue:
             nonlocal fresh
             fresh = True
             seen = await self._like([*self._lost, wanted])
@@ -145,7 +145,7 @@ class Creation:
                 files=_files(wanted),
             ).model_dump(mode="json")
 
-        before = _Before.model_validate(await self.steps.remember(f"before create{tag}", look))
+        before = _Before.model_validate(await self.steps.remember(f"before create{tag}", list_jobs))
         asked = before.request(wanted)
         if not self._lost:
             self._before = frozenset(before.jobs)
@@ -160,7 +160,7 @@ class Creation:
                 if late is not None:
                     return {"found": late}
             elif not fresh:
-                # What others have made since we looked would pass for ours: look again.
+                # Jobs created by others since the listing would pass as ours: list again.
                 return {"refused": True}
             return await self._send(asked)
 
@@ -178,7 +178,7 @@ class Creation:
             return (await self.api.create_job(asked)).id
         except DuplicateRun as error:
             seen = await self._like([*self._lost, asked])
-            # New and like ours: a proxy sent it twice, or an earlier try has come through.
+            # New and matching: sent twice by a proxy, or from an earlier attempt.
             found = await (self._settle(asked, None) if self._lost else self._one_of(seen))
             if found is not None:
                 return {"found": found}
@@ -200,10 +200,10 @@ class Creation:
         return job_id
 
     async def _settle(self, asked: JobIn, sent_at: datetime | None) -> str | None:
-        """Look for the job of a create that was not answered, until it must be there.
+        """Look for the job of a create request without a response, until it must exist.
 
         Args:
-            sent_at: When it was sent; None: just now.
+            sent_at: When the request was sent; None: just now.
         """
         waited = 0.0 if sent_at is None else max(0.0, (utc_now() - sent_at).total_seconds())
         pace = self.steps.pace()
@@ -212,15 +212,15 @@ class Creation:
             found = await self._one_of(await self._like([*self._lost, asked]))
             if found is not None:
                 return found
-            # Two looks at least: a list may lag behind what was created.
+            # List at least twice: lists may lag behind.
             if rested and waited + rested >= self.steps.settings.settling:
                 return None
             rested += await pace.rest()
 
     async def _like(self, wanted: Sequence[JobIn]) -> list[_Listed]:
-        """Return the jobs that could be any of `wanted`, and those that cannot be read."""
+        """Return the jobs that match any of `wanted`, and malformed ones."""
 
-        async def look() -> list[_Listed]:
+        async def list_jobs() -> list[_Listed]:
             async with aclosing(self.api.iter_listed(_around(self.run))) as jobs:
                 return [
                     (job_id, job)
@@ -228,40 +228,39 @@ class Creation:
                     if job is None or any(matches(job, one) for one in wanted)
                 ]
 
-        return await self.steps.ask(look)
+        return await self.steps.ask(list_jobs)
 
     async def _one_of(self, seen: Sequence[_Listed]) -> str | None:
-        """Return the job that can only be ours, or None.
+        """Return the only job that can be ours, or None.
 
         Raises:
-            AmbiguousLaunch: Several could be.
+            AmbiguousLaunch: There are several candidates.
         """
         new = {job_id: job for job_id, job in seen if job_id not in self._before}
         if not new:
             return None
         claimed = await self.steps.journal.claimed(new.keys())
         ours = {job_id: job for job_id, job in new.items() if job_id not in claimed}
-        # Those that are over were cancelled to leave one, if one is left.
+        # Finished ones were cancelled to resolve an ambiguity, if one is left.
         live = {job_id for job_id, job in ours.items() if job is None or not is_over(job)}
         choice = live or set(ours)
         if len(choice) > 1 or None in ours.values():
             raise AmbiguousLaunch(
-                "The answer to creating the job was lost, and it cannot be told which of these "
-                f"it made: {', '.join(sorted(choice))}.",
+                "The response to creating the job was lost, and any of these jobs may be the "
+                f"created one: {', '.join(sorted(choice))}.",
                 hint=_CLEAN_UP,
             )
         return next(iter(choice), None)
 
 
 async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: Job) -> None:
-    """Make sure, if an answer was lost on the way to a job, that it did not make two.
+    """Check that a lost response did not create a second job.
 
-    A twin may as well be what somebody else made with the same account at the same time, so
-    none is cancelled here: whoever can tell decides.
+    A duplicate may also have been created by someone else with the same account, so none is
+    cancelled here.
 
     Raises:
-        AmbiguousLaunch: There is another job like it that nobody has started, or another run
-            has taken the same job.
+        AmbiguousLaunch: There is another matching unstarted job, or another run uses this job.
     """
 
     async def nothing() -> JSONValue:
@@ -272,7 +271,7 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
         return
     possible = created.twins(job)
 
-    async def look() -> list[str]:
+    async def list_jobs() -> list[str]:
         async with aclosing(api.iter_listed(_around(run))) as jobs:
             return [
                 job_id
@@ -284,18 +283,18 @@ async def require_no_twin(api: MistralAPI, steps: Steps, run: TrainingRun, job: 
                 and not has_started(other)
             ]
 
-    twins = await steps.ask(look)
+    twins = await steps.ask(list_jobs)
     claimed = await steps.journal.claimed([job.id, *twins])
     if job.id in claimed:
         raise AmbiguousLaunch(
-            f"Another run has taken the job {job.id} as its own, and one of both is wrong.",
-            hint="Nothing was started. Launch again under another id.",
+            f"Another run also claims job {job.id}.",
+            hint="No job was started. Launch again with another id.",
         )
     twins = [job_id for job_id in twins if job_id not in claimed]
     if twins:
         raise AmbiguousLaunch(
-            f"An answer was lost while the job {job.id} was created, and there is another one "
-            f"like it that nobody has started: {', '.join(twins)}.",
+            f"A response was lost while creating job {job.id}, and there are other matching jobs "
+            f"that were not started: {', '.join(twins)}.",
             hint=_CLEAN_UP,
         )
 
@@ -316,8 +315,8 @@ def _duplicate(error: DuplicateRun, seen: Sequence[_Listed]) -> DuplicateRun:
     live = [job_id for job_id, job in seen if job is not None and not is_over(job)]
     other = error.other or next(iter(live), None)
     return DuplicateRun(
-        f"The provider runs a similar job already{f': {other}' if other else ''}; "
-        "a second one was not created.",
+        f"The provider already has a similar job{f': {other}' if other else ''}; "
+        "no second one was created.",
         other=other,
-        hint="Wait for that one or cancel it, or change the data or a hyperparameter.",
+        hint="Wait for that job or cancel it, or change the data or a hyperparameter.",
     )

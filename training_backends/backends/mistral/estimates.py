@@ -1,4 +1,4 @@
-"""What a run will take, as far as it can be counted and was priced; nothing is guessed."""
+"""Estimate tokens, steps and cost from data and known prices, without guessing."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,23 @@ from training_backends.tokens import TokenCount
 __all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
 
 _SEQ_LEN: Mapping[str, int] = MappingProxyType({"completion": 32_768, "classifier": 16_384})
-"""Documentation of the service, 2025."""
+"""According to the service's documentation, 2025."""
 _WEIGHTS_NOTE = (
-    "Weights of files are taken as our own gateway takes them: a row of a file of weight 2 is "
-    "seen twice as often as one of weight 1, and an epoch has as many rows as all files have."
+    "File weights are interpreted as by our gateway: rows of a file with weight 2 are sampled "
+    "twice as often as with weight 1, and an epoch has as many rows as all files together."
 )
-_WEIGHTS_UNKNOWN = "What the hosted service made of them is not known."
+_WEIGHTS_UNKNOWN = "How the hosted service interpreted them is unknown."
 
 
 def sequence_length(config: TrainingConfig) -> int:
-    """Return the tokens of a sequence: as configured, or the service's own default."""
+    """Return the sequence length in tokens: as configured, or the service's default."""
     return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config)]
 
 
 def count_epoch(
     dataset: Dataset, count: Callable[[Dataset], TokenCount]
 ) -> tuple[TokenCount, TokenCount]:
-    """Count the training data once, and as one epoch sees it, which weights make another number.
+    """Count the training data once, and per epoch, which differs with file weights.
 
     Args:
         count: Counts a dataset, each row once.
@@ -51,7 +51,7 @@ def count_epoch(
 
 
 def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
-    """Add counts of several files, each so many times; their errors are independent."""
+    """Return the weighted sum of the counts of several files, with independent errors."""
     total = variance = 0.0
     for counted, share in zip(counts, shares, strict=True):
         if counted.data_tokens is None:
@@ -75,38 +75,38 @@ def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
 def estimate_from_count(
     config: TrainingConfig, count: TokenCount, epoch: TokenCount | None = None, *, hosted: bool
 ) -> Estimate:
-    """Work out tokens, steps, epochs and cost from a count of the training data.
+    """Estimate tokens, steps, epochs and cost from a count of the training data.
 
     Args:
-        epoch: Tokens of one epoch, if they are not those of `count`.
-        hosted: It is the provider's own service, of which prices are known.
+        epoch: Tokens of one epoch, if different from `count`.
+        hosted: Whether the server is the provider's own service, whose prices are known.
     """
     epoch = epoch or count
     notes = list(count.notes)
     if count.data_tokens is None:
-        notes.append(f"Tokens are not known: {count.reason}.")
+        notes.append(f"Token count unknown: {count.reason}.")
     elif count.over and count.seq_len:
         about = "About " if count.basis == "sampled" else ""
         notes.append(
-            f"{about}{count.over:,} rows are longer than the {count.seq_len:,} tokens of a "
-            "sequence; what the server does with the rest is not known."
+            f"{about}{count.over:,} rows exceed the sequence length of {count.seq_len:,} tokens; "
+            "how the server handles the rest is unknown."
         )
     if len({source.weight for source in config.data.train}) > 1:
         notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)
-    # Both were seen at the hosted service and say nothing of another server.
+    # Observed at the hosted service only.
     price = find_price(config.model, job_type_of(config)) if hosted else None
     train_tokens, steps = _amounts(config, epoch.data_tokens, price, notes)
     costs: tuple[CostItem, ...] = ()
     if not hosted:
-        notes.append("Cost is not known: the server names it once it has checked the data.")
+        notes.append("Cost unknown: the server quotes it after checking the data.")
     elif price is None:
-        notes.append(f"Cost is not known: no price was seen for {config.model}. {FEES_NOTE}")
+        notes.append(f"Cost unknown: no price is known for {config.model}. {FEES_NOTE}")
     elif train_tokens is None:
-        notes.append(f"Cost is not known because trained tokens are not. {FEES_NOTE}")
+        notes.append(f"Cost unknown, because trained tokens are unknown. {FEES_NOTE}")
     else:
         costs, note = with_fees(price.cost(train_tokens), price.source)
         notes.append(note)
-    notes.append("Duration is not known: it depends on the server, and no run of it is at hand.")
+    notes.append("Duration unknown: it depends on the server, and there is no earlier run on it.")
     return Estimate(
         train_tokens=train_tokens,
         data_tokens=count.data_tokens,
@@ -123,7 +123,7 @@ def estimate_from_count(
 def _cost_interval(
     config: TrainingConfig, epoch: TokenCount, price: Price | None
 ) -> tuple[Money, Money] | None:
-    """Return what the run costs at the bounds of a sampled count; None where none was used."""
+    """Return the cost at the bounds of a sampled count; None if all rows were counted."""
     epochs = config.hyperparameters.epochs
     if price is None or epochs is None or epoch.interval is None:
         return None
@@ -137,21 +137,21 @@ def _cost_interval(
 def _amounts(
     config: TrainingConfig, epoch_tokens: int | None, price: Price | None, notes: list[str]
 ) -> tuple[int | None, int | None]:
-    """Return trained tokens and steps; what is not known is None and noted."""
+    """Return trained tokens and steps; unknown values are None and noted."""
     hyper = config.hyperparameters
     per_step = price.tokens_per_step if price else None
     if hyper.training_steps is not None:
         if per_step is None:
-            notes.append("Trained tokens are not known: the server decides how many make a step.")
+            notes.append("Trained tokens unknown: the server decides how many tokens make a step.")
             return None, hyper.training_steps
         return hyper.training_steps * per_step, hyper.training_steps
     if hyper.epochs is None:
-        notes.append("Trained tokens are not known: neither epochs nor training_steps is set.")
+        notes.append("Trained tokens unknown: neither epochs nor training_steps is set.")
         return None, None
     if epoch_tokens is None:
         return None, None
     train_tokens = math.ceil(epoch_tokens * hyper.epochs)
     if per_step is None:
-        notes.append("Steps are not known: the server decides how many tokens make one.")
+        notes.append("Steps unknown: the server decides how many tokens make a step.")
         return train_tokens, None
     return train_tokens, max(1, math.ceil(train_tokens / per_step))

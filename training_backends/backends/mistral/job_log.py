@@ -1,4 +1,4 @@
-"""A run's log made from what the protocol tells: events, checkpoints and status words."""
+"""Build a run's log from a job's events, checkpoints and status."""
 
 import base64
 import hashlib
@@ -25,23 +25,23 @@ from training_backends.protocols.mistral.wire import CheckpointOut, DetailedJob,
 __all__ = ["LogReader"]
 
 _KEPT: Final = 24
-"""Events that a cursor can tell apart from one that turns up late; a life has about six."""
+"""Events kept in a cursor to recognize late ones; a job has about six."""
 
 _Level = Literal["debug", "info", "warning", "error"]
 
 
-class _Place(msgspec.Struct, array_like=True):
-    """A place in a log, as a cursor holds it.
+class _Position(msgspec.Struct, array_like=True):
+    """A position in a log, as encoded in a cursor.
 
     Attributes:
-        newest: Second of the newest record given out.
-        events: Marks of the events told last, in the order in which they were told.
-        floor: Events of this second and before are told, whatever their marks.
-        point: Second and step of the newest checkpoint told.
-        top: Highest step told.
-        word: Status word at which the log stands.
-        unheard: Words that the job itself told, for which no event has come yet.
-        said_at: Second of the job's last change when it told the last of them.
+        newest: Second of the newest record returned.
+        events: Marks of the last events returned, in order.
+        floor: Events of this second and earlier were returned, whatever their marks.
+        point: Second and step of the newest checkpoint returned.
+        top: Highest step returned.
+        word: Last status in the log.
+        unconfirmed: Statuses taken from the job itself, whose events have not arrived yet.
+        status_at: Second of the job's last change when it had the last of them.
     """
 
     newest: int = 0
@@ -50,32 +50,31 @@ class _Place(msgspec.Struct, array_like=True):
     point: tuple[int, int] = (-1, -1)
     top: int = -1
     word: str | None = None
-    unheard: list[str] = msgspec.field(default_factory=list)
-    said_at: int = -1
+    unconfirmed: list[str] = msgspec.field(default_factory=list)
+    status_at: int = -1
 
 
 _ENCODER: Final = msgspec.json.Encoder()
-_DECODER: Final = msgspec.json.Decoder(_Place)
+_DECODER: Final = msgspec.json.Decoder(_Position)
 
 
 class LogReader:
-    """Knows which records were given out, and yields the others.
+    """Yields the records of a job that were not returned before.
 
-    All it knows is in its cursor, so that looking again and again, each time behind the
-    cursor of the look before, tells what one look at the end tells: an event that is listed
-    late, or a checkpoint that is, comes with the next look. Times are whole seconds, so a
-    time alone is no place in the log.
+    All state is in the cursor, so repeated polling yields the same records as one read at the
+    end: events and checkpoints that are listed late follow with the next poll. Times are whole
+    seconds, so a time alone is not a position in the log.
     """
 
-    def __init__(self, place: _Place | None = None) -> None:
-        self._at = place or _Place()
+    def __init__(self, place: _Position | None = None) -> None:
+        self._at = place or _Position()
 
     @classmethod
     def after(cls, cursor: str | None) -> "LogReader":
-        """Go on behind the record with this cursor.
+        """Continue after the record with this cursor.
 
         Raises:
-            ConfigError: It is no cursor of this backend.
+            ConfigError: The cursor is invalid.
         """
         if cursor is None:
             return cls()
@@ -84,50 +83,50 @@ class LogReader:
             return cls(_DECODER.decode(base64.b64decode(padded, b"-_", validate=True)))
         except (ValueError, msgspec.MsgspecError):
             raise ConfigError(
-                f"{cursor!r} is not a cursor of this log.",
-                hint="Take the cursor of a record that the same backend gave out.",
+                f"Invalid log cursor {cursor!r}.",
+                hint="Use the cursor of a record from the same backend.",
             ) from None
 
     @property
     def cursor(self) -> str:
-        """The place behind everything given out."""
+        """The position after everything returned."""
         return base64.urlsafe_b64encode(_ENCODER.encode(self._at)).decode().rstrip("=")
 
     def read(self, job: DetailedJob) -> Iterator[LogRecord]:
-        """Yield what is new, oldest first, and remember it."""
+        """Yield new records, oldest first, and advance the cursor."""
         entries = _entries(job)
         times = {mark: at for at, mark, _ in entries}
         for at, mark, entry in entries:
             if isinstance(entry, CheckpointOut):
-                if self._reaches(at, entry.step_number):
+                if self._is_new_checkpoint(at, entry.step_number):
                     yield self._checkpoint(entry, job)
-            elif self._hears(at, mark, times) and not self._is_repeat(entry):
+            elif self._is_new_event(at, mark, times) and not self._is_repeat(entry):
                 yield self._event(entry)
         status = str(plain(job.status))
-        if self._at.unheard[-1:] == [status]:
-            return  # told already; its event may still come
+        if self._at.unconfirmed[-1:] == [status]:
+            return  # already reported; its event may still arrive
         if status == self._at.word:
-            self._at.unheard = []
+            self._at.unconfirmed = []
         else:
             yield self._status(status, job)
 
-    def _hears(self, at: int, mark: str, times: Mapping[str, int]) -> bool:
-        """Tell whether an event is new, and remember it."""
+    def _is_new_event(self, at: int, mark: str, times: Mapping[str, int]) -> bool:
+        """Return whether an event is new, and record it."""
         place = self._at
         if at <= place.floor or mark in place.events:
             return False
         place.newest = max(place.newest, at)
         place.events.append(mark)
-        latest = max(times.get(told, 0) for told in place.events)
+        latest = max(times.get(known, 0) for known in place.events)
         while len(place.events) > _KEPT and times.get(place.events[0], 0) < latest:
             place.floor = max(place.floor, times.get(place.events.pop(0), 0))
         return True
 
-    def _reaches(self, at: int, step: int) -> bool:
-        """Tell whether a checkpoint is new, and remember it.
+    def _is_new_checkpoint(self, at: int, step: int) -> bool:
+        """Return whether a checkpoint is new, and record it.
 
-        One that was passed over does not come after all: a server that shows a choice of
-        its checkpoints may choose anew.
+        An earlier one that was skipped does not count: a server may list a changing selection of
+        its checkpoints.
         """
         place = self._at
         if step <= place.top and (at, step) <= place.point:
@@ -138,13 +137,13 @@ class LogReader:
         return True
 
     def _is_repeat(self, event: EventOut) -> bool:
-        """Tell whether an event says only what the job's own status said before it."""
+        """Return whether an event only repeats a status already taken from the job."""
         word = event_word(event)
-        if word is None or word not in self._at.unheard:
-            if event.created_at > self._at.said_at:
-                self._at.unheard = []  # the job has moved on since
+        if word is None or word not in self._at.unconfirmed:
+            if event.created_at > self._at.status_at:
+                self._at.unconfirmed = []  # the job has changed since
             return False
-        del self._at.unheard[: self._at.unheard.index(word) + 1]
+        del self._at.unconfirmed[: self._at.unconfirmed.index(word) + 1]
         self._at.word = word
         return event.data == {"status": word}
 
@@ -176,12 +175,12 @@ class LogReader:
         )
 
     def _status(self, word: str, job: DetailedJob) -> LogRecord:
-        """Tell of a status that no event told of; it has no place of its own in time."""
+        """Return a record for a status without an event, which has no exact time."""
         place = self._at
         place.word = word
-        place.said_at = second(job.modified_at)
-        place.newest = max(place.newest, place.said_at)
-        place.unheard = [*place.unheard[-_KEPT:], word]
+        place.status_at = second(job.modified_at)
+        place.newest = max(place.newest, place.status_at)
+        place.unconfirmed = [*place.unconfirmed[-_KEPT:], word]
         return LogRecord(
             at=moment(place.newest),
             level=_level(word),
@@ -205,7 +204,7 @@ def _level(word: str | None) -> _Level:
 
 
 def _entries(job: DetailedJob) -> list[tuple[int, str, EventOut | CheckpointOut]]:
-    """Return everything that has a time, oldest first, each event with a mark of its own."""
+    """Return events and checkpoints, oldest first, each event with a unique mark."""
     found: list[tuple[int, str, EventOut | CheckpointOut]] = []
     copies: dict[str, int] = {}
     for event in sorted_events(job.events):
@@ -220,7 +219,7 @@ def _entries(job: DetailedJob) -> list[tuple[int, str, EventOut | CheckpointOut]
 
 
 def _order(entry: tuple[int, str, EventOut | CheckpointOut]) -> tuple[int, int]:
-    """Order within a second: a start, then its checkpoints, then the end."""
+    """Order within a second: the start, then checkpoints, then the end."""
     at, _, what = entry
     if isinstance(what, CheckpointOut):
         return at, 1

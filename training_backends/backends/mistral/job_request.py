@@ -1,4 +1,4 @@
-"""A configuration as the protocol's create request, and which job answers to it."""
+"""Convert configurations to create requests, and match jobs with them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,10 +39,10 @@ _METHODS: Mapping[str, str] = MappingProxyType({"completion": "sft", "classifier
 
 
 def read_options(config: TrainingConfig) -> MistralOptions:
-    """Check and return the options of this backend.
+    """Validate and return the options of this backend.
 
     Raises:
-        ConfigError: One does not fit; the issues name it and the nearest right name.
+        ConfigError: An option is invalid; the issues suggest the nearest name.
     """
     try:
         return MistralOptions.model_validate(config.options)
@@ -51,7 +51,7 @@ def read_options(config: TrainingConfig) -> MistralOptions:
             _option_issue(detail["type"], detail["loc"], detail["msg"])
             for detail in error.errors(include_input=False, include_url=False)
         ]
-    raise ConfigError("The options do not fit the backend 'mistral'.", issues=issues)
+    raise ConfigError("Invalid options for the backend 'mistral'.", issues=issues)
 
 
 def _option_issue(code: str, place: tuple[int | str, ...], message: str) -> Issue:
@@ -60,7 +60,7 @@ def _option_issue(code: str, place: tuple[int | str, ...], message: str) -> Issu
     fix = None
     if code == "extra_forbidden" and len(place) == 1:
         known = ", ".join(MistralOptions.model_fields)
-        fix = f"did you mean {near[0]!r}?" if near else f"known: {known}"
+        fix = f"did you mean {near[0]!r}?" if near else f"supported options: {known}"
     return Issue(
         code="unknown_field" if code == "extra_forbidden" else code,
         message=message,
@@ -70,22 +70,22 @@ def _option_issue(code: str, place: tuple[int | str, ...], message: str) -> Issu
 
 
 def job_type_of(config: TrainingConfig) -> str:
-    """Return the protocol's word for the method."""
+    """Return the protocol's job type for the method."""
     return "classifier" if config.method == "classifier" else "completion"
 
 
 def sent_fields(config: TrainingConfig) -> dict[str, Any]:
-    """Return the hyperparameters that are sent: those set, by the specification's names."""
+    """Return the set hyperparameters by their names in the specification."""
     known = CompletionTrainingParametersIn.model_fields
     chosen = config.hyperparameters.model_dump(exclude_none=True)
     return {name: value for name, value in chosen.items() if name in known}
 
 
 async def find_credential(credentials: CredentialSource, reference: str) -> str:
-    """Return the secret that `PROVIDER` or `PROVIDER/PROFILE` names.
+    """Return the secret of `PROVIDER` or `PROVIDER/PROFILE`.
 
     Raises:
-        CredentialNotFound: There is none.
+        CredentialNotFound: There is no such secret.
     """
     provider, _, profile = reference.partition("/")
     return (await credentials.get(provider, profile or None)).get_secret_value()
@@ -97,11 +97,11 @@ async def make_job(
     validation: Sequence[str],
     credentials: CredentialSource,
 ) -> JobIn:
-    """Write the create request. It holds secrets where the configuration names some.
+    """Return the create request, including the secrets that the configuration names.
 
     Raises:
         CredentialNotFound: A named secret does not exist.
-        ConfigError: The server could not take it, for example a key of the wrong length.
+        ConfigError: The server would reject it, for example for a key of the wrong length.
     """
     options = read_options(config)
     values: dict[str, Any] = {
@@ -154,10 +154,10 @@ async def _with_secrets(
 
 
 def check_wandb_key(key: str) -> str:
-    """Return the key if it has the shape of one.
+    """Return the key if it has a valid format.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The format is invalid.
     """
     if is_wandb_key(key):
         return key
@@ -166,13 +166,13 @@ def check_wandb_key(key: str) -> str:
         message=f"the Weights & Biases key has {len(key)} characters; keys have 40, or begin with "
         "wandb_v1_ and have 86",
         field="integrations",
-        fix="store the right one: `training-backends credentials set wandb`",
+        fix="store a valid key with `training-backends credentials set wandb`",
     )
-    raise ConfigError("The Weights & Biases key cannot be used.", issues=[issue])
+    raise ConfigError("Invalid Weights & Biases key.", issues=[issue])
 
 
 def matches(job: Job, wanted: JobIn) -> bool:
-    """Tell whether a job is what `wanted` asks for; what the server filled in is ignored."""
+    """Return whether a job matches a request, ignoring values filled in by the server."""
     return (
         sorted(job.training_files) == sorted(file.file_id for file in wanted.training_files)
         and sorted(job.validation_files or ()) == sorted(wanted.validation_files or ())
@@ -187,14 +187,14 @@ def matches(job: Job, wanted: JobIn) -> bool:
 
 
 def _same_model(found: str, wanted: str) -> bool:
-    # A server may answer `...-latest` with the dated name that it stands for.
+    # A server may resolve `...-latest` to a dated name.
     return found == wanted or (
         wanted.endswith("-latest") and found.startswith(wanted.removesuffix("latest"))
     )
 
 
 def _fit(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
-    """Tell whether two sets of hyperparameters agree in what both of them name."""
+    """Return whether two sets of hyperparameters agree where both have a value."""
     for name, value in other.items():
         found = one.get(name)
         if found is not None and value is not None and not math.isclose(found, value, rel_tol=1e-6):
@@ -203,9 +203,9 @@ def _fit(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> 
 
 
 def same_job(one: Job, other: Job) -> bool:
-    """Tell whether two jobs do the same, as far as the server shows.
+    """Return whether two jobs are the same, as far as the server shows.
 
-    Of a job that it has validated it shows what it took where nothing was chosen, too.
+    For a validated job it also shows default values.
     """
 
     def essence(job: Job) -> tuple[object, ...]:
@@ -224,14 +224,14 @@ def same_job(one: Job, other: Job) -> bool:
 
 
 def config_of(job: Job) -> TrainingConfig | None:
-    """Return the configuration that a job was made with, as far as the server tells.
+    """Return the configuration of a job, as far as the server reports it.
 
-    Data files are named by their ids there: `remote:<id>` stands where a path was. What the
-    protocol does not show is left out (labels, budget, weights of files, and in lists the
-    targets of classifiers), and hyperparameters are those that the server took.
+    Data files are named `remote:<id>` instead of a path. Fields that the protocol does not report
+    are omitted (labels, budget, file weights and, in lists, classifier targets), and
+    hyperparameters are the effective ones.
 
     Returns:
-        None if what the job says makes no configuration.
+        None if the job has no valid configuration.
     """
     hyper = job.hyperparameters.model_dump(exclude_none=True)
     known = {name: value for name, value in hyper.items() if name in Hyperparameters.model_fields}

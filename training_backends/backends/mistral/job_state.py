@@ -1,4 +1,4 @@
-"""What a job of the protocol means in our words: state, quote, failure, checkpoints."""
+"""Translate jobs of the protocol: state, quote, failure and checkpoints."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -47,11 +47,11 @@ _RANK: Mapping[str, int] = MappingProxyType(
         "FAILED": 6,
         "SUCCESS": 6,
     }
-)  # order of a job's life; QUEUED tells an event only the first time
+)  # order of a job's life; QUEUED has an event only the first time
 _LATEST: Final = 253_402_300_799
-"""The last second that a date can hold: the end of the year 9999."""
+"""The last second of a datetime: the end of the year 9999."""
 _HIGHEST: Final = 1e12
-"""A larger amount is not a price."""
+"""Larger amounts are not plausible prices."""
 _REASON_KEYS: Final = ("error", "message", "reason", "detail", "details", "errors", "description")
 
 _KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
@@ -63,21 +63,21 @@ _KIND_OF: Mapping[str, FailureKind] = MappingProxyType(
         "timeout": "timeout",
         "preempt": "preempted",
     }
-)  # what a reason mentions, in the order in which it is looked for
+)  # substrings of a reason, in order of precedence
 
 
 def second(time: float) -> int:
-    """Read a time of the wire; one that no date can hold is the nearest that can."""
+    """Convert a wire time to seconds within the range of datetime."""
     return int(min(max(time, 0), _LATEST))
 
 
 def moment(time: float) -> datetime:
-    """Read a time of the wire as a date."""
+    """Convert a wire time to a datetime."""
     return datetime.fromtimestamp(second(time), UTC)
 
 
 def plain(value: Any) -> Any:
-    """Return what a server said as it can be kept: JSON can write what UTF-8 cannot."""
+    """Return a value without lone surrogates, which JSON allows and UTF-8 does not."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, Mapping):
@@ -88,10 +88,10 @@ def plain(value: Any) -> Any:
 
 
 def sorted_events(events: Iterable[EventOut]) -> list[EventOut]:
-    """Return events oldest first, whichever way they were listed.
+    """Return events oldest first, whatever the order of the list.
 
-    The service listed them newest first in 2024, oldest first in 2025. Times are whole
-    seconds: within one, the order of a job's life decides, then the list's own.
+    The service listed them newest first in 2024 and oldest first in 2025. Times are whole
+    seconds; ties are broken by the order of a job's life, then by the list.
     """
     listed = list(events)
     if len(listed) > 1 and listed[0].created_at > listed[-1].created_at:
@@ -105,13 +105,13 @@ def sorted_events(events: Iterable[EventOut]) -> list[EventOut]:
 
 
 def event_word(event: EventOut) -> str | None:
-    """Return the status that an event tells of, or None."""
+    """Return the status that an event reports, or None."""
     word = (event.data or {}).get("status")
     return str(plain(word)) if isinstance(word, str) else None
 
 
 def event_reason(event: EventOut) -> str | None:
-    """Return what an event says beyond its status, as one text."""
+    """Return an event's data apart from its status, as text."""
     said = [_as_text((event.data or {}).get(key)) for key in _REASON_KEYS]
     return "; ".join(text for text in said if text) or None
 
@@ -127,10 +127,10 @@ def _as_text(value: Any) -> str:
 
 
 def has_started(job: Job) -> bool:
-    """Tell whether the start was accepted, as far as the answer shows.
+    """Return whether the job was started, as far as the response shows.
 
-    QUEUED is told after the start as it is before validation. Which one it is, the events
-    say, or the quote, which is not there before validation.
+    QUEUED is used both before validation and after the start. The events tell them apart, or the
+    quote, which does not exist before validation.
     """
     if job.status in _STARTED:
         return True
@@ -143,27 +143,27 @@ def has_started(job: Job) -> bool:
 
 
 def is_over(job: Job) -> bool:
-    """Tell whether a job has ended, one way or another."""
+    """Return whether a job has finished."""
     return to_status(job.status).is_terminal
 
 
 def is_ending(job: Job) -> bool:
-    """Tell whether a job is over, or will be without anybody asking."""
+    """Return whether a job has finished or is being cancelled."""
     return is_over(job) or to_status(job.status) is TrainingStatus.STOPPING
 
 
 def short_state_of(word: str, modified_at: float) -> RunState:
-    """Translate what a sweep over many jobs looks at."""
+    """Translate a status from a sweep over many jobs."""
     return RunState(
         status=to_status(word), raw_status=str(plain(word)), changed_at=moment(modified_at)
     )
 
 
 def state_of(job: Job, *, hosted: bool = False) -> RunState:
-    """Translate a job; what a list leaves out stays None.
+    """Translate a job; fields that a list omits are None.
 
     Args:
-        hosted: It is a job of the provider's own service, with its fees.
+        hosted: Whether it is a job of the provider's own service, with its fees.
     """
     status = to_status(job.status)
     detailed = job if isinstance(job, DetailedJob) else None
@@ -207,9 +207,9 @@ def _checkpoints(job: DetailedJob) -> tuple[Checkpoint, ...]:
 
 
 def metrics_of(checkpoint: CheckpointOut, job: Job) -> dict[str, float]:
-    """Return what was measured; the service writes 0.0 where it measured nothing."""
+    """Return the metrics; the service writes 0.0 for missing ones."""
     told = checkpoint.metrics.model_dump(exclude_none=True)
-    # JSON has no word for what a diverged loss is, so no store could give it back.
+    # Drop NaN and infinity of a diverged loss, which JSON cannot represent.
     measured = {name: value for name, value in told.items() if math.isfinite(value)}
     if not job.validation_files or not any(
         value for name, value in measured.items() if name.startswith("valid_")
@@ -245,20 +245,20 @@ def _money(job: Job) -> Money | None:
 
 
 def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
-    """Return the server's own quote; None until it has checked the data.
+    """Return the server's quote; None until it has checked the data.
 
-    The service's word leaves its fees out: for a `hosted` job they are added, each by itself.
+    The service's quote excludes its fees, which are added as items for a `hosted` job.
     """
     meta = job.metadata
     if meta is None or (meta.train_tokens is None and not meta.cost):
-        return None  # until then the service wrote null, or a cost of zero
+        return None  # before that the service wrote null, or a cost of zero
     cost = _money(job)
-    notes = ["Expected durations of the hosted service were far off."] if hosted else []
+    notes = ["Expected durations of the hosted service were inaccurate."] if hosted else []
     costs: tuple[CostItem, ...] = ()
     if cost is None:
-        notes.append("The server named no price.")
+        notes.append("The server quoted no price.")
     else:
-        source = PriceSource(name="quote of the server", as_of=utc_now().date())
+        source = PriceSource(name="server quote", as_of=utc_now().date())
         costs = (CostItem(name="training", amount=cost, source=source),)
         if hosted:
             costs, note = with_fees(cost, source)
@@ -284,7 +284,7 @@ def quote_of(job: Job, *, hosted: bool = False) -> Estimate | None:
 
 
 def passes(train_tokens: int | None, data_tokens: int | None) -> float | None:
-    """Return how often the data is gone through, None where that cannot be told."""
+    """Return the number of passes over the data; None if unknown."""
     if train_tokens is None or not data_tokens:
         return None
     try:
@@ -294,7 +294,7 @@ def passes(train_tokens: int | None, data_tokens: int | None) -> float | None:
 
 
 def failure_of(job: Job) -> Failure:
-    """Say why a job failed, from its events where they say it."""
+    """Return why a job failed, from its events if they contain a reason."""
     events = sorted_events(job.events) if isinstance(job, DetailedJob) else []
     reasons = [reason for event in events if (reason := event_reason(event))]
     message = "; ".join(dict.fromkeys(reasons)) or "the server gave no reason"

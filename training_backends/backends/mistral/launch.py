@@ -1,4 +1,4 @@
-"""One launch: upload, create, wait for the quote, start; each step once, whatever breaks."""
+"""One launch: upload, create, wait for the quote, start; each step exactly once."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -34,18 +34,18 @@ from training_backends.protocols.mistral.wire import DetailedJob, Job, TrainingF
 
 __all__ = ["Launch"]
 
-_ANEW: Final = (
-    "The server keeps no checkpoint to go on from: this trains anew on the same files.",
+_REPEAT_NOTES: Final = (
+    "The server keeps no checkpoints: training starts again on the same files.",
 )
 
 
 @dataclass(slots=True, kw_only=True)
 class Launch:
-    """Everything that one launch needs.
+    """One launch.
 
     Attributes:
-        anew: It does again what an earlier run was to do, and its quote says so.
-        reuse: The earlier run's job, whose files are trained on where the server has them.
+        anew: Whether it repeats an earlier run, which its quote then notes.
+        reuse: The earlier run's job, whose files are used if the server still has them.
     """
 
     api: MistralAPI
@@ -67,29 +67,29 @@ class Launch:
         self._quoted = self.run.estimate is not None and self.run.estimate.basis == "quote"
 
     async def go(self) -> RunState:
-        """Bring the run to where it is started, from wherever it stands."""
+        """Launch the run, continuing after the last completed step."""
         job_id = self.run.remote_id
         if job_id is None:
-            # Says that the service has ended before anything is uploaded to it.
+            # Fails if the service has ended fine-tuning, before any upload.
             await self.api.probe()
             job_id = await self._create()
             await self.journal.record(RunState(status=TrainingStatus.PENDING, remote_id=job_id))
         return await self.start(job_id)
 
     async def start(self, job_id: str) -> RunState:
-        """Wait until the job is checked, let the quote be judged, and start it."""
+        """Wait for validation, have the quote approved, and start the job."""
         job = await self._until_checked(job_id)
         if job.status != "VALIDATED":
-            return self._state(job)  # started already, or over
+            return self._state(job)  # already started, or finished
         await require_no_twin(self.api, self._steps, self.run, job)
         await self._agree_on_quote(job)
-        # Again: somebody may have thought about the price for long.
+        # Check again: approving the price may have taken long.
         await require_no_twin(self.api, self._steps, self.run, job)
         word = str(await self._start(job_id))
         try:
-            return self._state(await self._look(job_id))
+            return self._state(await self._fetch_job(job_id))
         except TrainingBackendError:
-            # It is started, which must not be told as a launch that failed.
+            # The job is started, so this must not fail the launch.
             return RunState(status=to_status(word), raw_status=word, remote_id=job_id)
 
     # -- create ------------------------------------------------------------------------
@@ -117,19 +117,19 @@ class Launch:
             raise DatasetError(
                 f"The server no longer has the files of the earlier run. {error.message}",
                 issues=error.issues,
-                hint="Put the files back where they were, or launch a new run on others.",
+                hint="Restore the files, or launch a new run with other files.",
             ) from error
         return train, validation
 
     async def _old_files(self) -> tuple[list[TrainingFile], list[str]] | None:
-        """Return the files of the job that is done again, if all are still there."""
+        """Return the files of the repeated job if the server still has all of them."""
         if self.reuse is None:
             return None
         train, validation = self.reuse.training_files, self.reuse.validation_files or []
         data = self.run.config.data
         weights = [source.weight for source in data.train]
         if len(train) > len(weights) and len(set(weights)) == 1:
-            weights = weights[:1] * len(train)  # some were sent in parts
+            weights = weights[:1] * len(train)  # some were uploaded in parts
         if (len(train), len(validation)) != (len(weights), len(data.validation)):
             return None
         for file_id in (*train, *validation):
@@ -141,12 +141,12 @@ class Launch:
     # -- quote -------------------------------------------------------------------------
 
     async def _until_checked(self, job_id: str) -> DetailedJob:
-        """Look at the job until it has left validation, one way or another."""
+        """Poll the job until validation has ended."""
         limit = read_options(self.run.config).validate_timeout
         word = None
         with anyio.move_on_after(limit):
             while True:
-                job = await ask_patiently(lambda: self._look(job_id), self._pace, limit)
+                job = await ask_patiently(lambda: self._fetch_job(job_id), self._pace, limit)
                 if job.status != word:
                     word = job.status
                     self._pace.quicken()
@@ -155,22 +155,22 @@ class Launch:
                     return job
                 await self._pace.rest()
         raise WaitTimeout(
-            f"The provider has not checked job {job_id} within {limit:g} s; it says {word}.",
-            hint=f"`training-backends launch --id {self.run.id}` with the same configuration "
-            "goes on from here; options.validate_timeout sets how long to wait.",
+            f"Timed out: the provider did not validate job {job_id} within {limit:g} s ({word}).",
+            hint=f"Run `training-backends launch --id {self.run.id}` with the same configuration "
+            "to continue; options.validate_timeout sets the timeout.",
         )
 
-    async def _look(self, job_id: str) -> DetailedJob:
+    async def _fetch_job(self, job_id: str) -> DetailedJob:
         return await self._steps.ask(lambda: self.api.get_job(job_id))
 
     async def _agree_on_quote(self, job: DetailedJob) -> None:
         quote = self._quote(job) or self._noted(
-            Estimate(basis="quote", notes=("The server gave no quote.",))
+            Estimate(basis="quote", notes=("The server returned no quote.",))
         )
         try:
             await self.journal.quote(quote)
         except BudgetExceeded as refusal:
-            await self._take_back(job.id, refusal)
+            await self._cancel_unstarted(job.id, refusal)
             raise
         self._quoted = True
 
@@ -179,24 +179,28 @@ class Launch:
         return None if quote is None else self._noted(quote)
 
     def _noted(self, quote: Estimate) -> Estimate:
-        return quote.model_copy(update={"notes": (*_ANEW, *quote.notes)}) if self.anew else quote
+        return (
+            quote.model_copy(update={"notes": (*_REPEAT_NOTES, *quote.notes)})
+            if self.anew
+            else quote
+        )
 
     def _state(self, job: Job) -> RunState:
-        """Translate a job; the quote is told once, with its notes."""
+        """Translate a job; the quote is reported once, with its notes."""
         quote = None if self._quoted else self._quote(job)
         state = state_of(job, hosted=self.settings.is_hosted)
         return state.model_copy(update={"estimate": quote})
 
-    async def _take_back(self, job_id: str, refusal: BudgetExceeded) -> None:
-        """Cancel a job that must not be started; until it is, it costs nothing."""
+    async def _cancel_unstarted(self, job_id: str, refusal: BudgetExceeded) -> None:
+        """Cancel an unstarted job, which costs nothing."""
         try:
             job = await self._steps.ask(lambda: self._cancel(job_id))
         except TrainingBackendError as error:
-            told = (
-                f"The job {job_id} was not started, so it costs nothing, but whether it is "
-                f"cancelled is not known ({error.message})."
+            note = (
+                f"Job {job_id} was not started, so it costs nothing, but cancelling it may have "
+                f"failed ({error.message})."
             )
-            refusal.hint = f"{refusal.hint} {told}" if refusal.hint else told
+            refusal.hint = f"{refusal.hint} {note}" if refusal.hint else note
         else:
             await self.journal.record(self._state(job))
 
@@ -206,11 +210,11 @@ class Launch:
         except TrainingBackendError as error:
             if may_have_happened(error):
                 raise
-            job = await self.api.get_job(job_id)  # refused, perhaps because it is over
+            job = await self.api.get_job(job_id)  # rejected, perhaps because it has finished
             if not is_over(job):
                 raise
         if not is_ending(job):
-            raise ProtocolError(f"the server says {job.status}")
+            raise ProtocolError(f"the status is {job.status}")
         return job
 
     # -- start -------------------------------------------------------------------------
@@ -226,7 +230,7 @@ class Launch:
             except TrainingBackendError as error:
                 if may_have_happened(error):
                     raise
-                # Refused, perhaps because it has been started meanwhile.
+                # Rejected, perhaps because it is already started.
                 status = await find()
                 if status is None:
                     raise

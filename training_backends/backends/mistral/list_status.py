@@ -1,4 +1,4 @@
-"""Where very many runs stand, from lists of jobs by status: a hundred runs a request."""
+"""Get the status of many runs from job lists by status, a hundred jobs per request."""
 
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -13,7 +13,7 @@ from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, 
 __all__ = ["FEW", "Sweep"]
 
 FEW: Final = 3
-"""So many runs are not worth a list."""
+"""Up to this many runs are requested one by one."""
 _LIVE: Final = (
     "QUEUED",
     "VALIDATING",
@@ -21,15 +21,15 @@ _LIVE: Final = (
     "STARTED",
     "RUNNING",
     "CANCELLATION_REQUESTED",
-)  # in the order of a job's life: who moves on meanwhile is met again
+)  # in the order of a job's life, so that jobs that advance meanwhile are found again
 _WORDS: Final = (*_LIVE, *(word for word in JOB_STATUSES if word not in _LIVE))
 
 
 class Sweep:
-    """Looks for runs among the provider's jobs: first where they were seen last.
+    """Looks up runs in the provider's job lists, starting with their last known status.
 
-    What lists do not show is left out. Jobs that move from one list into another between two
-    requests may be missed, and are never told of wrongly.
+    States omit what lists do not show. Jobs that change lists between two requests may be
+    missed, but are never reported wrongly.
     """
 
     def __init__(self, api: MistralAPI, runs: Sequence[TrainingRun]) -> None:
@@ -38,17 +38,17 @@ class Sweep:
         self._missing = dict(self._wanted)
         self._modified_at: dict[str, int] = {}
         self.found: dict[str, RunState] = {}
-        """The states, by our ids."""
+        """States by run id."""
 
     async def go(self) -> None:
-        """Look; never in more requests than asking for each run would take."""
+        """Look up the runs, with at most as many requests as there are runs."""
         groups: dict[str | None, list[TrainingRun]] = {}
         for run in self._wanted.values():
             groups.setdefault(_word(run), []).append(run)
         for word in _WORDS:
             if word in groups:
                 await self._list(word, groups[word], len(groups[word]))
-        # Nobody can filter by a word of nobody's: such runs are looked for among all jobs.
+        # Servers cannot filter by unknown statuses: look for such runs among all jobs.
         strange = groups.get(None, ())
         if len(strange) > FEW:
             await self._list(None, strange, len(strange))
@@ -58,11 +58,11 @@ class Sweep:
                 left -= await self._list(word, list(self._missing.values()), left)
 
     async def _list(self, word: str | None, runs: Sequence[TrainingRun], at_most: int) -> int:
-        """Look for `runs` in one list and return how many requests that took."""
+        """Look up `runs` in one list and return the number of requests."""
         filters = JobFilters(
             status=word,
             created_after=min(run.created_at for run in runs) - CLOCK_SLACK,
-            # A launch may take days from the record to the job, but not past its last change.
+            # A job may be created days after its run, but not after the run's last change.
             created_before=max(run.changed_at or run.created_at for run in runs) + CLOCK_SLACK,
         )
         sought = {run.remote_id for run in runs}
@@ -73,7 +73,7 @@ class Sweep:
                 for head in heads:
                     self._meet(head)
                 if requests >= at_most or sought.isdisjoint(self._missing):
-                    break  # other people's jobs may go on for ever
+                    break  # the list may be very long
         return requests
 
     def _meet(self, head: JobHead) -> None:
@@ -84,12 +84,12 @@ class Sweep:
         self._modified_at[head.id] = head.modified_at
         status = to_status(head.status)
         if status.is_terminal and status is not run.status:
-            self.found.pop(run.id, None)  # a list leaves out how and why it ended
+            self.found.pop(run.id, None)  # lists omit the result of finished jobs
         else:
             self.found[run.id] = short_state_of(head.status, head.modified_at)
 
 
 def _word(run: TrainingRun) -> str | None:
-    """Return the word to look for a run under; None if there is none that can be asked for."""
+    """Return the protocol status to list for a run; None if there is none."""
     word = run.raw_status or to_wire(run.status)
     return word if word in JOB_STATUSES else None

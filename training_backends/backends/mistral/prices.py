@@ -1,4 +1,4 @@
-"""What the hosted service asked for, with dates; another server has its own prices."""
+"""Known prices of the hosted service, with dates; other servers have their own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from training_backends.core.estimate import CostItem, Money, PriceSource
 
 __all__ = ["FEES_NOTE", "Price", "find_price", "with_fees"]
 
-# "Fine-tuning", the service's own documentation: a minimum for each job, and a fee a month for
-# each model. It still said so when it was marked deprecated.
+# "Fine-tuning" in the service's documentation: a minimum per job and a monthly fee per model.
+# Unchanged when it was marked deprecated.
 _DOCUMENTATION: Final = PriceSource(
     name="documentation of the hosted service", as_of=date(2026, 3, 2)
 )
@@ -20,18 +20,18 @@ _MINIMUM: Final = Money(amount=Decimal(4), currency="USD")
 _STORAGE: Final = Money(amount=Decimal(2), currency="USD")
 
 FEES_NOTE: Final = (
-    f"The hosted service asked for at least {_MINIMUM} a job, and {_STORAGE} a month for each "
-    "model that is kept."
+    f"The hosted service charged at least {_MINIMUM} per job, and {_STORAGE} per month for each "
+    "stored model."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """What training costs.
+    """The price of training a model.
 
     Attributes:
-        per_million: For a million tokens, each epoch counted.
-        tokens_per_step: Tokens that one optimizer step took, where that was seen.
+        per_million: Price per million trained tokens (tokens times epochs).
+        tokens_per_step: Tokens per optimizer step, if observed.
     """
 
     per_million: Money
@@ -39,24 +39,23 @@ class Price:
     tokens_per_step: int | None = None
 
     def cost(self, train_tokens: int) -> Money:
-        """Return the cost of training on so many tokens, to the hundredth of a cent."""
+        """Return the cost of trained tokens, rounded to a hundredth of a cent."""
         amount = self.per_million.amount * train_tokens / Decimal(1_000_000)
         return Money(amount=amount.quantize(Decimal("0.0001")), currency=self.per_million.currency)
 
 
 def with_fees(training: Money, source: PriceSource) -> tuple[tuple[CostItem, ...], str]:
-    """Return all parts of what a job at the hosted service costs, and a note about them.
+    """Return the cost items of a job at the hosted service, and a note about them.
 
-    A price in another currency than the fees cannot be held against the minimum, so what is
-    missing to it is left out then, which the note says.
+    A price in another currency than the fees cannot be compared with the minimum, so the fees
+    are omitted, which the note explains.
     """
     items = [CostItem(name="training", amount=training, source=source)]
-    note = f"Storage of {_STORAGE} is for the first month; each further one costs the same."
+    note = f"Storage of {_STORAGE} is for the first month; later months cost the same."
     if training.currency != _MINIMUM.currency:
         note = (
-            f"The training is priced in {training.currency}, the fees are in "
-            f"{_MINIMUM.currency}: they cannot be added, and whether the minimum of {_MINIMUM} "
-            f"a job is reached is not known. {note}"
+            f"Training is priced in {training.currency} and fees in {_MINIMUM.currency}, so they "
+            f"are not added, and the minimum of {_MINIMUM} per job is not applied. {note}"
         )
     elif training.amount < _MINIMUM.amount:
         missing = Money(amount=_MINIMUM.amount - training.amount, currency=_MINIMUM.currency)
@@ -68,7 +67,7 @@ def with_fees(training: Money, source: PriceSource) -> tuple[tuple[CostItem, ...
 
 
 def _seen(amount: str, currency: str, as_of: date, tokens_per_step: int | None = None) -> Price:
-    # Cost divided by train_tokens in answers of the live service.
+    # Cost divided by train_tokens in responses of the live service.
     return Price(
         per_million=Money(amount=Decimal(amount), currency=currency),
         source=PriceSource(name="cost / train_tokens of jobs at the hosted service", as_of=as_of),
@@ -86,5 +85,5 @@ _PRICES: Mapping[tuple[str, str], Price] = MappingProxyType(
 
 
 def find_price(model: str, job_type: str) -> Price | None:
-    """Return what is known of the price of training `model`; None if nothing is."""
+    """Return the known price of training `model`, or None."""
     return _PRICES.get((model, job_type))

@@ -1,4 +1,4 @@
-"""The journal of one launch, taken through troubles that pass."""
+"""Retries of temporary errors, and the journal steps of a launch."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 TRIES: Final = 5
-"""How often a step of a launch is tried before its trouble is reported."""
+"""Maximum attempts of a launch step."""
 
 _T = TypeVar("_T")
 _SLOWER = 1.4
 
 
 class Pace:
-    """Rests between two looks: short after something changed, longer the longer nothing does."""
+    """Polling interval that is short after a change and grows without one."""
 
     def __init__(self, shortest: float, longest: float) -> None:
         self._shortest = shortest
@@ -44,11 +44,11 @@ class Pace:
         self._next = shortest
 
     def quicken(self) -> None:
-        """Something changed: look again soon."""
+        """Reset the interval after a change."""
         self._next = self._shortest
 
     async def rest(self, at_least: float = 0.0) -> float:
-        """Wait, and longer the next time; return the seconds."""
+        """Sleep, lengthen the interval, and return the seconds slept."""
         pause = max(self._next, at_least)
         await anyio.sleep(pause)
         self._next = min(self._longest, self._next * _SLOWER)
@@ -56,16 +56,16 @@ class Pace:
 
 
 def may_pass(error: TrainingBackendError) -> bool:
-    """Tell whether the same call may well succeed a moment later.
+    """Return whether the same call may succeed later.
 
-    An answer that cannot be read is most often a proxy's page, or was cut off on its way.
+    A malformed response is usually an error page of a proxy, or truncated.
     """
     passing = isinstance(error, BackendUnavailable | RateLimited) and error.retryable
     return passing or isinstance(error, ProtocolError)
 
 
 def may_have_happened(error: TrainingBackendError) -> bool:
-    """Tell an answer that was lost or cannot be read from a clear refusal."""
+    """Return whether the request may have been processed: the response was lost or malformed."""
     if isinstance(error, BackendUnavailable):
         return error.sent
     return isinstance(error, ProtocolError)
@@ -74,13 +74,13 @@ def may_have_happened(error: TrainingBackendError) -> bool:
 async def persist(
     act: Callable[[], Awaitable[_T]], pace: Pace, *, patience: float, tries: int = TRIES
 ) -> _T:
-    """Do something that may be done again, through a run of troubles that may pass.
+    """Repeat a safe operation after temporary errors.
 
     Args:
-        patience: Seconds after which no other try begins.
+        patience: Seconds after which no further attempt starts.
 
     Raises:
-        TrainingBackendError: The trouble of the last try, or one that will not pass.
+        TrainingBackendError: The last temporary error, or a permanent one.
     """
     began = time.monotonic()
     while True:
@@ -96,19 +96,19 @@ async def persist(
 
 
 def asked_pause(error: TrainingBackendError) -> float:
-    """Return the seconds for which a server asked to be left alone."""
+    """Return the pause that a server requested, in seconds."""
     return error.retry_after or 0.0 if isinstance(error, RateLimited) else 0.0
 
 
 async def ask_patiently(ask: Callable[[], Awaitable[_T]], pace: Pace, patience: float) -> _T:
-    """Ask until an answer comes.
+    """Repeat a request until it gets a response.
 
     Args:
-        patience: Seconds after which the trouble is reported.
+        patience: Seconds after which the error is raised.
 
     Raises:
-        BackendUnavailable: The server stayed away.
-        RateLimited: It asked for pauses all the time.
+        BackendUnavailable: The server stayed unavailable.
+        RateLimited: The server kept limiting the rate.
     """
     began = time.monotonic()
     while True:
@@ -122,28 +122,28 @@ async def ask_patiently(ask: Callable[[], Awaitable[_T]], pace: Pace, patience: 
 
 
 Do = Callable[[], Awaitable[JSONValue]]
-"""A part of a journal's step."""
+"""An operation of a journal step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Takes steps; one whose answer is lost is looked for, and taken again if need be."""
+    """Executes journal steps; looks for the effect of a lost response before repeating a step."""
 
     journal: Journal
     settings: MistralSettings
 
     def pace(self) -> Pace:
-        """Return the pauses between two looks."""
+        """Return the polling interval."""
         return Pace(self.settings.poll_min, self.settings.longest_poll)
 
     async def surely(self, name: str, do: Do, find: Do) -> JSONValue:
-        """Take a step that changes something; look for its effect before it is taken again."""
+        """Execute a step with side effects; look for its effect before repeating it."""
         return await self.ask(lambda: self.journal.step(name, do, find))
 
     async def remember(self, name: str, do: Do) -> JSONValue:
-        """Take a step that does no harm twice, and remember its result."""
+        """Execute a step that is safe to repeat, and record its result."""
         return await self.ask(lambda: self.journal.step(name, do, repeatable=True))
 
     async def ask(self, act: Callable[[], Awaitable[_T]]) -> _T:
-        """Do what does no harm twice until it works, within reason."""
+        """Repeat a safe operation until it succeeds, within limits."""
         return await persist(act, self.pace(), patience=self.settings.call_timeout)

@@ -1,4 +1,4 @@
-"""Where the server of the Mistral protocol is and how patient we are with it."""
+"""Settings and options of the Mistral backend."""
 
 from datetime import timedelta
 from typing import ClassVar, Final, Literal
@@ -19,7 +19,7 @@ class _Model(BaseModel):
 
 
 class GithubRepository(_Model):
-    """A repository to train on. The token is named, never written down."""
+    """A repository to train on. `credential` names the token; it is never stored here."""
 
     type: Literal["github"] = "github"
     owner: str = Field(min_length=1)
@@ -28,7 +28,7 @@ class GithubRepository(_Model):
     weight: float = Field(default=1.0, gt=0, description="Share relative to the other data.")
     credential: str = Field(
         default="github",
-        description="Where the token lies in the vault: PROVIDER or PROVIDER/PROFILE.",
+        description="Credential with the token: PROVIDER or PROVIDER/PROFILE.",
     )
 
 
@@ -36,17 +36,17 @@ class MistralOptions(_Model):
     """`options` of a configuration for the Mistral protocol."""
 
     invalid_sample_skip_percentage: float = Field(
-        default=0.0, ge=0, le=0.5, description="Share of broken samples that is tolerated."
+        default=0.0, ge=0, le=0.5, description="Tolerated fraction of invalid samples."
     )
     repositories: tuple[GithubRepository, ...] = ()
     validate_timeout: float = Field(
-        default=1800.0, gt=0, description="Seconds to wait until the server has checked the data."
+        default=1800.0, gt=0, description="Seconds to wait for the server to validate the data."
     )
 
 
 HOSTED_URL: Final = "https://api.mistral.ai"
 CLOCK_SLACK: Final = timedelta(days=1)
-"""How far our clock and the server's may be apart where jobs are listed by their time."""
+"""Tolerated difference between the local and the server's clock when listing jobs by time."""
 
 
 class MistralSettings(SectionSettings):
@@ -55,29 +55,32 @@ class MistralSettings(SectionSettings):
     section: ClassVar[str | None] = "mistral"
 
     base_url: str = Field(
-        default=HOSTED_URL, description="With or without a trailing slash or /v1."
+        default=HOSTED_URL, description="Base URL, with or without a trailing slash or /v1."
     )
-    profile: str | None = Field(default=None, description="Which of several keys to use.")
+    profile: str | None = Field(default=None, description="Credential profile of the API key.")
     connect_timeout: PositiveFloat = 10.0
-    read_timeout: PositiveFloat = Field(default=30.0, description="Silence before giving up.")
+    read_timeout: PositiveFloat = Field(default=30.0, description="Timeout without data.")
     write_timeout: PositiveFloat = 30.0
-    call_timeout: PositiveFloat = Field(default=120.0, description="A call with all its attempts.")
+    call_timeout: PositiveFloat = Field(
+        default=120.0, description="Timeout of a call with retries."
+    )
     upload_timeout: PositiveFloat = Field(
-        default=600.0, description="Until an uploaded file is answered for; it is checked there."
+        default=600.0,
+        description="Timeout of the response to an upload, which includes validation.",
     )
     max_file_bytes: PositiveInt = Field(
         default=MAX_FILE_BYTES,
-        description="Largest file that the server takes; a larger training file goes in parts.",
+        description="Maximum file size of the server; larger training files are split.",
     )
-    attempts: PositiveInt = Field(default=5, description="How often a request is sent at most.")
-    poll_min: PositiveFloat = Field(default=0.5, description="Between two looks at a new state.")
+    attempts: PositiveInt = Field(default=5, description="Maximum attempts per request.")
+    poll_min: PositiveFloat = Field(default=0.5, description="Shortest polling interval.")
     poll_max: PositiveFloat | None = Field(
-        default=None, description="Between two looks at an old one; default 2 here, 10 elsewhere."
+        default=None, description="Longest polling interval; default: 2 on loopback, else 10."
     )
     settle_timeout: PositiveFloat | None = Field(
         default=None,
-        description="How long a job is looked for whose create was not answered, before it is "
-        "created again; default 3 here, 60 elsewhere.",
+        description="How long to look for a job after a lost create response before creating it "
+        "again; default: 3 on loopback, else 60.",
     )
 
     @field_validator("base_url")
@@ -90,31 +93,31 @@ class MistralSettings(SectionSettings):
 
     @property
     def is_hosted(self) -> bool:
-        """Whether this is the provider's own service, with its prices and limits."""
+        """Whether the server is the provider's own service, with its prices and limits."""
         return self.base_url == HOSTED_URL
 
     @property
     def longest_poll(self) -> float:
-        """Seconds between two looks at a state that does not change."""
+        """Longest polling interval in seconds."""
         if self.poll_max is not None:
             return self.poll_max
         return 2.0 if is_loopback(self.base_url) else 10.0
 
     @property
     def settling(self) -> float:
-        """Seconds in which a create that was not answered is carried out, if it ever is."""
+        """Seconds within which a create request without a response takes effect, if ever."""
         if self.settle_timeout is not None:
             return self.settle_timeout
-        # Between us and a server elsewhere, proxies give up after 30 or 60 seconds.
+        # Proxies on the way time out after 30 or 60 seconds.
         return 3.0 if is_loopback(self.base_url) else 60.0
 
     @property
     def scope(self) -> str:
-        """Which server and account ids hold for; no secret."""
+        """Server and account that ids belong to; contains no secret."""
         return f"{self.base_url}#{self.profile or ''}"
 
     def policy(self) -> HttpPolicy:
-        """Return the timeouts in the words of `net`."""
+        """Return the timeouts as an `HttpPolicy`."""
         return HttpPolicy(
             connect_timeout=self.connect_timeout,
             read_timeout=self.read_timeout,

@@ -1,4 +1,4 @@
-"""The files of a launch: each content is at the server once, for all runs."""
+"""Upload the files of a launch; each content is stored once on the server, for all runs."""
 
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -18,25 +18,25 @@ from training_backends.http.upload import HashedFile, hash_file, stamp_of
 __all__ = ["Uploads"]
 
 _LOSSES: Final = 10
-"""How often a server may lose a file of one launch."""
+"""Maximum uploads of a file in one launch, in case the server loses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uploads:
-    """Knows files by what is in them."""
+    """Uploads files, identified by content."""
 
     api: MistralAPI
     steps: Steps
 
     async def file_ids(self, path: Path) -> list[str]:
-        """Return the server's ids of a training file, uploaded now as far as it has to be.
+        """Return the file ids of a training file, uploading it if necessary.
 
-        One that is larger than the server takes is sent in parts, cut between two lines,
-        straight from where it lies. Each part counts as a file of its own in all that follows,
-        so a launch that was cut off goes on with the first part that is missing.
+        A file above the server's limit is split between lines and uploaded in parts, without
+        temporary files. Each part is a separate file on the server, so an interrupted launch
+        continues with the first missing part.
 
         Raises:
-            DatasetError: The file cannot be read or cut, or is not what it was.
+            DatasetError: The file cannot be read or split, or has changed.
         """
         size = await to_thread.run_sync(_size_of, path)
         limit = self.steps.settings.max_file_bytes
@@ -46,10 +46,10 @@ class Uploads:
         return [await self._id_of(path, part, size) for part in parts]
 
     async def file_id(self, path: Path) -> str:
-        """Return the server's id of a whole file, uploaded now if it has to be.
+        """Return the file id of an unsplit file, uploading it if necessary.
 
         Raises:
-            DatasetError: The file cannot be read, or is not what it was.
+            DatasetError: The file cannot be read, or has changed.
         """
         hashed = await hash_file(path)
         return await self._id_of(path, hashed, hashed.size)
@@ -64,7 +64,7 @@ class Uploads:
         return file_id
 
     async def has(self, file_id: str, size: int | None = None) -> bool:
-        """Tell whether the server has a file, of this size if one is given."""
+        """Return whether the server has a file, of the given size if any."""
         try:
             found = await self.steps.ask(lambda: self.api.retrieve_file(file_id))
         except RunNotFound:
@@ -72,8 +72,8 @@ class Uploads:
         return not found.deleted and (size is None or found.bytes in {None, size})
 
     async def _upload_once(self, path: Path, hashed: HashedFile, size: int) -> str:
-        # The name says what is inside, so a file found by it can be trusted, and the
-        # server keeps one copy for all runs.
+        # The name contains the hash, so a file found by name has the right content, and the server
+        # keeps one copy for all runs.
         filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
         fresh = False
 
@@ -90,7 +90,7 @@ class Uploads:
             file_id = str(await self.steps.surely(name, do, find))
             if fresh or await self.has(file_id, hashed.size):
                 return file_id
-        raise ProtocolError(f"The server keeps losing the uploaded file {filename}.")
+        raise ProtocolError(f"The server repeatedly lost the uploaded file {filename}.")
 
     async def _upload(self, path: Path, filename: str, hashed: HashedFile, size: int) -> str:
         before = hashed.start or 0
@@ -119,10 +119,10 @@ def _size_of(path: Path) -> int:
 
 
 def _parts_of(path: Path, limit: int) -> Sequence[HashedFile]:
-    """Cut a file and hash its parts, all before the first one is sent.
+    """Split a file and hash all parts before the first upload.
 
-    Each is held against its hash when it is sent, so a file that changes meanwhile is never
-    trained on in parts of different age.
+    Each part is verified against its hash during the upload, so parts of a changing file are
+    never mixed.
     """
     stamp = stamp_of(path)
     try:
@@ -132,11 +132,11 @@ def _parts_of(path: Path, limit: int) -> Sequence[HashedFile]:
     return [
         HashedFile(shard.sha256, shard.size, stamp, shard.offset)
         for shard in shards
-        if shard.rows < shard.size  # nothing but line ends is no file to train on
+        if shard.rows < shard.size  # skip parts with only line ends
     ]
 
 
 def _unreadable(path: Path, error: OSError) -> DatasetError:
     why = f"it cannot be read: {error.strerror or error}"
     issue = Issue(code="unreadable_file", message=why, path=str(path))
-    return DatasetError(f"{path.name} cannot be uploaded: {why}.", issues=[issue])
+    return DatasetError(f"Cannot upload {path.name}: {why}.", issues=[issue])

@@ -1,4 +1,4 @@
-"""What would go wrong with a configuration, before anything is uploaded."""
+"""Validate configurations before anything is uploaded."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -28,7 +28,7 @@ __all__ = ["check_config", "check_secrets", "check_server"]
 
 
 def check_config(config: TrainingConfig) -> list[Issue]:
-    """Return what the protocol cannot express; asks nobody. Its limits for data are a dialect."""
+    """Return issues that need no server. Limits for data are part of the provider format."""
     issues = [*_config_issues(config)]
     try:
         read_options(config)
@@ -41,28 +41,26 @@ def _config_issues(config: TrainingConfig) -> Iterator[Issue]:
     if config.method == "dpo":
         yield _lacking("method", "preference training (dpo)", "use `sft`, or another backend")
     if config.tuning is not None:
-        yield _lacking("tuning", "word for what is tuned", "leave it out, or use another backend")
+        yield _lacking("tuning", "`tuning` setting", "remove it, or use another backend")
     sent = sent_fields(config)
     for name, value in config.hyperparameters.model_dump(exclude_none=True).items():
         if name not in sent:
-            fix = f"leave it out ({value} would have no effect), or use another backend"
+            fix = f"remove it ({value} would have no effect), or use another backend"
             yield _lacking(f"hyperparameters.{name}", f"`{name}`", fix)
     if config.method == "classifier":
         if config.hyperparameters.fim_ratio is not None:
-            yield _lacking(
-                "hyperparameters.fim_ratio", "`fim_ratio` for classifiers", "leave it out"
-            )
+            yield _lacking("hyperparameters.fim_ratio", "`fim_ratio` for classifiers", "remove it")
         if not config.classifier_targets:
             yield Issue(
                 code="missing_field",
-                message="a classifier needs to know what it decides",
+                message="a classifier needs at least one target",
                 field="classifier_targets",
                 fix="list each target with its name and labels",
             )
     for index, source in enumerate(config.data.validation):
         if source.weight != 1.0:
             field = f"data.validation.{index}.weight"
-            yield _lacking(field, "weights of validation files", "leave it out")
+            yield _lacking(field, "weights of validation files", "remove it")
 
 
 def _lacking(field: str, what: str, fix: str) -> Issue:
@@ -75,7 +73,7 @@ def _lacking(field: str, what: str, fix: str) -> Issue:
 
 
 async def check_secrets(config: TrainingConfig, credentials: CredentialSource) -> list[Issue]:
-    """Return which of the secrets that the configuration names cannot be used."""
+    """Return issues with the credentials that the configuration names."""
     wanted = [
         (f"integrations.{index}.credential", entry.credential, True)
         for index, entry in enumerate(config.integrations)
@@ -95,7 +93,7 @@ async def check_secrets(config: TrainingConfig, credentials: CredentialSource) -
         except (CredentialNotFound, VaultLocked) as error:
             provider, _, profile = reference.partition("/")
             command = f"training-backends credentials set {provider}"
-            fix = f"`{command}{f' --profile {profile}' if profile else ''}`"
+            fix = f"run `{command}{f' --profile {profile}' if profile else ''}`"
             issues.append(Issue(code="no_credential", message=error.message, field=field, fix=fix))
     return issues
 
@@ -110,15 +108,15 @@ def _options(config: TrainingConfig) -> MistralOptions:
 async def check_server(
     config: TrainingConfig, api: MistralAPI, *, hosted: bool = False
 ) -> list[Issue]:
-    """Ask the server, changing nothing, whether it trains at all and knows the model.
+    """Ask the server whether it supports fine-tuning and the model.
 
-    What cannot be asked now (no key, no network) is a warning: the launch will say it.
+    A server that cannot be reached (no key, no network) is a warning; the launch would fail.
 
     Args:
-        hosted: It is the provider's own service, which needs no asking: it is retired.
+        hosted: Whether it is the provider's own service, which is known to be retired.
 
     Raises:
-        BackendRetired: It trains no more.
+        BackendRetired: The server has ended fine-tuning.
     """
     try:
         await api.probe()
@@ -127,26 +125,26 @@ async def check_server(
         raise
     except TrainingBackendError as error:
         if hosted:
-            raise retired(f"not asked this time: {error.message}", "mistral") from error
-        message = f"the server could not be asked: {error.message}"
+            raise retired(f"not verified: {error.message}", "mistral") from error
+        message = f"could not check with the server: {error.message}"
         return [Issue(code="server_not_asked", message=message, fix=error.hint, severity="warning")]
     return [*_model_issues(config, cards), *await _integration_issues(config, api)]
 
 
 async def _integration_issues(config: TrainingConfig, api: MistralAPI) -> list[Issue]:
-    """Return the integrations that the server would reject, once everything is uploaded."""
+    """Return issues with integrations that the server would reject after the upload."""
     if not config.integrations:
         return []
     try:
         known = await api.integrations()
     except TrainingBackendError:
-        return []  # only gateways of ours say it
+        return []  # only our gateway reports them
     return [
         Issue(
             code="unsupported_integration",
-            message=f"the server cannot report to {entry.type}",
+            message=f"the server does not support {entry.type}",
             field=f"integrations.{index}",
-            fix="leave it out",
+            fix="remove it",
         )
         for index, entry in enumerate(config.integrations)
         if known is not None and entry.type not in known
@@ -164,6 +162,6 @@ def _model_issues(config: TrainingConfig, cards: Sequence[ModelCard]) -> list[Is
             code="unknown_model",
             message=f"the server has no model {config.model!r}",
             field="model",
-            fix=f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(offered[:12])}",
+            fix=f"did you mean {near[0]!r}?" if near else f"available: {', '.join(offered[:12])}",
         )
     ]

@@ -1,1 +1,1 @@
-"""The Mistral fine-tuning protocol, both directions; no I/O."""
+"""The Mistral fine-tuning protocol for clients and servers; no I/O."""

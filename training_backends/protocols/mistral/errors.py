@@ -1,4 +1,4 @@
-"""The protocol's error bodies: read by clients, written by the gateway."""
+"""Error bodies of the protocol, parsed by clients and built by the gateway."""
 
 import json
 import math
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 NO_MODEL = "Model not available for this type of fine-tuning"
-"""How the service begins its refusal of a model; with an empty list it means: retired."""
+"""Start of the service's error for an unknown model; with an empty list it means: retired."""
 
 RETIRED_SINCE = "2026-07-13"
-"""First day on which the job routes were seen to answer 410."""
+"""First day on which the job routes were observed to return 410."""
 
 
 class ErrorItem(TypedDict):
@@ -47,34 +47,34 @@ class ErrorItem(TypedDict):
 
 
 def retired(how: str, backend: str | None) -> BackendRetired:
-    """Return the error for a service that trains no more.
+    """Return the error for a service that has ended fine-tuning.
 
     Args:
-        how: How that is known.
+        how: Evidence, such as the status code and message.
     """
     return BackendRetired(
-        f"The provider has ended its fine-tuning API ({how}).",
-        hint="Hosted fine-tuning jobs at Mistral have answered 410 since "
-        f"{RETIRED_SINCE}. `training-backends serve` offers the same protocol on your own "
-        "compute, and `launch --backend local` runs this configuration without a server.",
+        f"The provider has shut down its fine-tuning API ({how}).",
+        hint="Mistral's hosted fine-tuning API has returned 410 since "
+        f"{RETIRED_SINCE}. Use `training-backends serve` for the same protocol on your own "
+        "compute, or `launch --backend local` to run this configuration without a server.",
         backend=backend,
     )
 
 
 def no_model_message(job_type: str, available: list[str]) -> str:
-    """Say in the service's words that a model is not offered."""
+    """Return the service's error message for a model that is not offered."""
     return f"{NO_MODEL} ({job_type}). Available model(s): {', '.join(available)}"
 
 
 def validation_body(items: list[ErrorItem]) -> dict[str, Any]:
-    """Return the body of a 422 that names fields."""
+    """Return the body of a 422 for invalid fields."""
     return {"detail": items}
 
 
 def error_from_answer(
     status: int, headers: Mapping[str, str], body: bytes, *, backend: str | None = None
 ) -> TrainingBackendError:
-    """Turn an answer that is no success into our error, keeping what the service said."""
+    """Convert an error response to an exception that includes the provider's message."""
     document = _document(body)
     said = _message(document) or body[:200].decode("utf-8", "replace").strip() or "no explanation"
     if status in {410, 501} or (status == 422 and _offers_no_model(said)):
@@ -83,37 +83,37 @@ def error_from_answer(
         return _refusal(status, document, said, backend)
     if status == 401:
         return AuthenticationFailed(
-            f"The provider did not accept the API key (401: {said}).",
-            hint="`training-backends credentials set mistral` stores another one.",
+            f"The provider rejected the API key (401: {said}).",
+            hint="Store a valid key with `training-backends credentials set mistral`.",
             backend=backend,
         )
     if status == 403:
-        return PermissionDenied(f"The API key may not do this (403: {said}).", backend=backend)
+        return PermissionDenied(f"The API key lacks permission (403: {said}).", backend=backend)
     if status == 404:
-        return RunNotFound(f"The provider does not know it (404: {said}).", backend=backend)
+        return RunNotFound(f"Not found at the provider (404: {said}).", backend=backend)
     if status == 409:
         other = document.get("job_id") if isinstance(document, dict) else None
         return DuplicateRun(
-            f"The provider has this already (409: {said}).",
+            f"It already exists at the provider (409: {said}).",
             other=other if isinstance(other, str) else None,
             backend=backend,
         )
     if status == 413:
         return PayloadTooLarge(
-            f"The provider finds this too large (413: {said}).",
-            hint="Split the file; any number of files can be trained on.",
+            f"Too large for the provider (413: {said}).",
+            hint="Split the file; a run can train on any number of files.",
             backend=backend,
         )
     if status == 429:
         return RateLimited(
-            f"The provider asks for a pause (429: {said}).",
+            f"Rate limited by the provider (429: {said}).",
             retry_after=_seconds(headers.get("retry-after")),
             backend=backend,
         )
     if status >= 500 or status == 408:
-        return BackendUnavailable(f"The provider failed ({status}: {said}).", backend=backend)
+        return BackendUnavailable(f"Provider error ({status}: {said}).", backend=backend)
     return ProtocolError(
-        f"The provider answered {status}, which the protocol does not know.",
+        f"Unexpected status {status} from the provider.",
         excerpt=body[:500].decode("utf-8", "replace"),
         backend=backend,
     )
@@ -127,7 +127,7 @@ def _document(body: bytes) -> Any:
 
 
 def _message(document: Any) -> str | None:
-    """Find the sentence in any of the service's error bodies."""
+    """Return the message of any of the service's error bodies."""
     if not isinstance(document, dict):
         return None
     for key in ("detail", "message", "error"):
@@ -148,7 +148,7 @@ def _offers_no_model(said: str) -> bool:
 def _refusal(
     status: int, document: Any, said: str, backend: str | None
 ) -> ConfigError | DatasetError:
-    """Tell a refused file (with line numbers) from a refused request (with fields)."""
+    """Return the error for a rejected file (with lines) or a rejected request (with fields)."""
     entries = document.get("errors") if isinstance(document, dict) else None
     if isinstance(entries, list):
         issues = [
@@ -161,12 +161,12 @@ def _refusal(
             if isinstance(entry, dict)
         ]
         return DatasetError(
-            f"The provider refused the file ({status}: {said}).", issues=issues, backend=backend
+            f"The provider rejected the file ({status}: {said}).", issues=issues, backend=backend
         )
     detail = document.get("detail") if isinstance(document, dict) else None
     issues = _field_issues(detail) if isinstance(detail, list) else []
     return ConfigError(
-        f"The provider refused the request ({status}: {said}).", issues=issues, backend=backend
+        f"The provider rejected the request ({status}: {said}).", issues=issues, backend=backend
     )
 
 
@@ -188,7 +188,7 @@ def _place(location: Any) -> str | None:
 
 
 def _seconds(value: str | None) -> float | None:
-    """Read a Retry-After given in seconds; a date is not used by this service."""
+    """Parse a Retry-After in seconds; the service does not use dates."""
     try:
         seconds = float(value or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""The protocol's job statuses and ours, both directions."""
+"""Translation between the protocol's job statuses and `TrainingStatus`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,7 +21,7 @@ JobStatus = Literal[
     "CANCELLATION_REQUESTED",
 ]
 JOB_STATUSES: tuple[str, ...] = get_args(JobStatus)
-"""Every status word of the specification."""
+"""All statuses of the specification."""
 
 _STATUS: Mapping[str, TrainingStatus] = MappingProxyType(
     {
@@ -43,10 +43,10 @@ _WORD: Mapping[TrainingStatus, str] = MappingProxyType(
 
 
 def to_status(word: str) -> TrainingStatus:
-    """Translate a provider's word; one never seen stays UNKNOWN."""
+    """Translate a protocol status; an unrecognized one is UNKNOWN."""
     return _STATUS.get(word, TrainingStatus.UNKNOWN)
 
 
 def to_wire(status: TrainingStatus) -> str | None:
-    """Translate our status into the protocol's word; None for UNKNOWN, which has none."""
+    """Translate to a protocol status; None for UNKNOWN."""
     return _WORD.get(status)

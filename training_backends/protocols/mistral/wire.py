@@ -1,10 +1,9 @@
-"""Every request and response of the Mistral files, fine-tuning and models API.
+"""Requests and responses of the Mistral files, fine-tuning and models API.
 
-Names are those of the published OpenAPI specification (as of 2026-07). What is read is
-read tolerantly: unknown fields are ignored and words such as a status or a purpose stay
-plain text, so that a new one does not break a client. What is sent is exact: requests
-forbid what the specification does not know, and a field that may not be null is never
-null. All times on the wire are integers, Unix seconds.
+Names follow the published OpenAPI specification (as of 2026-07). Responses are parsed tolerantly:
+unknown fields are ignored, and enums such as status and purpose are plain strings, so that new
+values do not break a client. Requests are strict: unknown fields are forbidden, and fields that
+must not be null never are. All times are integers in Unix seconds.
 """
 
 import re
@@ -75,16 +74,16 @@ SAMPLE_TYPES = ("pretrain", "instruct", "batch_request", "batch_result", "batch_
 SOURCES = ("upload", "repository", "mistral")
 
 MAX_FILE_BYTES = 512 * 10**6
-"""Largest upload. The specification says 512 MB, as of 2026-07; MB or MiB is not said."""
+"""Maximum upload size. The specification (2026-07) says 512 MB, without defining MB."""
 
 
 _WANDB_KEY = re.compile(r"(?:local-)?[!-~]{40}|wandb_v1_[A-Za-z0-9_]{31,119}")
-"""The specification says 40 characters. Keys made since 2026 have 86 and begin with `wandb_v1_`
-(wandb/wandb#11614); those of a server of one's own may begin with `local-`."""
+"""The specification says 40 characters. Keys created since 2026 have 86 and begin with `wandb_v1_`
+(wandb/wandb#11614); keys of a self-hosted server may begin with `local-`."""
 
 
 def is_wandb_key(text: str) -> bool:
-    """Tell whether a text has the shape of a Weights & Biases key, old or new."""
+    """Return whether a text has the format of a Weights & Biases key, old or new."""
     return _WANDB_KEY.fullmatch(text) is not None
 
 
@@ -97,8 +96,8 @@ class _Out(BaseModel):
 class _In(BaseModel):
     """A request."""
 
-    # A bound also makes pydantic look at the text, so that half a surrogate pair, which
-    # JSON can write and UTF-8 cannot, is refused.
+    # A bound also makes pydantic inspect the text, which rejects lone surrogates: valid in JSON,
+    # but not in UTF-8.
     model_config = ConfigDict(extra="forbid", str_max_length=100_000)
 
 
@@ -128,11 +127,11 @@ class FileSchema(_Out):
 
 
 class UploadFileOut(FileSchema):
-    """A file just uploaded."""
+    """Response to an upload."""
 
 
 class RetrieveFileOut(FileSchema):
-    """A file asked for by its id."""
+    """A retrieved file."""
 
     deleted: bool = False
 
@@ -146,7 +145,7 @@ class ListFilesOut(_Out):
 
 
 class DeleteFileOut(_Out):
-    """The answer to deleting a file."""
+    """Response to deleting a file."""
 
     id: str
     object: str = "file"
@@ -154,7 +153,7 @@ class DeleteFileOut(_Out):
 
 
 class FileSignedURL(_Out):
-    """Where a file can be fetched without a key for a while."""
+    """A signed URL to download a file without an API key."""
 
     url: str
 
@@ -163,7 +162,7 @@ class FileSignedURL(_Out):
 
 
 class TrainingFile(_In):
-    """A training file and its share; also read from its bare id."""
+    """A training file and its weight; also parsed from a bare id."""
 
     file_id: str
     weight: float = Field(default=1.0, gt=0)
@@ -191,9 +190,9 @@ class CompletionTrainingParametersIn(ClassifierTrainingParametersIn):
 
 
 class ClassifierTargetIn(_In):
-    """One thing that a classifier decides."""
+    """A classification target."""
 
-    # The name becomes part of each metric's name; the specification has no bound.
+    # The name becomes part of metric names; the specification sets no limit.
     model_config = ConfigDict(str_max_length=256)
 
     name: str
@@ -230,7 +229,7 @@ class WandbIntegration(_In):
 
 
 class JobIn(_In):
-    """Create a job. Reads training files as bare ids too, as the documentation shows them."""
+    """Request to create a job. Training files may be bare ids, as in the documentation."""
 
     model: str
     training_files: list[Annotated[TrainingFile, BeforeValidator(_training_file)]] = Field(
@@ -247,11 +246,11 @@ class JobIn(_In):
     classifier_targets: list[ClassifierTargetIn] | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the JSON body: what was set, and nothing that is null."""
+        """Return the JSON body with the fields that are set and not null."""
         body = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         body["training_files"] = [file.model_dump(mode="json") for file in self.training_files]
         body["auto_start"] = self.auto_start
-        # The word that tells one kind from another is sent even where it is the default.
+        # Always send the discriminator, even if it is the default.
         for integration in body.get("integrations", ()):
             integration.setdefault("type", "wandb")
         for repository in body.get("repositories", ()):
@@ -263,7 +262,7 @@ class JobIn(_In):
 
 
 class ClassifierTrainingParameters(_Out):
-    """Hyperparameters of a classifier job, as they were taken."""
+    """Effective hyperparameters of a classifier job."""
 
     training_steps: int | None = None
     learning_rate: float = 1e-4
@@ -274,13 +273,13 @@ class ClassifierTrainingParameters(_Out):
 
 
 class CompletionTrainingParameters(ClassifierTrainingParameters):
-    """Hyperparameters of a completion job, as they were taken."""
+    """Effective hyperparameters of a completion job."""
 
     fim_ratio: float | None = 0.9
 
 
 class ClassifierTargetOut(_Out):
-    """One thing that a classifier decides."""
+    """A classification target."""
 
     name: str
     labels: list[str]
@@ -289,7 +288,7 @@ class ClassifierTargetOut(_Out):
 
 
 class GithubRepositoryOut(_Out):
-    """A repository that was trained on, at its commit."""
+    """A repository used for training, with its commit."""
 
     type: str = "github"
     name: str
@@ -300,7 +299,7 @@ class GithubRepositoryOut(_Out):
 
 
 class WandbIntegrationOut(_Out):
-    """Where a run is reported."""
+    """A Weights & Biases integration."""
 
     type: str = "wandb"
     project: str
@@ -310,7 +309,7 @@ class WandbIntegrationOut(_Out):
 
 
 class JobMetadataOut(_Out):
-    """The quote: null until the job is VALIDATED."""
+    """The price quote; null until the job is VALIDATED."""
 
     expected_duration_seconds: int | None = None
     cost: float | None = None
@@ -322,7 +321,7 @@ class JobMetadataOut(_Out):
 
 
 class LegacyJobMetadataOut(JobMetadataOut):
-    """The answer to a dry run."""
+    """Response to a dry run."""
 
     deprecated: bool = True
     details: str = ""
@@ -332,7 +331,7 @@ class LegacyJobMetadataOut(JobMetadataOut):
 
 
 class EventOut(_Out):
-    """Something that happened to a job."""
+    """An event of a job."""
 
     name: str
     data: dict[str, Any] | None = None
@@ -340,7 +339,7 @@ class EventOut(_Out):
 
 
 class MetricOut(_Out):
-    """What was measured. The hosted service's accuracy was not bounded by 1."""
+    """Metrics of a checkpoint. The hosted service's accuracy could exceed 1."""
 
     train_loss: float | None = None
     valid_loss: float | None = None
@@ -348,7 +347,7 @@ class MetricOut(_Out):
 
 
 class CheckpointOut(_Out):
-    """A point that a job reached."""
+    """A checkpoint of a job."""
 
     metrics: MetricOut
     step_number: int
@@ -356,7 +355,7 @@ class CheckpointOut(_Out):
 
 
 class Job(_Out):
-    """What all jobs have."""
+    """Fields of all jobs."""
 
     id: str
     auto_start: bool = False
@@ -393,7 +392,7 @@ class ClassifierJobOut(Job):
 
 
 class DetailedJob(Job):
-    """What all jobs have when they are asked for one by one."""
+    """Additional fields of all retrieved jobs."""
 
     events: Annotated[list[EventOut], BeforeValidator(_empty_for_none)] = Field(
         default_factory=list
@@ -423,13 +422,13 @@ class ClassifierDetailedJobOut(DetailedJob):
 
 
 def read_job(data: Mapping[str, Any]) -> Job:
-    """Read a job of a list or of a create."""
+    """Parse a job from a list or create response."""
     kind = ClassifierJobOut if data.get("job_type") == "classifier" else CompletionJobOut
     return kind.model_validate(data)
 
 
 def read_detailed_job(data: Mapping[str, Any]) -> DetailedJob:
-    """Read a job asked for by its id, just started or just cancelled."""
+    """Parse a job from a retrieve, start or cancel response."""
     if data.get("job_type") == "classifier":
         return ClassifierDetailedJobOut.model_validate(data)
     return CompletionDetailedJobOut.model_validate(data)
@@ -453,7 +452,7 @@ class JobsOut(_Out):
 
 
 class ModelCapabilities(_Out):
-    """What a model can be used for."""
+    """Capabilities of a model."""
 
     completion_chat: bool = False
     function_calling: bool = False
@@ -468,7 +467,7 @@ class ModelCapabilities(_Out):
 
 
 class ModelCard(_Out):
-    """What all models have."""
+    """Fields of all models."""
 
     id: str
     object: str = "model"
@@ -486,13 +485,13 @@ class ModelCard(_Out):
 
 
 class BaseModelCard(ModelCard):
-    """A model that is offered."""
+    """A base model."""
 
     type: str = "base"
 
 
 class FTModelCard(ModelCard):
-    """A model that was fine-tuned."""
+    """A fine-tuned model."""
 
     type: str = "fine-tuned"
     job: str
@@ -501,7 +500,7 @@ class FTModelCard(ModelCard):
 
 
 def read_model_card(data: Mapping[str, Any]) -> ModelCard:
-    """Read one model; the service spells the discriminator `type` or `TYPE`."""
+    """Parse a model; the service spells the discriminator `type` or `TYPE`."""
     values = {**data, "type": data.get("type") or data.get("TYPE") or "base"}
     kind = FTModelCard if values["type"] == "fine-tuned" else BaseModelCard
     return kind.model_validate(values)
@@ -521,7 +520,7 @@ class ModelList(_Out):
 
 
 class DeleteModelOut(_Out):
-    """The answer to deleting a model."""
+    """Response to deleting a model."""
 
     id: str
     object: str = "model"
@@ -529,7 +528,7 @@ class DeleteModelOut(_Out):
 
 
 class FTModelCapabilitiesOut(_Out):
-    """What a fine-tuned model can be used for."""
+    """Capabilities of a fine-tuned model."""
 
     completion_chat: bool = True
     completion_fim: bool = False
@@ -539,7 +538,7 @@ class FTModelCapabilitiesOut(_Out):
 
 
 class FTModel(_Out):
-    """What all fine-tuned models have when they are updated."""
+    """Fields of all updated fine-tuned models."""
 
     id: str
     object: str = "model"
@@ -572,20 +571,20 @@ class ClassifierFTModelOut(FTModel):
 
 
 def read_ft_model(data: Mapping[str, Any]) -> FTModel:
-    """Read the answer to updating a model."""
+    """Parse the response to updating a model."""
     kind = ClassifierFTModelOut if data.get("model_type") == "classifier" else CompletionFTModelOut
     return kind.model_validate(data)
 
 
 class UpdateFTModelIn(_In):
-    """Change a model's name or description; send only what is set."""
+    """Request to update a model's name or description; only set fields are sent."""
 
     name: str | None = None
     description: str | None = None
 
 
 class ArchiveFTModelOut(_Out):
-    """The answer to archiving a model."""
+    """Response to archiving a model."""
 
     id: str
     object: str = "model"
@@ -593,7 +592,7 @@ class ArchiveFTModelOut(_Out):
 
 
 class UnarchiveFTModelOut(_Out):
-    """The answer to bringing a model back."""
+    """Response to unarchiving a model."""
 
     id: str
     object: str = "model"

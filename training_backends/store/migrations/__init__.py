@@ -1,1 +1,1 @@
-"""Revisions of the run store, run by alembic."""
+"""Alembic migrations of the run store."""

@@ -1,4 +1,4 @@
-"""Alembic runs this to run the revisions, within the transaction that it was handed."""
+"""Alembic environment: runs the revisions in the given transaction."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""Runs and the journals of their launches."""
+"""Runs and launch journals."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make the tables that stores had before alembic kept their revision."""
+    """Create the tables of stores from before alembic."""
     version = op.create_table("schema_version", sa.Column("version", sa.Integer, nullable=False))
     op.bulk_insert(version, [{"version": 1}])
     op.create_table(

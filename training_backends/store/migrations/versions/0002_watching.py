@@ -1,4 +1,4 @@
-"""What watching needs: documents apart from what is looked at, uploads, leases, timelines."""
+"""Separate documents from query columns; add uploads, leases and timelines."""
 
 import json
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ _BATCH = 1000
 
 
 def upgrade() -> None:
-    """Make the new tables and fill those of the runs from their documents."""
+    """Create the new tables and fill the runs tables from the documents."""
     _rebuild_runs()
     _make_records()
     op.create_table(
@@ -34,13 +34,13 @@ def upgrade() -> None:
         sa.Column("until", short_text(40), nullable=False),
         sqlite_autoincrement=True,
     )
-    # Programs that do not know alembic's table look here, and refuse what is newer.
+    # Versions before alembic check this table and reject newer stores.
     op.execute("UPDATE schema_version SET version = 2")
 
 
 def _rebuild_runs() -> None:
-    # Under new names first: dropping the old runs while something refers to them would delete
-    # that too. Renaming takes along what refers to the new ones.
+    # Under new names first: dropping the old runs would also delete the rows that reference them.
+    # Renaming updates the references.
     runs = op.create_table(
         "new_runs",
         sa.Column("id", short_text(128), primary_key=True),
@@ -130,7 +130,7 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
     try:
         known = json.loads(row["document"])
     except ValueError:
-        known = {}  # reading that run says so; the others must not suffer
+        known = {}  # reported when that run is read; must not block the others
     seen_at = known.get("last_seen_at")
     return {
         "id": row["id"],

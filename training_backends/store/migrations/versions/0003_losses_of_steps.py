@@ -1,4 +1,4 @@
-"""Measures that the record of a checkpoint had overwritten, as the record of the step has them."""
+"""Restore step metrics that checkpoint records had overwritten."""
 
 import json
 import math
@@ -30,7 +30,7 @@ _METRICS: Final = sa.table(
 
 
 def upgrade() -> None:
-    """Put the values back that were measured at the steps of checkpoints."""
+    """Restore the values measured at the steps of checkpoints."""
     connection = op.get_bind()
     own, point = _RECORDS.alias("own"), _RECORDS.alias("point")
     reached = sa.exists().where(

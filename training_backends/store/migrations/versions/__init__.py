@@ -1,1 +1,1 @@
-"""The revisions, oldest first."""
+"""Revisions, oldest first."""
