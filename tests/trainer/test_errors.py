@@ -5,8 +5,9 @@ import errno
 import pytest
 import torch
 
+from training_backends.core.errors import first_line
 from training_backends.core.run import FailureKind
-from training_backends.trainer.errors import failure_of, first_line
+from training_backends.trainer.errors import failure_of
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
     [
-        (truncate, "model.safetensors", "bytes, not"),
+        (truncate, "model.safetensors", "bytes, expected"),
         (flip, "optimizer.pt", "has changed since"),
         (Path.unlink, "rng_state.pth", "cannot be read"),
         (flip, "trainer_state.json", "has changed since"),
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     (event,) = [e for e, _ in run.read_events() if e.level == "warning"]
     assert "step-6 is damaged" in event.message
     assert said in event.message
-    assert "goes on from step-4" in event.message
+    assert "Resuming from step-4" in event.message
     again = newest_checkpoint(run)
     assert again is not None
     assert again.state.step == 4
@@ -255,7 +255,7 @@ def test_a_run_without_room_fails_and_goes_on_later(
     assert record is not None
     assert record.failure is not None
     assert (record.failure.kind, record.failure.retryable) == ("internal", True)
-    assert "make room" in record.failure.message
+    assert "free some space" in record.failure.message
     assert run.read_checkpoints() == []
     assert train(run.path) is ExitCode.DONE
     assert hashes(run) == hashes(trained)

@@ -134,7 +134,7 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
 
-    from training_backends.backends.local import modelchecks  # noqa: PLC0415
+    from training_backends.backends.local import validate  # noqa: PLC0415
 
     for loader, classifies in (
         (AutoModelForCausalLM, False),
@@ -142,7 +142,7 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     ):
         classes = {each.__name__ for each in loader._model_mapping}
         known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
-        found = modelchecks.trainable_types(classifies=classifies)
+        found = validate.trainable_types(classifies=classifies)
         assert found is not None
         assert known <= found
         assert found & CONFIG_MAPPING_NAMES.keys() == known
@@ -152,8 +152,8 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     ("name", "content", "said"),
     [
         ("config.json", b"{", "config.json is not valid JSON"),
-        ("config.json", b"[]", "config.json holds no JSON object"),
-        ("model.safetensors", None, "holds no weights"),
+        ("config.json", b"[]", "config.json is not a JSON object"),
+        ("model.safetensors", None, "has no weights"),
         ("model.safetensors", b"", "model.safetensors is damaged"),
         ("model.safetensors", b"version https://git-lfs", "model.safetensors is damaged"),
         ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "model.safetensors is damaged"),
@@ -366,12 +366,12 @@ async def test_the_hub_is_asked_for_a_model_that_is_not_here(
 async def test_a_hub_out_of_reach_is_a_warning_and_one_that_must_not_be_asked_an_error(
     home: Path, make_run: MakeRun, inspected: Inspected
 ) -> None:
-    """It was not checked; the run cannot work."""
+    """It could not be looked up; the run cannot work."""
     run = make_run(model="org/any")
     away = LocalBackend(home, hub=Hub(LocalSettings(hub_url="http://127.0.0.1:1")))
     (issue,) = (await away.validate(run.config, inspected(run))).issues
     assert (issue.code, issue.severity) == ("hub_not_asked", "warning")
-    assert "was not checked" in issue.message
+    assert "could not be looked up" in issue.message
     offline = LocalBackend(home, hub=Hub(LocalSettings(offline=True)))
     (issue,) = (await offline.validate(run.config, inspected(run))).issues
     assert (issue.code, issue.severity) == ("model_not_here", "error")

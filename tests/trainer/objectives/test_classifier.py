@@ -106,7 +106,7 @@ def test_a_batch_without_a_target_has_no_loss_of_it(objective: ClassifierObjecti
         device=torch.device("cpu"),
         targets=(TOPIC, WORDS),
     )
-    judged = objective.judge(loaded.model, objective.collate([example]))
+    judged = objective.compute_loss(loaded.model, objective.collate([example]))
     assert judged.losses[0] == 0
     totals = Totals(objective)
     totals.add(judged)
