@@ -259,7 +259,7 @@ def test_without_the_package_it_is_said_how_to_install_it(
     """And what goes without."""
     monkeypatch.setattr(models, "find_spec", lambda _: None)
     with pytest.raises(
-        TrainerError, match=r"pip install 'training-backends\[qlora\]'; or take lora"
+        TrainerError, match=r"pip install 'training-backends\[qlora\]'; or use lora"
     ):
         load(base)
 

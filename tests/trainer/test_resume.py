@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tmp_path: Pat
     saved(run, 1, put(1000))
     with (
         largest_file(10_000),
-        pytest.raises(TrainerError, match="step 2 cannot be written") as told,
+        pytest.raises(TrainerError, match="Cannot write the checkpoint at step 2") as told,
     ):
         saved(run, 2, put(20_000))
     assert told.value.failure.retryable

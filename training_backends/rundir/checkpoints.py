@@ -92,8 +92,8 @@ def damage_of(path: Path) -> str | None:
         return f"{STATE} belongs to step {state.step}"
     for name, size in state.files.items():
         try:
-            if (there := (path / name).stat().st_size) != size:
-                return f"{name} has {there:,} bytes, expected {size:,}"
+            if (actual := (path / name).stat().st_size) != size:
+                return f"{name} has {actual:,} bytes, expected {size:,}"
             if name in state.checksums and _checksum(path / name) != state.checksums[name]:
                 return f"{name} has changed since it was written"
         except OSError as error:

@@ -193,10 +193,10 @@ class Order:
 
     def row(self, position: int) -> int:
         """Return the index, across all files, of the row at a position of the run."""
-        epoch, place = divmod(position, self.epoch_size)
+        epoch, offset = divmod(position, self.epoch_size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
-        return self._order[place]
+        return self._order[offset]
 
     def _shuffled(self, epoch: int) -> list[int]:
         rng = random.Random(f"{self._seed}/{epoch}")  # noqa: S311  # not cryptographic
@@ -256,16 +256,16 @@ class PackedSchedule(Schedule):
         self._first = array("q", [0])
         lengths = [example.length for example in examples]
         position = filled = 0
-        wanted = None if steps is None else steps * batch_size
+        target_packs = None if steps is None else steps * batch_size
         while True:
             length = lengths[order.row(position)]
             if filled and filled + length > seq_len:
                 self._first.append(position)
                 filled = 0
                 packs = len(self._first) - 1
-                if wanted is None and rows is not None and position >= rows:
-                    wanted = -(-packs // batch_size) * batch_size
-                if wanted is not None and packs >= wanted:
+                if target_packs is None and rows is not None and position >= rows:
+                    target_packs = -(-packs // batch_size) * batch_size
+                if target_packs is not None and packs >= target_packs:
                     break
             filled += length
             position += 1

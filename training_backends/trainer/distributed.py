@@ -167,9 +167,9 @@ class ShardedUpdate:
 
     def shard(self, optimizer: torch.optim.Optimizer) -> None:
         """Restrict an optimizer to this process's shard, and broadcast it after each step."""
-        ours = {id(weight) for weight in self._parts[self._group.rank]}
+        own = {id(weight) for weight in self._parts[self._group.rank]}
         for group in optimizer.param_groups:
-            group["params"] = [weight for weight in group["params"] if id(weight) in ours]
+            group["params"] = [weight for weight in group["params"] if id(weight) in own]
         optimizer.register_step_post_hook(lambda *_: self._broadcast())
 
     @torch.no_grad()

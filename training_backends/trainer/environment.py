@@ -67,10 +67,10 @@ def thread_count(*, small: bool, processes: int = 1) -> int:
         small: The model is so small that more than a few threads slow it down.
         processes: Number of processes that share the CPUs.
     """
-    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted):
-        return int(wanted)
-    ours = max(1, len(os.sched_getaffinity(0)) // processes)
-    return min(ours, _ENOUGH_FOR_SMALL) if small else ours
+    if (requested := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(requested):
+        return int(requested)
+    available = max(1, len(os.sched_getaffinity(0)) // processes)
+    return min(available, _ENOUGH_FOR_SMALL) if small else available
 
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"

@@ -76,8 +76,8 @@ class Validation:
                 def work(size: int, first: int = done) -> int:
                     chunk = examples[first : first + size]
                     batch = self._objective.collate(chunk)
-                    there = {key: value.to(self._model.device) for key, value in batch.items()}
-                    totals.add(self._objective.compute_loss(self._model, there))
+                    on_device = {key: value.to(self._model.device) for key, value in batch.items()}
+                    totals.add(self._objective.compute_loss(self._model, on_device))
                     return first + len(chunk)
 
                 done = self._micro.attempt(work)
@@ -197,9 +197,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         del args, others
         step = state.global_step
         last = step >= self._plan.total_steps
-        asked = not last and self._stop.requested
-        saves = asked and self._stop.saves_checkpoint
-        self.stopped, saves = self._group.broadcast((asked, saves))
+        stop_requested = not last and self._stop.requested
+        saves = stop_requested and self._stop.saves_checkpoint
+        self.stopped, saves = self._group.broadcast((stop_requested, saves))
         control.should_save = self._plan.is_checkpoint(step) or saves
         control.should_log = self._plan.is_logged(step) or control.should_save
         control.should_training_stop = last or self.stopped
@@ -391,10 +391,10 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
             model.zero_grad()
             _set_random_state(rng_state)
 
-        loss, judged = self._micro.attempt(
+        loss, result = self._micro.attempt(
             lambda size: self._attempt_step(model, inputs.examples, size), undo
         )
-        for each in judged:
+        for each in result:
             self._reporter.trained.add(each)
         if self._group.size > 1:
             self._sum_gradients(loss)
@@ -421,15 +421,15 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
         found = []
         for first in range(0, len(examples), size):
             batch = self._objective.collate(examples[first : first + size])
-            there = {
+            on_device = {
                 name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()
             }
             with self._precision:
-                judged = self._objective.compute_loss(model, there)
-            loss = weigh(self._objective, judged.losses, counts)
+                result = self._objective.compute_loss(model, on_device)
+            loss = weigh(self._objective, result.losses, counts)
             self.accelerator.backward(loss)
             total += loss.detach()
-            found.append(judged._replace(losses=judged.losses.detach()))
+            found.append(result._replace(losses=result.losses.detach()))
         return total, found
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -483,10 +483,10 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
         if checkpoint is None or self._group.is_leader:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        ours = torch.load(
+        shard_state = torch.load(
             Path(checkpoint) / self._shard_file, map_location=self.args.device, weights_only=True
         )
-        self.optimizer.load_state_dict(ours)
+        self.optimizer.load_state_dict(shard_state)
         scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 

@@ -148,13 +148,13 @@ def _head(spec: RunSpec, record: ResultRecord, licence: Licence | None) -> str:
 
 def _origin(spec: RunSpec, record: ResultRecord) -> str:
     kind = "An adapter for" if record.format == "adapter" else "Fine-tuned from"
-    ours, made_with = (
+    package, libraries = (
         _version("training-backends"),
         ", ".join(filter(None, map(_version, _LIBRARIES))),
     )
     return (
         f"{kind} `{_base_name(spec)}`: {_METHODS[spec.method]}, {_TUNINGS[spec.tuning.kind]}.\n\n"
-        f"{ours or 'training-backends'} with {made_with}.\n"
+        f"{package or 'training-backends'} with {libraries}.\n"
     )
 
 

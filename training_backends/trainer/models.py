@@ -148,25 +148,25 @@ class LoadedModel:
     directory: Path | None = None
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(requested: str) -> torch.device:
     """Return the device to train on.
 
     Raises:
         TrainerError: A GPU was requested and none is available.
     """
-    if wanted == "auto":
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise TrainerError("device is cuda, but torch finds no GPU on this machine.")
-    return torch.device(wanted)
+    return torch.device(requested)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype; auto is bfloat16 on GPUs that support it."""
-    if wanted == "auto":
+    if requested == "auto":
         halves = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if halves else torch.float32
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    return torch.bfloat16 if requested == "bfloat16" else torch.float32
 
 
 def load_model(
@@ -214,18 +214,18 @@ def load_model(
 
 
 def _resolve_targets(
-    name: str, directory: Path, tuning: Tuning | None, wanted: Sequence[ClassifierTarget]
+    name: str, directory: Path, tuning: Tuning | None, requested: Sequence[ClassifierTarget]
 ) -> Sequence[ClassifierTarget]:
     """Return the model's targets, checked against the requested ones."""
-    there = read_targets(directory)
-    if tuning is None or not there:
-        return wanted or there
-    if [(t.name, t.labels) for t in there] != [(t.name, t.labels) for t in wanted]:
+    existing = read_targets(directory)
+    if tuning is None or not existing:
+        return requested or existing
+    if [(t.name, t.labels) for t in existing] != [(t.name, t.labels) for t in requested]:
         raise TrainerError(
-            f"{name!r} is a classifier with its own targets ({', '.join(t.name for t in there)}); "
+            f"{name!r} is a classifier with the targets {', '.join(t.name for t in existing)}; "
             "it can only be trained further with the same targets and labels."
         )
-    return wanted
+    return requested
 
 
 def _set_attention(model: Any, name: str, attention: str) -> None:
@@ -420,19 +420,19 @@ def save_model(model: Any, name: str, directory: Path) -> None:
 
 
 def save_result(
-    loaded: LoadedModel, name: str, directory: Path, *, wanted: str = "adapter"
+    loaded: LoadedModel, name: str, directory: Path, *, save_as: str = "adapter"
 ) -> ResultRecord:
     """Write the trained model and its tokenizer into an empty directory.
 
     Args:
         name: The base model as named in the run.
-        wanted: How to save an adapter: `adapter`, `merged` into its base model (which leaves no
+        save_as: How to save an adapter: `adapter`, `merged` into its base model (which leaves no
             adapter in memory), or `both`.
     """
     model = loaded.model
     adapter = None
-    if isinstance(model, PeftModel) and wanted != "adapter":
-        if wanted == "both":
+    if isinstance(model, PeftModel) and save_as != "adapter":
+        if save_as == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, name, adapter)
         model = _merge(loaded)
@@ -451,12 +451,12 @@ def _merge(loaded: LoadedModel) -> Any:
         # Merging into 4-bit weights would round the adapter away, so the original base model is
         # loaded: on the CPU, as the GPU may lack the memory, and from the local files, as the Hub
         # may have a newer revision or be unreachable.
-        here, dtype = torch.device("cpu"), compute_dtype(model)
+        cpu, dtype = torch.device("cpu"), compute_dtype(model)
         base = load_model(
             str(loaded.directory),
             seed=0,
             tuning=None,
-            device=here,
+            device=cpu,
             dtype=dtype,
             targets=loaded.targets,
         )

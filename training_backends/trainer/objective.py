@@ -145,11 +145,11 @@ class Totals:
 
     def take(self) -> "Means | None":
         """Return the means over all processes and reset; None if there were no predictions."""
-        ours = {name: value.tolist() for name, value in self._sums.items()}
+        local_sums = {name: value.tolist() for name, value in self._sums.items()}
         self._sums = {}
         sums: dict[str, Any] = {}
-        for theirs in self._group.all_gather(ours):
-            for name, value in theirs.items():
+        for process_sums in self._group.all_gather(local_sums):
+            for name, value in process_sums.items():
                 sums[name] = _added(sums[name], value) if name in sums else value
         if not sums or not any(sums["counts"]):
             return None

@@ -69,8 +69,8 @@ def slots_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[S
     """
     if not devices:
         return [Slot(f"{number}.lock") for number in range(most or 1)]
-    wanted = most * gpus if most else len(devices)
-    rounds = [divmod(number, len(devices)) for number in range(wanted)]
+    total = most * gpus if most else len(devices)
+    rounds = [divmod(number, len(devices)) for number in range(total)]
     return [
         Slot(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])
         for again, index in rounds

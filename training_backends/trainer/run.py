@@ -72,7 +72,7 @@ its experts can no longer take adapters.
 _SILU: Final = frozenset({"silu", "swish"})
 
 
-def use_kernels(model: Any, device: torch.device, wanted: str) -> tuple[str, ...]:
+def use_kernels(model: Any, device: torch.device, requested: str) -> tuple[str, ...]:
     """Patch a model with liger-kernel's kernels; return their names, () if none apply.
 
     The output layer and the loss stay those of `objectives.tokens`, which do not materialize all
@@ -80,7 +80,7 @@ def use_kernels(model: Any, device: torch.device, wanted: str) -> tuple[str, ...
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = _APPLY.get(causal.config.model_type)
-    if wanted == "none" or device.type != "cuda" or not name or not find_spec("liger_kernel"):
+    if requested == "none" or device.type != "cuda" or not name or not find_spec("liger_kernel"):
         return ()
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # logs about kernels for other chips
     # Liger's SwiGLU supports only this activation, and does not check.
@@ -252,8 +252,9 @@ class TrainingProcess:
         return replace(loaded, model=model)
 
     def _computes_twice(self, device: torch.device) -> bool:
-        wanted = self._spec.gradient_checkpointing
-        return device.type == "cuda" if wanted is None else wanted  # memory is scarce on a GPU
+        requested = self._spec.gradient_checkpointing
+        # Memory is scarce on a GPU.
+        return device.type == "cuda" if requested is None else requested
 
     def _train(
         self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
@@ -328,10 +329,10 @@ class TrainingProcess:
 
     def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
         spec, device = self._spec, model.device
-        wanted = spec.micro_batch_size or spec.batch_size
+        size = spec.micro_batch_size or spec.batch_size
         return MicroBatch(
             # The size that fitted before: results depend on it in the last digits.
-            int(before.get("micro_batch_size", wanted)),
+            int(before.get("micro_batch_size", size)),
             on_halved=lambda size: self._warn(
                 f"Out of memory: retrying with {size} rows at a time", micro_batch_size=size
             ),
@@ -350,7 +351,7 @@ class TrainingProcess:
                 f"The checkpoint was saved with num_processes: {processes}, but it is now "
                 f"{self._group.size}. Set it back to {processes}."
             )
-        if any(theirs != self._data for theirs in self._group.all_gather(self._data)):
+        if any(other != self._data for other in self._group.all_gather(self._data)):
             raise TrainerError(
                 "A data file changed while the processes were reading it, so they have different "
                 "rows. Resume without changing the data.",
@@ -387,7 +388,7 @@ class TrainingProcess:
     def _save(self, loaded: LoadedModel) -> ResultRecord:
         temporary = self._run.path / ".result.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        record = save_result(loaded, self._spec.model, temporary, wanted=self._spec.result)
+        record = save_result(loaded, self._spec.model, temporary, save_as=self._spec.result)
         write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
         shutil.rmtree(self._run.result, ignore_errors=True)
         temporary.rename(self._run.result)

@@ -263,12 +263,12 @@ class LocalBackend(TrainingBackend):
 
     def sees(self, run: TrainingRun) -> bool:
         """Return whether the run belongs to this home on this machine."""
-        here, place = self._known_place(), run.place
-        if place is None or here is None:
+        own, place = self._known_place(), run.place
+        if place is None or own is None:
             return place is None
         # On a shared or moved disk, the home has another host's name but still the directories.
-        is_here = here.host == place.host or self._directory(run).spec.is_file()
-        return here.id == place.id and is_here
+        is_here = own.host == place.host or self._directory(run).spec.is_file()
+        return own.id == place.id and is_here
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Read the state and the new log records as of the same moment."""
@@ -475,10 +475,10 @@ def _start_process(
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
     try:
-        there = directory.read_spec()
+        existing = directory.read_spec()
     except ValueError:
         return False
     # slots_dir differs if the home was moved; it is still the same run.
-    same = there.model_copy(update={"slots_dir": spec.slots_dir}) == spec
+    same = existing.model_copy(update={"slots_dir": spec.slots_dir}) == spec
     record = directory.read_exit()
     return same and (record is None or record.at >= run.created_at)

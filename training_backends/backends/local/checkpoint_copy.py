@@ -76,11 +76,11 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:
+def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested: str | None) -> int:
     """Copy a checkpoint of a finished run; return its step, 0 if there is none.
 
     Args:
-        wanted: A step, such as `120` or `step-120`; None for the newest intact one.
+        requested: A step, such as `120` or `step-120`; None for the newest intact one.
 
     Raises:
         DuplicateRun: The run is still training.
@@ -94,7 +94,7 @@ def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, wanted: st
             backend=run.backend,
             run_id=run.id,
         )
-    path = _newest(run, source, target) if wanted is None else _named(run, source, wanted)
+    path = _newest(run, source, target) if requested is None else _named(run, source, requested)
     if path is None:
         return 0
     with reporting_disk(run):
@@ -112,19 +112,19 @@ def _newest(run: TrainingRun, source: RunDir, target: RunDir) -> Path | None:
     return intact.path if intact else None
 
 
-def _named(run: TrainingRun, source: RunDir, wanted: str) -> Path:
+def _named(run: TrainingRun, source: RunDir, requested: str) -> Path:
     found = {step_of(path): path for path in source.checkpoints.glob("step-*")}
-    step = wanted.removeprefix("step-")
+    step = requested.removeprefix("step-")
     if not step.isdecimal() or int(step) not in found:
-        message = f"run {run.id} has no checkpoint {wanted!r} on disk"
+        message = f"run {run.id} has no checkpoint {requested!r} on disk"
         fix = f"available: {', '.join(map(str, sorted(found))) or 'none'}"
     elif reason := damage_of(found[int(step)]):
-        message, fix = f"checkpoint {wanted!r} is damaged: {reason}", "use another"
+        message, fix = f"checkpoint {requested!r} is damaged: {reason}", "use another"
     else:
         return found[int(step)]
     issue = Issue(code="unknown_checkpoint", message=message, field="checkpoint", fix=fix)
     raise ConfigError(
-        f"Cannot resume from checkpoint {wanted!r}.",
+        f"Cannot resume from checkpoint {requested!r}.",
         issues=[issue],
         backend=run.backend,
         run_id=run.id,

@@ -103,12 +103,12 @@ class Hub:
         return ChildEnvironment(environment, token)
 
     def _environment(self) -> dict[str, str]:
-        ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if self._settings.offline:
-            ours["HF_HUB_OFFLINE"] = "1"
+            variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
-            ours["HF_ENDPOINT"] = self._settings.hub_url
-        return _matching(_PASSED_ON) | ours
+            variables["HF_ENDPOINT"] = self._settings.hub_url
+        return _matching(_PASSED_ON) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
         if self._credentials is None:

@@ -70,10 +70,10 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
     yield from _label_issues(config, dataset)
     for file in dataset.files:
         if file.sample_type and file.sample_type not in _ROWS[config.method]:
-            wanted = " or ".join(_ROWS[config.method])
+            supported = " or ".join(_ROWS[config.method])
             yield Issue(
                 code="unsupported_sample_type",
-                message=f"method {config.method} takes {wanted} rows, not {file.sample_type}",
+                message=f"method {config.method} takes {supported} rows, not {file.sample_type}",
                 path=str(file.path),
                 fix=f"use other rows, or method: {_METHODS[file.sample_type]}",
             )
@@ -238,7 +238,7 @@ def resolved_values(config: TrainingConfig) -> dict[str, float]:
     tiny = config.model == TINY_MODEL
     # DPO at the learning rate of SFT makes the model forget what it knows.
     slowly = 0.1 if config.method == "dpo" else 1.0
-    ours: dict[str, float] = {
+    defaults: dict[str, float] = {
         "learning_rate": slowly * (2e-3 if tiny else 1e-4),
         "weight_decay": 0.1,
         "warmup_fraction": 0.05,
@@ -247,12 +247,12 @@ def resolved_values(config: TrainingConfig) -> dict[str, float]:
         "seed": 0,
     }
     if given.training_steps is None:
-        ours["epochs"] = _DEFAULT_EPOCHS
+        defaults["epochs"] = _DEFAULT_EPOCHS
     else:
-        ours["training_steps"] = given.training_steps
+        defaults["training_steps"] = given.training_steps
     return {
         name: value if (own := getattr(given, name)) is None else own
-        for name, value in ours.items()
+        for name, value in defaults.items()
     }
 
 

@@ -360,8 +360,8 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     gpus = [] if options.device == "cpu" else _gpu_memory()
     if not gpus and options.device != "cpu" and has_gpu():
         return  # a GPU of unknown memory
-    here = max(gpus) if gpus else _machine_memory()
-    if here is None:
+    available = max(gpus) if gpus else _machine_memory()
+    if available is None:
         return
     kind = config.tuning.kind if config.tuning else "lora"
     halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
@@ -371,7 +371,7 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         least = needed = _BYTES_QUANTIZED * weights
     else:
         least = needed = (2.0 if halves else 4.0) * weights
-    if needed <= here:
+    if needed <= available:
         return
     where = "the GPU" if gpus else "this machine"
     fixes = {"full": "lora or qlora", "lora": "qlora"}
@@ -381,10 +381,10 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         code="memory",
         message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
         f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
-        f"{here / _GIB:.1f} GiB",
+        f"{available / _GIB:.1f} GiB",
         field="model",
         fix=other or "use a smaller model",
-        severity="error" if least > here else "warning",
+        severity="error" if least > available else "warning",
     )
 
 

@@ -126,11 +126,11 @@ def _conversations(row: PreferenceRow) -> Iterator[ChatRow]:
     if not shared or shared in {len(chosen), len(rejected)}:
         raise UnusableRow("the two answers of a pair must share a prompt and differ")
     for messages in (chosen, rejected):
-        asked = (
+        prompt = (
             msgspec.structs.replace(message, weight=0) if message.role == "assistant" else message
             for message in messages[:shared]
         )
-        yield ChatRow([*asked, *messages[shared:]], row.tools)
+        yield ChatRow([*prompt, *messages[shared:]], row.tools)
 
 
 _FILE: Final = "references.safetensors"
@@ -158,17 +158,17 @@ class References:
             Stopped: `should_stop`, called between batches, returned True.
         """
         for pairs in self._pairs.values():
-            ours = group.shard(pairs)
+            own_pairs = group.shard(pairs)
             found: list[float] = []
-            while len(found) < len(ours):
+            while len(found) < len(own_pairs):
                 if should_stop():
                     raise Stopped
 
-                def work(size: int, left: Sequence[Pair] = ours[len(found) :]) -> list[float]:
+                def work(size: int, left: Sequence[Pair] = own_pairs[len(found) :]) -> list[float]:
                     batch = objective.collate(left[:size])
-                    there = {name: value.to(model.device) for name, value in batch.items()}
+                    on_device = {name: value.to(model.device) for name, value in batch.items()}
                     with evaluating(model), precision:
-                        margins: list[float] = objective.margins(model, there).tolist()
+                        margins: list[float] = objective.margins(model, on_device).tolist()
                     return margins
 
                 found += micro.attempt(work)

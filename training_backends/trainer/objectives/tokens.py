@@ -97,17 +97,17 @@ class _SummedLoss(torch.autograd.Function):
             matrix = weight.to(dtype)
             for first in range(0, len(hidden), size):
                 part = hidden[first : first + size].to(dtype)
-                wanted = targets[first : first + size, None]
+                target_ids = targets[first : first + size, None]
                 logits = (part @ matrix.T).float()
                 top, best = logits.max(dim=1, keepdim=True)
-                correct += (best == wanted).sum()
-                target = logits.gather(1, wanted)
+                correct += (best == target_ids).sum()
+                target_logits = logits.gather(1, target_ids)
                 shares = logits.sub_(top).exp_()
                 sums = shares.sum(dim=1, keepdim=True)
-                loss += (top + sums.log() - target).sum()
+                loss += (top + sums.log() - target_logits).sum()
                 if of_hidden is None and of_weight is None:
                     continue
-                shares.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1.0))
+                shares.div_(sums).scatter_add_(1, target_ids, torch.full_like(sums, -1.0))
                 shares = shares.to(dtype)
                 if of_hidden is not None:
                     of_hidden[first : first + size] = shares @ matrix
