@@ -242,7 +242,7 @@ class TrainingProcess:
         set_seed(spec.seed)  # seeds the random weights of new adapters
         classifies = spec.method == "classifier"
         model = prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
-        if spec.tuning.kind != "qlora":  # already on its device
+        if spec.tuning.kind != "qlora":  # a 4-bit model is already on its device
             model = model.to(device)
         elif left := count_experts(model):
             self._warn(f"{left:,} expert weights are not quantized to 4 bits")
