@@ -395,7 +395,7 @@ def profile(directory: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from training_backends.trainer.loop import EngineTrainer
+    from training_backends.trainer.loop import ScheduleTrainer
     from training_backends.trainer.process import train
 
     task = read_task(directory)
@@ -403,7 +403,7 @@ def profile(directory: Path) -> dict[str, Any]:
     watching = profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
     first, last = _WARM_UP, _WARM_UP + 4
     moments: list[float] = []
-    step = EngineTrainer.training_step
+    step = ScheduleTrainer.training_step
 
     def watched(trainer: Any, *arguments: Any, **named: Any) -> Any:
         if trainer.state.global_step in {first, last} and len(moments) < 2:
@@ -416,7 +416,7 @@ def profile(directory: Path) -> dict[str, Any]:
                 watching.start()
         return step(trainer, *arguments, **named)
 
-    setattr(EngineTrainer, "training_step", watched)  # noqa: B010  # a method, for the profile only
+    setattr(ScheduleTrainer, "training_step", watched)  # noqa: B010  # a method, for the profile only
     train(write_run(directory, task).path)
     wall = moments[1] - moments[0]
     shares = dict.fromkeys((*_KINDS, "other kernels"), 0.0)

@@ -339,15 +339,15 @@ def test_what_a_backend_refuses_is_named_by_file_and_line(run: Run, config_file:
     config_file.write_text(config_file.read_text().replace("tiny-mistral", "tiny-mistrel"))
     done = run("validate", config_file.name)
     launched = run("launch", config_file.name)
-    assert "run.yaml:2: model: there is no model" in done.err
-    assert "run.yaml:2: model: there is no model" in launched.err
+    assert "run.yaml:2: model: unknown model" in done.err
+    assert "run.yaml:2: model: unknown model" in launched.err
 
 
 def test_what_the_command_line_gave_is_named_so(run: Run, config_file: Path) -> None:
     """A value from `--set` or `--backend` is not blamed on a line of the file."""
     overridden = run("validate", config_file.name, "--set", "model=tiny-mistrel")
     other = run("validate", config_file.name, "--backend", "mistrl")
-    assert "--set: model: there is no model" in overridden.err
+    assert "--set: model: unknown model" in overridden.err
     assert "run.yaml:" not in other.err
 
 

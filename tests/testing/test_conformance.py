@@ -136,10 +136,10 @@ async def test_conforming_backend_passes(check: str, make_config: MakeConfig) ->
         (Forgetful, "killed_anywhere_makes_one_job", "one job when killed"),
         (Blind, "ends_are_told", "completed"),
         (Blind, "another_process_goes_on", "completed"),
-        (Stammering, "logs_have_no_gap_and_no_repeat", "records behind number 0"),
+        (Stammering, "logs_have_no_gap_and_no_repeat", "records after number 0"),
         (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (Talkative, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
-        (ScriptedBackend, "undeclared_method_is_refused", "issue of `method`"),
+        (ScriptedBackend, "undeclared_method_is_refused", "error of `method`"),
         (ScriptedBackend, "estimate_gives_reasons", "source of the cost"),
     ],
 )

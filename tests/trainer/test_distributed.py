@@ -24,11 +24,11 @@ from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
 from training_backends.trainer import process, workers
 from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
-from training_backends.trainer.distributed import ALONE, Team
-from training_backends.trainer.errors import Stopped, TeamLost, TrainerError, failure_of
-from training_backends.trainer.loop import EngineTrainer
+from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
+from training_backends.trainer.errors import ProcessLost, Stopped, TrainerError, failure_of
+from training_backends.trainer.loop import ScheduleTrainer
 from training_backends.trainer.process import train
-from training_backends.trainer.run import Work
+from training_backends.trainer.run import TrainingProcess
 from training_backends.trainer.workers import followed
 
 pytestmark = pytest.mark.engine
@@ -180,7 +180,7 @@ def test_fewer_gpus_than_processes_are_told(
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
-    assert "num_processes is 2, and this machine shows 1" in record.failure.message
+    assert "num_processes is 2, but only 1" in record.failure.message
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(
@@ -215,13 +215,13 @@ sys.exit(1)
 def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_path: Path) -> None:
     """They would wait for each other at different steps."""
 
-    class Torn(Team):
+    class Torn(ProcessGroup):
         def gather(self, value: Any) -> list[Any]:
             return [value, []]
 
     run = make_run(tmp_path / "r")
     with pytest.raises(TrainerError, match="changed while"):
-        Work(run, run.read_spec(), StopRequest(run.stop), Torn()).run()
+        TrainingProcess(run, run.read_spec(), StopRequest(run.stop), Torn()).run()
 
 
 def test_the_others_are_let_go_before_the_result_is_saved(
@@ -230,7 +230,7 @@ def test_the_others_are_let_go_before_the_result_is_saved(
     """Saving may take long, and what they hold, or how they end, does not matter any more."""
     run = make_run(tmp_path / "r", training_steps=2, validation=[])
     saved: list[bool] = []
-    work = Work(
+    work = TrainingProcess(
         run,
         run.read_spec(),
         StopRequest(run.stop),
@@ -244,7 +244,7 @@ def test_the_others_are_let_go_before_the_result_is_saved(
 def test_a_weight_that_nobody_used_has_no_gradient() -> None:
     """An optimizer lets those decay that have one, be it zero."""
 
-    class Two(Team):
+    class Two(ProcessGroup):
         def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
             loss, users, *gradients = tensors
             loss += 3
@@ -252,9 +252,9 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
             for gradient in gradients[:2]:
                 gradient.add_(5)
 
-    trainer = EngineTrainer.__new__(EngineTrainer)
+    trainer = ScheduleTrainer.__new__(ScheduleTrainer)
     trainer.model = torch.nn.ParameterList([torch.zeros(2) for _ in range(3)])
-    trainer._team = Two()
+    trainer._group = Two()
     ours, theirs, nobodys = trainer.model
     ours.grad = torch.ones(2)
     loss = torch.tensor(1.0)
@@ -266,10 +266,10 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
 
 def test_nobody_else_reaches_what_they_meet_at() -> None:
     """Who does could send them anything; any other address stands for other machines."""
-    team = Team(size=2)
-    socket.create_connection(("127.0.0.1", team.port)).close()
+    group = ProcessGroup(size=2)
+    socket.create_connection(("127.0.0.1", group.port)).close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", team.port))
+        socket.create_connection(("127.0.0.2", group.port))
 
 
 def test_an_end_that_cannot_be_written_is_one_all_the_same(
@@ -311,7 +311,7 @@ def test_an_error_that_a_follower_caused_is_told_as_its() -> None:
     """The connection is closed because somebody had no memory."""
     failure = Failure(kind="out_of_memory", message="no room")
     with pytest.raises(TrainerError) as caught:
-        lead(saying(failure), TeamLost("connection closed by peer"))
+        lead(saying(failure), ProcessLost("connection closed by peer"))
     assert caught.value.failure == failure
 
 
@@ -334,10 +334,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_the_one_that_died_is_named_not_those_who_left_for_it() -> None:
     """However long the system takes to tell of it."""
-    said = failure_of(TeamLost("connection closed by peer"))
+    said = failure_of(ProcessLost("connection closed by peer"))
     program = [sys.executable, "-c", BY_RANK.format(said=said.model_dump_json())]
-    with pytest.raises(TrainerError, match="Process 3 of the 3"):
-        lead(program, TeamLost("connection closed by peer"), others=2)
+    with pytest.raises(TrainerError, match="process 3 of 3"):
+        lead(program, ProcessLost("connection closed by peer"), others=2)
 
 
 def test_one_who_lost_the_others_is_told_where_nobody_else_is(
@@ -345,8 +345,8 @@ def test_one_who_lost_the_others_is_told_where_nobody_else_is(
 ) -> None:
     """It may be tried again."""
     monkeypatch.setattr(workers, "_GRACE", 0.5)
-    lost = TeamLost("timed out")
-    with pytest.raises(TrainerError, match="does not answer: timed out") as caught:
+    lost = ProcessLost("timed out")
+    with pytest.raises(TrainerError, match="another training process: timed out") as caught:
         lead(saying(failure_of(lost)), lost)
     assert (caught.value.failure.kind, caught.value.failure.retryable) == ("lost", True)
 
@@ -355,10 +355,10 @@ def test_a_checkpoint_that_one_died_over_is_not_put_on_the_disk(tmp_path: Path) 
     """Who died is told where that is known; half a checkpoint is not left."""
 
     def fill(directory: Path) -> None:
-        raise TeamLost(f"nobody writes {directory} any more")
+        raise ProcessLost(f"nobody writes {directory} any more")
 
     run = RunDir(tmp_path)
-    with pytest.raises(TeamLost):
+    with pytest.raises(ProcessLost):
         write_checkpoint(run, 1, fill, metrics={}, scheduled=True, keep=1)
     assert not list(run.checkpoints.iterdir())
 
@@ -384,14 +384,14 @@ def test_an_error_of_its_own_stays_what_it_is() -> None:
 def test_what_is_shared_out_is_put_together_again(values: list[int], size: int) -> None:
     """In its order."""
     shares = [values[rank::size] for rank in range(size)]
-    team = Team.__new__(Team)
-    team.size = size
-    assert team.join(shares) == values
+    group = ProcessGroup.__new__(ProcessGroup)
+    group.size = size
+    assert group.unshard(shares) == values
 
 
 def test_one_alone_has_everything() -> None:
     """It waits for nobody."""
-    assert ALONE.leads
-    assert ALONE.share([1, 2]) == [1, 2]
-    assert ALONE.join([[1, 2]]) == [1, 2]
-    assert (ALONE.tell(3), ALONE.gather(3)) == (3, [3])
+    assert SINGLE_PROCESS.is_leader
+    assert SINGLE_PROCESS.shard([1, 2]) == [1, 2]
+    assert SINGLE_PROCESS.unshard([[1, 2]]) == [1, 2]
+    assert (SINGLE_PROCESS.broadcast(3), SINGLE_PROCESS.all_gather(3)) == (3, [3])

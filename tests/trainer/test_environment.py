@@ -106,4 +106,4 @@ def test_a_run_sees_the_gpu_of_its_place_only(
     with hold_lock(slots / "gpu-0.0.lock"):
         assert train(run.path) is ExitCode.DONE
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-    assert "loads tiny-mistral, on GPU 1" in [event.message for event, _ in run.read_events()]
+    assert "Loading tiny-mistral, on GPU 1" in [event.message for event, _ in run.read_events()]

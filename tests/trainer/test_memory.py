@@ -56,7 +56,7 @@ def test_a_single_row_that_does_not_fit_ends_the_run() -> None:
     def work(size: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    with pytest.raises(TrainerError, match=r"single row at a time: CUDA .* Take less\.") as raised:
+    with pytest.raises(TrainerError, match=r"one row at a time: CUDA .* Take less\.") as raised:
         micro.attempt(work)
     assert raised.value.failure.kind == "out_of_memory"
 
@@ -91,16 +91,16 @@ class Short:
         self.fits = 99
         self.batches = 0
         self.from_batch = 0
-        judge = TokenObjective.judge
+        compute_loss = TokenObjective.compute_loss
 
-        def judged(objective: TokenObjective, model: Any, batch: Any) -> Any:
+        def watched(objective: TokenObjective, model: Any, batch: Any) -> Any:
             self.batches += 1
-            found = judge(objective, model, batch)
+            found = compute_loss(objective, model, batch)
             if self.batches > self.from_batch and len(batch["input_ids"]) > self.fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return found
 
-        monkeypatch.setattr(TokenObjective, "judge", judged)
+        monkeypatch.setattr(TokenObjective, "compute_loss", watched)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_step_that_does_not_fit_begins_again_in_smaller_parts(
     assert numbers(halved) == numbers(small)
     (told,) = [e for e, _ in halved.read_events() if e.level == "warning"]
     assert (told.message, told.data) == (
-        "out of memory: goes on with 2 rows at a time",
+        "Out of memory: retrying with 2 rows at a time",
         {"micro_batch_size": 2},
     )
 

@@ -101,7 +101,7 @@ def test_a_card_says_what_the_model_is_made_of(
     assert "Lowest validation loss: 2 at step 1" in text
     serve = "vllm serve org/base --enable-lora --max-lora-rank 32 --lora-modules tuned=DIR"
     assert serve in text
-    assert "do not say under which licence" in text
+    assert "do not name a license" in text
     said = json.loads(text.partition("```json\n")[2].partition("```")[0])
     assert said["tuning"]["rank"] == 24
     assert said["train"] == [{"file": "train.jsonl", "weight": 1.0}]
@@ -114,7 +114,7 @@ def test_a_whole_model_is_served_as_it_is(make_run: MakeRun, tmp_path: Path) -> 
     card = card_of(make_run, tmp_path / "a", record)
     assert "vllm serve DIR\n" in card.text
     assert card.data["library_name"] == "transformers"
-    assert "nothing in it to license" in card.text
+    assert "random weights and no license" in card.text
 
 
 def test_the_card_of_a_real_result_names_no_place_of_this_machine(
@@ -162,4 +162,4 @@ def test_data_that_changed_behind_a_checkpoint_is_said(
     copy.write_bytes(b"".join(reversed(copy.read_bytes().splitlines(keepends=True))))
     assert train(run.path) is ExitCode.DONE
     said = [event.message for event, _ in run.read_events() if event.level == "warning"]
-    assert said[-1] == "the data has changed since the checkpoint that this goes on from"
+    assert said[-1] == "The data has changed since the checkpoint was saved"

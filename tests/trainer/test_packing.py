@@ -92,8 +92,8 @@ def test_packed_rows_have_the_loss_of_rows_by_themselves(attention: str, *, flat
     objective = TokenObjective(ByteEncoder(), 100, flat=flat)
     packs = [Pack(tuple(samples[:4])), Pack(tuple(samples[4:]))]
     with torch.no_grad():
-        packed = objective.judge(model, objective.collate(packs))
-        alone = [objective.judge(model, objective.collate([sample])) for sample in samples]
+        packed = objective.compute_loss(model, objective.collate(packs))
+        alone = [objective.compute_loss(model, objective.collate([sample])) for sample in samples]
     assert packed.losses.item() == pytest.approx(sum(j.losses.item() for j in alone), rel=1e-6)
     assert packed.counts.tolist() == objective.count(packs) == objective.count(samples)
     assert packed.correct.item() == sum(judged.correct.item() for judged in alone)
@@ -114,7 +114,7 @@ def test_an_architecture_that_mixes_rows_is_refused() -> None:
     require_separate_rows(AutoModelForCausalLM.from_config(experts), "experts")
     config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
     mamba = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(TrainerError, match="'mamba' does not keep packed rows apart"):
+    with pytest.raises(TrainerError, match="'mamba' does not support packing"):
         require_separate_rows(mamba, "mamba")
 
 

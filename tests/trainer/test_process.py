@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
-from training_backends.trainer.loop import EngineTrainer
+from training_backends.trainer.loop import ScheduleTrainer
 from training_backends.trainer.process import train
 
 pytestmark = pytest.mark.engine
@@ -193,8 +193,8 @@ def test_a_bad_spec_is_said(tmp_path: Path, spec: str | None, said: str) -> None
     ("changes", "said"),
     [
         ({"train": ["missing.jsonl"]}, "missing.jsonl cannot be read"),
-        ({"model": "./nowhere"}, "no model directory"),
-        ({"tuning": "lora"}, "tuned fully only"),
+        ({"model": "./nowhere"}, "Model directory not found"),
+        ({"tuning": "lora"}, "only supports full fine-tuning"),
     ],
 )
 def test_what_cannot_be_trained_is_said(
@@ -224,7 +224,7 @@ def test_bad_rows_are_named_by_line_or_left_out(make_run: MakeRun, tmp_path: Pat
     record = strict.read_exit()
     assert record is not None
     assert record.failure is not None
-    assert "1 rows cannot be used: line 4" in record.failure.message
+    assert "1 invalid rows: line 4" in record.failure.message
     lenient = make_run(tmp_path / "lenient", max_invalid_fraction=0.25, **changes)
     assert train(lenient.path) is ExitCode.DONE
     told = [e.data for e, _ in lenient.read_events() if e.name == "message"]
@@ -241,7 +241,7 @@ def test_a_diverging_run_fails_with_advice(make_run: MakeRun, tmp_path: Path) ->
     assert record is not None
     assert record.failure is not None
     assert record.failure.kind == "internal"
-    assert "Lower the learning rate" in record.failure.message
+    assert "Reduce the learning rate" in record.failure.message
 
 
 def test_gradients_that_are_no_numbers_end_a_run(
@@ -249,13 +249,13 @@ def test_gradients_that_are_no_numbers_end_a_run(
 ) -> None:
     """The loss of the last step is of before it, and the weights behind it are useless."""
     norm = torch.tensor(float("nan"))
-    monkeypatch.setattr(EngineTrainer, "_get_grad_norm", lambda *_, **__: norm)
+    monkeypatch.setattr(ScheduleTrainer, "_get_grad_norm", lambda *_, **__: norm)
     run = make_run(tmp_path / "r", validation=[], training_steps=1)
     assert train(run.path) is ExitCode.CRASHED
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
-    assert "norm of the gradients is nan at step 1" in record.failure.message
+    assert "gradient norm is nan at step 1" in record.failure.message
     assert run.read_checkpoints() == []
 
 

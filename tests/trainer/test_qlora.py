@@ -167,7 +167,7 @@ def test_a_base_that_is_stored_in_four_bits(make_run: MakeRun, base: Path, tmp_p
     trained = PeftModel.from_pretrained(load(stored), run.result / "adapter")
     assert torch.allclose(logits(merged), logits(trained), atol=1e-4)
 
-    with pytest.raises(TrainerError, match="take qlora"):
+    with pytest.raises(TrainerError, match="Use qlora"):
         load(stored, "full")
 
 
@@ -231,7 +231,7 @@ def test_resumed_it_is_the_same_and_can_be_asked(
     for path in (run.result, run.checkpoints / "step-10", run.checkpoints / "step-12"):
         shutil.rmtree(path)
     assert train(run.path) is ExitCode.DONE
-    assert any(e.message.startswith("continues at step 5") for e, _ in run.read_events())
+    assert any(e.message.startswith("Resuming at step 5") for e, _ in run.read_events())
     assert set(told(run)) == set(told(whole))
     assert digest(run) == digest(whole)
     capsys.readouterr()
@@ -250,7 +250,7 @@ def test_experts_that_stay_in_full_are_told(make_run: MakeRun, tmp_path: Path) -
     run = make_run(tmp_path / "r", model=base, tuning=TUNING, training_steps=1, validation=[])
     assert train(run.path) is ExitCode.DONE
     (warning,) = [e.message for e, _ in run.read_events() if e.level == "warning"]
-    assert warning == f"{2 * 3 * 32 * 64:,} weights of experts are left as they are: not in 4 bits"
+    assert warning == f"{2 * 3 * 32 * 64:,} expert weights are not quantized to 4 bits"
 
 
 def test_without_the_package_it_is_said_how_to_install_it(
@@ -259,7 +259,7 @@ def test_without_the_package_it_is_said_how_to_install_it(
     """And what goes without."""
     monkeypatch.setattr(models, "find_spec", lambda _: None)
     with pytest.raises(
-        TrainerError, match=r"pip install 'training-backends\[qlora\]'; or take lora"
+        TrainerError, match=r"pip install 'training-backends\[qlora\]'; or use lora"
     ):
         load(base)
 

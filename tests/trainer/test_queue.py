@@ -13,28 +13,28 @@ import pytest
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.trainer.errors import Stopped
-from training_backends.trainer.queue import Place, Turn, hold_places, places_for
+from training_backends.trainer.queue import QueueEntry, Slot, hold_slots, slots_for
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-ONE = places_for((), 1)
+ONE = slots_for((), 1)
 
 WAITER = """
 import sys
 from datetime import datetime
 from pathlib import Path
-from training_backends.trainer.queue import Turn, hold_places, places_for
+from training_backends.trainer.queue import QueueEntry, hold_slots, slots_for
 
-turn = Turn("dead", 5, datetime.fromisoformat(sys.argv[2]))
+turn = QueueEntry("dead", 5, datetime.fromisoformat(sys.argv[2]))
 told = lambda position: print(position, flush=True)
 never = lambda: False
-with hold_places(Path(sys.argv[1]), turn, places_for((), 1), on_wait=told, should_stop=never):
+with hold_slots(Path(sys.argv[1]), turn, slots_for((), 1), on_wait=told, should_stop=never):
     print("in", flush=True)
 """
 
 
-def turn(run_id: str, priority: int = 0, minutes: int = 0) -> Turn:
+def turn(run_id: str, priority: int = 0, minutes: int = 0) -> QueueEntry:
     """Make the turn of a run that came some minutes after noon."""
-    return Turn(run_id, priority, NOON + timedelta(minutes=minutes))
+    return QueueEntry(run_id, priority, NOON + timedelta(minutes=minutes))
 
 
 class Machine:
@@ -44,12 +44,12 @@ class Machine:
         self.directory = directory
         self.positions: dict[str, list[int]] = {}
         self.began: list[str] = []
-        self.at: dict[str, tuple[Place, ...]] = {}
+        self.at: dict[str, tuple[Slot, ...]] = {}
         self.stopped: set[str] = set()
         self._leave = {"": threading.Event()}
         self._threads: list[threading.Thread] = []
 
-    def add(self, turn: Turn, places: Sequence[Place] = ONE, gpus: int = 1) -> None:
+    def add(self, turn: QueueEntry, places: Sequence[Slot] = ONE, gpus: int = 1) -> None:
         """Have a run wait."""
         self.positions[turn.run_id] = []
         self._leave[turn.run_id] = threading.Event()
@@ -57,10 +57,10 @@ class Machine:
         self._threads.append(thread)
         thread.start()
 
-    def _live(self, turn: Turn, places: Sequence[Place], gpus: int) -> None:
+    def _live(self, turn: QueueEntry, places: Sequence[Slot], gpus: int) -> None:
         name = turn.run_id
         try:
-            with hold_places(
+            with hold_slots(
                 self.directory,
                 turn,
                 places,
@@ -187,7 +187,7 @@ def test_who_stops_waiting_leaves_nothing(machine: Machine) -> None:
 
 def test_never_more_at_once_than_there_are_places(machine: Machine) -> None:
     """Three places, twelve runs: three train at any time, and each gets its turn in order."""
-    places = places_for((), 3)
+    places = slots_for((), 3)
     names = [f"run-{number:02d}" for number in range(12)]
     for minute, name in enumerate(names):
         machine.add(turn(name, minutes=minute), places)
@@ -203,7 +203,7 @@ def test_never_more_at_once_than_there_are_places(machine: Machine) -> None:
 
 def test_each_gpu_has_one_run(machine: Machine) -> None:
     """A second run takes the other device, a third waits for whichever is free first."""
-    places = places_for(("0", "GPU-8f2c"), None)
+    places = slots_for(("0", "GPU-8f2c"), None)
     for minute, name in enumerate(["a", "b", "c"]):
         machine.add(turn(name, minutes=minute), places)
         wait_until(lambda name=name: name in machine.at or machine.positions[name] == [1])
@@ -216,12 +216,12 @@ def test_each_gpu_has_one_run(machine: Machine) -> None:
 def test_a_run_on_several_gpus_waits_for_all_of_them(machine: Machine) -> None:
     """Meanwhile it holds none, and nobody behind it overtakes it."""
     devices = ("0", "1", "2")
-    places = places_for(devices, None)
+    places = slots_for(devices, None)
     machine.add(turn("a"), places)
     wait_until(lambda: machine.devices() == {"a": ["0"]})
     machine.add(turn("b", minutes=1), places)
     wait_until(lambda: "b" in machine.at)
-    machine.add(turn("two", minutes=2), places_for(devices, None, 2), gpus=2)
+    machine.add(turn("two", minutes=2), slots_for(devices, None, 2), gpus=2)
     wait_until(lambda: machine.positions["two"] == [1])
     machine.add(turn("c", minutes=3), places)
     wait_until(lambda: machine.positions["c"] == [2])
@@ -234,16 +234,16 @@ def test_a_run_on_several_gpus_waits_for_all_of_them(machine: Machine) -> None:
 def test_one_run_at_a_time_may_have_several_gpus(machine: Machine) -> None:
     """The most that may train at once counts runs, not GPUs."""
     devices = ("0", "1")
-    machine.add(turn("two"), places_for(devices, 1, 2), gpus=2)
+    machine.add(turn("two"), slots_for(devices, 1, 2), gpus=2)
     wait_until(lambda: "two" in machine.at)
-    machine.add(turn("one", minutes=1), places_for(devices, 1))
+    machine.add(turn("one", minutes=1), slots_for(devices, 1))
     wait_until(lambda: machine.positions["one"] == [1])
     assert machine.devices() == {"two": ["0", "1"]}
 
 
 def test_as_many_runs_as_is_said_have_several_gpus_each(machine: Machine) -> None:
     """Two at once take all four; a third waits."""
-    places = places_for(("0", "1", "2", "3"), 2, 2)
+    places = slots_for(("0", "1", "2", "3"), 2, 2)
     for minute, name in enumerate(["a", "b", "c"]):
         machine.add(turn(name, minutes=minute), places, gpus=2)
         wait_until(lambda name=name: name in machine.at or machine.positions[name] == [1])
@@ -252,7 +252,7 @@ def test_as_many_runs_as_is_said_have_several_gpus_each(machine: Machine) -> Non
 
 def test_a_run_on_the_cpu_waits_for_no_gpu(machine: Machine) -> None:
     """The two have places, and queues, of their own."""
-    gpu = places_for(("0",), None)
+    gpu = slots_for(("0",), None)
     machine.add(turn("a"), gpu)
     wait_until(lambda: "a" in machine.at)
     machine.add(turn("b", minutes=1), gpu)
@@ -275,7 +275,7 @@ def test_places_are_shared_out_among_the_gpus(
     devices: tuple[str, ...], most: int | None, expected: list[str | None]
 ) -> None:
     """One a GPU unless told otherwise; more than there are GPUs share them."""
-    places = places_for(devices, most)
+    places = slots_for(devices, most)
     assert [place.device for place in places] == expected
     assert len({place.lock for place in places}) == len(places)
 
@@ -285,7 +285,7 @@ def test_without_a_directory_nobody_waits() -> None:
     told: list[int] = []
     with ExitStack() as stack:
         for name in ("a", "b"):
-            holding = hold_places(
+            holding = hold_slots(
                 None, turn(name), ONE, on_wait=told.append, should_stop=lambda: False
             )
             assert stack.enter_context(holding) == ()

@@ -151,7 +151,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
     [
-        (truncate, "model.safetensors", "bytes, not"),
+        (truncate, "model.safetensors", "bytes, expected"),
         (flip, "optimizer.pt", "has changed since"),
         (Path.unlink, "rng_state.pth", "cannot be read"),
         (flip, "trainer_state.json", "has changed since"),
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     (event,) = [e for e, _ in run.read_events() if e.level == "warning"]
     assert "step-6 is damaged" in event.message
     assert said in event.message
-    assert "goes on from step-4" in event.message
+    assert "Resuming from step-4" in event.message
     again = newest_checkpoint(run)
     assert again is not None
     assert again.state.step == 4
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tmp_path: Pat
     saved(run, 1, put(1000))
     with (
         largest_file(10_000),
-        pytest.raises(TrainerError, match="step 2 cannot be written") as told,
+        pytest.raises(TrainerError, match="Cannot write the checkpoint at step 2") as told,
     ):
         saved(run, 2, put(20_000))
     assert told.value.failure.retryable
@@ -255,7 +255,7 @@ def test_a_run_without_room_fails_and_goes_on_later(
     assert record is not None
     assert record.failure is not None
     assert (record.failure.kind, record.failure.retryable) == ("internal", True)
-    assert "make room" in record.failure.message
+    assert "free some space" in record.failure.message
     assert run.read_checkpoints() == []
     assert train(run.path) is ExitCode.DONE
     assert hashes(run) == hashes(trained)

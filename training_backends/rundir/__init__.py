@@ -1,1 +1,1 @@
-"""The run directory: what a training process and its watchers share, as files."""
+"""The run directory: files shared by a training process and those that observe it."""

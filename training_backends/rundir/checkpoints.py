@@ -1,8 +1,7 @@
-"""Checkpoints in a run directory: whole to the last bit, or not to be continued from.
+"""Verify the checkpoints in a run directory.
 
-`checkpoints/step-N/` has its name only once it is complete; its `state.json` lists the other
-files with size and checksum. `checkpoints/.step-N.*` is being written or removed, or was set
-aside because it is damaged.
+`checkpoints/step-N/` gets its name once complete; its `state.json` lists the size and checksum of
+every other file. `checkpoints/.step-N.*` is being written or removed, or is damaged.
 """
 
 import zlib
@@ -15,9 +14,9 @@ from training_backends.rundir.directory import CheckpointState, Event, RunDir
 
 __all__ = [
     "STATE",
-    "Damaged",
-    "Found",
-    "Whole",
+    "DamagedCheckpoint",
+    "FoundCheckpoints",
+    "IntactCheckpoint",
     "damage_of",
     "describe_files",
     "find_newest",
@@ -28,73 +27,73 @@ STATE: Final = "state.json"
 _CHUNK: Final = 1 << 20
 
 
-class Whole(NamedTuple):
-    """A checkpoint that can be continued from."""
+class IntactCheckpoint(NamedTuple):
+    """An intact checkpoint, safe to resume from."""
 
     path: Path
     state: CheckpointState
 
 
-class Damaged(NamedTuple):
-    """A checkpoint that must not be continued from, and why."""
+class DamagedCheckpoint(NamedTuple):
+    """A checkpoint that must not be resumed from, and why."""
 
     path: Path
     reason: str
 
-    def event(self, instead: Whole | None) -> Event:
-        """Tell of it, and of what is continued from in its place."""
+    def event(self, instead: IntactCheckpoint | None) -> Event:
+        """Return the event that reports it, and what is resumed from instead."""
         name = self.path.name
-        goes_on = f"goes on from {instead.path.name if instead else 'the beginning'}"
+        fallback = f"Resuming from {instead.path.name if instead else 'the beginning'}."
         return Event(
             name="message",
             level="warning",
-            message=f"the checkpoint {name} is damaged: {self.reason}; {goes_on}",
+            message=f"Checkpoint {name} is damaged: {self.reason}. {fallback}",
             data={"checkpoint": name, "reason": self.reason},
         )
 
 
-class Found(NamedTuple):
-    """The newest whole checkpoint, if there is one, and the damaged ones that are newer."""
+class FoundCheckpoints(NamedTuple):
+    """The newest intact checkpoint, if any, and the newer damaged ones."""
 
-    whole: Whole | None
-    damaged: tuple[Damaged, ...]
+    intact: IntactCheckpoint | None
+    damaged: tuple[DamagedCheckpoint, ...]
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a checkpoint's name says; -1 for another name."""
+    """Return the step in a checkpoint's name; -1 for other names."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
 def describe_files(directory: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Return size and checksum of each file in a checkpoint, but for its `state.json`."""
+    """Return the size and checksum of each file in a checkpoint, except `state.json`."""
     files = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     return sizes, {name: _checksum(path) for name, path in files.items()}
 
 
-def find_newest(run: RunDir) -> Found:
-    """Read checkpoints, the newest first, up to one that is whole to the last bit."""
-    damaged: list[Damaged] = []
+def find_newest(run: RunDir) -> FoundCheckpoints:
+    """Verify checkpoints from the newest to the first intact one."""
+    damaged: list[DamagedCheckpoint] = []
     for path in sorted(run.checkpoints.glob("step-*"), key=step_of, reverse=True):
         if (reason := damage_of(path)) is None:
-            return Found(Whole(path, _read_state(path)), tuple(damaged))
-        damaged.append(Damaged(path, reason))
-    return Found(None, tuple(damaged))
+            return FoundCheckpoints(IntactCheckpoint(path, _read_state(path)), tuple(damaged))
+        damaged.append(DamagedCheckpoint(path, reason))
+    return FoundCheckpoints(None, tuple(damaged))
 
 
 def damage_of(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None; reads all of it."""
+    """Return what is wrong with a checkpoint, or None; reads all of its files."""
     try:
         state = _read_state(path)
     except (OSError, ValidationError):
         return f"{STATE} cannot be read"
     if state.step != step_of(path):
-        return f"{STATE} is that of step {state.step}"
+        return f"{STATE} belongs to step {state.step}"
     for name, size in state.files.items():
         try:
-            if (there := (path / name).stat().st_size) != size:
-                return f"{name} has {there:,} bytes, not {size:,}"
+            if (actual := (path / name).stat().st_size) != size:
+                return f"{name} has {actual:,} bytes, expected {size:,}"
             if name in state.checksums and _checksum(path / name) != state.checksums[name]:
                 return f"{name} has changed since it was written"
         except OSError as error:
@@ -111,8 +110,8 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _checksum(path: Path) -> int:
-    # CRC-32: against bits that rot, not against people. It reads several gigabytes a second,
-    # three times what the quickest cryptographic hash here does.
+    # CRC-32 detects corruption, not tampering. It processes several gigabytes per second, three
+    # times as much as the fastest cryptographic hash in the standard library.
     found = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,18 +1,18 @@
-"""The directory that drives one training process and tells what it does.
+"""The directory that controls one training process and records what it does.
 
-The only thing that a parent and its training child share: both sides, a backend and the
-engine, read and write it the same way and may not import each other. POSIX only (`flock`).
+It is the only interface between a parent and its training process: the local backend and the
+trainer both use it and do not import each other. POSIX only (`flock`).
 
-    spec.json       what to train; written by the parent before the child starts
-    lock            held by the child for as long as it lives; holds its process id, boot id,
-                    pid namespace and start time, see `core.files.signal_holder`
+    spec.json       what to train; written by the parent before the process starts
+    lock            locked while the process lives; contains its process id, boot id, pid
+                    namespace and start time, see `core.files.signal_holder`
     events.jsonl    append-only: status changes, samples, checkpoints, messages
-    metrics.jsonl   append-only: one row a logged step
-    checkpoints/step-N/   complete when it has its name; `state.json` lists the files
-    result/         the finished model
-    exit.json       how it ended; no exit.json and a free lock: it crashed
-    log.txt         the child's stdout and stderr
-    stop            asks the child to save a checkpoint and end
+    metrics.jsonl   append-only: one row per logged step
+    checkpoints/step-N/   gets its name once complete; `state.json` lists the files
+    result/         the trained model
+    exit.json       how the process ended; missing while the lock is free: it crashed
+    log.txt         stdout and stderr of the process
+    stop            asks the process to save a checkpoint and exit
 """
 
 import os
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 ON_STDIN: Final = "HF_TOKEN_ON_STDIN"
-"""Environment variable that is set if the first line of standard input is the token."""
+"""Environment variable; if set, the first line of standard input is the Hub token."""
 
 
 Row = TypeVar("Row", bound=BaseModel)
@@ -62,7 +62,7 @@ class ExitCode(IntEnum):
     DONE = 0
     CRASHED = 1
     STOPPED = 3
-    """Stopped on request; the same command continues."""
+    """Stopped on request; run the same command to continue."""
     BAD_INPUT = 4
     """The spec or the data cannot be used."""
     ALREADY_ACTIVE = 5
@@ -74,33 +74,33 @@ class _Record(BaseModel):
 
 
 class RunSpec(_Record):
-    """What to train, complete: every default is settled by whoever writes it.
+    """What to train, with every default resolved by the writer.
 
     Attributes:
-        classifier_targets: What a classifier decides; empty for the other methods.
-        train: Weights are relative: a row of a file with weight 2 is seen twice as often
-            as one of a file with weight 1; an epoch has as many rows as all files together.
-        batch_size: Rows an optimizer step; sequences of up to `seq_len` tokens with `packing`.
-        micro_batch_size: Rows in memory at a time, as long as they fit; divides `batch_size`.
-        num_processes: How many share the rows of each step, each on a GPU of its own.
-        seq_len: Tokens of a row that are used; the rest is cut off.
-        fim_ratio: Share of texts whose middle is learnt from both its ends.
-        packing: Put several rows into a sequence, none of which sees another.
-        dpo_beta: What it costs to leave the reference, for preference pairs.
-        dpo_label_smoothing: Share of pairs that are taken to be the wrong way round.
-        dtype: What is computed in; weights that are trained are kept in float32 all the same.
-        attention: Implementation of it in transformers; auto leaves the choice there.
-        kernels: auto takes those of liger-kernel on a GPU, where it is installed.
-        gradient_checkpointing: Compute twice to save memory; None: on a GPU.
-        result: What an adapter is saved as.
-        checkpoint_every: Steps between checkpoints; None for a tenth of the run, 10 at least.
-        keep_checkpoints: How many of the newest stay on disk.
-        max_invalid_fraction: Share of rows that may be unusable before the run is refused.
-        sample_prompt: Asked before the first and after the last step.
-        sample_max_tokens: Longest answer to it.
-        slots_dir: Where processes agree on who may train; None for no limit.
-        slots: How many may train at once; None: one a GPU, or one where there is none.
-        priority: A higher one is trained first; among equals, who came first.
+        classifier_targets: Targets of a classifier; empty for other methods.
+        train: Weights are relative: rows of a file with weight 2 are seen twice as often as those
+            of a file with weight 1. An epoch has as many rows as all files together.
+        batch_size: Rows per optimizer step; with `packing`, sequences of up to `seq_len` tokens.
+        micro_batch_size: Rows per forward pass, reduced if they do not fit; divides `batch_size`.
+        num_processes: Processes that share each step's rows, each on its own GPU.
+        seq_len: Maximum tokens per row; longer rows are truncated.
+        fim_ratio: Fraction of texts that are trained with fill-in-the-middle.
+        packing: Pack several rows into one sequence, isolated from each other.
+        dpo_beta: KL penalty towards the reference model.
+        dpo_label_smoothing: Assumed fraction of mislabelled pairs.
+        dtype: Compute dtype; trained weights are kept in float32 in any case.
+        attention: Attention implementation in transformers; auto leaves the choice to it.
+        kernels: auto uses liger-kernel on a GPU, if installed.
+        gradient_checkpointing: Recompute activations to save memory; None: on a GPU.
+        result: How to save an adapter.
+        checkpoint_every: Steps between checkpoints; None: a tenth of the run, at least 10.
+        keep_checkpoints: How many of the newest checkpoints to keep.
+        max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
+        sample_prompt: Prompt that is answered before the first and after the last step.
+        sample_max_tokens: Maximum length of the answer.
+        slots_dir: Where processes coordinate their slots; None for no limit.
+        slots: Maximum concurrent runs; None: one per GPU, or one without a GPU.
+        priority: Higher priorities train first; equal ones in order of arrival.
     """
 
     version: Literal[1] = 1
@@ -143,7 +143,7 @@ class RunSpec(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.epochs is None) == (self.training_steps is None):
-            raise ValueError("give either epochs or training_steps")
+            raise ValueError("set either epochs or training_steps")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError("micro_batch_size must divide batch_size")
         if self.num_processes > self.batch_size:
@@ -151,24 +151,24 @@ class RunSpec(_Record):
         return self
 
     def total_steps(self, rows: tuple[int, ...]) -> int:
-        """Return the optimizer steps of the run, given each training file's usable rows."""
+        """Return the run's optimizer steps, given each training file's usable rows."""
         if self.training_steps is not None:
             return self.training_steps
         return max(1, -(-self.rows_seen(rows) // self.batch_size))
 
     def rows_seen(self, rows: tuple[int, ...]) -> int:
-        """Return how many rows the run's epochs have, given each training file's usable rows."""
+        """Return the rows in all epochs, given each training file's usable rows."""
         seen = (self.epochs or 1.0) * sum(self.epoch_rows(rows))
-        # A product such as 0.1 * 30 must not give one row more for its rounding error.
+        # The rounding error of a product such as 0.1 * 30 must not add a row.
         return -int(-(seen - 1e-6) // 1)
 
     def epoch_rows(self, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """Return how many rows of each training file one epoch has, given its usable rows."""
+        """Return each training file's rows per epoch, given its usable rows."""
         return rows_per_epoch(rows, tuple(source.weight for source in self.train))
 
 
 def rows_per_epoch(rows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Return how many rows of each file one epoch has; equal weights give every row once."""
+    """Return each file's rows per epoch; with equal weights, every row occurs once."""
     weighted = sum(count * weight for count, weight in zip(rows, weights, strict=True))
     if not weighted:
         return tuple(0 for _ in rows)
@@ -177,7 +177,7 @@ def rows_per_epoch(rows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[i
 
 
 class Event(_Record):
-    """One thing that happened: `status`, `sample`, `checkpoint`, `message` and so on."""
+    """An event of a run: `status`, `sample`, `checkpoint`, `message` and so on."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -190,17 +190,17 @@ class Event(_Record):
 
 
 class MetricsRow(_Record):
-    """What was measured at one step; the last row of a step counts.
+    """The metrics of one step; the last row of a step is the valid one.
 
     Attributes:
-        train_loss: Nats a trained token, mean since the row before.
-        valid_loss: Nats a trained token over the whole validation set.
-        valid_mean_token_accuracy: Share of its trained tokens predicted right, 0 to 1; of a
-            classifier's decisions.
+        train_loss: Nats per token in the loss, averaged since the previous row.
+        valid_loss: Nats per token in the loss, over the whole validation set.
+        valid_mean_token_accuracy: Fraction of the validation tokens in the loss predicted
+            correctly, 0 to 1; of a classifier's labels.
         tokens: Tokens read since the first step.
-        tokens_per_second: Mean since the row before, validation and checkpoints left out.
-        memory_bytes: Most memory held so far: of the GPU by tensors, else by the process itself.
-        more: Further measures by name, such as `valid_loss/topic` of a classifier's target.
+        tokens_per_second: Average since the previous row, excluding validation and checkpoints.
+        memory_bytes: Peak memory: of the GPU's tensors, or of the process on a CPU.
+        more: Further metrics by name, such as `valid_loss/topic` of a classifier's target.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -220,7 +220,7 @@ class MetricsRow(_Record):
     more: dict[str, float] = Field(default_factory=dict)
 
     def measures(self) -> dict[str, float]:
-        """Return what was measured, by name."""
+        """Return the metrics by name."""
         values = self.model_dump(exclude={"at", "step", "total_steps", "more"}, exclude_none=True)
         return {name: float(value) for name, value in values.items()} | self.more
 
@@ -231,7 +231,7 @@ class CheckpointState(_Record):
     Attributes:
         files: Size in bytes of every other file in it.
         checksums: CRC-32 of each, see `rundir.checkpoints`.
-        scheduled: Whether its step was due; one saved for a stop is not.
+        scheduled: Whether the checkpoint was due; one saved for a stop is not.
     """
 
     step: int
@@ -243,12 +243,12 @@ class CheckpointState(_Record):
 
 
 class ResultRecord(_Record):
-    """The finished model.
+    """The trained model.
 
     Attributes:
         path: Relative to the run directory.
-        format: A whole model, or an adapter for `base_model`.
-        adapter: Where the adapter lies by itself, beside the model it was merged into.
+        format: A full model, or an adapter for `base_model`.
+        adapter: Path of the separate adapter, if it was also merged into the model.
     """
 
     path: str
@@ -269,7 +269,7 @@ class ExitRecord(_Record):
 
 
 class RunDir:
-    """One run directory; cheap to make, reads nothing until asked."""
+    """A run directory; cheap to create, reads nothing until asked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -284,15 +284,15 @@ class RunDir:
         self.stop = path / "stop"
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Create the directory and write its spec, whole or not at all."""
+        """Create the directory and write its spec, atomically."""
         make_private_directory(self.path)
         write_atomic(self.spec, spec.model_dump_json(indent=2))
 
     def read_spec(self) -> RunSpec:
-        """Read what to train.
+        """Read the spec.
 
         Raises:
-            ValueError: It is not there, not readable or not valid.
+            ValueError: It is missing, unreadable or invalid.
         """
         try:
             return RunSpec.model_validate_json(self.spec.read_bytes())
@@ -304,20 +304,20 @@ class RunDir:
         write_atomic(self.exit, record.model_dump_json(indent=2))
 
     def read_exit(self) -> ExitRecord | None:
-        """Return how the process ended; None while it has not, or when it crashed."""
+        """Return how the process ended; None if it is running or crashed."""
         try:
             return ExitRecord.model_validate_json(self.exit.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
     def is_active(self) -> bool:
-        """Tell whether a training process lives here, whoever started it."""
+        """Return whether a training process holds the lock, no matter who started it."""
         return is_locked(self.lock)
 
     def active_pid(self) -> int | None:
-        """Return the id that the process here has in its own pid namespace, or None.
+        """Return the process id in the process's own pid namespace, or None.
 
-        It says nothing about which process has that id here: to signal it, use
+        The id may belong to another process in this namespace: to signal the process, use
         `signal_process`.
         """
         if not self.is_active():
@@ -328,11 +328,11 @@ class RunDir:
             return None
 
     def signal_process(self, number: int) -> bool:
-        """Send a signal to the process here; False unless it is certain which one that is."""
+        """Signal the process; return False if it cannot be identified with certainty."""
         return signal_holder(self.lock, number)
 
     def request_stop(self, *, save_checkpoint: bool = True) -> None:
-        """Ask the process to end, with a checkpoint if wanted; safe to repeat."""
+        """Ask the process to exit, with a checkpoint if wanted; safe to repeat."""
         write_atomic(self.stop, "save" if save_checkpoint else "discard")
 
     def add_event(self, event: Event) -> None:
@@ -344,20 +344,20 @@ class RunDir:
         append_line(self.metrics, row.model_dump_json(exclude_none=True))
 
     def read_events(self, offset: int = 0) -> list[tuple[Event, int]]:
-        """Return the events behind byte `offset`, each with the offset behind it."""
+        """Return the events after byte `offset`, each with its end offset."""
         return _read_rows(self.events, Event, offset)
 
     def read_metrics(self, offset: int = 0) -> list[tuple[MetricsRow, int]]:
-        """Return the metrics behind byte `offset`, each with the offset behind it."""
+        """Return the metrics after byte `offset`, each with its end offset."""
         return _read_rows(self.metrics, MetricsRow, offset)
 
     def read_newest_metrics(self) -> list[MetricsRow]:
-        """Return the last rows, oldest first: about a hundred, however many there are."""
+        """Return the last rows, about a hundred, oldest first."""
         offset = _tail_offset(self.metrics, _TAIL_BYTES)
         return [row for row, _ in _read_rows(self.metrics, MetricsRow, offset)]
 
     def read_checkpoints(self) -> list[tuple[Path, CheckpointState]]:
-        """Return the complete checkpoints on disk, oldest step first."""
+        """Return the complete checkpoints on disk, in order of steps."""
         found = [
             (path, state)
             for path in self.checkpoints.glob("step-*")
@@ -369,14 +369,14 @@ class RunDir:
 def _checkpoint_state(path: Path) -> CheckpointState | None:
     try:
         state = CheckpointState.model_validate_json((path / "state.json").read_bytes())
-        whole = all((path / name).stat().st_size == size for name, size in state.files.items())
+        complete = all((path / name).stat().st_size == size for name, size in state.files.items())
     except (OSError, ValidationError):
         return None
-    return state if whole else None
+    return state if complete else None
 
 
 def _tail_offset(path: Path, length: int) -> int:
-    """Return where the first line begins that lies wholly in the last `length` bytes."""
+    """Return the offset of the first complete line in the last `length` bytes."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -397,4 +397,4 @@ def _parse(model: type[Row], line: bytes) -> Row | None:
     try:
         return model.model_validate_json(line)
     except ValidationError:
-        return None  # torn by a crash and closed by the next writer
+        return None  # truncated by a crash

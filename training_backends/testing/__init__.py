@@ -1,1 +1,1 @@
-"""What a backend is tested with: a scriptable server, faults, checks. Needs no pytest."""
+"""Tools for testing backends: scripted servers, faults, conformance checks. No pytest required."""

@@ -1,4 +1,4 @@
-"""A backend without a provider: runs move when a test says so."""
+"""A backend without a provider: tests set the state of its runs."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import timedelta
@@ -32,20 +32,20 @@ class ScriptedBackend(TrainingBackend):
     """Keeps its jobs in memory; the methods under "back door" change them from outside.
 
     Attributes:
-        created: Remote ids in the order in which jobs were created.
-        before_create: Called inside the step that creates a job; may raise.
-        after_create: Called when the job exists and before its id is returned; may raise,
-            as when an answer is lost.
-        resumed: Of each resumption: the old run's id, the new one's, the checkpoint.
-        price: What estimates say, or None.
-        report: What `validate` says.
-        gate: What `validate` waits for first, or None.
-        looks: Ids of the runs whose state was asked for, in order.
-        trouble: Raised instead of an answer about a run's state, or None.
+        created: Provider job ids, in order of creation.
+        before_create: Called within the step that creates a job; may raise.
+        after_create: Called after the job is created and before its id is returned; may raise, to
+            simulate a lost response.
+        resumed: For each resumed run: the old run's id, the new one's, the checkpoint.
+        price: Cost returned by `estimate`, or None.
+        report: Returned by `validate`.
+        gate: Event that `validate` waits for, or None.
+        looks: Ids of the runs whose status was requested, in order.
+        trouble: Raised by `status` if set.
     """
 
     name: ClassVar[str] = "scripted"
-    summary: ClassVar[str] = "Runs that move when a test says so."
+    summary: ClassVar[str] = "Runs whose state is set by a test."
 
     def __init__(self, *, capabilities: Capabilities | None = None) -> None:
         self._capabilities = capabilities or Capabilities(
@@ -68,23 +68,23 @@ class ScriptedBackend(TrainingBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it was made with."""
+        """The capabilities passed to the constructor."""
         return self._capabilities
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Short: nobody is asked."""
+        """Short, as there is no provider."""
         return timedelta(milliseconds=10), timedelta(milliseconds=50)
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Wait for the gate, if there is one, and say what `report` holds."""
+        """Wait for the gate, if any, and return `report`."""
         del config, dataset
         if self.gate is not None:
             await self.gate.wait()
         return self.report
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Say what `price` holds; tokens are the bytes of the training files."""
+        """Return `price`; the tokens are the bytes of the training files."""
         del config
         tokens = sum(file.size for file in dataset.train)
         return Estimate(data_tokens=tokens, train_tokens=tokens, steps=10, cost=self.price)
@@ -109,7 +109,7 @@ class ScriptedBackend(TrainingBackend):
         return self._jobs[remote_id]
 
     async def status(self, run: TrainingRun) -> RunState:
-        """Tell the job's state, unless there is trouble."""
+        """Return the job's state, or raise `trouble`."""
         self.looks.append(run.id)
         if self.trouble is not None:
             raise self.trouble
@@ -118,7 +118,7 @@ class ScriptedBackend(TrainingBackend):
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield what the back door logged."""
+        """Yield the records added through the back door."""
         self._job(run)
         position = int(after) + 1 if after is not None else 0
         while True:
@@ -132,7 +132,7 @@ class ScriptedBackend(TrainingBackend):
             await changed.wait()
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
-        """Begin to stop; the back door's `say` ends it."""
+        """Start stopping; the back door's `say` ends the job."""
         del save_checkpoint
         state = self._job(run)
         if not state.status.is_terminal:
@@ -146,35 +146,35 @@ class ScriptedBackend(TrainingBackend):
         *,
         checkpoint: str | None = None,
     ) -> RunState:
-        """Start a job anew."""
+        """Create a new job."""
         self.resumed.append((run.id, new_run.id, checkpoint))
         return await self.launch(new_run, journal)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
-        """Write a file that names the run."""
+        """Write a file that contains the run id."""
         self._job(run)
         await anyio.Path(target).mkdir(parents=True)
         await anyio.Path(target / "model.txt").write_text(run.id, encoding="utf-8")
         return target
 
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Say the prompt again, a token a letter."""
+        """Echo the prompt, with one character per token."""
         self._job(run)
         return Reply(answer=prompt[:max_tokens])
 
     async def delete(self, run: TrainingRun) -> None:
-        """Forget the job."""
+        """Delete the job."""
         self._job(run)
         del self._jobs[str(run.remote_id)]
 
     async def aclose(self) -> None:
-        """Remember that it was closed."""
+        """Set `closed`."""
         self.closed = True
 
-    # -- back door --------------------------------------------------------------------
+    # -- back door ---------------------------------------------------------------------
 
     def adopt(self, remote_id: str) -> None:
-        """Have a running job that nobody asked for."""
+        """Add a running job that was not launched here."""
         self._jobs[remote_id] = RunState(
             status=TrainingStatus.RUNNING,
             remote_id=remote_id,
@@ -184,7 +184,7 @@ class ScriptedBackend(TrainingBackend):
         self._logs[remote_id] = []
 
     def say(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
-        """Put a job into a state."""
+        """Set a job's status."""
         moments = {"changed_at": utc_now()}
         if status.is_terminal:
             moments["finished_at"] = utc_now()
@@ -200,7 +200,7 @@ class ScriptedBackend(TrainingBackend):
         self.say(remote_id, TrainingStatus.FAILED, failure=failure)
 
     def tell(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
-        """Put a job into a state and say so in its log."""
+        """Set a job's status and log the change."""
         self._add(remote_id, status.value, "status", fields={"status": status.value})
         self.say(remote_id, status, **state)
 
@@ -238,18 +238,18 @@ class ScriptedBackend(TrainingBackend):
         self.wake()
 
     def lose(self, remote_id: str) -> None:
-        """Make the provider forget a job."""
+        """Remove a job from the provider."""
         del self._jobs[remote_id]
 
     def wake(self) -> None:
-        """Have everybody who follows a log look again."""
+        """Wake all log followers."""
         self._changed.set()
         self._changed = anyio.Event()
 
     def _job(self, run: TrainingRun) -> RunState:
         state = self._jobs.get(run.remote_id or "")
         if state is None:
-            raise RunNotFound(f"There is no job {run.remote_id}.", backend=self.name, run_id=run.id)
+            raise RunNotFound(f"Job {run.remote_id} not found.", backend=self.name, run_id=run.id)
         return state
 
     def refusing(self, error: TrainingBackendError) -> Callable[[], None]:

@@ -1,7 +1,7 @@
-"""What every backend must do, as checks that any test runner can call.
+"""Checks that every backend must pass, for any test runner.
 
-A backend's tests lend a `Subject`; its back door moves the provider without the backend, so
-that nothing is proved by the part that is under test.
+A backend's tests provide a `Subject`. Its back door changes the provider without going through
+the backend, so that the code under test never proves itself.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ from training_backends.testing.journal import Killed, MemoryJournal
 __all__ = ["BackendConformance", "Subject"]
 
 _PATIENCE = 30.0
-"""Seconds in which a check must be over."""
+"""Seconds within which a check must finish."""
 
 _FORMATS: Mapping[str, frozenset[RowFormat]] = MappingProxyType(
     {
@@ -35,7 +35,7 @@ _FORMATS: Mapping[str, frozenset[RowFormat]] = MappingProxyType(
         "classifier": frozenset({"labels"}),
     }
 )
-"""By method, how rows for it may be written."""
+"""Row formats of each method."""
 
 
 class Subject(ABC):
@@ -43,7 +43,7 @@ class Subject(ABC):
 
     Attributes:
         backend: Ready to launch `config`.
-        dataset: What lies behind `config.data`.
+        dataset: The dataset that `config.data` refers to.
     """
 
     backend: TrainingBackend
@@ -52,30 +52,30 @@ class Subject(ABC):
 
     @abstractmethod
     def reopen(self) -> TrainingBackend:
-        """Make another backend object for the same provider, as another process would."""
+        """Create another backend object for the same provider, as another process would."""
 
     @abstractmethod
     def job_ids(self) -> Sequence[str]:
-        """Return the ids of all jobs that the provider ever made."""
+        """Return the ids of all jobs ever created at the provider."""
 
     @abstractmethod
     async def finish(self, remote_id: str) -> None:
-        """Let a started job come to its good end."""
+        """Let a started job complete."""
 
     @abstractmethod
     async def fail(self, remote_id: str) -> None:
         """Let a started job fail."""
 
     async def confirm_stop(self, remote_id: str) -> None:  # noqa: B027  # most need none
-        """Let a stop that was asked for take effect; override if it never does by itself."""
+        """Let a requested stop take effect; override if it does not do so by itself."""
 
     def run(self, config: TrainingConfig | None = None) -> TrainingRun:
-        """Make a record as the client would."""
+        """Create a run record as the client would."""
         chosen = config or self.config
         return TrainingRun(id=new_run_id(), backend=self.backend.name, config=chosen)
 
     async def launched(self) -> TrainingRun:
-        """Launch, and return the record as the client would keep it."""
+        """Launch, and return the record as the client would store it."""
         run = self.run()
         return run.updated(await self.backend.launch(run, MemoryJournal(run)))
 
@@ -88,11 +88,11 @@ class BackendConformance:
 
     @classmethod
     def checks(cls) -> list[str]:
-        """Return the names of all checks, for a test runner to list."""
+        """Return the names of all checks."""
         return [name for name in dir(cls) if name.startswith("check_")]
 
     async def run(self, name: str) -> None:
-        """Run one check on a fresh subject, and close the subject's backend."""
+        """Run one check on a new subject, then close the subject's backend."""
         subject = self._make()
         check: Any = getattr(self, name)
         try:
@@ -102,30 +102,30 @@ class BackendConformance:
             await subject.backend.aclose()
 
     async def check_validate_changes_nothing(self, subject: Subject) -> None:
-        """A good configuration has no errors, and asking leaves no job behind."""
+        """A valid configuration has no errors, and validation creates no job."""
         report = await subject.backend.validate(subject.config, subject.dataset)
         _expect(report.ok, f"no errors, not {report.errors}")
-        _expect(not subject.job_ids(), "validate makes no job")
+        _expect(not subject.job_ids(), "no job created by validate")
 
     async def check_undeclared_method_is_refused(self, subject: Subject) -> None:
-        """A training method that is not declared is an issue of the field `method`."""
+        """An undeclared training method is an error of the field `method`."""
         for method in {"sft", "dpo", "classifier"} - subject.backend.capabilities.methods:
             config = subject.config.model_copy(update={"method": method})
             report = await subject.backend.validate(config, subject.dataset)
             fields = [issue.field for issue in report.errors]
-            _expect("method" in fields, f"an issue of `method` for {method}, not {fields}")
+            _expect("method" in fields, f"an error of `method` for {method}, not {fields}")
 
     async def check_dialect_fits_the_methods(self, subject: Subject) -> None:
-        """The rules for data have a format for each method, and take what is trained on."""
+        """The provider format covers each method, and accepts the test data."""
         capabilities = subject.backend.capabilities
         formats = {*capabilities.dialect.formats}
         for method in capabilities.methods:
-            _expect(bool(_FORMATS[method] & formats), f"a format for {method} in the dialect")
+            _expect(bool(_FORMATS[method] & formats), f"a row format for {method}")
         found = inspect(subject.config, dialect=capabilities.dialect)
-        _expect(not found.errors, f"data that the dialect takes, not {found.errors}")
+        _expect(not found.errors, f"data that is valid for the backend, not {found.errors}")
 
     async def check_tolerated_rows_are_what_the_options_say(self, subject: Subject) -> None:
-        """A share of unusable rows named in the options is the share that is tolerated."""
+        """The fraction of invalid rows set in the options is the one that is tolerated."""
         backend = subject.backend
         options = backend.options_tolerating(0.25)
         wanted = 0.25 if options else 0.0
@@ -136,23 +136,23 @@ class BackendConformance:
         backend.options_model.model_validate(merged)
 
     async def check_estimate_gives_reasons(self, subject: Subject) -> None:
-        """What an estimate does not know, it explains."""
+        """An estimate explains what it does not know."""
         estimate = await subject.backend.estimate(subject.config, subject.dataset)
         unknown = None in {estimate.train_tokens, estimate.steps, estimate.cost}
-        _expect(not unknown or bool(estimate.notes), "a note about what is not known")
+        _expect(not unknown or bool(estimate.notes), "a note about what is unknown")
         _expect(estimate.cost is None or estimate.price_source is not None, "a source of the cost")
 
     async def check_launch_makes_one_job(self, subject: Subject) -> None:
-        """Launching makes one job, started, and tells its id early."""
+        """A launch creates one job, starts it, and records its id early."""
         run = subject.run()
         journal = MemoryJournal(run)
         state = await subject.backend.launch(run, journal)
-        _expect(list(subject.job_ids()) == [state.remote_id], "one job, with the id returned")
+        _expect(list(subject.job_ids()) == [state.remote_id], "one job, with the returned id")
         _expect(journal.run.remote_id == state.remote_id, "the id recorded in the journal")
         _expect(state.status not in {TrainingStatus.READY, TrainingStatus.FAILED}, "a started job")
 
     async def check_killed_anywhere_makes_one_job(self, subject: Subject) -> None:
-        """Killed at any point of a launch, the same launch repeated makes one job."""
+        """A launch killed at any point and repeated creates one job."""
         for point in range(1000):
             before = set(subject.job_ids())
             journal = MemoryJournal(subject.run(), kill_at=point)
@@ -179,7 +179,7 @@ class BackendConformance:
         return True
 
     async def check_another_process_goes_on(self, subject: Subject) -> None:
-        """A backend object that never saw the run works from its record alone."""
+        """A backend object that has never seen a run works from its record alone."""
         run = await subject.launched()
         other = subject.reopen()
         try:
@@ -192,7 +192,7 @@ class BackendConformance:
         _expect(end.status is TrainingStatus.COMPLETED, f"completed, not {end.status}")
 
     async def check_ends_are_told(self, subject: Subject) -> None:
-        """A good and a bad end are seen, with a result or a reason."""
+        """Completion and failure are reported, with a result or a reason."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
         good = await subject.backend.status(run)
@@ -205,63 +205,63 @@ class BackendConformance:
         _expect(bad.failure is not None and bool(bad.failure.message), "why it failed")
 
     async def check_statuses_agree(self, subject: Subject) -> None:
-        """Asking for many runs tells of each that stands as recorded, and nothing untrue."""
+        """`statuses` returns every run whose status is unchanged, and nothing outdated."""
         runs = [await subject.launched() for _ in range(5)]
         runs = [run.updated(await subject.backend.status(run)) for run in runs]
         gone = runs[0].model_copy(update={"id": "gone", "remote_id": _unknown(runs[0])})
         together = await subject.backend.statuses([*runs, gone])
-        _expect("gone" not in together, "nothing about a run that the provider does not know")
+        _expect("gone" not in together, "no state of a run that is unknown to the provider")
         for run in runs:
             alone = await subject.backend.status(run)
             found = together.get(run.id)
             _expect(
                 found is not None or alone.status is not run.status,
-                f"a state of {run.id}, which stands as recorded",
+                f"the unchanged state of {run.id}",
             )
         for run in runs:
             await subject.finish(str(run.remote_id))
-        told = await subject.backend.statuses(runs)
-        wrong = [name for name, state in told.items() if not state.status.is_terminal]
-        _expect(not wrong, "no old state of a run that has ended")
+        reported = await subject.backend.statuses(runs)
+        wrong = [name for name, state in reported.items() if not state.status.is_terminal]
+        _expect(not wrong, "no outdated state of a finished run")
 
     async def check_one_look_tells_state_and_log(self, subject: Subject) -> None:
-        """An observation holds the whole log so far; the next one, only what came after."""
+        """An observation includes the whole log so far; the next one only what is new."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
         seen = await subject.backend.observe(run)
         _expect(seen.state.status.is_terminal, f"the end of the run, not {seen.state.status}")
         _expect(list(seen.records) == await _collect(subject.backend, run), "the whole log")
         again = await subject.backend.observe(run, after=seen.cursor)
-        _expect(again.records == (), "nothing new behind the cursor of an ended run")
-        _expect(again.cursor == seen.cursor, "the same cursor as long as nothing is new")
+        _expect(again.records == (), "no records after the last cursor of a finished run")
+        _expect(again.cursor == seen.cursor, "the same cursor while nothing is new")
 
     async def check_stop_is_repeatable(self, subject: Subject) -> None:
-        """A stop ends the run, and stopping an ending or ended run does no harm."""
+        """A stop ends the run; stopping a stopping or finished run has no effect."""
         run = await subject.launched()
         for _ in range(2):
             await subject.backend.stop(run)
         await subject.confirm_stop(str(run.remote_id))
         state = await subject.backend.status(run)
-        while not state.status.is_terminal:  # the provider tells nobody
+        while not state.status.is_terminal:  # there is no notification
             await anyio.sleep(0.02)
             state = await subject.backend.status(run)
         _expect(state.status is TrainingStatus.CANCELLED, f"cancelled, not {state.status}")
         await subject.backend.stop(run)
 
     async def check_logs_have_no_gap_and_no_repeat(self, subject: Subject) -> None:
-        """Following ends with the run, and from any cursor the rest comes again."""
+        """Following ends with the run, and every cursor yields exactly the rest."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
-        told = await _collect(subject.backend, run, follow=True)
-        _expect(bool(told), "at least one record")
-        _expect(len({r.cursor for r in told}) == len(told), "a cursor of its own for each record")
-        _expect(told == sorted(told, key=lambda record: record.at), "records in order of time")
-        for index, record in enumerate(told):
+        records = await _collect(subject.backend, run, follow=True)
+        _expect(bool(records), "at least one record")
+        _expect(len({r.cursor for r in records}) == len(records), "a unique cursor per record")
+        _expect(records == sorted(records, key=lambda r: r.at), "records in order of time")
+        for index, record in enumerate(records):
             rest = await _collect(subject.backend, run, after=record.cursor)
-            _expect(rest == told[index + 1 :], f"the records behind number {index}")
+            _expect(rest == records[index + 1 :], f"the records after number {index}")
 
     async def check_unknown_run_is_not_found(self, subject: Subject) -> None:
-        """A run that the provider does not know is an error, whatever is asked."""
+        """Every request for an unknown run raises RunNotFound."""
         run = subject.run()
         run = run.model_copy(update={"remote_id": _unknown(await subject.launched())})
         for ask in (subject.backend.status, subject.backend.stop):
@@ -269,10 +269,10 @@ class BackendConformance:
                 await ask(run)
             except RunNotFound:
                 continue
-            raise AssertionError(f"{ask.__name__} of an unknown run raises RunNotFound")
+            raise AssertionError(f"expected {ask.__name__} of an unknown run to raise RunNotFound")
 
     async def check_lacking_verbs_are_unsupported(self, subject: Subject) -> None:
-        """A verb that is not declared raises UnsupportedOperation."""
+        """An undeclared method raises UnsupportedOperation."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
         run = run.updated(await subject.backend.status(run))
@@ -292,10 +292,10 @@ class BackendConformance:
                 await verb()
             except UnsupportedOperation:
                 continue
-            raise AssertionError("a verb that is not declared raises UnsupportedOperation")
+            raise AssertionError("expected an undeclared method to raise UnsupportedOperation")
 
     async def check_listed_runs_include_ours(self, subject: Subject) -> None:
-        """Where the provider's runs can be listed, a launched one is among them."""
+        """A launched run is included in the list of the provider's runs."""
         if not subject.backend.capabilities.lists_remote:
             return
         run = await subject.launched()
@@ -311,7 +311,7 @@ async def _collect(
 
 
 def _unknown(run: TrainingRun) -> str:
-    """Return an id of the provider's form that it never gave."""
+    """Return an id in the provider's format that it never issued."""
     known = str(run.remote_id)
     return "".join("0" if letter.isalnum() else letter for letter in known)
 

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and a server, as scripts for `LoopbackServer`."""
+"""Scripted connection and server faults for `LoopbackServer`."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class Fault:
     """Base of all faults.
 
     Attributes:
-        done: Whether the server does what it was asked to before the fault shows.
+        done: Whether the server carries out the request before the fault occurs.
     """
 
     done: bool = True
@@ -21,26 +21,26 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoseAnswer(Fault):
-    """The connection is cut after the request was carried out, before any answer."""
+    """The connection is closed after the request was carried out, before any response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropRequest(Fault):
-    """The connection is cut after the request was read; nothing was carried out."""
+    """The connection is closed after the request was read; it is not carried out."""
 
     done: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutAnswer(Fault):
-    """The answer is announced in full and ends early."""
+    """The response is truncated: its headers announce all of it."""
 
     after: int = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlowAnswer(Fault):
-    """The answer comes one byte at a time.
+    """The response arrives one byte at a time.
 
     Attributes:
         pause: Seconds between two bytes.
@@ -51,10 +51,10 @@ class SlowAnswer(Fault):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherAnswer(Fault):
-    """Something else is answered: an error, a web page, half a JSON document.
+    """A different response: an error, a web page, half a JSON document.
 
     Attributes:
-        body: Bytes, text, or what is to be written as JSON.
+        body: Bytes, text, or a value to encode as JSON.
     """
 
     status: int = 500
@@ -64,7 +64,7 @@ class OtherAnswer(Fault):
     done: bool = False
 
     def content(self) -> bytes:
-        """Return the body as it goes over the wire."""
+        """Return the body as sent over the wire."""
         if isinstance(self.body, bytes):
             return self.body
         return (self.body if isinstance(self.body, str) else json.dumps(self.body)).encode()

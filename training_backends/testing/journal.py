@@ -1,4 +1,4 @@
-"""A journal in memory that can be cut off at any point, as by a killed process."""
+"""An in-memory journal that can be interrupted at any point, as by a killed process."""
 
 import json
 from collections.abc import Awaitable, Callable, Collection
@@ -13,20 +13,20 @@ __all__ = ["Killed", "MemoryJournal"]
 
 
 class Killed(BaseException):
-    """Stands for the death of the process: nothing below may catch it."""
+    """Simulates the death of the process: no code under test may catch it."""
 
 
 class MemoryJournal:
-    """Implements `core.backend.Journal`; keeps what a store would keep.
+    """Implements `core.backend.Journal` in memory.
 
     Attributes:
         run: The record, as a store would have it.
-        quotes: Every quote that was asked about.
-        kill_at: Die at this point, counted from 0 (before, within and after each step,
-            and at each record); None never dies. Reset for every launch.
-        points: How many points were passed since then.
-        uploads: The provider's id of each content, by scope and SHA-256.
-        others: Ids of the provider's that belong to other runs.
+        quotes: Every quote submitted for approval.
+        kill_at: Raise `Killed` at this point, counted from 0 (before, within and after each step,
+            and at each record); None never does. Reset for every launch.
+        points: Number of points passed since then.
+        uploads: Provider ids of uploads, by scope and SHA-256.
+        others: Provider ids that belong to other runs.
     """
 
     def __init__(self, run: TrainingRun, *, kill_at: int | None = None) -> None:
@@ -60,7 +60,7 @@ class MemoryJournal:
                 remembered: JSONValue = json.loads(known)
                 return remembered
             if find is None and not repeatable:
-                raise AmbiguousLaunch(f"{name!r} was begun and cannot be looked for.")
+                raise AmbiguousLaunch(f"{name!r} was started, and its outcome cannot be looked up.")
             found = await find() if find is not None else None
             if found is not None:
                 return self._finish(name, found)

@@ -1,4 +1,4 @@
-"""A server of the Mistral protocol in memory, with a back door to set what happens."""
+"""An in-memory server of the Mistral protocol, with a back door for tests."""
 
 import json
 import time
@@ -28,13 +28,13 @@ from training_backends.testing.stored import (
 
 __all__ = ["ScriptedProvider", "read_form"]
 
-_OVER = frozenset({"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"})
+_TERMINAL = frozenset({"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"})
 _WAITING = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
 _T = TypeVar("_T")
 
 
-class _Refused(Exception):
-    """An error answer."""
+class _ErrorResponse(Exception):
+    """An error response."""
 
     def __init__(self, status: int, body: Any) -> None:
         super().__init__(status)
@@ -43,7 +43,7 @@ class _Refused(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class _LateCreate:
-    """A create on its way; `left` lists come before it."""
+    """A delayed create request; carried out after `left` more job lists."""
 
     left: int
     body: dict[str, Any]
@@ -51,21 +51,21 @@ class _LateCreate:
 
 
 class ScriptedProvider(LoopbackServer):
-    """Speaks the protocol; what happens beyond that, the test decides.
+    """Implements the protocol; tests control everything else.
 
     Attributes:
-        key: The only key accepted; None accepts any.
-        auto: How far jobs go by themselves, a step each time that they are looked at.
+        key: The only accepted API key; None accepts any.
+        auto: How far jobs advance by themselves, one step per request for the job.
         newest_first: Order of events and checkpoints.
-        retired: The job routes answer 410.
-        offers_no_model: A create is answered with the 422 that lists no model.
-        refuses_similar: A create is answered 409 while a job like it is not over.
-        late_creates: After how many more lists of jobs each of the next creates is carried
-            out; it is answered 504.
-        lists_lag: How many job lists do not show the newest job yet.
-        owner: For whom the jobs are noted (`StoredJob.owner`) that are asked for now.
-        clock: Unix seconds.
-        cost: The quote's cost; its currency is USD.
+        retired: Job routes respond with 410.
+        offers_no_model: A create fails with the 422 that lists no models.
+        refuses_similar: A create fails with 409 while a similar job is unfinished.
+        late_creates: For each of the next creates, the number of job lists after which it is
+            carried out; its response is a 504.
+        lists_lag: Number of job lists that do not yet include the newest job.
+        owner: Stored as `StoredJob.owner` of jobs created from now on.
+        clock: Returns Unix seconds.
+        cost: Cost in the quote, in USD.
     """
 
     key: str | None = "test-key"
@@ -91,11 +91,11 @@ class ScriptedProvider(LoopbackServer):
     # -- the back door -----------------------------------------------------------------
 
     def set_status(self, job_id: str, word: str, *, event: bool = True, **data: Any) -> None:
-        """Move a job on.
+        """Set a job's status.
 
         Args:
-            event: Whether an event tells of it.
-            data: More of the event's data, for example `error="…"`.
+            event: Whether to add an event.
+            data: Further event data, for example `error="…"`.
         """
         with self._state:
             job = self.jobs[job_id]
@@ -112,7 +112,7 @@ class ScriptedProvider(LoopbackServer):
                 job.fine_tuned_model = f"ft:{job.asked['model']}:0a1b2c3d:20260101:{job.id[:8]}"
 
     def add_checkpoint(self, job_id: str, step: int, **metrics: float | None) -> None:
-        """Let a job reach a point."""
+        """Add a checkpoint to a job."""
         with self._state:
             job = self.jobs[job_id]
             job.modified_at = self.clock()
@@ -121,14 +121,14 @@ class ScriptedProvider(LoopbackServer):
             )
 
     def add_job(self, asked: Mapping[str, Any], status: str = "RUNNING") -> str:
-        """Make a job that somebody else created."""
+        """Add a job created by another client."""
         with self._state:
             job = self._make_job(dict(asked), owner="")
             job.status = status
             return job.id
 
     def catch_up(self) -> None:
-        """Carry out all creates that are late."""
+        """Carry out all delayed creates."""
         with self._state:
             for late in self._late:
                 late.left = 0
@@ -154,8 +154,8 @@ class ScriptedProvider(LoopbackServer):
         self.set_status(job.id, "QUEUED")
         return job
 
-    def _go_on(self, job: StoredJob) -> None:
-        """Take a job one step further, as far as `auto` says."""
+    def _advance(self, job: StoredJob) -> None:
+        """Advance a job by one step, as far as `auto` allows."""
         if job.started and self.auto == "complete":
             if job.status == "QUEUED":
                 self.set_status(job.id, "RUNNING")
@@ -176,37 +176,37 @@ class ScriptedProvider(LoopbackServer):
         with self._state:
             try:
                 return self._route(request)
-            except _Refused as refusal:
+            except _ErrorResponse as refusal:
                 return refusal.reply
 
     def _carry_out_late(self) -> None:
         due = [late for late in self._late if late.left <= 0]
         self._late = [late for late in self._late if late.left > 0]
         for late in due:
-            with suppress(_Refused):  # nobody hears it
+            with suppress(_ErrorResponse):  # its client already got a 504
                 self._accept(late.body, late.owner)
 
     def _route(self, request: Received) -> Reply:
         given = request.headers.get("authorization", "")
         if not given.startswith("Bearer ") or self.key not in {None, given[7:]}:
-            raise _Refused(401, {"message": "Unauthorized", "request_id": "0"})
+            raise _ErrorResponse(401, {"message": "Unauthorized", "request_id": "0"})
         parts = request.path.strip("/").split("/")
         if parts[:2] == ["v1", "files"]:
             return self._files(request, parts[2:])
         if parts[:3] == ["v1", "fine_tuning", "jobs"]:
             if self.retired:
-                raise _Refused(410, {"detail": "Gone"})
+                raise _ErrorResponse(410, {"detail": "Gone"})
             return self._jobs(request, parts[3:])
         if parts[:2] == ["v1", "models"] or parts[:3] == ["v1", "fine_tuning", "models"]:
             return self._models(request, parts[2:] if parts[1] == "models" else parts[3:])
-        raise _Refused(404, {"detail": "Not Found"})
+        raise _ErrorResponse(404, {"detail": "Not Found"})
 
     def _files(self, request: Received, rest: list[str]) -> Reply:
         if not rest:
             return self._upload(request) if request.method == "POST" else self._list_files(request)
         file = self.files.get(rest[0])
         if file is None:
-            raise _Refused(404, {"detail": "No file matches the given query."})
+            raise _ErrorResponse(404, {"detail": "No file matches the given query."})
         if rest[1:] == ["content"]:
             return Reply(content=file.content, content_type="application/octet-stream")
         if rest[1:] == ["url"]:
@@ -251,23 +251,23 @@ class ScriptedProvider(LoopbackServer):
             return self._create(request) if request.method == "POST" else self._list_jobs(request)
         job = self.jobs.get(rest[0])
         if job is None:
-            raise _Refused(404, {"detail": "No fine tuning job matches the given query."})
+            raise _ErrorResponse(404, {"detail": "No fine tuning job matches the given query."})
         if rest[1:] == ["start"]:
             if job.status != "VALIDATED":
-                raise _Refused(422, {"detail": f"Job is {job.status}, not VALIDATED."})
+                raise _ErrorResponse(422, {"detail": f"Job is {job.status}, not VALIDATED."})
             job.started = True
             job.starts += 1
             self.set_status(job.id, "QUEUED", event=False)
         elif rest[1:] == ["cancel"]:
             self._cancel(job)
         else:
-            self._go_on(job)
+            self._advance(job)
         return _json(job.document(newest_first=self.newest_first))
 
     def _cancel(self, job: StoredJob) -> None:
         if job.status in _WAITING and not job.started:
             self.set_status(job.id, "CANCELLED")
-        elif job.status not in _OVER:
+        elif job.status not in _TERMINAL:
             self.set_status(job.id, "CANCELLATION_REQUESTED")
 
     def _list_jobs(self, request: Received) -> Reply:
@@ -296,14 +296,14 @@ class ScriptedProvider(LoopbackServer):
         try:
             JobIn.model_validate(body)
         except ValidationError as error:
-            raise _Refused(422, _field_errors(error)) from None
+            raise _ErrorResponse(422, _field_errors(error)) from None
         if self.offers_no_model or body["model"] not in self.models:
             kind = body.get("job_type") or "completion"
             offered = [] if self.offers_no_model else list(self.models)
-            raise _Refused(422, {"detail": no_model_message(kind, offered)})
+            raise _ErrorResponse(422, {"detail": no_model_message(kind, offered)})
         missing = [f for f in map(file_id_of, body["training_files"]) if f not in self.files]
         if missing:
-            raise _Refused(422, {"detail": f"Training file {missing[0]} not found."})
+            raise _ErrorResponse(422, {"detail": f"Training file {missing[0]} not found."})
         if dict(request.query).get("dry_run") == "true":
             job = StoredJob(id="", asked=body, created_at=0)
             return _json({**self._metadata(job), "deprecated": True, "details": "dry run"})
@@ -311,12 +311,12 @@ class ScriptedProvider(LoopbackServer):
             self._late.append(
                 _LateCreate(left=self.late_creates.pop(0), body=body, owner=self.owner)
             )
-            raise _Refused(504, {"detail": "The upstream server has not answered."})
+            raise _ErrorResponse(504, {"detail": "The upstream server has not answered."})
         return _json(self._accept(body, self.owner).document(detailed=False))
 
     def _accept(self, body: dict[str, Any], owner: str) -> StoredJob:
         if self.refuses_similar and any(_similar(job, body) for job in self.jobs.values()):
-            raise _Refused(409, {"detail": "A similar job is in progress."})
+            raise _ErrorResponse(409, {"detail": "A similar job is in progress."})
         return self._make_job(body, owner)
 
     def _models(self, request: Received, rest: list[str]) -> Reply:
@@ -327,7 +327,7 @@ class ScriptedProvider(LoopbackServer):
         name = rest[0]
         job = next((job for job in self.jobs.values() if job.fine_tuned_model == name), None)
         if job is None and name not in self.models:
-            raise _Refused(404, {"detail": "No model matches the given query."})
+            raise _ErrorResponse(404, {"detail": "No model matches the given query."})
         if rest[1:] == ["archive"]:
             archived = request.method == "POST"
             return _json({"id": name, "object": "model", "archived": archived})
@@ -358,7 +358,7 @@ def _seconds(text: str | None, default: float) -> float:
 
 def _similar(job: StoredJob, body: Mapping[str, Any]) -> bool:
     names = ("model", "training_files", "hyperparameters", "suffix")
-    return job.status not in _OVER and all(job.asked.get(n) == body.get(n) for n in names)
+    return job.status not in _TERMINAL and all(job.asked.get(n) == body.get(n) for n in names)
 
 
 def _field_errors(error: ValidationError) -> dict[str, Any]:
@@ -370,7 +370,7 @@ def _field_errors(error: ValidationError) -> dict[str, Any]:
 
 
 def read_form(request: Received) -> tuple[dict[str, str], str, bytes]:
-    """Read a multipart body; the file is its last part."""
+    """Parse a multipart body whose last part is the file."""
     boundary = request.headers["content-type"].partition("boundary=")[2].encode()
     fields: dict[str, str] = {}
     for part in request.body.split(b"--" + boundary)[1:-1]:
@@ -382,4 +382,4 @@ def read_form(request: Received) -> tuple[dict[str, str], str, bytes]:
         if "filename" in values:
             return fields, values["filename"].strip('"'), content
         fields[name] = content.decode()
-    raise _Refused(422, {"detail": "No file."})
+    raise _ErrorResponse(422, {"detail": "No file."})

@@ -1,4 +1,4 @@
-"""A plain HTTP/1.1 server on loopback, in threads, that breaks when it is told to."""
+"""A plain HTTP/1.1 server on loopback, in threads, with scripted faults."""
 
 import socket
 import time
@@ -29,13 +29,13 @@ _IN_MEMORY = 1_000_000
 
 @dataclass(slots=True, kw_only=True)
 class Received:
-    """A request as it came.
+    """A received request.
 
     Attributes:
-        target: Path and query as they were on the wire.
-        path: The path, decoded.
+        target: Path and query as sent.
+        path: The decoded path.
         headers: Names in lower case.
-        content: The body; on disk when it is large.
+        content: The body; on disk if large.
     """
 
     method: str
@@ -47,14 +47,14 @@ class Received:
 
     @property
     def body(self) -> bytes:
-        """The whole body."""
+        """The complete body."""
         self.content.seek(0)
         return self.content.read()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What to answer."""
+    """The response to send."""
 
     status: int = 200
     content: bytes = b""
@@ -72,12 +72,12 @@ class _Planned:
 
 
 class LoopbackServer:
-    """Serves `answer` at `base_url` while it is entered; sync, so usable from any test.
+    """Serves `answer` at `base_url` while entered; synchronous, so usable from any test.
 
     Attributes:
-        requests: Everything that was asked, in order.
-        connections: How many were opened.
-        largest_burst: Most requests that were in the works at the same time.
+        requests: All requests, in order.
+        connections: Number of connections opened.
+        largest_burst: Maximum number of concurrent requests.
     """
 
     def __init__(self, answer: Callable[[Received], Reply]) -> None:
@@ -100,14 +100,14 @@ class LoopbackServer:
         self.stop()
 
     def start(self, port: int = 0) -> None:
-        """Begin to serve; a port of 0 takes any that is free."""
+        """Start serving; port 0 picks a free port."""
         handler = type("_Bound", (_Handler,), {"owner": self})
         self._server = _Server(("127.0.0.1", port), handler)
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and cut every connection; may be started again."""
+        """Stop and close every connection; can be started again."""
         if self._server is None or self._thread is None:
             return
         self._server.shutdown()
@@ -121,10 +121,10 @@ class LoopbackServer:
 
     @property
     def port(self) -> int:
-        """Where it listens.
+        """The port it listens on.
 
         Raises:
-            RuntimeError: It is not started.
+            RuntimeError: The server is not started.
         """
         if self._server is None:
             raise RuntimeError("the server is not started")
@@ -132,7 +132,7 @@ class LoopbackServer:
 
     @property
     def base_url(self) -> str:
-        """The URL of its root, without a slash at the end."""
+        """The root URL, without a trailing slash."""
         return f"http://127.0.0.1:{self.port}"
 
     def fail(
@@ -144,40 +144,40 @@ class LoopbackServer:
         times: int = 1,
         skip: int = 0,
     ) -> None:
-        """Break the next requests that fit.
+        """Inject a fault into the next matching requests.
 
         Args:
-            method: None fits all.
-            path: The end of the path; None fits all.
-            times: How many of them.
-            skip: How many are let through before.
+            method: None matches any.
+            path: End of the path; None matches any.
+            times: Number of requests to affect.
+            skip: Number of matching requests to let through first.
         """
         with self._lock:
             self._planned.append(_Planned(fault, method, path, times, skip))
 
     def heal(self) -> None:
-        """Forget all planned faults."""
+        """Remove all planned faults."""
         with self._lock:
             self._planned.clear()
 
     def asked(self, method: str, path: str = "") -> list[Received]:
-        """Return the requests with this method whose path ends so."""
+        """Return the requests with this method whose path ends with `path`."""
         return [r for r in self.requests if r.method == method and r.path.endswith(path)]
 
     def opened(self, connection: socket.socket) -> None:
-        """Count a connection."""
+        """Track an opened connection."""
         with self._lock:
             self.connections += 1
             self._open.add(connection)
 
     def closed(self, connection: socket.socket) -> None:
-        """Forget a connection."""
+        """Stop tracking a connection."""
         with self._lock:
             self._open.discard(connection)
 
     @contextmanager
     def received(self, request: Received) -> Iterator[Fault | None]:
-        """Note a request for the time that it is worked on; give the fault planned for it."""
+        """Record a request while it is processed; yield the fault planned for it."""
         with self._lock:
             self.requests.append(request)
             self._working += 1
@@ -200,10 +200,10 @@ class LoopbackServer:
         return None
 
     def answer(self, request: Received) -> Reply:
-        """Carry a request out; a fault of the script is answered, not hidden."""
+        """Process a request; an exception in the script is returned as the response."""
         try:
             return self._answer(request)
-        except Exception:  # whatever it is, the test shall see it
+        except Exception:  # make any exception visible to the test
             return Reply(
                 status=500, content=traceback.format_exc().encode(), content_type="text/plain"
             )
@@ -215,13 +215,13 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stay silent: a client that hangs up is part of the tests."""
+        """Ignore: clients that disconnect are part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     owner: ClassVar[LoopbackServer]
-    # Head and body of an answer leave in one packet, not forty milliseconds apart.
+    # Send headers and body in one packet instead of 40 ms apart.
     wbufsize = -1
     disable_nagle_algorithm = True
 
@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base's name
-        """Write nothing."""
+        """Log nothing."""
 
     def _serve(self) -> None:
         request = self._read()
@@ -249,12 +249,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read(self) -> Received:
         parts = urlsplit(self.path)
-        content: IO[bytes] = SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # lives on
+        content: IO[bytes] = SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # kept open
         left = int(self.headers.get("content-length") or 0)
         while left > 0:
             chunk = self.rfile.read(min(left, 65_536))
             if not chunk:
-                raise ConnectionResetError("the client hung up")
+                raise ConnectionResetError("the client disconnected")
             content.write(chunk)
             left -= len(chunk)
         return Received(
@@ -311,4 +311,4 @@ def _cut(connection: socket.socket) -> None:
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # gone already
+        return  # already closed

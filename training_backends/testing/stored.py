@@ -1,4 +1,4 @@
-"""What `ScriptedProvider` keeps, and how the protocol shows it."""
+"""Files and jobs stored by `ScriptedProvider`, and their JSON representation."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +7,13 @@ __all__ = ["StoredFile", "StoredJob", "base_card", "file_id_of", "tuned_card", "
 
 
 def file_id_of(entry: Any) -> str:
-    """Return the id of an entry of training_files, bare or not."""
+    """Return the file id of an entry of training_files, an id or an object."""
     return str(entry["file_id"] if isinstance(entry, dict) else entry)
 
 
 @dataclass(slots=True, kw_only=True)
 class StoredFile:
-    """A file that was uploaded."""
+    """An uploaded file."""
 
     id: str
     filename: str
@@ -26,7 +26,7 @@ class StoredFile:
     content: bytes = field(repr=False, default=b"")
 
     def document(self) -> dict[str, Any]:
-        """Return it as the protocol shows it."""
+        """Return its JSON representation."""
         return {
             "id": self.id,
             "object": "file",
@@ -45,12 +45,12 @@ class StoredFile:
 
 @dataclass(slots=True, kw_only=True)
 class StoredJob:
-    """A job that was created.
+    """A created job.
 
     Attributes:
-        asked: The body of its create request.
+        asked: The body of the create request.
         starts: How often its start was accepted.
-        owner: Whose it is, as the test noted.
+        owner: Its owner, as set by the test.
     """
 
     id: str
@@ -72,7 +72,7 @@ class StoredJob:
         return int(max((point["step_number"] for point in self.checkpoints), default=0))
 
     def document(self, *, newest_first: bool = True, detailed: bool = True) -> dict[str, Any]:
-        """Return it as the protocol shows it."""
+        """Return its JSON representation."""
         order = -1 if newest_first else 1
         shown: dict[str, Any] = {
             "id": self.id,
@@ -113,7 +113,7 @@ class StoredJob:
 
 
 def base_card(name: str, created: int) -> dict[str, Any]:
-    """Show a model that is offered."""
+    """Return the JSON of a base model."""
     abilities = {"completion_chat": True, "fine_tuning": True}
     return {
         "id": name,
@@ -125,14 +125,14 @@ def base_card(name: str, created: int) -> dict[str, Any]:
 
 
 def tuned_card(job: StoredJob) -> dict[str, Any]:
-    """Show the model that a job made."""
+    """Return the JSON of a job's fine-tuned model."""
     assert job.fine_tuned_model is not None  # noqa: S101  # for the type checker
     card = base_card(job.fine_tuned_model, job.modified_at)
     return {**card, "type": "fine-tuned", "job": job.id, "root": job.asked["model"]}
 
 
 def tuned_model(job: StoredJob) -> dict[str, Any]:
-    """Show the model that a job made as an update answers it."""
+    """Return the JSON of a job's fine-tuned model, as in the response to an update."""
     card = tuned_card(job)
     del card["type"]
     return {

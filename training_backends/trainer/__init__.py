@@ -1,6 +1,6 @@
-"""The training program: `python -m training_backends.trainer train RUN_DIR`.
+"""The trainer: `python -m training_backends.trainer train RUN_DIR`.
 
-Started as a child process, driven only by a run directory (`rundir.directory`), imported by
-nothing. Kept libraries train (transformers' Trainer, peft); ours are the encoding and its
-loss mask, the order of the data, and what is written into the run directory.
+Runs as a child process and is controlled only through a run directory (`rundir.directory`); no
+other module imports it. transformers' Trainer and peft do the training. Encoding rows, masking
+the loss, ordering the data and writing the run directory are implemented here.
 """

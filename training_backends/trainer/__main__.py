@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _UTF_8: Final = ("utf-8", "replace")
-"""What is no Unicode, such as bytes of a terminal that were no UTF-8, becomes "?"."""
+"""Bytes that are not valid UTF-8 become "?"."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that is given; return the exit code."""
+    """Run the given command; return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) == 2 and given[0] == "train":
-        # Without argparse and the other commands: a process that is queued holds little memory.
+        # Handled without argparse and the other commands, to keep a queued process small.
         take_token()
         return when_admitted(Path(given[1]), _load_training)
     return _other(_parsed(given))
@@ -39,18 +39,18 @@ def _parsed(arguments: list[str]) -> "Namespace":
 
     parser = argparse.ArgumentParser(prog="python -m training_backends.trainer")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train what a run directory asks for")
+    training = commands.add_parser("train", help="train a run directory")
     training.add_argument("run_dir", type=Path)
-    following = commands.add_parser("follow", help="train beside a process that leads")
+    following = commands.add_parser("follow", help="train as a follower; started by the leader")
     following.add_argument("run_dir", type=Path)
     for number in ("rank", "size"):
         following.add_argument(f"--{number}", type=int, required=True)
-    sampling = commands.add_parser("sample", help="ask a model one question")
-    sampling.add_argument("model", help="tiny-mistral, a directory, or a model of the hub")
+    sampling = commands.add_parser("sample", help="generate an answer to one prompt")
+    sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
-        "--prompt", help="a question, or a classifier's text; else standard input is it"
+        "--prompt", help="the prompt, or a text to classify; default: standard input"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="makes tiny-mistral's weights")
+    sampling.add_argument("--seed", type=int, default=0, help="seed of tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
     return parser.parse_args(arguments)
 
@@ -68,7 +68,7 @@ def _other(given: "Namespace") -> int:
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
-    # Imported here: `train` must be able to queue without torch, and without what loads pydantic.
+    # Imported here: a queued `train` must not load torch or pydantic.
     from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
 
     prepare_threads()
@@ -91,10 +91,10 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     model_here = loaded.model.to(device)
     if loaded.targets:
         labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
-        told: dict[str, object] = {"labels": labels}
+        result: dict[str, object] = {"labels": labels}
     else:
-        told = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
-    print(json.dumps(told))  # noqa: T201
+        result = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
+    print(json.dumps(result))  # noqa: T201
     return int(ExitCode.DONE)
 
 

@@ -1,8 +1,8 @@
-"""Wait for a slot in little memory: only parts of the standard library are loaded until then.
+"""Wait for a slot with a small memory footprint, importing only parts of the standard library.
 
-A queued run is a process that sleeps. One that had loaded pydantic and the models of the run
-directory would hold 33 MB; this holds a third of it. So spec.json and events.jsonl are read and
-written here as plain JSON; `rundir.directory` has their models.
+A queued run is a sleeping process. With pydantic and the run directory's models loaded it would
+take 33 MB; without, it takes a third of that. That is why spec.json and events.jsonl are handled
+as plain JSON here; `rundir.directory` defines their models.
 """
 
 import json
@@ -16,20 +16,20 @@ from typing import Any, Final, NamedTuple
 
 from training_backends.core.files import append_line, hold_lock, read_lines
 from training_backends.trainer.control import StopRequest
-from training_backends.trainer.queue import Turn, hold_places, places_for
+from training_backends.trainer.queue import QueueEntry, hold_slots, slots_for
 
 __all__ = ["Admission", "when_admitted"]
 
 _BAD_INPUT: Final = 4
 _ALREADY_ACTIVE: Final = 5
-"""These two are of `rundir.directory.ExitCode`."""
+"""As in `rundir.directory.ExitCode`, which is not imported here."""
 
 
 class Admission(NamedTuple):
-    """What a training process may do once it has waited.
+    """What a training process was granted.
 
     Attributes:
-        devices: The GPUs to train on, as `CUDA_VISIBLE_DEVICES` names them; empty for the CPU.
+        devices: The GPUs to train on, as in `CUDA_VISIBLE_DEVICES`; empty for the CPU.
         error: Why it must not train: it was stopped, or the run directory cannot be used.
     """
 
@@ -40,10 +40,10 @@ class Admission(NamedTuple):
 
 
 def when_admitted(path: Path, load: Callable[[], Callable[[Admission], int]]) -> int:
-    """Wait for a run's slot, then train; return the exit code.
+    """Wait for a slot, then train; return the exit code.
 
     Args:
-        load: Imports and returns what trains; called once there is a slot.
+        load: Imports and returns the training function; called once a slot is held.
     """
     if not path.is_dir():
         print(f"{path} is not a directory", file=sys.stderr)  # noqa: T201  # the child's log
@@ -52,13 +52,13 @@ def when_admitted(path: Path, load: Callable[[], Callable[[Admission], int]]) ->
         with _admitted(path) as admission:
             return load()(admission)
     except BlockingIOError:
-        print(f"another process trains in {path}", file=sys.stderr)  # noqa: T201
+        print(f"another process is already training in {path}", file=sys.stderr)  # noqa: T201
         return _ALREADY_ACTIVE
 
 
 @contextmanager
 def _admitted(path: Path) -> Iterator[Admission]:
-    """Hold a run directory's lock and a slot for the block; wait for the slot, not for the lock.
+    """Hold the run directory's lock and a slot for the block; only the slot is waited for.
 
     Raises:
         BlockingIOError: Another process trains in this directory.
@@ -67,17 +67,17 @@ def _admitted(path: Path) -> Iterator[Admission]:
     with stop.listening(), hold_lock(path / "lock"), ExitStack() as held:
         try:
             admission = Admission(path, stop, _wait(path, stop, held))
-        except Exception as error:  # the caller writes to the run directory how it ended
+        except Exception as error:  # the caller records it in the run directory
             admission = Admission(path, stop, error=error)
         yield admission
 
 
 def _wait(path: Path, stop: StopRequest, held: ExitStack) -> tuple[str, ...]:
-    """Take a slot as spec.json asks; return its GPUs.
+    """Take the slot that spec.json asks for; return its GPUs.
 
     Raises:
-        ValueError: The spec is not valid, or asks for more GPUs than there are.
-        Stopped: A stop was requested while there was no free slot.
+        ValueError: The spec is invalid, or asks for more GPUs than this machine has.
+        Stopped: A stop was requested while waiting.
     """
     if ended := _read_object(path / "exit.json").get("status"):
         if ended == "completed":
@@ -95,24 +95,24 @@ def _wait(path: Path, stop: StopRequest, held: ExitStack) -> tuple[str, ...]:
     gpus = processes if devices else 1
     if gpus > max(1, len(devices)):
         raise ValueError(
-            f"num_processes is {gpus}, and this machine shows {len(devices)} GPUs: take fewer."
+            f"num_processes is {gpus}, but only {len(devices)} GPUs are visible: reduce it."
         )
-    places = held.enter_context(
-        hold_places(
+    slots = held.enter_context(
+        hold_slots(
             directory and Path(directory),
-            Turn(str(spec.get("run_id")), int(spec.get("priority", 0)), _waits_since(path)),
-            places_for(devices, spec.get("slots"), gpus),
+            QueueEntry(str(spec.get("run_id")), int(spec.get("priority", 0)), _waits_since(path)),
+            slots_for(devices, spec.get("slots"), gpus),
             gpus=gpus,
-            on_wait=partial(_say_position, path),
+            on_wait=partial(_report_position, path),
             should_stop=lambda: stop.requested,
         )
     )
-    chosen = tuple(place.device for place in places if place.device is not None)
+    chosen = tuple(slot.device for slot in slots if slot.device is not None)
     return devices[:gpus] if gpus > 1 and not chosen else chosen
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if the file holds none."""
+    """Read a JSON object; empty if the file contains none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -121,7 +121,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _waits_since(path: Path) -> datetime:
-    """Return since when this run waits; an earlier process of it may have begun to."""
+    """Return when this run was first queued, possibly by an earlier process of it."""
     since = datetime.now(UTC)
     for line, _ in reversed([*read_lines(path / "events.jsonl")]):
         try:
@@ -132,15 +132,15 @@ def _waits_since(path: Path) -> datetime:
                 break
             since = datetime.fromisoformat(event["at"])
         except (ValueError, KeyError, TypeError):
-            continue  # torn by a crash and closed by the next writer
+            continue  # truncated by a crash
     return since
 
 
-def _say_position(path: Path, position: int) -> None:
+def _report_position(path: Path, position: int) -> None:
     event = {
         "at": datetime.now(UTC).isoformat(),
         "name": "status",
-        "message": f"waits for a free place to train, at position {position} of the queue",
+        "message": f"Queued (position {position})",
         "data": {"status": "queued", "position": position},
     }
     append_line(path / "events.jsonl", json.dumps(event))

@@ -1,4 +1,4 @@
-"""Write checkpoints that are whole or not there, and find the newest whole one."""
+"""Write checkpoints atomically, and find the newest intact one."""
 
 import os
 import shutil
@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from training_backends.core.files import sync_directory, write_atomic
-from training_backends.rundir.checkpoints import STATE, Whole, describe_files, find_newest, step_of
+from training_backends.rundir.checkpoints import (
+    STATE,
+    IntactCheckpoint,
+    describe_files,
+    find_newest,
+    step_of,
+)
 from training_backends.rundir.directory import CheckpointState, RunDir
-from training_backends.trainer.errors import TeamLost, TrainerError, failure_of
+from training_backends.trainer.errors import ProcessLost, TrainerError, failure_of
 
 __all__ = ["newest_checkpoint", "write_checkpoint"]
 
@@ -23,20 +29,21 @@ def write_checkpoint(
     scheduled: bool,
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-N` and remove the oldest beyond `keep`.
+    """Write `checkpoints/step-N`, and remove the oldest beyond `keep`.
 
     Args:
-        fill: Writes the files into the (temporary) directory that it is given.
-        scheduled: Whether the step was due, see `CheckpointState`.
+        fill: Writes the files into the (temporary) directory it is given.
+        scheduled: Whether a checkpoint was due, see `CheckpointState`.
 
     Raises:
-        TrainerError: It cannot be written, as on a full disk; those before it are left.
+        TrainerError: The checkpoint cannot be written, for example because the disk is full;
+            earlier ones are kept.
     """
     run.checkpoints.mkdir(exist_ok=True)
     _clean(run)
     target = run.checkpoints / f"step-{step}"
     temporary = run.checkpoints / f".step-{step}.tmp"
-    with _said(step, temporary):
+    with _reported(step, temporary):
         temporary.mkdir()
         fill(temporary)
         _sync(temporary)
@@ -55,27 +62,28 @@ def write_checkpoint(
 
 
 @contextmanager
-def _said(step: int, temporary: Path) -> Iterator[None]:
-    """Say what kept a checkpoint from being written, and leave no half of it."""
+def _reported(step: int, temporary: Path) -> Iterator[None]:
+    """Report why a checkpoint could not be written, and remove the partial one."""
     try:
         yield
     except Exception as error:
         free = shutil.disk_usage(temporary.parent).free
-        # What was written of it would take the room that is missing.
+        # The partial checkpoint takes up the space that is missing.
         shutil.rmtree(temporary, ignore_errors=True)
         failure = failure_of(error)
-        if isinstance(error, TrainerError | TeamLost) or failure.kind == "out_of_memory":
+        if isinstance(error, TrainerError | ProcessLost) or failure.kind == "out_of_memory":
             raise
         raise TrainerError(
-            f"The checkpoint at step {step} cannot be written ({failure.message}), with "
-            f"{free / 1e6:,.0f} MB free on the disk. Those before it are kept: make room, resume.",
+            f"Cannot write the checkpoint at step {step}: {failure.message.rstrip('.')}. "
+            f"{free / 1e6:,.0f} MB of disk space are available, and earlier checkpoints are kept: "
+            "free some space, then resume.",
             kind="internal",
             retryable=True,
         ) from error
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that a crash leaves no half of one."""
+    """Remove a checkpoint; it is renamed first, so that a crash leaves no partial one."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
@@ -83,7 +91,7 @@ def _remove(path: Path) -> None:
 
 
 def _clean(run: RunDir) -> None:
-    """Remove what a crash has left; damaged ones only once there is a newer whole one."""
+    """Remove leftovers of a crash; damaged checkpoints only once a newer intact one exists."""
     newest = max((step_of(path) for path in run.checkpoints.glob("step-*")), default=-1)
     for path in run.checkpoints.glob(".step-*"):
         name, _, kind = path.name.removeprefix(".").rpartition(".")
@@ -100,12 +108,12 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def newest_checkpoint(run: RunDir) -> Whole | None:
-    """Return the newest whole checkpoint, or None; tell of damaged ones and set them aside."""
-    whole, damaged = find_newest(run)
+def newest_checkpoint(run: RunDir) -> IntactCheckpoint | None:
+    """Return the newest intact checkpoint, or None; report damaged ones and rename them."""
+    intact, damaged = find_newest(run)
     for each in damaged:
-        aside = each.path.with_name(f".{each.path.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        each.path.rename(aside)
-        run.add_event(each.event(whole))
-    return whole
+        renamed = each.path.with_name(f".{each.path.name}.damaged")
+        shutil.rmtree(renamed, ignore_errors=True)
+        each.path.rename(renamed)
+        run.add_event(each.event(intact))
+    return intact

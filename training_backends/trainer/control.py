@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT, or a `stop` file in the run directory."""
+"""Stop requests: SIGTERM, SIGINT, or a `stop` file in the run directory."""
 
 import signal
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from typing import Final
 
 from training_backends.rundir.directory import Event, RunDir
 
-__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped", "say_status"]
+__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped", "report_status"]
 
 
-def say_status(run: RunDir, status: str, message: str, **data: object) -> None:
-    """Append a `status` event; `data` goes beside the status."""
+def report_status(run: RunDir, status: str, message: str, **data: object) -> None:
+    """Append a `status` event; `data` is stored with the status."""
     run.add_event(Event(name="status", message=message, data={"status": status, **data}))
 
 
@@ -21,11 +21,11 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A stop was asked for before the first step of this process."""
+    """A stop was requested before this process's first step."""
 
 
 class StopRequest:
-    """Whether this process was asked to save a checkpoint and end.
+    """Whether this process was asked to save a checkpoint and exit.
 
     Args:
         file: The run directory's `stop`.
@@ -37,7 +37,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests for the block; main thread only."""
+        """Handle SIGTERM and SIGINT as stop requests for the block; main thread only."""
         before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
@@ -51,17 +51,17 @@ class StopRequest:
 
     @property
     def saves_checkpoint(self) -> bool:
-        """Whether what was learnt so far is to be kept."""
+        """Whether to save a checkpoint before exiting."""
         try:
             return self._file.read_text(encoding="ascii") != "discard"
         except FileNotFoundError:
-            return True  # a signal says nothing else
+            return True  # the default for a signal
 
     @property
     def requested(self) -> bool:
-        """Whether to stop; looks at the file too, so it also works from other machines."""
+        """Whether to stop; also checks the file, so that it works across machines."""
         return self._signalled or self._file.exists()
 
     def clear(self) -> None:
-        """Remove a request that was made of an earlier process."""
+        """Remove a request that was meant for an earlier process."""
         self._file.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens.encoders import UnusableRow
 from training_backends.trainer.errors import Stopped, TrainerError
-from training_backends.trainer.objective import Batch, Example, Reading
+from training_backends.trainer.objective import Batch, EncodedLine, Example
 
 __all__ = [
     "IGNORED",
@@ -32,43 +32,43 @@ __all__ = [
 ]
 
 IGNORED = -100
-"""The label of a token that the loss leaves out, as transformers has it."""
+"""The label of a token that is not in the loss, as in transformers."""
 
 _ASK_EVERY = 1000
 
 
 class Sample(NamedTuple):
-    """One row: ids, and labels of the same length."""
+    """An encoded row: token ids, and labels of the same length."""
 
     ids: torch.Tensor
     labels: torch.Tensor
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
+        """Number of tokens."""
         return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Several rows in one sequence, none of which sees another."""
+    """Several rows packed into one sequence, isolated from each other."""
 
     samples: tuple[Sample, ...]
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
+        """Number of tokens."""
         return sum(sample.length for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedFile:
-    """The usable rows of one file, and what was done to the others.
+    """The usable rows of a file, and counts of the others.
 
     Attributes:
-        truncated: Rows cut off at `seq_len`.
-        untrained: Rows left out because nothing in them can be learnt.
-        invalid: Rows left out because they cannot be used, as (line, reason).
+        truncated: Rows truncated to `seq_len`.
+        untrained: Rows left out because none of their tokens are in the loss.
+        invalid: Rows left out because they are invalid, as (line, reason).
     """
 
     examples: list[Any]
@@ -79,7 +79,7 @@ class LoadedFile:
 
 def load_file(
     path: Path,
-    read: Callable[[bytes, str], Reading],
+    read: Callable[[bytes, str], EncodedLine],
     *,
     name: str = "",
     should_stop: Callable[[], bool] = lambda: False,
@@ -88,10 +88,10 @@ def load_file(
 
     Args:
         read: Encodes one line, see `Objective.read`.
-        name: Tells the file from the run's others, wherever it lies.
+        name: Identifies the file within the run, independent of its path.
 
     Raises:
-        Stopped: `should_stop`, asked now and then, said so.
+        Stopped: `should_stop`, called from time to time, returned True.
         TrainerError: The file cannot be read.
     """
     examples: list[Any] = []
@@ -106,11 +106,11 @@ def load_file(
                 if not content.strip():
                     continue
                 try:
-                    example, cut = read(content, f"{name}/{number}")
+                    example, is_truncated = read(content, f"{name}/{number}")
                 except (msgspec.DecodeError, UnusableRow) as error:
                     invalid.append((number, str(error)))
                     continue
-                truncated += cut
+                truncated += is_truncated
                 if example is None:
                     untrained += 1
                 else:
@@ -121,18 +121,18 @@ def load_file(
 
 
 def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> Sample | None:
-    """Cut a row off at `seq_len`; None if no token of what is left counts."""
-    # The first token is never predicted, so it cannot count.
+    """Truncate a row to `seq_len`; None if none of the remaining tokens are in the loss."""
+    # The first token is never predicted, so it is never in the loss.
     if not any(trained[1:seq_len]):
         return None
     tokens = torch.tensor(ids[:seq_len], dtype=torch.int32)
-    counts = torch.tensor(trained[:seq_len])
-    counts[0] = False
-    return Sample(tokens, torch.where(counts, tokens, IGNORED))
+    in_loss = torch.tensor(trained[:seq_len])
+    in_loss[0] = False
+    return Sample(tokens, torch.where(in_loss, tokens, IGNORED))
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad rows on the right to the longest of them."""
+    """Pad rows on the right to the longest."""
     width = max(len(sample.ids) for sample in samples)
     ids = torch.full((len(samples), width), pad_id, dtype=torch.int64)
     labels = torch.full((len(samples), width), IGNORED, dtype=torch.int64)
@@ -146,14 +146,14 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
 
 
 def collate_packs(packs: Sequence[Pack], pad_id: int, *, flat: bool) -> Batch:
-    """Lay packs out with positions that begin anew at each row.
+    """Lay out packs, with positions that restart at each row.
 
-    transformers tells from the positions, and from the absence of a mask, which tokens may
-    see each other. Padding is a row of its own, which nobody sees.
+    transformers infers from the positions, when there is no mask, which tokens may attend to each
+    other. Padding forms a row of its own.
 
     Args:
-        flat: Put all into one line, which flash attention needs; without it a line for each
-            pack takes less memory.
+        flat: Concatenate all packs into one sequence, as flash attention requires; one sequence
+            per pack takes less memory without it.
     """
     lines = [[s for pack in packs for s in pack.samples]] if flat else [p.samples for p in packs]
     width = max(sum(sample.length for sample in line) for line in lines)
@@ -173,10 +173,10 @@ def collate_packs(packs: Sequence[Pack], pad_id: int, *, flat: bool) -> Batch:
 
 
 class Order:
-    """Which row comes when: a pure function of the seed and the position.
+    """The order of rows: a pure function of the seed and the position.
 
-    An epoch takes each file's rows as often as its weight says, whole passes first and a
-    random rest, and shuffles them together.
+    An epoch repeats each file's rows as often as its weight says: full passes first, then a random
+    remainder. All of them are shuffled together.
     """
 
     def __init__(self, rows: tuple[int, ...], weights: tuple[float, ...], seed: int) -> None:
@@ -188,32 +188,32 @@ class Order:
 
     @property
     def epoch_size(self) -> int:
-        """Rows in one epoch."""
+        """Rows per epoch."""
         return sum(self._counts)
 
     def row(self, position: int) -> int:
-        """Return the index, over all files, of the row at a position counted from the start."""
-        epoch, place = divmod(position, self.epoch_size)
+        """Return the index, across all files, of the row at a position of the run."""
+        epoch, offset = divmod(position, self.epoch_size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
-        return self._order[place]
+        return self._order[offset]
 
     def _shuffled(self, epoch: int) -> list[int]:
-        chance = random.Random(f"{self._seed}/{epoch}")  # noqa: S311  # no secret
+        rng = random.Random(f"{self._seed}/{epoch}")  # noqa: S311  # not cryptographic
         order: list[int] = []
         first = 0
         for rows, count in zip(self._rows, self._counts, strict=True):
             passes, rest = divmod(count, rows) if rows else (0, 0)
             indices = range(first, first + rows)
             order.extend(list(indices) * passes)
-            order.extend(chance.sample(indices, rest))
+            order.extend(rng.sample(indices, rest))
             first += rows
-        chance.shuffle(order)
+        rng.shuffle(order)
         return order
 
 
 class Schedule(Dataset[Any]):
-    """Every row of the whole run in the order in which it is trained on."""
+    """Every row of the whole run, in training order."""
 
     def __init__(self, examples: Sequence[Example], order: Order, length: int) -> None:
         self._examples = examples
@@ -227,20 +227,20 @@ class Schedule(Dataset[Any]):
         return self._examples[self._order.row(position)]
 
     def rows(self, position: int) -> int:
-        """Return how many rows come before a position."""
+        """Return how many rows precede a position."""
         return position
 
     def tokens(self, first: int, last: int) -> int:
-        """Return the tokens from position `first` up to `last`, exclusive."""
+        """Return the tokens from position `first` to `last`, exclusive."""
         return sum(self[position].length for position in range(first, last))
 
 
 class PackedSchedule(Schedule):
-    """The same rows in the same order, as many to a sequence as fit into it.
+    """The same rows in the same order, with as many per sequence as fit.
 
     Args:
-        rows: Rows of the run; the last batch is filled up with those that would come next.
-        steps: Optimizer steps of the run, in place of `rows`.
+        rows: Rows of the run; the last batch is filled up with the rows that come next.
+        steps: Optimizer steps of the run, instead of `rows`.
     """
 
     def __init__(
@@ -256,16 +256,16 @@ class PackedSchedule(Schedule):
         self._first = array("q", [0])
         lengths = [example.length for example in examples]
         position = filled = 0
-        wanted = None if steps is None else steps * batch_size
+        target_packs = None if steps is None else steps * batch_size
         while True:
             length = lengths[order.row(position)]
             if filled and filled + length > seq_len:
                 self._first.append(position)
                 filled = 0
                 packs = len(self._first) - 1
-                if wanted is None and rows is not None and position >= rows:
-                    wanted = -(-packs // batch_size) * batch_size
-                if wanted is not None and packs >= wanted:
+                if target_packs is None and rows is not None and position >= rows:
+                    target_packs = -(-packs // batch_size) * batch_size
+                if target_packs is not None and packs >= target_packs:
                     break
             filled += length
             position += 1
@@ -277,5 +277,5 @@ class PackedSchedule(Schedule):
         return Pack(tuple(self._samples[self._order.row(row)] for row in range(first, last)))
 
     def rows(self, position: int) -> int:
-        """Return how many rows come before a position."""
+        """Return how many rows precede a position."""
         return self._first[position]

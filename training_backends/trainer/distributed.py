@@ -1,9 +1,9 @@
-"""Several processes that train one model together, each on a GPU of its own.
+"""Data-parallel training with one process per GPU.
 
-One of them leads: it holds the run directory, tells of the run, hears requests to stop, and has
-started the others, which follow it. Each takes its part of every step's rows; the gradients are
-summed, so that what is learnt is what one process would learn. Each keeps the optimizer's state
-of its part of the weights, updates these and hands them on (stage 1 of ZeRO).
+The leader holds the run directory, writes events and metrics, handles stop requests, and has
+started the others, its followers. Each process computes its share of every step's rows, and the
+gradients are summed, so that the result equals single-process training. Each keeps the optimizer
+state of its shard of the weights, updates those and broadcasts them (ZeRO stage 1).
 """
 
 import os
@@ -17,30 +17,30 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import distributed
 
-from training_backends.trainer.errors import TeamLost, is_out_of_memory
+from training_backends.trainer.errors import ProcessLost, is_out_of_memory
 
-__all__ = ["ALONE", "Team", "Update"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "ShardedUpdate"]
 
 T = TypeVar("T")
 
 _PATIENCE: Final = timedelta(hours=1)
-"""How long one may wait for another, such as for a checkpoint to be written; one that has died
-is noticed at once, by its pipe."""
+"""Maximum wait for another process, for example while a checkpoint is written. A dead process is
+noticed at once, by its pipe.
+"""
 _BUCKET: Final = 1 << 24
-"""Values that are sent together."""
+"""Values per transfer."""
 _HERE: Final = "127.0.0.1"
 
 
-class Team:
-    """The processes of a run as one of them sees them; by default it is alone.
+class ProcessGroup:
+    """The processes of a run, as seen from one of them; by default a single process.
 
-    Whatever they do together raises `TeamLost` where one of them is gone.
+    Collective operations raise `ProcessLost` if another process has died.
 
     Args:
-        rank: Its number; 0 leads.
-        size: How many there are.
-        port: Where the leader's store listens, on this machine only; None for the leader, which
-            opens one.
+        rank: Number of this process; 0 is the leader.
+        size: Number of processes.
+        port: Local port of the leader's store; None in the leader, which opens one.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, port: int | None = None) -> None:
@@ -51,24 +51,24 @@ class Team:
             self._store = _open_store(size, port)
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes the run directory."""
+    def is_leader(self) -> bool:
+        """Whether this process writes the run directory."""
         return self.rank == 0
 
     @property
     def port(self) -> int:
-        """Where the others find the leader."""
+        """Port on which the followers reach the leader."""
         return int(self._store.port) if self._store else 0
 
-    def meet(self, device: torch.device) -> None:
-        """Wait until all have loaded the model."""
+    def connect(self, device: torch.device) -> None:
+        """Wait until all processes have loaded the model."""
         if self._store is None:
             return
-        # All are on this machine, whose name need not lead to it.
+        # All processes are on this machine, whose hostname may not resolve to it.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         on_gpu = device.type == "cuda"
-        with _together():
+        with _collective():
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=self._store,
@@ -78,113 +78,113 @@ class Team:
                 device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
             )
 
-    def part(self) -> None:
-        """Leave, so that this process can train alone again."""
+    def disconnect(self) -> None:
+        """Leave the group, so that this process can continue alone."""
         if self._store is not None and distributed.is_initialized():
-            with suppress(RuntimeError):  # the others may have gone
+            with suppress(RuntimeError):  # the others may have exited
                 distributed.destroy_process_group()
 
-    def share(self, examples: Sequence[T]) -> Sequence[T]:
-        """Return the part of something that is this process's to do."""
+    def shard(self, examples: Sequence[T]) -> Sequence[T]:
+        """Return this process's share of a sequence."""
         return examples[self.rank :: self.size]
 
-    def join(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """Put together again what was shared out."""
-        whole: list[T] = [shares[0][0]] * sum(map(len, shares)) if shares[0] else []
+    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """Reassemble a sequence from the shares of all processes."""
+        joined: list[T] = [shares[0][0]] * sum(map(len, shares)) if shares[0] else []
         for rank, share in enumerate(shares):
-            whole[rank :: self.size] = share
-        return whole
+            joined[rank :: self.size] = share
+        return joined
 
-    def tell(self, value: T) -> T:
-        """Return the leader's value to all."""
+    def broadcast(self, value: T) -> T:
+        """Return the leader's value in every process."""
         if self._store is None:
             return value
-        told = [value]
-        with _together():
-            distributed.broadcast_object_list(told, src=0)
-        return told[0]
+        values = [value]
+        with _collective():
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def gather(self, value: T) -> list[T]:
-        """Return everybody's value to all."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes in every process."""
         if self._store is None:
             return [value]
         values: list[Any] = [None] * self.size
-        with _together():
+        with _collective():
             distributed.all_gather_object(values, value)
         return values
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put in place of each tensor its sum over all."""
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor with its sum over all processes."""
         if self._store is None:
             return
         for bucket in _buckets(tensors):
-            joined = _joined(bucket)
-            with _together():
+            joined = _flatten(bucket)
+            with _collective():
                 distributed.all_reduce(joined)
-            _part(joined, bucket)
+            _unflatten(joined, bucket)
 
 
-ALONE: Final = Team()
+SINGLE_PROCESS: Final = ProcessGroup()
 
 
 def _open_store(size: int, port: int | None) -> Any:
-    store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # is there
-    settled = {"world_size": size, "wait_for_workers": False, "timeout": _PATIENCE}
+    store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # missing from the stubs
+    options = {"world_size": size, "wait_for_workers": False, "timeout": _PATIENCE}
     if port is not None:
-        return store(_HERE, port, **settled)
-    # Left to itself the store would listen to other machines as well.
+        return store(_HERE, port, **options)
+    # By default the store would listen on all interfaces.
     with socket.create_server((_HERE, 0)) as listener:
         port = listener.getsockname()[1]
-        return store(_HERE, port, is_master=True, master_listen_fd=listener.detach(), **settled)
+        return store(_HERE, port, is_master=True, master_listen_fd=listener.detach(), **options)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Tell the end of another process from this one's own failures."""
+def _collective() -> Iterator[None]:
+    """Distinguish the death of another process from errors of this one."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise TeamLost(str(error)) from error
+        raise ProcessLost(str(error)) from error
 
 
-class Update:
-    """Who updates which weights, and how the others get them.
+class ShardedUpdate:
+    """Assigns each weight to the process that updates it, and distributes the updates.
 
     Args:
-        weights: All that are trained, in the same order everywhere.
+        weights: All trained weights, in the same order in every process.
     """
 
-    def __init__(self, team: Team, weights: Sequence[torch.Tensor]) -> None:
-        self._team = team
-        self._parts: list[list[torch.Tensor]] = [[] for _ in range(team.size)]
-        loads = [0] * team.size
+    def __init__(self, group: ProcessGroup, weights: Sequence[torch.Tensor]) -> None:
+        self._group = group
+        self._parts: list[list[torch.Tensor]] = [[] for _ in range(group.size)]
+        loads = [0] * group.size
         for weight in sorted(weights, key=torch.Tensor.numel, reverse=True):
             least = loads.index(min(loads))
             self._parts[least].append(weight)
             loads[least] += weight.numel()
 
-    def divide(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimizer update only this process's part, and hand it on after each step."""
-        ours = {id(weight) for weight in self._parts[self._team.rank]}
+    def shard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restrict an optimizer to this process's shard, and broadcast it after each step."""
+        own = {id(weight) for weight in self._parts[self._group.rank]}
         for group in optimizer.param_groups:
-            group["params"] = [weight for weight in group["params"] if id(weight) in ours]
-        optimizer.register_step_post_hook(lambda *_: self._hand_on())
+            group["params"] = [weight for weight in group["params"] if id(weight) in own]
+        optimizer.register_step_post_hook(lambda *_: self._broadcast())
 
     @torch.no_grad()
-    def _hand_on(self) -> None:
+    def _broadcast(self) -> None:
         for owner, weights in enumerate(self._parts):
             for bucket in _buckets(weights):
-                joined = _joined(bucket)
-                with _together():
+                joined = _flatten(bucket)
+                with _collective():
                     distributed.broadcast(joined, src=owner)
-                if owner != self._team.rank:
-                    _part(joined, bucket)
+                if owner != self._group.rank:
+                    _unflatten(joined, bucket)
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Put small tensors of one kind together: each sending takes its time."""
+    """Group small tensors of one dtype: every transfer has a fixed cost."""
     bucket: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
@@ -197,13 +197,13 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-def _joined(bucket: Sequence[torch.Tensor]) -> torch.Tensor:
+def _flatten(bucket: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(bucket) == 1 and bucket[0].is_contiguous():
-        return bucket[0].detach()  # itself, for it may be large
+        return bucket[0].detach()  # no copy: it may be large
     return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
 
 
-def _part(joined: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:
+def _unflatten(joined: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:
     if joined.data_ptr() == bucket[0].data_ptr():
         return
     for tensor, values in zip(

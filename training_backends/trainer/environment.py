@@ -1,4 +1,4 @@
-"""Which GPUs this process may use, told without loading torch."""
+"""Set up the process environment, and list its GPUs, before torch is loaded."""
 
 import logging
 import os
@@ -23,28 +23,28 @@ __all__ = [
 
 
 def take_token() -> None:
-    """Read the token from standard input if that is where it is, for the hub's library.
+    """Read the Hub token from standard input, if the parent sent one there.
 
-    What is set here does not show in the environment that the system tells of a process.
+    A variable set here does not appear in `/proc/PID/environ`.
     """
     if os.environ.pop(ON_STDIN, None):
         os.environ["HF_TOKEN"] = sys.stdin.buffer.readline().decode().strip()
 
 
 def environment_without_token() -> dict[str, str]:
-    """Return the environment for a process that is started here, which shows what it gets."""
+    """Return the environment for child processes, whose environment is readable."""
     return {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
 
 
 def prepare_imports(model: str = "") -> None:
-    """Have only those libraries loaded that a model can need, and without a word.
+    """Skip imports that a model never needs, and silence their warnings.
 
-    peft loads bitsandbytes wherever it is installed: most of a second, and on some processors a
-    warning that a further package would be faster. The built-in model is never quantized.
+    peft imports bitsandbytes wherever it is installed, which takes most of a second and logs a
+    warning about a missing package on some CPUs. The built-in model is never quantized.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if model == TINY_MODEL:
-        # The import system's own way to say that there is no such module.
+        # None marks a module as missing to the import system.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
@@ -52,44 +52,44 @@ _ENOUGH_FOR_SMALL: Final = 4
 
 
 def prepare_threads() -> None:
-    """Let idle threads sleep instead of spin; has an effect only before torch is loaded.
+    """Let idle OpenMP threads sleep instead of spin; must run before torch is loaded.
 
-    On a busy machine spinning threads wait for one that is not running: measured on two
-    cores shared with other work, steps took up to five times as long.
+    On a busy machine, spinning threads delay the thread they wait for: steps took up to five times
+    as long, measured on two cores shared with other work.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def thread_count(*, small: bool, processes: int = 1) -> int:
-    """Return how many threads to compute with: what the user set, or all processors.
+    """Return the number of compute threads: `OMP_NUM_THREADS` if set, else all CPUs.
 
     Args:
         small: The model is so small that more than a few threads slow it down.
-        processes: How many share the processors.
+        processes: Number of processes that share the CPUs.
     """
-    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted):
-        return int(wanted)
-    ours = max(1, len(os.sched_getaffinity(0)) // processes)
-    return min(ours, _ENOUGH_FOR_SMALL) if small else ours
+    if (requested := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(requested):
+        return int(requested)
+    available = max(1, len(os.sched_getaffinity(0)) // processes)
+    return min(available, _ENOUGH_FOR_SMALL) if small else available
 
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 
 _PATIENCE: Final = 20.0
-"""Seconds; a driver that sleeps takes some to wake up."""
+"""Seconds; a suspended driver takes some time to wake up."""
 _GPU: Final = re.compile(r"GPU (\d+):")
 _MIG: Final = re.compile(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)")
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the names by which `CUDA_VISIBLE_DEVICES` would choose each GPU; () without any.
+    """Return the visible GPUs, as in `CUDA_VISIBLE_DEVICES`; () if there are none.
 
-    What that variable says already counts; otherwise the driver's own list does.
+    Takes that variable if it is set, else the driver's list.
     """
     chosen = environ.get(VISIBLE)
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",")]
-        # What stands behind a name that is none is ignored, as CUDA does.
+        # CUDA ignores everything after an invalid name.
         end = next((at for at, name in enumerate(names) if name in {"", "-1"}), len(names))
         return tuple(names[:end])
     return _listed(_ask_driver())
@@ -98,7 +98,7 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
 def _ask_driver() -> str:
     try:
         done = subprocess.run(
-            ["nvidia-smi", "-L"],  # noqa: S607  # wherever the driver has put it
+            ["nvidia-smi", "-L"],  # noqa: S607  # its path depends on the driver
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
@@ -111,7 +111,7 @@ def _ask_driver() -> str:
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """Read the driver's list: a line a GPU, below it a line for each part that it is cut into."""
+    """Parse `nvidia-smi -L`: a line per GPU, followed by a line for each of its MIG devices."""
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         if gpu := _GPU.match(line):

@@ -1,4 +1,4 @@
-"""Why a training process ended early, in the words of a run's `Failure`."""
+"""Map the exception that ended a training process to a `Failure` and an exit code."""
 
 import errno
 
@@ -8,11 +8,18 @@ from training_backends.rundir.directory import ExitCode
 from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import Stopped
 
-__all__ = ["Stopped", "TeamLost", "TrainerError", "exit_code_of", "failure_of", "is_out_of_memory"]
+__all__ = [
+    "ProcessLost",
+    "Stopped",
+    "TrainerError",
+    "exit_code_of",
+    "failure_of",
+    "is_out_of_memory",
+]
 
 
 class TrainerError(Exception):
-    """The run cannot go on; says why in a `Failure` and with which exit code."""
+    """The run cannot continue; carries a `Failure` and an exit code."""
 
     def __init__(
         self,
@@ -28,40 +35,40 @@ class TrainerError(Exception):
         self.code = code if code is not None else default
 
 
-class TeamLost(Exception):
-    """Another process that trains with this one is gone, or does not answer."""
+class ProcessLost(Exception):
+    """Another process of the distributed run has died or does not respond."""
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
-    """Return the exit code of a process that ends with this exception."""
+    """Return the exit code for a process that ends with this exception."""
     if isinstance(error, TrainerError):
         return error.code
     return ExitCode.BAD_INPUT if isinstance(error, TokenizerError) else ExitCode.CRASHED
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Describe in a `Failure` why a run ended with this exception."""
+    """Describe this exception as a `Failure`."""
     if isinstance(error, TrainerError):
         return error.failure
     if isinstance(error, TokenizerError):
         return Failure(kind="validation", message=str(error))
-    if isinstance(error, TeamLost):
-        message = f"A process that trains with this one does not answer: {first_line(error)}"
+    if isinstance(error, ProcessLost):
+        message = f"Lost contact with another training process: {first_line(error)}"
         return Failure(kind="lost", message=message, retryable=True)
     if is_out_of_memory(error):
         message = (
             f"Out of memory: {first_line(error)} "
-            "Lower batch_size, micro_batch_size or seq_len, or train a smaller model."
+            "Reduce batch_size, micro_batch_size or seq_len, or use a smaller model."
         )
         return Failure(kind="out_of_memory", message=message)
     if _is_disk_full(error):
-        message = "The disk is full. Free some space and resume from the last checkpoint."
+        message = "The disk is full. Free some space, then resume from the last checkpoint."
         return Failure(kind="internal", message=message, retryable=True)
     return Failure(kind="internal", message=f"{type(error).__name__}: {first_line(error)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out, of the GPU or of the machine."""
+    """Return whether the exception means that GPU or host memory ran out."""
     # torch raises OutOfMemoryError on a GPU, but a plain RuntimeError for the CPU allocator.
     text = str(error)
     return (
@@ -74,6 +81,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    # safetensors writes in Rust and raises an error of its own, with the system's words.
+    # safetensors writes from Rust and raises its own error type with the system's message.
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or "No space left on device" in str(error)

@@ -1,4 +1,4 @@
-"""Ask a model one question, greedily, so that the answer is always the same."""
+"""Generate an answer to one prompt with greedy decoding, which is deterministic."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ __all__ = ["answer", "evaluating"]
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout and gradients off for the block; afterwards the model is as it was."""
+    """Disable dropout and gradients for the block, then restore the previous mode."""
     training = model.training
     model.eval()
     try:
@@ -24,10 +24,10 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
-    """Return what a model says to a user's message.
+    """Return the model's answer to a user message.
 
     Args:
-        max_tokens: Longest answer.
+        max_tokens: Maximum length of the answer.
     """
     ids = encoder.prompt(prompt)
     start = torch.tensor([ids], device=model.device)
@@ -41,5 +41,5 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
             pad_token_id=encoder.pad_id,
             eos_token_id=encoder.eos_id,
         )
-    said = [int(token) for token in out[0, len(ids) :]]
-    return encoder.decode([token for token in said if token != encoder.eos_id])
+    generated = [int(token) for token in out[0, len(ids) :]]
+    return encoder.decode([token for token in generated if token != encoder.eos_id])

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our batches, loss and checkpoints."""
+"""transformers' Trainer with this package's batches, loss and checkpoints."""
 
 import math
 import os
@@ -25,13 +25,13 @@ from training_backends.rundir.directory import Event, MetricsRow, RunDir, RunSpe
 from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.data import Order, PackedSchedule, Schedule
-from training_backends.trainer.distributed import ALONE, Team, Update
+from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup, ShardedUpdate
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch, peak_memory
 from training_backends.trainer.models import save_model
 from training_backends.trainer.objective import (
-    Judged,
+    BatchLoss,
     Means,
     Objective,
     Totals,
@@ -39,11 +39,11 @@ from training_backends.trainer.objective import (
     weigh,
 )
 
-__all__ = ["EngineTrainer", "Plan", "Reporter", "Validation", "arguments_for", "precision_for"]
+__all__ = ["Plan", "Reporter", "ScheduleTrainer", "Validation", "arguments_for", "precision_for"]
 
 
 class Validation:
-    """A fixed set of rows to measure a model on."""
+    """The validation rows, and how to measure a model on them."""
 
     def __init__(
         self,
@@ -53,22 +53,22 @@ class Validation:
         *,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._model = model
         self._objective = objective
         self._examples = examples
-        self._team = team
+        self._group = group
         self._micro = micro
         self._precision = precision
 
     def measure(self) -> Means | None:
-        """Return loss and accuracy, each over all that counts; None without rows.
+        """Return the mean loss and accuracy; None without validation rows.
 
-        Uses no random numbers, so that a run is the same with and without it.
+        Draws no random numbers, so that validation does not change the run.
         """
-        totals = Totals(self._objective, self._team)
-        examples = self._team.share(longest_first(self._examples))
+        totals = Totals(self._objective, self._group)
+        examples = self._group.shard(longest_first(self._examples))
         done = 0
         with evaluating(self._model), self._precision:
             while done < len(examples):
@@ -76,8 +76,8 @@ class Validation:
                 def work(size: int, first: int = done) -> int:
                     chunk = examples[first : first + size]
                     batch = self._objective.collate(chunk)
-                    there = {key: value.to(self._model.device) for key, value in batch.items()}
-                    totals.add(self._objective.judge(self._model, there))
+                    on_device = {key: value.to(self._model.device) for key, value in batch.items()}
+                    totals.add(self._objective.compute_loss(self._model, on_device))
                     return first + len(chunk)
 
                 done = self._micro.attempt(work)
@@ -85,13 +85,13 @@ class Validation:
 
 
 _LOGGED_STEPS = 2000
-"""A longer run logs every n-th step, so that it writes about as many lines."""
+"""Longer runs log every n-th step, for about this many rows of metrics."""
 _FEWEST_BETWEEN = 10
-"""Steps between two checkpoints, as hosted services have it; none is told of sooner."""
+"""Minimum steps between two checkpoints, as with hosted services."""
 
 
 class Plan:
-    """A run's length and rhythm; the same for every process that works on it.
+    """The length of a run, and when it logs and saves; the same in every process.
 
     Attributes:
         examples: The rows of all files.
@@ -124,7 +124,7 @@ class Plan:
         )
 
     def is_checkpoint(self, step: int) -> bool:
-        """Tell whether a checkpoint is due; always at the last step."""
+        """Return whether a checkpoint is due at `step`; always at the last step."""
         return step % self.checkpoint_every == 0 or step == self.total_steps
 
     def checkpoint_before(self, step: int) -> int:
@@ -132,15 +132,15 @@ class Plan:
         return (step - 1) // self.checkpoint_every * self.checkpoint_every
 
     def is_logged(self, step: int) -> bool:
-        """Tell whether a line of metrics is due."""
+        """Return whether metrics are due at `step`."""
         return step % self.log_every == 0 or step == 1
 
     def epoch(self, step: int) -> float:
-        """Return how often the data was seen by the end of `step`."""
+        """Return the epochs completed by the end of `step`."""
         return self.schedule.rows(step * self._batch_size) / self.order.epoch_size
 
     def tokens(self, step: int) -> int:
-        """Return the tokens read by the end of `step`; ask in rising order."""
+        """Return the tokens read by the end of `step`; call with increasing steps."""
         known, total = self._counted
         total += self.schedule.tokens(known * self._batch_size, step * self._batch_size)
         self._counted = (step, total)
@@ -148,7 +148,7 @@ class Plan:
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
-    """Decides at each step what is due, and writes down what came of it."""
+    """Tells the Trainer what is due after each step, and writes metrics and events."""
 
     def __init__(
         self,
@@ -159,19 +159,19 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         validation: Validation,
         stop: StopRequest,
         device: torch.device,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._run = run
         self._plan = plan
         self._validation = validation
         self._has_accuracy = objective.has_accuracy
         self._stop = stop
-        self._team = team
+        self._group = group
         self._device = device
         self._losses = {row.step: row.train_loss for row, _ in run.read_metrics()}
         self._measured: dict[str, float] = {}
         self._since: tuple[float, int] | None = None  # seconds, tokens
-        self.trained = Totals(objective, team)
+        self.trained = Totals(objective, group)
         self.stopped = False
 
     def on_step_begin(
@@ -181,7 +181,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         control: TrainerControl,
         **others: Any,
     ) -> None:
-        """Start the clock, if it stands since the row of metrics before."""
+        """Restart the clock after a row of metrics was written."""
         del args, control, others
         if self._since is None:
             self._since = time.perf_counter(), self._plan.tokens(state.global_step)
@@ -193,13 +193,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         control: TrainerControl,
         **others: Any,
     ) -> None:
-        """Ask the trainer for a log line, a checkpoint, the end."""
+        """Tell the Trainer whether to log, save or stop."""
         del args, others
         step = state.global_step
         last = step >= self._plan.total_steps
-        asked = not last and self._stop.requested
-        saves = asked and self._stop.saves_checkpoint
-        self.stopped, saves = self._team.tell((asked, saves))
+        stop_requested = not last and self._stop.requested
+        saves = stop_requested and self._stop.saves_checkpoint
+        self.stopped, saves = self._group.broadcast((stop_requested, saves))
         control.should_save = self._plan.is_checkpoint(step) or saves
         control.should_log = self._plan.is_logged(step) or control.should_save
         control.should_training_stop = last or self.stopped
@@ -212,18 +212,18 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         logs: dict[str, float] | None = None,
         **others: Any,
     ) -> None:
-        """Write the step's metrics, with the validation's where a checkpoint is due."""
+        """Write the step's metrics, including validation metrics at checkpoints."""
         del args, control, others
         if not logs or "loss" not in logs:
-            return  # the summary at the end, which says nothing new
+            return  # the Trainer's final summary
         step, loss = state.global_step, float(logs["loss"])
         grad_norm = float(logs["grad_norm"]) if "grad_norm" in logs else None
-        # Such gradients have made weights of their kind, though the loss is of before.
-        for name, value in (("loss", loss), ("norm of the gradients", grad_norm or 0.0)):
+        # The loss is from before the update, which infinite gradients have already ruined.
+        for name, value in (("loss", loss), ("gradient norm", grad_norm or 0.0)):
             if not math.isfinite(value):
                 raise TrainerError(
                     f"The {name} is {value} at step {step}: the training diverged. "
-                    "Lower the learning rate.",
+                    "Reduce the learning rate.",
                     kind="internal",
                 )
         speed = self._tokens_per_second(step)
@@ -248,7 +248,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         self._measured = measured
 
     def _tokens_per_second(self, step: int) -> float | None:
-        # Asked for behind the loss, which waits for the GPU.
+        # Called after the loss was read, which synchronizes with the GPU.
         if self._since is None:
             return None
         start, before = self._since
@@ -265,10 +265,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         return _finite(measured), _staged("valid", found)
 
     def checkpoint_metrics(self, step: int) -> dict[str, float]:
-        """Return what a checkpoint at `step` is known by.
+        """Return the metrics stored with the checkpoint at `step`.
 
-        `train_loss` is the step's own, as in its row of metrics; `mean_train_loss` is the mean
-        over the steps since the checkpoint before.
+        `train_loss` is the loss of that step; `mean_train_loss` is the mean since the previous
+        checkpoint.
         """
         first = self._plan.checkpoint_before(step)
         losses = [loss for at, loss in self._losses.items() if first < at <= step]
@@ -278,12 +278,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         return found | self._measured
 
     def checkpoint_saved(self, step: int, name: str, metrics: dict[str, float]) -> None:
-        """Tell of a new checkpoint."""
-        said = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        """Report a new checkpoint."""
+        values = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         self._run.add_event(
             Event(
                 name="checkpoint",
-                message=f"checkpoint at step {step}: {said}",
+                message=f"Checkpoint saved at step {step}: {values}",
                 step=step,
                 data={"path": f"checkpoints/{name}", "metrics": metrics},
             )
@@ -296,12 +296,12 @@ def _staged(stage: str, means: Means | None) -> dict[str, float]:
 
 
 def _finite(measures: dict[str, float]) -> dict[str, float]:
-    """Leave out what JSON has no number for; a loss that is none ends the run elsewhere."""
+    """Drop NaN and infinite values, which JSON cannot represent."""
     return {name: value for name, value in measures.items() if math.isfinite(value)}
 
 
 def precision_for(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Return the context in which a model computes in `dtype`."""
+    """Return the autocast context for computing in `dtype`."""
     if dtype == torch.float32:
         return nullcontext()
     context: AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
@@ -309,21 +309,21 @@ def precision_for(device: torch.device, dtype: torch.dtype) -> AbstractContextMa
 
 
 class _Rows:
-    """A step's examples; a type that the Trainer's loaders hand on as it is."""
+    """A step's examples, in a type that the Trainer's data loader passes through unchanged."""
 
     def __init__(self, examples: list[Any]) -> None:
         self.examples = examples
 
 
-class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
-    """Trains over a schedule that is already in order, as one long epoch.
+class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
+    """Trains over an already ordered schedule, as a single long epoch.
 
-    A batch of the Trainer's is a whole optimizer step. It is cut into micro-batches here, so
-    that a step which ran out of memory can begin again in smaller ones. The Trainer knows of no
-    other process; those of a team share each step's rows, see `team`.
+    One batch of the Trainer is one optimizer step. It is split into micro-batches here, so that a
+    step that ran out of memory can be retried with smaller ones. The Trainer itself is not aware
+    of other processes; in a distributed run they share each step's rows, see `distributed`.
 
     Args:
-        fill: Writes what else a checkpoint needs into the directory that it is given.
+        fill: Writes the additional checkpoint files into the given directory.
     """
 
     def __init__(
@@ -339,7 +339,7 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         precision: AbstractContextManager[None],
         arguments: TrainingArguments,
         fill: Callable[[Path], None],
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__(
             model=model,
@@ -357,90 +357,90 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
         self._micro = micro
         self._precision = precision
         self._fill_more = fill
-        self._team = team
+        self._group = group
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The schedule has the order; resuming skips the batches that were seen.
+        # The schedule is already ordered; resuming skips the batches already trained on.
         return SequentialSampler(train_dataset or self._plan.schedule)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: torch.device) -> None:
-        del batch_samples, device  # counted where the step is cut up
+        del batch_samples, device  # counted in `_attempt_step`
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer; in a team it has this process's part of the weights."""
+        """Create the optimizer; in a distributed run, for this process's shard of the weights."""
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if is_new and self._team.size > 1:
-            Update(self._team, self._trained()).divide(optimizer)
+        if is_new and self._group.size > 1:
+            ShardedUpdate(self._group, self._trained()).shard(optimizer)
         return optimizer
 
     def _trained(self) -> list[torch.Tensor]:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def training_step(self, model: Any, inputs: _Rows, num_items_in_batch: Any = None) -> Any:
-        """Return the loss of a step, its gradients computed."""
+        """Compute a step's loss and gradients; return the loss."""
         del num_items_in_batch
         model.train()
-        if self._team.size > 1:
-            # Nobody saves what the others drew, so it follows from the step.
-            place = f"{self._spec.seed}/{self.state.global_step}/{self._team.rank}"
-            torch.manual_seed(random.Random(place).getrandbits(63))  # noqa: S311  # no secret
-        chance = _random_state()
+        if self._group.size > 1:
+            # Checkpoints store only the leader's random state: derive it from the step instead.
+            place = f"{self._spec.seed}/{self.state.global_step}/{self._group.rank}"
+            torch.manual_seed(random.Random(place).getrandbits(63))  # noqa: S311  # not cryptographic
+        rng_state = _random_state()
 
         def undo() -> None:
             model.zero_grad()
-            _set_random_state(chance)
+            _set_random_state(rng_state)
 
-        loss, judged = self._micro.attempt(
+        loss, result = self._micro.attempt(
             lambda size: self._attempt_step(model, inputs.examples, size), undo
         )
-        for each in judged:
+        for each in result:
             self._reporter.trained.add(each)
-        if self._team.size > 1:
-            self._add_up(loss)
+        if self._group.size > 1:
+            self._sum_gradients(loss)
         return loss
 
-    def _add_up(self, loss: torch.Tensor) -> None:
+    def _sum_gradients(self, loss: torch.Tensor) -> None:
         weights = self._trained()
         unused = [n for n, weight in enumerate(weights) if weight.grad is None]
         users = torch.ones(len(weights), device=loss.device)
-        for n in unused:  # by this process's rows
+        for n in unused:  # in this process
             users[n] = 0
             weights[n].grad = torch.zeros_like(weights[n])
-        self._team.add_up([loss, users, *(w.grad for w in weights if w.grad is not None)])
+        self._group.all_reduce([loss, users, *(w.grad for w in weights if w.grad is not None)])
         for n in unused:
-            if not users[n]:  # an optimizer would let such weights decay
+            if not users[n]:  # otherwise weight decay would still apply
                 weights[n].grad = None
 
     def _attempt_step(
         self, model: Any, examples: Sequence[Any], size: int
-    ) -> tuple[torch.Tensor, list[Judged]]:
+    ) -> tuple[torch.Tensor, list[BatchLoss]]:
         counts = self._objective.count(examples)
-        examples = self._team.share(longest_first(examples))
+        examples = self._group.shard(longest_first(examples))
         total = torch.zeros((), device=self.args.device)
         found = []
         for first in range(0, len(examples), size):
             batch = self._objective.collate(examples[first : first + size])
-            there = {
+            on_device = {
                 name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()
             }
             with self._precision:
-                judged = self._objective.judge(model, there)
-            loss = weigh(self._objective, judged.losses, counts)
+                result = self._objective.compute_loss(model, on_device)
+            loss = weigh(self._objective, result.losses, counts)
             self.accelerator.backward(loss)
             total += loss.detach()
-            found.append(judged._replace(losses=judged.losses.detach()))
+            found.append(result._replace(losses=result.losses.detach()))
         return total, found
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: nobody reads the count, and making it takes time at every step."""
+        """Return 0: the count is unused and expensive to compute at every step."""
         del inputs
         return 0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         del model, trial
-        if not self._team.leads:
-            self._fill_share()
+        if not self._group.is_leader:
+            self._fill_shard()
             return
         step = self.state.global_step
         metrics = self._reporter.checkpoint_metrics(step)
@@ -457,36 +457,36 @@ class EngineTrainer(Trainer):  # type: ignore[misc]  # untyped library
     def _fill(self, directory: Path) -> None:
         save_model(self.model, self._spec.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
-        self._team.tell(str(directory))
-        if problems := [problem for problem in self._team.gather("") if problem]:
+        self._group.broadcast(str(directory))
+        if problems := [problem for problem in self._group.all_gather("") if problem]:
             raise OSError(problems[0])
         self._save_rng_state(str(directory))
-        self.state.log_history = []  # metrics.jsonl has it
+        self.state.log_history = []  # stored in metrics.jsonl
         self.state.save_to_json(os.fspath(directory / "trainer_state.json"))
         self._fill_more(directory)
 
-    def _fill_share(self) -> None:
-        """Put what the optimizer holds here into the checkpoint that the leader writes."""
-        directory = Path(self._team.tell(""))
+    def _fill_shard(self) -> None:
+        """Add this process's optimizer state to the checkpoint that the leader writes."""
+        directory = Path(self._group.broadcast(""))
         problem = ""
         try:
-            torch.save(self.optimizer.state_dict(), directory / self._share_file)
+            torch.save(self.optimizer.state_dict(), directory / self._shard_file)
         except (OSError, RuntimeError) as error:
             problem = str(error)
-        self._team.gather(problem)
+        self._group.all_gather(problem)
 
     @property
-    def _share_file(self) -> str:
-        return f"optimizer-{self._team.rank}.pt"
+    def _shard_file(self) -> str:
+        return f"optimizer-{self._group.rank}.pt"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._team.leads:
+        if checkpoint is None or self._group.is_leader:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        ours = torch.load(
-            Path(checkpoint) / self._share_file, map_location=self.args.device, weights_only=True
+        shard_state = torch.load(
+            Path(checkpoint) / self._shard_file, map_location=self.args.device, weights_only=True
         )
-        self.optimizer.load_state_dict(ours)
+        self.optimizer.load_state_dict(shard_state)
         scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
@@ -505,7 +505,7 @@ def _set_random_state(states: list[torch.Tensor]) -> None:
 def arguments_for(
     run: RunDir, spec: RunSpec, plan: Plan, device: torch.device, *, checkpointing: bool
 ) -> TrainingArguments:
-    """Say in the Trainer's words what a spec asks for."""
+    """Translate a spec into TrainingArguments."""
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=plan.total_steps,
@@ -523,11 +523,11 @@ def arguments_for(
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
-        use_cache=True,  # goes into the result; in training nothing is cached
+        use_cache=True,  # stored in the result's config; not used in training
         remove_unused_columns=False,
-        dataloader_pin_memory=False,  # batches are made behind the loader
+        dataloader_pin_memory=False,  # batches are built after the loader
     )
-    # One GPU: more would be used as DataParallel, which is slower and not what was tested.
+    # With more GPUs the Trainer would use DataParallel, which is slower and untested here.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # noqa: SLF001  # no public way
     return arguments

@@ -1,4 +1,4 @@
-"""How many rows are in memory at a time: as many as fit."""
+"""Choose how many rows fit into memory at a time."""
 
 import gc
 import re
@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 _GIB: Final = 2**30
 _BYTES_FULL: Final = 16
-"""A weight trained in full: itself, its gradient and AdamW's two moments, 4 bytes each."""
+"""Bytes per weight in full fine-tuning: weight, gradient and AdamW's two moments in float32."""
 _STATUS: Final = Path("/proc/self/status")
 _PEAK: Final = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
 class MicroBatch:
-    """A number of rows that is halved whenever memory runs out, for good.
+    """The number of rows per forward pass, halved permanently whenever memory runs out.
 
     Args:
-        size: Rows to begin with.
-        on_halved: Told the new number.
-        explain: Says what would fit where a single row does not.
+        size: Initial number of rows.
+        on_halved: Called with the new number.
+        explain: Returns advice for when a single row does not fit.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class MicroBatch:
         self._explain = explain
 
     def attempt(self, work: Callable[[int], T], undo: Callable[[], None] = lambda: None) -> T:
-        """Return what `work` makes with this many rows at a time, repeated until they fit.
+        """Call `work` with the number of rows, again with half of them until they fit.
 
         Args:
-            undo: Takes back what a failed attempt left.
+            undo: Reverts the effects of a failed attempt.
 
         Raises:
             TrainerError: A single row does not fit.
@@ -57,11 +57,11 @@ class MicroBatch:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error).strip().partition("\n")[0]
-            # Out here the error is gone, and with it the tensors that its traceback held.
+            # Outside the handler, the traceback no longer keeps the tensors alive.
             undo()
             _free()
             if self.size == 1:
-                message = f"Out of memory with a single row at a time: {failure} {self._explain()}"
+                message = f"Out of memory even with one row at a time: {failure} {self._explain()}"
                 raise TrainerError(message, kind="out_of_memory")
             self.size //= 2
             self._on_halved(self.size)
@@ -74,10 +74,10 @@ def _free() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: of the GPU by tensors, else by this process."""
+    """Return the peak memory in bytes: of the GPU's tensors, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Not ru_maxrss where it can be helped: a process takes over that of whoever started it.
+    # Preferred over ru_maxrss, which a process inherits from its parent.
     if _STATUS.is_file() and (found := _PEAK.search(_STATUS.read_text(encoding="ascii"))):
         return int(found[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -85,19 +85,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def what_would_fit(spec: RunSpec, model: Any, device: torch.device, *, checkpointing: bool) -> str:
-    """Say what to change so that a run which did not fit may fit."""
+    """Suggest changes that would let a run fit into memory."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     advice = []
     if spec.tuning.kind == "full":
         advice.append(
-            f"tuning: lora (training all {weights:,} weights holds "
-            f"{weights * _BYTES_FULL / _GIB:.1f} GiB beside the rows, an adapter about "
+            f"tuning: lora (full fine-tuning of {weights:,} weights needs "
+            f"{weights * _BYTES_FULL / _GIB:.1f} GiB plus activations, an adapter about "
             f"{held / _GIB:.1f} GiB)"
         )
     elif spec.tuning.kind == "lora" and device.type == "cuda":
-        advice.append(f"tuning: qlora (the base then takes {weights * 0.6 / _GIB:.1f} GiB)")
+        advice.append(f"tuning: qlora (the base model then takes {weights * 0.6 / _GIB:.1f} GiB)")
     if not checkpointing:
         advice.append("options.gradient_checkpointing: true")
     advice.append(f"seq_len: {max(100, spec.seq_len // 2)} or less (now {spec.seq_len})")
-    return f"What would help: {'; '.join(advice)}; or a smaller model."
+    return f"Try {'; '.join(advice)}; or a smaller model."

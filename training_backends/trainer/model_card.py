@@ -1,4 +1,4 @@
-"""The model card of a result: what it was made of, how, and what may be done with it."""
+"""Write the model card of a result: base model, data, metrics, configuration and license."""
 
 import hashlib
 import json
@@ -18,22 +18,22 @@ __all__ = ["DataFacts", "Licence", "describe_data", "read_licence", "write_card"
 _METHODS: Final = {
     "sft": "supervised fine-tuning",
     "dpo": "direct preference optimization",
-    "classifier": "training as a classifier",
+    "classifier": "classifier training",
 }
 _TUNINGS: Final = {
-    "full": "all weights trained",
+    "full": "full fine-tuning",
     "lora": "LoRA",
-    "qlora": "LoRA on a quantized base (QLoRA)",
+    "qlora": "QLoRA (LoRA on a 4-bit base model)",
 }
 _LIBRARIES: Final = ("torch", "transformers", "peft", "accelerate")
 _VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""Values that vLLM accepts for --max-lora-rank."""
 _LEFT_OUT: Final = {"slots_dir", "slots", "priority", "train", "validation", "run_id", "version"}
-"""What says something of the machine and not of the model, or stands elsewhere in the card."""
+"""Spec fields that describe the machine, or that another section of the card shows."""
 
 
 class DataFacts(NamedTuple):
-    """One data file as it was read."""
+    """A data file as the run read it."""
 
     name: str
     role: str
@@ -43,7 +43,7 @@ class DataFacts(NamedTuple):
 
 
 class Licence(NamedTuple):
-    """What a model's card says of its licence, in the words of the hub's cards."""
+    """A model's license, with the fields of a Hub model card."""
 
     name: str
     title: str | None = None
@@ -55,20 +55,20 @@ class Licence(NamedTuple):
 
 
 def describe_data(path: Path, role: str, rows: int) -> DataFacts:
-    """Say which file this is, by its content."""
+    """Return a data file's name, size and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return DataFacts(path.name, role, rows, file.tell(), digest)
 
 
 def read_licence(model: str) -> Licence | None:
-    """Return what a model's own card, or its config, says of its licence; None if nothing."""
+    """Return the license from a model's card or config; None if neither names one."""
     return _from_card(_file(model, "README.md")) or _from_config(_file(model, "config.json"))
 
 
 def _file(model: str, name: str) -> Path | None:
-    """Return where a file of a model lies on this machine."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  # loads for a moment
+    """Return the local path of a model's file; None if it is not cached."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  # slow import
 
     if model == TINY_MODEL:
         return None
@@ -84,11 +84,11 @@ def _from_card(path: Path | None) -> Licence | None:
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     try:
         text = path.read_text(encoding="utf-8") if path else ""
-        told = ModelCard(text).data
+        data = ModelCard(text).data
     except (OSError, ValueError, YAMLError):
         return None
     keys = ("license", "license_name", "license_link")
-    name, title, link = (getattr(told, key, None) for key in keys)
+    name, title, link = (getattr(data, key, None) for key in keys)
     names = [str(each) for each in name] if isinstance(name, list) else [str(name or "")]
     if not any(names):
         return None
@@ -106,7 +106,7 @@ def _from_config(path: Path | None) -> Licence | None:
 def write_card(
     directory: Path, *, run: RunDir, spec: RunSpec, record: ResultRecord, data: Sequence[DataFacts]
 ) -> None:
-    """Write README.md beside a finished model; it names no place of this machine."""
+    """Write README.md next to a finished model; it contains no local paths."""
     licence = read_licence(spec.model)
     parts = [
         _head(spec, record, licence),
@@ -147,14 +147,14 @@ def _head(spec: RunSpec, record: ResultRecord, licence: Licence | None) -> str:
 
 
 def _origin(spec: RunSpec, record: ResultRecord) -> str:
-    kind = "An adapter for" if record.format == "adapter" else "Made from"
-    ours, made_with = (
+    kind = "An adapter for" if record.format == "adapter" else "Fine-tuned from"
+    package, libraries = (
         _version("training-backends"),
         ", ".join(filter(None, map(_version, _LIBRARIES))),
     )
     return (
         f"{kind} `{_base_name(spec)}`: {_METHODS[spec.method]}, {_TUNINGS[spec.tuning.kind]}.\n\n"
-        f"{ours or 'training-backends'} with {made_with}.\n"
+        f"{package or 'training-backends'} with {libraries}.\n"
     )
 
 
@@ -189,7 +189,7 @@ def _results(run: RunDir) -> str:
     begin, end = first.measures(), last[-1].measures()
     shown = [name for name in end if name not in {"epoch", "tokens", "learning_rate"}]
     lines = [
-        "## Measured\n",
+        "## Metrics\n",
         f"{last[-1].step:,} steps, {end['tokens']:,.0f} tokens, {end['epoch']:.3g} epochs.\n",
         f"| | step {first.step:,} | step {last[-1].step:,} |",
         "| --- | --- | --- |",
@@ -218,16 +218,16 @@ def _number(value: float | None) -> str:
 
 
 def _configuration(spec: RunSpec) -> str:
-    told = spec.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
-    told["model"] = _base_name(spec)
-    told["train"] = [{"file": each.path.name, "weight": each.weight} for each in spec.train]
-    told["validation"] = [each.path.name for each in spec.validation]
-    text = json.dumps(told, indent=2, ensure_ascii=False)
+    shown = spec.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
+    shown["model"] = _base_name(spec)
+    shown["train"] = [{"file": each.path.name, "weight": each.weight} for each in spec.train]
+    shown["validation"] = [each.path.name for each in spec.validation]
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
     return f"## Configuration\n\n```json\n{text}\n```\n"
 
 
 def _use(directory: Path, spec: RunSpec, record: ResultRecord) -> str:
-    """Say how to serve it with vLLM, as its documentation has the options."""
+    """Show how to serve the model with vLLM."""
     if spec.method == "classifier":
         return ""
     options, served, note = "", "DIR", "DIR is this directory."
@@ -235,7 +235,7 @@ def _use(directory: Path, spec: RunSpec, record: ResultRecord) -> str:
         served = _base_name(spec)
         rank = next((rank for rank in _VLLM_RANKS if rank >= spec.tuning.rank), spec.tuning.rank)
         options = f" --enable-lora --max-lora-rank {rank} --lora-modules tuned=DIR"
-        note += f" The base model `{served}` must be at hand as well."
+        note += f" vLLM also needs the base model `{served}`."
     if _has_mistral_tokenizer(directory):
         options += " --tokenizer-mode mistral"
     return f"## Use\n\n{note}\n\n```sh\nvllm serve {served}{options}\n```\n"
@@ -247,10 +247,10 @@ def _has_mistral_tokenizer(directory: Path) -> bool:
 
 def _licence(spec: RunSpec, licence: Licence | None) -> str:
     if licence:
-        what = f"The card of `{_base_name(spec)}` says of its licence: {licence}. "
-        what += "It holds for what is made of that model as well, as far as it says so."
+        what = f"The base model `{_base_name(spec)}` is licensed under: {licence}. "
+        what += "Its terms may also apply to models derived from it."
     elif spec.model == TINY_MODEL:
-        what = "The base is made from random numbers, so there is nothing in it to license."
+        what = "The base model has random weights and no license."
     else:
-        what = f"The files of `{_base_name(spec)}` do not say under which licence it is."
-    return f"## Licence\n\n{what} The training data may have terms of its own.\n"
+        what = f"The files of `{_base_name(spec)}` do not name a license."
+    return f"## License\n\n{what} The training data may have its own terms.\n"

@@ -1,4 +1,4 @@
-"""Find, load and save models; a hub that does not answer is said at once."""
+"""Find, load and save models; fail fast if the Hub does not respond."""
 
 import errno
 import json
@@ -39,14 +39,14 @@ from training_backends.trainer.tiny_model import make_tiny_model
 
 __all__ = [
     "LoadedModel",
-    "adapt_alike",
+    "apply_same_adapter",
     "choose_device",
     "choose_dtype",
     "compute_dtype",
     "count_experts",
+    "dequantized",
     "find_model",
-    "in_four_bits",
-    "in_full",
+    "four_bit_options",
     "is_in_four_bits",
     "keep_as_loaded",
     "load_model",
@@ -58,16 +58,16 @@ __all__ = [
 _INSTALL: Final = "pip install 'training-backends[qlora]'"
 
 
-def in_four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what makes transformers load a model so: NF4, its scales quantized as well.
+def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the transformers options that load a model in 4-bit NF4 with double quantization.
 
-    Embeddings and the last layer stay in `dtype`.
+    Embeddings and the output layer stay in `dtype`.
 
     Raises:
-        TrainerError: The package for it is not installed.
+        TrainerError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise TrainerError(f"qlora needs the package bitsandbytes: {_INSTALL}; or take lora.")
+        raise TrainerError(f"qlora requires bitsandbytes: {_INSTALL}; or use lora.")
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -78,23 +78,22 @@ def in_four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def is_in_four_bits(model: Any) -> bool:
-    """Tell whether a model, or the base of an adapter, is held in four bits."""
+    """Return whether a model, or the base model of an adapter, is loaded in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """Return what a model in four bits computes in."""
+    """Return the compute dtype of a 4-bit model."""
     dtype: torch.dtype = model.config.quantization_config.bnb_4bit_compute_dtype
     return dtype
 
 
 def keep_as_loaded(model: Any) -> None:
-    """Have a model in four bits keep its weights as they are, whatever it is asked.
+    """Keep a 4-bit model's weight layout fixed.
 
-    On a processor that multiplies bfloat16 (AVX-512 BF16) a layer of bitsandbytes 0.50 lays its
-    weights out anew when it is first used for evaluation. It rounds their scales to bfloat16 as
-    it does so, and what it then calculates with has no gradient: training behind the first
-    validation would go on without those gradients, and say nothing.
+    On CPUs with AVX-512 BF16, a bitsandbytes 0.50 layer repacks its weights when it is first used
+    in evaluation mode. This rounds their scales to bfloat16, and the repacked path has no gradient:
+    after the first validation, training would silently continue without those gradients.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -102,22 +101,22 @@ def keep_as_loaded(model: Any) -> None:
 
 
 def count_experts(model: Any) -> int:
-    """Count the weights of layers that hold several experts in one: those are not quantized."""
+    """Count the weights of fused expert layers, which are not quantized."""
     return sum(p.numel() for p in model.parameters() if p.ndim > 2 and p.is_floating_point())
 
 
-def in_full(model: Any, dtype: torch.dtype) -> Any:
-    """Return a model with all its weights in `dtype`, if only its four bits are there."""
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """Return a 4-bit model dequantized to `dtype`; other models unchanged."""
     if not is_in_four_bits(model):
         return model
-    whole = model.dequantize(dtype)
-    # transformers 5.23 would undo on saving what it did on loading, and cannot undo this.
-    whole._weight_conversions = None  # noqa: SLF001  # no public way
-    return whole
+    restored = model.dequantize(dtype)
+    # On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
+    restored._weight_conversions = None  # noqa: SLF001  # no public API
+    return restored
 
 
-def adapt_alike(base: Any, model: PeftModel) -> PeftModel:
-    """Put the adapter of a model on another base."""
+def apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
+    """Apply a model's adapter to another base model."""
     (config,) = model.peft_config.values()
     adapted = type(model)(base, config)
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(model))
@@ -125,22 +124,22 @@ def adapt_alike(base: Any, model: PeftModel) -> PeftModel:
 
 
 HUB_TIMEOUT: Final = 5.0
-"""Seconds to wait for the hub to say whether it has a model."""
+"""Seconds to wait for the Hub to confirm that it has a model."""
 
 _FILES: Final = [
     *("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"),
-    "README.md",  # says the licence
+    "README.md",  # names the license
 ]
 _UNNEEDED: Final = ["consolidated*", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready for tuning or sampling, and its encoder.
+    """A model ready for fine-tuning or generation, and its encoder.
 
     Attributes:
-        targets: What it decides, if it is a classifier.
-        directory: Where its files lie on this machine; None for the built-in model.
+        targets: Its targets, if it is a classifier.
+        directory: Local directory of its files; None for the built-in model.
     """
 
     model: Any
@@ -149,25 +148,25 @@ class LoadedModel:
     directory: Path | None = None
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(requested: str) -> torch.device:
     """Return the device to train on.
 
     Raises:
-        TrainerError: A GPU was asked for and there is none.
+        TrainerError: A GPU was requested and none is available.
     """
-    if wanted == "auto":
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise TrainerError("A GPU was asked for (device: cuda), but torch finds none here.")
-    return torch.device(wanted)
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise TrainerError("device is cuda, but torch finds no GPU on this machine.")
+    return torch.device(requested)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return what to compute in: auto takes bfloat16 on a GPU that has it."""
-    if wanted == "auto":
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype; auto is bfloat16 on GPUs that support it."""
+    if requested == "auto":
         halves = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if halves else torch.float32
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    return torch.bfloat16 if requested == "bfloat16" else torch.float32
 
 
 def load_model(
@@ -180,18 +179,18 @@ def load_model(
     attention: str = "auto",
     targets: Sequence[ClassifierTarget] = (),
 ) -> LoadedModel:
-    """Load the model `name`: the built-in one, a directory, or one of the hub.
+    """Load a model: the built-in one, a directory, or one from the Hub.
 
     Args:
-        seed: Makes the weights of the built-in model, and a classifier's new heads.
-        tuning: Decides the precision; None for sampling only.
-        device: Where it will run.
-        dtype: What it will compute in; None for what fits the device.
-        attention: Implementation of it in transformers.
-        targets: Make a classifier of it that decides these.
+        seed: Seeds the built-in model's weights and a classifier's new heads.
+        tuning: Decides the precision; None for inference.
+        device: Where the model will run.
+        dtype: Compute dtype; None picks one for the device.
+        attention: Attention implementation in transformers.
+        targets: Make it a classifier with these targets.
 
     Raises:
-        TrainerError: There is no such model, it cannot be fetched, or its chats cannot be
+        TrainerError: The model does not exist or cannot be fetched, or its chats cannot be
             encoded exactly.
     """
     dtype = dtype or choose_dtype("auto", device)
@@ -205,7 +204,7 @@ def load_model(
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(name, directory, device)
         encoder = encoder_for(name, directory)
-        targets = _settled_targets(name, directory, tuning, targets)
+        targets = _resolve_targets(name, directory, tuning, targets)
         model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
     if attention != "auto":
         _set_attention(model, name, attention)
@@ -214,19 +213,19 @@ def load_model(
     return LoadedModel(model, encoder, tuple(targets), directory)
 
 
-def _settled_targets(
-    name: str, directory: Path, tuning: Tuning | None, wanted: Sequence[ClassifierTarget]
+def _resolve_targets(
+    name: str, directory: Path, tuning: Tuning | None, requested: Sequence[ClassifierTarget]
 ) -> Sequence[ClassifierTarget]:
-    """Return what a model decides, where that fits what is wanted of it."""
-    there = read_targets(directory)
-    if tuning is None or not there:
-        return wanted or there
-    if [(t.name, t.labels) for t in there] != [(t.name, t.labels) for t in wanted]:
+    """Return the model's targets, checked against the requested ones."""
+    existing = read_targets(directory)
+    if tuning is None or not existing:
+        return requested or existing
+    if [(t.name, t.labels) for t in existing] != [(t.name, t.labels) for t in requested]:
         raise TrainerError(
-            f"{name!r} is a classifier of its own targets ({', '.join(t.name for t in there)}), "
-            "and can be trained on for the same targets and labels only."
+            f"{name!r} is a classifier with the targets {', '.join(t.name for t in existing)}; "
+            "it can only be trained further with the same targets and labels."
         )
-    return wanted
+    return requested
 
 
 def _set_attention(model: Any, name: str, attention: str) -> None:
@@ -241,7 +240,7 @@ def _set_attention(model: Any, name: str, attention: str) -> None:
 def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) -> None:
     model.config.id2label = label_names(targets)
     model.config.label2id = {name: n for n, name in model.config.id2label.items()}
-    # The last token is found as the last that is no padding.
+    # transformers finds the last token as the last one that is not padding.
     model.config.get_text_config().pad_token_id = pad_id
 
 
@@ -258,7 +257,7 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
 
 
 def _base_of(directory: Path) -> str:
-    # The adapter itself names no path of this machine; the run that it belongs to does.
+    # The adapter names no local path; the run it belongs to does.
     record = RunDir(directory.parent).read_exit()
     if record and record.result and record.result.path == directory.name:
         return record.result.base_model
@@ -267,18 +266,18 @@ def _base_of(directory: Path) -> str:
 
 
 def find_model(name: str) -> Path:
-    """Return the directory of a model, fetched from the hub where that is needed.
+    """Return the directory of a model, downloaded from the Hub if necessary.
 
     Raises:
-        TrainerError: There is no such model, or it cannot be fetched.
+        TrainerError: The model does not exist or cannot be fetched.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         if not any((local / f).is_file() for f in ("config.json", "adapter_config.json")):
-            raise TrainerError(f"{local} is no model: it holds no config.json.")
+            raise TrainerError(f"{local} is not a model directory: it has no config.json.")
         return local
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise TrainerError(f"There is no model directory {local}.")
+        raise TrainerError(f"Model directory not found: {local}.")
     return _from_hub(name)
 
 
@@ -289,27 +288,27 @@ def _from_hub(name: str) -> Path:
 
     try:
         if HF_HUB_OFFLINE:
-            return _cached(name) or _refuse_offline(name)
-        # Asked first, and once: the download itself retries for half a minute.
+            return _cached(name) or _raise_offline(name)
+        # Asked first, and once: snapshot_download retries for half a minute.
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_UNNEEDED))
     except TrainerError:
         raise
     except hub.GatedRepoError as error:
         raise TrainerError(
-            f"The hub gives {name!r} only to who accepted its terms: accept them there, then store "
-            "your token with `training-backends credentials set huggingface`.",
+            f"{name!r} is a gated model. Accept its license on the Hub, then store a token with "
+            "`training-backends credentials set huggingface`.",
             kind="auth",
         ) from error
     except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
         raise TrainerError(
-            f"There is no model {name!r}: no directory here, none on the hub. "
-            f"Built in: {TINY_MODEL}."
+            f"Model {name!r} not found: neither a local directory nor a model on the Hub. "
+            f"Built-in model: {TINY_MODEL}."
         ) from error
-    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
+    except Exception as error:  # the Hub client lets HTTP library errors through
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        return _cached(name) or _refuse_unreachable(name, error)
+        return _cached(name) or _raise_unreachable(name, error)
 
 
 def _cached(name: str) -> Path | None:
@@ -323,17 +322,17 @@ def _cached(name: str) -> Path | None:
     return found if (found / "config.json").is_file() else None
 
 
-def _refuse_offline(name: str) -> NoReturn:
+def _raise_offline(name: str) -> NoReturn:
     raise TrainerError(
-        f"The model {name!r} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. "
-        f"Built in: {TINY_MODEL}."
+        f"The model {name!r} is not on this machine, and HF_HUB_OFFLINE is set. "
+        f"Built-in model: {TINY_MODEL}."
     )
 
 
-def _refuse_unreachable(name: str, error: Exception) -> NoReturn:
+def _raise_unreachable(name: str, error: Exception) -> NoReturn:
     raise TrainerError(
-        f"The model {name!r} is not on this machine, and the hub that would have it cannot be "
-        f"reached: {hub_failure(error)}",
+        f"The model {name!r} is not on this machine, and the Hub cannot be reached: "
+        f"{hub_failure(error)}",
         kind="provider",
         retryable=True,
     ) from error
@@ -348,11 +347,11 @@ def _load_weights(
     dtype: torch.dtype,
     targets: Sequence[ClassifierTarget],
 ) -> Any:
-    # Weights that are trained need full precision; frozen ones need no more than computing.
+    # Trained weights need full precision; frozen ones only the compute dtype.
     trained_fully = tuning is not None and tuning.kind == "full"
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
-        options |= in_four_bits(device, dtype)
+        options |= four_bit_options(device, dtype)
     loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -365,17 +364,17 @@ def _load_weights(
     if is_in_four_bits(model):
         if trained_fully:
             raise TrainerError(
-                f"{name!r} is stored in 4 bits, which cannot be trained themselves: take qlora."
+                f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
         keep_as_loaded(model)
     return model
 
 
 def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = False) -> Any:
-    """Make the weights that `tuning` names trainable; the seed must be set before.
+    """Make the weights that `tuning` selects trainable; set the seed before.
 
     Args:
-        classifies: The model is a classifier; its heads are trained in any case.
+        classifies: The model is a classifier, whose heads are always trained.
 
     Raises:
         TrainerError: The model has no such modules.
@@ -383,7 +382,7 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
     if tuning.kind == "full":
         return model
     if name == TINY_MODEL:
-        raise TrainerError(f"{TINY_MODEL} starts from random weights, so it is tuned fully only.")
+        raise TrainerError(f"{TINY_MODEL} has random weights and only supports full fine-tuning.")
     modules = list(tuning.target_modules) if tuning.target_modules else "all-linear"
     config = LoraConfig(
         r=tuning.rank,
@@ -403,16 +402,16 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
 
 
 def save_model(model: Any, name: str, directory: Path) -> None:
-    """Write a model's weights, or only its adapter's; no path of this machine goes along.
+    """Write a model's weights, or only its adapter's, without local paths.
 
     Args:
-        name: The base model as the run names it.
+        name: The base model as named in the run.
     """
     model.save_pretrained(directory)
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
-    # peft writes where the base model lies here, and a card that repeats it.
+    # peft stores the base model's local path here, and again in a model card.
     (directory / "README.md").unlink(missing_ok=True)
     config = json.loads(path.read_text(encoding="utf-8"))
     local = Path(name).expanduser()
@@ -421,19 +420,19 @@ def save_model(model: Any, name: str, directory: Path) -> None:
 
 
 def save_result(
-    loaded: LoadedModel, name: str, directory: Path, *, wanted: str = "adapter"
+    loaded: LoadedModel, name: str, directory: Path, *, save_as: str = "adapter"
 ) -> ResultRecord:
-    """Write the finished model and its tokenizer into an empty directory.
+    """Write the trained model and its tokenizer into an empty directory.
 
     Args:
-        name: The base model as the run names it.
-        wanted: What to make of an adapter: `adapter`, `merged` into its base (the model in
-            memory then is no adapter any more), or `both`.
+        name: The base model as named in the run.
+        save_as: How to save an adapter: `adapter`, `merged` into its base model (which leaves no
+            adapter in memory), or `both`.
     """
     model = loaded.model
     adapter = None
-    if isinstance(model, PeftModel) and wanted != "adapter":
-        if wanted == "both":
+    if isinstance(model, PeftModel) and save_as != "adapter":
+        if save_as == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, name, adapter)
         model = _merge(loaded)
@@ -449,19 +448,19 @@ def save_result(
 def _merge(loaded: LoadedModel) -> Any:
     model = loaded.model
     if is_in_four_bits(model):
-        # Four bits would round what was learnt: the base that they were made from is loaded.
-        # It stays out of a GPU, which may have no room for it. The hub is not asked for it again,
-        # which may have another by now, or not answer.
-        here, dtype = torch.device("cpu"), compute_dtype(model)
+        # Merging into 4-bit weights would round the adapter away, so the original base model is
+        # loaded: on the CPU, as the GPU may lack the memory, and from the local files, as the Hub
+        # may have a newer revision or be unreachable.
+        cpu, dtype = torch.device("cpu"), compute_dtype(model)
         base = load_model(
             str(loaded.directory),
             seed=0,
             tuning=None,
-            device=here,
+            device=cpu,
             dtype=dtype,
             targets=loaded.targets,
         )
-        model = adapt_alike(in_full(base.model, dtype), model)
+        model = apply_same_adapter(dequantized(base.model, dtype), model)
     return model.merge_and_unload()
 
 

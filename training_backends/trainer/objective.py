@@ -1,8 +1,7 @@
-"""What a training method makes of rows: examples, batches, and what a model's loss on them is.
+"""The interface of a training method: how rows become examples, batches and a loss.
 
-A loss has one or more parts (the targets of a classifier), each a mean over what counts for
-it in the whole optimizer step. So the loss is the same however the step is cut into
-micro-batches.
+A loss has one or more parts (the targets of a classifier). Each is a mean over the whole
+optimizer step, so the loss does not depend on how the step is split into micro-batches.
 """
 
 from collections.abc import Sequence
@@ -10,15 +9,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from training_backends.trainer.distributed import ALONE, Team
+from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
 
 __all__ = [
     "Batch",
+    "BatchLoss",
+    "EncodedLine",
     "Example",
-    "Judged",
     "Means",
     "Objective",
-    "Reading",
     "Totals",
     "longest_first",
     "weigh",
@@ -28,11 +27,11 @@ Batch = dict[str, torch.Tensor]
 
 
 class Example(Protocol):
-    """One row, encoded."""
+    """An encoded row."""
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads of it."""
+        """Number of tokens that the model reads."""
         ...
 
 
@@ -40,26 +39,26 @@ E = TypeVar("E", bound=Example)
 E_contra = TypeVar("E_contra", bound=Example, contravariant=True)
 
 
-class Reading(NamedTuple):
-    """What a line of a file gave.
+class EncodedLine(NamedTuple):
+    """The result of encoding a line.
 
     Attributes:
-        example: None where nothing in it can be learnt.
-        truncated: Whether it was cut off at the longest length.
+        example: None if none of its tokens are in the loss.
+        truncated: Whether it was truncated to the maximum length.
     """
 
     example: Any
     truncated: bool
 
 
-class Judged(NamedTuple):
-    """What a model makes of a batch; each tensor has one value a part.
+class BatchLoss(NamedTuple):
+    """The loss and accuracy of a batch, as tensors with one value per part.
 
     Attributes:
-        losses: Sum of the loss over what counts, nats; gradients flow back from here.
-        correct: How much of it the model predicts right.
-        counts: How much counts.
-        measures: Further sums over what counts in the first part, by name.
+        losses: Summed loss in nats; differentiable.
+        correct: Number of correct predictions.
+        counts: Number of predictions (tokens, pairs or rows).
+        measures: Further sums over the first part's predictions, by name.
     """
 
     losses: torch.Tensor
@@ -73,54 +72,55 @@ class Objective(Protocol[E_contra]):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the loss's parts; a single part may be called nothing."""
+        """Names of the loss's parts; a single part may have an empty name."""
         ...
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """How much each part counts."""
+        """Weight of each part."""
         ...
 
     @property
     def has_accuracy(self) -> bool:
-        """Whether what is right is what the model would say."""
+        """Whether `correct` counts top predictions, so that it yields an accuracy."""
         ...
 
-    def read(self, line: bytes, place: str) -> Reading:
+    def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode one line of a file.
 
         Args:
-            place: Names the line, for what is random in it.
+            place: Identifies the line, as a seed for randomness in its encoding.
 
         Raises:
-            msgspec.DecodeError: It is no row.
-            UnusableRow: It cannot be trained on.
+            msgspec.DecodeError: The line is not a row.
+            UnusableRow: The row cannot be trained on.
         """
         ...
 
     def collate(self, examples: Sequence[E_contra]) -> Batch:
-        """Make a batch."""
+        """Build a batch."""
         ...
 
     def count(self, examples: Sequence[E_contra]) -> list[int]:
-        """Return how much counts in each part, as `judge` will find it."""
+        """Return the number of predictions in each part, as `compute_loss` will count them."""
         ...
 
-    def judge(self, model: Any, batch: Batch) -> Judged:
+    def compute_loss(self, model: Any, batch: Batch) -> BatchLoss:
         """Run a model over a batch."""
         ...
 
 
 def longest_first(examples: Sequence[E]) -> list[E]:
-    """Put examples of like length together, which need little padding; what may not fit goes first.
+    """Sort examples by length, longest first.
 
-    Their order makes no difference to sums over them. Dealt out one by one, they make even shares.
+    Similar lengths need little padding, and a batch that does not fit fails first. The order does
+    not affect sums; dealing the examples out one by one gives processes equal work.
     """
     return sorted(examples, key=lambda example: example.length, reverse=True)
 
 
 def weigh(objective: Objective[Any], losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Return the loss: the weighted sum of each part's mean over `counts`."""
+    """Return the weighted sum of the parts' means over `counts`."""
     shares = [
         weight / count if count else 0.0
         for weight, count in zip(objective.weights, counts, strict=True)
@@ -129,14 +129,14 @@ def weigh(objective: Objective[Any], losses: torch.Tensor, counts: Sequence[int]
 
 
 class Totals:
-    """Sums over many batches, kept where the model runs until they are asked for."""
+    """Sums over many batches, kept on the model's device until read."""
 
-    def __init__(self, objective: Objective[Any], team: Team = ALONE) -> None:
+    def __init__(self, objective: Objective[Any], group: ProcessGroup = SINGLE_PROCESS) -> None:
         self._objective = objective
-        self._team = team
+        self._group = group
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, judged: Judged) -> None:
+    def add(self, judged: BatchLoss) -> None:
         """Add a batch."""
         found = {"loss": judged.losses, "correct": judged.correct, "counts": judged.counts}
         for name, value in (found | judged.measures).items():
@@ -144,12 +144,12 @@ class Totals:
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def take(self) -> "Means | None":
-        """Return the means of what was added by all, and begin anew; None if nothing counted."""
-        ours = {name: value.tolist() for name, value in self._sums.items()}
+        """Return the means over all processes and reset; None if there were no predictions."""
+        local_sums = {name: value.tolist() for name, value in self._sums.items()}
         self._sums = {}
         sums: dict[str, Any] = {}
-        for theirs in self._team.gather(ours):
-            for name, value in theirs.items():
+        for process_sums in self._group.all_gather(local_sums):
+            for name, value in process_sums.items():
                 sums[name] = _added(sums[name], value) if name in sums else value
         if not sums or not any(sums["counts"]):
             return None
@@ -174,11 +174,11 @@ def _added(one: Any, other: Any) -> Any:
 
 
 class Means(NamedTuple):
-    """What was measured over many batches.
+    """Means over many batches.
 
     Attributes:
-        accuracy: Share of all that counts predicted right.
-        named: Loss and accuracy of each named part, and the further measures.
+        accuracy: Fraction of correct predictions.
+        named: Loss and accuracy of each named part, and further measures.
     """
 
     loss: float

@@ -1,4 +1,4 @@
-"""One training process from the spec to the result."""
+"""Run one training process, from the spec to the result."""
 
 import os
 import traceback
@@ -17,7 +17,7 @@ from training_backends.rundir.directory import (
     RunSpec,
 )
 from training_backends.trainer.admission import Admission, when_admitted
-from training_backends.trainer.control import StopRequest, say_status
+from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
 from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
 from training_backends.trainer.workers import followed
@@ -26,16 +26,15 @@ __all__ = ["train", "train_admitted"]
 
 
 def train(path: Path) -> ExitCode:
-    """Train what a run directory asks for, from its newest checkpoint if it has one.
+    """Train a run directory, starting from its newest checkpoint if there is one.
 
-    Repeating it is safe: a completed run stays as it is, a run that another process works
-    on is left alone.
+    Safe to repeat: a completed run is left as it is, and so is one that another process trains.
     """
     return ExitCode(when_admitted(path, lambda: train_admitted))
 
 
 def train_admitted(admission: Admission) -> ExitCode:
-    """Train in a directory whose lock this process holds, and on the devices that it was given."""
+    """Train with the directory lock and the devices that this process holds."""
     run = RunDir(admission.run)
     before = run.read_exit()
     if before is not None and before.status == "completed":
@@ -43,7 +42,7 @@ def train_admitted(admission: Admission) -> ExitCode:
     try:
         record = _train(run, admission)
     except BaseException as error:
-        if not isinstance(error, Exception):  # such as SystemExit: say so, then go on with it
+        if not isinstance(error, Exception):  # such as SystemExit: record it, then re-raise
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
             raise
         record = _failed(run, error)
@@ -64,12 +63,12 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     message = record.failure.message if record.failure else record.status
     level = "error" if record.status == "failed" else "info"
     data = {"status": record.status}
-    with suppress(OSError):  # a full disk, as the record may still say
+    with suppress(OSError):  # on a full disk, exit.json may still fit
         run.add_event(
             Event(name="status", level=level, message=message, step=record.step, data=data)
         )
     run.write_exit(record)
-    run.stop.unlink(missing_ok=True)  # obeyed
+    run.stop.unlink(missing_ok=True)  # the request has been served
 
 
 def _train(run: RunDir, admission: Admission) -> ExitRecord:
@@ -82,32 +81,34 @@ def _train(run: RunDir, admission: Admission) -> ExitRecord:
     if chosen := admission.devices:
         os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(chosen)}"
-    say_status(run, "initializing", f"loads {spec.model}{where}")
+    report_status(run, "initializing", f"Loading {spec.model}{where}")
     prepare_threads()
     prepare_imports(spec.model)
-    return _work(run, spec, admission.stop, chosen)
+    return _train_group(run, spec, admission.stop, chosen)
 
 
-def _work(run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]) -> ExitRecord:
+def _train_group(
+    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]
+) -> ExitRecord:
     with followed(partial(_end_at_once, run)) as followers:
         others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
         followers.start(run.path, others)
-        # Imported here: loading torch takes seconds and memory, which a queued process should not
-        # take from the one that trains. The followers load it at the same time.
-        from training_backends.trainer.distributed import Team  # noqa: PLC0415
-        from training_backends.trainer.run import Work  # noqa: PLC0415
+        # Imported here: torch takes seconds and memory, which a queued process should not take
+        # from the one that trains. The followers load it in parallel.
+        from training_backends.trainer.distributed import ProcessGroup  # noqa: PLC0415
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
-        team = Team(size=spec.num_processes)
-        go = partial(followers.go, team.port)
-        work = Work(run, spec, stop, team, on_loaded=go, on_trained=followers.end)
-        outcome = work.run()
+        group = ProcessGroup(size=spec.num_processes)
+        go = partial(followers.go, group.port)
+        process = TrainingProcess(run, spec, stop, group, on_loaded=go, on_trained=followers.end)
+        outcome = process.run()
     if outcome is None:
-        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=work.step)
-    return ExitRecord(status="completed", code=ExitCode.DONE, step=work.step, result=outcome)
+        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=process.step)
+    return ExitRecord(status="completed", code=ExitCode.DONE, step=process.step, result=outcome)
 
 
 def _end_at_once(run: RunDir, error: TrainerError) -> None:
-    """End although the main thread waits, maybe forever, for a process that is not there."""
+    """Exit even though the main thread may wait forever for a process that has died."""
     try:
         _end(run, _failed(run, error))
     finally:
@@ -119,7 +120,7 @@ def _read_spec(run: RunDir) -> RunSpec:
         return run.read_spec()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        place = ".".join(str(part) for part in first["loc"]) or "document"
         raise TrainerError(f"spec.json is not valid: {place}: {first['msg']}") from error
     except ValueError as error:
         raise TrainerError(str(error)) from error

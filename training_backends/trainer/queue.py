@@ -1,10 +1,9 @@
-"""Who may train on this machine, and when: a queue that lives in locked files alone.
+"""The queue for the training slots of this machine, kept in locked files only.
 
-In `slots_dir` each place to train is a lock file, and `tickets/` has a file for each process
-that waits, named so that names sort as the queue does. Its process holds a lock on it, so
-that a ticket whose process has died is known. A run's turn is told by its priority and by the
-time at which it first asked, which its own directory keeps: a process that is started again
-for it, after a restart of the machine even, stands where the one before stood.
+Each slot in `slots_dir` is a lock file. Each waiting process has a file in `tickets/`, named so
+that names sort in queue order, and holds a lock on it; an unlocked file belongs to a process that
+has died. The position depends on the priority and on when the run was first queued, which its run
+directory records: a process started again for the run, even after a reboot, keeps its position.
 """
 
 import fcntl
@@ -20,103 +19,103 @@ from urllib.parse import quote
 from training_backends.core.files import hold_lock, is_locked
 from training_backends.trainer.control import Stopped
 
-__all__ = ["Place", "Turn", "hold_places", "places_for"]
+__all__ = ["QueueEntry", "Slot", "hold_slots", "slots_for"]
 
-_LOOK_EVERY: Final = 0.1
-"""Seconds between two looks of the first in the queue, for each that stands before another."""
-_LOOK_AT_LEAST_EVERY: Final = 5.0
-_OBEY_WITHIN: Final = 1.0
-"""Seconds between two looks for a request to stop, at most."""
+_CHECK_EVERY: Final = 0.1
+"""Seconds between two checks, multiplied by the position in the queue."""
+_CHECK_AT_LEAST_EVERY: Final = 5.0
+_STOP_CHECK_EVERY: Final = 1.0
+"""Maximum seconds between two checks for a stop request."""
 _TICKETS: Final = "tickets"
 _TOP_PRIORITY: Final = 1000
 
 
-class Place(NamedTuple):
-    """Where one process can train.
+class Slot(NamedTuple):
+    """A slot for one training process.
 
     Attributes:
         lock: Name of its lock file.
-        device: The GPU that belongs to it, as `CUDA_VISIBLE_DEVICES` names it.
+        device: Its GPU, as in `CUDA_VISIBLE_DEVICES`.
     """
 
     lock: str
     device: str | None = None
 
 
-class Turn(NamedTuple):
-    """When a run's turn is: before those of lower priority, and those that came later.
+class QueueEntry(NamedTuple):
+    """A run's entry in the queue, ordered by priority, then by time.
 
     Attributes:
-        since: When it first asked for a place.
+        since: When the run was first queued.
     """
 
     run_id: str
     priority: int
     since: datetime
 
-    def ticket(self, kind: str) -> str:
-        """Return the name of its ticket; those of one kind sort by turn."""
+    def file_name(self, kind: str) -> str:
+        """Return the name of its file; those of one kind sort in queue order."""
         rank = _TOP_PRIORITY - self.priority
         micros = round(self.since.timestamp() * 1e6)
         return f"{kind}~{rank:04d}~{micros:018d}~{quote(self.run_id, safe='')}"
 
 
-def places_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[Place]:
-    """Return the places of a machine, shared out among its GPUs.
+def slots_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[Slot]:
+    """Return a machine's slots, distributed over its GPUs.
 
     Args:
-        most: How many runs may train at once; None: one a GPU, or one where there is none.
-        gpus: How many of the GPUs a single run takes.
+        most: Concurrent runs; None: one per GPU, or one without a GPU.
+        gpus: GPUs per run.
     """
     if not devices:
-        return [Place(f"{number}.lock") for number in range(most or 1)]
-    wanted = most * gpus if most else len(devices)
-    rounds = [divmod(number, len(devices)) for number in range(wanted)]
+        return [Slot(f"{number}.lock") for number in range(most or 1)]
+    total = most * gpus if most else len(devices)
+    rounds = [divmod(number, len(devices)) for number in range(total)]
     return [
-        Place(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])
+        Slot(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])
         for again, index in rounds
     ]
 
 
 @contextmanager
-def hold_places(
+def hold_slots(
     directory: Path | None,
-    turn: Turn,
-    places: Sequence[Place],
+    entry: QueueEntry,
+    slots: Sequence[Slot],
     *,
     gpus: int = 1,
     on_wait: Callable[[int], None],
     should_stop: Callable[[], bool],
-) -> Iterator[tuple[Place, ...]]:
-    """Hold one of the places for the block, waiting for it as long as it takes.
+) -> Iterator[tuple[Slot, ...]]:
+    """Hold a slot for the block, waiting as long as necessary.
 
     Args:
-        directory: Where processes agree on it; None means no limit, and no place.
-        gpus: Hold as many, each on another GPU; all at once, so that two runs which lack one
-            each do not wait for each other.
-        on_wait: Told the position in the queue, from 1, when it waits and as that changes.
-        should_stop: Asked while waiting.
+        directory: Where processes coordinate; None means no limit, and no slot.
+        gpus: Number of slots to hold, each on another GPU. They are taken all at once, so that two
+            runs cannot each hold one and wait for the other.
+        on_wait: Called with the position in the queue, from 1, at first and on every change.
+        should_stop: Checked while waiting.
 
     Raises:
-        Stopped: `should_stop` said so while there was no free place.
+        Stopped: `should_stop` returned True while waiting.
     """
     if directory is None:
         yield ()
         return
-    kind = "cpu" if places[0].device is None else "gpu"
+    kind = "cpu" if slots[0].device is None else "gpu"
     tickets = directory / _TICKETS
     tickets.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        with _ticket(tickets, turn.ticket(kind)) as ticket:
+        with _queue_file(tickets, entry.file_name(kind)) as queue_file:
             position = 0
             while True:
-                before = ticket.position()
-                if before == 1 and (found := _take(held, directory, places, gpus)):
+                before = queue_file.position()
+                if before == 1 and (found := _take(held, directory, slots, gpus)):
                     break
                 if before != position:
                     on_wait(before)
                     position = before
-                _pause(min(_LOOK_EVERY * position, _LOOK_AT_LEAST_EVERY), should_stop)
+                _pause(min(_CHECK_EVERY * position, _CHECK_AT_LEAST_EVERY), should_stop)
         yield found
 
 
@@ -125,58 +124,56 @@ def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
     while not should_stop():
         if (left := until - time.monotonic()) <= 0:
             return
-        time.sleep(min(left, _OBEY_WITHIN))
+        time.sleep(min(left, _STOP_CHECK_EVERY))
     raise Stopped
 
 
-def _take(
-    held: ExitStack, directory: Path, places: Sequence[Place], number: int
-) -> tuple[Place, ...]:
-    """Take so many places on different GPUs, or none."""
-    found: list[Place] = []
+def _take(held: ExitStack, directory: Path, slots: Sequence[Slot], number: int) -> tuple[Slot, ...]:
+    """Take that many slots on different GPUs, or none."""
+    found: list[Slot] = []
     with ExitStack() as taken:
-        for place in places:
-            if found and place.device in {each.device for each in found}:
+        for slot in slots:
+            if found and slot.device in {each.device for each in found}:
                 continue
             with suppress(BlockingIOError):
-                taken.enter_context(hold_lock(directory / place.lock, patience=0))
-                found.append(place)
+                taken.enter_context(hold_lock(directory / slot.lock, patience=0))
+                found.append(slot)
             if len(found) == number:
                 held.push(taken.pop_all())
                 return tuple(found)
     return ()
 
 
-class _Ticket:
-    """A name in the queue, locked for as long as its process lives."""
+class _QueueFile:
+    """A file in the queue, locked for as long as its process lives."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
         self._name = name
         self._descriptor: int | None = None
 
-    def draw(self) -> None:
-        """Take it; it has its name only once it is locked, so that nobody sees it free."""
-        self.drop()
-        # Not named by the process id, which another container may have as well.
+    def create(self) -> None:
+        """Create the file; it gets its name once locked, so that it is never seen unlocked."""
+        self.remove()
+        # Not named by process id, which is not unique across containers.
         made = self._directory / f".{os.urandom(8).hex()}"
         self._descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         made.rename(self._directory / self._name)
 
-    def drop(self) -> None:
-        """Give it back."""
+    def remove(self) -> None:
+        """Remove the file."""
         if self._descriptor is not None:
             (self._directory / self._name).unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
     def position(self) -> int:
-        """Return the place in the queue, from 1; the tickets of the dead are thrown away."""
+        """Return the position in the queue, from 1; removes the files of dead processes."""
         kind = self._name.partition("~")[0]
         names = {path.name for path in self._directory.iterdir()}
         if self._name not in names:
-            self.draw()  # somebody has tidied up
+            self.create()  # the file was removed from outside
         before = [name for name in names if name.startswith(f"{kind}~") and name < self._name]
         return 1 + sum(self._is_alive(name) for name in before)
 
@@ -189,10 +186,10 @@ class _Ticket:
 
 
 @contextmanager
-def _ticket(directory: Path, name: str) -> Iterator[_Ticket]:
-    ticket = _Ticket(directory, name)
-    ticket.draw()
+def _queue_file(directory: Path, name: str) -> Iterator[_QueueFile]:
+    queue_file = _QueueFile(directory, name)
+    queue_file.create()
     try:
-        yield ticket
+        yield queue_file
     finally:
-        ticket.drop()
+        queue_file.remove()

@@ -1,4 +1,4 @@
-"""The part of a training process that needs torch."""
+"""The part of a training process that needs torch: load, train, save."""
 
 import json
 import logging
@@ -21,16 +21,16 @@ from training_backends.core.config import TINY_MODEL
 from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
 from training_backends.tokens.encoders import Encoder
 from training_backends.trainer.checkpoint import newest_checkpoint
-from training_backends.trainer.control import StopRequest, say_status
+from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.data import LoadedFile, load_file
-from training_backends.trainer.distributed import ALONE, Team
+from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
 from training_backends.trainer.environment import thread_count
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import answer, evaluating
 from training_backends.trainer.loop import (
-    EngineTrainer,
     Plan,
     Reporter,
+    ScheduleTrainer,
     Validation,
     arguments_for,
     precision_for,
@@ -50,32 +50,40 @@ from training_backends.trainer.objective import Objective
 from training_backends.trainer.objectives.classifier import (
     ClassifierObjective,
     classify,
-    say_labels,
+    format_labels,
 )
 from training_backends.trainer.objectives.preference import PreferenceObjective, References
 from training_backends.trainer.objectives.tokens import TokenObjective
 
-__all__ = ["Work", "make_objective", "require_separate_rows", "set_up_torch", "use_kernels"]
+__all__ = [
+    "TrainingProcess",
+    "make_objective",
+    "require_separate_rows",
+    "set_up_torch",
+    "use_kernels",
+]
 
 _APPLY: Final[Mapping[str, str]] = MappingProxyType(
     {kind: f"apply_liger_kernel_to_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")}
 )
-"""Architectures whose logits and gradients were compared. Mixtral is none of them: its experts
-cannot be adapted any more behind liger-kernel 0.8."""
+"""Architectures whose logits and gradients were verified. Not Mixtral: with liger-kernel 0.8,
+its experts can no longer take adapters.
+"""
 _SILU: Final = frozenset({"silu", "swish"})
 
 
-def use_kernels(model: Any, device: torch.device, wanted: str) -> tuple[str, ...]:
-    """Have a model compute with these kernels and return their names; none where they do not fit.
+def use_kernels(model: Any, device: torch.device, requested: str) -> tuple[str, ...]:
+    """Patch a model with liger-kernel's kernels; return their names, () if none apply.
 
-    The last layer and the loss stay ours (`head.py`), which needs no logits of all tokens either.
+    The output layer and the loss stay those of `objectives.tokens`, which do not materialize all
+    logits either.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = _APPLY.get(causal.config.model_type)
-    if wanted == "none" or device.type != "cuda" or not name or not find_spec("liger_kernel"):
+    if requested == "none" or device.type != "cuda" or not name or not find_spec("liger_kernel"):
         return ()
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # tells of kernels for other chips
-    # Theirs knows this one activation, whatever the model has.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # logs about kernels for other chips
+    # Liger's SwiGLU supports only this activation, and does not check.
     plain = causal.config.hidden_act in _SILU and not getattr(causal.config, "mlp_bias", False)
     chosen = {"rope": True, "rms_norm": True, "swiglu": plain}
     apply = getattr(import_module("liger_kernel.transformers"), name)
@@ -86,33 +94,33 @@ def use_kernels(model: Any, device: torch.device, wanted: str) -> tuple[str, ...
 _FIRST: Final = ([1, 2, 3, 4], [5, 6, 7, 8])
 _SECOND: Final = [3, 1, 2]
 _ROUNDING: Final = 0.1
-"""Share of the difference between a row behind one text and behind another that may remain:
-experts compute in groups of tokens, so that their rounding depends on the other row."""
+"""Tolerated dependence on the first row, relative to rows that do attend to each other: experts
+compute in groups of tokens, so their rounding depends on the other row.
+"""
 
 
 def require_separate_rows(model: Any, name: str) -> None:
-    """Try on the model itself whether a row depends on the one packed before it.
+    """Check on the model itself that a packed row does not depend on the row before it.
 
-    transformers keeps packed rows apart in the attention of most architectures. One that
-    carries a state from token to token would learn from the wrong row, and nothing would say
-    so.
+    transformers isolates packed rows in the attention of most architectures. A model that carries
+    state from token to token would silently train on mixed rows.
 
     Raises:
-        TrainerError: It does.
+        TrainerError: Packed rows are not isolated.
     """
     first, second = range(len(_FIRST[0])), range(len(_SECOND))
     with evaluating(model):
-        packed = _difference(model, [*first, *second])
+        isolated = _difference(model, [*first, *second])
         joined = _difference(model, [*range(len(first) + len(second))])
-    if packed > _ROUNDING * joined:
+    if isolated > _ROUNDING * joined:
         raise TrainerError(
-            f"The architecture of {name!r} does not keep packed rows apart: each would learn from "
-            "the one before it. Leave options.packing out."
+            f"The architecture of {name!r} does not support packing: a packed row would depend on "
+            "the one before it. Remove options.packing."
         )
 
 
 def _difference(model: Any, positions: list[int]) -> float:
-    """Return how much the second row's logits change with the first row."""
+    """Return how much the second row's logits depend on the first row."""
     one, other = (
         model(
             input_ids=torch.tensor([first + _SECOND], device=model.device),
@@ -125,10 +133,11 @@ def _difference(model: Any, positions: list[int]) -> float:
 
 
 def make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
-    """Make what a spec's method learns.
+    """Create the objective for a spec's method.
 
     Raises:
-        TrainerError: The spec lacks something, or the model's tokenizer does.
+        TrainerError: The spec is incomplete.
+        TokenizerError: The tokenizer does not support the method.
     """
     if spec.method == "classifier":
         if not spec.classifier_targets:
@@ -149,24 +158,24 @@ def make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
 
 _SHOWN_ROWS = 3
 _STATE: Final = "engine.json"
-"""In a checkpoint: how many rows fitted into memory at a time, and hashes of the data files."""
+"""In a checkpoint: the micro-batch size that fitted, and hashes of the data files."""
 
 
 def set_up_torch(model: str, processes: int = 1) -> None:
-    """Use the processors that this process may use, and keep libraries quiet."""
+    """Set the number of threads, and silence the libraries."""
     torch.set_num_threads(thread_count(small=model == TINY_MODEL, processes=processes))
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
-    if processes > 1:  # it would tell to start them otherwise
+    if processes > 1:  # it recommends a different launcher
         logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
 
 
-class Work:
-    """Load, train, save; `step` says how far it came.
+class TrainingProcess:
+    """Loads, trains and saves; `step` is the last completed step.
 
     Args:
-        on_loaded: Called once the model is on this machine.
-        on_trained: Called once no other process is needed any more.
+        on_loaded: Called once the model is available locally.
+        on_trained: Called once the other processes are no longer needed.
     """
 
     def __init__(
@@ -174,7 +183,7 @@ class Work:
         run: RunDir,
         spec: RunSpec,
         stop: StopRequest,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         *,
         on_loaded: Callable[[], None] = lambda: None,
         on_trained: Callable[[], None] = lambda: None,
@@ -182,28 +191,28 @@ class Work:
         self._run = run
         self._spec = spec
         self._stop = stop
-        self._team = team
+        self._group = group
         self._on_loaded = on_loaded
         self._on_trained = on_trained
         self._data: list[DataFacts] = []
         self.step = 0
 
     def run(self) -> ResultRecord | None:
-        """Train to the end and return the result; None if it was stopped.
+        """Train to the end; return the result, or None if stopped.
 
         Raises:
-            Stopped: Before the first step.
+            Stopped: Stopped before the first step.
             TrainerError: The spec, the data or the model cannot be used.
         """
-        set_up_torch(self._spec.model, self._team.size)
+        set_up_torch(self._spec.model, self._group.size)
         device = choose_device(self._spec.device)
         loaded = self._load_model(device)
         self._on_loaded()
-        self._team.meet(device)
+        self._group.connect(device)
         try:
             return self._run_on(loaded, device)
         finally:
-            self._team.part()
+            self._group.disconnect()
 
     def _run_on(self, loaded: LoadedModel, device: torch.device) -> ResultRecord | None:
         objective = make_objective(self._spec, loaded.encoder)
@@ -217,7 +226,7 @@ class Work:
 
     def _load_model(self, device: torch.device) -> LoadedModel:
         spec = self._spec
-        set_seed(spec.seed)  # before heads are made: their weights are random
+        set_seed(spec.seed)  # seeds the random weights of new heads
         return load_model(
             spec.model,
             seed=spec.seed,
@@ -230,33 +239,34 @@ class Work:
 
     def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
         spec = self._spec
-        set_seed(spec.seed)  # before adapters are made: their weights are random
+        set_seed(spec.seed)  # seeds the random weights of new adapters
         classifies = spec.method == "classifier"
         model = prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
-        if spec.tuning.kind != "qlora":  # which is where it belongs already
+        if spec.tuning.kind != "qlora":  # a 4-bit model is already on its device
             model = model.to(device)
         elif left := count_experts(model):
-            self._warn(f"{left:,} weights of experts are left as they are: not in 4 bits")
+            self._warn(f"{left:,} expert weights are not quantized to 4 bits")
         if used := use_kernels(model, device, spec.kernels):
-            told = f"computes with kernels of liger-kernel: {', '.join(used)}"
-            self._run.add_event(Event(name="message", message=told))
+            message = f"Using liger-kernel: {', '.join(used)}"
+            self._run.add_event(Event(name="message", message=message))
         return replace(loaded, model=model)
 
     def _computes_twice(self, device: torch.device) -> bool:
-        wanted = self._spec.gradient_checkpointing
-        return device.type == "cuda" if wanted is None else wanted  # a GPU is short of memory
+        requested = self._spec.gradient_checkpointing
+        # Memory is scarce on a GPU.
+        return device.type == "cuda" if requested is None else requested
 
     def _train(
         self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
     ) -> ResultRecord | None:
-        spec, model, device, team = self._spec, loaded.model, loaded.model.device, self._team
+        spec, model, device, group = self._spec, loaded.model, loaded.model.device, self._group
         precision = self._precision(device)
-        start = team.tell(newest_checkpoint(self._run) if team.leads else None)
+        start = group.broadcast(newest_checkpoint(self._run) if group.is_leader else None)
         before = json.loads((start.path / _STATE).read_bytes()) if start else {}
         self._compare(before)
         micro = self._micro_batch(model, before)
         validation = Validation(
-            model, objective, validating, micro=micro, precision=precision, team=team
+            model, objective, validating, micro=micro, precision=precision, group=group
         )
         reporter = Reporter(
             self._run,
@@ -265,7 +275,7 @@ class Work:
             validation=validation,
             stop=self._stop,
             device=device,
-            team=team,
+            group=group,
         )
         if start is None:
             self._sample(loaded, "before")
@@ -278,9 +288,9 @@ class Work:
                 references.load(start.path)
             else:
                 self._ask_reference(references, objective, model, micro)
-        self._say_start(plan, start.state.step if start else 0, model)
+        self._report_start(plan, start.state.step if start else 0, model)
         twice = self._computes_twice(device)
-        trainer = EngineTrainer(
+        trainer = ScheduleTrainer(
             model,
             run=self._run,
             spec=spec,
@@ -290,14 +300,14 @@ class Work:
             micro=micro,
             precision=precision,
             arguments=arguments_for(self._run, spec, plan, device, checkpointing=twice),
-            fill=partial(_fill, micro, references, self._hashes(), team.size),
-            team=team,
+            fill=partial(_fill, micro, references, self._hashes(), group.size),
+            group=group,
         )
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
         self.step = trainer.state.global_step
-        team.part()
+        group.disconnect()
         self._on_trained()
-        if reporter.stopped or not team.leads:
+        if reporter.stopped or not group.is_leader:
             return None
         self._sample(loaded, "after")
         return self._save(loaded)
@@ -310,7 +320,7 @@ class Work:
             model,
             micro,
             self._precision(model.device),
-            team=self._team,
+            group=self._group,
             should_stop=lambda: self._stop.requested,
         )
 
@@ -319,12 +329,12 @@ class Work:
 
     def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
         spec, device = self._spec, model.device
-        wanted = spec.micro_batch_size or spec.batch_size
+        size = spec.micro_batch_size or spec.batch_size
         return MicroBatch(
-            # What fitted then: the numbers depend on it in their last digits.
-            int(before.get("micro_batch_size", wanted)),
+            # The size that fitted before: results depend on it in the last digits.
+            int(before.get("micro_batch_size", size)),
             on_halved=lambda size: self._warn(
-                f"out of memory: goes on with {size} rows at a time", micro_batch_size=size
+                f"Out of memory: retrying with {size} rows at a time", micro_batch_size=size
             ),
             explain=lambda: what_would_fit(
                 spec, model, device, checkpointing=self._computes_twice(device)
@@ -335,29 +345,29 @@ class Work:
         return [each.sha256 for each in self._data]
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        """Hold what the checkpoint was made of, and what the others have, against what is here."""
-        if (processes := before.get("processes", 1)) != self._team.size and before:
+        """Compare data and processes with those of the checkpoint, and data across processes."""
+        if (processes := before.get("processes", 1)) != self._group.size and before:
             raise TrainerError(
-                f"The checkpoint was saved with num_processes: {processes}, each of which has a "
-                f"part of it. Now it is {self._team.size}; put it back."
+                f"The checkpoint was saved with num_processes: {processes}, but it is now "
+                f"{self._group.size}. Set it back to {processes}."
             )
-        if any(theirs != self._data for theirs in self._team.gather(self._data)):
+        if any(other != self._data for other in self._group.all_gather(self._data)):
             raise TrainerError(
-                "A data file was changed while the processes read it, so that they have different "
-                "rows. Let it be, and start again.",
+                "A data file changed while the processes were reading it, so they have different "
+                "rows. Resume without changing the data.",
                 kind="internal",
                 retryable=True,
             )
         if before.get("data", self._hashes()) != self._hashes():
-            self._warn("the data has changed since the checkpoint that this goes on from")
+            self._warn("The data has changed since the checkpoint was saved")
 
-    def _say_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:
+    def _report_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        head = f"continues at step {step}" if step else "trains"
-        say_status(
+        head = f"Resuming at step {step}" if step else "Training"
+        report_status(
             self._run,
             "running",
-            f"{head}: {plan.total_steps} steps, {trained:,} trained parameters",
+            f"{head}: {plan.total_steps} steps, {trained:,} trainable parameters",
             step=step,
             total_steps=plan.total_steps,
             trained_parameters=trained,
@@ -366,19 +376,19 @@ class Work:
 
     def _sample(self, loaded: LoadedModel, stage: str) -> None:
         prompt = self._spec.sample_prompt
-        if prompt is None or not self._team.leads:
+        if prompt is None or not self._group.is_leader:
             return
         if loaded.targets:
-            said = say_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
+            text = format_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
         else:
-            said = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
-        data = {"stage": stage, "prompt": prompt, "answer": said}
-        self._run.add_event(Event(name="sample", message=f"{stage}: {said}", data=data))
+            text = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
+        data = {"stage": stage, "prompt": prompt, "answer": text}
+        self._run.add_event(Event(name="sample", message=f"{stage}: {text}", data=data))
 
     def _save(self, loaded: LoadedModel) -> ResultRecord:
         temporary = self._run.path / ".result.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        record = save_result(loaded, self._spec.model, temporary, wanted=self._spec.result)
+        record = save_result(loaded, self._spec.model, temporary, save_as=self._spec.result)
         write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
         shutil.rmtree(self._run.result, ignore_errors=True)
         temporary.rename(self._run.result)
@@ -391,7 +401,7 @@ class Work:
             for index, source in enumerate(self._spec.train)
         ]
         if not any(files):
-            raise TrainerError("The training files hold no row that can be trained on.")
+            raise TrainerError("The training files have no rows that can be trained on.")
         return files
 
     def _load_validation(self, objective: Objective[Any]) -> list[Any]:
@@ -405,24 +415,24 @@ class Work:
         loaded = load_file(
             path, objective.read, name=name, should_stop=lambda: self._stop.requested
         )
-        self._tell_of_rows(str(path), loaded)
+        self._report_rows(str(path), loaded)
         role = "training" if name.startswith("train/") else "validation"
         self._data.append(describe_data(path, role, len(loaded.examples)))
         return loaded.examples
 
-    def _tell_of_rows(self, name: str, loaded: LoadedFile) -> None:
+    def _report_rows(self, name: str, loaded: LoadedFile) -> None:
         invalid, usable = len(loaded.invalid), len(loaded.examples) + loaded.untrained
         shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
         if invalid > self._spec.max_invalid_fraction * (invalid + usable):
-            raise TrainerError(f"{name}: {invalid} rows cannot be used: {shown}")
+            raise TrainerError(f"{name}: {invalid} invalid rows: {shown}")
         if invalid:
-            self._warn(f"{name}: {invalid} rows left out: {shown}", invalid=invalid)
+            self._warn(f"{name}: skipped {invalid} invalid rows: {shown}", invalid=invalid)
         if loaded.untrained:
             count = loaded.untrained
-            self._warn(f"{name}: {count} rows left out: nothing to learn in them", untrained=count)
+            self._warn(f"{name}: skipped {count} rows without tokens in the loss", untrained=count)
         if loaded.truncated:
             length, count = self._spec.seq_len, loaded.truncated
-            self._warn(f"{name}: {count} rows cut off at {length} tokens", truncated=count)
+            self._warn(f"{name}: truncated {count} rows to {length} tokens", truncated=count)
 
     def _warn(self, message: str, **data: int) -> None:
         self._run.add_event(Event(name="message", level="warning", message=message, data=data))
@@ -435,7 +445,7 @@ def _fill(
     processes: int,
     directory: Path,
 ) -> None:
-    """Write what a checkpoint needs beside the model and the Trainer's state."""
+    """Write the checkpoint files other than the model and the Trainer's state."""
     state = json.dumps({"micro_batch_size": micro.size, "data": data, "processes": processes})
     (directory / _STATE).write_text(state, encoding="ascii")
     if references:

@@ -1,4 +1,4 @@
-"""`tiny-mistral`: a small Mistral-architecture model, made on the spot from the seed alone."""
+"""`tiny-mistral`: a small Mistral-architecture model generated from a seed."""
 
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -10,7 +10,7 @@ __all__ = ["make_tiny_model"]
 
 
 def make_tiny_model(seed: int) -> MistralForCausalLM:
-    """Make the untrained model, about 1 M parameters, the same for the same seed."""
+    """Return the untrained model, about 1 M parameters; deterministic for a given seed."""
     torch.manual_seed(seed)
     config = MistralConfig(
         vocab_size=BYTE_VOCABULARY_SIZE,

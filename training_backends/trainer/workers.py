@@ -1,4 +1,4 @@
-"""Start the processes that train beside this one, and notice at once when one has died."""
+"""Start the follower processes of a distributed run, and detect at once when one dies."""
 
 import os
 import signal
@@ -24,34 +24,34 @@ from training_backends.trainer.environment import (
     prepare_imports,
     prepare_threads,
 )
-from training_backends.trainer.errors import Stopped, TeamLost, TrainerError, failure_of
+from training_backends.trainer.errors import ProcessLost, Stopped, TrainerError, failure_of
 
 __all__ = ["Followers", "follow", "followed"]
 
 
 def follow(path: Path, rank: int, size: int) -> ExitCode:
-    """Train as number `rank` of `size`; the leader starts this, and nobody else.
+    """Train as process `rank` of `size`; only the leader starts this.
 
-    It begins once the leader writes to standard input where to meet, and ends when that is
-    closed. Why it failed it says in a line on standard output.
+    Waits until the leader writes its port to standard input, and exits when that is closed. On
+    failure, prints a `Failure` as one JSON line to standard output.
     """
-    # Who asks the whole group to end asks the leader, which needs its followers to save.
+    # A signal sent to the process group is for the leader, which needs its followers to save.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    run = _Quiet(path)
+    run = _FollowerRunDir(path)
     try:
         spec = run.read_spec()
         prepare_threads()
         prepare_imports(spec.model)
-        from training_backends.trainer.distributed import Team  # noqa: PLC0415
-        from training_backends.trainer.run import Work  # noqa: PLC0415
+        from training_backends.trainer.distributed import ProcessGroup  # noqa: PLC0415
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
         if not (port := sys.stdin.readline()):
             return ExitCode.STOPPED
         threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
-        # Not sooner: where nobody leads any more, it would be looked for patiently.
-        team = Team(rank, size, int(port))
-        Work(run, spec, _Deaf(run.stop), team).run()
+        # Connecting before the leader is known to be alive would wait until the timeout.
+        group = ProcessGroup(rank, size, int(port))
+        TrainingProcess(run, spec, _NoStopRequest(run.stop), group).run()
     except Exception as error:
         traceback.print_exception(error)
         print(failure_of(error).model_dump_json(), flush=True)  # noqa: T201  # the leader reads it
@@ -60,13 +60,13 @@ def follow(path: Path, rank: int, size: int) -> ExitCode:
 
 
 def _end_with_leader() -> None:
-    """End this process at once when the leader has ended: it may wait for it forever."""
+    """Exit as soon as the leader has exited; the main thread may wait for it forever."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(ExitCode.STOPPED)
 
 
-class _Quiet(RunDir):
-    """A run of which somebody else tells; what only this process has seen goes to the log."""
+class _FollowerRunDir(RunDir):
+    """A run directory that only the leader writes; warnings go to this process's log."""
 
     def add_event(self, event: Event) -> None:
         if event.level == "warning":
@@ -76,8 +76,8 @@ class _Quiet(RunDir):
         pass
 
 
-class _Deaf(StopRequest):
-    """The leader hears requests to stop, and tells of them between two steps."""
+class _NoStopRequest(StopRequest):
+    """Never stops by itself: the leader broadcasts stop requests between steps."""
 
     @property
     def requested(self) -> bool:
@@ -86,17 +86,17 @@ class _Deaf(StopRequest):
 
 _PROGRAM: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "follow")
 _GRACE: Final = 10.0
-"""Seconds for this process to notice by itself, as it does unless it waits for a GPU."""
+"""Seconds for this process to notice the failure itself, as it does unless it waits for a GPU."""
 _PATIENCE: Final = 5.0
-"""Seconds in which one that fails says why."""
+"""Seconds to wait for a failing follower to report its reason."""
 
 
 class Followers:
-    """The processes that follow this one.
+    """The follower processes of this one.
 
     Args:
-        on_lost: Ends this process; called from a thread where a follower has failed and
-            this process's own work, which may wait for it forever, has not ended.
+        on_lost: Ends this process. Called from a thread when a follower has failed and the main
+            thread, which may wait for it forever, has not finished.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class Followers:
         self._failure: Failure | None = None
         self._lock = Lock()
         self._failed = threading.Event()
-        self._over = threading.Event()
+        self._finished = threading.Event()
 
     def start(self, run: Path, devices: Sequence[str | None]) -> None:
-        """Start one for each device; they wait for `go`."""
+        """Start one process per device; each waits for `go`."""
         size = len(devices) + 1
         for rank, device in enumerate(devices, 1):
             command = [str(run), f"--rank={rank}", f"--size={size}"]
-            with _signals_held_back():
+            with _stop_signals_blocked():
                 process = subprocess.Popen(  # noqa: S603  # our own program
                     [*self._program, *command],
                     stdin=subprocess.PIPE,
@@ -124,55 +124,55 @@ class Followers:
                 )
             self._processes.append(process)
             name = f"follower-{rank}"
-            Thread(target=self._attend, args=(process, rank, size), name=name, daemon=True).start()
+            Thread(target=self._watch, args=(process, rank, size), name=name, daemon=True).start()
 
     def go(self, port: int) -> None:
-        """Let them load the model, now that its files are here, and say where to meet."""
+        """Send the leader's port; the followers then load the model, which is local by now."""
         for process in self._processes:
-            with suppress(BrokenPipeError):  # noticed elsewhere
+            with suppress(BrokenPipeError):  # `_watch` reports it
                 if process.stdin:
                     process.stdin.write(b"%d\n" % port)
                     process.stdin.flush()
 
-    def _attend(self, process: "subprocess.Popen[bytes]", rank: int, size: int) -> None:
-        # The first word counts that is not of another's failure: where one has failed, the others
-        # fail for it.
-        told: Failure | None = None
+    def _watch(self, process: "subprocess.Popen[bytes]", rank: int, size: int) -> None:
+        # The first failure other than `lost` is the cause: when one process fails, the others
+        # lose contact with it and fail too.
+        reported: Failure | None = None
         for line in process.stdout or ():
             with suppress(ValidationError):
-                told = Failure.model_validate_json(line)
-                if told.kind != "lost":
-                    self._fail(told)
-        if (code := process.wait()) == 0 or self._over.is_set():
+                reported = Failure.model_validate_json(line)
+                if reported.kind != "lost":
+                    self._fail(reported)
+        if (code := process.wait()) == 0 or self._finished.is_set():
             return
-        if told:
+        if reported:
             self._failed.wait(_GRACE)
-        failure = self._fail(told or _lost(code, rank, size))
-        if not self._over.wait(_GRACE):
+        failure = self._fail(reported or _lost(code, rank, size))
+        if not self._finished.wait(_GRACE):
             self._on_lost(_error_of(failure))
 
     def _fail(self, failure: Failure) -> Failure:
-        """Return why it fails, which is `failure` unless something else came first."""
+        """Record a failure unless there is one already; return the first."""
         with self._lock:
             self._failure = self._failure or failure
             self._failed.set()
             return self._failure
 
     def explain(self, error: Exception) -> TrainerError | None:
-        """Return why this process could not go on, if that is because a follower has failed."""
-        # By itself this process may fail as well, and they then for it.
-        patience = _PATIENCE if isinstance(error, TeamLost) else 0
+        """Return the follower's failure if it caused `error`, else None."""
+        # If this process failed by itself, the followers fail because of it: do not wait for them.
+        patience = _PATIENCE if isinstance(error, ProcessLost) else 0
         if self._processes and self._failed.wait(patience) and self._failure:
             return _error_of(self._failure)
         return None
 
     def end(self) -> None:
-        """End those that are left, whatever becomes of them; safe to repeat."""
-        self._over.set()
+        """Terminate the remaining followers; safe to repeat."""
+        self._finished.set()
         for process in self._processes:
             with suppress(BrokenPipeError):
                 if process.stdin:
-                    process.stdin.close()  # which they take for the end
+                    process.stdin.close()  # makes them exit
         for process in self._processes:
             try:
                 process.wait(_GRACE)
@@ -185,7 +185,7 @@ class Followers:
 def followed(
     on_lost: Callable[[TrainerError], object], program: Sequence[str] = _PROGRAM
 ) -> Iterator[Followers]:
-    """Keep followers for the block; an error in it that was a follower's is told as such."""
+    """Manage followers for the block; an error that a follower caused is raised as such."""
     followers = Followers(on_lost, program)
     try:
         yield followers
@@ -200,8 +200,8 @@ def followed(
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Have a process that is started here hear no request to stop before it can ignore it."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals until a process started here can ignore them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -210,7 +210,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _environment(device: str | None) -> dict[str, str]:
-    # The model is on this machine by then.
+    # The leader has downloaded the model by the time a follower loads it.
     given = environment_without_token() | {"HF_HUB_OFFLINE": "1"}
     return given if device is None else given | {VISIBLE: device}
 
@@ -218,8 +218,8 @@ def _environment(device: str | None) -> dict[str, str]:
 def _lost(code: int, rank: int, size: int) -> Failure:
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     message = (
-        f"Process {rank + 1} of the {size} that train together ended without a word ({how}): "
-        "killed, or out of memory. log.txt has its last output."
+        f"Training process {rank + 1} of {size} exited unexpectedly ({how}): killed, or "
+        "out of memory. See log.txt for its last output."
     )
     return Failure(kind="lost", message=message, retryable=True)
 

@@ -134,7 +134,7 @@ async def test_a_log_goes_on_behind_any_cursor(finished: Finished) -> None:
     backend, run, live = finished
     for index in range(0, len(live), 7):
         assert await collect(backend, run, live[index].cursor) == live[index + 1 :]
-    with pytest.raises(ConfigError, match="no cursor"):
+    with pytest.raises(ConfigError, match="Invalid log cursor"):
         await collect(backend, run, "nonsense")
 
 

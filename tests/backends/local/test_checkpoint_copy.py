@@ -42,13 +42,13 @@ def test_the_newest_whole_one_is_taken(run: TrainingRun, source: RunDir, target:
     (source.checkpoints / "step-10" / "weights").write_bytes(b"x" * 1000)
     (source.checkpoints / "step-4" / "weights").unlink()
     assert copy_checkpoint(run, source, target, None) == 2
-    whole, damaged = find_newest(target)
-    assert whole is not None
-    assert (whole.state.step, damaged) == (2, ())
+    intact, damaged = find_newest(target)
+    assert intact is not None
+    assert (intact.state.step, damaged) == (2, ())
     said = [event.message for event, _ in target.read_events()]
     assert [text.partition(":")[0] for text in said] == [
-        "the checkpoint step-10 is damaged",
-        "the checkpoint step-4 is damaged",
+        "Checkpoint step-10 is damaged",
+        "Checkpoint step-4 is damaged",
     ]
     assert len(list(source.checkpoints.iterdir())) == 3, "the old run is left as it is"
 
@@ -64,7 +64,7 @@ def test_a_damaged_one_is_not_taken_by_name(
     assert copy_checkpoint(run, source, target, "2") == 2
     with pytest.raises(ConfigError) as told:
         copy_checkpoint(run, source, target, "3")
-    assert told.value.issues[0].fix == "there are: 2, 4, 10"
+    assert told.value.issues[0].fix == "available: 2, 4, 10"
 
 
 def test_without_any_it_begins_anew(run: TrainingRun, source: RunDir, target: RunDir) -> None:

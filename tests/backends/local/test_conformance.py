@@ -30,7 +30,7 @@ class LocalSubject(Subject):
         return LocalBackend(self._home, program=PROGRAM)
 
     def job_ids(self) -> Sequence[str]:
-        """Look for directories."""
+        """Snapshot for directories."""
         return [path.parent.name for path in self._home.glob("runs/*/spec.json")]
 
     async def finish(self, remote_id: str) -> None:

@@ -133,7 +133,7 @@ async def test_duration_rests_on_a_run_like_this_one(
     assert found.train_tokens is not None
     assert found.duration is not None
     assert found.duration.total_seconds() == pytest.approx(found.train_tokens / 100)
-    assert notes_of(found, "run nemo: 100 tokens a second")
+    assert notes_of(found, "run nemo (100 tokens/s)")
     other = make_run(model=NEMO, tuning="full")
     assert (await backend.estimate(other.config, inspected(other))).duration is None
 

@@ -1,4 +1,4 @@
-"""What a training process is handed to fetch a model with, and nobody else sees."""
+"""The environment and token that a training process receives to download a model."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ async def test_a_model_of_this_machine_needs_no_token(home: Path, make_run: Make
     told = await handed_to_a_process(home, make_run(), hub)
     assert told["stdin"] == ""
     assert TOKEN not in json.dumps(told)
-    assert (await hub.handed(str(home))).token is None
+    assert (await hub.child_environment(str(home))).token is None
 
 
 async def test_settings_choose_hub_key_and_offline(
@@ -79,15 +79,15 @@ async def test_settings_choose_hub_key_and_offline(
     """A mirror, one of several keys, or no hub at all and then no key either."""
     keys = vault(tmp_path, HF_TOKEN=TOKEN, HUGGINGFACE_WORK_API_KEY="hf_OtherOtherOther")
     mirror = LocalSettings(hub_url="https://mirror.example.org/hf/", profile="work")
-    handed = await Hub(mirror, keys).handed("org/model")
-    assert handed.environment["HF_ENDPOINT"] == "https://mirror.example.org/hf"
-    assert handed.stdin == b"hf_OtherOtherOther\n"
+    child_env = await Hub(mirror, keys).child_environment("org/model")
+    assert child_env.variables["HF_ENDPOINT"] == "https://mirror.example.org/hf"
+    assert child_env.stdin == b"hf_OtherOtherOther\n"
     with pytest.raises(CredentialNotFound):
-        await Hub(LocalSettings(profile="none"), keys).handed("org/model")
-    handed = await Hub(LocalSettings(offline=True), keys).handed("org/model")
-    assert (handed.environment["HF_HUB_OFFLINE"], handed.stdin) == ("1", b"")
+        await Hub(LocalSettings(profile="none"), keys).child_environment("org/model")
+    child_env = await Hub(LocalSettings(offline=True), keys).child_environment("org/model")
+    assert (child_env.variables["HF_HUB_OFFLINE"], child_env.stdin) == ("1", b"")
     monkeypatch.setenv("HF_HUB_OFFLINE", "true")
-    assert (await Hub(LocalSettings(), keys).handed("org/model")).token is None
+    assert (await Hub(LocalSettings(), keys).child_environment("org/model")).token is None
 
 
 async def test_variables_of_the_libraries_are_passed_on_and_no_secret(
@@ -114,7 +114,9 @@ async def test_variables_of_the_libraries_are_passed_on_and_no_secret(
         for secret in ("API_KEY", "TOKEN", "AUTH_SECRET", "PASSWORD"):
             monkeypatch.setenv(f"{prefix}_{secret}", "s3cret")
     monkeypatch.setenv("OTHER_SETTING", "1")
-    passed = (await Hub(LocalSettings(), vault(tmp_path)).handed("tiny-mistral")).environment
+    passed = (
+        await Hub(LocalSettings(), vault(tmp_path)).child_environment("tiny-mistral")
+    ).variables
     assert {f"{prefix}_SOME_SETTING" for prefix in prefixes} <= passed.keys()
     assert "OTHER_SETTING" not in passed
     assert "s3cret" not in passed.values()
@@ -135,10 +137,10 @@ async def test_a_network_variable_that_cannot_be_used_is_named(
     """Before a process is started, whose libraries would quote it; only if it needs the hub."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=variable) as caught:
-        await Hub().handed("org/model")
+        await Hub().child_environment("org/model")
     assert "hunter" not in f"{caught.value} {caught.value.hint}"
-    await Hub().handed(str(home))
-    await Hub(LocalSettings(offline=True)).handed("org/model")
+    await Hub().child_environment(str(home))
+    await Hub(LocalSettings(offline=True)).child_environment("org/model")
 
 
 async def test_a_process_gets_the_proxies_in_a_form_that_it_can_read(
@@ -147,7 +149,7 @@ async def test_a_process_gets_the_proxies_in_a_form_that_it_can_read(
     """What curl accepts, the hub's library need not accept."""
     monkeypatch.setenv("HTTPS_PROXY", "u:p@ss@proxy.example:1")
     monkeypatch.setenv("NO_PROXY", "[::1],fd00::/8")
-    environment = (await Hub().handed("org/model")).environment
+    environment = (await Hub().child_environment("org/model")).variables
     assert environment["https_proxy"] == "http://u:p%40ss@proxy.example:1"
     assert environment["no_proxy"] == "::1"
     assert not {"HTTPS_PROXY", "NO_PROXY"} & environment.keys()
@@ -160,17 +162,19 @@ async def test_without_a_key_the_run_goes_on(tmp_path: Path) -> None:
         async def get(self, *_: object) -> Any:
             raise VaultLocked("The keyring is locked.")
 
-    assert (await Hub(LocalSettings(), vault(tmp_path)).handed("org/model")).token is None
-    assert (await Hub(LocalSettings(), Locked()).handed("org/model")).token is None
+    assert (
+        await Hub(LocalSettings(), vault(tmp_path)).child_environment("org/model")
+    ).token is None
+    assert (await Hub(LocalSettings(), Locked()).child_environment("org/model")).token is None
 
 
 async def test_no_token_goes_over_plain_http(tmp_path: Path) -> None:
     """Only https and this machine get it."""
     keys = vault(tmp_path, HF_TOKEN=TOKEN)
     plain = LocalSettings(hub_url="http://mirror.example.org")
-    assert (await Hub(plain, keys).handed("org/model")).token is None
+    assert (await Hub(plain, keys).child_environment("org/model")).token is None
     here = LocalSettings(hub_url="http://127.0.0.1:8080")
-    assert (await Hub(here, keys).handed("org/model")).token is not None
+    assert (await Hub(here, keys).child_environment("org/model")).token is not None
 
 
 class Gated(BaseHTTPRequestHandler):
@@ -211,7 +215,7 @@ def gated() -> Iterator[str]:
 async def test_the_hub_is_asked_with_the_token(gated: str, tmp_path: Path) -> None:
     """What the vault has reaches the hub; what the hub refuses is said with what to do."""
     hub = Hub(LocalSettings(hub_url=gated), vault(tmp_path, HF_TOKEN=TOKEN))
-    handed = await hub.handed("org/gated")
+    child_env = await hub.child_environment("org/gated")
     with pytest.raises(BackendUnavailable, match="credentials set huggingface"):
-        await ask_model("org/gated", "hello", handed=handed)
+        await ask_model("org/gated", "hello", child_env=child_env)
     assert set(Gated.seen) == {f"Bearer {TOKEN}"}

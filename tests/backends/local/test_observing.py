@@ -78,7 +78,7 @@ async def test_a_look_at_nothing_is_refused(
     backend: LocalBackend, run: TrainingRun, directory: RunDir, make_run: MakeRun
 ) -> None:
     """Neither an unknown run nor a foreign cursor can be looked at."""
-    with pytest.raises(ConfigError, match="no cursor"):
+    with pytest.raises(ConfigError, match="Invalid log cursor"):
         await backend.observe(run, after="nonsense")
     with pytest.raises(RunNotFound):
         await backend.observe(make_run("nowhere"))

@@ -45,7 +45,7 @@ async def test_a_run_that_waits_says_its_position(
     assert state.status is TrainingStatus.PENDING
     # It is held back for the moment in which others may still write.
     (record,) = (await until(lambda: backend.observe(high), lambda seen: seen.records)).records
-    assert record.message == "waits for a free place to train, at position 1 of the queue"
+    assert record.message == "Queued (position 1)"
     assert record.fields["position"] == 1
     for run in (low, high):
         await backend.stop(run)

@@ -37,8 +37,8 @@ async def test_neither_the_question_nor_the_token_is_an_argument(
         return type("Done", (), {"returncode": 0, "stdout": b'{"answer": "yes"}'})
 
     monkeypatch.setattr(anyio, "run_process", run_process)
-    handed = await Hub(credentials=Vault()).handed("org/model")
-    assert await ask_model("org/model", "why?\nso", handed=handed) == Reply(answer="yes")
+    child_env = await Hub(credentials=Vault()).child_environment("org/model")
+    assert await ask_model("org/model", "why?\nso", child_env=child_env) == Reply(answer="yes")
     ((command, given),) = seen
     assert "why?" not in " ".join(command)
     assert given == b"huggingface-token\nwhy?\nso"

@@ -33,13 +33,13 @@ async def test_a_plain_configuration_has_no_issues(
     ("changes", "expected"),
     [
         ({"model": "tiny-mistrel"}, ("model", "did you mean 'tiny-mistral'?")),
-        ({"model": "open-mistral-7b"}, ("model", "offered")),
+        ({"model": "open-mistral-7b"}, ("model", "supported")),
         ({"tuning": "lora"}, ("tuning.kind", "use full")),
         ({"tuning": "qlora"}, ("tuning.kind", "use full")),
-        ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "leave it out")),
+        ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "remove it")),
         ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
-        ({"integrations": [{"project": "p"}]}, ("integrations", "leave it out")),
+        ({"integrations": [{"project": "p"}]}, ("integrations", "remove it")),
         ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),
         ({"options": {"num_processes": 17}}, ("options.num_processes", "or a larger")),
     ],
@@ -87,14 +87,14 @@ TARGET = {"name": "topic", "labels": ["a", "b"]}
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"method": "classifier"}, ("classifier_targets", "name each target")),
+        ({"method": "classifier"}, ("classifier_targets", "list each target")),
         (
             {"method": "classifier", "classifier_targets": [TARGET, TARGET]},
             ("classifier_targets[0].name", "rename"),
         ),
         (
             {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a", "b", "a"]}]},
-            ("classifier_targets[0].labels", "leave one out"),
+            ("classifier_targets[0].labels", "remove one"),
         ),
         (
             {"method": "classifier", "classifier_targets": [{**TARGET, "labels": ["a"]}]},
@@ -102,7 +102,7 @@ TARGET = {"name": "topic", "labels": ["a", "b"]}
         ),
         (
             {"method": "classifier", "classifier_targets": [{**TARGET, "weight": 0}]},
-            ("classifier_targets", "give one of them a weight"),
+            ("classifier_targets", "set the weight"),
         ),
         (
             {
@@ -110,9 +110,9 @@ TARGET = {"name": "topic", "labels": ["a", "b"]}
                 "model": "org/model",
                 "hyperparameters": {"fim_ratio": 0.1},
             },
-            ("hyperparameters.fim_ratio", "leave it out"),
+            ("hyperparameters.fim_ratio", "remove it"),
         ),
-        ({"method": "dpo", "options": {"packing": True}}, ("options.packing", "leave it out")),
+        ({"method": "dpo", "options": {"packing": True}}, ("options.packing", "remove it")),
     ],
 )
 async def test_what_a_method_cannot_use_is_an_issue(
@@ -209,7 +209,7 @@ async def test_an_estimate_without_any_run_knows_no_duration(
     run = make_run(hyperparameters={"epochs": 1})
     estimate = await backend.estimate(run.config, inspected(run))
     assert estimate.duration is None
-    assert any("has been measured" in note for note in estimate.notes)
+    assert any("no similar run" in note for note in estimate.notes)
     assert any("learning_rate 0.002" in note for note in estimate.notes)
     assert estimate.steps == 3, "forty rows in batches of sixteen"
 

@@ -106,7 +106,7 @@ def test_the_last_row_of_a_step_counts(run: RunDir) -> None:
 
 
 def test_a_long_run_is_read_from_its_end(run: RunDir) -> None:
-    """A look takes as long for a thousand million rows as for ten; checkpoints remember."""
+    """A snapshot takes as long for a thousand million rows as for ten; checkpoints remember."""
     metrics = {"train_loss": 3.0, "valid_loss": 2.0}
     run.add_event(Event(name="checkpoint", step=1, data={"metrics": metrics}))
     with run.metrics.open("wb") as file:

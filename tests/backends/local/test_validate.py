@@ -152,8 +152,8 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     ("name", "content", "said"),
     [
         ("config.json", b"{", "config.json is not valid JSON"),
-        ("config.json", b"[]", "config.json holds no JSON object"),
-        ("model.safetensors", None, "holds no weights"),
+        ("config.json", b"[]", "config.json is not a JSON object"),
+        ("model.safetensors", None, "has no weights"),
         ("model.safetensors", b"", "model.safetensors is damaged"),
         ("model.safetensors", b"version https://git-lfs", "model.safetensors is damaged"),
         ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "model.safetensors is damaged"),
@@ -367,12 +367,12 @@ async def test_the_hub_is_asked_for_a_model_that_is_not_here(
 async def test_a_hub_out_of_reach_is_a_warning_and_one_that_must_not_be_asked_an_error(
     home: Path, make_run: MakeRun, inspected: Inspected
 ) -> None:
-    """It was not checked; the run cannot work."""
+    """It could not be looked up; the run cannot work."""
     run = make_run(model="org/any")
     away = LocalBackend(home, hub=Hub(LocalSettings(hub_url="http://127.0.0.1:1")))
     (issue,) = (await away.validate(run.config, inspected(run))).issues
     assert (issue.code, issue.severity) == ("hub_not_asked", "warning")
-    assert "was not checked" in issue.message
+    assert "could not be looked up" in issue.message
     offline = LocalBackend(home, hub=Hub(LocalSettings(offline=True)))
     (issue,) = (await offline.validate(run.config, inspected(run))).issues
     assert (issue.code, issue.severity) == ("model_not_here", "error")

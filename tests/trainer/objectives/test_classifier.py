@@ -106,7 +106,7 @@ def test_a_batch_without_a_target_has_no_loss_of_it(objective: ClassifierObjecti
         device=torch.device("cpu"),
         targets=(TOPIC, WORDS),
     )
-    judged = objective.judge(loaded.model, objective.collate([example]))
+    judged = objective.compute_loss(loaded.model, objective.collate([example]))
     assert judged.losses[0] == 0
     totals = Totals(objective)
     totals.add(judged)
@@ -241,7 +241,7 @@ def test_an_adapter_keeps_its_heads(make_classifier: MakeRun, tmp_path: Path) ->
     record = other.read_exit()
     assert record is not None
     assert record.failure is not None
-    assert "classifier of its own targets (topic, words)" in record.failure.message
+    assert "classifier with the targets topic, words" in record.failure.message
 
 
 def test_a_model_that_cannot_classify_is_named(tmp_path: Path) -> None:

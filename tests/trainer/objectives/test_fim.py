@@ -19,8 +19,8 @@ from training_backends.tokens.encoders import (
     Encoder,
     MistralEncoder,
     TemplateEncoder,
+    TokenizerError,
 )
-from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.objectives.tokens import TokenObjective, cut_out
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -91,7 +91,7 @@ def test_a_model_without_the_tokens_is_refused_by_name(tmp_path: Path) -> None:
         (make_coder(tmp_path, []), "'coder'"),
     ]
     for encoder, name in encoders:
-        with pytest.raises(TrainerError, match=f"{name} has no control tokens to fill in"):
+        with pytest.raises(TokenizerError, match=f"{name} has no control tokens to fill in"):
             TokenObjective(encoder, 100, fim_ratio=0.5)
 
 

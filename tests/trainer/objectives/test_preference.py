@@ -68,11 +68,11 @@ def test_only_the_answers_are_compared(objective: PreferenceObjective) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"chosen": []}, "one prompt and two answers that differ"),
-        ({"prompt": None}, "one prompt and two answers that differ"),
-        ({"rejected": [GOOD]}, "one prompt and two answers that differ"),
+        ({"chosen": []}, "must share a prompt and differ"),
+        ({"prompt": None}, "must share a prompt and differ"),
+        ({"rejected": [GOOD]}, "must share a prompt and differ"),
         ({"rejected": None}, "no known format"),
-        ({"messages": [QUESTION, GOOD]}, "no pair"),
+        ({"messages": [QUESTION, GOOD]}, "not a preference pair"),
     ],
 )
 def test_half_a_pair_is_unusable(
@@ -99,7 +99,7 @@ def test_smoothing_takes_some_pairs_to_be_wrong() -> None:
             return rewards / 0.1
 
     objective = Fixed(ByteEncoder(), 64, beta=0.1, label_smoothing=0.2)
-    judged = objective.judge(None, {"reference": torch.zeros(1)})
+    judged = objective.compute_loss(None, {"reference": torch.zeros(1)})
     right, wrong = (-(sign * rewards).sigmoid().log() for sign in (1, -1))
     assert judged.losses.item() == pytest.approx((0.8 * right + 0.2 * wrong).item())
     assert judged.measures["reward_margin"].item() == pytest.approx(0.3)
@@ -161,4 +161,4 @@ def test_other_data_is_no_continuation(finished: RunDir, tmp_path: Path) -> None
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
-    assert "made of 40 pairs, and now there are 30" in record.failure.message
+    assert "has 40 pairs, but the data now has 30" in record.failure.message

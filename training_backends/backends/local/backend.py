@@ -1,4 +1,4 @@
-"""Train on this machine, in a child process that outlives its parent."""
+"""Train on this machine, in a process that outlives its parent."""
 
 import shutil
 import signal
@@ -14,14 +14,20 @@ from anyio import to_thread
 from pydantic import BaseModel
 
 from training_backends.backends.local.checkpoint_copy import (
+    copy_atomically,
     copy_checkpoint,
-    copy_whole,
     reason_of,
     reporting_disk,
     require_space,
 )
 from training_backends.backends.local.estimate import estimate_run
-from training_backends.backends.local.process import ENGINE, Handed, Hub, ask_model, spawn
+from training_backends.backends.local.process import (
+    TRAINER,
+    ChildEnvironment,
+    Hub,
+    ask_model,
+    spawn,
+)
 from training_backends.backends.local.run_log import Cursor, read_records
 from training_backends.backends.local.runs import find_place, find_runs, make_place, revive
 from training_backends.backends.local.settings import LocalOptions, LocalSettings
@@ -29,10 +35,10 @@ from training_backends.backends.local.spec import (
     build_spec,
     defaults_taken,
     find_issues,
-    settled_values,
+    resolved_values,
 )
 from training_backends.backends.local.state import (
-    Look,
+    Snapshot,
     has_begun,
     is_orphaned,
     read_ending,
@@ -41,8 +47,8 @@ from training_backends.backends.local.state import (
 from training_backends.backends.local.validate import (
     files_issues,
     find_directory,
-    how_to_report,
     hub_issues,
+    unusable_severity,
 )
 from training_backends.core.backend import (
     BackendContext,
@@ -92,21 +98,21 @@ _POLL_LAST: Final = 1.0
 class LocalBackend(TrainingBackend):
     """Fine-tuning on this machine.
 
-    All state of a run lies in its run directory, `HOME/runs/ID`; any process of the same
-    user finds it there again.
+    A run is stored entirely in its run directory, `HOME/runs/ID`, where any process of the same
+    user can find it.
 
     Args:
-        program: Trains what the run directory in its last argument asks for.
-        hub: Where models come from that are not on this machine.
+        program: Command that trains the run directory given as its last argument.
+        hub: Access to models that are not on this machine.
     """
 
     name: ClassVar[str] = "local"
-    summary: ClassVar[str] = "Trains on this machine, on CPUs or GPUs; no key, no bill."
+    summary: ClassVar[str] = "Trains on this machine, on CPUs or GPUs; no API key, no cost."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
     settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
 
     def __init__(
-        self, home: Path, *, program: Sequence[str] = ENGINE, hub: Hub | None = None
+        self, home: Path, *, program: Sequence[str] = TRAINER, hub: Hub | None = None
     ) -> None:
         self._home = home
         self._runs = home / "runs"
@@ -117,12 +123,12 @@ class LocalBackend(TrainingBackend):
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
-        """Make the backend for the state under `context.home`."""
+        """Create the backend for the state in `context.home`."""
         return cls(context.home, hub=Hub(load_settings(LocalSettings), context.credentials))
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this backend can do."""
+        """What this backend supports."""
         return Capabilities(
             methods=frozenset({"sft", "dpo", "classifier"}),
             tunings=frozenset({"full", "lora", "qlora"}),
@@ -137,20 +143,20 @@ class LocalBackend(TrainingBackend):
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Looking costs a millisecond, and nobody else waits for it."""
+        """Short: reading a run directory takes a millisecond."""
         return timedelta(seconds=0.1), timedelta(seconds=_POLL_LAST)
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
-        """Take the share from the options."""
+        """Return `options.max_invalid_fraction`."""
         return LocalOptions.model_validate(config.options).max_invalid_fraction
 
     def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
-        """Name the share among the options."""
+        """Return the option that tolerates this fraction."""
         return {"max_invalid_fraction": fraction}
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
-        await to_thread.run_sync(_require_engine)
+        await to_thread.run_sync(_require_trainer)
         issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
@@ -162,9 +168,9 @@ class LocalBackend(TrainingBackend):
             overlong_rows,
             dataset,
             config.model,
-            int(settled_values(config)["seq_len"]),
-            fix="what is beyond is cut off in training: shorten them, or raise seq_len",
-            unusable=how_to_report(config, issues),
+            int(resolved_values(config)["seq_len"]),
+            fix="longer rows are truncated in training: shorten them, or raise seq_len",
+            unusable=unusable_severity(config, issues),
             cache=wishes.cache,
             on_progress=wishes.on_progress,
         )
@@ -180,16 +186,16 @@ class LocalBackend(TrainingBackend):
         return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Count tokens and steps; a duration is known only from earlier runs here."""
+        """Count tokens and steps; the duration is only known from earlier local runs."""
         spec = await to_thread.run_sync(build_spec, "estimate", config, self._slots)
         taken = ", ".join(f"{name} {value:g}" for name, value in defaults_taken(config).items())
-        notes = (f"Taken by default: {taken}.",) if taken else ()
+        notes = (f"Defaults used: {taken}.",) if taken else ()
         found = await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes, counting())
-        return found.model_copy(update={"hyperparameters": settled_values(config)})
+        return found.model_copy(update={"hyperparameters": resolved_values(config)})
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
-        """See `TrainingBackend.launch`; the run may still wait for a free place to train."""
-        await to_thread.run_sync(_require_engine)
+        """See `TrainingBackend.launch`; the run may be queued until a slot is free."""
+        await to_thread.run_sync(_require_trainer)
         return await self._start(run, journal)
 
     async def _start(self, run: TrainingRun, journal: Journal) -> RunState:
@@ -200,10 +206,10 @@ class LocalBackend(TrainingBackend):
         await journal.record(
             RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
         )
-        handed = await self._hub.handed(spec.model)
+        child_env = await self._hub.child_environment(spec.model)
 
         async def do() -> dict[str, int]:
-            start = partial(_start_process, directory, spec, run, self._program, handed)
+            start = partial(_start_process, directory, spec, run, self._program, child_env)
             return {"pid": await to_thread.run_sync(start)}
 
         async def find() -> dict[str, bool] | None:
@@ -219,7 +225,7 @@ class LocalBackend(TrainingBackend):
         return await to_thread.run_sync(self._read, run)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
-        """Read all run directories in one go."""
+        """Read all run directories in one thread."""
         await self._revive(runs)
 
         def read_all() -> dict[str, RunState]:
@@ -234,15 +240,15 @@ class LocalBackend(TrainingBackend):
         return await to_thread.run_sync(read_all)
 
     async def _revive(self, runs: Sequence[TrainingRun]) -> None:
-        """Start again what waited in the queue when the machine, or its process, was ended."""
+        """Restart queued runs whose process has died, for example in a reboot."""
 
         def find() -> list[RunDir]:
             return [found for run in runs if is_orphaned(found := self._directory(run))]
 
         for directory in await to_thread.run_sync(find):
             spec = await to_thread.run_sync(directory.read_spec)
-            handed = await self._hub.handed(spec.model)
-            await to_thread.run_sync(revive, directory, spec, self._slots, self._program, handed)
+            child_env = await self._hub.child_environment(spec.model)
+            await to_thread.run_sync(revive, directory, spec, self._slots, self._program, child_env)
 
     def _read(self, run: TrainingRun) -> RunState:
         return self._here(read_state(self._existing(run)))
@@ -256,24 +262,24 @@ class LocalBackend(TrainingBackend):
         return self._place
 
     def sees(self, run: TrainingRun) -> bool:
-        """Return whether the run's directory belongs to this home, on this machine."""
-        here, place = self._known_place(), run.place
-        if place is None or here is None:
+        """Return whether the run belongs to this home on this machine."""
+        own, place = self._known_place(), run.place
+        if place is None or own is None:
             return place is None
-        # A home on a shared or moved disk has another host's name, and the directories.
-        is_here = here.host == place.host or self._directory(run).spec.is_file()
-        return here.id == place.id and is_here
+        # On a shared or moved disk, the home has another host's name but still the directories.
+        is_here = own.host == place.host or self._directory(run).spec.is_file()
+        return own.id == place.id and is_here
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Read the state and what is new of the log, as of the same moment."""
+        """Read the state and the new log records as of the same moment."""
         await self._revive([run])
         return await to_thread.run_sync(self._observe, run, after)
 
     def _observe(self, run: TrainingRun, after: str | None) -> Observation:
         directory = self._existing(run)
-        look = Look.at(directory)
-        state = self._here(read_state(directory, look))
-        records, _ = read_records(directory, self._cursor(run, after), look)
+        snapshot = Snapshot.at(directory)
+        state = self._here(read_state(directory, snapshot))
+        records, _ = read_records(directory, self._cursor(run, after), snapshot)
         return Observation(state, tuple(records), records[-1].cursor if records else after)
 
     async def logs(
@@ -284,10 +290,10 @@ class LocalBackend(TrainingBackend):
         cursor = self._cursor(run, after)
         pause = _POLL_FIRST
         while True:
-            records, over = await to_thread.run_sync(read_records, directory, cursor)
+            records, complete = await to_thread.run_sync(read_records, directory, cursor)
             for record in records:
                 yield record
-            if over or not follow:
+            if complete or not follow:
                 return
             cursor = Cursor.parse(records[-1].cursor) if records else cursor
             pause = _POLL_FIRST if records else min(pause * 1.5, _POLL_LAST)
@@ -298,8 +304,8 @@ class LocalBackend(TrainingBackend):
             return Cursor.parse(text)
         except ValueError as error:
             raise ConfigError(
-                f"{text!r} is no cursor of this run's log.",
-                hint="`logs --json` gives a cursor with each record.",
+                f"Invalid log cursor {text!r}.",
+                hint="`logs --json` returns a cursor with each record.",
                 backend=self.name,
                 run_id=run.id,
             ) from error
@@ -316,12 +322,12 @@ class LocalBackend(TrainingBackend):
             try:
                 directory.request_stop(save_checkpoint=save_checkpoint)
             except OSError:
-                # A full disk must not keep a run going: the signal alone ends it too.
+                # On a full disk the signal alone stops the run.
                 if not directory.signal_process(signal.SIGTERM):
                     raise
                 return
-        # The file alone is obeyed, also by a process in another container or on another host;
-        # the signal only makes it sooner.
+        # The file alone is enough, even for a process in another container or on another host;
+        # the signal only makes it faster.
         directory.signal_process(signal.SIGTERM)
 
     async def resume(
@@ -337,7 +343,7 @@ class LocalBackend(TrainingBackend):
         Args:
             checkpoint: A step, such as `120` or `step-120`.
         """
-        await to_thread.run_sync(_require_engine)
+        await to_thread.run_sync(_require_trainer)
         source = await to_thread.run_sync(self._existing, run)
         target = self._directory(new_run)
 
@@ -349,11 +355,11 @@ class LocalBackend(TrainingBackend):
         return await self._start(new_run, journal)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        """Find the runs that have a directory here."""
+        """List the runs that have a directory here."""
         return await to_thread.run_sync(find_runs, self._runs, filters)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
-        """Copy the finished model to `target`."""
+        """Copy the trained model to `target`."""
         return await to_thread.run_sync(self._download, run, target)
 
     def _download(self, run: TrainingRun, target: Path) -> Path:
@@ -361,51 +367,51 @@ class LocalBackend(TrainingBackend):
         result = self._result(directory, "download")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(
-                f"{target} exists and is not empty.", hint="Name a new directory.", run_id=run.id
+                f"{target} exists and is not empty.", hint="Choose a new directory.", run_id=run.id
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy_whole(directory.path / result.path, target, link=False)
+            copy_atomically(directory.path / result.path, target, link=False)
         except OSError as error:
             raise TrainingBackendError(
-                f"The model cannot be copied to {target}: {reason_of(error)}.",
-                hint="Is there enough space, and may you write there?",
+                f"Cannot copy the model to {target}: {reason_of(error)}.",
+                hint="Check free space and write permission.",
                 backend=self.name,
                 run_id=run.id,
             ) from error
         return target
 
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Ask the model in a process of its own, always taking the likeliest token."""
+        """Generate an answer in a separate process, with greedy decoding."""
         directory = await to_thread.run_sync(self._existing, run)
-        result = await to_thread.run_sync(self._result, directory, "ask")
-        handed = await self._hub.handed(result.base_model)
+        result = await to_thread.run_sync(self._result, directory, "prompt")
+        child_env = await self._hub.child_environment(result.base_model)
         model = directory.path / result.path
-        return await ask_model(str(model), prompt, max_tokens=max_tokens, handed=handed)
+        return await ask_model(str(model), prompt, max_tokens=max_tokens, child_env=child_env)
 
     def _result(self, directory: RunDir, verb: str) -> ResultRecord:
         record = directory.read_exit()
         if record is None or record.result is None:
             raise self.unsupported(
-                f"{verb} the model of a run that has none", "Only a completed run has a model."
+                f"{verb} a model before the run has completed", "Wait for the run to complete."
             )
         return record.result
 
     async def delete(self, run: TrainingRun) -> None:
-        """Remove the run directory of a run that is over."""
+        """Remove the run directory of a finished run."""
         await to_thread.run_sync(self._delete, run)
 
     def _delete(self, run: TrainingRun) -> None:
         directory = self._existing(run)
         if not read_ending(directory):
-            raise self.unsupported("delete a run that is not over", "Stop it first.")
+            raise self.unsupported("delete a run that has not finished", "Stop it first.")
         shutil.rmtree(directory.path)
 
     async def health(self) -> Health:
-        """Say whether the training libraries are there."""
+        """Report whether the training libraries are installed."""
         missing = await to_thread.run_sync(_missing)
         if missing:
-            # A client alone needs none of them.
+            # Optional for a machine that only uses other backends.
             is_used = len(missing) < len(_NEEDED) or await to_thread.run_sync(_has_any, self._runs)
             words = "not installed" if is_used else "not installed (optional)"
             message = f"{words}: {', '.join(missing)}"
@@ -419,7 +425,7 @@ class LocalBackend(TrainingBackend):
         directory = self._directory(run)
         if not directory.spec.is_file():
             raise RunNotFound(
-                f"There is no run {run.id} on this machine.", backend=self.name, run_id=run.id
+                f"Run {run.id} not found on this machine.", backend=self.name, run_id=run.id
             )
         return directory
 
@@ -432,10 +438,10 @@ def _missing() -> list[str]:
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
-def _require_engine() -> None:
+def _require_trainer() -> None:
     if missing := _missing():
         raise BackendNotInstalled(
-            f"The local backend needs {', '.join(missing)}, which training-backends[local] brings.",
+            f"The local backend requires {', '.join(missing)}; install training-backends[local].",
             install=_INSTALL,
             hint=_INSTALL,
             backend="local",
@@ -443,15 +449,19 @@ def _require_engine() -> None:
 
 
 def _start_process(
-    directory: RunDir, spec: RunSpec, run: TrainingRun, program: Sequence[str], handed: Handed
+    directory: RunDir,
+    spec: RunSpec,
+    run: TrainingRun,
+    program: Sequence[str],
+    child_env: ChildEnvironment,
 ) -> int:
-    """Start the run's process; 0 if an earlier try of the same run did, just now."""
+    """Start the run's process; return 0 if an earlier attempt has just started it."""
     if directory.spec.is_file():
         if not _is_same(directory, spec, run):
             raise DuplicateRun(
-                f"The directory of another run {run.id} exists already.",
+                f"The directory of another run {run.id} already exists.",
                 other=run.id,
-                hint="Take another id, or delete the earlier run.",
+                hint="Choose another id, or delete the earlier run.",
                 backend="local",
                 run_id=run.id,
             )
@@ -460,15 +470,15 @@ def _start_process(
     with reporting_disk(run):
         require_space(directory.path.parent)
         directory.write_spec(spec)
-        return spawn(directory, program, handed)
+        return spawn(directory, program, child_env)
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:
     try:
-        there = directory.read_spec()
+        existing = directory.read_spec()
     except ValueError:
         return False
-    # All state may have been moved since, which makes it no other run.
-    same = there.model_copy(update={"slots_dir": spec.slots_dir}) == spec
+    # slots_dir differs if the home was moved; it is still the same run.
+    same = existing.model_copy(update={"slots_dir": spec.slots_dir}) == spec
     record = directory.read_exit()
     return same and (record is None or record.at >= run.created_at)

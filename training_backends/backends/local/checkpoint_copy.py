@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run is continued from, and put it into the new run's directory."""
+"""Find the checkpoint to resume from, and copy it into the new run's directory."""
 
 import errno
 import os
@@ -15,48 +15,48 @@ from training_backends.core.run import TrainingRun
 from training_backends.rundir.checkpoints import damage_of, find_newest, step_of
 from training_backends.rundir.directory import RunDir
 
-__all__ = ["copy_checkpoint", "copy_whole", "reason_of", "reporting_disk", "require_space"]
+__all__ = ["copy_atomically", "copy_checkpoint", "reason_of", "reporting_disk", "require_space"]
 
 _LEAST_SPACE: Final = 32 * 2**20
-"""Bytes; with less, a training process could not even write why it failed."""
+"""Bytes; with less, a training process could not even record why it failed."""
 
 
 @contextmanager
 def reporting_disk(run: TrainingRun) -> Iterator[None]:
-    """Say what the system refused, such as a file on a full disk."""
+    """Raise file system errors, such as a full disk, as StoreError."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"The state of run {run.id} cannot be kept here: {reason_of(error)}.",
-            hint="Is the disk full? Make space, then repeat the same command.",
+            f"Cannot store run {run.id} on this machine: {reason_of(error)}.",
+            hint="Check free space and write permission, then run the same command again.",
             backend="local",
             run_id=run.id,
         ) from error
 
 
 def require_space(path: Path) -> None:
-    """Make a directory where a run is to begin, if its disk has the least that a run needs.
+    """Create the directory for a run, if its disk has the minimum free space.
 
     Raises:
         OSError: There is too little space.
     """
     make_private_directory(path)
     if shutil.disk_usage(path).free < _LEAST_SPACE:
-        raise OSError(errno.ENOSPC, f"less than {_LEAST_SPACE // 2**20} MiB of disk space is left")
+        raise OSError(errno.ENOSPC, f"less than {_LEAST_SPACE // 2**20} MiB of disk space left")
 
 
 def reason_of(error: OSError) -> str:
-    """Return the system's words."""
-    # A copy of many files fails with a list of its own in place of the system's word.
+    """Return the system's error message."""
+    # shutil.copytree raises an error with a list of failures and no strerror.
     return error.strerror or str(error)[:500]
 
 
-def copy_whole(source: Path, target: Path, *, link: bool = True) -> None:
-    """Copy a directory so that `target` appears whole or not at all.
+def copy_atomically(source: Path, target: Path, *, link: bool = True) -> None:
+    """Copy a directory atomically.
 
     Args:
-        link: Share the files where that works; they must never change then.
+        link: Hard-link files where possible; they must never be modified then.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,55 +76,55 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, wanted: str | None) -> int:
-    """Copy a checkpoint of a run that is over; return its step, 0 if there is none.
+def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested: str | None) -> int:
+    """Copy a checkpoint of a finished run; return its step, 0 if there is none.
 
     Args:
-        wanted: A step, such as `120` or `step-120`; None for the newest that is whole.
+        requested: A step, such as `120` or `step-120`; None for the newest intact one.
 
     Raises:
-        DuplicateRun: The run still trains.
-        ConfigError: There is no such checkpoint, or it is damaged.
+        DuplicateRun: The run is still training.
+        ConfigError: The checkpoint does not exist, or is damaged.
     """
     if not read_ending(source):
         raise DuplicateRun(
-            f"The run {run.id} still trains.",
+            f"Run {run.id} is still training.",
             other=run.id,
             hint="Stop it first.",
             backend=run.backend,
             run_id=run.id,
         )
-    path = _newest(run, source, target) if wanted is None else _named(run, source, wanted)
+    path = _newest(run, source, target) if requested is None else _named(run, source, requested)
     if path is None:
         return 0
     with reporting_disk(run):
         target.checkpoints.mkdir(parents=True, exist_ok=True)
-        copy_whole(path, target.checkpoints / path.name)
+        copy_atomically(path, target.checkpoints / path.name)
     return step_of(path)
 
 
 def _newest(run: TrainingRun, source: RunDir, target: RunDir) -> Path | None:
-    whole, damaged = find_newest(source)
+    intact, damaged = find_newest(source)
     with reporting_disk(run):
         make_private_directory(target.path)
         for each in damaged:
-            target.add_event(each.event(whole))
-    return whole.path if whole else None
+            target.add_event(each.event(intact))
+    return intact.path if intact else None
 
 
-def _named(run: TrainingRun, source: RunDir, wanted: str) -> Path:
+def _named(run: TrainingRun, source: RunDir, requested: str) -> Path:
     found = {step_of(path): path for path in source.checkpoints.glob("step-*")}
-    step = wanted.removeprefix("step-")
+    step = requested.removeprefix("step-")
     if not step.isdecimal() or int(step) not in found:
-        message = f"run {run.id} has no checkpoint {wanted!r} on disk"
-        fix = f"there are: {', '.join(map(str, sorted(found))) or 'none'}"
+        message = f"run {run.id} has no checkpoint {requested!r} on disk"
+        fix = f"available: {', '.join(map(str, sorted(found))) or 'none'}"
     elif reason := damage_of(found[int(step)]):
-        message, fix = f"the checkpoint {wanted!r} is damaged: {reason}", "take another"
+        message, fix = f"checkpoint {requested!r} is damaged: {reason}", "use another"
     else:
         return found[int(step)]
     issue = Issue(code="unknown_checkpoint", message=message, field="checkpoint", fix=fix)
     raise ConfigError(
-        f"There is no checkpoint {wanted!r} to continue from.",
+        f"Cannot resume from checkpoint {requested!r}.",
         issues=[issue],
         backend=run.backend,
         run_id=run.id,

@@ -1,4 +1,4 @@
-"""Count what a run here will read, and how long such runs took."""
+"""Estimate the tokens, steps and duration of a local run."""
 
 import codecs
 import math
@@ -22,16 +22,16 @@ from training_backends.tokens import count_tokens
 __all__ = ["estimate_run"]
 
 _FREE: Final = Money.model_validate("0 USD")
-_RUNS_LOOKED_AT: Final = 20
+_RUNS_CONSIDERED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class _FileCount:
-    """What training reads of one file.
+    """Counts of one training file.
 
     Attributes:
-        interval: Bounds of the tokens where they were sampled.
-        over: Rows of which the end is cut off, but counted in `tokens`.
+        interval: Confidence interval of the tokens, if they were sampled.
+        over: Rows that will be truncated, but are counted in full in `tokens`.
     """
 
     rows: int
@@ -43,20 +43,20 @@ class _FileCount:
 def estimate_run(
     spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, ...], wishes: Counting
 ) -> Estimate:
-    """Say what a run will take; blocks while it reads the training files.
+    """Estimate a run; blocks while it reads the training files.
 
     Args:
-        runs: Directory of earlier runs, whose speed is the only source of a duration.
-        notes: What else to tell.
+        runs: Directory of earlier runs, the only source for a duration.
+        notes: Further notes to include.
     """
-    source = PriceSource(name="nothing is billed on this machine", as_of=utc_now().date())
+    source = PriceSource(name="local training is free", as_of=utc_now().date())
     costs = (CostItem(name="training", amount=_FREE, source=source),)
     counts = _counts(spec, dataset, wishes)
     if isinstance(counts, str):
         rows = tuple(file.rows for file in dataset.train)
         notes += (
-            f"Tokens are not known: {counts}.",
-            "The duration depends on the tokens, so it is not known.",
+            f"Token count unknown: {counts}.",
+            "Duration unknown, because it depends on the tokens.",
         )
         steps, epochs = _steps(spec, rows)
         return Estimate(steps=steps, epochs=epochs, costs=costs, notes=notes)
@@ -78,7 +78,7 @@ def estimate_run(
 
 
 def _counts(spec: RunSpec, dataset: Dataset, wishes: Counting) -> list[_FileCount] | str:
-    """Count each training file; instead, why that cannot be done."""
+    """Count each training file; return the reason if that is not possible."""
     if spec.model == TINY_MODEL and spec.method == "sft":
         return [_count(source.path, spec.seq_len) for source in spec.train]
     found: list[_FileCount] = []
@@ -93,7 +93,7 @@ def _counts(spec: RunSpec, dataset: Dataset, wishes: Counting) -> list[_FileCoun
             on_progress=wishes.on_progress,
         )
         if counted.data_tokens is None:
-            return counted.reason or "nothing can count them"
+            return counted.reason or "no tokenizer is available"
         found.append(
             _FileCount(
                 file.rows - file.bad_rows,
@@ -106,13 +106,13 @@ def _counts(spec: RunSpec, dataset: Dataset, wishes: Counting) -> list[_FileCoun
 
 
 def _count(path: Path, seq_len: int) -> _FileCount:
-    """Count the rows and tokens that the engine will train on, by the engine's rules."""
+    """Count the rows and tokens to train on, by the rules of the trainer."""
     rows = tokens = 0
     for line in _lines(path):
         try:
             ids, trained = byte_encode(parse_row(line))
         except msgspec.DecodeError:
-            continue  # `datasets.inspect` tells of it
+            continue  # reported by `datasets.inspect`
         if any(trained[1:seq_len]):
             rows += 1
             tokens += min(len(ids), seq_len)
@@ -128,7 +128,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _steps(spec: RunSpec, rows: tuple[int, ...]) -> tuple[int | None, float | None]:
-    """Return the optimizer steps and the epochs; None for what packing hides."""
+    """Return optimizer steps and epochs; None for the one that packing makes unknown."""
     if spec.packing:
         return spec.training_steps, spec.epochs
     steps = spec.total_steps(rows)
@@ -152,7 +152,7 @@ def _trained_tokens(spec: RunSpec, counts: Sequence[_FileCount], steps: int | No
 
 
 def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:
-    """Return the bounds of the sum; the errors of the files are independent."""
+    """Return the confidence interval of the sum; the files' errors are independent."""
     if not any(count.interval for count in counts):
         return None
     tokens = sum(count.tokens for count in counts)
@@ -163,35 +163,35 @@ def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:
 
 def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
     if spec.packing:
-        unknown = "Steps are" if spec.training_steps is None else "Trained tokens and epochs are"
-        yield f"{unknown} not known: how many rows fit into a sequence shows when they are packed."
+        unknown = "Steps" if spec.training_steps is None else "Trained tokens and epochs"
+        yield f"{unknown} unknown: they depend on how many rows are packed into each sequence."
     else:
-        yield "train_tokens is the mean over the orders in which rows may come."
+        yield "train_tokens is an average; the exact number depends on shuffling."
     if over := sum(count.over for count in counts):
         yield (
-            f"{over:,} rows are longer than the {spec.seq_len:,} tokens of seq_len: what is beyond "
-            "is counted here, and cut off in training."
+            f"{over:,} rows are longer than seq_len ({spec.seq_len:,} tokens): they are truncated "
+            "in training, but counted in full here."
         )
 
 
 def _duration(spec: RunSpec, tokens: int | None, runs: Path) -> tuple[timedelta | None, str]:
     if tokens is None:
-        return None, "The duration depends on the trained tokens, so it is not known."
+        return None, "Duration unknown, because it depends on the trained tokens."
     for path in _newest(runs):
-        speed = _tokens_a_second(RunDir(path), spec)
+        speed = _tokens_per_second(RunDir(path), spec)
         if speed:
-            basis = f"The duration rests on run {path.name}: {speed:.0f} tokens a second."
+            basis = f"Duration estimated from run {path.name} ({speed:,.0f} tokens/s)."
             return timedelta(seconds=tokens / speed), basis
-    return None, "No run like this one has been measured here, so the duration is not known."
+    return None, "Duration unknown, because no similar run has completed on this machine."
 
 
 def _newest(runs: Path) -> list[Path]:
     found = [path for path in runs.glob("*/exit.json") if path.is_file()]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent for path in found[:_RUNS_LOOKED_AT]]
+    return [path.parent for path in found[:_RUNS_CONSIDERED]]
 
 
-def _tokens_a_second(run: RunDir, spec: RunSpec) -> float | None:
+def _tokens_per_second(run: RunDir, spec: RunSpec) -> float | None:
     record = run.read_exit()
     if record is None or record.status != "completed":
         return None
@@ -207,13 +207,13 @@ def _tokens_a_second(run: RunDir, spec: RunSpec) -> float | None:
     )
     rows = run.read_newest_metrics()
     if started is None or started.data.get("step") or not rows:
-        return None  # a continued run holds a pause
+        return None  # a resumed run includes a pause
     seconds = (rows[-1].at - started.at).total_seconds()
     return rows[-1].tokens / seconds if seconds > 0 else None
 
 
 def _is_alike(one: RunSpec, other: RunSpec) -> bool:
-    """Tell whether two runs take about as long for a token."""
+    """Return whether two runs take about equally long per token."""
 
     def kind(spec: RunSpec) -> tuple[object, ...]:
         hardware = spec.device, spec.num_processes

@@ -1,4 +1,4 @@
-"""Start a training process that outlives its parent."""
+"""Start training processes that outlive their parent."""
 
 import os
 import re
@@ -30,12 +30,12 @@ from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ON_STDIN, ExitRecord, RunDir
 
-__all__ = ["ENGINE", "Handed", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
+__all__ = ["TRAINER", "ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
 
 log = get_logger()
 
-# No API key of the parent's gets into the child: it may run for days, and its environment
-# can be read by everybody with the same user id.
+# Allowlist, so that no API key reaches the child: it may run for days, and any process of the
+# same user can read its environment.
 _PASSED_ON: Final = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
     r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
@@ -44,39 +44,39 @@ _PASSED_ON: Final = re.compile(
     r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
     re.IGNORECASE,
 )
-# Whatever its prefix says.
+# Excluded even if allowed above.
 _SECRET: Final = re.compile(
     r"(?:\w+_)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)", re.IGNORECASE
 )
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
-"""What the hub's own library takes for yes."""
+"""What huggingface_hub accepts as true."""
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
-    """What a process starts with.
+class ChildEnvironment:
+    """Environment and standard input of a new process.
 
     Attributes:
-        environment: All of it; no secret.
-        token: Of the model hub, for its standard input.
+        variables: All environment variables; no secrets.
+        token: Hub token, passed on standard input.
     """
 
-    environment: dict[str, str]
+    variables: dict[str, str]
     token: SecretStr | None = None
 
     @property
     def is_offline(self) -> bool:
-        """Whether the hub must not be asked."""
-        return self.environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        """Whether the Hub must not be contacted."""
+        return self.variables.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
     @property
     def stdin(self) -> bytes:
-        """What is to be written to its standard input."""
+        """Bytes to write to standard input."""
         return f"{self.token.get_secret_value()}\n".encode() if self.token else b""
 
 
 class Hub:
-    """Access to the model hub, as settings, environment and vault say."""
+    """Access to the Hugging Face Hub, from settings, environment and stored credentials."""
 
     def __init__(
         self, settings: LocalSettings | None = None, credentials: CredentialSource | None = None
@@ -84,59 +84,59 @@ class Hub:
         self._settings = settings or LocalSettings.model_construct()
         self._credentials = credentials
 
-    async def handed(self, model: str) -> Handed:
-        """Return what a process needs that loads a model; a token only for one of the hub.
+    async def child_environment(self, model: str) -> ChildEnvironment:
+        """Return what a process needs to load a model; a token only for models on the Hub.
 
         Raises:
-            ConfigError: A variable of the network cannot be used. The hub's library would quote it.
+            ConfigError: A network variable is invalid. The Hub's library would print its value.
         """
         environment = self._environment()
-        if Handed(environment).is_offline or await to_thread.run_sync(_is_here, model):
-            return Handed(environment)
+        if ChildEnvironment(environment).is_offline or await to_thread.run_sync(_is_here, model):
+            return ChildEnvironment(environment)
         endpoint = _checked_endpoint(environment.get("HF_ENDPOINT"))
         await to_thread.run_sync(tls_context)
-        # Proxies may hold a password, so they are only for a process that needs the network.
+        # Proxy URLs may contain a password: set them only if the process needs the network.
         environment |= proxy_environment()
         token = await self._token(endpoint)
         if token is not None:
             environment[ON_STDIN] = "1"
-        return Handed(environment, token)
+        return ChildEnvironment(environment, token)
 
     def _environment(self) -> dict[str, str]:
-        ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if self._settings.offline:
-            ours["HF_HUB_OFFLINE"] = "1"
+            variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
-            ours["HF_ENDPOINT"] = self._settings.hub_url
-        return _matching(_PASSED_ON) | ours
+            variables["HF_ENDPOINT"] = self._settings.hub_url
+        return _matching(_PASSED_ON) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
         if self._credentials is None:
             return None
         if not endpoint.startswith("https:") and not is_loopback(endpoint):
-            log.warning("no token for the model hub: it is asked over plain http", url=endpoint)
+            log.warning("not sending the Hub token over plain HTTP", url=endpoint)
             return None
         try:
             return await self._credentials.get("huggingface", self._settings.profile)
         except CredentialNotFound:
             if self._settings.profile is not None:
-                raise  # that one was asked for
+                raise  # that profile was requested explicitly
             return None
         except VaultLocked as error:
-            # Most models need none; where one does, the hub's refusal is the run's failure.
-            log.warning("no token for the model hub", reason=error.message)
+            # Most models need no token; if this one does, the run fails with the Hub's error.
+            log.warning("no Hub token available", reason=error.message)
             return None
 
 
 def _checked_endpoint(value: str | None) -> str:
     if not value:
-        return "https:"  # the hub itself
+        return "https:"  # the default endpoint
     try:
         return normalize_base_url(value)
     except ConfigError as error:
         why = "; ".join(issue.message for issue in error.issues)
         raise ConfigError(
-            f"HF_ENDPOINT cannot be used: {why}.", hint="Correct or unset HF_ENDPOINT."
+            f"Invalid HF_ENDPOINT: {why}.", hint="Correct or unset HF_ENDPOINT."
         ) from None
 
 
@@ -153,62 +153,67 @@ def _matching(pattern: re.Pattern[str]) -> dict[str, str]:
 
 
 async def ask_model(
-    model: str, prompt: str, *, seed: int = 0, max_tokens: int = 64, handed: Handed | None = None
+    model: str,
+    prompt: str,
+    *,
+    seed: int = 0,
+    max_tokens: int = 64,
+    child_env: ChildEnvironment | None = None,
 ) -> Reply:
-    """Return what a model says to `prompt`, always choosing the likeliest token.
+    """Return a model's answer to `prompt`, with greedy decoding.
 
     Args:
-        model: `tiny-mistral`, a directory, or a model of the hub.
-        seed: Makes the weights of an untrained `tiny-mistral`.
-        handed: What it takes to fetch the model; default what the environment gives.
+        model: `tiny-mistral`, a directory, or a model on the Hub.
+        seed: Seeds the weights of an untrained `tiny-mistral`.
+        child_env: Environment of the process; default: built from the current environment.
 
     Raises:
-        BackendUnavailable: The model cannot be loaded; the message is the engine's.
+        BackendUnavailable: The model cannot be loaded; includes the trainer's message.
     """
     command = [sys.executable, "-P", "-m", "training_backends.trainer", "sample", model]
     options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
-    handed = handed or await Hub().handed(model)
-    # Not as an argument, which everybody sees, and of which the system takes 128 KiB at most.
-    given = handed.stdin + prompt.encode("utf-8", "replace")
+    child_env = child_env or await Hub().child_environment(model)
+    # Not as an argument: those are visible to all users and limited to 128 KiB.
+    given = child_env.stdin + prompt.encode("utf-8", "replace")
     done = await anyio.run_process(
-        [*command, *options], input=given, check=False, env=handed.environment
+        [*command, *options], input=given, check=False, env=child_env.variables
     )
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise BackendUnavailable(f"The model {model} cannot be asked: {said}", backend="local")
+        reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise BackendUnavailable(f"Cannot generate with {model}: {reason}", backend="local")
     return Reply.model_validate_json(done.stdout)
 
 
 async def sample_answer(model: str, prompt: str) -> str:
-    """Return the answer of a model that answers; see `ask_model`."""
+    """Return the text answer of a model; see `ask_model`."""
     return str((await ask_model(model, prompt)).answer)
 
 
-ENGINE: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "train")
-"""The training program; its last argument is the run directory."""
+TRAINER: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "train")
+"""Command of the trainer; the run directory is its last argument."""
 
 
-def spawn(run: RunDir, program: Sequence[str], handed: Handed) -> int:
+def spawn(run: RunDir, program: Sequence[str], child_env: ChildEnvironment) -> int:
     """Start the training process of a run directory; return its process id.
 
-    Starting it twice is harmless: only one gets the directory's lock.
+    Safe to repeat: only one process gets the directory's lock.
     """
-    run.spec.touch()  # tells when it was started, see `state`
+    run.spec.touch()  # its mtime is the start time, see `state`
     with run.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own program and directory
             [*program, str(run.path)],
-            stdin=subprocess.PIPE if handed.stdin else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if child_env.stdin else subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=run.path,
-            env=handed.environment,
+            env=child_env.variables,
             start_new_session=True,
         )
     if process.stdin is not None:
-        # Far less than a pipe holds, so this waits for nobody.
+        # Fits into the pipe's buffer, so this does not block.
         with suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(handed.stdin)
-    # Somebody must take its exit status, or it stays a zombie for as long as we live.
+            pipe.write(child_env.stdin)
+    # Without a wait, the exited process would stay a zombie while this one lives.
     threading.Thread(
         target=_reap, args=(process, run), name=f"reap-{process.pid}", daemon=True
     ).start()
@@ -216,7 +221,7 @@ def spawn(run: RunDir, program: Sequence[str], handed: Handed) -> int:
 
 
 def _reap(process: "subprocess.Popen[bytes]", run: RunDir) -> None:
-    """Wait for the end of a process, and tell of one that could not even begin."""
+    """Wait for a process to exit, and record the failure if it could not even start."""
     code = process.wait()
     if took_lock(run) or run.is_active() or run.exit.is_file() or run.stop.exists():
         return
@@ -229,10 +234,10 @@ def _reap(process: "subprocess.Popen[bytes]", run: RunDir) -> None:
 
 
 def took_lock(run: RunDir) -> bool:
-    """Tell whether the process started last has held the directory's lock.
+    """Return whether the most recently started process has held the directory's lock.
 
-    The spec is touched right before the start, the lock is written once it is held. Until then
-    the lock's file may be there already, empty and new.
+    The spec is touched right before each start, and the lock file is written once the lock is held;
+    before that, the lock file may already exist, empty and new.
     """
     try:
         lock = run.lock.stat()

@@ -1,11 +1,11 @@
-"""A run directory's events and metrics as one log, resumable from any record."""
+"""Merge a run directory's events and metrics into one log, resumable from any record."""
 
 import heapq
 from collections.abc import Iterator
 from datetime import datetime
 from typing import NamedTuple
 
-from training_backends.backends.local.state import ENGINE_STATUS, LOST, Look
+from training_backends.backends.local.state import LOST, TRAINER_STATUS, Snapshot
 from training_backends.core.run import LogRecord, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
@@ -14,7 +14,7 @@ __all__ = ["Cursor", "read_records"]
 
 
 class Cursor(NamedTuple):
-    """How far both files were read, in bytes, and whether the last word was said."""
+    """Byte offsets in both files, and whether the log is complete."""
 
     events: int = 0
     metrics: int = 0
@@ -25,10 +25,10 @@ class Cursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> "Cursor":
-        """Read a cursor; None is the beginning.
+        """Parse a cursor; None is the beginning.
 
         Raises:
-            ValueError: It is none of ours.
+            ValueError: It is not a valid cursor.
         """
         if text is None:
             return cls()
@@ -39,15 +39,15 @@ class Cursor(NamedTuple):
 
 
 def read_records(
-    run: RunDir, after: Cursor, look: Look | None = None
+    run: RunDir, after: Cursor, snapshot: Snapshot | None = None
 ) -> tuple[list[LogRecord], bool]:
-    """Return what is new behind a cursor, in order, and whether nothing more will come."""
+    """Return the records after a cursor, in order, and whether the log is complete."""
     if after.ended:
         return [], True
-    ending, until = look or Look.at(run)
+    ending, until = snapshot or Snapshot.at(run)
     records = list(_merged(run, after, until))
     if ending and ending.failure == LOST:
-        # The process could not say it itself, so the log would end in mid-sentence.
+        # The process could not report its end, so the log gets a final record here.
         cursor = Cursor.parse(records[-1].cursor) if records else after
         records.append(_lost(ending.at or utc_now(), cursor))
     return records, ending is not None
@@ -84,10 +84,10 @@ def _from_event(event: Event, cursor: Cursor) -> LogRecord:
     fields = dict(event.data)
     if event.name == "status":
         raw = str(fields.get("status"))
-        status = ENGINE_STATUS.get(raw, TrainingStatus.UNKNOWN)
+        status = TRAINER_STATUS.get(raw, TrainingStatus.UNKNOWN)
         fields |= {"status": status.value, "raw_status": raw}
-    # The values of a checkpoint stay together under `metrics`: each was measured at a step of
-    # which a row of metrics tells, and whoever plots the log would get it twice.
+    # A checkpoint's values stay nested under `metrics`: the step's own row has them too, and a
+    # plot of the log would show them twice.
     return LogRecord(
         at=event.at,
         level=event.level,
@@ -100,12 +100,12 @@ def _from_event(event: Event, cursor: Cursor) -> LogRecord:
 
 
 def _from_metrics(row: MetricsRow, cursor: Cursor) -> LogRecord:
-    said = f"train_loss {row.train_loss:.4f}"
+    values = f"train_loss {row.train_loss:.4f}"
     if row.valid_loss is not None:
-        said += f", valid_loss {row.valid_loss:.4f}"
+        values += f", valid_loss {row.valid_loss:.4f}"
     return LogRecord(
         at=row.at,
-        message=f"step {row.step}/{row.total_steps}: {said}",
+        message=f"step {row.step}/{row.total_steps}: {values}",
         source="metrics",
         step=row.step,
         fields={**row.measures(), "total_steps": row.total_steps},

@@ -1,4 +1,4 @@
-"""The runs of this machine, found in their directories alone."""
+"""Find the runs of this machine from their directories alone."""
 
 import re
 import socket
@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from training_backends.backends.local.process import Handed, spawn
-from training_backends.backends.local.spec import config_of, settled_model
+from training_backends.backends.local.process import ChildEnvironment, spawn
+from training_backends.backends.local.spec import config_of, resolved_model
 from training_backends.backends.local.state import is_orphaned, read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
@@ -21,18 +21,15 @@ __all__ = ["find_place", "find_runs", "make_place", "revive"]
 
 
 def revive(
-    run: RunDir, spec: RunSpec, slots_dir: Path, program: Sequence[str], handed: Handed
+    run: RunDir, spec: RunSpec, slots_dir: Path, program: Sequence[str], child_env: ChildEnvironment
 ) -> None:
-    """Start the process of a run that waits in the queue without one.
-
-    Of several who see that at once, one does it.
-    """
+    """Restart a queued run whose process has died; concurrent callers start only one process."""
     with suppress(BlockingIOError), hold_lock(run.path / ".reviving", patience=0):
         if not is_orphaned(run):
-            return  # somebody else was quicker
-        if spec.slots_dir != slots_dir:  # all state was moved
+            return  # another process was faster
+        if spec.slots_dir != slots_dir:  # the home was moved
             run.write_spec(spec.model_copy(update={"slots_dir": slots_dir}))
-        spawn(run, program, handed)
+        spawn(run, program, child_env)
 
 
 log = get_logger()
@@ -41,7 +38,7 @@ _MARK = "home-id"
 
 
 def find_place(home: Path) -> Place | None:
-    """Return which home of which machine this is; None: no run was started in it yet."""
+    """Return the id and host of this home; None if no run was started in it yet."""
     try:
         mark = (home / _MARK).read_text(encoding="ascii").strip()
     except FileNotFoundError:
@@ -50,7 +47,7 @@ def find_place(home: Path) -> Place | None:
 
 
 def make_place(home: Path) -> Place:
-    """Mark a home so that its runs can be told from those of other homes; safe to repeat."""
+    """Give a home an id that distinguishes its runs from those of others; safe to repeat."""
     make_private_directory(home)
     with hold_lock(home / f".{_MARK}.lock"):
         place = find_place(home)
@@ -60,10 +57,10 @@ def make_place(home: Path) -> Place:
 
 
 def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:
-    """Read every run directory in `runs`; one that cannot be read is logged and left out."""
+    """Read every run directory in `runs`; unreadable ones are logged and skipped."""
     if filters.suffix is not None:
-        return []  # nothing here has one
-    model = filters.model and settled_model(filters.model)
+        return []  # local runs have no suffix
+    model = filters.model and resolved_model(filters.model)
     return [
         run
         for path in sorted(runs.glob("*/spec.json"), reverse=True)
@@ -76,7 +73,7 @@ def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:
 def _read(directory: RunDir) -> RemoteRun | None:
     run_id = directory.path.name
     if not re.fullmatch(RUN_ID_PATTERN, run_id):
-        return None  # nobody could ask for it
+        return None  # not a valid run id
     try:
         spec = directory.read_spec()
         return RemoteRun(
@@ -87,12 +84,12 @@ def _read(directory: RunDir) -> RemoteRun | None:
             created_at=_created_at(directory),
             config=config_of(spec),
         )
-    except (ValueError, FileNotFoundError) as error:  # of another version, or just deleted
-        log.warning("run directory left out", path=str(directory.path), reason=str(error))
+    except (ValueError, FileNotFoundError) as error:  # written by another version, or just deleted
+        log.warning("skipped unreadable run directory", path=str(directory.path), reason=str(error))
         return None
 
 
 def _created_at(directory: RunDir) -> datetime:
-    # The spec is touched at every start, so an earlier process may have spoken before.
+    # Every start touches the spec, so the first event may be older.
     started = datetime.fromtimestamp(directory.spec.stat().st_mtime, UTC)
     return min([started, *(event.at for event, _ in directory.read_events()[:1])])

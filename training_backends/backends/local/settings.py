@@ -1,4 +1,4 @@
-"""How models are fetched from the hub."""
+"""Options and settings of the local backend."""
 
 from typing import ClassVar, Literal
 
@@ -17,87 +17,87 @@ class LocalOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where to train; auto takes a GPU if there is one."
+        default="auto", description="Where to train; auto uses a GPU if there is one."
     )
     max_runs: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="Runs that may train at once; one a GPU, or one without a GPU, if not given.",
+        description="Maximum concurrent runs; default: one per GPU, or one without a GPU.",
     )
     priority: int = Field(
         default=0,
         ge=-100,
         le=100,
-        description="Of those that wait, the highest trains first; among equals, who came first.",
+        description="Higher priorities leave the queue first; equal ones in order of arrival.",
     )
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
-        description="Steps between checkpoints; if not given a tenth of the run, but 10 at least.",
+        description="Steps between checkpoints; default: a tenth of the run, at least 10.",
     )
     keep_checkpoints: int = Field(
-        default=3, ge=1, le=10_000, description="How many of the newest checkpoints stay on disk."
+        default=3, ge=1, le=10_000, description="How many of the newest checkpoints to keep."
     )
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
         le=2**16,
-        description="Rows in memory at a time, halved where they do not fit; divides batch_size.",
+        description="Rows per forward pass, halved if they do not fit; must divide batch_size.",
     )
     num_processes: int = Field(
         default=1,
         ge=1,
         le=64,
-        description="GPUs that train together: each takes its part of the rows of every step.",
+        description="Number of GPUs for data-parallel training; they share each step's rows.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="What to compute in; auto takes bfloat16 on a GPU that has it.",
+        description="Compute dtype; auto uses bfloat16 on GPUs that support it.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto",
-        description="Implementation in transformers; auto takes sdpa where the model has it.",
+        description="Attention implementation; auto uses sdpa if the model supports it.",
     )
     kernels: Literal["auto", "none"] = Field(
         default="auto",
-        description="On a GPU, auto takes those of liger-kernel where that is installed.",
+        description="auto uses liger-kernel on a GPU, if installed.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,
-        description="Compute twice to save memory; on a GPU if not given.",
+        description="Recompute activations to save memory; default: on a GPU.",
     )
     packing: bool = Field(
         default=False,
-        description="Fill sequences of seq_len with several rows; batch_size then counts those.",
+        description="Pack several rows into each sequence; batch_size then counts sequences.",
     )
     dpo_beta: float = Field(
         default=0.1,
         gt=0,
         le=100,
-        description="For preference pairs: what it costs to leave the model one began with.",
+        description="For dpo: KL penalty towards the reference model.",
     )
     dpo_label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="Share of the pairs that are taken to be the wrong way round.",
+        description="For dpo: assumed fraction of mislabelled pairs.",
     )
     result: Literal["adapter", "merged", "both"] = Field(
         default="adapter",
-        description="What an adapter is saved as: by itself, merged into its base, or both.",
+        description="How to save an adapter: separately, merged into its base model, or both.",
     )
     max_invalid_fraction: float = Field(
         default=0.0,
         ge=0,
         le=0.5,
-        description="Share of unusable rows that is left out, not refused.",
+        description="Fraction of invalid rows that are skipped instead of rejected.",
     )
     sample_prompt: str | None = Field(
-        default=None, description="Asked before the first and after the last step."
+        default=None, description="Prompt to answer before the first and after the last step."
     )
     sample_max_tokens: int = Field(
-        default=64, ge=1, le=32_768, description="Longest answer to it, in tokens."
+        default=64, ge=1, le=32_768, description="Maximum length of the answer, in tokens."
     )
 
 
@@ -107,13 +107,13 @@ class LocalSettings(SectionSettings):
     section: ClassVar[str | None] = "local"
 
     offline: bool = Field(
-        default=False, description="Never ask the model hub; HF_HUB_OFFLINE=1 says the same."
+        default=False, description="Never contact the model hub; same as HF_HUB_OFFLINE=1."
     )
     hub_url: str | None = Field(
-        default=None, description="A mirror of the model hub; default what HF_ENDPOINT says."
+        default=None, description="URL of a model hub mirror; default: HF_ENDPOINT."
     )
     profile: str | None = Field(
-        default=None, description="Which of several keys of `huggingface` to use."
+        default=None, description="Credential profile of `huggingface` to use."
     )
 
     @field_validator("hub_url")

@@ -1,4 +1,4 @@
-"""What a run directory says of its run."""
+"""Read the state of a run from its run directory."""
 
 import time
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
 __all__ = [
-    "ENGINE_STATUS",
     "LOST",
+    "TRAINER_STATUS",
     "Ending",
-    "Look",
+    "Snapshot",
     "has_begun",
     "is_orphaned",
     "read_ending",
@@ -23,15 +23,16 @@ __all__ = [
 ]
 
 _SETTLED: Final = timedelta(seconds=0.2)
-"""Rows younger than this wait: one with an earlier time may just be being written to the
-other file, and the log must be the same however it is read."""
+"""Newer records are held back: one with an earlier time may still be written to the other file,
+and the order of the log must not depend on when it is read.
+"""
 _FOREVER: Final = datetime.max.replace(tzinfo=UTC)
 _REVIVE_PAUSE: Final = 5.0
-"""Seconds after a start before another is tried, should processes keep dying in the queue."""
+"""Minimum seconds between two restarts of a process that keeps dying in the queue."""
 START_PATIENCE: Final = 60.0
-"""Seconds in which a process must take its lock; more means that it died before that."""
+"""Seconds within which a process must take its lock; after that it is considered dead."""
 
-ENGINE_STATUS: Final[Mapping[str, TrainingStatus]] = MappingProxyType(
+TRAINER_STATUS: Final[Mapping[str, TrainingStatus]] = MappingProxyType(
     {
         "queued": TrainingStatus.PENDING,
         "initializing": TrainingStatus.INITIALIZING,
@@ -45,20 +46,20 @@ ENGINE_STATUS: Final[Mapping[str, TrainingStatus]] = MappingProxyType(
 LOST: Final = Failure(
     kind="lost",
     message=(
-        "The training process ended without a word: killed, out of memory or of disk space, "
-        "or the machine was restarted. log.txt in the run's directory has its last output."
+        "The training process exited unexpectedly: it was killed, ran out of memory or disk "
+        "space, or the machine was restarted. See log.txt in the run directory for its last output."
     ),
     retryable=True,
 )
 
 
 def has_begun(run: RunDir) -> bool:
-    """Tell whether a process lives here, or has ended here."""
+    """Return whether a process is running here, or has finished here."""
     return run.is_active() or run.exit.is_file()
 
 
 class Ending(NamedTuple):
-    """How a run ended; `record` is what it could still say of it."""
+    """How a run ended; `record` is None if the process could not write one."""
 
     status: TrainingStatus
     raw: str
@@ -73,17 +74,17 @@ class Ending(NamedTuple):
 
     @property
     def at(self) -> datetime | None:
-        """When it ended, if it could still say so."""
+        """When it ended, if recorded."""
         return self.record.at if self.record else None
 
 
-class Look(NamedTuple):
-    """One look at a run, so that its state and its log tell of the same moment.
+class Snapshot(NamedTuple):
+    """A point in time at which a run is read, so that its state and its log agree.
 
-    What is written after `ending` was read belongs to the next look: none is missed.
+    Anything written after `ending` was read belongs to the next read, so nothing is missed.
 
     Attributes:
-        until: Rows up to then are told.
+        until: Records up to this time are included.
     """
 
     ending: Ending | None
@@ -91,51 +92,51 @@ class Look(NamedTuple):
 
     @classmethod
     def at(cls, run: RunDir) -> Self:
-        """Begin a look."""
+        """Start a read."""
         ending = read_ending(run)
         return cls(ending, _FOREVER if ending else utc_now() - _SETTLED)
 
 
 def read_ending(run: RunDir) -> Ending | None:
-    """Say how a run ended, or None while it goes on; cheap, for it reads no rows."""
+    """Return how a run ended, or None if it has not; cheap, as it reads no metrics."""
     record = run.read_exit()
     if record is None and (run.is_active() or _may_still_start(run)):
         return None
-    # It may have begun or ended between these looks; once its lock is free, it has ended.
+    # It may have started or ended between these reads; once its lock is free, it has ended.
     if record is None and run.is_active():
         return None
     if record := record or run.read_exit():
-        return Ending(ENGINE_STATUS[record.status], record.status, record)
+        return Ending(TRAINER_STATUS[record.status], record.status, record)
     if run.stop.exists():
-        # Asked to end before it could listen, so it had nothing to save either.
+        # Stopped before it handled signals, so there was nothing to save.
         return Ending(TrainingStatus.CANCELLED, "stopped")
-    if _last_word(run) == "queued":
-        return None  # nothing is lost: a new process takes its place in the queue, see `revive`
+    if _last_status(run) == "queued":
+        return None  # not lost: a new process takes over its queue position, see `revive`
     return Ending(TrainingStatus.FAILED, "lost")
 
 
 def is_orphaned(run: RunDir) -> bool:
-    """Tell whether a run waits in the queue without a process that does the waiting."""
+    """Return whether a run is queued, but no process waits for it."""
     try:
         if has_begun(run) or run.stop.exists() or _may_still_start(run):
             return False
         settled = time.time() - run.spec.stat().st_mtime > _REVIVE_PAUSE
     except FileNotFoundError:
         return False
-    return settled and _last_word(run) == "queued"
+    return settled and _last_status(run) == "queued"
 
 
-def read_state(run: RunDir, look: Look | None = None) -> RunState:
-    """Read where a run stands; blocks for as long as the files take.
+def read_state(run: RunDir, snapshot: Snapshot | None = None) -> RunState:
+    """Read the state of a run; blocks while reading its files.
 
-    Reads the end of the metrics and all events, of which there are few: what grows with a
-    run's length among them is its checkpoints, and each is told of.
+    Reads all events, which are few (checkpoints are the only ones that grow with a run's length),
+    and the end of the metrics.
     """
-    ending, until = look or Look.at(run)
+    ending, until = snapshot or Snapshot.at(run)
     events = [event for event, _ in run.read_events()]
     rows = run.read_newest_metrics()
     checkpoints = _checkpoints(run, events)
-    status, raw = ending[:2] if ending else _going(run, events)
+    status, raw = ending[:2] if ending else _live_status(run, events)
     record = ending.record if ending else None
     times = [event.at for event in events] + [row.at for row in rows]
     times += [record.at] if record else []
@@ -144,7 +145,7 @@ def read_state(run: RunDir, look: Look | None = None) -> RunState:
         raw_status=raw,
         remote_id=run.path.name,
         failure=ending.failure if ending else None,
-        started_at=next((e.at for e in events if _word(e) == "running"), None),
+        started_at=next((e.at for e in events if _status_of(e) == "running"), None),
         finished_at=record.at if record else None,
         step=rows[-1].step if rows else None,
         total_steps=rows[-1].total_steps if rows else _announced_steps(events),
@@ -155,48 +156,48 @@ def read_state(run: RunDir, look: Look | None = None) -> RunState:
     )
 
 
-def _going(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
+def _live_status(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
     if run.stop.exists():
         return TrainingStatus.STOPPING, "stopping"
-    words = (word for event in reversed(events) if (word := _word(event)))
-    # Before it has its lock, the events are those of an earlier process, if there are any.
+    words = (word for event in reversed(events) if (word := _status_of(event)))
+    # Until it holds the lock, any events are from an earlier process.
     word = next(words, "starting") if took_lock(run) else "starting"
-    status = ENGINE_STATUS.get(word, TrainingStatus.PENDING)
+    status = TRAINER_STATUS.get(word, TrainingStatus.PENDING)
     if word == "queued":
         return status, _queued(events)
-    # It tells its end before it writes how it ended: over is what exit.json says is over.
+    # The final event is written before exit.json, but only exit.json marks the run as finished.
     return (TrainingStatus.RUNNING if status.is_terminal else status), word
 
 
 def _queued(events: list[Event]) -> str:
-    said = next(event for event in reversed(events) if _word(event))
-    position = said.data.get("position")
+    latest = next(event for event in reversed(events) if _status_of(event))
+    position = latest.data.get("position")
     return f"queued, position {position}" if position else "queued"
 
 
-def _last_word(run: RunDir) -> str | None:
-    words = (word for event, _ in reversed(run.read_events()) if (word := _word(event)))
+def _last_status(run: RunDir) -> str | None:
+    words = (word for event, _ in reversed(run.read_events()) if (word := _status_of(event)))
     return next(words, None)
 
 
 def _may_still_start(run: RunDir) -> bool:
-    """Tell whether the process was started so recently that it may not hold its lock yet."""
+    """Return whether the process was started too recently to hold its lock yet."""
     return not took_lock(run) and time.time() - run.spec.stat().st_mtime < START_PATIENCE
 
 
-def _word(event: Event) -> str | None:
+def _status_of(event: Event) -> str | None:
     return str(event.data.get("status")) if event.name == "status" else None
 
 
 def _announced_steps(events: list[Event]) -> int | None:
-    steps = [e.data.get("total_steps") for e in events if _word(e) == "running"]
+    steps = [e.data.get("total_steps") for e in events if _status_of(e) == "running"]
     return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
 def _latest(checkpoints: tuple[Checkpoint, ...], rows: list[MetricsRow]) -> dict[str, float]:
     """Return the latest value of each metric.
 
-    Validation is measured at checkpoints only, so the last rows may not have it.
+    Validation is measured at checkpoints only, so the last rows may not include it.
     """
     latest: dict[str, float] = {}
     for checkpoint in checkpoints:

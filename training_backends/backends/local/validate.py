@@ -1,6 +1,6 @@
-"""What a model's files, or the hub, say against a run before it waits for its slot.
+"""Check a model's files, or the Hub, for problems before a run is queued.
 
-Files are read without torch. What cannot be told for certain is a warning, or left to the engine.
+Reads files without torch. Anything uncertain is a warning, or left to the trainer.
 """
 
 import ast
@@ -35,29 +35,29 @@ from training_backends.tokens.tokenizers import find_tokenizer, hub_failure, hub
 __all__ = [
     "files_issues",
     "find_directory",
-    "how_to_report",
     "hub_issues",
     "trainable_types",
+    "unusable_severity",
 ]
 
 _HUB_TIMEOUT: Final = 5.0
-"""Seconds; the engine waits as long for the hub."""
+"""Seconds; the same as in the trainer."""
 _CHECKED_ROWS: Final = 100
-"""Rows of each file, from its beginning, that are rendered."""
+"""Rows rendered per file, from its beginning."""
 _SMALL_VOCABULARY: Final = 300
-"""A vocabulary of bytes, as that of `tiny-mistral`: it encodes any text."""
+"""A byte-level vocabulary, such as that of `tiny-mistral`, encodes any text."""
 _MOST_HEADER: Final = 100_000_000
-"""Bytes: the limit of the safetensors format itself."""
+"""Bytes; the limit of the safetensors format."""
 _GIB: Final = 2**30
 _BYTES_FULL: Final = 16
-"""A weight in full fine-tuning: itself, its gradient and AdamW's two moments, 4 bytes each."""
+"""Bytes per weight in full fine-tuning: weight, gradient and AdamW's two moments in float32."""
 _BYTES_QUANTIZED: Final = 0.6
-"""A weight of a base model in 4 bits, with what belongs to it."""
+"""Bytes per weight of a 4-bit base model, including quantization constants."""
 _SMI: Final = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 
 
 def find_directory(model: str) -> Path | None:
-    """Return where a model's files are on this machine, the hub's cache included."""
+    """Return the local directory of a model's files, including the Hub cache."""
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory
@@ -69,26 +69,27 @@ def find_directory(model: str) -> Path | None:
 
 
 class _Found(NamedTuple):
-    """What the hub says of a model; numbers are None where it does not say them."""
+    """What the Hub reports about a model; None if it does not."""
 
     model_type: str | None
     weights: int | None
 
 
 async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
-    """Ask the hub for a model that is not on this machine; what it cannot be asked is a warning."""
+    """Look up a model on the Hub; if the Hub cannot be asked, return a warning."""
     try:
-        handed = await hub.handed(config.model)
+        child_env = await hub.child_environment(config.model)
     except ConfigError as error:
         return [Issue(code="hub_not_asked", message=error.message, field="model", fix=error.hint)]
-    if handed.is_offline:
+    if child_env.is_offline:
         message = (
-            f"{config.model!r} is not on this machine, and the hub must not be asked "
+            f"{config.model!r} is not on this machine, and offline mode is set "
             "(`local.offline` or HF_HUB_OFFLINE)"
         )
-        return [Issue(code="model_not_here", message=message, field="model", fix="fetch it first")]
-    token = handed.token.get_secret_value() if handed.token else None
-    endpoint = handed.environment.get("HF_ENDPOINT")
+        fix = "download it first"
+        return [Issue(code="model_not_here", message=message, field="model", fix=fix)]
+    token = child_env.token.get_secret_value() if child_env.token else None
+    endpoint = child_env.variables.get("HF_ENDPOINT")
     found = await to_thread.run_sync(_ask, config.model, endpoint, token)
     if isinstance(found, Issue):
         return [found]
@@ -103,8 +104,8 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
         from huggingface_hub import HfApi, errors  # noqa: PLC0415
     except ImportError:
         return _not_asked(model, "huggingface_hub is not installed")
-    # Without a token of ours the hub's library takes the one of its own login, as it does in the
-    # engine; never over plain HTTP.
+    # Without a stored token, huggingface_hub uses its own login, as it does in the trainer; but
+    # never over plain HTTP.
     is_private = endpoint is None or endpoint.startswith("https:") or is_loopback(endpoint)
     api = HfApi(endpoint=endpoint, token=token or (None if is_private else False))
     try:
@@ -116,18 +117,18 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
             code="gated_model",
             message=f"{model!r} is a gated model",
             field="model",
-            fix="accept its license on the hub, then store a token with "
+            fix="accept its license on the Hub, then store a token with "
             "`training-backends credentials set huggingface`",
         )
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return Issue(
             code="unknown_model",
-            message=f"there is no model {model!r}: no directory here, none on the hub",
+            message=f"model {model!r} not found: neither a local directory nor a model on the Hub",
             field="model",
             fix="check the name; for a private model, store a token with "
             "`training-backends credentials set huggingface`",
         )
-    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
+    except Exception as error:  # the Hub client lets HTTP library errors through
         return _not_asked(model, hub_failure(error))
     described: Mapping[str, Any] = info.config or {}
     model_type = described.get("model_type")
@@ -138,10 +139,9 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
 def _not_asked(model: str, why: str) -> Issue:
     return Issue(
         code="hub_not_asked",
-        message=f"{model!r} is not on this machine, and whether the hub has it was not checked: "
-        f"{why}",
+        message=f"{model!r} is not on this machine, and could not be looked up on the Hub: {why}",
         field="model",
-        fix="the run fails when its turn comes if the hub does not have it",
+        fix="if it is not on the Hub, the run will fail when it starts",
         severity="warning",
     )
 
@@ -150,9 +150,9 @@ def _not_asked(model: str, why: str) -> Issue:
 
 
 def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
-    """Yield what a model's files say against a run; blocks while it reads them and some rows."""
+    """Yield problems in a model's files; blocks while it reads them and some rows."""
     if (directory / "adapter_config.json").is_file():
-        return  # of the model that it adapts
+        return  # the files are those of the base model
     described = _read_object(directory / "config.json")
     if isinstance(described, str):
         yield _model_issue("model_files", f"config.json {described}")
@@ -163,18 +163,18 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
     is_cached = directory != Path(config.model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
-        if not is_cached:  # the engine fetches what a cached model lacks
+        if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    elif weights and "quantization_config" not in described:  # several weights in a number
+    elif weights and "quantization_config" not in described:  # several weights per value
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, is_cached=is_cached)
 
 
-def how_to_report(
+def unusable_severity(
     config: TrainingConfig, issues: Sequence[Issue]
 ) -> Literal["error", "warning"] | None:
-    """Return the severity of a row that has no token count; None where it says nothing."""
+    """Return the severity of rows without a token count; None if those are not significant."""
     directory = find_directory(config.model)
     described = _read_object(directory / "config.json") if directory else ""
     known = any(issue.code == "unusable_row" for issue in issues)
@@ -198,14 +198,14 @@ def _model_issue(code: str, message: str, fix: str | None = None) -> Issue:
 
 
 def _read_object(path: Path) -> dict[str, Any] | str:
-    """Read a JSON object, or say why that does not work."""
+    """Read a JSON object, or return why that failed."""
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError):
         return "is not valid JSON"
-    return found if isinstance(found, dict) else "holds no JSON object"
+    return found if isinstance(found, dict) else "is not a JSON object"
 
 
 def _architecture_issues(
@@ -219,17 +219,17 @@ def _architecture_issues(
     kind = "sequence classifier" if classifies else "causal language model"
     yield _model_issue(
         "unsupported_architecture",
-        f"models of the type {model_type!r}{named} cannot be trained here: the installed version "
-        f"of transformers has no {kind} of it",
-        "use another model, or a version of transformers that has it",
+        f"model type {model_type!r}{named} is not supported: the installed version of "
+        f"transformers has no {kind} for it",
+        "use another model, or a version of transformers that supports it",
     )
 
 
 @lru_cache
 def trainable_types(*, classifies: bool) -> frozenset[str] | None:
-    """Return the `model_type`s that transformers can load; None where that is not known.
+    """Return the `model_type`s that transformers can load; None if unknown.
 
-    Its tables are read as text: importing them loads torch.
+    Its tables are parsed as text, because importing them loads torch.
     """
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
@@ -247,7 +247,7 @@ def trainable_types(*, classifies: bool) -> frozenset[str] | None:
 
 
 def _table(path: Path, name: str) -> dict[str, str]:
-    """Return the pairs of strings in the literal that a module assigns to a name."""
+    """Return the string pairs in the literal that a module assigns to a name."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
@@ -273,23 +273,22 @@ def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[
     if config.tuning is not None and config.tuning.kind == "full":
         yield _model_issue(
             "quantized_model",
-            f"the model is quantized ({method}), and quantized weights cannot be trained "
-            "themselves",
-            "use tuning: qlora or lora, or the model that it was made from",
+            f"the model is quantized ({method}), which full fine-tuning does not support",
+            "use tuning: qlora or lora, or the unquantized model",
         )
     elif method == "bitsandbytes" and find_spec("bitsandbytes") is None:
         yield _model_issue(
             "quantized_model",
-            "the model is quantized, and the package bitsandbytes is not installed",
+            "the model is quantized, and bitsandbytes is not installed",
             "pip install 'training-backends[qlora]'",
         )
     elif method != "bitsandbytes":
         yield Issue(
             code="quantized_model",
-            message=f"the model is quantized with {method}, which needs that method's own package "
+            message=f"the model is quantized with {method}, which requires that method's package "
             "and may not be trainable",
             field="model",
-            fix="use the model that it was made from",
+            fix="use the unquantized model",
             severity="warning",
         )
 
@@ -298,7 +297,7 @@ def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[
 
 
 def _count_weights(directory: Path, described: Mapping[str, Any]) -> int | str | None:
-    """Count the weights by the headers of their files, or say what is wrong with these."""
+    """Count the weights from the files' headers, or return what is wrong with them."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         listed = _read_object(index)
@@ -311,7 +310,7 @@ def _count_weights(directory: Path, described: Mapping[str, Any]) -> int | str |
     elif any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin")):
         return _described_weights(described)
     else:
-        return "the directory holds no weights (no *.safetensors)"
+        return "the directory has no weights (*.safetensors)"
     total = 0
     for path in files:
         found = _read_header(path)
@@ -322,13 +321,13 @@ def _count_weights(directory: Path, described: Mapping[str, Any]) -> int | str |
 
 
 def _read_header(path: Path) -> int | str:
-    """Count the weights of a safetensors file by its header, or say what is wrong with it."""
+    """Count the weights in a safetensors header, or return what is wrong with it."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(_MOST_HEADER, size - 8):
-                return "is damaged: its header is not that of a safetensors file"
+                return "is damaged: it has no safetensors header"
             header = json.loads(file.read(length))
         tensors = [each for name, each in header.items() if name != "__metadata__"]
         end = max((each["data_offsets"][1] for each in tensors), default=0)
@@ -340,12 +339,12 @@ def _read_header(path: Path) -> int | str:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return "is damaged: its header cannot be read"
     if 8 + length + end != size:
-        return f"is damaged: it has {size:,} bytes, and its header says {8 + length + end:,}"
+        return f"is damaged: it has {size:,} bytes, expected {8 + length + end:,}"
     return int(weights)
 
 
 def _described_weights(described: Mapping[str, Any]) -> int | None:
-    """Count the weights of a plain transformer by its configuration; None for other shapes."""
+    """Count a plain transformer's weights from its configuration; None if it is not one."""
     try:
         width, layers = int(described["hidden_size"]), int(described["num_hidden_layers"])
         heads = int(described["num_attention_heads"])
@@ -363,9 +362,9 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     options = LocalOptions.model_validate(config.options)
     gpus = [] if options.device == "cpu" else _gpu_memory()
     if not gpus and options.device != "cpu" and has_gpu():
-        return  # one whose memory nothing tells
-    here = max(gpus) if gpus else _machine_memory()
-    if here is None:
+        return  # a GPU of unknown memory
+    available = max(gpus) if gpus else _machine_memory()
+    if available is None:
         return
     kind = config.tuning.kind if config.tuning else "lora"
     halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
@@ -375,30 +374,30 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         least = needed = _BYTES_QUANTIZED * weights
     else:
         least = needed = (2.0 if halves else 4.0) * weights
-    if needed <= here:
+    if needed <= available:
         return
     where = "the GPU" if gpus else "this machine"
     fixes = {"full": "lora or qlora", "lora": "qlora"}
     other = f"use tuning: {fixes[kind]}, or a smaller model" if kind in fixes else ""
-    beside = "" if kind == "full" else ", beside the rows"
+    beside = "" if kind == "full" else ", plus activations"
     yield Issue(
         code="memory",
         message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
         f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
-        f"{here / _GIB:.1f} GiB",
+        f"{available / _GIB:.1f} GiB",
         field="model",
         fix=other or "use a smaller model",
-        severity="error" if least > here else "warning",
+        severity="error" if least > available else "warning",
     )
 
 
 def _machine_memory() -> int | None:
-    """Return the bytes of memory that this machine, or this container, has."""
+    """Return the memory of this machine or container, in bytes."""
     found: list[int] = []
     with suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" means no limit
             text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii")
             found.append(int(text))
     return min(found, default=None)
@@ -406,7 +405,7 @@ def _machine_memory() -> int | None:
 
 @lru_cache(maxsize=1)
 def _gpu_memory() -> tuple[int, ...]:
-    """Return the bytes of each GPU's memory; () where there is none, or nothing says."""
+    """Return the memory of each GPU, in bytes; () if there is none or it is unknown."""
     try:
         done = subprocess.run(_SMI, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
         lines = done.stdout.split() if done.returncode == 0 else []
@@ -431,7 +430,7 @@ def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) ->
         if not has_template(tokenizer.path):
             yield _model_issue(
                 "no_chat_template",
-                "the tokenizer has no chat template, so conversations cannot be encoded",
+                "the tokenizer has no chat template, which conversations require",
                 "use the instruct version of the model, or rows with `text`",
             )
             return
@@ -441,10 +440,10 @@ def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) ->
             line, reason = found
             yield Issue(
                 code="unusable_row",
-                message=f"the model cannot be trained on this row: {reason}",
+                message=f"not supported by the model: {reason}",
                 path=str(file.path),
                 line=line,
-                fix="change or remove it, or use another model",
+                fix="change or remove the row, or use another model",
                 severity=_severity(config),
             )
 
@@ -452,17 +451,16 @@ def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) ->
 def _first_unusable(
     model: str, file: DataFile, check: TemplateCheck | None
 ) -> tuple[int, str] | None:
-    """Return the first row, of those that are looked at, that the engine will reject, and why."""
+    """Return the first checked row that the trainer will reject, and why."""
     count = None
     for number, row in _first_rows(file):
         if check is not None and check.accepts(row):
             if isinstance(row, ChatRow) and check.rewrites(row):
                 return number, (
-                    "the chat template changes earlier messages, so its answers cannot be told "
-                    "from the rest"
+                    "the chat template changes earlier messages, so the answers cannot be located"
                 )
             continue
-        # In doubt the tokenizer itself is asked, which loads transformers.
+        # If in doubt, use the tokenizer itself, which loads transformers.
         if count is None and (count := row_counter(model)) is None:
             return None
         try:
@@ -474,14 +472,14 @@ def _first_unusable(
 
 def _first_rows(file: DataFile) -> Iterator[tuple[int, AnyRow]]:
     if file.path == STDIN:
-        return  # it was read, and cannot be read again
+        return  # cannot be read twice
     read = 0
     with suppress(DatasetError, OSError), opened(file.path) as source:
         for number, line in enumerate(lines_up_to(source.lines, MAX_LINE_BYTES), 1):
             content = line.removeprefix(BOM) if number == 1 else line
             if not content.strip():
                 continue
-            with suppress(Uncountable):  # what is no row was reported by the inspection
+            with suppress(Uncountable):  # invalid rows were reported by the inspection
                 row = read_row(content)
                 if not isinstance(row, ClassifierRow):
                     yield number, row

@@ -1,7 +1,7 @@
-"""Classifiers: a head over the last token's hidden state, for one or more targets.
+"""Classifiers with one or more targets, on the hidden state of the last token.
 
-The model is transformers' own `…ForSequenceClassification`, so whatever serves those serves
-the result. Its outputs are the labels of all targets, in the order of `classifier.json`.
+The model is a standard `…ForSequenceClassification` of transformers, so any server of those can
+serve the result. Its outputs are the labels of all targets, in the order of `classifier.json`.
 """
 
 import json
@@ -19,7 +19,7 @@ from training_backends.datasets.rows import ClassifierRow, TextRow, parse_any_ro
 from training_backends.tokens.encoders import Encoder, UnusableRow
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
-from training_backends.trainer.objective import Batch, Judged, Reading
+from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 
 __all__ = [
     "CLASSIFIER_FILE",
@@ -28,21 +28,21 @@ __all__ = [
     "add_heads",
     "classify",
     "describe_classifier",
+    "format_labels",
     "label_names",
     "read_targets",
-    "say_labels",
 ]
 
 CLASSIFIER_FILE: Final = "classifier.json"
-"""Beside the weights: `targets` as in the configuration, in the order of the outputs."""
+"""Stored with the weights: `targets` as in the configuration, in output order."""
 
 
 class Labelled(NamedTuple):
-    """One row.
+    """An encoded row.
 
     Attributes:
-        marks: 1 for each output that is right, 0 for the others.
-        known: For each target, whether the row says anything of it.
+        marks: 1 for each output that is correct, else 0.
+        known: For each target, whether the row labels it.
     """
 
     ids: torch.Tensor
@@ -56,11 +56,11 @@ class Labelled(NamedTuple):
 
 
 class ClassifierObjective:
-    """Learn the labels of rows.
+    """Train a classifier.
 
-    A target with one label a row (`single_class`) has the cross entropy as its loss; one with
-    any number of them (`multi_class`) the binary cross entropy, mean over its labels. A row
-    counts as right where the one label, or the whole set of labels, is.
+    The loss of a `single_class` target is the cross entropy; that of a `multi_class` target is the
+    binary cross entropy, averaged over its labels. A row is correct if its label, or its whole set
+    of labels, is predicted.
     """
 
     has_accuracy = True
@@ -74,7 +74,7 @@ class ClassifierObjective:
         self.parts = tuple(target.name for target in targets)
         self.weights = tuple(target.weight for target in targets)
 
-    def read(self, line: bytes, place: str) -> Reading:
+    def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a text or a conversation with its labels."""
         del place
         row = parse_any_row(line)
@@ -93,14 +93,14 @@ class ClassifierObjective:
             start += self._sizes[index]
         ids = self._encoder.read(row.content)
         if not ids:
-            raise UnusableRow("there is nothing to read")
+            raise UnusableRow("the row has no content")
         tokens = torch.tensor(ids[: self._seq_len], dtype=torch.int32)
-        return Reading(Labelled(tokens, marks, known.bool()), len(ids) > self._seq_len)
+        return EncodedLine(Labelled(tokens, marks, known.bool()), len(ids) > self._seq_len)
 
     def _labels(self, target: ClassifierTarget, given: str | list[str]) -> list[str]:
         labels = [given] if isinstance(given, str) else given
         if not _is_multi(target) and len(labels) != 1:
-            raise UnusableRow(f"{target.name!r} takes one label, the row gives {len(labels)}")
+            raise UnusableRow(f"{target.name!r} takes one label; the row has {len(labels)}")
         return labels
 
     def _place(self, index: int, label: str) -> int:
@@ -109,7 +109,7 @@ class ClassifierObjective:
         return self._places[index][label]
 
     def collate(self, examples: Sequence[Labelled]) -> Batch:
-        """Pad rows on the right to the longest of them."""
+        """Pad rows on the right to the longest."""
         width = max(example.length for example in examples)
         ids = torch.full((len(examples), width), self._encoder.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(examples), width), dtype=torch.int64)
@@ -124,46 +124,46 @@ class ClassifierObjective:
         }
 
     def count(self, examples: Sequence[Labelled]) -> list[int]:
-        """Return how many rows say something of each target."""
+        """Return how many rows label each target."""
         return [int(n) for n in torch.stack([e.known for e in examples]).sum(0)]
 
-    def judge(self, model: Any, batch: Batch) -> Judged:
-        """Return loss and right answers of each target."""
+    def compute_loss(self, model: Any, batch: Batch) -> BatchLoss:
+        """Return the loss and the correct predictions of each target."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         losses, correct = [], []
-        for target, said, marks, known in zip(
+        for target, scores, marks, known in zip(
             self._targets,
             torch.split(logits, self._sizes, dim=1),
             torch.split(batch["marks"], self._sizes, dim=1),
             batch["known"].T,
             strict=True,
         ):
-            loss, right = _judge(target, said[known], marks[known])
+            loss, right = _target_loss(target, scores[known], marks[known])
             losses.append(loss)
             correct.append(right)
-        return Judged(torch.stack(losses), torch.stack(correct), batch["known"].sum(0), {})
+        return BatchLoss(torch.stack(losses), torch.stack(correct), batch["known"].sum(0), {})
 
 
 def _is_multi(target: ClassifierTarget) -> bool:
     return target.loss_function == "multi_class"
 
 
-def _judge(
+def _target_loss(
     target: ClassifierTarget, logits: torch.Tensor, marks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_multi(target):
         losses = binary_cross_entropy_with_logits(logits, marks, reduction="none").mean(dim=1)
         right = ((logits > 0) == marks.bool()).all(dim=1)
     else:
-        # Written out, because of no rows at all the library makes a loss that is no number.
+        # Not F.cross_entropy: its mean over zero rows is NaN.
         losses = -(marks * logits.log_softmax(dim=1)).sum(dim=1)
         right = logits.argmax(dim=1) == marks.argmax(dim=1)
     return losses.sum(), right.sum()
 
 
 def add_heads(causal: Any, targets: Sequence[ClassifierTarget]) -> Any:
-    """Make a classifier of a causal model: the same weights, with new heads."""
+    """Turn a causal model into a classifier: the same weights with new heads."""
     config = deepcopy(causal.config)
     config.num_labels = sum(len(target.labels) for target in targets)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -172,7 +172,7 @@ def add_heads(causal: Any, targets: Sequence[ClassifierTarget]) -> Any:
 
 
 def label_names(targets: Sequence[ClassifierTarget]) -> dict[int, str]:
-    """Name each output: the label alone, or with its target where there are several."""
+    """Name each output: the label, prefixed with its target if there are several."""
     several = len(targets) > 1
     names = (
         f"{target.name}/{label}" if several else label
@@ -183,7 +183,7 @@ def label_names(targets: Sequence[ClassifierTarget]) -> dict[int, str]:
 
 
 def describe_classifier(targets: Sequence[ClassifierTarget], pad_id: int, directory: Path) -> None:
-    """Write what the outputs of the model in `directory` mean."""
+    """Write the targets of the model in `directory` to classifier.json."""
     described = {
         "targets": [
             target.model_dump() | {"loss_function": target.loss_function or "single_class"}
@@ -196,10 +196,10 @@ def describe_classifier(targets: Sequence[ClassifierTarget], pad_id: int, direct
 
 
 def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
-    """Return what the model in `directory` decides; nothing if it is no classifier.
+    """Return the targets of the model in `directory`; empty if it is not a classifier.
 
     Raises:
-        TrainerError: The file that says so cannot be read.
+        TrainerError: classifier.json cannot be read.
     """
     path = directory / CLASSIFIER_FILE
     if not path.is_file():
@@ -211,8 +211,8 @@ def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
         raise TrainerError(f"{path} cannot be read: {error}") from error
 
 
-def say_labels(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Put what `classify` found into a line: of each target the likeliest label."""
+def format_labels(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Format the result of `classify` as one line: the likeliest label of each target."""
     return ", ".join(
         f"{target}: {max(labels, key=labels.__getitem__)} ({max(labels.values()):.2f})"
         for target, labels in found.items()
@@ -222,7 +222,7 @@ def say_labels(found: Mapping[str, Mapping[str, float]]) -> str:
 def classify(
     model: Any, encoder: Encoder, targets: Sequence[ClassifierTarget], text: str
 ) -> dict[str, dict[str, float]]:
-    """Return for each target the probability of each of its labels."""
+    """Return the probability of each label, by target."""
     ids = torch.tensor([encoder.read(TextRow(text))], device=model.device)
     with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()[0]
@@ -233,6 +233,6 @@ def _probabilities(
     targets: Sequence[ClassifierTarget], logits: torch.Tensor
 ) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
     sizes = [len(target.labels) for target in targets]
-    for target, said in zip(targets, torch.split(logits, sizes), strict=True):
-        found = said.sigmoid() if _is_multi(target) else said.softmax(dim=0)
+    for target, scores in zip(targets, torch.split(logits, sizes), strict=True):
+        found = scores.sigmoid() if _is_multi(target) else scores.softmax(dim=0)
         yield target.name, zip(target.labels, found.tolist(), strict=True)

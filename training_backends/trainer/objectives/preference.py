@@ -1,8 +1,8 @@
-"""Direct preference optimization: learn which of two answers is the better one.
+"""Direct preference optimization (DPO) on pairs of chosen and rejected answers.
 
-Rafailov et al., Direct Preference Optimization, 2023. The reference is the model as it is
-before the first step. What it makes of a pair never changes, so it is computed once, kept
-with the checkpoints, and no second model is held beside the one that is trained.
+Rafailov et al., Direct Preference Optimization, 2023. The reference model is the model before
+the first step. Its log probabilities never change, so they are computed once and stored with
+each checkpoint, and no second model is kept in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ from torch.nn.functional import logsigmoid
 from training_backends.datasets.rows import ChatRow, PreferenceRow, parse_any_row
 from training_backends.tokens.encoders import Encoder, UnusableRow
 from training_backends.trainer.data import Sample, collate, make_sample
-from training_backends.trainer.distributed import Team
+from training_backends.trainer.distributed import ProcessGroup
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch
-from training_backends.trainer.objective import Batch, Judged, Reading
+from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 from training_backends.trainer.objectives.tokens import predict
 
 __all__ = ["Pair", "PreferenceObjective", "References"]
@@ -32,10 +32,11 @@ __all__ = ["Pair", "PreferenceObjective", "References"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to the same, the better one first.
+    """A chosen and a rejected answer to the same prompt.
 
     Attributes:
-        reference: By how many nats the reference model finds the first more likely.
+        reference: Log probability of `chosen` minus that of `rejected` under the reference model,
+            in nats.
     """
 
     chosen: Sample
@@ -49,11 +50,11 @@ class Pair:
 
 
 class PreferenceObjective:
-    """Learn from pairs of answers.
+    """Train on preference pairs.
 
     Args:
-        beta: How much it costs to leave the reference.
-        label_smoothing: Share of pairs that are taken to be the wrong way round.
+        beta: KL penalty towards the reference model.
+        label_smoothing: Assumed fraction of mislabelled pairs.
     """
 
     parts = ("",)
@@ -68,12 +69,12 @@ class PreferenceObjective:
         self._beta = beta
         self._smoothing = label_smoothing
 
-    def read(self, line: bytes, place: str) -> Reading:
-        """Encode a pair, in the form of OpenAI (`input`) or of TRL (`chosen`)."""
+    def read(self, line: bytes, place: str) -> EncodedLine:
+        """Encode a pair in the OpenAI format (`input`) or the TRL format (`chosen`)."""
         del place
         row = parse_any_row(line)
         if not isinstance(row, PreferenceRow):
-            raise UnusableRow("the row is no pair: give two answers to one prompt")
+            raise UnusableRow("not a preference pair: it needs one prompt and two answers")
         samples, truncated = [], False
         for conversation in _conversations(row):
             ids, trained = self._encoder.encode(conversation)
@@ -81,31 +82,31 @@ class PreferenceObjective:
             truncated = truncated or len(ids) > self._seq_len
         chosen, rejected = samples
         if chosen is None or rejected is None:
-            return Reading(None, truncated)
-        return Reading(Pair(chosen, rejected), truncated)
+            return EncodedLine(None, truncated)
+        return EncodedLine(Pair(chosen, rejected), truncated)
 
     def collate(self, examples: Sequence[Pair]) -> Batch:
-        """Put the better answers on top of the worse ones."""
+        """Stack the chosen answers above the rejected ones."""
         samples = [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
         references = torch.tensor([pair.reference for pair in examples])
         return collate(samples, self._encoder.pad_id) | {"reference": references}
 
     def count(self, examples: Sequence[Pair]) -> list[int]:
-        """Return how many pairs there are."""
+        """Return the number of pairs."""
         return [len(examples)]
 
     def margins(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Return by how many nats the model finds each better answer more likely."""
+        """Return each pair's log probability margin, chosen minus rejected, in nats."""
         found = predict(model, batch)
-        # Summed as a matrix: adding to indices is not repeatable on a GPU.
+        # Summed as a matrix: index_add is not deterministic on a GPU.
         nats = found.losses.new_zeros(found.counted.shape).masked_scatter(
             found.counted, found.losses
         )
-        better, worse = (-nats.sum(dim=1)).chunk(2)
-        return better - worse
+        chosen, rejected = (-nats.sum(dim=1)).chunk(2)
+        return chosen - rejected
 
-    def judge(self, model: Any, batch: Batch) -> Judged:
-        """Return the loss; a pair is right where the model leans to the better answer."""
+    def compute_loss(self, model: Any, batch: Batch) -> BatchLoss:
+        """Return the loss; a pair is correct if the model prefers the chosen answer."""
         rewards = self._beta * (self.margins(model, batch) - batch["reference"])
         losses = -(
             logsigmoid(rewards) * (1 - self._smoothing) + logsigmoid(-rewards) * self._smoothing
@@ -113,30 +114,30 @@ class PreferenceObjective:
         right = (rewards.detach() > 0).sum()
         counts = torch.tensor([len(rewards)], device=rewards.device)
         measures = {"reward_margin": rewards.detach().sum(), "reward_accuracy": right}
-        return Judged(losses.sum()[None], right[None], counts, measures)
+        return BatchLoss(losses.sum()[None], right[None], counts, measures)
 
 
 def _conversations(row: PreferenceRow) -> Iterator[ChatRow]:
-    """Yield the better and the worse conversation; only what they differ in is to be learnt."""
-    better, worse = ([*row.prompt, *answer] for answer in (row.chosen, row.rejected))
+    """Yield the chosen and the rejected conversation; only the answers are in the loss."""
+    chosen, rejected = ([*row.prompt, *answer] for answer in (row.chosen, row.rejected))
     shared = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(better, worse, strict=False))
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     )
-    if not shared or shared in {len(better), len(worse)}:
-        raise UnusableRow("a pair has one prompt and two answers that differ")
-    for whole in (better, worse):
-        asked = (
+    if not shared or shared in {len(chosen), len(rejected)}:
+        raise UnusableRow("the two answers of a pair must share a prompt and differ")
+    for messages in (chosen, rejected):
+        prompt = (
             msgspec.structs.replace(message, weight=0) if message.role == "assistant" else message
-            for message in whole[:shared]
+            for message in messages[:shared]
         )
-        yield ChatRow([*asked, *whole[shared:]], row.tools)
+        yield ChatRow([*prompt, *messages[shared:]], row.tools)
 
 
 _FILE: Final = "references.safetensors"
 
 
 class References:
-    """Completes pairs, in the lists that it is given, with what the reference makes of them."""
+    """Computes the reference margins and sets them on the pairs of the given lists, in place."""
 
     def __init__(self, **pairs: list[Pair]) -> None:
         self._pairs = pairs
@@ -148,34 +149,34 @@ class References:
         micro: MicroBatch,
         precision: AbstractContextManager[None],
         *,
-        team: Team,
+        group: ProcessGroup,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Ask the model, which is the reference as long as it is not trained.
+        """Compute the margins with the model, which must not have been trained yet.
 
         Raises:
-            Stopped: `should_stop`, asked between batches, said so.
+            Stopped: `should_stop`, called between batches, returned True.
         """
         for pairs in self._pairs.values():
-            ours = team.share(pairs)
+            own_pairs = group.shard(pairs)
             found: list[float] = []
-            while len(found) < len(ours):
+            while len(found) < len(own_pairs):
                 if should_stop():
                     raise Stopped
 
-                def work(size: int, left: Sequence[Pair] = ours[len(found) :]) -> list[float]:
+                def work(size: int, left: Sequence[Pair] = own_pairs[len(found) :]) -> list[float]:
                     batch = objective.collate(left[:size])
-                    there = {name: value.to(model.device) for name, value in batch.items()}
+                    on_device = {name: value.to(model.device) for name, value in batch.items()}
                     with evaluating(model), precision:
-                        margins: list[float] = objective.margins(model, there).tolist()
+                        margins: list[float] = objective.margins(model, on_device).tolist()
                     return margins
 
                 found += micro.attempt(work)
-            margins = team.join(team.gather(found))
+            margins = group.unshard(group.all_gather(found))
             pairs[:] = [replace(p, reference=m) for p, m in zip(pairs, margins, strict=True)]
 
     def save(self, directory: Path) -> None:
-        """Write them into a checkpoint."""
+        """Write the margins into a checkpoint."""
         margins = {
             name: torch.tensor([pair.reference for pair in pairs])
             for name, pairs in self._pairs.items()
@@ -183,18 +184,17 @@ class References:
         save_file(margins, directory / _FILE)
 
     def load(self, directory: Path) -> None:
-        """Take them from a checkpoint.
+        """Read the margins from a checkpoint.
 
         Raises:
-            TrainerError: It was made of other data.
+            TrainerError: The checkpoint belongs to different data.
         """
         margins = load_file(directory / _FILE)
         for name, pairs in self._pairs.items():
             if len(margins[name]) != len(pairs):
                 raise TrainerError(
-                    f"The checkpoint {directory.name} was made of {len(margins[name])} pairs, and "
-                    f"now there are {len(pairs)}: the data has changed since. Put it back, or "
-                    "begin a new run."
+                    f"The checkpoint {directory.name} has {len(margins[name])} pairs, but the data "
+                    f"now has {len(pairs)}. Restore the data, or start a new run."
                 )
             pairs[:] = [
                 replace(pair, reference=margin)

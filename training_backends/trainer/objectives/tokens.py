@@ -1,4 +1,4 @@
-"""The loss over the tokens that count, and which of them were predicted right."""
+"""Next-token loss and accuracy over the tokens in the loss."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from training_backends.trainer.data import (
     collate_packs,
     make_sample,
 )
-from training_backends.trainer.objective import Batch, Judged, Reading
+from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 
 __all__ = [
     "Cut",
@@ -34,29 +34,29 @@ __all__ = [
 
 
 class Cut(NamedTuple):
-    """A text in three."""
+    """A text split for fill-in-the-middle."""
 
     prefix: str
     middle: str
     suffix: str
 
 
-def cut_out(text: str, chance: random.Random) -> Cut:
-    """Cut a text at two random places."""
-    first, last = sorted(chance.randint(0, len(text)) for _ in range(2))
+def cut_out(text: str, rng: random.Random) -> Cut:
+    """Split a text at two random positions."""
+    first, last = sorted(rng.randint(0, len(text)) for _ in range(2))
     return Cut(text[:first], text[first:last], text[last:])
 
 
 _LOGITS: Final = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Logits held at a time: few stay in a processor's caches, many keep a GPU busy."""
+"""Logits per chunk: few enough for a CPU's caches, many enough to keep a GPU busy."""
 
 
 class SummedLoss(NamedTuple):
-    """Sums over all tokens.
+    """Sums over all tokens in the loss.
 
     Attributes:
-        loss: Nats; gradients flow back from here, where wanted.
-        correct: Tokens that come out first.
+        loss: In nats; differentiable.
+        correct: Number of tokens that are the model's top prediction.
     """
 
     loss: torch.Tensor
@@ -64,15 +64,15 @@ class SummedLoss(NamedTuple):
 
 
 def fits_one_head(head: Any) -> bool:
-    """Tell whether a model's last layer is a matrix and nothing else, such as an adapter."""
+    """Return whether the output layer is a plain matrix, with no bias and no adapter."""
     return type(head) is torch.nn.Linear and head.bias is None
 
 
 def sum_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> SummedLoss:
-    """Return the cross entropy of `hidden @ weight.T`, summed.
+    """Return the summed cross entropy of `hidden @ weight.T`.
 
-    Logits are made for some tokens at a time, and their gradients with them, so nothing of
-    them is kept or computed again. This works because of a sum all tokens weigh the same.
+    Computes logits and their gradients in chunks, so that neither is stored for all tokens nor
+    computed twice. This works because every token has the same weight in a sum.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
@@ -97,17 +97,17 @@ class _SummedLoss(torch.autograd.Function):
             matrix = weight.to(dtype)
             for first in range(0, len(hidden), size):
                 part = hidden[first : first + size].to(dtype)
-                wanted = targets[first : first + size, None]
+                target_ids = targets[first : first + size, None]
                 logits = (part @ matrix.T).float()
                 top, best = logits.max(dim=1, keepdim=True)
-                correct += (best == wanted).sum()
-                said = logits.gather(1, wanted)
+                correct += (best == target_ids).sum()
+                target_logits = logits.gather(1, target_ids)
                 shares = logits.sub_(top).exp_()
                 sums = shares.sum(dim=1, keepdim=True)
-                loss += (top + sums.log() - said).sum()
+                loss += (top + sums.log() - target_logits).sum()
                 if of_hidden is None and of_weight is None:
                     continue
-                shares.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1.0))
+                shares.div_(sums).scatter_add_(1, target_ids, torch.full_like(sums, -1.0))
                 shares = shares.to(dtype)
                 if of_hidden is not None:
                     of_hidden[first : first + size] = shares @ matrix
@@ -115,7 +115,7 @@ class _SummedLoss(torch.autograd.Function):
                     of_weight.addmm_(shares.T, part)
                 elif of_weight is not None:
                     of_weight += shares.T @ part
-        # Not as saved tensors: those would live on while the gradients are taken over.
+        # Not `save_for_backward`: saved tensors would outlive the accumulation.
         ctx.gradients = of_hidden, of_weight
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -136,19 +136,19 @@ class _SummedLoss(torch.autograd.Function):
 
 
 _PLAIN_HEADS: Final = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3"})
-"""Architectures whose logits are `lm_head(hidden)` and nothing else."""
+"""Architectures whose logits are exactly `lm_head(hidden)`."""
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 _SHORTER: Final = 0.98
-"""A little less than would fit if all characters took as many tokens."""
+"""Slightly less than would fit if every character took the same number of tokens."""
 
 
 class Predicted(NamedTuple):
-    """What a model says where it counts, one value a token that does.
+    """Predictions for the tokens in the loss, one value per token.
 
     Attributes:
-        losses: Nats.
-        correct: Whether the model puts the token first.
-        counted: Where these tokens are in the batch; its first column is left out.
+        losses: In nats.
+        correct: Whether the token is the model's top prediction.
+        counted: Mask of these tokens in the batch, without its first column.
     """
 
     losses: torch.Tensor
@@ -157,7 +157,7 @@ class Predicted(NamedTuple):
 
 
 def predict(model: Any, batch: Batch) -> Predicted:
-    """Run a causal model over a batch and judge the tokens that count."""
+    """Run a causal model over a batch; return the loss and correctness of each token."""
     counted, targets = _counted(batch)
     logits = _logits(model, batch, counted).float()
     losses = cross_entropy(logits, targets, reduction="none")
@@ -165,7 +165,7 @@ def predict(model: Any, batch: Batch) -> Predicted:
 
 
 def predict_sums(model: Any, batch: Batch) -> SummedLoss:
-    """Do the same where only the sums matter, which takes less memory."""
+    """Do the same, but return only the sums, which takes less memory."""
     counted, targets = _counted(batch)
     causal = _causal(model)
     if _has_plain_head(causal) and fits_one_head(causal.lm_head):
@@ -190,8 +190,8 @@ def _logits(model: Any, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
 
 
 def _hidden(causal: Any, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
-    # The head only where it counts: with a large vocabulary the logits of all positions take
-    # most of the time and memory. Adapters sit inside the modules, so they take part.
+    # Apply the head only to tokens in the loss: with a large vocabulary, the logits of all
+    # positions take most of the time and memory. Adapters are inside the modules and still apply.
     hidden: torch.Tensor = causal.model(**_inputs(batch), use_cache=False).last_hidden_state
     return hidden[:, :-1][counted]
 
@@ -209,12 +209,12 @@ def _has_plain_head(causal: Any) -> bool:
 
 
 class TokenObjective:
-    """Learn to continue texts and to answer in conversations, token by token.
+    """Train on the tokens of texts and of conversations.
 
     Args:
-        fim_ratio: Share of texts whose middle is learnt from both its ends.
-        seed: Decides which, and where they are cut.
-        flat: How packs are laid out, see `collate_packs`.
+        fim_ratio: Fraction of texts that are trained with fill-in-the-middle.
+        seed: Selects these texts and where they are split.
+        flat: Batch layout of packed rows, see `collate_packs`.
     """
 
     parts = ("",)
@@ -236,30 +236,30 @@ class TokenObjective:
         self._seed = seed
         self._flat = flat
         if fim_ratio:
-            encoder.fill_in("", "", "")  # refuses a model that cannot
+            encoder.fill_in("", "", "")  # raises if the tokenizer does not support it
 
-    def read(self, line: bytes, place: str) -> Reading:
+    def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a conversation or a text."""
         row = parse_row(line)
         if self._fim_ratio and isinstance(row, TextRow):
-            chance = random.Random(f"{self._seed}/fim/{place}")  # noqa: S311  # no secret
-            if chance.random() < self._fim_ratio:
-                return self._fill_in(row.text, chance)
+            rng = random.Random(f"{self._seed}/fim/{place}")  # noqa: S311  # not cryptographic
+            if rng.random() < self._fim_ratio:
+                return self._fill_in(row.text, rng)
         ids, trained = self._encoder.encode(row)
-        return Reading(make_sample(ids, trained, self._seq_len), len(ids) > self._seq_len)
+        return EncodedLine(make_sample(ids, trained, self._seq_len), len(ids) > self._seq_len)
 
-    def _fill_in(self, text: str, chance: random.Random) -> Reading:
-        # Cutting the tokens off would take the middle, which stands last: shorten the text.
+    def _fill_in(self, text: str, rng: random.Random) -> EncodedLine:
+        # Truncating the tokens would drop the middle, which comes last: shorten the text instead.
         truncated = False
         while True:
-            ids, trained = self._encoder.fill_in(*cut_out(text, chance))
+            ids, trained = self._encoder.fill_in(*cut_out(text, rng))
             if len(ids) <= self._seq_len:
-                return Reading(make_sample(ids, trained, self._seq_len), truncated)
+                return EncodedLine(make_sample(ids, trained, self._seq_len), truncated)
             truncated = True
             text = text[: int(_SHORTER * len(text) * self._seq_len / len(ids))]
 
     def collate(self, examples: Sequence[Sample | Pack]) -> Batch:
-        """Pad samples, or lay packs out."""
+        """Pad samples, or lay out packs."""
         packs = [example for example in examples if isinstance(example, Pack)]
         if packs:
             return collate_packs(packs, self._encoder.pad_id, flat=self._flat)
@@ -267,12 +267,12 @@ class TokenObjective:
         return collate(samples, self._encoder.pad_id)
 
     def count(self, examples: Sequence[Sample | Pack]) -> list[int]:
-        """Return how many tokens count."""
+        """Return the number of tokens in the loss."""
         rows = (e.samples if isinstance(e, Pack) else (e,) for e in examples)
         return [sum(int((s.labels != IGNORED).sum()) for samples in rows for s in samples)]
 
-    def judge(self, model: Any, batch: Batch) -> Judged:
-        """Return the loss over the tokens that count."""
+    def compute_loss(self, model: Any, batch: Batch) -> BatchLoss:
+        """Return the summed loss over the tokens in the loss."""
         found = predict_sums(model, batch)
         counts = (batch["labels"][:, 1:] != IGNORED).sum()
-        return Judged(found.loss[None], found.correct[None], counts[None], {})
+        return BatchLoss(found.loss[None], found.correct[None], counts[None], {})
