@@ -1,4 +1,4 @@
-"""The group `data`: look at data files, and write them anew."""
+"""The `data` command group: inspect, repair, split and shard data files."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ def inspect(
     ] = None,
     validation: Annotated[
         list[Path] | None,
-        typer.Option("--validation", metavar="FILE", help="A file to validate on; repeatable."),
+        typer.Option("--validation", metavar="FILE", help="Validation file (repeatable)."),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="CONFIG", help="YAML file of a run: its files, targets and method."
+            "--config", metavar="CONFIG", help="Inspect the data of this run configuration."
         ),
     ] = None,
     dialect: Annotated[
@@ -46,40 +46,41 @@ def inspect(
         typer.Option(
             "--dialect",
             metavar="DIALECT",
-            help="Whose rules hold: mistral, openai, together or local; default the backend of "
-            "--config, else mistral.",
+            help="Provider format: mistral, openai, together or local; default: that of the "
+            "backend in --config, else mistral.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Count the tokens that this model reads."),
+        typer.Option("--model", metavar="MODEL", help="Count tokens with this model's tokenizer."),
     ] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample", min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."
+            "--sample", min=2, metavar="ROWS", help="Estimate from a random sample of ROWS rows."
         ),
     ] = None,
     max_issues: Annotated[
-        int, typer.Option("--max-issues", min=0, metavar="N", help="Issues to show in full.")
+        int,
+        typer.Option("--max-issues", min=0, metavar="N", help="Maximum number of issues to show."),
     ] = 50,
     json: JsonOption = False,
 ) -> None:
-    """Say what is in data files, and everything that is wrong with them, line by line.
+    """Summarize data files and report errors by line.
 
-    Nothing is uploaded. Ends with 3 if there are errors.
+    Nothing is uploaded. Exits with 3 if there are errors.
     """
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.views.data import InspectView
     from training_backends.cli.views.render import write_json
 
-    asked = _asked(files or [], validation or [], config, dialect)
-    with InspectView(asked.dialect, max_issues=max_issues, quiet=json) as view:
-        found = asked.look(
-            on_issue=lambda issue: view.issue(asked.locate(issue)), on_progress=view.reading
+    request = _request(files or [], validation or [], config, dialect)
+    with InspectView(request.dialect, max_issues=max_issues, quiet=json) as view:
+        found = request.inspect(
+            on_issue=lambda issue: view.issue(request.locate(issue)), on_progress=view.reading
         )
-        dataset = found.model_copy(update={"issues": tuple(map(asked.locate, found.issues))})
+        dataset = found.model_copy(update={"issues": tuple(map(request.locate, found.issues))})
         tokens = _count(dataset, model, sample, view.counting) if model else None
     if json:
         write_json(view.document(dataset, tokens))
@@ -89,23 +90,23 @@ def inspect(
         raise typer.Exit(ExitCode.INVALID)
 
 
-class _Asked(NamedTuple):
-    """What the command line asks for.
+class _Request(NamedTuple):
+    """An inspection as given on the command line.
 
     Attributes:
-        look: Reads the files.
-        dialect: The rules for them.
-        locate: Adds to an issue where in a configuration its field stands.
+        inspect: Reads the files.
+        dialect: Provider format to check them against.
+        locate: Adds the line in the configuration file to an issue.
     """
 
-    look: "Callable[..., Dataset]"
+    inspect: "Callable[..., Dataset]"
     dialect: "Dialect"
     locate: "Callable[[Issue], Issue]"
 
 
-def _asked(
+def _request(
     files: list[Path], validation: list[Path], config: Path | None, dialect: str | None
-) -> _Asked:
+) -> _Request:
     from training_backends.cli.exit_codes import UsageError
     from training_backends.core.config import DataSource
     from training_backends.datasets.dialects import DIALECTS, MISTRAL
@@ -114,19 +115,20 @@ def _asked(
     from training_backends.datasets.open_file import expand
 
     if bool(files or validation) == bool(config):
-        raise UsageError("Give files or --config, one of them.")
+        raise UsageError("Give either files or --config.")
     chosen = dialect_called(dialect) if dialect is not None else None
     if config:
         from training_backends.client.config_file import load_config
 
         file = load_config(config)
         rules = chosen or DIALECTS.get(file.backend or "", MISTRAL)
-        look = partial(inspect_config, file.config, dialect=rules)
-        return _Asked(look, rules, lambda issue: file.located([issue])[0])
+        read = partial(inspect_config, file.config, dialect=rules)
+        return _Request(read, rules, lambda issue: file.located([issue])[0])
     rules = chosen or MISTRAL
     train = [DataSource(path=path) for path in expand(files)]
     others = [DataSource(path=path) for path in expand(validation)]
-    return _Asked(partial(inspect_files, train, others, dialect=rules), rules, lambda issue: issue)
+    read = partial(inspect_files, train, others, dialect=rules)
+    return _Request(read, rules, lambda issue: issue)
 
 
 def _count(
@@ -147,13 +149,13 @@ FilesArgument = Annotated[
     typer.Argument(metavar="FILE", help="Files, patterns, directories, or - for stdin."),
 ]
 DialectOption = Annotated[
-    str, typer.Option("--dialect", help="Whose rules hold: mistral, openai, together or local.")
+    str, typer.Option("--dialect", help="Provider format: mistral, openai, together or local.")
 ]
 DirectoryOption = Annotated[
     Path | None,
-    typer.Option("--dir", metavar="DIR", help="Where to write; default beside the file."),
+    typer.Option("--dir", metavar="DIR", help="Output directory; default: that of the input file."),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
 def repair(
@@ -161,22 +163,23 @@ def repair(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="What to write; default NAME.repaired.jsonl."
+            "--output", "-o", metavar="FILE", help="Output file; default: NAME.repaired.jsonl."
         ),
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Keep the name; the old content is in FILE.orig.")
+        bool, typer.Option("--in-place", help="Repair in place; back up to FILE.orig.")
     ] = False,
     drop_invalid: Annotated[
-        bool, typer.Option("--drop-invalid", help="Leave out rows that cannot be repaired.")
+        bool, typer.Option("--drop-invalid", help="Remove rows that cannot be repaired.")
     ] = False,
     dialect: DialectOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Write data files anew without the faults that can be repaired without changing their meaning.
+    """Fix errors that can be repaired safely.
 
-    Ends with 3 if rows are left that cannot be repaired; they stand as they were.
+    Repairs never change the meaning of a row. Exits with 3 if rows remain that cannot be
+    repaired; they are written unchanged.
     """
     from training_backends.cli.exit_codes import ExitCode, UsageError
     from training_backends.cli.views.data import (
@@ -194,11 +197,13 @@ def repair(
     rules = dialect_called(dialect)
     paths = expand(files)
     if output and (in_place or len(paths) > 1):
-        raise UsageError("--output goes with one file and without --in-place.")
+        raise UsageError(
+            "--output takes a single input file and cannot be combined with --in-place."
+        )
     if STDIN in paths and (in_place or not output):
-        raise UsageError("Standard input needs --output to name the new file.")
+        raise UsageError("Reading from standard input requires --output.")
     if output and output.name.endswith((".gz", ".zst", ".parquet")):
-        raise UsageError(f"What is written is not packed: name it .jsonl, not {output.suffix}.")
+        raise UsageError(f"The output is plain JSONL: name it .jsonl, not {output.suffix}.")
     out = console()
     documents = JsonList()
     invalid = 0
@@ -228,19 +233,21 @@ def split(
     files: FilesArgument,
     fraction: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of the rows to set aside; default the dialect's."),
+        typer.Option(
+            min=0, max=1, help="Fraction of rows for validation; default: the provider's."
+        ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows to set aside.")] = None,
-    seed: Annotated[int, typer.Option(help="Another one sets other rows aside.")] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of validation rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
     directory: DirectoryOption = None,
     dialect: DialectOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Set rows aside to validate on: NAME.train.jsonl and NAME.validation.jsonl.
+    """Split data into training and validation sets.
 
-    The same rows and seed give the same sides, and identical rows are never on both. Several
-    files are taken as one.
+    Writes NAME.train.jsonl and NAME.validation.jsonl. The split depends only on the rows and
+    the seed, and identical rows always end up in the same set. Several files are split as one.
     """
     from rich.markup import escape
 
@@ -295,20 +302,23 @@ def shard(
     limit: Annotated[
         str | None,
         typer.Option(
-            "--limit", metavar="SIZE", help="Largest file, such as 100MB; default the dialect's."
+            "--limit",
+            metavar="SIZE",
+            help="Maximum file size, such as 100MB; default: the provider's.",
         ),
     ] = None,
     weight: Annotated[
-        float, typer.Option(help="Weight of the file; each of its parts keeps it.")
+        float, typer.Option(help="Sampling weight of the file, kept by each shard.")
     ] = 1.0,
     directory: DirectoryOption = None,
     dialect: DialectOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Cut data files between rows into NAME-00001-of-00007.jsonl and so on, none above a limit.
+    """Split data files into shards below a size limit.
 
-    Put together again they are the file, byte for byte.
+    Writes NAME-00001-of-00007.jsonl and so on. Rows are never split; the concatenated shards
+    are identical to the file.
     """
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.views.data import bar, show_data, show_shards
@@ -317,15 +327,15 @@ def shard(
     from training_backends.datasets.shard import shard as shard_file
 
     if weight <= 0:
-        raise UsageError("A weight is above 0.")
+        raise UsageError("--weight must be greater than 0.")
     rules = dialect_called(dialect)
     most = _size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
-        raise UsageError(f"No limit of {rules.name} is known: give --limit.")
+        raise UsageError(f"{rules.name} has no known file size limit; give --limit.")
     out = console()
     found: dict[Path, Sequence[ShardFile]] = {}
     for path in expand(files):
-        with bar(out, "cutting") as progress:
+        with bar(out, "sharding") as progress:
             found[path] = shard_file(
                 path, most, directory=directory, force=force, on_progress=progress
             )
@@ -349,35 +359,41 @@ def shard(
 
 
 def dialect_called(name: str) -> "Dialect":
-    """Return the rules of this name."""
+    """Return the provider format with this name.
+
+    Raises:
+        UsageError: There is none.
+    """
     from training_backends.cli.exit_codes import UsageError
     from training_backends.datasets.dialects import DIALECTS
 
     if name not in DIALECTS:
         raise UsageError(
-            f"No dialect is called {name!r}.", hint=f"Known are {', '.join(DIALECTS)}."
+            f"Unknown provider format {name!r}.", hint=f"Known formats: {', '.join(DIALECTS)}."
         )
     return DIALECTS[name]
 
 
 def _size(text: str) -> int:
-    """Read a size in bytes; MB are a million of them, MiB are 2 to the 20th."""
+    """Parse a size into bytes: 1 MB is 10^6 bytes, 1 MiB is 2^20 bytes."""
     from training_backends.cli.exit_codes import UsageError
 
     found = _SIZE.fullmatch(text.strip())
     if not found:
-        raise UsageError(f"{text!r} is not a size.", hint="Write 100MB, 1.5GB or 64MiB.")
+        raise UsageError(f"Invalid --limit value {text!r}.", hint="Examples: 100MB, 1.5GB, 64MiB.")
     base = 1024 if found["binary"] else 1000
     size = int(float(found["number"]) * base ** " kmgt".index(found["unit"].lower() or " "))
     if size < 1:
-        raise UsageError("A file has at least one byte.", hint="Write 100MB, 1.5GB or 64MiB.")
+        raise UsageError(
+            "--limit must be at least one byte.", hint="Examples: 100MB, 1.5GB, 64MiB."
+        )
     return size
 
 
 def _note(
     train: "Sequence[SplitFile]", validation: "Sequence[SplitFile]", dialect: "Dialect"
 ) -> str | None:
-    """Say that a validation set of the size asked for will be refused."""
+    """Return a warning if the provider will reject a validation set of this size."""
     size = sum(side.size for side in validation)
     share = size / sum(side.size for side in train)
     most, most_share = dialect.validation_max_bytes, dialect.validation_max_share
@@ -386,8 +402,8 @@ def _note(
     limits = [f"{most:,} bytes"] if most else []
     limits += [f"{most_share:.0%} of the training set"] if most_share else []
     return (
-        f"this validation set is too large for {dialect.name}, which takes at most "
-        f"{' and '.join(limits)}; it has {size:,} bytes, {share:.1%}"
+        f"the validation set is too large for {dialect.name}: {size:,} bytes ({share:.1%}); "
+        f"the limit is {' and '.join(limits)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How an inspection looks, for people (stderr) and programs (stdout)."""
+"""Output of the `data` commands, for people (stderr) and programs (stdout)."""
 
 import json
 import shutil
@@ -53,19 +53,19 @@ _MEMORY = 1 << 20
 
 @contextmanager
 def bar(out: Console, what: str) -> Iterator[OnProgress]:
-    """Show how far each file is, once that takes a while, and tell of a Ctrl-C.
+    """Show a progress bar for each file and turn Ctrl-C into `Interrupted`.
 
-    A bar is shown on a terminal only.
+    The bar appears after a short delay, and only on a terminal.
     """
     with FileBars(out=out) as bars:
         try:
             yield partial(bars.show, what)
         except KeyboardInterrupt:
-            raise Interrupted("Interrupted; no part of a file is left.") from None
+            raise Interrupted("Interrupted; no partial files were left.") from None
 
 
 class ShownRepairs:
-    """Lists the first repairs and issues of one file, and counts them all."""
+    """Prints the first repairs and issues of a file, and counts the rest."""
 
     def __init__(self, out: Console) -> None:
         self._out = out
@@ -74,24 +74,24 @@ class ShownRepairs:
         self._more = 0
 
     def repair(self, done: Repair) -> None:
-        """Show a repair, unless there were many."""
+        """Print a repair, up to a limit."""
         self._repairs += 1
         if self._repairs <= _MOST_LINES:
             self._out.print(f"  line {done.line}: {escape(redact(done.message))}")
 
     def issue(self, issue: Issue) -> None:
-        """Keep an issue for later, unless there were many."""
+        """Keep an issue for `finish`, up to a limit."""
         if len(self._issues) < _MOST_LINES:
             self._issues.append(issue)
         else:
             self._more += 1
 
     def finish(self, done: Repaired) -> None:
-        """Show what became of the file."""
+        """Print the result for the file."""
         out = self._out
         self._show_more(self._repairs - _MOST_LINES)
         if self._issues:
-            out.print("  cannot be repaired:")
+            out.print("  not repairable:")
             show_issues(self._issues, out)
             self._show_more(self._more)
         if done.source == done.target and not done.backup:
@@ -103,17 +103,17 @@ class ShownRepairs:
             if count := done.counts.get(code):
                 out.print(f"  {what}: {count:,}")
         if done.invalid:
-            out.print(f"  [red]rows that are still invalid: {done.invalid:,}[/]")
+            out.print(f"  [red]rows still invalid: {done.invalid:,}[/]")
         if done.backup:
-            out.print(f"  what it was is in {escape(str(done.backup))}")
+            out.print(f"  original backed up to {escape(str(done.backup))}")
 
     def _show_more(self, count: int) -> None:
         if count > 0:
-            self._out.print(f"  … and {count:,} more (--json has them all)")
+            self._out.print(f"  … and {count:,} more (use --json for all)")
 
 
 class JsonList:
-    """A list that is written as JSON and may be longer than the memory."""
+    """A JSON list that is spooled to disk, so that it can exceed the memory."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_MEMORY, "w+", encoding="ascii")  # noqa: SIM115
@@ -126,7 +126,7 @@ class JsonList:
         self._separator = ",\n"
 
     def add_object(self, fields: dict[str, Any], **lists: "JsonList") -> None:
-        """Append an object, some fields of which are lists."""
+        """Append an object with plain fields and lists."""
         self._file.write(self._separator)
         _write_object(self._file, fields, lists)
         self._separator = ",\n"
@@ -140,7 +140,7 @@ class JsonList:
 
 
 def write_lists(fields: dict[str, Any], **lists: JsonList) -> None:
-    """Write the one JSON document of a command."""
+    """Write the JSON document of a command."""
     _write_object(sys.stdout, fields, lists)
     sys.stdout.write("\n")
 
@@ -156,7 +156,7 @@ def _write_object(file: IO[str], fields: dict[str, Any], lists: dict[str, JsonLi
 
 
 class JsonRepairs:
-    """Keeps the repairs and issues of one file for the document of all."""
+    """Collects the repairs and issues of a file for the JSON document."""
 
     def __init__(self, files: JsonList) -> None:
         self._files = files
@@ -186,7 +186,7 @@ class JsonRepairs:
 
 
 def show_split(found: Split, out: Console) -> None:
-    """Show both sides of a split file."""
+    """Print the training and validation file of a split."""
     out.print(f"{escape(str(found.source))}:")
     for side in (found.train, found.validation):
         if side:
@@ -194,7 +194,7 @@ def show_split(found: Split, out: Console) -> None:
 
 
 def show_shards(source: Path, parts: Sequence[ShardFile], out: Console) -> None:
-    """Show the parts of a file."""
+    """Print the shards of a file."""
     count = "1 file" if len(parts) == 1 else f"{len(parts):,} files"
     out.print(f"{escape(str(source))}: {count}")
     for part in parts:
@@ -206,8 +206,8 @@ def _show_file(path: Path, rows: int, size: int, out: Console) -> None:
 
 
 def show_data(data: dict[str, Any], out: Console) -> None:
-    """Show the part of a configuration that names the files."""
-    out.print("For the configuration:")
+    """Print the `data` section for the configuration."""
+    out.print("Add to the configuration:")
     show_text(yaml.safe_dump({"data": data}, sort_keys=False).rstrip(), out)
 
 
@@ -216,14 +216,14 @@ _MOST_LISTED: Final = 8
 
 
 class InspectView:
-    """Shows issues as they are found, how far the reading is, and in the end what there is.
+    """Prints issues as they are found, progress, and a summary at the end.
 
-    Use it in a `with`; the bar goes away behind it.
+    Use it as a context manager; leaving it removes the progress bar.
 
     Args:
-        dialect: Whose rules hold.
-        max_issues: How many issues to show in full.
-        quiet: Show nothing of it; a program reads the document.
+        dialect: Provider format that the data is checked against.
+        max_issues: Maximum number of issues to show.
+        quiet: Print nothing, because the JSON document is used.
     """
 
     def __init__(self, dialect: Dialect, *, max_issues: int, quiet: bool) -> None:
@@ -242,7 +242,7 @@ class InspectView:
         self._bars.__exit__(*error)
 
     def issue(self, issue: Issue) -> None:
-        """Show an issue while there are not too many."""
+        """Print an issue, up to the limit."""
         if self._quiet:
             return
         if self._left <= 0:
@@ -253,15 +253,15 @@ class InspectView:
         self._out.print(f"[{style}]{issue.severity:<7}[/] {escape(redact(str(issue)))}")
 
     def reading(self, path: Path, done: int, total: int) -> None:
-        """Show how far a file is read."""
+        """Show the progress of reading a file."""
         self._bars.show("reading", path, done, total)
 
     def counting(self, path: Path, done: int, total: int) -> None:
-        """Show how far the tokens of a file are counted."""
+        """Show the progress of counting the tokens of a file."""
         self._bars.show("counting tokens of", path, done, total)
 
     def document(self, dataset: Dataset, tokens: TokenCount | None) -> dict[str, Any]:
-        """Return all of it as JSON has it."""
+        """Return the JSON document."""
         return {
             "ok": not dataset.errors,
             "dialect": self._dialect.name,
@@ -271,9 +271,9 @@ class InspectView:
         }
 
     def show(self, dataset: Dataset, tokens: TokenCount | None) -> None:
-        """Show what is in the files, and the verdict."""
+        """Print a summary of each file and the result."""
         if self._hidden:
-            self._out.print(f"… and {self._hidden:,} more (--max-issues shows them)")
+            self._out.print(f"… and {self._hidden:,} more (raise --max-issues to show them)")
         for file in dataset.files:
             self._out.print()
             self._file(file)
@@ -284,23 +284,23 @@ class InspectView:
         self._verdict(dataset)
 
     def _file(self, file: DataFile) -> None:
-        purpose = "to validate on" if file.role == "validation" else "to train on"
-        head = f"[bold]{escape(str(file.path))}[/]  {file.sample_type or 'nothing'} {purpose}"
-        self._out.print(head)
+        purpose = "validation" if file.role == "validation" else "training"
+        kind = file.sample_type or "no valid rows"
+        self._out.print(f"[bold]{escape(str(file.path))}[/]  ({purpose}, {kind})")
         self._rows((*_facts(file), *_bars("row length", dict(file.summary.row_bytes), "bytes")))
 
     def _tokens(self, tokens: TokenCount) -> None:
         if tokens.data_tokens is None:
             self._out.print(f"[bold]tokens[/]  not counted: {escape(tokens.reason or 'unknown')}")
             return
-        self._out.print(f"[bold]tokens[/]  as {escape(tokens.tokenizer or 'the model')} reads them")
+        self._out.print(f"[bold]tokens[/]  counted by {escape(tokens.tokenizer or 'the model')}")
         between = ""
         if tokens.interval:
-            between = f" (95 % between {tokens.interval[0]:,} and {tokens.interval[1]:,})"
+            between = f" (95% interval {tokens.interval[0]:,} to {tokens.interval[1]:,})"
         rows = [("tokens", f"{tokens.data_tokens:,}{between}, {tokens.basis}")]
         if tokens.mean is not None and tokens.shortest is not None and tokens.longest is not None:
             text = f"{tokens.mean:,.0f} on average, {tokens.shortest:,} to {tokens.longest:,}"
-            rows.append(("a row", text))
+            rows.append(("per row", text))
         self._rows((*rows, *_bars("row length", tokens.histogram or {}, "tokens")))
         for note in tokens.notes:
             self._out.print(f"  [dim]note[/]         {escape(note)}")
@@ -311,39 +311,44 @@ class InspectView:
 
     def _verdict(self, dataset: Dataset) -> None:
         kinds: Counter[tuple[str, str]] = Counter()
-        graver = {issue.code for issue in dataset.errors}
+        error_codes = {issue.code for issue in dataset.errors}
         for code, count in _found(dataset).items():
-            kinds["error" if code in graver else "warning", code] = count
+            kinds["error" if code in error_codes else "warning", code] = count
         for (severity, code), count in sorted(kinds.items()):
             self._out.print(f"  [{_style(severity)}]{severity:<7}[/]  {count:>9,}  {code}")
         name = self._dialect.name
         if dataset.errors:
-            self._out.print(f"[red]cannot be trained on[/] by the rules of {name}")
+            errors = _many(sum(kinds[kind] for kind in kinds if kind[0] == "error"), "error")
+            files = len({issue.path for issue in dataset.errors if issue.path})
+            where = f" in {_many(files, 'file')}" if files else ""
+            self._out.print(f"[red]Invalid for {name}:[/] {errors}{where}.")
         else:
-            self._out.print(f"[green]can be trained on[/] by the rules of {name}")
+            self._out.print(f"[green]Valid for {name}.[/]")
 
 
 def _found(dataset: Dataset) -> Counter[str]:
-    """Count what was found, also what was not told of in full."""
+    """Count all findings by code, including those beyond the reported issues."""
     found: Counter[str] = Counter()
     counted = {str(file.path): file.summary.findings for file in dataset.files}
     for findings in counted.values():
         found.update(findings)
     for issue in dataset.issues:
-        # Of files that cannot be read to their end, and between files.
+        # Issues without a count in a summary: unreadable files and issues across files.
         found[issue.code] += issue.code not in counted.get(issue.path or "", {})
     return found
 
 
 def _facts(file: DataFile) -> Iterator[tuple[str, str]]:
     summary = file.summary
-    bad = f", {file.bad_rows:,} of them wrong" if file.bad_rows else ""
-    packed = f", {decimal(file.size)} packed ({file.packing})" if file.packing != "plain" else ""
-    yield "rows", f"{file.rows:,}{bad}, {decimal(summary.lines)}{packed}"
+    bad = f", {file.bad_rows:,} invalid" if file.bad_rows else ""
+    compressed = ""
+    if file.packing != "plain":
+        compressed = f", {decimal(file.size)} compressed ({file.packing})"
+    yield "rows", f"{file.rows:,}{bad}, {decimal(summary.lines)}{compressed}"
     if len(summary.formats) > 1:
         yield "formats", _listed(summary.formats)
     if file.turns:
-        each = f"{file.turns / file.rows:.1f} a row" if file.rows else ""
+        each = f"{file.turns / file.rows:.1f} per row" if file.rows else ""
         yield "messages", f"{file.turns:,}, {each}: {_listed(summary.roles)}"
     if summary.tool_rows:
         yield "tools", f"in {_many(summary.tool_rows, 'row')}, {_many(summary.tool_calls, 'call')}"
@@ -354,9 +359,9 @@ def _facts(file: DataFile) -> Iterator[tuple[str, str]]:
     for target, labels in summary.labels.items():
         yield f"label {target}"[:20], _listed(labels)
     if summary.duplicate_rows:
-        yield "duplicates", f"{_many(summary.duplicate_rows, 'row')} that stood before"
+        yield "duplicates", _many(summary.duplicate_rows, "row")
     if summary.overlapping_rows:
-        yield "overlap", f"{_many(summary.overlapping_rows, 'row')} also trained on"
+        yield "overlap", f"{_many(summary.overlapping_rows, 'row')} also in the training data"
 
 
 def _many(count: int, what: str) -> str:
@@ -370,7 +375,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _bars(name: str, rows: Mapping[int, int], unit: str) -> Iterator[tuple[str, str]]:
-    """Draw how many rows have up to so many bytes or tokens."""
+    """Draw a histogram of row lengths in bytes or tokens."""
     if not rows:
         return
     most, width = max(rows.values()), len(f"{max(rows):,}")
