@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from training_backends.credentials.vault import CredentialVault
 
 _HOMES = {
-    "client.aio": ("AsyncTrainingClient",),
+    "client.client": ("AsyncTrainingClient",),
     "client.sync": ("TrainingClient",),
-    "client.watcher": ("Watcher",),
+    "client.watch": ("Watcher",),
     "core.backend": (
         "BackendContext",
         "CredentialSource",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import SecretStr
 
-from training_backends.cli.terminal import heard_at_once
+from training_backends.cli.terminal import interruptible
 from training_backends.credentials.vault import (
     KEYRING_TIMEOUT,
     CredentialInfo,
@@ -34,7 +34,7 @@ def _ask_password(new: bool) -> SecretStr | None:
     if not sys.stdin.isatty():
         return None
     text = "New password for the encrypted keyring" if new else "Password of the encrypted keyring"
-    with heard_at_once():
+    with interruptible():
         return SecretStr(typer.prompt(text, hide_input=True, confirmation_prompt=new, err=True))
 
 
