@@ -47,8 +47,8 @@ def test_each_issue_names_file_line_and_field(run: Run, write: Write) -> None:
     assert "data.jsonl:2: messages[2].role: " in error
     assert "warning" in warning
     assert "data.jsonl:3: the same row is in line 1" in warning
-    assert "3, 1 of them wrong" in done.err
-    assert "cannot be trained on by the rules of mistral" in done.err
+    assert "3, 1 invalid" in done.err
+    assert "Invalid for mistral: " in done.err
     assert "\x1b" not in done.err
 
 

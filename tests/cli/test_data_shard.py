@@ -29,7 +29,7 @@ def test_shards_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """Each part keeps the weight of the file, for weights are those of a row."""
     done = run("data", "shard", "data.jsonl", "--limit", "1kB", "--weight", "2.5")
-    shown = yaml.safe_load(done.err.partition("For the configuration:\n")[2])
+    shown = yaml.safe_load(done.err.partition("Add to the configuration:\n")[2])
     assert shown == {
         "data": {
             "train": [
@@ -55,7 +55,7 @@ def test_the_limit_is_that_of_the_dialect(run: Run, tmp_path: Path) -> None:
     document = run("data", "shard", "data.jsonl", "--json").document
     assert document["limit"] == 512_000_000
     assert [path.name for path in shards(tmp_path)] == ["data-00001-of-00001.jsonl"]
-    assert "No limit of local is known" in run("data", "shard", "x", "--dialect", "local").err
+    assert "local has no known file size limit" in run("data", "shard", "x", "--dialect", "local").err
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_sizes_are_read(run: Run, limit: str, size: int) -> None:
     [
         (["none.jsonl"], 3, "none.jsonl: there is no such file"),
         (["data.jsonl", "--limit", "19"], 3, "the row is longer than the limit of 19 bytes"),
-        (["data.jsonl", "--limit", "large"], 2, "'large' is not a size"),
+        (["data.jsonl", "--limit", "large"], 2, "Invalid --limit value 'large'"),
         (["data.jsonl", "--limit", "0"], 2, "A file has at least one byte"),
-        (["data.jsonl", "--weight", "0"], 2, "A weight is above 0"),
-        (["data.jsonl", "--dialect", "x"], 2, "Known are mistral, openai"),
+        (["data.jsonl", "--weight", "0"], 2, "--weight must be greater than 0"),
+        (["data.jsonl", "--dialect", "x"], 2, "Known formats: mistral, openai"),
         ([], 2, "Missing argument"),
     ],
 )

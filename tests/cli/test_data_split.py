@@ -24,7 +24,7 @@ def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> No
 
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """It is YAML, with the paths as they were given."""
-    shown = run("data", "split", "data.jsonl").err.partition("For the configuration:\n")[2]
+    shown = run("data", "split", "data.jsonl").err.partition("Add to the configuration:\n")[2]
     assert yaml.safe_load(shown) == {
         "data": {"train": ["data.train.jsonl"], "validation": ["data.validation.jsonl"]}
     }
@@ -84,7 +84,7 @@ def test_standard_input_is_split(run: Run, tmp_path: Path, data_file: Path) -> N
         (["data.jsonl", "--rows", "0"], 2, "Invalid value for '--rows'"),
         (["data.jsonl", "--fraction", "2"], 2, "Invalid value for '--fraction'"),
         (["data.jsonl", "--rows", "2", "--fraction", "0.5"], 2, "Give --fraction or --rows"),
-        (["data.jsonl", "--dialect", "x"], 2, "Known are mistral, openai"),
+        (["data.jsonl", "--dialect", "x"], 2, "Known formats: mistral, openai"),
         (["data.jsonl", "--dir", "data.jsonl"], 1, "was not written: Not a directory"),
     ],
 )

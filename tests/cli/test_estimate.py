@@ -54,15 +54,15 @@ def test_intervals_stand_behind_what_they_belong_to() -> None:
         data_tokens=2000, interval=(1000, 3000), costs=priced("2 USD"), cost_interval=bounds
     )
     text = shown(lambda out: show_estimate(estimate, out))
-    assert "2,000 (95 % between 1,000 and 3,000)" in text
-    assert "2.00 USD (95 % between 1.00 USD and 3.00 USD)" in text
+    assert "2,000 (95% interval 1,000 to 3,000)" in text
+    assert "2.00 USD (95% interval 1.00 USD to 3.00 USD)" in text
 
 
 def test_difference_to_the_quote_is_shown(make_config: Callable[..., TrainingConfig]) -> None:
     """With the quote, and with the run later, stands what had been estimated."""
     ours = Estimate(cost=Money.model_validate("2 USD"))
     quote = Estimate(basis="quote", cost=Money.model_validate("3 USD")).replacing(ours)
-    said = "cost: 3.00 USD quoted, 2.00 USD estimated here (1.00 USD more)"
+    said = "cost: 3.00 USD quoted, 2.00 USD estimated locally (1.00 USD more)"
     assert said in shown(lambda out: show_estimate(quote, out))
     run = TrainingRun(id="r", backend="mistral", config=make_config(), estimate=quote)
     assert said in shown(lambda out: show_run(run, out))

@@ -70,7 +70,7 @@ def test_an_unknown_key_names_line_and_nearest(run: Run, config_file: Path) -> N
     done = run("validate", config_file.name)
     assert done.code == 3
     assert (
-        "run.yaml:6: hyperparameters.n_epochs: no such field (did you mean 'epochs'?)" in done.err
+        "run.yaml:6: hyperparameters.n_epochs: unknown field (did you mean 'epochs'?)" in done.err
     )
 
 

@@ -268,7 +268,7 @@ async def test_a_run_that_does_not_move_is_said_to_be_still(
             backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
             await until(lambda: len(told.events) == 2)
         run = await client.get(run.id)
-    assert "nothing has changed" in told.events[0][1]
+    assert "no progress" in told.events[0][1]
     assert run.stale is None
 
 
