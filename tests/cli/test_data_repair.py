@@ -147,8 +147,16 @@ def test_the_dialect_decides(run: Run, write: Callable[..., Path]) -> None:
         (["none.jsonl"], 3, "none.jsonl: there is no such file"),
         (["data.jsonl", "--output", "other.jsonl"], 3, "other.jsonl exists already"),
         (["data.jsonl", "--output", "data.jsonl", "--force"], 3, "data.jsonl is not written over"),
-        (["data.jsonl", "other.jsonl", "--output", "new.jsonl"], 2, "--output takes a single input file"),
-        (["data.jsonl", "--output", "new.jsonl", "--in-place"], 2, "--output takes a single input file"),
+        (
+            ["data.jsonl", "other.jsonl", "--output", "new.jsonl"],
+            2,
+            "--output takes a single",
+        ),
+        (
+            ["data.jsonl", "--output", "new.jsonl", "--in-place"],
+            2,
+            "--output takes a single",
+        ),
         (["data.jsonl", "--output", "new.jsonl.gz"], 2, "name it .jsonl"),
         (["data.jsonl", "--dialect", "mistrl"], 2, "Unknown provider format 'mistrl'"),
         (["empty.jsonl"], 3, "no row would be left"),
