@@ -22,7 +22,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, WatchSettings, last_seen
+from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Round
 from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
@@ -106,10 +106,10 @@ class AsyncTrainingClient:
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
         self._records = RunRecords(self._store, self._leases)
-        self._looks = Looks(self._store, self._backend, watching)
-        self._steering = Steering(self._store, self._leases, self._records, self._looks)
+        self._observer = Observer(self._store, self._backend, watching)
+        self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._looks, self._round
+            self._store, self._leases, self._records, self._observer, self._round
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -262,7 +262,7 @@ class AsyncTrainingClient:
                 require_same(known, run)
                 await self._records.notice_known(known, watch)
                 if not await self._records.was_launched(known):
-                    await self._looks.require_here(known, "launch")
+                    await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
@@ -289,10 +289,10 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
-        if not await self._looks.sees(run):
+        if not await self._observer.sees(run):
             return last_seen(run)
         try:
-            return await self._looks.look(run)
+            return await self._observer.observe(run)
         except RunNotFound:
             if await self._records.was_launched(run):
                 raise
@@ -385,7 +385,7 @@ class AsyncTrainingClient:
         complete = await to_thread.run_sync(self._store.is_whole, run.id)
         if not complete and await self._records.may_be_at_provider(run):
             with suppress(RunNotFound, UnsupportedOperation):
-                await self._looks.look(run)
+                await self._observer.observe(run)
 
     async def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
@@ -465,7 +465,7 @@ class AsyncTrainingClient:
         """
         run = await self.get(run_id)
         if not run.status.is_terminal:
-            await self._looks.require_here(run, "stop")
+            await self._observer.require_here(run, "stop")
         return await self._steering.stop(run, save_checkpoint=save_checkpoint)
 
     async def resume(
@@ -494,7 +494,7 @@ class AsyncTrainingClient:
         if new_id is not None:
             _require_text("new_id", new_id)
         run = await self.status(run_id)
-        await self._looks.require_here(run, "resume")
+        await self._observer.require_here(run, "resume")
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
     async def download(self, run_id: str, target: Path | str) -> Path:
@@ -504,7 +504,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend has no weight download, or the run has no model.
         """
         run = await self.status(run_id)
-        await self._looks.require_here(run, "download the model of")
+        await self._observer.require_here(run, "download the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
@@ -521,7 +521,7 @@ class AsyncTrainingClient:
             BackendUnavailable: The model cannot be loaded.
         """
         run = await self.status(run_id)
-        await self._looks.require_here(run, "ask the model of")
+        await self._observer.require_here(run, "ask the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
@@ -546,7 +546,7 @@ class AsyncTrainingClient:
             await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
             return
         run = await self.status(run_id)
-        await self._looks.require_here(run, "delete")
+        await self._observer.require_here(run, "delete")
         backend = await self._backend(run.backend)
         if not run.status.is_terminal:
             run = await self._steering.discard(run)
@@ -659,7 +659,7 @@ class AsyncTrainingClient:
         return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
-        return Round(backend, self._store, self._leases, self._looks, only=only)
+        return Round(backend, self._store, self._leases, self._observer, only=only)
 
 
 async def _close(backend: TrainingBackend) -> None:

@@ -10,7 +10,7 @@ from anyio import to_thread
 
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, due_at
+from training_backends.client.observe import Observer, due_at
 from training_backends.client.poller import RoundOf
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
@@ -44,13 +44,13 @@ class Following:
         store: RunStore,
         leases: Leases,
         records: RunRecords,
-        looks: Looks,
+        observer: Observer,
         round_of: RoundOf,
     ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
-        self._looks = looks
+        self._observer = observer
         self._round_of = round_of
 
     async def logs(
@@ -72,7 +72,7 @@ class Following:
                 trouble = await self._follow(run, trouble)
             else:
                 await self._require_job(run)
-                await self._looks.look(run)
+                await self._observer.observe(run)
                 asked = True
 
     async def wait(self, runs: Collection[TrainingRun]) -> None:
@@ -100,10 +100,10 @@ class Following:
         if not await self._records.may_be_at_provider(run):
             await self._launched(run.id)
             return trouble
-        if not await self._looks.sees(run):
+        if not await self._observer.sees(run):
             await anyio.sleep(_STORE_INTERVAL)  # the machine that can observe it updates the store
             return trouble
-        shortest, longest = (await self._looks.backend_of(run.backend)).poll_interval
+        shortest, longest = (await self._observer.backend_of(run.backend)).poll_interval
         now = utc_now()
         due = due_at(run, now, (shortest, min(longest, shortest * _FOLLOWED)))
         if due > now:
@@ -112,7 +112,7 @@ class Following:
         async with self._leases.try_hold(f"look:{run.id}") as lease:
             if lease is not None:
                 try:
-                    await self._looks.watch(run)
+                    await self._observer.watch(run)
                 except TrainingBackendError as error:
                     await self._tolerate(run, error)
                 else:
@@ -148,7 +148,7 @@ class Following:
             raise error
         now = await to_thread.run_sync(self._store.get, run.id)
         since = now.stale.since if now.stale else utc_now()
-        if utc_now() - since > self._looks.settings.give_up_after:
+        if utc_now() - since > self._observer.settings.give_up_after:
             raise error
         log.warning("run cannot be observed", run_id=run.id, reason=error.message)
 
@@ -164,7 +164,7 @@ class Following:
     async def _require_launch(self, run: TrainingRun) -> None:
         """Require that a run's launch was not interrupted: waiting would never end."""
         if await self._records.is_abandoned(run):
-            backend = await self._looks.backend_of(run.backend)
+            backend = await self._observer.backend_of(run.backend)
             what = f"wait for run {run.id}, whose launch was interrupted"
             raise backend.unsupported(what, _again(run))
 

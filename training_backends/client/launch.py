@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from training_backends.client.journal import LaunchWatch, StoreJournal
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, report_change
+from training_backends.client.observe import Observer, report_change
 from training_backends.client.run_record import (
     LAUNCHED,
     about,
@@ -237,11 +237,13 @@ LAUNCH_PATIENCE: Final = 5.0
 class Steering:
     """Stops, resumes and discards runs."""
 
-    def __init__(self, store: RunStore, leases: Leases, records: RunRecords, looks: Looks) -> None:
+    def __init__(
+        self, store: RunStore, leases: Leases, records: RunRecords, observer: Observer
+    ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
-        self._looks = looks
+        self._observer = observer
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
         """Ask the provider to stop a run; cancel a run without a job."""
@@ -262,7 +264,7 @@ class Steering:
         self, run: TrainingRun, watch: LaunchWatch, *, checkpoint: str | None, new_id: str | None
     ) -> TrainingRun:
         """Continue a run as a new one, or continue its interrupted launch."""
-        backend = await self._looks.backend_of(run.backend)
+        backend = await self._observer.backend_of(run.backend)
         launched = await self._records.was_launched(run)
         if not run.status.is_terminal and not launched:
             return await self._launch_again(run, watch, checkpoint)
@@ -313,10 +315,10 @@ class Steering:
         return await self._cancel_unlaunched(run)
 
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
-        backend = await self._looks.backend_of(run.backend)
+        backend = await self._observer.backend_of(run.backend)
         with about("stop", run):
             await backend.stop(run, save_checkpoint=save_checkpoint)
-        return await self._looks.look(run)
+        return await self._observer.observe(run)
 
     async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
         """Cancel a run without a job; return it unchanged if it has one by now.
@@ -332,7 +334,7 @@ class Steering:
                 return now
         now = await to_thread.run_sync(self._store.get, run.id)
         if now.remote_id == run.remote_id and not now.status.is_terminal:
-            backend = await self._looks.backend_of(run.backend)
+            backend = await self._observer.backend_of(run.backend)
             raise backend.unsupported(
                 "stop a run that is being launched",
                 "Stop the program that is launching it, or try again later.",
@@ -343,7 +345,7 @@ class Steering:
         self, run: TrainingRun, watch: LaunchWatch, checkpoint: str | None
     ) -> TrainingRun:
         """Continue an interrupted launch or resume."""
-        backend = await self._looks.backend_of(run.backend)
+        backend = await self._observer.backend_of(run.backend)
         start: Start = backend.launch
         if run.resumed_from is not None:
             source = await to_thread.run_sync(self._store.get, run.resumed_from)

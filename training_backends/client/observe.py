@@ -36,7 +36,7 @@ from training_backends.store import RunStore
 
 __all__ = [
     "BackendOf",
-    "Looks",
+    "Observer",
     "WatchSettings",
     "due_at",
     "expected_end",
@@ -123,7 +123,7 @@ _WATCH = "watch"
 """Source of log records that the client adds while observing."""
 
 
-class Looks:
+class Observer:
     """Observes runs at their providers and stores the results, each log record once.
 
     Several processes may observe the same run: records are stored only if the cursor is still the
@@ -135,7 +135,7 @@ class Looks:
         self.backend_of = backend_of
         self.settings = settings
 
-    async def look(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
+    async def observe(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
         """Observe a run, store its status and new log records, and return it.
 
         Args:
@@ -191,13 +191,13 @@ class Looks:
         run that was deleted or is not found at its provider is no error.
 
         Args:
-            patience: See `look`.
+            patience: See `observe`.
 
         Raises:
             TrainingBackendError: The provider cannot be reached.
         """
         try:
-            run = await self.look(run, patience=patience)
+            run = await self.observe(run, patience=patience)
         except RunNotFound:
             return
         except StoreError:
@@ -209,7 +209,7 @@ class Looks:
         with suppress(RunNotFound):
             await self.within_budget(run)
 
-    async def stand(self, runs: Sequence[TrainingRun]) -> None:
+    async def mark_unchanged(self, runs: Sequence[TrainingRun]) -> None:
         """Record that runs were observed and have not changed."""
         now = utc_now()
         await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
@@ -366,7 +366,7 @@ class Looks:
         )
 
 
-def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
+def report_change(before: TrainingRun, after: TrainingRun, reported: RunState) -> None:
     """Log a status change, or a status that contradicts the recorded terminal one."""
     if after.status is not before.status:
         log.info(
@@ -377,22 +377,22 @@ def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> No
             before=before.status,
             status=after.status,
         )
-    if after.status is not told.status:
+    if after.status is not reported.status:
         log.warning(
             "provider contradicts the terminal status",
             run_id=after.id,
             status=after.status,
-            told=told.raw_status or told.status,
+            reported=reported.raw_status or reported.status,
         )
 
 
-def _same(now: TrainingRun, looked_at: TrainingRun) -> TrainingRun:
+def _same(now: TrainingRun, observed: TrainingRun) -> TrainingRun:
     """Return `now` if it is the record of the run that was observed.
 
     Raises:
         RunNotFound: The run was deleted, and its id belongs to a new run.
     """
-    if now.created_at != looked_at.created_at:
+    if now.created_at != observed.created_at:
         raise RunNotFound(
             f"Run {now.id} was deleted while its backend was being asked.", run_id=now.id
         )

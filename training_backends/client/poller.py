@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from training_backends.client.boundary import has_lists, is_about_server
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, due_at
+from training_backends.client.observe import Observer, due_at
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
@@ -89,14 +89,14 @@ class Round:
         name: str,
         store: RunStore,
         leases: Leases,
-        looks: Looks,
+        observer: Observer,
         *,
         only: Collection[str] | None = None,
     ) -> None:
         self._name = name
         self._store = store
         self._leases = leases
-        self._looks = looks
+        self._observer = observer
         self._only = only
         self._versions: dict[str, int] = {}
         self._took = 0.0
@@ -142,7 +142,7 @@ class Round:
         except StoreError:
             raise
         except TrainingBackendError as error:
-            await self._looks.unreachable(list(self.runs.values()), error)
+            await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
     async def _go(self) -> Sweep:
@@ -167,11 +167,11 @@ class Round:
         """Return when each run that can be observed from here is due."""
         if not self.runs:
             return {}
-        bounds = (await self._looks.backend_of(self._name)).poll_interval
+        bounds = (await self._observer.backend_of(self._name)).poll_interval
         return {
             run_id: max(due_at(run, now, bounds), self._retry_at(run_id) or now)
             for run_id, run in self.runs.items()
-            if await self._looks.sees(run)
+            if await self._observer.sees(run)
         }
 
     def _retry_at(self, run_id: str) -> datetime | None:
@@ -181,7 +181,7 @@ class Round:
     async def _require_backend(self) -> None:
         """Create the backend; a failure here says nothing about its runs."""
         if self.runs:
-            await self._looks.backend_of(self._name)
+            await self._observer.backend_of(self._name)
 
     async def refresh(self) -> None:
         """Observe all runs that can be observed from here, whether or not they are due.
@@ -196,7 +196,7 @@ class Round:
         except StoreError:
             raise
         except TrainingBackendError as error:
-            await self._looks.unreachable(list(self.runs.values()), error)
+            await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
     async def _sweep(self, *, due_only: bool = True) -> Sweep:
@@ -208,7 +208,7 @@ class Round:
         ready = [run for run in runs if due[run.id] <= now]
         if not ready:
             return Sweep()
-        backend = await self._looks.backend_of(self._name)
+        backend = await self._observer.backend_of(self._name)
         # Count runs that are due soon as well: one list now saves their requests.
         soon = [run for run in runs if due[run.id] <= now + (now - _seen_at(run)) / 2]
         lists = has_lists(backend) and not (self._no_lists and self._no_lists.until > now)
@@ -239,14 +239,14 @@ class Round:
             return None
         self._no_lists = None
         unchanged = [run for run in runs if _is_unchanged(run, listed.get(run.id))]
-        await self._looks.stand(unchanged)
+        await self._observer.mark_unchanged(unchanged)
         self._took = anyio.current_time() - began
         unchanged_ids = {run.id for run in unchanged}
         now = utc_now()
         retriable = [run for run in runs if (self._retry_at(run.id) or now) <= now]
         for run in retriable:
             if run.id in unchanged_ids:
-                await self._alone(run, self._looks.within_budget)
+                await self._alone(run, self._observer.within_budget)
         return [run for run in retriable if run.id not in unchanged_ids]
 
     async def _one_by_one(self, runs: Sequence[TrainingRun], *, answered: bool = False) -> None:
@@ -262,7 +262,7 @@ class Round:
         if not answered:
             self._took = 0.0
         earlier = self._took
-        watch = partial(self._looks.watch, patience=_PATIENCE if len(self.runs) > 1 else None)
+        watch = partial(self._observer.watch, patience=_PATIENCE if len(self.runs) > 1 else None)
         unavailable = 0
 
         async def observe(run: TrainingRun) -> None:
