@@ -57,7 +57,7 @@ def test_warnings_alone_end_well(run: Run, write: Write) -> None:
     write(chat(1), chat(1))
     done = run("data", "inspect", "data.jsonl")
     assert done.code == 0
-    assert "can be trained on" in done.err
+    assert "Valid for mistral" in done.err
 
 
 def test_programs_get_one_document(run: Run, write: Write) -> None:

@@ -44,7 +44,9 @@ def test_costs_that_cannot_be_added_stand_side_by_side() -> None:
     """Two currencies are named both."""
     estimate = Estimate(costs=priced("3 EUR", "2 USD"))
     assert price_text(estimate) == "3.00 EUR and 2.00 USD"
-    assert "cost          3.00 EUR and 2.00 USD" in shown(lambda out: show_estimate(estimate, out))
+    assert "cost            3.00 EUR and 2.00 USD" in shown(
+        lambda out: show_estimate(estimate, out)
+    )
 
 
 def test_intervals_stand_behind_what_they_belong_to() -> None:

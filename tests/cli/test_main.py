@@ -61,7 +61,7 @@ def test_a_missing_file_is_invalid(run: Run) -> None:
     """Exit code 3, and the path is repeated."""
     done = run("launch", "none.yaml")
     assert done.code == 3
-    assert "none.yaml: there is no such file" in done.err
+    assert "none.yaml: no such file" in done.err
 
 
 def test_an_unknown_key_names_line_and_nearest(run: Run, config_file: Path) -> None:

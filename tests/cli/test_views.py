@@ -108,6 +108,6 @@ def test_a_run_of_another_home_is_shown_as_last_seen(run: Run, live: MakeLive) -
     assert shown.code == 0
     assert "running" in shown.err
     assert "this run can only be observed from gpu-1:/state" in shown.err
-    assert "only gpu-1:/state can observe it" in run("list").err
+    assert "it can only be observed from gpu-1:/state" in run("list").err
     stopped = run("stop", "r")
     assert (stopped.code, "gpu-1" in stopped.err) == (9, True)

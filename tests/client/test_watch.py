@@ -286,7 +286,7 @@ async def test_a_run_that_outlives_its_budget_is_stopped(
     assert run.status is TrainingStatus.CANCELLED
     assert run.failure is not None
     assert run.failure.kind == "timeout"
-    assert "the budget allows" in run.failure.message
+    assert "exceeds budget.max_duration" in run.failure.message
     assert [message for _, message in told.events].count(run.failure.message) == 1
 
 

@@ -52,7 +52,7 @@ def test_all_of_them_are_told() -> None:
 def test_a_backend_may_have_none() -> None:
     """Which is said."""
     (issue,) = option_issues(Nothing, {"a": 1})
-    assert issue.fix == "there are: none"
+    assert issue.fix == "known options: none"
 
 
 def test_only_known_options_may_be_left_empty() -> None:

@@ -377,7 +377,7 @@ class AsyncTrainingClient:
             return error.message
         known = self._backends.get(run.backend)
         if known is not None and not known.sees(run):
-            return f"only {run.place} can observe it"
+            return f"it can only be observed from {run.place}"
         return None
 
     async def _complete(self, run: TrainingRun) -> None:

@@ -382,7 +382,7 @@ def report_change(before: TrainingRun, after: TrainingRun, reported: RunState) -
             "provider contradicts the terminal status",
             run_id=after.id,
             status=after.status,
-            reported=reported.raw_status or reported.status,
+            told=reported.raw_status or reported.status,
         )
 
 
