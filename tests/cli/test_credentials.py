@@ -144,7 +144,7 @@ def test_the_list_tells_what_hides_what(run: Run, file_keyring: Path) -> None:
     run("credentials", "set", "mistral", stdin="stored")
     run("credentials", "set", "mistral", "--profile", "work", stdin="other")
     listed = run("credentials", "list", MISTRAL_API_KEY=CANARY)
-    assert "Sources searched, in order: the environment, the encrypted file" in listed.err
+    assert "the environment, the encrypted file" in listed.err
     rows = [line.split() for line in listed.err.splitlines()]
     assert ["mistral", "environment", "MISTRAL_API_KEY"] in rows
     (hidden,) = [line for line in listed.err.splitlines() if "not used" in line]

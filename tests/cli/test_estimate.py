@@ -35,7 +35,7 @@ def priced(*amounts: str) -> tuple[CostItem, ...]:
 def test_parts_of_the_cost_are_listed_with_their_sources() -> None:
     """Each part stands by itself below the sum, with where it comes from and its date."""
     text = shown(lambda out: show_estimate(Estimate(costs=priced("3 USD", "12 USD")), out))
-    assert "cost          15.00 USD" in text
+    assert "cost            15.00 USD" in text
     assert "training   3.00 USD  (a table, 2026-01-02)" in text
     assert "storage   12.00 USD  (a table, 2026-01-02)" in text
 
