@@ -251,7 +251,7 @@ async def test_a_run_missing_for_long_has_failed_as_lost(
     assert run.status is TrainingStatus.FAILED
     assert run.failure is not None
     assert run.failure.kind == "lost"
-    assert "does not know" in told.events[0][1]
+    assert "no longer has" in told.events[0][1]
 
 
 async def test_a_run_that_does_not_move_is_said_to_be_still(
