@@ -144,12 +144,12 @@ def test_the_list_tells_what_hides_what(run: Run, file_keyring: Path) -> None:
     run("credentials", "set", "mistral", stdin="stored")
     run("credentials", "set", "mistral", "--profile", "work", stdin="other")
     listed = run("credentials", "list", MISTRAL_API_KEY=CANARY)
-    assert "the environment, then the encrypted file" in listed.err
+    assert "the environment, the encrypted file" in listed.err
     rows = [line.split() for line in listed.err.splitlines()]
     assert ["mistral", "environment", "MISTRAL_API_KEY"] in rows
     (hidden,) = [line for line in listed.err.splitlines() if "not used" in line]
     assert hidden.split()[:2] == ["mistral", "keyring"]
-    assert "environment comes first" in hidden
+    assert "environment takes precedence" in hidden
     document = run("credentials", "list", "--json", MISTRAL_API_KEY=CANARY).document
     assert isinstance(document, list)
     assert [(one["profile"], one["source"], one["hidden_by"]) for one in document] == [
@@ -164,7 +164,7 @@ def test_a_key_that_is_stored_behind_a_variable_is_said_to_be(run: Run, file_key
     """Otherwise the old one goes on being used and nobody knows why."""
     done = run("credentials", "set", "mistral", stdin="new", MISTRAL_API_KEY="old")
     assert done.code == 0
-    assert "MISTRAL_API_KEY is set and comes first" in done.err
+    assert "MISTRAL_API_KEY is set and takes precedence" in done.err
 
 
 @pytest.mark.parametrize("arguments", [["mistral", CANARY], [f"sk-{CANARY * 3}"]])

@@ -20,7 +20,7 @@ def test_a_key_is_shown_once_and_listed_with_what_it_may_do(run: Run) -> None:
     span = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=29, hours=23) < span < timedelta(days=30)
     plain = run("keys", "create")
-    assert "to write in project default, until it is revoked; shown this once" in plain.err
+    assert "(write, project default), valid until it is revoked; shown only once" in plain.err
     listed = run("keys", "list", "--json")
     first, second = listed.document
     key = made.pop("key")

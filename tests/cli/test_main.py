@@ -61,7 +61,7 @@ def test_a_missing_file_is_invalid(run: Run) -> None:
     """Exit code 3, and the path is repeated."""
     done = run("launch", "none.yaml")
     assert done.code == 3
-    assert "none.yaml: there is no such file" in done.err
+    assert "none.yaml: no such file" in done.err
 
 
 def test_an_unknown_key_names_line_and_nearest(run: Run, config_file: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_unknown_key_names_line_and_nearest(run: Run, config_file: Path) -> N
     done = run("validate", config_file.name)
     assert done.code == 3
     assert (
-        "run.yaml:6: hyperparameters.n_epochs: no such field (did you mean 'epochs'?)" in done.err
+        "run.yaml:6: hyperparameters.n_epochs: unknown field (did you mean 'epochs'?)" in done.err
     )
 
 

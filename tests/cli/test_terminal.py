@@ -4,17 +4,17 @@ import signal
 import subprocess
 import sys
 
-from training_backends.cli.terminal import heard_at_once
+from training_backends.cli.terminal import interruptible
 
 ASKING = """
 import signal, threading
-from training_backends.cli.terminal import heard_at_once
+from training_backends.cli.terminal import interruptible
 
 def interrupt():
     # Told to this thread, a signal does not end the wait of the main one.
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
-with heard_at_once():
+with interruptible():
     threading.Timer(0.2, interrupt).start()
     input()
 """
@@ -38,7 +38,7 @@ def test_signals_and_alarms_are_as_before() -> None:
     numbers = (signal.SIGINT, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
     timer = signal.getitimer(signal.ITIMER_REAL)
-    with heard_at_once():
+    with interruptible():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [signal.getsignal(number) for number in numbers] == before
     after = signal.getitimer(signal.ITIMER_REAL)

@@ -178,7 +178,7 @@ def test_a_mapping_is_checked_like_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError) as caught:
         to_config({"model": "m", "data": {"train": "a.jsonl"}, "sufix": None})
     assert [str(issue) for issue in caught.value.issues] == [
-        "sufix: no such field (did you mean 'suffix'?)"
+        "sufix: unknown field (did you mean 'suffix'?)"
     ]
 
 
@@ -253,12 +253,12 @@ def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data=train.jsonl", "expected fields below this one"),
+        ("data=train.jsonl", "expected a mapping"),
         ("data.train=[]", "the list is empty"),
         ("model=7", "expected text"),
         ("data.train=[{path: 3}]", "expected a path"),
-        ("budget.max_duration=0s", "it must be longer than nothing"),
-        ("labels=5", "expected fields below this one"),
+        ("budget.max_duration=0s", "must be greater than zero"),
+        ("labels=5", "expected a mapping"),
     ],
 )
 def test_faults_are_told_without_python(tmp_path: Path, override: str, message: str) -> None:

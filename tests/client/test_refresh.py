@@ -154,7 +154,7 @@ async def test_a_run_of_another_home_is_not_judged(
     shown = await b.status(run.id)
     assert await b.get(run.id) == seen
     assert list(missed) == ["theirs"]
-    assert "only machine-a:/state can observe it" in missed["theirs"]
+    assert "it can only be observed from machine-a:/state" in missed["theirs"]
     assert shown.status is TrainingStatus.RUNNING
     assert shown.stale is not None
     assert (shown.stale.kind, shown.stale.since) == ("elsewhere", seen.last_seen_at)

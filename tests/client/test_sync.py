@@ -258,8 +258,8 @@ print(os.waitstatus_to_exitcode(status), client.list())
     )
     done = _python(train_file.parent, script)
     lines = done.stdout.splitlines()
-    assert "before the process forked" in lines[0]
-    assert "Make a new TrainingClient" in lines[0]
+    assert "forked after it was created" in lines[0]
+    assert "Create a new TrainingClient" in lines[0]
     assert lines[1:] == ["[]", "7 []"]
 
 

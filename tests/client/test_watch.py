@@ -251,7 +251,7 @@ async def test_a_run_missing_for_long_has_failed_as_lost(
     assert run.status is TrainingStatus.FAILED
     assert run.failure is not None
     assert run.failure.kind == "lost"
-    assert "Not found" in told.events[0][1]
+    assert "no longer has" in told.events[0][1]
 
 
 async def test_a_run_that_does_not_move_is_said_to_be_still(
@@ -268,7 +268,7 @@ async def test_a_run_that_does_not_move_is_said_to_be_still(
             backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
             await until(lambda: len(told.events) == 2)
         run = await client.get(run.id)
-    assert "nothing has changed" in told.events[0][1]
+    assert "no progress" in told.events[0][1]
     assert run.stale is None
 
 
@@ -286,7 +286,7 @@ async def test_a_run_that_outlives_its_budget_is_stopped(
     assert run.status is TrainingStatus.CANCELLED
     assert run.failure is not None
     assert run.failure.kind == "timeout"
-    assert "the budget allows" in run.failure.message
+    assert "exceeds budget.max_duration" in run.failure.message
     assert [message for _, message in told.events].count(run.failure.message) == 1
 
 

@@ -108,7 +108,7 @@ def test_cost_is_the_sum_of_its_parts() -> None:
     found = Estimate(costs=parts)
     assert (str(found.cost), found.price_source) == ("5.00 USD", TABLE)
     assert Estimate.model_validate_json(found.model_dump_json()) == found
-    with pytest.raises(ValidationError, match=r"its parts come to 5\.00 USD"):
+    with pytest.raises(ValidationError, match=r"its items add up to 5\.00 USD"):
         Estimate(costs=parts, cost=money("4 USD"))
 
 
@@ -128,8 +128,8 @@ def test_quote_keeps_what_was_worked_out_here() -> None:
     quote = Estimate(basis="quote", train_tokens=1100, cost=money("1.50 USD")).replacing(ours)
     assert quote.ours == ours
     assert quote.differences == (
-        "trained tokens: 1,100 quoted, 1,000 estimated here (10.0% more)",
-        "cost: 1.50 USD quoted, 2.00 USD estimated here (0.50 USD less)",
+        "trained tokens: 1,100 quoted, 1,000 estimated locally (10.0% more)",
+        "cost: 1.50 USD quoted, 2.00 USD estimated locally (0.50 USD less)",
     )
     again = Estimate(basis="quote", train_tokens=1100).replacing(quote)
     assert again.ours == ours
@@ -140,7 +140,7 @@ def test_equal_quote_says_so() -> None:
     """Where the provider says what was estimated, that is what is told; the unknown is not."""
     ours = Estimate(train_tokens=1000)
     quote = Estimate(basis="quote", train_tokens=1000, cost=money("1 USD")).replacing(ours)
-    assert quote.differences == ("trained tokens: 1,000 quoted, the same estimated here",)
+    assert quote.differences == ("trained tokens: 1,000 quoted, same as estimated locally",)
 
 
 def test_what_is_within_the_budget_passes() -> None:

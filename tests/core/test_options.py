@@ -26,8 +26,8 @@ class Nothing(BaseModel):
 @pytest.mark.parametrize(
     ("options", "field", "message", "fix"),
     [
-        ({"max_run": 2}, "options.max_run", "no such option", "did you mean 'max_runs'?"),
-        ({"gpus": 2}, "options.gpus", "no such option", "there are: max_runs, device"),
+        ({"max_run": 2}, "options.max_run", "unknown option", "did you mean 'max_runs'?"),
+        ({"gpus": 2}, "options.gpus", "unknown option", "known options: max_runs, device"),
         ({"max_runs": 0}, "options.max_runs", "greater than or equal to 1", None),
         ({"device": "tpu"}, "options.device", "'cpu' or 'cuda'", None),
         ({"max_runs": True}, "options.max_runs", "expected a number", None),
@@ -52,7 +52,7 @@ def test_all_of_them_are_told() -> None:
 def test_a_backend_may_have_none() -> None:
     """Which is said."""
     (issue,) = option_issues(Nothing, {"a": 1})
-    assert issue.fix == "there are: none"
+    assert issue.fix == "known options: none"
 
 
 def test_only_known_options_may_be_left_empty() -> None:

@@ -428,7 +428,7 @@ def test_no_half_of_a_secret_remains_where_a_long_text_is_cut(
     cleaned = redact(text)
     assert len(cleaned) < 2**16
     assert shown[: len(shown) // 2] not in cleaned
-    assert cleaned.endswith(f"[cut: {len(text)} characters]")
+    assert cleaned.endswith(f"[truncated: {len(text)} characters]")
     assert redact(cleaned) == cleaned
 
 

@@ -384,7 +384,7 @@ async def test_a_run_that_the_backend_lost_fails(here: Site) -> None:
     here.backend.lose(remote)
     here.backend.wake()
     failed = await here.until(job_id, "FAILED")
-    assert "has not known this run" in failed["events"][-1]["data"]["error"]
+    assert "has not found this run" in failed["events"][-1]["data"]["error"]
 
 
 async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look before anything is started: backends, validate, estimate."""
+"""Commands that run before a launch: backends, validate, estimate."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ __all__ = ["backends", "estimate", "validate"]
 
 
 def backends(json: JsonOption = False) -> None:
-    """Show what is installed and what each backend can do."""
+    """List installed backends and their capabilities."""
     from rich.markup import escape
 
     from training_backends import TrainingBackendError, installed_backends
@@ -54,7 +54,7 @@ def backends(json: JsonOption = False) -> None:
     for entry in found:
         out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
-            out.print(f"  [red]cannot be used:[/] {escape(entry['error'])}")
+            out.print(f"  [red]unavailable:[/] {escape(entry['error'])}")
             continue
         out.print(f"  {entry['summary']}", markup=False)
         if "missing" in entry:
@@ -71,7 +71,7 @@ def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
         if isinstance(value, list) and value
     ]
     rows = capabilities["dialect"]["formats"]
-    return [*lists, f"rows: {', '.join(rows)}", f"can: {', '.join(yes)}"]
+    return [*lists, f"row formats: {', '.join(rows)}", f"supports: {', '.join(yes)}"]
 
 
 def validate(
@@ -80,7 +80,7 @@ def validate(
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check a configuration and its data; nothing is uploaded or spent."""
+    """Check a configuration and its data without uploading."""
     from rich.markup import escape
 
     from training_backends.cli.exit_codes import ExitCode
@@ -114,7 +114,7 @@ def validate(
         if report.dataset:
             show_dataset(report.dataset, out)
         show_issues(issues, out)
-        verdict = "[green]ready to launch[/]" if report.ok else "[red]cannot be launched[/]"
+        verdict = "[green]ready to launch[/]" if report.ok else "[red]invalid[/]"
         out.print(f"{escape(config.name)} on {escape(name)}: {verdict}")
     if not report.ok:
         raise typer.Exit(ExitCode.INVALID)
@@ -127,15 +127,15 @@ def estimate(
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample", min=2, metavar="ROWS", help="Count so many rows, and say how sure that is."
+            "--sample", min=2, metavar="ROWS", help="Estimate from a random sample of ROWS rows."
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Count all rows, however many there are.")
+        bool, typer.Option("--exact", help="Count every row, even in large files.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a run will take: tokens, steps, cost and time, as far as they are known."""
+    """Estimate the tokens, steps, cost and time of a run."""
     from training_backends.cli.views.render import CountView, show_estimate, write_json
     from training_backends.client.config_file import load_config
 

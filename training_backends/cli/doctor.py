@@ -1,4 +1,4 @@
-"""The command that says what works here, what does not, and what to do about it."""
+"""The `doctor` command: effective settings and health checks."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,15 +21,19 @@ def doctor(
         bool,
         typer.Option(
             "--recover",
-            help="Set a damaged run store aside; make a new one of what it and the providers tell.",
+            help="Back up a damaged run store and rebuild it from its readable runs and the "
+            "providers' job lists.",
         ),
     ] = False,
     all_settings: Annotated[
-        bool, typer.Option("--all", help="Also list settings that have their defaults.")
+        bool, typer.Option("--all", help="Also list settings with default values.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show every setting and check all that is set up; ends with 1 if some of it does not work."""
+    """Show settings and check the installation.
+
+    Exits with 1 if a check fails.
+    """
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.vault import terminal_vault
     from training_backends.cli.views.render import console, write_json
@@ -72,7 +76,7 @@ def _show_settings(settings: "list[Effective]", *, all_settings: bool) -> None:
     from training_backends.cli.views.render import console
 
     out = console()
-    more = "" if all_settings else " that are not defaults (--all lists every setting)"
+    more = "" if all_settings else " that differ from the defaults (--all lists all)"
     out.print(f"[bold]Settings[/]{more}")
     shown = [entry for entry in settings if all_settings or entry.origin != "default"]
     for entry in shown:
@@ -87,10 +91,10 @@ def _show(found: dict[str, Any], checks: "list[Check]") -> None:
     from training_backends.cli.views.render import console
 
     out = console()
-    sources = escape(", then ".join(found["sources"]))
-    out.print(f"[bold]Keys[/], looked for in {sources}")
+    sources = escape(", ".join(found["sources"]))
+    out.print(f"[bold]Credentials[/] (searched in order: {sources})")
     for entry in found["credentials"]:
-        unused = f" (unused: {entry['hidden_by']} comes first)" if entry["hidden_by"] else ""
+        unused = f" (unused: {entry['hidden_by']} takes precedence)" if entry["hidden_by"] else ""
         place = f"{entry['provider']}/{entry['profile']}"
         out.print(f"  {place:<32} {entry['source']}: {entry['name']}{unused}", markup=False)
     if not found["credentials"]:
@@ -104,7 +108,7 @@ def _show(found: dict[str, Any], checks: "list[Check]") -> None:
 
 
 async def _gateway_check() -> "Check":
-    """Say whether a gateway listens where the settings have it."""
+    """Check the gateway's settings and run store, and whether its port is open."""
     import anyio
     import anyio.to_thread
 
@@ -124,29 +128,29 @@ async def _gateway_check() -> "Check":
     root = load_settings(Settings).home.expanduser().absolute() / "gateway"
     store = f"sqlite:///{root / 'runs.db'}"
     if problems := await anyio.to_thread.run_sync(check_store, store):
-        hint = f"`TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` saves it."
-        return Check("gateway", "failed", f"its run store cannot be used: {problems[0]}", hint)
+        hint = f"Run `TRAINING_BACKENDS_HOME={root} training-backends doctor --recover`."
+        return Check("gateway", "failed", f"its run store is damaged: {problems[0]}", hint)
     place = f"{settings.host}:{settings.port}"
     try:
         with anyio.fail_after(3):
             stream = await anyio.connect_tcp(settings.host, settings.port)
             await stream.aclose()
     except (OSError, TimeoutError):
-        hint = "`training-backends serve` starts it."
-        return Check("gateway", "unused", f"nothing listens at {place}", hint)
-    return Check("gateway", "ok", f"something listens at {place}")
+        hint = "Start it with `training-backends serve`."
+        return Check("gateway", "unused", f"not running at {place}", hint)
+    return Check("gateway", "ok", f"listening at {place}")
 
 
 async def _recover(client: "AsyncTrainingClient") -> dict[str, Any]:
     if not await client.check_store():
-        return {"lines": ["The run store is sound: nothing to recover."]}
+        return {"lines": ["The run store is intact; nothing to recover."]}
     done = await client.recover_store()
     lines = [
-        f"The damaged store lies in {done.damaged} now." if done.damaged else "",
-        f"{len(done.saved)} runs were saved from it.",
-        f"{len(done.found)} more were found at their providers.",
-        f"{done.left_out} jobs there say too little to make a run of." if done.left_out else "",
-        *(f"{name} could not be asked: {why}" for name, why in done.unasked.items()),
+        f"Backed up the damaged store to {done.damaged}." if done.damaged else "",
+        f"Runs recovered from it: {len(done.saved)}.",
+        f"Runs recovered from providers: {len(done.found)}.",
+        f"Provider jobs skipped (incomplete data): {done.left_out}." if done.left_out else "",
+        *(f"Could not list the jobs of {name}: {why}" for name, why in done.unasked.items()),
     ]
     return {
         "damaged": done.damaged and str(done.damaged),

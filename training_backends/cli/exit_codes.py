@@ -1,4 +1,4 @@
-"""What the process says when it ends; scripts rely on these numbers."""
+"""Exit codes of the command line; scripts depend on these numbers."""
 
 from enum import IntEnum
 
@@ -28,11 +28,11 @@ class ExitCode(IntEnum):
 
 
 class UsageError(errors.TrainingBackendError):
-    """The command line is wrong."""
+    """The command-line arguments are invalid."""
 
 
 class Interrupted(errors.TrainingBackendError):
-    """Ctrl-C ended the command; what the provider does goes on."""
+    """Ctrl-C ended the command; jobs at the provider keep running."""
 
 
 _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
@@ -61,12 +61,12 @@ _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (
 
 
 def exit_code_of(error: errors.TrainingBackendError) -> ExitCode:
-    """Return the exit code for an error; the first class that fits."""
+    """Return the exit code of an error: that of the first matching class."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.UNEXPECTED)
 
 
 def exit_code_of_status(status: TrainingStatus) -> ExitCode:
-    """Return the exit code with which `wait` and `--follow` end for a run."""
+    """Return the exit code of `wait` and `--follow` for a run with this status."""
     if status is TrainingStatus.FAILED:
         return ExitCode.RUN_FAILED
     return ExitCode.RUN_CANCELLED if status is TrainingStatus.CANCELLED else ExitCode.DONE

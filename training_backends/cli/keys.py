@@ -17,25 +17,29 @@ if TYPE_CHECKING:
 __all__ = ["credentials", "keys"]
 
 credentials = typer.Typer(
-    help="Store, list, try and delete provider keys.",
+    help="Manage provider API keys.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 keys = typer.Typer(
-    help="Create, list and revoke the API keys of this machine's gateway.",
+    help="Manage the gateway's API keys.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Provider = Annotated[str, typer.Argument(metavar="PROVIDER", help="For example mistral.")]
-Profile = Annotated[str | None, typer.Option("--profile", "-p", help="One of several accounts.")]
+Provider = Annotated[
+    str, typer.Argument(metavar="PROVIDER", help="Provider name, such as mistral.")
+]
+Profile = Annotated[
+    str | None, typer.Option("--profile", "-p", help="Account, if you have several.")
+]
 
 
 @credentials.command("set", context_settings={"allow_extra_args": True})
 def set_credential(
     context: typer.Context, provider: Provider, profile: Profile = None, json: JsonOption = False
 ) -> None:
-    """Store a key, read from a prompt or from standard input, never from an argument."""
+    """Store a key read from a prompt or standard input."""
     from pydantic import SecretStr
 
     from training_backends.cli.vault import source_of, terminal_vault
@@ -44,10 +48,10 @@ def set_credential(
 
     check_names(provider, profile)
     if context.args:
-        # The usual complaint would repeat it.
+        # typer's own message would repeat the key.
         raise typer.BadParameter(
-            "the key is not an argument: others see it in the list of processes, and the shell "
-            "keeps it. Give it on standard input; one that was typed here is best replaced."
+            "the key cannot be passed as an argument, where process lists and the shell history "
+            "expose it. Pass it on standard input, and rotate a key that was typed here."
         )
     if sys.stdin.isatty():
         secret = SecretStr(typer.prompt(f"Key for {provider}", hide_input=True, err=True))
@@ -66,21 +70,21 @@ def set_credential(
     out = console()
     out.print(f"Stored the key for {_name(provider, profile)}.", markup=False)
     if used and used.source == "environment":
-        out.print(f"It is not used here: {used.name} is set and comes first.", markup=False)
+        out.print(f"Not used here: {used.name} is set and takes precedence.", markup=False)
 
 
 @credentials.command("list")
 def list_credentials(json: JsonOption = False) -> None:
-    """Show which keys are known and where each comes from, never their values."""
+    """List keys and their sources, never their values."""
     from training_backends.cli.vault import terminal_vault
     from training_backends.cli.views.render import console, write_json
 
     vault = terminal_vault(_home())
 
-    async def look() -> "tuple[tuple[CredentialInfo, ...], tuple[str, ...]]":
+    async def read() -> "tuple[tuple[CredentialInfo, ...], tuple[str, ...]]":
         return await vault.list(), await vault.sources()
 
-    found, order = run_async(look)
+    found, order = run_async(read)
     if json:
         write_json([entry._asdict() for entry in found])
         return
@@ -90,11 +94,11 @@ def list_credentials(json: JsonOption = False) -> None:
         place = entry.name if entry.source == "environment" else ""
         if entry.stored_at:
             place = f"stored {entry.stored_at.astimezone():%Y-%m-%d %H:%M}"
-        hidden = f"not used: {entry.hidden_by} comes first" if entry.hidden_by else ""
+        hidden = f"not used: {entry.hidden_by} takes precedence" if entry.hidden_by else ""
         out.print(f"  {name:<24} {entry.source:<12} {place:<24} {hidden}".rstrip(), markup=False)
-    out.print(f"A key is looked for in {', then '.join(order)}.", markup=False)
+    out.print(f"Sources searched, in order: {', '.join(order)}.", markup=False)
     if not found:
-        out.print("No keys are known. `training-backends credentials set PROVIDER` stores one.")
+        out.print("No keys found. Store one with `training-backends credentials set PROVIDER`.")
 
 
 @credentials.command("delete")
@@ -115,7 +119,10 @@ def delete_credential(
 
 @credentials.command("test")
 def try_credential(provider: Provider, profile: Profile = None, json: JsonOption = False) -> None:
-    """Try a key by one call that changes nothing; ends with 4 if it is refused."""
+    """Test a key with one read-only request.
+
+    Exits with 4 if the provider rejects it.
+    """
     from training_backends.cli.vault import source_of, terminal_vault
     from training_backends.cli.views.render import console, write_json
     from training_backends.client.doctor import server_of, try_key
@@ -146,24 +153,22 @@ def _name(provider: str, profile: str | None) -> str:
 
 @keys.command("create")
 def create_key(
-    name: Annotated[str, typer.Option("--name", help="What or whom the key is for.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Description of the key.")] = "",
     scope: Annotated[
         Literal["read", "write", "admin"],
-        typer.Option("--scope", help="read: GET only; admin: write in every project."),
+        typer.Option("--scope", help="read: GET requests only; admin: all projects."),
     ] = "write",
     project: Annotated[
         str,
-        typer.Option("--project", metavar="NAME", help="Whose files, jobs and models it opens."),
+        typer.Option("--project", metavar="NAME", help="Project that the key gives access to."),
     ] = "default",
     expires: Annotated[
         str | None,
-        typer.Option(
-            "--expires", metavar="WHEN", help="30d, 12h, or a date: 2027-01-31. Default: never."
-        ),
+        typer.Option("--expires", metavar="WHEN", help="30d, 12h or 2027-01-31; default: never."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a key for the gateway; it is shown this once."""
+    """Create a gateway key; it is shown only once."""
     from training_backends.cli.views.render import console, write_json
     from training_backends.gateway.keys import read_expiry
 
@@ -176,13 +181,15 @@ def create_key(
     until = f"until {_minute(ending)}" if ending else "until it is revoked"
     out = console()
     where = "all projects" if scope == "admin" else f"project {project}"
-    out.print(f"Key {made.info.id} to {scope} in {where}, {until}; shown this once:", markup=False)
+    out.print(
+        f"Key {made.info.id} ({scope}, {where}), valid {until}; shown only once:", markup=False
+    )
     out.print(f"  {key}", markup=False)
 
 
 @keys.command("list")
 def list_keys(json: JsonOption = False) -> None:
-    """Show the gateway's keys, never their values."""
+    """List the gateway's keys, never their values."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -193,7 +200,9 @@ def list_keys(json: JsonOption = False) -> None:
         write_json([_key_document(key) for key in found])
         return
     if not found:
-        console().print("No keys yet. `training-backends keys create` makes one.", markup=False)
+        console().print(
+            "No keys yet. Create one with `training-backends keys create`.", markup=False
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("key", "state", "scope", "project", "created", "expires", "last used", "name"):
@@ -207,10 +216,10 @@ def list_keys(json: JsonOption = False) -> None:
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Key id, from `keys list`.")],
     json: JsonOption = False,
 ) -> None:
-    """Make a key useless from the next request on."""
+    """Revoke a key, effective immediately."""
     from training_backends.cli.views.render import console, write_json
 
     revoked = _keys().revoke(key_id)
@@ -221,7 +230,7 @@ def revoke_key(
 
 
 def _key_document(key: "KeyInfo") -> dict[str, object]:
-    """Return a key as JSON has it."""
+    """Return the JSON representation of a key."""
     from dataclasses import asdict
 
     document: dict[str, object] = {

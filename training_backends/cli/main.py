@@ -1,4 +1,4 @@
-"""The program `training-backends`: its commands, and how errors become exit codes."""
+"""Entry point of the `training-backends` program: commands, error output and exit codes."""
 
 import sys
 from contextlib import suppress
@@ -16,10 +16,10 @@ from training_backends.core.escape import escape_controls
 
 __all__ = ["app", "main"]
 
-# Plain help: rendering it with rich would cost more than all the rest of `--help`.
+# Plain help: importing rich would take longer than the rest of `--help`.
 app = typer.Typer(
     name="training-backends",
-    help="Fine-tuning that outlives the provider: one interface, any backend.",
+    help="Fine-tune language models through one interface, on any backend.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -42,22 +42,22 @@ def _options(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Fine-tuning that outlives the provider: one interface, any backend."""
+    """Fine-tune language models through one interface, on any backend."""
     del version
     if context.invoked_subcommand and "--help" not in sys.argv and "-h" not in sys.argv:
-        _say_what_is_ignored()
+        _warn_about_dotenv()
 
 
-def _say_what_is_ignored() -> None:
+def _warn_about_dotenv() -> None:
     with suppress(OSError):
         if not Path(".env").is_file():
             return
-        # The import takes time, so only where there is such a file.
+        # Imported only if the file exists, to keep startup fast.
         from training_backends.core.settings import ignored_variables
 
         if names := ignored_variables():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            typer.echo(f"note: .env in this directory is not read; ignored: {shown}", err=True)
+            typer.echo(f"note: .env files are not read; ignored: {shown}", err=True)
 
 
 app.command()(quickstart.quickstart)
@@ -83,19 +83,19 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Run the command line and end the process with the documented exit code."""
+    """Run the command line and exit with the documented exit code."""
     try:
         code = app(standalone_mode=False)
-        # While a full disk can still be reported.
+        # Flush here so that a full disk is still reported.
         _flush()
         if code == ExitCode.INTERRUPTED:
-            _end(Interrupted("Interrupted."))  # typer made a return value of it
+            _end(Interrupted("Interrupted."))  # typer returns the code instead of raising
     except TrainingBackendError as error:
         _end(error)
     except typer.TyperException as error:
         _end(_wrong_usage(error), shown=True)
     except (KeyboardInterrupt, typer.Abort):
-        # Before anything was asked of a backend.
+        # Before any request to a backend.
         _end(Interrupted("Interrupted."))
     except Exception as error:
         _end(_unexpected(error))
@@ -112,20 +112,20 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     from training_backends.cli.views.render import error_document, show_error, write_json_line
     from training_backends.core.redaction import redact, redact_value, register_environment
 
-    # A key that was typed in the wrong place is not repeated.
+    # The message may quote a key that was typed as the wrong argument.
     register_environment()
     error.message = redact(error.message)
     error.hint = error.hint and redact(error.hint)
     code = exit_code_of(error)
-    # Where nothing can be written any more, the exit code still says it.
+    # If nothing can be written, the exit code still reports the error.
     if "--json" in sys.argv[1:]:
-        # On one line, so that it is also a good last line of a stream.
+        # On one line, so that it is also a valid last line of a JSON stream.
         with suppress(OSError):
             write_json_line(redact_value(error_document(error, code)))
-    # Last, because rich exits and closes standard output where nobody reads standard error.
+    # Last, because rich exits and closes standard output if standard error is a closed pipe.
     with suppress(OSError, SystemExit):
         if isinstance(error, Interrupted):
-            # Below the ^C that the terminal has written.
+            # Start a new line after the ^C echoed by the terminal.
             typer.echo(f"\n{escape_controls(error.message)}", err=True)
         elif not shown:
             show_error(error)
@@ -133,20 +133,20 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
 
 
 def _wrong_usage(error: Any) -> TrainingBackendError:
-    """Show what is wrong with the command line, the usage line included; no key typed there."""
+    """Print a usage error with the usage line, keys redacted, and return it as our own error."""
     from training_backends.core.redaction import redact, register_environment
 
     register_environment()
     error.message = redact(str(error.message))
     shown = StringIO()
     error.show(shown)
-    # typer escapes the arguments that it quotes itself; this is for the messages of our commands.
+    # typer escapes the arguments that it quotes itself; this covers messages of our commands.
     typer.echo(escape_controls(shown.getvalue(), keep="\n"), nl=False, err=True)
-    return UsageError(error.format_message(), hint="--help shows what a command takes.")
+    return UsageError(error.format_message(), hint="Run the command with --help for its usage.")
 
 
 def _unexpected(error: Exception) -> TrainingBackendError:
-    """Say what nobody has foreseen without a traceback; the log has that, for debugging."""
+    """Convert an unexpected exception into an error message; log the traceback at debug level."""
     from training_backends.core.logging import configure_logs, get_logger, redact
     from training_backends.core.settings import Settings, load_settings
 
@@ -154,14 +154,14 @@ def _unexpected(error: Exception) -> TrainingBackendError:
         settings = load_settings(Settings)
         configure_logs(log_format=settings.log_format, level=settings.log_level)
         get_logger().debug("unexpected_error", exc_info=error)
-    text = redact(str(error)) or "no more is known"
+    text = redact(str(error)) or "no details available"
     if isinstance(error, OSError):
         return TrainingBackendError(
-            f"The system refused: {text}",
-            hint="Check the disk and the permissions of what is named.",
+            f"Operating system error: {text}",
+            hint="Check free disk space and file permissions.",
         )
     return TrainingBackendError(
-        f"Something unexpected happened: {type(error).__name__}: {text}",
-        hint="This is a fault of the program. With TRAINING_BACKENDS_LOG_LEVEL=debug it shows "
-        "where; please report it with that.",
+        f"Unexpected error: {type(error).__name__}: {text}",
+        hint="This is a bug; please report it with the output of the same command under "
+        "TRAINING_BACKENDS_LOG_LEVEL=debug.",
     )

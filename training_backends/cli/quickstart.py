@@ -1,4 +1,4 @@
-"""The whole main job on this machine: MistralAPIBackend, gateway, local engine."""
+"""The `quickstart` command: trains a tiny model through client, gateway and local trainer."""
 
 import shlex
 import sys
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 __all__ = ["quickstart"]
 
 QUESTION = "What does the status ready mean?"
-"""From the training data: so small a model learns by heart and does not generalize."""
+"""Taken from the training data, because a model this small memorizes and does not generalize."""
 _CONFIG = """\
-# The quickstart's run. Put your own data in its place and launch it:
+# The quickstart's run. Replace the data with your own and launch it:
 #   training-backends launch {name} --follow
 
 backend: local
-model: tiny-mistral          # about 1 M random parameters, tuned in full: shows the machinery
+model: tiny-mistral          # demo model: about 1 M random parameters, full fine-tuning
 data:
   train: data/train.jsonl
   validation: data/validation.jsonl
 hyperparameters:
   training_steps: 300
   learning_rate: 0.002
-  seq_len: 256               # tokens of a row; tiny-mistral counts bytes
+  seq_len: 256               # maximum tokens per row; tiny-mistral uses one token per byte
 suffix: quickstart
 """
 
 
 def quickstart(
     directory: Annotated[
-        Path, typer.Option("--dir", metavar="DIR", help="Everything is written below it.")
+        Path, typer.Option("--dir", metavar="DIR", help="Directory for all files.")
     ] = Path("quickstart"),
     json: JsonOption = False,
 ) -> None:
-    """Train a small model through the whole system, on this machine and without a key."""
+    """Train a tiny model on this machine; no API key needed."""
     from training_backends.cli.views.render import console, write_json
     from training_backends.core.run import new_run_id
 
@@ -54,7 +54,7 @@ def quickstart(
     out = console()
     out.quiet = json
     show = _Quickstart(home, run_id, out)
-    note = f"Interrupted; the training goes on by itself. Everything lies in {home}"
+    note = f"Interrupted; training keeps running in the background. Files are stored in {home}"
     found = run_async(show.run, on_interrupt=note, run_id=run_id)
     if json:
         write_json(found.document())
@@ -65,7 +65,7 @@ def quickstart(
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What the quickstart found."""
+    """Outcome of the quickstart."""
 
     home: Path
     run: "TrainingRun"
@@ -74,7 +74,7 @@ class _Result:
     after: str
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the JSON document."""
         return {
             "run": self.run.model_dump(mode="json"),
             "model": str(self.model) if self.model else None,
@@ -84,22 +84,24 @@ class _Result:
         }
 
     def show_next_steps(self, out: "Console") -> None:
-        """Say what to type next."""
+        """Print the commands to run next."""
         if self.model is None:
             return
         config = shlex.quote(str(_short(self.home / "run.yaml")))
         out.print()
-        out.print("[bold]Next, with your own data[/]")
-        out.print(f"  put your chats into {_short(self.home / 'data')}/train.jsonl", markup=False)
+        out.print("[bold]Next steps with your own data[/]")
+        out.print(
+            f"  put your conversations into {_short(self.home / 'data')}/train.jsonl", markup=False
+        )
         for command in (f"validate {config}", f"launch {config} --follow", "list"):
             out.print(f"  {_program()} {command}", markup=False)
-        out.print("[bold]To keep Mistral clients working[/], the official SDKs for example")
+        out.print("[bold]Serve existing Mistral clients[/], such as the official SDKs")
         for command in ("keys create", "serve --backend local"):
             out.print(f"  {_program()} {command}", markup=False)
 
 
 class _Quickstart:
-    """The steps of the quickstart, each shown as it happens."""
+    """Runs the steps of the quickstart and prints each of them."""
 
     def __init__(self, home: Path, run_id: str, out: "Console") -> None:
         self._home = home
@@ -107,7 +109,7 @@ class _Quickstart:
         self._out = out
 
     async def run(self) -> _Result:
-        """Do it all; returns when the run is over."""
+        """Run all steps and return once the run has finished."""
         from training_backends import AsyncTrainingClient, CredentialVault
         from training_backends.backends.mistral.backend import MistralAPIBackend
         from training_backends.backends.mistral.settings import MistralSettings
@@ -119,8 +121,8 @@ class _Quickstart:
         state = self._home / "state"
         config = load_config(_prepare(self._home)).config
         async with AsyncExitStack() as stack:
-            self._title("Gateway", "the Mistral protocol, in front of the local backend")
-            # On loopback, whatever the user's own gateway is.
+            self._title("Gateway", "serves the Mistral API for the local backend")
+            # On loopback, regardless of the user's gateway settings.
             settings = GatewaySettings(
                 port=0,
                 host="127.0.0.1",
@@ -141,9 +143,9 @@ class _Quickstart:
             client = await stack.enter_async_context(
                 AsyncTrainingClient(home=state, backends={"mistral": backend})
             )
-            await self._look(client, config)
+            await self._preview(client, config)
             before = await self._ask("tiny-mistral", "before training")
-            self._title("Launch", "upload, create, wait for the quote, start")
+            self._title("Launch", "upload the data, create the job, get a quote, start")
             with LaunchView(quiet=self._out.quiet, out=self._out) as view:
                 run = await client.launch(
                     config,
@@ -168,8 +170,8 @@ class _Quickstart:
             self._title("Model", str(_short(model)))
             return _Result(self._home, run, model, before, after)
 
-    async def _look(self, client: Any, config: "TrainingConfig") -> None:
-        """Say what is in the data and what the run will take."""
+    async def _preview(self, client: Any, config: "TrainingConfig") -> None:
+        """Print the contents of the data and the estimate."""
         from training_backends.cli.views.render import show_dataset, show_estimate, show_issues
         from training_backends.datasets.inspect import raise_for_errors
 
@@ -178,14 +180,14 @@ class _Quickstart:
         show_dataset(dataset, self._out)
         raise_for_errors(dataset)
         show_issues(dataset.issues, self._out)
-        self._title("Estimate", "counted on this data")
+        self._title("Estimate", "from the tokens of this data")
         show_estimate(await client.estimate(config, backend="mistral"), self._out)
 
     async def _ask(self, model: str, when: str) -> str:
         from training_backends.backends.local.process import sample_answer
 
         answer = await sample_answer(model, QUESTION)
-        self._title(f"Answer {when}", f"{QUESTION} (a question of the training data)")
+        self._title(f"Answer {when}", f"{QUESTION} (a question from the training data)")
         self._out.print(f"  {answer!r}", markup=False)
         return answer
 
@@ -197,7 +199,7 @@ class _Quickstart:
 
 
 def _prepare(home: Path) -> Path:
-    """Lay down the sample data and the configuration, unless the user has edited them."""
+    """Write the sample data and configuration, unless the directory already has them."""
     from importlib.resources import files
 
     from training_backends import ConfigError
@@ -207,15 +209,15 @@ def _prepare(home: Path) -> Path:
         return config
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise ConfigError(
-            f"{home} exists and is not a quickstart directory.",
-            hint="Give another one with --dir.",
+            f"{home} already exists and is not a quickstart directory.",
+            hint="Choose another directory with --dir.",
         )
     data = home / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl", "validation.jsonl"):
         sample = files("training_backends") / "samples" / name
         (data / name).write_bytes(sample.read_bytes())
-    # Written last: a directory with this file is complete.
+    # Written last, so that a directory with this file is complete.
     config.write_text(_CONFIG.format(name=config.name), encoding="utf-8")
     return config
 
@@ -230,13 +232,13 @@ def _need_extras() -> None:
     if missing:
         extras = ",".join(missing)
         raise BackendNotInstalled(
-            f"The quickstart needs the extras {extras}.",
+            f"The quickstart requires the extras {extras}.",
             install=f"pip install 'training-backends[{extras}]'",
         )
 
 
 def _program() -> str:
-    """Return what to type for this program: its name where the shell finds it."""
+    """Return the command that starts this program: its name if it is on the PATH."""
     started = Path(sys.argv[0])
     if started.name != "training-backends":
         return "python -m training_backends"
@@ -247,7 +249,7 @@ def _program() -> str:
 
 
 def _short(path: Path) -> Path:
-    """Return a path relative to the working directory where it lies below it."""
+    """Return the path relative to the working directory if it is inside it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

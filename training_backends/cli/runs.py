@@ -1,4 +1,4 @@
-"""Commands about runs, from `launch` to `delete`."""
+"""Commands that launch, show, control and delete runs."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from training_backends.cli.session import (
     refreshed,
     with_client,
 )
-from training_backends.cli.terminal import heard_at_once
+from training_backends.cli.terminal import interruptible
 from training_backends.core.escape import escape_controls
 
 if TYPE_CHECKING:
@@ -46,48 +46,50 @@ __all__ = [
 
 def sample(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model is asked.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt for the model.")],
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, max=32768, help="Longest answer.")
+        int, typer.Option("--max-tokens", min=1, max=32768, help="Maximum tokens to generate.")
     ] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Ask the finished model of a run, on the machine where it was trained."""
+    """Prompt the trained model of a run on this machine."""
     from training_backends.cli.views.render import console, show_text, write_json
 
     async def ask(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
 
-    said = with_client(ask)
+    reply = with_client(ask)
     if json:
-        write_json(said.model_dump(mode="json", exclude_none=True))
-    elif said.answer is not None:
-        show_text(said.answer, console())
+        write_json(reply.model_dump(mode="json", exclude_none=True))
+    elif reply.answer is not None:
+        show_text(reply.answer, console())
     else:
-        for target, labels in (said.labels or {}).items():
-            likely = sorted(labels.items(), key=lambda label: -label[1])
-            shares = ", ".join(f"{label} {share:.3f}" for label, share in likely)
+        for target, labels in (reply.labels or {}).items():
+            ranked = sorted(labels.items(), key=lambda label: -label[1])
+            shares = ", ".join(f"{label} {share:.3f}" for label, share in ranked)
             console().print(f"{target}: {shares}", markup=False)
 
 
 _UNSTARTED = frozenset({"pending", "validating", "ready"})
-"""Statuses in which a run may not have been started yet."""
+"""Statuses of runs that may not have been started yet."""
 
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Skip the cost confirmation.")]
 
 
 def launch(
     config: ConfigArgument,
     backend: BackendOption = None,
     run_id: Annotated[
-        str | None, typer.Option("--id", help="Your own id; repeating it continues the same run.")
+        str | None, typer.Option("--id", help="Your own run id; reuse it to continue a launch.")
     ] = None,
     overrides: SetOption = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until it is over.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stream progress until the run finishes.")
+    ] = False,
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Start a run; returns when the start is accepted."""
+    """Launch a run; return once the backend accepts it."""
     from training_backends.cli.views.launch import LaunchView, follow_run
     from training_backends.cli.views.render import show_run, write_json
     from training_backends.client.config_file import load_config
@@ -114,9 +116,9 @@ def launch(
             return run
         return await follow_run(client, run.id, quiet=json, shown_statuses=view.shown)
 
-    note = f"Interrupted. If it was started, the run {run_id} goes on; the same command with "
+    note = f"Interrupted. If run {run_id} was started, it keeps running. To continue, repeat the "
     with located(file, backend):
-        run = with_client(start, on_interrupt=f"{note}--id {run_id} continues it.", run_id=run_id)
+        run = with_client(start, on_interrupt=f"{note}command with --id {run_id}.", run_id=run_id)
     if json:
         write_json(run.model_dump(mode="json"))
     else:
@@ -126,11 +128,9 @@ def launch(
 
 def list_runs(
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="Only of this one.")
+        str | None, typer.Option("--backend", "-b", help="Filter by backend.")
     ] = None,
-    status: Annotated[
-        str | None, typer.Option("--status", "-s", help="Only in this status.")
-    ] = None,
+    status: Annotated[str | None, typer.Option("--status", "-s", help="Filter by status.")] = None,
     cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -140,7 +140,7 @@ def list_runs(
 
     if status is not None and status not in list(TrainingStatus):
         words = ", ".join(TrainingStatus)
-        raise typer.BadParameter(f"{status!r} is no status; one of: {words}", param_hint="--status")
+        raise typer.BadParameter(f"{status!r} is not one of: {words}", param_hint="--status")
     wanted = TrainingStatus(status) if status else None
 
     async def read(
@@ -158,7 +158,7 @@ def list_runs(
 
 
 def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
-    """Show one run, as its backend reports it."""
+    """Fetch and show the status of a run."""
     from training_backends.cli.views.render import show_age
 
     async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
@@ -173,13 +173,19 @@ def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = Fa
 
 def logs(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until it is over.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stream records until the run finishes.")
+    ] = False,
     after: Annotated[
-        str | None, typer.Option("--after", metavar="CURSOR", help="Go on behind this record.")
+        str | None,
+        typer.Option("--after", metavar="CURSOR", help="Show only records after this cursor."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show a run's log; with --json one record a line, each with its cursor."""
+    """Show the log of a run.
+
+    With --json, prints one record per line, each with its cursor.
+    """
     from contextlib import aclosing
 
     from training_backends.cli.views.render import console, show_log_record, write_json_line
@@ -195,7 +201,7 @@ def logs(
                     show_log_record(record, out)
         return await client.get(run_id)
 
-    shown = with_client(show, on_interrupt=_goes_on(run))
+    shown = with_client(show, on_interrupt=_keeps_running(run))
     if follow:
         _exit_with(shown)
 
@@ -204,23 +210,23 @@ def metrics(
     run: RunArgument,
     names: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", metavar="NAME", help="Only this one; repeatable."),
+        typer.Option("--metric", "-m", metavar="NAME", help="Show only this metric (repeatable)."),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw charts in the terminal.")] = False,
     csv: Annotated[
-        bool, typer.Option("--csv", help="A line a step on standard output, nothing else.")
+        bool, typer.Option("--csv", help="Print CSV to standard output, one row per step.")
     ] = False,
     cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what was measured while a run trained."""
+    """Show the metrics of a run."""
     from dataclasses import asdict
 
     from training_backends.cli.views import charts
     from training_backends.cli.views.render import console, show_age, show_metrics, write_json
 
     if plot + csv + json > 1:
-        raise typer.BadParameter("give one of --plot, --csv and --json", param_hint="--csv")
+        raise typer.BadParameter("give only one of --plot, --csv and --json", param_hint="--csv")
 
     async def read(
         client: "AsyncTrainingClient",
@@ -244,15 +250,16 @@ def metrics(
 
 
 def wait(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes of them.")
-    ],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes.")],
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=0, metavar="S", help="Seconds at most.")
+        float | None, typer.Option("--timeout", min=0, metavar="S", help="Maximum seconds to wait.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Wait until all given runs are over; ends with the worst of their exit codes."""
+    """Wait for runs to finish.
+
+    Exits with the most severe exit code among them.
+    """
     from training_backends.cli.exit_codes import exit_code_of_status
     from training_backends.cli.views.render import show_run, write_json
 
@@ -260,41 +267,47 @@ def wait(
         ids = [await complete_id(client, run) for run in runs]
         return await client.wait(*ids, timeout=timeout)
 
-    over = with_client(stay, on_interrupt=_goes_on(*runs))
+    finished = with_client(stay, on_interrupt=_keeps_running(*runs))
     if json:
-        write_json([run.model_dump(mode="json") for run in over])
+        write_json([run.model_dump(mode="json") for run in finished])
     else:
-        for run in over:
+        for run in finished:
             show_run(run)
-    codes = [exit_code_of_status(run.status) for run in over]
-    # A failed run weighs more than one that somebody cancelled.
+    codes = [exit_code_of_status(run.status) for run in finished]
+    # A failed run takes precedence over a cancelled one.
     raise typer.Exit(min((code for code in codes if code), default=0))
 
 
 def stop(
     run: ExactRunArgument,
     no_checkpoint: Annotated[
-        bool, typer.Option("--no-checkpoint", help="Do not keep what was learnt so far.")
+        bool, typer.Option("--no-checkpoint", help="Stop without saving a checkpoint.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Ask the provider to end a run; `wait` tells when it has."""
+    """Request that a run stop.
+
+    Returns at once; `wait` returns when the run has stopped.
+    """
     _print(with_client(lambda c: c.stop(run, save_checkpoint=not no_checkpoint)), json=json)
 
 
 def resume(
     run: ExactRunArgument,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="Default the newest one.")
+        str | None, typer.Option("--checkpoint", help="Checkpoint id; default: the newest.")
     ] = None,
     new_id: Annotated[str | None, typer.Option("--id", help="Id of the new run.")] = None,
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a stopped or failed run as a new one; start one that waits for it."""
+    """Continue a stopped or failed run as a new run.
+
+    Starts a run that has not been started yet.
+    """
     from training_backends.cli.views.launch import LaunchView
 
-    async def go_on(client: "AsyncTrainingClient") -> "TrainingRun":
+    async def proceed(client: "AsyncTrainingClient") -> "TrainingRun":
         old = await client.status((await client.get(run)).id)
         config = old.config
         if _can_be_resumed(client, old):
@@ -309,17 +322,17 @@ def resume(
                 confirm=view.asking(_agree(config, yes=yes)),
             )
 
-    resumed = with_client(go_on)
+    resumed = with_client(proceed)
     _print(resumed, json=json)
     _exit_with(resumed)
 
 
 def download(
     run: RunArgument,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Target directory.")],
     json: JsonOption = False,
 ) -> None:
-    """Fetch the finished model of a run."""
+    """Download the trained model of a run."""
     from training_backends.cli.views.render import console, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
@@ -329,7 +342,7 @@ def download(
     if json:
         write_json({"path": str(path)})
     else:
-        console().print(f"The model lies in {path}", markup=False)
+        console().print(f"Saved the model to {path}", markup=False)
 
 
 def delete(
@@ -337,11 +350,11 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     record_only: Annotated[
         bool,
-        typer.Option("--record-only", help="Keep what the backend has; its machine may be gone."),
+        typer.Option("--record-only", help="Delete only the local record, not the backend's data."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete a finished run, and its model where the backend can."""
+    """Delete a run that is not active, with its model."""
     from training_backends.cli.exit_codes import Interrupted
     from training_backends.cli.views.render import console, write_json
 
@@ -349,7 +362,7 @@ def delete(
         found = await client.get(run)
         if not yes:
             if not sys.stdin.isatty():
-                raise _no_consent("Deleting a run is final", "Give --yes.")
+                raise _no_consent("Deleting a run cannot be undone", "Pass --yes.")
             if not _ask(_deletion(found, record_only=record_only)):
                 raise Interrupted("Nothing was deleted.", run_id=run)
         await client.delete(run, record_only=record_only)
@@ -362,9 +375,9 @@ def delete(
 
 
 def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
-    """Return the question asked before a run is deleted."""
+    """Return the confirmation prompt for deleting a run."""
     if record_only:
-        return f"Delete the record of {run.id} ({run.status}), and nothing else?"
+        return f"Delete only the record of {run.id} ({run.status})?"
     count = len(run.checkpoints)
     kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
     kept += [f"the model {run.result_model}"] if run.result_model else []
@@ -381,32 +394,35 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
 
 
 def _ask(question: str) -> bool:
-    with heard_at_once():
+    with interruptible():
         return typer.confirm(escape_controls(question), err=True)
 
 
 def _given_id(run_id: str | None) -> str | None:
-    """Refuse an empty id: a script whose variable is not set would start a run each time."""
+    """Reject an empty id: a script with an unset variable would start a new run each time."""
     if run_id is not None and not run_id.strip():
-        raise typer.BadParameter("the id is empty; is a variable not set?", param_hint="--id")
+        raise typer.BadParameter("the id is empty; is a shell variable unset?", param_hint="--id")
     return run_id
 
 
 def _exit_with(run: "TrainingRun") -> None:
-    """End with the run's own exit code; a run that goes on is no failure."""
+    """Exit with the code of the run's status; an active run is not a failure."""
     from training_backends.cli.exit_codes import exit_code_of_status
 
     if code := exit_code_of_status(run.status):
         raise typer.Exit(code)
 
 
-def _goes_on(*run_ids: str) -> str:
-    names = " ".join(run_ids)
-    return f"Interrupted; the run goes on. Look with: training-backends status {names}"
+def _keeps_running(*run_ids: str) -> str:
+    if len(run_ids) == 1:
+        subject, command = "the run keeps", f"status {run_ids[0]}"
+    else:
+        subject, command = "the runs keep", "list"
+    return f"Interrupted; {subject} running. Check with: training-backends {command}"
 
 
 async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
-    """Tell whether a launch under this id would find a run and start nothing."""
+    """Return whether the run with this id has already been started."""
     from training_backends import RunNotFound
 
     try:
@@ -417,7 +433,7 @@ async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
 
 
 def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
-    """Tell whether resuming may start something; what cannot work needs no consent."""
+    """Return whether resuming may start a job, which needs consent."""
     if run.status in _UNSTARTED:
         return True
     resumes = client.backend(run.backend).capabilities.resumes
@@ -427,21 +443,25 @@ def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
 def _need_consent(
     client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
 ) -> None:
-    """Reject early what could only be rejected after an upload: no terminal, no limit set."""
+    """Fail before the upload if consent will be needed and there is no terminal to ask on.
+
+    Raises:
+        UsageError: See above.
+    """
     if yes or config.budget.max_cost is not None or sys.stdin.isatty():
         return
     if client.backend(backend).capabilities.quotes:
-        raise _no_consent("This may cost money", "Give --yes, or set budget.max_cost.")
+        raise _no_consent("This run may cost money", "Pass --yes, or set budget.max_cost.")
 
 
 def _no_consent(reason: str, hint: str) -> Exception:
     from training_backends.cli.exit_codes import UsageError
 
-    return UsageError(f"{reason}, and there is no terminal to ask on.", hint=hint)
+    return UsageError(f"{reason}, and there is no terminal for confirmation.", hint=hint)
 
 
 def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
-    """Return the question asked before money is spent."""
+    """Return the callback that confirms the cost of a run."""
     budget = config.budget
 
     async def agree(estimate: "Estimate") -> bool:
@@ -451,20 +471,20 @@ def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
         if yes or budget.decides(estimate):
             return True
         price = price_text(estimate)
-        reason, hint = f"This run costs {price}", "Give --yes, or set budget.max_cost."
-        question = f"Start for {price}"
+        reason, hint = f"This run costs {price}", "Pass --yes, or set budget.max_cost."
+        question = f"Start this run for {price}"
         if not price:
-            reason, hint = "The price of this run is unknown", "Give --yes to launch all the same."
+            reason, hint = "The price of this run is unknown", "Pass --yes to launch anyway."
             if budget.max_cost is not None:
                 reason += ", so budget.max_cost cannot be checked"
-            question = f"{reason}. Start"
+            question = f"{reason}. Start it"
         if not sys.stdin.isatty():
             error = _no_consent(reason, hint)
             if estimate.basis == "quote":
-                # There is a job by now: its backend takes it back.
+                # The job exists by now; on this error the backend cancels it.
                 raise BudgetExceeded(str(error), hint=hint)
             raise error
         ours = price_text(estimate.ours) if estimate.ours else None
-        return _ask(f"{question}{f' (estimated here: {ours})' if ours else ''}?")
+        return _ask(f"{question}{f' (local estimate: {ours})' if ours else ''}?")
 
     return agree

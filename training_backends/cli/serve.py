@@ -1,4 +1,4 @@
-"""The command that serves the Mistral protocol in front of a backend."""
+"""The `serve` command: runs the gateway."""
 
 import sys
 from pathlib import Path
@@ -19,32 +19,37 @@ _DESCRIPTORS = 65_536
 
 def serve(
     host: Annotated[
-        str | None, typer.Option("--host", help="Default 127.0.0.1: only this machine.")
+        str | None, typer.Option("--host", help="Address to bind; default: 127.0.0.1.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", min=0, max=65535, help="Default 8321; 0: any free one.")
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port; default: 8321; 0: any free port."),
     ] = None,
-    backend: Annotated[str, typer.Option("--backend", "-b", help="What trains.")] = "local",
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="Backend that runs the jobs.")
+    ] = "local",
     tls_cert: Annotated[
         Path | None,
-        typer.Option("--tls-cert", metavar="FILE", help="Certificate and chain: serve https."),
+        typer.Option("--tls-cert", metavar="FILE", help="TLS certificate chain; enables HTTPS."),
     ] = None,
     tls_key: Annotated[
         Path | None,
-        typer.Option("--tls-key", metavar="FILE", help="Its private key, if in another file."),
+        typer.Option("--tls-key", metavar="FILE", help="Private key, if not in --tls-cert."),
     ] = None,
     tls_client_ca: Annotated[
         Path | None,
         typer.Option(
-            "--tls-client-ca", metavar="FILE", help="Ask clients for a certificate of these."
+            "--tls-client-ca",
+            metavar="FILE",
+            help="Require client certificates signed by this CA (mTLS).",
         ),
     ] = None,
     plain_http: Annotated[
-        bool, typer.Option("--plain-http", help="Listen beyond this machine without TLS.")
+        bool, typer.Option("--plain-http", help="Allow plain HTTP on a non-loopback address.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Serve the Mistral fine-tuning protocol in front of a backend, until Ctrl-C."""
+    """Serve the Mistral fine-tuning API for a backend."""
     from training_backends.core.settings import load_settings
 
     _need_extra()
@@ -64,7 +69,7 @@ def serve(
 
 
 def _raise_descriptor_limit() -> None:
-    """Use as many file descriptors as the system allows; a shell's default is often 1,024."""
+    """Raise the file descriptor limit towards the hard limit; shells often default to 1,024."""
     import resource
     from contextlib import suppress
 
@@ -90,7 +95,7 @@ async def _serve(
     home = load_settings(Settings).home.expanduser().absolute()
 
     def say(text: str) -> None:
-        # On a full disk or a closed pipe the gateway runs on all the same.
+        # A full disk or a closed pipe must not stop the gateway.
         with suppress(OSError):
             typer.echo(text, err=True)
 
@@ -99,18 +104,18 @@ async def _serve(
             new_key = await _first_key(served.gateway)
             if json:
                 write_json_line({"url": served.url, "backend": backend, "home": str(home)})
-            say(f"Serving the Mistral protocol at {served.url}")
+            say(f"Serving the Mistral API at {served.url}")
             say(f"  backend {backend}, state in {served.gateway.home}")
             if new_key:
-                say(f"  first API key, shown this once: {new_key}")
-            say("  Ctrl-C ends it; training that is under way goes on.")
+                say(f"  first API key (shown only once): {new_key}")
+            say("  Press Ctrl-C to stop; training in progress keeps running.")
             async for _ in signals:
                 break
-    say("Ended.")
+    say("Gateway stopped.")
 
 
 async def _first_key(gateway: "Gateway") -> str | None:
-    """Make the first key on a terminal; elsewhere it would end in somebody's log."""
+    """Create the first key when run on a terminal; elsewhere it could end up in a log file."""
     from anyio import to_thread
 
     from training_backends import ConfigError
@@ -120,8 +125,7 @@ async def _first_key(gateway: "Gateway") -> str | None:
     if not sys.stderr.isatty():
         raise ConfigError(
             "The gateway has no API key.",
-            hint="`training-backends keys create` makes one, or set "
-            "TRAINING_BACKENDS_GATEWAY__API_KEY.",
+            hint="Run `training-backends keys create`, or set TRAINING_BACKENDS_GATEWAY__API_KEY.",
         )
     made = await to_thread.run_sync(gateway.keys.create, "first")
     return made.key.get_secret_value()
@@ -134,6 +138,6 @@ def _need_extra() -> None:
 
     if not all(map(find_spec, ("fastapi", "httptools", "multipart", "uvicorn"))):
         raise BackendNotInstalled(
-            "The gateway's libraries are not installed.",
+            "The gateway's dependencies are not installed.",
             install="pip install 'training-backends[gateway]'",
         )

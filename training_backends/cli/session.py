@@ -1,4 +1,4 @@
-"""What every command does around its own work: settings, logs, client, Ctrl-C."""
+"""Shared setup of all commands: options, settings, logging, client and Ctrl-C handling."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -32,26 +32,26 @@ __all__ = [
 T = TypeVar("T")
 
 _REFRESH: Final = 5.0
-"""Seconds for which a command that shows runs waits for a backend."""
+"""Seconds that commands which show runs wait for a backend."""
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run id, or a unique prefix of it.")
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")
 ]
-ExactRunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Complete run id.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id, or a unique prefix.")]
+ExactRunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run id (prefixes are not accepted).")
+]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", "-b", help="Backend; default the one in CONFIG.")
+    str | None, typer.Option("--backend", "-b", help="Backend; default: the one in CONFIG.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of CONFIG; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of CONFIG (repeatable)."),
 ]
 CachedOption = Annotated[
-    bool, typer.Option("--cached", help="Show what was last seen; ask no backend.")
+    bool, typer.Option("--cached", help="Use stored data; do not contact the backend.")
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
 def run_async(
@@ -60,7 +60,7 @@ def run_async(
     on_interrupt: str | None = None,
     run_id: str | None = None,
 ) -> T:
-    """Run `work` in an event loop, with logs set up, and end a Ctrl-C with its exit code."""
+    """Run `work` in an event loop with logging configured; raise `Interrupted` on Ctrl-C."""
     import anyio
 
     from training_backends.cli.exit_codes import Interrupted
@@ -83,7 +83,7 @@ def with_client(
     on_interrupt: str | None = None,
     run_id: str | None = None,
 ) -> T:
-    """Run `work` with a client that is closed afterwards."""
+    """Run `work` with a client and close the client afterwards."""
 
     async def run() -> T:
         from training_backends import AsyncTrainingClient
@@ -97,25 +97,25 @@ def with_client(
 
 @contextmanager
 def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
-    """Add file and line to what a backend says of a field; it knows the values only."""
+    """Add the file and line of the configuration to a backend's issues."""
     from training_backends import ConfigError
 
     try:
         yield
     except ConfigError as error:
-        # What --backend says does not stand in the file.
+        # A backend given with --backend has no line in the file.
         if backend is None or all(issue.field != "backend" for issue in error.issues):
             error.issues = tuple(file.located(error.issues))
         raise
 
 
 async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
-    """Return the id of the run with this id, or of the only one whose id begins with it.
+    """Return the run id that equals `given` or is the only one to start with it.
 
-    For commands that only read: a prefix that named one run yesterday may name another today.
+    Only for read-only commands: a prefix may match another run tomorrow.
 
     Raises:
-        RunNotFound: There is none, or there are several.
+        RunNotFound: No run matches, or several do.
     """
     from training_backends import RunNotFound
 
@@ -127,9 +127,9 @@ async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
         if not error.candidates:
             raise
         raise RunNotFound(
-            f"{given!r} is a prefix of several run ids: {', '.join(error.candidates)}.",
+            f"{given!r} matches several runs: {', '.join(error.candidates)}.",
             candidates=error.candidates,
-            hint="Type more of the id.",
+            hint="Use a longer prefix or the complete id.",
             run_id=given,
         ) from None
 
@@ -137,9 +137,9 @@ async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
 async def refreshed(
     client: "AsyncTrainingClient", *run_ids: str, backend: str | None = None, cached: bool
 ) -> "Mapping[str, str] | None":
-    """Bring live runs up to date unless they are to be shown as stored; see `refresh`.
+    """Refresh live runs, or return None with `cached`; see `AsyncTrainingClient.refresh`.
 
-    It takes a bounded time, and a backend out of reach is no error. None: nothing was asked.
+    Waits a limited time for each backend; an unreachable backend is not an error.
     """
     if cached:
         return None
@@ -147,24 +147,28 @@ async def refreshed(
 
 
 def backend_of(file: "ConfigFile", option: str | None) -> str:
-    """Return the backend that is asked for on the command line or in the file."""
+    """Return the backend given on the command line or in the file.
+
+    Raises:
+        ConfigError: Neither names a backend.
+    """
     from training_backends import ConfigError, Issue
 
     backend = option or file.backend
     if backend is None:
         issue = Issue(
             code="missing",
-            message="no backend is named",
+            message="no backend given",
             path=str(file.path),
             field="backend",
-            fix="add `backend: local` to the file, or give --backend",
+            fix="add `backend: local` to the file, or pass --backend",
         )
-        raise ConfigError(f"The configuration {file.path} names no backend.", issues=[issue])
+        raise ConfigError(f"No backend is set in {file.path}.", issues=[issue])
     return backend
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the one error inside nested groups, or the group if there are several."""
+    """Return the only error inside nested groups, or the group if it has several."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]

@@ -1,27 +1,27 @@
-"""Questions to the person at the terminal."""
+"""Interactive prompts on the terminal."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["heard_at_once"]
+__all__ = ["interruptible"]
 
-_LOOK_EVERY = 0.2
+_ALARM_INTERVAL = 0.2
 """Seconds."""
 
 
 @contextmanager
-def heard_at_once() -> Iterator[None]:
-    """Have a Ctrl-C end a question on the terminal at once.
+def interruptible() -> Iterator[None]:
+    """Make Ctrl-C end a terminal prompt immediately.
 
-    The event loop stands still meanwhile. In a thread the question would stay open after a
-    Ctrl-C, and its own handler of that signal would wait for the answer. One that comes between
-    the question and the wait for its answer would wait for that, too; so an alarm interrupts
-    the wait now and again.
+    Blocks the event loop while the prompt is open. If the prompt ran in a thread, it would stay
+    open after Ctrl-C, because the event loop's signal handler waits for the thread. The alarm
+    interrupts the blocking read periodically, so that a Ctrl-C that arrives just before the read
+    starts is handled as well.
     """
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     alarm = signal.signal(signal.SIGALRM, lambda *_: None)
-    timer = signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
+    timer = signal.setitimer(signal.ITIMER_REAL, _ALARM_INTERVAL, _ALARM_INTERVAL)
     try:
         yield
     finally:

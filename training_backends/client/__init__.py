@@ -1,1 +1,1 @@
-"""Where runs live: the clients, the journal and the store."""
+"""The clients: launch, observe, control and record training runs."""

@@ -1,4 +1,4 @@
-"""The client's only way to a backend: bounded in time, with errors that name whose they are."""
+"""The boundary to backends: time limits, type checks and translated exceptions."""
 
 import errno
 import threading
@@ -72,10 +72,10 @@ _LIMITS: Final[Mapping[str, float]] = MappingProxyType(
         "stop": 300.0,
     }
 )
-"""Seconds for each verb: above what the HTTP layer takes with all its retries. Verbs that read
-data or transfer files are not limited."""
+"""Seconds for each method: more than the HTTP layer takes with all its retries. Methods that read
+data or transfer files have no limit."""
 _MAKING: Final = 60.0
-"""Seconds for import, `create` and `capabilities` together; cold disks are slow."""
+"""Seconds for import, `create` and `capabilities` together; generous for cold disks."""
 _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {
         "capabilities": Capabilities,
@@ -97,7 +97,7 @@ _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     }
 )
 _LONGEST: Final = 2000
-"""Characters of a foreign error's text that are kept."""
+"""Characters kept of the text of a backend's exception."""
 _CALLERS: Final = "_training_backends_callers_own"
 _SHORTAGES: Final = frozenset(
     {
@@ -116,14 +116,14 @@ _PACKAGE: Final = "training-backends"
 def make_backend(name: str, context: BackendContext) -> TrainingBackend:
     """Load, create and guard the backend registered as `name`.
 
-    Runs in a thread that is abandoned after a minute: a plugin that blocks while it is imported
-    or created must not block the caller, nor the end of the process.
+    Runs in a daemon thread that is abandoned after a minute, so that a plugin that hangs blocks
+    neither the caller nor the end of the process.
 
     Raises:
         ConfigError: No such backend is installed.
-        BackendNotInstalled: It cannot be imported.
-        BackendBroken: It cannot be created.
-        BackendUnavailable: It was not ready in time.
+        BackendNotInstalled: The backend cannot be imported.
+        BackendBroken: The backend cannot be created.
+        BackendUnavailable: Creating the backend timed out.
     """
     package = installed_backends().get(name, name)
     context = replace(context, credentials=CallersCredentials(context.credentials))
@@ -135,9 +135,9 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
                 backend = _checked("create", backend_class(name).create(context))
             guard = guarded(backend, name, package)
             with suppress(TrainingBackendError):
-                _ = guard.capabilities  # if it blocks, then here
+                _ = guard.capabilities  # if it hangs, the time limit applies
             made.append(guard)
-        except BaseException as error:  # raised again where it can be handled
+        except BaseException as error:  # re-raised in the calling thread
             made.append(error)
 
     thread = threading.Thread(
@@ -146,31 +146,31 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
     thread.start()
     thread.join(_MAKING)
     if not made:
-        raise _silent(name, package, "create", _MAKING)
+        raise _timed_out(name, package, "create", _MAKING)
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]
 
 
 def guarded(backend: TrainingBackend, name: str, package: str | None = None) -> TrainingBackend:
-    """Return a backend whose verbs are bounded in time and raise no foreign exceptions.
+    """Wrap a backend so that its methods have time limits and raise only our exceptions.
 
     Args:
-        name: Under which the client knows it.
-        package: Distribution that provides it; default the package of its module.
+        name: The backend's name in the client.
+        package: Distribution that provides it; default: the top-level package of its module.
     """
     package = package or type(backend).__module__.partition(".")[0]
     return cast("TrainingBackend", _Guard(backend, name, package))
 
 
 def has_lists(backend: TrainingBackend) -> bool:
-    """Return whether a backend has requests that cover many runs."""
-    kind = backend.__class__  # of a guard, what it guards
+    """Return whether a backend overrides `statuses` with requests that cover many runs."""
+    kind = backend.__class__  # for a guard, the class of the backend inside
     return kind.statuses is not TrainingBackend.statuses
 
 
 def is_about_server(error: TrainingBackendError) -> bool:
-    """Return whether an error about one run holds for all runs of its backend."""
+    """Return whether an error for one run applies to all runs of its backend."""
     if isinstance(error, BackendUnavailable):
         return not error.sent
     return isinstance(error, AuthenticationFailed | CredentialNotFound | VaultLocked | RateLimited)
@@ -178,7 +178,7 @@ def is_about_server(error: TrainingBackendError) -> bool:
 
 @contextmanager
 def time_limit(seconds: float | None, error: TrainingBackendError) -> Iterator[None]:
-    """Cancel what runs inside after so many seconds and raise `error`; None does not limit it."""
+    """Cancel the block after `seconds` and raise `error`; None: no limit."""
     with anyio.move_on_after(seconds) as scope:
         yield
     if scope.cancelled_caught:
@@ -187,7 +187,7 @@ def time_limit(seconds: float | None, error: TrainingBackendError) -> Iterator[N
 
 @contextmanager
 def callers_own() -> Iterator[None]:
-    """Mark errors of a caller's callback, so that they leave the backend's verb unchanged."""
+    """Mark exceptions from a caller's callback, so that they are not translated."""
     try:
         yield
     except BaseException as error:
@@ -208,7 +208,7 @@ class CallersCredentials:
 
 
 class _Guard:
-    """Stands for a backend: the same attributes, each behind the boundary."""
+    """A proxy of a backend that applies the boundary to each attribute."""
 
     __slots__ = ("_backend", "_name", "_package")
 
@@ -219,7 +219,7 @@ class _Guard:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[TrainingBackend]:  # type: ignore[override]
-        """The backend's class, so that `isinstance` holds."""
+        """The backend's class, so that `isinstance` works."""
         return type(self._backend)
 
     def __repr__(self) -> str:
@@ -253,7 +253,7 @@ class _Guard:
         limit = _LIMITS.get(verb)
         with (
             _translated(self._name, self._package, verb, run_id),
-            time_limit(limit, _silent(self._name, self._package, verb, limit or 0.0)),
+            time_limit(limit, _timed_out(self._name, self._package, verb, limit or 0.0)),
         ):
             return _checked(verb, await answer)
 
@@ -291,48 +291,46 @@ def _translated(name: str, package: str, verb: str, run_id: str | None = None) -
 def _broken(
     error: BaseException, name: str, package: str, verb: str, run_id: str | None
 ) -> BackendBroken:
-    said = ": ".join(filter(None, (type(error).__name__, _text(error))))
+    reason = ": ".join(filter(None, (type(error).__name__, _text(error))))
     hint = (
-        f"This is a bug in {package}; please report it there with the traceback that "
-        "TRAINING_BACKENDS_LOG_LEVEL=debug shows."
+        f"This is a bug in {package}; please report it to its authors with the traceback logged "
+        "under TRAINING_BACKENDS_LOG_LEVEL=debug."
     )
     if package == _PACKAGE:
         hint = (
-            "This is a bug; please report it with the traceback that "
-            "TRAINING_BACKENDS_LOG_LEVEL=debug shows."
+            "This is a bug; please report it with the traceback logged under "
+            "TRAINING_BACKENDS_LOG_LEVEL=debug."
         )
-    passing = isinstance(error, ConnectionError | TimeoutError)
-    if _is_shortage(error) or (isinstance(error, OSError) and not passing):
-        hint = (
-            "Check this machine's memory, open files, disk space and permissions; then try again."
-        )
+    transient = isinstance(error, ConnectionError | TimeoutError)
+    if _is_shortage(error) or (isinstance(error, OSError) and not transient):
+        hint = "Check memory, open files, disk space and permissions on this machine, then retry."
     return BackendBroken(
-        f"The backend {name!r} of {package} failed in {verb!r}: {said}",
+        f"The backend {name!r} of {package} failed in {verb!r}: {reason}",
         package=package,
         hint=hint,
         backend=name,
         run_id=run_id,
-        retryable=passing or _is_shortage(error),
+        retryable=transient or _is_shortage(error),
     )
 
 
-def _silent(name: str, package: str, verb: str, limit: float) -> BackendUnavailable:
+def _timed_out(name: str, package: str, verb: str, limit: float) -> BackendUnavailable:
     return BackendUnavailable(
         f"The backend {name!r} of {package} did not finish {verb!r} within {limit:g} s.",
-        hint="Try again. If it happens again, report it to the authors of the backend.",
+        hint="Retry. If the problem persists, report it to the authors of the backend.",
         backend=name,
     )
 
 
 def _is_shortage(error: BaseException) -> bool:
-    """Return whether the machine lacks something that it may have again later."""
+    """Return whether the machine is temporarily out of a resource, such as memory."""
     if isinstance(error, OSError):
         return error.errno in _SHORTAGES
     return isinstance(error, MemoryError) or "can't start new thread" in _text(error)
 
 
 def _single(error: BaseException) -> BaseException:
-    """Return the one error inside nested groups, or the group if there are several."""
+    """Return the only error inside nested groups, or the group if it has several."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
@@ -347,10 +345,10 @@ def _text(error: BaseException) -> str:
 
 
 def _without_secrets(error: BaseException, done: dict[int, BaseException]) -> BaseException:
-    """Return an error whose text, attributes and causes hold no secret.
+    """Return an error with secrets redacted from its text, attributes and causes.
 
-    It is changed in place. One that shows a secret all the same, because it builds its text
-    from something else, is replaced by one that names its class.
+    The error is changed in place. If it still shows a secret, because it builds its text from
+    other state, it is replaced by a `RuntimeError` that names its class.
     """
     if id(error) in done:
         return done[id(error)]
@@ -398,14 +396,14 @@ def _clean(value: Any) -> Any:
     return value
 
 
-# -- answers -----------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
 def _checked(verb: str, answer: Any) -> Any:
-    """Return an answer if it is of the type that the verb promises.
+    """Return a method's result after checking its type.
 
     Raises:
-        TypeError: It is of another type.
+        TypeError: The result has the wrong type.
     """
     wanted = _RETURNS.get(verb)
     if wanted is not None and not isinstance(answer, wanted):

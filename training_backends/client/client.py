@@ -1,4 +1,4 @@
-"""The asynchronous client: launches runs, remembers them, follows and ends them."""
+"""The asynchronous client: launches, records, observes and controls runs."""
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
@@ -22,7 +22,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, WatchSettings, last_seen
+from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Round
 from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
@@ -75,15 +75,15 @@ log = get_logger()
 
 
 class AsyncTrainingClient:
-    """Runs live here: one store, any backend.
+    """Launches and manages runs in one run store, on any backend.
 
     Use it as an async context manager, or call `aclose`.
 
     Args:
-        home: Directory for all state; default `Settings.home`.
-        store_url: SQLAlchemy URL of the run store; default SQLite in `home`.
-        credentials: Where secrets come from; default the credential vault.
-        backends: Backends to use under these names instead of the registered ones.
+        home: Directory for all state; default: `Settings.home`.
+        store_url: SQLAlchemy URL of the run store; default: SQLite in `home`.
+        credentials: Source of secrets; default: the credential vault.
+        backends: Backends by name, used instead of the registered ones.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class AsyncTrainingClient:
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
         self._records = RunRecords(self._store, self._leases)
-        self._looks = Looks(self._store, self._backend, watching)
-        self._steering = Steering(self._store, self._leases, self._records, self._looks)
+        self._observer = Observer(self._store, self._backend, watching)
+        self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._looks, self._round
+            self._store, self._leases, self._records, self._observer, self._round
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -121,9 +121,9 @@ class AsyncTrainingClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the backends that this client made, and the store; the client cannot be used then.
+        """Close the store and the backends created by this client.
 
-        Safe to repeat.
+        The client cannot be used afterwards. Safe to repeat.
         """
         self._closed = True
         with anyio.CancelScope(shield=True):
@@ -134,17 +134,17 @@ class AsyncTrainingClient:
                     stack.push_async_callback(_close, backend)
 
     def backend(self, name: str) -> TrainingBackend:
-        """Return the backend with this name, made on first use.
+        """Return the backend with this name, creating it on first use.
 
-        Its verbs are limited in time, and raise `BackendBroken` for every exception that is not
-        from this package.
+        Its methods have time limits and raise `BackendBroken` for exceptions from outside this
+        package.
 
         Raises:
-            TrainingBackendError: The client is closed; so in every method.
+            TrainingBackendError: The client is closed; every method raises this.
             ConfigError: No such backend is installed.
-            BackendNotInstalled: It cannot be loaded.
-            BackendBroken: It cannot be created.
-            BackendUnavailable: It was not created within a minute.
+            BackendNotInstalled: The backend cannot be imported.
+            BackendBroken: The backend cannot be created.
+            BackendUnavailable: Creating the backend took longer than a minute.
         """
         self._require_open()
         _require_text("backend", name)
@@ -156,7 +156,7 @@ class AsyncTrainingClient:
         return self._backends[name]
 
     async def _backend(self, name: str) -> TrainingBackend:
-        """Return the backend; importing it, its first use reads many files, so in a thread."""
+        """Return the backend; created in a thread, because importing it reads many files."""
         self._require_open()
         _require_text("backend", name)
         async with self._making:
@@ -165,18 +165,18 @@ class AsyncTrainingClient:
             return self._backends[name]
 
     async def inspect(self, config: ConfigLike, *, backend: str | None = None) -> Dataset:
-        """Read the data files of a configuration and say what is in them.
+        """Read and check the data files of a configuration.
 
         Args:
-            config: Also a mapping, or the path of a YAML file; so in every method. Relative data
-                paths are resolved against the file, without one against the working directory.
-            backend: Whose rules they are held against; None: those of the Mistral protocol.
+            config: A configuration, a mapping or the path of a YAML file, as in every method.
+                Relative data paths are resolved against the file, or else the working directory.
+            backend: Check the rows for this backend; None: for the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
         return await self._read(await self._config(config, chosen), chosen)
 
     async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
-        """Check configuration and data; nothing is uploaded or spent."""
+        """Check configuration and data without uploading or spending anything."""
         chosen = await self._backend(backend)
         config = await self._config(config, chosen)
         dataset, report = await self._judged(chosen, config)
@@ -191,17 +191,17 @@ class AsyncTrainingClient:
         exact: bool = False,
         on_counting: CountProgress | None = None,
     ) -> Estimate:
-        """Say what the run will take, as far as that is known before it starts.
+        """Estimate the tokens, steps, cost and duration of a run, as far as they are known.
 
         Args:
-            sample: Count the tokens of so many rows, with an interval; None: of all rows,
-                or of a sample where the data is huge.
-            exact: Count all rows however many there are.
-            on_counting: Told of the file, the bytes counted and its size.
+            sample: Count the tokens of this many rows and return an interval; None: of all rows,
+                or of a sample if the data is very large.
+            exact: Count all rows, even if the data is very large.
+            on_counting: Called with the file, the bytes counted and its size.
 
         Raises:
-            ConfigError: The options are not the backend's.
-            DatasetError: The data cannot be used.
+            ConfigError: The options do not fit the backend.
+            DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
         config = await self._config(config, chosen)
@@ -221,28 +221,28 @@ class AsyncTrainingClient:
         on_notice: OnNotice | None = None,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
-        """Start a run and return once the provider has accepted the start.
+        """Launch a run and return once the provider has accepted it.
 
-        Repeating the call with the same `run_id` continues where it stood and never
+        Idempotent by `run_id`: repeating the call continues an interrupted launch and never
         starts a second run.
 
         Args:
-            run_id: The caller's own id; default a new one.
-            on_progress: Told of uploads: step, bytes done, bytes in all.
-            on_update: Told whenever more is known of the run.
-            on_notice: Called with a sentence to show, such as that the run exists already or
-                that its data has changed since; default: such sentences are logged.
-            confirm: Asked before anything that costs money is started. Without it a run is
+            run_id: Your own id; default: a generated one.
+            on_progress: Called during uploads with the step, bytes done and total bytes.
+            on_update: Called with the run whenever its record changes.
+            on_notice: Called with notices for the user, such as that the run already exists or
+                that its data has changed; default: notices are logged.
+            confirm: Awaited before a run that costs money is started. Without it, a run is
                 started at any price within the budget, and at an unknown price only if
                 `budget.max_cost` is not set.
 
         Raises:
-            ConfigError, DatasetError: The run cannot work; nothing was started.
-            BudgetExceeded: It would cost or take too much, or its price is unknown and cannot
-                be compared with the budget; nothing was started.
+            ConfigError, DatasetError: The configuration or data is invalid; nothing was started.
+            BudgetExceeded: Cost or duration exceeds the budget, or the price is unknown and
+                cannot be compared with it; nothing was started.
             DuplicateRun: `run_id` belongs to another configuration, or the provider has a
                 similar run.
-            AmbiguousLaunch: It cannot be told whether an earlier try got through.
+            AmbiguousLaunch: It is unknown whether an earlier attempt succeeded.
         """
         chosen = await self._backend(backend)
         config = await self._config(config, chosen)
@@ -262,53 +262,53 @@ class AsyncTrainingClient:
                 require_same(known, run)
                 await self._records.notice_known(known, watch)
                 if not await self._records.was_launched(known):
-                    await self._looks.require_here(known, "launch")
+                    await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
 
     async def get(self, run_id: str) -> TrainingRun:
-        """Return a run as it was last seen.
+        """Return a run as stored, without asking its provider.
 
         Raises:
-            RunNotFound: There is no run with exactly this id; `candidates` has ids that begin
-                with it.
+            RunNotFound: No run has exactly this id; `candidates` lists ids that start with it.
         """
         self._require_open()
         _require_text("run_id", run_id)
         return await to_thread.run_sync(self._store.get, run_id)
 
     async def status(self, run_id: str) -> TrainingRun:
-        """Ask the provider where a run stands, remember it and return the run.
+        """Fetch the status of a run from its provider, store it and return the run.
 
-        A run that can only be observed from another machine or home is returned as it was last
-        seen, with the reason in `stale`.
+        A run that can only be observed from another machine or home is returned as stored, with
+        the reason in `stale`.
 
         Raises:
-            RunNotFound: There is no such run, or its provider does not know it any more.
-            TrainingBackendError: The provider cannot be asked. `get` returns what was last
-                seen; its `stale` says that it may no longer be true.
+            RunNotFound: There is no such run, or its provider no longer has it.
+            TrainingBackendError: The provider cannot be reached. `get` returns the stored run,
+                with the reason in `stale`.
         """
         run = await self.get(run_id)
         if run.status.is_terminal or not await self._records.may_be_at_provider(run):
             return run
-        if not await self._looks.sees(run):
+        if not await self._observer.sees(run):
             return last_seen(run)
         try:
-            return await self._looks.look(run)
+            return await self._observer.observe(run)
         except RunNotFound:
             if await self._records.was_launched(run):
                 raise
-            return run  # its launch was cut off before the provider had it
+            return run  # its launch was interrupted before the provider had the job
 
     async def list(
         self, *, backend: str | None = None, status: TrainingStatus | str | None = None
     ) -> Sequence[TrainingRun]:
-        """Return the runs of this store as they were last seen, newest first.
+        """Return the runs as stored, newest first.
 
         Args:
-            status: Also as a word, such as `completed`.
+            backend: Only runs of this backend.
+            status: Only runs with this status; may be a string such as `completed`.
 
         Raises:
-            ValueError: There is no such status; it names those that there are.
+            ValueError: There is no such status.
         """
         self._require_open()
         status = None if status is None else _as_status(status)
@@ -317,18 +317,18 @@ class AsyncTrainingClient:
     async def refresh(
         self, *run_ids: str, backend: str | None = None, timeout: float | None = None
     ) -> Mapping[str, str]:
-        """Bring live runs up to date, all of the store or those given; backends side by side.
+        """Update the given runs, or all live runs; asks the backends concurrently.
 
         Args:
-            backend: Only runs of this one.
-            timeout: Seconds after which a backend that has not answered is given up.
+            backend: Only runs of this backend.
+            timeout: Seconds to wait for each backend.
 
         Returns:
-            By run id, why a live run is not up to date: its backend cannot be asked or did not
+            By run id, why a live run was not updated: its backend cannot be reached or did not
             answer in time, or the run can only be observed from another machine or home.
 
         Raises:
-            RunNotFound: There is no run with one of these ids.
+            RunNotFound: One of the runs does not exist.
             StoreError: The store cannot be used.
         """
         self._require_open()
@@ -377,31 +377,31 @@ class AsyncTrainingClient:
             return error.message
         known = self._backends.get(run.backend)
         if known is not None and not known.sees(run):
-            return f"only {run.place} can observe it"
+            return f"it can only be observed from {run.place}"
         return None
 
     async def _complete(self, run: TrainingRun) -> None:
-        """Read the rest of the log of a run that is over, where that was not done yet."""
-        whole = await to_thread.run_sync(self._store.is_whole, run.id)
-        if not whole and await self._records.may_be_at_provider(run):
+        """Read the rest of a finished run's log, unless it is complete."""
+        complete = await to_thread.run_sync(self._store.is_whole, run.id)
+        if not complete and await self._records.may_be_at_provider(run):
             with suppress(RunNotFound, UnsupportedOperation):
-                await self._looks.look(run)
+                await self._observer.observe(run)
 
     async def logs(
         self, run_id: str, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield a run's log in order: its provider's, and what became known of it here.
+        """Yield a run's log in order: the provider's records and those added by this client.
 
-        Every record is stored once, so each reader gets the same, in the same order.
+        Every record is stored once, so all readers get the same records in the same order.
 
         Args:
-            after: Go on behind the record with this cursor.
-            follow: Stay until the run is over and everything was yielded.
+            after: Start after the record with this cursor.
+            follow: Wait for new records until the run has finished.
 
         Raises:
-            RunNotFound: There is no such run, or its provider does not know it (any more);
-                what was stored before has been yielded then.
-            TrainingBackendError: The provider cannot be asked; likewise.
+            RunNotFound: There is no such run, or its provider does not have it (any more);
+                raised after all stored records.
+            TrainingBackendError: The provider cannot be reached; raised after all stored records.
         """
         run = await self.get(run_id)
         async with aclosing(self._following.logs(run, after=after, follow=follow)) as records:
@@ -409,7 +409,7 @@ class AsyncTrainingClient:
                 yield record
 
     async def metrics(self, run_id: str) -> Sequence[MetricPoint]:
-        """Return everything that was measured while a run trained, by step, as last seen."""
+        """Return the stored metrics of a run, by step."""
         run = await self.get(run_id)
         return await to_thread.run_sync(self._store.metrics, run.id)
 
@@ -419,50 +419,53 @@ class AsyncTrainingClient:
         """Keep all live runs of this store up to date until cancelled; see `Watcher`.
 
         Args:
-            on_event: Told of each event once, whichever watcher on the store saw it.
-            only: Names of the backends whose runs are watched; None watches all.
+            on_event: Called once per event, even with several watchers on the store.
+            only: Names of the backends to watch; None: all.
         """
         await self.watcher(on_event=on_event, only=only).run()
 
     def watcher(
         self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
     ) -> Watcher:
-        """Make what `watch` runs, to sweep by hand."""
+        """Return the watcher that `watch` runs, to call `sweep` yourself."""
         self._require_open()
         return Watcher(self._store, self._leases, self._round, on_event=on_event, only=only)
 
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
-        """Return the runs once all of them are over.
+        """Wait until all of the runs have finished, and return them.
 
         Args:
-            timeout: Seconds to wait at most; None waits for as long as it takes.
+            timeout: Maximum seconds to wait; None: no limit.
 
         Raises:
-            WaitTimeout: The time is over first; the runs go on.
-            UnsupportedOperation: The launch of a run was cut off, so it would wait for ever.
-            TrainingBackendError: The provider cannot be asked, and it is no passing trouble.
+            WaitTimeout: The timeout expired; the runs keep running.
+            UnsupportedOperation: The launch of a run was interrupted, so it would never finish.
+            TrainingBackendError: The provider cannot be reached, and the error is not temporary.
         """
         runs = [await self.get(run_id) for run_id in run_ids]
         with anyio.move_on_after(timeout):
             await self._following.wait(runs)
             return [await self.get(run.id) for run in runs]
         raise WaitTimeout(
-            f"After {timeout:g} s not every run is over; they go on.",
-            hint="Wait again with a longer --timeout, or look with `status`.",
+            f"Timed out after {timeout:g} s with runs still in progress.",
+            hint="Wait again with a longer --timeout, or check with `status`.",
         )
 
     async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
-        """Ask the provider to end a run; it may take a while until it is over.
+        """Ask the provider to stop a run, which may take a while.
 
-        Safe to repeat. A run that was never launched is cancelled at once.
+        Safe to repeat. A run that was never launched is cancelled immediately.
+
+        Args:
+            save_checkpoint: Save the progress so far, if the provider can.
 
         Raises:
-            UnsupportedOperation: It is being launched by somebody else, and has no job yet
-                that could be ended.
+            UnsupportedOperation: Another process is launching the run, and it has no job yet
+                that could be stopped.
         """
         run = await self.get(run_id)
         if not run.status.is_terminal:
-            await self._looks.require_here(run, "stop")
+            await self._observer.require_here(run, "stop")
         return await self._steering.stop(run, save_checkpoint=save_checkpoint)
 
     async def resume(
@@ -475,64 +478,67 @@ class AsyncTrainingClient:
         on_update: OnUpdate | None = None,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
-        """Continue a stopped or failed run as a new one; a run not yet started is started.
+        """Continue a stopped or failed run as a new run; start a run not started yet.
 
         The callbacks are those of `launch`.
 
+        Args:
+            checkpoint: Checkpoint to continue from; None: the newest.
+            new_id: Id of the new run; default: a generated one.
+
         Raises:
-            UnsupportedOperation: The backend cannot, or the run is still going.
-            BudgetExceeded: It would cost or take too much; nothing was started.
+            UnsupportedOperation: The backend cannot resume runs, or the run is still active.
+            BudgetExceeded: Cost or duration exceeds the budget; nothing was started.
         """
         watch = LaunchWatch(on_progress=on_progress, on_update=on_update, confirm=confirm)
         if new_id is not None:
             _require_text("new_id", new_id)
         run = await self.status(run_id)
-        await self._looks.require_here(run, "resume")
+        await self._observer.require_here(run, "resume")
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
     async def download(self, run_id: str, target: Path | str) -> Path:
-        """Fetch the finished model of a run into `target`; it appears whole or not at all.
+        """Download the trained model of a run into `target`, atomically.
 
         Raises:
-            UnsupportedOperation: The backend hands out no weights, or the run has no result.
+            UnsupportedOperation: The backend has no weight download, or the run has no model.
         """
         run = await self.status(run_id)
-        await self._looks.require_here(run, "download the model of")
+        await self._observer.require_here(run, "download the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
         return await backend.download(run, Path(target))
 
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Ask the finished model of a run, where its backend has it at hand.
+        """Prompt the trained model of a run, if its backend can serve it.
 
         Args:
-            max_tokens: Longest answer.
+            max_tokens: Maximum tokens to generate.
 
         Raises:
-            UnsupportedOperation: The backend has no models at hand, or the run has no result.
+            UnsupportedOperation: The backend cannot serve models, or the run has no model.
             BackendUnavailable: The model cannot be loaded.
         """
         run = await self.status(run_id)
-        await self._looks.require_here(run, "ask the model of")
+        await self._observer.require_here(run, "ask the model of")
         backend = await self._backend(run.backend)
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def delete(self, run_id: str, *, record_only: bool = False) -> None:
-        """Delete a run that has ended, or a draft, and what the provider keeps of it where it can.
+        """Delete a finished run or a draft, here and, if supported, at the provider.
 
-        Safe to repeat after a crash: what the provider has deleted already is no hindrance.
+        Safe to repeat after a crash: a run already deleted at the provider is no error.
 
         Args:
-            record_only: Delete the record here without asking the provider, whatever the status:
-                for a run whose machine or provider is gone for good.
+            record_only: Delete only the stored record, whatever the status, for a run whose
+                machine or provider no longer exists.
 
         Raises:
-            RunNotFound: There is no run with exactly this id, perhaps because an earlier call
-                has deleted it.
-            UnsupportedOperation: The run has not ended, its launch was cut off and the provider
+            RunNotFound: No run has exactly this id; an earlier call may have deleted it.
+            UnsupportedOperation: The run is active, its launch was interrupted and the provider
                 may have a job for it, or it belongs to another machine or home.
         """
         if record_only:
@@ -540,7 +546,7 @@ class AsyncTrainingClient:
             await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
             return
         run = await self.status(run_id)
-        await self._looks.require_here(run, "delete")
+        await self._observer.require_here(run, "delete")
         backend = await self._backend(run.backend)
         if not run.status.is_terminal:
             run = await self._steering.discard(run)
@@ -552,13 +558,13 @@ class AsyncTrainingClient:
         await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
 
     async def check_store(self) -> Sequence[str]:
-        """Return what is wrong with the run store, one line each; changes nothing."""
+        """Return the problems of the run store, one line each, without changing it."""
         return await to_thread.run_sync(check, self._store_url)
 
     async def recover_store(self) -> Recovery:
-        """Set a damaged run store aside and make a new one of all that can still be known.
+        """Back up a damaged run store and rebuild it.
 
-        That is what can be read of the old one, and what the providers list.
+        The new store contains the readable runs of the old one and the providers' jobs.
 
         Raises:
             StoreError: Another process uses the store, or its files cannot be moved.
@@ -567,15 +573,15 @@ class AsyncTrainingClient:
         return await recover(self._store_url, self._store, names, self._backend)
 
     def _require_open(self) -> None:
-        # The leases of a closed client are not renewed: a launch could be started twice.
+        # A closed client no longer renews its leases, so a launch could be started twice.
         if self._closed:
             raise TrainingBackendError(
                 "This AsyncTrainingClient is closed.",
-                hint="Make a new one, or close it after the last call.",
+                hint="Create a new client, or close it after the last call.",
             )
 
     async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return a configuration given in any form, ready to be checked by the backend."""
+        """Return the configuration in its parsed form, with unset options removed."""
         found = await to_thread.run_sync(to_config, config)
         if backend is None or not found.options:
             return found
@@ -583,16 +589,16 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": options})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        look = partial(inspect, config, on_progress=_check_cancelled)
+        read = partial(inspect, config, on_progress=_check_cancelled)
         if backend is not None:
-            look = partial(look, dialect=backend.capabilities.dialect)
-        return await to_thread.run_sync(look)
+            read = partial(read, dialect=backend.capabilities.dialect)
+        return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
-        """Read the data as the backend's options want it judged.
+        """Read the data, tolerating as many bad rows as the backend's options allow.
 
         Raises:
-            ConfigError: The options are not the backend's.
+            ConfigError: The options do not fit the backend.
         """
         require_options(backend, config)
         dataset = await self._read(config, backend)
@@ -601,7 +607,7 @@ class AsyncTrainingClient:
     async def _judged(
         self, backend: TrainingBackend, config: TrainingConfig
     ) -> tuple[Dataset, ValidationReport]:
-        """Read the data and ask the backend, which is handed only options that fit."""
+        """Read the data and have the backend validate it, unless its options are invalid."""
         try:
             dataset = await self._inspected(backend, config)
         except ConfigError as error:
@@ -612,18 +618,18 @@ class AsyncTrainingClient:
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
     ) -> tuple[Dataset, Estimate]:
-        """Do all that can be done before a run exists."""
+        """Validate and estimate, before the run is recorded."""
         dataset, report = await self._judged(backend, config)
         raise_for_errors(dataset)
         if not report.ok:
             raise ConfigError(
-                f"The backend {backend.name!r} cannot run this configuration.",
+                f"The configuration is not valid for the backend {backend.name!r}.",
                 issues=report.errors,
                 backend=backend.name,
             )
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
-            config.budget.check(estimate)  # the quote decides later
+            config.budget.check(estimate)  # the provider's quote is confirmed later
         else:
             await watch.decide(estimate, config.budget)
         return dataset, estimate
@@ -639,25 +645,25 @@ class AsyncTrainingClient:
             return await backend.estimate(config, dataset)
 
     def _counting(self, wishes: Counting | None = None) -> AbstractContextManager[None]:
-        """Have backends count tokens as wished, keep the counts, and stop when nobody waits."""
+        """Set how backends count tokens: cached, and cancelled with the caller's task."""
         wishes = wishes or Counting()
-        told = wishes.on_progress
+        callback = wishes.on_progress
 
         def on_progress(path: Path, done: int, total: int) -> None:
             _check_cancelled()
-            if told:
+            if callback:
                 with callers_own():
-                    told(path, done, total)
+                    callback(path, done, total)
 
         cache = self.home / "cache" / "tokens"
         return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
     def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
-        return Round(backend, self._store, self._leases, self._looks, only=only)
+        return Round(backend, self._store, self._leases, self._observer, only=only)
 
 
 async def _close(backend: TrainingBackend) -> None:
-    """Close a backend; one that cannot be closed must not hide the result of the work."""
+    """Close a backend; log an error, because raising it would hide the caller's result."""
     try:
         await backend.aclose()
     except TrainingBackendError as error:
@@ -667,7 +673,7 @@ async def _close(backend: TrainingBackend) -> None:
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:
     if run.status is not TrainingStatus.COMPLETED:
         raise backend.unsupported(
-            f"{verb} the model of a run that is {run.status}", "Only a completed run has a model."
+            f"{verb} the model of a run that is {run.status}", "Only completed runs have a model."
         )
 
 
@@ -686,5 +692,5 @@ def _as_status(status: str) -> TrainingStatus:
 
 
 def _check_cancelled(*_: object) -> None:
-    """End reading and counting in a thread once nobody waits for it."""
+    """Cancel reading and counting in a thread together with the task that waits for it."""
     from_thread.check_cancelled()

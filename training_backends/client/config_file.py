@@ -1,4 +1,4 @@
-"""Read a run's YAML file, and say what is wrong with it by line and field."""
+"""Read a run's YAML configuration and report errors by line and field."""
 
 import re
 import types
@@ -26,13 +26,13 @@ _MOST_NODES = 100_000
 _MOST_BYTES = 4_000_000
 _NO_TEXT = {"Cc", "Cs"}
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
-"""Octal and sexagesimal numbers; hexadecimal and binary ones are written on purpose."""
+"""Octal and sexagesimal numbers; hexadecimal and binary numbers are intentional."""
 _OVERRIDDEN = "--set"
-"""Named in the place of a file by issues about what the command line gave."""
+"""Used in place of a file name in issues about command-line overrides."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no field is one, and `2026-11-21` is a good label."""
+    """YAML without dates: no field is a date, and `2026-11-21` may be a label."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,7 +42,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _FileModel(TrainingConfig):
-    """The fields of a configuration file."""
+    """The schema of a configuration file."""
 
     backend: str | None = None
 
@@ -52,8 +52,9 @@ class ConfigFile:
     """A configuration read from a file.
 
     Attributes:
-        config: With every path made absolute from the file's own directory.
-        backend: The backend that the file names, or None.
+        path: The file.
+        config: The configuration, with paths resolved against the file's directory.
+        backend: The backend named in the file, or None.
     """
 
     path: Path
@@ -62,7 +63,7 @@ class ConfigFile:
     _places: "_Places" = field(repr=False)
 
     def located(self, issues: Iterable[Issue]) -> list[Issue]:
-        """Add file and line to issues that name nothing but a field of the configuration."""
+        """Add file and line to issues that only name a field of the configuration."""
         return [self._located(issue) for issue in issues]
 
     def _located(self, issue: Issue) -> Issue:
@@ -75,14 +76,14 @@ class ConfigFile:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where each field of a configuration was given."""
+    """Maps fields of a configuration to file and line."""
 
     path: Path | None
     root: yaml.Node | None
     overridden: tuple[tuple[str, ...], ...]
 
     def of(self, location: Sequence[int | str]) -> tuple[str | None, int | None]:
-        """Return file and line of a field, `--set` if the command line gave it, or neither."""
+        """Return the file and line of a field, or `--set` if it was overridden."""
         names = tuple(str(part) for part in location)
         if any(names[: len(key)] == key or key[: len(names)] == names for key in self.overridden):
             return _OVERRIDDEN, None
@@ -90,13 +91,13 @@ class _Places:
 
 
 def to_config(config: object) -> TrainingConfig:
-    """Return a configuration given in any form of `ConfigLike`, with its data paths made absolute.
+    """Convert any `ConfigLike` to a configuration with absolute data paths.
 
-    Paths in a file are relative to the file, others to the working directory.
+    Paths in a file are resolved against the file, others against the working directory.
 
     Raises:
-        ConfigError: The file or the mapping is no configuration.
-        TypeError: `config` is none of the forms.
+        ConfigError: The file or mapping is not a valid configuration.
+        TypeError: `config` has another type.
     """
     if isinstance(config, str | PathLike):
         return load_config(Path(config)).config
@@ -114,11 +115,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
 
     Args:
         overrides: `key=value` with a dotted key and a YAML value, for example
-            `hyperparameters.epochs=2`; they win over the file.
+            `hyperparameters.epochs=2`; they take precedence over the file.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML or does not fit; the issues name
-            line and field, and the nearest right name for one that is not known.
+        ConfigError: The file cannot be read, is not YAML or is invalid; the issues name line and
+            field, and suggest a name for an unknown field.
     """
     root, values = _parse(path, _read(path))
     if not isinstance(values, dict):
@@ -138,7 +139,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
 
 
 def _checked(values: dict[str, Any], places: _Places) -> tuple[TrainingConfig, str | None]:
-    """Return the configuration in a file's values, and the backend that they name."""
+    """Validate a file's values; return the configuration and the backend they name."""
     if issues := list(_control_issues(places, values)):
         raise _error(places.path, *issues)
     try:
@@ -153,36 +154,36 @@ def _resolved(config: TrainingConfig, places: _Places) -> TrainingConfig:
     try:
         return config.resolved(places.path.absolute().parent if places.path else Path.cwd())
     except RuntimeError as error:
-        # The home of a user that this machine does not have.
+        # `~user` for a user that does not exist on this machine.
         where, line = places.of(["data"])
         issue = Issue(
             code="no_such_home",
-            message=f"a path beginning with ~ leads nowhere: {error}",
+            message=f"cannot expand ~ in a path: {error}",
             path=where,
             line=line,
             field="data",
-            fix="write the path out",
+            fix="write the full path",
         )
         raise _error(places.path, issue) from None
 
 
 def _read(path: Path) -> str:
     reasons = {
-        FileNotFoundError: ("missing_file", "there is no such file", "check the path"),
-        IsADirectoryError: ("not_a_file", "this is a directory", "give the YAML file in it"),
-        PermissionError: ("unreadable_file", "no permission to read it", "check its mode"),
+        FileNotFoundError: ("missing_file", "no such file", "check the path"),
+        IsADirectoryError: ("not_a_file", "is a directory", "pass the YAML file in it"),
+        PermissionError: ("unreadable_file", "permission denied", "check the file permissions"),
     }
     try:
-        # Devices and pipes may have no end, or never begin.
+        # Reading devices and pipes may block or never end.
         if path.exists() and not (path.is_file() or path.is_dir()):
-            message, fix = "this is not a regular file", "copy the configuration to one"
+            message, fix = "not a regular file", "copy the configuration to a regular file"
             issue = Issue(code="not_a_file", message=message, path=str(path), fix=fix)
             raise _error(path, issue)
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            message = f"the file has more than {_MOST_BYTES:,} bytes"
-            fix = "give the configuration; the data files are named in it"
+            message = f"the file is larger than {_MOST_BYTES:,} bytes"
+            fix = "pass the configuration, not a data file"
             raise _error(path, Issue(code="too_large", message=message, path=str(path), fix=fix))
         return content.decode("utf-8")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -202,7 +203,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the file's nodes, which know their lines, and its values."""
+    """Return the YAML nodes, which have line numbers, and the values."""
     root: yaml.Node | None = _yaml(path, lambda: yaml.compose(text, Loader=_Loader))
     if issue := next(_structure_issues(path, root), None):
         raise _error(path, issue)
@@ -219,7 +220,7 @@ def _yaml(path: Path, read: Callable[[], Any]) -> Any:
     except RecursionError:
         message, line = "the values are nested too deeply", None
     except ValueError as error:
-        # A date, asked for by its tag, that does not exist.
+        # An explicit `!!timestamp` with an invalid date.
         message, line = str(error), None
     issue = Issue(
         code="not_yaml", message=message, path=str(path), line=line, fix="correct the YAML"
@@ -228,15 +229,15 @@ def _yaml(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _structure_issues(path: Path, root: yaml.Node | None) -> Iterator[Issue]:
-    """Find what YAML allows and a configuration does not need."""
+    """Find YAML features that a configuration must not use."""
     pending = [root] if root else []
     seen = 0
     while pending:
         node = pending.pop()
         seen += 1
         if seen > _MOST_NODES:
-            # Aliases of aliases make a small file endless.
-            message, fix = "the file has too many values", "write it without nested aliases"
+            # Nested aliases can expand a small file to any size.
+            message, fix = "the file has too many values", "remove nested aliases"
             yield Issue(code="too_large", message=message, path=str(path), fix=fix)
             return
         if isinstance(node, yaml.MappingNode):
@@ -255,17 +256,17 @@ def _key_issues(path: Path, node: yaml.MappingNode) -> Iterator[Issue]:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            message, fix = "a field's name is a plain word", "correct the YAML"
+            message, fix = "a field name must be a plain string", "correct the YAML"
             yield Issue(code="not_yaml", message=message, path=str(path), line=line, fix=fix)
         elif key.value in seen:
-            message, fix = f"{key.value!r} is given twice", "remove one of them"
+            message, fix = f"duplicate field {key.value!r}", "remove one of them"
             yield Issue(code="duplicate_key", message=message, path=str(path), line=line, fix=fix)
         else:
             seen.add(key.value)
 
 
 def _misread(node: yaml.ScalarNode) -> tuple[str, str] | None:
-    """Find text that YAML 1.1 takes for a number to another base: `010` is 8, `12:30` is 750."""
+    """Find text that YAML 1.1 reads as a number in another base: `010` is 8, `12:30` is 750."""
     if not node.tag.endswith((":int", ":float")) or not _OTHER_BASE.fullmatch(node.value):
         return None
     value = yaml.load(node.value, Loader=_Loader)  # noqa: S506
@@ -273,7 +274,7 @@ def _misread(node: yaml.ScalarNode) -> tuple[str, str] | None:
 
 
 def _given(values: Mapping[str, Any], location: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Leave out known fields without a value; an unknown one stays, to be rejected by name."""
+    """Drop known fields without a value; keep unknown fields, so that they are rejected."""
     known = _fields_at(location)
     return {
         key: _given(value, (*location, key)) if isinstance(value, dict) else value
@@ -285,7 +286,7 @@ def _given(values: Mapping[str, Any], location: tuple[str, ...] = ()) -> dict[st
 def _control_issues(
     places: _Places, value: Any, location: tuple[int | str, ...] = ()
 ) -> Iterator[Issue]:
-    """Find characters that no name and no path can have, such as NUL."""
+    """Find control characters, such as NUL, which names and paths must not contain."""
     if isinstance(value, dict | list):
         inner = value.items() if isinstance(value, dict) else enumerate(value)
         for key, below in inner:
@@ -296,7 +297,7 @@ def _control_issues(
             where, line = places.of(location)
             yield Issue(
                 code="control_character",
-                message=f"the character U+{ord(found):04X} cannot be used here",
+                message=f"the character U+{ord(found):04X} is not allowed here",
                 path=where,
                 line=line,
                 field=".".join(str(part) for part in location),
@@ -305,12 +306,13 @@ def _control_issues(
 
 
 def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Put one override into its place and return its key."""
+    """Apply one override to `values` and return its key."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise ConfigError(
-            f"{override!r} is not key=value.", hint="For example hyperparameters.epochs=2."
+            f"Invalid override {override!r}: expected KEY=VALUE.",
+            hint="Example: --set hyperparameters.epochs=2.",
         )
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -318,8 +320,8 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(
-            f"The value in {override!r} is not YAML: {reason}",
-            hint="Put a value with brackets, braces or colons in quotes of its own.",
+            f"The value in {override!r} is not valid YAML: {reason}",
+            hint="Quote values that contain brackets, braces or colons.",
         ) from None
     if issue := next(_structure_issues(Path(_OVERRIDDEN), node), None):
         field = ".".join(parts)
@@ -329,8 +331,8 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"{override!r} goes into {part!r}, which has no fields.",
-                hint="A list is replaced as a whole: data.train=[a.jsonl, b.jsonl].",
+                f"{override!r} sets a field of {part!r}, which has no fields.",
+                hint="Lists can only be replaced entirely: data.train=[a.jsonl, b.jsonl].",
             )
         place = inner
     place[parts[-1]] = value
@@ -343,7 +345,7 @@ def _issues(error: ValidationError, places: _Places) -> list[Issue]:
     for detail in details:
         location = [part for part in detail["loc"] if not str(part).startswith("function-")]
         if detail["type"] == "too_short" and _is_below(location, details):
-            # What is wrong with the entries is said; the list is only empty without them.
+            # The list is only empty because its entries are invalid, which is reported.
             continue
         message, fix = _explained(detail, location)
         where, line = places.of(location)
@@ -369,38 +371,38 @@ def _is_below(location: Sequence[int | str], details: Iterable[Any]) -> bool:
 
 
 def _explained(detail: Any, location: Sequence[int | str]) -> tuple[str, str | None]:
-    """Say what is wrong, and what to do, without the words of the language it is written in."""
+    """Return a message and a fix for a pydantic error, without Python terms."""
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
             near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-            return "no such field", (
-                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            return "unknown field", (
+                f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
             )
         case "missing":
-            return "this field is needed", None
+            return "required field is missing", None
         case "model_type" | "model_attributes_type" | "dict_type":
             known = _fields_at(location)
-            fix = f"its fields: {', '.join(known)}" if known else "write it as name: value"
-            return "expected fields below this one", fix
+            fix = f"known fields: {', '.join(known)}" if known else "write it as name: value"
+            return "expected a mapping", fix
         case "string_type":
             return "expected text", "put it in quotes"
         case "path_type":
             return "expected a path", "put it in quotes"
         case "too_short":
-            return "the list is empty", "name at least one"
+            return "the list is empty", "give at least one entry"
         case "tuple_type" | "list_type":
             return "expected a list", "write it as [a, b]"
         case "invalid_key":
-            return "a field's name is text", "put it in quotes"
+            return "a field name must be text", "put it in quotes"
         case "greater_than" if "timedelta" in detail["msg"]:
-            return "it must be longer than nothing", None
+            return "must be greater than zero", None
         case _:
             return detail["msg"].removeprefix("Value error, "), None
 
 
 def _line(root: yaml.Node | None, location: Sequence[int | str]) -> int | None:
-    """Find the line of a field, or of the nearest thing around it that is in the file."""
+    """Return the line of a field, or of its nearest parent in the file."""
     node, line = root, None
     for part in location:
         step: tuple[yaml.Node, yaml.Node] | None = None
@@ -415,7 +417,7 @@ def _line(root: yaml.Node | None, location: Sequence[int | str]) -> int | None:
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:
-    """Return the field names of the model that lies at `location`."""
+    """Return the field names of the model at `location`."""
     model: type[BaseModel] | None = _FileModel
     for part in location:
         if isinstance(part, int) or model is None:
@@ -438,5 +440,5 @@ def _error(path: Path | None, *issues: Issue) -> ConfigError:
     count = len(issues)
     name = f"configuration {path}" if path else "configuration"
     return ConfigError(
-        f"The {name} has {count} {'problem' if count == 1 else 'problems'}.", issues=issues
+        f"The {name} has {count} {'error' if count == 1 else 'errors'}.", issues=issues
     )

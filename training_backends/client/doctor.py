@@ -1,4 +1,4 @@
-"""What works here, what does not, and what to do about it."""
+"""Health checks of settings, keyring, run store, clock, backends and extras."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -42,11 +42,11 @@ __all__ = [
     "try_key",
 ]
 
-_NOBODYS_SUFFIX: Final = "credentials-test"
-"""Runs of this name are listed to try a key: none, so that one request tells all."""
+_UNUSED_SUFFIX: Final = "credentials-test"
+"""Filter for the job list that tests a key; it matches no jobs, so one request suffices."""
 PACKAGE: Final = "training-backends"
 _CLOCKS_AGREE: Final = timedelta(seconds=30)
-"""Leases and signed links bear with a minute."""
+"""Leases and signed URLs tolerate a minute."""
 _EXTRA: Final = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -54,11 +54,11 @@ State = Literal["ok", "unused", "failed"]
 
 
 class Check(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        state: `unused` is what nobody has set up here, and need not work.
-        hint: What to do about it.
+        state: `unused` is a part that is not set up and need not work.
+        hint: How to fix it.
     """
 
     name: str
@@ -68,26 +68,26 @@ class Check(NamedTuple):
 
 
 def known_settings(*more: type[SectionSettings]) -> list[Effective]:
-    """Return every setting of this package and of the installed backends as it counts.
+    """Return the effective settings of this package and of the installed backends.
 
     Args:
-        more: Further sections.
+        more: Additional sections.
 
     Raises:
-        ConfigError: A setting does not fit, or a name is not known.
+        ConfigError: A setting is invalid or unknown.
     """
     kinds: list[type[SectionSettings]] = [Settings, CredentialSettings, WatchSettings, *more]
     for name in installed_backends():
         try:
             model = backend_class(name).settings_model
         except TrainingBackendError:
-            continue  # its own check says so
+            continue  # reported by the check of this backend
         kinds += [model] if model else []
     return [entry for kind in kinds for entry in effective_settings(kind)]
 
 
 async def diagnose(client: AsyncTrainingClient, vault: CredentialVault) -> list[Check]:
-    """Look at keyring, store, clock, backends and extras; changes and costs nothing."""
+    """Check keyring, store, clock, backends and extras, without changing anything."""
     ignored = await to_thread.run_sync(_ignored_settings)
     checks = [*ignored, await _keyring(vault), *await _store(client)]
     for name in installed_backends():
@@ -101,8 +101,8 @@ def _ignored_settings() -> list[Check]:
         return []
     message = f"{Path.cwd() / '.env'} is not read; ignored: {', '.join(names)}"
     hint = (
-        f"Export the variables, or write the settings into {config_file()}: a file that comes with "
-        "a repository must not decide where your keys are sent."
+        f"Export the variables, or put the settings into {config_file()}. A file from a repository "
+        "must not decide where your keys are sent."
     )
     return [Check(".env", "unused", message, hint)]
 
@@ -114,22 +114,22 @@ async def _keyring(vault: CredentialVault) -> Check:
         return Check("keyring", "failed", error.message, error.hint)
     stored = [entry for entry in await vault.list() if entry.source == "keyring"]
     if found.name is None:
-        hint = "Keys can come from the environment; docs/credentials.md names the other ways."
+        hint = "Set keys in the environment; docs/credentials.md lists the alternatives."
         state: State = "failed" if stored else "unused"
-        return Check("keyring", state, "there is none that keeps secrets safely", hint)
+        return Check("keyring", state, "no secure keyring available", hint)
     if not found.unlocked:
         state = "failed" if stored else "unused"
         hint = "Unlock it, or set the keys in the environment."
         return Check("keyring", state, f"{found.name} is locked", hint)
-    return Check("keyring", "ok", f"{found.name} is open and holds {len(stored)} keys")
+    return Check("keyring", "ok", f"{found.name} is unlocked, {len(stored)} keys stored")
 
 
 async def _store(client: AsyncTrainingClient) -> list[Check]:
     problems = await client.check_store()
     if problems:
         hint = (
-            "End all programs that use it, then `training-backends doctor --recover` saves what "
-            "can still be read and makes a new store."
+            "Stop all programs that use it, then run `training-backends doctor --recover` to "
+            "rebuild it from what is still readable."
         )
         return [Check("run store", "failed", "; ".join(problems), hint)]
     try:
@@ -138,32 +138,32 @@ async def _store(client: AsyncTrainingClient) -> list[Check]:
         return [Check("run store", "failed", error.message, error.hint)]
     live = [run for run in runs if not run.status.is_terminal]
     doubtful = sum(run.stale is not None for run in live)
-    told = f"{len(runs)} runs, {len(live)} of them not over"
-    told += f", {doubtful} of these stale" if doubtful else ""
+    summary = f"{len(runs)} runs, {len(live)} in progress"
+    summary += f", {doubtful} of these stale" if doubtful else ""
     newest = max((run.last_seen_at or run.created_at for run in runs), default=None)
-    checks = [Check("run store", "ok", told)]
+    checks = [Check("run store", "ok", summary)]
     if newest is not None:
-        # That the newest time in it lies behind is natural.
+        # Only a time in the future shows that the clocks differ.
         ahead = max(newest - utc_now(), timedelta(0))
         checks.append(check_clock("the run store", ahead))
     return checks
 
 
 def check_clock(of: str, ahead: timedelta) -> Check:
-    """Say whether our clock agrees with a time that somebody else told.
+    """Check this machine's clock against another.
 
     Args:
-        of: Who told it.
-        ahead: How far it is ahead of ours.
+        of: Name of the other clock's owner.
+        ahead: How far the other clock is ahead of ours.
     """
     if abs(ahead) <= _CLOCKS_AGREE:
-        return Check("clock", "ok", f"agrees with that of {of}")
+        return Check("clock", "ok", f"in sync with {of}")
     way = "behind" if ahead > timedelta(0) else "ahead of"
     return Check(
         "clock",
         "failed",
         f"this machine's clock is {format_duration(abs(ahead))} {way} that of {of}",
-        "Have it set by the network (NTP): leases and signed links depend on it.",
+        "Synchronize it with NTP: leases and signed URLs depend on it.",
     )
 
 
@@ -184,7 +184,7 @@ async def _backend(client: AsyncTrainingClient, name: str) -> list[Check]:
 
 
 def check_extras(is_installed: Callable[[str], bool] | None = None) -> Sequence[Check]:
-    """Say which extras of this package are installed, as its own metadata names them."""
+    """Check which extras declared in the package metadata are installed."""
     is_installed = is_installed or _is_installed
     package = distribution(PACKAGE)
     needs: dict[str, list[str]] = {
@@ -215,10 +215,10 @@ def _is_installed(name: str) -> bool:
 
 
 def server_of(provider: str) -> str | None:
-    """Return the base URL to which a provider's key is sent, or None if it has no setting for it.
+    """Return the base URL to which a provider's key is sent, or None if it has no such setting.
 
     Raises:
-        ConfigError: The settings cannot be used.
+        ConfigError: The settings are invalid.
     """
     if provider not in installed_backends():
         return None
@@ -227,36 +227,36 @@ def server_of(provider: str) -> str | None:
 
 
 async def try_key(vault: CredentialVault, provider: str, profile: str | None) -> None:
-    """Ask the provider for something that changes nothing, with this key.
+    """Test a key with a read-only request to its provider.
 
     Raises:
         CredentialNotFound: There is no key.
-        AuthenticationFailed: The provider does not accept it.
+        AuthenticationFailed: The provider rejects the key.
         BackendUnavailable: The provider cannot be reached.
-        UnsupportedOperation: No installed backend works with this key.
+        UnsupportedOperation: No installed backend uses this key.
     """
     name, profile = check_names(provider, profile)
     if name not in installed_backends():
         raise UnsupportedOperation(
-            f"The key for {name} cannot be tested: no backend of this name is installed.",
-            hint="`training-backends backends` lists what is installed.",
+            f"The key for {name} cannot be tested: no backend with this name is installed.",
+            hint="List installed backends with `training-backends backends`.",
         )
     key = _OneKey(vault, name, profile)
     context = BackendContext(home=load_settings(Settings).home.expanduser(), credentials=key)
     backend = await to_thread.run_sync(make_backend, name, context)
     try:
         if backend.capabilities.lists_remote:
-            await backend.list_remote(RemoteFilters(suffix=_NOBODYS_SUFFIX))
+            await backend.list_remote(RemoteFilters(suffix=_UNUSED_SUFFIX))
     finally:
         await backend.aclose()
     if not key.was_asked:
         raise UnsupportedOperation(
-            f"The key for {name} cannot be tested: the backend asked for none.", backend=name
+            f"The key for {name} cannot be tested: the backend did not use it.", backend=name
         )
 
 
 class _OneKey:
-    """Gives a backend the key that is to be tried, whichever profile it is set to use."""
+    """Provides a backend with the key under test, whatever profile it is set to use."""
 
     def __init__(self, vault: CredentialVault, provider: str, profile: str) -> None:
         self._vault = vault
@@ -265,7 +265,7 @@ class _OneKey:
         self.was_asked = False
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
-        """Return the key, and any other as the vault has it."""
+        """Return the key under test, or another provider's key from the vault."""
         if provider != self._provider:
             return await self._vault.get(provider, profile)
         self.was_asked = True

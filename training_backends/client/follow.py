@@ -1,4 +1,4 @@
-"""Waiting for runs and reading their logs: all from the store, brought up to date meanwhile."""
+"""Waiting for runs and reading their logs from the store while it is kept up to date."""
 
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
@@ -10,7 +10,7 @@ from anyio import to_thread
 
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, due_at
+from training_backends.client.observe import Observer, due_at
 from training_backends.client.poller import RoundOf
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
@@ -29,54 +29,54 @@ log = get_logger()
 
 _PAGE: Final = 1000
 _SHORTEST: Final = 0.05
-_STORE_LOOK: Final = 0.5
-"""Seconds between two looks into the store, where another process may have written."""
+_STORE_INTERVAL: Final = 0.5
+"""Seconds between reads of the store, which other processes may update."""
 _FOLLOWED: Final = 4
-"""A followed run is looked at again after so many times the shortest interval, at most."""
+"""A followed run is polled at least every this many shortest intervals."""
 _LONGEST_TROUBLE: Final = 30.0
 
 
 class Following:
-    """Reads logs and waits for ends."""
+    """Streams logs and waits for runs to finish."""
 
     def __init__(
         self,
         store: RunStore,
         leases: Leases,
         records: RunRecords,
-        looks: Looks,
+        observer: Observer,
         round_of: RoundOf,
     ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
-        self._looks = looks
+        self._observer = observer
         self._round_of = round_of
 
     async def logs(
         self, run: TrainingRun, *, after: str | None, follow: bool
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield what is stored of a run's log, then what comes."""
+        """Yield the stored records of a run's log, then new ones."""
         asked = False
         trouble = _SHORTEST
         while True:
-            over = await to_thread.run_sync(self._store.is_whole, run.id)
+            complete = await to_thread.run_sync(self._store.is_whole, run.id)
             async with aclosing(self._stored(run.id, after)) as records:
                 async for record in records:
                     after = record.cursor
                     yield record
-            if over or (asked and not follow):
+            if complete or (asked and not follow):
                 return
             run = await to_thread.run_sync(self._store.get, run.id)
             if follow:
                 trouble = await self._follow(run, trouble)
             else:
                 await self._require_job(run)
-                await self._looks.look(run)
+                await self._observer.observe(run)
                 asked = True
 
     async def wait(self, runs: Collection[TrainingRun]) -> None:
-        """Return once all of the runs are over."""
+        """Return once all of the runs have finished."""
         await run_all(partial(self._launched, run.id) for run in runs)
         by_backend: dict[str, list[str]] = {}
         for run in runs:
@@ -95,26 +95,26 @@ class Following:
             after = page[-1].cursor
 
     async def _follow(self, run: TrainingRun, trouble: float) -> float:
-        """Look at a run if it is time and nobody else does; return the pause after trouble."""
+        """Observe a run if it is due and not being observed; return the next backoff."""
         await self._require_launch(run)
         if not await self._records.may_be_at_provider(run):
             await self._launched(run.id)
             return trouble
-        if not await self._looks.sees(run):
-            await anyio.sleep(_STORE_LOOK)  # whoever can observe it writes into the store
+        if not await self._observer.sees(run):
+            await anyio.sleep(_STORE_INTERVAL)  # the machine that can observe it updates the store
             return trouble
-        shortest, longest = (await self._looks.backend_of(run.backend)).poll_interval
+        shortest, longest = (await self._observer.backend_of(run.backend)).poll_interval
         now = utc_now()
         due = due_at(run, now, (shortest, min(longest, shortest * _FOLLOWED)))
         if due > now:
-            await anyio.sleep(min(max((due - now).total_seconds(), _SHORTEST), _STORE_LOOK))
+            await anyio.sleep(min(max((due - now).total_seconds(), _SHORTEST), _STORE_INTERVAL))
             return trouble
         async with self._leases.try_hold(f"look:{run.id}") as lease:
             if lease is not None:
                 try:
-                    await self._looks.watch(run)
+                    await self._observer.watch(run)
                 except TrainingBackendError as error:
-                    await self._bear(run, error)
+                    await self._tolerate(run, error)
                 else:
                     return _SHORTEST
         await anyio.sleep(trouble)
@@ -131,47 +131,47 @@ class Following:
                 await rounds.go()
                 for run in rounds.runs.values():
                     error = rounds.trouble_of(run.id)
-                    # A proxy's error page in place of an answer may be gone the next time.
+                    # An unreadable response may be a proxy's error page, which is temporary.
                     if error is not None and not isinstance(error, ProtocolError):
-                        await self._bear(run, error)
-                pause, trouble = await rounds.pause(_STORE_LOOK), _SHORTEST
+                        await self._tolerate(run, error)
+                pause, trouble = await rounds.pause(_STORE_INTERVAL), _SHORTEST
             except TrainingBackendError as error:
                 for run in rounds.runs.values():
-                    await self._bear(run, error)
+                    await self._tolerate(run, error)
                 pause, trouble = trouble, min(trouble * 2, _LONGEST_TROUBLE)
             await anyio.sleep(pause)
             await rounds.load()
 
-    async def _bear(self, run: TrainingRun, error: TrainingBackendError) -> None:
-        """Bear with a provider that cannot be asked now, for as long as the settings say."""
+    async def _tolerate(self, run: TrainingRun, error: TrainingBackendError) -> None:
+        """Tolerate an unreachable provider for `give_up_after`; re-raise other errors."""
         if isinstance(error, StoreError) or not error.retryable:
             raise error
         now = await to_thread.run_sync(self._store.get, run.id)
         since = now.stale.since if now.stale else utc_now()
-        if utc_now() - since > self._looks.settings.give_up_after:
+        if utc_now() - since > self._observer.settings.give_up_after:
             raise error
-        log.warning("run cannot be seen now", run_id=run.id, reason=error.message)
+        log.warning("run cannot be observed", run_id=run.id, reason=error.message)
 
     async def _launched(self, run_id: str) -> None:
-        """Return once a run has a job."""
+        """Return once a run has a job or has finished."""
         while True:
             run = await to_thread.run_sync(self._store.get, run_id)
             await self._require_launch(run)
             if run.status.is_terminal or await self._records.may_be_at_provider(run):
                 return
-            await anyio.sleep(_STORE_LOOK)
+            await anyio.sleep(_STORE_INTERVAL)
 
     async def _require_launch(self, run: TrainingRun) -> None:
-        """Refuse to wait for a run whose launch was cut off: it would stand for ever."""
+        """Require that a run's launch was not interrupted: waiting would never end."""
         if await self._records.is_abandoned(run):
-            backend = await self._looks.backend_of(run.backend)
-            what = f"wait for the run {run.id}, whose launch was cut off"
+            backend = await self._observer.backend_of(run.backend)
+            what = f"wait for run {run.id}, whose launch was interrupted"
             raise backend.unsupported(what, _again(run))
 
     async def _require_job(self, run: TrainingRun) -> None:
         if not await self._records.may_be_at_provider(run):
             raise RunNotFound(
-                f"The run {run.id} has no job at its provider yet, so no log.",
+                f"Run {run.id} has no log because it has no job at its provider yet.",
                 hint=_again(run),
                 backend=run.backend,
                 run_id=run.id,
@@ -180,5 +180,5 @@ class Following:
 
 def _again(run: TrainingRun) -> str:
     if run.resumed_from:
-        return f"`training-backends resume {run.id}` goes on with it."
-    return f"`training-backends launch --id {run.id}` with the same configuration goes on with it."
+        return f"Continue it with `training-backends resume {run.id}`."
+    return f"Continue it with `training-backends launch --id {run.id}` and the same configuration."

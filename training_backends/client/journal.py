@@ -1,4 +1,4 @@
-"""The journal of one launch, kept in the run store."""
+"""The journal of a launch, stored in the run store."""
 
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ from training_backends.store import Lease, RunStore
 __all__ = ["Confirm", "LaunchWatch", "OnNotice", "OnProgress", "OnUpdate", "StoreJournal"]
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with a step's name, bytes done and bytes in all."""
+"""Called with the step's name, bytes done and total bytes."""
 OnUpdate = Callable[[TrainingRun], None]
-"""Called with the run whenever something new is known."""
+"""Called with the run whenever its record changes."""
 OnNotice = Callable[[str], None]
-"""Called with a sentence that the user should read, such as that the run exists already."""
+"""Called with a notice for the user, such as that the run already exists."""
 Confirm = Callable[[Estimate], Awaitable[bool]]
-"""Asked before money is spent; False ends the launch."""
+"""Awaited before money is spent; False aborts the launch."""
 
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchWatch:
-    """Who is told, and asked, while a launch goes on."""
+    """The callbacks of a launch."""
 
     on_progress: OnProgress | None = None
     on_update: OnUpdate | None = None
@@ -45,15 +45,15 @@ class LaunchWatch:
     confirm: Confirm | None = None
 
     def notice(self, text: str) -> None:
-        """Pass on what the user should read; without a reader it goes to the log."""
+        """Pass a notice to the user, or log it if there is no callback."""
         (self.on_notice or log.warning)(text)
 
     async def decide(self, estimate: Estimate, budget: Budget) -> None:
-        """Check a cost against the budget, then ask `confirm`; a free run needs no consent.
+        """Check a cost against the budget, then await `confirm` unless the run is free.
 
         Raises:
-            BudgetExceeded: It is over the budget, the answer was no, or nobody can be asked
-                about a cost that is unknown although the budget limits it.
+            BudgetExceeded: The cost exceeds the budget, `confirm` returned False, or the cost is
+                unknown, the budget limits it and there is no `confirm`.
         """
         budget.check(estimate)
         if estimate.cost is not None and estimate.cost.amount == 0:
@@ -74,7 +74,7 @@ class LaunchWatch:
             raise BudgetExceeded("The launch was not confirmed; nothing was started.")
 
     def updated(self, run: TrainingRun) -> None:
-        """Report what is known of the run now."""
+        """Pass the current record of the run to `on_update`."""
         if self.on_update:
             with callers_own():
                 self.on_update(run)
@@ -84,8 +84,7 @@ class StoreJournal:
     """Implements `core.backend.Journal` over a `RunStore`.
 
     Args:
-        lease: Of this launch; a step is neither begun nor finished once it was lost. None: it
-            cannot be.
+        lease: Lease of this launch; steps fail once it is lost. None: no lease is needed.
     """
 
     def __init__(
@@ -115,13 +114,13 @@ class StoreJournal:
         elif find is not None:
             found = await find()
             if found is not None:
-                log.info("step found again", run_id=self._run_id, step=name)
+                log.info("interrupted step found completed", run_id=self._run_id, step=name)
                 return await self._finish(name, found)
         elif not repeatable:
             raise AmbiguousLaunch(
-                f"An earlier launch was cut off during {name!r}, and whether it got through "
-                "cannot be asked.",
-                hint="Look at the provider's own list of jobs before launching again.",
+                f"An earlier launch was interrupted during {name!r}, and it is unknown whether "
+                "that step succeeded.",
+                hint="Check the provider's own list of jobs before launching again.",
                 run_id=self._run_id,
             )
         return await self._finish(name, await self._do(name, do, find, begun_now=entry is None))
@@ -174,7 +173,7 @@ class StoreJournal:
             return await do()
         except TrainingBackendError as error:
             if not _may_have_happened(error):
-                # Of an earlier try, whose answer was lost, a refusal of this one says nothing.
+                # A rejection now says nothing about an earlier attempt whose response was lost.
                 if begun_now:
                     await to_thread.run_sync(
                         partial(self._store.forget, self._run_id, name, lease=self._lease)
@@ -183,7 +182,7 @@ class StoreJournal:
             found = await find() if find is not None else None
             if found is None:
                 raise
-            log.info("answer lost, effect found", run_id=self._run_id, step=name)
+            log.info("response lost, step found completed", run_id=self._run_id, step=name)
             return found
 
     async def _finish(self, name: str, result: JSONValue) -> JSONValue:
@@ -194,7 +193,7 @@ class StoreJournal:
 
 
 def _may_have_happened(error: TrainingBackendError) -> bool:
-    """Tell a clear refusal from an answer that never came or could not be read."""
+    """Return whether the request may have taken effect: no response, or an unreadable one."""
     if isinstance(error, BackendUnavailable):
         return error.sent
     return isinstance(error, ProtocolError)

@@ -1,4 +1,4 @@
-"""The records of runs on their way to a provider: launched once, continued, brought up to date."""
+"""Launching, stopping and resuming runs, each launch at most once."""
 
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from training_backends.client.journal import LaunchWatch, StoreJournal
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, report_change
+from training_backends.client.observe import Observer, report_change
 from training_backends.client.run_record import (
     LAUNCHED,
     about,
@@ -41,15 +41,15 @@ from training_backends.store import Lease, RunStore
 __all__ = ["LAUNCH_PATIENCE", "RunRecords", "Start", "Steering"]
 
 Start = Callable[[TrainingRun, Journal], Awaitable[RunState]]
-"""Has a backend start a run: `launch`, or `resume` from another one."""
+"""Starts a run at its backend: `launch`, or `resume` from another run."""
 _CHECKPOINT = "checkpoint"
-"""Journal step that remembers from where a resumed run starts."""
+"""Journal step that stores the checkpoint a resumed run starts from."""
 _DATA = "data files"
-"""Journal step that remembers the content of the data files at launch."""
+"""Journal step that stores the digests of the data files at launch."""
 
 
 class RunRecords:
-    """What the client does with its store besides reading it."""
+    """Updates the run store during launches."""
 
     def __init__(self, store: RunStore, leases: Leases) -> None:
         self._store = store
@@ -63,7 +63,7 @@ class RunRecords:
             return None
 
     async def remember_data(self, run_id: str, files: Iterable[DataFile]) -> None:
-        """Store size, time and digest of the data files that a run is launched on."""
+        """Store size, modification time and digest of a run's data files."""
 
         def store() -> None:
             self._store.finish(run_id, _DATA, list(_contents(files)))
@@ -71,40 +71,40 @@ class RunRecords:
         await to_thread.run_sync(store)
 
     async def changed_data(self, run_id: str) -> list[str]:
-        """Return the paths of the data files whose content differs from that at launch."""
+        """Return the paths of data files that have changed since the launch."""
         entry = await to_thread.run_sync(self._store.entry, run_id, _DATA)
         if entry is None or not isinstance(entry.result, list):
-            return []  # launched by an earlier version, or rebuilt from a damaged store
+            return []  # launched by an earlier version, or restored from a damaged store
         known: list[Any] = entry.result
         return await to_thread.run_sync(
             lambda: [str(file["path"]) for file in known if _has_changed(file)]
         )
 
     async def notice_known(self, run: TrainingRun, watch: LaunchWatch) -> None:
-        """Say of a repeated launch what it does not do, and whether the data has changed."""
+        """Notify the user that the run already exists, and of changed data files."""
         if run.status.is_terminal or await self.was_launched(run):
             watch.notice(f"Run {run.id} already exists ({run.status}); nothing launched.")
         for path in await self.changed_data(run.id):
-            watch.notice(f"The data file {path} has changed since the run {run.id} was launched.")
+            watch.notice(f"Data file {path} has changed since run {run.id} was launched.")
 
     async def has_open_step(self, run_id: str) -> bool:
-        """Tell whether a step was begun whose outcome is not known."""
+        """Return whether the outcome of a journal step is unknown."""
         return await to_thread.run_sync(self._store.has_open_step, run_id)
 
     async def was_launched(self, run: TrainingRun) -> bool:
-        """Tell whether the provider has accepted the run's start."""
+        """Return whether the provider has accepted the launch."""
         entry = await to_thread.run_sync(self._store.entry, run.id, LAUNCHED)
         return entry is not None
 
     async def may_be_at_provider(self, run: TrainingRun) -> bool:
-        """Tell whether asking the provider for the run makes sense."""
+        """Return whether the provider may have a job for the run."""
         return run.remote_id is not None or await self.was_launched(run)
 
     async def is_abandoned(self, run: TrainingRun) -> bool:
-        """Tell whether a run will stand still, because nobody launches it any more."""
+        """Return whether a run's launch was interrupted and no process continues it."""
         if run.status not in {TrainingStatus.PENDING, TrainingStatus.READY}:
             return False
-        # In this order: a launch that ends between the two looks has left its mark.
+        # In this order: a launch that finishes between the two checks is found by the second.
         launching = await to_thread.run_sync(self._leases.is_held, launch_lease(run.id))
         return not launching and not await self.was_launched(run)
 
@@ -116,10 +116,10 @@ class RunRecords:
         *,
         lease: Lease,
     ) -> TrainingRun:
-        """Have the backend start a recorded run, unless it was started before.
+        """Start a recorded run at its backend, unless it was already started.
 
         Args:
-            lease: Held as long as this goes on; without it, nothing is begun any more.
+            lease: Held for the whole launch; if it is lost, no further step is begun.
         """
         run = await to_thread.run_sync(self._store.get, run_id)
         if run.status.is_terminal or await self.was_launched(run):
@@ -142,25 +142,25 @@ class RunRecords:
     def resuming(
         self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
     ) -> Start:
-        """Return what starts a run as the continuation of `source`."""
+        """Return the `Start` that resumes `source`."""
 
         async def start(run: TrainingRun, journal: Journal) -> RunState:
             async def choose() -> str | None:
                 return checkpoint
 
-            # A repeated resumption goes on from where the first one was asked to.
+            # A repeated resume uses the checkpoint chosen first.
             chosen = await journal.step(_CHECKPOINT, choose, repeatable=True)
             wanted = checkpoint if chosen is None else str(chosen)
             if checkpoint not in {None, wanted}:
                 raise DuplicateRun(
-                    f"The run {run.id!r} is being resumed from {wanted} already.",
-                    hint="Leave the checkpoint out, or choose another --id.",
+                    f"Run {run.id!r} is already being resumed from {wanted}.",
+                    hint="Omit the checkpoint, or choose another --id.",
                     other=run.id,
                 )
             try:
                 return await backend.resume(source, run, journal, checkpoint=wanted)
             except (ConfigError, UnsupportedOperation):
-                # It cannot start there: the next try may name another one, or none.
+                # This checkpoint is not usable; the next attempt may choose another.
                 await to_thread.run_sync(self._store.forget, run.id, _CHECKPOINT)
                 raise
 
@@ -169,11 +169,11 @@ class RunRecords:
     async def saw(
         self, run: TrainingRun, state: RunState, *, accepted: bool = False
     ) -> TrainingRun:
-        """Store the state of a run and return the run with it.
+        """Store the state of a run and return the updated run.
 
         Args:
-            accepted: Whether it comes from a provider that has accepted the launch. Otherwise
-                there is no job, and so no log to be read later.
+            accepted: Whether the provider has accepted the launch. Otherwise there is no job,
+                and so no log to read later.
         """
 
         def change(now: TrainingRun) -> TrainingRun:
@@ -188,7 +188,7 @@ class RunRecords:
         return seen
 
     async def _launch_failed(self, run: TrainingRun, error: TrainingBackendError) -> None:
-        """Remember why a launch did not work; only a refused price ends the run."""
+        """Store why a launch failed; only an exceeded budget ends the run."""
         if isinstance(error, BudgetExceeded):
             failure = Failure(kind="quota", message=error.message)
             ended = ended_state(TrainingStatus.CANCELLED, failure)
@@ -205,7 +205,7 @@ def _contents(files: Iterable[DataFile]) -> Iterator[dict[str, Any]]:
         try:
             found, digest = file.path.stat(), digested(file).sha256
         except OSError:
-            continue  # the backend says so, if it needs the file
+            continue  # the backend raises an error if it needs the file
         yield {
             "path": str(file.path),
             "size": found.st_size,
@@ -215,7 +215,7 @@ def _contents(files: Iterable[DataFile]) -> Iterator[dict[str, Any]]:
 
 
 def _has_changed(known: dict[str, Any]) -> bool:
-    """Compare a file with what was stored of it; it is read only if size and time leave doubt."""
+    """Return whether a file has changed; it is read only if its modification time differs."""
     path = Path(known["path"])
     try:
         found = path.stat()
@@ -231,20 +231,22 @@ def _has_changed(known: dict[str, Any]) -> bool:
 
 
 LAUNCH_PATIENCE: Final = 5.0
-"""Seconds for which a stop waits for a launch going on elsewhere to have a job."""
+"""Seconds that `stop` waits for another process that is launching the run."""
 
 
 class Steering:
-    """Stops runs and resumes them."""
+    """Stops, resumes and discards runs."""
 
-    def __init__(self, store: RunStore, leases: Leases, records: RunRecords, looks: Looks) -> None:
+    def __init__(
+        self, store: RunStore, leases: Leases, records: RunRecords, observer: Observer
+    ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
-        self._looks = looks
+        self._observer = observer
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
-        """Ask the provider to end a run; cancel one that it does not have."""
+        """Ask the provider to stop a run; cancel a run without a job."""
         if run.status.is_terminal:
             return run
         if await self._records.may_be_at_provider(run):
@@ -261,14 +263,15 @@ class Steering:
     async def resume(
         self, run: TrainingRun, watch: LaunchWatch, *, checkpoint: str | None, new_id: str | None
     ) -> TrainingRun:
-        """Continue a run as a new one; go on with the launch of one that was cut off."""
-        backend = await self._looks.backend_of(run.backend)
+        """Continue a run as a new one, or continue its interrupted launch."""
+        backend = await self._observer.backend_of(run.backend)
         launched = await self._records.was_launched(run)
         if not run.status.is_terminal and not launched:
             return await self._launch_again(run, watch, checkpoint)
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
-                f"resume a run that is {run.status}", "Only a failed or cancelled run is resumed."
+                f"resume a run that is {run.status}",
+                "Resume failed or cancelled runs only.",
             )
         if not backend.capabilities.resumes:
             raise backend.unsupported(
@@ -276,7 +279,7 @@ class Steering:
             )
         if not (launched or run.remote_id or await self._records.has_open_step(run.id)):
             raise UnsupportedOperation(
-                f"The run {run.id!r} was never started, so there is nothing to resume.",
+                f"Run {run.id!r} was never started, so there is nothing to resume.",
                 hint="Launch its configuration again under a new id.",
                 backend=run.backend,
                 run_id=run.id,
@@ -289,7 +292,7 @@ class Steering:
             known = await self._records.known(new_run.id)
             if known is None:
                 if not backend.capabilities.quotes:
-                    # The best that is known of the price: what the run that it continues takes.
+                    # The best available estimate is that of the run being continued.
                     await watch.decide(run.estimate or Estimate(), run.config.budget)
                 await to_thread.run_sync(self._store.insert, new_run)
             else:
@@ -298,30 +301,30 @@ class Steering:
             return await self._records.launch(new_run.id, watch, start, lease=lease)
 
     async def discard(self, run: TrainingRun) -> TrainingRun:
-        """Cancel a draft that certainly never reached its provider; leave any other run alone."""
+        """Cancel a draft that never reached its provider; return any other run unchanged."""
         if await self._records.may_be_at_provider(run):
             return run
         if await self._records.has_open_step(run.id):
             raise UnsupportedOperation(
-                f"The launch of the run {run.id!r} was cut off, and the provider may have a job "
+                f"The launch of run {run.id!r} was interrupted, and the provider may have a job "
                 "for it.",
-                hint="Repeat the launch to find out, or stop the run before you delete it.",
+                hint="Repeat the launch to find out, or stop the run before deleting it.",
                 backend=run.backend,
                 run_id=run.id,
             )
         return await self._cancel_unlaunched(run)
 
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
-        backend = await self._looks.backend_of(run.backend)
+        backend = await self._observer.backend_of(run.backend)
         with about("stop", run):
             await backend.stop(run, save_checkpoint=save_checkpoint)
-        return await self._looks.look(run)
+        return await self._observer.observe(run)
 
     async def _cancel_unlaunched(self, run: TrainingRun) -> TrainingRun:
-        """Cancel a run that its provider does not have; leave it alone if it got there meanwhile.
+        """Cancel a run without a job; return it unchanged if it has one by now.
 
-        Done under the launch's lease: a launch going on elsewhere would start what is
-        recorded as over here, and nobody would look at it again.
+        Takes the launch's lease: otherwise another process could launch a job for a run that is
+        recorded as cancelled and no longer observed.
         """
         with anyio.move_on_after(LAUNCH_PATIENCE):
             async with self._leases.hold(launch_lease(run.id)):
@@ -331,18 +334,18 @@ class Steering:
                 return now
         now = await to_thread.run_sync(self._store.get, run.id)
         if now.remote_id == run.remote_id and not now.status.is_terminal:
-            backend = await self._looks.backend_of(run.backend)
+            backend = await self._observer.backend_of(run.backend)
             raise backend.unsupported(
-                "stop a run that is just being launched",
-                "End the program that launches it, or try again in a while.",
+                "stop a run that is being launched",
+                "Stop the program that is launching it, or try again later.",
             )
         return now
 
     async def _launch_again(
         self, run: TrainingRun, watch: LaunchWatch, checkpoint: str | None
     ) -> TrainingRun:
-        """Go on with a launch that was cut off, as what it was: a start or a resumption."""
-        backend = await self._looks.backend_of(run.backend)
+        """Continue an interrupted launch or resume."""
+        backend = await self._observer.backend_of(run.backend)
         start: Start = backend.launch
         if run.resumed_from is not None:
             source = await to_thread.run_sync(self._store.get, run.resumed_from)

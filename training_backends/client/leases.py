@@ -1,4 +1,4 @@
-"""Leases on work that several processes could take up: one has it, until it ends or dies."""
+"""Leases: exclusive locks on work that several processes share, released when a process dies."""
 
 import fcntl
 import os
@@ -26,30 +26,30 @@ __all__ = ["Leases"]
 log = get_logger()
 
 _TTL: Final = timedelta(seconds=60)
-"""After so long without a sign of life a lease held on another machine may be taken over."""
-_SIGN_OF_LIFE: Final = _TTL.total_seconds() / 4
-_LONG_AGO: Final = 86_400.0
-"""Seconds after which nobody asks any more whether a holder that died still lives."""
+"""A lease held on another machine expires if it is not renewed for this long."""
+_RENEW_INTERVAL: Final = _TTL.total_seconds() / 4
+_LOCK_FILE_AGE: Final = 86_400.0
+"""Seconds after which the lock file of a dead process is removed."""
 _FIRST_POLL, _LONGEST_POLL = 0.05, 0.5
 
 
 class Leases:
-    """What this process holds in a store that others share.
+    """The leases that this process holds in a shared run store.
 
-    Each holder keeps a locked file while it lives. The kernel lets go of it when the holder
-    dies, so on one machine a killed process blocks nobody, and one that is merely stopped or
-    slow loses nothing. Across machines only time tells: a thread renews what is held.
+    Each process keeps a locked file. The kernel releases the lock when the process dies, so on
+    one machine a killed process blocks no other, and a suspended or slow process keeps its
+    leases. Across machines leases expire; a thread renews those that are held.
 
     Args:
-        directory: Where the locked files lie, the same for all processes of this machine.
+        directory: Directory of the lock files, shared by all processes on this machine.
     """
 
     def __init__(self, store: RunStore, directory: Path) -> None:
         self._store = store
         self._directory = directory
-        # The machine's name is for people who look into the store.
+        # The host name only helps people who inspect the store.
         self._owner = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid4().hex[:12]}"
-        self._alive: int | None = None
+        self._lock_file: int | None = None
         self._held: dict[str, Lease] = {}
         self._guard = threading.Lock()
         self._ending = threading.Event()
@@ -57,7 +57,7 @@ class Leases:
 
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncGenerator[Lease, None]:
-        """Hold a lease; wait while another task or process does."""
+        """Hold a lease, waiting until it is free."""
         pause = _FIRST_POLL
         while (lease := await to_thread.run_sync(self._take, name)) is None:
             await anyio.sleep(pause)
@@ -67,7 +67,7 @@ class Leases:
 
     @asynccontextmanager
     async def try_hold(self, name: str) -> AsyncGenerator[Lease | None, None]:
-        """Hold a lease if nobody else does; None if somebody does."""
+        """Hold a lease if it is free; otherwise yield None."""
         lease = await to_thread.run_sync(self._take, name)
         if lease is None:
             yield None
@@ -76,22 +76,22 @@ class Leases:
             yield lease
 
     def is_held(self, name: str) -> bool:
-        """Tell whether some task or process, alive as far as can be told, holds a lease."""
+        """Return whether a task or process that is not known to be dead holds a lease."""
         with self._guard:
             return self._store.holder(name, is_gone=partial(self._is_gone, name)) is not None
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all leases."""
         self._ending.set()
         if self._renewer is not None:
             self._renewer.join()
         for lease in list(self._held.values()):
             self._release(lease)
-        if self._alive is not None:
+        if self._lock_file is not None:
             with suppress(FileNotFoundError):
                 self._path(self._owner).unlink()
-            os.close(self._alive)
-            self._alive = None
+            os.close(self._lock_file)
+            self._lock_file = None
 
     @asynccontextmanager
     async def _releasing(self, lease: Lease) -> AsyncGenerator[None, None]:
@@ -104,8 +104,8 @@ class Leases:
     def _take(self, name: str) -> Lease | None:
         with self._guard:
             if name in self._held:
-                return None  # by another task of ours
-            self._show_life()
+                return None  # held by another task of this process
+            self._start_renewing()
             lease = self._store.take(name, self._owner, _TTL, is_gone=partial(self._is_gone, name))
             if lease is not None:
                 self._held[name] = lease
@@ -117,23 +117,23 @@ class Leases:
         try:
             self._store.release(lease)
         except StoreError as error:
-            # Whoever waits sees that we are gone, or that the time is over.
+            # Others take it over once this process has exited or the lease has expired.
             log.warning("lease cannot be released", lease=lease.name, reason=error.message)
 
-    def _show_life(self) -> None:
-        """Lock our file and begin to renew, once."""
-        if self._alive is not None:
+    def _start_renewing(self) -> None:
+        """Lock this process's file and start the renewing thread, once."""
+        if self._lock_file is not None:
             return
         make_private_directory(self._directory)
         self._clear()
         path = self._path(self._owner)
-        self._alive = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._alive, fcntl.LOCK_EX)
+        self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         self._renewer = threading.Thread(target=self._renew, name="leases", daemon=True)
         self._renewer.start()
 
     def _renew(self) -> None:
-        while not self._ending.wait(_SIGN_OF_LIFE):
+        while not self._ending.wait(_RENEW_INTERVAL):
             for lease in list(self._held.values()):
                 try:
                     if not self._store.renew(lease, _TTL):
@@ -142,9 +142,9 @@ class Leases:
                     log.warning("lease cannot be renewed", lease=lease.name, reason=error.message)
 
     def _is_gone(self, name: str, owner: str) -> bool | None:
-        """Tell whether nobody holds a lease any more; None: its owner is not of this machine."""
+        """Return whether the owner of a lease is dead; None if it runs on another machine."""
         if owner == self._owner:
-            # A store that could not be reached may have kept what we do not know of, or let go of.
+            # The store may still list a lease whose release failed.
             return name not in self._held
         path = self._path(owner)
         if not path.exists():
@@ -152,10 +152,10 @@ class Leases:
         return not is_locked(path)
 
     def _clear(self) -> None:
-        """Remove what processes left that were killed long ago and hold nothing any more."""
+        """Remove old lock files of processes that were killed."""
         for path in self._directory.glob("*.alive"):
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _LONG_AGO and not is_locked(path):
+                if time.time() - path.stat().st_mtime > _LOCK_FILE_AGE and not is_locked(path):
                     path.unlink()
 
     def _path(self, owner: str) -> Path:

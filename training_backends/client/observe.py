@@ -1,4 +1,4 @@
-"""One look at a run: what its provider says is stored at once, with what follows from it."""
+"""Observing runs: asks a provider for status and log, and stores the answer."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -36,7 +36,7 @@ from training_backends.store import RunStore
 
 __all__ = [
     "BackendOf",
-    "Looks",
+    "Observer",
     "WatchSettings",
     "due_at",
     "expected_end",
@@ -47,19 +47,18 @@ __all__ = [
 ]
 
 _TENTH: Final = 10
-"""A change is noticed after a tenth of the time that it took to come, roughly."""
+"""The polling interval is a tenth of the time since the last change."""
 _JITTER: Final = 0.2
-"""Looks of many watchers at many runs are spread by this share of the interval."""
+"""Fraction of the interval by which polls are spread."""
 
 
 class WatchSettings(SectionSettings):
     """Section `watch`: `TRAINING_BACKENDS_WATCH__STILL_AFTER` and so on, as `90` (seconds) or `2h`.
 
     Attributes:
-        still_after: A run of which nothing has changed for so long is said to be still.
-        lost_after: A run that its provider does not know any more for so long has failed.
-        give_up_after: `wait` and a followed log end with an error once a provider could not
-            be reached for so long.
+        still_after: A run without progress for this long is reported as stalled.
+        lost_after: A run that its provider has not found for this long is marked as failed.
+        give_up_after: How long `wait` and `logs --follow` tolerate an unreachable provider.
     """
 
     section: ClassVar[str | None] = "watch"
@@ -70,24 +69,24 @@ class WatchSettings(SectionSettings):
 
 
 def interval(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> timedelta:
-    """Return the time between two looks at a run.
+    """Return the polling interval of a run.
 
     Args:
-        bounds: Of what is returned, before jitter.
+        bounds: Shortest and longest interval, before jitter.
     """
     shortest, longest = bounds
     wanted = max(now - last_change(run), timedelta(0)) / _TENTH
     end = expected_end(run)
     if end is not None:
-        # Soon after the time it was to end, the end is as near as soon before.
+        # Poll as often just after the expected end as just before it.
         wanted = min(wanted, abs(end - now) / _TENTH)
     return min(max(wanted, shortest), longest)
 
 
 def due_at(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> datetime:
-    """Return when a run is to be looked at again; the same for everybody who asks.
+    """Return when a run is due to be observed again.
 
-    It follows from the record alone, so that several watchers agree without a word.
+    Depends only on the record, so that several watchers agree without coordination.
     """
     if run.last_seen_at is None:
         return now
@@ -97,14 +96,14 @@ def due_at(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta])
 
 
 def last_change(run: TrainingRun) -> datetime:
-    """Return when anything of a run was last known to change."""
+    """Return the time of the last known change of a run."""
     moments = [run.created_at, run.started_at, run.finished_at, run.changed_at]
     moments += [point.at for point in run.checkpoints]
     return max(moment for moment in moments if moment is not None)
 
 
 def expected_end(run: TrainingRun) -> datetime | None:
-    """Return when a run that trains will be over at its present pace, or None."""
+    """Return when a run will finish at its current pace, or None if unknown."""
     if run.started_at is None:
         return None
     if run.step and run.total_steps and run.step < run.total_steps:
@@ -118,17 +117,17 @@ def expected_end(run: TrainingRun) -> datetime | None:
 log = get_logger()
 
 BackendOf = Callable[[str], Awaitable[TrainingBackend]]
-"""Gives the backend with a name."""
+"""Returns the backend with a name."""
 
 _WATCH = "watch"
-"""Source of the log records that only whoever watches can tell."""
+"""Source of log records that the client adds while observing."""
 
 
-class Looks:
-    """Asks providers about runs and keeps the answers, each log record once.
+class Observer:
+    """Observes runs at their providers and stores the results, each log record once.
 
-    Several processes may look at the same run: the log is stored behind the cursor that it
-    was asked for, so whoever comes second adds nothing.
+    Several processes may observe the same run: records are stored only if the cursor is still the
+    one they were requested with, so the second process adds nothing.
     """
 
     def __init__(self, store: RunStore, backend_of: BackendOf, settings: WatchSettings) -> None:
@@ -136,17 +135,17 @@ class Looks:
         self.backend_of = backend_of
         self.settings = settings
 
-    async def look(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
-        """Ask where a run stands, store that and the new part of its log, and return it.
+    async def observe(self, run: TrainingRun, *, patience: float | None = None) -> TrainingRun:
+        """Observe a run, store its status and new log records, and return it.
 
         Args:
-            patience: Seconds to wait for the answer, where the verb's own limit is too long.
+            patience: Seconds to wait for the answer, if less than the method's own limit.
 
         Raises:
-            RunNotFound: The provider does not know it, and the record says so now; or it was
-                deleted here meanwhile, and nothing was stored.
+            RunNotFound: The provider does not have the run, which is now recorded; or it was
+                deleted here in the meantime, and nothing was stored.
             UnsupportedOperation: It can only be observed from another machine or home.
-            TrainingBackendError: It cannot be asked; the record says so now.
+            TrainingBackendError: The provider cannot be reached, which is now recorded.
         """
         await self.require_here(run, "observe")
         backend = await self.backend_of(run.backend)
@@ -156,7 +155,7 @@ class Looks:
                 with about("observe", run), time_limit(patience, _slow(run, patience)):
                     seen = await backend.observe(run, after=after)
             except RunNotFound:
-                await self._vanished(run)
+                await self._not_found(run)
                 raise
             except TrainingBackendError as error:
                 await self.unreachable([run], error)
@@ -172,33 +171,33 @@ class Looks:
         return (await self.backend_of(run.backend)).sees(run)
 
     async def require_here(self, run: TrainingRun, verb: str) -> None:
-        """Require that a run, over or not, can be reached from here.
+        """Require that a run, finished or not, is accessible from here.
 
         Raises:
-            UnsupportedOperation: Only another machine or home can.
+            UnsupportedOperation: It belongs to another machine or home.
         """
         backend = await self.backend_of(run.backend)
         if run.place is not None and not backend.sees(run):
             raise backend.unsupported(
-                f"{verb} the run {run.id} from here: it belongs to {run.place}",
+                f"{verb} run {run.id} from here: it belongs to {run.place}",
                 f"Run the command on {run.place.host} with TRAINING_BACKENDS_HOME="
                 f"{run.place.path}.",
             )
 
     async def watch(self, run: TrainingRun, *, patience: float | None = None) -> None:
-        """Look at a run, take a missing one as it is, and stop one that outlives its budget.
+        """Observe a run, and stop it if it exceeds the duration limit of its budget.
 
-        The budget holds for a run that cannot be observed too: its start is on record. A run
-        that is deleted meanwhile is dropped without an error.
+        The limit also applies to a run that cannot be observed, based on its recorded start. A
+        run that was deleted or is not found at its provider is no error.
 
         Args:
-            patience: See `look`.
+            patience: See `observe`.
 
         Raises:
-            TrainingBackendError: The provider cannot be asked.
+            TrainingBackendError: The provider cannot be reached.
         """
         try:
-            run = await self.look(run, patience=patience)
+            run = await self.observe(run, patience=patience)
         except RunNotFound:
             return
         except StoreError:
@@ -210,19 +209,19 @@ class Looks:
         with suppress(RunNotFound):
             await self.within_budget(run)
 
-    async def stand(self, runs: Sequence[TrainingRun]) -> None:
-        """Remember that runs were seen and stand as they did."""
+    async def mark_unchanged(self, runs: Sequence[TrainingRun]) -> None:
+        """Record that runs were observed and have not changed."""
         now = utc_now()
         await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
         doubted = [run for run in runs if run.stale and run.stale.kind != "still"]
         await self._change_all(doubted, partial(_stale, found=None))
         for run in runs:
-            with suppress(RunNotFound):  # deleted meanwhile
+            with suppress(RunNotFound):  # deleted in the meantime
                 if run.stale is None and (found := self._standstill(run, now)):
                     await self._note(run, partial(_stale, found=found), found.message)
 
     async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
-        """Remember that the provider cannot be asked about runs."""
+        """Record that the provider of some runs cannot be reached."""
         found = Staleness(kind="unreachable", since=utc_now(), message=error.message)
 
         def doubt(now: TrainingRun) -> TrainingRun:
@@ -236,7 +235,7 @@ class Looks:
         await self._change_all([run for run in trusted if await self._is_ours(run)], doubt)
 
     async def _is_ours(self, run: TrainingRun) -> bool:
-        """Return whether this client may say that a run cannot be observed."""
+        """Return whether this client is able to observe a run at all."""
         with suppress(TrainingBackendError):
             return await self.sees(run)
         return False
@@ -244,7 +243,7 @@ class Looks:
     async def _change_all(
         self, runs: Sequence[TrainingRun], change: Callable[[TrainingRun], TrainingRun]
     ) -> None:
-        """Change the records of runs; those that were deleted meanwhile are passed over."""
+        """Change the records of runs, skipping those deleted in the meantime."""
         created = {run.id: run.created_at for run in runs}
 
         def change_same(now: TrainingRun) -> TrainingRun:
@@ -252,12 +251,12 @@ class Looks:
 
         await to_thread.run_sync(self._store.update_all, created, change_same)
 
-    # -- what an answer leads to -------------------------------------------------------
+    # -- results -----------------------------------------------------------------------
 
     async def _stored(
         self, run: TrainingRun, seen: Observation, after: str | None
     ) -> TrainingRun | None:
-        """Store a look; None: another one was stored meanwhile, so look again behind it."""
+        """Store an observation; None if another was stored first and ours must be repeated."""
 
         def change(now: TrainingRun) -> TrainingRun:
             changed = with_state(_same(now, run), seen.state)
@@ -282,17 +281,17 @@ class Looks:
         return Staleness(
             kind="still",
             since=since,
-            message=f"nothing has changed for {format_duration(now - since)}",
+            message=f"no progress for {format_duration(now - since)}",
         )
 
-    async def _vanished(self, run: TrainingRun) -> None:
-        """Say that a run is missing; after a while of that, that it is lost."""
+    async def _not_found(self, run: TrainingRun) -> None:
+        """Record that the provider does not have a run; after `lost_after`, that it is lost."""
         now = utc_now()
         launched = await to_thread.run_sync(self._store.entry, run.id, LAUNCHED)
         if run.status.is_terminal or launched is None:
-            return  # of a launch that was cut off the provider may well know nothing
+            return  # an interrupted launch may not have reached the provider
         if run.stale is None or run.stale.kind != "vanished":
-            message = "the provider does not know this run any more"
+            message = "the provider no longer has this run"
             found = Staleness(kind="vanished", since=now, message=message)
             doubt = {"stale": found, "last_seen_at": now}
             await self._note(run, lambda it: it.model_copy(update=doubt), message)
@@ -300,7 +299,7 @@ class Looks:
             gone = format_duration(now - run.stale.since)
             failure = Failure(
                 kind="lost",
-                message=f"the provider has not known this run for {gone}",
+                message=f"the provider has not found this run for {gone}",
             )
             state = RunState(status=TrainingStatus.FAILED, failure=failure, finished_at=now)
             await self._note(run, lambda it: it.updated(state), failure.message, status="failed")
@@ -314,10 +313,12 @@ class Looks:
         except StoreError:
             raise
         except TrainingBackendError as error:
-            log.warning("run over its budget not stopped", run_id=run.id, reason=error.message)
+            log.warning(
+                "run that exceeds its budget was not stopped", run_id=run.id, reason=error.message
+            )
 
     async def within_budget(self, run: TrainingRun) -> TrainingRun:
-        """Stop a run that trains for longer than its budget allows.
+        """Stop a run that has exceeded the duration limit of its budget.
 
         Raises:
             TrainingBackendError: It cannot be stopped.
@@ -334,10 +335,10 @@ class Looks:
             with about("stop", run):
                 await backend.stop(run)
         if run.failure is not None and run.failure.kind == "timeout":
-            return run  # said before
-        over = f"it has trained for {format_duration(now - began)}, the budget allows"
-        message = f"{over} {format_duration(limit)}"
-        verdict = "stopped" if backend.capabilities.stops else "it cannot be stopped here"
+            return run  # already reported
+        took, allowed = format_duration(now - began), format_duration(limit)
+        message = f"trained for {took}, which exceeds budget.max_duration ({allowed})"
+        verdict = "stopped" if backend.capabilities.stops else "cannot be stopped by this backend"
         failure = Failure(kind="timeout", message=f"{verdict}: {message}")
         return await self._note(
             run, lambda it: it.model_copy(update={"failure": failure}), failure.message
@@ -350,7 +351,7 @@ class Looks:
         message: str,
         **fields: str,
     ) -> TrainingRun:
-        """Change a record for a reason of ours and say so in its log."""
+        """Change a record and add the reason to its log."""
         log.warning(message, run_id=run.id, backend=run.backend)
         record = LogRecord(
             at=utc_now(),
@@ -365,8 +366,8 @@ class Looks:
         )
 
 
-def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> None:
-    """Log that a run has moved, or that its provider says what cannot be."""
+def report_change(before: TrainingRun, after: TrainingRun, reported: RunState) -> None:
+    """Log a status change, or a status that contradicts the recorded terminal one."""
     if after.status is not before.status:
         log.info(
             "run changed",
@@ -376,31 +377,31 @@ def report_change(before: TrainingRun, after: TrainingRun, told: RunState) -> No
             before=before.status,
             status=after.status,
         )
-    if after.status is not told.status:
+    if after.status is not reported.status:
         log.warning(
-            "run that is over is told of otherwise",
+            "provider contradicts the terminal status",
             run_id=after.id,
             status=after.status,
-            told=told.raw_status or told.status,
+            told=reported.raw_status or reported.status,
         )
 
 
-def _same(now: TrainingRun, looked_at: TrainingRun) -> TrainingRun:
-    """Return a run's record as it is now.
+def _same(now: TrainingRun, observed: TrainingRun) -> TrainingRun:
+    """Return `now` if it is the record of the run that was observed.
 
     Raises:
-        RunNotFound: The run that was looked at was deleted, and its id names a new one.
+        RunNotFound: The run was deleted, and its id belongs to a new run.
     """
-    if now.created_at != looked_at.created_at:
+    if now.created_at != observed.created_at:
         raise RunNotFound(
-            f"The run {now.id} was deleted while its backend was asked about it.", run_id=now.id
+            f"Run {now.id} was deleted while its backend was being asked.", run_id=now.id
         )
     return now
 
 
 def last_seen(run: TrainingRun) -> TrainingRun:
-    """Return a run that cannot be observed from here, with the reason."""
-    message = f"only {run.place} can observe this run"
+    """Return a run that cannot be observed from here, with the reason in `stale`."""
+    message = f"this run can only be observed from {run.place}"
     since = run.last_seen_at or run.created_at
     return _stale(run, Staleness(kind="elsewhere", since=since, message=message))
 
@@ -414,7 +415,7 @@ def _slow(run: TrainingRun, patience: float | None) -> BackendUnavailable:
 
 
 def _is_doubted(run: TrainingRun, found: Staleness) -> bool:
-    """Return whether a record says already that its provider cannot be asked, and why."""
+    """Return whether a record already has this reason for being stale."""
     if run.stale is None or run.stale.kind == "still":
         return False
     return run.stale.kind != found.kind or run.stale.message == found.message

@@ -1,4 +1,4 @@
-"""The live runs of one backend, kept in memory, brought up to date as their time comes."""
+"""Polling the live runs of one backend when they are due."""
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from training_backends.client.boundary import has_lists, is_about_server
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Looks, due_at
+from training_backends.client.observe import Observer, due_at
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
@@ -25,21 +25,21 @@ __all__ = ["Round", "RoundOf", "Sweep"]
 log = get_logger()
 
 _LISTED: Final = 100
-"""Runs that a list tells of in one request, where a provider has lists."""
+"""Runs per request, for providers that list many."""
 _AT_ONCE: Final = 5
-"""Runs asked for at the same time; more would cost more each (see `HttpPolicy`)."""
+"""Concurrent requests; more would slow each of them down (see `HttpPolicy`)."""
 _FIRST_TROUBLE, _LONGEST_TROUBLE = timedelta(seconds=1), timedelta(minutes=5)
-"""Pause before a run is asked for again that could not be observed; doubled each time."""
+"""Backoff after a failed observation of a run; doubled each time."""
 _PATIENCE: Final = 30.0
-"""Seconds for one run's answer where other runs of the sweep are waiting."""
+"""Seconds to wait for one run while other runs of the sweep are waiting."""
 _SHORTEST_PAUSE: Final = 0.05
 _REST: Final = 4.0
-"""A sweep is followed by a rest of at least so many times its own length."""
+"""The pause after a sweep is at least this many times its duration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trouble:
-    """Why something could not be asked for, and when to try it again."""
+    """An error and when to retry."""
 
     error: TrainingBackendError
     pause: timedelta
@@ -47,18 +47,18 @@ class _Trouble:
 
     @classmethod
     def after(cls, error: TrainingBackendError, before: "_Trouble | None") -> "_Trouble":
-        """Wait twice as long as before."""
+        """Return the trouble that follows `before`, with twice its pause."""
         pause = min(before.pause * 2, _LONGEST_TROUBLE) if before else _FIRST_TROUBLE
         return cls(error=error, pause=pause, until=utc_now() + pause)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What a sweep did.
+    """The result of a sweep.
 
     Attributes:
-        asked: Runs that were looked at.
-        details: Those of them that were asked for by themselves.
+        asked: Number of runs observed.
+        details: Number of those observed by a request of their own.
     """
 
     asked: int = 0
@@ -66,22 +66,22 @@ class Sweep:
 
 
 class RoundOf(Protocol):
-    """Makes the round of a backend's live runs, or of some of them."""
+    """Creates the `Round` of a backend."""
 
     def __call__(self, backend: str, *, only: Collection[str] | None = None) -> "Round":
-        """Make it."""
+        """Return the round of all live runs, or of those in `only`."""
         ...
 
 
 class Round:
-    """Looks at live runs again and again: lists first, details only of what has changed.
+    """Polls live runs: lists first, then details of the runs that have changed.
 
-    An error about one run keeps to that run, which is asked for less and less often. Only errors
-    about the server (no connection, 401, 429) hold for all runs, and so does a server that
-    answers for none of the first few.
+    An error for one run affects only that run, which is polled with increasing backoff. Errors of
+    the server (no connection, 401, 429) apply to all runs, and so does a server that fails for
+    each of the first few runs.
 
     Args:
-        only: Ids of the runs that it is about; None: all of the backend.
+        only: Ids of the runs to poll; None: all runs of the backend.
     """
 
     def __init__(
@@ -89,29 +89,29 @@ class Round:
         name: str,
         store: RunStore,
         leases: Leases,
-        looks: Looks,
+        observer: Observer,
         *,
         only: Collection[str] | None = None,
     ) -> None:
         self._name = name
         self._store = store
         self._leases = leases
-        self._looks = looks
+        self._observer = observer
         self._only = only
         self._versions: dict[str, int] = {}
         self._took = 0.0
         self._troubles: dict[str, _Trouble] = {}
         self._no_lists: _Trouble | None = None
         self.runs: dict[str, TrainingRun] = {}
-        """The live runs, as they were when last loaded."""
+        """The live runs, as last loaded."""
 
     @property
     def lease(self) -> str:
-        """Name of the lease under which the backend's runs are looked at."""
+        """Name of the lease held while the backend's runs are polled."""
         return f"watch:{self._name}"
 
     async def load(self) -> None:
-        """Bring `runs` to what the store says, reading only what has changed."""
+        """Update `runs` from the store, reading only records that have changed."""
         live = await to_thread.run_sync(
             lambda: self._store.live(backend=self._name, known=self._versions, only=self._only)
         )
@@ -125,15 +125,15 @@ class Round:
                 self.runs[run_id] = run.model_copy(update={"last_seen_at": seen_at})
 
     def trouble_of(self, run_id: str) -> TrainingBackendError | None:
-        """Return why a run could not be observed the last time, or None."""
+        """Return the error of the last observation of a run, or None."""
         found = self._troubles.get(run_id)
         return None if found is None else found.error
 
     async def go(self) -> Sweep:
-        """Look at what is due, unless somebody else is at it.
+        """Observe the runs that are due, unless another watcher is doing so.
 
         Raises:
-            TrainingBackendError: The provider cannot be asked; the records say so.
+            TrainingBackendError: The provider cannot be reached, which is now recorded.
         """
         await self.load()
         await self._require_backend()
@@ -142,7 +142,7 @@ class Round:
         except StoreError:
             raise
         except TrainingBackendError as error:
-            await self._looks.unreachable(list(self.runs.values()), error)
+            await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
     async def _go(self) -> Sweep:
@@ -152,7 +152,7 @@ class Round:
         async with self._leases.try_hold(self.lease) as lease:
             if lease is None:
                 return Sweep()
-            await self.load()  # another watcher may have been at it until now
+            await self.load()  # another watcher may have just finished a sweep
             return await self._sweep()
 
     async def pause(self, longest: float) -> float:
@@ -164,30 +164,30 @@ class Round:
         return max(wanted, self._took * _REST, _SHORTEST_PAUSE)
 
     async def _due(self, now: datetime) -> dict[str, datetime]:
-        """Return when each run is to be looked at, of those that can be observed from here."""
+        """Return when each run that can be observed from here is due."""
         if not self.runs:
             return {}
-        bounds = (await self._looks.backend_of(self._name)).poll_interval
+        bounds = (await self._observer.backend_of(self._name)).poll_interval
         return {
-            run_id: max(due_at(run, now, bounds), self._free_at(run_id) or now)
+            run_id: max(due_at(run, now, bounds), self._retry_at(run_id) or now)
             for run_id, run in self.runs.items()
-            if await self._looks.sees(run)
+            if await self._observer.sees(run)
         }
 
-    def _free_at(self, run_id: str) -> datetime | None:
+    def _retry_at(self, run_id: str) -> datetime | None:
         found = self._troubles.get(run_id)
         return None if found is None else found.until
 
     async def _require_backend(self) -> None:
-        """Make the backend; that it cannot be made here says nothing of its runs elsewhere."""
+        """Create the backend; a failure here says nothing about its runs."""
         if self.runs:
-            await self._looks.backend_of(self._name)
+            await self._observer.backend_of(self._name)
 
     async def refresh(self) -> None:
-        """Look at all runs that can be observed from here, whether or not they are due.
+        """Observe all runs that can be observed from here, whether or not they are due.
 
         Raises:
-            TrainingBackendError: The provider cannot be asked; the records say so.
+            TrainingBackendError: The provider cannot be reached, which is now recorded.
         """
         await self.load()
         await self._require_backend()
@@ -196,7 +196,7 @@ class Round:
         except StoreError:
             raise
         except TrainingBackendError as error:
-            await self._looks.unreachable(list(self.runs.values()), error)
+            await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
     async def _sweep(self, *, due_only: bool = True) -> Sweep:
@@ -205,32 +205,32 @@ class Round:
         if not due_only:
             due = dict.fromkeys(due, now)
         runs = [self.runs[run_id] for run_id in due]
-        ripe = [run for run in runs if due[run.id] <= now]
-        if not ripe:
+        ready = [run for run in runs if due[run.id] <= now]
+        if not ready:
             return Sweep()
-        backend = await self._looks.backend_of(self._name)
-        # Those that would be due soon anyway count: one list now spares their requests.
+        backend = await self._observer.backend_of(self._name)
+        # Count runs that are due soon as well: one list now saves their requests.
         soon = [run for run in runs if due[run.id] <= now + (now - _seen_at(run)) / 2]
         lists = has_lists(backend) and not (self._no_lists and self._no_lists.until > now)
         if lists and len(soon) > 1 + len(runs) / _LISTED:
-            moved = await self._by_lists(backend, runs)
-            if moved is not None:
-                await self._one_by_one(moved, answered=True)
-                return Sweep(asked=len(runs), details=len(moved))
-        await self._one_by_one(ripe)
-        return Sweep(asked=len(ripe), details=len(ripe))
+            changed = await self._by_lists(backend, runs)
+            if changed is not None:
+                await self._one_by_one(changed, answered=True)
+                return Sweep(asked=len(runs), details=len(changed))
+        await self._one_by_one(ready)
+        return Sweep(asked=len(ready), details=len(ready))
 
     async def _by_lists(
         self, backend: TrainingBackend, runs: Sequence[TrainingRun]
     ) -> Sequence[TrainingRun] | None:
-        """Look at all runs by lists and return those that have to be asked for by themselves.
+        """Observe all runs by lists and return those that need a request of their own.
 
-        None if the lists could not be read, for a reason that need not hold for each run.
+        Returns None if listing failed for a reason that may not apply to single runs.
         """
         began = anyio.current_time()
         try:
             with bound(backend=self._name), span("training_backends.statuses", backend=self._name):
-                told = await backend.statuses(runs)
+                listed = await backend.statuses(runs)
         except TrainingBackendError as error:
             if is_about_server(error):
                 raise
@@ -238,58 +238,58 @@ class Round:
             self._no_lists = _Trouble.after(error, self._no_lists)
             return None
         self._no_lists = None
-        standing = [run for run in runs if _stands(run, told.get(run.id))]
-        await self._looks.stand(standing)
+        unchanged = [run for run in runs if _is_unchanged(run, listed.get(run.id))]
+        await self._observer.mark_unchanged(unchanged)
         self._took = anyio.current_time() - began
-        stood = {run.id for run in standing}
+        unchanged_ids = {run.id for run in unchanged}
         now = utc_now()
-        free = [run for run in runs if (self._free_at(run.id) or now) <= now]
-        for run in free:
-            if run.id in stood:
-                await self._alone(run, self._looks.within_budget)
-        return [run for run in free if run.id not in stood]
+        retriable = [run for run in runs if (self._retry_at(run.id) or now) <= now]
+        for run in retriable:
+            if run.id in unchanged_ids:
+                await self._alone(run, self._observer.within_budget)
+        return [run for run in retriable if run.id not in unchanged_ids]
 
     async def _one_by_one(self, runs: Sequence[TrainingRun], *, answered: bool = False) -> None:
-        """Look at each run by itself.
+        """Observe each run by a request of its own.
 
         Args:
             answered: Whether the server has just answered.
 
         Raises:
-            TrainingBackendError: It holds for all runs of the backend.
+            TrainingBackendError: The error applies to all runs of the backend.
         """
         began = anyio.current_time()
         if not answered:
             self._took = 0.0
         earlier = self._took
-        look = partial(self._looks.watch, patience=_PATIENCE if len(self.runs) > 1 else None)
-        away = 0
+        watch = partial(self._observer.watch, patience=_PATIENCE if len(self.runs) > 1 else None)
+        unavailable = 0
 
-        async def look_at(run: TrainingRun) -> None:
-            nonlocal answered, away
-            # Read it again next time even at the same version: after a delete, its id may name
-            # a new run.
+        async def observe(run: TrainingRun) -> None:
+            nonlocal answered, unavailable
+            # Reload the record even at the same version: after a delete, its id may belong to a
+            # new run.
             self._versions.pop(run.id, None)
-            error = await self._alone(run, look)
+            error = await self._alone(run, watch)
             if isinstance(error, BackendUnavailable):
-                away += 1
-                if not answered and away >= min(_AT_ONCE, len(self.runs)):
+                unavailable += 1
+                if not answered and unavailable >= min(_AT_ONCE, len(self.runs)):
                     raise error
                 return
             answered = True
             if error is None:
-                # Without what the troubled took: a run that hangs must not slow the others.
+                # Not counting failed runs: a run that hangs must not slow down the others.
                 self._took = earlier + anyio.current_time() - began
 
-        await run_all((partial(look_at, run) for run in runs), at_once=_AT_ONCE)
+        await run_all((partial(observe, run) for run in runs), at_once=_AT_ONCE)
 
     async def _alone(
         self, run: TrainingRun, work: Callable[[TrainingRun], Awaitable[object]]
     ) -> TrainingBackendError | None:
-        """Do something about one run; return an error that holds for that run alone.
+        """Do `work` for one run; return an error that applies only to that run.
 
         Raises:
-            TrainingBackendError: It holds for all runs of the backend.
+            TrainingBackendError: The error applies to all runs of the backend.
         """
         try:
             await work(run)
@@ -309,11 +309,11 @@ def _seen_at(run: TrainingRun) -> datetime:
     return run.last_seen_at or run.created_at
 
 
-def _stands(run: TrainingRun, told: RunState | None) -> bool:
-    """Tell whether a list's entry says nothing that the record does not say."""
+def _is_unchanged(run: TrainingRun, listed: RunState | None) -> bool:
+    """Return whether a list entry adds nothing to the record."""
     return (
-        told is not None
-        and told.status is run.status
-        and told.raw_status in {None, run.raw_status}
-        and told.changed_at in {None, run.changed_at}
+        listed is not None
+        and listed.status is run.status
+        and listed.raw_status in {None, run.raw_status}
+        and listed.changed_at in {None, run.changed_at}
     )

@@ -1,4 +1,4 @@
-"""A new run store from what a damaged one still holds and what the providers list."""
+"""Rebuild a damaged run store from its readable parts and the providers' job lists."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,20 +20,20 @@ from training_backends.store.salvage import Salvage, salvage, set_aside
 __all__ = ["Recovery", "recover"]
 
 _LABEL = "recovered"
-"""Set on runs that only their provider told of: perhaps somebody else's on the same account."""
+"""Label of runs found only at their provider; they may belong to others on the same account."""
 _BEFORE_START = frozenset({TrainingStatus.PENDING, TrainingStatus.VALIDATING, TrainingStatus.READY})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """What became of a run store.
+    """The result of a recovery.
 
     Attributes:
-        damaged: Where the old store lies now; None if there was none.
-        saved: Ids of the runs that could be read from it.
-        found: Ids of further runs that providers told of.
-        left_out: Jobs that providers listed and that say too little to make a run of.
-        unasked: Backends that could not be asked, with the reason.
+        damaged: Path of the backup of the old store; None if there was none.
+        saved: Ids of the runs read from it.
+        found: Ids of further runs found at providers.
+        left_out: Number of provider jobs with too little data to restore a run.
+        unasked: Backends whose jobs could not be listed, with the reason.
     """
 
     damaged: Path | None = None
@@ -46,11 +46,11 @@ class Recovery:
 async def recover(
     url: str, store: RunStore, names: Iterable[str], backend_of: BackendOf
 ) -> Recovery:
-    """Set a store aside and fill a new one.
+    """Back up a run store and rebuild it.
 
     Args:
-        store: At `url`; its connections are closed first.
-        names: Backends to ask for their runs.
+        store: The store at `url`; its connections are closed first.
+        names: Backends whose jobs are listed.
 
     Raises:
         StoreError: Another process uses the store, or its files cannot be moved.
@@ -60,7 +60,7 @@ async def recover(
     old = await to_thread.run_sync(salvage, damaged) if damaged else Salvage()
     for run in old.runs:
         await to_thread.run_sync(store.restore, run, old.steps.get(run.id, []))
-    # One that has no file was not set aside.
+    # A store without a file, such as PostgreSQL, is not backed up and keeps its runs.
     there = await to_thread.run_sync(store.list)
     known = {(run.backend, run.remote_id) for run in there}
     taken = {run.id for run in there}
@@ -96,7 +96,7 @@ async def recover(
 
 
 def _run_of(backend: str, remote: RemoteRun, taken: set[str]) -> TrainingRun | None:
-    """Make the record of a run that only its provider knows; None if that is too little."""
+    """Return a record for a job found at its provider, or None if its data is incomplete."""
     if remote.config is None:
         return None
     run_id = remote.run_id or f"{backend}-{remote.remote_id}"
@@ -114,7 +114,7 @@ def _run_of(backend: str, remote: RemoteRun, taken: set[str]) -> TrainingRun | N
 
 
 def _steps_of(remote: RemoteRun) -> list[SavedStep]:
-    """Say that a job that goes on was launched: nobody is to start it again."""
+    """Return the journal of a restored run; a started job is marked as launched."""
     if remote.state.status in _BEFORE_START:
         return []
     return [SavedStep(LAUNCHED, utc_now().isoformat(timespec="microseconds"), "true")]

@@ -1,4 +1,4 @@
-"""What the client writes into a run's record, and what it holds against it."""
+"""Creating, comparing and updating the records of runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +32,17 @@ __all__ = [
 ]
 
 LAUNCHED: Final = "launched"
-"""Journal step that is finished once the provider accepted the start."""
+"""Journal step that is finished once the provider has accepted the launch."""
 
 
 def launch_lease(run_id: str) -> str:
-    """Return the name of the lease under which a run is launched."""
+    """Return the name of the lease held while a run is launched."""
     return f"launch:{run_id}"
 
 
 @contextmanager
 def about(verb: str, run: TrainingRun) -> Iterator[None]:
-    """Name the run in every log line inside, and time the verb for OpenTelemetry."""
+    """Bind the run to all log lines inside, and record an OpenTelemetry span."""
     with (
         bound(run_id=run.id, backend=run.backend, remote_id=run.remote_id),
         span(
@@ -56,43 +56,42 @@ def about(verb: str, run: TrainingRun) -> Iterator[None]:
 
 
 def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> TrainingRun:
-    """Make the record of a run that is not launched yet.
+    """Create the record of a run that has not been launched.
 
     Raises:
-        ConfigError: The id cannot be a file's name.
+        ConfigError: The id is invalid.
     """
     try:
         run = TrainingRun(id=run_id, backend=backend, config=config, created_at=utc_now())
-        # The way through JSON makes it equal to what the store gives back.
+        # The round trip through JSON makes it equal to what the store returns.
         return TrainingRun.model_validate_json(run.model_dump_json())
     except ValidationError:
         raise ConfigError(
-            f"{run_id!r} cannot be a run's id.",
+            f"Invalid run id {run_id!r}.",
             hint="Use up to 128 letters, digits, dots, dashes and underscores.",
         ) from None
 
 
 def require_same(known: TrainingRun, asked: TrainingRun) -> None:
-    """Refuse to continue a run under an id that stands for something else.
+    """Require that a repeated launch has the configuration of the existing run.
 
     Raises:
-        DuplicateRun: It names the fields that differ.
+        DuplicateRun: It differs; the message names the fields.
     """
     fields = {"backend", "config", "resumed_from"}
     one, other = (run.model_dump(mode="json", include=fields) for run in (known, asked))
     differing = [field.removeprefix("config.") for field in _differing(one, other)]
     if differing:
         raise DuplicateRun(
-            f"The run {known.id!r} already exists, and these fields differ: "
-            f"{', '.join(differing)}.",
-            hint="Choose another --id, or launch the configuration that it was made with.",
+            f"Run {known.id!r} already exists with different values for: {', '.join(differing)}.",
+            hint="Choose another --id, or launch with the original configuration.",
             other=known.id,
             run_id=known.id,
         )
 
 
 def _differing(one: Any, other: Any, place: str = "") -> Iterator[str]:
-    """Yield the dotted names of the values that differ between two JSON documents."""
+    """Yield the dotted paths of the values that differ between two JSON documents."""
     inside = f"{place}." if place else ""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys((*one, *other)):
@@ -105,7 +104,7 @@ def _differing(one: Any, other: Any, place: str = "") -> Iterator[str]:
 
 
 def with_state(run: TrainingRun, state: RunState) -> TrainingRun:
-    """Return a run with what its provider said; a quote keeps what was estimated before it."""
+    """Return a run updated with a provider's state; a quote keeps our earlier estimate."""
     changed = run.updated(state)
     if changed.estimate is None or changed.estimate is run.estimate:
         return changed
@@ -113,12 +112,12 @@ def with_state(run: TrainingRun, state: RunState) -> TrainingRun:
 
 
 def ended_state(status: TrainingStatus, failure: Failure | None = None) -> RunState:
-    """Return the state of a run that ends now."""
+    """Return the state of a run that finishes now."""
     return RunState(status=status, failure=failure, finished_at=utc_now())
 
 
 def failure_kind(error: TrainingBackendError) -> FailureKind:
-    """Say what kind of failure an error is that kept a run from starting."""
+    """Return the failure kind of an error that prevented a launch."""
     names: dict[str, FailureKind] = {
         "AuthenticationFailed": "auth",
         "CredentialNotFound": "auth",
@@ -132,14 +131,14 @@ def failure_kind(error: TrainingBackendError) -> FailureKind:
 
 
 def require_options(backend: TrainingBackend, config: TrainingConfig) -> None:
-    """Check a configuration's options with the backend's own model.
+    """Check a configuration's options against the backend's model.
 
     Raises:
-        ConfigError: It says which do not fit, and which options there are.
+        ConfigError: An option is unknown or invalid.
     """
     if issues := list(option_issues(backend.options_model, config.options)):
         raise ConfigError(
-            f"The options are not those of the backend {backend.name!r}.",
+            f"Invalid options for the backend {backend.name!r}.",
             issues=issues,
             backend=backend.name,
         )

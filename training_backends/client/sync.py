@@ -1,4 +1,4 @@
-"""The same client for code that is not asynchronous."""
+"""The synchronous client."""
 
 import asyncio
 import atexit
@@ -31,17 +31,17 @@ from training_backends.store import MetricPoint
 __all__ = ["TrainingClient"]
 
 _T = TypeVar("_T")
-_LOOK: Final = 0.5
-"""Seconds between two checks whether the task that reads a log still runs."""
+_POLL: Final = 0.5
+"""Seconds between checks that the task that reads a log is still running."""
 _EXIT_PATIENCE: Final = 5.0
-"""Seconds for which the end of the interpreter waits for an open client to close."""
+"""Seconds that interpreter shutdown waits for an open client to close."""
 
 
 class _Loop:
-    """The event loop of one client, in a daemon thread that also closes the client.
+    """The event loop of a client, in a daemon thread that also closes the client.
 
-    It keeps no reference to the `TrainingClient`, so that one left open can be collected; a
-    daemon thread does not keep the interpreter from ending.
+    It keeps no reference to the `TrainingClient`, so that an unclosed client can be garbage
+    collected; a daemon thread does not keep the interpreter alive.
     """
 
     def __init__(self, client: AsyncTrainingClient) -> None:
@@ -56,19 +56,19 @@ class _Loop:
         )
         self._thread.start()
         self._portal, self._wake = started.result()
-        # Otherwise a launch under way would keep its lease until that expires.
+        # Otherwise an unfinished launch would keep its lease until it expires.
         atexit.register(self._exit)
 
     def check(self) -> None:
-        """Make sure that calls can be made.
+        """Check that the client can be used.
 
         Raises:
             TrainingBackendError: The client was closed, or inherited by a forked process.
         """
         if self._pid != os.getpid():
             raise TrainingBackendError(
-                "This TrainingClient was made before the process forked, and cannot be used here.",
-                hint="Make a new TrainingClient in the child process.",
+                "A TrainingClient cannot be used in a process forked after it was created.",
+                hint="Create a new TrainingClient in the child process.",
             )
         if self._closed:
             raise _closed_error()
@@ -78,29 +78,29 @@ class _Loop:
         self.check()
         if self._thread is threading.current_thread():
             raise TrainingBackendError(
-                "A callback of TrainingClient called the client that runs it.",
+                "A TrainingClient cannot be called from its own callbacks.",
                 hint="Return from the callback first, or call the client from another thread.",
             )
-        # A call that reaches a loop just being closed would wait for ever.
+        # A call on a loop that is being closed would never return.
         with self._starting:
             self.check()
             return self._portal.start_task_soon(function, *args)
 
     def stop(self) -> None:
-        """End what runs and close the client, without waiting for it; safe in any thread."""
+        """Cancel running calls and close the client, without waiting; safe in any thread."""
         if self._closed or self._pid != os.getpid():
             return
-        # Only a loop that is blocked can hold the lock for long, and such a call is lost anyway.
+        # Only a blocked loop can hold the lock for long, and its call is lost anyway.
         locked = self._starting.acquire(timeout=_EXIT_PATIENCE)
         self._closed = True
         if locked:
             self._starting.release()
         atexit.unregister(self._exit)
-        with suppress(RuntimeError):  # the loop has ended by itself
+        with suppress(RuntimeError):  # the loop has already ended
             self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop, and wait until the thread has ended."""
+        """Stop, and wait for the thread to end."""
         self.stop()
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
@@ -117,7 +117,7 @@ class _Loop:
                 started.set_exception(error)
             elif not self._exiting:
                 raise
-            # Python 3.12 and later start no threads at the end; the process closes what is open.
+            # Python 3.12+ starts no threads at shutdown; the process closes open connections.
         finally:
             self._closed = True
 
@@ -134,18 +134,19 @@ class _Loop:
 
 
 def _closed_error() -> TrainingBackendError:
-    """Make the error of a call on a client that is closed."""
+    """Return the error for a call on a closed client."""
     return TrainingBackendError(
-        "This TrainingClient is closed.", hint="Make a new one, or close it after the last call."
+        "This TrainingClient is closed.",
+        hint="Create a new client, or close it after the last call.",
     )
 
 
 class TrainingClient:
-    """`AsyncTrainingClient` with plain methods; same names, arguments and errors.
+    """Synchronous version of `AsyncTrainingClient`, with the same names, arguments and errors.
 
-    It runs an event loop in a thread of its own. Use it as a context manager, or call `close`;
-    a client left open is closed when the interpreter ends. After `close`, and in a process
-    forked after it was made, every call raises `TrainingBackendError`.
+    It runs an event loop in its own thread. Use it as a context manager, or call `close`; an
+    unclosed client is closed at interpreter shutdown. After `close`, and in a process forked
+    after its creation, every call raises `TrainingBackendError`.
     """
 
     def __init__(
@@ -174,13 +175,13 @@ class TrainingClient:
         self.close()
 
     def close(self) -> None:
-        """See `AsyncTrainingClient.aclose`; calls running in other threads raise. Repeatable."""
+        """See `AsyncTrainingClient.aclose`; calls in other threads raise. Safe to repeat."""
         self._loop.close()
 
     def _call(self, function: Callable[..., Awaitable[_T]], *args: Any) -> _T:
-        """Run a coroutine in the loop's thread; a Ctrl-C here ends it there too.
+        """Run a coroutine in the loop's thread; cancel it on Ctrl-C.
 
-        Left alone it would keep running, and closing the client would wait for its end.
+        Otherwise it would keep running, and closing the client would wait for it.
         """
         task = self._loop.start(function, *args)
         try:
@@ -213,7 +214,7 @@ class TrainingClient:
         exact: bool = False,
         on_counting: CountProgress | None = None,
     ) -> Estimate:
-        """See `AsyncTrainingClient.estimate`; the callback runs in a thread of its own."""
+        """See `AsyncTrainingClient.estimate`; the callback runs in a worker thread."""
         estimate = partial(
             self._client.estimate,
             config,
@@ -285,7 +286,7 @@ class TrainingClient:
                         await _put(records, record)
             except get_cancelled_exc_class():
                 raise
-            except Exception as error:  # handed over to the caller's thread
+            except Exception as error:  # raised in the caller's thread
                 end = error
             await _put(records, end)
 
@@ -297,7 +298,7 @@ class TrainingClient:
                 yield item
         finally:
             task.cancel()
-            # Make room, so that a thread still waiting to put can end.
+            # Empty the queue, so that a thread blocked in `put` can end.
             with suppress(queue.Empty):
                 while True:
                     records.get_nowait()
@@ -312,17 +313,17 @@ class TrainingClient:
         *,
         only: Collection[str] | None = None,
     ) -> None:
-        """See `AsyncTrainingClient.watch`; ends with a Ctrl-C.
+        """See `AsyncTrainingClient.watch`; ends on Ctrl-C.
 
         Args:
-            on_event: Told of each event, in a thread of its own.
+            on_event: Called with each event, in a worker thread.
         """
 
-        async def tell(run: TrainingRun, record: LogRecord) -> None:
+        async def deliver(run: TrainingRun, record: LogRecord) -> None:
             if on_event is not None:
                 await to_thread.run_sync(on_event, run, record)
 
-        watcher = self._client.watcher(on_event=tell if on_event else None, only=only)
+        watcher = self._client.watcher(on_event=deliver if on_event else None, only=only)
         self._call(watcher.run)
 
     def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
@@ -378,22 +379,22 @@ class TrainingClient:
 
 
 def _take(records: "queue.Queue[Any]", task: "Future[None]") -> Any:
-    """Return what comes next.
+    """Return the next item of the queue.
 
     Raises:
         TrainingBackendError: The client was closed by another thread.
     """
     while True:
-        ended = task.done()  # asked first: what it put before its end is still taken
+        ended = task.done()  # checked first, so that items put before the end are returned
         try:
-            return records.get(timeout=_LOOK)
+            return records.get(timeout=_POLL)
         except queue.Empty:
             if ended:
                 raise _closed_error() from None
 
 
 async def _put(records: "queue.Queue[Any]", item: Any) -> None:
-    """Put without blocking the loop; a reader that is gone cancels the wait."""
+    """Put an item without blocking the loop; cancelled when the reader stops."""
     put: Callable[[], None] = partial(records.put, item, timeout=None)
     try:
         records.put_nowait(item)

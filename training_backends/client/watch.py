@@ -1,4 +1,4 @@
-"""Follows every live run of a store, together with the other watchers on it."""
+"""The watcher: keeps all live runs of a store up to date, cooperating with other watchers."""
 
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
@@ -20,28 +20,28 @@ __all__ = ["OnEvent", "Watcher"]
 log = get_logger()
 
 OnEvent = Callable[[TrainingRun, LogRecord], Awaitable[None]]
-"""Told of an event, with the run as it stands now."""
+"""Called with the current record of a run and the event."""
 
 _NEW_RUNS: Final = 2.0
-"""Seconds within which a run that another process launched is noticed."""
+"""Seconds until a run launched by another process is noticed."""
 _FIRST_TROUBLE, _LONGEST_TROUBLE = 1.0, 60.0
-"""Seconds between two tries while a provider cannot be asked."""
+"""Seconds between attempts while a provider cannot be reached."""
 _BATCH: Final = 500
 
 
 class Watcher:
-    """Keeps the records of all live runs up to date and tells of what happens to them.
+    """Keeps the records of all live runs up to date and delivers events.
 
-    Any number of watchers may share a store, in one process or on several machines: each
-    sweep of a backend is done by whichever holds its lease at that time, and each event is
-    told by one of them, once. Should a process be killed while `on_event` works, that one
-    event is told again by the next. An error of `on_event` ends the watcher and leaves the
-    event to be told again.
+    Any number of watchers may share a store, in one process or on several machines. The watcher
+    that holds a backend's lease does the sweep, and each event is delivered by one of them. If a
+    process is killed while `on_event` runs, another watcher delivers that event again. An
+    exception from `on_event` ends the watcher; the event is delivered again later.
 
-    Made by `AsyncTrainingClient.watcher`.
+    Created by `AsyncTrainingClient.watcher`.
 
     Args:
-        only: Names of the backends whose runs are watched; None watches all.
+        on_event: Called with each event.
+        only: Names of the backends to watch; None: all.
     """
 
     def __init__(
@@ -76,17 +76,17 @@ class Watcher:
         raise failed[0]
 
     async def sweep(self) -> Sweep:
-        """Look at everything whose time has come, once, and tell of what happened.
+        """Observe all runs that are due, once, and deliver the events.
 
         Raises:
-            TrainingBackendError: A provider cannot be asked.
+            TrainingBackendError: A provider cannot be reached.
         """
         asked = details = 0
         for name in await self._names():
             try:
                 done = await self._round(name).go()
             finally:
-                await self._tell(name)
+                await self._deliver(name)
             asked, details = asked + done.asked, details + done.details
         return Sweep(asked=asked, details=details)
 
@@ -100,15 +100,15 @@ class Watcher:
         return self._rounds[name]
 
     async def _guarded(self, name: str, tasks: TaskGroup, failed: list[Exception]) -> None:
-        """Keep an error from being wrapped in a group; it ends all rounds."""
+        """Collect an error, so that it is not wrapped in a group, and end all rounds."""
         try:
             await self._repeat(name, self._round(name))
-        except Exception as error:  # on_event's own, or the store's
+        except Exception as error:  # raised by on_event or the store
             failed.append(error)
             tasks.cancel_scope.cancel()
 
     async def _repeat(self, name: str, rounds: Round) -> None:
-        """Go round for ever; what a provider does not answer is asked again later."""
+        """Repeat sweeps until cancelled, backing off while the provider cannot be reached."""
         trouble = _FIRST_TROUBLE
         while True:
             try:
@@ -118,13 +118,13 @@ class Watcher:
             except StoreError:
                 raise
             except TrainingBackendError as error:
-                log.warning("runs cannot be seen now", backend=name, reason=error.message)
+                log.warning("runs cannot be observed", backend=name, reason=error.message)
                 pause, trouble = trouble, min(trouble * 2, _LONGEST_TROUBLE)
-            await self._tell(name)
+            await self._deliver(name)
             await anyio.sleep(pause)
 
-    async def _tell(self, name: str) -> None:
-        """Hand every event that nobody was told of to `on_event`, in order."""
+    async def _deliver(self, name: str) -> None:
+        """Pass all undelivered events to `on_event`, in order."""
         if self._on_event is None:
             return
         async with self._leases.try_hold(f"tell:{name}") as lease:
@@ -136,7 +136,7 @@ class Watcher:
                     try:
                         run = await to_thread.run_sync(self._store.get, event.run_id)
                     except RunNotFound:
-                        continue  # deleted meanwhile, with its events
+                        continue  # deleted in the meantime, with its events
                     await self._on_event(run, event.record)
                     await to_thread.run_sync(self._store.delivered, [event.id])
                 if not waiting:

@@ -1,1 +1,1 @@
-"""The words that every other layer speaks; no I/O beyond settings and entry points."""
+"""Shared data types, errors and interfaces; no I/O beyond settings and entry points."""

@@ -1,4 +1,4 @@
-"""The interface that every backend implements, and what it is handed to do so."""
+"""The interface that every backend implements, and the types it uses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -47,24 +47,24 @@ __all__ = [
 ]
 
 JSONValue = None | bool | int | float | str | list[Any] | dict[str, Any]
-"""What a journal step may return and remember."""
+"""The result type of a journal step."""
 
 
 class CredentialSource(Protocol):
-    """Where a backend gets its secrets."""
+    """A source of secrets for backends."""
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
         """Return the secret of `provider`.
 
         Raises:
             CredentialNotFound: No source has one.
-            VaultLocked: The keyring did not open in time.
+            VaultLocked: The keyring was not unlocked in time.
         """
         ...
 
 
 class Journal(Protocol):
-    """What one launch has done so far; durable, so that a repeated launch goes on there."""
+    """The durable journal of a launch, from which a repeated launch continues."""
 
     async def step(
         self,
@@ -74,66 +74,65 @@ class Journal(Protocol):
         *,
         repeatable: bool = False,
     ) -> JSONValue:
-        """Run `do` at most once for this run and return its (remembered) result.
+        """Run `do` at most once for this run and return its stored result.
 
-        The step is durable before `do` starts. If it was begun before and is not known
-        to be finished, `find` is asked first and only when it returns None is `do` tried
-        again.
+        The step is recorded before `do` starts. If an earlier attempt was interrupted, `find` is
+        called first, and `do` only runs again if `find` returns None.
 
         Args:
             name: Unique within the run, for example `upload:<sha256>`.
-            do: Changes the world; returns something JSON can hold, not None.
-            find: Looks for the effect of an earlier `do`; None if there is none.
-            repeatable: Doing it twice does no harm, so no `find` is needed.
+            do: Performs the side effect; returns a JSON value other than None.
+            find: Returns the result of an earlier `do`, or None if it had no effect.
+            repeatable: Repeating `do` is harmless, so no `find` is needed.
 
         Raises:
-            AmbiguousLaunch: Begun earlier, not repeatable, and there is no `find`.
+            AmbiguousLaunch: Interrupted earlier, not repeatable, and there is no `find`.
         """
         ...
 
     async def record(self, state: RunState) -> None:
-        """Store what is known by now, `remote_id` above all, as soon as it is known."""
+        """Store the state of the run; call it as soon as `remote_id` is known."""
         ...
 
     async def quote(self, estimate: Estimate) -> None:
-        """Store the provider's own quote and let the budget and the user decide.
+        """Store the provider's quote, check the budget and ask the user for consent.
 
         Raises:
-            BudgetExceeded: The run must not be started; undo what can be undone.
+            BudgetExceeded: The run must not be started; clean up at the provider.
         """
         ...
 
     async def known_upload(self, scope: str, sha256: str) -> str | None:
-        """Return the provider's id of a content that some run has uploaded before.
+        """Return the provider's id of a file that an earlier run has uploaded.
 
-        It may be gone by now, so make sure that the provider still has it.
+        The provider may have deleted it in the meantime, so check that it still exists.
 
         Args:
-            scope: Server and account that the id holds for; no secret.
-            sha256: Of the content, in hex.
+            scope: Server and account that the id belongs to; not secret.
+            sha256: Hex digest of the content.
         """
         ...
 
     async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """Remember the provider's id of a content for all runs."""
+        """Store the provider's id of an uploaded file for all runs."""
         ...
 
     async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
-        """Return those of the provider's ids that belong to other runs."""
+        """Return which of these provider job ids belong to other runs."""
         ...
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Tell whoever watches how far a step is (bytes); nothing is stored."""
+        """Report the progress of a step in bytes; nothing is stored."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendContext:
-    """What a backend is made with.
+    """The arguments of `TrainingBackend.create`.
 
     Attributes:
         home: Directory for all state on this machine.
-        credentials: Where secrets come from.
+        credentials: Source of secrets.
     """
 
     home: Path
@@ -141,13 +140,13 @@ class BackendContext:
 
 
 class NoOptions(BaseModel):
-    """The options of a backend that has none."""
+    """The options model of a backend without options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RemoteFilters(BaseModel):
-    """Which of the provider's runs to list; None does not filter."""
+    """Filters for listing a provider's jobs; None: no filter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -157,12 +156,12 @@ class RemoteFilters(BaseModel):
 
 
 class RemoteRun(BaseModel):
-    """A run as the provider lists it, whoever made it.
+    """A job in the provider's list, whoever created it.
 
     Attributes:
-        run_id: Our own id of it, where the provider keeps that.
-        config: What it was made with, as far as the provider tells; the data files may be
-            named by ids of the provider's.
+        run_id: Our run id, if the provider stores it.
+        config: The configuration, as far as the provider returns it; data files may be given by
+            the provider's file ids.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -176,11 +175,12 @@ class RemoteRun(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether a backend works from here, and what to do if not.
+    """The result of a backend's health check.
 
     Attributes:
-        configured: Whether somebody has set it up here; what nobody has need not work.
-        clock_offset: How far its server's clock is ahead of ours, to the second, if known.
+        hint: How to fix a problem.
+        configured: Whether the backend is set up here; otherwise a failure is expected.
+        clock_offset: How far the server's clock is ahead of ours, to the second, if known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -193,108 +193,106 @@ class Health(BaseModel):
 
 
 class TrainingBackend(ABC):
-    """One provider's training service behind seven verbs.
+    """A provider's training service.
 
-    A backend keeps no record of runs: everything durable belongs to the client. It must
-    import without the heavy libraries it works with, and be cheap to create.
+    A backend stores no records of runs; durable state belongs to the client. Its module must be
+    importable without its heavy dependencies, and instances must be cheap to create.
     """
 
     name: ClassVar[str]
     """The entry point's name."""
     summary: ClassVar[str] = ""
-    """One line for people."""
+    """One-line description."""
     options_model: ClassVar[type[BaseModel]] = NoOptions
-    """Checks `TrainingConfig.options`."""
+    """Schema of `TrainingConfig.options`."""
     settings_model: ClassVar[type[SectionSettings] | None] = None
-    """Its section of the settings, under its own name."""
+    """The backend's section of the settings, named after it."""
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
-        """Make the backend from what the client offers; override to take some of it."""
+        """Create the backend; override to use the context."""
         del context
         return cls()
 
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this backend can do."""
+        """The capabilities of this backend."""
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Time between two looks at a run: while much happens, and after long standstill.
+        """Shortest and longest polling interval of a run.
 
-        Override when looking is cheaper, or dearer, than asking a server.
+        Override if observing is cheaper or more expensive than a request to a server.
         """
         return timedelta(seconds=0.5), timedelta(minutes=1)
 
     @abstractmethod
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Say what would go wrong, before anything is uploaded or spent.
+        """Validate configuration and data without side effects at the provider.
 
-        Changes nothing at the provider. A field of `config` that this backend cannot
-        honour is an issue, never silently dropped.
+        Fields of `config` that this backend does not support must be reported as issues, never
+        silently ignored.
 
         Raises:
-            BackendNotInstalled: What the backend needs is not installed.
+            BackendNotInstalled: A dependency of the backend is not installed.
         """
 
     @abstractmethod
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Say what the run will take, as far as that is known without starting it."""
+        """Estimate tokens, steps, cost and duration without starting the run."""
 
     @abstractmethod
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
-        """Start the run at the provider and return once the start is accepted.
+        """Launch the run at the provider and return once it is accepted.
 
-        Every step that changes the world goes through `journal`, so that calling again
-        after a crash continues instead of starting a second run. `remote_id` is recorded
-        as soon as it is known.
+        Every side effect must go through `journal`, so that calling `launch` again after a crash
+        continues instead of starting a second run. Record `remote_id` as soon as it is known.
 
         Raises:
-            BudgetExceeded: The provider's quote is above the budget; nothing was started.
-            DuplicateRun: The provider refuses because a similar run exists.
-            AmbiguousLaunch: It cannot be told whether an earlier try got through.
-            BackendRetired: The provider has ended the service.
+            BudgetExceeded: The provider's quote exceeds the budget; nothing was started.
+            DuplicateRun: The provider rejects the run because a similar one exists.
+            AmbiguousLaunch: It is unknown whether an earlier attempt succeeded.
+            BackendRetired: The provider has discontinued the service.
         """
 
     @abstractmethod
     async def status(self, run: TrainingRun) -> RunState:
-        """Ask the provider where the run stands.
+        """Fetch the status of the run from the provider.
 
         Raises:
-            RunNotFound: The provider does not know the run.
-            BackendUnavailable: No answer within the retry budget.
+            RunNotFound: The provider does not have the run.
+            BackendUnavailable: No response after all retries.
         """
 
     @abstractmethod
     def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        """Yield the run's log in order, without gap or repeat.
+        """Yield the run's log in order, without gaps or duplicates.
 
-        A provider that streams no logs gets them from its events, status changes and
-        checkpoints. Consume it under `contextlib.aclosing`, in one task.
+        If the provider has no logs, build them from events, status changes and checkpoints.
+        Consume the generator under `contextlib.aclosing`, in one task.
 
         Args:
-            after: Go on behind the record with this cursor.
-            follow: Stay until the run is terminal and everything was yielded, over
-                dropped connections too.
+            after: Start after the record with this cursor.
+            follow: Wait for new records until the run has finished; reconnect if needed.
         """
 
     @abstractmethod
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
-        """Ask the provider to end the run; return once it has agreed.
+        """Ask the provider to stop the run; return once the request is accepted.
 
-        Safe to repeat: an ending or ended run is left alone. The run is over when
-        `status` says so, possibly minutes later.
+        Safe to repeat: does nothing if the run is stopping or finished. The run may take minutes
+        to stop; see `status`.
 
         Args:
-            save_checkpoint: Keep what was learnt so far, where the provider can.
+            save_checkpoint: Save a checkpoint, if the provider can.
 
         Raises:
-            RunNotFound: The provider does not know the run.
-            BackendUnavailable: No answer within the retry budget; the request may still
-                have arrived, so ask `status`.
+            RunNotFound: The provider does not have the run.
+            BackendUnavailable: No response after all retries; the request may have arrived, so
+                check `status`.
         """
 
     @abstractmethod
@@ -309,43 +307,43 @@ class TrainingBackend(ABC):
         """Continue `run` as `new_run`, from `checkpoint` or the newest one.
 
         Raises:
-            UnsupportedOperation: The provider cannot continue a run.
+            UnsupportedOperation: The provider cannot resume runs.
         """
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
-        """Return the share of a file's rows that may be unusable, as the options say.
+        """Return the fraction of a file's rows that may be invalid under these options.
 
-        Override when the provider leaves such rows out; the default takes none.
+        Override if the provider can skip invalid rows; default: 0.
         """
         del config
         return 0.0
 
     def options_tolerating(self, fraction: float) -> dict[str, JSONValue]:
-        """Return the options under which so large a share of unusable rows is left out.
+        """Return the options that skip up to this fraction of invalid rows.
 
-        Override together with `tolerated_bad_rows`; the default has none.
+        Override together with `tolerated_bad_rows`; default: no options.
         """
         del fraction
         return {}
 
     def sees(self, run: TrainingRun) -> bool:
-        """Return whether a run can be observed from here; quick, and without a request.
+        """Return whether a run can be observed from here; must not send requests.
 
-        Override together with `RunState.place` when runs are tied to a machine. The client
-        neither asks about nor judges a run that cannot be observed from here.
+        Override together with `RunState.place` if runs are tied to a machine. The client does
+        not update runs that cannot be observed from here.
         """
         del run
         return True
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Ask where the run stands and for its log behind a cursor, in one look.
+        """Fetch the status of the run and its log after a cursor.
 
-        Override when one request tells both; the default asks for one after the other, so
-        that the log of a run said to be over is whole.
+        Override if one request returns both. The default fetches the status first, so that the
+        log of a finished run is complete.
 
         Raises:
-            RunNotFound: The provider does not know the run.
-            BackendUnavailable: No answer within the retry budget.
+            RunNotFound: The provider does not have the run.
+            BackendUnavailable: No response after all retries.
         """
         state = await self.status(run)
         async with aclosing(self.logs(run, after=after)) as log:
@@ -353,13 +351,13 @@ class TrainingBackend(ABC):
         return Observation(state, tuple(records), records[-1].cursor if records else after)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
-        """Ask for many runs at once, by run id, in as few requests as the provider allows.
+        """Fetch the states of many runs, by run id, in as few requests as possible.
 
-        A run that stands as its record says is told of, though perhaps only in short. One
-        that is left out has changed, or the provider lost it: `observe` tells.
+        Unchanged runs must be included, possibly with few fields. Runs that are left out have
+        changed or were not found; the client calls `observe` for them.
 
-        Override when the provider answers for many runs in one request; the default asks
-        one by one, five at a time.
+        Override if the provider can list many runs in one request; the default calls `status`
+        for each run, five at a time.
         """
         found: dict[str, RunState] = {}
 
@@ -371,43 +369,43 @@ class TrainingBackend(ABC):
         return found
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        """List the provider's runs, whoever made them; override when it can."""
+        """List the provider's jobs, whoever created them; override if supported."""
         del filters
-        raise self.unsupported("list the provider's runs")
+        raise self.unsupported("list the provider's jobs")
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
-        """Fetch the finished model into `target` and return where it lies.
+        """Download the trained model to `target`, atomically, and return its path.
 
-        Override when the provider hands out weights. `target` appears whole or not at all.
+        Override if the provider offers weight downloads.
         """
         del run, target
         raise self.unsupported("download the trained model")
 
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Ask the finished model; override where it is at hand.
+        """Prompt the trained model; override if supported.
 
         Raises:
             BackendUnavailable: The model cannot be loaded.
         """
         del run, prompt, max_tokens
         raise self.unsupported(
-            "answer a prompt with the model of a run", "Ask the provider's own service."
+            "answer a prompt with the model of a run", "Use the provider's inference API."
         )
 
     async def delete(self, run: TrainingRun) -> None:
-        """Delete a terminal run and its result at the provider; override when it can."""
+        """Delete a finished run and its model at the provider; override if supported."""
         del run
         raise self.unsupported("delete runs")
 
     async def health(self) -> Health:
-        """Check that the backend works from here, at no cost; override to really ask."""
+        """Check that the backend works, at no cost; override to contact the provider."""
         return Health(ok=True, message="nothing to check")
 
-    async def aclose(self) -> None:  # noqa: B027  # most backends hold nothing open
-        """Release connections; the backend is not used afterwards."""
+    async def aclose(self) -> None:  # noqa: B027  # most backends have nothing to close
+        """Close connections; the backend is not used afterwards."""
 
     def unsupported(self, what: str, hint: str | None = None) -> TrainingBackendError:
-        """Make the error for a verb that this backend lacks."""
+        """Return the error for an operation that this backend does not support."""
         return UnsupportedOperation(
             f"The backend {self.name!r} cannot {what}.", backend=self.name, hint=hint
         )

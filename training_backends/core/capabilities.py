@@ -1,4 +1,4 @@
-"""What a backend can do, as data."""
+"""The capabilities of a backend, declared as data."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -8,25 +8,25 @@ __all__ = ["Capabilities"]
 
 
 class Capabilities(BaseModel):
-    """What a backend can do; callers ask this first, never `hasattr`.
+    """The capabilities of a backend; check these, never `hasattr`.
 
-    A verb declared False raises `UnsupportedOperation`.
+    Methods declared as False raise `UnsupportedOperation`.
 
     Attributes:
-        methods: Values of `TrainingConfig.method` that it trains.
-        tunings: Values of `Tuning.kind` that it trains.
-        quotes: The provider names a price before the run starts.
-        stops: A run can be stopped.
-        keeps_checkpoint_on_stop: What was learnt before a stop is kept.
-        resumes: A stopped or failed run can be continued.
-        downloads: The result can be fetched as files.
-        samples: The result can be asked.
+        methods: Supported values of `TrainingConfig.method`.
+        tunings: Supported values of `Tuning.kind`.
+        quotes: The provider quotes a price before the run starts.
+        stops: Runs can be stopped.
+        keeps_checkpoint_on_stop: Stopping a run saves a checkpoint.
+        resumes: Stopped or failed runs can be resumed.
+        downloads: The trained model can be downloaded.
+        samples: The trained model can be prompted.
         deletes: Runs can be deleted.
-        lists_remote: Runs that others made can be listed.
-        validation_files: Validation data is used.
-        suffix: The result's name takes a suffix.
-        integrations: Types of `TrainingConfig.integrations` that it reports to.
-        dialect: What it takes as training data.
+        lists_remote: All jobs of the account can be listed, whoever created them.
+        validation_files: Validation data is supported.
+        suffix: The name of the trained model can have a suffix.
+        integrations: Supported types of `TrainingConfig.integrations`.
+        dialect: Provider format of the training data.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -1,4 +1,4 @@
-"""Several pieces of work side by side, with errors that come out as themselves."""
+"""Concurrent work with plain exceptions instead of exception groups."""
 
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -10,9 +10,9 @@ __all__ = ["run_all"]
 async def run_all(
     work: Iterable[Callable[[], Awaitable[object]]], *, at_once: int | None = None
 ) -> None:
-    """Do all of `work`, at most `at_once` pieces at the same time; None: all of it.
+    """Run all of `work` concurrently, at most `at_once` at a time; None: no limit.
 
-    The first error ends what is under way and is raised as itself, not in a group.
+    The first error cancels the rest and is raised itself, not in a group.
     """
     pieces = list(work)
     pending = iter(pieces)
@@ -24,7 +24,7 @@ async def run_all(
             for piece in pending:
                 try:
                     await piece()
-                except Exception as error:  # whatever it is, the caller gets it
+                except Exception as error:  # raised below
                     failed.append(error)
                     tasks.cancel_scope.cancel()
                     return

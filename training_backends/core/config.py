@@ -1,4 +1,4 @@
-"""What to train, on what, and how: the configuration of a run, the same for every backend."""
+"""The configuration of a training run, the same for every backend."""
 
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -30,11 +30,11 @@ __all__ = [
 
 
 _LONGEST_NAME: Final = 30
-"""Characters of a provider's name; keys are longer."""
+"""Maximum characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
+"""Name of the demo model, which is created locally without network access."""
 TINY_POSITIONS: Final = 32768
-"""Tokens that `TINY_MODEL` can read at most."""
-"""Name of the model that is made on the spot, with no network."""
+"""Context length of `TINY_MODEL`, in tokens."""
 NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
 
 
@@ -42,7 +42,7 @@ _NUMBERS: Final = frozenset({int, float, int | None, float | None})
 
 
 def is_number(annotation: Any) -> bool:
-    """Tell whether a field of this type takes one number."""
+    """Return whether a field of this type takes a single number."""
     return annotation in _NUMBERS
 
 
@@ -52,7 +52,7 @@ class _Model(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject true and false for a number; pydantic would read them as 1 and 0."""
+        """Reject booleans for numbers; pydantic would read them as 1 and 0."""
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and is_number(field.annotation):
             raise ValueError(NOT_A_NUMBER)
@@ -60,11 +60,11 @@ class _Model(BaseModel):
 
 
 class DataSource(_Model):
-    """One data file and how much of it counts; also written as just its path."""
+    """A data file and its sampling weight; may be written as just its path."""
 
     path: Path
     weight: float = Field(
-        default=1.0, gt=0, le=1e6, description="Share relative to the other files."
+        default=1.0, gt=0, le=1e6, description="Sampling weight relative to the other files."
     )
 
     @model_validator(mode="before")
@@ -74,7 +74,7 @@ class DataSource(_Model):
 
 
 class Data(_Model):
-    """The files to train and to validate on; relative to the configuration file."""
+    """Training and validation files, relative to the configuration file."""
 
     train: tuple[DataSource, ...] = Field(min_length=1)
     validation: tuple[DataSource, ...] = ()
@@ -86,13 +86,11 @@ class Data(_Model):
 
 
 class Tuning(_Model):
-    """Which weights are trained; also written as just the kind."""
+    """Full fine-tuning or a PEFT method; may be written as just the kind."""
 
     kind: Literal["full", "lora", "qlora"]
     rank: int = Field(default=16, ge=1, le=2**16)
-    alpha: float | None = Field(
-        default=None, gt=0, le=1e6, description="Twice the rank if not given."
-    )
+    alpha: float | None = Field(default=None, gt=0, le=1e6, description="Default: twice the rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = None
 
@@ -103,16 +101,16 @@ class Tuning(_Model):
 
 
 class Hyperparameters(_Model):
-    """How to train; what is None is left to the backend, which says what it took."""
+    """Hyperparameters; None leaves the value to the backend, which reports its choice."""
 
     learning_rate: float | None = Field(
-        default=None, ge=1e-8, le=1, description="The peak, after a linear warm-up."
+        default=None, ge=1e-8, le=1, description="Peak learning rate, after a linear warm-up."
     )
     epochs: float | None = Field(default=None, gt=0, le=10_000)
     training_steps: int | None = Field(default=None, ge=1, le=2**31)
-    batch_size: int | None = Field(default=None, ge=1, le=2**16, description="Rows in a step.")
+    batch_size: int | None = Field(default=None, ge=1, le=2**16, description="Rows per step.")
     seq_len: int | None = Field(
-        default=None, ge=100, le=2**24, description="Tokens in a row at most."
+        default=None, ge=100, le=2**24, description="Maximum tokens per row."
     )
     weight_decay: float | None = Field(default=None, ge=0, le=1)
     warmup_fraction: float | None = Field(default=None, ge=0, le=1)
@@ -127,7 +125,7 @@ class Hyperparameters(_Model):
 
 
 class ClassifierTarget(_Model):
-    """One thing that a classifier decides."""
+    """One target of a classifier."""
 
     name: str = Field(max_length=256)
     labels: tuple[Annotated[str, Field(max_length=256)], ...] = Field(min_length=1)
@@ -136,7 +134,7 @@ class ClassifierTarget(_Model):
 
 
 class WandbIntegration(_Model):
-    """Report the run to Weights & Biases. The key is named, never written down."""
+    """Report the run to Weights & Biases, with a key from the credential vault."""
 
     type: Literal["wandb"] = "wandb"
     project: str
@@ -144,7 +142,7 @@ class WandbIntegration(_Model):
     run_name: str | None = None
     credential: str = Field(
         default="wandb",
-        description="Where the key lies in the vault: PROVIDER or PROVIDER/PROFILE.",
+        description="Name of the key in the vault: PROVIDER or PROVIDER/PROFILE.",
     )
 
     @field_validator("credential")
@@ -152,17 +150,17 @@ class WandbIntegration(_Model):
     def _is_a_name(cls, value: str) -> str:
         provider = value.partition("/")[0]
         if not provider.isascii() or len(provider) > _LONGEST_NAME:
-            # Whatever it is, it is not repeated.
-            raise ValueError("this names where the key lies, such as wandb; it is not the key")
+            # Probably a key, so the value is not repeated.
+            raise ValueError("give the name of a stored key, such as wandb, not the key itself")
         return value
 
 
 class TrainingConfig(_Model):
-    """A run as its user wants it. Frozen; the JSON schema is `model_json_schema()`."""
+    """The configuration of a run. Immutable; `model_json_schema()` returns its JSON schema."""
 
     model: str = Field(min_length=1, description="Name of the base model.")
     method: Literal["sft", "dpo", "classifier"] = "sft"
-    tuning: Tuning | None = Field(default=None, description="None: the backend's own choice.")
+    tuning: Tuning | None = Field(default=None, description="None: the backend's default.")
     data: Data
     hyperparameters: Hyperparameters = Hyperparameters()
     suffix: str | None = Field(default=None, min_length=1, max_length=18)
@@ -171,7 +169,7 @@ class TrainingConfig(_Model):
     budget: Budget = Budget()
     labels: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(
-        default_factory=dict, description="The backend's own options, checked by its own model."
+        default_factory=dict, description="Backend-specific options, checked by the backend."
     )
 
     @model_validator(mode="after")
@@ -181,7 +179,7 @@ class TrainingConfig(_Model):
         return self
 
     def resolved(self, base: Path) -> Self:
-        """Return the same configuration with every data path made absolute from `base`."""
+        """Return the configuration with data paths made absolute, relative to `base`."""
 
         def absolute(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
             return tuple(

@@ -1,8 +1,8 @@
-"""How tokens are to be counted for an estimate.
+"""How an estimate counts tokens.
 
-`TrainingBackend.estimate` takes a configuration and a dataset and nothing else, so that
-everybody's backend can be asked. What whoever asks wishes beyond that lies beside the call,
-in its context, and is there for the backends that count by `datasets.tokens`.
+`TrainingBackend.estimate` takes only a configuration and a dataset, so that its signature is
+stable for all backends. Counting preferences are passed in a context variable, which backends
+that count with `training_backends.tokens` read.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,13 +20,14 @@ CountProgress = Callable[[Path, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counting:
-    """Wishes for a count of tokens.
+    """Preferences for counting tokens.
 
     Attributes:
-        sample: Count so many rows and say how sure that is; None: all rows, or a sample where
-            the data is huge.
-        exact: Count all rows however many there are.
-        cache: Directory where counts are kept from one time to the next.
+        sample: Count a sample of this many rows and return an interval; None: all rows, or a
+            sample if the data is very large.
+        exact: Count all rows, even if the data is very large.
+        cache: Directory of cached counts.
+        on_progress: Called while counting.
     """
 
     sample: int | None = None
@@ -39,13 +40,13 @@ _WISHES: Final[ContextVar[Counting]] = ContextVar("counting", default=Counting()
 
 
 def counting() -> Counting:
-    """Return what the caller of an estimate wishes; also in a thread that it started."""
+    """Return the preferences of the current estimate; also works in its worker threads."""
     return _WISHES.get()
 
 
 @contextmanager
 def wishing(wishes: Counting) -> Iterator[None]:
-    """Have every estimate inside count like this."""
+    """Apply `wishes` to all estimates inside the block."""
     token = _WISHES.set(wishes)
     try:
         yield

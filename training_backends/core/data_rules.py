@@ -1,8 +1,8 @@
-"""What one provider takes as training data, as data: rules are declared here, applied elsewhere.
+"""Provider formats for training data, declared as data and applied elsewhere.
 
-A `Dialect` holds no behaviour. Whoever judges rows asks its fields and never its name, so a
-provider that nobody has met yet is one more value, not one more branch. It is a plain dataclass,
-because the processes that judge rows should be up without pydantic.
+A `Dialect` has no behavior. Checks depend on its fields and never on its name, so a new provider
+is a new value, not a new branch. It is a plain dataclass, so that the processes that check rows
+start without pydantic.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ __all__ = ["Dialect", "Level", "Place", "Role", "RowFormat", "SampleType"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 Place = Literal["start", "system", "developer", "user", "assistant", "tool", "end"]
-"""A role in the order of a conversation, or one of its two ends."""
+"""A position in a conversation: a role, its start or its end."""
 
 RowFormat = Literal["messages", "text", "labels", "preference", "chosen", "completion"]
-"""How a row is written.
+"""The format of a row.
 
-`messages`: a conversation. `text`: plain text. `labels`: either of them with classifier labels.
+`messages`: a conversation. `text`: plain text. `labels`: either one with classifier labels.
 `preference`: `input`, `preferred_output`, `non_preferred_output`. `chosen`: `prompt`, `chosen`,
 `rejected`. `completion`: `prompt`, `completion`.
 """
@@ -47,40 +47,40 @@ _PARTS: Final[dict[Role, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """The rules that a provider has for rows and files; the defaults are what all share.
+    """A provider's rules for rows and files; the defaults are common to all providers.
 
     Attributes:
-        name: What messages call it.
-        formats: How rows may be written.
-        roles: Who may speak.
-        order: For the start and each role, what may come next. What a tool answers is held
-            against the calls instead, so `tool` comes nowhere next.
-        lone_answer: A conversation may be one assistant message and nothing before it.
-        weights: What a message's `weight` may be; empty where there is none.
-        weighted_roles: Whose messages may carry one.
-        parts: By role, which parts a content that is a list may have.
-        image_schemes: How an image's address may begin; `data` stands for the image itself.
-        image_types: Subtypes of `image/` that an image given as data may have.
-        bare_image: An image's address may stand alone, not only in `{"url": …}`.
-        max_images: Images in one row.
-        call_id: Regular expression that the id of a tool call matches whole; None for any text.
-        call_id_words: The same in words.
-        answers_name_calls: The answer of a tool repeats the id of its call.
-        function_name: Regular expression that the name of a function matches whole.
-        function_name_words: The same in words.
-        arguments: How the arguments of a call may be written.
-        legacy_functions: `functions` and `function_call`, which `tools` replaced, are taken.
-        row_keys: Keys beside those that make the format.
-        message_keys: Keys of a message.
-        max_answer_messages: Messages in each answer of a preference pair.
-        min_rows: Rows that a training file needs.
-        max_rows: Rows that a file may have.
-        max_image_rows: Rows with images that a file may have.
-        max_file_bytes: Largest file.
-        validation_max_bytes: Largest validation set.
-        validation_max_share: The same as a share of the training set.
-        max_invalid_share: Share of unusable rows that may be asked to be skipped.
-        levels: By code of a finding, how grave it is, where that differs from the rule's own.
+        name: Name used in messages.
+        formats: Accepted row formats.
+        roles: Accepted message roles.
+        order: Allowed successors of the start and of each role. Tool messages are checked
+            against the tool calls instead, so `tool` is never listed as a successor.
+        lone_answer: Whether a conversation may consist of a single assistant message.
+        weights: Accepted values of a message's `weight`; empty if not supported.
+        weighted_roles: Roles whose messages may have a weight.
+        parts: Accepted content parts by role, for content that is a list.
+        image_schemes: Accepted schemes of image URLs; `data` for inline images.
+        image_types: Accepted `image/` subtypes of inline images.
+        bare_image: Whether an image URL may be a plain string instead of `{"url": …}`.
+        max_images: Maximum images per row.
+        call_id: Regular expression that tool call ids must match completely; None: any text.
+        call_id_words: Description of `call_id` for messages.
+        answers_name_calls: Whether tool messages must repeat the id of their call.
+        function_name: Regular expression that function names must match completely.
+        function_name_words: Description of `function_name` for messages.
+        arguments: Accepted types of a call's arguments.
+        legacy_functions: Whether the deprecated `functions` and `function_call` are accepted.
+        row_keys: Accepted keys besides those of the row format.
+        message_keys: Accepted keys of a message.
+        max_answer_messages: Maximum messages in each completion of a preference pair.
+        min_rows: Minimum rows of a training file.
+        max_rows: Maximum rows of a file.
+        max_image_rows: Maximum rows with images per file.
+        max_file_bytes: Maximum size of a file.
+        validation_max_bytes: Maximum size of the validation set.
+        validation_max_share: Maximum size of the validation set, relative to the training set.
+        max_invalid_share: Maximum fraction of invalid rows that the provider can skip.
+        levels: Severity by finding code, where it differs from the default.
     """
 
     name: str = "common"

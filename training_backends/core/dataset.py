@@ -1,4 +1,4 @@
-"""What was found in the data files of a configuration."""
+"""Results of inspecting data files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +13,25 @@ __all__ = ["DataFile", "Dataset", "SampleType", "Summary"]
 
 
 class Summary(BaseModel):
-    """What the rows of a file hold.
+    """Statistics about the rows of a file.
 
     Attributes:
-        lines: Bytes of the lines, unpacked.
-        formats: Rows by how they are written, for example `messages`.
-        roles: Messages by role.
-        tool_rows: Rows that declare or call tools.
-        tool_calls: Calls of tools.
-        image_rows: Rows with images.
-        images: Images.
-        weighted_rows: Rows in which a message has a weight.
-        longest_row: Bytes of the longest row.
-        row_bytes: Rows by length: `(most, rows)` says how many have up to `most` bytes and more
-            than the entry before allows.
-        labels: Rows by target and label of a classifier.
-        findings: How often each thing was found that issues tell of, by their code.
-        duplicate_rows: Rows that stand before, in this file or another of the same role; None
-            where nobody looked.
-        overlapping_rows: Rows of a validation file that are trained on, too.
+        lines: Total size of the lines in bytes, uncompressed.
+        formats: Number of rows by format, for example `messages`.
+        roles: Number of messages by role.
+        tool_rows: Number of rows that declare or call tools.
+        tool_calls: Number of tool calls.
+        image_rows: Number of rows with images.
+        images: Number of images.
+        weighted_rows: Number of rows with message weights.
+        longest_row: Length of the longest row in bytes.
+        row_bytes: Histogram of row lengths: `(most, rows)` counts the rows with up to `most`
+            bytes that are longer than the previous bound.
+        labels: Number of rows by classifier target and label.
+        findings: Number of findings by issue code.
+        duplicate_rows: Rows that repeat an earlier one in this file or another of the same role;
+            None if not checked.
+        overlapping_rows: Rows of a validation file that are also in the training data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,19 +53,19 @@ class Summary(BaseModel):
 
 
 class DataFile(BaseModel):
-    """One inspected file.
+    """An inspected file.
 
     Attributes:
-        role: What the file is for.
-        weight: Share relative to the other training files.
-        size: Bytes.
-        sha256: Hex digest of the whole content; None where nobody needed it yet, see
-            `datasets.hashing`.
-        rows: Samples, blank lines not counted.
-        bad_rows: Samples with an error.
-        turns: Messages in all rows.
-        sample_type: What the rows are, from the first that can be told; None for an empty file.
-        packing: How the file is packed; `size` and `sha256` are of it as it is.
+        role: Purpose of the file.
+        weight: Sampling weight relative to the other training files.
+        size: Size in bytes, as stored.
+        sha256: Hex digest of the file as stored; None if not computed yet, see
+            `datasets.scan.digested`.
+        rows: Number of rows, not counting blank lines.
+        bad_rows: Number of invalid rows.
+        turns: Number of messages in all rows.
+        sample_type: Type of the rows, from the first valid row; None for an empty file.
+        packing: Compression or container of the file.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,7 +84,7 @@ class DataFile(BaseModel):
 
 
 class Dataset(BaseModel):
-    """All inspected files of a run and what is wrong with them."""
+    """All inspected files of a run and their issues."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -93,24 +93,26 @@ class Dataset(BaseModel):
 
     @property
     def train(self) -> tuple[DataFile, ...]:
-        """The files to train on."""
+        """The training files."""
         return tuple(file for file in self.files if file.role == "train")
 
     @property
     def validation(self) -> tuple[DataFile, ...]:
-        """The files to validate on."""
+        """The validation files."""
         return tuple(file for file in self.files if file.role == "validation")
 
     @property
     def errors(self) -> tuple[Issue, ...]:
-        """The issues that stop a launch."""
+        """The issues that prevent a launch."""
         return tuple(issue for issue in self.issues if issue.severity == "error")
 
     def tolerating(self, fraction: float) -> Self:
-        """Return the dataset with bad rows as warnings, where a file has few enough of them.
+        """Return the dataset with errors of invalid rows turned into warnings.
+
+        Applies to files in which at most `fraction` of the rows are invalid.
 
         Args:
-            fraction: Share of a file's rows that may be bad, 0 to 1.
+            fraction: Tolerated fraction of invalid rows, 0 to 1.
         """
         tolerated = {
             str(file.path)
@@ -119,7 +121,7 @@ class Dataset(BaseModel):
         }
         if not tolerated:
             return self
-        # Behind the issues of single lines stands one per code that counts the rest.
+        # Issues of single lines are followed by one issue per code that counts the rest.
         of_rows = {(issue.path, issue.code) for issue in self.issues if issue.line is not None}
         issues = tuple(
             replace(issue, severity="warning")

@@ -1,10 +1,10 @@
-"""Every error that this package raises (standard library only).
+"""All errors raised by this package (standard library only).
 
 TrainingBackendError
-├── ConfigError                 a configuration that cannot be run     (.issues)
-├── DatasetError                training data that cannot be used      (.issues)
+├── ConfigError                 invalid configuration                  (.issues)
+├── DatasetError                invalid training data                  (.issues)
 ├── CredentialNotFound          no key in any source
-├── VaultLocked                 the keyring did not open in time
+├── VaultLocked                 the keyring was not unlocked in time
 ├── AuthenticationFailed        401
 ├── PermissionDenied            403
 ├── RunNotFound                 404                                    (.candidates)
@@ -13,18 +13,18 @@ TrainingBackendError
 ├── PayloadTooLarge             413
 ├── RateLimited                 429                                    (.retry_after)
 ├── BackendUnavailable          network, 5xx
-├── ProtocolError               an answer that breaks the protocol     (.excerpt)
+├── ProtocolError               a response that violates the protocol  (.excerpt)
 ├── BudgetExceeded              estimate or quote above the budget     (.limit, .found)
-├── UnsupportedOperation        a verb that this backend does not have
-├── AmbiguousLaunch             nobody can tell whether a step happened
+├── UnsupportedOperation        a method that this backend lacks
+├── AmbiguousLaunch             unknown whether a step took effect
 ├── BackendNotInstalled         an extra or plugin is missing          (.install)
-├── BackendBroken               a backend raised what it must not      (.package)
+├── BackendBroken               an unexpected exception in a backend   (.package)
 ├── StoreError                  the run store cannot be read or written
-└── WaitTimeout                 `wait` ran out of time; the run goes on
+└── WaitTimeout                 `wait` timed out; the run keeps running
 
-An error takes one positional message and keyword-only context, so each survives
-pickling. Its issues and hint are also its notes (PEP 678), so tracebacks show them. No message,
-hint or repr ever holds a secret.
+Errors take one positional message and keyword-only context, so they can be pickled. Issues and
+hint are also exposed as notes (PEP 678), so tracebacks show them. Messages, hints and reprs never
+contain secrets.
 """
 
 from collections.abc import Sequence
@@ -61,21 +61,21 @@ __all__ = [
 ]
 
 _MOST_NOTES: Final = 20
-"""Issues shown in a traceback; `issues` has all of them."""
+"""Maximum number of issues shown in a traceback; `issues` contains all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
-    """One thing wrong with a configuration or a data file.
+    """A problem in a configuration or a data file.
 
     Attributes:
-        code: Stable machine word, for example `unknown_field`.
-        message: What was found.
-        path: The file it was found in, if any.
-        line: Line in that file, counted from 1.
+        code: Stable identifier, for example `unknown_field`.
+        message: Description of the problem.
+        path: The file, if any.
+        line: Line in the file, starting at 1.
         field: Dotted path to the value, for example `hyperparameters.epochs`.
-        fix: What to do about it.
-        severity: A warning does not stop a launch.
+        fix: How to fix it.
+        severity: Only errors prevent a launch.
     """
 
     code: str
@@ -94,7 +94,7 @@ class Issue:
 
 
 class ErrorContext(TypedDict, total=False):
-    """Keyword arguments that every error takes."""
+    """Keyword arguments accepted by every error."""
 
     hint: str | None
     backend: str | None
@@ -103,16 +103,16 @@ class ErrorContext(TypedDict, total=False):
 
 
 class TrainingBackendError(Exception):
-    """Base of all errors of this package.
+    """Base class of all errors of this package.
 
     Attributes:
-        message: What was asked and what came instead.
-        hint: What to do next, or None.
-        backend: Name of the backend concerned, or None.
-        run_id: Our id of the run concerned, or None.
-        retryable: Whether the same call may succeed later without a change.
-        issues: What is wrong in detail, of errors that list it.
-        install: The command that installs what is missing, of errors about that.
+        message: What failed and why.
+        hint: How to resolve it, or None.
+        backend: Name of the backend involved, or None.
+        run_id: Id of the run involved, or None.
+        retryable: Whether the same call may succeed later.
+        issues: The individual problems, for errors that list them.
+        install: The command that installs what is missing, for errors of that kind.
     """
 
     retryable_by_default: ClassVar[bool] = False
@@ -130,10 +130,10 @@ class TrainingBackendError(Exception):
 
     @property
     def __notes__(self) -> list[str]:
-        """The issues, the hint and what `add_note` added, redacted; tracebacks print them.
+        """Issues, hint and added notes, redacted; printed in tracebacks.
 
-        Made when asked for, because a hint may be extended after construction, and a secret
-        registered.
+        Computed on access, because hints may be extended and secrets registered after
+        construction.
         """
         notes = [f"- {issue}" for issue in self.issues[:_MOST_NOTES]]
         if len(self.issues) > _MOST_NOTES:
@@ -162,11 +162,11 @@ class _IssuesError(TrainingBackendError, ValueError):
 
 
 class ConfigError(_IssuesError):
-    """The configuration cannot be run; `issues` says why, field by field."""
+    """The configuration is invalid; `issues` lists the fields."""
 
 
 class DatasetError(_IssuesError):
-    """The training data cannot be used; `issues` says why, line by line."""
+    """The training data is invalid; `issues` lists the lines."""
 
 
 class CredentialNotFound(TrainingBackendError, LookupError):
@@ -174,25 +174,25 @@ class CredentialNotFound(TrainingBackendError, LookupError):
 
 
 class VaultLocked(TrainingBackendError):
-    """The keyring stayed locked for as long as we were ready to wait."""
+    """The keyring was not unlocked within the timeout."""
 
     retryable_by_default = True
 
 
 class AuthenticationFailed(TrainingBackendError):
-    """The provider did not accept the key (401)."""
+    """The provider rejected the key (401)."""
 
 
 class PermissionDenied(TrainingBackendError):
-    """The key is valid but may not do this (403)."""
+    """The key is valid but lacks permission (403)."""
 
 
 class RunNotFound(TrainingBackendError, LookupError):
     """There is no such run, job, file or model (404).
 
     Attributes:
-        candidates: Ids of runs that begin with the one given, six at most; ids are matched
-            exactly, so none of them was taken.
+        candidates: Up to six run ids that start with the given one; ids must match exactly, so
+            none of them was used.
     """
 
     def __init__(
@@ -203,10 +203,10 @@ class RunNotFound(TrainingBackendError, LookupError):
 
 
 class DuplicateRun(TrainingBackendError):
-    """The same thing exists already (409).
+    """The same run or object already exists (409).
 
     Attributes:
-        other: Id of what is in the way, or None when the provider did not say.
+        other: Id of the existing one, or None if the provider did not return it.
     """
 
     def __init__(
@@ -217,18 +217,18 @@ class DuplicateRun(TrainingBackendError):
 
 
 class BackendRetired(TrainingBackendError):
-    """The provider has ended this service (410, 501)."""
+    """The provider has discontinued this service (410, 501)."""
 
 
 class PayloadTooLarge(TrainingBackendError):
-    """A file or request is larger than the provider takes (413)."""
+    """A file or request exceeds the provider's size limit (413)."""
 
 
 class RateLimited(TrainingBackendError):
-    """The provider asked for a pause (429).
+    """The provider's rate limit was exceeded (429).
 
     Attributes:
-        retry_after: Seconds to wait as the provider gave them, or None.
+        retry_after: Seconds to wait, as given by the provider, or None.
     """
 
     retryable_by_default = True
@@ -241,11 +241,10 @@ class RateLimited(TrainingBackendError):
 
 
 class BackendUnavailable(TrainingBackendError, ConnectionError):
-    """No usable answer: network trouble or 5xx, after retries.
+    """No usable response after retries: network error or 5xx.
 
     Attributes:
-        sent: Whether the request may have reached the provider, so that a step that
-            changes something may have happened although no answer came.
+        sent: Whether the request may have reached the provider and taken effect.
     """
 
     retryable_by_default = True
@@ -256,10 +255,10 @@ class BackendUnavailable(TrainingBackendError, ConnectionError):
 
 
 class ProtocolError(TrainingBackendError):
-    """The provider's answer breaks the protocol.
+    """The provider's response violates the protocol.
 
     Attributes:
-        excerpt: The first part of the answer, at most 500 characters.
+        excerpt: The beginning of the response, at most 500 characters.
     """
 
     def __init__(self, message: str, *, excerpt: str = "", **context: Unpack[ErrorContext]) -> None:
@@ -268,11 +267,11 @@ class ProtocolError(TrainingBackendError):
 
 
 class BudgetExceeded(TrainingBackendError):
-    """The run would go over its budget, so it was not started.
+    """The run would exceed its budget, so it was not started.
 
     Attributes:
-        limit: What the budget allows, as text.
-        found: What the estimate or quote says, as text.
+        limit: The budget's limit, as text.
+        found: The value of the estimate or quote, as text.
     """
 
     def __init__(
@@ -284,15 +283,15 @@ class BudgetExceeded(TrainingBackendError):
 
 
 class UnsupportedOperation(TrainingBackendError, NotImplementedError):
-    """This backend has no such verb; `Capabilities` says so beforehand."""
+    """The backend does not support the operation; see `Capabilities`."""
 
 
 class AmbiguousLaunch(TrainingBackendError):
-    """A step was begun and nobody can tell whether it happened; the message says what to check."""
+    """It is unknown whether an interrupted step took effect; the hint says what to check."""
 
 
 class BackendNotInstalled(TrainingBackendError, ImportError):
-    """A backend, or what it needs to work, is not installed; `install` says how to."""
+    """A backend or one of its dependencies is not installed; see `install`."""
 
     def __init__(
         self, message: str, *, install: str | None = None, **context: Unpack[ErrorContext]
@@ -302,7 +301,7 @@ class BackendNotInstalled(TrainingBackendError, ImportError):
 
 
 class BackendBroken(TrainingBackendError):
-    """A backend raised an exception that is not from this package; `__cause__` is that exception.
+    """A backend raised an exception from outside this package, which is the `__cause__`.
 
     Attributes:
         package: The distribution that provides the backend.
@@ -318,7 +317,7 @@ class StoreError(TrainingBackendError):
 
 
 class WaitTimeout(TrainingBackendError, TimeoutError):
-    """The wait is over before the run is; the run goes on."""
+    """`wait` timed out before the runs finished; they keep running."""
 
     retryable_by_default = True
 
@@ -327,6 +326,6 @@ _LONGEST_LINE: Final = 500
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says first, 500 characters at most; some say thousands."""
+    """Return the first line of an exception's text, at most 500 characters."""
     lines = str(error).strip().splitlines()
     return lines[0].strip()[:_LONGEST_LINE] if lines else "no message"

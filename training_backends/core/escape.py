@@ -1,4 +1,4 @@
-"""Make text from outside safe to show on a terminal and in a log."""
+"""Escape untrusted text for terminals and logs."""
 
 import re
 from typing import Final
@@ -7,19 +7,19 @@ __all__ = ["escape_controls", "escape_json"]
 
 _CONTROLS: Final = re.compile(
     "["
-    "\\x00-\\x1f\\x7f-\\x9f"  # C0, DEL and C1: terminals take commands from them
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls reorder what is read
+    "\\x00-\\x1f\\x7f-\\x9f"  # C0, DEL and C1: terminal control sequences
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls reorder displayed text
     "\u2028\u2029"  # line and paragraph separator
-    "\ud800-\udfff"  # bytes of a file name that are not UTF-8; they cannot be encoded
+    "\ud800-\udfff"  # surrogates: non-UTF-8 bytes of file names, which cannot be encoded
     "]"
 )
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
-    r"""Replace control characters by their Python escapes, such as `\x1b`.
+    r"""Replace control characters with Python escapes, such as `\x1b`.
 
     Args:
-        keep: Control characters to leave as they are, such as the newlines of a traceback.
+        keep: Control characters to keep, such as the newlines of a traceback.
     """
 
     def escaped(match: re.Match[str]) -> str:
@@ -30,7 +30,7 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 
 def escape_json(document: str) -> str:
-    """Escape in a JSON document what JSON lets stand as it is, such as DEL and C1."""
+    """Escape control characters that JSON allows unescaped, such as DEL and C1."""
 
     def escaped(match: re.Match[str]) -> str:
         found = match[0]

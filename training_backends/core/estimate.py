@@ -1,4 +1,4 @@
-"""Money, token counts, durations and what a run is expected to take."""
+"""Estimates of tokens, cost and duration of a run, and its budget."""
 
 import re
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _DURATION = re.compile(r"^(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+(?:\.
 
 
 class Money(BaseModel):
-    """An amount of one currency; also read from text such as `12.50 USD`."""
+    """An amount in one currency; may be given as text such as `12.50 USD`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,12 +51,12 @@ class Money(BaseModel):
 
 
 def add_up(amounts: Iterable[Money]) -> tuple[Money, ...]:
-    """Return the sum in each currency; nothing in one currency is left out beside another."""
+    """Return the sum per currency; zero sums are dropped if there are others."""
     sums: dict[str, Decimal] = {}
     for money in amounts:
         sums[money.currency] = sums.get(money.currency, Decimal(0)) + money.amount
-    something = {currency: amount for currency, amount in sums.items() if amount}
-    kept = something or dict(list(sums.items())[:1])
+    nonzero = {currency: amount for currency, amount in sums.items() if amount}
+    kept = nonzero or dict(list(sums.items())[:1])
     return tuple(Money(amount=amount, currency=currency) for currency, amount in kept.items())
 
 
@@ -84,11 +84,11 @@ def _read_duration(value: Any) -> Any:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_read_duration), Field(gt=timedelta(0))]
-"""A positive span of time: seconds, `90m`, `2h 30m`, `1d` or ISO 8601."""
+"""A positive duration: seconds, `90m`, `2h 30m`, `1d` or ISO 8601."""
 
 
 def format_duration(span: timedelta) -> str:
-    """Write a span the way people say it, for example `2h 05m` or `48s`."""
+    """Format a duration for people, for example `2h 05m` or `48s`."""
     seconds = round(span.total_seconds())
     hours, rest = divmod(seconds, 3600)
     minutes, seconds = divmod(rest, 60)
@@ -98,7 +98,7 @@ def format_duration(span: timedelta) -> str:
 
 
 class PriceSource(BaseModel):
-    """Where a price comes from and when it was true."""
+    """The source of a price and its date."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -107,7 +107,7 @@ class PriceSource(BaseModel):
 
 
 class CostItem(BaseModel):
-    """One part of what a run costs, such as the training or a month of storage."""
+    """One item of the cost of a run, such as the training or a month of storage."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -117,26 +117,25 @@ class CostItem(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What a run is expected to take. What is not known is None, with a reason in `notes`.
+    """The expected tokens, cost and duration of a run. Unknown values are None; see `notes`.
 
     Attributes:
-        train_tokens: Tokens that will be trained on, all epochs together.
+        train_tokens: Trained (billed) tokens over all epochs.
         data_tokens: Tokens in the training files, counted once.
         steps: Optimizer steps.
-        epochs: How often the data is gone through.
-        hyperparameters: Values that the backend will train with, its own defaults among them, by
-            their names in `TrainingConfig.hyperparameters`; empty where it does not say.
-        costs: The parts of `cost`. Parts in several currencies have no sum: `cost` is None
-            then, and `totals` tells one a currency.
-        cost: What the provider will ask for, or None; the sum of `costs`, where there are any.
-        cost_interval: What `cost` would be at the bounds of `interval`, where it rests on it.
-        duration: Expected time from start to end, or None.
-        basis: `quote` is the provider's own word; `exact` was counted here;
-            `sampled` was counted on a sample, with the 95 % interval in `interval`.
-        interval: Lower and upper bound of `data_tokens` when `sampled`.
-        price_source: Where the price of the training comes from.
-        notes: What the numbers rest on, and why any of them is missing.
-        ours: What had been worked out here before the provider's quote replaced it.
+        epochs: Passes over the data.
+        hyperparameters: Effective values, including the backend's defaults, by their names in
+            `TrainingConfig.hyperparameters`; empty if the backend does not report them.
+        costs: The items of `cost`. With several currencies, `cost` is None; see `totals`.
+        cost: Expected price, or None; the sum of `costs`, if there are any.
+        cost_interval: `cost` at the bounds of `interval`, if it depends on it.
+        duration: Expected time from start to finish, or None.
+        basis: Estimate method. `quote`: price quote of the provider; `exact`: counted locally;
+            `sampled`: extrapolated from a sample, with a 95% interval in `interval`.
+        interval: Lower and upper bound of `data_tokens` if `sampled`.
+        price_source: Source of the training price.
+        notes: How the numbers were obtained, and why any of them is missing.
+        ours: Our own estimate, if this is the provider's quote.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -162,54 +161,53 @@ class Estimate(BaseModel):
             totals = add_up(item.amount for item in self.costs)
             total = totals[0] if len(totals) == 1 else None
             if self.cost not in {None, total}:
-                raise ValueError(f"cost is {self.cost}, its parts come to {total}")
-            object.__setattr__(self, "cost", total)  # frozen for everybody else
+                raise ValueError(f"cost is {self.cost}, but its items add up to {total}")
+            object.__setattr__(self, "cost", total)  # the model is frozen
             if self.price_source is None:
                 object.__setattr__(self, "price_source", self.costs[0].source)
         return self
 
     @property
     def totals(self) -> tuple[Money, ...]:
-        """What it costs, one sum a currency; empty if that is not known."""
+        """The cost per currency; empty if unknown."""
         if self.costs:
             return add_up(item.amount for item in self.costs)
         return () if self.cost is None else (self.cost,)
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """How a provider's quote differs from what was worked out here, in words."""
+        """How a provider's quote differs from our own estimate, as text."""
         if self.ours is None:
             return ()
         found = []
-        told, own = self.train_tokens, self.ours.train_tokens
-        if told and own:
-            by = f"{abs(told - own) / own:.1%} {'more' if told > own else 'less'}"
-            found.append(_beside("trained tokens", f"{told:,}", f"{own:,}", by))
-        price, worked_out = self.cost, self.ours.cost
-        if price and worked_out and price.currency == worked_out.currency:
-            more = price.amount - worked_out.amount
+        quoted, own = self.train_tokens, self.ours.train_tokens
+        if quoted and own:
+            by = f"{abs(quoted - own) / own:.1%} {'more' if quoted > own else 'less'}"
+            found.append(_compared("trained tokens", f"{quoted:,}", f"{own:,}", by))
+        price, own_price = self.cost, self.ours.cost
+        if price and own_price and price.currency == own_price.currency:
+            more = price.amount - own_price.amount
             by = f"{Money(amount=abs(more), currency=price.currency)} "
             by += "more" if more > 0 else "less"
-            found.append(_beside("cost", str(price), str(worked_out), by))
+            found.append(_compared("cost", str(price), str(own_price), by))
         return tuple(found)
 
     def replacing(self, earlier: "Estimate | None") -> Self:
-        """Return this quote of a provider with what had been worked out here before it."""
+        """Return this provider quote with the earlier local estimate in `ours`."""
         if self.basis != "quote" or self.ours is not None or earlier is None:
             return self
         ours = earlier.ours if earlier.basis == "quote" else earlier
         return self.model_copy(update={"ours": ours})
 
 
-def _beside(what: str, told: str, own: str, by: str) -> str:
-    same = told == own
-    return f"{what}: {told} quoted, {'the same' if same else own} estimated here" + (
-        "" if same else f" ({by})"
-    )
+def _compared(what: str, quoted: str, own: str, by: str) -> str:
+    if quoted == own:
+        return f"{what}: {quoted} quoted, same as estimated locally"
+    return f"{what}: {quoted} quoted, {own} estimated locally ({by})"
 
 
 class Budget(BaseModel):
-    """What a run may take at most; a limit that is not set does not limit."""
+    """Limits on the cost and duration of a run; None: no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -217,18 +215,18 @@ class Budget(BaseModel):
     max_duration: Duration | None = Field(default=None, description="For example '2h'.")
 
     def decides(self, estimate: Estimate) -> bool:
-        """Tell whether `max_cost` can be compared with the cost; an unknown cost needs consent."""
+        """Return whether `max_cost` is set and the cost is known; otherwise ask for consent."""
         return self.max_cost is not None and bool(estimate.totals)
 
     def check(self, estimate: Estimate) -> None:
-        """Reject an estimate that is above the budget.
+        """Check an estimate against the budget.
 
-        An unknown cost or duration passes: see `decides` for the cost. `max_duration` is
-        enforced while the run trains as well.
+        Unknown values pass; see `decides` for the cost. `max_duration` is also enforced while
+        the run trains.
 
         Raises:
-            BudgetExceeded: Cost or duration is above its limit, or the cost is in a
-                currency that cannot be compared with the limit.
+            BudgetExceeded: Cost or duration exceeds its limit, or the cost is in another
+                currency than the limit.
         """
         if self.max_cost:
             self._check_cost(self.max_cost, estimate)
@@ -247,11 +245,11 @@ class Budget(BaseModel):
         for total in estimate.totals:
             if total.amount and total.currency != limit.currency:
                 raise BudgetExceeded(
-                    f"The cost is {found}, the budget is in {limit.currency}; "
-                    "they cannot be compared.",
-                    hint="Leave budget.max_cost out and look at the cost yourself."
+                    f"The cost is {found}, which cannot be compared with budget.max_cost in "
+                    f"{limit.currency}.",
+                    hint="Remove budget.max_cost and check the cost yourself."
                     if len(estimate.totals) > 1
-                    else f"Give budget.max_cost in {total.currency}.",
+                    else f"Set budget.max_cost in {total.currency}.",
                     limit=str(limit),
                     found=found,
                 )

@@ -1,6 +1,6 @@
-"""Files that several processes share: appended lines, whole-or-nothing writes, locks.
+"""Files shared by several processes: atomic writes, appended lines and locks.
 
-Standard library only, POSIX only (`flock`). Each function touches just the path it is given.
+Standard library and POSIX only (`flock`).
 """
 
 import errno
@@ -30,7 +30,7 @@ _MODE: Final = 0o600
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that nobody else can read; a reader, or a crash, finds the old or the new."""
+    """Write a file atomically, readable only by its owner."""
     writer = f"{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     temporary.unlink(missing_ok=True)
@@ -47,13 +47,13 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 LOCK_PATIENCE: Final = 2.0
-"""Seconds to wait for a lock that a reader, or a process just killed, still holds."""
+"""Seconds to wait for a lock that a reader or a process just killed still holds."""
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Yield the complete lines behind byte `offset`, each with the offset behind it.
+    """Yield the complete lines after byte `offset`, each with the offset of its end.
 
-    A last line without its end is still being written, or torn: it is left alone.
+    Ignores a last line without a newline: it is still being written, or truncated.
     """
     try:
         with path.open("rb") as file:
@@ -68,7 +68,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in one write; a torn line of an earlier process is closed first."""
+    """Append one line in a single write, after terminating a truncated last line, if any."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -81,7 +81,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old or the new content."""
+    """Write a file atomically: readers see the old or the new content, even after a crash."""
     writer = f"{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
@@ -96,9 +96,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def make_private_directory(path: Path) -> None:
-    """Make a directory, and those missing above it, for the owner only.
+    """Create a directory and its missing parents, accessible only by the owner.
 
-    One that is there already keeps the rights that somebody gave it.
+    Existing directories keep their permissions.
     """
     for place in (*reversed(path.parents), path):
         if not place.is_dir():
@@ -106,7 +106,7 @@ def make_private_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush a directory to disk, so that new and renamed entries are durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,13 +115,13 @@ def sync_directory(path: Path) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Tell whether some process holds the lock; takes nothing away from its holder."""
+    """Return whether a process holds the lock, without interfering with it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        # Shared, so that two who look do not see each other.
+        # A shared lock, so that concurrent checks do not see each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -132,7 +132,7 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
-    """Hold the lock for the block; the system lets go of it when the process dies.
+    """Hold the lock during the block; the kernel releases it if the process dies.
 
     Raises:
         BlockingIOError: Another process still holds it after `patience` seconds.
@@ -145,8 +145,8 @@ def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
             time.sleep(0.02)
         record = f"{_identity()}\n".encode()
-        # One write, and only then the rest of a longer record is cut off, so that a reader of
-        # the first line never sees half of one.
+        # Write first and truncate a longer old record afterwards, so that a reader of the first
+        # line never sees a partial record.
         os.pwrite(descriptor, record, 0)
         os.ftruncate(descriptor, len(record))
         yield
@@ -155,20 +155,19 @@ def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
 
 
 def signal_holder(path: Path, number: int) -> bool:
-    """Send a signal to the process that holds a lock; False if that process is not certain.
+    """Send a signal to the process that holds a lock; False if it cannot be identified.
 
-    A process id alone means another process in another container, on another host or after a
-    restart. So the lock's record must name this boot of this machine, this process's pid
-    namespace and the start time of the process that has the id now. A record of an earlier
-    version, which has the id only, is never acted upon, nor is one on a system without `/proc`
-    and pidfd (Linux 5.3).
+    A process id is ambiguous across containers, hosts and reboots. The lock's record must
+    therefore match this boot, this pid namespace and the start time of the process with that id.
+    Records of earlier versions, which contain only the id, are ignored, and so are all records on
+    a system without `/proc` and pidfd (Linux 5.3).
     """
     if not is_locked(path):
         return False
     try:
         record = path.read_text(encoding="ascii").partition("\n")[0]
         pid = int(record.partition(" ")[0])
-        # Opened before it is identified: the id cannot pass to another process in between.
+        # Open it before identifying it, so that the id cannot be reused in between.
         descriptor = os.pidfd_open(pid)
     except (AttributeError, OSError, ValueError):
         return False
@@ -177,7 +176,7 @@ def signal_holder(path: Path, number: int) -> bool:
             return False
         signal.pidfd_send_signal(descriptor, number)
     except ProcessLookupError:
-        return False  # it ended meanwhile
+        return False  # it has exited in the meantime
     finally:
         os.close(descriptor)
     return True
@@ -186,7 +185,7 @@ def signal_holder(path: Path, number: int) -> bool:
 def _identity(pid: int | None = None) -> str:
     """Return "PID BOOT NAMESPACE STARTED" of a process in this pid namespace.
 
-    Just "PID" where the system does not say the rest.
+    Returns just "PID" if the system does not provide the rest.
 
     Args:
         pid: None for this process.
@@ -195,10 +194,10 @@ def _identity(pid: int | None = None) -> str:
     proc = Path("/proc")
     try:
         if str((proc / "self").readlink()) != str(os.getpid()):
-            return str(number)  # the /proc of another pid namespace
+            return str(number)  # /proc belongs to another pid namespace
         boot = (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = (proc / "self/ns/pid").stat().st_ino
-        # proc_pid_stat(5): the command in parentheses may hold anything; field 22 is the start.
+        # proc_pid_stat(5): the command in parentheses may contain anything; field 22: start time.
         stat = (proc / str(number) / "stat").read_bytes().rpartition(b")")[2].split()
         return f"{number} {boot} {namespace} {int(stat[19])}"
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Set up structlog: lines for people on a console, JSON for machines, never a secret."""
+"""Logging with structlog: console lines or JSON, with secrets redacted."""
 
 import json
 import logging
@@ -30,20 +30,20 @@ __all__ = [
 ]
 
 _MULTILINE: Final = frozenset({"exception", "stack"})
-"""Keys of an event whose values this program has written on several lines."""
+"""Event keys whose values may contain line breaks."""
 
 
 def redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """Take the secrets out of a line: a structlog processor, the last one before the renderer.
+    """Redact secrets: a structlog processor, to be the last one before the renderer.
 
-    For programs that set structlog up by themselves; `configure_logs` has it.
+    For programs that configure structlog themselves; `configure_logs` includes it.
     """
     cleaned: dict[str, Any] = redact_value(event)
     return cleaned
 
 
 def _escape_event(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """Escape control characters, in a traceback all but its line ends."""
+    """Escape control characters; tracebacks keep their line breaks."""
     return {
         escape_controls(name): escape_controls(value, keep="\n" if name in _MULTILINE else "")
         if isinstance(value, str)
@@ -58,26 +58,26 @@ def configure_logs(
     level: str = "warning",
     stream: TextIO | None = None,
 ) -> None:
-    """Send structlog's events, and the standard library's, to `stream` (default stderr).
+    """Send events of structlog and of the standard library to `stream` (default: stderr).
 
-    Call it once, at the start of a program; a library never calls it. Secrets that the
-    environment holds are taken out of every line, and others as `redact` finds them.
+    Call it once, at program start; libraries must not call it. Secrets from the environment, and
+    others that `redact` finds, are redacted from every line.
     """
     register_environment()
     output = stream or sys.stderr
     note = "some log lines could not be written"
     if log_format == "json":
         note = json.dumps({"event": note, "level": "warning"})
-    target: Any = _Unfailing(output, note)
+    target: Any = _SafeStream(output, note)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
-        # Here and not in the renderer, which would show what local variables hold.
+        # Here and not in the renderer, which would include the values of local variables.
         structlog.processors.format_exc_info,
     ]
-    # JSON has escapes of its own.
+    # The JSON renderer escapes control characters itself.
     rendering: list[Any] = (
         [structlog.processors.JSONRenderer()]
         if log_format == "json"
@@ -107,11 +107,11 @@ def configure_logs(
     logging.captureWarnings(capture=True)
 
 
-class _Unfailing:
-    """Writes to a stream; what cannot be written is lost, never the caller's error.
+class _SafeStream:
+    """Writes to a stream and drops what cannot be written, instead of raising.
 
-    A disk may be full, and the reader of a pipe may have exited. A note marks the gap once
-    lines can be written again.
+    The disk may be full, or the reader of a pipe may have exited. A note marks the gap once
+    writing works again.
     """
 
     def __init__(self, stream: TextIO, note: str) -> None:
@@ -120,10 +120,10 @@ class _Unfailing:
         self._failed = False
 
     def write(self, text: str) -> int:
-        """Write as much as the stream takes."""
+        """Write the text, unless the stream fails."""
         with self._tolerant():
             if self._failed:
-                # What was written last may have been cut off in the middle of a line.
+                # The last write may have been truncated in the middle of a line.
                 self._stream.write(f"\n{self._note}\n")
                 self._stream.flush()
                 self._failed = False
@@ -131,7 +131,7 @@ class _Unfailing:
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written."""
+        """Flush the stream, unless it fails."""
         with self._tolerant():
             self._stream.flush()
 
@@ -139,25 +139,25 @@ class _Unfailing:
     def _tolerant(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError):  # ValueError: it is closed, or cannot encode a character
+        except (OSError, ValueError):  # ValueError: closed, or a character cannot be encoded
             self._failed = True
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes the lines of the standard library's loggers."""
+    """Writes records of the standard library's loggers."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the base's name
-        """Say whose line was lost; logging's own report would show what was to be in it."""
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # inherited name
+        """Report the logger whose line was lost; logging's own report would include the line."""
         with suppress(OSError, ValueError):
             structlog.get_logger().error("log line lost", logger=record.name)
 
 
 @contextmanager
 def bound(**values: str | None) -> Iterator[None]:
-    """Put these on every line that is logged inside, also by the threads and tasks begun there.
+    """Add values to every line logged inside the block, also by threads and tasks started there.
 
-    What is None is left out. Never around a `yield` of an asynchronous generator: until it is
-    resumed, its caller's lines would get them.
+    None values are dropped. Do not use it around a `yield` of an asynchronous generator: the
+    caller's lines would get the values as well.
 
         with bound(run_id=run.id, backend=run.backend, remote_id=run.remote_id):
     """
@@ -167,41 +167,41 @@ def bound(**values: str | None) -> Iterator[None]:
 
 
 class QuietLog:
-    """A structlog logger that is silent until the program has set structlog up.
+    """A structlog logger that is silent until the program has configured structlog.
 
-    Left alone, structlog writes to standard output, which belongs to the program that uses
-    this package as a library.
+    Unconfigured, structlog writes to standard output, which belongs to the program that uses this
+    package as a library.
     """
 
     def __init__(self, **bound: Any) -> None:
         self._log = structlog.get_logger(**bound)
 
     def debug(self, event: str, **values: Any) -> None:
-        """Say what only matters when something is looked into."""
+        """Log details for debugging."""
         if structlog.is_configured():
             self._log.debug(event, **values)
 
     def info(self, event: str, **values: Any) -> None:
-        """Say what happened."""
+        """Log a normal event."""
         if structlog.is_configured():
             self._log.info(event, **values)
 
     def warning(self, event: str, **values: Any) -> None:
-        """Say what somebody may have to look at."""
+        """Log something that may need attention."""
         if structlog.is_configured():
             self._log.warning(event, **values)
 
     def error(self, event: str, **values: Any) -> None:
-        """Say what went wrong."""
+        """Log an error."""
         if structlog.is_configured():
             self._log.error(event, **values)
 
     def exception(self, event: str, **values: Any) -> None:
-        """Say what went wrong, with the traceback of the exception being handled."""
+        """Log an error with the traceback of the exception being handled."""
         if structlog.is_configured():
             self._log.exception(event, **values)
 
 
 def get_logger(**bound: Any) -> QuietLog:
-    """Return the logger that this package's modules use."""
+    """Return a logger for a module of this package."""
     return QuietLog(**bound)

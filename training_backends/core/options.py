@@ -1,4 +1,4 @@
-"""What is wrong with the options that a backend is given."""
+"""Validation of backend-specific options."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ __all__ = ["given_options", "option_issues"]
 
 
 def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out options without a value; an unknown one stays, to be rejected by name."""
+    """Drop known options without a value; keep unknown ones, so that they are rejected."""
     return {
         name: value
         for name, value in options.items()
@@ -22,10 +22,10 @@ def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[st
 
 
 def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterator[Issue]:
-    """Yield an issue for each option that does not exist or has a wrong value.
+    """Yield an issue for each option that is unknown or invalid.
 
     Args:
-        model: The options that there are, see `TrainingBackend.options_model`.
+        model: Schema of the options, see `TrainingBackend.options_model`.
     """
     for name, field in model.model_fields.items():
         if isinstance(options.get(name), bool) and is_number(field.annotation):
@@ -38,13 +38,13 @@ def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterato
             name = ".".join(str(part) for part in detail["loc"])
             yield Issue(
                 code=detail["type"],
-                message="there is no such option" if unknown else detail["msg"],
+                message="unknown option" if unknown else detail["msg"],
                 field=f"options.{name}" if name else "options",
-                fix=_offered(name, list(model.model_fields)) if unknown else None,
+                fix=_suggestion(name, list(model.model_fields)) if unknown else None,
             )
 
 
-def _offered(name: str, known: list[str]) -> str:
+def _suggestion(name: str, known: list[str]) -> str:
     if near := get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}?"
-    return f"there are: {', '.join(known) or 'none'}"
+    return f"known options: {', '.join(known) or 'none'}"

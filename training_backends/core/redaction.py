@@ -1,8 +1,8 @@
-"""Takes secrets out of text that somebody will read (standard library only).
+"""Redacts secrets from text (standard library only).
 
-Each way finds what the others miss: the value of a secret that this process has read, in
-whatever way it is written (`register_secret`); a name such as `password` before it; the shape
-that many keys have.
+Three methods complement each other: by value, for secrets that this process has read, in any
+encoding (`register_secret`); by name, such as `password` before the value; and by shape, for
+well-known key formats.
 """
 
 import base64
@@ -36,34 +36,34 @@ REDACTED: Final = "[redacted]"
 # -- by value ----------------------------------------------------------------------------------
 
 _SHORTEST: Final = 6
-"""Characters below which a secret would also be found in ordinary words."""
+"""Minimum length of a secret; shorter ones would match ordinary words."""
 _SHORTEST_BASE64: Final = 8
 _MOST: Final = 64
-"""So that a program which runs for months does not collect every key it ever had."""
+"""Maximum number of registered secrets, so that a long-running program does not collect all."""
 _LONGEST: Final = 64 * 2**10
-"""Characters of one text that are redacted; the rest is left out, as no line needs more."""
+"""Maximum characters of a text; the rest is dropped."""
 _MARGIN: Final = 4096
-"""Characters left out before that, so that no half of a secret remains at the end."""
+"""Characters dropped before that limit, so that no partial secret remains at the end."""
 
-# State of the module, for what must not be written concerns all of a process, whichever part of
-# it read the secret. In clear, as a text cannot be searched for what is known by its hash only;
-# the process has them in its environment or its HTTP clients anyway.
+# Module state, because redaction applies to the whole process, whichever part of it read the
+# secret. In plain text, because a text cannot be searched for hashes; the process has the secrets
+# in its environment or its HTTP clients anyway.
 _known: dict[str, re.Pattern[str]] = {}
 _longest_first: tuple[re.Pattern[str], ...] = ()
 _lock = Lock()
 
 
 def register_secret(secret: "str | SecretStr") -> None:
-    """Have a secret taken out wherever it appears from now on.
+    """Register a secret to be redacted wherever it appears.
 
-    It is found as it is, quoted for URLs or JSON, and inside base64. The latest few dozen are
-    remembered, and none that is shorter than six characters.
+    It is found in plain text, quoted for URLs or JSON, and inside base64. Only the most recent
+    64 are kept, and secrets shorter than six characters are ignored.
     """
     value = (secret if isinstance(secret, str) else secret.get_secret_value()).strip()
     if len(value) < _SHORTEST:
         return
     with _lock:
-        # The one read last goes to the end, however often it was read before.
+        # The most recently registered secret goes to the end, even if it was known.
         pattern = _known.pop(value) if value in _known else re.compile(_written(value))
         _known[value] = pattern
         while len(_known) > _MOST:
@@ -72,13 +72,13 @@ def register_secret(secret: "str | SecretStr") -> None:
 
 
 def _publish() -> None:
-    global _longest_first  # noqa: PLW0603  # replaced whole, so that nobody who reads it waits
-    # One secret may be the beginning of another.
+    global _longest_first  # noqa: PLW0603  # replaced atomically, so that readers need no lock
+    # Longest first, because one secret may be a prefix of another.
     _longest_first = tuple(_known[value] for value in sorted(_known, key=len, reverse=True))
 
 
 def register_environment(environ: Mapping[str, str] = os.environ) -> None:
-    """Register what the environment holds: keys by their names, passwords inside URLs."""
+    """Register the secrets of the environment: keys by variable name, and passwords in URLs."""
     for name, value in environ.items():
         if _SECRET_VARIABLE.search(name):
             register_secret(value)
@@ -89,10 +89,10 @@ def register_environment(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def register_url(text: str) -> None:
-    """Register the passwords inside a text, if it is a URL; some hold what no URL should.
+    """Register the passwords in a URL, even if it is malformed.
 
-    A password that was not percent-encoded may make a URL that no parser accepts. It is
-    registered all the same, and so is each part of it that an error message could quote.
+    A password that is not percent-encoded may make the URL invalid. It is registered anyway, and
+    so is each part of it that an error message could quote.
     """
     for rest in text.split("://")[1:]:
         authority = _END_OF_AUTHORITY.split(rest, maxsplit=1)[0]
@@ -107,9 +107,9 @@ def register_url(text: str) -> None:
 
 
 def register_proxy(url: str) -> None:
-    """Register the password of a proxy's URL, also where there is no scheme before it.
+    """Register the password of a proxy URL, with or without a scheme.
 
-    All up to the last `@` is user and password, for a proxy has no path.
+    Everything up to the last `@` is user and password, because a proxy has no path.
     """
     _register_userinfo(url.partition("://")[2] or url)
 
@@ -119,24 +119,24 @@ def _register_userinfo(text: str) -> None:
     user, colon, password = userinfo.partition(":")
     secret = password if colon else user
     if colon or len(secret) >= _LONG_USER or _END_OF_AUTHORITY.search(secret):
-        # The last one registered is the last one forgotten.
+        # The complete secret is registered last, so that it is dropped last.
         for piece in (*_DELIMITERS.split(secret), unquote(secret), secret):
             register_secret(piece)
 
 
 def forget_secrets() -> None:
-    """Forget everything that was registered."""
+    """Remove all registered secrets."""
     with _lock:
         _known.clear()
         _publish()
 
 
 _LONG_USER: Final = 20
-"""Characters from which on a name without a password is rather a token."""
+"""Length from which a user name without a password is assumed to be a token."""
 _END_OF_AUTHORITY: Final = re.compile(r"[/?#]")
 _DELIMITERS: Final = re.compile(r"[/?#@:%]")
 _BROKEN_PASSWORD: Final = re.compile(
-    # Not a port before a path that has an `@` in it.
+    # Not a port before a path that contains an `@`.
     r"""[^\s/?#:@"']*:(?!\d{1,5}[/?#])[^\s@"'<>]*@"""
 )
 _SECRET_VARIABLE: Final = re.compile(
@@ -145,7 +145,7 @@ _SECRET_VARIABLE: Final = re.compile(
 
 
 def _written(secret: str) -> str:
-    """Return a pattern for every way in which a secret may be written."""
+    """Return a pattern that matches a secret in any encoding."""
     parts = re.findall(r"\\+|.", secret, re.DOTALL)
     befores = ["", *parts]
     plain = "".join(map(_in_any_quoting, parts, befores))
@@ -156,14 +156,14 @@ def _in_any_quoting(char: str, before: str) -> str:
     if char.isascii() and (char.isalnum() or char in "-_.~"):
         return re.escape(char)
     quoted = "".join(f"%(?:25)*(?i:{byte:02x})" for byte in char.encode("utf-8", "surrogatepass"))
-    # Backslashes are doubled each time that an escaped text is escaped again. A run of them is
-    # matched at once and from its beginning, for tried at each of them a long one takes hours.
+    # Backslashes double each time that escaped text is escaped again. A run of them is matched
+    # possessively from its start; backtracking at each of them would take hours on a long run.
     run = r"(?<!\\)\\++"
     if char.startswith("\\"):
         return rf"(?:{run}|{quoted})"
     escaped = [re.escape(json.dumps(char)[1:-1]).replace(r"\\", run), run + re.escape(char)]
     if before.startswith("\\"):
-        escaped = [each.removeprefix(run) for each in escaped]  # matched with the one before
+        escaped = [each.removeprefix(run) for each in escaped]  # matched by the preceding run
     ways = dict.fromkeys((re.escape(char), quoted, *escaped))
     if char == " ":
         ways[r"\+"] = None
@@ -171,13 +171,13 @@ def _in_any_quoting(char: str, before: str) -> str:
 
 
 def _in_base64(secret: str) -> list[str]:
-    """Return what base64 makes of a secret whatever stands around it, as in `user:secret`."""
+    """Return the base64 encodings of a secret at each offset, as inside `user:secret`."""
     found = []
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + secret.encode("utf-8", "surrogatepass"))
-        whole = encoded.rstrip(b"=").decode()
-        # The characters at both ends have bits of the neighbours in them.
-        core = whole[(0, 2, 3)[before] : -1 if encoded.endswith(b"=") else None]
+        unpadded = encoded.rstrip(b"=").decode()
+        # The characters at both ends also encode bits of the neighboring text.
+        core = unpadded[(0, 2, 3)[before] : -1 if encoded.endswith(b"=") else None]
         if len(core) >= _SHORTEST_BASE64:
             either = re.sub(r"[+/]", lambda char: "[+-]" if char[0] == "+" else "[/_]", core)
             found.append(rf"{either}[\w+/-]*=*")
@@ -196,8 +196,8 @@ _SECRET_NAME: Final = re.compile(
     re.IGNORECASE,
 )
 _QUOTED: Final = re.compile(
-    # The quote that ends the value has as many backslashes as the one before it. Where the text
-    # was cut off before that, all the rest is the value.
+    # The closing quote has as many backslashes as the opening one. If the text is truncated
+    # before it, the rest is the value.
     rf"""({_NAME}\\*["']?\s*(?:=>?|:)\s*[bru]?(\\*)(["']))(.*?)((?<!\\)\2\3|\Z)""",
     re.IGNORECASE | re.DOTALL,
 )
@@ -210,9 +210,9 @@ _PLAIN: Final = re.compile(
     ({_NAME})
     (["']?[ \t]*(?:=(?!=)|:)[ \t]*)
     (?:(?:bearer|basic|digest|token|negotiate)[ \t]+)?
-    (?![bru]?\\*["'])                           # quoted: done before
-    (?![{{[(]+(?:[\s"'\\]|\Z))                  # what it holds has names of its own
-    # Up to white space, the next parameter, or the end of the text in JSON that it stands in.
+    (?![bru]?\\*["'])                           # quoted: handled above
+    (?![{{[(]+(?:[\s"'\\]|\Z))                  # nested: its items have their own names
+    # Up to white space, the next parameter, or the end of the enclosing JSON string.
     ([^\s&]+?)(?=[)"'}},;.]{{0,4}}(?:[\s&]|\Z) | (?<!\\)\\++["'] | ["']\s*[,:}}\]])
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -244,8 +244,8 @@ def _hide_named(match: re.Match[str]) -> str:
 _USERINFO: Final = re.compile(
     r"""(?<=://)(?:
         [^\s/?\#:@"']*:                         # user
-        (?!\d{1,5}(?:[/?\#"'<>,;)\s]|\Z))       # no port
-        (?:[^\s/?\#"'<>]{0,300}|[^\s@"'<>]{0,300}+)       # password; some have a slash in it
+        (?!\d{1,5}(?:[/?\#"'<>,;)\s]|\Z))       # not a port
+        (?:[^\s/?\#"'<>]{0,300}|[^\s@"'<>]{0,300}+)       # password; may contain a slash
         | [^\s/?\#:@"']{20,}                    # a token alone
     )(?=@)""",
     re.VERBOSE,
@@ -256,13 +256,13 @@ _SCHEME: Final = re.compile(
         (?![A-Z]?[a-z]{1,15}[.,;:)]?\s | [a-z_]+=)          # a sentence; a challenge
         [^\s"'\\]{6,}
     | (\b(?i:basic)\s+)
-        (?![A-Z]?[a-z]{1,15}(?:[^\w+/=-]|\Z))              # a word is no base64
+        (?![A-Z]?[a-z]{1,15}(?:[^\w+/=-]|\Z))              # a word is not base64
         [\w+/-]{6,}=*
     """,
     re.VERBOSE,
 )
-# Each takes a word at once, also where it is no secret, which the functions below decide: else a
-# text such as `hf_hf_hf_…` would be read again from each `hf_` on.
+# Each pattern consumes a complete word, secret or not, which the functions below decide:
+# otherwise text such as `hf_hf_hf_…` would be scanned again from each `hf_`.
 _HUB: Final = re.compile(r"(?<![A-Za-z0-9])hf_\w{12,}", re.ASCII)
 _HUB_MARK: Final = re.compile(r"[A-Z0-9]")
 _HUB_LETTERS: Final = re.compile(r"(?<![A-Za-z0-9])hf_[a-z]{20}\w*", re.ASCII)
@@ -293,7 +293,7 @@ _HASH_BEFORE: Final = re.compile(
 
 
 def _hide_hub(match: re.Match[str]) -> str:
-    """Leave names such as hf_checkpoints."""
+    """Redact a Hugging Face token, but not names such as hf_checkpoints."""
     word = match[0]
     return REDACTED if _HUB_MARK.search(word) else _HUB_LETTERS.sub(REDACTED, word)
 
@@ -303,7 +303,7 @@ def _hide_jwt(match: re.Match[str]) -> str:
 
 
 def _hide_bare(match: re.Match[str]) -> str:
-    """Leave the hash of a commit, which looks like a key, where it is called one."""
+    """Redact a bare key, but not a commit hash that is labeled as one."""
     before = match.string[max(0, match.start() - 24) : match.start()]
     is_hash = _SHA1.fullmatch(match[0]) and _HASH_BEFORE.search(before)
     return match[0] if is_hash else REDACTED
@@ -317,14 +317,15 @@ _DEEPEST: Final = 12
 def redact(text: str) -> str:
     """Replace everything in `text` that is known to be a secret or looks like one.
 
-    Takes time in proportion to the length. Of more than 64 Ki characters only the first are
-    returned, with a note of how many are left out.
+    Runs in linear time. Text longer than 64 Ki characters is truncated, with a note.
     """
     if len(text) <= _LONGEST:
         return _redacted(text)
-    margin = max(_MARGIN, 12 * max(map(len, _known), default=0))  # as `%2525xx` for a character
+    margin = max(
+        _MARGIN, 12 * max(map(len, _known), default=0)
+    )  # a character may be quoted as `%2525xx`
     kept = _redacted(text[:_LONGEST])[:-margin]
-    return f"{kept} … [cut: {len(text)} characters]"
+    return f"{kept} … [truncated: {len(text)} characters]"
 
 
 def _redacted(text: str) -> str:
@@ -343,7 +344,7 @@ def _redacted(text: str) -> str:
 
 
 def redact_value(value: Any) -> Any:
-    """Return a value made of plain data only, without secrets, whatever it was made of."""
+    """Convert a value of any type to plain data with secrets redacted."""
     return _cleaned(value, 0)
 
 
@@ -367,7 +368,7 @@ def _cleaned(value: Any, depth: int) -> Any:
 
 
 def _named(name: str, value: Any, depth: int) -> Any:
-    """Clean what stands under a name in a mapping."""
+    """Redact the value of a mapping's key."""
     if _SECRET_NAME.search(name):
         is_count = isinstance(value, int | float) and name.lower().endswith("token")
         return value if value is None or isinstance(value, bool) or is_count else REDACTED
@@ -377,12 +378,12 @@ def _named(name: str, value: Any, depth: int) -> Any:
 
 
 def _is_header(value: Any) -> bool:
-    """Tell whether this is a name with its secret value, as lists of HTTP headers have it."""
+    """Return whether this is a name and its secret value, as in a list of HTTP headers."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
         and all(isinstance(part, str | bytes) for part in value)
-        # A list of two texts is rather one of names.
+        # A list of two strings is more likely a list of names.
         and (isinstance(value, tuple) or isinstance(value[0], bytes))
         and _SECRET_NAME.search(_text(value[0])) is not None
     )
@@ -395,5 +396,5 @@ def _text(name: Any) -> str:
 def _shown(value: Any) -> str:
     try:
         return repr(value)
-    except Exception as error:  # a line must be written whatever is to be shown in it
+    except Exception as error:  # logging must not fail because of a broken repr
         return f"<{type(value).__name__}: {type(error).__name__}>"

@@ -1,4 +1,4 @@
-"""Find backends by name among the installed entry points, loading only the one asked for."""
+"""Load a backend by name from the installed entry points, without loading others."""
 
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -12,11 +12,11 @@ __all__ = ["backend_class"]
 
 
 def backend_class(name: str) -> type[TrainingBackend]:
-    """Load the backend registered as `name`, and no other.
+    """Load the class of the backend registered as `name`.
 
     Raises:
-        ConfigError: No backend has this name, or two packages claim it.
-        BackendNotInstalled: The package that brings it cannot be imported.
+        ConfigError: No backend has this name, or several packages register it.
+        BackendNotInstalled: The package that provides it cannot be imported.
     """
     claims = {entry.value: entry for entry in entry_points(group=ENTRY_POINT_GROUP, name=name)}
     if not claims:
@@ -24,15 +24,16 @@ def backend_class(name: str) -> type[TrainingBackend]:
     if len(claims) > 1:
         owners = " and ".join(sorted(owner_of(entry) for entry in claims.values()))
         raise ConfigError(
-            f"Two packages bring a backend named {name!r}: {owners}.", hint="Uninstall one of them."
+            f"Several packages provide a backend named {name!r}: {owners}.",
+            hint="Uninstall all but one of them.",
         )
     entry = next(iter(claims.values()))
     try:
         loaded = entry.load()
-    except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+    except (Exception, SystemExit) as error:  # third-party modules may raise anything
         reason = redact(str(error)) or type(error).__name__
         raise BackendNotInstalled(
-            f"The backend {name!r} of {owner_of(entry)} cannot be loaded: {reason}", backend=name
+            f"The backend {name!r} of {owner_of(entry)} cannot be imported: {reason}", backend=name
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, TrainingBackend)):
         raise BackendNotInstalled(
@@ -48,7 +49,7 @@ def _unknown(name: str) -> ConfigError:
     message = f"no backend named {name!r} is installed"
     issue = Issue(code="unknown_backend", message=message, field="backend", fix=fix)
     return ConfigError(
-        f"There is no backend named {name!r}.",
+        f"Unknown backend {name!r}.",
         issues=[issue],
-        hint="`training-backends backends` lists what is installed.",
+        hint="List installed backends with `training-backends backends`.",
     )

@@ -1,4 +1,4 @@
-"""A training run: its record, its states over time, its logs."""
+"""Training runs: record, state and log."""
 
 import secrets
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ FailureKind = Literal[
 
 
 def utc_now() -> datetime:
-    """Return the current time, aware, in UTC."""
+    """Return the current time as an aware datetime in UTC."""
     return datetime.now(UTC)
 
 
@@ -59,16 +59,16 @@ def _to_utc(value: datetime) -> datetime:
 
 
 UtcDatetime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-"""An aware time, kept in UTC."""
+"""An aware datetime, converted to UTC."""
 
 
 def new_run_id() -> str:
-    """Make an id that sorts by creation time and can be typed: `YYMMDD-HHMMSS-xxxxxx`."""
+    """Return a short id that sorts by creation time: `YYMMDD-HHMMSS-xxxxxx`."""
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 CleanText = Annotated[str, AfterValidator(redact)]
-"""Text from a provider or plugin, kept without the secrets that it may repeat."""
+"""Text from a provider or plugin, with secrets redacted."""
 
 
 class Failure(BaseModel):
@@ -82,12 +82,12 @@ class Failure(BaseModel):
 
 
 class Checkpoint(BaseModel):
-    """A point that a run reached, with what was measured there.
+    """A checkpoint of a run with its metrics.
 
     Attributes:
-        metrics: For example `train_loss` of that step, `mean_train_loss` since the checkpoint
-            before, `valid_loss` (nats a token) and `valid_mean_token_accuracy` (0 to 1).
-        path: Where its files lie, when they lie on this machine.
+        metrics: For example `train_loss` of that step, `mean_train_loss` since the previous
+            checkpoint, `valid_loss` (nats per token) and `valid_mean_token_accuracy` (0 to 1).
+        path: Directory of its files, if they are on this machine.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,11 +99,11 @@ class Checkpoint(BaseModel):
 
 
 class Reply(BaseModel):
-    """What a trained model says to a prompt.
+    """A trained model's response to a prompt.
 
     Attributes:
-        answer: Its text; None of a classifier.
-        labels: Of a classifier, by target the probability of each label.
+        answer: Generated text; None for a classifier.
+        labels: For a classifier, the probability of each label by target.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -113,13 +113,13 @@ class Reply(BaseModel):
 
 
 class Staleness(BaseModel):
-    """Why what is known of a run may no longer be true.
+    """Why the record of a run may be out of date.
 
     Attributes:
-        kind: `unreachable`: its provider cannot be asked; `vanished`: the provider answers
-            and does not know it; `still`: nothing of it has changed for unusually long;
-            `elsewhere`: it can only be observed from another machine or home (never stored).
-        since: When it began to be so.
+        kind: `unreachable`: the provider cannot be reached; `vanished`: the provider does not
+            have the run; `still`: no progress for unusually long; `elsewhere`: the run can only
+            be observed from another machine or home (never stored).
+        since: When this state began.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -130,12 +130,12 @@ class Staleness(BaseModel):
 
 
 class Place(BaseModel):
-    """Where alone a run can be observed, of a backend that keeps runs on a machine.
+    """The only location from which a run can be observed, for backends tied to a machine.
 
     Attributes:
-        id: Of the home that holds the run; random, and it moves with the home.
-        host: Name of the machine.
-        path: Of the home, on that machine.
+        id: Random id of the home directory; it is kept if the directory moves.
+        host: Host name.
+        path: Path of the home directory on that host.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -149,12 +149,12 @@ class Place(BaseModel):
 
 
 class RunState(BaseModel):
-    """What a backend knows of a run at one moment. None means: nothing new to say.
+    """The state of a run as observed by its backend. None: unchanged or unknown.
 
     Attributes:
-        changed_at: When the provider last changed anything of the run, by its own clock,
-            where it tells. A list that tells it spares asking for runs that stand as before.
-        place: Where alone the run can be observed; None: from everywhere.
+        changed_at: Time of the provider's last change to the run, by its own clock, if reported.
+            If lists report it, unchanged runs need no request of their own.
+        place: The only location from which the run can be observed; None: anywhere.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -177,20 +177,20 @@ class RunState(BaseModel):
 
 
 class TrainingRun(BaseModel):
-    """The record of one run.
+    """The record of a run.
 
     Attributes:
-        id: Ours, sortable, or the caller's own.
-        remote_id: The provider's id, once there is one.
-        raw_status: The provider's own word for `status`.
-        step: Optimizer steps done so far.
+        id: Generated sortable id, or the caller's own.
+        remote_id: The provider job id, once known.
+        raw_status: The provider's own name of `status`.
+        step: Optimizer steps completed.
         metrics: The latest value of each metric.
-        result_model: Name or path of the finished model.
+        result_model: Name or path of the trained model.
         resumed_from: Id of the run that this one continues.
-        changed_at: When the provider last changed anything of it, where it tells.
-        place: Where alone it can be observed; None: from everywhere, or not known yet.
-        last_seen_at: When the provider was last asked and answered.
-        stale: Why the record may no longer be true; None: it was seen to be.
+        changed_at: Time of the provider's last change to the run, if reported.
+        place: The only location from which it can be observed; None: anywhere, or unknown yet.
+        last_seen_at: Time of the last successful observation.
+        stale: Why the record may be out of date; None: it is up to date as of `last_seen_at`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -219,10 +219,10 @@ class TrainingRun(BaseModel):
     stale: Staleness | None = None
 
     def updated(self, state: RunState, *, seen_at: datetime | None = None) -> Self:
-        """Return this run with what `state` adds.
+        """Return the run updated with `state`.
 
-        A terminal run keeps its status; the provider's differing word is kept in
-        `raw_status` so that it can be looked into. A run that was seen is not stale.
+        A terminal run keeps its status; a contradicting status of the provider is stored in
+        `raw_status` for debugging. The updated run is not stale.
         """
         changes: dict[str, Any] = {
             name: getattr(state, name)
@@ -238,16 +238,16 @@ class TrainingRun(BaseModel):
 
 
 class LogRecord(BaseModel):
-    """One line of a run's log.
+    """A record of a run's log.
 
     Attributes:
-        source: Who said it: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client
-            adds the `status` records that a backend does not log itself.
+        source: Origin: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client adds
+            `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
-            backend that tells of single steps keeps what a checkpoint is known by together,
-            in a field `metrics`, so that no measure of a step comes twice.
-        cursor: Opaque; `logs(after=cursor)` goes on behind this record.
+            backend that logs metrics of each step puts those of a checkpoint into a field
+            `metrics`, so that no metric of a step appears twice.
+        cursor: Opaque; `logs(after=cursor)` returns the records after this one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -263,11 +263,11 @@ class LogRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one look at a run told.
+    """The result of observing a run.
 
     Attributes:
-        records: The log behind the cursor that was given, oldest first.
-        cursor: The place behind them, for the next look; None is the beginning.
+        records: The log records after the given cursor, oldest first.
+        cursor: Cursor for the next observation; None: the beginning.
     """
 
     state: RunState
@@ -283,10 +283,10 @@ def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:
 
 
 class ValidationReport(BaseModel):
-    """What speaks against a configuration and its data, before anything is spent.
+    """The result of validating a configuration and its data.
 
     Attributes:
-        dataset: What was found in the data, where the report comes from a client.
+        dataset: The inspected data, if the report comes from a client.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -296,10 +296,10 @@ class ValidationReport(BaseModel):
 
     @property
     def errors(self) -> tuple[Issue, ...]:
-        """The issues that stop a launch."""
+        """The issues that prevent a launch."""
         return tuple(issue for issue in self.issues if issue.severity == "error")
 
     @property
     def ok(self) -> bool:
-        """Whether the run may be launched."""
+        """Whether the run can be launched."""
         return not self.errors

@@ -1,11 +1,11 @@
-"""Settings from the environment, then from `config.toml` of the user.
+"""Settings from environment variables, then from the user's `config.toml`.
 
-A `.env` in the working directory is not read: it comes with a cloned repository, and a setting such
-as a base URL decides where the user's keys are sent.
+A `.env` file in the working directory is not read: it may come with a cloned repository, and a
+setting such as a base URL decides where the user's keys are sent.
 
-Each part of the package owns one section: a subclass of `SectionSettings` with its name. That
-of a backend bears the backend's name. A name that is not known, in either place, is an error that
-tells the nearest one: a misspelt setting would be one that is not obeyed.
+Each part of the package owns a section: a subclass of `SectionSettings` with its name. A backend's
+section has the name of the backend. Unknown names are errors that suggest the closest known name,
+so that a misspelled setting is not silently ignored.
 """
 
 import os
@@ -41,12 +41,12 @@ __all__ = [
 
 _APP = "training-backends"
 _PARTS = frozenset({"credentials", "gateway", "watch"})
-"""Sections of parts that are no backends."""
+"""Sections that do not belong to a backend."""
 _PREFIX = "TRAINING_BACKENDS_"
 
 
 def config_file() -> Path:
-    """Return where the settings file lies, whether or not it is there."""
+    """Return the path of the settings file, which may not exist."""
     return Path(platformdirs.user_config_dir(_APP)) / "config.toml"
 
 
@@ -67,25 +67,25 @@ class _SectionSource(TomlConfigSettingsSource):
         else:
             table = values.get(self._section, {})
             if not isinstance(table, dict):
-                raise ValueError(f"{self._section!r} is a section: write [{self._section}]")
+                raise ValueError(f"{self._section!r} must be a section: write [{self._section}]")
         for key in table:
             _require_known(key, self.settings_cls.model_fields, "setting")
         return table
 
 
-class _Misspelt(ValueError):
-    """A name that no setting has."""
+class _UnknownName(ValueError):
+    """An unknown section or setting."""
 
 
 def _require_known(name: str, known: Collection[str], what: str) -> None:
     if name not in known:
         near = get_close_matches(name, known, n=1)
         fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-        raise _Misspelt(f"there is no {what} {name!r} ({fix})")
+        raise _UnknownName(f"unknown {what} {name!r} ({fix})")
 
 
 def _known_sections(asked: str) -> Collection[str]:
-    """Return the names of all sections; those of backends only if `asked` is none of ours."""
+    """Return the known section names; backends are only looked up if `asked` is not ours."""
     loaded = {kind.section for kind in SectionSettings.__subclasses__() if kind.section}
     if asked in _PARTS | loaded:
         return _PARTS | loaded
@@ -93,7 +93,7 @@ def _known_sections(asked: str) -> Collection[str]:
 
 
 class SectionSettings(BaseSettings):
-    """The settings of one part: `TRAINING_BACKENDS_<SECTION>__<FIELD>` and `[section]`."""
+    """A section of the settings: `TRAINING_BACKENDS_<SECTION>__<FIELD>` and `[section]`."""
 
     section: ClassVar[str | None] = None
 
@@ -119,14 +119,14 @@ class SectionSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the settings file behind the environment."""
+        """Read the settings file after the environment."""
         del dotenv_settings, file_secret_settings
         toml = _SectionSource(settings_cls, config_file(), cls.section)
         return (init_settings, env_settings, toml)
 
 
 class Settings(SectionSettings):
-    """What concerns the whole package."""
+    """Settings of the whole package."""
 
     home: Path = Path(platformdirs.user_data_dir(_APP))
     """Directory for all state."""
@@ -137,12 +137,12 @@ class Settings(SectionSettings):
 
 
 class Effective(NamedTuple):
-    """A setting as it counts.
+    """The effective value of a setting.
 
     Attributes:
-        name: As the settings file has it, with its section.
-        value: Without what is secret in it.
-        origin: The variable, the settings file, or `default`.
+        name: Name in the settings file, with its section.
+        value: The value, with secrets redacted.
+        origin: The environment variable, the settings file, or `default`.
     """
 
     name: str
@@ -154,10 +154,10 @@ _S = TypeVar("_S", bound=SectionSettings)
 
 
 def load_settings(kind: type[_S]) -> _S:
-    """Read one section.
+    """Load a section of the settings.
 
     Raises:
-        ConfigError: A value does not fit, or a name is not known; the issues name each variable.
+        ConfigError: A value is invalid or a name unknown; the issues name each variable.
     """
     try:
         _require_known_variables(kind)
@@ -172,13 +172,13 @@ def load_settings(kind: type[_S]) -> _S:
             )
             for detail in error.errors(include_input=False, include_url=False)
         ]
-        raise ConfigError("The settings cannot be used.", issues=issues) from None
-    except _Unknown as error:
+        raise ConfigError("The settings are invalid.", issues=issues) from None
+    except _UnknownVariable as error:
         fix = "correct it in the environment"
         issue = Issue(code="unknown_setting", message=str(error), field=error.variable, fix=fix)
-        raise ConfigError("The settings cannot be used.", issues=[issue]) from None
+        raise ConfigError("The settings are invalid.", issues=[issue]) from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"The settings in {config_file()} cannot be used: {error}") from None
+        raise ConfigError(f"The settings in {config_file()} are invalid: {error}") from None
 
 
 def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> str:
@@ -186,14 +186,14 @@ def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> s
     return name if name in os.environ else name.removeprefix(_PREFIX).lower().replace("__", ".")
 
 
-class _Unknown(Exception):
+class _UnknownVariable(Exception):
     def __init__(self, variable: str, why: str) -> None:
         super().__init__(why)
         self.variable = variable
 
 
 def _require_known_variables(kind: type[SectionSettings]) -> None:
-    """Refuse variables that look like ours and are none."""
+    """Reject unknown environment variables with our prefix."""
     prefix = str(kind.model_config["env_prefix"])
     for variable in os.environ:
         name = variable.upper().removeprefix(prefix)
@@ -205,12 +205,12 @@ def _require_known_variables(kind: type[SectionSettings]) -> None:
                 _require_known(section, _known_sections(section), "section")
             else:
                 _require_known(section, kind.model_fields, "setting")
-        except _Misspelt as error:
-            raise _Unknown(variable, str(error)) from None
+        except _UnknownName as error:
+            raise _UnknownVariable(variable, str(error)) from None
 
 
 def ignored_variables() -> tuple[str, ...]:
-    """Return the names of our settings that a `.env` in the working directory means to set."""
+    """Return the names of our settings found in a `.env` file of the working directory."""
     try:
         text = Path(_DOTENV).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -226,7 +226,7 @@ _ASSIGNMENT = re.compile(
 
 
 def effective_settings(kind: type[SectionSettings]) -> list[Effective]:
-    """Return every setting of a section as it counts, and where it comes from.
+    """Return all settings of a section with their effective values and origins.
 
     Raises:
         ConfigError: See `load_settings`.

@@ -1,4 +1,4 @@
-"""The states of a training run and what may follow what (standard library only)."""
+"""The statuses of a training run and their transitions (standard library only)."""
 
 from enum import StrEnum
 
@@ -6,25 +6,25 @@ __all__ = ["TrainingStatus", "may_follow"]
 
 
 class TrainingStatus(StrEnum):
-    """Where a training run stands, in words that hold for every provider."""
+    """The status of a training run, the same for every provider."""
 
     PENDING = "pending"
     VALIDATING = "validating"
     READY = "ready"
-    """Validated; waits to be started."""
+    """Validated, not started yet."""
     INITIALIZING = "initializing"
     RUNNING = "running"
     STOPPING = "stopping"
-    """A stop was asked for; the provider has not confirmed it yet."""
+    """A stop was requested and is not confirmed yet."""
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
-    """The provider said a word that we have never heard; see `raw_status`."""
+    """The provider reported a status that is not known; see `raw_status`."""
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the run is over for good."""
+        """Whether the run has finished."""
         return self in _TERMINAL
 
 
@@ -34,10 +34,9 @@ _TERMINAL = frozenset(
 
 
 def may_follow(before: TrainingStatus, after: TrainingStatus) -> bool:
-    """Tell whether a run that was `before` may lawfully be `after`.
+    """Return whether a run may change from status `before` to `after`.
 
-    A run never leaves a terminal status. Everything else is lawful, because a poll
-    sees only some of the states a run went through and some providers queue a run
-    again after it was validated.
+    A run never leaves a terminal status. Any other transition is allowed, because polling skips
+    statuses and some providers queue a run again after validation.
     """
     return after is before or not before.is_terminal

@@ -1,7 +1,7 @@
-"""Spans for OpenTelemetry, in programs that use it; nothing at all in others.
+"""OpenTelemetry spans, if the program uses OpenTelemetry.
 
-OpenTelemetry is not imported here. A program that wants spans has imported it to say where they
-go (or `opentelemetry-instrument` has); in one that has not, they would go nowhere.
+OpenTelemetry is not imported here. A program that exports spans has imported it already, or
+`opentelemetry-instrument` has; in any other program spans would be discarded.
 """
 
 import sys
@@ -22,7 +22,7 @@ Value = str | bool | int | float | None
 
 
 class Span:
-    """What is being done; without OpenTelemetry, nobody hears of it."""
+    """A span; does nothing without OpenTelemetry."""
 
     __slots__ = ("_span",)
 
@@ -30,54 +30,54 @@ class Span:
         self._span = otel_span
 
     def set(self, **attributes: Value) -> None:
-        """Say more of it, as soon as it is known."""
+        """Set attributes of the span."""
         if self._span is not None:
             self._span.set_attributes(_clean(attributes))
 
 
-class _Unheard(AbstractContextManager[Span]):
-    """A span in a program without OpenTelemetry."""
+class _NoSpan(AbstractContextManager[Span]):
+    """The context manager used without OpenTelemetry."""
 
     __slots__ = ()
 
     def __enter__(self) -> Span:
-        return _SILENT
+        return _EMPTY
 
     def __exit__(self, *error: object) -> None:
         return None
 
 
-_SILENT: Final = Span()
-_UNHEARD: Final = _Unheard()
+_EMPTY: Final = Span()
+_NO_SPAN: Final = _NoSpan()
 
 
 def span(
     name: str, /, *, outgoing: bool = False, **attributes: Value
 ) -> AbstractContextManager[Span]:
-    """Tell OpenTelemetry how long the block takes and how it ends.
+    """Record the duration and outcome of the block as a span.
 
-    Secrets are taken out of attributes and errors. Never around a `yield` of an asynchronous
-    generator: until it is resumed, its caller's spans would be inside this one.
+    Secrets are redacted from attributes and errors. Do not use it around a `yield` of an
+    asynchronous generator: the caller's spans would become children of this one.
 
     Args:
-        outgoing: Whether it is a call to a server.
-        attributes: What it is about; None is left out. A name with dots is given as
+        outgoing: Whether the block is a request to a server.
+        attributes: Span attributes; None values are dropped. Pass names with dots as
             `**{"http.request.method": "GET"}`.
     """
     if "opentelemetry.trace" not in sys.modules:
-        return _UNHEARD
-    return _told(name, outgoing=outgoing, attributes=attributes)
+        return _NO_SPAN
+    return _recorded(name, outgoing=outgoing, attributes=attributes)
 
 
 @contextmanager
-def _told(name: str, *, outgoing: bool, attributes: Mapping[str, Value]) -> Iterator[Span]:
-    from opentelemetry import trace  # noqa: PLC0415  # optional, and imported already
+def _recorded(name: str, *, outgoing: bool, attributes: Mapping[str, Value]) -> Iterator[Span]:
+    from opentelemetry import trace  # noqa: PLC0415  # optional, and already imported
 
     with trace.get_tracer(_NAME).start_as_current_span(
         name,
         kind=trace.SpanKind.CLIENT if outgoing else trace.SpanKind.INTERNAL,
         attributes=_clean(attributes),
-        # Its own way to record an error writes the whole traceback, uncleaned.
+        # OpenTelemetry's own error recording includes the traceback, unredacted.
         record_exception=False,
         set_status_on_exception=False,
     ) as otel_span:

@@ -1,4 +1,4 @@
-"""What a run measured, as a table for programs (CSV) and as charts in the terminal."""
+"""Metrics of a run as CSV and as charts in the terminal."""
 
 import csv
 import os
@@ -23,17 +23,17 @@ Series = Mapping[int, float]
 
 _FORCE: Final = "FORCE_COLOR"
 _SHOWN: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
-"""What is drawn if nothing is asked for."""
+"""Metrics drawn by default."""
 _COLOURS: Final = ("bright_blue", "bright_yellow", "bright_green", "bright_magenta")
 _SIGNS: Final = "*o+x"
 _AXIS: Final = 23
-"""Columns beside what is drawn: the axis, and the name of the other one."""
+"""Columns that plotille needs beside the plot: the y axis and the label of the x axis."""
 _WIDEST, _NARROWEST, _HEIGHT = 120, 20, 12
 _WITHOUT_TERMINAL: Final = 80
 
 
 def by_name(points: "Iterable[MetricPoint]") -> dict[str, dict[int, float]]:
-    """Sort points into metrics; the last value of a step counts."""
+    """Group points by metric; the last value of a step wins."""
     found: dict[str, dict[int, float]] = {}
     for point in points:
         found.setdefault(point.name, {})[point.step] = point.value
@@ -41,22 +41,22 @@ def by_name(points: "Iterable[MetricPoint]") -> dict[str, dict[int, float]]:
 
 
 def choose(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Series]:
-    """Return the metrics that are asked for, in that order; all if none is.
+    """Return the named metrics in the order given, or all of them if none are named.
 
     Raises:
-        ConfigError: One was not measured.
+        ConfigError: The run has no metric with one of these names.
     """
     for name in names:
         if name not in series:
             known = ", ".join(series) or "none"
-            fix = f"measured were: {known}"
-            issue = Issue(code="unknown_metric", message=f"{name!r} was not measured", fix=fix)
-            raise ConfigError(f"There is no metric {name!r} of this run.", issues=[issue])
+            fix = f"available: {known}"
+            issue = Issue(code="unknown_metric", message=f"no metric {name!r}", fix=fix)
+            raise ConfigError(f"The run has no metric {name!r}.", issues=[issue])
     return {name: series[name] for name in names or series}
 
 
 def write_csv(series: Mapping[str, Series]) -> None:
-    """Write a line a step to standard output; a metric that was not measured then is empty."""
+    """Write one row per step to standard output; missing values are empty."""
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["step", *map(escape_controls, series)])
     for step in sorted({step for values in series.values() for step in values}):
@@ -64,10 +64,10 @@ def write_csv(series: Mapping[str, Series]) -> None:
 
 
 def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None:
-    """Draw charts one below the other, as wide as the terminal; losses share one.
+    """Draw one chart per measure, as wide as the terminal; train and validation share a chart.
 
     Args:
-        all_given: Draw all; otherwise the losses and the accuracy, if they are there.
+        all_given: Draw all metrics; otherwise the losses and the accuracy, if present.
     """
     shown = series if all_given else {name: series[name] for name in _SHOWN if name in series}
     if not shown:
@@ -87,7 +87,7 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
 
 @contextmanager
 def _colours(wanted: bool) -> Iterator[None]:
-    """Have plotille colour what goes to standard error; it looks at standard output only."""
+    """Force colors in plotille, which checks standard output while we draw to standard error."""
     before = os.environ.get(_FORCE)
     if wanted:
         os.environ[_FORCE] = "1"
@@ -109,7 +109,7 @@ def _can_show_dots(out: Console) -> bool:
 
 
 def _together(names: Collection[str]) -> list[list[str]]:
-    """Put into one chart what is the same measure of different data."""
+    """Group training and validation values of the same measure."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.removeprefix("train_").removeprefix("valid_"), []).append(name)
@@ -117,10 +117,10 @@ def _together(names: Collection[str]) -> list[list[str]]:
 
 
 def chart(series: Mapping[str, Series], *, width: int, coloured: bool, plain: bool) -> str:
-    """Draw metrics over the steps; the line above the chart names them with their last value.
+    """Draw metrics by step, below a legend with the last value of each.
 
     Args:
-        width: Columns for what is drawn, without the axis.
+        width: Columns of the plot, without the axis.
         plain: Use ASCII only.
     """
     import plotille
@@ -150,16 +150,16 @@ def chart(series: Mapping[str, Series], *, width: int, coloured: bool, plain: bo
             marker=sign if lone else None,
             interp=None if plain else "linear",
         )
-        told = f"{sign if lone else '―'} {escape_controls(name)} {values[steps[-1]]:.6g}"
-        names.append(plotille.color(told, fg=colour, mode="names", no_color=not coloured))
-    # Its first line is the arrow of an axis without a label; its empty places are no spaces.
+        label = f"{sign if lone else '―'} {escape_controls(name)} {values[steps[-1]]:.6g}"
+        names.append(plotille.color(label, fg=colour, mode="names", no_color=not coloured))
+    # Drop the first line, the arrow of an unlabelled axis, and turn blank Braille into spaces.
     _, _, drawn = str(figure.show()).partition("\n")
     text = "  ".join(names) + "\n" + drawn.replace("\u2800", " ")
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def _span(numbers: Iterable[float]) -> tuple[float, float]:
-    """Return the least and the greatest of some numbers, somewhat apart."""
+    """Return the minimum and maximum, widened if they are equal."""
     found = list(numbers)
     least, most = min(found), max(found)
     return (least, most) if most > least else (least, least + (abs(least) or 1.0))

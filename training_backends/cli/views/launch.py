@@ -1,4 +1,4 @@
-"""What people see while a run is launched and while it trains."""
+"""Progress output while a run is launched and while it trains."""
 
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import aclosing
@@ -31,7 +31,7 @@ Confirm = Callable[[Estimate], Awaitable[bool]]
 
 
 class LaunchView:
-    """Upload bars, each status change, and the quote; silent when `quiet`.
+    """Shows upload bars, status changes and the price quote; prints nothing when `quiet`.
 
     Attributes:
         shown: Statuses shown while the run was launched.
@@ -61,17 +61,17 @@ class LaunchView:
         self._bars.stop()
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Show how far an upload is."""
+        """Show the progress of an upload."""
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(
                 escape(escape_controls(_short(name))), total=total
             )
         self._bars.update(self._tasks[name], completed=done)
         if done >= total and not self._quiet and not self._out.is_terminal:
-            self._out.print(f"  {escape(_short(name))}: {total:,} bytes sent")
+            self._out.print(f"  {escape(_short(name))}: uploaded {total:,} bytes")
 
     def update(self, run: TrainingRun) -> None:
-        """Show a change of status, and the provider's quote once it is there."""
+        """Show a status change, and the provider's quote once available."""
         if self._quiet:
             return
         if run.status is not self._status:
@@ -80,16 +80,16 @@ class LaunchView:
             self._status = run.status
             self.shown.add(run.status)
         if run.estimate and run.estimate.basis == "quote" and not self._quoted:
-            self._out.print("  the provider's quote:")
+            self._out.print("  price quote from the provider:")
             show_estimate(run.estimate, self._out)
             self._quoted = True
 
     def notice(self, text: str) -> None:
-        """Show a sentence that the user should read, with --json too: it is not a result."""
+        """Print a notice on standard error, even when `quiet`."""
         self._out.print(f"  [yellow]{escape(text)}[/]")
 
     def asking(self, confirm: Confirm) -> Confirm:
-        """Wrap a question so that the bars do not run over it."""
+        """Wrap a prompt so that progress bars do not overwrite it."""
 
         async def ask(estimate: Estimate) -> bool:
             self._bars.stop()
@@ -111,11 +111,11 @@ async def follow_run(
     shown_statuses: Collection[str] = (),
     out: Console | None = None,
 ) -> TrainingRun:
-    """Show a run's log and progress until it is over, and return it.
+    """Show a run's log and progress until it finishes, and return it.
 
     Args:
-        shown_statuses: What a `LaunchView` has shown; the log, which begins before the launch
-            was accepted, would show it again.
+        shown_statuses: Statuses already shown by a `LaunchView`; not repeated from the log,
+            which starts before the launch was accepted.
     """
     out = out or console()
     bar = Progress(
@@ -130,7 +130,7 @@ async def follow_run(
         transient=True,
         disable=quiet or not out.is_terminal,
     )
-    total = _steps_in_all(await client.get(run_id))
+    total = _total_steps(await client.get(run_id))
     shown = 0
     skipping = bool(shown_statuses)
     with bar:
@@ -155,8 +155,8 @@ async def follow_run(
     return await client.status(run_id)
 
 
-def _steps_in_all(run: TrainingRun) -> int:
-    """Return how many steps a run will take, or 0 while nobody knows."""
+def _total_steps(run: TrainingRun) -> int:
+    """Return the number of steps of a run, or 0 if not known yet."""
     return run.total_steps or (run.estimate and run.estimate.steps) or 0
 
 
@@ -165,7 +165,7 @@ def _is_measurement(record: LogRecord) -> bool:
 
 
 def _is_worth_a_line(record: LogRecord, shown: int, total: int) -> bool:
-    """Thin measurements out to about twenty lines, keeping those on validation data."""
+    """Thin measurements to about 20 lines, but keep those with a validation loss."""
     if record.fields.get("valid_loss") is not None or not shown:
         return True
     return (record.step or 0) - shown >= max(total // 20, 1)

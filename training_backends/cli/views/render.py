@@ -1,4 +1,4 @@
-"""How runs, estimates, issues and errors look, for people (stderr) and programs (stdout)."""
+"""Output of runs, estimates, issues and errors, for people (stderr) and programs (stdout)."""
 
 import json
 import sys
@@ -62,24 +62,24 @@ _STYLES = {
 }
 _MOST_ISSUES = 50
 _PATIENCE = 1.0
-"""Seconds for which nobody needs to be told that something goes on."""
+"""Seconds before a progress bar appears."""
 
 
 class _SafeConsole(Console):
-    """A console on which text from outside cannot command the terminal.
+    """A console that prevents terminal injection.
 
-    Escapes control characters in all that is printed, line ends too: `show_text` prints what
-    may have several lines.
+    Escapes control characters in everything it prints, including line breaks; use `show_text`
+    for multi-line text.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Escape before the text is measured."""
+        """Escape before the width of the text is measured."""
         return super().render_str(escape_controls(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Escape what was made without `render_str`, such as the columns of a progress bar."""
+        """Escape text that bypasses `render_str`, such as progress bar columns."""
         if isinstance(renderable, Text):
             plain = renderable.plain
             escaped = escape_controls(plain, keep="\n")
@@ -90,27 +90,27 @@ class _SafeConsole(Console):
 
 
 def console() -> Console:
-    """Return the console for people; standard output is kept for programs."""
+    """Return a console on standard error; standard output is reserved for JSON and CSV."""
     out = _SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     if not out.is_terminal:
-        # A file or a pipe has no edge at which a table would have to be cut.
+        # Files and pipes have no width at which a table needs to be truncated.
         out.width = 200
     return out
 
 
 def show_text(text: str, out: Console) -> None:
-    """Print text that may have several lines, such as the answer of a model."""
+    """Print text that may have several lines, such as a model's answer."""
     for line in text.split("\n"):
         out.print(line.expandtabs(), markup=False)
 
 
 def write_json(document: Any) -> None:
-    """Write the one JSON document of a command."""
+    """Write the JSON document of a command."""
     print(_json(document, indent=2))  # noqa: T201
 
 
 def write_json_line(document: Any) -> None:
-    """Write one document of a stream, at once."""
+    """Write one document of a JSON Lines stream and flush."""
     print(_json(document), flush=True)  # noqa: T201
 
 
@@ -120,25 +120,25 @@ def _json(document: Any, *, indent: int | None = None) -> str:
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
-        # Escapes are the same document, and a terminal without UTF-8 can take them.
+        # Standard output is not UTF-8: escape all non-ASCII characters.
         text = json.dumps(document, indent=indent, default=str)
     return text
 
 
 def show_error(error: TrainingBackendError) -> None:
-    """Say what went wrong and what to do."""
+    """Print an error with its issues and hint."""
     out = console()
     out.print(f"[bold red]error:[/] {escape(error.message)}")
     show_issues(getattr(error, "issues", ()), out)
     install = getattr(error, "install", None)
     if install:
-        out.print(f"  install it with: {escape(install)}")
+        out.print(f"  Install with: {escape(install)}")
     if error.hint and error.hint != install:
         out.print(f"  {escape(error.hint)}")
 
 
 def error_document(error: TrainingBackendError, code: int) -> dict[str, Any]:
-    """Return an error as JSON has it."""
+    """Return the JSON representation of an error."""
     issues: Sequence[Issue] = getattr(error, "issues", ())
     return {
         "error": {
@@ -155,28 +155,28 @@ def error_document(error: TrainingBackendError, code: int) -> dict[str, Any]:
 
 
 def issue_document(issue: Issue) -> dict[str, Any]:
-    """Return an issue as JSON has it, without secrets: it may quote the user's data."""
+    """Return the JSON representation of an issue; redacted, as it may quote the user's data."""
     document = {name: getattr(issue, name) for name in Issue.__dataclass_fields__}
     found: dict[str, Any] = redact_value(document)
     return found
 
 
 def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
-    """List issues, one a line."""
+    """Print issues, one per line."""
     out = out or console()
     listed = list(issues)
     for issue in listed[:_MOST_ISSUES]:
         style = "red" if issue.severity == "error" else "yellow"
         out.print(f"  [{style}]{issue.severity}[/] {escape(redact(str(issue)))}")
     if len(listed) > _MOST_ISSUES:
-        out.print(f"  … and {len(listed) - _MOST_ISSUES} more (--json has them all)")
+        out.print(f"  … and {len(listed) - _MOST_ISSUES} more (use --json for all)")
 
 
 def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
-    """Say what was found in the data."""
+    """Print one line per data file."""
     out = out or console()
     for file in dataset.files:
-        kind = file.sample_type or "no samples"
+        kind = file.sample_type or "no valid rows"
         out.print(
             f"  {file.role:<10} {escape(file.path.name)}: {file.rows:,} rows ({kind}), "
             f"{file.turns:,} messages, {_size(file.size)}"
@@ -184,35 +184,36 @@ def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
 
 
 def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
-    """Say what a run will take, and why something is not known."""
+    """Print an estimate, with the reasons for unknown values."""
     out = out or console()
     rows: list[tuple[str, str]] = []
     if estimate.data_tokens is not None:
         interval = _between(*(f"{bound:,}" for bound in estimate.interval or ()))
         rows.append(("data tokens", f"{estimate.data_tokens:,}{interval}"))
     if estimate.train_tokens is not None:
-        rows.append(("train tokens", f"{estimate.train_tokens:,}"))
+        rows.append(("trained tokens", f"{estimate.train_tokens:,}"))
     if estimate.steps is not None:
         rows.append(("steps", f"{estimate.steps:,}"))
     if estimate.epochs is not None:
         rows.append(("epochs", f"{estimate.epochs:g}"))
     rows.extend(_cost_rows(estimate))
-    duration = format_duration(estimate.duration) if estimate.duration else "not known"
-    rows.extend((("duration", duration), ("basis", estimate.basis)))
+    duration = format_duration(estimate.duration) if estimate.duration else "unknown"
+    rows.extend((("duration", duration), ("method", estimate.basis)))
     rows.extend(("difference", text) for text in estimate.differences)
     for name, value in rows:
-        out.print(f"  {name:<13} {escape(value)}")
+        out.print(f"  {name:<15} {escape(value)}")
     for note in estimate.notes:
-        out.print(f"  [dim]note[/]          {escape(note)}")
+        out.print(f"  [dim]note[/]            {escape(note)}")
 
 
 class FileBars:
-    """A bar for each file that is worked on, once that takes a while, on a terminal only.
+    """Progress bars, one per file.
 
-    Use it in a `with`; the bars go away behind it.
+    They appear after a short delay, and only on a terminal. Use it as a context manager; leaving
+    it removes the bars.
 
     Args:
-        quiet: Show none.
+        quiet: Show no bars.
     """
 
     def __init__(self, *, quiet: bool = False, out: Console | None = None) -> None:
@@ -236,7 +237,13 @@ class FileBars:
         self._bars.stop()
 
     def show(self, what: str, path: Path, done: int, total: int) -> None:
-        """Show how far a file is, and what is done with it."""
+        """Update the bar of a file.
+
+        Args:
+            what: The operation, such as "reading".
+            done: Bytes processed.
+            total: Size of the file in bytes.
+        """
         if time.monotonic() - self._began < _PATIENCE:
             return
         key = what, path
@@ -249,16 +256,16 @@ class FileBars:
 
 
 class CountView(FileBars):
-    """Bars for tokens being counted."""
+    """Progress bars for token counting."""
 
     def progress(self, path: Path, done: int, total: int) -> None:
-        """Show how far a file is."""
+        """Update the bar of a file."""
         self.show("counting tokens of", path, done, total)
 
 
 def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:
     interval = _between(*map(str, estimate.cost_interval or ()))
-    rows = [("cost", (price_text(estimate) or "not known") + interval)]
+    rows = [("cost", (price_text(estimate) or "unknown") + interval)]
     if len(estimate.costs) > 1:
         width = max(len(item.name) for item in estimate.costs)
         money = max(len(str(item.amount)) for item in estimate.costs)
@@ -272,7 +279,7 @@ def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:
 
 
 def _between(*bounds: str) -> str:
-    return f" (95 % between {' and '.join(bounds)})" if bounds else ""
+    return f" (95% interval {' to '.join(bounds)})" if bounds else ""
 
 
 def _source(source: PriceSource) -> str:
@@ -280,12 +287,12 @@ def _source(source: PriceSource) -> str:
 
 
 def price_text(estimate: Estimate) -> str | None:
-    """Write what a run costs, one sum a currency; None where that is not known."""
+    """Return the cost of a run as text, one amount per currency; None if unknown."""
     return " and ".join(map(str, estimate.totals)) or None
 
 
 def show_run(run: TrainingRun, out: Console | None = None) -> None:
-    """Show one run with everything that is known of it."""
+    """Print all details of a run."""
     out = out or console()
     style = _STYLES.get(run.status, "cyan")
     word = f" ({escape(run.raw_status)})" if run.raw_status else ""
@@ -293,7 +300,7 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
     rows = [
         ("backend", run.backend),
         ("model", run.config.model),
-        ("remote id", run.remote_id),
+        ("provider job", run.remote_id),
         ("created", _time(run.created_at)),
         ("started", _time(run.started_at)),
         ("finished", _time(run.finished_at)),
@@ -316,10 +323,10 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
 
 
 def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
-    """Note on standard error how old the view of live runs is, and why.
+    """Print on standard error how old the data of live runs is, and why.
 
     Args:
-        missed: Why runs could not be brought up to date, by run id; None: that was not tried.
+        missed: By run id, why a run was not refreshed; None if no refresh was tried.
     """
     out = console()
     by_reason: dict[str, list[TrainingRun]] = {}
@@ -329,8 +336,8 @@ def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> N
             by_reason.setdefault(reason, []).append(run)
     for reason, old in by_reason.items():
         oldest = min(run.last_seen_at or run.created_at for run in old)
-        whose = f"run {old[0].id} is" if len(old) == 1 else f"{len(old)} live runs are"
-        out.print(f"[yellow]note:[/] {whose} shown as of {_ago(oldest)}: {escape(reason)}")
+        whose = f"run {old[0].id} was" if len(old) == 1 else f"{len(old)} live runs were"
+        out.print(f"[yellow]note:[/] {whose} last updated {_ago(oldest)}: {escape(reason)}")
 
 
 def _is_old(run: TrainingRun, missed: Mapping[str, str] | None) -> bool:
@@ -350,15 +357,16 @@ def show_runs(
     *,
     filtered: bool = False,
 ) -> None:
-    """List runs in a table, newest first.
+    """Print runs as a table, newest first.
 
     Args:
-        missed: See `show_age`; these runs are marked.
+        missed: See `show_age`; these runs are marked with their age.
+        filtered: Whether `runs` was filtered; selects the message for an empty list.
     """
     out = console()
     if not runs:
-        none_yet = "No runs yet. `training-backends quickstart` makes the first one."
-        out.print("No run is like that." if filtered else none_yet)
+        none_yet = "No runs yet. Try `training-backends quickstart`."
+        out.print("No runs match these filters." if filtered else none_yet)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", no_wrap=True, min_width=max(len(run.id) for run in runs))
@@ -367,7 +375,7 @@ def show_runs(
     for run in runs:
         style = _STYLES.get(run.status, "cyan")
         seen = f" (as of {_ago(run.last_seen_at or run.created_at)})"
-        note = _doubt(run) or (seen if _is_old(run, missed) else "")
+        note = _remark(run) or (seen if _is_old(run, missed) else "")
         table.add_row(
             escape(run.id),
             f"[{style}]{run.status}[/]{note}",
@@ -379,33 +387,33 @@ def show_runs(
     out.print(table)
 
 
-def _doubt(run: TrainingRun) -> str:
-    """Say why a run in a list may not be what its status says."""
+def _remark(run: TrainingRun) -> str:
+    """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
         return f" ({run.stale.kind})"
     if run.failure and not run.status.is_terminal and run.started_at is None:
-        return " (not launched)"
+        return " (draft)"
     return ""
 
 
 def show_metrics(
     points: "Sequence[MetricPoint]", run: TrainingRun, *, up_to_date: bool = True
 ) -> None:
-    """Show what was measured, a line a step.
+    """Print metrics as a table, one row per step.
 
     Args:
-        run: Whose metrics these are.
-        up_to_date: Whether its backend was just asked.
+        run: The run that the metrics belong to.
+        up_to_date: Whether the run has just been refreshed.
     """
     out = console()
     if not points:
         if run.status.is_terminal:
             out.print(f"The run {escape(run.id)} is {run.status} and has no metrics.")
         elif up_to_date:
-            out.print("Nothing was measured yet.")
+            out.print("No metrics yet.")
         else:
             seen = _ago(run.last_seen_at or run.created_at)
-            out.print(f"Nothing was measured as of {seen}, when the run was last seen.")
+            out.print(f"No metrics yet; the run was last updated {seen}.")
         return
     names = list(dict.fromkeys(point.name for point in points))
     by_step: dict[int, dict[str, float]] = {}
@@ -421,7 +429,7 @@ def show_metrics(
 
 
 def show_log_record(record: LogRecord, out: Console) -> None:
-    """Write one line of a log."""
+    """Print a log record on one line."""
     style = {"error": "red", "warning": "yellow"}.get(record.level, "default")
     time = record.at.astimezone().strftime("%H:%M:%S")
     out.print(f"[dim]{time} {escape(record.source):<10}[/] [{style}]{escape(record.message)}[/]")
