@@ -307,7 +307,7 @@ def test_a_record_that_makes_no_sense_is_named(
     """Whoever wrote it, the error says which run it is and what can be done."""
     store.insert(make_run("a"))
     execute(url, "UPDATE documents SET document = '{}'")
-    with pytest.raises(StoreError, match="'a' cannot be read") as caught:
+    with pytest.raises(StoreError, match="record of run 'a'") as caught:
         store.get("a")
     assert "doctor --recover" in str(caught.value.hint)
 

@@ -383,7 +383,7 @@ async def test_download_says_why_not(backend: MistralAPIBackend, run: TrainingRu
     """The refusal to download says where the model can be used instead."""
     with pytest.raises(UnsupportedOperation) as caught:
         await backend.download(run, run.config.data.train[0].path)
-    assert "weights" in str(caught.value.hint)
+    assert "weight" in str(caught.value.hint)
     assert not backend.capabilities.downloads
 
 
@@ -499,7 +499,7 @@ async def test_key_is_not_sent_over_plain_http(
     """A base URL of plain http on another host is refused before anything is sent."""
     backend = make_backend(base_url="http://gpu.example.com:8000")
     journal = make_journal()
-    with pytest.raises(ConfigError, match="plain http"):
+    with pytest.raises(ConfigError, match="plain HTTP"):
         await backend.launch(journal.run, journal)
     assert not (await backend.health()).ok
 

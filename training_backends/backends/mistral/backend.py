@@ -349,7 +349,7 @@ class MistralAPIBackend(TrainingBackend):
         model = run.result_model or "the fine-tuned model"
         raise self.unsupported(
             "download the trained model",
-            f"This protocol has no weight download; use the model on the server as {model}. With "
+            f"This protocol has no weight download; use {model} on the server. With "
             "your own gateway, the files are stored on its machine: run `training-backends "
             "download` there.",
         )
