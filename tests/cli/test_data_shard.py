@@ -73,7 +73,7 @@ def test_sizes_are_read(run: Run, limit: str, size: int) -> None:
         (["none.jsonl"], 3, "none.jsonl: there is no such file"),
         (["data.jsonl", "--limit", "19"], 3, "the row is longer than the limit of 19 bytes"),
         (["data.jsonl", "--limit", "large"], 2, "Invalid --limit value 'large'"),
-        (["data.jsonl", "--limit", "0"], 2, "A file has at least one byte"),
+        (["data.jsonl", "--limit", "0"], 2, "--limit must be at least one byte"),
         (["data.jsonl", "--weight", "0"], 2, "--weight must be greater than 0"),
         (["data.jsonl", "--dialect", "x"], 2, "Known formats: mistral, openai"),
         ([], 2, "Missing argument"),
