@@ -132,7 +132,7 @@ def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: Ru
     assert record is not None
     assert record.failure is not None
     assert (record.failure.kind, record.failure.retryable) == ("lost", True)
-    assert "Process 2 of the 2" in record.failure.message
+    assert "process 2 of 2" in record.failure.message
     assert "signal 9" in record.failure.message
 
 
@@ -216,7 +216,7 @@ def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_p
     """They would wait for each other at different steps."""
 
     class Torn(ProcessGroup):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [value, []]
 
     run = make_run(tmp_path / "r")
