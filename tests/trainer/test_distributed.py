@@ -245,7 +245,7 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
     """An optimizer lets those decay that have one, be it zero."""
 
     class Two(ProcessGroup):
-        def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
             loss, users, *gradients = tensors
             loss += 3
             users += torch.tensor([1.0, 1.0, 0.0])
