@@ -258,7 +258,7 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
     ours, theirs, nobodys = trainer.model
     ours.grad = torch.ones(2)
     loss = torch.tensor(1.0)
-    trainer._add_up(loss)
+    trainer._sum_gradients(loss)
     assert loss.item() == 4
     assert (ours.grad.tolist(), theirs.grad.tolist()) == ([6, 6], [5, 5])
     assert nobodys.grad is None
