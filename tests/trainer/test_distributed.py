@@ -132,7 +132,7 @@ def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: Ru
     assert record is not None
     assert record.failure is not None
     assert (record.failure.kind, record.failure.retryable) == ("lost", True)
-    assert "Process 2 of the 2" in record.failure.message
+    assert "process 2 of 2" in record.failure.message
     assert "signal 9" in record.failure.message
 
 
@@ -216,7 +216,7 @@ def test_rows_that_changed_between_two_readers_are_told(make_run: MakeRun, tmp_p
     """They would wait for each other at different steps."""
 
     class Torn(ProcessGroup):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [value, []]
 
     run = make_run(tmp_path / "r")
@@ -245,7 +245,7 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
     """An optimizer lets those decay that have one, be it zero."""
 
     class Two(ProcessGroup):
-        def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
             loss, users, *gradients = tensors
             loss += 3
             users += torch.tensor([1.0, 1.0, 0.0])
@@ -258,7 +258,7 @@ def test_a_weight_that_nobody_used_has_no_gradient() -> None:
     ours, theirs, nobodys = trainer.model
     ours.grad = torch.ones(2)
     loss = torch.tensor(1.0)
-    trainer._add_up(loss)
+    trainer._sum_gradients(loss)
     assert loss.item() == 4
     assert (ours.grad.tolist(), theirs.grad.tolist()) == ([6, 6], [5, 5])
     assert nobodys.grad is None
