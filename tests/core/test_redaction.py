@@ -138,6 +138,15 @@ def test_a_value_without_quotes_is_replaced_up_to_its_end(
     assert redact(cleaned) == cleaned
 
 
+@pytest.mark.parametrize("value", ['r"000000', '"abcdef123"', "b'abcdef123'", "'abcdef123"])
+def test_a_quote_after_a_scheme_hides_nothing(value: str) -> None:
+    """`Bearer r"KEY` is replaced like `Bearer KEY`, closed or not."""
+    cleaned = redact(f"api_key: Bearer {value}")
+    assert REDACTED in cleaned
+    assert "000000" not in cleaned
+    assert "abcdef123" not in cleaned
+
+
 @given(
     name=NAMES,
     secret=KEYS,

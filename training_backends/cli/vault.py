@@ -34,12 +34,8 @@ def _ask_password(new: bool) -> SecretStr | None:
     if not sys.stdin.isatty():
         return None
     text = "New password for the encrypted keyring" if new else "Password of the encrypted keyring"
-    try:
-        with interruptible():
-            return SecretStr(typer.prompt(text, hide_input=True, confirmation_prompt=new, err=True))
-    except typer.Abort:
-        # An ordinary exception would be reported as a bug of the backend that needs the key.
-        raise KeyboardInterrupt from None
+    with interruptible():
+        return SecretStr(typer.prompt(text, hide_input=True, confirmation_prompt=new, err=True))
 
 
 async def source_of(

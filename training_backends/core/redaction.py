@@ -195,10 +195,11 @@ _SECRET_NAME: Final = re.compile(
     r"|token([_-]?value)?$",
     re.IGNORECASE,
 )
+_SCHEME_WORD: Final = r"(?:(?:bearer|basic|digest|token|negotiate)[ \t]+)?"
 _QUOTED: Final = re.compile(
     # The closing quote has as many backslashes as the opening one. If the text is truncated
     # before it, the rest is the value.
-    rf"""({_NAME}\\*["']?\s*(?:=>?|:)\s*[bru]?(\\*)(["']))(.*?)((?<!\\)\2\3|\Z)""",
+    rf"""({_NAME}\\*["']?\s*(?:=>?|:)\s*{_SCHEME_WORD}[bru]?(\\*)(["']))(.*?)((?<!\\)\2\3|\Z)""",
     re.IGNORECASE | re.DOTALL,
 )
 _PAIR: Final = re.compile(
@@ -209,7 +210,7 @@ _PLAIN: Final = re.compile(
     rf"""
     ({_NAME})
     (["']?[ \t]*(?:=(?!=)|:)[ \t]*)
-    (?:(?:bearer|basic|digest|token|negotiate)[ \t]+)?
+    {_SCHEME_WORD}
     (?![bru]?\\*["'])                           # quoted: handled above
     (?![{{[(]+(?:[\s"'\\]|\Z))                  # nested: its items have their own names
     # Up to white space, the next parameter, or the end of the enclosing JSON string.
