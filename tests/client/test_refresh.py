@@ -83,12 +83,12 @@ async def test_a_backend_out_of_reach_is_no_error(
         away.trouble = BackendUnavailable("the network is down", sent=False)
         broken.trouble = ZeroDivisionError("a bug")  # type: ignore[assignment]
         backend.finish(str((await client.get("scripted")).remote_id))
-        missed = await client.refresh(timeout=0.5)
+        missed = await client.refresh(timeout=3)
         runs = {run.id: run for run in await client.list()}
     assert sorted(missed) == ["away", "broken", "silent"]
     assert missed["away"] == "the network is down"
     assert "ZeroDivisionError" in missed["broken"]
-    assert missed["silent"] == "silent did not answer within 0.5 s"
+    assert missed["silent"] == "silent did not answer within 3 s"
     assert runs["scripted"].status is TrainingStatus.COMPLETED
 
 

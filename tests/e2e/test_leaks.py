@@ -884,7 +884,7 @@ def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None
         ],
         given,
     )
-    assert "could not check with the server" in (world.seen / "output-2" / "0.err").read_text()
+    assert "Could not list the jobs of leaky" in (world.seen / "output-2" / "0.err").read_text()
     world.assert_clean()
 
 

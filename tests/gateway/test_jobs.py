@@ -356,7 +356,7 @@ async def test_the_same_content_to_train_and_validate_fails_validation(here: Sit
     job = await here.create(files=both[:1], validation_files=both[1:])
     failed = await here.until(job["id"], "FAILED_VALIDATION")
     error = failed["events"][-1]["data"]["error"]
-    assert "the same content is in the training file train.jsonl / again.jsonl" in error
+    assert "same content as the training file train.jsonl / again.jsonl" in error
 
 
 async def test_a_bug_in_a_backend_fails_one_job_and_not_the_gateway(

@@ -12,7 +12,8 @@ import pytest
 from tests.trainer.conftest import Engine
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
-from training_backends.rundir.directory import ON_STDIN, ExitCode, RunDir
+from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.handover import ON_STDIN
 
 pytestmark = pytest.mark.engine
 

@@ -34,7 +34,6 @@ from training_backends.core.files import (
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
-    "ON_STDIN",
     "CheckpointState",
     "Event",
     "ExitCode",
@@ -45,9 +44,6 @@ __all__ = [
     "RunSpec",
     "rows_per_epoch",
 ]
-
-ON_STDIN: Final = "HF_TOKEN_ON_STDIN"
-"""Environment variable; if set, the first line of standard input is the Hub token."""
 
 
 Row = TypeVar("Row", bound=BaseModel)

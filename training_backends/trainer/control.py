@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from training_backends.rundir.directory import Event, RunDir
+if TYPE_CHECKING:
+    from training_backends.rundir.directory import RunDir
 
 __all__ = ["STOP_SIGNALS", "StopRequest", "Stopped", "report_status"]
 
 
-def report_status(run: RunDir, status: str, message: str, **data: object) -> None:
+def report_status(run: "RunDir", status: str, message: str, **data: object) -> None:
     """Append a `status` event; `data` is stored with the status."""
+    from training_backends.rundir.directory import Event  # noqa: PLC0415  # loads pydantic
+
     run.add_event(Event(name="status", message=message, data={"status": status, **data}))
 
 

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-from training_backends.core.config import TINY_MODEL
-from training_backends.rundir.directory import ON_STDIN
+from training_backends.rundir.handover import ON_STDIN
 
 __all__ = [
     "VISIBLE",
@@ -43,6 +42,8 @@ def prepare_imports(model: str = "") -> None:
     warning about a missing package on some CPUs. The built-in model is never quantized.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from training_backends.core.config import TINY_MODEL  # noqa: PLC0415  # loads pydantic
+
     if model == TINY_MODEL:
         # None marks a module as missing to the import system.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def test_a_model_without_the_tokens_is_refused_by_name(tmp_path: Path) -> None:
         (make_coder(tmp_path, []), "'coder'"),
     ]
     for encoder, name in encoders:
-        with pytest.raises(TokenizerError, match=f"{name} has no control tokens to fill in"):
+        with pytest.raises(TokenizerError, match=f"{name} has no fill-in-the-middle tokens"):
             TokenObjective(encoder, 100, fim_ratio=0.5)
 
 

@@ -28,7 +28,8 @@ from training_backends.core.logging import get_logger
 from training_backends.core.run import Failure, Reply
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
-from training_backends.rundir.directory import ON_STDIN, ExitRecord, RunDir
+from training_backends.rundir.directory import ExitRecord, RunDir
+from training_backends.rundir.handover import ON_STDIN
 
 __all__ = ["TRAINER", "ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
 
