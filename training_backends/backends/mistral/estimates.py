@@ -12,6 +12,7 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens import TokenCount
+from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
 
@@ -83,6 +84,8 @@ def estimate_from_count(
     """
     epoch = epoch or count
     notes = list(count.notes)
+    if count.basis == "sampled":
+        notes.append(SAMPLE_NOTE)
     if count.data_tokens is None:
         notes.append(f"Token count unknown: {count.reason}.")
     elif count.over and count.seq_len:
