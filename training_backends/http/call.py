@@ -14,7 +14,7 @@ from training_backends.core.errors import BackendUnavailable, RateLimited, Train
 from training_backends.core.logging import get_logger
 from training_backends.http.limits import Breaker, Limiter, Refusal
 from training_backends.http.policy import HttpPolicy
-from training_backends.http.retry import Backoff, read_retry_after
+from training_backends.http.retry import RetryRule, read_retry_after
 from training_backends.http.upload import CHUNK_BYTES
 
 __all__ = ["Call", "Pace", "pacing"]
@@ -103,7 +103,7 @@ class Call:
         self._seconds = math.inf if seconds is None else seconds
         self._latest = time.monotonic() + self._seconds
         self._longest_pause = policy.call_timeout
-        self._backoff = Backoff(
+        self._retries = RetryRule(
             repeatable=repeatable,
             attempts=policy.attempts,
             patience=policy.call_timeout,
@@ -117,8 +117,8 @@ class Call:
         """Return the attempts, to be entered in turn until one succeeds."""
         # Not stamina: its hooks are process-wide, and by default it prints every retry.
         return AsyncRetrying(
-            retry=retry_if_exception(self._backoff),
-            wait=lambda _: self._backoff.wait,
+            retry=retry_if_exception(self._retries),
+            wait=lambda _: self._retries.wait,
             before_sleep=self._log_retry,
             sleep=anyio.sleep,
         )
@@ -130,7 +130,7 @@ class Call:
 
     def failed(self, error: TrainingBackendError) -> None:
         """Record a failed attempt, and make its error account for all attempts."""
-        self._backoff.retry_after = self.retry_after
+        self._retries.retry_after = self.retry_after
         if isinstance(error, BackendUnavailable):
             self._may_have_arrived = error.sent = error.sent or self._may_have_arrived
         self._log.debug("http.failed", call=self.name, error=error.message, **self.identity)
@@ -235,7 +235,7 @@ class Call:
 
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._log_pause("http.retry", self._backoff.wait, reason=str(error))
+        self._log_pause("http.retry", self._retries.wait, reason=str(error))
 
     def _log_pause(self, event: str, seconds: float, *, reason: str) -> None:
         say = self._log.warning if seconds >= _LONG_WAIT else self._log.info
