@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logging import get_logger
-from training_backends.http.limits import Breaker, Limiter, Refusal
+from training_backends.http.limits import Limiter
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.retry import RetryRule, read_retry_after
 from training_backends.http.upload import CHUNK_BYTES
@@ -110,7 +110,7 @@ class Call:
             latest=self._latest,
         )
         self._backend = backend
-        self._asked = self._answered = self._may_have_arrived = False
+        self._may_have_arrived = False
         self._log = get_logger()
 
     def attempts(self) -> AsyncRetrying:
@@ -155,12 +155,10 @@ class Call:
         return BackendUnavailable(f"{self.name}: {what}.", sent=sent, backend=self._backend)
 
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Record when a connection is attempted and when the first byte is sent."""
+        """Record when the first byte is sent."""
         del info
         if event.endswith("send_request_headers.started"):
-            self._asked = self.sent = True
-        elif event.endswith("connect_tcp.started"):
-            self._asked = True
+            self.sent = True
 
     async def admitted(self, limiter: Limiter) -> None:
         """Wait until the account's rate limit allows the call.
@@ -193,45 +191,10 @@ class Call:
 
     def answered(self, status: int, headers: Mapping[str, str], limiter: Limiter) -> None:
         """Record the status and headers of a response."""
-        self._answered = True
         limiter.told(status, headers, longest=self._longest_pause)
         self.retry_after = read_retry_after(headers.get("retry-after"))
         given = (headers.get(name) for name in _REQUEST_IDS)
         self.request_id = next((each[:100] for each in given if each), None)
-
-    @contextmanager
-    def judged_by(self, breaker: Breaker) -> Iterator[None]:
-        """Make the call only if the circuit breaker allows it, and report the outcome to it.
-
-        Raises:
-            BackendUnavailable: The circuit breaker is open after repeated failures.
-        """
-        allowed = breaker.enter()
-        if isinstance(allowed, Refusal):
-            raise self._circuit_open(allowed)
-        answered, what = None, ""
-        try:
-            yield
-            answered = True
-        except BackendUnavailable as error:
-            if error.retryable and self._asked:
-                answered, what = False, error.message
-            raise
-        except TrainingBackendError:
-            answered = True if self._answered else None
-            raise
-        finally:
-            breaker.leave(trying=allowed, answered=answered, what=what)
-
-    def _circuit_open(self, refusal: Refusal) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"{self.name}: not sent; the last {refusal.failures} calls to this server failed, "
-            f"since {refusal.since:%H:%M:%S} UTC. Next attempt in {refusal.seconds:.1f} s. "
-            f"Last error: {refusal.last}",
-            hint="Check that the server is running and the base URL is correct.",
-            sent=False,
-            backend=self._backend,
-        )
 
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
