@@ -566,7 +566,8 @@ async def test_a_run_that_cannot_be_seen_keeps_to_its_budget(
         run = await client.launch(config, backend="scripted", run_id="mine")
         async with watching(client.watcher()):
             await until(
-                lambda: backend.status(run), lambda state: state.status is TrainingStatus.STOPPING
+                lambda: ScriptedBackend.observe(backend, run),
+                lambda seen: seen.state.status is TrainingStatus.STOPPING,
             )
 
 

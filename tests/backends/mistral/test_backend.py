@@ -131,8 +131,8 @@ async def test_follow_goes_on_to_the_end(
         async for record in records:
             told.append(record.message)
             if record.message == "RUNNING":
-                provider.fail(DropRequest(), times=2)
-                provider.fail(OtherAnswer(status=503), times=2)
+                provider.fail(DropRequest())
+                provider.fail(OtherAnswer(status=503))
                 provider.add_checkpoint(job_id, 10, train_loss=1.5)
             if record.source == "checkpoint":
                 provider.set_status(job_id, "SUCCESS")

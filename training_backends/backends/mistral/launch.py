@@ -15,16 +15,14 @@ from training_backends.backends.mistral.job_state import (
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.retry import Steps, asked_pause
+from training_backends.backends.mistral.retry import TRIES, Steps, asked_pause, may_pass
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue
 from training_backends.core.errors import (
-    BackendUnavailable,
     BudgetExceeded,
     DatasetError,
     ProtocolError,
-    RateLimited,
     TrainingBackendError,
     WaitTimeout,
     may_have_happened,
@@ -146,16 +144,19 @@ class Launch:
         limit = read_options(self.run.config).validate_timeout
         polls = self._steps.polls()
         word = None
+        unreadable = 0
         with anyio.move_on_after(limit):
             while True:
                 asked = 0.0
                 try:
-                    job = await self._fetch_job(job_id)
-                except (BackendUnavailable, RateLimited) as error:
-                    if not error.retryable:
+                    job = await self.api.get_job(job_id)
+                except TrainingBackendError as error:
+                    unreadable = unreadable + 1 if isinstance(error, ProtocolError) else 0
+                    if not may_pass(error) or unreadable == TRIES:
                         raise
                     asked = asked_pause(error)
                 else:
+                    unreadable = 0
                     if job.status != word:
                         word = job.status
                         polls.reset()

@@ -17,10 +17,10 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 
-__all__ = ["Do", "Steps", "asked_pause", "may_pass"]
+__all__ = ["TRIES", "Do", "Steps", "asked_pause", "may_pass"]
 
-_TRIES: Final = 5
-"""Maximum attempts of a launch step."""
+TRIES: Final = 5
+"""Maximum attempts of a launch step, and unreadable responses in a row while polling."""
 
 _T = TypeVar("_T")
 
@@ -63,14 +63,14 @@ class Steps:
         return await self.ask(lambda: self.journal.step(name, do, repeatable=True))
 
     async def ask(self, act: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat a safe operation after temporary errors, within `_TRIES` and `call_timeout`.
+        """Repeat a safe operation after temporary errors, within `TRIES` and `call_timeout`.
 
         Raises:
             TrainingBackendError: The last temporary error, or a permanent one.
         """
         latest = time.monotonic() + self.settings.call_timeout
         polls = self.polls()
-        for left in reversed(range(_TRIES)):
+        for left in reversed(range(TRIES)):
             try:
                 return await act()
             except TrainingBackendError as error:
