@@ -17,10 +17,10 @@ from training_backends.http.policy import HttpPolicy
 from training_backends.http.retry import RetryRule, read_retry_after
 from training_backends.http.upload import CHUNK_BYTES
 
-__all__ = ["Call", "Pace", "pacing"]
+__all__ = ["Call", "TransferDeadline", "pacing"]
 
 
-class Pace:
+class TransferDeadline:
     """Extends a deadline by the same time for every `CHUNK_BYTES` that are transferred."""
 
     def __init__(self, scope: anyio.CancelScope, seconds: float) -> None:
@@ -53,7 +53,7 @@ class Pace:
 
 
 @contextmanager
-def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
+def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[TransferDeadline]:
     """Cancel the block when a transfer is slower than its pace.
 
     Args:
@@ -61,7 +61,7 @@ def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
         late: Makes the error from a description of what did not happen in time.
     """
     with anyio.CancelScope() as scope:
-        pace = Pace(scope, seconds)
+        pace = TransferDeadline(scope, seconds)
         yield pace
     if scope.cancelled_caught:
         raise late(pace.failing)

@@ -65,7 +65,7 @@ class Launch:
         self._uploads = Uploads(api=self.api, steps=self._steps)
         self._quoted = self.run.estimate is not None and self.run.estimate.basis == "quote"
 
-    async def go(self) -> RunState:
+    async def launch(self) -> RunState:
         """Launch the run, continuing after the last completed step."""
         job_id = self.run.remote_id
         if job_id is None:
