@@ -224,7 +224,7 @@ class BackendConformance:
         wrong = [name for name, state in reported.items() if not state.status.is_terminal]
         _expect(not wrong, "no outdated state of a finished run")
 
-    async def check_one_look_tells_state_and_log(self, subject: Subject) -> None:
+    async def check_observation_has_state_and_log(self, subject: Subject) -> None:
         """An observation includes the whole log so far; the next one only what is new."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
