@@ -21,8 +21,6 @@ from training_backends.datasets.findings import Facts
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(
-    deadline=None,
-    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 ALL = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
@@ -113,7 +111,7 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
     st.fixed_dictionaries({}, optional=CHANGES),
     st.data(),
 )
-@settings(CALM, max_examples=150)
+@CALM
 def test_a_dialect_that_nobody_has_met_is_judged_alike(
     base: Dialect, changes: dict[str, Any], data: st.DataObject
 ) -> None:

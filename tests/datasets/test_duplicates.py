@@ -5,7 +5,7 @@ from array import array
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends.datasets import duplicates
@@ -41,7 +41,6 @@ rows = st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 
 
 
 @pytest.mark.usefixtures("slices")
-@settings(deadline=None)
 @given(st.data())
 def test_what_is_found_is_what_a_simple_search_finds(data: st.DataObject) -> None:
     """Whatever the hashes are: how many, which lines, and which lines before."""
