@@ -38,7 +38,7 @@ def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
     assert again.document["finished_at"] == launched.document["finished_at"]
     steps = [record["step"] for record in records]
     assert [step for step in steps if step] == sorted(step for step in steps if step)
-    asked = run("sample", "mi", "3 plus 3?", "--json")
+    asked = run("generate", "mi", "3 plus 3?", "--json")
     samples = [record["fields"] for record in records]
     (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]
     assert (asked.code, asked.document) == (0, {"answer": after})
