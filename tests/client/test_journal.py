@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import (
@@ -225,7 +225,6 @@ async def test_a_quote_without_a_price_is_not_covered_by_a_budget(
     await asking.quote(Estimate(basis="quote"))
 
 
-@settings(max_examples=60, deadline=None)
 @given(faults=st.lists(st.sampled_from(["none", "lost", "killed", "refused"]), max_size=8))
 async def test_no_sequence_of_faults_does_a_step_twice(store: RunStore, faults: list[str]) -> None:
     """However often a launch is cut off and repeated, the world changes once."""
