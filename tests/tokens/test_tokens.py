@@ -375,6 +375,19 @@ def test_huge_data_are_sampled_unasked(
     assert count_tokens(data, "tiny-mistral", exact=True).basis == "exact"
 
 
+def test_several_files_share_one_sample(
+    dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are small alone are sampled if together they are large."""
+    data = dataset(varied(900), varied(900, 1), varied(900, 2))
+    bound = max(file.size for file in data.files)
+    monkeypatch.setattr("training_backends.tokens.count.EXACT_BYTES", bound)
+    counts = tokens.count_files(data, "tiny-mistral")
+    assert [count.basis for count in counts] == ["sampled"] * 3
+    total = count_tokens(data, "tiny-mistral").data_tokens
+    assert abs(sum(count.data_tokens or 0 for count in counts) - (total or 0)) <= 3
+
+
 def test_a_sample_that_takes_every_row_is_exact(dataset: MakeDataset) -> None:
     """Few rows are counted in full."""
     data = dataset([chat("a", "word " * 2000) for _ in range(5)])

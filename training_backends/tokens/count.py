@@ -31,7 +31,14 @@ from training_backends.tokens.counts import (
 )
 from training_backends.tokens.tokenizers import Tokenizer, find_tokenizer, tokenizer_of
 
-__all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]
+__all__ = [
+    "EXACT_BYTES",
+    "SAMPLE_ROWS",
+    "SLOW_EXACT_BYTES",
+    "count_files",
+    "count_tokens",
+    "row_counter",
+]
 
 EXACT_BYTES: Final = 16_000_000
 """Data up to this size is counted completely, in about two seconds on two CPUs."""
@@ -88,17 +95,33 @@ def count_tokens(
         seq_len: Also count the rows longer than this.
         processes: Maximum number of processes; None chooses by size.
     """
-    name = tokenizer_of(model)
     try:
-        tokenizer = find_tokenizer(model)
-        return _Counting(tokenizer, dataset, seq_len=seq_len, processes=processes).count()
-    except Uncountable as error:
+        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=processes)
+        return counting.total(counting.count())
+    except (Uncountable, DatasetError, OSError) as error:
+        return _uncounted(model, error)
+
+
+def count_files(dataset: Dataset, model: str, *, seq_len: int | None = None) -> list[TokenCount]:
+    """Count the tokens of each training file like `count_tokens`, which counts their total.
+
+    If one of the files cannot be counted, none has a count.
+    """
+    try:
+        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=None)
+        return [counting.total([estimate]) for estimate in counting.count()]
+    except (Uncountable, DatasetError, OSError) as error:
+        return [_uncounted(model, error) for _ in dataset.train]
+
+
+def _uncounted(model: str, error: Exception) -> TokenCount:
+    name = tokenizer_of(model)
+    if isinstance(error, Uncountable):
         return TokenCount(tokenizer=name, reason=str(error), bad_row=isinstance(error, BadRow))
-    except DatasetError as error:
-        reason = error.issues[0].message if error.issues else str(error)
-        return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
-    except OSError as error:
-        return TokenCount(tokenizer=name, reason=f"could not read a file: {error.strerror}")
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, DatasetError) and error.issues:
+        reason = error.issues[0].message
+    return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
 
 
 def row_counter(model: str) -> Callable[[AnyRow], int] | None:
@@ -135,7 +158,7 @@ class _Counting:
         self._notes = [OPENAI_NOTE] if tokenizer.kind == "tiktoken" else []
         self._slow = False
 
-    def count(self) -> TokenCount:
+    def count(self) -> list[_Estimate]:
         """Count all files; repeat with the reference if the fast counter differs."""
         packed = [_is_packed(file) for file in self._files]
         bound = EXACT_BYTES if is_fast(self._tokenizer) else SLOW_EXACT_BYTES
@@ -143,14 +166,13 @@ class _Counting:
         if sample is None and not self._wishes.exact and self._size > bound:
             sample = SAMPLE_ROWS
         try:
-            estimates = self._estimate(packed, sample)
+            return self._estimate(packed, sample)
         except _Mismatch as difference:
             self._slow = True
             self._notes.append(
                 f"All rows were counted with mistral-common: counts differed at {difference}."
             )
-            estimates = self._estimate(packed, sample)
-        return self._total(estimates)
+            return self._estimate(packed, sample)
 
     def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
         found: dict[int, _Estimate] = {}
@@ -278,7 +300,8 @@ class _Counting:
         slow = self._slow or not is_fast(self._tokenizer)
         return cpu_count() if size >= _PARALLEL_BYTES // (16 if slow else 1) else 1
 
-    def _total(self, estimates: Sequence[_Estimate]) -> TokenCount:
+    def total(self, estimates: Sequence[_Estimate]) -> TokenCount:
+        """Return the sum of the estimates of some of the files."""
         lengths = Lengths()
         for estimate in estimates:
             lengths.merge(estimate.lengths)

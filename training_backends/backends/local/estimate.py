@@ -17,7 +17,7 @@ from training_backends.core.run import utc_now
 from training_backends.datasets.open_file import open_data
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunDir, RunSpec
-from training_backends.tokens import count_tokens
+from training_backends.tokens import count_files
 from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["estimate_run"]
@@ -81,9 +81,8 @@ def _counts(spec: RunSpec, dataset: Dataset) -> list[_FileCount] | str:
     if spec.model == TINY_MODEL and spec.method == "sft":
         return [_count(source.path, spec.seq_len) for source in spec.train]
     found: list[_FileCount] = []
-    for file in dataset.train:
-        alone = dataset.model_copy(update={"files": (file,)})
-        counted = count_tokens(alone, spec.model, seq_len=spec.seq_len)
+    counts = count_files(dataset, spec.model, seq_len=spec.seq_len)
+    for file, counted in zip(dataset.train, counts, strict=True):
         if counted.data_tokens is None:
             return counted.reason or "no tokenizer is available"
         found.append(
@@ -148,8 +147,7 @@ def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:
     if not any(count.interval for count in counts):
         return None
     tokens = sum(count.tokens for count in counts)
-    halves = [(c.interval[1] - c.interval[0]) / 2 for c in counts if c.interval]
-    margin = math.hypot(*halves)
+    margin = math.hypot(*(count.interval[1] - count.tokens for count in counts if count.interval))
     return max(0, math.floor(tokens - margin)), math.ceil(tokens + margin)
 
 

@@ -54,7 +54,7 @@ from training_backends.http.client import HttpClient
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import Job
-from training_backends.tokens import count_tokens
+from training_backends.tokens import count_files
 from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["MistralAPIBackend"]
@@ -168,8 +168,8 @@ class MistralAPIBackend(TrainingBackend):
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Estimate from the data; the server's own quote follows during the launch."""
-        count = partial(count_tokens, model=config.model, seq_len=sequence_length(config))
-        once, epoch = await anyio.to_thread.run_sync(count_epoch, dataset, count)
+        count = partial(count_files, dataset, config.model, seq_len=sequence_length(config))
+        once, epoch = count_epoch(dataset, await anyio.to_thread.run_sync(count))
         return estimate_from_count(config, once, epoch, hosted=self._settings.is_hosted)
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
