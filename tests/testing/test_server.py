@@ -140,7 +140,7 @@ def test_server_can_be_started_again(server: LoopbackServer) -> None:
 
 def test_testing_needs_no_pytest() -> None:
     """The parts for other people's tests import without pytest and without the gateway's extra."""
-    modules = ("conformance", "faults", "journal", "provider", "server", "stored")
+    modules = ("conformance", "faults", "journal", "openai_provider", "provider", "server")
     code = "import sys\n" + "\n".join(f"import training_backends.testing.{m}" for m in modules)
     code += "\nprint({'pytest', 'starlette', 'fastapi', 'uvicorn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
