@@ -60,11 +60,11 @@ def test_job_lives_from_upload_to_model(
     client: Any, server: ScriptedOpenAIProvider, tmp_path: Path
 ) -> None:
     """A file becomes a job, a model, a result file in base64; each step is visible."""
-    path = tmp_path / "déjà.jsonl"
+    path = tmp_path / 'déjà "日".jsonl'
     path.write_bytes(rows())
     with path.open("rb") as stream:
         file = client.files.create(file=stream, purpose="fine-tune")
-    assert (file.filename, file.bytes, file.status) == ("déjà.jsonl", len(rows()), "processed")
+    assert (file.filename, file.bytes, file.status) == (path.name, len(rows()), "processed")
     assert client.files.wait_for_processing(file.id).id == file.id
     assert client.files.content(file.id).read() == rows()
 
@@ -188,7 +188,7 @@ def test_errors_are_the_clients_classes(
 ) -> None:
     """Each rejection arrives as the class, the parameter and the code that were recorded."""
     jobs = client.fine_tuning.jobs
-    cases: list[tuple[type[Exception], Any, str | None, str | None]] = [
+    cases: list[tuple[Any, Any, str | None, str | None]] = [
         (
             openai.AuthenticationError,
             client.with_options(api_key="wrong").models.list,
@@ -234,6 +234,7 @@ def test_errors_are_the_clients_classes(
         ),
     ]
     for kind, call, param, code in cases:
+        caught: Any
         with pytest.raises(kind) as caught:
             call()
         assert (caught.value.param, caught.value.code) == (param, code)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import BaseModel, ValidationError
 
@@ -170,7 +170,7 @@ class ScriptedOpenAIProvider(OpenAIState, LoopbackServer):
         if file is None:
             raise _Rejected(errors.no_file(rest[0]))
         if rest[1:] == ["content"]:
-            disposition = f'attachment; filename="{file.filename}"'
+            disposition = f'attachment; filename="{quote(file.filename)}"'
             return StubReply(
                 content=file.content,
                 content_type="application/octet-stream",

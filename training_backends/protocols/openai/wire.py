@@ -103,7 +103,8 @@ class ListPage(_WireAnswer, Generic[_T]):
         """The `after` of the next page; None after the last page.
 
         Without `has_more` a list continues until an empty page, as in the official Python client;
-        the Node client stops after the first (both read in 2026-11).
+        the Node client stops after the first (both read in 2026-11). A server without `has_more`
+        may also ignore `after`: stop at an item that was seen before.
         """
         if not self.data or self.has_more is False:
             return None
