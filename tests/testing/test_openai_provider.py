@@ -355,6 +355,29 @@ def test_jobs_advance_by_themselves_if_told_to(
     assert seen == ["validating_files", "queued", "running", "succeeded"]
 
 
+def test_every_answer_has_the_clients_types(
+    any_client: Any, server: ScriptedOpenAIProvider
+) -> None:
+    """Types are checked strictly, but for the empty error that the live service sends as well."""
+    client = any_client.with_options(
+        base_url=server.url, _extra_kwargs={"_strict_response_validation": True}
+    )
+    file = client.files.create(file=rows(), purpose="fine-tune")
+    jobs = client.fine_tuning.jobs
+    with pytest.raises(openai.APIResponseValidationError):
+        jobs.create(model=MODEL, training_file=file.id)
+    server.extras = {"error": None}
+    job = jobs.create(model=MODEL, training_file=file.id, validation_file=file.id)
+    server.run_to(job.id, "succeeded")
+    job = jobs.retrieve(job.id)
+    assert len(list(jobs.list())) == 2
+    assert len(list(jobs.list_events(job.id))) > 36
+    assert len(list(jobs.checkpoints.list(job.id))) == 3
+    assert len(list(client.models.list())) > 3
+    assert client.files.delete(file.id).deleted
+    assert [file.purpose for file in client.files.list()] == ["fine-tune-results"]
+
+
 def test_our_models_read_and_write_what_the_client_reads(
     client: Any, server: ScriptedOpenAIProvider, file_id: str
 ) -> None:
