@@ -29,7 +29,7 @@ def test_shards_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """Each part keeps the weight of the file, for weights are those of a row."""
     done = run("data", "shard", "data.jsonl", "--limit", "1kB", "--weight", "2.5")
-    shown = yaml.safe_load(done.err.partition("Add to the configuration:\n")[2])
+    shown = yaml.safe_load(done.out)
     assert shown == {
         "data": {
             "train": [

@@ -24,7 +24,7 @@ def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> No
 
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """It is YAML, with the paths as they were given."""
-    shown = run("data", "split", "data.jsonl").err.partition("Add to the configuration:\n")[2]
+    shown = run("data", "split", "data.jsonl").out
     assert yaml.safe_load(shown) == {
         "data": {"train": ["data.train.jsonl"], "validation": ["data.validation.jsonl"]}
     }

@@ -194,7 +194,7 @@ def repair(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Fix what can be fixed in data files without changing their meaning.
+    """Fix data files without changing their meaning.
 
     Rows that cannot be repaired are kept unchanged; the command then exits with 3. With --json,
     prints one line per repair, issue and file.
@@ -319,9 +319,10 @@ def shard(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Split data files into shards NAME-00001-of-00007.jsonl, … no larger than a limit.
+    """Split data files into shards no larger than a limit.
 
-    Rows are never cut. Concatenated, the shards are byte-identical to the decompressed file.
+    They are named NAME-00001-of-00007.jsonl and so on. Rows are never truncated: concatenated,
+    the shards are byte-identical to the decompressed file.
     """
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.views.console import stderr, write_json

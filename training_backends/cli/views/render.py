@@ -31,7 +31,7 @@ from training_backends.cli.views.console import (
 )
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
-from training_backends.core.escape import escape_controls, plural
+from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
@@ -116,15 +116,30 @@ def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
         out.print(f"  … and {len(listed) - _MOST_ISSUES} more (use --json for all)")
 
 
+_FILES = (
+    Column("file", cut=True),
+    Column("role"),
+    Column("type", drop=1),
+    Column("rows", right=True),
+    Column("messages", drop=2, right=True),
+    Column("size", drop=3, right=True),
+)
+
+
 def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
-    """Print one line per data file."""
-    out = out or stdout()
-    for file in dataset.files:
-        kind = file.sample_type or "no valid rows"
-        out.print(
-            f"  {file.role:<10} {escape(file.path.name)}: {plural(file.rows, 'row')} ({kind}), "
-            f"{plural(file.turns, 'message')}, {decimal(file.size)}"
+    """Print a table of the data files."""
+    rows = [
+        (
+            file.path.name,
+            file.role,
+            file.sample_type or "none valid",
+            f"{file.rows:,}",
+            f"{file.turns:,}",
+            decimal(file.size),
         )
+        for file in dataset.files
+    ]
+    show_table(_FILES, rows, out or stdout())
 
 
 def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
@@ -139,7 +154,7 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
     if estimate.steps is not None:
         rows.append(("steps", f"{estimate.steps:,}"))
     if estimate.epochs is not None:
-        rows.append(("epochs", f"{estimate.epochs:g}"))
+        rows.append(("epochs", f"{estimate.epochs:.4g}"))
     rows.extend(_cost_rows(estimate))
     duration = format_duration(estimate.duration) if estimate.duration else "unknown"
     rows.extend((("duration", duration), ("method", estimate.basis)))
@@ -158,13 +173,14 @@ class FileBars:
         quiet: Show no bars.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, out: Console | None = None) -> None:
         self._bars = progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TimeRemainingColumn(),
             quiet=quiet,
+            out=out,
         )
         self._began = time.monotonic()
         self._tasks: dict[tuple[str, Path], TaskID] = {}
