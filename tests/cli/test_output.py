@@ -1,6 +1,5 @@
 """What each command writes to standard output and what to standard error."""
 
-import io
 import json
 import os
 import subprocess
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from tests.cli.conftest import Done, Run
+from tests.cli.conftest import Run
 from training_backends import TrainingRun, TrainingStatus
 from training_backends.backends.local.spec import build_spec
-from training_backends.cli.main import app, main
+from training_backends.cli.main import app
 from training_backends.client.config_file import load_config
 from training_backends.core.run import utc_now
 from training_backends.rundir.directory import ExitRecord, MetricsRow, RunDir
@@ -89,26 +88,6 @@ FAILURES = (
     "serve --port 0",
 )
 """Commands that end with an error."""
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `training-backends` in this process."""
-
-    def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
-        with monkeypatch.context() as patch:
-            patch.chdir(tmp_path)
-            patch.setattr(sys, "argv", ["training-backends", *arguments])
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            capsys.readouterr()
-            with pytest.raises(SystemExit) as ended:
-                main()
-            written = capsys.readouterr()
-        return Done(int(ended.value.code or 0), written.out, written.err)
-
-    return run
 
 
 @pytest.fixture(autouse=True)
