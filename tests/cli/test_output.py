@@ -72,7 +72,7 @@ FAILURES = (
     "stop none",
     "resume none",
     "download none out",
-    "sample none hello",
+    "generate none hello",
     "delete none --yes",
     "delete done",
     "list --status none",

@@ -34,7 +34,7 @@ from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.run import LogRecord, Staleness, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -274,7 +274,8 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
     show_fields(rows, out)
     if run.stale:
         since = time_text(run.stale.since)
-        show_fields([(run.stale.kind, f"since {since}: {run.stale.message}")], out, style="yellow")
+        text = f"since {since}: {run.stale.message}"
+        show_fields([(_stale_word(run.stale), text)], out, style="yellow")
 
 
 def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
@@ -352,10 +353,14 @@ def show_runs(
     show_table(_RUNS, rows, out or stdout())
 
 
+def _stale_word(stale: Staleness) -> str:
+    return stale.kind.replace("_", " ")
+
+
 def _remark(run: TrainingRun) -> str:
     """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
-        return f" ({run.stale.kind})"
+        return f" ({_stale_word(run.stale)})"
     if run.failure and not run.status.is_terminal and run.started_at is None:
         return " (draft)"
     return ""
@@ -429,7 +434,7 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _tags(run: TrainingRun) -> str:
-    return ", ".join(f"{name}={value}" for name, value in run.config.labels.items())
+    return ", ".join(f"{name}={value}" for name, value in run.config.tags.items())
 
 
 def _duration(run: TrainingRun) -> str | None:
