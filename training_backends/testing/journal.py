@@ -5,7 +5,11 @@ from collections.abc import Awaitable, Callable, Collection
 
 from training_backends.client.journal import LaunchWatch
 from training_backends.core.backend import JSONValue
-from training_backends.core.errors import AmbiguousLaunch
+from training_backends.core.errors import (
+    AmbiguousLaunch,
+    TrainingBackendError,
+    may_have_happened,
+)
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
 
@@ -64,13 +68,35 @@ class MemoryJournal:
             found = await find() if find is not None else None
             if found is not None:
                 return self._finish(name, found)
+        begun_now = name not in self.rows
         self.rows[name] = None
         self._point()
-        result = await do()
+        result = await self._do(name, do, find, begun_now=begun_now)
         self._point()
         self._finish(name, result)
         self._point()
         return result
+
+    async def _do(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None,
+        *,
+        begun_now: bool,
+    ) -> JSONValue:
+        """Run a step by the rule of the client's journal: a clear rejection is forgotten."""
+        try:
+            return await do()
+        except TrainingBackendError as error:
+            if not may_have_happened(error):
+                if begun_now:
+                    del self.rows[name]
+                raise
+            found = await find() if find is not None else None
+            if found is None:
+                raise
+            return found
 
     def _finish(self, name: str, result: JSONValue) -> JSONValue:
         self.rows[name] = json.dumps(result)
