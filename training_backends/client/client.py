@@ -95,7 +95,7 @@ class AsyncTrainingClient:
         backends: Mapping[str, TrainingBackend] | None = None,
     ) -> None:
         settings = load_settings(Settings)
-        self.home = Path(home or settings.home).expanduser().absolute()
+        self.home: Path = Path(home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from training_backends.core.data_rules import SampleType
 from training_backends.core.errors import Issue
@@ -12,7 +12,7 @@ from training_backends.core.errors import Issue
 __all__ = ["DataFile", "Dataset", "SampleType", "Summary"]
 
 
-class Summary(BaseModel):
+class Summary(BaseModel, frozen=True):
     """Statistics about the rows of a file.
 
     Attributes:
@@ -34,8 +34,6 @@ class Summary(BaseModel):
         overlapping_rows: Rows of a validation file that are also in the training data.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     lines: int = 0
     formats: dict[str, int] = Field(default_factory=dict)
     roles: dict[str, int] = Field(default_factory=dict)
@@ -52,7 +50,7 @@ class Summary(BaseModel):
     overlapping_rows: int | None = None
 
 
-class DataFile(BaseModel):
+class DataFile(BaseModel, frozen=True):
     """An inspected file.
 
     Attributes:
@@ -68,8 +66,6 @@ class DataFile(BaseModel):
         packing: Compression or container of the file.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     path: Path
     role: Literal["train", "validation"]
     weight: float = 1.0
@@ -83,10 +79,8 @@ class DataFile(BaseModel):
     summary: Summary = Summary()
 
 
-class Dataset(BaseModel):
+class Dataset(BaseModel, frozen=True):
     """All inspected files of a run and their issues."""
-
-    model_config = ConfigDict(frozen=True)
 
     files: tuple[DataFile, ...]
     issues: tuple[Issue, ...] = ()

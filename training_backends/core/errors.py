@@ -122,11 +122,11 @@ class TrainingBackendError(Exception):
 
     def __init__(self, message: str, **context: Unpack[ErrorContext]) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = context.get("hint")
-        self.backend = context.get("backend")
-        self.run_id = context.get("run_id")
-        self.retryable = context.get("retryable", self.retryable_by_default)
+        self.message: str = message
+        self.hint: str | None = context.get("hint")
+        self.backend: str | None = context.get("backend")
+        self.run_id: str | None = context.get("run_id")
+        self.retryable: bool = context.get("retryable", self.retryable_by_default)
 
     @property
     def __notes__(self) -> list[str]:
@@ -158,7 +158,7 @@ class _IssuesError(TrainingBackendError, ValueError):
         self, message: str, *, issues: Sequence[Issue] = (), **context: Unpack[ErrorContext]
     ) -> None:
         super().__init__(message, **context)
-        self.issues = tuple(issues)
+        self.issues: tuple[Issue, ...] = tuple(issues)
 
 
 class ConfigError(_IssuesError):
@@ -199,7 +199,7 @@ class RunNotFound(TrainingBackendError, LookupError):
         self, message: str, *, candidates: Sequence[str] = (), **context: Unpack[ErrorContext]
     ) -> None:
         super().__init__(message, **context)
-        self.candidates = tuple(candidates)
+        self.candidates: tuple[str, ...] = tuple(candidates)
 
 
 class DuplicateRun(TrainingBackendError):
@@ -263,7 +263,7 @@ class ProtocolError(TrainingBackendError):
 
     def __init__(self, message: str, *, excerpt: str = "", **context: Unpack[ErrorContext]) -> None:
         super().__init__(message, **context)
-        self.excerpt = excerpt[:500]
+        self.excerpt: str = excerpt[:500]
 
 
 class BudgetExceeded(TrainingBackendError):

@@ -97,7 +97,7 @@ class SectionSettings(BaseSettings):
 
     section: ClassVar[str | None] = None
 
-    model_config = SettingsConfigDict(
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
         env_nested_delimiter="__",
         env_ignore_empty=True,
         extra="ignore",

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from training_backends.core.errors import StoreError
 from training_backends.core.files import hold_lock, make_private_directory, write_private
@@ -21,10 +21,8 @@ _PATIENCE: Final = 10.0
 """Seconds to wait for the lock; a change takes milliseconds."""
 
 
-class IndexEntry(BaseModel):
+class IndexEntry(BaseModel, frozen=True):
     """One secret stored in the keyring."""
-
-    model_config = ConfigDict(frozen=True)
 
     provider: str
     profile: str

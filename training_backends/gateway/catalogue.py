@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from training_backends.core.config import Tuning
 from training_backends.core.errors import ConfigError, Issue
@@ -110,9 +110,7 @@ BUILT_IN = (
 )
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Entry(BaseModel, extra="forbid", strict=True):
     target: str = Field(min_length=1)
     job_types: list[JobType] = Field(default=["completion"], min_length=1)
     context_length: int = Field(default=32768, ge=1)

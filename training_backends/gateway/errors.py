@@ -64,8 +64,8 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(f"{status}: {body.get('detail')}")
         self.status = status
-        self.body = dict(body)
-        self.headers = dict(headers or {})
+        self.body: dict[str, Any] = dict(body)
+        self.headers: dict[str, str] = dict(headers or {})
 
 
 def plain(status: int, sentence: str, **more: Any) -> Refusal:

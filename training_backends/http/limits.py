@@ -121,8 +121,8 @@ class Account:
     """Rate limits and circuit breaker of one account."""
 
     def __init__(self) -> None:
-        self.limiter = Limiter()
-        self.breaker = Breaker()
+        self.limiter: Limiter = Limiter()
+        self.breaker: Breaker = Breaker()
 
 
 def account_of(base_url: str, key: SecretStr | None) -> Account:

@@ -35,7 +35,7 @@ class MemoryJournal:
         self.states: list[RunState] = []
         self.sent: list[tuple[str, int, int]] = []
         self.kill_at = kill_at
-        self.points = 0
+        self.points: int = 0
         self.rows: dict[str, str | None] = {}
         self.uploads: dict[tuple[str, str], str] = {}
         self.others: frozenset[str] = frozenset()

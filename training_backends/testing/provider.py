@@ -74,7 +74,7 @@ class ScriptedProvider(LoopbackServer):
     retired = False
     offers_no_model = False
     refuses_similar = True
-    lists_lag = 0
+    lists_lag: int = 0
     owner = ""
     cost: float | None = 2.5
     models: ClassVar[tuple[str, ...]] = ("open-mistral-7b", "ministral-3b-latest", "tiny-mistral")

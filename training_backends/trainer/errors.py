@@ -30,9 +30,9 @@ class TrainerError(Exception):
         code: ExitCode | None = None,
     ) -> None:
         super().__init__(message)
-        self.failure = Failure(kind=kind, message=message, retryable=retryable)
+        self.failure: Failure = Failure(kind=kind, message=message, retryable=retryable)
         default = ExitCode.BAD_INPUT if kind == "validation" else ExitCode.CRASHED
-        self.code = code if code is not None else default
+        self.code: ExitCode = code if code is not None else default
 
 
 class ProcessLost(Exception):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 __all__ = [
     "FILE_PURPOSES",
@@ -87,18 +87,14 @@ def is_wandb_key(text: str) -> bool:
     return _WANDB_KEY.fullmatch(text) is not None
 
 
-class _Out(BaseModel):
+class _Out(BaseModel, extra="ignore"):
     """A response."""
 
-    model_config = ConfigDict(extra="ignore")
 
-
-class _In(BaseModel):
+# A length limit also makes pydantic inspect the text, which rejects lone surrogates: valid in JSON,
+# but not in UTF-8.
+class _In(BaseModel, extra="forbid", str_max_length=100_000):
     """A request."""
-
-    # A bound also makes pydantic inspect the text, which rejects lone surrogates: valid in JSON,
-    # but not in UTF-8.
-    model_config = ConfigDict(extra="forbid", str_max_length=100_000)
 
 
 def _empty_for_none(value: Any) -> Any:
@@ -189,11 +185,9 @@ class CompletionTrainingParametersIn(ClassifierTrainingParametersIn):
     fim_ratio: float | None = Field(default=0.9, ge=0, le=1)
 
 
-class ClassifierTargetIn(_In):
+# The target's name becomes part of metric names; the specification sets no limit.
+class ClassifierTargetIn(_In, str_max_length=256):
     """A classification target."""
-
-    # The name becomes part of metric names; the specification sets no limit.
-    model_config = ConfigDict(str_max_length=256)
 
     name: str
     labels: list[str]
