@@ -1,13 +1,13 @@
 """Validation of backend-specific options."""
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from training_backends.core.config import NOT_A_NUMBER, is_number
-from training_backends.core.errors import Issue
+from training_backends.core.errors import Issue, suggest, validation_issues
 
 __all__ = ["given_options", "option_issues"]
 
@@ -33,18 +33,9 @@ def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterato
     try:
         model.model_validate(options)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            unknown = detail["type"] == "extra_forbidden"
-            name = ".".join(str(part) for part in detail["loc"])
-            yield Issue(
-                code=detail["type"],
-                message="unknown option" if unknown else detail["msg"],
-                field=f"options.{name}" if name else "options",
-                fix=_suggestion(name, list(model.model_fields)) if unknown else None,
-            )
-
-
-def _suggestion(name: str, known: list[str]) -> str:
-    if near := get_close_matches(name, known, n=1):
-        return f"did you mean {near[0]!r}?"
-    return f"known options: {', '.join(known) or 'none'}"
+        known = list(model.model_fields)
+        otherwise = f"known options: {', '.join(known) or 'none'}"
+        for issue in validation_issues(error, ["options"], unknown="unknown option"):
+            name = (issue.field or "").removeprefix("options.")
+            is_option = issue.code == "unknown_field" and "." not in name
+            yield replace(issue, fix=suggest(name, known, otherwise)) if is_option else issue

@@ -16,8 +16,6 @@ __all__ = [
     "FILE_PURPOSES",
     "FILE_VISIBILITIES",
     "MAX_FILE_BYTES",
-    "SAMPLE_TYPES",
-    "SOURCES",
     "ArchiveFTModelOut",
     "BaseModelCard",
     "CheckpointOut",
@@ -63,15 +61,12 @@ __all__ = [
     "WandbIntegrationOut",
     "is_wandb_key",
     "read_detailed_job",
-    "read_ft_model",
     "read_job",
     "read_model_card",
 ]
 
 FILE_PURPOSES = ("fine-tune", "batch", "ocr")
 FILE_VISIBILITIES = ("workspace", "user")
-SAMPLE_TYPES = ("pretrain", "instruct", "batch_request", "batch_result", "batch_error")
-SOURCES = ("upload", "repository", "mistral")
 
 MAX_FILE_BYTES = 512 * 10**6
 """Maximum upload size. The specification (2026-07) says 512 MB, without defining MB."""
@@ -562,12 +557,6 @@ class ClassifierFTModelOut(FTModel):
 
     model_type: str = "classifier"
     classifier_targets: list[ClassifierTargetOut]
-
-
-def read_ft_model(data: Mapping[str, Any]) -> FTModel:
-    """Parse the response to updating a model."""
-    kind = ClassifierFTModelOut if data.get("model_type") == "classifier" else CompletionFTModelOut
-    return kind.model_validate(data)
 
 
 class UpdateFTModelIn(_In):
