@@ -38,7 +38,7 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, given_options
 from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
@@ -51,7 +51,6 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
-from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,

@@ -23,9 +23,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
-from training_backends.core.config import Tuning
+from training_backends.core.config import Tuning, option_issues
 from training_backends.core.errors import ConfigError, Issue, validation_issues
-from training_backends.core.options import option_issues
 from training_backends.protocols.mistral.status import JobType
 
 __all__ = ["BUILT_IN", "Catalogue", "Offer"]

@@ -21,10 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
-from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
+from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
 from training_backends.rundir.directory import ResultRecord, RunDir
 from training_backends.tokens.encoders import Encoder, encoder_for
 from training_backends.tokens.tokenizers import hub_failure
@@ -35,7 +38,6 @@ from training_backends.trainer.objectives.classifier import (
     label_names,
     read_targets,
 )
-from training_backends.trainer.tiny_model import make_tiny_model
 
 __all__ = [
     "LoadedModel",
@@ -50,6 +52,7 @@ __all__ = [
     "is_in_four_bits",
     "keep_as_loaded",
     "load_model",
+    "make_tiny_model",
     "prepare_tuning",
     "save_model",
     "save_result",
@@ -167,6 +170,25 @@ def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
         halves = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if halves else torch.float32
     return torch.bfloat16 if requested == "bfloat16" else torch.float32
+
+
+def make_tiny_model(seed: int) -> MistralForCausalLM:
+    """Return `tiny-mistral`, untrained: about 1 M parameters, deterministic for a given seed."""
+    torch.manual_seed(seed)
+    config = MistralConfig(
+        vocab_size=BYTE_VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_POSITIONS,
+        sliding_window=None,
+        bos_token_id=int(Control.BOS),
+        eos_token_id=int(Control.EOS),
+        pad_token_id=int(Control.PAD),
+    )
+    return MistralForCausalLM(config)
 
 
 def load_model(

@@ -9,9 +9,8 @@ from pydantic import ValidationError
 from training_backends.backends.mistral.job_state import plain
 from training_backends.backends.mistral.settings import MistralOptions
 from training_backends.core.backend import CredentialSource
-from training_backends.core.config import Hyperparameters, TrainingConfig
+from training_backends.core.config import Hyperparameters, TrainingConfig, option_issues
 from training_backends.core.errors import ConfigError, Issue
-from training_backends.core.options import option_issues
 from training_backends.protocols.mistral.status import METHODS, job_type_of
 from training_backends.protocols.mistral.wire import (
     ClassifierTargetIn,
