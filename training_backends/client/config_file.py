@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -31,13 +31,17 @@ _OVERRIDDEN = "--set"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no field is a date, and `2026-11-21` may be a label."""
+    """YAML without dates: no field is a date, and `2026-11-21` may be a tag."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+_FORMERLY: Final = {"tags": "labels"}
+"""Renamed fields, and what earlier versions called them."""
 
 
 class _FileModel(TrainingConfig):
@@ -374,8 +378,11 @@ def _explained(detail: Any, location: Sequence[int | str]) -> tuple[str, str | N
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
+            name = str(location[-1])
+            # A field that was renamed is suggested by its former name.
+            name = next((it for it in known if _FORMERLY.get(it) == name), name)
             otherwise = f"known fields: {', '.join(known)}"
-            return "unknown field", suggest(str(location[-1]), known, otherwise, cutoff=0.5)
+            return "unknown field", suggest(name, known, otherwise, cutoff=0.5)
         case "missing":
             return "required field is missing", None
         case "model_type" | "model_attributes_type" | "dict_type":

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 
 __all__ = ["Capabilities"]
 
@@ -26,7 +26,7 @@ class Capabilities(BaseModel, frozen=True):
         validation_files: Validation data is supported.
         suffix: The name of the trained model can have a suffix.
         integrations: Supported types of `TrainingConfig.integrations`.
-        dialect: Provider format of the training data.
+        provider_format: Provider format of the training data.
     """
 
     methods: frozenset[str] = frozenset({"sft"})
@@ -42,4 +42,4 @@ class Capabilities(BaseModel, frozen=True):
     validation_files: bool = True
     suffix: bool = False
     integrations: frozenset[str] = frozenset()
-    dialect: Dialect = Dialect()
+    provider_format: ProviderFormat = ProviderFormat()

@@ -16,7 +16,7 @@ from training_backends.protocols.mistral.status import (
     to_wire,
 )
 
-__all__ = ["FEW", "Sweep"]
+__all__ = ["FEW", "StatusSweep"]
 
 FEW: Final = 3
 """Up to this many runs are requested one by one."""
@@ -24,7 +24,7 @@ _WORDS: Final = (*ACTIVE, *ENDED)
 """In the order of a job's life, so that jobs that advance meanwhile are found again."""
 
 
-class Sweep:
+class StatusSweep:
     """Looks up runs in the provider's job lists, starting with their last known status.
 
     States omit what lists do not show. Jobs that change lists between two requests may be
@@ -39,7 +39,7 @@ class Sweep:
         self.found: dict[str, RunState] = {}
         """States by run id."""
 
-    async def go(self) -> None:
+    async def run(self) -> None:
         """Look up the runs, with at most as many requests as there are runs."""
         groups: dict[str | None, list[TrainingRun]] = {}
         for run in self._wanted.values():
