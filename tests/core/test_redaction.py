@@ -13,8 +13,7 @@ from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import SecretStr
 
 from training_backends.core.redaction import (

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
 from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows

@@ -5,8 +5,7 @@ from array import array
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from training_backends.datasets import duplicates
 from training_backends.datasets.duplicates import Found, Repeat, RowHashes, RowLocation

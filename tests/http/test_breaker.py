@@ -4,8 +4,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.http.conftest import Clock
 from training_backends.http.limits import Breaker, CircuitOpen

@@ -6,8 +6,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from training_backends import AuthenticationFailed, BackendUnavailable, RateLimited
 from training_backends.http.retry import Backoff, read_date_ahead, read_retry_after

@@ -14,8 +14,7 @@ from tests.postgres import Postgres
 from tests.store.conftest import MakeRun, execute, release, start_worker
 from training_backends import ConfigError, StoreError, TrainingRun
 from training_backends.core.redaction import redact
-from training_backends.store import RunStore, database
-from training_backends.store import database as ours
+from training_backends.store import RunStore, database, database as ours
 
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'training-backends'"
 

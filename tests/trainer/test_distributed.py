@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.trainer.conftest import Engine
 from tests.trainer.continuing import hashes, last_step, rows_by_step

@@ -5,8 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from training_backends import TrainingConfig, TrainingRun
 from training_backends.backends.mistral.backend import MistralAPIBackend
