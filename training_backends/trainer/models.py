@@ -41,16 +41,11 @@ from training_backends.trainer.objectives.classifier import (
 
 __all__ = [
     "LoadedModel",
-    "apply_same_adapter",
     "choose_device",
     "choose_dtype",
-    "compute_dtype",
     "count_experts",
     "dequantized",
-    "find_model",
-    "four_bit_options",
     "is_in_four_bits",
-    "keep_as_loaded",
     "load_model",
     "make_tiny_model",
     "prepare_tuning",
@@ -61,7 +56,7 @@ __all__ = [
 _INSTALL: Final = "pip install 'training-backends[qlora]'"
 
 
-def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the transformers options that load a model in 4-bit NF4 with double quantization.
 
     Embeddings and the output layer stay in `dtype`.
@@ -85,13 +80,13 @@ def is_in_four_bits(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def compute_dtype(model: Any) -> torch.dtype:
+def _compute_dtype(model: Any) -> torch.dtype:
     """Return the compute dtype of a 4-bit model."""
     dtype: torch.dtype = model.config.quantization_config.bnb_4bit_compute_dtype
     return dtype
 
 
-def keep_as_loaded(model: Any) -> None:
+def _keep_as_loaded(model: Any) -> None:
     """Keep a 4-bit model's weight layout fixed.
 
     On CPUs with AVX-512 BF16, a bitsandbytes 0.50 layer repacks its weights when it is first used
@@ -118,7 +113,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     return restored
 
 
-def apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
+def _apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
     """Apply a model's adapter to another base model."""
     (config,) = model.peft_config.values()
     adapted = type(model)(base, config)
@@ -222,7 +217,7 @@ def load_model(
         model = add_heads(model, targets) if targets else model
         encoder = encoder_for(name, None)
     else:
-        directory = find_model(name)
+        directory = _find_model(name)
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(name, directory, device)
         encoder = encoder_for(name, directory)
@@ -287,7 +282,7 @@ def _base_of(directory: Path) -> str:
     return str(config["base_model_name_or_path"])
 
 
-def find_model(name: str) -> Path:
+def _find_model(name: str) -> Path:
     """Return the directory of a model, downloaded from the Hub if necessary.
 
     Raises:
@@ -376,7 +371,7 @@ def _load_weights(
     trained_fully = tuning is not None and tuning.kind == "full"
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
-        options |= four_bit_options(device, dtype)
+        options |= _four_bit_options(device, dtype)
     loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -391,7 +386,7 @@ def _load_weights(
             raise TrainerError(
                 f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
-        keep_as_loaded(model)
+        _keep_as_loaded(model)
     return model
 
 
@@ -476,7 +471,7 @@ def _merge(loaded: LoadedModel) -> Any:
         # Merging into 4-bit weights would round the adapter away, so the original base model is
         # loaded: on the CPU, as the GPU may lack the memory, and from the local files, as the Hub
         # may have a newer revision or be unreachable.
-        cpu, dtype = torch.device("cpu"), compute_dtype(model)
+        cpu, dtype = torch.device("cpu"), _compute_dtype(model)
         base = load_model(
             str(loaded.directory),
             seed=0,
@@ -485,7 +480,7 @@ def _merge(loaded: LoadedModel) -> Any:
             dtype=dtype,
             targets=loaded.targets,
         )
-        model = apply_same_adapter(dequantized(base.model, dtype), model)
+        model = _apply_same_adapter(dequantized(base.model, dtype), model)
     return model.merge_and_unload()
 
 

@@ -23,7 +23,6 @@ from training_backends.core.errors import Issue, suggest
 from training_backends.rundir.directory import RunSpec
 
 __all__ = [
-    "MODELS_OFFERED",
     "build_spec",
     "config_of",
     "defaults_taken",
@@ -33,7 +32,7 @@ __all__ = [
     "resolved_values",
 ]
 
-MODELS_OFFERED: Final = (
+_MODELS_OFFERED: Final = (
     f"{TINY_MODEL} (built in, offline), a model directory, or ORGANIZATION/NAME on the Hub"
 )
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -84,7 +83,7 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             code="unknown_model",
             message=f"unknown model {config.model!r}",
             field="model",
-            fix=suggest(config.model, [TINY_MODEL], f"supported: {MODELS_OFFERED}", cutoff=0.8),
+            fix=suggest(config.model, [TINY_MODEL], f"supported: {_MODELS_OFFERED}", cutoff=0.8),
         )
     kind = config.tuning.kind if config.tuning else None
     if kind in {"lora", "qlora"} and config.model == TINY_MODEL:

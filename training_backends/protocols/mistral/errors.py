@@ -22,7 +22,6 @@ from training_backends.core.errors import (
 )
 
 __all__ = [
-    "NO_MODEL",
     "ErrorItem",
     "error_from_answer",
     "error_items",
@@ -31,7 +30,7 @@ __all__ = [
     "validation_body",
 ]
 
-NO_MODEL = "Model not available for this type of fine-tuning"
+_NO_MODEL = "Model not available for this type of fine-tuning"
 """Start of the service's error for an unknown model; with an empty list it means: retired."""
 
 RETIRED_SINCE = "2026-07-13"
@@ -64,7 +63,7 @@ def retired(how: str, backend: str | None) -> BackendRetired:
 
 def no_model_message(job_type: str, available: list[str]) -> str:
     """Return the service's error message for a model that is not offered."""
-    return f"{NO_MODEL} ({job_type}). Available model(s): {', '.join(available)}"
+    return f"{_NO_MODEL} ({job_type}). Available model(s): {', '.join(available)}"
 
 
 def error_items(details: Iterable[Any], place: Sequence[str | int] = ()) -> list[ErrorItem]:
@@ -159,7 +158,7 @@ def _message(document: Any) -> str | None:
 
 
 def _offers_no_model(said: str) -> bool:
-    return said.startswith(NO_MODEL) and said.rstrip().endswith("Available model(s):")
+    return said.startswith(_NO_MODEL) and said.rstrip().endswith("Available model(s):")
 
 
 def _refusal(
