@@ -30,7 +30,7 @@ class MemoryJournal:
     """
 
     def __init__(self, run: TrainingRun, *, kill_at: int | None = None) -> None:
-        self.run = run
+        self.run: TrainingRun = run
         self.quotes: list[Estimate] = []
         self.states: list[RunState] = []
         self.sent: list[tuple[str, int, int]] = []

@@ -70,8 +70,8 @@ class ClassifierObjective:
         self._targets = tuple(targets)
         self._sizes = [len(target.labels) for target in targets]
         self._places = [{label: n for n, label in enumerate(t.labels)} for t in targets]
-        self.parts = tuple(target.name for target in targets)
-        self.weights = tuple(target.weight for target in targets)
+        self.parts: tuple[str, ...] = tuple(target.name for target in targets)
+        self.weights: tuple[float, ...] = tuple(target.weight for target in targets)
 
     def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a text or a conversation with its labels."""

@@ -216,9 +216,9 @@ class TokenObjective:
         flat: Batch layout of packed rows, see `collate_packs`.
     """
 
-    parts = ("",)
-    weights = (1.0,)
-    has_accuracy = True
+    parts: tuple[str, ...] = ("",)
+    weights: tuple[float, ...] = (1.0,)
+    has_accuracy: bool = True
 
     def __init__(
         self,
