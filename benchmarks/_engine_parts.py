@@ -392,7 +392,8 @@ def matmul(directory: Path) -> dict[str, Any]:
 
 def profile(directory: Path) -> dict[str, Any]:
     """Profile a few steps of our trainer; return the share of time of each kind of kernel."""
-    from torch.profiler import ProfilerActivity, profile as profiler
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
 
     from training_backends.trainer.loop import ScheduleTrainer
     from training_backends.trainer.process import train

@@ -1,7 +1,6 @@
 """A user's program, type-checked only: strict mypy and pyright accept it."""
 
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import timedelta
 from decimal import Decimal
@@ -23,6 +22,7 @@ from training_backends import (
     Journal,
     LogRecord,
     Money,
+    Observation,
     RunNotFound,
     RunState,
     TrainingBackend,
@@ -123,16 +123,11 @@ class Cluster(TrainingBackend):
         await journal.record(state)
         return state
 
-    async def status(self, run: TrainingRun) -> RunState:
-        """Return the stored state."""
-        return RunState(status=run.status, remote_id=run.remote_id)
-
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
-        """Yield one record."""
-        if after is None and not follow:
-            yield LogRecord(at=run.created_at, message="Submitted", source="status", cursor="0")
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Return the stored state and the one record of the log."""
+        state = RunState(status=run.status, remote_id=run.remote_id)
+        record = LogRecord(at=run.created_at, message="Submitted", source="status", cursor="0")
+        return Observation(state, () if after else (record,), "0")
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Stop nothing."""

@@ -1,3 +1,4 @@
+# ruff: isort: skip_file
 # Public names of the package; `__init__.py` loads each on first use.
 
 from .client.client import AsyncTrainingClient as AsyncTrainingClient

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends import Checkpoint, Estimate, TrainingConfig, TrainingRun
 from training_backends.client.observe import due_at, expected_end, interval

@@ -200,3 +200,21 @@ def test_a_validation_error_becomes_issues() -> None:
         ),
         Issue(code="unknown_field", message="no such field", field="body.parts.0.cuont"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.BackendUnavailable("no response"), True),
+        (errors.BackendUnavailable("no connection", sent=False), False),
+        (errors.ProtocolError("half of a response"), True),
+        (errors.RateLimited("slow down"), False),
+        (errors.AuthenticationFailed("wrong key"), False),
+        (errors.DuplicateRun("it exists"), False),
+    ],
+)
+def test_only_a_request_without_a_clear_answer_may_have_happened(
+    error: TrainingBackendError, *, expected: bool
+) -> None:
+    """A lost or unreadable response leaves the outcome open; a rejection does not."""
+    assert errors.may_have_happened(error) is expected

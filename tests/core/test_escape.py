@@ -3,7 +3,8 @@
 import json
 import unicodedata
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends.core.escape import escape_controls, escape_json
 

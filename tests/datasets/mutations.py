@@ -7,7 +7,8 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
-from hypothesis import assume, strategies as st
+from hypothesis import assume
+from hypothesis import strategies as st
 
 from tests.datasets.rows import Row, chats, json_values, rows
 from training_backends.core.data_rules import ProviderFormat, Role, RowFormat

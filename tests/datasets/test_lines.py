@@ -3,7 +3,8 @@
 import io
 from itertools import pairwise
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends.datasets.scan_part import (
     line_at_or_after,

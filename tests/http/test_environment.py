@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from training_backends import BackendNotInstalled, ConfigError, TrainingBackendError
 from training_backends.core.redaction import redact

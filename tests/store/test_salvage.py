@@ -10,7 +10,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.store.conftest import MakeRun, release, sqlite_url, start_worker
 from training_backends import StoreError, TrainingRun
@@ -239,8 +240,6 @@ def test_reading_leaves_the_file_as_it_is(filled: Path) -> None:
 
 
 @settings(
-    max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

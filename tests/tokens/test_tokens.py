@@ -16,18 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.rows import TextRow, byte_encode, parse_row
-from training_backends.tokens import (
-    TokenCount,
-    count_tokens,
-    counters,
-    row_counter,
-    tokenizer_of,
-    tokenizers as token_models,
-)
+from training_backends.tokens import TokenCount, count_tokens, counters, row_counter, tokenizer_of
+from training_backends.tokens import tokenizers as token_models
 from training_backends.tokens.counters import OpenAICounter
 from training_backends.tokens.counts import Lengths, bucket_of
 from training_backends.tokens.mistral_layout import Layout

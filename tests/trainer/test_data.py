@@ -3,7 +3,8 @@
 from collections import Counter
 
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends.trainer.data import EncodedRow, Order, collate
 

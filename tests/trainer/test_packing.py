@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from tests.trainer.continuing import assert_continues_bit_equal

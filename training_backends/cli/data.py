@@ -116,7 +116,8 @@ def _request(
 ) -> _Request:
     from training_backends.cli.exit_codes import UsageError
     from training_backends.core.config import DataSource
-    from training_backends.datasets.inspect import inspect as inspect_config, inspect_files
+    from training_backends.datasets.inspect import inspect as inspect_config
+    from training_backends.datasets.inspect import inspect_files
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.provider_formats import MISTRAL, PROVIDER_FORMATS
 

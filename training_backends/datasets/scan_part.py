@@ -20,7 +20,8 @@ from xxhash import xxh3_64_intdigest
 
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import Issue
-from training_backends.datasets.check_fast import RowRules, Verdict as RowVerdict
+from training_backends.datasets.check_fast import RowRules
+from training_backends.datasets.check_fast import Verdict as RowVerdict
 from training_backends.datasets.findings import Facts, Finding, too_long
 
 if TYPE_CHECKING:

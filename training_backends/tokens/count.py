@@ -15,7 +15,8 @@ from training_backends.datasets.worker_pool import cpu_count, run_parallel
 from training_backends.datasets.write import Meter
 from training_backends.tokens.cache import CountCache
 from training_backends.tokens.count_part import CountCheck, CountJob, PartCount, compare, draw
-from training_backends.tokens.counters import NOTE as OPENAI_NOTE, count_row, counter_of, is_fast
+from training_backends.tokens.counters import NOTE as OPENAI_NOTE
+from training_backends.tokens.counters import count_row, counter_of, is_fast
 from training_backends.tokens.counts import (
     UNKNOWN_LAYOUT,
     AnyRow,

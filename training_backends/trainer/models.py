@@ -299,11 +299,8 @@ def _find_model(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import (  # noqa: PLC0415
-        HfApi,
-        errors as hub,
-        snapshot_download,
-    )
+    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import errors as hub  # noqa: PLC0415
     from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
 
     try:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from training_backends.backends.local import backend as module, spec
+from training_backends.backends.local import backend as module
+from training_backends.backends.local import spec
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.spec import build_spec, config_of
 from training_backends.core.errors import BackendNotInstalled

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from training_backends import DataFile, Dataset, Estimate, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend

@@ -4,7 +4,8 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends import ConfigError, LogRecord
 from training_backends.backends.mistral.job_log import LogReader

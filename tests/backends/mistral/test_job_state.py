@@ -6,7 +6,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends import LogRecord, RunState, TrainingStatus
 from training_backends.backends.mistral.job_log import LogReader

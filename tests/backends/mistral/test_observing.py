@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from training_backends import (
     ConfigError,
@@ -97,7 +98,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=MOVES, newest_first=st.booleans())
 async def test_many_looks_tell_what_one_tells(
     *,

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import training_backends as tb
 from training_backends.protocols.mistral.errors import error_from_answer, no_model_message

@@ -1,6 +1,7 @@
 """Statuses, both directions."""
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training_backends import TrainingStatus
 from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
