@@ -53,7 +53,7 @@ verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
 	@$(BIN)/pip install --quiet basedpyright==$(BASEDPYRIGHT_VERSION)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright --verifytypes training_backends --ignoreexternal | \
-	  awk '/completeness score/ { print; known = $$NF + 0 } END { exit known < 97 }'
+	  awk '/completeness score/ { print; known = $$NF + 0 } END { exit (known < 97) }'
 
 docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
