@@ -38,7 +38,7 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, given_options
 from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
     ConfigError,
@@ -50,7 +50,6 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
-from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
@@ -94,7 +93,7 @@ class AsyncTrainingClient:
         backends: Mapping[str, TrainingBackend] | None = None,
     ) -> None:
         settings = load_settings(Settings)
-        self.home = Path(home or settings.home).expanduser().absolute()
+        self.home: Path = Path(home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
-from training_backends.core.files import make_private_directory
+from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding
@@ -47,13 +47,7 @@ def load_secret(path: Path) -> bytes:
         return known  # a truncated secret could be guessed
     make_private_directory(path.parent)
     secret = secrets.token_bytes(_SECRET_BYTES)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, secret, private=True)
     return secret
 
 

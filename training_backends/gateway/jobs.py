@@ -37,14 +37,14 @@ from training_backends.gateway.keys import Principal
 from training_backends.gateway.runner import JobRunner, accept_start
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
+from training_backends.protocols.mistral.status import UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 
 __all__ = ["JobQuery", "JobService"]
 
 _RETRY_AFTER = "60"
 """Seconds."""
-_BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
-_CONFLICTING = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
+_CONFLICTING = (*UNSTARTED, "STARTED", "RUNNING")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,7 @@ class JobService:
         def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
             job = require_job(connection, job_id, caller)
             at_once = job.started_at is None and change_status(
-                connection, job_id, "CANCELLED", only_from=_BEFORE_START
+                connection, job_id, "CANCELLED", only_from=UNSTARTED
             )
             if job.started_at is not None and job.status not in ENDED:
                 if not self._client.backend(job.backend).capabilities.stops:

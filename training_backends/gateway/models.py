@@ -13,6 +13,7 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore, models
+from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
@@ -31,7 +32,6 @@ __all__ = ["ModelService"]
 
 log = get_logger()
 
-_METHODS = {"completion": "sft", "classifier": "classifier"}
 FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 
 
@@ -127,7 +127,7 @@ class ModelService:
         return [
             offer
             for offer in self._catalogue.all()
-            if any(_METHODS[kind] in methods for kind in offer.job_types)
+            if any(METHODS[kind] in methods for kind in offer.job_types)
         ]
 
     def _row(self, connection: sa.Connection, model_id: str, caller: Principal) -> Any:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
 
-from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
+from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError, validation_issues
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.store.database import RECOVER, Database
@@ -246,7 +246,7 @@ def _load(row: Any) -> TrainingRun:
         run = TrainingRun.model_validate_json(row.document)
     except ValidationError as error:
         raise StoreError(
-            f"Cannot read the record of run {row.id!r}: {error.errors()[0]['msg']}.",
+            f"Cannot read the record of run {row.id!r}: {validation_issues(error)[0]}.",
             hint=RECOVER,
             run_id=row.id,
         ) from error
