@@ -21,6 +21,7 @@ from tests.store.conftest import (
 )
 from training_backends import StoreError, TrainingStatus
 from training_backends.core.run import RunState, utc_now
+from training_backends.gateway import schema as gateway
 from training_backends.store import JournalEntry, RunStore, schema
 
 
@@ -103,7 +104,7 @@ def test_the_revisions_make_the_tables_that_the_store_uses(
     engine = sa.create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        differences = compare_metadata(context, schema.metadata)
+        differences = compare_metadata(context, gateway.jobs.metadata)
         (foreign,) = sa.inspect(connection).get_foreign_keys("journal")
     engine.dispose()
     # What only older programs look at is not among the tables in use.
@@ -112,6 +113,12 @@ def test_the_revisions_make_the_tables_that_the_store_uses(
     ]
     assert (foreign["referred_table"], foreign["constrained_columns"]) == ("runs", ["run_id"])
     assert foreign["options"] == {"ondelete": "CASCADE"}
+
+
+def test_a_recovery_knows_every_table_of_the_gateway() -> None:
+    """Otherwise it would lose their rows."""
+    tables = {name for name in gateway.jobs.metadata.tables if name.startswith("gateway_")}
+    assert tables == set(schema.GATEWAY_TABLES)
 
 
 def test_processes_that_open_an_old_store_at_once_migrate_it_once(
