@@ -1,7 +1,6 @@
 """The life of jobs over HTTP."""
 
 import errno
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from uuid import uuid4
 
 import anyio
 import pytest
-import sqlalchemy as sa
 
 from tests.gateway.conftest import Site, jsonl, scripted, site
 from tests.waiting import until
@@ -24,8 +22,9 @@ from training_backends.core.estimate import Money
 from training_backends.core.run import ValidationReport
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
-from training_backends.gateway.jobstore import STATUS_EVENT
+from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.store import GatewayStore
+from training_backends.store import RunStore
 
 pytestmark = pytest.mark.anyio
 
@@ -401,24 +400,30 @@ async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:
     assert (len(tries), len(here.backend.created)) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("store", "method"),
+    [(GatewayStore, "write"), (RunStore, "observed"), (RunStore, "undelivered")],
+    ids=["job", "run", "event"],
+)
 async def test_a_database_that_fails_for_a_while_fails_no_job(
-    here: Site, monkeypatch: pytest.MonkeyPatch
+    here: Site, monkeypatch: pytest.MonkeyPatch, store: type, method: str
 ) -> None:
-    """The run goes on meanwhile, and its job takes over how it ends."""
+    """The run continues meanwhile, and its job shows how it ends."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
     job_id, remote_id = await here.started()
     await here.until(job_id, "RUNNING")
-    write = GatewayStore.awrite
-    refused = anyio.Event()
+    working = getattr(store, method)
+    rejected: list[str] = []
 
-    async def full(store: GatewayStore, work: Callable[[sa.Connection], Any]) -> Any:
-        refused.set()
+    def full(*_: Any, **__: Any) -> Any:
+        rejected.append(method)
         raise StoreError("The database cannot be used: disk is full")
 
-    monkeypatch.setattr(GatewayStore, "awrite", full)
+    monkeypatch.setattr(store, method, full)
     here.backend.measure(remote_id, 10, train_loss=1.5)
-    with anyio.fail_after(20):
-        await refused.wait()
-    monkeypatch.setattr(GatewayStore, "awrite", write)
+    here.backend.tell(remote_id, TrainingStatus.STOPPING)
+    await until(lambda: rejected)
+    monkeypatch.setattr(store, method, working)
     here.backend.measure(remote_id, 20, train_loss=1.0)
     here.backend.finish(remote_id)
     ended = await here.until(job_id, "SUCCESS", "FAILED")
@@ -534,9 +539,9 @@ async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
 ) -> None:
     """However often the backend measures, and newest first; the last step is always there."""
     job_id, remote = await here.started()
-    known = {"total_steps": total} if total else {}
+    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=total or None)
     for step in range(1, (total or 35) + 1):
-        here.backend.measure(remote, step, train_loss=1 / step, **known)
+        here.backend.measure(remote, step, train_loss=1 / step)
     here.backend.finish(remote)
     points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == told
@@ -545,8 +550,9 @@ async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
 async def test_what_a_backend_validates_more_often_is_told(here: Site) -> None:
     """Ten steps apart at least, and no more than a hundred of them."""
     job_id, remote = await here.started()
+    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=2000)
     for step in range(10, 2001, 10):
-        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0, total_steps=2000)
+        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0)
     here.backend.finish(remote)
     points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == [*range(20, 2001, 20)]

@@ -16,7 +16,8 @@ from anyio import to_thread
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import Refusal, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
+from training_backends.gateway.schema import ENDED, files, jobs
+from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,

@@ -1,0 +1,155 @@
+"""What a job shows of its run: events and checkpoints, computed from the stored log."""
+
+import json
+import math
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import sqlalchemy as sa
+
+from training_backends.core.status import TrainingStatus
+from training_backends.gateway.schema import ENDED, events
+from training_backends.protocols.mistral.status import to_wire
+from training_backends.store.schema import IS_STATUS, documents, metrics, records
+
+__all__ = [
+    "ORDER",
+    "STATUS_EVENT",
+    "JobCheckpoint",
+    "JobEvent",
+    "history",
+    "job_checkpoints",
+    "job_events",
+    "reached",
+]
+
+STATUS_EVENT: Final = "status-updated"
+ORDER: Final = ("QUEUED", "STARTED", "RUNNING", "CANCELLATION_REQUESTED")
+"""Statuses of a started job that has not finished, each of which only earlier ones precede."""
+_BEFORE_START: Final = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
+_STATUSES: Final = {status.value: status for status in TrainingStatus}
+_METRICS: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
+_FEWEST_BETWEEN: Final = 10
+"""Minimum steps between two checkpoints, as at the hosted service."""
+
+
+class JobEvent(NamedTuple):
+    """An event of a job; `at` in seconds since the epoch."""
+
+    name: str
+    data: dict[str, Any]
+    at: float
+
+
+class JobCheckpoint(NamedTuple):
+    """What was measured at one step; `at` in seconds since the epoch, a metric may be None."""
+
+    step: int
+    at: float
+    metrics: dict[str, float | None]
+
+
+def job_events(connection: sa.Connection, job: Any) -> list[JobEvent]:
+    """Return the events of a job, oldest first.
+
+    Those of its run are the status changes in the run's log, each a step forward and none beyond
+    the job's own status, so that status and events agree. A clock of the provider that differs
+    does not change the order.
+    """
+    if job.history is not None:
+        return [JobEvent(**event) for event in job.history["events"]]
+    query = sa.select(events).where(events.c.job_id == job.id).order_by(events.c.id)
+    own = [JobEvent(row.name, row.data, row.created_at) for row in connection.execute(query)]
+    if job.started_at is None:
+        return own
+    first = [event for event in own if event.data.get("status") in _BEFORE_START]
+    later = [event for event in own if event not in first]
+    kept = []
+    best = 0
+    limit = len(ORDER) if job.status in ENDED else ORDER.index(job.status)
+    for event, is_own in sorted(
+        [
+            *((event, False) for event in _of_run(connection, job)),
+            *((event, True) for event in later),
+        ],
+        key=lambda found: found[0].at,
+    ):
+        word = event.data.get("status")
+        level = len(ORDER) if word in ENDED else ORDER.index(word) if word in ORDER else 0
+        if is_own or best < level <= limit:
+            kept.append(event)
+            best = max(best, level)
+    return [*first, *kept]
+
+
+def reached(connection: sa.Connection, job: Any) -> str:
+    """Return how far a started job is by its own status and the log of its run."""
+    words = {job.status, *(event.data["status"] for event in _of_run(connection, job))}
+    return [word for word in ORDER if word in words][-1]
+
+
+def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
+    """Yield the status changes of a run in order, as far as the protocol knows them."""
+    query = sa.select(records.c.at, records.c.fields).where(records.c.run_id == job.id, IS_STATUS)
+    for row in connection.execute(query.order_by(records.c.seq)):
+        status = _STATUSES.get(json.loads(row.fields or "{}").get("status"))
+        word = to_wire(status) if status else None
+        if word in ORDER:
+            yield JobEvent(STATUS_EVENT, {"status": word}, max(_seconds(row.at), job.started_at))
+
+
+def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
+    """Return the checkpoints of a job, by step: every tenth of its run, and the last step.
+
+    Metrics are only appended, so a client that polls sees the same list as one that reads it at
+    the end. Reads an index, however many steps there are between two checkpoints.
+    """
+    if job.history is not None:
+        return [JobCheckpoint(**point) for point in job.history["checkpoints"]]
+    points = []
+    for step in _due_steps(connection, job):
+        rows = connection.execute(
+            sa.select(metrics.c.name, metrics.c.at, metrics.c.value).where(
+                metrics.c.run_id == job.id, metrics.c.step == step, metrics.c.name.in_(_METRICS)
+            )
+        ).all()
+        values = dict.fromkeys(_METRICS) | {row.name: row.value for row in rows}
+        points.append(JobCheckpoint(step, min(_seconds(row.at) for row in rows), values))
+    return points
+
+
+def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:
+    found = connection.execute(
+        sa.select(documents.c.document).where(documents.c.run_id == job.id)
+    ).scalar()
+    planned = job.hyperparameters.get("training_steps")
+    total = int((json.loads(found).get("total_steps") if found else None) or planned or 0)
+    tenth = max(_FEWEST_BETWEEN, math.ceil(total / 10))
+    # Keep validation losses of a backend that evaluates more often.
+    hundredth = max(_FEWEST_BETWEEN, math.ceil(total / 100))
+    step, name = metrics.c.step, metrics.c.name
+    last = 0
+    while True:
+        due = sa.or_(
+            sa.and_(name == "valid_loss", step >= last + hundredth),
+            sa.and_(name.in_(_METRICS), sa.or_(step >= last + tenth, step == total)),
+        )
+        query = sa.select(step).where(metrics.c.run_id == job.id, step > last, due)
+        after = connection.execute(query.order_by(step).limit(1)).scalar()
+        if after is None:
+            return
+        yield after
+        last = after
+
+
+def history(connection: sa.Connection, job: Any) -> dict[str, Any]:
+    """Return the events and checkpoints of a job for its row, before its run is deleted."""
+    return {
+        "events": [event._asdict() for event in job_events(connection, job)],
+        "checkpoints": [point._asdict() for point in job_checkpoints(connection, job)],
+    }
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
