@@ -63,11 +63,11 @@ def test_warnings_alone_end_well(run: Run, write: Write) -> None:
 def test_programs_get_one_document(run: Run, write: Write) -> None:
     """It holds files, their summaries, all issues and the verdict, and nothing is beside it."""
     path = write(*map(chat, range(10)), BAD)
-    done = run("data", "inspect", path.name, "--json", "--dialect", "local")
+    done = run("data", "inspect", path.name, "--json", "--provider-format", "local")
     assert (done.code, done.err) == (3, "")
     document = done.document
     assert document["ok"] is False
-    assert document["dialect"] == "local"
+    assert document["provider_format"] == "local"
     assert document["tokens"] is None
     (file,) = document["files"]
     assert (file["path"], file["rows"], file["bad_rows"]) == ("data.jsonl", 11, 1)
@@ -134,7 +134,7 @@ def test_rows_to_validate_on_are_held_against_those_to_train_on(run: Run, write:
     write(*map(chat, range(10)), name="train.jsonl")
     write(chat(3), chat(99), name="validation.jsonl")
     given = ("data", "inspect", "train.jsonl", "--validation", "validation.jsonl")
-    shared = run(*given, "--dialect", "local")
+    shared = run(*given, "--provider-format", "local")
     assert shared.code == 0
     assert "validation.jsonl:1: also in the training data: line 4 of train.jsonl" in shared.err
     limited = run(*given, "--json")
@@ -172,7 +172,7 @@ def test_only_so_many_issues_are_shown_as_wanted(run: Run, write: Write) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("data.jsonl", "--config", "run.yaml"), ("data.jsonl", "--dialect", "klingon")],
+    [(), ("data.jsonl", "--config", "run.yaml"), ("data.jsonl", "--provider-format", "klingon")],
 )
 def test_a_wrong_command_line_ends_with_2(
     run: Run, write: Write, arguments: tuple[str, ...]

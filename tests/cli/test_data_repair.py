@@ -122,7 +122,7 @@ def test_standard_input_is_read(run: Run, tmp_path: Path) -> None:
     assert run("data", "repair", "-", stdin=row).code == 2
 
 
-def test_the_dialect_decides(run: Run, write: Callable[..., Path]) -> None:
+def test_the_provider_format_decides(run: Run, write: Callable[..., Path]) -> None:
     """An id that one provider takes another does not."""
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     row = {
@@ -136,7 +136,7 @@ def test_the_dialect_decides(run: Run, write: Callable[..., Path]) -> None:
     }
     write(row)
     mistral = run("data", "repair", "data.jsonl", "--json").document["files"][0]
-    openai = run("data", "repair", "data.jsonl", "--force", "--dialect", "openai", "--json")
+    openai = run("data", "repair", "data.jsonl", "--force", "--provider-format", "openai", "--json")
     assert mistral["counts"] == {"call_ids": 1}
     assert openai.document["files"][0]["counts"] == {}
 
@@ -162,7 +162,7 @@ def test_the_dialect_decides(run: Run, write: Callable[..., Path]) -> None:
             "--output requires a single file",
         ),
         (["data.jsonl", "--output", "new.jsonl.gz"], 2, "use .jsonl, not .gz"),
-        (["data.jsonl", "--dialect", "mistrl"], 2, "Unknown dialect 'mistrl'"),
+        (["data.jsonl", "--provider-format", "mistrl"], 2, "Unknown provider format 'mistrl'"),
         (["empty.jsonl"], 3, "no rows would be left"),
         (["directory"], 3, "the directory contains no data files"),
         ([], 2, "Missing argument"),

@@ -86,16 +86,16 @@ def test_counting_shows_a_bar_only_if_it_takes_long(
 
 def test_sample_and_exact_exclude_each_other(run: Run, config_file: Path) -> None:
     """Exit code 2."""
-    assert run("estimate", config_file.name, "--sample", "50", "--exact").code == 2
+    assert run("estimate", config_file.name, "--sample-rows", "50", "--exact").code == 2
 
 
 def test_sampled_estimate_says_how_sure_it_is(
     run: Run, config_file: Path, train_file: Path
 ) -> None:
-    """--sample counts so many rows; --exact all of them."""
+    """--sample-rows counts so many rows; --exact all of them."""
     train_file.write_text(train_file.read_text() * 20)
     options = ("-b", "mistral", "--set", "model=open-mistral-7b", "--json")
-    sampled = run("estimate", config_file.name, *options, "--sample", "50").document
+    sampled = run("estimate", config_file.name, *options, "--sample-rows", "50").document
     exact = run("estimate", config_file.name, *options, "--exact").document
     assert (sampled["basis"], exact["basis"]) == ("sampled", "exact")
     low, high = sampled["interval"]

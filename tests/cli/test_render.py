@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import needs_torch
 from training_backends.cli.views.render import console, show_text
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.e2e
 
@@ -63,7 +63,7 @@ def config(tmp_path: Path, data: Path, *more: str) -> Path:
     "command",
     [
         ("data", "inspect"),
-        ("data", "inspect", "--dialect=local"),
+        ("data", "inspect", "--provider-format=local"),
         ("data", "repair", "--output=new.jsonl"),
         ("data", "split", "--fraction=0.5"),
         ("data", "shard", "--limit=1KB"),
@@ -100,9 +100,9 @@ def test_a_provider_cannot_command_the_terminal(
         f"backend: mistral\nmodel: open-mistral-7b\ndata:\n  train: {train_file.name}\n"
     )
 
-    def answer(_: Received) -> Reply:
+    def answer(_: Received) -> StubReply:
         body = {"object": "error", "message": EVIL, "type": EVIL}
-        return Reply(status=422, content=json.dumps(body).encode())
+        return StubReply(status=422, content=json.dumps(body).encode())
 
     with LoopbackServer(answer) as server:
         done = run(

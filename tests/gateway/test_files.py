@@ -148,7 +148,7 @@ async def test_bytes_stay_while_a_job_needs_them(here: Site) -> None:
     await here.http.delete(f"/v1/files/{file_id}")
     assert len(blobs(here)) == 1
     await here.http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
-    assert blobs(here) == []
+    await until(lambda: not blobs(here))
 
 
 async def test_an_expired_file_is_gone(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:

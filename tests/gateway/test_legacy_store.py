@@ -5,7 +5,6 @@ running, two validated.
 """
 
 import sqlite3
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -39,7 +38,7 @@ FIRST = (
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Path]:
+def home(tmp_path: Path) -> Path:
     """A home as version 0.1 left it."""
     root = tmp_path / "home" / "gateway"
     root.mkdir(parents=True)

@@ -82,6 +82,8 @@ def test_losses_that_checkpoints_had_overwritten_are_put_back(
     execute(
         url,
         "UPDATE metrics SET value = 4.0 WHERE step = 10 AND name = 'train_loss'",
+        "DROP INDEX records_of_status",
+        *(f"DROP TABLE {table}" for table in schema.GATEWAY_TABLES),
         "UPDATE alembic_version SET version_num = '0002'",
     )
     assert store.metrics("r") == sound

@@ -70,7 +70,7 @@ def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
         for name, value in capabilities.items()
         if isinstance(value, list) and value
     ]
-    rows = capabilities["dialect"]["formats"]
+    rows = capabilities["provider_format"]["formats"]
     return [*lists, f"row formats: {', '.join(rows)}", f"supports: {', '.join(yes)}"]
 
 
@@ -127,7 +127,10 @@ def estimate(
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample", min=2, metavar="ROWS", help="Estimate from a random sample of ROWS rows."
+            "--sample-rows",
+            min=2,
+            metavar="ROWS",
+            help="Estimate from a random sample of ROWS rows.",
         ),
     ] = None,
     exact: Annotated[
@@ -140,7 +143,9 @@ def estimate(
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:
-        raise typer.BadParameter("give --sample or --exact, not both", param_hint="--sample")
+        raise typer.BadParameter(
+            "give --sample-rows or --exact, not both", param_hint="--sample-rows"
+        )
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
     with located(file, backend), CountView(quiet=json) as view:

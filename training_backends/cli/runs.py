@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 __all__ = [
     "delete",
     "download",
+    "generate",
     "launch",
     "list_runs",
     "logs",
     "metrics",
     "resume",
-    "sample",
     "status",
     "stop",
     "wait",
 ]
 
 
-def sample(
+def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt for the model.")],
     max_tokens: Annotated[
@@ -52,7 +52,7 @@ def sample(
     ] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Prompt the trained model of a run on this machine."""
+    """Generate text with the trained model of a run."""
     from training_backends.cli.views.render import console, show_text, write_json
 
     async def ask(client: "AsyncTrainingClient") -> "Reply":

@@ -27,7 +27,7 @@ from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.escape import escape_controls, escape_json
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.run import LogRecord, Staleness, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -319,7 +319,9 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
             out.print(f"  {name:<13} {escape(value)}")
     if run.stale:
         since = _time(run.stale.since)
-        out.print(f"  [yellow]{run.stale.kind:<13} since {since}: {escape(run.stale.message)}[/]")
+        out.print(
+            f"  [yellow]{_stale_word(run.stale):<13} since {since}: {escape(run.stale.message)}[/]"
+        )
 
 
 def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
@@ -387,10 +389,14 @@ def show_runs(
     out.print(table)
 
 
+def _stale_word(stale: Staleness) -> str:
+    return stale.kind.replace("_", " ")
+
+
 def _remark(run: TrainingRun) -> str:
     """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
-        return f" ({run.stale.kind})"
+        return f" ({_stale_word(run.stale)})"
     if run.failure and not run.status.is_terminal and run.started_at is None:
         return " (draft)"
     return ""
