@@ -1,6 +1,7 @@
 """The life of jobs over HTTP."""
 
 import errno
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from training_backends.core.errors import (
     BackendUnavailable,
     DatasetError,
     Issue,
+    RunNotFound,
     StoreError,
     TrainingBackendError,
 )
 from training_backends.core.estimate import Money
-from training_backends.core.run import ValidationReport
+from training_backends.core.run import ValidationReport, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.store import GatewayStore
 from training_backends.store import RunStore
+from training_backends.testing import backend as scripted_backend
 
 pytestmark = pytest.mark.anyio
 
@@ -568,6 +571,52 @@ async def test_a_step_measured_twice_is_one_checkpoint(here: Site) -> None:
     (point,) = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert (point["step_number"], point["metrics"]["train_loss"]) == (10, 2.0)
     assert point["metrics"]["valid_loss"] == 1.0
+
+
+async def test_a_job_keeps_what_it_shows_when_its_model_is_deleted(here: Site) -> None:
+    """The run is deleted with the model, and its log with the run."""
+    done = await here.finished()
+    assert done["checkpoints"]
+    await here.http.delete(f"/v1/models/{done['fine_tuned_model']}")
+    with pytest.raises(RunNotFound):
+        await here.served.gateway.client.get(done["id"])
+    kept = await here.get(done["id"])
+    assert (kept["events"], kept["checkpoints"]) == (done["events"], done["checkpoints"])
+
+
+async def test_only_what_the_gateway_does_itself_is_stored_in_its_tables(here: Site) -> None:
+    """The log of a run is stored once by the client; events are computed from it."""
+    job_id, remote = await here.started()
+    here.backend.tell(remote, TrainingStatus.INITIALIZING)
+    here.backend.tell(remote, TrainingStatus.RUNNING)
+    for step in range(10, 60, 10):
+        here.backend.measure(remote, step, train_loss=1.0)
+    here.backend.finish(remote)
+    job = await here.until(job_id, "SUCCESS")
+    query = "SELECT data FROM gateway_events ORDER BY id"
+    rows = await here.served.gateway.store.aread(lambda c: c.exec_driver_sql(query).scalars().all())
+    own = [json.loads(row)["status"] for row in rows]
+    assert own == ["QUEUED", "VALIDATING", "VALIDATED", "SUCCESS"]
+    assert statuses(job) == [*own[:3], "STARTED", "RUNNING", "SUCCESS"]
+    assert len(job["checkpoints"]) == 5
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+async def test_events_are_in_order_whatever_the_clock_of_the_backend(
+    here: Site, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """A status is never followed by an earlier one, nor by an earlier time."""
+    now = utc_now() + timedelta(seconds=ahead)
+    monkeypatch.setattr(scripted_backend, "utc_now", lambda: now)
+    job_id, remote = await here.started()
+    here.backend.tell(remote, TrainingStatus.RUNNING)
+    await here.until(job_id, "RUNNING")
+    await here.http.post(f"{JOBS}/{job_id}/cancel")
+    here.backend.tell(remote, TrainingStatus.CANCELLED)
+    job = await here.until(job_id, "CANCELLED")
+    assert statuses(job)[3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
+    times = [event["created_at"] for event in job["events"]]
+    assert times == sorted(times)
 
 
 async def test_tokens_trained_are_told_when_known(here: Site) -> None:

@@ -63,8 +63,9 @@ def job_events(connection: sa.Connection, job: Any) -> list[JobEvent]:
     own = [JobEvent(row.name, row.data, row.created_at) for row in connection.execute(query)]
     if job.started_at is None:
         return own
-    first = [event for event in own if event.data.get("status") in _BEFORE_START]
-    later = [event for event in own if event not in first]
+    before = (n for n, event in enumerate(own, 1) if event.data.get("status") in _BEFORE_START)
+    split = max(before, default=0)
+    first, later = own[:split], own[split:]
     kept = []
     best = 0
     limit = len(ORDER) if job.status in ENDED else ORDER.index(job.status)
@@ -90,13 +91,34 @@ def reached(connection: sa.Connection, job: Any) -> str:
 
 
 def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
-    """Yield the status changes of a run in order, as far as the protocol knows them."""
+    """Yield the status changes of a run in order, as far as the protocol knows them.
+
+    The last one is that of the run's record: a launch, or a list of many runs, may report a status
+    before the log does.
+    """
     query = sa.select(records.c.at, records.c.fields).where(records.c.run_id == job.id, IS_STATUS)
+    at = job.started_at
     for row in connection.execute(query.order_by(records.c.seq)):
-        status = _STATUSES.get(json.loads(row.fields or "{}").get("status"))
-        word = to_wire(status) if status else None
-        if word in ORDER:
-            yield JobEvent(STATUS_EVENT, {"status": word}, max(_seconds(row.at), job.started_at))
+        at = max(_seconds(row.at), at)
+        yield from _event(json.loads(row.fields or "{}").get("status"), at)
+    run = _run_document(connection, job)
+    changed = run.get("started_at" if run.get("status") == "running" else "changed_at")
+    yield from _event(run.get("status"), max(_seconds(changed), at) if changed else at)
+
+
+def _event(status: str | None, at: float) -> Iterator[JobEvent]:
+    known = _STATUSES.get(status or "")
+    word = to_wire(known) if known else None
+    if word in ORDER:
+        yield JobEvent(STATUS_EVENT, {"status": word}, at)
+
+
+def _run_document(connection: sa.Connection, job: Any) -> dict[str, Any]:
+    """Return the record of a job's run; empty if there is none."""
+    query = sa.select(documents.c.document).where(documents.c.run_id == job.id)
+    found = connection.execute(query).scalar()
+    record: dict[str, Any] = json.loads(found) if found else {}
+    return record
 
 
 def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
@@ -120,11 +142,8 @@ def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
 
 
 def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:
-    found = connection.execute(
-        sa.select(documents.c.document).where(documents.c.run_id == job.id)
-    ).scalar()
     planned = job.hyperparameters.get("training_steps")
-    total = int((json.loads(found).get("total_steps") if found else None) or planned or 0)
+    total = int(_run_document(connection, job).get("total_steps") or planned or 0)
     tenth = max(_FEWEST_BETWEEN, math.ceil(total / 10))
     # Keep validation losses of a backend that evaluates more often.
     hundredth = max(_FEWEST_BETWEEN, math.ceil(total / 100))

@@ -143,9 +143,7 @@ class JobRunner:
             try:
                 for job_id in await self._store.aread(_behind):
                     self.drive(job_id)
-            except Exception as error:
-                if not is_temporary(error):
-                    raise
+            except Exception as error:  # must not stop the gateway
                 log.error("jobs not compared with their runs", reason=_reason(error))  # noqa: TRY400
 
     async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
