@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +32,8 @@ _STATUSES: Final = {status.value: status for status in TrainingStatus}
 _METRICS: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 _FEWEST_BETWEEN: Final = 10
 """Minimum steps between two checkpoints, as at the hosted service."""
+_BATCH: Final = 500
+"""Steps per statement; databases limit the number of values."""
 
 
 class JobEvent(NamedTuple):
@@ -129,16 +131,16 @@ def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
     """
     if job.history is not None:
         return [JobCheckpoint(**point) for point in job.history["checkpoints"]]
-    points = []
-    for step in _due_steps(connection, job):
-        rows = connection.execute(
-            sa.select(metrics.c.name, metrics.c.at, metrics.c.value).where(
-                metrics.c.run_id == job.id, metrics.c.step == step, metrics.c.name.in_(_METRICS)
-            )
-        ).all()
-        values = dict.fromkeys(_METRICS) | {row.name: row.value for row in rows}
-        points.append(JobCheckpoint(step, min(_seconds(row.at) for row in rows), values))
-    return points
+    points: dict[int, JobCheckpoint] = {}
+    steps = list(_due_steps(connection, job))
+    for start in range(0, len(steps), _BATCH):
+        mine = metrics.c.run_id == job.id, metrics.c.step.in_(steps[start : start + _BATCH])
+        query = sa.select(metrics).where(*mine, metrics.c.name.in_(_METRICS))
+        for row in connection.execute(query.order_by(metrics.c.step)):
+            at, values = _seconds(row.at), dict.fromkeys(_METRICS)
+            point = points.setdefault(row.step, JobCheckpoint(row.step, at, values))
+            point.metrics[row.name] = row.value
+    return list(points.values())
 
 
 def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:
@@ -147,19 +149,33 @@ def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:
     tenth = max(_FEWEST_BETWEEN, math.ceil(total / 10))
     # Keep validation losses of a backend that evaluates more often.
     hundredth = max(_FEWEST_BETWEEN, math.ceil(total / 100))
-    step, name = metrics.c.step, metrics.c.name
+    end = _first(connection, job, total, total + 1, _METRICS)
     last = 0
     while True:
-        due = sa.or_(
-            sa.and_(name == "valid_loss", step >= last + hundredth),
-            sa.and_(name.in_(_METRICS), sa.or_(step >= last + tenth, step == total)),
+        # Separate ranges, each of which an index finds: with OR, SQLite would read all steps.
+        found = (
+            _first(connection, job, last + tenth, None, _METRICS),
+            _first(connection, job, last + hundredth, last + tenth, ["valid_loss"]),
+            end,
         )
-        query = sa.select(step).where(metrics.c.run_id == job.id, step > last, due)
-        after = connection.execute(query.order_by(step).limit(1)).scalar()
-        if after is None:
+        due = [step for step in found if step is not None and step > last]
+        if not due:
             return
-        yield after
-        last = after
+        last = min(due)
+        yield last
+
+
+def _first(
+    connection: sa.Connection, job: Any, start: int, end: int | None, names: Sequence[str]
+) -> int | None:
+    """Return the first step in a range at which one of the metrics was measured."""
+    query = sa.select(metrics.c.step).where(
+        metrics.c.run_id == job.id, metrics.c.step >= start, metrics.c.name.in_(names)
+    )
+    if end is not None:
+        query = query.where(metrics.c.step < end)
+    found: int | None = connection.execute(query.order_by(metrics.c.step).limit(1)).scalar()
+    return found
 
 
 def history(connection: sa.Connection, job: Any) -> dict[str, Any]:
