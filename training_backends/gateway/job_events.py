@@ -28,6 +28,8 @@ STATUS_EVENT: Final = "status-updated"
 ORDER: Final = ("QUEUED", "STARTED", "RUNNING", "CANCELLATION_REQUESTED")
 """Statuses of a started job that has not finished, each of which only earlier ones precede."""
 _BEFORE_START: Final = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
+_STARTED: Final = frozenset({"running", "stopping", "completed", "failed", "cancelled"})
+"""Statuses of a run whose start, if known, was that of its training."""
 _STATUSES: Final = {status.value: status for status in TrainingStatus}
 _METRICS: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 _FEWEST_BETWEEN: Final = 10
@@ -95,8 +97,8 @@ def reached(connection: sa.Connection, job: Any) -> str:
 def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
     """Yield the status changes of a run in order, as far as the protocol knows them.
 
-    The last one is that of the run's record: a launch, or a list of many runs, may report a status
-    before the log does.
+    The last two are from the run's record: a launch, or a list of many runs, may report a status
+    that no log does.
     """
     query = sa.select(records.c.at, records.c.fields).where(records.c.run_id == job.id, IS_STATUS)
     at = job.started_at
@@ -104,8 +106,10 @@ def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
         at = max(_seconds(row.at), at)
         yield from _event(json.loads(row.fields or "{}").get("status"), at)
     run = _run_document(connection, job)
-    changed = run.get("started_at" if run.get("status") == "running" else "changed_at")
-    yield from _event(run.get("status"), max(_seconds(changed), at) if changed else at)
+    status, started, changed = (run.get(name) for name in ("status", "started_at", "changed_at"))
+    if started and status in _STARTED:
+        yield from _event(TrainingStatus.RUNNING, max(_seconds(started), job.started_at))
+    yield from _event(status, max(_seconds(changed), at) if changed else at)
 
 
 def _event(status: str | None, at: float) -> Iterator[JobEvent]:
