@@ -101,14 +101,17 @@ def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
     that no log does.
     """
     query = sa.select(records.c.at, records.c.fields).where(records.c.run_id == job.id, IS_STATUS)
-    at = job.started_at
+    at, words = job.started_at, set()
     for row in connection.execute(query.order_by(records.c.seq)):
-        at = max(_seconds(row.at), at)
-        yield from _event(json.loads(row.fields or "{}").get("status"), at)
+        status = json.loads(row.fields or "{}").get("status")
+        for event in _event(status, max(_seconds(row.at), at)):
+            at = event.at
+            words.add(event.data["status"])
+            yield event
     run = _run_document(connection, job)
     status, started, changed = (run.get(name) for name in ("status", "started_at", "changed_at"))
-    if started and status in _STARTED:
-        yield from _event(TrainingStatus.RUNNING, max(_seconds(started), job.started_at))
+    if started and status in _STARTED and "RUNNING" not in words:
+        yield from _event(TrainingStatus.RUNNING, max(_seconds(started), at))
     yield from _event(status, max(_seconds(changed), at) if changed else at)
 
 
