@@ -25,7 +25,7 @@ def backends(json: JsonOption = False) -> None:
     from rich.markup import escape
 
     from training_backends import TrainingBackendError, installed_backends
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import show_fields, stdout, write_json
     from training_backends.client.doctor import PACKAGE, check_extras
 
     extras = {check.name: check for check in check_extras()}
@@ -50,28 +50,26 @@ def backends(json: JsonOption = False) -> None:
     if json:
         write_json(found)
         return
-    out = console()
+    out = stdout()
     for entry in found:
         out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
-            out.print(f"  [red]unavailable:[/] {escape(entry['error'])}")
+            show_fields([("unavailable", entry["error"])], out, style="red")
             continue
-        out.print(f"  {entry['summary']}", markup=False)
-        if "missing" in entry:
-            out.print(f"  [yellow]{escape(entry['missing'])}[/]")
-        for line in _capability_lines(entry["capabilities"]):
-            out.print(f"  {line}", markup=False)
+        missing = [("missing", entry["missing"])] if "missing" in entry else []
+        fields = [("about", entry["summary"]), *missing]
+        show_fields([*fields, *_capability_fields(entry["capabilities"])], out, style="dim")
 
 
-def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
+def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
     yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
     lists = [
-        f"{name}: {', '.join(sorted(value))}"
+        (name.replace("_", " "), ", ".join(sorted(value)))
         for name, value in capabilities.items()
-        if isinstance(value, list) and value
+        if isinstance(value, list)
     ]
     rows = capabilities["provider_format"]["formats"]
-    return [*lists, f"row formats: {', '.join(rows)}", f"supports: {', '.join(yes)}"]
+    return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
 
 
 def validate(
@@ -84,13 +82,8 @@ def validate(
     from rich.markup import escape
 
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.views.render import (
-        console,
-        issue_document,
-        show_dataset,
-        show_issues,
-        write_json,
-    )
+    from training_backends.cli.views.console import stdout, write_json
+    from training_backends.cli.views.render import issue_document, show_dataset, show_issues
     from training_backends.client.config_file import load_config
 
     file = load_config(config, overrides or ())
@@ -110,7 +103,7 @@ def validate(
             }
         )
     else:
-        out = console()
+        out = stdout()
         if report.dataset:
             show_dataset(report.dataset, out)
         show_issues(issues, out)
@@ -139,7 +132,8 @@ def estimate(
     json: JsonOption = False,
 ) -> None:
     """Estimate the tokens, steps, cost and time of a run."""
-    from training_backends.cli.views.render import CountView, show_estimate, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import CountView, show_estimate
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:

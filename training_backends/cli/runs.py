@@ -1,11 +1,13 @@
 """Commands that launch, show, control and delete runs."""
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from training_backends.cli.completion import complete_backend, complete_run, complete_status
 from training_backends.cli.session import (
     BackendOption,
     CachedOption,
@@ -53,7 +55,7 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Generate text with the trained model of a run."""
-    from training_backends.cli.views.render import console, show_text, write_json
+    from training_backends.cli.views.console import show_text, stdout, write_json
 
     async def ask(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
@@ -62,12 +64,12 @@ def generate(
     if json:
         write_json(reply.model_dump(mode="json", exclude_none=True))
     elif reply.answer is not None:
-        show_text(reply.answer, console())
+        show_text(reply.answer, stdout())
     else:
         for target, labels in (reply.labels or {}).items():
             ranked = sorted(labels.items(), key=lambda label: -label[1])
             shares = ", ".join(f"{label} {share:.3f}" for label, share in ranked)
-            console().print(f"{target}: {shares}", markup=False)
+            stdout().print(f"{target}: {shares}", markup=False)
 
 
 _UNSTARTED = frozenset({"pending", "validating", "ready"})
@@ -90,8 +92,9 @@ def launch(
     json: JsonOption = False,
 ) -> None:
     """Launch a run; return once the backend accepts it."""
+    from training_backends.cli.views.console import write_json
     from training_backends.cli.views.launch import LaunchView, follow_run
-    from training_backends.cli.views.render import show_run, write_json
+    from training_backends.cli.views.render import show_run
     from training_backends.client.config_file import load_config
     from training_backends.core.run import new_run_id
 
@@ -128,14 +131,31 @@ def launch(
 
 def list_runs(
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="Filter by backend.")
+        str | None,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Filter by backend.",
+            autocompletion=complete_backend,
+        ),
     ] = None,
-    status: Annotated[str | None, typer.Option("--status", "-s", help="Filter by status.")] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            "--status",
+            "-s",
+            metavar="STATUS",
+            help="Filter by status.",
+            autocompletion=complete_status,
+        ),
+    ] = None,
     cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
     """List runs, newest first."""
-    from training_backends.cli.views.render import show_age, show_runs, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_age, show_runs
     from training_backends.core.status import TrainingStatus
 
     if status is not None and status not in list(TrainingStatus):
@@ -188,10 +208,11 @@ def logs(
     """
     from contextlib import aclosing
 
-    from training_backends.cli.views.render import console, show_log_record, write_json_line
+    from training_backends.cli.views.console import stdout, write_json_line
+    from training_backends.cli.views.render import show_log_record
 
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
-        out = console()
+        out = stdout()
         run_id = await complete_id(client, run)
         async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
             async for record in records:
@@ -223,7 +244,8 @@ def metrics(
     from dataclasses import asdict
 
     from training_backends.cli.views import charts
-    from training_backends.cli.views.render import console, show_age, show_metrics, write_json
+    from training_backends.cli.views.console import stdout, write_json
+    from training_backends.cli.views.render import show_age, show_metrics
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give only one of --plot, --csv and --json", param_hint="--csv")
@@ -244,13 +266,18 @@ def metrics(
     elif csv:
         charts.write_csv(series)
     elif plot and series:
-        charts.plot(series, console(), all_given=bool(names))
+        charts.plot(series, stdout(), all_given=bool(names))
     else:
         show_metrics(points, shown, up_to_date=missed is not None and shown.id not in missed)
 
 
 def wait(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN", help="Run ids, or unique prefixes.", autocompletion=complete_run
+        ),
+    ],
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Maximum seconds to wait.")
     ] = None,
@@ -261,7 +288,8 @@ def wait(
     Exits with the most severe exit code among them.
     """
     from training_backends.cli.exit_codes import exit_code_of_status
-    from training_backends.cli.views.render import show_run, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_run
 
     async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
         ids = [await complete_id(client, run) for run in runs]
@@ -333,7 +361,7 @@ def download(
     json: JsonOption = False,
 ) -> None:
     """Download the trained model of a run."""
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
         return await client.download(await complete_id(client, run), directory.absolute())
@@ -342,7 +370,7 @@ def download(
     if json:
         write_json({"path": str(path)})
     else:
-        console().print(f"Saved the model to {path}", markup=False)
+        stderr().print(f"Saved the model to {path}", markup=False)
 
 
 def delete(
@@ -356,7 +384,7 @@ def delete(
 ) -> None:
     """Delete a run that is not active, with its model."""
     from training_backends.cli.exit_codes import Interrupted
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     async def forget(client: "AsyncTrainingClient") -> None:
         found = await client.get(run)
@@ -371,7 +399,7 @@ def delete(
     if json:
         write_json({"deleted": run})
     else:
-        console().print(f"Deleted {run}", markup=False)
+        stderr().print(f"Deleted {run}", markup=False)
 
 
 def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
@@ -385,7 +413,8 @@ def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:
-    from training_backends.cli.views.render import show_run, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_run
 
     if json:
         write_json(run.model_dump(mode="json"))
@@ -394,7 +423,8 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
 
 
 def _ask(question: str) -> bool:
-    with interruptible():
+    # `input` would write the last character of the prompt to standard output.
+    with interruptible(), redirect_stdout(sys.stderr):
         return typer.confirm(escape_controls(question), err=True)
 
 

@@ -18,7 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from training_backends.cli.views.render import console, show_estimate, show_log_record
+from training_backends.cli.views.console import stderr
+from training_backends.cli.views.render import show_estimate, show_log_record
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate
@@ -38,7 +39,7 @@ class LaunchView:
     """
 
     def __init__(self, *, quiet: bool, out: Console | None = None) -> None:
-        self._out = out or console()
+        self._out = out or stderr()
         self._quiet = quiet
         self._bars = Progress(
             TextColumn("  {task.description}"),
@@ -117,7 +118,7 @@ async def follow_run(
         shown_statuses: Statuses already shown by a `LaunchView`; not repeated from the log,
             which starts before the launch was accepted.
     """
-    out = out or console()
+    out = out or stderr()
     bar = Progress(
         TextColumn("  training"),
         BarColumn(bar_width=20),
