@@ -17,7 +17,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.store.database import Database
 from training_backends.store.leases import Lease, require
 from training_backends.store.runs import change_run, find_run
-from training_backends.store.schema import as_text, deliveries, metrics, records, runs
+from training_backends.store.schema import IS_STATUS, as_text, deliveries, metrics, records, runs
 
 __all__ = ["Delivery", "MetricPoint", "Timeline"]
 
@@ -275,7 +275,7 @@ def _change_of_status(run: TrainingRun) -> LogRecord:
 
 def _last_status(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
     """Return the last status in a run's log, or None."""
-    query = sa.select(records).where(records.c.run_id == run_id, records.c.source == _STATUS)
+    query = sa.select(records).where(records.c.run_id == run_id, IS_STATUS)
     for row in connection.execute(query.order_by(records.c.seq.desc())):
         if (status := _status_of(_record(row))) is not None:
             return status

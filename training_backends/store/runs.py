@@ -67,6 +67,14 @@ class Runs(Database):
             _insert(connection, run)
             put_back(connection, run.id, steps)
 
+    def restore_gateway(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Insert rows recovered from a damaged SQLite store, by table, as far as they are whole."""
+        with self._writing() as connection:
+            for name, found in rows.items():
+                for row in found:
+                    table = sa.table(name, *map(sa.column, row))
+                    connection.execute(table.insert().prefix_with("OR IGNORE").values(**row))
+
     def get(self, run_id: str) -> TrainingRun:
         """Return the run with exactly this id.
 
