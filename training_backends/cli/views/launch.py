@@ -49,6 +49,7 @@ class LaunchView:
             disable=quiet or not self._out.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._run_id: str | None = None
         self._status: TrainingStatus | None = None
         self.shown: set[str] = set()
         self._quoted = False
@@ -71,9 +72,12 @@ class LaunchView:
             self._out.print(f"  {escape(_short(name))}: uploaded {total:,} bytes")
 
     def update(self, run: TrainingRun) -> None:
-        """Show a status change, and the provider's quote once available."""
+        """Show the run's id once, each status change, and the provider's quote once available."""
         if self._quiet:
             return
+        if run.id != self._run_id:
+            self._out.print(f"Run [bold]{escape(run.id)}[/] on {escape(run.backend)}")
+            self._run_id = run.id
         if run.status is not self._status:
             word = f" ({escape(run.raw_status)})" if run.raw_status else ""
             self._out.print(f"  [cyan]{run.status}[/]{word}")

@@ -27,7 +27,7 @@ from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.escape import escape_controls, escape_json
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.run import Checkpoint, LogRecord, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "issue_document",
     "price_text",
     "show_age",
+    "show_checkpoints",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -356,6 +357,7 @@ def show_runs(
     missed: Mapping[str, str] | None = None,
     *,
     filtered: bool = False,
+    out: Console | None = None,
 ) -> None:
     """Print runs as a table, newest first.
 
@@ -363,7 +365,7 @@ def show_runs(
         missed: See `show_age`; these runs are marked with their age.
         filtered: Whether `runs` was filtered; selects the message for an empty list.
     """
-    out = console()
+    out = out or console()
     if not runs:
         none_yet = "No runs yet. Try `training-backends quickstart`."
         out.print("No runs match these filters." if filtered else none_yet)
@@ -425,6 +427,26 @@ def show_metrics(
     for step, values in sorted(by_step.items()):
         cells = (f"{values[name]:.6g}" if name in values else "" for name in names)
         table.add_row(str(step), *cells)
+    out.print(table)
+
+
+def show_checkpoints(checkpoints: Sequence[tuple[str, Checkpoint]], run: TrainingRun) -> None:
+    """Print checkpoints with their ids as a table.
+
+    Args:
+        run: The run that the checkpoints belong to.
+    """
+    out = console()
+    if not checkpoints:
+        yet = "" if run.status.is_terminal else " yet"
+        out.print(f"Run {run.id} has no checkpoints{yet}.", markup=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("id", "step", "created", "metrics"):
+        table.add_column(column, no_wrap=True)
+    for name, checkpoint in checkpoints:
+        metrics = _metrics(checkpoint.metrics) or ""
+        table.add_row(escape(name), str(checkpoint.step), _time(checkpoint.at), escape(metrics))
     out.print(table)
 
 
