@@ -49,7 +49,7 @@ def backends(json: JsonOption = False) -> None:
     from rich.markup import escape
 
     from training_backends import TrainingBackendError, installed_backends
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import show_fields, stdout, write_json
     from training_backends.client.doctor import PACKAGE, check_extras
 
     extras = {check.name: check for check in check_extras()}
@@ -74,28 +74,26 @@ def backends(json: JsonOption = False) -> None:
     if json:
         write_json(found)
         return
-    out = console()
+    out = stdout()
     for entry in found:
         out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
-            out.print(f"  [red]unavailable:[/] {escape(entry['error'])}")
+            show_fields([("unavailable", entry["error"])], out, style="red")
             continue
-        out.print(f"  {entry['summary']}", markup=False)
-        if "missing" in entry:
-            out.print(f"  [yellow]{escape(entry['missing'])}[/]")
-        for line in _capability_lines(entry["capabilities"]):
-            out.print(f"  {line}", markup=False)
+        missing = [("missing", entry["missing"])] if "missing" in entry else []
+        fields = [("about", entry["summary"]), *missing]
+        show_fields([*fields, *_capability_fields(entry["capabilities"])], out, style="dim")
 
 
-def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
+def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
     yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
     lists = [
-        f"{name}: {', '.join(sorted(value))}"
+        (name.replace("_", " "), ", ".join(sorted(value)))
         for name, value in capabilities.items()
-        if isinstance(value, list) and value
+        if isinstance(value, list)
     ]
     rows = capabilities["dialect"]["formats"]
-    return [*lists, f"row formats: {', '.join(rows)}", f"supports: {', '.join(yes)}"]
+    return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
 
 
 def init(
@@ -110,7 +108,7 @@ def init(
     Never overwrites a file.
     """
     from training_backends import ConfigError
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     async def read(client: "AsyncTrainingClient") -> "Capabilities":
         return client.backend(backend).capabilities
@@ -124,9 +122,9 @@ def init(
     if json:
         write_json({"path": str(file)})
         return
-    console().print(f"Wrote {file}. Edit it, then:", markup=False)
+    stderr().print(f"Wrote {file}. Edit it, then:", markup=False)
     for line in (command("validate", str(file)), command("launch", str(file), "--follow")):
-        console().print(f"  {line}", markup=False)
+        stderr().print(f"  {line}", markup=False)
 
 
 def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
@@ -164,13 +162,8 @@ def validate(
     from rich.markup import escape
 
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.views.render import (
-        console,
-        issue_document,
-        show_dataset,
-        show_issues,
-        write_json,
-    )
+    from training_backends.cli.views.console import stdout, write_json
+    from training_backends.cli.views.render import issue_document, show_dataset, show_issues
     from training_backends.client.config_file import load_config
 
     file = load_config(config, overrides or ())
@@ -190,7 +183,7 @@ def validate(
             }
         )
     else:
-        out = console()
+        out = stdout()
         if report.dataset:
             show_dataset(report.dataset, out)
         show_issues(issues, out)
@@ -216,7 +209,8 @@ def estimate(
     json: JsonOption = False,
 ) -> None:
     """Estimate the tokens, steps, cost and time of a run."""
-    from training_backends.cli.views.render import CountView, show_estimate, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import CountView, show_estimate
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:

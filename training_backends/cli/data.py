@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from training_backends.cli.completion import complete_format
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def inspect(
             help="Provider format: mistral, openai, together or local. Default: the backend of "
             "--config, or mistral.",
             show_default=False,
+            autocompletion=complete_format,
         ),
     ] = None,
     model: Annotated[
@@ -79,8 +81,8 @@ def inspect(
     Nothing is uploaded. Exits with 3 if there are errors.
     """
     from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.views.console import write_json
     from training_backends.cli.views.data import InspectView
-    from training_backends.cli.views.render import write_json
 
     request = _request(files or [], validation or [], config, dialect)
     with InspectView(request.dialect, max_issues=max_issues, quiet=json) as view:
@@ -157,7 +159,12 @@ FilesArgument = Annotated[
     typer.Argument(metavar="FILE", help="Files, glob patterns, directories, or - for stdin."),
 ]
 DialectOption = Annotated[
-    str, typer.Option("--dialect", help="Provider format: mistral, openai, together or local.")
+    str,
+    typer.Option(
+        "--dialect",
+        help="Provider format: mistral, openai, together or local.",
+        autocompletion=complete_format,
+    ),
 ]
 DirectoryOption = Annotated[
     Path | None,
@@ -189,17 +196,12 @@ def repair(
 ) -> None:
     """Fix what can be fixed in data files without changing their meaning.
 
-    Rows that cannot be repaired are kept unchanged; the command then exits with 3.
+    Rows that cannot be repaired are kept unchanged; the command then exits with 3. With --json,
+    prints one line per repair, issue and file.
     """
     from training_backends.cli.exit_codes import ExitCode, UsageError
-    from training_backends.cli.views.data import (
-        JsonList,
-        JsonRepairs,
-        ShownRepairs,
-        bar,
-        write_lists,
-    )
-    from training_backends.cli.views.render import console
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.data import RepairLines, RepairView, bar
     from training_backends.datasets.open_file import STDIN, expand
     from training_backends.datasets.repair import repair as repair_file
     from training_backends.datasets.write import name_of
@@ -212,13 +214,11 @@ def repair(
         raise UsageError("Reading from standard input requires --output.")
     if output and output.name.endswith((".gz", ".zst", ".parquet")):
         raise UsageError(f"Output is uncompressed JSON Lines: use .jsonl, not {output.suffix}.")
-    out = console()
-    documents = JsonList()
     invalid = 0
     for path in paths:
-        view = JsonRepairs(documents) if json else ShownRepairs(out)
+        view = RepairLines() if json else RepairView(stdout())
         target = output or path.with_name(f"{name_of(path)}.repaired.jsonl")
-        with bar(out, "repairing") as progress:
+        with bar("repairing") as progress:
             done = repair_file(
                 path,
                 None if in_place else target,
@@ -231,8 +231,6 @@ def repair(
             )
         view.finish(done)
         invalid += done.invalid
-    if json:
-        write_lists({"ok": not invalid}, files=documents)
     if invalid:
         raise typer.Exit(ExitCode.INVALID)
 
@@ -257,19 +255,17 @@ def split(
     The split is deterministic for the same rows and seed, and identical rows never end up in
     both parts. Several files are split as one data set.
     """
-    from rich.markup import escape
-
     from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.cli.views.data import bar, show_data, show_split
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.render import show_note
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.split import split as split_files
 
     if fraction is not None and rows is not None:
         raise UsageError("Pass either --fraction or --rows, not both.")
     rules = dialect_called(dialect)
-    out = console()
-    with bar(out, "splitting") as progress:
+    with bar("splitting") as progress:
         found = split_files(
             expand(files),
             dialect=rules,
@@ -299,10 +295,10 @@ def split(
         write_json({"files": documents, "note": note, "data": data})
         return
     for each in found:
-        show_split(each, out)
+        show_split(each, stderr())
     if note:
-        out.print(f"[yellow]note[/] {escape(note)}")
-    show_data(data, out)
+        show_note(note)
+    show_data(data)
 
 
 def shard(
@@ -328,8 +324,8 @@ def shard(
     Rows are never cut. Concatenated, the shards are byte-identical to the decompressed file.
     """
     from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.cli.views.data import bar, show_data, show_shards
-    from training_backends.cli.views.render import console, write_json
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.shard import shard as shard_file
 
@@ -339,10 +335,9 @@ def shard(
     most = _size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"{rules.name} has no file size limit: pass --limit.")
-    out = console()
     found: dict[Path, Sequence[ShardFile]] = {}
     for path in expand(files):
-        with bar(out, "sharding") as progress:
+        with bar("sharding") as progress:
             found[path] = shard_file(
                 path, most, directory=directory, force=force, on_progress=progress
             )
@@ -361,8 +356,8 @@ def shard(
         write_json({"limit": most, "files": documents, "data": data})
         return
     for path, each in found.items():
-        show_shards(path, each, out)
-    show_data(data, out)
+        show_shards(path, each, stderr())
+    show_data(data)
 
 
 def dialect_called(name: str) -> "Dialect":

@@ -159,8 +159,9 @@ class _Launch:
 
 def _run(begin: "Begin", launch: _Launch, *, follow: bool, quiet: bool, json: bool) -> None:
     """Start a run, print its id and the next commands, and follow it if asked to."""
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.cli.views.launch import LaunchView, follow_run
-    from training_backends.cli.views.render import console, show_run, write_json
+    from training_backends.cli.views.render import show_run
 
     silent = quiet or json
 
@@ -178,7 +179,7 @@ def _run(begin: "Begin", launch: _Launch, *, follow: bool, quiet: bool, json: bo
             sys.stdout.flush()
         if not (silent or run.status.is_terminal):
             for line in next_commands(run.id):
-                console().print(f"  {line}", markup=False)
+                stderr().print(f"  {line}", markup=False)
         if not follow:
             return run
         return await follow_run(client, run.id, quiet=silent, shown_statuses=view.shown)
@@ -187,7 +188,7 @@ def _run(begin: "Begin", launch: _Launch, *, follow: bool, quiet: bool, json: bo
     if json:
         write_json(run.model_dump(mode="json"))
     elif run.status.is_terminal and not quiet:
-        show_run(run, console())
+        show_run(run, stderr())
     exit_with(run)
 
 

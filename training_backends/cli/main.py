@@ -21,7 +21,6 @@ app = typer.Typer(
     name="training-backends",
     help="Fine-tune language models through one interface, on any backend.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -89,7 +88,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         # Flush here so that a full disk is still reported.
-        _flush()
+        if sys.stdout:
+            sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:
             _end(Interrupted("Interrupted."))  # typer returns the code instead of raising
     except TrainingBackendError as error:
@@ -99,19 +99,24 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         # Before any request to a backend.
         _end(Interrupted("Interrupted."))
+    except BrokenPipeError:
+        _end_pipe()
     except Exception as error:
         _end(_unexpected(error))
     sys.exit(code)
 
 
-def _flush() -> None:
-    with suppress(BrokenPipeError):
-        if sys.stdout:
-            sys.stdout.flush()
+def _end_pipe() -> NoReturn:
+    """Exit quietly: the reader of standard output, such as `head`, has all it wants."""
+    from training_backends.cli.views.console import drop_stdout
+
+    drop_stdout()
+    raise SystemExit(ExitCode.DONE)
 
 
 def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
-    from training_backends.cli.views.render import error_document, show_error, write_json_line
+    from training_backends.cli.views.console import write_json_line
+    from training_backends.cli.views.render import error_document, show_error
     from training_backends.core.redaction import redact, redact_value, register_environment
 
     # The message may quote a key that was typed as the wrong argument.

@@ -44,13 +44,13 @@ def quickstart(
     json: JsonOption = False,
 ) -> None:
     """Train a tiny model on this machine; no API key needed."""
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.core.run import new_run_id
 
     _need_extras()
     home = directory.expanduser().absolute()
     run_id = new_run_id()
-    out = console()
+    out = stderr()
     out.quiet = json
     show = _Quickstart(home, run_id, out)
     found = run_async(show.run, interrupted=show.interrupted)

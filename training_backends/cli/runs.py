@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from training_backends.cli.completion import complete_backend, complete_run, complete_status
 from training_backends.cli.session import (
     CachedOption,
     ExactRunArgument,
@@ -52,7 +53,7 @@ def sample(
     json: JsonOption = False,
 ) -> None:
     """Prompt the trained model of a run on this machine."""
-    from training_backends.cli.views.render import console, show_text, write_json
+    from training_backends.cli.views.console import show_text, stdout, write_json
 
     async def prompt_model(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
@@ -61,12 +62,12 @@ def sample(
     if json:
         write_json(reply.model_dump(mode="json", exclude_none=True))
     elif reply.answer is not None:
-        show_text(reply.answer, console())
+        show_text(reply.answer, stdout())
     else:
         for target, labels in (reply.labels or {}).items():
             ranked = sorted(labels.items(), key=lambda label: -label[1])
             shares = ", ".join(f"{label} {share:.3f}" for label, share in ranked)
-            console().print(f"{target}: {shares}", markup=False)
+            stdout().print(f"{target}: {shares}", markup=False)
 
 
 WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing the current state.")]
@@ -74,9 +75,13 @@ WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing t
 
 def list_runs(
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="Filter by backend.")
+        str | None,
+        typer.Option("--backend", "-b", help="Filter by backend.", autocompletion=complete_backend),
     ] = None,
-    status: Annotated[str | None, typer.Option("--status", "-s", help="Filter by status.")] = None,
+    status: Annotated[
+        str | None,
+        typer.Option("--status", "-s", help="Filter by status.", autocompletion=complete_status),
+    ] = None,
     watch: WatchOption = False,
     cached: CachedOption = False,
     json: JsonOption = False,
@@ -86,7 +91,8 @@ def list_runs(
     With --watch, refreshes the table until Ctrl-C. Without a terminal, prints a line for each run
     and each change; with --json, a JSON line.
     """
-    from training_backends.cli.views.render import show_age, show_runs, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_age, show_runs
     from training_backends.core.status import TrainingStatus
 
     if status is not None and status not in list(TrainingStatus):
@@ -118,13 +124,14 @@ async def _watch_list(
     *,
     json: bool,
 ) -> None:
-    from training_backends.cli.views.render import console, show_runs
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.render import show_runs
     from training_backends.cli.views.watch import RunsView, repeated
 
     def draw(runs: "Sequence[TrainingRun]", out: "Console") -> None:
         show_runs(runs, {}, filtered=bool(backend or status), out=out)
 
-    with RunsView(draw, console(), json=json) as view:
+    with RunsView(draw, stdout(), json=json) as view:
 
         async def show() -> None:
             view.show(await client.list(backend=backend, status=status))
@@ -160,8 +167,13 @@ def status(
 
 
 def _watch_run(run: str, *, json: bool) -> NoReturn:
-    from training_backends.cli.views.render import console
-    from training_backends.cli.views.watch import RunsView, draw_run, repeated
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.render import show_run
+    from training_backends.cli.views.watch import RunsView, repeated
+
+    def draw(runs: "Sequence[TrainingRun]", out: "Console") -> None:
+        for each in runs:
+            show_run(each, out)
 
     watched = run
 
@@ -169,7 +181,7 @@ def _watch_run(run: str, *, json: bool) -> NoReturn:
         nonlocal watched
         watched = run_id = await complete_id(client, run)
         await client.status(run_id)
-        with RunsView(draw_run, console(), json=json) as view:
+        with RunsView(draw, stdout(), json=json) as view:
 
             async def show() -> None:
                 view.show([await client.get(run_id)])
@@ -207,7 +219,8 @@ def logs(
     """
     from contextlib import aclosing
 
-    from training_backends.cli.views.render import console, show_log_record, write_json_line
+    from training_backends.cli.views.console import stdout, write_json_line
+    from training_backends.cli.views.render import show_log_record
 
     if after is not None and tail is not None:
         raise typer.BadParameter("give --after or --tail, not both", param_hint="--tail")
@@ -215,7 +228,7 @@ def logs(
 
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
         nonlocal shown_id
-        out = console()
+        out = stdout()
         shown_id = run_id = await complete_id(client, run)
         found = client.logs(run_id, after=after, tail=tail, follow=follow)
         async with aclosing(found) as records:
@@ -237,7 +250,8 @@ def checkpoints(run: RunArgument, cached: CachedOption = False, json: JsonOption
 
     `resume --checkpoint` takes an id of this list.
     """
-    from training_backends.cli.views.render import show_age, show_checkpoints, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_age, show_checkpoints
 
     async def read(
         client: "AsyncTrainingClient",
@@ -280,7 +294,8 @@ def metrics(
     from dataclasses import asdict
 
     from training_backends.cli.views import charts
-    from training_backends.cli.views.render import console, show_age, show_metrics, write_json
+    from training_backends.cli.views.console import stdout, write_json
+    from training_backends.cli.views.render import show_age, show_metrics
 
     if plot + csv + json > 1:
         raise typer.BadParameter("give only one of --plot, --csv and --json", param_hint="--csv")
@@ -301,13 +316,18 @@ def metrics(
     elif csv:
         charts.write_csv(series)
     elif plot and series:
-        charts.plot(series, console(), all_given=bool(names))
+        charts.plot(series, stdout(), all_given=bool(names))
     else:
         show_metrics(points, shown, up_to_date=missed is not None and shown.id not in missed)
 
 
 def wait(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids, or unique prefixes.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN", help="Run ids, or unique prefixes.", autocompletion=complete_run
+        ),
+    ],
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Maximum seconds to wait.")
     ] = None,
@@ -318,7 +338,8 @@ def wait(
     Exits with the most severe exit code among them.
     """
     from training_backends.cli.exit_codes import exit_code_of_status
-    from training_backends.cli.views.render import show_run, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_run
 
     ids = runs
 
@@ -345,10 +366,10 @@ async def _shown_while(
     work: "Callable[[], Awaitable[Sequence[TrainingRun]]]",
 ) -> "Sequence[TrainingRun]":
     """Show the progress of runs on standard error while `work` waits for them."""
-    from training_backends.cli.views.render import console
+    from training_backends.cli.views.console import stderr
     from training_backends.cli.views.watch import RunsView, draw_progress, repeated
 
-    with RunsView(draw_progress, console(), transient=True) as view:
+    with RunsView(draw_progress, stderr(), transient=True) as view:
 
         async def show() -> None:
             view.show([await client.get(run_id) for run_id in run_ids])
@@ -376,7 +397,7 @@ def download(
     json: JsonOption = False,
 ) -> None:
     """Download the trained model of a run."""
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
         return await client.download(await complete_id(client, run), directory.absolute())
@@ -385,7 +406,7 @@ def download(
     if json:
         write_json({"path": str(path)})
     else:
-        console().print(f"Saved the model to {path}", markup=False)
+        stderr().print(f"Saved the model to {path}", markup=False)
 
 
 def delete(
@@ -399,7 +420,7 @@ def delete(
 ) -> None:
     """Delete a run that is not active, with its model."""
     from training_backends.cli.exit_codes import Interrupted
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     async def forget(client: "AsyncTrainingClient") -> None:
         found = await client.get(run)
@@ -414,7 +435,7 @@ def delete(
     if json:
         write_json({"deleted": run})
     else:
-        console().print(f"Deleted {run}", markup=False)
+        stderr().print(f"Deleted {run}", markup=False)
 
 
 def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
@@ -428,7 +449,8 @@ def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:
-    from training_backends.cli.views.render import show_run, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_run
 
     if json:
         write_json(run.model_dump(mode="json"))

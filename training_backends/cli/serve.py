@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_backends.cli.completion import complete_backend
 from training_backends.cli.session import JsonOption, run_async
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ def serve(
         typer.Option("--port", min=0, max=65535, help="Port; default: 8321; 0: any free port."),
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="Backend that runs the jobs.")
+        str,
+        typer.Option(
+            "--backend",
+            "-b",
+            help="Backend that runs the jobs.",
+            autocompletion=complete_backend,
+        ),
     ] = "local",
     tls_cert: Annotated[
         Path | None,
@@ -88,7 +95,7 @@ async def _serve(
 
     import anyio
 
-    from training_backends.cli.views.render import write_json_line
+    from training_backends.cli.views.console import write_json_line
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.server import running
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
+from training_backends.cli.completion import complete_backend, complete_run
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,12 +48,24 @@ _REFRESH: Final = 5.0
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id, or a unique prefix.")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Run id, or a unique prefix.", autocompletion=complete_run),
+]
 ExactRunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run id (prefixes are not accepted).")
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run id (prefixes are not accepted).", autocompletion=complete_run
+    ),
 ]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", "-b", help="Backend; default: the one in CONFIG.")
+    str | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        help="Backend; default: the one in CONFIG.",
+        autocompletion=complete_backend,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

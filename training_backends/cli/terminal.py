@@ -1,8 +1,9 @@
 """Interactive prompts on the terminal."""
 
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import typer
 
@@ -36,7 +37,8 @@ def interruptible() -> Iterator[None]:
 
 def ask(question: str) -> bool:
     """Ask a yes-or-no question on the terminal."""
-    with interruptible():
+    # `input` would write the last character of the prompt to standard output.
+    with interruptible(), redirect_stdout(sys.stderr):
         return typer.confirm(escape_controls(question), err=True)
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.escape import plural
 
 __all__ = ["ConfigFile", "ConfigLike", "load_config", "to_config"]
 
@@ -437,8 +438,5 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _error(path: Path | None, *issues: Issue) -> ConfigError:
-    count = len(issues)
     name = f"configuration {path}" if path else "configuration"
-    return ConfigError(
-        f"The {name} has {count} {'error' if count == 1 else 'errors'}.", issues=issues
-    )
+    return ConfigError(f"The {name} has {plural(len(issues), 'error')}.", issues=issues)

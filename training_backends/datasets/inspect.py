@@ -18,6 +18,7 @@ from training_backends.core.config import ClassifierTarget, DataSource, Training
 from training_backends.core.data_rules import Dialect
 from training_backends.core.dataset import DataFile, Dataset, SampleType
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.escape import plural
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.file_report import Collector, FileRole
 from training_backends.datasets.findings import brief, short
@@ -325,10 +326,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     if not errors:
         return
     files = len({issue.path for issue in errors})
-    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-    place = "1 file" if files == 1 else f"{files} files"
+    count = f"{plural(len(errors), 'error')} in {plural(files, 'file')}"
     raise DatasetError(
-        f"The training data is invalid: {count} in {place}.",
+        f"The training data is invalid: {count}.",
         issues=dataset.issues,
         hint="Fix the lines listed, then try again."
         if any(issue.line for issue in errors)

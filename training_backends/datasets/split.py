@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from training_backends.core.data_rules import Dialect
 from training_backends.core.errors import ConfigError, DatasetError, Issue
+from training_backends.core.escape import plural
 from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import too_long
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES
@@ -102,8 +103,8 @@ def split(
                 weights[_bucket(line, seed)] += len(line) if by_bytes else 1
         budget = _budget(sum(weights), dialect, fraction, rows)
         chosen = _choose(weights, budget)
-        unit = ("byte" if by_bytes else "row") + "s" * (budget != 1)
-        _check(paths[0], weights, chosen, f"{budget:,} {unit}")
+        size = plural(budget, "byte" if by_bytes else "row")
+        _check(paths[0], weights, chosen, size)
         with NewFiles() as made:
             return [each.write(made, chosen, seed) for each in files]
 

@@ -19,6 +19,7 @@ from multipart import (
     parse_options_header,
 )
 
+from training_backends.core.escape import plural
 from training_backends.core.files import make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
 from training_backends.datasets.dialects import MISTRAL
@@ -71,13 +72,13 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
 
 
 def _refusal(errors: Sequence[LineError]) -> Refusal:
-    count = f"{'at least ' if len(errors) >= SHOWN_ERRORS else ''}{len(errors)}"
-    noun = "error" if len(errors) == 1 else "errors"
+    count = "at least " if len(errors) >= SHOWN_ERRORS else ""
+    count += plural(len(errors), "error")
     return Refusal(
         422,
         {
             "detail": "Invalid file format.",
-            "description": f"Found {count} {noun} in this file. Each line must be a JSON object "
+            "description": f"Found {count} in this file. Each line must be a JSON object "
             "with `messages` or `text`, and `labels` for a classifier.",
             "errors": [
                 {

@@ -6,6 +6,7 @@ from typing import Final, Literal
 from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
+from training_backends.core.escape import plural
 from training_backends.tokens import count_tokens
 
 __all__ = ["overlong_rows"]
@@ -63,7 +64,7 @@ def overlong_rows(
     verb = "is" if count.over == 1 else "are"
     return Issue(
         code="overlong_rows",
-        message=f"{about}{count.over:,} of {count.rows:,} rows {verb} longer than "
+        message=f"{about}{count.over:,} of {plural(count.rows, 'row')} {verb} longer than "
         f"{seq_len:,} tokens",
         field="hyperparameters.seq_len",
         fix=fix,

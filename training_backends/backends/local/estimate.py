@@ -13,6 +13,7 @@ import msgspec
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.counting import Counting
 from training_backends.core.dataset import Dataset
+from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import utc_now
 from training_backends.datasets.rows import byte_encode, parse_row
@@ -169,8 +170,8 @@ def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
         yield "train_tokens is an average; the exact number depends on shuffling."
     if over := sum(count.over for count in counts):
         yield (
-            f"{over:,} rows are longer than seq_len ({spec.seq_len:,} tokens): they are truncated "
-            "in training, but counted in full here."
+            f"{plural(over, 'row')} longer than seq_len ({spec.seq_len:,} tokens): truncated in "
+            "training, but counted in full here."
         )
 
 

@@ -9,6 +9,7 @@ from training_backends.backends.mistral.job_state import passes
 from training_backends.backends.mistral.prices import FEES_NOTE, Price, find_price, with_fees
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
+from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens import TokenCount
@@ -88,8 +89,8 @@ def estimate_from_count(
     elif count.over and count.seq_len:
         about = "About " if count.basis == "sampled" else ""
         notes.append(
-            f"{about}{count.over:,} rows exceed the sequence length of {count.seq_len:,} tokens; "
-            "how the server handles the rest is unknown."
+            f"{about}{plural(count.over, 'row')} longer than the sequence length of "
+            f"{count.seq_len:,} tokens; how the server handles the rest is unknown."
         )
     if len({source.weight for source in config.data.train}) > 1:
         notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)

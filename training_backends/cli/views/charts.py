@@ -1,10 +1,8 @@
 """Metrics of a run as CSV and as charts in the terminal."""
 
 import csv
-import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +19,6 @@ __all__ = ["Series", "by_name", "chart", "choose", "plot", "write_csv"]
 Series = Mapping[int, float]
 """A metric's values by step."""
 
-_FORCE: Final = "FORCE_COLOR"
 _SHOWN: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 """Metrics drawn by default."""
 _COLOURS: Final = ("bright_blue", "bright_yellow", "bright_green", "bright_magenta")
@@ -75,29 +72,13 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
     width = min(out.width if out.is_terminal else _WITHOUT_TERMINAL, _WIDEST) - _AXIS
     coloured = out.is_terminal and not out.no_color
     for names in _together(shown):
-        with _colours(coloured):
-            text = chart(
-                {name: shown[name] for name in names},
-                width=max(width, _NARROWEST),
-                coloured=coloured,
-                plain=not _can_show_dots(out),
-            )
+        text = chart(
+            {name: shown[name] for name in names},
+            width=max(width, _NARROWEST),
+            coloured=coloured,
+            plain=not _can_show_dots(out),
+        )
         out.file.write(f"{text}\n\n")
-
-
-@contextmanager
-def _colours(wanted: bool) -> Iterator[None]:
-    """Force colors in plotille, which checks standard output while we draw to standard error."""
-    before = os.environ.get(_FORCE)
-    if wanted:
-        os.environ[_FORCE] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_FORCE, None)
-        else:
-            os.environ[_FORCE] = before
 
 
 def _can_show_dots(out: Console) -> bool:

@@ -1,7 +1,6 @@
 """Output that follows runs: redrawn in place on a terminal, one line per change elsewhere."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
 from io import StringIO
 from typing import Final, Self, TypeVar
 
@@ -10,12 +9,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from training_backends.cli.views.render import show_run, write_json_line
+from training_backends.cli.views.console import write_json_line
+from training_backends.cli.views.render import time_left
 from training_backends.core.estimate import format_duration
-from training_backends.core.run import TrainingRun, utc_now
-from training_backends.core.status import TrainingStatus
+from training_backends.core.run import TrainingRun
 
-__all__ = ["RunsView", "draw_progress", "draw_run", "progress_line", "repeated", "time_left"]
+__all__ = ["RunsView", "draw_progress", "progress_line", "repeated"]
 
 T = TypeVar("T")
 Draw = Callable[[Sequence[TrainingRun], Console], None]
@@ -88,14 +87,6 @@ async def repeated(show: Callable[[], Awaitable[None]], work: Callable[[], Await
     return result
 
 
-def draw_run(runs: Sequence[TrainingRun], out: Console) -> None:
-    """Print the details of runs and the time that an active one still needs."""
-    for run in runs:
-        show_run(run, out)
-        if (left := time_left(run)) is not None:
-            out.print(f"  {'time left':<13} {format_duration(left)}")
-
-
 def draw_progress(runs: Sequence[TrainingRun], out: Console) -> None:
     """Print one line per run."""
     for run in runs:
@@ -112,21 +103,6 @@ def progress_line(run: TrainingRun) -> str:
     if (left := time_left(run)) is not None:
         parts.append(f"{format_duration(left)} left")
     return f"{run.id}  {', '.join(parts)}"
-
-
-def time_left(run: TrainingRun) -> timedelta | None:
-    """Return how long a run still needs at its average speed; None if that is unknown.
-
-    The steps of a resumed run include those of the run that it continues, so its speed is
-    unknown.
-    """
-    if run.status is not TrainingStatus.RUNNING or run.started_at is None or run.resumed_from:
-        return None
-    if not run.step or not run.total_steps:
-        return None
-    seen_at = run.last_seen_at or utc_now()
-    left = (seen_at - run.started_at) * (run.total_steps - run.step) / run.step
-    return max(left - (utc_now() - seen_at), timedelta(0))
 
 
 def _drawn(draw: Draw, runs: Sequence[TrainingRun], out: Console) -> Text:
