@@ -1,5 +1,6 @@
 """Commands that run before a launch: backends, init, validate, estimate."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,8 +25,8 @@ __all__ = ["backends", "estimate", "init", "validate"]
 
 _TEMPLATE: Final = """\
 # Configuration of a fine-tuning run.
-#   {validate}
-#   {launch}
+#   training-backends validate {file}
+#   training-backends launch {file} --follow
 
 backend: {backend}
 model: {model}
@@ -133,7 +134,7 @@ def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
     rest = []
     if tunings := capabilities.tunings:
         default = "lora" if "lora" in tunings else min(tunings)
-        rest += ["", f"# tuning: {default:<15} # {', '.join(sorted(tunings))}"]
+        rest += ["", f"# tuning: {default:<16} # {', '.join(sorted(tunings))}"]
     if capabilities.suffix:
         rest += ["", "# suffix: my-model         # part of the name of the trained model"]
     rest += ["", "# budget:                  # reject the launch if the estimate is higher"]
@@ -141,8 +142,7 @@ def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
         rest.append("#   max_cost: 25 USD")
     rest.append("#   max_duration: 8h")
     return _TEMPLATE.format(
-        validate=command("validate", file),
-        launch=command("launch", file, "--follow"),
+        file=shlex.quote(file),
         backend=backend,
         model=_MODELS.get(backend, "base-model"),
         method="sft" if "sft" in methods else methods[0],
