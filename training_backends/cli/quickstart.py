@@ -33,7 +33,6 @@ hyperparameters:
   training_steps: 300
   learning_rate: 0.002
   seq_len: 256               # maximum tokens per row; tiny-mistral uses one token per byte
-suffix: quickstart
 """
 
 
@@ -169,7 +168,9 @@ class _Quickstart:
             )
             stack.push_async_callback(_forget_unfinished, client, self._run_id)
             await self._preview(client, config)
-            before = await self._ask("tiny-mistral", "before training")
+            before = await self._ask(
+                "tiny-mistral", "before training", "random weights, so expect noise"
+            )
             self._title("Launch", "upload the data, create the job, get a quote, start")
             with LaunchView(quiet=self._out.quiet, out=self._out) as view:
                 run = await client.launch(
@@ -192,7 +193,9 @@ class _Quickstart:
                 return _Result(self._home, run, None, before, "")
             target = self._home / "models" / run.id
             model = await gateway.gateway.client.download(str(run.remote_id), target)
-            after = await self._ask(str(model), "after training")
+            after = await self._ask(
+                str(model), "after training", "a question from the training data"
+            )
             self._title("Model", str(short_path(model)))
             return _Result(self._home, run, model, before, after)
 
@@ -209,11 +212,11 @@ class _Quickstart:
         self._title("Estimate", "from the tokens of this data")
         show_estimate(await client.estimate(config, backend="mistral"), self._out)
 
-    async def _ask(self, model: str, when: str) -> str:
+    async def _ask(self, model: str, when: str, note: str) -> str:
         from training_backends.backends.local.process import sample_answer
 
         answer = await sample_answer(model, QUESTION)
-        self._title(f"Answer {when}", f"{QUESTION} (a question from the training data)")
+        self._title(f"Answer {when}", f"{QUESTION} ({note})")
         self._out.print(f"  {answer!r}", markup=False)
         return answer
 
