@@ -27,7 +27,7 @@ CAPABILITIES = {
     "keeps_checkpoint_on_stop": "checkpoint on stop",
     "resumes": "resume",
     "downloads": "model download",
-    "samples": "sample",
+    "samples": "generate",
     "deletes": "delete",
     "lists_remote": "run listing",
     "validation_files": "validation files",

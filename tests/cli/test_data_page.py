@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.check_fast import RowRules
-from training_backends.datasets.dialects import DIALECTS
+from training_backends.datasets.provider_formats import PROVIDER_FORMATS
 from training_backends.datasets.repair import REPAIRS
 
 pytestmark = pytest.mark.e2e
@@ -72,9 +72,12 @@ def test_the_example_in_python_prints_what_it_shows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [line for block in blocks("json") for line in block.splitlines()])
 def test_every_example_row_is_right(row: str) -> None:
-    """At least one dialect has nothing to say about it."""
+    """At least one provider format has nothing to say about it."""
     assert json.loads(row)
-    assert any(not RowRules(dialect).judge(row.encode())[1] for dialect in DIALECTS.values())
+    assert any(
+        not RowRules(provider_format).judge(row.encode())[1]
+        for provider_format in PROVIDER_FORMATS.values()
+    )
 
 
 def test_every_repair_is_listed() -> None:
@@ -83,20 +86,26 @@ def test_every_repair_is_listed() -> None:
     assert set(REPAIRS) <= set(listed)
 
 
-def dialect_table() -> str:
-    """Write the dialects down as the page has them."""
+def provider_format_table() -> str:
+    """Write the provider formats down as the page has them."""
     rows = [
-        ["", *(f"`{name}`" for name in DIALECTS)],
-        ["---"] * (len(DIALECTS) + 1),
-        ["formats", *(_codes(each.formats) for each in DIALECTS.values())],
-        ["roles", *(", ".join(each.roles) for each in DIALECTS.values())],
-        ["ids of tool calls", *(each.call_id_words for each in DIALECTS.values())],
-        ["arguments", *(" or ".join(each.arguments) for each in DIALECTS.values())],
-        ["images", *map(_images, DIALECTS.values())],
-        ["weighted messages of", *(", ".join(each.weighted_roles) for each in DIALECTS.values())],
-        ["rows of a training file", *(f"{each.min_rows:,} or more" for each in DIALECTS.values())],
-        ["bytes of a file", *(_most(each.max_file_bytes) for each in DIALECTS.values())],
-        ["validation set", *map(_validation, DIALECTS.values())],
+        ["", *(f"`{name}`" for name in PROVIDER_FORMATS)],
+        ["---"] * (len(PROVIDER_FORMATS) + 1),
+        ["formats", *(_codes(each.formats) for each in PROVIDER_FORMATS.values())],
+        ["roles", *(", ".join(each.roles) for each in PROVIDER_FORMATS.values())],
+        ["ids of tool calls", *(each.call_id_words for each in PROVIDER_FORMATS.values())],
+        ["arguments", *(" or ".join(each.arguments) for each in PROVIDER_FORMATS.values())],
+        ["images", *map(_images, PROVIDER_FORMATS.values())],
+        [
+            "weighted messages of",
+            *(", ".join(each.weighted_roles) for each in PROVIDER_FORMATS.values()),
+        ],
+        [
+            "rows of a training file",
+            *(f"{each.min_rows:,} or more" for each in PROVIDER_FORMATS.values()),
+        ],
+        ["bytes of a file", *(_most(each.max_file_bytes) for each in PROVIDER_FORMATS.values())],
+        ["validation set", *map(_validation, PROVIDER_FORMATS.values())],
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -105,24 +114,25 @@ def _codes(words: tuple[str, ...]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-def _images(dialect: Dialect) -> str:
-    if not any("image_url" in parts for parts in dialect.parts.values()):
+def _images(provider_format: ProviderFormat) -> str:
+    if not any("image_url" in parts for parts in provider_format.parts.values()):
         return "none"
-    most = f", at most {dialect.max_images} a row" if dialect.max_images else ""
-    return f"{', '.join(dialect.image_types)} by {', '.join(dialect.image_schemes)}{most}"
+    most = f", at most {provider_format.max_images} a row" if provider_format.max_images else ""
+    types, schemes = provider_format.image_types, provider_format.image_schemes
+    return f"{', '.join(types)} by {', '.join(schemes)}{most}"
 
 
 def _most(limit: int | None) -> str:
     return f"at most {limit:,}" if limit else "any"
 
 
-def _validation(dialect: Dialect) -> str:
-    share, most = dialect.validation_max_share, dialect.validation_max_bytes
+def _validation(provider_format: ProviderFormat) -> str:
+    share, most = provider_format.validation_max_share, provider_format.validation_max_bytes
     parts = [f"{most:,} bytes"] if most else []
     parts += [f"{share:.0%} of the training set"] if share else []
     return f"at most {' and '.join(parts)}" if parts else "any"
 
 
-def test_the_table_of_dialects_is_that_of_the_package() -> None:
+def test_the_table_of_provider_formats_is_that_of_the_package() -> None:
     """Nothing in it was written from memory."""
-    assert dialect_table() in PAGE
+    assert provider_format_table() in PAGE

@@ -29,7 +29,7 @@ def test_shards_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """Each part keeps the weight of the file, for weights are those of a row."""
     done = run("data", "shard", "data.jsonl", "--limit", "1kB", "--weight", "2.5")
-    shown = yaml.safe_load(done.err.partition("Add to the configuration:\n")[2])
+    shown = yaml.safe_load(done.out)
     assert shown == {
         "data": {
             "train": [
@@ -50,12 +50,15 @@ def test_json_has_sizes_and_hashes(run: Run, tmp_path: Path) -> None:
     assert document["data"]["train"] == [path.name for path in shards(tmp_path)]
 
 
-def test_the_limit_is_that_of_the_dialect(run: Run, tmp_path: Path) -> None:
+def test_the_limit_is_that_of_the_provider_format(run: Run, tmp_path: Path) -> None:
     """512 MB for mistral, which is more than this file has."""
     document = run("data", "shard", "data.jsonl", "--json").document
     assert document["limit"] == 512_000_000
     assert [path.name for path in shards(tmp_path)] == ["data-00001-of-00001.jsonl"]
-    assert "local has no file size limit" in run("data", "shard", "x", "--dialect", "local").err
+    assert (
+        "local has no file size limit"
+        in run("data", "shard", "x", "--provider-format", "local").err
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_sizes_are_read(run: Run, limit: str, size: int) -> None:
         (["data.jsonl", "--limit", "large"], 2, "Invalid size 'large'"),
         (["data.jsonl", "--limit", "0"], 2, "The size must be at least 1 byte"),
         (["data.jsonl", "--weight", "0"], 2, "--weight must be greater than 0"),
-        (["data.jsonl", "--dialect", "x"], 2, "Choose from mistral, openai"),
+        (["data.jsonl", "--provider-format", "x"], 2, "Choose from mistral, openai"),
         ([], 2, "Missing argument"),
     ],
 )

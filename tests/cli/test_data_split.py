@@ -12,7 +12,7 @@ Run = Any
 
 
 def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> None:
-    """By the dialect's rule: 2,000 bytes leave 95 for the validation set."""
+    """By the provider format's rule: 2,000 bytes leave 95 for the validation set."""
     done = run("data", "split", "data.jsonl")
     assert (done.code, done.out) == (0, "")
     assert "data.train.jsonl  96 rows, 1.9 kB" in done.err
@@ -24,7 +24,7 @@ def test_both_sides_are_written(run: Run, tmp_path: Path, data_file: Path) -> No
 
 def test_what_is_shown_can_be_pasted_into_a_configuration(run: Run) -> None:
     """It is YAML, with the paths as they were given."""
-    shown = run("data", "split", "data.jsonl").err.partition("Add to the configuration:\n")[2]
+    shown = run("data", "split", "data.jsonl").out
     assert yaml.safe_load(shown) == {
         "data": {"train": ["data.train.jsonl"], "validation": ["data.validation.jsonl"]}
     }
@@ -40,14 +40,14 @@ def test_json_has_the_counts(run: Run) -> None:
     assert document["data"]["validation"] == ["data.validation.jsonl"]
 
 
-def test_a_set_too_large_for_the_dialect_is_noted(run: Run) -> None:
+def test_a_set_too_large_for_the_provider_format_is_noted(run: Run) -> None:
     """It is written as asked for, and the service would refuse it."""
     done = run("data", "split", "data.jsonl", "--fraction", "0.2")
     assert done.code == 0
     assert "too large for mistral" in done.err
     assert "25.0%" in done.err
     again = run(
-        "data", "split", "data.jsonl", "--fraction", "0.2", "--dialect", "openai", "--force"
+        "data", "split", "data.jsonl", "--fraction", "0.2", "--provider-format", "openai", "--force"
     )
     assert "too large" not in again.err
 
@@ -84,7 +84,7 @@ def test_standard_input_is_split(run: Run, tmp_path: Path, data_file: Path) -> N
         (["data.jsonl", "--rows", "0"], 2, "Invalid value for '--rows'"),
         (["data.jsonl", "--fraction", "2"], 2, "Invalid value for '--fraction'"),
         (["data.jsonl", "--rows", "2", "--fraction", "0.5"], 2, "Pass either --fraction or --rows"),
-        (["data.jsonl", "--dialect", "x"], 2, "Choose from mistral, openai"),
+        (["data.jsonl", "--provider-format", "x"], 2, "Choose from mistral, openai"),
         (["data.jsonl", "--dir", "data.jsonl"], 1, "data.train.jsonl: Not a directory"),
     ],
 )

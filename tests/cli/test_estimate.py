@@ -35,18 +35,16 @@ def priced(*amounts: str) -> tuple[CostItem, ...]:
 def test_parts_of_the_cost_are_listed_with_their_sources() -> None:
     """Each part stands by itself below the sum, with where it comes from and its date."""
     text = shown(lambda out: show_estimate(Estimate(costs=priced("3 USD", "12 USD")), out))
-    assert "cost            15.00 USD" in text
-    assert "training   3.00 USD  (a table, 2026-01-02)" in text
-    assert "storage   12.00 USD  (a table, 2026-01-02)" in text
+    assert "cost            $15.00" in text
+    assert "training   $3.00  (a table, 2026-01-02)" in text
+    assert "storage   $12.00  (a table, 2026-01-02)" in text
 
 
 def test_costs_that_cannot_be_added_stand_side_by_side() -> None:
     """Two currencies are named both."""
     estimate = Estimate(costs=priced("3 EUR", "2 USD"))
-    assert price_text(estimate) == "3.00 EUR and 2.00 USD"
-    assert "cost            3.00 EUR and 2.00 USD" in shown(
-        lambda out: show_estimate(estimate, out)
-    )
+    assert price_text(estimate) == "3.00 EUR and $2.00"
+    assert "cost            3.00 EUR and $2.00" in shown(lambda out: show_estimate(estimate, out))
 
 
 def test_intervals_stand_behind_what_they_belong_to() -> None:
@@ -57,7 +55,7 @@ def test_intervals_stand_behind_what_they_belong_to() -> None:
     )
     text = shown(lambda out: show_estimate(estimate, out))
     assert "2,000 (95% interval 1,000 to 3,000)" in text
-    assert "2.00 USD (95% interval 1.00 USD to 3.00 USD)" in text
+    assert "$2.00 (95% interval $1.00 to $3.00)" in text
 
 
 def test_difference_to_the_quote_is_shown(make_config: Callable[..., TrainingConfig]) -> None:
@@ -86,16 +84,16 @@ def test_counting_shows_a_bar_only_if_it_takes_long(
 
 def test_sample_and_exact_exclude_each_other(run: Run, config_file: Path) -> None:
     """Exit code 2."""
-    assert run("estimate", config_file.name, "--sample", "50", "--exact").code == 2
+    assert run("estimate", config_file.name, "--sample-rows", "50", "--exact").code == 2
 
 
 def test_sampled_estimate_says_how_sure_it_is(
     run: Run, config_file: Path, train_file: Path
 ) -> None:
-    """--sample counts so many rows; --exact all of them."""
+    """--sample-rows counts so many rows; --exact all of them."""
     train_file.write_text(train_file.read_text() * 20)
     options = ("-b", "mistral", "--set", "model=open-mistral-7b", "--json")
-    sampled = run("estimate", config_file.name, *options, "--sample", "50").document
+    sampled = run("estimate", config_file.name, *options, "--sample-rows", "50").document
     exact = run("estimate", config_file.name, *options, "--exact").document
     assert (sampled["basis"], exact["basis"]) == ("sampled", "exact")
     low, high = sampled["interval"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import needs_torch
-from training_backends.cli.views.render import console, show_text
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.cli.views.console import show_text, stdout
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.e2e
 
@@ -63,7 +63,7 @@ def config(tmp_path: Path, data: Path, *more: str) -> Path:
     "command",
     [
         ("data", "inspect"),
-        ("data", "inspect", "--dialect=local"),
+        ("data", "inspect", "--provider-format=local"),
         ("data", "repair", "--output=new.jsonl"),
         ("data", "split", "--fraction=0.5"),
         ("data", "shard", "--limit=1KB"),
@@ -100,9 +100,9 @@ def test_a_provider_cannot_command_the_terminal(
         f"backend: mistral\nmodel: open-mistral-7b\ndata:\n  train: {train_file.name}\n"
     )
 
-    def answer(_: Received) -> Reply:
+    def answer(_: Received) -> StubReply:
         body = {"object": "error", "message": EVIL, "type": EVIL}
-        return Reply(status=422, content=json.dumps(body).encode())
+        return StubReply(status=422, content=json.dumps(body).encode())
 
     with LoopbackServer(answer) as server:
         done = run(
@@ -139,5 +139,5 @@ def test_arguments_are_quoted_harmlessly(run: Run, arguments: tuple[str, ...]) -
 
 def test_an_answer_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Code that a model writes is shown as code; what would command the terminal is not."""
-    show_text("def f():\n\treturn 1\n\x1b[2J [red]x[/]", console())
-    assert capsys.readouterr().err == "def f():\n        return 1\n\\x1b[2J [red]x[/]\n"
+    show_text("def f():\n\treturn 1\n\x1b[2J [red]x[/]", stdout())
+    assert capsys.readouterr().out == "def f():\n        return 1\n\\x1b[2J [red]x[/]\n"

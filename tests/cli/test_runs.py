@@ -23,7 +23,7 @@ def test_a_run_is_launched_followed_seen_again_asked_and_downloaded(
     assert again.document["finished_at"] == launched.document["finished_at"]
     steps = [record["step"] for record in _records(run("logs", "mi", "--json"))]
     assert [step for step in steps if step] == sorted(step for step in steps if step)
-    asked = run("sample", "mi", "3 plus 3?", "--json")
+    asked = run("generate", "mi", "3 plus 3?", "--json")
     samples = [each["fields"] for each in _records(run("logs", "mi", "--json"))]
     (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]
     assert (asked.code, asked.document) == (0, {"answer": after})

@@ -25,6 +25,6 @@ def test_what_cannot_be_asked_is_said(
     over = TrainingRun(id="r", backend=backend, config=make_config(), remote_id="r")
     store.insert(over.model_copy(update={"status": TrainingStatus.COMPLETED}))
     store.close()
-    done = run("sample", "r", "hello", "--json")
+    done = run("generate", "r", "hello", "--json")
     assert done.code == (9 if backend == "mistral" else 5)
     assert done.document["error"]["backend"] == backend

@@ -24,7 +24,7 @@ def running(make_config: Callable[..., TrainingConfig]) -> MakeRun:
 
     def make(**fields: Any) -> TrainingRun:
         now = utc_now()
-        known = {"started_at": now - timedelta(minutes=1), "last_seen_at": now}
+        known: dict[str, Any] = {"started_at": now - timedelta(minutes=1), "last_seen_at": now}
         known |= {"step": 25, "total_steps": 100, "metrics": {"train_loss": 0.5}}
         run = TrainingRun(id="r", backend="local", config=make_config(), status="running")
         return run.model_copy(update={**known, **fields})

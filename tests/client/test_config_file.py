@@ -66,6 +66,13 @@ def test_unknown_key_names_line_and_nearest(tmp_path: Path) -> None:
     assert issue.fix == "did you mean 'epochs'?"
 
 
+def test_labels_are_now_tags(tmp_path: Path) -> None:
+    """A configuration of an earlier version is told the new name of the field."""
+    issue = issue_of(write(tmp_path, GOOD + "labels: {team: a}\n"))
+    assert (issue.code, issue.line, issue.field) == ("unknown_field", 7, "labels")
+    assert issue.fix == "did you mean 'tags'?"
+
+
 def test_unknown_top_level_key_names_nearest(tmp_path: Path) -> None:
     """A misspelt field at the top is found too."""
     issue = issue_of(write(tmp_path, GOOD.replace("model:", "modle:")))
@@ -115,7 +122,7 @@ def test_a_field_with_nothing_behind_it_is_not_given(tmp_path: Path) -> None:
     [
         ("budgett:\n", "budgett"),
         ("tuning: {kind: lora, rnk: }\n", "tuning.rnk"),
-        ("labels: {team: }\n", "labels.team"),
+        ("tags: {team: }\n", "tags.team"),
     ],
 )
 def test_an_unknown_field_without_a_value_is_an_error(
@@ -208,9 +215,9 @@ def test_bad_override_is_refused(tmp_path: Path, override: str) -> None:
 
 
 def test_a_date_is_text(tmp_path: Path) -> None:
-    """No field is a date, and a label may well look like one."""
-    file = load_config(write(tmp_path, GOOD + "labels: {made: 2026-11-21}\n"))
-    assert file.config.labels == {"made": "2026-11-21"}
+    """No field is a date, and a tag may well look like one."""
+    file = load_config(write(tmp_path, GOOD + "tags: {made: 2026-11-21}\n"))
+    assert file.config.tags == {"made": "2026-11-21"}
 
 
 def test_what_set_gave_is_not_blamed_on_the_file(tmp_path: Path) -> None:
@@ -258,7 +265,7 @@ def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("model=7", "expected text"),
         ("data.train=[{path: 3}]", "expected a path"),
         ("budget.max_duration=0s", "must be greater than zero"),
-        ("labels=5", "expected a mapping"),
+        ("tags=5", "expected a mapping"),
     ],
 )
 def test_faults_are_told_without_python(tmp_path: Path, override: str, message: str) -> None:

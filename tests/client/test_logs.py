@@ -161,7 +161,7 @@ async def test_metrics_are_kept_by_step(
     ]
 
 
-async def test_a_lost_run_is_said_to_have_vanished(
+async def test_a_lost_run_is_reported_as_not_found(
     client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
 ) -> None:
     """Asking for it is an error, and its record says since when it is missing."""
@@ -172,7 +172,7 @@ async def test_a_lost_run_is_said_to_have_vanished(
         await client.status(run.id)
     stale = (await client.get(run.id)).stale
     assert stale is not None
-    assert stale.kind == "vanished"
+    assert stale.kind == "not_found"
     assert timedelta(0) <= stale.since - before < timedelta(minutes=1)
 
 

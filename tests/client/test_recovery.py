@@ -76,7 +76,7 @@ async def test_runs_come_back_from_their_providers(
         assert done.damaged is not None
         assert done.damaged.exists()
         (again,) = await client.list(backend="scripted")
-        assert (again.remote_id, again.config.labels) == (run.remote_id, {"recovered": "true"})
+        assert (again.remote_id, again.config.tags) == (run.remote_id, {"recovered": "true"})
         assert (await client.stop(again.id)).status is TrainingStatus.STOPPING
     assert vague.remote_id != run.remote_id
 

@@ -258,13 +258,13 @@ async def test_a_run_that_does_not_move_is_said_to_be_still(
     tmp_path: Path, backend: Listing, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told once, and taken back when something changes."""
-    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__STILL_AFTER", "0.2")
+    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__STALLED_AFTER", "0.2")
     told = Told()
     async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
         (run,) = await launch(client, make_config, 1)
         async with watching(client.watcher(on_event=told.to("a"))):
             await until(lambda: told.events)
-            assert [kind.stale and kind.stale.kind for kind in await client.list()] == ["still"]
+            assert [kind.stale and kind.stale.kind for kind in await client.list()] == ["stalled"]
             backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
             await until(lambda: len(told.events) == 2)
         run = await client.get(run.id)

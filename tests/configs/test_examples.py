@@ -15,8 +15,8 @@ from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
 from training_backends.core.settings import SectionSettings, Settings
 from training_backends.credentials.choice import CredentialSettings
-from training_backends.datasets.dialects import LOCAL, MISTRAL
 from training_backends.datasets.inspect import inspect
+from training_backends.datasets.provider_formats import LOCAL, MISTRAL
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.settings import GatewaySettings
 
@@ -54,8 +54,8 @@ def test_an_example_is_valid_and_its_data_is_clean(path: Path) -> None:
     """It loads as the command line loads it, and its files pass inspection."""
     loaded = load_config(path)
     assert loaded.backend is None or loaded.backend in installed_backends()
-    dialect = {"local": LOCAL}.get(loaded.backend or "", MISTRAL)
-    dataset = inspect(loaded.config, dialect=dialect)
+    provider_format = {"local": LOCAL}.get(loaded.backend or "", MISTRAL)
+    dataset = inspect(loaded.config, provider_format=provider_format)
     assert dataset.issues == ()
     assert dataset.train
 

@@ -20,7 +20,7 @@ FULL: dict[str, Any] = {
     "classifier_targets": [{"name": "mood", "labels": ["happy", "sad"]}],
     "integrations": [{"project": "p", "credential": "wandb/team"}],
     "budget": {"max_cost": "25 USD", "max_duration": "2h 30m"},
-    "labels": {"team": "a"},
+    "tags": {"team": "a"},
     "options": {"anything": [1, {"a": None}]},
 }
 
@@ -89,7 +89,7 @@ def test_a_configuration_does_not_change() -> None:
         ({"budget": {"max_cost": "25"}}, "max_cost"),
         ({"budget": {"max_duration": "soon"}}, "max_duration"),
         ({"budget": {"max_duration": 0}}, "max_duration"),
-        ({"labels": {"a": None}}, "a"),
+        ({"tags": {"a": None}}, "a"),
         ({"hyperparameters": {"training_steps": True}}, "training_steps"),
         ({"hyperparameters": {"learning_rate": True}}, "learning_rate"),
         ({"tuning": {"kind": "lora", "rank": True}}, "rank"),
@@ -103,6 +103,14 @@ def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], place: str
     with pytest.raises(ValidationError) as caught:
         make(**fields)
     assert place in [error["loc"][-1] for error in caught.value.errors()]
+
+
+def test_labels_in_stored_json_are_tags() -> None:
+    """Earlier versions stored the tags as labels; a new configuration cannot write them so."""
+    stored = '{"model": "m", "data": {"train": ["a.jsonl"]}, "labels": {"team": "a"}}'
+    assert TrainingConfig.model_validate_json(stored) == make(tags={"team": "a"})
+    with pytest.raises(ValidationError, match="labels"):
+        make(labels={"team": "a"})
 
 
 def test_classifier_targets_need_the_method() -> None:

@@ -27,7 +27,7 @@ from training_backends.core.logging import (
     register_secret,
 )
 from training_backends.core.redaction import forget_secrets
-from training_backends.testing.server import LoopbackServer, Reply
+from training_backends.testing.server import LoopbackServer, StubReply
 
 CANARY = "s3cr3tCANARYvalue"
 Format = Literal["console", "json"]
@@ -209,7 +209,9 @@ async def test_what_the_http_libraries_say_of_a_call_is_cleaned(stream: io.Strin
     for logger in loggers:
         logger.setLevel(logging.DEBUG)
     register_secret("session-canary-77")
-    answer = Reply(status=401, headers={"Set-Cookie": "s=session-canary-77", "X-Api-Key": CANARY})
+    answer = StubReply(
+        status=401, headers={"Set-Cookie": "s=session-canary-77", "X-Api-Key": CANARY}
+    )
     try:
         with LoopbackServer(lambda _: answer) as server:
             url = f"{server.base_url}/v1/models?api_key={CANARY}"

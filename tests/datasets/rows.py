@@ -1,7 +1,7 @@
-"""Makers of right rows for every dialect and format; see `mutations` for wrong ones.
+"""Makers of right rows for every provider format and format; see `mutations` for wrong ones.
 
-rows(dialect)                any row that the dialect takes
-rows(dialect, "messages")    one of a format
+rows(provider format)                any row that the provider format takes
+rows(provider_format, "messages")    one of a format
 line(row)                    its bytes, as they stand in a file
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from training_backends.core.data_rules import Dialect, Place, Role, RowFormat
+from training_backends.core.data_rules import MessagePosition, ProviderFormat, Role, RowFormat
 
 Row = dict[str, Any]
 
@@ -37,56 +37,58 @@ def line(row: object, *, ascii_only: bool = False) -> bytes:
     return json.dumps(row, ensure_ascii=ascii_only).encode()
 
 
-def images(dialect: Dialect) -> st.SearchStrategy[Any]:
+def images(provider_format: ProviderFormat) -> st.SearchStrategy[Any]:
     """Make addresses of images, as an object or as a bare string where that is taken."""
-    data = st.tuples(st.sampled_from(dialect.image_types), st.binary(min_size=1, max_size=9)).map(
-        lambda made: f"data:image/{made[0]};base64,{base64.b64encode(made[1]).decode()}"
-    )
-    made = [data] if "data" in dialect.image_schemes else []
+    data = st.tuples(
+        st.sampled_from(provider_format.image_types), st.binary(min_size=1, max_size=9)
+    ).map(lambda made: f"data:image/{made[0]};base64,{base64.b64encode(made[1]).decode()}")
+    made = [data] if "data" in provider_format.image_schemes else []
     made += [
         names.map(f"{scheme}://example.org/{{}}.png".format)
-        for scheme in dialect.image_schemes
+        for scheme in provider_format.image_schemes
         if scheme != "data"
     ]
     urls = st.one_of(made)
     as_object = st.fixed_dictionaries(
         {"url": urls}, optional={"detail": st.sampled_from(["auto", "low", "high"])}
     )
-    return as_object | urls if dialect.bare_image else as_object
+    return as_object | urls if provider_format.bare_image else as_object
 
 
-def contents(dialect: Dialect, role: Role) -> st.SearchStrategy[Any]:
+def contents(provider_format: ProviderFormat, role: Role) -> st.SearchStrategy[Any]:
     """Make the content of one message."""
     text = texts.map(lambda one: {"type": "text", "text": one})
     parts: st.SearchStrategy[Any] = st.lists(text, min_size=1, max_size=2)
-    if "image_url" in dialect.parts[role]:
-        image = images(dialect).map(lambda one: {"type": "image_url", "image_url": one})
+    if "image_url" in provider_format.parts[role]:
+        image = images(provider_format).map(lambda one: {"type": "image_url", "image_url": one})
         parts |= st.tuples(text, image).map(list)
     return st.one_of(texts, texts, parts)
 
 
-def call_ids(dialect: Dialect) -> st.SearchStrategy[str]:
+def call_ids(provider_format: ProviderFormat) -> st.SearchStrategy[str]:
     """Make ids of tool calls."""
-    if dialect.call_id is None:
+    if provider_format.call_id is None:
         return names.map("call_{}".format)
-    return st.from_regex(re.compile(dialect.call_id, re.ASCII), fullmatch=True)
+    return st.from_regex(re.compile(provider_format.call_id, re.ASCII), fullmatch=True)
 
 
 @st.composite
-def messages_of(draw: st.DrawFn, dialect: Dialect, role: Role) -> Row:
+def messages_of(draw: st.DrawFn, provider_format: ProviderFormat, role: Role) -> Row:
     """Make one message without tools."""
-    message: Row = {"role": role, "content": draw(contents(dialect, role))}
-    if role != "assistant" and role in dialect.weighted_roles and draw(st.booleans()):
-        message["weight"] = draw(st.sampled_from(dialect.weights))
+    message: Row = {"role": role, "content": draw(contents(provider_format, role))}
+    if role != "assistant" and role in provider_format.weighted_roles and draw(st.booleans()):
+        message["weight"] = draw(st.sampled_from(provider_format.weights))
     return message
 
 
 @st.composite
-def calls(draw: st.DrawFn, dialect: Dialect) -> list[Row]:
+def calls(draw: st.DrawFn, provider_format: ProviderFormat) -> list[Row]:
     """Make an assistant's tool calls with all their answers."""
-    ids = draw(st.lists(call_ids(dialect), min_size=1, max_size=2, unique=True))
+    ids = draw(st.lists(call_ids(provider_format), min_size=1, max_size=2, unique=True))
     given = draw(st.dictionaries(names, json_values, max_size=2))
-    arguments = given if draw(st.sampled_from(dialect.arguments)) == "object" else json.dumps(given)
+    arguments = (
+        given if draw(st.sampled_from(provider_format.arguments)) == "object" else json.dumps(given)
+    )
     made = [
         {"id": one, "type": "function", "function": {"name": "look_up", "arguments": arguments}}
         for one in ids
@@ -96,7 +98,7 @@ def calls(draw: st.DrawFn, dialect: Dialect) -> list[Row]:
         caller["content"] = draw(st.sampled_from(["", None]))
     answers = [
         {"role": "tool", "tool_call_id": one, "content": draw(st.text("ab", max_size=5))}
-        for one in (draw(st.permutations(ids)) if dialect.answers_name_calls else ids)
+        for one in (draw(st.permutations(ids)) if provider_format.answers_name_calls else ids)
     ]
     return [caller, *answers]
 
@@ -119,38 +121,42 @@ _ASKING: tuple[Role, ...] = ("system", "developer", "user")
 
 @st.composite
 def conversations(
-    draw: st.DrawFn, dialect: Dialect, *, answered: bool = True, calling: bool = False
+    draw: st.DrawFn,
+    provider_format: ProviderFormat,
+    *,
+    answered: bool = True,
+    calling: bool = False,
 ) -> list[Row]:
-    """Walk through the dialect's order, to an assistant's answer or to what waits for one.
+    """Walk through the provider format's order, to an assistant's answer or to what waits for one.
 
     Args:
         calling: Tools are certainly called before the answer.
     """
     made: list[Row] = []
-    place: Place = "start"
+    place: MessagePosition = "start"
     for _ in range(draw(st.integers(1, 4))):
-        asking = [one for one in _ASKING if one in dialect.order[place]]
+        asking = [one for one in _ASKING if one in provider_format.order[place]]
         if asking:
             asks = draw(st.sampled_from(asking))
-            made.append(draw(messages_of(dialect, asks)))
+            made.append(draw(messages_of(provider_format, asks)))
             place = asks
-        if "assistant" in dialect.order[place] and draw(st.booleans()):
+        if "assistant" in provider_format.order[place] and draw(st.booleans()):
             place = "assistant"
             if draw(st.integers(0, 2)) == 0:
-                made += draw(calls(dialect))
+                made += draw(calls(provider_format))
                 place = "tool"
             else:
-                made.append(draw(messages_of(dialect, "assistant")))
-    # What comes last is the same in all dialects: somebody asks, the assistant answers.
+                made.append(draw(messages_of(provider_format, "assistant")))
+    # What comes last is the same in all provider formats: somebody asks, the assistant answers.
     while place != "user":
-        speaks: Role = "user" if "user" in dialect.order[place] else "assistant"
-        made.append(draw(messages_of(dialect, speaks)))
+        speaks: Role = "user" if "user" in provider_format.order[place] else "assistant"
+        made.append(draw(messages_of(provider_format, speaks)))
         place = speaks
     if calling:
-        made += draw(calls(dialect))
+        made += draw(calls(provider_format))
     if answered:
-        made.append(draw(messages_of(dialect, "assistant")))
-        if "assistant" in dialect.weighted_roles and draw(st.booleans()):
+        made.append(draw(messages_of(provider_format, "assistant")))
+        if "assistant" in provider_format.weighted_roles and draw(st.booleans()):
             made[-1]["weight"] = 1
     return made
 
@@ -161,29 +167,29 @@ def uses_tools(messages: list[Row]) -> bool:
 
 
 @st.composite
-def chats(draw: st.DrawFn, dialect: Dialect, *, calling: bool = False) -> Row:
+def chats(draw: st.DrawFn, provider_format: ProviderFormat, *, calling: bool = False) -> Row:
     """Make a conversation with the tools that it uses."""
-    row: Row = {"messages": draw(conversations(dialect, calling=calling))}
+    row: Row = {"messages": draw(conversations(provider_format, calling=calling))}
     if uses_tools(row["messages"]) or draw(st.integers(0, 4)) == 0:
         row["tools"] = copy.deepcopy(TOOLS)
     return row
 
 
 @st.composite
-def classified(draw: st.DrawFn, dialect: Dialect) -> Row:
+def classified(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
     """Make a row for a classifier."""
     row: Row = {"labels": draw(labels)}
     if draw(st.booleans()):
         row["text"] = draw(texts)
     else:
-        row["messages"] = [draw(messages_of(dialect, "user"))]
+        row["messages"] = [draw(messages_of(provider_format, "user"))]
     return row
 
 
 @st.composite
-def preferences(draw: st.DrawFn, dialect: Dialect) -> Row:
+def preferences(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
     """Make a preference pair in OpenAI's words."""
-    asked: Row = {"messages": draw(conversations(dialect, answered=False))}
+    asked: Row = {"messages": draw(conversations(provider_format, answered=False))}
     if uses_tools(asked["messages"]):
         asked["tools"] = copy.deepcopy(TOOLS)
     good, bad = draw(st.lists(texts, min_size=2, max_size=2, unique=True))
@@ -195,13 +201,13 @@ def preferences(draw: st.DrawFn, dialect: Dialect) -> Row:
 
 
 @st.composite
-def chosen(draw: st.DrawFn, dialect: Dialect) -> Row:
+def chosen(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
     """Make a preference pair in TRL's words: texts, messages, or whole conversations."""
     good, bad = draw(st.lists(texts, min_size=2, max_size=2, unique=True))
     style = draw(st.sampled_from(["texts", "messages", "whole"]))
     if style == "texts":
         return {"prompt": draw(texts), "chosen": good, "rejected": bad}
-    asked = draw(conversations(dialect, answered=False))
+    asked = draw(conversations(provider_format, answered=False))
     answers = [[{"role": "assistant", "content": one}] for one in (good, bad)]
     if style == "whole":
         row: Row = {"chosen": [*asked, *answers[0]], "rejected": [*asked, *answers[1]]}
@@ -210,7 +216,7 @@ def chosen(draw: st.DrawFn, dialect: Dialect) -> Row:
     return {**row, "tools": copy.deepcopy(TOOLS)} if uses_tools(asked) else row
 
 
-_MAKERS: dict[RowFormat, Callable[[Dialect], st.SearchStrategy[Row]]] = {
+_MAKERS: dict[RowFormat, Callable[[ProviderFormat], st.SearchStrategy[Row]]] = {
     "messages": chats,
     "text": lambda _: st.fixed_dictionaries({"text": texts}),
     "labels": classified,
@@ -230,8 +236,8 @@ TYPES: dict[RowFormat, str] = {
 """What each format is taken for."""
 
 
-def rows(dialect: Dialect, form: RowFormat | None = None) -> st.SearchStrategy[Row]:
-    """Make right rows of one format, or of any that the dialect takes."""
+def rows(provider_format: ProviderFormat, form: RowFormat | None = None) -> st.SearchStrategy[Row]:
+    """Make right rows of one format, or of any that the provider format takes."""
     if form is not None:
-        return _MAKERS[form](dialect)
-    return st.one_of([_MAKERS[one](dialect) for one in dialect.formats])
+        return _MAKERS[form](provider_format)
+    return st.one_of([_MAKERS[one](provider_format) for one in provider_format.formats])

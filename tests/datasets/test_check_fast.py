@@ -13,11 +13,17 @@ from hypothesis import strategies as st
 from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
 from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows
 from training_backends.core.config import ClassifierTarget
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.check_fast import Finding, RowRules, file_findings
-from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI, TOGETHER
 from training_backends.datasets.explain import RowFaults
 from training_backends.datasets.findings import Facts
+from training_backends.datasets.provider_formats import (
+    LOCAL,
+    MISTRAL,
+    OPENAI,
+    PROVIDER_FORMATS,
+    TOGETHER,
+)
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(
@@ -25,7 +31,9 @@ CALM = settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-ALL = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
+ALL = pytest.mark.parametrize(
+    "provider_format", PROVIDER_FORMATS.values(), ids=list(PROVIDER_FORMATS)
+)
 
 USER: dict[str, Any] = {"role": "user", "content": "What is the weather in Paris?"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "It is sunny."}
@@ -48,16 +56,18 @@ def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": list(messages), **more}
 
 
-def judged(row: object, dialect: Dialect = MISTRAL, **rules: Any) -> Sequence[Finding]:
-    return RowRules(dialect, **rules).judge(line(row))[1]
+def judged(
+    row: object, provider_format: ProviderFormat = MISTRAL, **rules: Any
+) -> Sequence[Finding]:
+    return RowRules(provider_format, **rules).judge(line(row))[1]
 
 
 def told(findings: Sequence[Finding]) -> list[tuple[str, str | None, str]]:
     return [(one.code, one.field, one.severity) for one in findings]
 
 
-def only(row: object, dialect: Dialect = MISTRAL, **rules: Any) -> Finding:
-    (finding,) = judged(row, dialect, **rules)
+def only(row: object, provider_format: ProviderFormat = MISTRAL, **rules: Any) -> Finding:
+    (finding,) = judged(row, provider_format, **rules)
     return finding
 
 
@@ -67,11 +77,11 @@ def only(row: object, dialect: Dialect = MISTRAL, **rules: Any) -> Finding:
 @ALL
 @given(data=st.data())
 @CALM
-def test_a_right_row_passes(dialect: Dialect, data: st.DataObject) -> None:
-    """No rule refuses what its dialect takes, and each format is told from the others."""
-    form = data.draw(st.sampled_from(dialect.formats))
-    row = data.draw(rows(dialect, form))
-    rules = RowRules(dialect)
+def test_a_right_row_passes(provider_format: ProviderFormat, data: st.DataObject) -> None:
+    """No rule refuses what its provider format takes, and each format is told from the others."""
+    form = data.draw(st.sampled_from(provider_format.formats))
+    row = data.draw(rows(provider_format, form))
+    rules = RowRules(provider_format)
     for ascii_only in (True, False):
         verdict = rules.judge(line(row, ascii_only=ascii_only))
         assert verdict == (TYPES[form], ())
@@ -82,12 +92,16 @@ def test_a_right_row_passes(dialect: Dialect, data: st.DataObject) -> None:
 @ALL
 @given(data=st.data())
 @CALM
-def test_what_passes_quickly_would_pass_slowly(dialect: Dialect, data: st.DataObject) -> None:
+def test_what_passes_quickly_would_pass_slowly(
+    provider_format: ProviderFormat, data: st.DataObject
+) -> None:
     """The short way lets through exactly the rows of which the long way has nothing to say."""
-    made = data.draw(rows(dialect) | faulty_rows(dialect).map(lambda fault: fault.row))
+    made = data.draw(
+        rows(provider_format) | faulty_rows(provider_format).map(lambda fault: fault.row)
+    )
     text = line(made)
-    quick, slow = RowRules(dialect), Facts()
-    assert quick.judge(text) == RowFaults(dialect).describe(text, slow)
+    quick, slow = RowRules(provider_format), Facts()
+    assert quick.judge(text) == RowFaults(provider_format).describe(text, slow)
     assert quick.facts == slow
 
 
@@ -109,18 +123,20 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(
-    st.sampled_from([*DIALECTS.values()]),
+    st.sampled_from([*PROVIDER_FORMATS.values()]),
     st.fixed_dictionaries({}, optional=CHANGES),
     st.data(),
 )
 @settings(CALM, max_examples=150)
-def test_a_dialect_that_nobody_has_met_is_judged_alike(
-    base: Dialect, changes: dict[str, Any], data: st.DataObject
+def test_a_provider_format_that_nobody_has_met_is_judged_alike(
+    base: ProviderFormat, changes: dict[str, Any], data: st.DataObject
 ) -> None:
     """No rule is taken for granted on the short way because all known providers share it."""
-    dialect = replace(base, **changes, name="new")
+    provider_format = replace(base, **changes, name="new")
     text = line(data.draw(rows(base) | faulty_rows(base).map(lambda fault: fault.row)))
-    assert RowRules(dialect).judge(text) == RowFaults(dialect).describe(text, Facts())
+    assert RowRules(provider_format).judge(text) == RowFaults(provider_format).describe(
+        text, Facts()
+    )
 
 
 @given(st.lists(rows(MISTRAL) | faulty_rows(MISTRAL).map(lambda fault: fault.row), max_size=6))
@@ -141,10 +157,10 @@ def test_what_was_judged_before_changes_nothing(made: list[Any]) -> None:
 @CALM
 def test_each_single_fault_is_named(name: str, data: st.DataObject) -> None:
     """One change to a right row is found, by its code and in its field."""
-    those = [one for one in DIALECTS.values() if MUTATIONS[name].formats_of(one)]
-    dialect = data.draw(st.sampled_from(those))
-    fault = data.draw(faulty_rows(dialect, name))
-    findings = judged(fault.row, dialect)
+    those = [one for one in PROVIDER_FORMATS.values() if MUTATIONS[name].formats_of(one)]
+    provider_format = data.draw(st.sampled_from(those))
+    fault = data.draw(faulty_rows(provider_format, name))
+    findings = judged(fault.row, provider_format)
     assert (fault.code, fault.field) in {(one.code, one.field) for one in findings}
     assert all(one.message and one.fix for one in findings)
 
@@ -179,9 +195,9 @@ def test_any_bytes_are_judged(content: Any) -> None:
     )
 )
 @CALM
-def test_any_json_is_judged(dialect: Dialect, row: dict[str, Any]) -> None:
+def test_any_json_is_judged(provider_format: ProviderFormat, row: dict[str, Any]) -> None:
     """Known keys with any values in them are judged, too."""
-    RowRules(dialect).judge(line(row))
+    RowRules(provider_format).judge(line(row))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +335,7 @@ def test_all_faults_of_a_row_are_told_at_once() -> None:
     ]
 
 
-# Rules where dialects differ
+# Rules where provider formats differ
 
 
 @pytest.mark.parametrize(
@@ -463,20 +479,22 @@ def test_all_faults_of_a_row_are_told_at_once() -> None:
         ),
     ],
 )
-def test_each_dialect_has_its_own_rules(row: object, said: dict[str, list[str]]) -> None:
+def test_each_provider_format_has_its_own_rules(row: object, said: dict[str, list[str]]) -> None:
     """The same row is right for one provider and wrong for another."""
-    found = {name: [one.code for one in judged(row, one)] for name, one in DIALECTS.items()}
-    assert found == {name: said.get(name, []) for name in DIALECTS}
+    found = {name: [one.code for one in judged(row, one)] for name, one in PROVIDER_FORMATS.items()}
+    assert found == {name: said.get(name, []) for name in PROVIDER_FORMATS}
 
 
 @ALL
 @given(data=st.data())
 @CALM
-def test_no_rule_asks_for_a_dialect_s_name(dialect: Dialect, data: st.DataObject) -> None:
-    """A dialect is its data: under another name it says the same."""
-    row = data.draw(faulty_rows(dialect)).row
-    renamed = replace(dialect, name="somebody")
-    assert judged(row, renamed) == judged(row, dialect)
+def test_no_rule_asks_for_a_provider_format_s_name(
+    provider_format: ProviderFormat, data: st.DataObject
+) -> None:
+    """A provider format is its data: under another name it says the same."""
+    row = data.draw(faulty_rows(provider_format)).row
+    renamed = replace(provider_format, name="somebody")
+    assert judged(row, renamed) == judged(row, provider_format)
 
 
 # What a service says of a row that it refuses
@@ -739,18 +757,20 @@ def test_many_ways_to_speak_are_not_all_remembered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "dialect", "codes"),
+    ("facts", "provider_format", "codes"),
     [
         (Facts(), MISTRAL, ["too_few_rows"]),
         ({"instruct": 9}, OPENAI, ["too_few_rows"]),
         ({"instruct": 10}, OPENAI, []),
     ],
 )
-def test_a_file_needs_enough_rows(facts: Any, dialect: Dialect, codes: list[str]) -> None:
-    """How many rows a file must have is up to the dialect."""
+def test_a_file_needs_enough_rows(
+    facts: Any, provider_format: ProviderFormat, codes: list[str]
+) -> None:
+    """How many rows a file must have is up to the provider format."""
     made = facts if isinstance(facts, Facts) else Facts()
     made.rows.update({} if facts is made else facts)
-    assert [one.code for one in file_findings(made, dialect)] == codes
+    assert [one.code for one in file_findings(made, provider_format)] == codes
 
 
 def test_a_file_labels_and_writes_its_rows_in_one_way() -> None:
@@ -772,17 +792,17 @@ def test_a_file_labels_and_writes_its_rows_in_one_way() -> None:
 
 @pytest.mark.parametrize("weight", ["1", "1.0", "0.0", "1e0"])
 @ALL
-def test_a_weight_may_be_written_as_a_float(dialect: Dialect, weight: str) -> None:
+def test_a_weight_may_be_written_as_a_float(provider_format: ProviderFormat, weight: str) -> None:
     """Tables make floats of whole numbers; 0.5 and true are no weights."""
     answer = b'{"role":"assistant","content":"It is.","weight":%s}'
     text = b'{"messages":[{"role":"user","content":"Is it?"},%s,%s]}'
     more = b'{"role":"user","content":"Is it?"},{"role":"assistant","content":"It is."}'
     row = text % (answer % weight.encode(), more)
-    assert RowRules(dialect).judge(row) == ("instruct", ())
-    assert RowFaults(dialect).describe(row, Facts()) == ("instruct", ())
+    assert RowRules(provider_format).judge(row) == ("instruct", ())
+    assert RowFaults(provider_format).describe(row, Facts()) == ("instruct", ())
     for wrong in (b"0.5", b"true", b"2.0"):
         row = text % (answer % wrong, more)
-        assert told(RowRules(dialect).judge(row)[1]) == [
+        assert told(RowRules(provider_format).judge(row)[1]) == [
             ("bad_weight", "messages[1].weight", "error")
         ]
 
@@ -829,10 +849,10 @@ def test_a_text_with_a_label_is_a_row_of_a_classifier() -> None:
 
 
 @ALL
-def test_alpaca_is_recognised_beside_a_text(dialect: Dialect) -> None:
+def test_alpaca_is_recognised_beside_a_text(provider_format: ProviderFormat) -> None:
     """The original Alpaca file has the three parts and a text made of them."""
     row = {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2: 3"}
-    assert "Alpaca" in str(only(row, dialect).fix)
+    assert "Alpaca" in str(only(row, provider_format).fix)
 
 
 def test_a_prompt_beside_complete_conversations_is_to_be_removed() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training_backends.datasets import duplicates
-from training_backends.datasets.duplicates import Found, Place, Repeat, RowHashes
+from training_backends.datasets.duplicates import Found, Repeat, RowHashes, RowLocation
 
 FEW = 100
 """More than any of the small examples has to name."""
@@ -50,12 +50,12 @@ def test_what_is_found_is_what_a_simple_search_finds(data: st.DataObject) -> Non
     files = [*train, *validation]
     groups = [list(range(len(train))), list(range(len(train), len(files)))]
     expected = Found()
-    trained: dict[int, Place] = {}
+    trained: dict[int, RowLocation] = {}
     for group in groups:
-        first: dict[int, Place] = {}
+        first: dict[int, RowLocation] = {}
         for number in group:
             for index, one in enumerate(files[number]):
-                place = Place(number, line(files[number], index))
+                place = RowLocation(number, line(files[number], index))
                 if one in first:
                     expected.duplicates[number] += 1
                     expected.named.append(Repeat(place, first[one]))
@@ -77,10 +77,10 @@ def test_of_many_only_the_first_are_named() -> None:
     found = found_in([[1, 2, 3] * 5, [3, 3, 9]], [[0, 1]], most=2)
     assert found.duplicates == Counter({0: 12, 1: 2})
     assert [repeat.place for repeat in found.named] == [
-        Place(0, 4),
-        Place(0, 5),
-        Place(1, 1),
-        Place(1, 3),
+        RowLocation(0, 4),
+        RowLocation(0, 5),
+        RowLocation(1, 1),
+        RowLocation(1, 3),
     ]
 
 

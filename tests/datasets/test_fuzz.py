@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tests.datasets.files import written
 from tests.datasets.rows import line, rows
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import Issue
-from training_backends.datasets.dialects import DIALECTS, MISTRAL
 from training_backends.datasets.inspect import ISSUES_PER_CODE, check_upload, inspect_file
+from training_backends.datasets.provider_formats import MISTRAL, PROVIDER_FORMATS
 
 PIECES = (
     *b'{ } [ ] " : , \\ "messages" "role" "text" "labels" null 1e999 \\ud800 user -0 ""'.split(),
@@ -37,12 +37,12 @@ def is_told_well(path: Path, issues: tuple[Issue, ...]) -> None:
         json.dumps(str(issue)).encode()
 
 
-@given(junk, st.sampled_from(sorted(DIALECTS)))
+@given(junk, st.sampled_from(sorted(PROVIDER_FORMATS)))
 @settings(max_examples=200, deadline=None)
-def test_junk_gives_issues_and_no_exception(content: bytes, dialect: str) -> None:
+def test_junk_gives_issues_and_no_exception(content: bytes, provider_format: str) -> None:
     """A bounded number of them, and a file or an error."""
     with written(content) as path:
-        file, issues = inspect_file(path, dialect=DIALECTS[dialect])
+        file, issues = inspect_file(path, provider_format=PROVIDER_FORMATS[provider_format])
         check_upload(path)
     is_told_well(path, issues)
     assert file is not None or any(issue.severity == "error" for issue in issues)
@@ -73,20 +73,22 @@ def _lines(made: list[Any]) -> list[bytes]:
     return list(dict.fromkeys(map(line, made)))
 
 
-@pytest.mark.parametrize("dialect", list(DIALECTS.values()), ids=list(DIALECTS))
+@pytest.mark.parametrize(
+    "provider_format", list(PROVIDER_FORMATS.values()), ids=list(PROVIDER_FORMATS)
+)
 @pytest.mark.parametrize(
     ("begin", "end"),
     [(b"[", b"]"), (b'{"a":', b"}"), (b'{"messages":', b"}"), (b'{"messages":[', b"]}")],
 )
 def test_deep_nesting_is_an_error_of_its_line(
-    tmp_path: Path, dialect: Dialect, begin: bytes, end: bytes
+    tmp_path: Path, provider_format: ProviderFormat, begin: bytes, end: bytes
 ) -> None:
     """However deep; closed again or not."""
     path = tmp_path / "a.jsonl"
     deep = begin * 50_000
     closed = deep + b"1" + end * 50_000
     path.write_bytes(b"\n".join((deep, closed, b'{"text": ' + closed + b"}")))
-    file, issues = inspect_file(path, dialect=dialect)
+    file, issues = inspect_file(path, provider_format=provider_format)
     assert file is not None
     assert file.bad_rows == 3
     is_told_well(path, issues)

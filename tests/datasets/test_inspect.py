@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from training_backends import DatasetError, TrainingConfig
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
 from training_backends.datasets import scan
-from training_backends.datasets.dialects import LOCAL
 from training_backends.datasets.inspect import (
     ISSUES_PER_CODE,
     check_upload,
@@ -28,6 +27,7 @@ from training_backends.datasets.inspect import (
     inspect_file,
     raise_for_errors,
 )
+from training_backends.datasets.provider_formats import LOCAL
 from training_backends.datasets.worker_pool import run_parallel
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -262,7 +262,9 @@ def test_the_same_content_for_training_and_validation_is_an_error(
     """It is told by content, whatever the names are; no row of it is told of then."""
     first = write(tmp_path / "a.jsonl", chat(USER, ANSWER))
     second = write(tmp_path / "b.jsonl", chat(USER, ANSWER))
-    dataset = inspect(make_config(data={"train": first, "validation": second}), dialect=LOCAL)
+    dataset = inspect(
+        make_config(data={"train": first, "validation": second}), provider_format=LOCAL
+    )
     assert [one.code for one in dataset.issues] == ["train_validation_overlap"]
     assert dataset.errors[0].path == str(second)
 
@@ -288,7 +290,7 @@ def test_a_row_to_validate_on_that_is_trained_on_is_a_warning(
     train = write(tmp_path / "a.jsonl", *map(talk, range(100)))
     validation = write(tmp_path / "b.jsonl", *map(talk, range(50, 110)))
     config = make_config(data={"train": train, "validation": validation})
-    dataset = inspect(config, dialect=LOCAL)
+    dataset = inspect(config, provider_format=LOCAL)
     assert {one.code for one in dataset.issues} == {"train_validation_overlap"}
     assert [one.line for one in dataset.issues] == [*range(1, ISSUES_PER_CODE + 1), None]
     assert f"line 51 of {train}" in dataset.issues[0].message
@@ -306,7 +308,7 @@ def test_a_refused_row_is_no_duplicate(tmp_path: Path) -> None:
 def test_the_same_training_file_twice_is_a_warning(tmp_path: Path, make_config: MakeConfig) -> None:
     """Training on a file twice is allowed, though weights say it better."""
     path = write(tmp_path / "a.jsonl", chat(USER, ANSWER))
-    dataset = inspect(make_config(data={"train": [path, path]}), dialect=LOCAL)
+    dataset = inspect(make_config(data={"train": [path, path]}), provider_format=LOCAL)
     assert dataset.errors == ()
     assert [one.code for one in dataset.issues] == ["duplicate_file"]
 
@@ -336,7 +338,7 @@ def test_every_file_of_a_configuration_is_inspected(
     good = write(tmp_path / "good.jsonl", chat(USER, ANSWER))
     dataset = inspect(
         make_config(data={"train": [tmp_path / "gone.jsonl", bad], "validation": good}),
-        dialect=LOCAL,
+        provider_format=LOCAL,
     )
     assert [one.code for one in dataset.errors] == ["missing_file", "no_assistant"]
     assert [file.path for file in dataset.train] == [bad]
@@ -398,24 +400,24 @@ def test_a_summary_says_what_is_in_a_file(tmp_path: Path) -> None:
     assert summary.duplicate_rows == 0
 
 
-def test_limits_are_those_of_the_dialect(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_limits_are_those_of_the_provider_format(tmp_path: Path, make_config: MakeConfig) -> None:
     """A training file that is too large is cut at launch; validation data is not."""
     train = write(tmp_path / "a.jsonl", *map(talk, range(50)))
     validation = write(tmp_path / "b.jsonl", *map(talk, range(50, 60)))
     config = make_config(data={"train": train, "validation": validation})
-    small = Dialect(max_file_bytes=500, validation_max_bytes=400, min_rows=100)
-    dataset = inspect(config, dialect=small)
+    small = ProviderFormat(max_file_bytes=500, validation_max_bytes=400, min_rows=100)
+    dataset = inspect(config, provider_format=small)
     assert [(one.code, one.severity, one.path) for one in dataset.issues] == [
         ("too_few_rows", "error", str(train)),
         ("file_too_large", "warning", str(train)),
         ("file_too_large", "error", str(validation)),
         ("validation_too_large", "error", None),
     ]
-    shares = inspect(config, dialect=Dialect(validation_max_share=0.05))
+    shares = inspect(config, provider_format=ProviderFormat(validation_max_share=0.05))
     assert [one.code for one in shares.issues] == ["validation_too_large"]
     assert "5% of the training data" in shares.issues[0].message
-    milder = Dialect(validation_max_share=0.05, levels={"validation_too_large": "warning"})
-    assert inspect(config, dialect=milder).errors == ()
+    milder = ProviderFormat(validation_max_share=0.05, levels={"validation_too_large": "warning"})
+    assert inspect(config, provider_format=milder).errors == ()
 
 
 def test_a_file_that_grows_while_it_is_read_is_an_error(

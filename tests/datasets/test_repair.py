@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from tests.datasets.mutations import faulty_rows
 from tests.datasets.rows import Row, line, rows
 from training_backends import ConfigError, DatasetError, Issue
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.check_fast import RowRules
-from training_backends.datasets.dialects import DIALECTS, LOCAL, MISTRAL, OPENAI
 from training_backends.datasets.inspect import inspect_file
+from training_backends.datasets.provider_formats import LOCAL, MISTRAL, OPENAI, PROVIDER_FORMATS
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired, SeenRows, repair
 from training_backends.datasets.scan_part import MAX_LINE_BYTES
 
-dialects = st.sampled_from(list(DIALECTS.values()))
+provider_formats = st.sampled_from(list(PROVIDER_FORMATS.values()))
 
 BOM = b"\xef\xbb\xbf"
 ASK: Row = {"role": "user", "content": "How much is it?"}
@@ -83,9 +83,9 @@ class Done:
         return [one.code for one in self.repairs]
 
 
-def errors(row: bytes, dialect: Dialect = MISTRAL) -> set[str]:
+def errors(row: bytes, provider_format: ProviderFormat = MISTRAL) -> set[str]:
     """Judge one row; return the codes of its errors."""
-    found = RowRules(dialect).judge(row)[1]
+    found = RowRules(provider_format).judge(row)[1]
     return {finding.code for finding in found if finding.severity == "error"}
 
 
@@ -103,14 +103,14 @@ spoiled_lines = st.one_of(
 
 
 @st.composite
-def contents(draw: st.DrawFn, dialect: Dialect) -> bytes:
+def contents(draw: st.DrawFn, provider_format: ProviderFormat) -> bytes:
     """Make a file of right and faulty rows, with all that can be wrong between them."""
     made = draw(
         st.lists(
             st.one_of(
-                rows(dialect, "messages").map(line),
-                faulty_rows(dialect).map(lambda fault: line(fault.row)),
-                rows(dialect, "messages").map(lambda row: line(spoiled(row))),
+                rows(provider_format, "messages").map(line),
+                faulty_rows(provider_format).map(lambda fault: line(fault.row)),
+                rows(provider_format, "messages").map(lambda row: line(spoiled(row))),
                 spoiled_lines,
             ),
             min_size=1,
@@ -158,18 +158,18 @@ def meaning(row: Row) -> Row:
 @settings(max_examples=60, deadline=None)
 def test_a_second_repair_finds_nothing_to_do(data: st.DataObject) -> None:
     """It writes the same bytes, whatever the file was; every error that is left is told."""
-    dialect = data.draw(dialects)
+    provider_format = data.draw(provider_formats)
     drop = data.draw(st.booleans())
-    content = data.draw(contents(dialect))
+    content = data.draw(contents(provider_format))
     try:
-        first = Done(content, dialect=dialect, drop_invalid=drop)
+        first = Done(content, provider_format=provider_format, drop_invalid=drop)
     except DatasetError as error:
         assert error.issues[0].code == "empty_file"  # noqa: PT017
         return
-    second = Done(first.content, dialect=dialect, drop_invalid=drop)
+    second = Done(first.content, provider_format=provider_format, drop_invalid=drop)
     assert second.content == first.content
     assert not second.repairs
-    left = [row for row in first.lines if errors(row, dialect)]
+    left = [row for row in first.lines if errors(row, provider_format)]
     assert len(left) == first.report.invalid == len({issue.line for issue in first.issues})
     assert not (drop and left)
 
@@ -178,13 +178,17 @@ def test_a_second_repair_finds_nothing_to_do(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 def test_a_repaired_file_is_inspected_clean(data: st.DataObject) -> None:
     """Without the rows that cannot be repaired, nothing is wrong with any line of it."""
-    dialect = data.draw(dialects)
+    provider_format = data.draw(provider_formats)
     good = line({"messages": [ASK, ANSWER]}) + b"\n"
-    done = Done(good + data.draw(contents(dialect)), dialect=dialect, drop_invalid=True)
+    done = Done(
+        good + data.draw(contents(provider_format)),
+        provider_format=provider_format,
+        drop_invalid=True,
+    )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.jsonl"
         path.write_bytes(done.content)
-        file, issues = inspect_file(path, dialect=dialect, processes=1)
+        file, issues = inspect_file(path, provider_format=provider_format, processes=1)
     assert file
     assert file.rows == done.report.written
     assert file.summary.duplicate_rows == 0
@@ -198,11 +202,11 @@ def test_a_repaired_file_is_inspected_clean(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 def test_what_can_be_undone_is_undone(data: st.DataObject) -> None:
     """Spoiled rows come out right and mean what they meant before."""
-    dialect = data.draw(dialects)
-    made = data.draw(st.lists(rows(dialect, "messages"), min_size=1, max_size=4))
-    done = Done(lines(*map(spoiled, made)), dialect=dialect)
+    provider_format = data.draw(provider_formats)
+    made = data.draw(st.lists(rows(provider_format, "messages"), min_size=1, max_size=4))
+    done = Done(lines(*map(spoiled, made)), provider_format=provider_format)
     assert not done.issues
-    assert not any(errors(row, dialect) for row in done.lines)
+    assert not any(errors(row, provider_format) for row in done.lines)
     wanted = {json.dumps(meaning(row), sort_keys=True) for row in made}
     assert {json.dumps(meaning(row), sort_keys=True) for row in done.rows} == wanted
 
@@ -211,16 +215,16 @@ def test_what_can_be_undone_is_undone(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 def test_right_rows_keep_their_bytes(data: st.DataObject) -> None:
     """In any format, escaped or not, with white space or without."""
-    dialect = data.draw(dialects)
-    form = data.draw(st.sampled_from(dialect.formats))
-    made = data.draw(st.lists(rows(dialect, form), min_size=1, max_size=4, unique_by=repr))
+    provider_format = data.draw(provider_formats)
+    form = data.draw(st.sampled_from(provider_format.formats))
+    made = data.draw(st.lists(rows(provider_format, form), min_size=1, max_size=4, unique_by=repr))
     separators = data.draw(st.sampled_from([(",", ":"), (", ", ": "), (" , ", " : ")]))
     content = b"".join(
         json.dumps(row, ensure_ascii=data.draw(st.booleans()), separators=separators).encode()
         + b"\n"
         for row in made
     )
-    done = Done(content, dialect=dialect)
+    done = Done(content, provider_format=provider_format)
     assert done.content == content
     assert not done.repairs
 
@@ -229,15 +233,15 @@ def test_right_rows_keep_their_bytes(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 def test_rows_that_cannot_be_repaired_keep_their_bytes(data: st.DataObject) -> None:
     """They stand as they were and are told with their line, or are dropped and listed."""
-    dialect = data.draw(dialects)
+    provider_format = data.draw(provider_formats)
     good = line({"messages": [ASK, ANSWER]})
-    bad = line(data.draw(faulty_rows(dialect)).row)
-    done = Done(good + b"\n" + bad + b"\n", dialect=dialect)
-    if not errors(bad, dialect) or not done.report.invalid:
+    bad = line(data.draw(faulty_rows(provider_format)).row)
+    done = Done(good + b"\n" + bad + b"\n", provider_format=provider_format)
+    if not errors(bad, provider_format) or not done.report.invalid:
         return
     assert done.content == good + b"\n" + bad + b"\n"
     assert {issue.line for issue in done.issues} == {2}
-    dropped = Done(good + b"\n" + bad + b"\n", dialect=dialect, drop_invalid=True)
+    dropped = Done(good + b"\n" + bad + b"\n", provider_format=provider_format, drop_invalid=True)
     assert dropped.content == good + b"\n"
     assert [(one.line, one.code) for one in dropped.repairs] == [(2, "invalid_row")]
 
@@ -372,11 +376,11 @@ def test_nobody_guesses_which_answer_is_whose(calls: list[Row], answers: list[Ro
     assert (done.content, done.report.invalid) == (content, 1)
 
 
-def test_ids_stay_where_the_dialect_takes_any() -> None:
+def test_ids_stay_where_the_provider_format_takes_any() -> None:
     """What is right for one provider is not repaired for another."""
     content = lines(calling([call("call_1")], told("call_1")))
-    assert Done(content, dialect=OPENAI).content == content
-    assert Done(content, dialect=LOCAL).codes == ["call_ids"]
+    assert Done(content, provider_format=OPENAI).content == content
+    assert Done(content, provider_format=LOCAL).codes == ["call_ids"]
 
 
 @pytest.mark.parametrize(
@@ -400,10 +404,10 @@ def test_both_answers_of_a_preference_pair_are_repaired() -> None:
         "preferred_output": answer,
         "non_preferred_output": [ANSWER],
     }
-    dialect = replace(OPENAI, call_id="[a-z0-9A-Z]{9}")
-    done = Done(lines(pair), dialect=dialect)
+    provider_format = replace(OPENAI, call_id="[a-z0-9A-Z]{9}")
+    done = Done(lines(pair), provider_format=provider_format)
     assert set(done.codes) == {"call_ids", "arguments"}
-    assert not errors(done.content.strip(), dialect)
+    assert not errors(done.content.strip(), provider_format)
 
 
 def test_a_key_that_stands_twice_is_not_decided_upon() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.datasets.rows import line, rows
 from training_backends.core.data_rules import RowFormat
 from training_backends.datasets.check_fast import RowRules
-from training_backends.datasets.dialects import LOCAL
+from training_backends.datasets.provider_formats import LOCAL
 from training_backends.datasets.rows import (
     ChatRow,
     ClassifierRow,

@@ -16,9 +16,9 @@ from xxhash import xxh3_64_intdigest
 from training_backends.core.errors import Issue
 from training_backends.datasets import file_report, scan, scan_part
 from training_backends.datasets.check_fast import RowRules
-from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.file_report import Collector
-from training_backends.datasets.scan_part import End, Part, judge, packed_rules
+from training_backends.datasets.provider_formats import MISTRAL
+from training_backends.datasets.scan_part import End, FilePart, judge, packed_rules
 
 RULES = packed_rules(MISTRAL)
 CHAT = b'{"messages":[{"role":"user","content":"%s"},{"role":"assistant","content":"b"}]}'
@@ -69,7 +69,7 @@ class Added(NamedTuple):
     file: Any
 
 
-def added(path: Path, made: Iterable[Part], size: int) -> Added:
+def added(path: Path, made: Iterable[FilePart], size: int) -> Added:
     """Judge parts and add up what is found."""
     collector = Collector(path, "train", 1.0, MISTRAL)
     issues: list[Issue] = []
@@ -85,18 +85,18 @@ def added(path: Path, made: Iterable[Part], size: int) -> Added:
     return Added(issues, hashes, collector.file(end))
 
 
-def ranges(path: Path, places: Iterable[int], max_line: int) -> Iterator[Part]:
+def ranges(path: Path, places: Iterable[int], max_line: int) -> Iterator[FilePart]:
     """Cut a file at some places."""
     for start, end in pairwise(places):
-        yield Part(
+        yield FilePart(
             path=str(path), start=start, end=end, begins=not start, rules=RULES, max_line=max_line
         )
 
 
-def blocks(path: Path, max_line: int) -> Iterator[Part]:
+def blocks(path: Path, max_line: int) -> Iterator[FilePart]:
     """Cut a packed file as it is cut wherever it is read."""
     for told in scan.parts_of(0, path, rules=RULES, max_line=max_line):
-        if isinstance(told.what, Part):
+        if isinstance(told.what, FilePart):
             yield told.what
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.datasets.files import written
 from training_backends import ConfigError, DatasetError
-from training_backends.core.data_rules import Dialect
-from training_backends.datasets.dialects import MISTRAL
+from training_backends.core.data_rules import ProviderFormat
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.split import Split, split
 
 rows = st.lists(
@@ -92,7 +92,9 @@ def test_rows_added_later_leave_nearly_all_on_their_side(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("length", "limit"), [(0, 2000 * 23 * 5 // 105), (12_000, 10**6)])
-def test_the_rule_of_the_dialect_is_kept_and_used(tmp_path: Path, length: int, limit: int) -> None:
+def test_the_rule_of_the_provider_format_is_kept_and_used(
+    tmp_path: Path, length: int, limit: int
+) -> None:
     """The set is at most 5 % of the training set and 1 MB, and not much less."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(numbered(2000).replace(b"row", b"row" + b"x" * length))
@@ -104,11 +106,11 @@ def test_the_rule_of_the_dialect_is_kept_and_used(tmp_path: Path, length: int, l
     assert found.validation.size <= 0.05 * found.train.size
 
 
-def test_where_a_dialect_has_no_rule_a_twentieth_is_set_aside(tmp_path: Path) -> None:
+def test_where_a_provider_format_has_no_rule_a_twentieth_is_set_aside(tmp_path: Path) -> None:
     """The usual share holds, without a limit in bytes."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(numbered(2100))
-    (found,) = split([path], dialect=Dialect())
+    (found,) = split([path], provider_format=ProviderFormat())
     assert len(sides(found)[1]) == 100
 
 

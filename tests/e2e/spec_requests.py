@@ -161,7 +161,9 @@ def jobs() -> Iterator[wire.JobIn]:
         invalid_sample_skip_percentage=0.5,
         training_files=[file, wire.TrainingFile(file_id=str(uuid4()), weight=2.5)],
         validation_files=[str(uuid4())],
-        integrations=[wire.WandbIntegration(project="p", name="n", run_name="r", api_key="k" * 40)],
+        integrations=[
+            wire.WandbIntegrationIn(project="p", name="n", run_name="r", api_key="k" * 40)
+        ],
         hyperparameters=parameters(
             training_steps=10,
             learning_rate=1e-8,

@@ -50,7 +50,7 @@ from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.testing.faults import CutAnswer, Fault, LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import LoopbackServer, Reply
+from training_backends.testing.server import LoopbackServer, StubReply
 
 pytestmark = pytest.mark.e2e
 
@@ -223,7 +223,7 @@ def test_whatever_becomes_of_a_launch(world: World, provider: ScriptedProvider) 
     provider.fail(echo(401), method="POST", path="/files", times=1)
     server = settings(MISTRAL__BASE_URL=provider.base_url)
     proxied = settings(MISTRAL__BASE_URL="https://provider.invalid")
-    with LoopbackServer(lambda _: Reply(status=407)) as proxy:
+    with LoopbackServer(lambda _: StubReply(status=407)) as proxy:
         password = quote(PROXY_PASSWORD, safe="")
         proxied["HTTPS_PROXY"] = f"http://user:{password}@127.0.0.1:{proxy.port}"
         world.run_all(
@@ -465,7 +465,7 @@ def test_no_piece_of_a_password_in_a_setting_is_shown(world: World) -> None:
 
 def test_a_dotenv_of_somebody_else_sends_no_key_away(world: World) -> None:
     """The directory is a cloned repository that names its own servers."""
-    with LoopbackServer(lambda _: Reply(status=401, content=b"{}")) as attacker:
+    with LoopbackServer(lambda _: StubReply(status=401, content=b"{}")) as attacker:
         (world.planted / ".env").write_text(
             f"TRAINING_BACKENDS_MISTRAL__BASE_URL={attacker.base_url}\n"
             f"TRAINING_BACKENDS_LOCAL__HUB_URL={attacker.base_url}\n"
@@ -679,7 +679,7 @@ def test_keys_that_lie_in_data_files(world: World) -> None:
         [
             command("data", "inspect", "bad.jsonl", code=3),
             command("data", "inspect", "bad.jsonl", "--json", code=3),
-            command("data", "inspect", "bad.jsonl", "--dialect", API_KEY, code=2),
+            command("data", "inspect", "bad.jsonl", "--provider-format", API_KEY, code=2),
             command("data", "repair", "bad.jsonl", code=3),
             command("data", "repair", "bad.jsonl", "--force", "--drop-invalid", "--json"),
             command("data", "split", "good.jsonl", "--rows", "1"),
@@ -704,7 +704,7 @@ def test_training_on_this_machine(world: World) -> None:
                 command("launch", "run.yaml", "--id", "here"),
                 command("wait", "here", "--timeout", "60"),
                 command("logs", "here", "--json"),
-                command("sample", "here", "What is it?"),
+                command("generate", "here", "What is it?"),
                 command("download", "here", str(world.seen / "model")),
                 command("resume", "here", "--yes", code=9),
             ]
@@ -870,7 +870,7 @@ def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None
             command("launch", "run.yaml", "--yes", "--id", "ends"),
             command("status", "ends", "--json", given={"STATUS": "completed"}),
             failing("download", "ends", "model", verb="download", status="completed"),
-            failing("sample", "ends", "hello", verb="sample", status="completed"),
+            failing("generate", "ends", "hello", verb="sample", status="completed"),
             command("doctor", code=1),
             command("doctor", "--json", code=1),
         ],

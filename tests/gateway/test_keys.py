@@ -21,7 +21,7 @@ from training_backends.core.logging import redact
 from training_backends.core.run import utc_now
 from training_backends.gateway import keys as keys_module
 from training_backends.gateway.app import create_app
-from training_backends.gateway.errors import Refusal
+from training_backends.gateway.errors import HTTPProblem
 from training_backends.gateway.keys import (
     STATIC_KEY_ID,
     KeyStore,
@@ -67,7 +67,7 @@ def bearer(made: NewKey) -> dict[str, str]:
 
 def refusal(keys: KeyStore, presented: str, *, writes: bool = False) -> tuple[int, str]:
     """Return how a key is refused."""
-    with pytest.raises(Refusal) as raised:
+    with pytest.raises(HTTPProblem) as raised:
         keys.admit(presented, writes=writes)
     return raised.value.status, raised.value.body["detail"]
 

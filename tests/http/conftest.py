@@ -10,7 +10,7 @@ from training_backends.core.errors import TrainingBackendError
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
 from training_backends.protocols.mistral.errors import error_from_answer
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 
 class Keys:
@@ -56,7 +56,7 @@ def keys() -> Keys:
 @pytest.fixture
 def server() -> Iterator[LoopbackServer]:
     """Serve `{"ok": true}`."""
-    with LoopbackServer(lambda _: Reply(content=b'{"ok": true}')) as server:
+    with LoopbackServer(lambda _: StubReply(content=b'{"ok": true}')) as server:
         yield server
 
 
@@ -72,10 +72,10 @@ def make_client(server: LoopbackServer, keys: Keys) -> Callable[..., HttpClient]
 
 
 @pytest.fixture
-def answer_by(server: LoopbackServer) -> Callable[[Callable[[Received], Reply]], None]:
+def answer_by(server: LoopbackServer) -> Callable[[Callable[[Received], StubReply]], None]:
     """Replace what the server answers."""
 
-    def replace(answer: Callable[[Received], Reply]) -> None:
+    def replace(answer: Callable[[Received], StubReply]) -> None:
         server._answer = answer
 
     return replace

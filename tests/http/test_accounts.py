@@ -18,12 +18,12 @@ from training_backends import (
 )
 from training_backends.http.client import HttpClient
 from training_backends.testing.faults import OtherAnswer
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 
 MakeClient = Callable[..., HttpClient]
-AnswerBy = Callable[[Callable[[Received], Reply]], None]
+AnswerBy = Callable[[Callable[[Received], StubReply]], None]
 FAILING = OtherAnswer(status=500, body={"detail": "broken"})
 
 
@@ -84,14 +84,14 @@ async def test_a_longer_pause_holds_those_that_wait_for_a_shorter_one(
     """A call that waits already goes on waiting when another one is told of more."""
     at: dict[str, float] = {}
 
-    def answer(request: Received) -> Reply:
+    def answer(request: Received) -> StubReply:
         if request.path == "/slow":
             time.sleep(0.3)
         at[request.path] = time.monotonic()
         headers = {"/slow": {"Retry-After": "0.9"}, "/fast": {"Retry-After": "0.5"}}
         if request.path in headers:
-            return Reply(status=429, content=b"{}", headers=headers[request.path])
-        return Reply(content=b"{}")
+            return StubReply(status=429, content=b"{}", headers=headers[request.path])
+        return StubReply(content=b"{}")
 
     async def refused(path: str) -> None:
         with pytest.raises(RateLimited):
@@ -179,7 +179,7 @@ async def test_used_up_limit_is_known_beforehand(
 ) -> None:
     """When an answer says that none is left, the next call is not sent into a refusal."""
     said = {"X-RateLimit-Limit-Req-Minute": "60", "X-RateLimit-Remaining-Req-Minute": "0"}
-    answer_by(lambda _: Reply(content=b"{}", headers=said))
+    answer_by(lambda _: StubReply(content=b"{}", headers=said))
     await client.json("GET", "/a")
     with pytest.raises(RateLimited) as caught:
         await client.json("GET", "/a")
@@ -266,10 +266,10 @@ async def test_full_pool_is_no_failure_of_the_server(
     """Calls that found no free connection here say nothing of the server."""
     over = Event()
 
-    def answer(request: Received) -> Reply:
+    def answer(request: Received) -> StubReply:
         if request.path == "/long":
             over.wait(20)
-        return Reply(content=b"{}")
+        return StubReply(content=b"{}")
 
     answer_by(answer)
     client = make_client(attempts=1, max_connections=1, pool_timeout=0.05)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.http.conftest import Clock
-from training_backends.http.limits import Breaker, Refusal
+from training_backends.http.limits import Breaker, CircuitOpen
 
 LONGEST = 30.0
 
@@ -23,14 +23,14 @@ def fail(breaker: Breaker, times: int = 1) -> None:
     """Let calls through and let them fail."""
     for _ in range(times):
         trying = breaker.enter()
-        assert not isinstance(trying, Refusal)
+        assert not isinstance(trying, CircuitOpen)
         breaker.leave(trying=trying, answered=False, what="no connection")
 
 
-def refusal(breaker: Breaker) -> Refusal:
+def refusal(breaker: Breaker) -> CircuitOpen:
     """Return why a call is refused."""
     refused = breaker.enter()
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, CircuitOpen)
     return refused
 
 
@@ -127,7 +127,7 @@ def test_one_of_many_threads_tries(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, times=5)
     clock.now += 1.0
     together = threading.Barrier(16)
-    said: list[bool | Refusal] = []
+    said: list[bool | CircuitOpen] = []
 
     def ask() -> None:
         together.wait()
@@ -139,7 +139,7 @@ def test_one_of_many_threads_tries(breaker: Breaker, clock: Clock) -> None:
     for thread in threads:
         thread.join()
     assert said.count(True) == 1
-    assert sum(isinstance(each, Refusal) for each in said) == 15
+    assert sum(isinstance(each, CircuitOpen) for each in said) == 15
 
 
 @given(st.lists(st.sampled_from([True, False, None]), max_size=60))
@@ -149,9 +149,9 @@ def test_the_way_is_never_barred_for_ever(ends: list[bool | None]) -> None:
     breaker = Breaker(clock=clock)
     for end in ends:
         trying = breaker.enter()
-        if isinstance(trying, Refusal):
+        if isinstance(trying, CircuitOpen):
             assert trying.seconds <= LONGEST
             clock.now += trying.seconds
             trying = breaker.enter()
-        assert not isinstance(trying, Refusal)
+        assert not isinstance(trying, CircuitOpen)
         breaker.leave(trying=trying, answered=end)

@@ -37,12 +37,12 @@ from training_backends.testing.faults import (
     OtherAnswer,
     SlowAnswer,
 )
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 
 MakeClient = Callable[..., HttpClient]
-AnswerBy = Callable[[Callable[[Received], Reply]], None]
+AnswerBy = Callable[[Callable[[Received], StubReply]], None]
 SAFE = OtherAnswer(status=503, body={"detail": "busy"})
 
 
@@ -147,9 +147,9 @@ async def test_what_may_have_arrived_is_not_forgotten(
 ) -> None:
     """A request whose first answer was lost may have arrived, however the last attempt ended."""
 
-    def stop(request: Received) -> Reply:
+    def stop(request: Received) -> StubReply:
         server.stop()
-        return Reply()
+        return StubReply()
 
     answer_by(stop)
     with pytest.raises(BackendUnavailable) as caught:
@@ -241,9 +241,9 @@ async def test_changed_key_is_read_again(
 ) -> None:
     """After a 401 the key is asked for again, and a new one is tried, even for a POST."""
 
-    def answer(request: Received) -> Reply:
+    def answer(request: Received) -> StubReply:
         good = request.headers["authorization"] == "Bearer second-key"
-        return Reply(status=200 if good else 401, content=b"{}")
+        return StubReply(status=200 if good else 401, content=b"{}")
 
     answer_by(answer)
     client_calls = [("POST", "/jobs"), ("GET", "/a")]
@@ -265,9 +265,9 @@ async def test_changed_key_serves_all_that_were_under_way(
 ) -> None:
     """Calls that were refused together for the old key all succeed with the new one."""
 
-    def answer(request: Received) -> Reply:
+    def answer(request: Received) -> StubReply:
         good = request.headers["authorization"] == "Bearer second-key"
-        return Reply(status=200 if good else 401, content=b"{}")
+        return StubReply(status=200 if good else 401, content=b"{}")
 
     answer_by(answer)
     with pytest.raises(AuthenticationFailed):
@@ -323,7 +323,7 @@ async def test_loopback_ignores_a_proxy(
     make_client: MakeClient, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proxy from the environment does not get to see a key that stays on this machine."""
-    with LoopbackServer(lambda _: Reply()) as proxy:
+    with LoopbackServer(lambda _: StubReply()) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.base_url)
         client = make_client()
@@ -338,7 +338,7 @@ async def test_redirect_is_not_followed(
     status: int, client: HttpClient, server: LoopbackServer
 ) -> None:
     """A redirect to another host is an error that names the place; nothing is sent there."""
-    with LoopbackServer(lambda _: Reply()) as other:
+    with LoopbackServer(lambda _: StubReply()) as other:
         server.fail(OtherAnswer(status=status, headers={"Location": f"{other.base_url}/v1"}))
         with pytest.raises(ProtocolError, match=str(other.port)) as caught:
             await client.json("GET", "/a")
@@ -465,8 +465,8 @@ async def test_closing_twice_is_fine(client: HttpClient) -> None:
 # -- hostile answers ---------------------------------------------------------------------------
 
 
-def coded(content: bytes, coding: str = "gzip", status: int = 200) -> Reply:
-    return Reply(status=status, content=content, headers={"Content-Encoding": coding})
+def coded(content: bytes, coding: str = "gzip", status: int = 200) -> StubReply:
+    return StubReply(status=status, content=content, headers={"Content-Encoding": coding})
 
 
 async def test_a_compressed_answer_is_read(
@@ -531,7 +531,7 @@ async def test_a_deep_answer_is_an_error_of_ours(
 ) -> None:
     """Nested as deep as no document is, it raises no RecursionError, here or later."""
     content = form.format("[" * depth + "]" * depth).encode()
-    answer_by(lambda _: Reply(status=status, content=content))
+    answer_by(lambda _: StubReply(status=status, content=content))
     with pytest.raises(TrainingBackendError) as caught:
         await client.json("GET", "/a", repeatable=False)
     assert isinstance(caught.value, ProtocolError) or status != 200
@@ -542,7 +542,7 @@ async def test_strange_numbers_are_no_bug(
     client: HttpClient, answer_by: AnswerBy, content: str
 ) -> None:
     """They are read or break the protocol."""
-    answer_by(lambda _: Reply(content=content.encode()))
+    answer_by(lambda _: StubReply(content=content.encode()))
     with suppress(ProtocolError):
         assert "a" in await client.json("GET", "/a")
 
@@ -566,7 +566,9 @@ async def test_strange_headers_are_no_bug(
 ) -> None:
     """A date outside the calendar, or a number that is too large, is as good as none."""
     names = ("Date", "Retry-After", "X-RateLimit-Limit-Req-Minute", "Location", "X-Request-Id")
-    answer_by(lambda _: Reply(status=status, content=b"{}", headers=dict.fromkeys(names, value)))
+    answer_by(
+        lambda _: StubReply(status=status, content=b"{}", headers=dict.fromkeys(names, value))
+    )
     client = make_client(attempts=1)
     with suppress(TrainingBackendError):
         await client.json("GET", "/a")

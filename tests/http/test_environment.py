@@ -20,7 +20,7 @@ from training_backends.http.client import HttpClient
 from training_backends.http.environment import proxy_environment, proxy_for, tls_context
 from training_backends.http.policy import HttpPolicy, make_pool
 from training_backends.protocols.mistral.errors import error_from_answer
-from training_backends.testing.server import LoopbackServer, Reply
+from training_backends.testing.server import LoopbackServer, StubReply
 
 HOST = "https://api.provider.example"
 PASSWORD = "hunter2hunter"
@@ -241,7 +241,7 @@ async def test_a_socks_proxy_is_used(
 ) -> None:
     """Host names are looked up by it."""
     pytest.importorskip("socksio")
-    server._answer = lambda _: Reply(content=b'{"ok": true}', headers={"Connection": "close"})
+    server._answer = lambda _: StubReply(content=b'{"ok": true}', headers={"Connection": "close"})
     with socks_proxy(server.port) as port:
         monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{port}")
         client = HttpClient("http://provider.invalid", key=None, decode_error=error_from_answer)

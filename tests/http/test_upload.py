@@ -28,7 +28,7 @@ from training_backends.http.upload import (
 )
 from training_backends.testing.faults import LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import read_form
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 LARGE = 64 * 2**20
@@ -409,16 +409,16 @@ async def test_content_is_checked_at_each_attempt(
     client: HttpClient,
     server: LoopbackServer,
     tmp_path: Path,
-    answer_by: Callable[[Callable[[Received], Reply]], None],
+    answer_by: Callable[[Callable[[Received], StubReply]], None],
 ) -> None:
     """A file that changed between two attempts is not sent the second time."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"checked")
     hashed = await hash_file(path)
 
-    def answer(_: Received) -> Reply:
+    def answer(_: Received) -> StubReply:
         path.write_bytes(b"CHANGED")
-        return Reply()
+        return StubReply()
 
     answer_by(answer)
     server.fail(LoseAnswer())

@@ -25,7 +25,7 @@ def contents(store: RunStore) -> object:
         (dict(live.versions), dict(live.seen_at)),
         {(run.id, name): store.entry(run.id, name) for run in runs for name in names},
         {run.id: (store.records(run.id), store.metrics(run.id)) for run in runs},
-        {run.id: (store.provider_cursor(run.id), store.is_whole(run.id)) for run in runs},
+        {run.id: (store.provider_cursor(run.id), store.is_complete(run.id)) for run in runs},
         store.undelivered(backend="scripted", limit=100),
         store.known_upload("server", "hash"),
         store.holder("launch:r"),

@@ -154,14 +154,14 @@ def test_a_run_that_is_not_there_cannot_be_looked_at(store: RunStore) -> None:
         store.observed("gone", same, after=None, cursor="p1")
 
 
-def test_a_log_is_whole_with_the_look_that_sees_the_end(
+def test_a_log_is_complete_with_the_observation_that_sees_the_end(
     store: RunStore, look: Callable[..., None]
 ) -> None:
     """Only then there is nothing left to ask for."""
     look(told("a"))
-    assert not store.is_whole("r")
+    assert not store.is_complete("r")
     look(told("b"), change=ended)
-    assert store.is_whole("r")
+    assert store.is_complete("r")
 
 
 def test_an_end_without_a_look_leaves_the_log_open(
@@ -170,13 +170,13 @@ def test_an_end_without_a_look_leaves_the_log_open(
     """A status alone tells nothing of what the provider has logged."""
     store.update("r", ended)
     store.note("r", same, [told("seen to be over", source="watch")])
-    assert not store.is_whole("r")
+    assert not store.is_complete("r")
 
 
 def test_a_run_that_we_end_has_a_whole_log(store: RunStore, look: Callable[..., None]) -> None:
     """A provider that has lost a run will not tell more of it."""
     store.note("r", ended, [told("lost", source="watch")])
-    assert store.is_whole("r")
+    assert store.is_complete("r")
 
 
 # -- metrics -----------------------------------------------------------------------------

@@ -35,6 +35,26 @@ def test_a_run_comes_back_as_it_was(store: RunStore, make_run: MakeRun) -> None:
     assert store.get("a") == run
 
 
+@pytest.mark.parametrize(("kind", "former"), [("stalled", "still"), ("not_found", "vanished")])
+def test_a_record_with_former_names_comes_back_with_those_of_today(
+    store: RunStore, url: str, make_run: MakeRun, kind: str, former: str
+) -> None:
+    """Tags were stored as labels, and kinds of staleness had other names."""
+    stale = Staleness(kind=kind, since=BEGINNING, message="no progress")
+    run = make_run("a", stale=stale)
+    run = run.model_copy(update={"config": run.config.model_copy(update={"tags": {"team": "x"}})})
+    store.insert(run)
+    execute(
+        url,
+        "UPDATE documents SET document = replace(document, '\"tags\":', '\"labels\":')",
+        f"UPDATE documents SET document = replace(document, '\"{kind}\"', '\"{former}\"')",
+    )
+    ((document,),) = execute(url, "SELECT document FROM documents")
+    assert '"labels":{"team":"x"}' in document
+    assert f'"kind":"{former}"' in document
+    assert RunStore(url).get("a") == run
+
+
 def test_another_store_on_the_same_file_sees_the_run(
     store: RunStore, url: str, make_run: MakeRun
 ) -> None:

@@ -8,7 +8,7 @@ from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 import pytest
 
 from training_backends.testing.faults import CutAnswer, DropRequest, LoseAnswer, OtherAnswer
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 
 class Counter:
@@ -17,12 +17,12 @@ class Counter:
     def __init__(self) -> None:
         self.done = 0
 
-    def __call__(self, request: Received) -> Reply:
+    def __call__(self, request: Received) -> StubReply:
         """Carry a request out."""
         if request.path == "/broken":
             raise ValueError("a mistake in the script")
         self.done += 1
-        return Reply(content=b'{"ok": true}')
+        return StubReply(content=b'{"ok": true}')
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from training_backends.rundir.checkpoints import step_of
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.process import train
 
 
@@ -18,7 +18,7 @@ def assert_continues_bit_equal(finished: RunDir, path: Path, step: int) -> None:
     for checkpoint in run.checkpoints.iterdir():
         if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     whole = _measures(finished)
     assert _measures(run) == {at: whole[at] for at in range(step + 1, max(whole) + 1)}
     name = "model.safetensors"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends.trainer.data import Order, Sample, collate
+from training_backends.trainer.data import EncodedRow, Order, collate
 
 
 @given(st.integers(0, 99), st.lists(st.integers(0, 5), min_size=1, max_size=3))
@@ -42,8 +42,8 @@ def test_a_heavier_file_comes_as_often_as_its_weight_says() -> None:
 
 def test_batches_are_padded_on_the_right() -> None:
     """Padding is neither attended to nor counted by the loss."""
-    short = Sample(torch.tensor([5]), torch.tensor([-100]))
-    long = Sample(torch.tensor([6, 7]), torch.tensor([-100, 7]))
+    short = EncodedRow(torch.tensor([5]), torch.tensor([-100]))
+    long = EncodedRow(torch.tensor([6, 7]), torch.tensor([-100, 7]))
     batch = collate([short, long], pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 9], [6, 7]]
     assert batch["labels"].tolist() == [[-100, -100], [-100, 7]]

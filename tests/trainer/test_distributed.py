@@ -20,7 +20,7 @@ from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from tests.waiting import wait_until
 from training_backends.core.run import Failure
-from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
+from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
 from training_backends.trainer import process, workers
 from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
@@ -53,10 +53,10 @@ def test_together_they_learn_what_one_learns(
     """Loss, accuracy and gradients agree at every step, though shares and rows differ in size."""
     changes = changes_for(method, tasks)
     alone = make_run(tmp_path / "alone", **changes)
-    assert train(alone.path) is ExitCode.DONE
+    assert train(alone.path) is TrainerExitCode.DONE
     together = make_run(tmp_path / "together", **changes, num_processes=2, micro_batch_size=1)
     child = engine.start("train", together.path)
-    assert child.wait() == ExitCode.DONE, child.communicate()
+    assert child.wait() == TrainerExitCode.DONE, child.communicate()
     machine = {"tokens_per_second", "memory_bytes"}
     for one, two in zip(rows_of(alone), rows_of(together), strict=True):
         expected = {k: v for k, v in one.measures().items() if k not in machine}
@@ -99,17 +99,17 @@ def test_interrupted_and_continued_every_number_is_the_same(
     changes: dict[str, Any] = {"training_steps": 40, "checkpoint_every": 10}
     changes |= {"model": str(tasks / "base"), "tuning": {"kind": "lora", "rank": 4, "dropout": 0.2}}
     whole = make_run(tmp_path / "whole", **changes, num_processes=2)
-    assert engine.start("train", whole.path).wait() == ExitCode.DONE
+    assert engine.start("train", whole.path).wait() == TrainerExitCode.DONE
     run = make_run(tmp_path / "r", **changes, num_processes=2)
 
     child = start(engine, run, step=13)
     os.killpg(child.pid, signal.SIGTERM)
-    assert child.wait() == ExitCode.STOPPED
+    assert child.wait() == TrainerExitCode.STOPPED
     assert run.read_checkpoints()[-1][1].step == last_step(run) < 40
     child = start(engine, run, step=last_step(run) + 2)
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    assert engine.start("train", run.path).wait() == ExitCode.DONE
+    assert engine.start("train", run.path).wait() == TrainerExitCode.DONE
     assert rows_by_step(run) == rows_by_step(whole)
     assert hashes(run) == hashes(whole)
 
@@ -127,7 +127,7 @@ def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: Ru
     """The leader, which waits for it, notices, and says that it may be tried again."""
     child = start(engine, long_run)
     os.kill(followers_of(child)[0], signal.SIGKILL)
-    assert child.wait(60) == ExitCode.CRASHED
+    assert child.wait(60) == TrainerExitCode.CRASHED
     record = long_run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -157,7 +157,7 @@ def test_a_stop_that_comes_before_a_follower_listens(engine: Engine, long_run: R
     """Sent to all of them, it is the leader's to obey, as ever."""
     child, _ = begin(engine, long_run)
     os.killpg(child.pid, signal.SIGTERM)
-    assert child.wait(60) == ExitCode.STOPPED, child.communicate()
+    assert child.wait(60) == TrainerExitCode.STOPPED, child.communicate()
 
 
 def test_a_stop_without_a_checkpoint_ends_all(engine: Engine, long_run: RunDir) -> None:
@@ -165,7 +165,7 @@ def test_a_stop_without_a_checkpoint_ends_all(engine: Engine, long_run: RunDir) 
     child = start(engine, long_run)
     (follower,) = followers_of(child)
     long_run.request_stop(save_checkpoint=False)
-    assert child.wait(60) == ExitCode.STOPPED
+    assert child.wait(60) == TrainerExitCode.STOPPED
     assert long_run.read_checkpoints() == []
     wait_until(lambda: ended(follower))
 
@@ -176,7 +176,7 @@ def test_fewer_gpus_than_processes_are_told(
     """Before anything is loaded."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run = make_run(tmp_path / "r", device="auto", num_processes=2)
-    assert train(run.path) is ExitCode.BAD_INPUT
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(
 ) -> None:
     """Each has the optimizer's state of its own part."""
     run = make_run(tmp_path / "r", training_steps=4, checkpoint_every=2)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     run.exit.unlink()
     state = run.checkpoints / "step-4" / "engine.json"
     content = json.loads(state.read_bytes())
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(
     record["files"]["engine.json"] = state.stat().st_size
     del record["checksums"]
     changed.write_text(json.dumps(record))
-    assert train(run.path) is ExitCode.BAD_INPUT
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
     end = run.read_exit()
     assert end is not None
     assert end.failure is not None
@@ -280,7 +280,7 @@ def test_an_end_that_cannot_be_written_is_one_all_the_same(
     monkeypatch.setattr(process, "os", SimpleNamespace(_exit=codes.append))
     with pytest.raises(FileNotFoundError):
         process._end_at_once(RunDir(tmp_path / "no"), TrainerError("gone", kind="lost"))
-    assert codes == [ExitCode.CRASHED]
+    assert codes == [TrainerExitCode.CRASHED]
 
 
 def never(error: TrainerError) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training_backends.core.files import hold_lock
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer import environment
 from training_backends.trainer.environment import visible_devices
 from training_backends.trainer.process import train
@@ -104,6 +104,6 @@ def test_a_run_sees_the_gpu_of_its_place_only(
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, device="auto", training_steps=1)
     with hold_lock(slots / "gpu-0.0.lock"):
-        assert train(run.path) is ExitCode.DONE
+        assert train(run.path) is TrainerExitCode.DONE
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert "Loading tiny-mistral, on GPU 1" in [event.message for event, _ in run.read_events()]

@@ -22,7 +22,7 @@ from tests.trainer.plain import (
 )
 from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.rows import ChatRow, Message, byte_encode, parse_row
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.data import Order
 from training_backends.trainer.objectives.classifier import add_heads
 from training_backends.trainer.process import train
@@ -39,7 +39,7 @@ TOLERANCE = 1e-5
 
 def losses(run: RunDir) -> list[float]:
     """Train, and return the loss of each step."""
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return [row.train_loss for row, _ in run.read_metrics()]
 
 

@@ -12,7 +12,7 @@ from tests.trainer.conftest import Engine
 from tests.trainer.continuing import last_step
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from tests.waiting import wait_until
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.process import train
 
 pytestmark = [
@@ -37,7 +37,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(run: RunDir) -> list[float]:
     """Train a run to its end and return what was lost at each step."""
-    assert train(run.path) is ExitCode.DONE, run.read_exit()
+    assert train(run.path) is TrainerExitCode.DONE, run.read_exit()
     return [row.train_loss for row, _ in run.read_metrics()]
 
 
@@ -126,7 +126,7 @@ def test_stopped_and_continued_the_losses_are_nearly_the_same(
     child = engine.start("train", run.path)
     wait_until(lambda: child.poll() is not None or last_step(run) >= 20)
     child.send_signal(signal.SIGTERM)
-    assert child.wait() == ExitCode.STOPPED
+    assert child.wait() == TrainerExitCode.STOPPED
     assert losses(run) == pytest.approx(expected, rel=ROUNDING)
 
 
@@ -139,6 +139,6 @@ def test_two_gpus_learn_what_one_learns(
     changes = {**changes_for(method, tasks), "dtype": "float32", "device": "cuda"}
     expected = losses(make_run(tmp_path / "one", **changes))
     run = make_run(tmp_path / "two", **changes, num_processes=2)
-    assert engine.start("train", run.path).wait() == ExitCode.DONE, run.read_exit()
+    assert engine.start("train", run.path).wait() == TrainerExitCode.DONE, run.read_exit()
     found = [row.train_loss for row, _ in run.read_metrics()]
     assert found == pytest.approx(expected, rel=ROUNDING)

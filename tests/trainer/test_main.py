@@ -12,7 +12,7 @@ import pytest
 from tests.trainer.conftest import Engine
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.rundir.handover import ON_STDIN
 
 pytestmark = pytest.mark.engine
@@ -82,7 +82,7 @@ def test_a_queued_process_has_loaded_the_standard_library_only(
         wait_until(run.read_events)
         maps = Path(f"/proc/{child.pid}/maps").read_text()
         assert "site-packages" not in maps
-    assert child.wait(120) == ExitCode.DONE, child.communicate()
+    assert child.wait(120) == TrainerExitCode.DONE, child.communicate()
     positions = [event.data.get("position") for event, _ in run.read_events()]
     assert positions[0] == 1
 
@@ -94,7 +94,7 @@ def test_a_spec_that_cannot_be_read_fails_the_run(
     for number, text in enumerate(["", "[]", '{"num_processes": "many"}', '{"slots_dir": 3}']):
         run = make_run(tmp_path / str(number))
         run.spec.write_text(text)
-        assert engine.start("train", run.path).wait(60) == ExitCode.BAD_INPUT
+        assert engine.start("train", run.path).wait(60) == TrainerExitCode.BAD_INPUT
         record = run.read_exit()
         assert record is not None
         assert record.failure is not None

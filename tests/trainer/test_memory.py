@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.trainer.plain import save_tiny
-from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
+from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.memory import MicroBatch
 from training_backends.trainer.objectives.tokens import TokenObjective
@@ -133,10 +133,10 @@ def test_a_step_that_does_not_fit_begins_again_in_smaller_parts(
         "validation": [],
     }
     small = make_run(tmp_path / "small", micro_batch_size=2, **common)
-    assert train(small.path) is ExitCode.DONE
+    assert train(small.path) is TrainerExitCode.DONE
     short.fits = 2
     halved = make_run(tmp_path / "halved", **common)
-    assert train(halved.path) is ExitCode.DONE
+    assert train(halved.path) is TrainerExitCode.DONE
     assert numbers(halved) == numbers(small)
     (told,) = [e for e, _ in halved.read_events() if e.level == "warning"]
     assert (told.message, told.data) == (
@@ -153,13 +153,13 @@ def test_a_continued_run_keeps_to_what_fitted(
     common = {"training_steps": 6, "checkpoint_every": 2, "validation": []}
     short.fits, short.from_batch = 2, 1  # from the second step on
     run = make_run(tmp_path / "r", **common)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     whole = numbers(run)
     short.fits = 99
     run.exit.unlink()
     for name in ("step-4", "step-6"):
         (run.checkpoints / name / "state.json").unlink()
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     assert numbers(run) == whole
 
 
@@ -170,7 +170,7 @@ def test_no_room_for_a_row_is_a_failure_with_advice(
     """Kind out_of_memory; names tuning, checkpointing and the length, with figures."""
     short.fits = 0
     run = make_run(tmp_path / "r", training_steps=2, validation=[], seq_len=1024)
-    assert train(run.path) is ExitCode.CRASHED
+    assert train(run.path) is TrainerExitCode.CRASHED
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -183,10 +183,10 @@ def test_no_room_for_a_row_is_a_failure_with_advice(
 def test_validation_shrinks_too(make_run: MakeRun, tmp_path: Path, short: Short) -> None:
     """Its loss is the mean over all rows whichever way they are cut up."""
     whole = make_run(tmp_path / "whole", training_steps=1)
-    assert train(whole.path) is ExitCode.DONE
+    assert train(whole.path) is TrainerExitCode.DONE
     short.batches, short.from_batch, short.fits = 0, 1, 1  # from the validation on
     halved = make_run(tmp_path / "halved", training_steps=1)
-    assert train(halved.path) is ExitCode.DONE
+    assert train(halved.path) is TrainerExitCode.DONE
     (one,), (other,) = ([row for row, _ in run.read_metrics()] for run in (whole, halved))
     assert other.valid_loss == pytest.approx(one.valid_loss, rel=1e-6)
     assert other.valid_mean_token_accuracy == one.valid_mean_token_accuracy

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from training_backends.rundir.directory import Event, ExitCode, MetricsRow, ResultRecord, RunDir
+from training_backends.rundir.directory import (
+    Event,
+    MetricsRow,
+    ResultRecord,
+    RunDir,
+    TrainerExitCode,
+)
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.model_card import Licence, describe_data, read_licence, write_card
 from training_backends.trainer.process import train
@@ -132,7 +138,7 @@ def test_the_card_of_a_real_result_names_no_place_of_this_machine(
         training_steps=2,
         result="both",
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     card = Card.of(run.result)
     assert card.data["license"] == "cc-by-4.0"
     assert "base_model" not in card.data, "only a name of the hub means something elsewhere"
@@ -156,10 +162,10 @@ def test_data_that_changed_behind_a_checkpoint_is_said(
     copy.write_bytes((data / "train.jsonl").read_bytes())
     changes = {"training_steps": 4, "checkpoint_every": 2, "validation": [], "train": [copy]}
     run = make_run(tmp_path / "r", **changes)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     run.exit.unlink()
     (run.checkpoints / "step-4" / "state.json").unlink()
     copy.write_bytes(b"".join(reversed(copy.read_bytes().splitlines(keepends=True))))
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     said = [event.message for event, _ in run.read_events() if event.level == "warning"]
     assert said[-1] == "The data has changed since the checkpoint was saved"

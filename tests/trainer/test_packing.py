@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from tests.trainer.continuing import assert_continues_bit_equal
 from training_backends.datasets.rows import ChatRow, Message, byte_encode
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder
 from training_backends.trainer.data import (
+    EncodedRow,
     Order,
     Pack,
     PackedSchedule,
-    Sample,
     collate_packs,
     make_sample,
 )
@@ -30,9 +30,9 @@ from training_backends.trainer.tiny_model import make_tiny_model
 MAX = 20
 
 
-def blank(length: int) -> Sample:
+def blank(length: int) -> EncodedRow:
     """Make a row of which only the length matters."""
-    return Sample(torch.ones(length), torch.ones(length))
+    return EncodedRow(torch.ones(length), torch.ones(length))
 
 
 @given(
@@ -65,7 +65,7 @@ def test_sequences_hold_the_rows_in_order(
 
 def test_positions_begin_anew_at_each_row() -> None:
     """Padding is a row of its own, so that nobody sees it."""
-    one, two, three = (Sample(torch.full((n,), n), torch.full((n,), n)) for n in (1, 2, 3))
+    one, two, three = (EncodedRow(torch.full((n,), n), torch.full((n,), n)) for n in (1, 2, 3))
     packs = [Pack((two, one)), Pack((three, two))]
     batch = collate_packs(packs, pad_id=9, flat=False)
     assert batch["input_ids"].tolist() == [[2, 2, 1, 9, 9], [3, 3, 3, 2, 2]]
@@ -124,7 +124,7 @@ def test_a_packed_run_continues_bit_equal(make_run: Callable[..., RunDir], tmp_p
     run = make_run(
         tmp_path / "r", packing=True, seq_len=100, training_steps=None, epochs=1, checkpoint_every=3
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     last = max(row.step for row, _ in run.read_metrics())
     assert last < 15, "fewer steps than with a row for each place in a batch"
     assert_continues_bit_equal(run, tmp_path / "again", 3)

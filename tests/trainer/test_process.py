@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.rows import byte_encode, parse_row
-from training_backends.rundir.directory import ExitCode, MetricsRow, RunDir
+from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
 from training_backends.trainer.loop import ScheduleTrainer
 from training_backends.trainer.process import train
 
@@ -31,7 +31,7 @@ def finished(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Run
     """A run that was trained from beginning to end without a break."""
     path = tmp_path_factory.mktemp("runs") / "finished"
     run = make_run(path, sample_prompt="3 plus 4?", sample_max_tokens=16)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -114,7 +114,7 @@ def test_a_completed_run_is_left_as_it_is(finished: RunDir) -> None:
     """Repeating the command changes nothing."""
     before = {p: p.read_bytes() for p in finished.path.rglob("*") if p.is_file()}
     del before[finished.lock]
-    assert train(finished.path) is ExitCode.DONE
+    assert train(finished.path) is TrainerExitCode.DONE
     after = {p: p.read_bytes() for p in finished.path.rglob("*") if p.is_file()}
     del after[finished.lock]
     assert after == before
@@ -124,20 +124,20 @@ def test_stop_file_without_saving(make_run: MakeRun, tmp_path: Path) -> None:
     """A stop that was there before the start ends the run at once, and is obeyed once."""
     run = make_run(tmp_path / "r", training_steps=2, validation=[])
     run.request_stop(save_checkpoint=False)
-    assert train(run.path) is ExitCode.STOPPED
+    assert train(run.path) is TrainerExitCode.STOPPED
     assert run.read_checkpoints() == []
     assert not run.stop.exists()
     record = run.read_exit()
     assert record is not None
     assert (record.status, record.step) == ("stopped", 0)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
 
 
 def test_a_directory_in_use_is_left_alone(make_run: MakeRun, tmp_path: Path) -> None:
     """A second process says so with its exit code and writes nothing."""
     run = make_run(tmp_path / "r")
     with hold_lock(run.lock):
-        assert train(run.path) is ExitCode.ALREADY_ACTIVE
+        assert train(run.path) is TrainerExitCode.ALREADY_ACTIVE
     assert not run.exit.exists()
     assert run.read_events() == []
 
@@ -151,7 +151,7 @@ def test_a_stop_ends_a_queued_run_at_once(make_run: MakeRun, tmp_path: Path, eng
         child = engine.start("train", run.path)
         wait_until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
         run.request_stop()
-        assert child.wait(timeout=10) == ExitCode.STOPPED
+        assert child.wait(timeout=10) == TrainerExitCode.STOPPED
     record = run.read_exit()
     assert record is not None
     assert (record.status, record.step) == ("stopped", 0)
@@ -163,7 +163,7 @@ def test_a_free_slot_is_taken(make_run: MakeRun, tmp_path: Path) -> None:
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, slots=2, training_steps=1)
     with hold_lock(slots / "0.lock"):
-        assert train(run.path) is ExitCode.DONE
+        assert train(run.path) is TrainerExitCode.DONE
     with hold_lock(slots / "1.lock", patience=0):
         pass
 
@@ -181,7 +181,7 @@ def test_a_bad_spec_is_said(tmp_path: Path, spec: str | None, said: str) -> None
     run = RunDir(tmp_path)
     if spec is not None:
         run.spec.write_text(spec)
-    assert train(run.path) is ExitCode.BAD_INPUT
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -202,7 +202,7 @@ def test_what_cannot_be_trained_is_said(
 ) -> None:
     """Exit code 4, and the message names what is wrong."""
     run = make_run(tmp_path / "r", **changes)
-    assert train(run.path) is ExitCode.BAD_INPUT
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -220,13 +220,13 @@ def test_bad_rows_are_named_by_line_or_left_out(make_run: MakeRun, tmp_path: Pat
     path.write_text("\n".join(lines))
     changes = {"train": [path], "validation": [], "training_steps": 1, "seq_len": 50}
     strict = make_run(tmp_path / "strict", **changes)
-    assert train(strict.path) is ExitCode.BAD_INPUT
+    assert train(strict.path) is TrainerExitCode.BAD_INPUT
     record = strict.read_exit()
     assert record is not None
     assert record.failure is not None
     assert "1 invalid rows: line 4" in record.failure.message
     lenient = make_run(tmp_path / "lenient", max_invalid_fraction=0.25, **changes)
-    assert train(lenient.path) is ExitCode.DONE
+    assert train(lenient.path) is TrainerExitCode.DONE
     told = [e.data for e, _ in lenient.read_events() if e.name == "message"]
     assert told == [{"invalid": 1}, {"untrained": 1}, {"truncated": 1}]
 
@@ -236,7 +236,7 @@ def test_a_diverging_run_fails_with_advice(make_run: MakeRun, tmp_path: Path) ->
     run = make_run(
         tmp_path / "r", learning_rate=1e30, warmup_fraction=0, validation=[], training_steps=30
     )
-    assert train(run.path) is ExitCode.CRASHED
+    assert train(run.path) is TrainerExitCode.CRASHED
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -251,7 +251,7 @@ def test_gradients_that_are_no_numbers_end_a_run(
     norm = torch.tensor(float("nan"))
     monkeypatch.setattr(ScheduleTrainer, "_get_grad_norm", lambda *_, **__: norm)
     run = make_run(tmp_path / "r", validation=[], training_steps=1)
-    assert train(run.path) is ExitCode.CRASHED
+    assert train(run.path) is TrainerExitCode.CRASHED
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -264,7 +264,7 @@ def test_micro_batches_change_memory_not_the_result(
 ) -> None:
     """Four rows at once or two times two: the losses are the same but for rounding."""
     run = make_run(tmp_path / "r", micro_batch_size=2)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     expected = [row.train_loss for row in metrics(finished).values()]
     assert [row.train_loss for row in metrics(run).values()] == pytest.approx(expected, rel=1e-3)
 
@@ -279,7 +279,7 @@ def test_an_adapter_is_trained_and_asked(
         tuning={"kind": "lora", "rank": 4},
         training_steps=2,
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     assert (run.result / "adapter_model.safetensors").is_file()
     for path in run.result.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.trainer.plain import answer_loss, save_tiny, train_plainly
 from training_backends.core.config import ClassifierTarget, Tuning
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer import models
 from training_backends.trainer.__main__ import main
@@ -105,7 +105,7 @@ def test_losses_are_those_of_a_plain_loop(
         micro_batch_size=2,
         gradient_checkpointing=checkpointing,
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     set_seed(3)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load(base).dequantize(torch.float32), config)
@@ -126,7 +126,7 @@ def both(make_run: MakeRun, base: Path, tmp_path_factory: pytest.TempPathFactory
         checkpoint_every=None,
         learning_rate=1e-2,
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -161,7 +161,7 @@ def test_a_base_that_is_stored_in_four_bits(make_run: MakeRun, base: Path, tmp_p
     save_tiny_tokenizer(stored)
     common = {"tuning": TUNING, "result": "both", "training_steps": 4, "validation": []}
     run = make_run(tmp_path / "r", model=str(stored), learning_rate=1e-2, **common)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     merged = AutoModelForCausalLM.from_pretrained(run.result)
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     trained = PeftModel.from_pretrained(load(stored), run.result / "adapter")
@@ -179,7 +179,7 @@ def test_the_hub_is_asked_once(
     monkeypatch.setattr(models, "_from_hub", lambda _: next(answers))
     changes = {"tuning": TUNING, "result": "merged", "training_steps": 1, "validation": []}
     run = make_run(tmp_path / "r", model="org/base", **changes)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
 
 
 TARGET = ClassifierTarget(name="sign", labels=("small", "big"))
@@ -203,7 +203,7 @@ def test_a_classifier(make_run: MakeRun, base: Path, tmp_path: Path) -> None:
         training_steps=60,
         result="merged",
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     loaded = load_model(str(run.result), seed=0, tuning=None, device=CPU)
     assert not models.is_in_four_bits(loaded.model)
     for text, label in (("6 and 9", "big"), ("1 and 2", "small")):
@@ -225,12 +225,12 @@ def test_resumed_it_is_the_same_and_can_be_asked(
     """Every number to the last digit, and the weights; the adapter answers over the whole base."""
     changes = {"model": str(base), "tuning": {**TUNING, "dropout": 0.2}, "training_steps": 12}
     whole = make_run(tmp_path / "whole", **changes)
-    assert train(whole.path) is ExitCode.DONE
+    assert train(whole.path) is TrainerExitCode.DONE
     run = RunDir(shutil.copytree(whole.path, tmp_path / "r"))
     run.exit.unlink()
     for path in (run.result, run.checkpoints / "step-10", run.checkpoints / "step-12"):
         shutil.rmtree(path)
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     assert any(e.message.startswith("Resuming at step 5") for e, _ in run.read_events())
     assert set(told(run)) == set(told(whole))
     assert digest(run) == digest(whole)
@@ -248,7 +248,7 @@ def test_experts_that_stay_in_full_are_told(make_run: MakeRun, tmp_path: Path) -
     save_tiny_tokenizer(tmp_path / "base")
     base = str(tmp_path / "base")
     run = make_run(tmp_path / "r", model=base, tuning=TUNING, training_steps=1, validation=[])
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     (warning,) = [e.message for e, _ in run.read_events() if e.level == "warning"]
     assert warning == f"{2 * 3 * 32 * 64:,} expert weights are not quantized to 4 bits"
 

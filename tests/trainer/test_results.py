@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.plain import save_tiny
-from training_backends.rundir.directory import ExitCode, RunDir, RunSpec
+from training_backends.rundir.directory import RunDir, RunSpec, TrainerExitCode
 from training_backends.trainer.loop import Plan
 from training_backends.trainer.process import train
 
@@ -36,7 +36,7 @@ def both(make_run: MakeRun, base: Path, tmp_path_factory: pytest.TempPathFactory
         dtype="float32",
         attention="eager",
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -81,7 +81,7 @@ def test_a_merged_result_has_no_adapter(make_run: MakeRun, base: Path, tmp_path:
         training_steps=1,
         validation=[],
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     record = run.read_exit()
     assert record is not None
     assert record.result is not None

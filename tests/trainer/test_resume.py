@@ -16,7 +16,7 @@ import pytest
 
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.waiting import wait_until
-from training_backends.rundir.directory import CheckpointState, ExitCode, RunDir
+from training_backends.rundir.directory import CheckpointState, RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.checkpoint import newest_checkpoint, write_checkpoint
 from training_backends.trainer.errors import TrainerError
@@ -102,7 +102,7 @@ def uninterrupted(
     changes = changes_for(request.param, base)
     run = make_run(tmp_path_factory.mktemp("runs") / "whole", **changes)
     trainer.start(run)
-    assert trainer.end() == ExitCode.DONE
+    assert trainer.end() == TrainerExitCode.DONE
     return run, lambda path: make_run(path, **changes)
 
 
@@ -128,10 +128,10 @@ def test_interrupted_at_ten_random_steps_every_number_is_the_same(
             assert run.read_exit() is None
             assert reached - kept <= EVERY
         else:
-            assert code == ExitCode.STOPPED
+            assert code == TrainerExitCode.STOPPED
             assert kept == reached
     trainer.start(run)
-    assert trainer.end() == ExitCode.DONE
+    assert trainer.end() == TrainerExitCode.DONE
     assert rows_by_step(run) == rows_by_step(whole)
     assert hashes(run) == hashes(whole)
     assert len(run.read_checkpoints()) == 3
@@ -182,7 +182,7 @@ def trained(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunD
     """A run with checkpoints at the steps 2, 4 and 6."""
     path = tmp_path_factory.mktemp("trained") / "r"
     run = make_run(path, training_steps=6, checkpoint_every=2, validation=[])
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -197,7 +197,7 @@ def test_behind_damage_the_run_is_the_same(trained: RunDir, tmp_path: Path) -> N
         file.write(b'{"step": 5, "trai')
     flip(run.checkpoints / "step-6" / "optimizer.pt")
     flip(run.checkpoints / "step-4" / "model.safetensors")
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     assert rows_by_step(run) == rows_by_step(trained)
     assert hashes(run) == hashes(trained)
     assert [state.step for _, state in run.read_checkpoints()] == [2, 4, 6]
@@ -250,14 +250,14 @@ def test_a_run_without_room_fails_and_goes_on_later(
     """Torch's own writers are refused too; with room again, the end is the same."""
     run = make_run(tmp_path / "r", training_steps=6, checkpoint_every=2, validation=[])
     with largest_file(5_000_000):
-        assert train(run.path) is ExitCode.CRASHED
+        assert train(run.path) is TrainerExitCode.CRASHED
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None
     assert (record.failure.kind, record.failure.retryable) == ("internal", True)
     assert "free some space" in record.failure.message
     assert run.read_checkpoints() == []
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     assert hashes(run) == hashes(trained)
 
 

@@ -93,7 +93,7 @@ def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
         for name, value in capabilities.items()
         if isinstance(value, list)
     ]
-    rows = capabilities["dialect"]["formats"]
+    rows = capabilities["provider_format"]["formats"]
     return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
 
 
@@ -200,7 +200,10 @@ def estimate(
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample", min=2, metavar="ROWS", help="Estimate from a random sample of ROWS rows."
+            "--sample-rows",
+            min=2,
+            metavar="ROWS",
+            help="Estimate from a random sample of ROWS rows.",
         ),
     ] = None,
     exact: Annotated[
@@ -214,7 +217,9 @@ def estimate(
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:
-        raise typer.BadParameter("give --sample or --exact, not both", param_hint="--sample")
+        raise typer.BadParameter(
+            "give --sample-rows or --exact, not both", param_hint="--sample-rows"
+        )
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
     with located(file, backend), CountView(quiet=json) as view:

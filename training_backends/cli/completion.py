@@ -44,9 +44,9 @@ def complete_backend(incomplete: str) -> list[str]:
 
 def complete_format(incomplete: str) -> list[str]:
     """Return the names of the provider formats."""
-    from training_backends.datasets.dialects import DIALECTS
+    from training_backends.datasets.provider_formats import PROVIDER_FORMATS
 
-    return [name for name in DIALECTS if name.startswith(incomplete)]
+    return [name for name in PROVIDER_FORMATS if name.startswith(incomplete)]
 
 
 def complete_status(incomplete: str) -> list[str]:

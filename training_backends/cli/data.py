@@ -12,7 +12,7 @@ from training_backends.cli.completion import complete_format
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
-    from training_backends.core.data_rules import Dialect
+    from training_backends.core.data_rules import ProviderFormat
     from training_backends.core.dataset import Dataset
     from training_backends.core.errors import Issue
     from training_backends.datasets.inspect import Progress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from training_backends.datasets.split import SplitFile
     from training_backends.tokens import TokenCount
 
-__all__ = ["data", "dialect_called", "inspect", "repair", "shard", "split"]
+__all__ = ["data", "inspect", "provider_format_named", "repair", "shard", "split"]
 
 
 def inspect(
@@ -44,11 +44,11 @@ def inspect(
             help="Run configuration (YAML) to take files, targets and method from.",
         ),
     ] = None,
-    dialect: Annotated[
+    provider_format: Annotated[
         str | None,
         typer.Option(
-            "--dialect",
-            metavar="DIALECT",
+            "--provider-format",
+            metavar="FORMAT",
             help="Provider format: mistral, openai, together or local. Default: the backend of "
             "--config, or mistral.",
             show_default=False,
@@ -64,7 +64,7 @@ def inspect(
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample",
+            "--sample-rows",
             min=2,
             metavar="ROWS",
             help="Estimate tokens from ROWS rows, with a 95% confidence interval.",
@@ -84,8 +84,8 @@ def inspect(
     from training_backends.cli.views.console import write_json
     from training_backends.cli.views.data import InspectView
 
-    request = _request(files or [], validation or [], config, dialect)
-    with InspectView(request.dialect, max_issues=max_issues, quiet=json) as view:
+    request = _request(files or [], validation or [], config, provider_format)
+    with InspectView(request.provider_format, max_issues=max_issues, quiet=json) as view:
         found = request.inspect(
             on_issue=lambda issue: view.issue(request.locate(issue)), on_progress=view.reading
         )
@@ -104,40 +104,40 @@ class _Request(NamedTuple):
 
     Attributes:
         inspect: Reads and checks the files.
-        dialect: The provider format.
+        provider_format: The provider format.
         locate: Adds to an issue the position of its field in the configuration file.
     """
 
     inspect: "Callable[..., Dataset]"
-    dialect: "Dialect"
+    provider_format: "ProviderFormat"
     locate: "Callable[[Issue], Issue]"
 
 
 def _request(
-    files: list[Path], validation: list[Path], config: Path | None, dialect: str | None
+    files: list[Path], validation: list[Path], config: Path | None, provider_format: str | None
 ) -> _Request:
     from training_backends.cli.exit_codes import UsageError
     from training_backends.core.config import DataSource
-    from training_backends.datasets.dialects import DIALECTS, MISTRAL
     from training_backends.datasets.inspect import inspect as inspect_config
     from training_backends.datasets.inspect import inspect_files
     from training_backends.datasets.open_file import expand
+    from training_backends.datasets.provider_formats import MISTRAL, PROVIDER_FORMATS
 
     if bool(files or validation) == bool(config):
         raise UsageError("Pass either files or --config.")
-    chosen = dialect_called(dialect) if dialect is not None else None
+    chosen = provider_format_named(provider_format) if provider_format is not None else None
     if config:
         from training_backends.client.config_file import load_config
 
         file = load_config(config)
-        rules = chosen or DIALECTS.get(file.backend or "", MISTRAL)
-        read = partial(inspect_config, file.config, dialect=rules)
+        rules = chosen or PROVIDER_FORMATS.get(file.backend or "", MISTRAL)
+        read = partial(inspect_config, file.config, provider_format=rules)
         return _Request(read, rules, lambda issue: file.located([issue])[0])
     rules = chosen or MISTRAL
     train = [DataSource(path=path) for path in expand(files)]
     others = [DataSource(path=path) for path in expand(validation)]
     return _Request(
-        partial(inspect_files, train, others, dialect=rules), rules, lambda issue: issue
+        partial(inspect_files, train, others, provider_format=rules), rules, lambda issue: issue
     )
 
 
@@ -158,10 +158,10 @@ FilesArgument = Annotated[
     list[Path],
     typer.Argument(metavar="FILE", help="Files, glob patterns, directories, or - for stdin."),
 ]
-DialectOption = Annotated[
+ProviderFormatOption = Annotated[
     str,
     typer.Option(
-        "--dialect",
+        "--provider-format",
         help="Provider format: mistral, openai, together or local.",
         autocompletion=complete_format,
     ),
@@ -190,11 +190,11 @@ def repair(
     drop_invalid: Annotated[
         bool, typer.Option("--drop-invalid", help="Remove rows that cannot be repaired.")
     ] = False,
-    dialect: DialectOption = "mistral",
+    provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Fix what can be fixed in data files without changing their meaning.
+    """Fix data files without changing their meaning.
 
     Rows that cannot be repaired are kept unchanged; the command then exits with 3. With --json,
     prints one line per repair, issue and file.
@@ -206,7 +206,7 @@ def repair(
     from training_backends.datasets.repair import repair as repair_file
     from training_backends.datasets.write import name_of
 
-    rules = dialect_called(dialect)
+    rules = provider_format_named(provider_format)
     paths = expand(files)
     if output and (in_place or len(paths) > 1):
         raise UsageError("--output requires a single file and cannot be combined with --in-place.")
@@ -222,7 +222,7 @@ def repair(
             done = repair_file(
                 path,
                 None if in_place else target,
-                dialect=rules,
+                provider_format=rules,
                 drop_invalid=drop_invalid,
                 force=force,
                 on_repair=view.repair,
@@ -246,7 +246,7 @@ def split(
     rows: Annotated[int | None, typer.Option(min=1, help="Number of rows for validation.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
     directory: DirectoryOption = None,
-    dialect: DialectOption = "mistral",
+    provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -264,11 +264,11 @@ def split(
 
     if fraction is not None and rows is not None:
         raise UsageError("Pass either --fraction or --rows, not both.")
-    rules = dialect_called(dialect)
+    rules = provider_format_named(provider_format)
     with bar("splitting") as progress:
         found = split_files(
             expand(files),
-            dialect=rules,
+            provider_format=rules,
             fraction=fraction,
             rows=rows,
             seed=seed,
@@ -315,13 +315,14 @@ def shard(
         float, typer.Option(help="Weight of the input files in the printed configuration.")
     ] = 1.0,
     directory: DirectoryOption = None,
-    dialect: DialectOption = "mistral",
+    provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Split data files into shards NAME-00001-of-00007.jsonl, … no larger than a limit.
+    """Split data files into shards no larger than a limit.
 
-    Rows are never cut. Concatenated, the shards are byte-identical to the decompressed file.
+    They are named NAME-00001-of-00007.jsonl and so on. Rows are never truncated: concatenated,
+    the shards are byte-identical to the decompressed file.
     """
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.views.console import stderr, write_json
@@ -331,7 +332,7 @@ def shard(
 
     if weight <= 0:
         raise UsageError("--weight must be greater than 0.")
-    rules = dialect_called(dialect)
+    rules = provider_format_named(provider_format)
     most = _size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"{rules.name} has no file size limit: pass --limit.")
@@ -360,14 +361,16 @@ def shard(
     show_data(data)
 
 
-def dialect_called(name: str) -> "Dialect":
+def provider_format_named(name: str) -> "ProviderFormat":
     """Return the provider format of this name."""
     from training_backends.cli.exit_codes import UsageError
-    from training_backends.datasets.dialects import DIALECTS
+    from training_backends.datasets.provider_formats import PROVIDER_FORMATS
 
-    if name not in DIALECTS:
-        raise UsageError(f"Unknown dialect {name!r}.", hint=f"Choose from {', '.join(DIALECTS)}.")
-    return DIALECTS[name]
+    if name not in PROVIDER_FORMATS:
+        raise UsageError(
+            f"Unknown provider format {name!r}.", hint=f"Choose from {', '.join(PROVIDER_FORMATS)}."
+        )
+    return PROVIDER_FORMATS[name]
 
 
 def _size(text: str) -> int:
@@ -385,18 +388,20 @@ def _size(text: str) -> int:
 
 
 def _note(
-    train: "Sequence[SplitFile]", validation: "Sequence[SplitFile]", dialect: "Dialect"
+    train: "Sequence[SplitFile]",
+    validation: "Sequence[SplitFile]",
+    provider_format: "ProviderFormat",
 ) -> str | None:
     """Return a warning if the provider would reject a validation set of this size."""
     size = sum(side.size for side in validation)
     share = size / sum(side.size for side in train)
-    most, most_share = dialect.validation_max_bytes, dialect.validation_max_share
+    most, most_share = provider_format.validation_max_bytes, provider_format.validation_max_share
     if not ((most and size > most) or (most_share and share > most_share)):
         return None
     limits = [f"{most:,} bytes"] if most else []
     limits += [f"{most_share:.0%} of the training set"] if most_share else []
     return (
-        f"the validation set is too large for {dialect.name}, which allows at most "
+        f"the validation set is too large for {provider_format.name}, which allows at most "
         f"{' and '.join(limits)}; it has {size:,} bytes, {share:.1%}"
     )
 

@@ -1,5 +1,6 @@
 """Entry point of the `training-backends` program: commands, error output and exit codes."""
 
+import os
 import sys
 from contextlib import suppress
 from io import StringIO
@@ -10,7 +11,13 @@ import typer
 
 from training_backends import __version__
 from training_backends.cli import check, data, doctor, keys, launch, quickstart, runs, serve
-from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
+from training_backends.cli.exit_codes import (
+    ExitCode,
+    Interrupted,
+    PipeClosed,
+    UsageError,
+    exit_code_of,
+)
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.escape import escape_controls
 
@@ -74,7 +81,7 @@ app.command()(runs.wait)
 app.command()(runs.stop)
 app.command()(launch.resume)
 app.command()(runs.download)
-app.command()(runs.sample)
+app.command()(runs.generate)
 app.command()(runs.delete)
 app.add_typer(data.data, name="data")
 app.add_typer(keys.credentials, name="credentials")
@@ -86,10 +93,9 @@ app.command()(doctor.doctor)
 def main() -> None:
     """Run the command line and exit with the documented exit code."""
     try:
-        code = app(standalone_mode=False)
-        # Flush here so that a full disk is still reported.
-        if sys.stdout:
-            sys.stdout.flush()
+        code = app(standalone_mode=False, complete_var="_TRAINING_BACKENDS_COMPLETE")
+        # Here, so that a full disk is still reported.
+        _flush()
         if code == ExitCode.INTERRUPTED:
             _end(Interrupted("Interrupted."))  # typer returns the code instead of raising
     except TrainingBackendError as error:
@@ -99,19 +105,22 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         # Before any request to a backend.
         _end(Interrupted("Interrupted."))
-    except BrokenPipeError:
-        _end_pipe()
+    except PipeClosed:
+        code = ExitCode.DONE
+        _flush()
     except Exception as error:
         _end(_unexpected(error))
     sys.exit(code)
 
 
-def _end_pipe() -> NoReturn:
-    """Exit quietly: the reader of standard output, such as `head`, has all it wants."""
-    from training_backends.cli.views.console import drop_stdout
-
-    drop_stdout()
-    raise SystemExit(ExitCode.DONE)
+def _flush() -> None:
+    """Flush standard output, or discard what nobody reads."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Otherwise the interpreter would report what it cannot flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
@@ -127,8 +136,10 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     # If nothing can be written, the exit code still reports the error.
     if "--json" in sys.argv[1:]:
         # On one line, so that it is also a valid last line of a JSON stream.
-        with suppress(OSError):
+        with suppress(OSError, PipeClosed):
             write_json_line(redact_value(error_document(error, code)))
+    with suppress(OSError):
+        _flush()
     # Last, because rich exits and closes standard output if standard error is a closed pipe.
     with suppress(OSError, SystemExit):
         if isinstance(error, Interrupted):

@@ -92,7 +92,7 @@ class _Result:
             "[bold]Look at this run[/]": [
                 command("list"),
                 command("metrics", self.run.id),
-                _at_gateway(self.home, "sample", str(self.run.remote_id), QUESTION),
+                _at_gateway(self.home, "generate", str(self.run.remote_id), QUESTION),
             ],
             f"[bold]Train on your own data[/], in {escape(str(data))}": [
                 command("validate", config),

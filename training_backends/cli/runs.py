@@ -34,17 +34,17 @@ __all__ = [
     "checkpoints",
     "delete",
     "download",
+    "generate",
     "list_runs",
     "logs",
     "metrics",
-    "sample",
     "status",
     "stop",
     "wait",
 ]
 
 
-def sample(
+def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt for the model.")],
     max_tokens: Annotated[
@@ -52,7 +52,7 @@ def sample(
     ] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Prompt the trained model of a run on this machine."""
+    """Generate text with the trained model of a run."""
     from training_backends.cli.views.console import show_text, stdout, write_json
 
     async def prompt_model(client: "AsyncTrainingClient") -> "Reply":

@@ -23,7 +23,7 @@ from training_backends.client.journal import (
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
-from training_backends.client.poller import Round
+from training_backends.client.poller import Poller
 from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
     launch_lease,
@@ -109,7 +109,7 @@ class AsyncTrainingClient:
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._observer, self._round
+            self._store, self._leases, self._records, self._observer, self._poller
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -356,25 +356,25 @@ class AsyncTrainingClient:
         missed: dict[str, str],
     ) -> None:
         began = utc_now()
-        rounds = self._round(name, only=[run.id for run in given] or None)
+        poller = self._poller(name, only=[run.id for run in given] or None)
         reason = f"{name} did not answer within {timeout or 0:g} s"
         with anyio.move_on_after(timeout):
             try:
                 for run in given:
                     if run.status.is_terminal:
                         await self._complete(run)
-                await rounds.refresh()
+                await poller.refresh()
             except StoreError:
                 raise
             except TrainingBackendError as error:
                 reason = error.message
-        await rounds.load()
-        for run in rounds.runs.values():
+        await poller.load()
+        for run in poller.runs.values():
             if run.last_seen_at is None or run.last_seen_at < began:
-                missed[run.id] = self._why_missed(rounds, run) or reason
+                missed[run.id] = self._why_missed(poller, run) or reason
 
-    def _why_missed(self, rounds: Round, run: TrainingRun) -> str | None:
-        if (error := rounds.trouble_of(run.id)) is not None:
+    def _why_missed(self, poller: Poller, run: TrainingRun) -> str | None:
+        if (error := poller.trouble_of(run.id)) is not None:
             return error.message
         known = self._backends.get(run.backend)
         if known is not None and not known.sees(run):
@@ -383,7 +383,7 @@ class AsyncTrainingClient:
 
     async def _complete(self, run: TrainingRun) -> None:
         """Read the rest of a finished run's log, unless it is complete."""
-        complete = await to_thread.run_sync(self._store.is_whole, run.id)
+        complete = await to_thread.run_sync(self._store.is_complete, run.id)
         if not complete and await self._records.may_be_at_provider(run):
             with suppress(RunNotFound, UnsupportedOperation):
                 await self._observer.observe(run)
@@ -439,7 +439,7 @@ class AsyncTrainingClient:
     ) -> Watcher:
         """Return the watcher that `watch` runs, to call `sweep` yourself."""
         self._require_open()
-        return Watcher(self._store, self._leases, self._round, on_event=on_event, only=only)
+        return Watcher(self._store, self._leases, self._poller, on_event=on_event, only=only)
 
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """Wait until all of the runs have finished, and return them.
@@ -606,7 +606,7 @@ class AsyncTrainingClient:
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         read = partial(inspect, config, on_progress=_check_cancelled)
         if backend is not None:
-            read = partial(read, dialect=backend.capabilities.dialect)
+            read = partial(read, provider_format=backend.capabilities.provider_format)
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
@@ -673,8 +673,8 @@ class AsyncTrainingClient:
         cache = self.home / "cache" / "tokens"
         return wishing(replace(wishes, cache=cache, on_progress=on_progress))
 
-    def _round(self, backend: str, *, only: Collection[str] | None = None) -> Round:
-        return Round(backend, self._store, self._leases, self._observer, only=only)
+    def _poller(self, backend: str, *, only: Collection[str] | None = None) -> Poller:
+        return Poller(backend, self._store, self._leases, self._observer, only=only)
 
 
 async def _close(backend: TrainingBackend) -> None:

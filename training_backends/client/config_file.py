@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -33,13 +33,17 @@ _OVERRIDDEN = "--set"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no field is a date, and `2026-11-21` may be a label."""
+    """YAML without dates: no field is a date, and `2026-11-21` may be a tag."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+_FORMERLY: Final = {"tags": "labels"}
+"""Renamed fields, and what earlier versions called them."""
 
 
 class _FileModel(TrainingConfig):
@@ -376,7 +380,9 @@ def _explained(detail: Any, location: Sequence[int | str]) -> tuple[str, str | N
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
-            near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            name = str(location[-1])
+            near = [it for it in known if _FORMERLY.get(it) == name]
+            near = near or get_close_matches(name, known, n=1, cutoff=0.5)
             return "unknown field", (
                 f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
             )

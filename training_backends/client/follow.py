@@ -11,7 +11,7 @@ from anyio import to_thread
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, due_at
-from training_backends.client.poller import RoundOf
+from training_backends.client.poller import PollerFactory
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
     ProtocolError,
@@ -45,13 +45,13 @@ class Following:
         leases: Leases,
         records: RunRecords,
         observer: Observer,
-        round_of: RoundOf,
+        new_poller: PollerFactory,
     ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
         self._observer = observer
-        self._round_of = round_of
+        self._new_poller = new_poller
 
     async def logs(
         self, run: TrainingRun, *, after: str | None, tail: int | None, follow: bool
@@ -70,7 +70,7 @@ class Following:
         asked = False
         trouble = _SHORTEST
         while True:
-            complete = await to_thread.run_sync(self._store.is_whole, run.id)
+            complete = await to_thread.run_sync(self._store.is_complete, run.id)
             async with aclosing(self._stored(run.id, after)) as records:
                 async for record in records:
                     after = record.cursor
@@ -132,7 +132,7 @@ class Following:
         if due > now:
             await anyio.sleep(min(max((due - now).total_seconds(), _SHORTEST), _STORE_INTERVAL))
             return trouble
-        async with self._leases.try_hold(f"look:{run.id}") as lease:
+        async with self._leases.try_hold(f"observe:{run.id}") as lease:
             if lease is not None:
                 try:
                     await self._observer.watch(run)
@@ -144,26 +144,26 @@ class Following:
         return min(trouble * 2, _LONGEST_TROUBLE)
 
     async def _ended(self, name: str, run_ids: Collection[str]) -> None:
-        rounds = self._round_of(name, only=run_ids)
+        poller = self._new_poller(name, only=run_ids)
         trouble = _SHORTEST
-        await rounds.load()
-        while rounds.runs:
-            for run in rounds.runs.values():
+        await poller.load()
+        while poller.runs:
+            for run in poller.runs.values():
                 await self._require_launch(run)
             try:
-                await rounds.go()
-                for run in rounds.runs.values():
-                    error = rounds.trouble_of(run.id)
+                await poller.poll()
+                for run in poller.runs.values():
+                    error = poller.trouble_of(run.id)
                     # An unreadable response may be a proxy's error page, which is temporary.
                     if error is not None and not isinstance(error, ProtocolError):
                         await self._tolerate(run, error)
-                pause, trouble = await rounds.pause(_STORE_INTERVAL), _SHORTEST
+                pause, trouble = await poller.pause(_STORE_INTERVAL), _SHORTEST
             except TrainingBackendError as error:
-                for run in rounds.runs.values():
+                for run in poller.runs.values():
                     await self._tolerate(run, error)
                 pause, trouble = trouble, min(trouble * 2, _LONGEST_TROUBLE)
             await anyio.sleep(pause)
-            await rounds.load()
+            await poller.load()
 
     async def _tolerate(self, run: TrainingRun, error: TrainingBackendError) -> None:
         """Tolerate an unreachable provider for `give_up_after`; re-raise other errors."""

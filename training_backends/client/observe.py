@@ -53,17 +53,17 @@ _JITTER: Final = 0.2
 
 
 class WatchSettings(SectionSettings):
-    """Section `watch`: `TRAINING_BACKENDS_WATCH__STILL_AFTER` and so on, as `90` (seconds) or `2h`.
+    """Section `watch`: `TRAINING_BACKENDS_WATCH__LOST_AFTER` and so on, as `90` (seconds) or `2h`.
 
     Attributes:
-        still_after: A run without progress for this long is reported as stalled.
+        stalled_after: A run without progress for this long is reported as stalled.
         lost_after: A run that its provider has not found for this long is marked as failed.
         give_up_after: How long `wait` and `logs --follow` tolerate an unreachable provider.
     """
 
     section: ClassVar[str | None] = "watch"
 
-    still_after: Duration = Field(default=timedelta(hours=6))
+    stalled_after: Duration = Field(default=timedelta(hours=6))
     lost_after: Duration = Field(default=timedelta(minutes=10))
     give_up_after: Duration = Field(default=timedelta(days=1))
 
@@ -213,11 +213,11 @@ class Observer:
         """Record that runs were observed and have not changed."""
         now = utc_now()
         await to_thread.run_sync(self._store.seen, [run.id for run in runs], now)
-        doubted = [run for run in runs if run.stale and run.stale.kind != "still"]
+        doubted = [run for run in runs if run.stale and run.stale.kind != "stalled"]
         await self._change_all(doubted, partial(_stale, found=None))
         for run in runs:
             with suppress(RunNotFound):  # deleted in the meantime
-                if run.stale is None and (found := self._standstill(run, now)):
+                if run.stale is None and (found := self._stalled(run, now)):
                     await self._note(run, partial(_stale, found=found), found.message)
 
     async def unreachable(self, runs: Sequence[TrainingRun], error: TrainingBackendError) -> None:
@@ -260,11 +260,16 @@ class Observer:
 
         def change(now: TrainingRun) -> TrainingRun:
             changed = with_state(_same(now, run), seen.state)
-            return _stale(changed, self._standstill(changed, utc_now()))
+            return _stale(changed, self._stalled(changed, utc_now()))
 
         stored = await to_thread.run_sync(
             lambda: self._store.observed(
-                run.id, change, seen.records, after=after, cursor=seen.cursor, tell_status=True
+                run.id,
+                change,
+                seen.records,
+                after=after,
+                cursor=seen.cursor,
+                add_status_record=True,
             )
         )
         if stored is None:
@@ -274,12 +279,12 @@ class Observer:
             stored = await self._note(stored, lambda now: now, stored.stale.message)
         return stored
 
-    def _standstill(self, run: TrainingRun, now: datetime) -> Staleness | None:
+    def _stalled(self, run: TrainingRun, now: datetime) -> Staleness | None:
         since = last_change(run)
-        if run.status.is_terminal or now - since < self.settings.still_after:
+        if run.status.is_terminal or now - since < self.settings.stalled_after:
             return None
         return Staleness(
-            kind="still",
+            kind="stalled",
             since=since,
             message=f"no progress for {format_duration(now - since)}",
         )
@@ -290,9 +295,9 @@ class Observer:
         launched = await to_thread.run_sync(self._store.entry, run.id, LAUNCHED)
         if run.status.is_terminal or launched is None:
             return  # an interrupted launch may not have reached the provider
-        if run.stale is None or run.stale.kind != "vanished":
+        if run.stale is None or run.stale.kind != "not_found":
             message = "the provider no longer has this run"
-            found = Staleness(kind="vanished", since=now, message=message)
+            found = Staleness(kind="not_found", since=now, message=message)
             doubt = {"stale": found, "last_seen_at": now}
             await self._note(run, lambda it: it.model_copy(update=doubt), message)
         elif now - run.stale.since > self.settings.lost_after:
@@ -416,7 +421,7 @@ def _slow(run: TrainingRun, patience: float | None) -> BackendUnavailable:
 
 def _is_doubted(run: TrainingRun, found: Staleness) -> bool:
     """Return whether a record already has this reason for being stale."""
-    if run.stale is None or run.stale.kind == "still":
+    if run.stale is None or run.stale.kind == "stalled":
         return False
     return run.stale.kind != found.kind or run.stale.message == found.message
 

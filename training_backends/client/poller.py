@@ -20,7 +20,7 @@ from training_backends.core.run import RunState, TrainingRun, utc_now
 from training_backends.core.tracing import span
 from training_backends.store import RunStore
 
-__all__ = ["Round", "RoundOf", "Sweep"]
+__all__ = ["PollResult", "Poller", "PollerFactory"]
 
 log = get_logger()
 
@@ -53,7 +53,7 @@ class _Trouble:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
+class PollResult:
     """The result of a sweep.
 
     Attributes:
@@ -65,15 +65,15 @@ class Sweep:
     details: int = 0
 
 
-class RoundOf(Protocol):
-    """Creates the `Round` of a backend."""
+class PollerFactory(Protocol):
+    """Creates the `Poller` of a backend."""
 
-    def __call__(self, backend: str, *, only: Collection[str] | None = None) -> "Round":
-        """Return the round of all live runs, or of those in `only`."""
+    def __call__(self, backend: str, *, only: Collection[str] | None = None) -> "Poller":
+        """Return the poller of all live runs, or of those in `only`."""
         ...
 
 
-class Round:
+class Poller:
     """Polls live runs: lists first, then details of the runs that have changed.
 
     An error for one run affects only that run, which is polled with increasing backoff. Errors of
@@ -129,7 +129,7 @@ class Round:
         found = self._troubles.get(run_id)
         return None if found is None else found.error
 
-    async def go(self) -> Sweep:
+    async def poll(self) -> PollResult:
         """Observe the runs that are due, unless another watcher is doing so.
 
         Raises:
@@ -145,13 +145,13 @@ class Round:
             await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
-    async def _go(self) -> Sweep:
+    async def _go(self) -> PollResult:
         now = utc_now()
         if not any(due <= now for due in (await self._due(now)).values()):
-            return Sweep()
+            return PollResult()
         async with self._leases.try_hold(self.lease) as lease:
             if lease is None:
-                return Sweep()
+                return PollResult()
             await self.load()  # another watcher may have just finished a sweep
             return await self._sweep()
 
@@ -199,7 +199,7 @@ class Round:
             await self._observer.unreachable(list(self.runs.values()), error)
             raise
 
-    async def _sweep(self, *, due_only: bool = True) -> Sweep:
+    async def _sweep(self, *, due_only: bool = True) -> PollResult:
         now = utc_now()
         due = await self._due(now)
         if not due_only:
@@ -207,7 +207,7 @@ class Round:
         runs = [self.runs[run_id] for run_id in due]
         ready = [run for run in runs if due[run.id] <= now]
         if not ready:
-            return Sweep()
+            return PollResult()
         backend = await self._observer.backend_of(self._name)
         # Count runs that are due soon as well: one list now saves their requests.
         soon = [run for run in runs if due[run.id] <= now + (now - _seen_at(run)) / 2]
@@ -216,9 +216,9 @@ class Round:
             changed = await self._by_lists(backend, runs)
             if changed is not None:
                 await self._one_by_one(changed, answered=True)
-                return Sweep(asked=len(runs), details=len(changed))
+                return PollResult(asked=len(runs), details=len(changed))
         await self._one_by_one(ready)
-        return Sweep(asked=len(ready), details=len(ready))
+        return PollResult(asked=len(ready), details=len(ready))
 
     async def _by_lists(
         self, backend: TrainingBackend, runs: Sequence[TrainingRun]

@@ -19,8 +19,8 @@ from training_backends.store.salvage import Salvage, salvage, set_aside
 
 __all__ = ["Recovery", "recover"]
 
-_LABEL = "recovered"
-"""Label of runs found only at their provider; they may belong to others on the same account."""
+_TAG = "recovered"
+"""Tag of runs found only at their provider; they may belong to others on the same account."""
 _BEFORE_START = frozenset({TrainingStatus.PENDING, TrainingStatus.VALIDATING, TrainingStatus.READY})
 
 
@@ -102,11 +102,11 @@ def _run_of(backend: str, remote: RemoteRun, taken: set[str]) -> TrainingRun | N
     run_id = remote.run_id or f"{backend}-{remote.remote_id}"
     if run_id in taken or not re.fullmatch(RUN_ID_PATTERN, run_id):
         return None
-    labels = remote.config.labels if remote.run_id else {**remote.config.labels, _LABEL: "true"}
+    tags = remote.config.tags if remote.run_id else {**remote.config.tags, _TAG: "true"}
     run = TrainingRun(
         id=run_id,
         backend=backend,
-        config=remote.config.model_copy(update={"labels": labels}),
+        config=remote.config.model_copy(update={"tags": tags}),
         remote_id=remote.remote_id,
         created_at=remote.created_at or utc_now(),
     )

@@ -9,7 +9,7 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.leases import Leases
-from training_backends.client.poller import Round, RoundOf, Sweep
+from training_backends.client.poller import Poller, PollerFactory, PollResult
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
@@ -48,17 +48,17 @@ class Watcher:
         self,
         store: RunStore,
         leases: Leases,
-        round_of: RoundOf,
+        new_poller: PollerFactory,
         *,
         on_event: OnEvent | None = None,
         only: Collection[str] | None = None,
     ) -> None:
         self._store = store
         self._leases = leases
-        self._round_of = round_of
+        self._new_poller = new_poller
         self._on_event = on_event
         self._only = only
-        self._rounds: dict[str, Round] = {}
+        self._pollers: dict[str, Poller] = {}
 
     async def run(self) -> None:
         """Watch until cancelled.
@@ -70,12 +70,12 @@ class Watcher:
         async with anyio.create_task_group() as tasks:
             while not failed:
                 for name in await self._names():
-                    if name not in self._rounds:
+                    if name not in self._pollers:
                         tasks.start_soon(self._guarded, name, tasks, failed)
                 await anyio.sleep(_NEW_RUNS)
         raise failed[0]
 
-    async def sweep(self) -> Sweep:
+    async def sweep(self) -> PollResult:
         """Observe all runs that are due, once, and deliver the events.
 
         Raises:
@@ -84,36 +84,36 @@ class Watcher:
         asked = details = 0
         for name in await self._names():
             try:
-                done = await self._round(name).go()
+                done = await self._poller(name).poll()
             finally:
                 await self._deliver(name)
             asked, details = asked + done.asked, details + done.details
-        return Sweep(asked=asked, details=details)
+        return PollResult(asked=asked, details=details)
 
     async def _names(self) -> list[str]:
         found = await to_thread.run_sync(self._store.backends_to_watch)
         return [name for name in found if self._only is None or name in self._only]
 
-    def _round(self, name: str) -> Round:
-        if name not in self._rounds:
-            self._rounds[name] = self._round_of(name)
-        return self._rounds[name]
+    def _poller(self, name: str) -> Poller:
+        if name not in self._pollers:
+            self._pollers[name] = self._new_poller(name)
+        return self._pollers[name]
 
     async def _guarded(self, name: str, tasks: TaskGroup, failed: list[Exception]) -> None:
-        """Collect an error, so that it is not wrapped in a group, and end all rounds."""
+        """Collect an error, so that it is not wrapped in a group, and end all polling."""
         try:
-            await self._repeat(name, self._round(name))
+            await self._repeat(name, self._poller(name))
         except Exception as error:  # raised by on_event or the store
             failed.append(error)
             tasks.cancel_scope.cancel()
 
-    async def _repeat(self, name: str, rounds: Round) -> None:
+    async def _repeat(self, name: str, poller: Poller) -> None:
         """Repeat sweeps until cancelled, backing off while the provider cannot be reached."""
         trouble = _FIRST_TROUBLE
         while True:
             try:
-                await rounds.go()
-                pause = await rounds.pause(_NEW_RUNS)
+                await poller.poll()
+                pause = await poller.pause(_NEW_RUNS)
                 trouble = _FIRST_TROUBLE
             except StoreError:
                 raise
@@ -127,7 +127,7 @@ class Watcher:
         """Pass all undelivered events to `on_event`, in order."""
         if self._on_event is None:
             return
-        async with self._leases.try_hold(f"tell:{name}") as lease:
+        async with self._leases.try_hold(f"deliver:{name}") as lease:
             while lease is not None:
                 waiting = await to_thread.run_sync(
                     partial(self._store.undelivered, backend=name, limit=_BATCH)

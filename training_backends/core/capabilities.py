@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 
 __all__ = ["Capabilities"]
 
@@ -26,7 +26,7 @@ class Capabilities(BaseModel):
         validation_files: Validation data is supported.
         suffix: The name of the trained model can have a suffix.
         integrations: Supported types of `TrainingConfig.integrations`.
-        dialect: Provider format of the training data.
+        provider_format: Provider format of the training data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,4 +44,4 @@ class Capabilities(BaseModel):
     validation_files: bool = True
     suffix: bool = False
     integrations: frozenset[str] = frozenset()
-    dialect: Dialect = Dialect()
+    provider_format: ProviderFormat = ProviderFormat()

@@ -167,10 +167,19 @@ class TrainingConfig(_Model):
     classifier_targets: tuple[ClassifierTarget, ...] = ()
     integrations: tuple[WandbIntegration, ...] = ()
     budget: Budget = Budget()
-    labels: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(
         default_factory=dict, description="Backend-specific options, checked by the backend."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_labels(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read stored JSON of earlier versions, in which the tags are named `labels`."""
+        if info.mode == "json" and isinstance(value, dict) and "labels" in value:
+            value = dict(value)
+            value.setdefault("tags", value.pop("labels"))
+        return value
 
     @model_validator(mode="after")
     def _targets_go_with_classifiers(self) -> Self:

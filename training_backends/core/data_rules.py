@@ -1,19 +1,19 @@
 """Provider formats for training data, declared as data and applied elsewhere.
 
-A `Dialect` has no behavior. Checks depend on its fields and never on its name, so a new provider
-is a new value, not a new branch. It is a plain dataclass, so that the processes that check rows
-start without pydantic.
+A `ProviderFormat` has no behavior. Checks depend on its fields and never on its name, so a new
+provider is a new value, not a new branch. It is a plain dataclass, so that the processes that
+check rows start without pydantic.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-__all__ = ["Dialect", "Level", "Place", "Role", "RowFormat", "SampleType"]
+__all__ = ["Level", "MessagePosition", "ProviderFormat", "Role", "RowFormat", "SampleType"]
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
-Place = Literal["start", "system", "developer", "user", "assistant", "tool", "end"]
+MessagePosition = Literal["start", "system", "developer", "user", "assistant", "tool", "end"]
 """A position in a conversation: a role, its start or its end."""
 
 RowFormat = Literal["messages", "text", "labels", "preference", "chosen", "completion"]
@@ -28,7 +28,7 @@ Level = Literal["error", "warning", "ignored"]
 
 SampleType = Literal["instruct", "pretrain", "classifier", "preference"]
 
-_ORDER: Final[dict[Place, tuple[Place, ...]]] = {
+_ORDER: Final[dict[MessagePosition, tuple[MessagePosition, ...]]] = {
     "start": ("system", "user", "assistant"),
     "system": ("system", "user", "assistant"),
     "user": ("system", "user", "assistant"),
@@ -46,7 +46,7 @@ _PARTS: Final[dict[Role, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialect:
+class ProviderFormat:
     """A provider's rules for rows and files; the defaults are common to all providers.
 
     Attributes:
@@ -93,7 +93,9 @@ class Dialect:
         "completion",
     )
     roles: tuple[Role, ...] = ("system", "user", "assistant", "tool")
-    order: Mapping[Place, tuple[Place, ...]] = field(default_factory=_ORDER.copy)
+    order: Mapping[MessagePosition, tuple[MessagePosition, ...]] = field(
+        default_factory=_ORDER.copy
+    )
     lone_answer: bool = True
     weights: tuple[int, ...] = (0, 1)
     weighted_roles: tuple[Role, ...] = ("assistant",)

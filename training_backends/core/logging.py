@@ -90,7 +90,7 @@ def configure_logs(
         logger_factory=structlog.PrintLoggerFactory(target),
         cache_logger_on_first_use=False,
     )
-    handler = _Handler(target)
+    handler = _StderrHandler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
@@ -143,7 +143,7 @@ class _SafeStream:
             self._failed = True
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes records of the standard library's loggers."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # inherited name

@@ -4,9 +4,9 @@ import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -112,19 +112,29 @@ class Reply(BaseModel):
     labels: dict[str, dict[str, float]] | None = None
 
 
+_FORMER_KINDS: Final = {"vanished": "not_found", "still": "stalled"}
+"""Kinds as stored by earlier versions, and their names today."""
+
+
+def _current_kind(kind: Any) -> Any:
+    return _FORMER_KINDS.get(kind, kind) if isinstance(kind, str) else kind
+
+
 class Staleness(BaseModel):
     """Why the record of a run may be out of date.
 
     Attributes:
-        kind: `unreachable`: the provider cannot be reached; `vanished`: the provider does not
-            have the run; `still`: no progress for unusually long; `elsewhere`: the run can only
+        kind: `unreachable`: the provider cannot be reached; `not_found`: the provider does not
+            have the run; `stalled`: no progress for unusually long; `elsewhere`: the run can only
             be observed from another machine or home (never stored).
         since: When this state began.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["unreachable", "vanished", "still", "elsewhere"]
+    kind: Annotated[
+        Literal["unreachable", "not_found", "stalled", "elsewhere"], BeforeValidator(_current_kind)
+    ]
     since: UtcDatetime
     message: CleanText
 

@@ -1,4 +1,4 @@
-"""Check rows against a dialect: a fast path that accepts valid rows.
+"""Check rows against a provider format: a fast path that accepts valid rows.
 
 `RowRules.judge` checks one line (without a byte order mark, not blank) and counts its contents.
 Valid rows of one type all get the identical verdict object, so callers can compare with `is`.
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from training_backends.core.data_rules import Dialect, Role, RowFormat
-from training_backends.datasets.dialects import MISTRAL
+from training_backends.core.data_rules import ProviderFormat, Role, RowFormat
 from training_backends.datasets.explain import (
     RIGHT,
     TYPES,
@@ -29,7 +28,9 @@ from training_backends.datasets.explain import (
     count_labels,
     has_duplicate_keys,
 )
+from training_backends.datasets.explain_messages import read_object
 from training_backends.datasets.findings import Facts, Finding, brief, short
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.rows import Weight
 
 if TYPE_CHECKING:
@@ -99,13 +100,6 @@ class _Other(_Strict):
     labels: dict[str, str | list[str]] | None = None
 
 
-class _Object(msgspec.Struct, gc=False):
-    """Any JSON object; its contents are validated but not decoded."""
-
-
-_read_object: Final = msgspec.json.Decoder(_Object).decode
-
-
 @dataclass(slots=True, eq=False)
 class _Turns:
     """A sequence of roles.
@@ -113,7 +107,7 @@ class _Turns:
     Attributes:
         before: The sequence without the last role.
         answers: Number of assistant messages.
-        fits: The dialect accepts a conversation with this sequence.
+        fits: The provider format accepts a conversation with this sequence.
         plain: The same, without tool messages.
         rows: Number of rows with this sequence since the last `move_to`.
     """
@@ -140,16 +134,16 @@ _HERE: Final = ""
 class _Memory:
     """Cache of the role sequences seen so far, each checked once."""
 
-    def __init__(self, dialect: Dialect) -> None:
-        self._order: Mapping[str, Sequence[str]] = dict(dialect.order.items())
-        self._roles = frozenset(dialect.roles)
-        self._lone_answer = dialect.lone_answer
-        # A dialect that supports less than the structs is left to `explain` altogether.
+    def __init__(self, provider_format: ProviderFormat) -> None:
+        self._order: Mapping[str, Sequence[str]] = dict(provider_format.order.items())
+        self._roles = frozenset(provider_format.roles)
+        self._lone_answer = provider_format.lone_answer
+        # A provider format that supports less than the structs is left to `explain` altogether.
         takes_chats = (
-            "messages" in dialect.formats
-            and "tools" in dialect.row_keys
-            and "string" in dialect.arguments
-            and {*_Message.__struct_fields__} <= {*dialect.message_keys}
+            "messages" in provider_format.formats
+            and "tools" in provider_format.row_keys
+            and "string" in provider_format.arguments
+            and {*_Message.__struct_fields__} <= {*provider_format.message_keys}
         )
         self._room = _MOST_TURNS if takes_chats else 0
         start = _Turns(before=None, role="start", in_order=True)
@@ -204,7 +198,7 @@ class RowRules:
     """Checks one line at a time and counts its contents.
 
     Args:
-        dialect: The provider format.
+        provider_format: The provider format.
         targets: Allowed classifier targets; empty for any.
 
     Attributes:
@@ -212,13 +206,13 @@ class RowRules:
     """
 
     def __init__(
-        self, dialect: Dialect = MISTRAL, targets: "Sequence[ClassifierTarget]" = ()
+        self, provider_format: ProviderFormat = MISTRAL, targets: "Sequence[ClassifierTarget]" = ()
     ) -> None:
-        self.dialect = dialect
+        self.provider_format = provider_format
         self.closely = True
         self._facts = Facts()
-        self._faults = RowFaults(dialect, targets)
-        self._memory = _Memory(dialect)
+        self._faults = RowFaults(provider_format, targets)
+        self._memory = _Memory(provider_format)
         self._start = self._memory.start
         self._decode: Callable[[bytes], _Chat] = msgspec.json.Decoder(_Chat).decode
         self._decode_other: Callable[[bytes], _Other] = msgspec.json.Decoder(_Other).decode
@@ -227,13 +221,13 @@ class RowRules:
             target.name: len(target.labels) if target.loss_function == "multi_class" else 1
             for target in targets
         }
-        self._is_call_id = re.compile(dialect.call_id or ".+", re.DOTALL).fullmatch
-        self._is_name = re.compile(dialect.function_name).fullmatch
+        self._is_call_id = re.compile(provider_format.call_id or ".+", re.DOTALL).fullmatch
+        self._is_name = re.compile(provider_format.function_name).fullmatch
         self._decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
         self._tools: dict[bytes, frozenset[str] | None] = {}
         self._room = _MOST_TOOLS
-        self._takes_text = "text" in dialect.formats
-        self._takes_labels = "labels" in dialect.formats
+        self._takes_text = "text" in provider_format.formats
+        self._takes_labels = "labels" in provider_format.formats
 
     @property
     def facts(self) -> Facts:
@@ -353,15 +347,19 @@ class RowRules:
             if function.name not in known or not self._is_call_id(call.id):
                 return set()
             try:
-                _read_object(function.arguments)
+                read_object(function.arguments)
             except _UNREADABLE:
                 return set()
             ids.add(call.id)
         return ids if len(ids) == len(calls) else set()
 
     def _may_weigh(self, role: str) -> bool:
-        dialect = self.dialect
-        return role in dialect.weighted_roles and 0 in dialect.weights and 1 in dialect.weights
+        provider_format = self.provider_format
+        return (
+            role in provider_format.weighted_roles
+            and 0 in provider_format.weights
+            and 1 in provider_format.weights
+        )
 
     def _count(self, calls: int, *, declares: bool, weighted: bool) -> None:
         facts = self._facts
@@ -407,17 +405,20 @@ class RowRules:
         return True
 
 
-def file_findings(facts: Facts, dialect: Dialect) -> Iterator[Finding]:
+def file_findings(facts: Facts, provider_format: ProviderFormat) -> Iterator[Finding]:
     """Yield the findings of a file as a whole, from the counts over all its rows."""
     rows = facts.rows.total()
-    if rows < dialect.min_rows:
-        text = f"too few rows: {rows:,}; at least {dialect.min_rows:,} required"
+    if rows < provider_format.min_rows:
+        text = f"too few rows: {rows:,}; at least {provider_format.min_rows:,} required"
         yield Finding("too_few_rows", None, text, "add rows")
-    if dialect.max_rows is not None and rows > dialect.max_rows:
-        text = f"too many rows: {rows:,}; the limit is {dialect.max_rows:,}"
+    if provider_format.max_rows is not None and rows > provider_format.max_rows:
+        text = f"too many rows: {rows:,}; the limit is {provider_format.max_rows:,}"
         yield Finding("too_many_rows", None, text, "remove some of them")
-    if dialect.max_image_rows is not None and facts.image_rows > dialect.max_image_rows:
-        many, limit = facts.image_rows, dialect.max_image_rows
+    if (
+        provider_format.max_image_rows is not None
+        and facts.image_rows > provider_format.max_image_rows
+    ):
+        many, limit = facts.image_rows, provider_format.max_image_rows
         text = f"too many rows with images: {many:,}; the limit is {limit:,}"
         yield Finding("too_many_images", None, text, "remove some of them")
     for target in sorted({target for target, _ in facts.label_kinds}):

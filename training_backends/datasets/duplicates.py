@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Final, NamedTuple, Self
 
-__all__ = ["Found", "Place", "Repeat", "RowHashes"]
+__all__ = ["Found", "Repeat", "RowHashes", "RowLocation"]
 
 _IN_MEMORY: Final = 4 << 20
 _SLICE: Final = 1 << 17
@@ -26,7 +26,7 @@ _KNOWN: Final = 1 << 16
 """Repeated hashes whose line numbers are reported; any others are only counted."""
 
 
-class Place(NamedTuple):
+class RowLocation(NamedTuple):
     """A line of a file."""
 
     file: int
@@ -36,8 +36,8 @@ class Place(NamedTuple):
 class Repeat(NamedTuple):
     """A duplicate row and its first occurrence."""
 
-    place: Place
-    before: Place
+    place: RowLocation
+    before: RowLocation
 
 
 @dataclass(slots=True)
@@ -200,7 +200,7 @@ class _Search:
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
         self._groups = groups
         self._group_of = {file: n for n, group in enumerate(groups) for file in group}
-        self._first: list[dict[int, Place]] = [{} for _ in groups]
+        self._first: list[dict[int, RowLocation]] = [{} for _ in groups]
         self._named: Counter[int] = Counter()
         self._named_across: Counter[int] = Counter()
         self.known: set[int] = set()
@@ -237,7 +237,7 @@ class _Search:
         for one, line in rows:
             if one not in self.known:
                 continue
-            place = Place(file, line)
+            place = RowLocation(file, line)
             earlier = first.setdefault(one, place)
             if earlier is not place and self._named[file] < most:
                 self._named[file] += 1

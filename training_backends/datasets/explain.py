@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import msgspec
 
-from training_backends.core.data_rules import Dialect, RowFormat, SampleType
+from training_backends.core.data_rules import ProviderFormat, RowFormat, SampleType
 from training_backends.datasets.explain_messages import Talk, image_count, unknown_keys
 from training_backends.datasets.findings import (
     Facts,
@@ -100,9 +100,11 @@ class RowFaults:
         targets: Allowed classifier targets; empty for any.
     """
 
-    def __init__(self, dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> None:
-        self._dialect = dialect
-        self._talk = Talk(dialect)
+    def __init__(
+        self, provider_format: ProviderFormat, targets: "Sequence[ClassifierTarget]" = ()
+    ) -> None:
+        self._provider_format = provider_format
+        self._talk = Talk(provider_format)
         self._targets = {target.name: target for target in targets}
         self._judges: Mapping[RowFormat, Callable[[dict[str, Any]], Iterator[Finding]]] = {
             "messages": self._messages,
@@ -131,7 +133,7 @@ class RowFaults:
         if form is None:
             return None, tuple(self._leveled([problem] if problem else []))
         self._count(row, form, facts)
-        if form not in self._dialect.formats:
+        if form not in self._provider_format.formats:
             return TYPES[form], (self._unsupported(form),)
         found = chain(self._judges[form](row), self._other_keys(row, form))
         findings = self._leveled(islice(found, _MOST_FINDINGS))
@@ -139,7 +141,7 @@ class RowFaults:
         return (TYPES[form], tuple(findings)) if findings else RIGHT[TYPES[form]]
 
     def _leveled(self, findings: Iterable[Finding]) -> list[Finding]:
-        levels = self._dialect.levels
+        levels = self._provider_format.levels
         made = []
         for finding in findings:
             level = levels.get(finding.code, finding.severity)
@@ -174,7 +176,7 @@ class RowFaults:
         if {"text", "instruction", "output"} <= keys:
             text = "the row has `text` as well as `instruction` and `output`"
             return Finding("unknown_format", "instruction", text, _FOREIGN["instruction"])
-        if {"text", "label"} <= keys and "labels" in self._dialect.formats:
+        if {"text", "label"} <= keys and "labels" in self._provider_format.formats:
             label = row["label"]
             value = json.dumps(brief(label) if isinstance(label, str) else str(label))
             fix = (
@@ -186,7 +188,7 @@ class RowFaults:
 
     def _unknown(self, row: Mapping[str, Any]) -> Finding:
         text = "unknown row format"
-        known = {key for form in self._dialect.formats for key in _KEYS[form]} - row.keys()
+        known = {key for form in self._provider_format.formats for key in _KEYS[form]} - row.keys()
         for key in islice(row, _MOST_FINDINGS):
             if meant := nearest(key, known):
                 text += f" with the key {short(key)}"
@@ -197,7 +199,7 @@ class RowFaults:
         return Finding("unknown_format", None, text, self._formats())
 
     def _formats(self) -> str:
-        words = [_WORDS[form] for form in self._dialect.formats]
+        words = [_WORDS[form] for form in self._provider_format.formats]
         return "use " + ", ".join(words[:-1]) + (", or " if words[:-1] else "") + words[-1]
 
     def _unsupported(self, form: RowFormat) -> Finding:
@@ -206,17 +208,17 @@ class RowFaults:
 
     def _other_keys(self, row: Mapping[str, Any], form: RowFormat) -> Iterator[Finding]:
         """Check the keys that do not define the format."""
-        known = _KEYS[form] | {*self._dialect.row_keys}
+        known = _KEYS[form] | {*self._provider_format.row_keys}
         unread = [key for key in row if key not in known and key != "functions"]
         yield from unknown_keys(unread, "", known - row.keys())
-        if "functions" in row and not self._dialect.legacy_functions:
+        if "functions" in row and not self._provider_format.legacy_functions:
             text = "`functions` is deprecated in favor of `tools`"
             yield Finding("legacy_functions", "functions", text, "rewrite them as `tools`")
-        if "tools" in self._dialect.row_keys:
+        if "tools" in self._provider_format.row_keys:
             yield from self._talk.tools(row.get("tools"))
         yield from _flag(row, "")
         weight = row.get("weight")
-        if weight is not None and "weight" in self._dialect.row_keys:
+        if weight is not None and "weight" in self._provider_format.row_keys:
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not is_number or weight < 0:
                 text = f"invalid row weight {short(weight)}"
@@ -387,7 +389,7 @@ class RowFaults:
         self, messages: list[dict[str, Any]], row: Mapping[str, Any], facts: Facts
     ) -> None:
         facts.turns += len(messages)
-        known = self._dialect.roles
+        known = self._provider_format.roles
         facts.roles.update(
             role
             for one in messages

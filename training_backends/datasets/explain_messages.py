@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.findings import (
     NO_WORDS,
     Finding,
@@ -23,7 +23,7 @@ from training_backends.datasets.findings import (
     wrong_type,
 )
 
-__all__ = ["Talk", "image_count", "unknown_keys"]
+__all__ = ["Talk", "image_count", "read_object", "unknown_keys"]
 
 _OTHER_ROLES: Final = {
     "ai": "assistant",
@@ -47,7 +47,7 @@ class _Object(msgspec.Struct, gc=False):
     """Any JSON object; its contents are validated but not decoded."""
 
 
-_read_object: Final = msgspec.json.Decoder(_Object).decode
+read_object: Final = msgspec.json.Decoder(_Object).decode
 _Checked = Generator[Finding, None, bool]
 
 
@@ -71,7 +71,7 @@ def _bad_arguments(arguments: object) -> str | None:
     if not isinstance(arguments, str):
         return f"the arguments must be a JSON string, got {type_name(arguments)}"
     try:
-        _read_object(arguments)
+        read_object(arguments)
     except msgspec.ValidationError:
         return "the arguments must be a JSON object"
     except (msgspec.DecodeError, RecursionError, UnicodeError):
@@ -80,18 +80,20 @@ def _bad_arguments(arguments: object) -> str | None:
 
 
 class Talk:
-    """Checks lists of messages against a dialect."""
+    """Checks lists of messages against a provider format."""
 
-    def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self._message_keys = frozenset(dialect.message_keys)
-        self._roles = frozenset(dialect.roles)
-        words = [*dialect.roles]
+    def __init__(self, provider_format: ProviderFormat) -> None:
+        self._provider_format = provider_format
+        self._message_keys = frozenset(provider_format.message_keys)
+        self._roles = frozenset(provider_format.roles)
+        words = [*provider_format.roles]
         self._role_words = ", ".join(words[:-1]) + f" or {words[-1]}"
         self._is_call_id: Callable[[str], object] = (
-            re.compile(dialect.call_id).fullmatch if dialect.call_id else lambda _: True
+            re.compile(provider_format.call_id).fullmatch
+            if provider_format.call_id
+            else lambda _: True
         )
-        self._is_name = re.compile(dialect.function_name).fullmatch
+        self._is_name = re.compile(provider_format.function_name).fullmatch
 
     # Whole conversations
 
@@ -119,7 +121,7 @@ class Talk:
                 place = f"{field}[{index}].role"
                 yield Finding("misplaced_role", place, text, "move the message to the prompt")
                 return
-        most = self._dialect.max_answer_messages
+        most = self._provider_format.max_answer_messages
         if most is not None and len(messages) > most:
             text = f"the answer has {len(messages)} messages; the limit is {most}"
             yield Finding("too_many_messages", field, text, "remove the others")
@@ -157,7 +159,7 @@ class Talk:
             if not _SPEECH.issuperset(message):
                 yield from self._extras(message, place)
             images += image_count(message)
-        most = self._dialect.max_images
+        most = self._provider_format.max_images
         if most is not None and images > most:
             text = f"the row has {images} images; the limit is {most}"
             yield Finding("too_many_images", field, text, "remove the others")
@@ -174,7 +176,7 @@ class Talk:
         role = message["role"]
         if not isinstance(role, str):
             return wrong_type(f"{place}.role", role, "a string")
-        if role in self._roles or (role == "function" and self._dialect.legacy_functions):
+        if role in self._roles or (role == "function" and self._provider_format.legacy_functions):
             return None
         meant = _OTHER_ROLES.get(role.lower()) or nearest(role, self._roles)
         fix = f"use {meant}" if meant in self._roles else f"use {self._role_words}"
@@ -227,7 +229,7 @@ class Talk:
             yield wrong_type(place, part, "an object with `type`")
             return
         kind = part.get("type")
-        allowed: Sequence[str] = self._dialect.parts.get(role, ("text",))  # type: ignore[call-overload]
+        allowed: Sequence[str] = self._provider_format.parts.get(role, ("text",))  # type: ignore[call-overload]
         if not isinstance(kind, str) or kind not in _PARTS:
             what = "has no type" if kind is None else f"has the unknown type {short(kind)}"
             fix = "use " + " or ".join(allowed)
@@ -246,7 +248,7 @@ class Talk:
             yield from self._image(part.get("image_url"), f"{place}.image_url")
 
     def _image(self, image: Any, place: str) -> Iterator[Finding]:
-        if isinstance(image, str) and self._dialect.bare_image:
+        if isinstance(image, str) and self._provider_format.bare_image:
             url: Any = image
         elif isinstance(image, dict):
             detail = image.get("detail")
@@ -256,7 +258,9 @@ class Talk:
             place = f"{place}.url"
             url = image.get("url")
         else:
-            wanted = "an object with `url`" + (" or a string" if self._dialect.bare_image else "")
+            wanted = "an object with `url`" + (
+                " or a string" if self._provider_format.bare_image else ""
+            )
             yield wrong_type(place, image, wanted)
             return
         if not isinstance(url, str):
@@ -264,12 +268,12 @@ class Talk:
         elif reason := self._bad_url(url):
             schemes = " or ".join(
                 "data:image/…;base64,…" if one == "data" else f"{one}://…"
-                for one in self._dialect.image_schemes
+                for one in self._provider_format.image_schemes
             )
             yield Finding("bad_image", place, reason, f"use {schemes}")
 
     def _bad_url(self, url: str) -> str | None:
-        schemes = self._dialect.image_schemes
+        schemes = self._provider_format.image_schemes
         if url[:5].lower() == "data:":
             if "data" not in schemes:
                 return "inline images (data: URLs) are not supported"
@@ -277,7 +281,7 @@ class Talk:
             if not found or not _is_base64(url[found.end() :]):
                 return "the image is not valid base64 data"
             kind = found["type"].lower()
-            if kind not in self._dialect.image_types and kind != "jpg":
+            if kind not in self._provider_format.image_types and kind != "jpg":
                 return f"image type {short(kind)} is not supported"
             return None
         found = _WEB.fullmatch(url)
@@ -290,13 +294,13 @@ class Talk:
         role = message["role"]
         weight = message.get("weight")
         if weight is not None:
-            if type(weight) not in {int, float} or weight not in self._dialect.weights:
-                known = " or ".join(map(str, self._dialect.weights)) or "none"
+            if type(weight) not in {int, float} or weight not in self._provider_format.weights:
+                known = " or ".join(map(str, self._provider_format.weights)) or "none"
                 text = f"invalid weight {short(weight)}"
                 yield Finding("bad_weight", f"{place}.weight", text, f"use {known}")
-            elif role not in self._dialect.weighted_roles:
+            elif role not in self._provider_format.weighted_roles:
                 fix = "set it only on messages with role " + " or ".join(
-                    self._dialect.weighted_roles
+                    self._provider_format.weighted_roles
                 )
                 text = f"{role} messages cannot have a weight"
                 yield Finding("misplaced_weight", f"{place}.weight", text, fix)
@@ -321,7 +325,7 @@ class Talk:
                 yield from self._call(call, f"{place}.tool_calls[{number}]")
 
     def _function_call(self, call: Any, place: str) -> Iterator[Finding]:
-        taken = self._dialect.legacy_functions
+        taken = self._provider_format.legacy_functions
         severity: Literal["error", "warning"] = "warning" if taken else "error"
         text = "`function_call` is deprecated in favor of `tool_calls`"
         fix = "rewrite it as a tool call with an id, and `functions` as `tools`"
@@ -338,7 +342,9 @@ class Talk:
         call_id = call.get("id")
         if not isinstance(call_id, str) or not call_id or not self._is_call_id(call_id):
             found = "has no id" if call_id is None else f"has the invalid id {short(call_id)}"
-            fix = f"use {self._dialect.call_id_words}, and repeat the id in the tool message"
+            fix = (
+                f"use {self._provider_format.call_id_words}, and repeat the id in the tool message"
+            )
             yield Finding("bad_call_id", f"{place}.id", f"the tool call {found}", fix)
         kind = call.get("type")
         if kind is not None and kind != "function":
@@ -352,7 +358,7 @@ class Talk:
             return
         yield from self._name(function.get("name"), f"{place}.name")
         arguments = function.get("arguments", "{}")
-        if isinstance(arguments, dict) and "object" in self._dialect.arguments:
+        if isinstance(arguments, dict) and "object" in self._provider_format.arguments:
             return
         if reason := _bad_arguments(arguments):
             fix = 'use a string with a JSON object, such as "{\\"city\\": \\"Rome\\"}"'
@@ -363,14 +369,14 @@ class Talk:
             yield wrong_type(place, name, "a string")
         elif not self._is_name(name):
             text = f"invalid function name {short(name)}"
-            fix = f"use {self._dialect.function_name_words}"
+            fix = f"use {self._provider_format.function_name_words}"
             yield Finding("bad_function_name", place, text, fix)
 
     # Message order
 
     def _order(self, messages: Sequence[Mapping[str, Any]], field: str) -> Iterator[Finding]:
         """Check the order of roles; tool messages are checked against their calls instead."""
-        order = self._dialect.order
+        order = self._provider_format.order
         before = "start"
         for index, message in enumerate(messages):
             role = message["role"]
@@ -392,9 +398,9 @@ class Talk:
             fix = "add an assistant message to train on"
             yield Finding("no_assistant", field, "there is no assistant message", fix)
             return
-        if "end" not in self._dialect.order.get(last, ()):
+        if "end" not in self._provider_format.order.get(last, ()):
             yield self._not_last(f"{field}[{len(messages) - 1}].role", last)
-        if len(messages) == 1 and not self._dialect.lone_answer:
+        if len(messages) == 1 and not self._provider_format.lone_answer:
             text = "the assistant message is the only message"
             yield Finding("lone_answer", field, text, "add the message that it answers")
         if all(one.get("weight") == 0 for one in answers):
@@ -439,7 +445,7 @@ class Talk:
 
     def _answer(self, call_id: Any, waiting: dict[str, str], place: str) -> Iterator[Finding]:
         field = f"{place}.tool_call_id"
-        if call_id is None and waiting and not self._dialect.answers_name_calls:
+        if call_id is None and waiting and not self._provider_format.answers_name_calls:
             waiting.pop(next(iter(waiting)))
         elif call_id is None:
             text = "the tool message has no `tool_call_id`"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, cast
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, SampleType, Summary
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import file_findings
@@ -32,14 +32,16 @@ class Collector:
         sample_type: Type of the first row whose type was recognized.
     """
 
-    def __init__(self, path: Path, role: FileRole, weight: float, dialect: Dialect) -> None:
+    def __init__(
+        self, path: Path, role: FileRole, weight: float, provider_format: ProviderFormat
+    ) -> None:
         self.path = path
         self.role = role
         self.failed = False
         self.lines = self.rows = 0
         self.sample_type: SampleType | None = None
         self._weight = weight
-        self._dialect = dialect
+        self._provider_format = provider_format
         self._facts = Facts()
         self._invalid_rows = self._blank = self._blank_in_a_row = 0
         self._first_blank: int | None = None
@@ -115,9 +117,9 @@ class Collector:
                 text = f"skipped {what}"
                 finding = Finding("blank_lines", None, text, None, "warning")
                 yield from self.add(finding, self._first_blank)
-            for finding in file_findings(self._facts, self._dialect):
+            for finding in file_findings(self._facts, self._provider_format):
                 # Unreadable rows count towards the minimum.
-                enough = self.role != "train" or self.rows >= self._dialect.min_rows
+                enough = self.role != "train" or self.rows >= self._provider_format.min_rows
                 if finding.code != "too_few_rows" or not enough:
                     yield from self.add(finding)
         yield from self.rest()
@@ -130,8 +132,8 @@ class Collector:
         return (now.st_size, now.st_mtime_ns) == (end.size, end.changed_at)
 
     def add(self, finding: Finding, line: int | None = None) -> Iterator[Issue]:
-        """Yield an issue of the file or of a line, with the severity set by the dialect."""
-        level = self._dialect.levels.get(finding.code, finding.severity)
+        """Yield an issue of the file or of a line, with the severity set by the provider format."""
+        level = self._provider_format.levels.get(finding.code, finding.severity)
         if level != "ignored":
             self._counts[finding.code] += 1
             self._errors[finding.code] += level == "error"
@@ -139,7 +141,7 @@ class Collector:
 
     def leave(self, code: str, more: int, severity: Literal["error", "warning"]) -> None:
         """Count findings without an issue of their own; `rest` reports their number."""
-        level = self._dialect.levels.get(code, severity)
+        level = self._provider_format.levels.get(code, severity)
         if level != "ignored":
             self._counts[code] += more
             self._errors[code] += more * (level == "error")

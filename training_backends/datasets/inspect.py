@@ -15,13 +15,13 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from training_backends.core.config import ClassifierTarget, DataSource, TrainingConfig
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, Dataset, SampleType
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.core.escape import plural
-from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.file_report import Collector, FileRole
 from training_backends.datasets.findings import brief, short
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.scan import Progress, Reading
 from training_backends.datasets.scan_part import KEPT_PER_CODE, MAX_LINE_BYTES, packed_rules
 
@@ -104,28 +104,33 @@ def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
 
 
 def against_limits(
-    files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool = True
+    files: Sequence[DataFile], provider_format: ProviderFormat, *, cuts_files: bool = True
 ) -> Iterator[Issue]:
     """Yield issues for files that exceed the provider's size limits.
 
     Args:
         cuts_files: The launch splits training files that are too large.
     """
-    for issue in (*_too_large(files, dialect, cuts_files=cuts_files), *_validation(files, dialect)):
-        level = dialect.levels.get(issue.code, issue.severity)
+    for issue in (
+        *_too_large(files, provider_format, cuts_files=cuts_files),
+        *_validation(files, provider_format),
+    ):
+        level = provider_format.levels.get(issue.code, issue.severity)
         if level != "ignored":
             yield replace(issue, severity=level)
 
 
-def _too_large(files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool) -> Iterator[Issue]:
-    most = dialect.max_file_bytes
+def _too_large(
+    files: Sequence[DataFile], provider_format: ProviderFormat, *, cuts_files: bool
+) -> Iterator[Issue]:
+    most = provider_format.max_file_bytes
     for file in files:
         if most is None or file.size <= most:
             continue
         is_cut = cuts_files and file.role == "train"
         yield Issue(
             code="file_too_large",
-            message=f"the file is {file.size:,} bytes; {dialect.name} allows {most:,}"
+            message=f"the file is {file.size:,} bytes; {provider_format.name} allows {most:,}"
             + ("; it is sharded at launch" if is_cut else ""),
             path=str(file.path),
             fix=None if is_cut else "split it with `training-backends data shard`",
@@ -133,20 +138,20 @@ def _too_large(files: Sequence[DataFile], dialect: Dialect, *, cuts_files: bool)
         )
 
 
-def _validation(files: Sequence[DataFile], dialect: Dialect) -> Iterator[Issue]:
+def _validation(files: Sequence[DataFile], provider_format: ProviderFormat) -> Iterator[Issue]:
     train, validation = (
         sum(file.size for file in files if file.role == role) for role in ("train", "validation")
     )
-    share = dialect.validation_max_share
+    share = provider_format.validation_max_share
     limits = {}
-    if dialect.validation_max_bytes is not None:
-        limits[dialect.validation_max_bytes] = ""
+    if provider_format.validation_max_bytes is not None:
+        limits[provider_format.validation_max_bytes] = ""
     if share is not None and train:
         limits[int(train * share)] = f", {share:.0%} of the training data"
     if limits and validation > min(limits):
         yield Issue(
             code="validation_too_large",
-            message=f"the validation data is {validation:,} bytes; {dialect.name} allows "
+            message=f"the validation data is {validation:,} bytes; {provider_format.name} allows "
             f"{min(limits):,}{limits[min(limits)]}",
             field="data.validation",
             fix="use fewer validation rows",
@@ -206,7 +211,7 @@ class UploadCheck(NamedTuple):
 def inspect(
     config: TrainingConfig,
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     on_issue: OnIssue | None = None,
     on_progress: Progress | None = None,
     processes: int | None = None,
@@ -217,14 +222,14 @@ def inspect(
     completely is missing from `files` and has an issue.
 
     Args:
-        dialect: The provider format, with its limits.
+        provider_format: The provider format, with its limits.
         on_issue: Called with each issue as it is found, ordered by line within a file.
         processes: Maximum number of processes; None chooses by size.
     """
     found = inspect_files(
         config.data.train,
         config.data.validation,
-        dialect=dialect,
+        provider_format=provider_format,
         targets=config.classifier_targets,
         on_issue=on_issue,
         on_progress=on_progress,
@@ -238,18 +243,20 @@ def inspect_files(
     train: Sequence[DataSource],
     validation: Sequence[DataSource] = (),
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     targets: Sequence[ClassifierTarget] = (),
     on_issue: OnIssue | None = None,
     on_progress: Progress | None = None,
     processes: int | None = None,
 ) -> Dataset:
     """Summarize and validate files without a configuration; "-" is standard input."""
-    collectors = [Collector(each.path, "train", each.weight, dialect) for each in train]
-    collectors += [Collector(each.path, "validation", each.weight, dialect) for each in validation]
+    collectors = [Collector(each.path, "train", each.weight, provider_format) for each in train]
+    collectors += [
+        Collector(each.path, "validation", each.weight, provider_format) for each in validation
+    ]
     reading = Reading(
         collectors,
-        rules=packed_rules(dialect, targets),
+        rules=packed_rules(provider_format, targets),
         max_line=MAX_LINE_BYTES,
         on_progress=on_progress,
     )
@@ -257,7 +264,7 @@ def inspect_files(
     def issues() -> Iterator[Issue]:
         yield from reading.issues(processes)
         yield from between_files(reading.files)
-        yield from against_limits(reading.files, dialect)
+        yield from against_limits(reading.files, provider_format)
 
     found = _collected(issues(), on_issue)
     return Dataset(files=tuple(reading.files), issues=found)
@@ -275,7 +282,7 @@ def _collected(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue
 def inspect_file(
     path: Path,
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     role: FileRole = "train",
     weight: float = 1.0,
     targets: Sequence[ClassifierTarget] = (),
@@ -285,8 +292,8 @@ def inspect_file(
 ) -> tuple[DataFile | None, tuple[Issue, ...]]:
     """Validate one data file; the `DataFile` is None if it cannot be read completely."""
     reading = Reading(
-        [Collector(path, role, weight, dialect)],
-        rules=packed_rules(dialect, targets),
+        [Collector(path, role, weight, provider_format)],
+        rules=packed_rules(provider_format, targets),
         max_line=max_line,
         on_progress=on_progress,
     )
@@ -297,13 +304,15 @@ def inspect_file(
 def check_upload(
     path: Path,
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     max_errors: int = 10,
     max_line: int = MAX_LINE_BYTES,
 ) -> UploadCheck:
     """Validate an uploaded file; stop at the `max_errors`-th invalid line."""
-    collector = Collector(path, "train", 1.0, dialect)
-    reading = Reading([collector], rules=packed_rules(dialect), max_line=max_line, plain_only=True)
+    collector = Collector(path, "train", 1.0, provider_format)
+    reading = Reading(
+        [collector], rules=packed_rules(provider_format), max_line=max_line, plain_only=True
+    )
     errors: dict[int, LineError] = {}
     with closing(reading.issues_of_rows()) as issues:
         for issue in issues:

@@ -11,13 +11,13 @@ from typing import BinaryIO, Final, Literal, NamedTuple, Self
 from xxhash import xxh3_128_digest
 
 from training_backends.core.config import ClassifierTarget
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import ConfigError, DatasetError, Issue, TrainingBackendError
 from training_backends.core.escape import plural
 from training_backends.datasets.check_fast import RowRules
-from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import Finding, too_long
 from training_backends.datasets.open_file import STDIN, Source, opened
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.repair_row import is_empty, mend
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, UTF16
 from training_backends.datasets.write import Meter, NewFiles, Progress, refuse_existing
@@ -154,7 +154,7 @@ def repair(
     path: Path,
     target: Path | None = None,
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     targets: Sequence[ClassifierTarget] = (),
     drop_invalid: bool = False,
     force: bool = False,
@@ -170,7 +170,7 @@ def repair(
         path: Input file, decompressed if necessary; `-` is standard input.
         target: Output file; None repairs the file in place, unless there is nothing to
             repair, and backs up the original to NAME.orig.
-        dialect: The provider format.
+        provider_format: The provider format.
         targets: Allowed classifier targets.
         drop_invalid: Remove rows that cannot be repaired.
         force: Overwrite `target` if it exists.
@@ -183,7 +183,7 @@ def repair(
             compressed.
         TrainingBackendError: `target` cannot be written.
     """
-    work = _Repairing(path, RowRules(dialect, targets), on_repair, on_issue)
+    work = _Repairing(path, RowRules(provider_format, targets), on_repair, on_issue)
     work.drop_invalid = drop_invalid
     if target is None:
         return _in_place(path, work, on_progress)
@@ -329,7 +329,7 @@ class _Repairing:
         new, left = row, findings
         done: list[Repair] = []
         for _ in range(_ROUNDS):
-            new, mends = mend(new, {finding.code for finding in left}, self._rules.dialect)
+            new, mends = mend(new, {finding.code for finding in left}, self._rules.provider_format)
             if not mends:
                 break
             done += (Repair(number, code, message) for code, message in mends)

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.escape import plural
 from training_backends.datasets.explain import has_duplicate_keys
 
@@ -47,7 +47,7 @@ _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 
-class _Message(dict[str, Raw]):
+class _Fields(dict[str, Raw]):
     """A message that keeps its original bytes until a value is replaced."""
 
     def __init__(self, raw: Raw) -> None:
@@ -90,7 +90,9 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, Sequence[Mend]]:
+def mend(
+    line: bytes, codes: Collection[str], provider_format: ProviderFormat
+) -> tuple[bytes, Sequence[Mend]]:
     """Repair what can be repaired in a row; return it unchanged if nothing can.
 
     The caller must check the result again: one repair may reveal another issue.
@@ -103,10 +105,10 @@ def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, 
     if not wanted or has_duplicate_keys(line):
         return line, ()
     try:
-        row = _Row(line)
+        row = _EditableRow(line)
         mends = [
             *(row.cut() if wanted & _CUT else ()),
-            *(row.new_ids(dialect) if wanted & _IDS else ()),
+            *(row.new_ids(provider_format) if wanted & _IDS else ()),
             *(row.write_arguments() if wanted & _ARGUMENTS else ()),
         ]
         return (row.written(), mends) if mends else (line, ())
@@ -115,18 +117,18 @@ def mend(line: bytes, codes: Collection[str], dialect: Dialect) -> tuple[bytes, 
         return line, ()
 
 
-class _Row:
+class _EditableRow:
     """A row, decoded only as far as necessary."""
 
     def __init__(self, line: bytes) -> None:
         self._row = _decode(line, type=_Object)
-        self._lists: dict[tuple[str, ...], list[_Message]] = {}
+        self._lists: dict[tuple[str, ...], list[_Fields]] = {}
         for path in _LISTS:
             raw = self._row.get(path[0])
             for key in path[1:]:
                 raw = _decode(raw, type=_Object).get(key) if raw and _is(raw, b"{") else None
             if raw and _is(raw, b"["):
-                self._lists[path] = [_Message(one) for one in _decode(raw, type=list[Raw])]
+                self._lists[path] = [_Fields(one) for one in _decode(raw, type=list[Raw])]
 
     def written(self) -> bytes:
         """Return the row as JSON."""
@@ -166,9 +168,9 @@ class _Row:
                 "arguments", f"converted the arguments of {plural(count, 'tool call')} to a string"
             )
 
-    def new_ids(self, dialect: Dialect) -> Iterator[Mend]:
+    def new_ids(self, provider_format: ProviderFormat) -> Iterator[Mend]:
         """Assign valid ids to calls and their answers."""
-        pattern = re.compile(dialect.call_id or ".+", re.DOTALL)
+        pattern = re.compile(provider_format.call_id or ".+", re.DOTALL)
         taken: set[str | None] = set()
         for message in itertools.chain(*self._lists.values()):
             taken.add(_text(message.get("tool_call_id")))

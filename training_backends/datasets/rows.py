@@ -150,7 +150,7 @@ class PreferenceRow(msgspec.Struct, frozen=True, gc=False):
     tools: list[Tool] | None = None
 
 
-class _Row(msgspec.Struct, frozen=True, gc=False):
+class _AnyRow(msgspec.Struct, frozen=True, gc=False):
     """A chat or a text; null is the same as a missing key."""
 
     messages: list[Message] | None = None
@@ -163,7 +163,7 @@ class _Input(msgspec.Struct, frozen=True, gc=False):
     tools: list[Tool] | None = None
 
 
-class _Labelled(_Row, frozen=True, gc=False):
+class _Labelled(_AnyRow, frozen=True, gc=False):
     labels: dict[str, str | list[str]] | None = None
 
 
@@ -179,7 +179,7 @@ class _Pair(msgspec.Struct, frozen=True, gc=False):
     tools: list[Tool] | None = None
 
 
-_DECODER: Final = msgspec.json.Decoder(_Row)
+_DECODER: Final = msgspec.json.Decoder(_AnyRow)
 _LABELLED: Final = msgspec.json.Decoder(_Labelled)
 _PAIR: Final = msgspec.json.Decoder(_Pair)
 
@@ -221,7 +221,7 @@ def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | Preference
     return PreferenceRow(prompt, chosen, rejected, tools)
 
 
-def _content(row: _Row) -> ChatRow | TextRow:
+def _content(row: _AnyRow) -> ChatRow | TextRow:
     if row.messages is not None:
         if row.text is not None:
             raise msgspec.ValidationError("Object has both `messages` and `text`: keep one of them")

@@ -20,8 +20,8 @@ from training_backends.datasets.scan_part import (
     MAX_SKIPPED_BYTES,
     UTF16,
     End,
+    FilePart,
     Judged,
-    Part,
     Told,
     Verdict,
     judge_told,
@@ -117,7 +117,7 @@ class _Cutting:
         start, step = begin, _FIRST
         while start < found.st_size:
             end = min(start + step, found.st_size)
-            part = Part(
+            part = FilePart(
                 path=str(self._path),
                 start=start,
                 end=end,
@@ -150,7 +150,9 @@ class _Cutting:
                     unpacked += skipped
             unpacked += len(block)
             closely = unpacked <= _SEARCHED
-            part = Part(lines=block, closely=closely, rules=self._rules, max_line=self._max_line)
+            part = FilePart(
+                lines=block, closely=closely, rules=self._rules, max_line=self._max_line
+            )
             yield Told(self._file, source.size, part)
             step = min(2 * step, _LARGEST_BLOCK)
         yield Told(self._file, source.size, End(source.kind, source.size, source.sha256, unpacked))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import Issue
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.check_fast import Verdict as RowVerdict
@@ -34,9 +34,9 @@ __all__ = [
     "MAX_SKIPPED_BYTES",
     "UTF16",
     "End",
+    "FilePart",
     "Judged",
     "Kind",
-    "Part",
     "Told",
     "Verdict",
     "judge",
@@ -115,7 +115,7 @@ _last: Final = itemgetter(-2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class FilePart:
     """A part of a file to check: a byte range, or the lines themselves.
 
     Attributes:
@@ -226,7 +226,7 @@ class Told:
 
     file: int
     done: int
-    what: Part | End | Issue
+    what: FilePart | End | Issue
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +238,14 @@ class Judged:
     what: Verdict | End | Issue
 
 
-def packed_rules(dialect: Dialect, targets: "Sequence[ClassifierTarget]" = ()) -> bytes:
+def packed_rules(
+    provider_format: ProviderFormat, targets: "Sequence[ClassifierTarget]" = ()
+) -> bytes:
     """Pickle the rules, to be sent with every part."""
-    return pickle.dumps((dialect, tuple(targets)))
+    return pickle.dumps((provider_format, tuple(targets)))
 
 
-def judge(part: Part) -> Verdict:
+def judge(part: FilePart) -> Verdict:
     """Check the lines of a part.
 
     Raises:
@@ -264,7 +266,7 @@ def judge(part: Part) -> Verdict:
 def judge_told(told: Told) -> Judged:
     """Check a part of a file; pass anything else through."""
     what = told.what
-    if not isinstance(what, Part):
+    if not isinstance(what, FilePart):
         return Judged(told.file, told.done, what)
     try:
         return Judged(told.file, told.done, judge(what))
@@ -277,14 +279,14 @@ def judge_told(told: Told) -> Judged:
 @lru_cache(maxsize=16)
 def _rules(packed: bytes, _thread: int) -> RowRules:
     """Return the rules of a thread; cached, because they hold caches and counts."""
-    dialect, targets = pickle.loads(packed)  # noqa: S301  # from our own parent
-    return RowRules(dialect, targets)
+    provider_format, targets = pickle.loads(packed)  # noqa: S301  # from our own parent
+    return RowRules(provider_format, targets)
 
 
 class _Judging:
     """The check of one part."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: FilePart) -> None:
         self.verdict = Verdict()
         self._rules = _rules(part.rules, get_ident())
         self._rules.facts = self.verdict.facts

@@ -13,11 +13,11 @@ from typing import BinaryIO, Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.core.escape import plural
-from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.findings import too_long
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES
 from training_backends.datasets.write import (
     Meter,
@@ -32,7 +32,7 @@ from training_backends.datasets.write import (
 __all__ = ["DEFAULT_SHARE", "Split", "SplitFile", "split"]
 
 DEFAULT_SHARE: Final = 0.05
-"""Size of the validation set relative to the training set, unless the dialect has a limit."""
+"""Size of the validation set relative to the training set, unless its format has a limit."""
 
 _BUCKETS: Final = 1 << 20
 """Buckets of row hashes; their counts take 8 MB regardless of file size."""
@@ -57,7 +57,7 @@ class Split(NamedTuple):
 def split(
     paths: Sequence[Path],
     *,
-    dialect: Dialect = MISTRAL,
+    provider_format: ProviderFormat = MISTRAL,
     fraction: float | None = None,
     rows: int | None = None,
     seed: int = 0,
@@ -71,7 +71,7 @@ def split(
     data set: the size of the validation set applies to all of them together.
 
     Args:
-        dialect: Limits the size of the validation set if `fraction` and `rows` are None.
+        provider_format: Limits the size of the validation set if `fraction` and `rows` are None.
         fraction: Fraction of the rows for validation.
         rows: Number of rows for validation; fewer if identical rows would be separated.
         seed: Random seed.
@@ -101,7 +101,7 @@ def split(
         for each in files:
             for line in each.rows():
                 weights[_bucket(line, seed)] += len(line) if by_bytes else 1
-        budget = _budget(sum(weights), dialect, fraction, rows)
+        budget = _budget(sum(weights), provider_format, fraction, rows)
         chosen = _choose(weights, budget)
         size = plural(budget, "byte" if by_bytes else "row")
         _check(paths[0], weights, chosen, size)
@@ -165,16 +165,18 @@ def _targets(path: Path, directory: Path | None) -> tuple[Path, Path]:
     return place / f"{name}.train.jsonl", place / f"{name}.validation.jsonl"
 
 
-def _budget(total: int, dialect: Dialect, fraction: float | None, rows: int | None) -> int:
+def _budget(
+    total: int, provider_format: ProviderFormat, fraction: float | None, rows: int | None
+) -> int:
     """Return the size of the validation set: in bytes, or in rows if they were requested."""
     if rows is not None:
         return rows
     if fraction is not None:
         return round(fraction * total)
-    share = dialect.validation_max_share or DEFAULT_SHARE
+    share = provider_format.validation_max_share or DEFAULT_SHARE
     # The share is relative to the remaining training rows.
     budget = int(total * share / (1 + share))
-    return min(budget, dialect.validation_max_bytes or budget)
+    return min(budget, provider_format.validation_max_bytes or budget)
 
 
 def _choose(weights: Sequence[int], budget: int) -> bytearray:

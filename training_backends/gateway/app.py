@@ -14,7 +14,7 @@ from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.auth import Guard
-from training_backends.gateway.errors import Refusal, failure_answer, field_errors, is_temporary
+from training_backends.gateway.errors import HTTPProblem, failure_answer, field_errors, is_temporary
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -41,7 +41,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
         exception_handlers={
-            Refusal: _rejected,
+            HTTPProblem: _rejected,
             HTTPException: _http_error,
             RequestValidationError: _invalid,
             TrainingBackendError: _backend_failed,
@@ -102,7 +102,7 @@ class _Health:
 
 
 async def _rejected(_: Request, refusal: Exception) -> JSONResponse:
-    assert isinstance(refusal, Refusal)  # noqa: S101  # registered for it only
+    assert isinstance(refusal, HTTPProblem)  # noqa: S101  # registered for it only
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logging import get_logger, redact
-from training_backends.gateway.errors import Refusal, failure_answer
+from training_backends.gateway.errors import HTTPProblem, failure_answer
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
 
@@ -90,7 +90,7 @@ class Guard:
         if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
             try:
                 scope["state"]["caller"] = await admit()
-            except Refusal as refusal:
+            except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
         if path == _UPLOADS:

@@ -15,7 +15,7 @@ from training_backends.core.errors import (
 from training_backends.protocols.mistral.errors import ErrorItem, validation_body
 
 __all__ = [
-    "Refusal",
+    "HTTPProblem",
     "failure_answer",
     "field_errors",
     "invalid",
@@ -50,7 +50,7 @@ _SHORTAGES: Final = frozenset(
 """Errors of a system short of resources, or of a failing disk."""
 
 
-class Refusal(Exception):
+class HTTPProblem(Exception):
     """A request that is answered with an error.
 
     Attributes:
@@ -68,23 +68,23 @@ class Refusal(Exception):
         self.headers = dict(headers or {})
 
 
-def plain(status: int, sentence: str, **more: Any) -> Refusal:
+def plain(status: int, sentence: str, **more: Any) -> HTTPProblem:
     """Return an error with one sentence as its `detail`, for errors not tied to a field."""
-    return Refusal(status, {"detail": sentence, **more})
+    return HTTPProblem(status, {"detail": sentence, **more})
 
 
-def not_found(what: str) -> Refusal:
+def not_found(what: str) -> HTTPProblem:
     """Return the service's 404."""
     return plain(404, f"No {what} matches the given query.")
 
 
-def misfit(place: Sequence[str | int], error: ValidationError) -> Refusal:
+def misfit(place: Sequence[str | int], error: ValidationError) -> HTTPProblem:
     """Return a 422 for the fields of one part of the request that fail its model."""
     items: list[ErrorItem] = [
         {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
         for detail in error.errors(include_url=False, include_input=False)
     ]
-    return Refusal(422, field_errors(items))
+    return HTTPProblem(422, field_errors(items))
 
 
 def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def _truncated(item: ErrorItem) -> ErrorItem:
     return cut
 
 
-def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> Refusal:
+def invalid(loc: Sequence[str | int], message: str, kind: str = "value_error") -> HTTPProblem:
     """Return a 422 for one field of the request."""
     item: ErrorItem = {"type": kind, "loc": list(loc), "msg": message}
-    return Refusal(422, field_errors([item]))
+    return HTTPProblem(422, field_errors([item]))
 
 
 def failure_answer(

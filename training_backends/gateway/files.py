@@ -14,14 +14,14 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from training_backends.core.logging import get_logger
-from training_backends.gateway.errors import Refusal, invalid, not_found, plain
+from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
     Incoming,
-    Pace,
+    MinimumSpeed,
     Upload,
     read_facts,
     receive,
@@ -72,7 +72,9 @@ class StoredFile:
 class FileService:
     """Receives, lists, serves and deletes files."""
 
-    def __init__(self, store: GatewayStore, blobs: BlobStore, *, limit: int, pace: Pace) -> None:
+    def __init__(
+        self, store: GatewayStore, blobs: BlobStore, *, limit: int, pace: MinimumSpeed
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._limit = limit
@@ -97,7 +99,7 @@ class FileService:
         """Receive a file; uploading the same name and content again returns the same file.
 
         Raises:
-            Refusal: The file is too large, too slow, invalid, or does not fit on the disk.
+            HTTPProblem: The file is too large, too slow, invalid, or does not fit on the disk.
         """
         if content_length is not None:
             if content_length > self._limit + FORM_OVERHEAD:
@@ -307,7 +309,7 @@ def _mimetype(purpose: str, content_type: str | None) -> str:
     return content_type or "application/octet-stream"
 
 
-def _disk_full() -> Refusal:
+def _disk_full() -> HTTPProblem:
     return plain(507, "Not enough disk space on the gateway for this file.")
 
 

@@ -30,7 +30,7 @@ from training_backends.gateway.models import ModelService
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
-from training_backends.gateway.uploads import BlobStore, Pace
+from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
 
@@ -178,7 +178,7 @@ async def open_gateway(
             store,
             blobs or BlobStore(root),
             limit=settings.max_upload_bytes,
-            pace=Pace(silence=settings.upload_timeout, rate=settings.min_upload_rate),
+            pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
         )
         await files.open()
         tasks = await stack.enter_async_context(beside())

@@ -57,7 +57,7 @@ def check_job(
     """Check everything in a request that can be checked without its files.
 
     Raises:
-        Refusal: A field is invalid or not supported.
+        HTTPProblem: A field is invalid or not supported.
     """
     job_type = request.job_type or ("classifier" if request.classifier_targets else "completion")
     offer = _offer(request.model, job_type, catalogue, capabilities)

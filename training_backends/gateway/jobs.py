@@ -15,7 +15,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
-from training_backends.gateway.errors import Refusal, invalid, plain
+from training_backends.gateway.errors import HTTPProblem, invalid, plain
 from training_backends.gateway.files import FileService, StoredFile, names_by_path
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -39,7 +39,7 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import ENDED, GatewayStore, jobs
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 
-__all__ = ["JobFilters", "JobService"]
+__all__ = ["JobQuery", "JobService"]
 
 _RETRY_AFTER = "60"
 """Seconds."""
@@ -48,7 +48,7 @@ _CONFLICTING = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobFilters:
+class JobQuery:
     """Which jobs to list; None does not filter. Times without a zone are UTC."""
 
     model: str | None = None
@@ -88,7 +88,7 @@ class JobService:
         self._settings = settings
 
     async def list(
-        self, filters: JobFilters, caller: Principal, *, page: int, page_size: int
+        self, filters: JobQuery, caller: Principal, *, page: int, page_size: int
     ) -> JobsOut:
         """Return one page of jobs, newest first, and the total number."""
         conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
@@ -111,7 +111,7 @@ class JobService:
         """Create a job; it is validated in the background and trained once started.
 
         Raises:
-            Refusal: The request is invalid, or a similar job is unfinished (409).
+            HTTPProblem: The request is invalid, or a similar job is unfinished (409).
         """
         job = self._check(request)
         job_id = str(uuid4())
@@ -128,7 +128,7 @@ class JobService:
         """Estimate a job without creating it.
 
         Raises:
-            Refusal: The request is invalid.
+            HTTPProblem: The request is invalid.
         """
         job = self._check(request)
         found = await self._store.aread(lambda c: self._find(c, job, caller))
@@ -161,7 +161,7 @@ class JobService:
         """Start a validated job; no effect if it is already started.
 
         Raises:
-            Refusal: The job is not validated yet, or has finished.
+            HTTPProblem: The job is not validated yet, or has finished.
         """
 
         def work(connection: sa.Connection) -> DetailedJobOut:
@@ -179,7 +179,7 @@ class JobService:
         """Cancel a job: immediately before its start, asynchronously while it runs; safe to repeat.
 
         Raises:
-            Refusal: The job is running, and the backend cannot stop a run.
+            HTTPProblem: The job is running, and the backend cannot stop a run.
         """
 
         def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
@@ -342,7 +342,7 @@ def _check_open_jobs(limit: int, connection: sa.Connection, key_id: str) -> None
     found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
     if found.scalar_one() >= limit:
         sentence = f"This API key has {limit} unfinished jobs; wait for one or cancel one."
-        raise Refusal(429, {"detail": sentence}, {"retry-after": _RETRY_AFTER})
+        raise HTTPProblem(429, {"detail": sentence}, {"retry-after": _RETRY_AFTER})
 
 
 def _canonical(file_id: str, place: list[str | int]) -> str:
@@ -352,7 +352,7 @@ def _canonical(file_id: str, place: list[str | int]) -> str:
         raise invalid(place, "Input should be a valid UUID", "uuid_parsing") from None
 
 
-def _conditions(filters: JobFilters) -> list[sa.ColumnElement[bool]]:
+def _conditions(filters: JobQuery) -> list[sa.ColumnElement[bool]]:
     equal = {
         jobs.c.model: filters.model,
         jobs.c.created_by: filters.created_by,

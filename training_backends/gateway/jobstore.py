@@ -229,7 +229,7 @@ def require_job(connection: sa.Connection, job_id: str, caller: Principal) -> An
     """Return the row of a job that the caller may see.
 
     Raises:
-        Refusal: There is no such job for this client.
+        HTTPProblem: There is no such job for this client.
     """
     visible = jobs.c.id == job_id, caller.sees(jobs.c.project)
     row = connection.execute(sa.select(jobs).where(*visible)).first()
@@ -352,7 +352,7 @@ def detailed_job(connection: sa.Connection, job_id: str, caller: Principal) -> D
     """Return a job with its events, oldest first, and its checkpoints, newest first.
 
     Raises:
-        Refusal: There is no such job for this client.
+        HTTPProblem: There is no such job for this client.
     """
     row = require_job(connection, job_id, caller)
     happened = connection.execute(

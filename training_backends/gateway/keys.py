@@ -23,7 +23,7 @@ from pydantic import SecretStr, TypeAdapter
 from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
 from training_backends.core.estimate import Duration
 from training_backends.core.run import utc_now
-from training_backends.gateway.errors import Refusal, plain
+from training_backends.gateway.errors import HTTPProblem, plain
 from training_backends.gateway.store import DEFAULT_PROJECT, GatewayStore, keys
 
 __all__ = [
@@ -214,7 +214,7 @@ class KeyStore:
             writes: Whether the request does more than read.
 
         Raises:
-            Refusal: 401: the key is unknown, revoked or expired; 403: it is read-only.
+            HTTPProblem: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
@@ -245,9 +245,9 @@ class KeyStore:
             self._store.write(lambda connection: connection.execute(used))
 
 
-def unauthorized(sentence: str = "Unauthorized") -> Refusal:
+def unauthorized(sentence: str = "Unauthorized") -> HTTPProblem:
     """Return a 401."""
-    return Refusal(401, {"detail": sentence}, {"www-authenticate": "Bearer"})
+    return HTTPProblem(401, {"detail": sentence}, {"www-authenticate": "Bearer"})
 
 
 def open_keys(home: Path) -> KeyStore:

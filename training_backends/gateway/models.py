@@ -85,7 +85,7 @@ class ModelService:
         """Return one model.
 
         Raises:
-            Refusal: There is no such model.
+            HTTPProblem: There is no such model.
         """
         for offer in self._offers():
             if offer.name == model_id:

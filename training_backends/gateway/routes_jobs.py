@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter
 
-from training_backends.gateway.jobs import JobFilters
+from training_backends.gateway.jobs import JobQuery
 from training_backends.gateway.routes import (
     Caller,
     Conflict,
@@ -50,7 +50,7 @@ async def list_jobs(
     suffix: str | None = None,
 ) -> JobsOut:
     """List jobs, newest first."""
-    filters = JobFilters(
+    filters = JobQuery(
         model=model,
         created_after=created_after,
         created_before=created_before,

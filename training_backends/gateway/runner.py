@@ -29,7 +29,7 @@ from training_backends.core.errors import (
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.gateway.errors import Refusal, is_temporary
+from training_backends.gateway.errors import HTTPProblem, is_temporary
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobstore import (
     NOT_ENDED,
@@ -151,7 +151,7 @@ class JobRunner:
             began = anyio.current_time()
             try:
                 await self._drive_or_fail(job_id, again=tries > 0)
-            except Refusal:
+            except HTTPProblem:
                 log.warning("job not found")
                 return
             except Exception as error:
@@ -192,7 +192,7 @@ class JobRunner:
             if again and (await self._load(job_id)).status in ENDED:
                 await self._on_end(job_id)  # may be what failed before; safe to repeat
         except Exception as group:  # anything else is a failure of this job
-            if is_temporary(group) or isinstance(group, Refusal):
+            if is_temporary(group) or isinstance(group, HTTPProblem):
                 raise
             error = _single(group)
             if isinstance(error, TrainingBackendError) and not isinstance(error, BackendBroken):

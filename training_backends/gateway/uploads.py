@@ -22,17 +22,17 @@ from multipart import (
 from training_backends.core.escape import plural
 from training_backends.core.files import make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
-from training_backends.datasets.dialects import MISTRAL
 from training_backends.datasets.inspect import LineError, check_upload
-from training_backends.gateway.errors import Refusal, invalid, plain
+from training_backends.datasets.provider_formats import MISTRAL
+from training_backends.gateway.errors import HTTPProblem, invalid, plain
 
 __all__ = [
     "FORM_OVERHEAD",
     "BlobStore",
     "FileFacts",
     "Incoming",
+    "MinimumSpeed",
     "OpenFile",
-    "Pace",
     "Upload",
     "read_facts",
     "receive",
@@ -57,13 +57,13 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
     Blocking; reads line by line.
 
     Raises:
-        Refusal: A training file has invalid lines.
+        HTTPProblem: A training file has invalid lines.
     """
     if purpose == "batch":
         return FileFacts(_count_lines(path), "batch_request")
     if purpose != "fine-tune":
         return FileFacts(None, "instruct")
-    found = check_upload(path, dialect=MISTRAL, max_errors=SHOWN_ERRORS)
+    found = check_upload(path, provider_format=MISTRAL, max_errors=SHOWN_ERRORS)
     if found.errors:
         raise _refusal(found.errors)
     # The protocol has no sample type for classifier data.
@@ -71,10 +71,10 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
     return FileFacts(found.num_lines, sample_type)
 
 
-def _refusal(errors: Sequence[LineError]) -> Refusal:
+def _refusal(errors: Sequence[LineError]) -> HTTPProblem:
     count = "at least " if len(errors) >= SHOWN_ERRORS else ""
     count += plural(len(errors), "error")
-    return Refusal(
+    return HTTPProblem(
         422,
         {
             "detail": "Invalid file format.",
@@ -243,7 +243,7 @@ _EXTENDED = re.compile(r"""\bfilename\*="?(utf-8|iso-8859-1)'[^';]*'([^\s;"]+)""
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class MinimumSpeed:
     """Minimum speed of an upload.
 
     Attributes:
@@ -269,13 +269,18 @@ class Upload:
     content_type: str | None = None
 
 
-def too_large(limit: int) -> Refusal:
+def too_large(limit: int) -> HTTPProblem:
     """Return a 413 for a file above the limit."""
     return plain(413, f"File too large; the limit is {limit} bytes.")
 
 
 async def receive(
-    chunks: AsyncIterator[bytes], content_type: str, into: Incoming, *, limit: int, pace: Pace
+    chunks: AsyncIterator[bytes],
+    content_type: str,
+    into: Incoming,
+    *,
+    limit: int,
+    pace: MinimumSpeed,
 ) -> Upload:
     """Read a form, streaming the part named `file` to disk.
 
@@ -285,7 +290,7 @@ async def receive(
         limit: Maximum file size in bytes.
 
     Raises:
-        Refusal: The body is not a form, a part is too large, or the client is too slow.
+        HTTPProblem: The body is not a form, a part is too large, or the client is too slow.
         OSError: The disk is full or fails.
     """
     kind, options = parse_options_header(content_type)
@@ -300,7 +305,7 @@ async def receive(
     return form.upload
 
 
-async def _paced(chunks: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[bytes]:
+async def _paced(chunks: AsyncIterator[bytes], pace: MinimumSpeed) -> AsyncIterator[bytes]:
     """Pass chunks through and enforce the pace."""
     waited, arrived = 0.0, 0
     while True:
@@ -318,14 +323,14 @@ async def _paced(chunks: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[byte
         yield chunk
 
 
-def _too_slow(pace: Pace, *, silent: bool) -> Refusal:
+def _too_slow(pace: MinimumSpeed, *, silent: bool) -> HTTPProblem:
     why = (
         f"No data arrived for {pace.silence:g} s"
         if silent
         else f"The upload is slower than {pace.rate:g} bytes/s"
     )
     # Close: data still in flight belongs to no request.
-    return Refusal(408, {"detail": f"{why}; upload the file again."}, {"connection": "close"})
+    return HTTPProblem(408, {"detail": f"{why}; upload the file again."}, {"connection": "close"})
 
 
 class _Form:

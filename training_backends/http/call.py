@@ -12,15 +12,15 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logging import get_logger
-from training_backends.http.limits import Breaker, Limiter, Refusal
+from training_backends.http.limits import Breaker, CircuitOpen, Limiter
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.retry import Backoff, read_retry_after
 from training_backends.http.upload import CHUNK_BYTES
 
-__all__ = ["Call", "Pace", "pacing"]
+__all__ = ["Call", "TransferDeadline", "pacing"]
 
 
-class Pace:
+class TransferDeadline:
     """Extends a deadline by the same time for every `CHUNK_BYTES` that are transferred."""
 
     def __init__(self, scope: anyio.CancelScope, seconds: float) -> None:
@@ -53,7 +53,7 @@ class Pace:
 
 
 @contextmanager
-def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
+def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[TransferDeadline]:
     """Cancel the block when a transfer is slower than its pace.
 
     Args:
@@ -61,7 +61,7 @@ def pacing(seconds: float, late: Callable[[str], Exception]) -> Iterator[Pace]:
         late: Makes the error from a description of what did not happen in time.
     """
     with anyio.CancelScope() as scope:
-        pace = Pace(scope, seconds)
+        pace = TransferDeadline(scope, seconds)
         yield pace
     if scope.cancelled_caught:
         raise late(pace.failing)
@@ -207,7 +207,7 @@ class Call:
             BackendUnavailable: The circuit breaker is open after repeated failures.
         """
         allowed = breaker.enter()
-        if isinstance(allowed, Refusal):
+        if isinstance(allowed, CircuitOpen):
             raise self._circuit_open(allowed)
         answered, what = None, ""
         try:
@@ -223,7 +223,7 @@ class Call:
         finally:
             breaker.leave(trying=allowed, answered=answered, what=what)
 
-    def _circuit_open(self, refusal: Refusal) -> BackendUnavailable:
+    def _circuit_open(self, refusal: CircuitOpen) -> BackendUnavailable:
         return BackendUnavailable(
             f"{self.name}: not sent; the last {refusal.failures} calls to this server failed, "
             f"since {refusal.since:%H:%M:%S} UTC. Next attempt in {refusal.seconds:.1f} s. "

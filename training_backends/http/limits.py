@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from training_backends.http.retry import read_retry_after
 
-__all__ = ["Account", "Breaker", "Limiter", "Refusal", "account_of"]
+__all__ = ["Account", "Breaker", "CircuitOpen", "Limiter", "account_of"]
 
 _FAILURES: Final = 5
 """Consecutive failed calls, each with all its attempts."""
@@ -24,7 +24,7 @@ _uniform = SystemRandom().uniform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class CircuitOpen:
     """Why the circuit breaker rejects a call.
 
     Attributes:
@@ -68,7 +68,7 @@ class Breaker:
         self._pauses = 0
         self._ask_at: float | None = None
 
-    def enter(self) -> bool | Refusal:
+    def enter(self) -> bool | CircuitOpen:
         """Allow a call or return why it is rejected.
 
         Returns:
@@ -81,7 +81,7 @@ class Breaker:
             if now >= self._ask_at:
                 self._ask_at = now + self._patience
                 return True
-            return Refusal(
+            return CircuitOpen(
                 failures=self._failures,
                 since=self._since,
                 seconds=self._ask_at - now,

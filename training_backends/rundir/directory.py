@@ -36,12 +36,12 @@ from training_backends.core.run import Failure, UtcDatetime, utc_now
 __all__ = [
     "CheckpointState",
     "Event",
-    "ExitCode",
     "ExitRecord",
     "MetricsRow",
     "ResultRecord",
     "RunDir",
     "RunSpec",
+    "TrainerExitCode",
     "rows_per_epoch",
 ]
 
@@ -52,7 +52,7 @@ _TAIL_BYTES: Final = 16 * 1024
 """About a hundred rows of metrics."""
 
 
-class ExitCode(IntEnum):
+class TrainerExitCode(IntEnum):
     """How a training process ends."""
 
     DONE = 0

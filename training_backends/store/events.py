@@ -65,7 +65,7 @@ class Timeline(Database):
         *,
         after: str | None,
         cursor: str | None,
-        tell_status: bool = False,
+        add_status_record: bool = False,
     ) -> TrainingRun | None:
         """Store one observation of a run: changes, log records after `after`, the new cursor.
 
@@ -77,7 +77,7 @@ class Timeline(Database):
         its log.
 
         Args:
-            tell_status: Add a record for a status change that no given record reports.
+            add_status_record: Add a record for a status change that no given record reports.
             change: Receives the current run; must not use the store. If it raises, nothing is
                 stored.
 
@@ -90,7 +90,7 @@ class Timeline(Database):
             if row.cursor != after:
                 return None
             run = change_run(connection, row, change, cursor=cursor)
-            if tell_status:
+            if add_status_record:
                 clean = _with_status(connection, row, run, clean)
             _append(connection, row, clean)
             _mark_complete(connection, row, run)
@@ -142,7 +142,7 @@ class Timeline(Database):
                     _mark_complete(connection, row, run)
             return run
 
-    def is_whole(self, run_id: str) -> bool:
+    def is_complete(self, run_id: str) -> bool:
         """Return whether a run has finished and its log is stored completely."""
         with self._reading() as connection:
             query = sa.select(runs.c.whole).where(runs.c.id == run_id)

@@ -17,7 +17,7 @@ from training_backends.core.run import utc_now
 from training_backends.store.database import Database
 from training_backends.store.schema import as_text, leases
 
-__all__ = ["IsGone", "Lease", "LeaseLost", "Leases", "require"]
+__all__ = ["IsGone", "Lease", "LeaseLost", "LeaseTable", "require"]
 
 IsGone = Callable[[str], bool | None]
 """Returns whether an owner is dead: True, False (alive on this machine) or None (unknown).
@@ -43,7 +43,7 @@ class LeaseLost(StoreError):
     """Another process has taken over the lease, so nothing was written."""
 
 
-class Leases(Database):
+class LeaseTable(Database):
     """Leases in the run store."""
 
     def take(self, name: str, owner: str, ttl: timedelta, *, is_gone: IsGone) -> Lease | None:

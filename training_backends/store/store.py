@@ -2,13 +2,13 @@
 
 from training_backends.store.events import Timeline
 from training_backends.store.journal import Journals
-from training_backends.store.leases import Leases
+from training_backends.store.leases import LeaseTable
 from training_backends.store.runs import Runs
 
 __all__ = ["RunStore"]
 
 
-class RunStore(Runs, Journals, Leases, Timeline):
+class RunStore(Runs, Journals, LeaseTable, Timeline):
     """All runs with their journals, logs, metrics and leases in one SQL database.
 
     Every method is one durable, blocking transaction, safe across threads and processes.

@@ -115,13 +115,13 @@ class BackendConformance:
             fields = [issue.field for issue in report.errors]
             _expect("method" in fields, f"an error of `method` for {method}, not {fields}")
 
-    async def check_dialect_fits_the_methods(self, subject: Subject) -> None:
+    async def check_provider_format_fits_the_methods(self, subject: Subject) -> None:
         """The provider format covers each method, and accepts the test data."""
         capabilities = subject.backend.capabilities
-        formats = {*capabilities.dialect.formats}
+        formats = {*capabilities.provider_format.formats}
         for method in capabilities.methods:
             _expect(bool(_FORMATS[method] & formats), f"a row format for {method}")
-        found = inspect(subject.config, dialect=capabilities.dialect)
+        found = inspect(subject.config, provider_format=capabilities.provider_format)
         _expect(not found.errors, f"data that is valid for the backend, not {found.errors}")
 
     async def check_tolerated_rows_are_what_the_options_say(self, subject: Subject) -> None:

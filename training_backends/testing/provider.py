@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from training_backends.protocols.mistral.errors import ErrorItem, no_model_message, validation_body
 from training_backends.protocols.mistral.wire import JobIn
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 from training_backends.testing.stored import (
-    StoredFile,
+    ProviderFile,
     StoredJob,
     base_card,
     file_id_of,
@@ -81,7 +81,7 @@ class ScriptedProvider(LoopbackServer):
 
     def __init__(self) -> None:
         super().__init__(self._respond)
-        self.files: dict[str, StoredFile] = {}
+        self.files: dict[str, ProviderFile] = {}
         self.jobs: dict[str, StoredJob] = {}
         self.late_creates: list[int] = []
         self._late: list[_LateCreate] = []
@@ -172,7 +172,7 @@ class ScriptedProvider(LoopbackServer):
 
     # -- the front door ----------------------------------------------------------------
 
-    def _respond(self, request: Received) -> Reply:
+    def _respond(self, request: Received) -> StubReply:
         with self._state:
             try:
                 return self._route(request)
@@ -186,7 +186,7 @@ class ScriptedProvider(LoopbackServer):
             with suppress(_ErrorResponse):  # its client already got a 504
                 self._accept(late.body, late.owner)
 
-    def _route(self, request: Received) -> Reply:
+    def _route(self, request: Received) -> StubReply:
         given = request.headers.get("authorization", "")
         if not given.startswith("Bearer ") or self.key not in {None, given[7:]}:
             raise _ErrorResponse(401, {"message": "Unauthorized", "request_id": "0"})
@@ -201,14 +201,14 @@ class ScriptedProvider(LoopbackServer):
             return self._models(request, parts[2:] if parts[1] == "models" else parts[3:])
         raise _ErrorResponse(404, {"detail": "Not Found"})
 
-    def _files(self, request: Received, rest: list[str]) -> Reply:
+    def _files(self, request: Received, rest: list[str]) -> StubReply:
         if not rest:
             return self._upload(request) if request.method == "POST" else self._list_files(request)
         file = self.files.get(rest[0])
         if file is None:
             raise _ErrorResponse(404, {"detail": "No file matches the given query."})
         if rest[1:] == ["content"]:
-            return Reply(content=file.content, content_type="application/octet-stream")
+            return StubReply(content=file.content, content_type="application/octet-stream")
         if rest[1:] == ["url"]:
             return _json({"url": f"{self.base_url}/signed/{file.id}"})
         if request.method == "DELETE":
@@ -216,7 +216,7 @@ class ScriptedProvider(LoopbackServer):
             return _json({"id": file.id, "object": "file", "deleted": True})
         return _json({**file.document(), "deleted": file.deleted})
 
-    def _list_files(self, request: Received) -> Reply:
+    def _list_files(self, request: Received) -> StubReply:
         asked = dict(request.query)
         found = [
             file
@@ -225,15 +225,15 @@ class ScriptedProvider(LoopbackServer):
             and asked.get("search", "") in file.filename
             and asked.get("purpose") in {None, file.purpose}
         ]
-        return _json(_page(found, asked, StoredFile.document))
+        return _json(_page(found, asked, ProviderFile.document))
 
-    def _upload(self, request: Received) -> Reply:
+    def _upload(self, request: Received) -> StubReply:
         fields, filename, content = read_form(request)
         digest = sha256(content).hexdigest()
         for file in self.files.values():
             if (file.filename, file.digest, file.deleted) == (filename, digest, False):
                 return _json(file.document())
-        file = StoredFile(
+        file = ProviderFile(
             id=str(uuid.uuid4()),
             filename=filename,
             size=len(content),
@@ -246,7 +246,7 @@ class ScriptedProvider(LoopbackServer):
         self.files[file.id] = file
         return _json(file.document())
 
-    def _jobs(self, request: Received, rest: list[str]) -> Reply:
+    def _jobs(self, request: Received, rest: list[str]) -> StubReply:
         if not rest:
             return self._create(request) if request.method == "POST" else self._list_jobs(request)
         job = self.jobs.get(rest[0])
@@ -270,7 +270,7 @@ class ScriptedProvider(LoopbackServer):
         elif job.status not in _TERMINAL:
             self.set_status(job.id, "CANCELLATION_REQUESTED")
 
-    def _list_jobs(self, request: Received) -> Reply:
+    def _list_jobs(self, request: Received) -> StubReply:
         asked = dict(request.query)
         jobs = list(reversed(self.jobs.values()))
         if self.lists_lag and len(request.query) > 2:
@@ -291,7 +291,7 @@ class ScriptedProvider(LoopbackServer):
         ]
         return _json(_page(found, asked, lambda job: job.document(detailed=False)))
 
-    def _create(self, request: Received) -> Reply:
+    def _create(self, request: Received) -> StubReply:
         body = json.loads(request.body)
         try:
             JobIn.model_validate(body)
@@ -319,7 +319,7 @@ class ScriptedProvider(LoopbackServer):
             raise _ErrorResponse(409, {"detail": "A similar job is in progress."})
         return self._make_job(body, owner)
 
-    def _models(self, request: Received, rest: list[str]) -> Reply:
+    def _models(self, request: Received, rest: list[str]) -> StubReply:
         if not rest:
             base = [base_card(name, self.clock()) for name in self.models]
             tuned = [tuned_card(job) for job in self.jobs.values() if job.fine_tuned_model]
@@ -340,8 +340,8 @@ class ScriptedProvider(LoopbackServer):
         return _json(tuned_card(job))
 
 
-def _json(body: Any, status: int = 200) -> Reply:
-    return Reply(status=status, content=json.dumps(body).encode())
+def _json(body: Any, status: int = 200) -> StubReply:
+    return StubReply(status=status, content=json.dumps(body).encode())
 
 
 def _page(

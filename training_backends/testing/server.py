@@ -22,7 +22,7 @@ from training_backends.testing.faults import (
     SlowAnswer,
 )
 
-__all__ = ["LoopbackServer", "Received", "Reply"]
+__all__ = ["LoopbackServer", "Received", "StubReply"]
 
 _IN_MEMORY = 1_000_000
 
@@ -53,7 +53,7 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class StubReply:
     """The response to send."""
 
     status: int = 200
@@ -80,7 +80,7 @@ class LoopbackServer:
         largest_burst: Maximum number of concurrent requests.
     """
 
-    def __init__(self, answer: Callable[[Received], Reply]) -> None:
+    def __init__(self, answer: Callable[[Received], StubReply]) -> None:
         self._answer = answer
         self._planned: list[_Planned] = []
         self._lock = Lock()
@@ -101,8 +101,8 @@ class LoopbackServer:
 
     def start(self, port: int = 0) -> None:
         """Start serving; port 0 picks a free port."""
-        handler = type("_Bound", (_Handler,), {"owner": self})
-        self._server = _Server(("127.0.0.1", port), handler)
+        handler = type("_Bound", (_RequestHandler,), {"owner": self})
+        self._server = _StubServer(("127.0.0.1", port), handler)
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -199,17 +199,17 @@ class LoopbackServer:
                 return plan.fault
         return None
 
-    def answer(self, request: Received) -> Reply:
+    def answer(self, request: Received) -> StubReply:
         """Process a request; an exception in the script is returned as the response."""
         try:
             return self._answer(request)
         except Exception:  # make any exception visible to the test
-            return Reply(
+            return StubReply(
                 status=500, content=traceback.format_exc().encode(), content_type="text/plain"
             )
 
 
-class _Server(ThreadingHTTPServer):
+class _StubServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
@@ -218,7 +218,7 @@ class _Server(ThreadingHTTPServer):
         """Ignore: clients that disconnect are part of the tests."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     owner: ClassVar[LoopbackServer]
     # Send headers and body in one packet instead of 40 ms apart.
@@ -239,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         request = self._read()
         with self.owner.received(request) as fault:
-            reply = self.owner.answer(request) if fault is None or fault.done else Reply()
+            reply = self.owner.answer(request) if fault is None or fault.done else StubReply()
             if fault is None:
                 self._send(reply)
             else:
@@ -266,12 +266,12 @@ class _Handler(BaseHTTPRequestHandler):
             content=content,
         )
 
-    def _break(self, fault: Fault, reply: Reply) -> None:
+    def _break(self, fault: Fault, reply: StubReply) -> None:
         if isinstance(fault, LoseAnswer | DropRequest):
             self._hang_up()
         elif isinstance(fault, OtherAnswer):
             self._send(
-                Reply(
+                StubReply(
                     status=fault.status,
                     content=fault.content(),
                     content_type=fault.content_type,
@@ -289,11 +289,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(fault.pause)
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: StubReply) -> None:
         self._head(reply)
         self.wfile.write(reply.content)
 
-    def _head(self, reply: Reply) -> None:
+    def _head(self, reply: StubReply) -> None:
         self.send_response(reply.status, HTTPStatus(reply.status).phrase)
         self.send_header("Content-Type", reply.content_type)
         self.send_header("Content-Length", str(len(reply.content)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["StoredFile", "StoredJob", "base_card", "file_id_of", "tuned_card", "tuned_model"]
+__all__ = ["ProviderFile", "StoredJob", "base_card", "file_id_of", "tuned_card", "tuned_model"]
 
 
 def file_id_of(entry: Any) -> str:
@@ -12,7 +12,7 @@ def file_id_of(entry: Any) -> str:
 
 
 @dataclass(slots=True, kw_only=True)
-class StoredFile:
+class ProviderFile:
     """An uploaded file."""
 
     id: str

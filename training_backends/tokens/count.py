@@ -14,7 +14,7 @@ from training_backends.datasets.open_file import STDIN, kind_of
 from training_backends.datasets.worker_pool import cpu_count, run_parallel
 from training_backends.datasets.write import Meter
 from training_backends.tokens.cache import CountCache
-from training_backends.tokens.count_part import Check, Job, Part, compare, draw
+from training_backends.tokens.count_part import CountCheck, CountJob, PartCount, compare, draw
 from training_backends.tokens.counters import NOTE as OPENAI_NOTE
 from training_backends.tokens.counters import count_row, counter_of, is_fast
 from training_backends.tokens.counts import (
@@ -162,7 +162,7 @@ class _Counting:
 
     def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
         found: dict[int, _Estimate] = {}
-        complete: list[tuple[int, Job]] = []
+        complete: list[tuple[int, CountJob]] = []
         for number, file in enumerate(self._files):
             job = self._job(file, is_packed=packed[number])
             wanted = _share(sample, file.size, self._size)
@@ -182,8 +182,8 @@ class _Counting:
             self._cache.keep(self._files[number], lengths)
         return [found[number] for number in sorted(found)]
 
-    def _job(self, file: DataFile, *, is_packed: bool) -> Job:
-        return Job(
+    def _job(self, file: DataFile, *, is_packed: bool) -> CountJob:
+        return CountJob(
             path=file.path,
             tokenizer=self._tokenizer,
             seq_len=self._seq_len,
@@ -192,7 +192,7 @@ class _Counting:
             texts_only=self._texts_only,
         )
 
-    def _draw(self, file: DataFile, job: Job, wanted: int) -> _Estimate:
+    def _draw(self, file: DataFile, job: CountJob, wanted: int) -> _Estimate:
         """Estimate a file: mean tokens per byte of sampled rows, times the file size."""
         if not self._slow:
             self._note(compare(replace(job, draws=_CHECKED_ROWS)))
@@ -207,7 +207,7 @@ class _Counting:
             sample.at_least,
         )
 
-    def _note(self, check: Check) -> None:
+    def _note(self, check: CountCheck) -> None:
         if check.difference:
             raise _Mismatch(check.difference)
         if check.omitted:
@@ -215,7 +215,9 @@ class _Counting:
             if note not in self._notes:
                 self._notes.append(note)
 
-    def _count_complete(self, complete: Sequence[tuple[int, Job]]) -> Iterator[tuple[int, Lengths]]:
+    def _count_complete(
+        self, complete: Sequence[tuple[int, CountJob]]
+    ) -> Iterator[tuple[int, Lengths]]:
         """Count files completely, in parts distributed over processes."""
         jobs = [(number, job) for number, each in complete for job in self._parts(number, each)]
         size = sum(self._files[number].size for number, _ in complete)
@@ -226,10 +228,10 @@ class _Counting:
             file = self._files[number]
             if meter is None:
                 meter = Meter(file.path, file.size, self._on_progress)
-            if isinstance(result, Check):
+            if isinstance(result, CountCheck):
                 self._note(result)
                 continue
-            part: Part = result
+            part: PartCount = result
             lines += part.lines
             if part.failure:
                 error = BadRow if part.lines else Uncountable
@@ -240,7 +242,7 @@ class _Counting:
                 yield number, lengths
                 lengths, lines, meter = Lengths(), 0, None
 
-    def _parts(self, number: int, job: Job) -> Iterator[Job]:
+    def _parts(self, number: int, job: CountJob) -> Iterator[CountJob]:
         size = self._files[number].size
         if size and is_fast(self._tokenizer) and not self._slow:
             rows = max(8, _CHECKED_ROWS * size // self._size)

@@ -19,7 +19,16 @@ from training_backends.tokens.counters import (
 from training_backends.tokens.counts import BadRow, Lengths, Uncountable, read_row, texts_of
 from training_backends.tokens.tokenizers import Tokenizer
 
-__all__ = ["Check", "Job", "Part", "Sample", "compare", "count_part", "draw", "run"]
+__all__ = [
+    "CountCheck",
+    "CountJob",
+    "PartCount",
+    "SampleCount",
+    "compare",
+    "count_part",
+    "draw",
+    "run",
+]
 
 _CHECKED_LINE_BYTES: Final = 1 << 20
 """Longer rows are not compared: the reference takes seconds for one."""
@@ -30,7 +39,7 @@ _STEP: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class CountJob:
     """Rows of one file to count: all of them or a sample.
 
     Attributes:
@@ -52,7 +61,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Part:
+class PartCount:
     """Counts of a part of a file.
 
     Attributes:
@@ -66,7 +75,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Sample:
+class SampleCount:
     """Counts of sampled rows.
 
     Attributes:
@@ -81,7 +90,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CountCheck:
     """Result of comparing sampled rows with the reference.
 
     Attributes:
@@ -93,14 +102,14 @@ class Check:
     omitted: str | None = None
 
 
-def run(job: Job) -> Part | Check:
+def run(job: CountJob) -> PartCount | CountCheck:
     """Run a job: compare a sample with the reference, or count all rows."""
     return count_part(job) if job.draws is None else compare(job)
 
 
-def count_part(job: Job) -> Part:
+def count_part(job: CountJob) -> PartCount:
     """Count all rows of a job; stop at the first row without a count."""
-    part = Part()
+    part = PartCount()
     try:
         counter = counter_of(job.tokenizer, slow=job.slow)
         for line in _lines(job):
@@ -112,7 +121,7 @@ def count_part(job: Job) -> Part:
     return part
 
 
-def _lines(job: Job) -> Iterator[bytes]:
+def _lines(job: CountJob) -> Iterator[bytes]:
     """Yield lines with their endings; a line that is too long comes in pieces."""
     if job.packed:
         with opened(job.path) as source:
@@ -129,7 +138,7 @@ def _lines(job: Job) -> Iterator[bytes]:
             yield line
 
 
-def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
+def _count_line(counter: Counter, line: bytes, job: CountJob) -> tuple[int, ...]:
     if len(line) >= _PIECE_BYTES:
         raise Uncountable("the line is too long")
     row = read_row(line)
@@ -138,7 +147,7 @@ def _count_line(counter: Counter, line: bytes, job: Job) -> tuple[int, ...]:
     return count_row(counter, row)
 
 
-def draw(job: Job) -> Sample:
+def draw(job: CountJob) -> SampleCount:
     """Sample rows with probability proportional to length; deterministic for the same content.
 
     The mean of tokens per byte, times the file size, is then an unbiased estimate, whatever the
@@ -147,7 +156,7 @@ def draw(job: Job) -> Sample:
     Raises:
         Uncountable: A sampled row has no count.
     """
-    sample = Sample()
+    sample = SampleCount()
     counter = counter_of(job.tokenizer, slow=job.slow)
     size = job.path.stat().st_size
     known: dict[str, tuple[int, ...]] = {}
@@ -165,33 +174,33 @@ def draw(job: Job) -> Sample:
     return sample
 
 
-def compare(job: Job) -> Check:
+def compare(job: CountJob) -> CountCheck:
     """Count sampled rows with the fast counter and the reference."""
     if not has_reference(job.tokenizer):
-        return Check()
+        return CountCheck()
     try:
         fast = counter_of(job.tokenizer)
         slow = counter_of(job.tokenizer, slow=True)
     except Uncountable as error:
-        return Check(omitted=str(error))
+        return CountCheck(omitted=str(error))
     for place, line in _drawn_unpacked(job) if job.packed else _drawn(job):
         # Rows without a count are reported by the count itself, with the line number.
         with suppress(Uncountable):
             if len(line) <= _CHECKED_LINE_BYTES and line.strip():
                 counted = _count_line(fast, line, job)
                 if counted != _slow_line(slow, line, job):
-                    return Check(difference=f"{job.path}, {place}")
-    return Check()
+                    return CountCheck(difference=f"{job.path}, {place}")
+    return CountCheck()
 
 
-def _slow_line(slow: Counter, line: bytes, job: Job) -> tuple[int, ...] | None:
+def _slow_line(slow: Counter, line: bytes, job: CountJob) -> tuple[int, ...] | None:
     try:
         return _count_line(slow, line, job)
     except Uncountable:
         return None
 
 
-def _drawn(job: Job) -> Iterator[tuple[str, bytes]]:
+def _drawn(job: CountJob) -> Iterator[tuple[str, bytes]]:
     """Yield the position and the bytes of sampled rows."""
     size = job.path.stat().st_size
     chance = random.Random(size)  # noqa: S311  # repeatable on purpose
@@ -203,7 +212,7 @@ def _drawn(job: Job) -> Iterator[tuple[str, bytes]]:
             yield f"byte {start}", file.readline(_PIECE_BYTES)
 
 
-def _drawn_unpacked(job: Job) -> Iterator[tuple[str, bytes]]:
+def _drawn_unpacked(job: CountJob) -> Iterator[tuple[str, bytes]]:
     """Yield sampled rows near the start, to avoid decompressing the complete file."""
     lines: list[bytes] = []
     size = 0

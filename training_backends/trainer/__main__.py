@@ -73,7 +73,7 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
 
     prepare_threads()
     prepare_imports(model)
-    from training_backends.rundir.directory import ExitCode  # noqa: PLC0415
+    from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
     from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
     from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
     from training_backends.trainer.generate import answer  # noqa: PLC0415
@@ -95,7 +95,7 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     else:
         result = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
     print(json.dumps(result))  # noqa: T201
-    return int(ExitCode.DONE)
+    return int(TrainerExitCode.DONE)
 
 
 if __name__ == "__main__":

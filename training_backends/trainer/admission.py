@@ -22,7 +22,7 @@ __all__ = ["Admission", "when_admitted"]
 
 _BAD_INPUT: Final = 4
 _ALREADY_ACTIVE: Final = 5
-"""As in `rundir.directory.ExitCode`, which is not imported here."""
+"""As in `rundir.directory.TrainerExitCode`, which is not imported here."""
 
 
 class Admission(NamedTuple):

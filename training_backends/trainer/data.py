@@ -19,11 +19,11 @@ from training_backends.trainer.objective import Batch, EncodedLine, Example
 
 __all__ = [
     "IGNORED",
+    "EncodedRow",
     "LoadedFile",
     "Order",
     "Pack",
     "PackedSchedule",
-    "Sample",
     "Schedule",
     "collate",
     "collate_packs",
@@ -37,7 +37,7 @@ IGNORED = -100
 _ASK_EVERY = 1000
 
 
-class Sample(NamedTuple):
+class EncodedRow(NamedTuple):
     """An encoded row: token ids, and labels of the same length."""
 
     ids: torch.Tensor
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 class Pack:
     """Several rows packed into one sequence, isolated from each other."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[EncodedRow, ...]
 
     @property
     def length(self) -> int:
@@ -120,7 +120,7 @@ def load_file(
     return LoadedFile(examples, truncated, untrained, invalid)
 
 
-def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> Sample | None:
+def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> EncodedRow | None:
     """Truncate a row to `seq_len`; None if none of the remaining tokens are in the loss."""
     # The first token is never predicted, so it is never in the loss.
     if not any(trained[1:seq_len]):
@@ -128,10 +128,10 @@ def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> Sample | N
     tokens = torch.tensor(ids[:seq_len], dtype=torch.int32)
     in_loss = torch.tensor(trained[:seq_len])
     in_loss[0] = False
-    return Sample(tokens, torch.where(in_loss, tokens, IGNORED))
+    return EncodedRow(tokens, torch.where(in_loss, tokens, IGNORED))
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
+def collate(samples: Sequence[EncodedRow], pad_id: int) -> Batch:
     """Pad rows on the right to the longest."""
     width = max(len(sample.ids) for sample in samples)
     ids = torch.full((len(samples), width), pad_id, dtype=torch.int64)
@@ -245,7 +245,7 @@ class PackedSchedule(Schedule):
 
     def __init__(
         self,
-        examples: Sequence[Sample],
+        examples: Sequence[EncodedRow],
         order: Order,
         *,
         seq_len: int,

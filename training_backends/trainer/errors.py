@@ -4,7 +4,7 @@ import errno
 
 from training_backends.core.errors import first_line
 from training_backends.core.run import Failure, FailureKind
-from training_backends.rundir.directory import ExitCode
+from training_backends.rundir.directory import TrainerExitCode
 from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import Stopped
 
@@ -27,11 +27,11 @@ class TrainerError(Exception):
         *,
         kind: FailureKind = "validation",
         retryable: bool = False,
-        code: ExitCode | None = None,
+        code: TrainerExitCode | None = None,
     ) -> None:
         super().__init__(message)
         self.failure = Failure(kind=kind, message=message, retryable=retryable)
-        default = ExitCode.BAD_INPUT if kind == "validation" else ExitCode.CRASHED
+        default = TrainerExitCode.BAD_INPUT if kind == "validation" else TrainerExitCode.CRASHED
         self.code = code if code is not None else default
 
 
@@ -39,11 +39,13 @@ class ProcessLost(Exception):
     """Another process of the distributed run has died or does not respond."""
 
 
-def exit_code_of(error: BaseException) -> ExitCode:
+def exit_code_of(error: BaseException) -> TrainerExitCode:
     """Return the exit code for a process that ends with this exception."""
     if isinstance(error, TrainerError):
         return error.code
-    return ExitCode.BAD_INPUT if isinstance(error, TokenizerError) else ExitCode.CRASHED
+    return (
+        TrainerExitCode.BAD_INPUT if isinstance(error, TokenizerError) else TrainerExitCode.CRASHED
+    )
 
 
 def failure_of(error: BaseException) -> Failure:

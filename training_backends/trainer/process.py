@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from training_backends.rundir.directory import (
     Event,
-    ExitCode,
     ExitRecord,
     RunDir,
     RunSpec,
+    TrainerExitCode,
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
@@ -25,20 +25,20 @@ from training_backends.trainer.workers import followed
 __all__ = ["train", "train_admitted"]
 
 
-def train(path: Path) -> ExitCode:
+def train(path: Path) -> TrainerExitCode:
     """Train a run directory, starting from its newest checkpoint if there is one.
 
     Safe to repeat: a completed run is left as it is, and so is one that another process trains.
     """
-    return ExitCode(when_admitted(path, lambda: train_admitted))
+    return TrainerExitCode(when_admitted(path, lambda: train_admitted))
 
 
-def train_admitted(admission: Admission) -> ExitCode:
+def train_admitted(admission: Admission) -> TrainerExitCode:
     """Train with the directory lock and the devices that this process holds."""
     run = RunDir(admission.run)
     before = run.read_exit()
     if before is not None and before.status == "completed":
-        return ExitCode.DONE
+        return TrainerExitCode.DONE
     try:
         record = _train(run, admission)
     except BaseException as error:
@@ -47,13 +47,13 @@ def train_admitted(admission: Admission) -> ExitCode:
             raise
         record = _failed(run, error)
     _end(run, record)
-    return ExitCode(record.code)
+    return TrainerExitCode(record.code)
 
 
 def _failed(run: RunDir, error: Exception) -> ExitRecord:
     step = max((state.step for _, state in run.read_checkpoints()), default=0)
     if isinstance(error, Stopped):
-        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=step)
+        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
     traceback.print_exception(error)
     code = exit_code_of(error)
     return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
@@ -103,8 +103,10 @@ def _train_group(
         process = TrainingProcess(run, spec, stop, group, on_loaded=go, on_trained=followers.end)
         outcome = process.run()
     if outcome is None:
-        return ExitRecord(status="stopped", code=ExitCode.STOPPED, step=process.step)
-    return ExitRecord(status="completed", code=ExitCode.DONE, step=process.step, result=outcome)
+        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=process.step)
+    return ExitRecord(
+        status="completed", code=TrainerExitCode.DONE, step=process.step, result=outcome
+    )
 
 
 def _end_at_once(run: RunDir, error: TrainerError) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from training_backends.core.run import Failure
-from training_backends.rundir.directory import Event, ExitCode, MetricsRow, RunDir
+from training_backends.rundir.directory import Event, MetricsRow, RunDir, TrainerExitCode
 from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import STOP_SIGNALS, StopRequest
 from training_backends.trainer.environment import (
@@ -29,7 +29,7 @@ from training_backends.trainer.errors import ProcessLost, Stopped, TrainerError,
 __all__ = ["Followers", "follow", "followed"]
 
 
-def follow(path: Path, rank: int, size: int) -> ExitCode:
+def follow(path: Path, rank: int, size: int) -> TrainerExitCode:
     """Train as process `rank` of `size`; only the leader starts this.
 
     Waits until the leader writes its port to standard input, and exits when that is closed. On
@@ -47,7 +47,7 @@ def follow(path: Path, rank: int, size: int) -> ExitCode:
         from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
         if not (port := sys.stdin.readline()):
-            return ExitCode.STOPPED
+            return TrainerExitCode.STOPPED
         threading.Thread(target=_end_with_leader, name="leader", daemon=True).start()
         # Connecting before the leader is known to be alive would wait until the timeout.
         group = ProcessGroup(rank, size, int(port))
@@ -55,14 +55,14 @@ def follow(path: Path, rank: int, size: int) -> ExitCode:
     except Exception as error:
         traceback.print_exception(error)
         print(failure_of(error).model_dump_json(), flush=True)  # noqa: T201  # the leader reads it
-        return ExitCode.CRASHED
-    return ExitCode.DONE
+        return TrainerExitCode.CRASHED
+    return TrainerExitCode.DONE
 
 
 def _end_with_leader() -> None:
     """Exit as soon as the leader has exited; the main thread may wait for it forever."""
     os.read(sys.stdin.fileno(), 1)
-    os._exit(ExitCode.STOPPED)
+    os._exit(TrainerExitCode.STOPPED)
 
 
 class _FollowerRunDir(RunDir):

@@ -41,7 +41,7 @@ from training_backends.protocols.mistral.status import JOB_STATUSES
 from training_backends.testing.faults import CutAnswer, DropRequest, Fault, LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import Received, Reply
+from training_backends.testing.server import Received, StubReply
 from training_backends.testing.stored import StoredJob
 
 EXAMPLES = int(os.environ.get("ANYTHING_GOES_EXAMPLES", "30"))
@@ -109,7 +109,7 @@ class Watched(ScriptedProvider):
             self.before.setdefault(self.owner, set(self._shown))
         return super().received(request)
 
-    def answer(self, request: Received) -> Reply:
+    def answer(self, request: Received) -> StubReply:
         """Do what is planned, then what is asked."""
         # How often a job is looked at depends on the time that it takes: not counted.
         if request.method == "POST" or request.path.endswith("/jobs"):
@@ -119,12 +119,12 @@ class Watched(ScriptedProvider):
                 act()
         return super().answer(request)
 
-    def _list_jobs(self, request: Received) -> Reply:
+    def _list_jobs(self, request: Received) -> StubReply:
         hidden = next(reversed(self.jobs), None) if self.lists_lag else None
         self._shown = {job_id for job_id in self.jobs if job_id != hidden}
         return super()._list_jobs(request)
 
-    def _jobs(self, request: Received, rest: list[str]) -> Reply:
+    def _jobs(self, request: Received, rest: list[str]) -> StubReply:
         reply = super()._jobs(request, rest)
         if rest[1:] == ["start"]:
             self.started.setdefault(self.owner, set()).add(rest[0])

@@ -16,7 +16,7 @@ from training_backends.protocols.mistral import wire
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.provider import ScriptedProvider, read_form
-from training_backends.testing.server import LoopbackServer, Received, Reply
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 TUNED = "ft:open-mistral-7b:587a6b29:20240514:7e773925"
@@ -160,10 +160,10 @@ async def test_a_list_that_never_ends_is_an_error(size: int) -> None:
     """A server that always has more jobs, or says so, does not hold a launch for ever."""
     document = {"model": "m", "status": "QUEUED", "created_at": 1, "modified_at": 1}
 
-    def answer(request: Received) -> Reply:
+    def answer(request: Received) -> StubReply:
         page = int(dict(request.query)["page"])
         jobs = [{**document, "id": f"job-{page}-{number}"} for number in range(size)]
-        return Reply(content=json.dumps({"data": jobs, "total": 10**12}).encode())
+        return StubReply(content=json.dumps({"data": jobs, "total": 10**12}).encode())
 
     with LoopbackServer(answer) as server:
         http = HttpClient(server.base_url, key=None, decode_error=error_from_answer)

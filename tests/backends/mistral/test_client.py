@@ -19,7 +19,7 @@ from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.core.backend import CredentialSource
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import Received, Reply
+from training_backends.testing.server import Received, StubReply
 
 pytestmark = pytest.mark.anyio
 Open = Callable[[], AbstractAsyncContextManager[AsyncTrainingClient]]
@@ -87,7 +87,7 @@ async def test_broken_launch_is_repeated_by_its_id(
     """After a launch that broke behind any request, its repetition gives one job, one start."""
     answer = provider.answer
 
-    def and_be_away(request: Received) -> Reply:
+    def and_be_away(request: Received) -> StubReply:
         if request.method == "POST" and request.path.endswith(path):
             provider.fail(OtherAnswer(status=500), times=10_000)
         return answer(request)
@@ -118,7 +118,7 @@ async def test_launch_broken_between_parts_sends_each_once(
     """A large file whose upload breaks at any part is there once, after the same command again."""
     answer = provider.answer
 
-    def and_be_away(request: Received) -> Reply:
+    def and_be_away(request: Received) -> StubReply:
         if request.method == "POST" and len(provider.asked("POST", "/files")) >= lost:
             provider.fail(LoseAnswer(), times=1)
             provider.fail(OtherAnswer(status=500), times=10_000)

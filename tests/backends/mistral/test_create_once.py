@@ -21,7 +21,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.testing.faults import CutAnswer, DropRequest, Fault, LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import Received, Reply
+from training_backends.testing.server import Received, StubReply
 
 pytestmark = pytest.mark.anyio
 MakeJournal = Callable[..., MemoryJournal]
@@ -52,7 +52,7 @@ def after(
     answer = provider.answer
     left = [then] * times
 
-    def and_then(request: Received) -> Reply:
+    def and_then(request: Received) -> StubReply:
         reply = answer(request)
         if left and request.method == "POST" and request.path.endswith(path):
             left.pop()()
@@ -400,7 +400,7 @@ async def test_create_that_was_sent_twice_on_its_way_makes_one_job(
     """A 409 that a proxy causes by repeating our create is answered by the job it made."""
     answer = provider.answer
 
-    def twice(request: Received) -> Reply:
+    def twice(request: Received) -> StubReply:
         if request.method == "POST" and request.path.endswith("/jobs"):
             answer(request)
         return answer(request)

@@ -23,7 +23,7 @@ from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import Received, Reply
+from training_backends.testing.server import Received, StubReply
 
 pytestmark = pytest.mark.anyio
 MakeJournal = Callable[..., MemoryJournal]
@@ -304,7 +304,7 @@ async def test_started_run_is_no_failure(
     backend = make_backend(attempts=1)
     answer = provider.answer
 
-    def and_be_away(request: Received) -> Reply:
+    def and_be_away(request: Received) -> StubReply:
         reply = answer(request)
         if request.path.endswith("/start"):
             provider.fail(OtherAnswer(status=503), times=99)

@@ -13,7 +13,7 @@ from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.core.run import utc_now
 from training_backends.protocols.mistral.status import JOB_STATUSES, to_status
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.server import Received, Reply
+from training_backends.testing.server import Received, StubReply
 
 pytestmark = pytest.mark.anyio
 MakeRuns = Callable[..., list[TrainingRun]]
@@ -163,7 +163,7 @@ async def test_server_that_does_not_filter_tells_no_lies(
     runs = make_runs("QUEUED", "RUNNING", "RUNNING", "VALIDATED", "STARTED")
     answer = provider.answer
 
-    def unfiltered(request: Received) -> Reply:
+    def unfiltered(request: Received) -> StubReply:
         request.query = [entry for entry in request.query if entry[0] != "status"]
         return answer(request)
 
@@ -195,7 +195,7 @@ async def test_moving_jobs_are_never_told_of_wrongly(
     was = {run.id: {run.raw_status} for run in runs}
     todo = list(moves)
 
-    def then_move(request: Received) -> Reply:
+    def then_move(request: Received) -> StubReply:
         reply = ScriptedProvider.answer(provider, request)
         if todo:
             number, word = todo.pop()

@@ -95,9 +95,9 @@ def test_foreign_hyperparameters_cannot_be_configured(name: str, make_config: Ma
 
 def test_rules_for_data_are_the_protocols(make_backend: Callable[..., MistralAPIBackend]) -> None:
     """What is a row, and how large files may be, is declared for everybody who judges data."""
-    dialect = make_backend().capabilities.dialect
-    assert (dialect.name, dialect.max_file_bytes) == ("mistral", 512_000_000)
-    assert "preference" not in dialect.formats
+    provider_format = make_backend().capabilities.provider_format
+    assert (provider_format.name, provider_format.max_file_bytes) == ("mistral", 512_000_000)
+    assert "preference" not in provider_format.formats
 
 
 @pytest.mark.parametrize(("hosted", "severity"), [(True, "error"), (False, "warning")])
@@ -113,7 +113,7 @@ def test_validation_set_is_limited(
     valid.write_text(train_file.read_text().replace("What", "How much"))
     backend = make_backend(base_url=HOSTED_URL) if hosted else make_backend()
     config = make_config(data={"train": train_file, "validation": valid})
-    found = inspect(config, dialect=backend.capabilities.dialect)
+    found = inspect(config, provider_format=backend.capabilities.provider_format)
     limits = [issue for issue in found.issues if issue.code == "validation_too_large"]
     assert [issue.severity for issue in limits] == [severity]
 
@@ -124,8 +124,11 @@ def test_only_training_files_may_be_too_large(
     """They are sent in parts; a validation file is refused."""
     valid = train_file.with_name("valid.jsonl")
     valid.write_text(train_file.read_text().replace("What", "How much"))
-    dialect = make_backend(max_file_bytes=600).capabilities.dialect
-    found = inspect(make_config(data={"train": train_file, "validation": valid}), dialect=dialect)
+    provider_format = make_backend(max_file_bytes=600).capabilities.provider_format
+    found = inspect(
+        make_config(data={"train": train_file, "validation": valid}),
+        provider_format=provider_format,
+    )
     large = {issue.path: issue.severity for issue in found.issues if issue.code == "file_too_large"}
     assert large == {str(train_file): "warning", str(valid): "error"}
 

@@ -160,7 +160,7 @@ def test_wandb_keys_of_every_shape_are_taken(key: str) -> None:
     None of them is ever shown.
     """
     assert wire.is_wandb_key(key)
-    assert wire.WandbIntegration(project="p", api_key=key).api_key == key
+    assert wire.WandbIntegrationIn(project="p", api_key=key).api_key == key
     assert key.removeprefix("local-") not in redact(f"the key is {key}.")
 
 
@@ -180,7 +180,7 @@ def test_what_is_no_wandb_key_is_refused_and_not_repeated(key: str) -> None:
     """The error says what one looks like."""
     assert not wire.is_wandb_key(key)
     with pytest.raises(ValidationError) as caught:
-        wire.WandbIntegration(project="p", api_key=key)
+        wire.WandbIntegrationIn(project="p", api_key=key)
     (detail,) = caught.value.errors(include_input=False)
     assert detail["loc"] == ("api_key",)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.trainer.continuing import assert_continues_bit_equal
 from tests.trainer.plain import save_tiny
 from training_backends.core.config import ClassifierTarget
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder, UnusableRow
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.errors import TrainerError
@@ -147,7 +147,7 @@ def make_classifier(make_run: MakeRun, topics: Path) -> MakeRun:
 def finished(make_classifier: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that was trained from beginning to end."""
     run = make_classifier(tmp_path_factory.mktemp("runs") / "r", sample_prompt="old red cat one")
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -219,7 +219,7 @@ def test_an_adapter_keeps_its_heads(make_classifier: MakeRun, tmp_path: Path) ->
         training_steps=5,
         validation=[],
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     described = json.loads((run.result / "adapter" / "classifier.json").read_text())
     outputs = sum(len(target["labels"]) for target in described["targets"])
     adapted = AutoModelForSequenceClassification.from_pretrained(
@@ -237,7 +237,7 @@ def test_an_adapter_keeps_its_heads(make_classifier: MakeRun, tmp_path: Path) ->
     other = make_classifier(
         tmp_path / "other", model=str(run.result), classifier_targets=(TOPIC,), training_steps=1
     )
-    assert train(other.path) is ExitCode.BAD_INPUT
+    assert train(other.path) is TrainerExitCode.BAD_INPUT
     record = other.read_exit()
     assert record is not None
     assert record.failure is not None

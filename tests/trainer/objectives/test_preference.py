@@ -12,7 +12,7 @@ from msgspec import DecodeError
 
 from tests.trainer.continuing import assert_continues_bit_equal
 from training_backends.datasets.rows import ChatRow, Message, byte_encode
-from training_backends.rundir.directory import ExitCode, RunDir
+from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder, UnusableRow
 from training_backends.trainer.objectives.preference import Pair, PreferenceObjective
 from training_backends.trainer.process import train
@@ -123,7 +123,7 @@ def finished(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Run
         training_steps=10,
         checkpoint_every=5,
     )
-    assert train(run.path) is ExitCode.DONE
+    assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
@@ -157,7 +157,7 @@ def test_other_data_is_no_continuation(finished: RunDir, tmp_path: Path) -> None
     fewer.write_bytes(b"".join(source.path.read_bytes().splitlines(keepends=True)[:30]))
     changed = spec.model_copy(update={"train": (source.model_copy(update={"path": fewer}),)})
     run.write_spec(changed)
-    assert train(run.path) is ExitCode.BAD_INPUT
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None

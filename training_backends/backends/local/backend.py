@@ -83,7 +83,7 @@ from training_backends.core.run import (
 )
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
-from training_backends.datasets.dialects import LOCAL
+from training_backends.datasets.provider_formats import LOCAL
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.tokens.overlong import overlong_rows
 
@@ -138,7 +138,7 @@ class LocalBackend(TrainingBackend):
             samples=True,
             deletes=True,
             lists_remote=True,
-            dialect=LOCAL,
+            provider_format=LOCAL,
         )
 
     @property

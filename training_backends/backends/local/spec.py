@@ -300,7 +300,7 @@ def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
 def config_of(spec: RunSpec) -> TrainingConfig | None:
     """Reconstruct a configuration with the same spec; None if there is none.
 
-    What the spec does not include, such as labels and budget, is lost.
+    What the spec does not include, such as tags and budget, is lost.
     """
     settled = spec.model_dump(exclude_none=True)
     values = {

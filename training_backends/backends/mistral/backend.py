@@ -22,8 +22,8 @@ from training_backends.backends.mistral.job_log import LogReader
 from training_backends.backends.mistral.job_request import config_of
 from training_backends.backends.mistral.job_state import is_ending, moment, state_of
 from training_backends.backends.mistral.launch import Launch
-from training_backends.backends.mistral.list_status import FEW, Sweep
-from training_backends.backends.mistral.retry import Pace, ask_patiently
+from training_backends.backends.mistral.list_status import FEW, StatusSweep
+from training_backends.backends.mistral.retry import PollInterval, ask_patiently
 from training_backends.backends.mistral.settings import MistralOptions, MistralSettings
 from training_backends.backends.mistral.validate import check_config, check_secrets, check_server
 from training_backends.core.backend import (
@@ -39,7 +39,7 @@ from training_backends.core.backend import (
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TrainingConfig
 from training_backends.core.counting import counting
-from training_backends.core.data_rules import Dialect, Level
+from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
@@ -52,7 +52,7 @@ from training_backends.core.run import (
 )
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
-from training_backends.datasets.dialects import MISTRAL
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.http.client import HttpClient
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
@@ -95,7 +95,9 @@ class MistralAPIBackend(TrainingBackend):
         self._credentials = credentials
         self._settings = settings or load_settings(MistralSettings)
         self._opened: MistralAPI | None = None
-        self._capabilities = _CAPABILITIES.model_copy(update={"dialect": _dialect(self._settings)})
+        self._capabilities = _CAPABILITIES.model_copy(
+            update={"provider_format": _provider_format(self._settings)}
+        )
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -192,7 +194,7 @@ class MistralAPIBackend(TrainingBackend):
             WaitTimeout: The server did not check the data in time; repeat to continue.
         """
         with self._named(run):
-            return await self._launch(run, journal).go()
+            return await self._launch(run, journal).launch()
 
     def _launch(self, run: TrainingRun, journal: Journal) -> Launch:
         return Launch(
@@ -212,8 +214,8 @@ class MistralAPIBackend(TrainingBackend):
         """Look up many runs in lists by status, a hundred jobs per request."""
         if len(runs) <= FEW:
             return await super().statuses([run for run in runs if run.remote_id is not None])
-        sweep = Sweep(self.api, runs)
-        await sweep.go()
+        sweep = StatusSweep(self.api, runs)
+        await sweep.run()
         return sweep.found
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
@@ -239,7 +241,7 @@ class MistralAPIBackend(TrainingBackend):
         """
         job_id = self._job_id(run)
         reader = LogReader.after(after)
-        pace = Pace(self._settings.poll_min, self._settings.longest_poll)
+        pace = PollInterval(self._settings.poll_min, self._settings.longest_poll)
         patience = self._settings.call_timeout if follow else 0.0
         while True:
             with self._named(run):
@@ -292,7 +294,7 @@ class MistralAPIBackend(TrainingBackend):
             launch = self._launch(new_run, journal)
             if new_run.remote_id is not None:
                 launch.anew = new_run.remote_id != run.remote_id
-                return await launch.go()
+                return await launch.launch()
             job = await self._old_job(run)
             status = run.status if job is None else to_status(job.status)
             if job is not None and status is TrainingStatus.READY:
@@ -305,7 +307,7 @@ class MistralAPIBackend(TrainingBackend):
                 )
             launch.anew = True
             launch.reuse = job if new_run.config.data == run.config.data else None
-            return await launch.go()
+            return await launch.launch()
 
     async def _old_job(self, run: TrainingRun) -> Job | None:
         """Return the job of a run; None if a failed or cancelled run has none."""
@@ -405,7 +407,7 @@ class MistralAPIBackend(TrainingBackend):
             raise
 
 
-def _dialect(settings: MistralSettings) -> Dialect:
+def _provider_format(settings: MistralSettings) -> ProviderFormat:
     """Return the provider format with this server's limits."""
     # The hosted service limits validation data; other servers may not.
     milder: dict[str, Level] = {} if settings.is_hosted else {"validation_too_large": "warning"}

@@ -20,7 +20,7 @@ from training_backends.protocols.mistral.wire import (
     Job,
     JobIn,
     TrainingFile,
-    WandbIntegration,
+    WandbIntegrationIn,
     is_wandb_key,
 )
 
@@ -131,7 +131,7 @@ async def _with_secrets(
     values: dict[str, Any] = {}
     if config.integrations:
         values["integrations"] = [
-            WandbIntegration(
+            WandbIntegrationIn(
                 project=entry.project,
                 name=entry.name,
                 run_name=entry.run_name,
@@ -227,7 +227,7 @@ def config_of(job: Job) -> TrainingConfig | None:
     """Return the configuration of a job, as far as the server reports it.
 
     Data files are named `remote:<id>` instead of a path. Fields that the protocol does not report
-    are omitted (labels, budget, file weights and, in lists, classifier targets), and
+    are omitted (tags, budget, file weights and, in lists, classifier targets), and
     hyperparameters are the effective ones.
 
     Returns:

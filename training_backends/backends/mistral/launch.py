@@ -15,7 +15,12 @@ from training_backends.backends.mistral.job_state import (
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.retry import Pace, Steps, ask_patiently, may_have_happened
+from training_backends.backends.mistral.retry import (
+    PollInterval,
+    Steps,
+    ask_patiently,
+    may_have_happened,
+)
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue
@@ -57,7 +62,7 @@ class Launch:
     reuse: Job | None = None
     _steps: Steps = field(init=False)
     _uploads: Uploads = field(init=False)
-    _pace: Pace = field(init=False)
+    _pace: PollInterval = field(init=False)
     _quoted: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +71,7 @@ class Launch:
         self._pace = self._steps.pace()
         self._quoted = self.run.estimate is not None and self.run.estimate.basis == "quote"
 
-    async def go(self) -> RunState:
+    async def launch(self) -> RunState:
         """Launch the run, continuing after the last completed step."""
         job_id = self.run.remote_id
         if job_id is None:

@@ -10,7 +10,7 @@ from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
 
-__all__ = ["FEW", "Sweep"]
+__all__ = ["FEW", "StatusSweep"]
 
 FEW: Final = 3
 """Up to this many runs are requested one by one."""
@@ -25,7 +25,7 @@ _LIVE: Final = (
 _WORDS: Final = (*_LIVE, *(word for word in JOB_STATUSES if word not in _LIVE))
 
 
-class Sweep:
+class StatusSweep:
     """Looks up runs in the provider's job lists, starting with their last known status.
 
     States omit what lists do not show. Jobs that change lists between two requests may be
@@ -40,7 +40,7 @@ class Sweep:
         self.found: dict[str, RunState] = {}
         """States by run id."""
 
-    async def go(self) -> None:
+    async def run(self) -> None:
         """Look up the runs, with at most as many requests as there are runs."""
         groups: dict[str | None, list[TrainingRun]] = {}
         for run in self._wanted.values():

@@ -19,7 +19,7 @@ from training_backends.core.errors import (
 __all__ = [
     "TRIES",
     "Do",
-    "Pace",
+    "PollInterval",
     "Steps",
     "ask_patiently",
     "asked_pause",
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 _SLOWER = 1.4
 
 
-class Pace:
+class PollInterval:
     """Polling interval that is short after a change and grows without one."""
 
     def __init__(self, shortest: float, longest: float) -> None:
@@ -72,7 +72,7 @@ def may_have_happened(error: TrainingBackendError) -> bool:
 
 
 async def persist(
-    act: Callable[[], Awaitable[_T]], pace: Pace, *, patience: float, tries: int = TRIES
+    act: Callable[[], Awaitable[_T]], pace: PollInterval, *, patience: float, tries: int = TRIES
 ) -> _T:
     """Repeat a safe operation after temporary errors.
 
@@ -100,7 +100,9 @@ def asked_pause(error: TrainingBackendError) -> float:
     return error.retry_after or 0.0 if isinstance(error, RateLimited) else 0.0
 
 
-async def ask_patiently(ask: Callable[[], Awaitable[_T]], pace: Pace, patience: float) -> _T:
+async def ask_patiently(
+    ask: Callable[[], Awaitable[_T]], pace: PollInterval, patience: float
+) -> _T:
     """Repeat a request until it gets a response.
 
     Args:
@@ -132,9 +134,9 @@ class Steps:
     journal: Journal
     settings: MistralSettings
 
-    def pace(self) -> Pace:
+    def pace(self) -> PollInterval:
         """Return the polling interval."""
-        return Pace(self.settings.poll_min, self.settings.longest_poll)
+        return PollInterval(self.settings.poll_min, self.settings.longest_poll)
 
     async def surely(self, name: str, do: Do, find: Do) -> JSONValue:
         """Execute a step with side effects; look for its effect before repeating it."""

@@ -14,11 +14,11 @@ from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "GithubRepository", "MistralOptions", "MistralSettings"]
 
 
-class _Model(BaseModel):
+class _SettingsModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class GithubRepository(_Model):
+class GithubRepository(_SettingsModel):
     """A repository to train on. `credential` names the token; it is never stored here."""
 
     type: Literal["github"] = "github"
@@ -32,7 +32,7 @@ class GithubRepository(_Model):
     )
 
 
-class MistralOptions(_Model):
+class MistralOptions(_SettingsModel):
     """`options` of a configuration for the Mistral protocol."""
 
     invalid_sample_skip_percentage: float = Field(

@@ -1,13 +1,14 @@
 """Metrics of a run as CSV and as charts in the terminal."""
 
 import csv
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from io import StringIO
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
+from training_backends.cli.views.console import write
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.escape import escape_controls
 
@@ -54,10 +55,12 @@ def choose(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Seri
 
 def write_csv(series: Mapping[str, Series]) -> None:
     """Write one row per step to standard output; missing values are empty."""
-    out = csv.writer(sys.stdout, lineterminator="\n")
+    text = StringIO()
+    out = csv.writer(text, lineterminator="\n")
     out.writerow(["step", *map(escape_controls, series)])
     for step in sorted({step for values in series.values() for step in values}):
         out.writerow([step, *(values.get(step, "") for values in series.values())])
+    write(text.getvalue())
 
 
 def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None:
@@ -78,7 +81,7 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
             coloured=coloured,
             plain=not _can_show_dots(out),
         )
-        out.file.write(f"{text}\n\n")
+        write(f"{text}\n\n")
 
 
 def _can_show_dots(out: Console) -> bool:

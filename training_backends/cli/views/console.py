@@ -6,7 +6,6 @@ terminal gets colors and is wrapped or cut to its width; pipes and files get com
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -20,6 +19,7 @@ from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.text import Text
 
+from training_backends.cli.exit_codes import PipeClosed
 from training_backends.core.escape import escape_controls, escape_json
 from training_backends.core.estimate import Money
 from training_backends.core.run import utc_now
@@ -27,7 +27,6 @@ from training_backends.core.run import utc_now
 __all__ = [
     "Column",
     "ago",
-    "drop_stdout",
     "metric_text",
     "money_text",
     "progress",
@@ -37,6 +36,7 @@ __all__ = [
     "stderr",
     "stdout",
     "time_text",
+    "write",
     "write_json",
     "write_json_line",
 ]
@@ -71,9 +71,9 @@ class _SafeConsole(Console):
         return super().render(renderable, options)
 
     def on_broken_pipe(self) -> None:
-        """Let a closed standard output end the command; print no more to standard error."""
+        """End the command if nobody reads its results; do without notes that nobody reads."""
         if not self.stderr:
-            raise  # noqa: PLE0704  rich calls this while it handles the error
+            raise PipeClosed
         self.quiet = True
 
 
@@ -87,17 +87,28 @@ def stderr() -> Console:
     return _SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
-def drop_stdout() -> None:
-    """Discard what is left to write after the reader has closed the pipe.
+def write(text: str, *, flush: bool = False) -> None:
+    """Write text to standard output as it is.
 
-    Otherwise the interpreter would report the failed flush at exit.
+    Raises:
+        PipeClosed: Nobody reads it.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise PipeClosed from None
 
 
-def progress(*columns: str | ProgressColumn, quiet: bool, transient: bool = True) -> Progress:
+def progress(
+    *columns: str | ProgressColumn,
+    quiet: bool,
+    transient: bool = True,
+    out: Console | None = None,
+) -> Progress:
     """Return progress bars on standard error; shown only on a terminal."""
-    out = stderr()
+    out = out or stderr()
     return Progress(
         *columns,
         console=out,
@@ -226,12 +237,12 @@ def metric_text(name: str, value: float) -> str:
 
 def write_json(document: Any) -> None:
     """Write the JSON document of a command."""
-    print(_json(document, indent=2))  # noqa: T201
+    write(f"{_json(document, indent=2)}\n")
 
 
 def write_json_line(document: Any) -> None:
     """Write one document of a JSON Lines stream and flush."""
-    print(_json(document), flush=True)  # noqa: T201
+    write(f"{_json(document)}\n", flush=True)
 
 
 def _json(document: Any, *, indent: int | None = None) -> str:

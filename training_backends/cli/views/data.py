@@ -22,7 +22,7 @@ from training_backends.cli.views.console import (
     write_json_line,
 )
 from training_backends.cli.views.render import FileBars, issue_document, show_issues
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import Issue
 from training_backends.core.escape import plural
@@ -168,13 +168,13 @@ class InspectView:
     Use it as a context manager; the progress bar is removed on exit.
 
     Args:
-        dialect: The provider format.
+        provider_format: The provider format.
         max_issues: Maximum number of issues to print.
         quiet: Print nothing, for JSON output.
     """
 
-    def __init__(self, dialect: Dialect, *, max_issues: int, quiet: bool) -> None:
-        self._dialect = dialect
+    def __init__(self, provider_format: ProviderFormat, *, max_issues: int, quiet: bool) -> None:
+        self._provider_format = provider_format
         self._left = max_issues
         self._hidden = 0
         self._quiet = quiet
@@ -211,7 +211,7 @@ class InspectView:
         """Return the JSON document."""
         return {
             "ok": not dataset.errors,
-            "dialect": self._dialect.name,
+            "provider_format": self._provider_format.name,
             "files": [file.model_dump(mode="json") for file in dataset.files],
             "issues": [issue_document(issue) for issue in dataset.issues],
             "tokens": asdict(tokens) if tokens else None,
@@ -260,7 +260,7 @@ class InspectView:
             kinds["error" if code in graver else "warning", code] = count
         for (severity, code), count in sorted(kinds.items()):
             self._out.print(f"  [{_style(severity)}]{severity:<7}[/]  {count:>9,}  {code}")
-        name = self._dialect.name
+        name = self._provider_format.name
         if not dataset.errors:
             self._out.print(f"[green]Valid[/] for {name}.")
             return

@@ -32,10 +32,10 @@ from training_backends.cli.views.console import (
 )
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
-from training_backends.core.escape import escape_controls, plural
+from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import Checkpoint, LogRecord, TrainingRun, utc_now
+from training_backends.core.run import Checkpoint, LogRecord, Staleness, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ __all__ = [
     "error_document",
     "issue_document",
     "price_text",
+    "remark",
     "show_age",
     "show_checkpoints",
     "show_dataset",
@@ -119,15 +120,30 @@ def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
         out.print(f"  … and {len(listed) - _MOST_ISSUES} more (use --json for all)")
 
 
+_FILES = (
+    Column("file", cut=True),
+    Column("role"),
+    Column("type", drop=1),
+    Column("rows", right=True),
+    Column("messages", drop=2, right=True),
+    Column("size", drop=3, right=True),
+)
+
+
 def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
-    """Print one line per data file."""
-    out = out or stdout()
-    for file in dataset.files:
-        kind = file.sample_type or "no valid rows"
-        out.print(
-            f"  {file.role:<10} {escape(file.path.name)}: {plural(file.rows, 'row')} ({kind}), "
-            f"{plural(file.turns, 'message')}, {decimal(file.size)}"
+    """Print a table of the data files."""
+    rows = [
+        (
+            file.path.name,
+            file.role,
+            file.sample_type or "none valid",
+            f"{file.rows:,}",
+            f"{file.turns:,}",
+            decimal(file.size),
         )
+        for file in dataset.files
+    ]
+    show_table(_FILES, rows, out or stdout())
 
 
 def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
@@ -142,7 +158,7 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
     if estimate.steps is not None:
         rows.append(("steps", f"{estimate.steps:,}"))
     if estimate.epochs is not None:
-        rows.append(("epochs", f"{estimate.epochs:g}"))
+        rows.append(("epochs", f"{estimate.epochs:.4g}"))
     rows.extend(_cost_rows(estimate))
     duration = format_duration(estimate.duration) if estimate.duration else "unknown"
     rows.extend((("duration", duration), ("method", estimate.basis)))
@@ -161,13 +177,14 @@ class FileBars:
         quiet: Show no bars.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, out: Console | None = None) -> None:
         self._bars = progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TimeRemainingColumn(),
             quiet=quiet,
+            out=out,
         )
         self._began = time.monotonic()
         self._tasks: dict[tuple[str, Path], TaskID] = {}
@@ -262,7 +279,8 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
     show_fields(rows, out)
     if run.stale:
         since = time_text(run.stale.since)
-        show_fields([(run.stale.kind, f"since {since}: {run.stale.message}")], out, style="yellow")
+        text = f"since {since}: {run.stale.message}"
+        show_fields([(_stale_word(run.stale), text)], out, style="yellow")
 
 
 def time_left(run: TrainingRun) -> timedelta | None:
@@ -339,7 +357,7 @@ def show_runs(
     rows = []
     for run in runs:
         seen = f" (as of {ago(run.last_seen_at or run.created_at)})"
-        note = _remark(run) or (seen if _is_old(run, missed) else "")
+        note = remark(run) or (seen if _is_old(run, missed) else "")
         status = Text(run.status, _STYLES.get(run.status, "cyan")).append(note, "default")
         rows.append(
             (
@@ -355,10 +373,14 @@ def show_runs(
     show_table(_RUNS, rows, out or stdout())
 
 
-def _remark(run: TrainingRun) -> str:
+def _stale_word(stale: Staleness) -> str:
+    return stale.kind.replace("_", " ")
+
+
+def remark(run: TrainingRun) -> str:
     """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
-        return f" ({run.stale.kind})"
+        return f" ({_stale_word(run.stale)})"
     if run.failure and not run.status.is_terminal and run.started_at is None:
         return " (draft)"
     return ""
@@ -456,7 +478,7 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _tags(run: TrainingRun) -> str:
-    return ", ".join(f"{name}={value}" for name, value in run.config.labels.items())
+    return ", ".join(f"{name}={value}" for name, value in run.config.tags.items())
 
 
 def _duration(run: TrainingRun) -> str | None:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from training_backends.cli.views.console import write_json_line
-from training_backends.cli.views.render import time_left
+from training_backends.cli.views.render import remark, time_left
 from training_backends.core.estimate import format_duration
 from training_backends.core.run import TrainingRun
 
@@ -95,7 +95,7 @@ def draw_progress(runs: Sequence[TrainingRun], out: Console) -> None:
 
 def progress_line(run: TrainingRun) -> str:
     """Return status, step, loss and remaining time of a run on one line."""
-    parts = [f"{run.status} ({run.stale.kind})" if run.stale else run.status.value]
+    parts = [f"{run.status}{remark(run)}"]
     if run.step is not None:
         parts.append(f"step {run.step}" + (f"/{run.total_steps}" if run.total_steps else ""))
     if (loss := run.metrics.get("train_loss")) is not None:

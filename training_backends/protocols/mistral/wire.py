@@ -59,7 +59,7 @@ __all__ = [
     "UnarchiveFTModelOut",
     "UpdateFTModelIn",
     "UploadFileOut",
-    "WandbIntegration",
+    "WandbIntegrationIn",
     "WandbIntegrationOut",
     "is_wandb_key",
     "read_detailed_job",
@@ -218,7 +218,7 @@ def _wandb_key(text: str) -> str:
     return text
 
 
-class WandbIntegration(_In):
+class WandbIntegrationIn(_In):
     """Report to Weights & Biases."""
 
     type: Literal["wandb"] = "wandb"
@@ -237,7 +237,7 @@ class JobIn(_In):
     )
     validation_files: list[str] | None = None
     suffix: str | None = Field(default=None, max_length=18)
-    integrations: list[WandbIntegration] | None = None
+    integrations: list[WandbIntegrationIn] | None = None
     auto_start: bool = False
     invalid_sample_skip_percentage: float = Field(default=0, ge=0, le=0.5)
     job_type: Literal["completion", "classifier"] | None = None

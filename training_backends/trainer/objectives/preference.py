@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from training_backends.datasets.rows import ChatRow, PreferenceRow, parse_any_row
 from training_backends.tokens.encoders import Encoder, UnusableRow
-from training_backends.trainer.data import Sample, collate, make_sample
+from training_backends.trainer.data import EncodedRow, collate, make_sample
 from training_backends.trainer.distributed import ProcessGroup
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import evaluating
@@ -39,8 +39,8 @@ class Pair:
             in nats.
     """
 
-    chosen: Sample
-    rejected: Sample
+    chosen: EncodedRow
+    rejected: EncodedRow
     reference: float = float("nan")
 
     @property

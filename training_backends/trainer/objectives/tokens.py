@@ -12,8 +12,8 @@ from training_backends.datasets.rows import TextRow, parse_row
 from training_backends.tokens.encoders import Encoder
 from training_backends.trainer.data import (
     IGNORED,
+    EncodedRow,
     Pack,
-    Sample,
     collate,
     collate_packs,
     make_sample,
@@ -258,15 +258,15 @@ class TokenObjective:
             truncated = True
             text = text[: int(_SHORTER * len(text) * self._seq_len / len(ids))]
 
-    def collate(self, examples: Sequence[Sample | Pack]) -> Batch:
+    def collate(self, examples: Sequence[EncodedRow | Pack]) -> Batch:
         """Pad samples, or lay out packs."""
         packs = [example for example in examples if isinstance(example, Pack)]
         if packs:
             return collate_packs(packs, self._encoder.pad_id, flat=self._flat)
-        samples = [example for example in examples if isinstance(example, Sample)]
+        samples = [example for example in examples if isinstance(example, EncodedRow)]
         return collate(samples, self._encoder.pad_id)
 
-    def count(self, examples: Sequence[Sample | Pack]) -> list[int]:
+    def count(self, examples: Sequence[EncodedRow | Pack]) -> list[int]:
         """Return the number of tokens in the loss."""
         rows = (e.samples if isinstance(e, Pack) else (e,) for e in examples)
         return [sum(int((s.labels != IGNORED).sum()) for samples in rows for s in samples)]

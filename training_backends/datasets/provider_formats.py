@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from training_backends.core.data_rules import Dialect
+from training_backends.core.data_rules import ProviderFormat
 
-__all__ = ["DIALECTS", "LOCAL", "MISTRAL", "OPENAI", "TOGETHER"]
+__all__ = ["LOCAL", "MISTRAL", "OPENAI", "PROVIDER_FORMATS", "TOGETHER"]
 
-MISTRAL: Final = Dialect(
+MISTRAL: Final = ProviderFormat(
     name="mistral",
     # docs.mistral.ai, "Text & Vision Fine-tuning" and "Classifier Factory", 2025-08 (marked
     # deprecated 2026-03-02); SampleType in the published specification. Preference pairs are
@@ -38,7 +38,7 @@ MISTRAL: Final = Dialect(
     max_invalid_share=0.5,
 )
 
-OPENAI: Final = Dialect(
+OPENAI: Final = ProviderFormat(
     name="openai",
     # developers.openai.com, guides "Supervised fine-tuning", "Vision fine-tuning" and "Direct
     # preference optimization", 2026-06; `prompt` and `completion` for the base models, schema
@@ -80,7 +80,7 @@ OPENAI: Final = Dialect(
     levels={"content_with_tool_calls": "ignored", "undeclared_tool": "error"},
 )
 
-TOGETHER: Final = Dialect(
+TOGETHER: Final = ProviderFormat(
     name="together",
     # docs.together.ai, "Data preparation", 2026-07.
     formats=("messages", "text", "preference", "completion"),
@@ -121,7 +121,7 @@ TOGETHER: Final = Dialect(
     levels={"content_with_tool_calls": "ignored"},
 )
 
-LOCAL: Final = Dialect(
+LOCAL: Final = ProviderFormat(
     name="local",
     # What `datasets.rows` parses and the trainer encodes; `prompt`, `chosen`, `rejected` are the
     # names of TRL 1.16 ("Dataset formats and types", 2026-07).
@@ -154,7 +154,10 @@ LOCAL: Final = Dialect(
     },
 )
 
-DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType(
-    {dialect.name: dialect for dialect in (MISTRAL, OPENAI, TOGETHER, LOCAL)}
+PROVIDER_FORMATS: Final[Mapping[str, ProviderFormat]] = MappingProxyType(
+    {
+        provider_format.name: provider_format
+        for provider_format in (MISTRAL, OPENAI, TOGETHER, LOCAL)
+    }
 )
 """The provider formats by name."""
