@@ -1,6 +1,8 @@
 """Starting runs and following them: what is printed where, exit codes and Ctrl-C."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import read_until
 from tests.plugins import Install
 
 Run = Any
@@ -136,6 +139,28 @@ def test_checkpoints_are_listed_with_the_id_that_resume_takes(run: Run) -> None:
     (found,) = run("checkpoints", "mine", "--json").document
     assert (found["id"], found["step"], found["metrics"]) == ("2", 2, {"train_loss": 1.5})
     assert "train_loss 1.5" in run("checkpoints", "mine").out
+
+
+def test_a_terminal_shows_the_status_until_the_run_has_finished(run: Run, tmp_path: Path) -> None:
+    """The view is redrawn in place and ends by itself."""
+    run("launch", "run.yaml", "--id=mine")
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training_backends", "status", "mine", "--watch"],
+        stdout=theirs,
+        stderr=theirs,
+        cwd=tmp_path,
+    )
+    os.close(theirs)
+    try:
+        shown = read_until(terminal, "4/4")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert "running" in shown
+    assert "\x1b[2K" in shown
 
 
 @contextmanager
