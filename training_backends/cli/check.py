@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from training_backends.cli.completion import complete_backend
 from training_backends.cli.session import (
     BackendOption,
     ConfigArgument,
@@ -98,10 +99,13 @@ def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path(
-        "run.yaml"
-    ),
-    backend: Annotated[str, typer.Option("--backend", "-b", help="Backend of the run.")] = "local",
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("run.yaml"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", "-b", help="Backend of the run.", autocompletion=complete_backend
+        ),
+    ] = "local",
     json: JsonOption = False,
 ) -> None:
     """Write a commented configuration to start from.
