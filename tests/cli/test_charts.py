@@ -68,14 +68,14 @@ def test_metrics_are_chosen_by_name(run: Run) -> None:
     assert [point["step"] for point in done.document] == [10, 20, 30, 40]
     done = run("metrics", "r", "-m", "los")
     assert done.code == 3
-    assert "train_loss" in done.out
+    assert "train_loss" in done.err
 
 
 @pytest.mark.usefixtures("measured")
 def test_charts_are_drawn_without_a_terminal_too(run: Run) -> None:
-    """Eighty columns, no colours, standard output untouched; in ASCII where it must be."""
+    """Eighty columns, no colours, nothing on standard error; in ASCII where it must be."""
     done = run("metrics", "r", "--plot", PYTHONIOENCODING="utf-8")
-    assert (done.code, done.out) == (0, "")
+    assert (done.code, done.err) == (0, "")
     assert max(map(len, done.out.splitlines())) <= 80
     assert "train_loss 0.125  " in done.out, "the losses share a chart"
     assert "valid_loss 1.125" in done.out

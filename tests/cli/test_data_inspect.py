@@ -41,7 +41,7 @@ def test_each_issue_names_file_line_and_field(run: Run, write: Write) -> None:
     """What, why and how to mend it stand on one line for people; the exit code is 3."""
     write(chat(1), BAD, chat(1))
     done = run("data", "inspect", "data.jsonl")
-    assert (done.code, done.out) == (3, "")
+    assert (done.code, done.err) == (3, "")
     error, warning, *_ = done.out.splitlines()
     assert "error" in error
     assert "data.jsonl:2: messages[2].role: " in error
@@ -117,15 +117,15 @@ def test_an_issue_is_shown_while_the_data_still_comes(tmp_path: Path) -> None:
     """Nobody waits for the end of a long file to hear of its third line."""
     command = [sys.executable, "-m", "training_backends", "data", "inspect", "-"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, bufsize=0
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, bufsize=0
     ) as process:
         assert process.stdin is not None
-        assert process.stderr is not None
+        assert process.stdout is not None
         rows = [chat(1), chat(2), BAD, *map(chat, range(5, 2000))]
         process.stdin.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        assert b"-:3: messages[2].role" in process.stderr.readline()
+        assert b"-:3: messages[2].role" in process.stdout.readline()
         process.stdin.close()
-        process.stderr.read()
+        process.stdout.read()
     assert process.returncode == 3
 
 

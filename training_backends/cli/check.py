@@ -103,7 +103,11 @@ def init(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", "-b", help="Backend of the run.", autocompletion=complete_backend
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Backend of the run.",
+            autocompletion=complete_backend,
         ),
     ] = "local",
     json: JsonOption = False,

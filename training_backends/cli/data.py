@@ -162,6 +162,7 @@ ProviderFormatOption = Annotated[
     str,
     typer.Option(
         "--provider-format",
+        metavar="NAME",
         help="Provider format: mistral, openai, together or local.",
         autocompletion=complete_format,
     ),
@@ -240,11 +241,16 @@ def split(
     fraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Fraction of rows for validation. Default: the provider's limit."
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Fraction of rows for validation. Default: the provider's limit.",
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Number of rows for validation.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of rows for validation.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the split.")] = 0,
     directory: DirectoryOption = None,
     provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
@@ -312,7 +318,10 @@ def shard(
         ),
     ] = None,
     weight: Annotated[
-        float, typer.Option(help="Weight of the input files in the printed configuration.")
+        float,
+        typer.Option(
+            metavar="WEIGHT", help="Weight of the input files in the printed configuration."
+        ),
     ] = 1.0,
     directory: DirectoryOption = None,
     provider_format: ProviderFormatOption = "mistral",

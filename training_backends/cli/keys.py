@@ -37,7 +37,8 @@ Provider = Annotated[
     ),
 ]
 Profile = Annotated[
-    str | None, typer.Option("--profile", "-p", help="Account, if you have several.")
+    str | None,
+    typer.Option("--profile", "-p", metavar="NAME", help="Account, if you have several."),
 ]
 
 
@@ -102,7 +103,7 @@ def list_credentials(json: JsonOption = False) -> None:
         write_json([entry._asdict() for entry in found])
         return
     columns = (
-        Column("key"),
+        Column("provider"),
         Column("source"),
         Column("variable", drop=2),
         Column("stored", drop=3),
@@ -178,7 +179,9 @@ def _name(provider: str, profile: str | None) -> str:
 
 @keys.command("create")
 def create_key(
-    name: Annotated[str, typer.Option("--name", help="Description of the key.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", metavar="TEXT", help="Description of the key.")
+    ] = "",
     scope: Annotated[
         Literal["read", "write", "admin"],
         typer.Option("--scope", help="read: GET requests only; admin: all projects."),

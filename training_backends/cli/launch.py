@@ -47,7 +47,8 @@ def launch(
     config: ConfigArgument,
     backend: BackendOption = None,
     run_id: Annotated[
-        str | None, typer.Option("--id", help="Your own run id; reuse it to continue a launch.")
+        str | None,
+        typer.Option("--id", metavar="ID", help="Your own run id; reuse it to continue a launch."),
     ] = None,
     overrides: SetOption = None,
     follow: FollowOption = False,
@@ -91,9 +92,12 @@ def launch(
 def resume(
     run: ExactRunArgument,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="Checkpoint id; default: the newest.")
+        str | None,
+        typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the newest."),
     ] = None,
-    new_id: Annotated[str | None, typer.Option("--id", help="Id of the new run.")] = None,
+    new_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Id of the new run.")
+    ] = None,
     follow: FollowOption = False,
     yes: YesOption = False,
     quiet: QuietOption = False,

@@ -76,11 +76,23 @@ WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing t
 def list_runs(
     backend: Annotated[
         str | None,
-        typer.Option("--backend", "-b", help="Filter by backend.", autocompletion=complete_backend),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Filter by backend.",
+            autocompletion=complete_backend,
+        ),
     ] = None,
     status: Annotated[
         str | None,
-        typer.Option("--status", "-s", help="Filter by status.", autocompletion=complete_status),
+        typer.Option(
+            "--status",
+            "-s",
+            metavar="STATUS",
+            help="Filter by status.",
+            autocompletion=complete_status,
+        ),
     ] = None,
     watch: WatchOption = False,
     cached: CachedOption = False,

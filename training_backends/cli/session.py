@@ -63,6 +63,7 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         "-b",
+        metavar="NAME",
         help="Backend; default: the one in CONFIG.",
         autocompletion=complete_backend,
     ),

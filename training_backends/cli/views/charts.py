@@ -1,7 +1,9 @@
 """Metrics of a run as CSV and as charts in the terminal."""
 
 import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
@@ -20,6 +22,7 @@ __all__ = ["Series", "by_name", "chart", "choose", "plot", "write_csv"]
 Series = Mapping[int, float]
 """A metric's values by step."""
 
+_FORCE: Final = "FORCE_COLOR"
 _SHOWN: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 """Metrics drawn by default."""
 _COLOURS: Final = ("bright_blue", "bright_yellow", "bright_green", "bright_magenta")
@@ -75,13 +78,29 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
     width = min(out.width if out.is_terminal else _WITHOUT_TERMINAL, _WIDEST) - _AXIS
     coloured = out.is_terminal and not out.no_color
     for names in _together(shown):
-        text = chart(
-            {name: shown[name] for name in names},
-            width=max(width, _NARROWEST),
-            coloured=coloured,
-            plain=not _can_show_dots(out),
-        )
-        write(f"{text}\n\n")
+        with _colours(coloured):
+            text = chart(
+                {name: shown[name] for name in names},
+                width=max(width, _NARROWEST),
+                coloured=coloured,
+                plain=not _can_show_dots(out),
+            )
+        write(f"{text}\n\n", out.file)
+
+
+@contextmanager
+def _colours(wanted: bool) -> Iterator[None]:
+    """Force colors in plotille, which asks standard output for them, not the console."""
+    before = os.environ.get(_FORCE)
+    if wanted:
+        os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_FORCE, None)
+        else:
+            os.environ[_FORCE] = before
 
 
 def _can_show_dots(out: Console) -> bool:

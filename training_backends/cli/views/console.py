@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -87,16 +87,17 @@ def stderr() -> Console:
     return _SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
-def write(text: str, *, flush: bool = False) -> None:
-    """Write text to standard output as it is.
+def write(text: str, file: IO[str] | None = None, *, flush: bool = False) -> None:
+    """Write text as it is, to standard output unless a file is given.
 
     Raises:
         PipeClosed: Nobody reads it.
     """
+    file = file or sys.stdout
     try:
-        sys.stdout.write(text)
+        file.write(text)
         if flush:
-            sys.stdout.flush()
+            file.flush()
     except BrokenPipeError:
         raise PipeClosed from None
 

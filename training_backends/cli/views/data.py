@@ -222,7 +222,8 @@ class InspectView:
         if self._hidden:
             self._out.print(f"… and {self._hidden:,} more (raise --max-issues to show them)")
         for file in dataset.files:
-            self._out.print()
+            if dataset.issues or file is not dataset.files[0]:
+                self._out.print()
             self._file(file)
         if tokens:
             self._out.print()
