@@ -12,7 +12,7 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-lowest test-sdks check docs bench chaos lock clean
+.PHONY: help quickstart test test-thorough test-lowest test-sdks check docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.run ## Train a small model through the whole system, on thi
 
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-thorough: $(VENV)/.dev ## Run the tests with long searches (over an hour)
+	$(BIN)/pytest -n 2 --dist worksteal --timeout 1800 --hypothesis-profile thorough
 
 # Without torch; the tools of the tests are the newest. What needs an extra that is missing skips.
 test-lowest: ## Run the client's tests with the lowest versions that pyproject.toml allows

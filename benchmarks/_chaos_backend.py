@@ -5,7 +5,6 @@ can therefore find a training that another one started, and the benchmark can co
 """
 
 import time
-from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -20,6 +19,7 @@ from training_backends import (
     Journal,
     LogRecord,
     Money,
+    Observation,
     RunNotFound,
     RunState,
     TrainingBackend,
@@ -83,23 +83,16 @@ class QuickBackend(TrainingBackend):
         await journal.record(RunState(status=TrainingStatus.RUNNING, remote_id=run.id))
         return await self._state(run.id)
 
-    async def status(self, run: TrainingRun) -> RunState:
-        """Return the state, which depends on the age of the file."""
-        return await self._state(run.remote_id or "")
-
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
-        """Yield a single record once the training is finished."""
-        state = await self.status(run)
-        while follow and not state.status.is_terminal:
-            await anyio.sleep(0.1)
-            state = await self.status(run)
-        if state.finished_at is not None and after is None:
-            fields = {"status": state.status.value}
-            yield LogRecord(
-                at=state.finished_at, message="done", source="status", fields=fields, cursor="0"
-            )
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Return the state, by the age of the file, and a single record when it is finished."""
+        state = await self._state(run.remote_id or "")
+        if state.finished_at is None or after is not None:
+            return Observation(state, cursor=after)
+        fields = {"status": state.status.value}
+        record = LogRecord(
+            at=state.finished_at, message="done", source="status", fields=fields, cursor="0"
+        )
+        return Observation(state, (record,), record.cursor)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Do nothing: the training finishes in a moment."""

@@ -1,11 +1,15 @@
 """What all tests share."""
 
+import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import disk_usage
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -21,9 +25,35 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 
-if "CI" not in os.environ:  # there, hypothesis has a profile of its own
-    hypothesis.settings.register_profile("untimed", deadline=None)
-    hypothesis.settings.load_profile("untimed")
+# Stores sync what they write; in memory that costs nothing. Some tests run what they write.
+_SHARED = Path("/dev/shm")
+if (
+    _SHARED.is_dir()
+    and disk_usage(_SHARED).free > 2**31
+    and not os.statvfs(_SHARED).f_flag & os.ST_NOEXEC
+):
+    os.environ.setdefault("TMPDIR", str(_SHARED))
+    tempfile.tempdir = None  # chosen again
+
+# In CI, hypothesis has a profile of its own, which tries the same examples each time.
+for _name, _parent, _examples, _steps in (
+    ("quick", "ci" if "CI" in os.environ else "default", 20, 20),
+    ("thorough", "default", 400, 50),
+):
+    hypothesis.settings.register_profile(
+        _name,
+        hypothesis.settings.get_profile(_parent),
+        max_examples=_examples,
+        stateful_step_count=_steps,
+        deadline=None,
+    )
+hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses another
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage the search through all modules, torch among them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -72,6 +102,24 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> "Iterator[InMemorySpanExporter]":
     trace.set_tracer_provider(provider)
     yield exporter
     provider.shutdown()
+
+
+@pytest.fixture
+def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derive the key of a password once per salt, for that is meant to be slow."""
+    argon2 = pytest.importorskip("cryptography.hazmat.primitives.kdf.argon2")
+    kdf, known = argon2.Argon2id, dict[object, bytes]()
+
+    def make(**values: object) -> SimpleNamespace:
+        def derive(secret: bytes) -> bytes:
+            key = (secret, *values.items())
+            if key not in known:
+                known[key] = kdf(**values).derive(secret)
+            return known[key]
+
+        return SimpleNamespace(derive=derive)
+
+    monkeypatch.setattr(argon2, "Argon2id", make)
 
 
 @pytest.fixture(scope="session")

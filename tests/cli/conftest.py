@@ -1,36 +1,16 @@
-"""Run the command line as a user does: a process, its output and its exit code."""
+"""Run the command line as a user does: arguments, output and exit code."""
 
 import json
 import os
 import select
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.commands import Done, Run, run_here
+from tests.commands import run_process as run_in_process
 from tests.waiting import wait_until
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """The one JSON document on standard output."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Done]
 
 
 def read_until(terminal: int, text: str) -> str:
@@ -48,20 +28,21 @@ def read_until(terminal: int, text: str) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run `training-backends` in an empty directory with a home of its own."""
+    """Run `training-backends` in this process, in an empty directory with a home of its own."""
 
     def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
-        done = subprocess.run(
-            [sys.executable, "-m", "training_backends", *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "HOME": str(tmp_path), **environment},
-            timeout=100,
-            check=False,
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
+        return run_here(arguments, tmp_path, stdin, {"HOME": str(tmp_path), **environment})
+
+    return run
+
+
+@pytest.fixture
+def run_process(tmp_path: Path) -> Run:
+    """Run it in a process of its own: for several at once, and for what only a process has."""
+
+    def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
+        home = {"HOME": str(tmp_path), **environment}
+        return run_in_process(arguments, tmp_path, stdin, home)
 
     return run
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, read_until
+from tests.cli.conftest import read_until
+from tests.commands import Run
+from tests.plugins import Install
 
 PLUGIN = """
 import os
@@ -29,16 +31,9 @@ class Plugin(ScriptedBackend):
 
 
 @pytest.fixture
-def config(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def config(config_file: Path, install: Install) -> str:
     """Write a configuration for a backend of another package, whose prices are not known."""
-    info = tmp_path / "site" / "unpriced-1.0.dist-info"
-    info.mkdir(parents=True)
-    (tmp_path / "site" / "unpriced.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unpriced\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[training_backends.backends]\nunpriced = unpriced:Plugin\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    install("unpriced_package", "unpriced", PLUGIN)
     config_file.write_text(config_file.read_text().replace("local", "unpriced"))
     return config_file.name
 

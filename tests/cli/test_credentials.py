@@ -43,7 +43,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def file_keyring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file_keyring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered_keys: None) -> Path:
     """Choose the encrypted file as keyring; returns the file with its password."""
     path = tmp_path / "password"
     path.touch(mode=0o600)

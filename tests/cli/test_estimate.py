@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.cli.conftest import Run
+from tests.commands import Run
 from training_backends import Estimate, Money, PriceSource, TrainingConfig, TrainingRun
 from training_backends.cli.views.render import CountView, price_text, show_estimate, show_run
 from training_backends.core.estimate import CostItem

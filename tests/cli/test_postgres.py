@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.cli.conftest import Run
+from tests.commands import Run
 from tests.postgres import PASSWORD, Postgres
 from training_backends.testing.provider import ScriptedProvider
 
@@ -25,14 +25,14 @@ def url(postgres: Postgres) -> str:
 
 @pytest.mark.parametrize("machines", [1, 2])
 def test_processes_that_launch_one_id_at_once_make_one_job(
-    run: Run, url: str, config_file: Path, tmp_path: Path, machines: int
+    run_process: Run, url: str, config_file: Path, tmp_path: Path, machines: int
 ) -> None:
     """Each opens a store that is not there yet, and on two machines nobody sees who lives."""
     config_file.write_text(config_file.read_text().replace("  batch_size: 2\n", ""))
     with ScriptedProvider() as provider, ThreadPoolExecutor() as threads:
 
         def launch(number: int) -> tuple[int, str | None]:
-            done = run(
+            done = run_process(
                 *("launch", config_file.name, "--backend=mistral", "--id=mine", "--yes", "--json"),
                 MISTRAL_API_KEY="test-key",
                 TRAINING_BACKENDS_HOME=str(tmp_path / f"home{number % machines}"),

@@ -1,4 +1,4 @@
-"""Real runs from the command line: each command is a process of its own."""
+"""Real runs from the command line, each trained in a process of its own."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,24 +7,39 @@ from typing import Any
 
 import pytest
 
+from tests.commands import Done, Run
+from tests.waiting import wait_until
+
 pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(300)]
 
-Run = Any
 
-
-def test_a_run_is_launched_followed_seen_again_asked_and_downloaded(
-    run: Run, config_file: Path, tmp_path: Path
+def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
+    run: Run, run_process: Run, config_file: Path, tmp_path: Path
 ) -> None:
-    """Several processes share one run; the last one has its model."""
-    asking = "--set=options.sample_prompt=3 plus 3?"
-    launched = run("launch", config_file.name, asking, "--id", "mine", "--follow", "--json")
+    """All see the same lines, one of them comes later; a fourth has the model."""
+    words = ["--set=options.sample_prompt=3 plus 3?", "--set=hyperparameters.training_steps=60"]
+    launch = ("launch", config_file.name, *words, "--id", "mine")
+    logs = ("logs", "mine", "--json")
+    with ThreadPoolExecutor() as pool:
+        launching = pool.submit(run_process, *launch, "--follow", "--json")
+        wait_until(lambda: run(*logs).code == 0)
+        following = [pool.submit(run_process, *logs, "--follow") for _ in range(2)]
+        wait_until(lambda: any(record["step"] for record in _records(run(*logs))))
+        following.append(pool.submit(run_process, *logs, "--follow"))
+        launched = launching.result()
+        seen = [each.result() for each in following]
     assert (launched.code, launched.document["status"]) == (0, "completed")
-    again = run("launch", config_file.name, asking, "--id", "mine", "--json")
+    assert [each.code for each in seen] == [0, 0, 0]
+    whole = run("logs", "mi", "--json")
+    assert seen[0].out == seen[1].out == seen[2].out == whole.out
+    records = _records(whole)
+    assert [record["cursor"] for record in records] == [str(n + 1) for n in range(len(records))]
+    again = run(*launch, "--json")
     assert again.document["finished_at"] == launched.document["finished_at"]
-    steps = [record["step"] for record in _records(run("logs", "mi", "--json"))]
+    steps = [record["step"] for record in records]
     assert [step for step in steps if step] == sorted(step for step in steps if step)
     asked = run("generate", "mi", "3 plus 3?", "--json")
-    samples = [each["fields"] for each in _records(run("logs", "mi", "--json"))]
+    samples = [record["fields"] for record in records]
     (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]
     assert (asked.code, asked.document) == (0, {"answer": after})
     assert run("download", "mine", "out").code == 0
@@ -32,7 +47,7 @@ def test_a_run_is_launched_followed_seen_again_asked_and_downloaded(
     assert run("download", "mine", "out").code != 0
 
 
-def test_a_running_run_is_stopped_by_another_process(run: Run, config_file: Path) -> None:
+def test_a_running_run_is_stopped_by_another_command(run: Run, config_file: Path) -> None:
     """`stop` asks, `wait` tells when it is over: exit code 11."""
     many = "--set=hyperparameters.training_steps=100000"
     assert run("launch", config_file.name, "--id=long", many).code == 0
@@ -47,21 +62,5 @@ def test_a_running_run_is_stopped_by_another_process(run: Run, config_file: Path
     assert run("download", "long", "out").code == 9
 
 
-def test_three_who_follow_see_the_same_lines(run: Run, config_file: Path) -> None:
-    """Each is a process of its own, and one comes when the run is long under way."""
-    long = "--set=hyperparameters.training_steps=150"
-    assert run("launch", config_file.name, "--id=mine", long).code == 0
-    with ThreadPoolExecutor() as pool:
-        following = [pool.submit(run, "logs", "mine", "--follow", "--json") for _ in range(2)]
-        assert _records(run("logs", "mine", "--json")), "something has happened by now"
-        following.append(pool.submit(run, "logs", "mine", "--follow", "--json"))
-        seen = [each.result() for each in following]
-    assert [each.code for each in seen] == [0, 0, 0]
-    assert seen[0].out == seen[1].out == seen[2].out == run("logs", "mine", "--json").out
-    assert [record["cursor"] for record in _records(seen[0])] == [
-        str(number + 1) for number in range(len(_records(seen[0])))
-    ]
-
-
-def _records(done: Any) -> list[dict[str, Any]]:
+def _records(done: Done) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.out.splitlines()]

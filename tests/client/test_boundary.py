@@ -3,6 +3,7 @@
 import pickle
 import traceback
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,6 +111,15 @@ async def test_a_foreign_exception_names_the_plugin(
     assert caught.value.__cause__ is error
     assert exit_code_of(caught.value) is ExitCode.UNAVAILABLE
     assert pickle.loads(pickle.dumps(caught.value)).package == "acme-plugin"
+
+
+async def test_an_exception_of_a_followed_log_names_the_plugin(a_run: TrainingRun) -> None:
+    """Whoever uses a backend directly gets the same error from a stream."""
+    plugin = guarded(Failing("observe", KeyError("state")), "plugin", "acme-plugin")
+    with pytest.raises(BackendBroken, match="failed in 'logs'") as caught:
+        async with aclosing(plugin.logs(a_run, follow=True)) as records:
+            await anext(records)
+    assert caught.value.run_id == "mine"
 
 
 async def test_a_run_is_named_where_one_is_concerned(a_run: TrainingRun) -> None:

@@ -35,7 +35,7 @@ from training_backends import (
 from training_backends.client import launch
 from training_backends.client.run_record import launch_lease
 from training_backends.core.backend import Journal
-from training_backends.core.run import RunState
+from training_backends.core.run import Observation, RunState
 from training_backends.testing.backend import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -281,14 +281,15 @@ async def test_what_is_told_after_the_end_is_kept_and_logged(
     """An answer that was under way when another process saw the end changes nothing."""
     run = await client.launch(make_config(), backend="scripted")
 
-    async def late(asked: TrainingRun) -> RunState:
+    async def late(asked: TrainingRun, *, after: str | None = None) -> Observation:
         over = RunState(status=TrainingStatus.COMPLETED)
         await anyio.to_thread.run_sync(
             client._store.update, asked.id, lambda now: now.updated(over)
         )
-        return RunState(status=TrainingStatus.RUNNING, raw_status="BUSY")
+        busy = RunState(status=TrainingStatus.RUNNING, raw_status="BUSY")
+        return Observation(busy, cursor=after)
 
-    monkeypatch.setattr(backend, "status", late)
+    monkeypatch.setattr(backend, "observe", late)
     with capture_logs() as entries:
         seen = await client.status(run.id)
     assert (seen.status, seen.raw_status) == (TrainingStatus.COMPLETED, "BUSY")

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import ConfigError, Issue, TrainingConfig
@@ -165,7 +165,6 @@ def test_a_truth_value_is_no_number(tmp_path: Path, word: str) -> None:
 
 
 @given(st.integers(min_value=1, max_value=2**31))
-@settings(max_examples=30, deadline=None)
 def test_a_decimal_number_is_read_as_it_is_written(number: int) -> None:
     """However it is grouped or signed."""
     with TemporaryDirectory() as directory:

@@ -78,7 +78,7 @@ async def test_whoever_waits_gets_it_next(leases: Leases, others: Leases) -> Non
 
     async with anyio.create_task_group() as tasks, leases.hold("work"):
         tasks.start_soon(second)
-        await anyio.sleep(0.1)
+        await anyio.wait_all_tasks_blocked()
         order.append("first")
     assert order == ["first", "second"]
 

@@ -11,6 +11,7 @@ from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
+    Observation,
     RunNotFound,
     RunState,
     TrainingBackend,
@@ -60,9 +61,9 @@ async def test_only_the_runs_given_are_refreshed(
 class Silent(ScriptedBackend):
     """Accepts runs and never tells of them."""
 
-    async def status(self, run: TrainingRun) -> RunState:
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         await anyio.sleep_forever()
-        return await super().status(run)
+        return await super().observe(run, after=after)
 
 
 async def test_a_backend_out_of_reach_is_no_error(

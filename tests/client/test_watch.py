@@ -63,10 +63,10 @@ class Interrupted(ScriptedBackend):
         super().__init__()
         self.meanwhile: Callable[[], Awaitable[None]] | None = None
 
-    async def status(self, run: TrainingRun) -> RunState:
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Answer for `exp-1` as of before what happens meanwhile, once."""
         try:
-            return await super().status(run)
+            return await super().observe(run, after=after)
         finally:
             if run.id == "exp-1" and self.meanwhile is not None:
                 meanwhile, self.meanwhile = self.meanwhile, None
@@ -566,7 +566,8 @@ async def test_a_run_that_cannot_be_seen_keeps_to_its_budget(
         run = await client.launch(config, backend="scripted", run_id="mine")
         async with watching(client.watcher()):
             await until(
-                lambda: backend.status(run), lambda state: state.status is TrainingStatus.STOPPING
+                lambda: ScriptedBackend.observe(backend, run),
+                lambda seen: seen.state.status is TrainingStatus.STOPPING,
             )
 
 

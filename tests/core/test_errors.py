@@ -157,3 +157,21 @@ def test_a_missing_package_shows_its_command_in_the_traceback() -> None:
     """The command that installs it is the way on."""
     error = errors.BackendNotInstalled("Not here.", install="pip install x")
     assert error.__notes__ == ["Hint: pip install x"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.BackendUnavailable("no response"), True),
+        (errors.BackendUnavailable("no connection", sent=False), False),
+        (errors.ProtocolError("half of a response"), True),
+        (errors.RateLimited("slow down"), False),
+        (errors.AuthenticationFailed("wrong key"), False),
+        (errors.DuplicateRun("it exists"), False),
+    ],
+)
+def test_only_a_request_without_a_clear_answer_may_have_happened(
+    error: TrainingBackendError, *, expected: bool
+) -> None:
+    """A lost or unreadable response leaves the outcome open; a rejection does not."""
+    assert errors.may_have_happened(error) is expected

@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -420,7 +420,6 @@ def test_four_times_the_text_takes_about_four_times_as_long(before: str, atom: s
     assert best[long] < 9 * best[short]  # 16 where it is quadratic
 
 
-@settings(deadline=None, max_examples=30)
 @given(
     secret=tokens(LETTERS_AND_DIGITS + "/ '\\", 12, 60).map(str.strip).filter(lambda t: len(t) > 8),
     where=st.integers(-70, 5000),

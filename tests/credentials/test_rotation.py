@@ -1,8 +1,5 @@
 """A key that is changed while a program runs: real vault, real backend, a server that checks."""
 
-import os
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -30,48 +27,24 @@ def provider() -> Iterator[ScriptedProvider]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def password_file(tmp_path: Path) -> Path:
-    """Write the password for its owner only."""
+def vault(tmp_path: Path, remembered_keys: None) -> Callable[[], CredentialVault]:
+    """Make vaults on one encrypted file, as separate processes would."""
     path = tmp_path / "password"
     path.touch(mode=0o600)
     path.write_text("correct horse")
-    return path
+    chosen = CredentialSettings(keyring="file", password_file=path)
+    return lambda: CredentialVault(home=tmp_path / "home", environ={}, settings=chosen)
 
 
 @pytest.fixture
 async def backend(
-    provider: ScriptedProvider, home: Path, password_file: Path
+    provider: ScriptedProvider, vault: Callable[[], CredentialVault]
 ) -> AsyncGenerator[MistralAPIBackend, None]:
     """Make the backend that goes on running, over a vault of its own."""
-    chosen = CredentialSettings(keyring="file", password_file=password_file)
     settings = MistralSettings(base_url=provider.base_url, attempts=1, poll_min=0.01, poll_max=0.02)
-    vault = CredentialVault(home=home, environ={}, settings=chosen)
-    made = MistralAPIBackend(credentials=vault, settings=settings)
+    made = MistralAPIBackend(credentials=vault(), settings=settings)
     yield made
     await made.aclose()
-
-
-def store(home: Path, password_file: Path, key: str) -> None:
-    """Store a key as a person does, in another process."""
-    subprocess.run(
-        [sys.executable, "-m", "training_backends", "credentials", "set", "mistral"],
-        env={
-            **os.environ,
-            "TRAINING_BACKENDS_HOME": str(home),
-            "TRAINING_BACKENDS_CREDENTIALS__KEYRING": "file",
-            "TRAINING_BACKENDS_CREDENTIALS__PASSWORD_FILE": str(password_file),
-        },
-        input=f"{key}\n",
-        text=True,
-        timeout=60,
-        capture_output=True,
-        check=True,
-    )
 
 
 def keys_sent(provider: ScriptedProvider) -> list[str]:
@@ -85,12 +58,11 @@ def keys_sent(provider: ScriptedProvider) -> list[str]:
 async def test_a_rotated_key_is_taken_up_without_a_restart(
     backend: MistralAPIBackend,
     provider: ScriptedProvider,
-    home: Path,
-    password_file: Path,
+    vault: Callable[[], CredentialVault],
     make_config: Callable[..., TrainingConfig],
 ) -> None:
     """Somebody follows a run; the key is stored anew and the old one ended; nothing is missed."""
-    store(home, password_file, "first-key")
+    await vault().set("mistral", "first-key")
     job = provider.add_job(
         {
             "model": "open-mistral-7b",
@@ -107,7 +79,7 @@ async def test_a_rotated_key_is_taken_up_without_a_restart(
                 continue
             steps.append(record.step)
             if record.step == 1:
-                store(home, password_file, "second-key")
+                await vault().set("mistral", "second-key")
                 provider.key = "second-key"
                 provider.add_checkpoint(job, 2, train_loss=1.0)
                 provider.set_status(job, "SUCCESS")
@@ -117,14 +89,16 @@ async def test_a_rotated_key_is_taken_up_without_a_restart(
 
 
 async def test_a_key_that_was_ended_before_it_was_stored_anew_is_no_dead_end(
-    backend: MistralAPIBackend, provider: ScriptedProvider, home: Path, password_file: Path
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    vault: Callable[[], CredentialVault],
 ) -> None:
     """Refused while the vault still has the old one; as soon as it has the new one, it works."""
-    store(home, password_file, "first-key")
+    await vault().set("mistral", "first-key")
     assert (await backend.health()).ok
     provider.key = "second-key"
     with pytest.raises(AuthenticationFailed):
         await backend.list_remote(RemoteFilters())
     assert not (await backend.health()).ok
-    store(home, password_file, "second-key")
+    await vault().set("mistral", "second-key")
     assert (await backend.health()).ok

@@ -18,7 +18,7 @@ from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 from pydantic import SecretStr
 
-from tests.waiting import wait_until
+from tests.waiting import until, wait_until
 from training_backends import (
     ConfigError,
     CredentialNotFound,
@@ -292,7 +292,7 @@ async def test_retries_pile_up_no_threads(tmp_path: Path, waiting: WaitingKeyrin
     assert hanging[0].daemon
     waiting.kept["training-backends", "mistral/default"] = "key"
     waiting.let_go.set()
-    hanging[0].join(5)
+    await until(lambda: not hanging[0].is_alive())
     assert (await vault.get("mistral")).get_secret_value() == "key"
 
 

@@ -27,8 +27,6 @@ from training_backends.datasets.provider_formats import (
 
 # A busy machine is slow for a while; that says nothing of the strategy.
 CALM = settings(
-    deadline=None,
-    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 ALL = pytest.mark.parametrize(
@@ -127,7 +125,7 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
     st.fixed_dictionaries({}, optional=CHANGES),
     st.data(),
 )
-@settings(CALM, max_examples=150)
+@CALM
 def test_a_provider_format_that_nobody_has_met_is_judged_alike(
     base: ProviderFormat, changes: dict[str, Any], data: st.DataObject
 ) -> None:

@@ -5,25 +5,19 @@ from array import array
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends.datasets import duplicates
 from training_backends.datasets.duplicates import Found, Repeat, RowHashes, RowLocation
 
 FEW = 100
 """More than any of the small examples has to name."""
 
 
-@pytest.fixture(params=[1 << 17, 4])
-def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at all hashes at once, or at few at a time."""
-    monkeypatch.setattr(duplicates, "_SLICE", request.param)
-    monkeypatch.setattr(duplicates, "_AT_ONCE", request.param)
-
-
-def found_in(files: list[list[int]], groups: list[list[int]], most: int = FEW) -> Found:
-    with RowHashes() as hashes:
+def found_in(
+    files: list[list[int]], groups: list[list[int]], most: int = FEW, slice_rows: int = 1 << 17
+) -> Found:
+    with RowHashes(slice_rows=slice_rows) as hashes:
         for number, file in enumerate(files):
             # In two parts, the second of which begins with a line that is no row.
             half = len(file) // 2
@@ -37,13 +31,15 @@ def line(file: list[int], index: int) -> int:
     return index + 1 if index < len(file) // 2 else index + 2
 
 
+SLICES = pytest.mark.parametrize("slice_rows", [1 << 17, 4])
+"""All hashes at once, or few at a time."""
+
 rows = st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 - 1]), max_size=12)
 
 
-@pytest.mark.usefixtures("slices")
-@settings(deadline=None)
-@given(st.data())
-def test_what_is_found_is_what_a_simple_search_finds(data: st.DataObject) -> None:
+@SLICES
+@given(data=st.data())
+def test_what_is_found_is_what_a_simple_search_finds(slice_rows: int, data: st.DataObject) -> None:
     """Whatever the hashes are: how many, which lines, and which lines before."""
     train = data.draw(st.lists(rows, min_size=1, max_size=3))
     validation = data.draw(st.lists(rows, max_size=2))
@@ -64,17 +60,17 @@ def test_what_is_found_is_what_a_simple_search_finds(data: st.DataObject) -> Non
                     expected.named_overlaps.append(Repeat(place, trained[one]))
                 first.setdefault(one, place)
         trained = first
-    found = found_in(files, groups)
+    found = found_in(files, groups, slice_rows=slice_rows)
     assert +found.duplicates == +expected.duplicates
     assert +found.overlaps == +expected.overlaps
     assert found.named == expected.named
     assert found.named_overlaps == expected.named_overlaps
 
 
-@pytest.mark.usefixtures("slices")
-def test_of_many_only_the_first_are_named() -> None:
+@SLICES
+def test_of_many_only_the_first_are_named(slice_rows: int) -> None:
     """All are counted."""
-    found = found_in([[1, 2, 3] * 5, [3, 3, 9]], [[0, 1]], most=2)
+    found = found_in([[1, 2, 3] * 5, [3, 3, 9]], [[0, 1]], most=2, slice_rows=slice_rows)
     assert found.duplicates == Counter({0: 12, 1: 2})
     assert [repeat.place for repeat in found.named] == [
         RowLocation(0, 4),
@@ -89,16 +85,12 @@ def test_a_file_in_no_group_is_left_out() -> None:
     assert found_in([[1, 2], [1, 2]], [[0]]).duplicates == Counter({0: 0})
 
 
-def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_stays_small() -> None:
     """Hashes beyond some megabytes lie on the disk, also where all of them are repeated."""
-    half = 100_000
+    half = 40_000
     numbers = array("Q", (number * 0x9E3779B97F4A7C15 % 2**64 for number in range(half)))
-    monkeypatch.setattr(duplicates, "_SLICE", 1 << 14)
-    monkeypatch.setattr(duplicates, "_KNOWN", 1 << 12)
-    monkeypatch.setattr(duplicates, "_AT_ONCE", 1 << 14)
-    monkeypatch.setattr(duplicates, "_IN_MEMORY", 1 << 18)
     tracemalloc.start()
-    with RowHashes() as hashes:
+    with RowHashes(slice_rows=1 << 13, known=1 << 12) as hashes:
         for before in (0, half):
             for start in range(0, half, 1000):
                 hashes.add(0, numbers[start : start + 1000], before + start, None)

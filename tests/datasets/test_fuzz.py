@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.datasets.files import written
@@ -38,7 +38,6 @@ def is_told_well(path: Path, issues: tuple[Issue, ...]) -> None:
 
 
 @given(junk, st.sampled_from(sorted(PROVIDER_FORMATS)))
-@settings(max_examples=200, deadline=None)
 def test_junk_gives_issues_and_no_exception(content: bytes, provider_format: str) -> None:
     """A bounded number of them, and a file or an error."""
     with written(content) as path:
@@ -52,7 +51,6 @@ def test_junk_gives_issues_and_no_exception(content: bytes, provider_format: str
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
 def test_a_changed_row_blames_no_other_line(data: st.DataObject) -> None:
     """Bytes are cut out, put in or turned over; lines before and behind are as they were."""
     good = data.draw(st.lists(rows(MISTRAL, "messages"), min_size=1, max_size=4).map(_lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.datasets.mutations import faulty_rows
@@ -155,7 +155,6 @@ def meaning(row: Row) -> Row:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_a_second_repair_finds_nothing_to_do(data: st.DataObject) -> None:
     """It writes the same bytes, whatever the file was; every error that is left is told."""
     provider_format = data.draw(provider_formats)
@@ -164,7 +163,8 @@ def test_a_second_repair_finds_nothing_to_do(data: st.DataObject) -> None:
     try:
         first = Done(content, provider_format=provider_format, drop_invalid=drop)
     except DatasetError as error:
-        assert error.issues[0].code == "empty_file"  # noqa: PT017
+        # A file that begins with a line like `{` is taken for pretty-printed JSON.
+        assert error.issues[0].code in {"empty_file", "not_json_lines"}  # noqa: PT017
         return
     second = Done(first.content, provider_format=provider_format, drop_invalid=drop)
     assert second.content == first.content
@@ -175,7 +175,6 @@ def test_a_second_repair_finds_nothing_to_do(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_a_repaired_file_is_inspected_clean(data: st.DataObject) -> None:
     """Without the rows that cannot be repaired, nothing is wrong with any line of it."""
     provider_format = data.draw(provider_formats)
@@ -195,11 +194,10 @@ def test_a_repaired_file_is_inspected_clean(data: st.DataObject) -> None:
     # Whole files may have too few rows, and rows of several kinds, which is for people to mend.
     whole = {"too_few_rows", "mixed_formats", "mixed_labels"}
     kept = {"nothing_trained", "undeclared_tool", "unknown_key", "content_with_tool_calls"}
-    assert {issue.code for issue in issues} <= whole | kept
+    assert {issue.code for issue in issues} <= whole | kept | provider_format.levels.keys()
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_what_can_be_undone_is_undone(data: st.DataObject) -> None:
     """Spoiled rows come out right and mean what they meant before."""
     provider_format = data.draw(provider_formats)
@@ -212,7 +210,6 @@ def test_what_can_be_undone_is_undone(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_right_rows_keep_their_bytes(data: st.DataObject) -> None:
     """In any format, escaped or not, with white space or without."""
     provider_format = data.draw(provider_formats)
@@ -230,7 +227,6 @@ def test_right_rows_keep_their_bytes(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_rows_that_cannot_be_repaired_keep_their_bytes(data: st.DataObject) -> None:
     """They stand as they were and are told with their line, or are dropped and listed."""
     provider_format = data.draw(provider_formats)

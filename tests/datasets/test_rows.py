@@ -28,7 +28,7 @@ from training_backends.datasets.rows import (
 )
 
 # A busy machine is slow for a while; that says nothing of the strategy.
-CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CALM = settings(suppress_health_check=[HealthCheck.too_slow])
 TEXT = st.text(max_size=20)
 CALLS = st.fixed_dictionaries(
     {

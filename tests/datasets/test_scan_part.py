@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
@@ -136,7 +136,6 @@ def simply(content: bytes, max_line: int) -> Simply:
     return Simply(rows, bad + len(too_long), hashes, too_long)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_parts_of_any_file_give_the_verdict_on_the_whole(data: st.DataObject) -> None:
     """Wherever lines end: in a part, in what is read at once, or nowhere."""

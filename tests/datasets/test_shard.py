@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.datasets.files import written
@@ -25,7 +25,6 @@ def joined(directory: Path, pattern: str = "*-of-*.jsonl") -> bytes:
 
 
 @given(contents, limits)
-@settings(max_examples=200, deadline=None)
 def test_parts_make_up_the_file(content: bytes, limit: int) -> None:
     """Parts follow one another, keep the limit, end with a line and tell of their own bytes."""
     with written(content) as path:
@@ -40,7 +39,6 @@ def test_parts_make_up_the_file(content: bytes, limit: int) -> None:
 
 
 @given(contents, limits)
-@settings(max_examples=100, deadline=None)
 def test_there_are_as_few_parts_as_can_be(content: bytes, limit: int) -> None:
     """No part had room for the first line of the next."""
     with written(content) as path:
@@ -51,7 +49,6 @@ def test_there_are_as_few_parts_as_can_be(content: bytes, limit: int) -> None:
 
 
 @given(contents.filter(lambda content: content and kind_of(content) == "plain"), limits)
-@settings(max_examples=50, deadline=None)
 def test_shards_put_together_are_the_file(content: bytes, limit: int) -> None:
     """Byte for byte, whatever stands in it, and their names sort in order."""
     with written(content) as path:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.datasets.files import written
@@ -38,7 +38,6 @@ def sides(found: Split) -> tuple[list[bytes], list[bytes]]:
 
 
 @given(rows, ends, st.floats(0.1, 0.9), st.integers())
-@settings(max_examples=100, deadline=None)
 def test_both_sides_make_up_the_file(
     lines: list[bytes], end: bytes, fraction: float, seed: int
 ) -> None:
@@ -58,7 +57,6 @@ def test_both_sides_make_up_the_file(
 
 
 @given(st.lists(st.integers(), unique=True, min_size=20, max_size=60), st.randoms())
-@settings(max_examples=50, deadline=None)
 def test_the_order_of_rows_does_not_matter(numbers: list[int], chance: random.Random) -> None:
     """The same rows are set aside however they are shuffled."""
     lines = [b'{"text": "%d"}\n' % number for number in numbers]

@@ -24,14 +24,14 @@ class Served:
     home: Path
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    """Run `training-backends serve --backend local` until the test ends."""
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Run `training-backends serve --backend local` for all tests that drive one."""
     key = secrets.token_urlsafe(24)
-    home = tmp_path / "served"
+    home = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
     environment = {
-        **os.environ,
+        **{name: text for name, text in os.environ.items() if "TRAINING_BACKENDS" not in name},
         "TRAINING_BACKENDS_HOME": str(home),
         "TRAINING_BACKENDS_GATEWAY__API_KEY": key,
     }

@@ -1,11 +1,5 @@
-"""A model that learns something, trained through a gateway by the official Python SDK.
+"""A model that learns something, trained through a gateway by the official Python SDK."""
 
-    python sdk_learning.py URL KEY classifier|completion TRAIN.jsonl VALIDATION.jsonl
-
-Ends with exit code 0 if it knows what it has not seen.
-"""
-
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -86,9 +80,4 @@ def main(url: str, key: str, kind: str, *paths: Path) -> None:
     """Train, and look at what is known in the end."""
     client = Mistral(api_key=key, server_url=url)
     right = {"completion": completion, "classifier": classifier}[kind](client, *paths)
-    assert right >= 0.95, right
-    print(f"ok: {right:.3f} of what it has not seen is right")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], *map(Path, sys.argv[4:]))
+    assert right >= 0.95, "of what it has not seen"

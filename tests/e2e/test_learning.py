@@ -2,15 +2,15 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "sdk_learning.py"
+from tests.e2e.conftest import Served
+from tests.e2e.sdk_learning import main
+
 TOPICS = {"cat": "pets", "sun": "sky", "bus": "roads"}
 
 
@@ -40,7 +40,7 @@ def row(kind: str, text: str, word: str) -> dict[str, Any]:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", ["completion", "classifier"])
 def test_the_official_sdk_trains_what_knows_the_unseen(
-    served: Any, tmp_path: Path, kind: str
+    served: Served, tmp_path: Path, kind: str
 ) -> None:
     """From the upload to held-out rows, none of which was trained on, 95 of 100 of them right."""
     some = texts(1)
@@ -49,12 +49,5 @@ def test_the_official_sdk_trains_what_knows_the_unseen(
     for name, count in (("train", 1200), ("valid", 56)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row(kind, *next(some))) + "\n" for _ in range(count)))
-        paths.append(str(path))
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), served.url, served.key, kind, *paths],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        paths.append(path)
+    main(served.url, served.key, kind, *paths)

@@ -382,7 +382,6 @@ async def test_a_run_that_the_backend_lost_fails(here: Site) -> None:
     job_id, remote = await here.started()
     await here.until(job_id, "RUNNING")
     here.backend.lose(remote)
-    here.backend.wake()
     failed = await here.until(job_id, "FAILED")
     assert "has not found this run" in failed["events"][-1]["data"]["error"]
 

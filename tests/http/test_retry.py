@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import AuthenticationFailed, BackendUnavailable, RateLimited
-from training_backends.http.retry import Backoff, read_date_ahead, read_retry_after
+from training_backends.http.retry import RetryRule, read_date_ahead, read_retry_after
 
 BUSY = BackendUnavailable("busy")
 
@@ -24,47 +24,47 @@ def test_waits_grow_within_full_jitter() -> None:
         bounds.append(high)
         return high
 
-    backoff = Backoff(repeatable=True, attempts=12, patience=1e6, jitter=jitter)
-    waits = [backoff.wait for _ in range(11) if backoff(BUSY)]
+    rule = RetryRule(repeatable=True, attempts=12, patience=1e6, jitter=jitter)
+    waits = [rule.wait for _ in range(11) if rule(BUSY)]
     assert waits == bounds
     assert bounds[:4] == [0.5, 1.0, 2.0, 4.0]
     assert bounds[-1] == 20.0
-    assert backoff(BUSY) is False
+    assert rule(BUSY) is False
 
 
 def test_told_pause_is_the_least() -> None:
     """What the server asked for is waited, and the jitter comes on top."""
-    backoff = Backoff(repeatable=True, attempts=3, patience=60, jitter=lambda _, high: high)
-    backoff.retry_after = 7.0
-    assert backoff(RateLimited("slow"))
-    assert backoff.wait == 7.5
+    rule = RetryRule(repeatable=True, attempts=3, patience=60, jitter=lambda _, high: high)
+    rule.retry_after = 7.0
+    assert rule(RateLimited("slow"))
+    assert rule.wait == 7.5
 
 
 def test_patience_bounds_the_pause() -> None:
     """Pauses that would together outlast the patience end the attempts."""
-    backoff = Backoff(repeatable=True, attempts=9, patience=5, retry_after=6.0)
-    assert backoff(BUSY) is False
-    backoff = Backoff(
+    rule = RetryRule(repeatable=True, attempts=9, patience=5, retry_after=6.0)
+    assert rule(BUSY) is False
+    rule = RetryRule(
         repeatable=True, attempts=9, patience=5, retry_after=2.0, jitter=lambda *_: 0.0
     )
-    assert [backoff(BUSY) for _ in range(3)] == [True, True, False]
+    assert [rule(BUSY) for _ in range(3)] == [True, True, False]
 
 
 def test_deadline_bounds_the_pause() -> None:
     """An attempt that could only begin when the call must be over is not made."""
     soon = time.monotonic() + 5
-    backoff = Backoff(repeatable=True, attempts=9, patience=60, latest=soon, retry_after=6.0)
-    assert backoff(BUSY) is False
-    backoff.retry_after = 1.0
-    assert backoff(BUSY) is True
+    rule = RetryRule(repeatable=True, attempts=9, patience=60, latest=soon, retry_after=6.0)
+    assert rule(BUSY) is False
+    rule.retry_after = 1.0
+    assert rule(BUSY) is True
 
 
 def test_long_attempts_do_not_use_up_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an attempt that hung for longer than all pauses may take, there is another."""
-    backoff = Backoff(repeatable=True, attempts=3, patience=5)
+    rule = RetryRule(repeatable=True, attempts=3, patience=5)
     later = time.monotonic() + 1000
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert backoff(BUSY) is True
+    assert rule(BUSY) is True
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_long_attempts_do_not_use_up_the_patience(monkeypatch: pytest.MonkeyPatc
 )
 def test_only_lawful_requests_are_repeated(error: Exception, repeatable: bool, again: bool) -> None:
     """What may have changed something is repeated only where that does no harm."""
-    backoff = Backoff(repeatable=repeatable, attempts=9, patience=60)
-    assert (backoff(error) is not False) is again
+    rule = RetryRule(repeatable=repeatable, attempts=9, patience=60)
+    assert (rule(error) is not False) is again
 
 
 @given(st.floats(min_value=0, max_value=1e6))

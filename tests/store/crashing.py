@@ -1,10 +1,10 @@
-"""Processes that use a store and are killed on the way: `crashing.py DIRECTORY URL`.
+"""Processes that use a store and are killed on the way: `crashing.py DIRECTORY URL FIRST APART`.
 
 In the directory lie `run.json`, the record of a run `r`, and `old.json`, the statements that make
-a store of an older version. For each point that a killing can fall on, a process of its own does
-the same `sequence` on such a store, at the URL with `NAME` replaced, and is killed there. The
-`.done` file of that name gets one byte for each call that returned, so that is what must have
-lasted.
+a store of an older version. For the points that a killing can fall on, so far apart, a process of
+its own does the same `sequence` on such a store, at the URL with `NAME` replaced, and is killed
+there. The `.done` file of that name gets one byte for each call that returned, so that is what
+must have lasted.
 """
 
 import json
@@ -145,14 +145,14 @@ def killed_behind(directory: Path, url: str, calls: int) -> None:
     os.close(its)
 
 
-def main(directory: Path, url: str) -> None:
-    """Kill at every point from within, and behind every call from outside."""
-    point = 0
+def main(directory: Path, url: str, first: int, apart: int) -> None:
+    """Kill at points so far apart from within, and behind every call from outside."""
+    point = first
     while killed_at(directory, url, point):
-        point += 1
+        point += apart
     for calls in range(int((directory / f"point_{point}.done").stat().st_size)):
         killed_behind(directory, url, calls)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

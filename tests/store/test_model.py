@@ -215,13 +215,9 @@ class Holders(RuleBasedStateMachine):
 
 def test_timelines_do_what_lists_would_do(new_url: NewUrl) -> None:
     """Whatever is looked at, noted and delivered, in whatever order."""
-    run_state_machine_as_test(partial(Timelines, new_url), settings=often(20))  # type: ignore[arg-type]
+    run_state_machine_as_test(partial(Timelines, new_url), settings=settings())  # type: ignore[arg-type]
 
 
 def test_leases_do_what_one_variable_would_do(new_url: NewUrl) -> None:
     """Whoever takes, sleeps, dies and comes back."""
-    run_state_machine_as_test(partial(Holders, new_url), settings=often(30))  # type: ignore[arg-type]
-
-
-def often(steps: int) -> settings:
-    return settings(max_examples=20, stateful_step_count=steps, deadline=None)
+    run_state_machine_as_test(partial(Holders, new_url), settings=settings())  # type: ignore[arg-type]

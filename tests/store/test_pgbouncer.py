@@ -2,14 +2,18 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from tests.client.conftest import NewUrl
 from tests.postgres import PgBouncer
-from tests.store import test_model as model
 from tests.store.conftest import MakeRun, release, start_worker, told
+from tests.store.test_model import Holders, Timelines
+from tests.store.worker import LOOKS
 from training_backends import TrainingRun
 from training_backends.store import RunStore
 
@@ -56,7 +60,7 @@ def test_processes_take_turns(store: RunStore, url: str, make_run: MakeRun) -> N
         release(worker)
     said = [worker.communicate()[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
-    assert sum(map(int, said)) == 25
+    assert sum(map(int, said)) == LOOKS
     assert len(store.records("r")) == 75
 
 
@@ -81,5 +85,6 @@ def test_nothing_is_left_in_a_session(store: RunStore, url: str, make_run: MakeR
 
 def test_a_store_behind_a_pooler_does_what_the_models_say(new_url: NewUrl) -> None:
     """The same walks as on SQLite and on the server itself."""
-    model.test_timelines_do_what_lists_would_do(new_url)
-    model.test_leases_do_what_one_variable_would_do(new_url)
+    often = settings(max_examples=settings().max_examples // 4)
+    run_state_machine_as_test(partial(Timelines, new_url), settings=often)  # type: ignore[arg-type]
+    run_state_machine_as_test(partial(Holders, new_url), settings=often)  # type: ignore[arg-type]

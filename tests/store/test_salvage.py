@@ -240,8 +240,6 @@ def test_reading_leaves_the_file_as_it_is(filled: Path) -> None:
 
 
 @settings(
-    max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -1,13 +1,14 @@
 """The kit lets a backend that conforms pass, and notices those that do not."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from training_backends import (
     Capabilities,
     Journal,
-    LogRecord,
+    Observation,
     RunState,
     TrainingConfig,
     TrainingRun,
@@ -57,22 +58,40 @@ class Forgetful(Honest):
 class Blind(Honest):
     """Never sees an end."""
 
-    async def status(self, run: TrainingRun) -> RunState:
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Say that all is well."""
-        state = await super().status(run)
-        return state.model_copy(update={"status": TrainingStatus.RUNNING})
+        seen = await super().observe(run, after=after)
+        state = seen.state.model_copy(update={"status": TrainingStatus.RUNNING})
+        return replace(seen, state=state)
 
 
 class Stammering(Honest):
     """Repeats the record of the cursor."""
 
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Begin one too early."""
         earlier = str(int(after) - 1) if after else None
-        async for record in super().logs(run, after=earlier, follow=follow):
-            yield record
+        return await super().observe(run, after=earlier)
+
+
+class Late(Honest):
+    """Reports the end of a run before the last record of its log."""
+
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Hold the newest of several records back."""
+        seen = await super().observe(run, after=after)
+        if len(seen.records) < 2:
+            return seen
+        return replace(seen, records=seen.records[:-1], cursor=seen.records[-2].cursor)
+
+
+class Moody(Honest):
+    """Has a status of its own, which contradicts its observations."""
+
+    async def status(self, run: TrainingRun) -> RunState:
+        """Return something else."""
+        state = await super().status(run)
+        return state.model_copy(update={"status": TrainingStatus.PENDING})
 
 
 class Eager(Honest):
@@ -137,6 +156,8 @@ async def test_conforming_backend_passes(check: str, make_config: MakeConfig) ->
         (Blind, "ends_are_told", "completed"),
         (Blind, "another_process_goes_on", "completed"),
         (Stammering, "logs_have_no_gap_and_no_repeat", "records after number 0"),
+        (Late, "observation_has_state_and_log", "no records after the last cursor"),
+        (Moody, "observation_has_state_and_log", "the observed state"),
         (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (Talkative, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (ScriptedBackend, "undeclared_method_is_refused", "error of `method`"),

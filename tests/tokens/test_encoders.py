@@ -89,7 +89,7 @@ def make_chatml(directory: Path, template: str | None) -> Path:
     return directory
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(

@@ -15,13 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trainer.conftest import Engine
+from tests.effort import is_thorough
+from tests.trainer.conftest import Trainer
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from tests.waiting import wait_until
 from training_backends.core.run import Failure
 from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
-from training_backends.trainer import process, workers
+from training_backends.trainer import process
 from training_backends.trainer.checkpoint import write_checkpoint
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
@@ -46,17 +47,16 @@ def rows_of(run: RunDir) -> list[MetricsRow]:
     return [row for row, _ in run.read_metrics()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS if is_thorough() else ("packing", "classifier"))
 def test_together_they_learn_what_one_learns(
-    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path, method: str
+    make_run: MakeRun, tasks: Path, tmp_path: Path, method: str
 ) -> None:
     """Loss, accuracy and gradients agree at every step, though shares and rows differ in size."""
     changes = changes_for(method, tasks)
     alone = make_run(tmp_path / "alone", **changes)
     assert train(alone.path) is TrainerExitCode.DONE
     together = make_run(tmp_path / "together", **changes, num_processes=2, micro_batch_size=1)
-    child = engine.start("train", together.path)
-    assert child.wait() == TrainerExitCode.DONE, child.communicate()
+    assert train(together.path) is TrainerExitCode.DONE, together.read_exit()
     machine = {"tokens_per_second", "memory_bytes"}
     for one, two in zip(rows_of(alone), rows_of(together), strict=True):
         expected = {k: v for k, v in one.measures().items() if k not in machine}
@@ -64,17 +64,17 @@ def test_together_they_learn_what_one_learns(
         assert found == pytest.approx(expected, rel=2e-4, abs=2e-6)
 
 
-def start(engine: Engine, run: RunDir, *, step: int = 1) -> Any:
-    """Start a run and wait until it has come to a step."""
-    child = engine.start("train", run.path)
-    wait_until(lambda: child.poll() is not None or (run.is_active() and last_step(run) >= step))
-    assert child.poll() is None, child.communicate()
-    return child
+def start(trainer: Trainer, run: RunDir, *, step: int = 1) -> int:
+    """Start a run and wait until it has come to a step; return the id of its process."""
+    pid = trainer.start(run)
+    wait_until(lambda: run.exit.exists() or (run.is_active() and last_step(run) >= step))
+    assert not run.exit.exists(), run.read_exit()
+    return pid
 
 
-def followers_of(child: Any) -> list[int]:
+def followers_of(pid: int) -> list[int]:
     """Return the ids of the processes that follow one."""
-    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(pid) for pid in children.split()]
 
 
@@ -93,41 +93,35 @@ def long_run(make_run: MakeRun, tmp_path: Path) -> RunDir:
 
 
 def test_interrupted_and_continued_every_number_is_the_same(
-    make_run: MakeRun, tasks: Path, engine: Engine, tmp_path: Path
+    make_run: MakeRun, tasks: Path, trainer: Trainer, tmp_path: Path
 ) -> None:
-    """By SIGTERM to all of them and by SIGKILL, with dropout."""
-    changes: dict[str, Any] = {"training_steps": 40, "checkpoint_every": 10}
+    """By SIGTERM to all of them and by SIGKILL, which followers do not outlive; with dropout."""
+    changes: dict[str, Any] = {"training_steps": 12, "checkpoint_every": 3}
     changes |= {"model": str(tasks / "base"), "tuning": {"kind": "lora", "rank": 4, "dropout": 0.2}}
     whole = make_run(tmp_path / "whole", **changes, num_processes=2)
-    assert engine.start("train", whole.path).wait() == TrainerExitCode.DONE
+    assert train(whole.path) is TrainerExitCode.DONE
     run = make_run(tmp_path / "r", **changes, num_processes=2)
 
-    child = start(engine, run, step=13)
-    os.killpg(child.pid, signal.SIGTERM)
-    assert child.wait() == TrainerExitCode.STOPPED
-    assert run.read_checkpoints()[-1][1].step == last_step(run) < 40
-    child = start(engine, run, step=last_step(run) + 2)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    assert engine.start("train", run.path).wait() == TrainerExitCode.DONE
+    pid = start(trainer, run, step=4)
+    os.killpg(pid, signal.SIGTERM)
+    assert trainer.end() == TrainerExitCode.STOPPED
+    assert run.read_checkpoints()[-1][1].step == last_step(run) < 12
+    run.exit.unlink()
+    pid = start(trainer, run, step=last_step(run) + 1)
+    (follower,) = followers_of(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert trainer.end() == -signal.SIGKILL
+    wait_until(lambda: ended(follower))
+    assert train(run.path) is TrainerExitCode.DONE
     assert rows_by_step(run) == rows_by_step(whole)
     assert hashes(run) == hashes(whole)
 
 
-def test_followers_end_with_their_leader(engine: Engine, long_run: RunDir) -> None:
-    """Nobody goes on to use a GPU for a run that is dead."""
-    child = start(engine, long_run)
-    (follower,) = followers_of(child)
-    child.kill()
-    child.wait()
-    wait_until(lambda: ended(follower))
-
-
-def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: RunDir) -> None:
+def test_a_follower_that_dies_fails_the_run_at_once(trainer: Trainer, long_run: RunDir) -> None:
     """The leader, which waits for it, notices, and says that it may be tried again."""
-    child = start(engine, long_run)
-    os.kill(followers_of(child)[0], signal.SIGKILL)
-    assert child.wait(60) == TrainerExitCode.CRASHED
+    pid = start(trainer, long_run)
+    os.kill(followers_of(pid)[0], signal.SIGKILL)
+    assert trainer.end() == TrainerExitCode.CRASHED
     record = long_run.read_exit()
     assert record is not None
     assert record.failure is not None
@@ -136,36 +130,36 @@ def test_a_follower_that_dies_fails_the_run_at_once(engine: Engine, long_run: Ru
     assert "signal 9" in record.failure.message
 
 
-def begin(engine: Engine, run: RunDir) -> tuple[Any, int]:
+def begin(trainer: Trainer, run: RunDir) -> tuple[int, int]:
     """Start a run and return as soon as there is a follower, which has loaded nothing yet."""
-    child = engine.start("train", run.path)
-    (follower,) = wait_until(lambda: followers_of(child))
-    return child, follower
+    pid = trainer.start(run)
+    (follower,) = wait_until(lambda: followers_of(pid))
+    return pid, follower
 
 
 def test_a_follower_that_has_not_begun_ends_with_its_leader(
-    engine: Engine, long_run: RunDir
+    trainer: Trainer, long_run: RunDir
 ) -> None:
     """It does not look for a leader that is not there."""
-    child, follower = begin(engine, long_run)
-    child.kill()
-    child.wait()
+    pid, follower = begin(trainer, long_run)
+    os.kill(pid, signal.SIGKILL)
+    trainer.end()
     wait_until(lambda: ended(follower))
 
 
-def test_a_stop_that_comes_before_a_follower_listens(engine: Engine, long_run: RunDir) -> None:
+def test_a_stop_that_comes_before_a_follower_listens(trainer: Trainer, long_run: RunDir) -> None:
     """Sent to all of them, it is the leader's to obey, as ever."""
-    child, _ = begin(engine, long_run)
-    os.killpg(child.pid, signal.SIGTERM)
-    assert child.wait(60) == TrainerExitCode.STOPPED, child.communicate()
+    pid, _ = begin(trainer, long_run)
+    os.killpg(pid, signal.SIGTERM)
+    assert trainer.end() == TrainerExitCode.STOPPED, long_run.read_exit()
 
 
-def test_a_stop_without_a_checkpoint_ends_all(engine: Engine, long_run: RunDir) -> None:
+def test_a_stop_without_a_checkpoint_ends_all(trainer: Trainer, long_run: RunDir) -> None:
     """As it does for one."""
-    child = start(engine, long_run)
-    (follower,) = followers_of(child)
+    pid = start(trainer, long_run)
+    (follower,) = followers_of(pid)
     long_run.request_stop(save_checkpoint=False)
-    assert child.wait(60) == TrainerExitCode.STOPPED
+    assert trainer.end() == TrainerExitCode.STOPPED
     assert long_run.read_checkpoints() == []
     wait_until(lambda: ended(follower))
 
@@ -292,9 +286,9 @@ def saying(failure: Failure) -> list[str]:
     return [sys.executable, "-c", SAYS.format(said=failure.model_dump_json())]
 
 
-def lead(program: list[str], error: Exception, others: int = 1) -> None:
+def lead(program: list[str], error: Exception, others: int = 1, grace: float = 10.0) -> None:
     """Fail with an error while those who follow are such programs."""
-    with followed(never, program) as followers:
+    with followed(never, program, grace) as followers:
         followers.start(Path(), [None] * others)
         raise error
 
@@ -340,14 +334,11 @@ def test_the_one_that_died_is_named_not_those_who_left_for_it() -> None:
         lead(program, ProcessLost("connection closed by peer"), others=2)
 
 
-def test_one_who_lost_the_others_is_told_where_nobody_else_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_who_lost_the_others_is_told_where_nobody_else_is() -> None:
     """It may be tried again."""
-    monkeypatch.setattr(workers, "_GRACE", 0.5)
     lost = ProcessLost("timed out")
     with pytest.raises(TrainerError, match="another training process: timed out") as caught:
-        lead(saying(failure_of(lost)), lost)
+        lead(saying(failure_of(lost)), lost, grace=0.5)
     assert (caught.value.failure.kind, caught.value.failure.retryable) == ("lost", True)
 
 
@@ -363,12 +354,11 @@ def test_a_checkpoint_that_one_died_over_is_not_put_on_the_disk(tmp_path: Path) 
     assert not list(run.checkpoints.iterdir())
 
 
-def test_a_leader_that_waits_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leader_that_waits_forever_is_ended() -> None:
     """As for a GPU that will not answer: it is told from another thread."""
-    monkeypatch.setattr(workers, "_GRACE", 0.01)
     failure = Failure(kind="internal", message="broken")
     told: list[TrainerError] = []
-    with followed(told.append, saying(failure)) as followers:
+    with followed(told.append, saying(failure), grace=0.01) as followers:
         followers.start(Path(), [None])
         wait_until(lambda: told)
     assert told[0].failure == failure

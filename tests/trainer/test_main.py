@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -14,55 +15,52 @@ from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.rundir.handover import ON_STDIN
+from training_backends.trainer.__main__ import main
 
 pytestmark = pytest.mark.engine
 
+PROGRAM = (sys.executable, "-m", "training_backends.trainer")
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
 
 
-def sample(
-    *arguments: str, env: Mapping[str, str] = {}, prompt: str = ""
-) -> "subprocess.CompletedProcess[str]":
-    """Run `sample` and wait for it."""
-    return subprocess.run(
-        [sys.executable, "-m", "training_backends.trainer", "sample", *arguments],
-        capture_output=True,
-        text=True,
-        input=prompt,
-        timeout=60,
-        env={**os.environ, **env},
-        check=False,
-    )
+def test_the_untrained_model_says_the_same_thing_every_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One JSON line, from the seed alone, even for a prompt that is no UTF-8.
 
-
-def test_the_untrained_model_says_the_same_thing_every_time() -> None:
-    """One JSON line, from the seed alone, even for a prompt that is no UTF-8."""
-    asked = ("tiny-mistral", "--prompt", "hi \udcff", "--seed", "5", "--max-tokens", "6")
-    first, second = sample(*asked), sample(*asked)
-    assert first.returncode == 0, first.stderr
-    assert set(json.loads(first.stdout)) == {"answer"}
-    assert first.stdout == second.stdout
-
-
-def test_a_prompt_may_stand_on_standard_input_behind_the_token() -> None:
-    """It is taken as it is, the end of its last line too."""
-    options = ("tiny-mistral", "--max-tokens", "6")
-    one = sample(*options, prompt="secret\nhi\nyou\n", env={ON_STDIN: "1"})
-    assert one.returncode == 0, one.stderr
-    assert one.stdout == sample(*options, "--prompt", "hi\nyou\n").stdout
+    A prompt on standard input stands behind the token; it is taken as it is, the end of its
+    last line too.
+    """
+    asked = ["sample", "tiny-mistral", "--seed", "5", "--max-tokens", "6"]
+    prompt = b"hi \xff\nyou\n"
+    argument = ["--prompt", os.fsdecode(prompt)]
+    with monkeypatch.context() as patched:
+        patched.setenv(ON_STDIN, "1")
+        patched.setattr("sys.stdin", TextIOWrapper(BytesIO(b"secret\n" + prompt)))
+        assert main(asked) == 0
+    assert main([*asked, *argument]) == 0
+    done = subprocess.run([*PROGRAM, *asked, *argument], capture_output=True, text=True, check=True)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert set(json.loads(first)) == {"answer"}
+    assert [*others, *done.stdout.splitlines()] == [first, first]
 
 
 @pytest.mark.parametrize(
     ("env", "code", "said"),
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, 1, "cannot be reached"),
         ({"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE"),
         (dict.fromkeys(PROXIES, "http://u:s3cret/pass#word@127.0.0.1:1"), 1, "cannot be reached"),
     ],
 )
 def test_a_model_out_of_reach_is_said_at_once(env: dict[str, str], code: int, said: str) -> None:
     """An unreachable hub, or one that is not to be asked, gives one clear line."""
-    done = sample("nobody/nothing", "--prompt", "x", env=env)
+    done = subprocess.run(
+        [*PROGRAM, "sample", "nobody/nothing", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
     assert done.returncode == code
     assert said in done.stderr
     assert "s3cret" not in done.stderr

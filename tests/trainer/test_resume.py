@@ -5,8 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.effort import is_thorough
+from tests.trainer.conftest import Trainer
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.waiting import wait_until
 from training_backends.rundir.directory import CheckpointState, RunDir, TrainerExitCode
@@ -28,48 +28,9 @@ pytestmark = pytest.mark.engine
 MakeRun = Callable[..., RunDir]
 Uninterrupted = tuple[RunDir, Callable[[Path], RunDir]]
 
-STEPS = 48
+KILLS = 10 if is_thorough() else 3
+STEPS = 8 + 4 * KILLS
 EVERY = 4
-KILLS = 10
-
-
-class Trainer:
-    """Trains one run after the other, each in a process that can be killed."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forking.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def start(self, run: RunDir) -> int:
-        """Return the id of the process that trains a run."""
-        assert self._server.stdin
-        self._server.stdin.write(f"{run.path}\n")
-        self._server.stdin.flush()
-        return self._answer()
-
-    def end(self) -> int:
-        """Wait for the process started last; return its exit code."""
-        return self._answer()
-
-    def _answer(self) -> int:
-        assert self._server.stdout
-        return int(self._server.stdout.readline())
-
-    def close(self) -> None:
-        """End it."""
-        self._server.communicate()
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[Trainer]:
-    made = Trainer()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +68,7 @@ def uninterrupted(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_at_ten_random_steps_every_number_is_the_same(
+def test_interrupted_at_random_steps_every_number_is_the_same(
     uninterrupted: Uninterrupted,
     number: signal.Signals,
     trainer: Trainer,

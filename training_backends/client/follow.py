@@ -12,6 +12,7 @@ from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, due_at
 from training_backends.client.poller import PollerFactory
+from training_backends.core.backoff import Backoff
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
     ProtocolError,
@@ -68,7 +69,7 @@ class Following:
                     raise error
                 return
         asked = False
-        trouble = _SHORTEST
+        backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
         while True:
             complete = await to_thread.run_sync(self._store.is_complete, run.id)
             async with aclosing(self._stored(run.id, after)) as records:
@@ -79,7 +80,7 @@ class Following:
                 return
             run = await to_thread.run_sync(self._store.get, run.id)
             if follow:
-                trouble = await self._follow(run, trouble)
+                await self._follow(run, backoff)
             else:
                 await self._require_job(run)
                 await self._observer.observe(run)
@@ -117,21 +118,21 @@ class Following:
                 return
             after = page[-1].cursor
 
-    async def _follow(self, run: TrainingRun, trouble: float) -> float:
-        """Observe a run if it is due and not being observed; return the next backoff."""
+    async def _follow(self, run: TrainingRun, backoff: Backoff) -> None:
+        """Observe a run if it is due and not being observed, else wait a moment."""
         await self._require_launch(run)
         if not await self._records.may_be_at_provider(run):
             await self._launched(run.id)
-            return trouble
+            return
         if not await self._observer.sees(run):
             await anyio.sleep(_STORE_INTERVAL)  # the machine that can observe it updates the store
-            return trouble
+            return
         shortest, longest = (await self._observer.backend_of(run.backend)).poll_interval
         now = utc_now()
         due = due_at(run, now, (shortest, min(longest, shortest * _FOLLOWED)))
         if due > now:
             await anyio.sleep(min(max((due - now).total_seconds(), _SHORTEST), _STORE_INTERVAL))
-            return trouble
+            return
         async with self._leases.try_hold(f"observe:{run.id}") as lease:
             if lease is not None:
                 try:
@@ -139,13 +140,13 @@ class Following:
                 except TrainingBackendError as error:
                     await self._tolerate(run, error)
                 else:
-                    return _SHORTEST
-        await anyio.sleep(trouble)
-        return min(trouble * 2, _LONGEST_TROUBLE)
+                    backoff.reset()
+                    return
+        await anyio.sleep(backoff.next())
 
     async def _ended(self, name: str, run_ids: Collection[str]) -> None:
         poller = self._new_poller(name, only=run_ids)
-        trouble = _SHORTEST
+        backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
         await poller.load()
         while poller.runs:
             for run in poller.runs.values():
@@ -157,11 +158,12 @@ class Following:
                     # An unreadable response may be a proxy's error page, which is temporary.
                     if error is not None and not isinstance(error, ProtocolError):
                         await self._tolerate(run, error)
-                pause, trouble = await poller.pause(_STORE_INTERVAL), _SHORTEST
+                pause = await poller.pause(_STORE_INTERVAL)
+                backoff.reset()
             except TrainingBackendError as error:
                 for run in poller.runs.values():
                     await self._tolerate(run, error)
-                pause, trouble = trouble, min(trouble * 2, _LONGEST_TROUBLE)
+                pause = backoff.next()
             await anyio.sleep(pause)
             await poller.load()
 

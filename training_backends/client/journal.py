@@ -11,10 +11,9 @@ from training_backends.client.run_record import with_state
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
     AmbiguousLaunch,
-    BackendUnavailable,
     BudgetExceeded,
-    ProtocolError,
     TrainingBackendError,
+    may_have_happened,
 )
 from training_backends.core.estimate import Budget, Estimate
 from training_backends.core.logging import get_logger
@@ -172,7 +171,7 @@ class StoreJournal:
         try:
             return await do()
         except TrainingBackendError as error:
-            if not _may_have_happened(error):
+            if not may_have_happened(error):
                 # A rejection now says nothing about an earlier attempt whose response was lost.
                 if begun_now:
                     await to_thread.run_sync(
@@ -190,10 +189,3 @@ class StoreJournal:
             partial(self._store.finish, self._run_id, name, result, lease=self._lease)
         )
         return result
-
-
-def _may_have_happened(error: TrainingBackendError) -> bool:
-    """Return whether the request may have taken effect: no response, or an unreadable one."""
-    if isinstance(error, BackendUnavailable):
-        return error.sent
-    return isinstance(error, ProtocolError)

@@ -16,6 +16,7 @@ from uuid import uuid4
 import anyio
 from anyio import to_thread
 
+from training_backends.core.backoff import Backoff
 from training_backends.core.errors import StoreError
 from training_backends.core.files import is_locked, make_private_directory
 from training_backends.core.logging import get_logger
@@ -58,10 +59,10 @@ class Leases:
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncGenerator[Lease, None]:
         """Hold a lease, waiting until it is free."""
-        pause = _FIRST_POLL
+        polls = Backoff(_FIRST_POLL, _LONGEST_POLL, factor=1.5)
         while (lease := await to_thread.run_sync(self._take, name)) is None:
+            pause = polls.next()
             await anyio.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_POLL)
         async with self._releasing(lease):
             yield lease
 

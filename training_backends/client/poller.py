@@ -13,6 +13,7 @@ from training_backends.client.boundary import has_lists, is_about_server
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, due_at
 from training_backends.core.backend import TrainingBackend
+from training_backends.core.backoff import Backoff
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
 from training_backends.core.logging import bound, get_logger
@@ -28,8 +29,8 @@ _LISTED: Final = 100
 """Runs per request, for providers that list many."""
 _AT_ONCE: Final = 5
 """Concurrent requests; more would slow each of them down (see `HttpPolicy`)."""
-_FIRST_TROUBLE, _LONGEST_TROUBLE = timedelta(seconds=1), timedelta(minutes=5)
-"""Backoff after a failed observation of a run; doubled each time."""
+_FIRST_TROUBLE, _LONGEST_TROUBLE = 1.0, 300.0
+"""Seconds of backoff after a failed observation of a run."""
 _PATIENCE: Final = 30.0
 """Seconds to wait for one run while other runs of the sweep are waiting."""
 _SHORTEST_PAUSE: Final = 0.05
@@ -42,14 +43,15 @@ class _Trouble:
     """An error and when to retry."""
 
     error: TrainingBackendError
-    pause: timedelta
+    backoff: Backoff
     until: datetime
 
     @classmethod
     def after(cls, error: TrainingBackendError, before: "_Trouble | None") -> "_Trouble":
-        """Return the trouble that follows `before`, with twice its pause."""
-        pause = min(before.pause * 2, _LONGEST_TROUBLE) if before else _FIRST_TROUBLE
-        return cls(error=error, pause=pause, until=utc_now() + pause)
+        """Return the trouble that follows `before`, with a longer pause."""
+        backoff = before.backoff if before else Backoff(_FIRST_TROUBLE, _LONGEST_TROUBLE)
+        until = utc_now() + timedelta(seconds=backoff.next())
+        return cls(error=error, backoff=backoff, until=until)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

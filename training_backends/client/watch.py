@@ -10,6 +10,7 @@ from anyio.abc import TaskGroup
 
 from training_backends.client.leases import Leases
 from training_backends.client.poller import Poller, PollerFactory, PollResult
+from training_backends.core.backoff import Backoff
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
@@ -109,17 +110,17 @@ class Watcher:
 
     async def _repeat(self, name: str, poller: Poller) -> None:
         """Repeat sweeps until cancelled, backing off while the provider cannot be reached."""
-        trouble = _FIRST_TROUBLE
+        backoff = Backoff(_FIRST_TROUBLE, _LONGEST_TROUBLE)
         while True:
             try:
                 await poller.poll()
                 pause = await poller.pause(_NEW_RUNS)
-                trouble = _FIRST_TROUBLE
+                backoff.reset()
             except StoreError:
                 raise
             except TrainingBackendError as error:
                 log.warning("runs cannot be observed", backend=name, reason=error.message)
-                pause, trouble = trouble, min(trouble * 2, _LONGEST_TROUBLE)
+                pause = backoff.next()
             await self._deliver(name)
             await anyio.sleep(pause)
 

@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import anyio
 from pydantic import BaseModel, ConfigDict, SecretStr
 
+from training_backends.core.backoff import Backoff
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
@@ -257,27 +259,58 @@ class TrainingBackend(ABC):
         """
 
     @abstractmethod
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Fetch the state of the run and the part of its log after a cursor.
+
+        `status`, `logs` and the client are built on this. If the provider has no log, build it
+        from events, status changes and checkpoints. See `Observation` for what cursors and states
+        promise: if state and log need two requests, fetch the state first.
+
+        Args:
+            after: Cursor of a record or an observation of this run, perhaps made by another
+                process; None: the beginning of the log.
+
+        Raises:
+            RunNotFound: The provider does not have the run.
+            BackendUnavailable: No response after all retries.
+            ConfigError: `after` is not a cursor of this backend.
+        """
+
     async def status(self, run: TrainingRun) -> RunState:
-        """Fetch the status of the run from the provider.
+        """Fetch the state of the run.
+
+        Override if the state costs much less than the log.
 
         Raises:
             RunNotFound: The provider does not have the run.
             BackendUnavailable: No response after all retries.
         """
+        return (await self.observe(run)).state
 
-    @abstractmethod
-    def logs(
+    async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield the run's log in order, without gaps or duplicates.
 
-        If the provider has no logs, build them from events, status changes and checkpoints.
-        Consume the generator under `contextlib.aclosing`, in one task.
+        Consume the generator under `contextlib.aclosing`, in one task. An error ends it; to
+        continue, pass the cursor of the last record as `after`.
 
         Args:
             after: Start after the record with this cursor.
-            follow: Wait for new records until the run has finished; reconnect if needed.
+            follow: Poll at `poll_interval` until the run has finished and its log is complete.
         """
+        shortest, longest = (bound.total_seconds() for bound in self.poll_interval)
+        polls = Backoff(shortest, longest)
+        while True:
+            seen = await self.observe(run, after=after)
+            for record in seen.records:
+                yield record
+            if seen.state.status.is_terminal or not follow:
+                return
+            if seen.records:
+                polls.reset()
+            after = seen.cursor
+            await anyio.sleep(polls.next())
 
     @abstractmethod
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
@@ -334,21 +367,6 @@ class TrainingBackend(ABC):
         """
         del run
         return True
-
-    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Fetch the status of the run and its log after a cursor.
-
-        Override if one request returns both. The default fetches the status first, so that the
-        log of a finished run is complete.
-
-        Raises:
-            RunNotFound: The provider does not have the run.
-            BackendUnavailable: No response after all retries.
-        """
-        state = await self.status(run)
-        async with aclosing(self.logs(run, after=after)) as log:
-            records = [record async for record in log]
-        return Observation(state, tuple(records), records[-1].cursor if records else after)
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
         """Fetch the states of many runs, by run id, in as few requests as possible.

@@ -58,6 +58,7 @@ __all__ = [
     "VaultLocked",
     "WaitTimeout",
     "first_line",
+    "may_have_happened",
 ]
 
 _MOST_NOTES: Final = 20
@@ -320,6 +321,17 @@ class WaitTimeout(TrainingBackendError, TimeoutError):
     """`wait` timed out before the runs finished; they keep running."""
 
     retryable_by_default = True
+
+
+def may_have_happened(error: TrainingBackendError) -> bool:
+    """Return whether a failed request may have taken effect.
+
+    True if there was no response or an unreadable one; False after a rejection and if nothing
+    was sent.
+    """
+    if isinstance(error, BackendUnavailable):
+        return error.sent
+    return isinstance(error, ProtocolError)
 
 
 _LONGEST_LINE: Final = 500

@@ -273,11 +273,18 @@ class LogRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The result of observing a run.
+    """The state of a run and a part of its log, as of one moment.
+
+    A cursor is a position in the log of one run, in a form of the backend's choice that any
+    process can continue from. Observing after it returns every later record once, oldest first.
+
+    The observation of a terminal state completes the log: `records` ends with the run's last
+    record, and there are never any after `cursor`.
 
     Attributes:
-        records: The log records after the given cursor, oldest first.
-        cursor: Cursor for the next observation; None: the beginning.
+        records: All records after the cursor that was given.
+        cursor: Where the next observation continues: at or after the cursor of the last record,
+            and the given cursor if nothing is new; None: the beginning.
     """
 
     state: RunState

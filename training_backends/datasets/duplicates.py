@@ -11,19 +11,9 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Final, NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 __all__ = ["Found", "Repeat", "RowHashes", "RowLocation"]
-
-_IN_MEMORY: Final = 4 << 20
-_SLICE: Final = 1 << 17
-"""Hashes in a slice; as a Python set they take about 9 MB."""
-
-_AT_ONCE: Final = 1 << 18
-"""Hashes that are buffered before the slices are written to disk."""
-
-_KNOWN: Final = 1 << 16
-"""Repeated hashes whose line numbers are reported; any others are only counted."""
 
 
 class RowLocation(NamedTuple):
@@ -68,10 +58,19 @@ class _Block(NamedTuple):
 
 
 class RowHashes:
-    """Row hashes of several files, in order; a context manager."""
+    """Row hashes of several files, in order; a context manager.
 
-    def __init__(self) -> None:
-        self._stored: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # see __exit__
+    Args:
+        slice_rows: Hashes that are compared at once; as a Python set, the default takes about
+            9 MB. Four times the bytes of a slice stay in memory, the rest is on disk.
+        known: Repeated hashes whose line numbers are reported; any others are only counted.
+    """
+
+    def __init__(self, *, slice_rows: int = 1 << 17, known: int = 1 << 16) -> None:
+        self._slice_rows = slice_rows
+        self._in_memory = 4 * 8 * slice_rows
+        self._known = known
+        self._stored: IO[bytes] = tempfile.SpooledTemporaryFile(self._in_memory)  # noqa: SIM115  # see __exit__
         self._blocks: list[_Block] = []
         self._error: OSError | None = None
 
@@ -118,7 +117,7 @@ class RowHashes:
         """
         if self._error:
             raise self._error
-        search = _Search(groups)
+        search = _Search(groups, self._known)
         order = [file for group in groups for file in group]
         blocks = sorted(
             (block for block in self._blocks if block.file in order),
@@ -137,12 +136,12 @@ class RowHashes:
 
     def _slices(self, blocks: Sequence[_Block]) -> Iterator["Mapping[int, array[int]]"]:
         """Yield the hashes by file in slices; equal hashes are in the same slice."""
-        bits = (sum(block.rows for block in blocks) // _SLICE).bit_length()
+        bits = (sum(block.rows for block in blocks) // self._slice_rows).bit_length()
         if not bits:
             yield self._by_file(blocks)
             return
         slices = [array("Q") for _ in range(1 << bits)]
-        with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as stored:
+        with tempfile.SpooledTemporaryFile(max_size=self._in_memory) as stored:
             parts: list[list[tuple[int, int, int]]] = [[] for _ in slices]
 
             def store(file: int) -> None:
@@ -159,7 +158,7 @@ class RowHashes:
                     deal[one >> (64 - bits)](one)
                 dealt += block.rows
                 is_last = number + 1 == len(blocks) or blocks[number + 1].file != block.file
-                if is_last or dealt >= _AT_ONCE:
+                if is_last or dealt >= 2 * self._slice_rows:
                     store(block.file)
                     dealt = 0
             for where in parts:
@@ -197,7 +196,8 @@ class _Search:
         known: Hashes whose line numbers are to be found.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], most_known: int) -> None:
+        self._most_known = most_known
         self._groups = groups
         self._group_of = {file: n for n, group in enumerate(groups) for file in group}
         self._first: list[dict[int, RowLocation]] = [{} for _ in groups]
@@ -218,7 +218,7 @@ class _Search:
                 across = sum(map(before.__contains__, hashes)) if before else 0
                 self.found.duplicates[file] += again
                 self.found.overlaps[file] += across
-                if (again or across) and len(self.known) < _KNOWN:
+                if (again or across) and len(self.known) < self._most_known:
                     self.known |= new & (seen | before)
                     self.known.update(one for one, n in Counter(hashes).items() if n > 1)
                 seen = seen | new if seen else new

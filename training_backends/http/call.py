@@ -12,9 +12,9 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logging import get_logger
-from training_backends.http.limits import Breaker, CircuitOpen, Limiter
+from training_backends.http.limits import Limiter
 from training_backends.http.policy import HttpPolicy
-from training_backends.http.retry import Backoff, read_retry_after
+from training_backends.http.retry import RetryRule, read_retry_after
 from training_backends.http.upload import CHUNK_BYTES
 
 __all__ = ["Call", "TransferDeadline", "pacing"]
@@ -103,22 +103,22 @@ class Call:
         self._seconds = math.inf if seconds is None else seconds
         self._latest = time.monotonic() + self._seconds
         self._longest_pause = policy.call_timeout
-        self._backoff = Backoff(
+        self._retries = RetryRule(
             repeatable=repeatable,
             attempts=policy.attempts,
             patience=policy.call_timeout,
             latest=self._latest,
         )
         self._backend = backend
-        self._asked = self._answered = self._may_have_arrived = False
+        self._may_have_arrived = False
         self._log = get_logger()
 
     def attempts(self) -> AsyncRetrying:
         """Return the attempts, to be entered in turn until one succeeds."""
         # Not stamina: its hooks are process-wide, and by default it prints every retry.
         return AsyncRetrying(
-            retry=retry_if_exception(self._backoff),
-            wait=lambda _: self._backoff.wait,
+            retry=retry_if_exception(self._retries),
+            wait=lambda _: self._retries.wait,
             before_sleep=self._log_retry,
             sleep=anyio.sleep,
         )
@@ -130,7 +130,7 @@ class Call:
 
     def failed(self, error: TrainingBackendError) -> None:
         """Record a failed attempt, and make its error account for all attempts."""
-        self._backoff.retry_after = self.retry_after
+        self._retries.retry_after = self.retry_after
         if isinstance(error, BackendUnavailable):
             self._may_have_arrived = error.sent = error.sent or self._may_have_arrived
         self._log.debug("http.failed", call=self.name, error=error.message, **self.identity)
@@ -155,12 +155,10 @@ class Call:
         return BackendUnavailable(f"{self.name}: {what}.", sent=sent, backend=self._backend)
 
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Record when a connection is attempted and when the first byte is sent."""
+        """Record when the first byte is sent."""
         del info
         if event.endswith("send_request_headers.started"):
-            self._asked = self.sent = True
-        elif event.endswith("connect_tcp.started"):
-            self._asked = True
+            self.sent = True
 
     async def admitted(self, limiter: Limiter) -> None:
         """Wait until the account's rate limit allows the call.
@@ -193,49 +191,14 @@ class Call:
 
     def answered(self, status: int, headers: Mapping[str, str], limiter: Limiter) -> None:
         """Record the status and headers of a response."""
-        self._answered = True
         limiter.told(status, headers, longest=self._longest_pause)
         self.retry_after = read_retry_after(headers.get("retry-after"))
         given = (headers.get(name) for name in _REQUEST_IDS)
         self.request_id = next((each[:100] for each in given if each), None)
 
-    @contextmanager
-    def judged_by(self, breaker: Breaker) -> Iterator[None]:
-        """Make the call only if the circuit breaker allows it, and report the outcome to it.
-
-        Raises:
-            BackendUnavailable: The circuit breaker is open after repeated failures.
-        """
-        allowed = breaker.enter()
-        if isinstance(allowed, CircuitOpen):
-            raise self._circuit_open(allowed)
-        answered, what = None, ""
-        try:
-            yield
-            answered = True
-        except BackendUnavailable as error:
-            if error.retryable and self._asked:
-                answered, what = False, error.message
-            raise
-        except TrainingBackendError:
-            answered = True if self._answered else None
-            raise
-        finally:
-            breaker.leave(trying=allowed, answered=answered, what=what)
-
-    def _circuit_open(self, refusal: CircuitOpen) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"{self.name}: not sent; the last {refusal.failures} calls to this server failed, "
-            f"since {refusal.since:%H:%M:%S} UTC. Next attempt in {refusal.seconds:.1f} s. "
-            f"Last error: {refusal.last}",
-            hint="Check that the server is running and the base URL is correct.",
-            sent=False,
-            backend=self._backend,
-        )
-
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._log_pause("http.retry", self._backoff.wait, reason=str(error))
+        self._log_pause("http.retry", self._retries.wait, reason=str(error))
 
     def _log_pause(self, event: str, seconds: float, *, reason: str) -> None:
         say = self._log.warning if seconds >= _LONG_WAIT else self._log.info

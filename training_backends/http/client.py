@@ -26,7 +26,7 @@ from training_backends.core.tracing import span
 from training_backends.http.call import Call, pacing
 from training_backends.http.download import save_stream
 from training_backends.http.errors import error_from_transport
-from training_backends.http.limits import Account, account_of
+from training_backends.http.limits import Limiter, limiter_of
 from training_backends.http.policy import HttpPolicy, make_pool, timeouts
 from training_backends.http.retry import read_date_ahead
 from training_backends.http.upload import FileUpload, Progress
@@ -59,8 +59,8 @@ class HttpClient:
 
     Safe requests are retried when the server is unavailable or busy. Others are not once they
     may have arrived, which `BackendUnavailable.sent` reports. All clients of a process with the
-    same key and server share its rate limits and circuit breaker. Redirects are never followed,
-    so the key is sent to no other host.
+    same key and server share its rate limits. Redirects are never followed, so the key is sent to
+    no other host.
 
     Args:
         base_url: As returned by `normalize_base_url`.
@@ -89,7 +89,7 @@ class HttpClient:
         self._backend = backend
         self._transport = transport
         self._secret: SecretStr | None = None
-        self._account: Account | None = None
+        self._limiter: Limiter | None = None
         self._client: httpx.AsyncClient | None = None
         self._opening = anyio.Lock()
         self._log = get_logger()
@@ -201,8 +201,7 @@ class HttpClient:
 
     async def _execute(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
         with call.within_its_time():
-            account = await self._current_account()
-        with call.judged_by(account.breaker), call.within_its_time():
+            await self._current_limiter()
             async for turn in call.attempts():
                 with turn:
                     call.begin()
@@ -214,12 +213,12 @@ class HttpClient:
                         raise
         raise AssertionError("attempts end with a response or an error")
 
-    async def _current_account(self) -> Account:
-        if self._account is None:
+    async def _current_limiter(self) -> Limiter:
+        if self._limiter is None:
             if self._key is not None:
                 self._secret = await self._read_key(self._key)
-            self._account = account_of(self.base_url, self._secret)
-        return self._account
+            self._limiter = limiter_of(self.base_url, self._secret)
+        return self._limiter
 
     async def _with_current_key(self, attempt: Callable[[Call], Awaitable[_T]], call: Call) -> _T:
         """Make one attempt; after a 401, repeat it if the key has changed."""
@@ -229,8 +228,8 @@ class HttpClient:
         except AuthenticationFailed:
             if self._key is None:
                 raise
-            self._account = None
-            await self._current_account()
+            self._limiter = None
+            await self._current_limiter()
             if self._secret == used:
                 raise
         call.begin()
@@ -294,7 +293,7 @@ class HttpClient:
     ) -> AsyncGenerator[httpx.Response, None]:
         """Send a request; yield the response, or raise an exception for an error response."""
         client = await self._opened()
-        limiter = (await self._current_account()).limiter
+        limiter = await self._current_limiter()
         await call.admitted(limiter)
         began = time.monotonic()
         try:

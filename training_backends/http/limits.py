@@ -1,12 +1,9 @@
-"""Rate limits and circuit breaker, shared by all clients of an account."""
+"""Rate limits, shared by all clients of an account."""
 
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
-from random import SystemRandom
 from threading import Lock
 from typing import Final
 
@@ -14,134 +11,7 @@ from pydantic import SecretStr
 
 from training_backends.http.retry import read_retry_after
 
-__all__ = ["Account", "Breaker", "CircuitOpen", "Limiter", "account_of"]
-
-_FAILURES: Final = 5
-"""Consecutive failed calls, each with all its attempts."""
-_FIRST_PAUSE: Final = 1.0
-_LONGEST_PAUSE: Final = 30.0
-_uniform = SystemRandom().uniform
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CircuitOpen:
-    """Why the circuit breaker rejects a call.
-
-    Attributes:
-        failures: Number of consecutive failed calls.
-        since: When the first of them failed.
-        seconds: Time until the next attempt.
-        last: Error of the last call.
-    """
-
-    failures: int
-    since: datetime
-    seconds: float
-    last: str
-
-
-class Breaker:
-    """A circuit breaker for one server; safe across threads and event loops.
-
-    After several consecutive failures it rejects calls for a random time with growing bounds.
-    Then it lets one call through, and closes if that one gets a response.
-
-    Args:
-        patience: Seconds after which another trial call is allowed while the previous one,
-            perhaps an upload, is still running.
-    """
-
-    def __init__(
-        self,
-        *,
-        patience: float = 120.0,
-        clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[float, float], float] = _uniform,
-    ) -> None:
-        self._patience = patience
-        self._clock = clock
-        self._jitter = jitter
-        self._lock = Lock()
-        self._failures = 0
-        self._since = datetime.now(UTC)
-        self._last = ""
-        self._pauses = 0
-        self._ask_at: float | None = None
-
-    def enter(self) -> bool | CircuitOpen:
-        """Allow a call or return why it is rejected.
-
-        Returns:
-            Whether the call is the trial call, to be passed to `leave`.
-        """
-        with self._lock:
-            if self._ask_at is None:
-                return False
-            now = self._clock()
-            if now >= self._ask_at:
-                self._ask_at = now + self._patience
-                return True
-            return CircuitOpen(
-                failures=self._failures,
-                since=self._since,
-                seconds=self._ask_at - now,
-                last=self._last,
-            )
-
-    def leave(self, *, trying: bool, answered: bool | None, what: str = "") -> None:
-        """Record the outcome of a call.
-
-        Args:
-            trying: Result of `enter`.
-            answered: Whether the server responded; None if unknown, for example because the
-                call was cancelled or failed locally.
-            what: Error of a call without a response.
-        """
-        with self._lock:
-            if answered:
-                self._failures = self._pauses = 0
-                self._ask_at = None
-            elif answered is False:
-                self._count(trying=trying, what=what)
-            elif trying:
-                self._ask_at = self._clock()
-
-    def _count(self, *, trying: bool, what: str) -> None:
-        if self._failures == 0:
-            self._since = datetime.now(UTC)
-        self._failures += 1
-        self._last = what
-        if trying or (self._ask_at is None and self._failures >= _FAILURES):
-            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._pauses)
-            self._pauses = min(self._pauses + 1, 16)
-            self._ask_at = self._clock() + self._jitter(longest / 2, longest)
-
-
-class Account:
-    """Rate limits and circuit breaker of one account."""
-
-    def __init__(self) -> None:
-        self.limiter = Limiter()
-        self.breaker = Breaker()
-
-
-def account_of(base_url: str, key: SecretStr | None) -> Account:
-    """Return this process's account for a key and server, shared by all callers."""
-    digest = "" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()
-    with _making:
-        return _account(base_url, digest)
-
-
-# Module state, because limits belong to the server, not to a client: clients with the same key
-# share them, even one after the other. A client keeps its account after it leaves the cache.
-_making = Lock()
-
-
-@lru_cache(maxsize=64)
-def _account(base_url: str, digest: str) -> Account:
-    del base_url, digest
-    return Account()
-
+__all__ = ["Limiter", "limiter_of"]
 
 _MINUTE: Final = 60.0
 _LITTLE: Final = 0.2
@@ -236,3 +106,21 @@ def _count(text: str | None) -> int | None:
     if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
         return None
     return int(text)
+
+
+def limiter_of(base_url: str, key: SecretStr | None) -> Limiter:
+    """Return this process's limiter for a key and server, shared by all callers."""
+    digest = "" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()
+    with _making:
+        return _limiter(base_url, digest)
+
+
+# Module state, because limits belong to the server, not to a client: clients with the same key
+# share them, even one after the other. A client keeps its limiter after it leaves the cache.
+_making = Lock()
+
+
+@lru_cache(maxsize=64)
+def _limiter(base_url: str, digest: str) -> Limiter:
+    del base_url, digest
+    return Limiter()

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from random import SystemRandom
 
+from training_backends.core.backoff import Backoff
 from training_backends.core.errors import BackendUnavailable, RateLimited
 
-__all__ = ["Backoff", "read_date_ahead", "read_retry_after"]
+__all__ = ["RetryRule", "read_date_ahead", "read_retry_after"]
 
-_FIRST_WAIT = 0.25
+_FIRST_WAIT = 0.5
 _LONGEST_WAIT = 20.0
 _LONGEST_TOLD = 365 * 86400.0
 """Seconds; limits a Retry-After, so that it can be added to a date."""
@@ -40,7 +42,7 @@ def read_date_ahead(date: str | None) -> timedelta | None:
 
 
 @dataclass(slots=True, kw_only=True)
-class Backoff:
+class RetryRule:
     """Decides whether and when to retry one call.
 
     Attributes:
@@ -60,6 +62,7 @@ class Backoff:
     jitter: Callable[[float, float], float] = field(default=SystemRandom().uniform)
     retry_after: float | None = None
     wait: float = 0.0
+    _backoff: Backoff = field(default_factory=partial(Backoff, _FIRST_WAIT, _LONGEST_WAIT))
     _tried: int = 0
     _waited: float = 0.0
 
@@ -68,8 +71,7 @@ class Backoff:
         self._tried += 1
         if self._tried >= self.attempts or not self._is_lawful(error):
             return False
-        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._tried)
-        self.wait = (self.retry_after or 0.0) + self.jitter(0.0, longest)
+        self.wait = (self.retry_after or 0.0) + self.jitter(0.0, self._backoff.next())
         if self._waited + self.wait >= self.patience or time.monotonic() + self.wait >= self.latest:
             return False
         self._waited += self.wait

@@ -1,6 +1,6 @@
 """A backend without a provider: tests set the state of its runs."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import (
     Failure,
     LogRecord,
+    Observation,
     Reply,
     RunState,
     TrainingRun,
@@ -40,8 +41,8 @@ class ScriptedBackend(TrainingBackend):
         price: Cost returned by `estimate`, or None.
         report: Returned by `validate`.
         gate: Event that `validate` waits for, or None.
-        looks: Ids of the runs whose status was requested, in order.
-        trouble: Raised by `status` if set.
+        looks: Ids of the observed runs, in order.
+        trouble: Raised by `observe` if set.
     """
 
     name: ClassVar[str] = "scripted"
@@ -54,7 +55,6 @@ class ScriptedBackend(TrainingBackend):
         self._jobs: dict[str, RunState] = {}
         self._owners: dict[str, str] = {}
         self._logs: dict[str, list[LogRecord]] = {}
-        self._changed = anyio.Event()
         self.created: list[str] = []
         self.resumed: list[tuple[str, str, str | None]] = []
         self.closed = False
@@ -108,28 +108,15 @@ class ScriptedBackend(TrainingBackend):
         await journal.record(self._jobs[remote_id])
         return self._jobs[remote_id]
 
-    async def status(self, run: TrainingRun) -> RunState:
-        """Return the job's state, or raise `trouble`."""
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        """Return the job's state and the records added through the back door."""
         self.looks.append(run.id)
         if self.trouble is not None:
             raise self.trouble
-        return self._job(run)
-
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
-        """Yield the records added through the back door."""
-        self._job(run)
+        state = self._job(run)
         position = int(after) + 1 if after is not None else 0
-        while True:
-            changed = self._changed
-            records = self._logs[str(run.remote_id)]
-            while position < len(records):
-                yield records[position]
-                position += 1
-            if not follow or self._job(run).status.is_terminal:
-                return
-            await changed.wait()
+        records = tuple(self._logs[str(run.remote_id)][position:])
+        return Observation(state, records, records[-1].cursor if records else after)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Start stopping; the back door's `say` ends the job."""
@@ -235,16 +222,10 @@ class ScriptedBackend(TrainingBackend):
 
     def _change(self, remote_id: str, **state: Any) -> None:
         self._jobs[remote_id] = self._jobs[remote_id].model_copy(update=state)
-        self.wake()
 
     def lose(self, remote_id: str) -> None:
         """Remove a job from the provider."""
         del self._jobs[remote_id]
-
-    def wake(self) -> None:
-        """Wake all log followers."""
-        self._changed.set()
-        self._changed = anyio.Event()
 
     def _job(self, run: TrainingRun) -> RunState:
         state = self._jobs.get(run.remote_id or "")

@@ -86,7 +86,6 @@ class _NoStopRequest(StopRequest):
 
 _PROGRAM: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "follow")
 _GRACE: Final = 10.0
-"""Seconds for this process to notice the failure itself, as it does unless it waits for a GPU."""
 _PATIENCE: Final = 5.0
 """Seconds to wait for a failing follower to report its reason."""
 
@@ -97,13 +96,19 @@ class Followers:
     Args:
         on_lost: Ends this process. Called from a thread when a follower has failed and the main
             thread, which may wait for it forever, has not finished.
+        grace: Seconds for this process to notice the failure itself, as it does unless it waits
+            for a GPU.
     """
 
     def __init__(
-        self, on_lost: Callable[[TrainerError], object], program: Sequence[str] = _PROGRAM
+        self,
+        on_lost: Callable[[TrainerError], object],
+        program: Sequence[str] = _PROGRAM,
+        grace: float = _GRACE,
     ) -> None:
         self._on_lost = on_lost
         self._program = program
+        self._grace = grace
         self._processes: list[subprocess.Popen[bytes]] = []
         self._failure: Failure | None = None
         self._lock = Lock()
@@ -146,9 +151,9 @@ class Followers:
         if (code := process.wait()) == 0 or self._finished.is_set():
             return
         if reported:
-            self._failed.wait(_GRACE)
+            self._failed.wait(self._grace)
         failure = self._fail(reported or _lost(code, rank, size))
-        if not self._finished.wait(_GRACE):
+        if not self._finished.wait(self._grace):
             self._on_lost(_error_of(failure))
 
     def _fail(self, failure: Failure) -> Failure:
@@ -175,7 +180,7 @@ class Followers:
                     process.stdin.close()  # makes them exit
         for process in self._processes:
             try:
-                process.wait(_GRACE)
+                process.wait(self._grace)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -183,10 +188,12 @@ class Followers:
 
 @contextmanager
 def followed(
-    on_lost: Callable[[TrainerError], object], program: Sequence[str] = _PROGRAM
+    on_lost: Callable[[TrainerError], object],
+    program: Sequence[str] = _PROGRAM,
+    grace: float = _GRACE,
 ) -> Iterator[Followers]:
     """Manage followers for the block; an error that a follower caused is raised as such."""
-    followers = Followers(on_lost, program)
+    followers = Followers(on_lost, program, grace)
     try:
         yield followers
     except (TrainerError, TokenizerError, Stopped):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training_backends.backends.local.run_log import Cursor, read_records
-from training_backends.backends.local.state import START_PATIENCE, read_state
+from training_backends.backends.local.state import START_PATIENCE, Snapshot, read_state
 from training_backends.core.files import hold_lock
 from training_backends.core.run import Failure, utc_now
 from training_backends.core.status import TrainingStatus
@@ -138,11 +138,10 @@ def test_what_is_too_young_waits_while_the_process_lives(run: RunDir) -> None:
     """A live log holds back the last moment, so that both files are merged in order."""
     with hold_lock(run.lock):
         say(run, "running")
-        assert read_records(run, Cursor()) == ([], False)
+        assert read_records(run, Cursor(), Snapshot.at(run)) == []
     run.write_exit(ExitRecord(status="completed", code=0))
-    records, over = read_records(run, Cursor())
+    records = read_records(run, Cursor(), Snapshot.at(run))
     assert [record.fields["status"] for record in records] == ["running"]
-    assert over
 
 
 @pytest.mark.parametrize("text", ["", "1", "a-b", "1-2-3", "1-2-end-end"])

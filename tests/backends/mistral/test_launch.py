@@ -13,6 +13,7 @@ from training_backends import (
     BackendRetired,
     BudgetExceeded,
     ConfigError,
+    ProtocolError,
     RunState,
     TrainingConfig,
     TrainingStatus,
@@ -237,6 +238,39 @@ async def test_endless_validation_times_out_and_goes_on(
     provider.auto = "complete"
     await backend.launch(journal.run, journal)
     assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_validation_is_waited_for_through_an_outage(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A server that fails for longer than a call's attempts does not end the launch."""
+    journal = make_journal()
+    record = journal.record
+
+    async def then_fail(state: RunState) -> None:
+        await record(state)
+        if len(journal.states) == 1:
+            provider.fail(OtherAnswer(status=503), method="GET", times=7)
+
+    journal.record = then_fail  # type: ignore[method-assign]
+    await backend.launch(journal.run, journal)
+    assert [job.starts for job in provider.jobs.values()] == [1]
+
+
+async def test_a_job_that_stays_unreadable_ends_the_launch(
+    backend: MistralAPIBackend, provider: ScriptedProvider, make_journal: MakeJournal
+) -> None:
+    """A response that never matches the protocol is an error long before the timeout."""
+    journal = make_journal()
+    record = journal.record
+
+    async def then_garble(state: RunState) -> None:
+        await record(state)
+        provider.fail(OtherAnswer(status=200, body={"id": "j"}), method="GET", times=99)
+
+    journal.record = then_garble  # type: ignore[method-assign]
+    with pytest.raises(ProtocolError):
+        await backend.launch(journal.run, journal)
 
 
 async def test_job_that_was_queued_again_is_not_started_twice(

@@ -174,7 +174,7 @@ async def test_server_that_does_not_filter_tells_no_lies(
     }
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     words=st.lists(st.sampled_from(LIVE), min_size=4, max_size=12),
     moves=st.lists(st.tuples(st.integers(0, 11), st.sampled_from(JOB_STATUSES)), max_size=8),

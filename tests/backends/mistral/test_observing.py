@@ -98,7 +98,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=MOVES, newest_first=st.booleans())
 async def test_many_looks_tell_what_one_tells(
     *,

@@ -2,14 +2,13 @@
 
 import shutil
 import signal
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
-import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
@@ -73,7 +72,6 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
-    LogRecord,
     Observation,
     Place,
     Reply,
@@ -91,8 +89,6 @@ __all__ = ["LocalBackend"]
 
 _NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
 _INSTALL: Final = "pip install 'training-backends[local]'"
-_POLL_FIRST: Final = 0.05
-_POLL_LAST: Final = 1.0
 
 
 class LocalBackend(TrainingBackend):
@@ -144,7 +140,7 @@ class LocalBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Short: reading a run directory takes a millisecond."""
-        return timedelta(seconds=0.1), timedelta(seconds=_POLL_LAST)
+        return timedelta(seconds=0.1), timedelta(seconds=1)
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return `options.max_invalid_fraction`."""
@@ -220,7 +216,7 @@ class LocalBackend(TrainingBackend):
         return await self.status(run)
 
     async def status(self, run: TrainingRun) -> RunState:
-        """See `TrainingBackend.status`."""
+        """Read the state without the log, which grows with the run."""
         await self._revive([run])
         return await to_thread.run_sync(self._read, run)
 
@@ -279,25 +275,8 @@ class LocalBackend(TrainingBackend):
         directory = self._existing(run)
         snapshot = Snapshot.at(directory)
         state = self._here(read_state(directory, snapshot))
-        records, _ = read_records(directory, self._cursor(run, after), snapshot)
+        records = read_records(directory, self._cursor(run, after), snapshot)
         return Observation(state, tuple(records), records[-1].cursor if records else after)
-
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
-        """Yield status changes, metrics, checkpoints and samples as one log."""
-        directory = await to_thread.run_sync(self._existing, run)
-        cursor = self._cursor(run, after)
-        pause = _POLL_FIRST
-        while True:
-            records, complete = await to_thread.run_sync(read_records, directory, cursor)
-            for record in records:
-                yield record
-            if complete or not follow:
-                return
-            cursor = Cursor.parse(records[-1].cursor) if records else cursor
-            pause = _POLL_FIRST if records else min(pause * 1.5, _POLL_LAST)
-            await anyio.sleep(pause)
 
     def _cursor(self, run: TrainingRun, text: str | None) -> Cursor:
         try:

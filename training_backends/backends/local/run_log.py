@@ -38,19 +38,17 @@ class Cursor(NamedTuple):
         return cls(int(events), int(metrics), bool(ended))
 
 
-def read_records(
-    run: RunDir, after: Cursor, snapshot: Snapshot | None = None
-) -> tuple[list[LogRecord], bool]:
-    """Return the records after a cursor, in order, and whether the log is complete."""
+def read_records(run: RunDir, after: Cursor, snapshot: Snapshot) -> list[LogRecord]:
+    """Return the records after a cursor, in order."""
     if after.ended:
-        return [], True
-    ending, until = snapshot or Snapshot.at(run)
+        return []
+    ending, until = snapshot
     records = list(_merged(run, after, until))
     if ending and ending.failure == LOST:
         # The process could not report its end, so the log gets a final record here.
         cursor = Cursor.parse(records[-1].cursor) if records else after
         records.append(_lost(ending.at or utc_now(), cursor))
-    return records, ending is not None
+    return records
 
 
 def _lost(at: datetime, cursor: Cursor) -> LogRecord:

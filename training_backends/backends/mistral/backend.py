@@ -1,7 +1,7 @@
 """The backend for servers of the Mistral fine-tuning protocol."""
 
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +23,6 @@ from training_backends.backends.mistral.job_request import config_of
 from training_backends.backends.mistral.job_state import is_ending, moment, state_of
 from training_backends.backends.mistral.launch import Launch
 from training_backends.backends.mistral.list_status import FEW, StatusSweep
-from training_backends.backends.mistral.retry import PollInterval, ask_patiently
 from training_backends.backends.mistral.settings import MistralOptions, MistralSettings
 from training_backends.backends.mistral.validate import check_config, check_secrets, check_server
 from training_backends.core.backend import (
@@ -44,7 +43,6 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
-    LogRecord,
     Observation,
     RunState,
     TrainingRun,
@@ -205,11 +203,6 @@ class MistralAPIBackend(TrainingBackend):
             journal=journal,
         )
 
-    async def status(self, run: TrainingRun) -> RunState:
-        """Retrieve the job's state."""
-        with self._named(run):
-            return self._state(await self.api.get_job(self._job_id(run)), run)
-
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
         """Look up many runs in lists by status, a hundred jobs per request."""
         if len(runs) <= FEW:
@@ -219,39 +212,12 @@ class MistralAPIBackend(TrainingBackend):
         return sweep.found
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Retrieve state and new log records with one request.
-
-        Raises:
-            ConfigError: `after` is not a cursor of this backend.
-        """
+        """Retrieve state and log with one request."""
         with self._named(run):
             reader = LogReader.after(after)
             job = await self.api.get_job(self._job_id(run))
         records = tuple(reader.read(job))
         return Observation(self._state(job, run), records, reader.cursor)
-
-    async def logs(
-        self, run: TrainingRun, *, after: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogRecord, None]:
-        """Yield events, checkpoints and status changes.
-
-        Raises:
-            ConfigError: `after` is not a cursor of this backend.
-            BackendUnavailable: The server was unavailable for longer than `call_timeout`.
-        """
-        job_id = self._job_id(run)
-        reader = LogReader.after(after)
-        pace = PollInterval(self._settings.poll_min, self._settings.longest_poll)
-        patience = self._settings.call_timeout if follow else 0.0
-        while True:
-            with self._named(run):
-                job = await ask_patiently(lambda: self.api.get_job(job_id), pace, patience)
-            for record in reader.read(job):
-                pace.quicken()
-                yield record
-            if not follow or to_status(job.status).is_terminal:
-                return
-            await pace.rest()
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Cancel the job; the protocol saves no checkpoint."""

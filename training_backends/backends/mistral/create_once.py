@@ -14,15 +14,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
+import anyio
 from pydantic import BaseModel
 
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.job_request import matches, same_job
 from training_backends.backends.mistral.job_state import has_started, is_over
-from training_backends.backends.mistral.retry import Steps, asked_pause, may_have_happened, may_pass
+from training_backends.backends.mistral.retry import Steps, asked_pause, may_pass
 from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.core.backend import JSONValue
-from training_backends.core.errors import AmbiguousLaunch, DuplicateRun, TrainingBackendError
+from training_backends.core.errors import (
+    AmbiguousLaunch,
+    DuplicateRun,
+    TrainingBackendError,
+    may_have_happened,
+)
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.protocols.mistral.wire import Job, JobIn, TrainingFile
 
@@ -128,7 +134,7 @@ class Creation:
             left -= 1
             if not left or not may_pass(self._trouble):
                 raise self._trouble
-            await self.steps.pace().rest(asked_pause(self._trouble))
+            await anyio.sleep(max(self.steps.polls().next(), asked_pause(self._trouble)))
 
     async def _try(self, tag: str, wanted: JobIn) -> str | None:
         """Send one create request, or replay its earlier result; None: no known job."""
@@ -206,7 +212,7 @@ class Creation:
             sent_at: When the request was sent; None: just now.
         """
         waited = 0.0 if sent_at is None else max(0.0, (utc_now() - sent_at).total_seconds())
-        pace = self.steps.pace()
+        polls = self.steps.polls()
         rested = 0.0
         while True:
             found = await self._one_of(await self._like([*self._lost, asked]))
@@ -215,7 +221,9 @@ class Creation:
             # List at least twice: lists may lag behind.
             if rested and waited + rested >= self.steps.settings.settling:
                 return None
-            rested += await pace.rest()
+            pause = polls.next()
+            await anyio.sleep(pause)
+            rested += pause
 
     async def _like(self, wanted: Sequence[JobIn]) -> list[_Listed]:
         """Return the jobs that match any of `wanted`, and malformed ones."""

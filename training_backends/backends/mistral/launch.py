@@ -15,12 +15,7 @@ from training_backends.backends.mistral.job_state import (
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.retry import (
-    PollInterval,
-    Steps,
-    ask_patiently,
-    may_have_happened,
-)
+from training_backends.backends.mistral.retry import TRIES, Steps, asked_pause, may_pass
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue
@@ -30,6 +25,7 @@ from training_backends.core.errors import (
     ProtocolError,
     TrainingBackendError,
     WaitTimeout,
+    may_have_happened,
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
@@ -62,13 +58,11 @@ class Launch:
     reuse: Job | None = None
     _steps: Steps = field(init=False)
     _uploads: Uploads = field(init=False)
-    _pace: PollInterval = field(init=False)
     _quoted: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self._steps = Steps(journal=self.journal, settings=self.settings)
         self._uploads = Uploads(api=self.api, steps=self._steps)
-        self._pace = self._steps.pace()
         self._quoted = self.run.estimate is not None and self.run.estimate.basis == "quote"
 
     async def launch(self) -> RunState:
@@ -146,19 +140,30 @@ class Launch:
     # -- quote -------------------------------------------------------------------------
 
     async def _until_checked(self, job_id: str) -> DetailedJob:
-        """Poll the job until validation has ended."""
+        """Poll the job until validation has ended, through outages of the server."""
         limit = read_options(self.run.config).validate_timeout
+        polls = self._steps.polls()
         word = None
+        unreadable = 0
         with anyio.move_on_after(limit):
             while True:
-                job = await ask_patiently(lambda: self._fetch_job(job_id), self._pace, limit)
-                if job.status != word:
-                    word = job.status
-                    self._pace.quicken()
-                    await self.journal.record(self._state(job))
-                if job.status == "VALIDATED" or is_ending(job) or has_started(job):
-                    return job
-                await self._pace.rest()
+                asked = 0.0
+                try:
+                    job = await self.api.get_job(job_id)
+                except TrainingBackendError as error:
+                    unreadable = unreadable + 1 if isinstance(error, ProtocolError) else 0
+                    if not may_pass(error) or unreadable == TRIES:
+                        raise
+                    asked = asked_pause(error)
+                else:
+                    unreadable = 0
+                    if job.status != word:
+                        word = job.status
+                        polls.reset()
+                        await self.journal.record(self._state(job))
+                    if job.status == "VALIDATED" or is_ending(job) or has_started(job):
+                        return job
+                await anyio.sleep(max(polls.next(), asked))
         raise WaitTimeout(
             f"Timed out: the provider did not validate job {job_id} within {limit:g} s ({word}).",
             hint=f"Run `training-backends launch --id {self.run.id}` with the same configuration "

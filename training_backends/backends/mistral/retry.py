@@ -1,4 +1,4 @@
-"""Retries of temporary errors, and the journal steps of a launch."""
+"""Repeat the steps of a launch after temporary errors: the one loop above the HTTP attempts."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -9,6 +9,7 @@ import anyio
 
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import Journal, JSONValue
+from training_backends.core.backoff import Backoff
 from training_backends.core.errors import (
     BackendUnavailable,
     ProtocolError,
@@ -16,43 +17,12 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 
-__all__ = [
-    "TRIES",
-    "Do",
-    "PollInterval",
-    "Steps",
-    "ask_patiently",
-    "asked_pause",
-    "may_have_happened",
-    "may_pass",
-    "persist",
-]
+__all__ = ["TRIES", "Do", "Steps", "asked_pause", "may_pass"]
 
 TRIES: Final = 5
-"""Maximum attempts of a launch step."""
+"""Maximum attempts of a launch step, and unreadable responses in a row while polling."""
 
 _T = TypeVar("_T")
-_SLOWER = 1.4
-
-
-class PollInterval:
-    """Polling interval that is short after a change and grows without one."""
-
-    def __init__(self, shortest: float, longest: float) -> None:
-        self._shortest = shortest
-        self._longest = max(shortest, longest)
-        self._next = shortest
-
-    def quicken(self) -> None:
-        """Reset the interval after a change."""
-        self._next = self._shortest
-
-    async def rest(self, at_least: float = 0.0) -> float:
-        """Sleep, lengthen the interval, and return the seconds slept."""
-        pause = max(self._next, at_least)
-        await anyio.sleep(pause)
-        self._next = min(self._longest, self._next * _SLOWER)
-        return pause
 
 
 def may_pass(error: TrainingBackendError) -> bool:
@@ -64,63 +34,9 @@ def may_pass(error: TrainingBackendError) -> bool:
     return passing or isinstance(error, ProtocolError)
 
 
-def may_have_happened(error: TrainingBackendError) -> bool:
-    """Return whether the request may have been processed: the response was lost or malformed."""
-    if isinstance(error, BackendUnavailable):
-        return error.sent
-    return isinstance(error, ProtocolError)
-
-
-async def persist(
-    act: Callable[[], Awaitable[_T]], pace: PollInterval, *, patience: float, tries: int = TRIES
-) -> _T:
-    """Repeat a safe operation after temporary errors.
-
-    Args:
-        patience: Seconds after which no further attempt starts.
-
-    Raises:
-        TrainingBackendError: The last temporary error, or a permanent one.
-    """
-    began = time.monotonic()
-    while True:
-        tries -= 1
-        try:
-            return await act()
-        except TrainingBackendError as error:
-            pause = asked_pause(error)
-            too_late = time.monotonic() + pause - began > patience
-            if tries <= 0 or too_late or not may_pass(error):
-                raise
-            await pace.rest(pause)
-
-
 def asked_pause(error: TrainingBackendError) -> float:
     """Return the pause that a server requested, in seconds."""
     return error.retry_after or 0.0 if isinstance(error, RateLimited) else 0.0
-
-
-async def ask_patiently(
-    ask: Callable[[], Awaitable[_T]], pace: PollInterval, patience: float
-) -> _T:
-    """Repeat a request until it gets a response.
-
-    Args:
-        patience: Seconds after which the error is raised.
-
-    Raises:
-        BackendUnavailable: The server stayed unavailable.
-        RateLimited: The server kept limiting the rate.
-    """
-    began = time.monotonic()
-    while True:
-        try:
-            return await ask()
-        except (BackendUnavailable, RateLimited) as error:
-            pause = asked_pause(error)
-            if not error.retryable or time.monotonic() + pause - began > patience:
-                raise
-            await pace.rest(pause)
 
 
 Do = Callable[[], Awaitable[JSONValue]]
@@ -134,9 +50,9 @@ class Steps:
     journal: Journal
     settings: MistralSettings
 
-    def pace(self) -> PollInterval:
-        """Return the polling interval."""
-        return PollInterval(self.settings.poll_min, self.settings.longest_poll)
+    def polls(self) -> Backoff:
+        """Return the pauses between two requests for the same thing."""
+        return Backoff(self.settings.poll_min, self.settings.longest_poll, factor=1.4)
 
     async def surely(self, name: str, do: Do, find: Do) -> JSONValue:
         """Execute a step with side effects; look for its effect before repeating it."""
@@ -147,5 +63,19 @@ class Steps:
         return await self.ask(lambda: self.journal.step(name, do, repeatable=True))
 
     async def ask(self, act: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat a safe operation until it succeeds, within limits."""
-        return await persist(act, self.pace(), patience=self.settings.call_timeout)
+        """Repeat a safe operation after temporary errors, within `TRIES` and `call_timeout`.
+
+        Raises:
+            TrainingBackendError: The last temporary error, or a permanent one.
+        """
+        latest = time.monotonic() + self.settings.call_timeout
+        polls = self.polls()
+        for left in reversed(range(TRIES)):
+            try:
+                return await act()
+            except TrainingBackendError as error:
+                pause = max(polls.next(), asked_pause(error))
+                if not left or time.monotonic() + pause > latest or not may_pass(error):
+                    raise
+                await anyio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
