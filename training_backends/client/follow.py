@@ -88,7 +88,7 @@ class Following:
 
     async def _brought_up_to_date(self, run: TrainingRun) -> TrainingBackendError | None:
         """Observe a run unless its log is complete; return the error instead of raising it."""
-        if await to_thread.run_sync(self._store.is_whole, run.id):
+        if await to_thread.run_sync(self._store.is_complete, run.id):
             return None
         try:
             await self._require_job(run)
