@@ -31,7 +31,7 @@ def test_a_misspelt_setting_ends_every_command(run: Run) -> None:
     """Before anything is done with settings that nobody meant."""
     done = run("list", TRAINING_BACKENDS_STORE_ULR="sqlite:///other.db")
     assert done.code == 3
-    assert "did you mean 'store_url'?" in done.out
+    assert "did you mean 'store_url'?" in done.err
 
 
 def test_a_server_out_of_reach_has_failed(run: Run) -> None:

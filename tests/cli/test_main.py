@@ -105,7 +105,7 @@ def test_missing_data_is_named(run: Run, config_file: Path, train_file: Path) ->
     train_file.unlink()
     done = run("validate", config_file.name)
     assert done.code == 3
-    assert "train.jsonl" in done.err
+    assert "train.jsonl" in done.out
 
 
 def test_a_failed_launch_leaves_no_run(run: Run, config_file: Path, train_file: Path) -> None:

@@ -23,10 +23,16 @@ def complete_run(incomplete: str) -> list[tuple[str, str]]:
     """Return the ids of stored runs with their status and model, newest first."""
 
     def read() -> list[tuple[str, str]]:
-        from training_backends.cli.session import with_client
+        import anyio
 
-        runs = with_client(lambda client: client.list())
-        return [(run.id, f"{run.status}, {run.config.model}") for run in runs]
+        from training_backends import AsyncTrainingClient
+
+        async def stored() -> list[tuple[str, str]]:
+            async with AsyncTrainingClient() as client:
+                runs = await client.list()
+            return [(run.id, f"{run.status}, {run.config.model}") for run in runs]
+
+        return anyio.run(stored)
 
     return [each for each in _quietly(read) if each[0].startswith(incomplete)]
 

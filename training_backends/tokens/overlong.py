@@ -64,7 +64,7 @@ def overlong_rows(
     verb = "is" if count.over == 1 else "are"
     return Issue(
         code="overlong_rows",
-        message=f"{about}{count.over:,} of {plural(count.rows, 'row')} {verb} longer than "
+        message=f"{about}{count.over:,} of {plural(count.rows or 0, 'row')} {verb} longer than "
         f"{seq_len:,} tokens",
         field="hyperparameters.seq_len",
         fix=fix,

@@ -139,9 +139,11 @@ def show_table(
 ) -> list[str]:
     """Print a table, cut to the width of a terminal, and return the columns that were dropped.
 
-    A column without content is not printed.
+    A column without content is not printed, nor is a table without rows.
     """
     cells = [[_text(cell) for cell in row] for row in rows]
+    if not cells:
+        return []
     widths = {
         number: max(cell_len(column.name), *(row[number].cell_len for row in cells))
         for number, column in enumerate(columns)
