@@ -26,14 +26,14 @@ hyperparameters:
 """
 
 
-def test_every_command_that_the_quickstart_prints_works(run: Run, tmp_path: Path) -> None:
+def test_every_command_that_the_quickstart_prints_works(run_process: Run, tmp_path: Path) -> None:
     """They are run as printed, one after the other; `list` shows the quickstart's run."""
     needs_torch()
     data = tmp_path / "quickstart" / "data" / "train.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text("".join((SAMPLES / "train.jsonl").read_text().splitlines(keepends=True)[:20]))
     (tmp_path / "quickstart" / "run.yaml").write_text(CONFIG)
-    done = run("quickstart")
+    done = run_process("quickstart")
     assert done.code == 0, done.err
     program = "python -m training_backends"
     commands = [line.strip() for line in done.err.splitlines() if program in line]
