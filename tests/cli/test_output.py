@@ -53,7 +53,7 @@ RESULTS = (
     Case("data repair train.jsonl", "20 rows read, 20 written to train.repaired.jsonl", json=False),
     Case("data split train.jsonl --rows 2", "data:\n  train:\n", "train.train.jsonl"),
     Case("data shard train.jsonl --limit 1KB", "data:\n  train:\n", "Add to the configuration"),
-    Case("credentials list", "mistral  environment  MISTRAL_API_KEY", "Sources searched"),
+    Case("credentials list", "mistral   environment  MISTRAL_API_KEY", "Sources searched"),
     Case("keys create", "tb-", "shown only once"),
     Case("keys create --quiet", "tb-"),
     Case("keys list", "", "No keys yet."),

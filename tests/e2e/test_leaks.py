@@ -287,7 +287,7 @@ def test_what_a_provider_says_of_a_job(world: World, provider: ScriptedProvider)
         ],
         given,
     )
-    assert "login failed" in (world.seen / "output-2" / "0.err").read_text()
+    assert "login failed" in (world.seen / "output-2" / "0.out").read_text()
     world.assert_clean()
 
 
@@ -586,7 +586,7 @@ def test_the_gateway(world: World) -> None:
     made = json.loads((directory / "0.out").read_text())
     shown = next(
         line.strip()
-        for line in (directory / "1.err").read_text().splitlines()
+        for line in (directory / "1.out").read_text().splitlines()
         if line.strip().startswith("tb-")
     )
     for path in directory.iterdir():  # here they are shown, this once
@@ -884,7 +884,7 @@ def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None
         ],
         given,
     )
-    assert "Could not list the jobs of leaky" in (world.seen / "output-2" / "0.err").read_text()
+    assert "Could not list the jobs of leaky" in (world.seen / "output-2" / "0.out").read_text()
     world.assert_clean()
 
 

@@ -263,9 +263,9 @@ class _Repairing:
                 if kept:
                     out.write(piece)
         if self._first_crlf:
-            count = plural(self.counts["line_ends"], "line")
-            text = f"changed CRLF to LF in {count}, first here"
-            self._report(self._first_crlf, "line_ends", text)
+            many = self.counts["line_ends"]
+            where = plural(many, "line") + (", first here" if many > 1 else "")
+            self._report(self._first_crlf, "line_ends", f"changed CRLF to LF in {where}")
         if not self._written:
             raise _unusable(
                 self._path, "empty_file", "no rows would be left", "check that it is JSON Lines"
