@@ -17,8 +17,8 @@ from training_backends.cli.views.console import (
     show_table,
     time_text,
 )
-from training_backends.cli.views.render import show_metrics, show_run, show_runs
-from training_backends.core.run import utc_now
+from training_backends.cli.views.render import show_log_record, show_metrics, show_run, show_runs
+from training_backends.core.run import LogRecord, utc_now
 from training_backends.store import MetricPoint
 
 COLUMNS = (Column("id"), Column("model", drop=1, cut=True), Column("backend", drop=2))
@@ -111,6 +111,19 @@ def test_dollars_are_written_with_their_sign() -> None:
     """Other currencies keep their code."""
     assert money_text(Money.model_validate("3.2 USD")) == "$3.20"
     assert money_text(Money.model_validate("3.2 CHF")) == "3.20 CHF"
+
+
+def test_log_records_have_a_date_where_it_is_needed() -> None:
+    """A file gets the date and zone; a terminal the date of any day but today."""
+    at = utc_now()
+    now, old = (
+        LogRecord(at=moment, source="status", message="running", cursor="1")
+        for moment in (at, at - timedelta(days=2))
+    )
+    stamp = at.astimezone().isoformat(timespec="seconds")
+    assert shown(lambda out: show_log_record(now, out), None) == [f"{stamp} status     running"]
+    assert shown(lambda out: show_log_record(old, out), 80)[0].startswith("20")
+    assert len(shown(lambda out: show_log_record(now, out), 80)[0].split()[0]) in {8, 10}
 
 
 @pytest.fixture
