@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run
+from tests.commands import Run
 from training_backends import TrainingConfig, TrainingRun
 from training_backends.store import RunStore
 

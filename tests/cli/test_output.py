@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from tests.cli.conftest import Run
+from tests.commands import Run
 from training_backends import TrainingRun, TrainingStatus
 from training_backends.backends.local.spec import build_spec
 from training_backends.cli.main import app
