@@ -54,7 +54,7 @@ def test_intervals_stand_behind_what_they_belong_to() -> None:
         data_tokens=2000, interval=(1000, 3000), costs=priced("2 USD"), cost_interval=bounds
     )
     text = shown(lambda out: show_estimate(estimate, out))
-    assert "2,000 (95% interval 1,000 to 3,000)" in text
+    assert "about 2,000 (±50.00%)" in text
     assert "$2.00 (95% interval $1.00 to $3.00)" in text
 
 

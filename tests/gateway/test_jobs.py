@@ -11,8 +11,11 @@ import anyio
 import pytest
 import sqlalchemy as sa
 
-from tests.gateway.conftest import Site, jsonl, scripted, site
+from tests.gateway.conftest import ROWS, Site, jsonl, scripted, site
+from tests.readings import counted_readings
 from tests.waiting import until
+from training_backends.core.config import TrainingConfig
+from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendUnavailable,
     DatasetError,
@@ -20,12 +23,14 @@ from training_backends.core.errors import (
     StoreError,
     TrainingBackendError,
 )
-from training_backends.core.estimate import Money
+from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import ValidationReport
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
 from training_backends.gateway.jobstore import STATUS_EVENT
 from training_backends.gateway.store import GatewayStore
+from training_backends.testing.backend import ScriptedBackend
+from training_backends.tokens import count_tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -578,3 +583,29 @@ async def test_unknown_jobs_are_not_found(here: Site) -> None:
         assert answer.status_code == 404
         assert answer.json() == {"detail": "No fine tuning job matches the given query."}
         assert (await here.http.request(method, f"{JOBS}/x{path}")).status_code == 422
+
+
+class CountingBackend(ScriptedBackend):
+    """A backend that counts tokens, as the real ones do."""
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Count the tokens of the data."""
+        del config
+        count = await anyio.to_thread.run_sync(count_tokens, dataset, "tiny-mistral")
+        return Estimate(data_tokens=count.data_tokens, steps=10, cost=self.price)
+
+
+async def test_a_file_is_read_once_when_it_arrives_and_once_for_its_job(tmp_path: Path) -> None:
+    """The upload is checked as it is stored; the job's rows, digest and tokens share a reading."""
+    content = jsonl(ROWS * 500)
+    backend = CountingBackend()
+    with counted_readings() as readings:
+        async with site(tmp_path / "home", backend) as here:
+            file_id = await here.upload(content)
+            job_id, remote_id = await here.started(files=[file_id])
+            backend.finish(remote_id)
+            job = await here.until(job_id, "SUCCESS")
+    assert job["metadata"]["data_tokens"]
+    stored = {"incoming", "files"}
+    read = sum(count for path, count in readings.items() if Path(path).parent.name in stored)
+    assert 1 < read / len(content) <= 2

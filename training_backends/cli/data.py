@@ -144,12 +144,14 @@ def _request(
 def _count(
     dataset: "Dataset", model: str, sample: int | None, on_progress: "Progress"
 ) -> "TokenCount":
+    from training_backends.core.dataset import Counting
     from training_backends.datasets.open_file import STDIN
     from training_backends.tokens import TokenCount, count_tokens
 
     if any(file.path == STDIN for file in dataset.train):
         return TokenCount(reason="standard input cannot be read twice")
-    return count_tokens(dataset, model, sample=sample, on_progress=on_progress)
+    counting = Counting(sample=sample, on_progress=on_progress)
+    return count_tokens(dataset.model_copy(update={"counting": counting}), model)
 
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)

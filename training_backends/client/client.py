@@ -1,7 +1,7 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,7 @@ from training_backends.core.backend import (
 )
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
-from training_backends.core.counting import Counting, CountProgress, wishing
-from training_backends.core.dataset import Dataset
+from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
     ConfigError,
     RunNotFound,
@@ -100,6 +99,7 @@ class AsyncTrainingClient:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
+        self._cache = self.home / "cache" / "data"
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
@@ -195,8 +195,8 @@ class AsyncTrainingClient:
 
         Args:
             sample: Count the tokens of this many rows and return an interval; None: of all rows,
-                or of a sample if the data is very large.
-            exact: Count all rows, even if the data is very large.
+                or of a sample if the data is large.
+            exact: Count all rows, even if the data is large.
             on_counting: Called with the file, the bytes counted and its size.
 
         Raises:
@@ -604,7 +604,7 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": options})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        read = partial(inspect, config, on_progress=_check_cancelled)
+        read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
         if backend is not None:
             read = partial(read, provider_format=backend.capabilities.provider_format)
         return await to_thread.run_sync(read)
@@ -627,8 +627,8 @@ class AsyncTrainingClient:
             dataset = await self._inspected(backend, config)
         except ConfigError as error:
             return await self._read(config, backend), ValidationReport(issues=error.issues)
-        with span("training_backends.validate", backend=backend.name), self._counting():
-            return dataset, await backend.validate(config, dataset)
+        with span("training_backends.validate", backend=backend.name):
+            return dataset, await backend.validate(config, self._counting(dataset))
 
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
@@ -656,11 +656,11 @@ class AsyncTrainingClient:
         dataset: Dataset,
         wishes: Counting | None = None,
     ) -> Estimate:
-        with span("training_backends.estimate", backend=backend.name), self._counting(wishes):
-            return await backend.estimate(config, dataset)
+        with span("training_backends.estimate", backend=backend.name):
+            return await backend.estimate(config, self._counting(dataset, wishes))
 
-    def _counting(self, wishes: Counting | None = None) -> AbstractContextManager[None]:
-        """Set how backends count tokens: cached, and cancelled with the caller's task."""
+    def _counting(self, dataset: Dataset, wishes: Counting | None = None) -> Dataset:
+        """Return the dataset for a backend: counts are kept, and cancelled with the task."""
         wishes = wishes or Counting()
         callback = wishes.on_progress
 
@@ -670,8 +670,8 @@ class AsyncTrainingClient:
                 with callers_own():
                     callback(path, done, total)
 
-        cache = self.home / "cache" / "tokens"
-        return wishing(replace(wishes, cache=cache, on_progress=on_progress))
+        wishes = replace(wishes, cache=self._cache, on_progress=on_progress)
+        return dataset.model_copy(update={"counting": wishes})
 
     def _poller(self, backend: str, *, only: Collection[str] | None = None) -> Poller:
         return Poller(backend, self._store, self._leases, self._observer, only=only)

@@ -20,8 +20,7 @@ from training_backends.client.config_file import ConfigLike
 from training_backends.client.journal import Confirm, OnNotice, OnProgress, OnUpdate
 from training_backends.client.recovery import Recovery
 from training_backends.core.backend import CredentialSource, TrainingBackend
-from training_backends.core.counting import CountProgress
-from training_backends.core.dataset import Dataset
+from training_backends.core.dataset import CountProgress, Dataset
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import LogRecord, Reply, TrainingRun, ValidationReport

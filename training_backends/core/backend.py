@@ -242,7 +242,11 @@ class TrainingBackend(ABC):
 
     @abstractmethod
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
-        """Estimate tokens, steps, cost and duration without starting the run."""
+        """Estimate tokens, steps, cost and duration without starting the run.
+
+        Tokens are counted as `dataset.counting` says, which `tokens.count_tokens` observes; a
+        backend that counts in another way may ignore it.
+        """
 
     @abstractmethod
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:

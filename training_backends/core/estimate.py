@@ -175,6 +175,18 @@ class Estimate(BaseModel):
         return () if self.cost is None else (self.cost,)
 
     @property
+    def highest_totals(self) -> tuple[Money, ...]:
+        """The cost per currency at the upper bound of `interval`; as `totals` if not sampled."""
+        return (self.cost_interval[1],) if self.cost_interval else self.totals
+
+    @property
+    def longest_duration(self) -> timedelta | None:
+        """The duration at the upper bound of `interval`; as `duration` if not sampled."""
+        if self.duration is None or not (self.interval and self.data_tokens):
+            return self.duration
+        return self.duration * (self.interval[1] / self.data_tokens)
+
+    @property
     def differences(self) -> tuple[str, ...]:
         """How a provider's quote differs from our own estimate, as text."""
         if self.ours is None:
@@ -219,7 +231,7 @@ class Budget(BaseModel):
         return self.max_cost is not None and bool(estimate.totals)
 
     def check(self, estimate: Estimate) -> None:
-        """Check an estimate against the budget.
+        """Check an estimate against the budget, by its upper bounds if it rests on a sample.
 
         Unknown values pass; see `decides` for the cost. `max_duration` is also enforced while
         the run trains.
@@ -230,10 +242,12 @@ class Budget(BaseModel):
         """
         if self.max_cost:
             self._check_cost(self.max_cost, estimate)
-        if self.max_duration and estimate.duration and estimate.duration > self.max_duration:
-            limit, found = format_duration(self.max_duration), format_duration(estimate.duration)
+        duration = estimate.longest_duration
+        if self.max_duration and duration and duration > self.max_duration:
+            limit, found = format_duration(self.max_duration), format_duration(duration)
+            up_to = "" if duration == estimate.duration else "up to "
             raise BudgetExceeded(
-                f"The run would take {found}; the budget allows {limit}.",
+                f"The run would take {up_to}{found}; the budget allows {limit}.",
                 hint="Raise budget.max_duration or train for fewer steps.",
                 limit=limit,
                 found=found,
@@ -241,21 +255,23 @@ class Budget(BaseModel):
 
     @staticmethod
     def _check_cost(limit: Money, estimate: Estimate) -> None:
-        found = " and ".join(map(str, estimate.totals))
-        for total in estimate.totals:
+        totals = estimate.highest_totals
+        found = " and ".join(map(str, totals))
+        up_to = "" if totals == estimate.totals else "up to "
+        for total in totals:
             if total.amount and total.currency != limit.currency:
                 raise BudgetExceeded(
                     f"The cost is {found}, which cannot be compared with budget.max_cost in "
                     f"{limit.currency}.",
                     hint="Remove budget.max_cost and check the cost yourself."
-                    if len(estimate.totals) > 1
+                    if len(totals) > 1
                     else f"Set budget.max_cost in {total.currency}.",
                     limit=str(limit),
                     found=found,
                 )
             if total.amount > limit.amount:
                 raise BudgetExceeded(
-                    f"The run would cost {found}; the budget allows {limit}.",
+                    f"The run would cost {up_to}{found}; the budget allows {limit}.",
                     hint="Raise budget.max_cost or train on fewer tokens.",
                     limit=str(limit),
                     found=found,

@@ -36,6 +36,7 @@ __all__ = [
     "Reference",
     "TemplateCheck",
     "TemplateCounter",
+    "chat_request",
     "count_row",
     "counter_of",
     "encoding_count",
@@ -93,7 +94,7 @@ class Reference:
         if isinstance(row, TextRow):
             return len(self._encode(row.text, around=True))
         try:
-            request = self._request.model_validate(_request(row))
+            request = self._request.model_validate(chat_request(row))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return len(self._tokenizer.encode_chat_completion(request).tokens)
@@ -132,7 +133,8 @@ def load_reference(path: Path) -> Reference:
     return Reference(path)
 
 
-def _request(row: ChatRow) -> dict[str, Any]:
+def chat_request(row: ChatRow) -> dict[str, Any]:
+    """Return the content of mistral-common's request for a conversation."""
     request: dict[str, Any] = {"messages": [_message(message) for message in row.messages]}
     if row.tools:
         request["tools"] = [

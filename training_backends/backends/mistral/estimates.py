@@ -1,7 +1,7 @@
 """Estimate tokens, steps and cost from data and known prices, without guessing."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from training_backends.backends.mistral.job_request import job_type_of
@@ -13,6 +13,7 @@ from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens import TokenCount
+from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
 
@@ -30,25 +31,21 @@ def sequence_length(config: TrainingConfig) -> int:
     return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config)]
 
 
-def count_epoch(
-    dataset: Dataset, count: Callable[[Dataset], TokenCount]
-) -> tuple[TokenCount, TokenCount]:
-    """Count the training data once, and per epoch, which differs with file weights.
+def count_epoch(dataset: Dataset, counts: Sequence[TokenCount]) -> tuple[TokenCount, TokenCount]:
+    """Return the tokens of the training data, and per epoch, which differs with file weights.
 
     Args:
-        count: Counts a dataset, each row once.
+        counts: Tokens of each training file, each row once.
     """
-    files = dataset.train
-    weights = tuple(file.weight for file in files)
+    weights = tuple(file.weight for file in dataset.train)
+    once = _sum(counts, [1.0] * len(counts))
     if len(set(weights)) <= 1:
-        counted = count(dataset)
-        return counted, counted
-    rows = tuple(file.rows for file in files)
-    counts = [count(dataset.model_copy(update={"files": (file,)})) for file in files]
+        return once, once
+    rows = tuple(file.rows for file in dataset.train)
     shares = [
         seen / (there or 1) for seen, there in zip(rows_per_epoch(rows, weights), rows, strict=True)
     ]
-    return _sum(counts, [1.0] * len(counts)), _sum(counts, shares)
+    return once, _sum(counts, shares)
 
 
 def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
@@ -59,15 +56,15 @@ def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
             return counted
         total += share * counted.data_tokens
         if counted.interval:
-            variance += (share * (counted.interval[1] - counted.interval[0]) / 2) ** 2
+            variance += (share * (counted.interval[1] - counted.data_tokens)) ** 2
     margin = math.sqrt(variance)
     interval = max(0, math.floor(total - margin)), math.ceil(total + margin)
     return TokenCount(
         data_tokens=round(total),
         basis="sampled" if variance else "exact",
         interval=interval if variance else None,
-        tokenizer=counts[0].tokenizer,
-        seq_len=counts[0].seq_len,
+        tokenizer=counts[0].tokenizer if counts else None,
+        seq_len=counts[0].seq_len if counts else None,
         over=sum(counted.over or 0 for counted in counts),
         notes=tuple(dict.fromkeys(note for counted in counts for note in counted.notes)),
     )
@@ -84,6 +81,8 @@ def estimate_from_count(
     """
     epoch = epoch or count
     notes = list(count.notes)
+    if count.basis == "sampled":
+        notes.append(SAMPLE_NOTE)
     if count.data_tokens is None:
         notes.append(f"Token count unknown: {count.reason}.")
     elif count.over and count.seq_len:

@@ -151,8 +151,7 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
     out = out or stdout()
     rows: list[tuple[str, str]] = []
     if estimate.data_tokens is not None:
-        interval = _between(*(f"{bound:,}" for bound in estimate.interval or ()))
-        rows.append(("data tokens", f"{estimate.data_tokens:,}{interval}"))
+        rows.append(("data tokens", _tokens(estimate.data_tokens, estimate.interval)))
     if estimate.train_tokens is not None:
         rows.append(("trained tokens", f"{estimate.train_tokens:,}"))
     if estimate.steps is not None:
@@ -234,6 +233,13 @@ def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:
     elif estimate.price_source:
         rows.append(("price from", _source(estimate.price_source)))
     return rows
+
+
+def _tokens(tokens: int, interval: tuple[int, int] | None) -> str:
+    if interval is None:
+        return f"{tokens:,}"
+    margin = max(tokens - interval[0], interval[1] - tokens) / max(tokens, 1)
+    return f"about {tokens:,} (±{margin:.2%})"
 
 
 def _between(*bounds: str) -> str:
