@@ -14,6 +14,8 @@ class TrainingStatus(StrEnum):
     """Validated, not started yet."""
     INITIALIZING = "initializing"
     RUNNING = "running"
+    PAUSED = "paused"
+    """Suspended on request; it keeps its progress and can be continued."""
     STOPPING = "stopping"
     """A stop was requested and is not confirmed yet."""
     COMPLETED = "completed"

@@ -10,7 +10,6 @@ from datetime import datetime
 from hashlib import sha256
 from threading import RLock
 from typing import Any, ClassVar, Literal, TypeVar
-from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 
@@ -371,15 +370,9 @@ def _field_errors(error: ValidationError) -> dict[str, Any]:
 
 def read_form(request: Received) -> tuple[dict[str, str], str, bytes]:
     """Parse a multipart body whose last part is the file."""
-    boundary = request.headers["content-type"].partition("boundary=")[2].encode()
     fields: dict[str, str] = {}
-    for part in request.body.split(b"--" + boundary)[1:-1]:
-        head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        content = content.removesuffix(b"\r\n")
-        line = next(entry for entry in head.decode().split("\r\n") if "form-data" in entry)
-        values = dict(parse_qsl(line.partition("form-data; ")[2].replace("; ", "&")))
-        name = values["name"].strip('"')
-        if "filename" in values:
-            return fields, values["filename"].strip('"'), content
-        fields[name] = content.decode()
+    for part in request.form():
+        if part.filename is not None:
+            return fields, part.filename, part.content
+        fields[part.name] = part.content.decode()
     raise _ErrorResponse(422, {"detail": "No file."})

@@ -48,5 +48,5 @@ def to_status(word: str) -> TrainingStatus:
 
 
 def to_wire(status: TrainingStatus) -> str | None:
-    """Translate to a protocol status; None for UNKNOWN."""
+    """Translate to a protocol status; None for UNKNOWN and PAUSED."""
     return _WORD.get(status)
