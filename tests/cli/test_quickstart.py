@@ -35,7 +35,7 @@ def test_every_command_that_the_quickstart_prints_works(tmp_path: Path) -> None:
     commands = [line.strip() for line in shown.splitlines() if program in line]
     assert len(commands) == 7
     outputs = [pasted(line, tmp_path)[0] for line in commands]
-    assert ["completed", "2/2"] == outputs[0].splitlines()[1].split()[1:3], "list"
+    assert outputs[0].splitlines()[1].split()[1:3] == ["completed", "2/2"], "list"
     assert "train_loss" in outputs[1], "metrics"
     assert "ready to launch" in outputs[3], "validate"
     assert outputs[5].startswith("tb-"), "keys create"
