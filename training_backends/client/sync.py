@@ -222,7 +222,12 @@ class TrainingClient:
     recover_store = _blocking(AsyncTrainingClient.recover_store)
 
     def logs(
-        self, run_id: str, *, after: str | None = None, follow: bool = False
+        self,
+        run_id: str,
+        *,
+        after: str | None = None,
+        tail: int | None = None,
+        follow: bool = False,
     ) -> Iterator[LogRecord]:
         """See `AsyncTrainingClient.logs`."""
         # The generator is consumed by one task in the loop: stepping it from here, call
@@ -232,7 +237,8 @@ class TrainingClient:
         async def pump() -> None:
             end: BaseException | None = None
             try:
-                async with aclosing(self._client.logs(run_id, after=after, follow=follow)) as logs:
+                found = self._client.logs(run_id, after=after, tail=tail, follow=follow)
+                async with aclosing(found) as logs:
                     async for record in logs:
                         await _put(records, record)
             except get_cancelled_exc_class():

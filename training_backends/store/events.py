@@ -172,6 +172,16 @@ class Timeline(Database):
                 raise _bad_cursor(after)
         return [_record(row) for row in rows]
 
+    def cursor_before_last(self, run_id: str, count: int) -> str | None:
+        """Return the cursor after which a run has at most `count` records; None: the beginning."""
+        query = sa.select(records.c.seq).where(records.c.run_id == run_id)
+        with self._reading() as connection:
+            # Reads only the index, whatever the size of the log.
+            found = connection.execute(
+                query.order_by(records.c.seq.desc()).offset(count).limit(1)
+            ).scalar()
+        return None if found is None else str(found)
+
     def metrics(self, run_id: str) -> list[MetricPoint]:
         """Return the metrics by step; a later value of the same step wins.
 
