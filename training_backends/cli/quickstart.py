@@ -149,6 +149,7 @@ class _Quickstart:
                 port=0,
                 host="127.0.0.1",
                 public_url=None,
+                store_url=None,
                 tls_cert=None,
                 tls_key=None,
                 tls_client_ca=None,
