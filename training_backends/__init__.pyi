@@ -27,7 +27,12 @@ from .core.backend import (
 from .core.backend import (
     TrainingBackend as TrainingBackend,
 )
-from .core.capabilities import Capabilities as Capabilities
+from .core.capabilities import (
+    Capabilities as Capabilities,
+)
+from .core.capabilities import (
+    SuffixRule as SuffixRule,
+)
 from .core.config import (
     ClassifierTarget as ClassifierTarget,
 )

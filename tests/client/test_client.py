@@ -745,7 +745,7 @@ async def test_a_backend_that_cannot_resume_leaves_no_record(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
     """The client asks the capabilities before it makes the new run."""
-    backend = ScriptedBackend(capabilities=Capabilities(resumes=False))
+    backend = ScriptedBackend(capabilities=Capabilities())
     async with AsyncTrainingClient(
         home=tmp_path / "home", backends={"scripted": backend}
     ) as client:
@@ -754,6 +754,41 @@ async def test_a_backend_that_cannot_resume_leaves_no_record(
         with pytest.raises(UnsupportedOperation, match="cannot resume"):
             await client.resume(run.id, new_id="second")
         assert [found.id for found in await client.list()] == [run.id]
+
+
+async def test_a_checkpoint_is_refused_where_a_run_is_resumed_anew(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Before the new run is recorded, and before the backend is asked."""
+    backend = ScriptedBackend(capabilities=Capabilities(resumes="anew"))
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        run = await client.launch(make_config(), backend="scripted")
+        backend.fail(str(run.remote_id))
+        with pytest.raises(UnsupportedOperation, match="from a checkpoint"):
+            await client.resume(run.id, checkpoint="1")
+        assert [found.id for found in await client.list()] == [run.id]
+        assert backend.resumed == []
+
+
+async def test_an_undeclared_field_ends_the_launch_before_the_backend_is_asked(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """`validate`, `estimate` and `launch` name it, and there is no record."""
+    backend = ScriptedBackend(capabilities=Capabilities(hyperparameters=frozenset({"epochs"})))
+    backend.report = ValidationReport(issues=(Issue(code="asked", message="asked"),))
+    config = make_config(hyperparameters={"seed": 1})
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        report = await client.validate(config, backend="scripted")
+        assert [issue.field for issue in report.errors] == ["hyperparameters.seed"]
+        for ask in (client.estimate, client.launch):
+            with pytest.raises(ConfigError, match="not valid for the backend") as caught:
+                await ask(config, backend="scripted")
+            assert caught.value.issues == report.errors
+        assert await client.list() == []
 
 
 async def test_a_run_that_was_never_started_is_not_resumed(

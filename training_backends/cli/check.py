@@ -63,8 +63,15 @@ def backends(json: JsonOption = False) -> None:
             out.print(f"  {line}", markup=False)
 
 
+_RESUMES = {"anew": "resume from the start", "checkpoint": "resume from a checkpoint"}
+"""What the values of `Capabilities.resumes` mean."""
+
+
 def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
     yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
+    yes += ["suffix"] if capabilities["suffix"] else []
+    if capabilities["resumes"] != "no":
+        yes.append(_RESUMES[capabilities["resumes"]])
     lists = [
         f"{name}: {', '.join(sorted(value))}"
         for name, value in capabilities.items()

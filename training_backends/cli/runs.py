@@ -437,7 +437,7 @@ def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
     if run.status in _UNSTARTED:
         return True
     resumes = client.backend(run.backend).capabilities.resumes
-    return resumes and run.status in {"failed", "cancelled"}
+    return resumes != "no" and run.status in {"failed", "cancelled"}
 
 
 def _need_consent(

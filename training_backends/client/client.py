@@ -28,8 +28,8 @@ from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
-    require_options,
     require_same,
+    unfit_fields,
 )
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.core.backend import (
@@ -43,6 +43,7 @@ from training_backends.core.counting import Counting, CountProgress, wishing
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     ConfigError,
+    Issue,
     RunNotFound,
     StoreError,
     TrainingBackendError,
@@ -200,11 +201,12 @@ class AsyncTrainingClient:
             on_counting: Called with the file, the bytes counted and its size.
 
         Raises:
-            ConfigError: The options do not fit the backend.
+            ConfigError: The configuration has fields or options that the backend does not support.
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
         config = await self._config(config, chosen)
+        _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
@@ -595,23 +597,17 @@ class AsyncTrainingClient:
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
-        """Read the data, tolerating as many bad rows as the backend's options allow.
-
-        Raises:
-            ConfigError: The options do not fit the backend.
-        """
-        require_options(backend, config)
+        """Read the data, tolerating as many bad rows as the backend's options allow."""
         dataset = await self._read(config, backend)
         return dataset.tolerating(backend.tolerated_bad_rows(config))
 
     async def _judged(
         self, backend: TrainingBackend, config: TrainingConfig
     ) -> tuple[Dataset, ValidationReport]:
-        """Read the data and have the backend validate it, unless its options are invalid."""
-        try:
-            dataset = await self._inspected(backend, config)
-        except ConfigError as error:
-            return await self._read(config, backend), ValidationReport(issues=error.issues)
+        """Read the data and have the backend validate it, unless a field does not fit it."""
+        if issues := unfit_fields(backend, config):
+            return await self._read(config, backend), ValidationReport(issues=tuple(issues))
+        dataset = await self._inspected(backend, config)
         with span("training_backends.validate", backend=backend.name), self._counting():
             return dataset, await backend.validate(config, dataset)
 
@@ -621,12 +617,7 @@ class AsyncTrainingClient:
         """Validate and estimate, before the run is recorded."""
         dataset, report = await self._judged(backend, config)
         raise_for_errors(dataset)
-        if not report.ok:
-            raise ConfigError(
-                f"The configuration is not valid for the backend {backend.name!r}.",
-                issues=report.errors,
-                backend=backend.name,
-            )
+        _require_valid(backend, report.errors)
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
             config.budget.check(estimate)  # the provider's quote is confirmed later
@@ -668,6 +659,15 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:
+    if errors:
+        raise ConfigError(
+            f"The configuration is not valid for the backend {backend.name!r}.",
+            issues=errors,
+            backend=backend.name,
+        )
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:

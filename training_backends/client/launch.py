@@ -268,14 +268,18 @@ class Steering:
         launched = await self._records.was_launched(run)
         if not run.status.is_terminal and not launched:
             return await self._launch_again(run, watch, checkpoint)
+        if backend.capabilities.resumes == "no":
+            raise backend.unsupported(
+                "resume a run", "Launch its configuration again under a new id."
+            )
+        if checkpoint is not None and backend.capabilities.resumes == "anew":
+            raise backend.unsupported(
+                "resume from a checkpoint", "Omit the checkpoint to train from the start."
+            )
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
                 f"resume a run that is {run.status}",
                 "Resume failed or cancelled runs only.",
-            )
-        if not backend.capabilities.resumes:
-            raise backend.unsupported(
-                "resume a run", "Launch its configuration again under a new id."
             )
         if not (launched or run.remote_id or await self._records.has_open_step(run.id)):
             raise UnsupportedOperation(

@@ -9,7 +9,7 @@ from uuid import uuid4
 import anyio
 
 from training_backends.core.backend import Journal, TrainingBackend
-from training_backends.core.capabilities import Capabilities
+from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
@@ -50,7 +50,15 @@ class ScriptedBackend(TrainingBackend):
 
     def __init__(self, *, capabilities: Capabilities | None = None) -> None:
         self._capabilities = capabilities or Capabilities(
-            resumes=True, downloads=True, samples=True, deletes=True
+            tunings=frozenset({"full", "lora", "qlora"}),
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
+            suffix=SuffixRule(max_length=64),
+            resumes="checkpoint",
+            downloads=True,
+            samples=True,
+            deletes=True,
         )
         self._jobs: dict[str, RunState] = {}
         self._owners: dict[str, str] = {}

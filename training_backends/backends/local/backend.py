@@ -128,8 +128,11 @@ class LocalBackend(TrainingBackend):
         return Capabilities(
             methods=frozenset({"sft", "dpo", "classifier"}),
             tunings=frozenset({"full", "lora", "qlora"}),
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
             keeps_checkpoint_on_stop=True,
-            resumes=True,
+            resumes="checkpoint",
             downloads=True,
             samples=True,
             deletes=True,
