@@ -741,6 +741,54 @@ async def test_a_draft_that_may_have_a_job_is_not_deleted(
     assert [run.id for run in await client.list()] == ["mine"]
 
 
+async def test_a_paused_run_continues_in_place(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Pausing and unpausing are safe to repeat; a paused run is not resumed as a new one."""
+    run = await client.launch(make_config(), backend="scripted")
+    for _ in range(2):
+        assert (await client.pause(run.id)).status is TrainingStatus.PAUSED
+    with pytest.raises(UnsupportedOperation, match="resume a run that is paused"):
+        await client.resume(run.id)
+    for _ in range(2):
+        assert (await client.unpause(run.id)).status is TrainingStatus.RUNNING
+    await client.pause(run.id)
+    assert (await client.stop(run.id)).status is TrainingStatus.STOPPING
+    assert [found.id for found in await client.list()] == [run.id]
+
+
+async def test_only_a_run_in_progress_can_be_paused(
+    tmp_path: Path, client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Neither a finished one nor one of a backend that does not declare it."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    for ask in (client.pause, client.unpause):
+        with pytest.raises(UnsupportedOperation, match="completed"):
+            await ask(run.id)
+    lacking = ScriptedBackend(capabilities=Capabilities())
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": lacking}) as other:
+        run = await other.launch(make_config(), backend="scripted")
+        for ask in (other.pause, other.unpause):
+            with pytest.raises(UnsupportedOperation, match="cannot pause runs"):
+                await ask(run.id)
+
+
+async def test_a_wait_reports_a_paused_run_and_goes_on(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Until it is unpaused and finishes."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.say(str(run.remote_id), TrainingStatus.PAUSED)
+    with capture_logs() as logs:
+        with pytest.raises(WaitTimeout):
+            await client.wait(run.id, timeout=0.5)
+        assert [entry["event"] for entry in logs if "paused" in entry["event"]]
+    backend.finish(str(run.remote_id))
+    (done,) = await client.wait(run.id, timeout=30)
+    assert done.status is TrainingStatus.COMPLETED
+
+
 async def test_a_backend_that_cannot_resume_leaves_no_record(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "list_runs",
     "logs",
     "metrics",
+    "pause",
     "resume",
     "status",
     "stop",
@@ -292,6 +293,14 @@ def stop(
     _print(with_client(lambda c: c.stop(run, save_checkpoint=not no_checkpoint)), json=json)
 
 
+def pause(run: ExactRunArgument, json: JsonOption = False) -> None:
+    """Request that a run pause.
+
+    Returns at once; `resume` continues it.
+    """
+    _print(with_client(lambda c: c.pause(run)), json=json)
+
+
 def resume(
     run: ExactRunArgument,
     checkpoint: Annotated[
@@ -301,7 +310,7 @@ def resume(
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a stopped or failed run as a new run.
+    """Continue a paused run, or a stopped or failed run as a new run.
 
     Starts a run that has not been started yet.
     """
@@ -309,6 +318,10 @@ def resume(
 
     async def proceed(client: "AsyncTrainingClient") -> "TrainingRun":
         old = await client.status((await client.get(run)).id)
+        if old.status == "paused":
+            if checkpoint is not None or new_id is not None:
+                raise _wrong_resume(old.id)
+            return await client.unpause(old.id)
         config = old.config
         if _can_be_resumed(client, old):
             _need_consent(client, old.backend, config, yes=yes)
@@ -438,6 +451,15 @@ def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
         return True
     resumes = client.backend(run.backend).capabilities.resumes
     return resumes != "no" and run.status in {"failed", "cancelled"}
+
+
+def _wrong_resume(run_id: str) -> Exception:
+    from training_backends.cli.exit_codes import UsageError
+
+    return UsageError(
+        f"Run {run_id} is paused and continues in place, without --checkpoint and --id.",
+        hint="Omit these options, or stop the run before resuming it as a new one.",
+    )
 
 
 def _need_consent(

@@ -67,9 +67,11 @@ _LIMITS: Final[Mapping[str, float]] = MappingProxyType(
         "health": 30.0,
         "list_remote": 300.0,
         "observe": 180.0,
+        "pause": 300.0,
         "status": 180.0,
         "statuses": 300.0,
         "stop": 300.0,
+        "unpause": 300.0,
     }
 )
 """Seconds for each method: more than the HTTP layer takes with all its retries. Methods that read

@@ -436,6 +436,8 @@ class AsyncTrainingClient:
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """Wait until all of the runs have finished, and return them.
 
+        A run that is paused is reported in a warning, and waited for like any other.
+
         Args:
             timeout: Maximum seconds to wait; None: no limit.
 
@@ -469,6 +471,31 @@ class AsyncTrainingClient:
         if not run.status.is_terminal:
             await self._observer.require_here(run, "stop")
         return await self._steering.stop(run, save_checkpoint=save_checkpoint)
+
+    async def pause(self, run_id: str) -> TrainingRun:
+        """Ask the provider to pause a run, which may take a while.
+
+        Safe to repeat. `unpause` continues it in place, under the same id; `resume` is for runs
+        that have failed or were cancelled.
+
+        Raises:
+            UnsupportedOperation: The backend cannot pause runs, or the run is not in progress.
+        """
+        run = await self.status(run_id)
+        await self._observer.require_here(run, "pause")
+        return await self._steering.pause(run)
+
+    async def unpause(self, run_id: str) -> TrainingRun:
+        """Ask the provider to continue a paused run in place.
+
+        Safe to repeat.
+
+        Raises:
+            UnsupportedOperation: The backend cannot pause runs, or the run is not in progress.
+        """
+        run = await self.status(run_id)
+        await self._observer.require_here(run, "unpause")
+        return await self._steering.unpause(run)
 
     async def resume(
         self,

@@ -335,6 +335,14 @@ class TrainingClient:
         stop = partial(self._client.stop, run_id, save_checkpoint=save_checkpoint)
         return self._call(stop)
 
+    def pause(self, run_id: str) -> TrainingRun:
+        """See `AsyncTrainingClient.pause`."""
+        return self._call(self._client.pause, run_id)
+
+    def unpause(self, run_id: str) -> TrainingRun:
+        """See `AsyncTrainingClient.unpause`."""
+        return self._call(self._client.unpause, run_id)
+
     def resume(
         self,
         run_id: str,

@@ -343,6 +343,19 @@ class TrainingBackend(ABC):
             UnsupportedOperation: The provider cannot resume runs.
         """
 
+    async def pause(self, run: TrainingRun) -> None:
+        """Ask the provider to pause the run; return once the request is accepted.
+
+        Safe to repeat. Override together with `unpause` if runs can be paused.
+        """
+        del run
+        raise self.unsupported("pause runs")
+
+    async def unpause(self, run: TrainingRun) -> None:
+        """Ask the provider to continue a paused run in place; see `pause`."""
+        del run
+        raise self.unsupported("pause runs")
+
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return the fraction of a file's rows that may be invalid under these options.
 

@@ -14,6 +14,8 @@ class TrainingStatus(StrEnum):
     """Validated, not started yet."""
     INITIALIZING = "initializing"
     RUNNING = "running"
+    PAUSED = "paused"
+    """Paused on request; it continues in place when it is unpaused."""
     STOPPING = "stopping"
     """A stop was requested and is not confirmed yet."""
     COMPLETED = "completed"

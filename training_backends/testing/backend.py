@@ -55,6 +55,7 @@ class ScriptedBackend(TrainingBackend):
             weights=True,
             validation_files=True,
             suffix=SuffixRule(max_length=64),
+            pauses=True,
             resumes="checkpoint",
             downloads=True,
             samples=True,
@@ -132,6 +133,16 @@ class ScriptedBackend(TrainingBackend):
         state = self._job(run)
         if not state.status.is_terminal:
             self.say(str(run.remote_id), TrainingStatus.STOPPING)
+
+    async def pause(self, run: TrainingRun) -> None:
+        """Pause the job."""
+        self._job(run)
+        self.say(str(run.remote_id), TrainingStatus.PAUSED)
+
+    async def unpause(self, run: TrainingRun) -> None:
+        """Continue the job."""
+        self._job(run)
+        self.say(str(run.remote_id), TrainingStatus.RUNNING)
 
     async def resume(
         self,

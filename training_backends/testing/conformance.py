@@ -275,6 +275,8 @@ class BackendConformance:
             (can.downloads, lambda: backend.download(run, Path("never-written"))),
             (can.samples, lambda: backend.sample(run, "hello")),
             (can.deletes, lambda: backend.delete(run)),
+            (can.pauses, lambda: backend.pause(run)),
+            (can.pauses, lambda: backend.unpause(run)),
             (can.resumes != "no", lambda: backend.resume(run, new, MemoryJournal(new))),
         ]
         for declared, verb in verbs:
