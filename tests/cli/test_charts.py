@@ -73,17 +73,17 @@ def test_metrics_are_chosen_by_name(run: Run) -> None:
 
 @pytest.mark.usefixtures("measured")
 def test_charts_are_drawn_without_a_terminal_too(run: Run) -> None:
-    """Eighty columns, no colours, standard output untouched; in ASCII where it must be."""
+    """Eighty columns, no colours, nothing on standard error; in ASCII where it must be."""
     done = run("metrics", "r", "--plot", PYTHONIOENCODING="utf-8")
-    assert (done.code, done.out) == (0, "")
-    assert max(map(len, done.err.splitlines())) <= 80
-    assert "train_loss 0.125  " in done.err, "the losses share a chart"
-    assert "valid_loss 1.125" in done.err
-    assert "learning_rate" not in done.err
-    assert "\x1b" not in done.err
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "train_loss 0.125  " in done.out, "the losses share a chart"
+    assert "valid_loss 1.125" in done.out
+    assert "learning_rate" not in done.out
+    assert "\x1b" not in done.out
     done = run("metrics", "r", "--plot", "-m", "learning_rate", PYTHONIOENCODING="ascii")
-    assert done.err.isascii()
-    assert "* learning_rate 0.1" in done.err
+    assert done.out.isascii()
+    assert "* learning_rate 0.1" in done.out
 
 
 @pytest.mark.usefixtures("measured")

@@ -133,7 +133,7 @@ def test_a_key_goes_in_on_standard_input_and_never_comes_out(
     listed = run("credentials", "list")
     deleted = run("credentials", "delete", "mistral")
     assert (stored.code, listed.code, deleted.code) == (0, 0, 0)
-    assert "mistral" in listed.err
+    assert "mistral" in listed.out
     assert CANARY not in "".join(one.out + one.err for one in (stored, listed, deleted))
     assert not [path for path in home.rglob("*") if path.is_file() and CANARY in path.read_text()]
     assert run("credentials", "delete", "mistral").code == 4
@@ -145,9 +145,9 @@ def test_the_list_tells_what_hides_what(run: Run, file_keyring: Path) -> None:
     run("credentials", "set", "mistral", "--profile", "work", stdin="other")
     listed = run("credentials", "list", MISTRAL_API_KEY=CANARY)
     assert "the environment, the encrypted file" in listed.err
-    rows = [line.split() for line in listed.err.splitlines()]
+    rows = [line.split() for line in listed.out.splitlines()]
     assert ["mistral", "environment", "MISTRAL_API_KEY"] in rows
-    (hidden,) = [line for line in listed.err.splitlines() if "not used" in line]
+    (hidden,) = [line for line in listed.out.splitlines() if "not used" in line]
     assert hidden.split()[:2] == ["mistral", "keyring"]
     assert "environment takes precedence" in hidden
     document = run("credentials", "list", "--json", MISTRAL_API_KEY=CANARY).document
@@ -157,7 +157,7 @@ def test_the_list_tells_what_hides_what(run: Run, file_keyring: Path) -> None:
         ("default", "keyring", "environment"),
         ("work", "keyring", None),
     ]
-    assert CANARY not in listed.err + json.dumps(document)
+    assert CANARY not in listed.out + json.dumps(document)
 
 
 def test_a_key_that_is_stored_behind_a_variable_is_said_to_be(run: Run, file_keyring: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_key_that_is_accepted_ends_with_0(
     """It says which key was tried, and changes nothing at the provider."""
     tried = run("credentials", "test", "mistral", MISTRAL_API_KEY=CANARY)
     assert tried.code == 0
-    assert "MISTRAL_API_KEY is accepted" in tried.err
+    assert "MISTRAL_API_KEY is accepted" in tried.out
     run("credentials", "set", "mistral", "--profile", "work", stdin=CANARY)
     stored = run("credentials", "test", "mistral", "--profile", "work", "--json")
     assert stored.document == {

@@ -41,15 +41,15 @@ def test_each_issue_names_file_line_and_field(run: Run, write: Write) -> None:
     """What, why and how to mend it stand on one line for people; the exit code is 3."""
     write(chat(1), BAD, chat(1))
     done = run("data", "inspect", "data.jsonl")
-    assert (done.code, done.out) == (3, "")
-    error, warning, *_ = done.err.splitlines()
+    assert (done.code, done.err) == (3, "")
+    error, warning, *_ = done.out.splitlines()
     assert "error" in error
     assert "data.jsonl:2: messages[2].role: " in error
     assert "warning" in warning
     assert "data.jsonl:3: duplicate of line 1" in warning
-    assert "3, 1 invalid" in done.err
-    assert "Invalid for mistral: 1 error in 1 file." in done.err
-    assert "\x1b" not in done.err
+    assert "3, 1 invalid" in done.out
+    assert "Invalid for mistral: 1 error in 1 file." in done.out
+    assert "\x1b" not in done.out + done.err
 
 
 def test_warnings_alone_end_well(run: Run, write: Write) -> None:
@@ -57,7 +57,7 @@ def test_warnings_alone_end_well(run: Run, write: Write) -> None:
     write(chat(1), chat(1))
     done = run("data", "inspect", "data.jsonl")
     assert done.code == 0
-    assert "Valid for mistral." in done.err
+    assert "Valid for mistral." in done.out
 
 
 def test_programs_get_one_document(run: Run, write: Write) -> None:
@@ -81,11 +81,11 @@ def test_tokens_are_counted_when_a_model_is_named(run: Run, write: Write) -> Non
     tokens = run("data", "inspect", "data.jsonl", "--model", "tiny-mistral", "--json").document
     assert tokens["tokens"]["basis"] == "exact"
     assert tokens["tokens"]["rows"] == 10
-    shown = run("data", "inspect", "data.jsonl", "--model", "tiny-mistral").err
+    shown = run("data", "inspect", "data.jsonl", "--model", "tiny-mistral").out
     assert f"{tokens['tokens']['data_tokens']:,}, exact" in shown
     unknown = run("data", "inspect", "data.jsonl", "--model", "nobody-knows-it")
     assert unknown.code == 0
-    assert "not counted" in unknown.err
+    assert "not counted" in unknown.out
 
 
 def test_patterns_directories_and_packed_files_are_read(
@@ -109,23 +109,23 @@ def test_standard_input_is_read(run: Run) -> None:
     rows = "".join(json.dumps(row) + "\n" for row in (chat(1), BAD))
     done = run("data", "inspect", "-", "--model", "tiny-mistral", stdin=rows)
     assert done.code == 3
-    assert "-:2: messages[2].role" in done.err
-    assert "cannot be read twice" in done.err
+    assert "-:2: messages[2].role" in done.out
+    assert "cannot be read twice" in done.out
 
 
 def test_an_issue_is_shown_while_the_data_still_comes(tmp_path: Path) -> None:
     """Nobody waits for the end of a long file to hear of its third line."""
     command = [sys.executable, "-m", "training_backends", "data", "inspect", "-"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, bufsize=0
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, bufsize=0
     ) as process:
         assert process.stdin is not None
-        assert process.stderr is not None
+        assert process.stdout is not None
         rows = [chat(1), chat(2), BAD, *map(chat, range(5, 2000))]
         process.stdin.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        assert b"-:3: messages[2].role" in process.stderr.readline()
+        assert b"-:3: messages[2].role" in process.stdout.readline()
         process.stdin.close()
-        process.stderr.read()
+        process.stdout.read()
     assert process.returncode == 3
 
 
@@ -136,7 +136,7 @@ def test_rows_to_validate_on_are_held_against_those_to_train_on(run: Run, write:
     given = ("data", "inspect", "train.jsonl", "--validation", "validation.jsonl")
     shared = run(*given, "--provider-format", "local")
     assert shared.code == 0
-    assert "validation.jsonl:1: also in the training data: line 4 of train.jsonl" in shared.err
+    assert "validation.jsonl:1: also in the training data: line 4 of train.jsonl" in shared.out
     limited = run(*given, "--json")
     assert limited.code == 3
     assert "validation_too_large" in [issue["code"] for issue in limited.document["issues"]]
@@ -165,9 +165,9 @@ def test_only_so_many_issues_are_shown_as_wanted(run: Run, write: Write) -> None
     """The rest is counted by kind."""
     write(*[chat(n, {"role": "user", "content": "?"}) for n in range(40)])
     done = run("data", "inspect", "data.jsonl", "--max-issues", "3")
-    assert len([one for one in done.err.splitlines() if "data.jsonl:" in one]) == 3
-    assert "18 more" in done.err
-    assert "40  last_not_assistant" in " ".join(done.err.split(" "))
+    assert len([one for one in done.out.splitlines() if "data.jsonl:" in one]) == 3
+    assert "18 more" in done.out
+    assert "40  last_not_assistant" in " ".join(done.out.split(" "))
 
 
 @pytest.mark.parametrize(

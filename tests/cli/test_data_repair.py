@@ -17,6 +17,7 @@ Run = Any
 
 ASK = {"role": "user", "content": "How much is it?"}
 ANSWER = {"role": "assistant", "content": "Three francs."}
+KINDS = ("repair", "issue")
 GOOD = {"messages": [ASK, ANSWER]}
 
 
@@ -35,10 +36,10 @@ def test_a_file_is_repaired_into_a_new_one(run: Run, write: Callable[..., Path])
     path = write(GOOD, GOOD, {"messages": [ASK, ANSWER, ASK]}, {})
     before = path.read_bytes()
     done = run("data", "repair", path.name)
-    assert (done.code, done.out) == (0, "")
-    assert "line 2: removed duplicate row" in done.err
-    assert "line 4: removed empty row" in done.err
-    assert "data.jsonl: 4 rows read, 2 written to data.repaired.jsonl" in done.err
+    assert (done.code, done.err) == (0, "")
+    assert "line 2: removed duplicate row" in done.out
+    assert "line 4: removed empty row" in done.out
+    assert "data.jsonl: 4 rows read, 2 written to data.repaired.jsonl" in done.out
     assert path.read_bytes() == before
     new = path.with_name("data.repaired.jsonl").read_text().splitlines()
     assert [len(json.loads(row)["messages"]) for row in new] == [2, 2]
@@ -49,11 +50,11 @@ def test_what_cannot_be_repaired_ends_with_3(run: Run, write: Callable[..., Path
     write(GOOD, {"messages": [ASK]})
     done = run("data", "repair", "data.jsonl")
     assert done.code == 3
-    assert "data.jsonl:2: messages: there is no assistant message" in done.err
-    assert "rows still invalid: 1" in done.err
+    assert "data.jsonl:2: messages: there is no assistant message" in done.out
+    assert "rows still invalid: 1" in done.out
     dropped = run("data", "repair", "data.jsonl", "--drop-invalid", "--force")
     assert dropped.code == 0
-    assert "line 2: removed invalid row: messages: there is no assistant message" in dropped.err
+    assert "line 2: removed invalid row: messages: there is no assistant message" in dropped.out
 
 
 def test_json_has_everything(run: Run, write: Callable[..., Path]) -> None:
@@ -61,23 +62,25 @@ def test_json_has_everything(run: Run, write: Callable[..., Path]) -> None:
     write(*[{"text": "a"}] * 300, {"text": ""}, {"messages": [ASK]})
     done = run("data", "repair", "data.jsonl", "--json")
     assert done.code == 3
-    assert done.document["ok"] is False
-    (file,) = done.document["files"]
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    repairs, issues = ([one for one in lines if one["type"] == kind] for kind in KINDS)
+    file = lines[-1]
+    assert len(lines) == len(repairs) + len(issues) + 1
     assert (file["source"], file["target"]) == ("data.jsonl", "data.repaired.jsonl")
     assert (file["rows"], file["written"], file["invalid"]) == (302, 2, 1)
     assert file["counts"] == {"duplicate_row": 299, "empty_row": 1}
-    assert [one["line"] for one in file["repairs"]] == list(range(2, 302))
-    assert [(one["line"], one["code"]) for one in file["issues"]] == [(302, "no_assistant")]
+    assert [one["line"] for one in repairs] == list(range(2, 302))
+    assert [(one["line"], one["code"]) for one in issues] == [(302, "no_assistant")]
 
 
 def test_many_repairs_are_counted_on_the_screen(run: Run, write: Callable[..., Path]) -> None:
     """The first ones are shown."""
     write(*[{"text": "a"}] * 300)
     done = run("data", "repair", "data.jsonl")
-    assert "line 51: " in done.err
-    assert "line 52: " not in done.err
-    assert "… and 249 more (use --json to list all)" in done.err
-    assert "duplicate rows removed: 299" in done.err
+    assert "line 51: " in done.out
+    assert "line 52: " not in done.out
+    assert "… and 249 more (use --json to show all)" in done.out
+    assert "duplicate rows removed: 299" in done.out
 
 
 def test_in_place_keeps_what_it_was(run: Run, write: Callable[..., Path]) -> None:
@@ -86,7 +89,7 @@ def test_in_place_keeps_what_it_was(run: Run, write: Callable[..., Path]) -> Non
     before = path.read_bytes()
     done = run("data", "repair", "data.jsonl", "--in-place")
     assert done.code == 0
-    assert "original backed up to" in done.err
+    assert "original backed up to" in done.out
     assert path.with_name("data.jsonl.orig").read_bytes() == before
     again = run("data", "repair", "data.jsonl", "--in-place")
     assert again.code == 3
@@ -98,7 +101,7 @@ def test_in_place_a_right_file_is_left_alone(run: Run, write: Callable[..., Path
     path = write(GOOD)
     done = run("data", "repair", "data.jsonl", "--in-place")
     assert done.code == 0
-    assert "data.jsonl: nothing to repair" in done.err
+    assert "data.jsonl: nothing to repair" in done.out
     assert not path.with_name("data.jsonl.orig").exists()
 
 
@@ -135,10 +138,10 @@ def test_the_provider_format_decides(run: Run, write: Callable[..., Path]) -> No
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
     write(row)
-    mistral = run("data", "repair", "data.jsonl", "--json").document["files"][0]
+    mistral = run("data", "repair", "data.jsonl", "--json").out.splitlines()
     openai = run("data", "repair", "data.jsonl", "--force", "--provider-format", "openai", "--json")
-    assert mistral["counts"] == {"call_ids": 1}
-    assert openai.document["files"][0]["counts"] == {}
+    assert json.loads(mistral[-1])["counts"] == {"call_ids": 1}
+    assert openai.document["counts"] == {}
 
 
 @pytest.mark.parametrize(

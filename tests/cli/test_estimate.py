@@ -35,18 +35,16 @@ def priced(*amounts: str) -> tuple[CostItem, ...]:
 def test_parts_of_the_cost_are_listed_with_their_sources() -> None:
     """Each part stands by itself below the sum, with where it comes from and its date."""
     text = shown(lambda out: show_estimate(Estimate(costs=priced("3 USD", "12 USD")), out))
-    assert "cost            15.00 USD" in text
-    assert "training   3.00 USD  (a table, 2026-01-02)" in text
-    assert "storage   12.00 USD  (a table, 2026-01-02)" in text
+    assert "cost      $15.00" in text
+    assert "training   $3.00  (a table, 2026-01-02)" in text
+    assert "storage   $12.00  (a table, 2026-01-02)" in text
 
 
 def test_costs_that_cannot_be_added_stand_side_by_side() -> None:
     """Two currencies are named both."""
     estimate = Estimate(costs=priced("3 EUR", "2 USD"))
-    assert price_text(estimate) == "3.00 EUR and 2.00 USD"
-    assert "cost            3.00 EUR and 2.00 USD" in shown(
-        lambda out: show_estimate(estimate, out)
-    )
+    assert price_text(estimate) == "3.00 EUR and $2.00"
+    assert "cost      3.00 EUR and $2.00" in shown(lambda out: show_estimate(estimate, out))
 
 
 def test_intervals_stand_behind_what_they_belong_to() -> None:
@@ -56,8 +54,8 @@ def test_intervals_stand_behind_what_they_belong_to() -> None:
         data_tokens=2000, interval=(1000, 3000), costs=priced("2 USD"), cost_interval=bounds
     )
     text = shown(lambda out: show_estimate(estimate, out))
-    assert "2,000 (95% interval 1,000 to 3,000)" in text
-    assert "2.00 USD (95% interval 1.00 USD to 3.00 USD)" in text
+    assert "about 2,000 (±50.00%)" in text
+    assert "$2.00 (95% interval $1.00 to $3.00)" in text
 
 
 def test_difference_to_the_quote_is_shown(make_config: Callable[..., TrainingConfig]) -> None:

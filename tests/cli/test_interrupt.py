@@ -45,9 +45,10 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
             os.close(terminal)
         assert {job.status for job in provider.jobs.values()} == {"VALIDATED"}
     error = json.loads(out)["error"]
-    assert "2.50 USD" in said
+    assert "$2.50" in said
     assert (process.returncode, error["exit_code"], error["run_id"]) == (130, 130, "mine")
-    assert "--id mine" in error["message"]
+    assert "launch run.yaml --id mine --backend mistral" in error["hint"]
+    assert "stop mine" in error["hint"]
 
 
 def test_ctrl_c_ends_a_command_that_asks_nobody() -> None:

@@ -27,7 +27,7 @@ def test_a_key_is_shown_once_and_listed_with_what_it_may_do(run: Run) -> None:
     assert first == made
     assert (second["scope"], second["expires_at"], second["last_used_at"]) == ("write", None, None)
     table = run("keys", "list")
-    head, row, _ = table.err.splitlines()
+    head, row, _ = table.out.splitlines()
     assert head.split()[:5] == ["key", "state", "scope", "project", "created"]
     assert head.split()[5:] == ["expires", "last", "used", "name"]
     for word in (
@@ -40,8 +40,15 @@ def test_a_key_is_shown_once_and_listed_with_what_it_may_do(run: Run) -> None:
         "dash [board]",
     ):
         assert word in row
-    for secret in (key, plain.err.split()[-1]):
+    for secret in (key, plain.out.strip()):
         assert secret not in listed.out + listed.err + table.out + table.err
+
+
+def test_a_shell_variable_gets_the_key_alone(run: Run) -> None:
+    """`KEY=$(training-backends keys create --quiet)` says nothing else, even to the terminal."""
+    made = run("keys", "create", "--quiet")
+    assert made.out.startswith("tb-")
+    assert (len(made.out.split()), made.err) == (1, "")
 
 
 def test_a_revoked_key_is_listed_as_such(run: Run) -> None:

@@ -40,8 +40,8 @@ def test_backends_are_listed_from_the_registry(run: Run) -> None:
 def test_a_good_configuration_is_ready(run: Run, config_file: Path) -> None:
     """`validate` ends with 0 and says so."""
     done = run("validate", config_file.name)
-    assert (done.code, done.out) == (0, "")
-    assert "ready to launch" in done.err
+    assert (done.code, done.err) == (0, "")
+    assert "ready to launch" in done.out
 
 
 def test_validate_gives_one_document(run: Run, config_file: Path) -> None:
@@ -105,7 +105,7 @@ def test_missing_data_is_named(run: Run, config_file: Path, train_file: Path) ->
     train_file.unlink()
     done = run("validate", config_file.name)
     assert done.code == 3
-    assert "train.jsonl" in done.err
+    assert "train.jsonl" in done.out
 
 
 def test_a_failed_launch_leaves_no_run(run: Run, config_file: Path, train_file: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_unknown_model_names_what_is_offered(run: Run, config_file: Path) -> 
     """The local backend says what it can train."""
     done = run("validate", config_file.name, "--set", "model=tiny-mistrel")
     assert done.code == 3
-    assert "did you mean 'tiny-mistral'?" in done.err
+    assert "did you mean 'tiny-mistral'?" in done.out
 
 
 def test_no_key_says_where_to_put_one(run: Run, config_file: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_default_url_of_mistral_is_not_ready_to_launch(run: Run, config_file
     """Exit code 8 without a key too, with what to use instead: the hosted service is retired."""
     done = run("validate", config_file.name, "-b", "mistral", "--set=hyperparameters.batch_size=")
     assert done.code == 8
-    assert "ready to launch" not in done.err
+    assert "ready to launch" not in done.out
     assert "training-backends serve" in done.err
 
 
@@ -339,7 +339,7 @@ def test_what_a_backend_refuses_is_named_by_file_and_line(run: Run, config_file:
     config_file.write_text(config_file.read_text().replace("tiny-mistral", "tiny-mistrel"))
     done = run("validate", config_file.name)
     launched = run("launch", config_file.name)
-    assert "run.yaml:2: model: unknown model" in done.err
+    assert "run.yaml:2: model: unknown model" in done.out
     assert "run.yaml:2: model: unknown model" in launched.err
 
 
@@ -347,7 +347,7 @@ def test_what_the_command_line_gave_is_named_so(run: Run, config_file: Path) -> 
     """A value from `--set` or `--backend` is not blamed on a line of the file."""
     overridden = run("validate", config_file.name, "--set", "model=tiny-mistrel")
     other = run("validate", config_file.name, "--backend", "mistrl")
-    assert "--set: model: unknown model" in overridden.err
+    assert "--set: model: unknown model" in overridden.out
     assert "run.yaml:" not in other.err
 
 
@@ -368,5 +368,5 @@ def test_retries_are_not_told_in_the_words_of_a_library(run: Run, config_file: P
         TRAINING_BACKENDS_MISTRAL__BASE_URL="http://127.0.0.1:9",
         TRAINING_BACKENDS_MISTRAL__ATTEMPTS="2",
     )
-    assert "could not check with the server" in done.err
-    assert "stamina" not in done.err
+    assert "could not check with the server" in done.out
+    assert "stamina" not in done.out + done.err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import needs_torch
-from training_backends.cli.views.render import console, show_text
+from training_backends.cli.views.console import show_text, stdout
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.e2e
@@ -139,5 +139,5 @@ def test_arguments_are_quoted_harmlessly(run: Run, arguments: tuple[str, ...]) -
 
 def test_an_answer_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Code that a model writes is shown as code; what would command the terminal is not."""
-    show_text("def f():\n\treturn 1\n\x1b[2J [red]x[/]", console())
-    assert capsys.readouterr().err == "def f():\n        return 1\n\\x1b[2J [red]x[/]\n"
+    show_text("def f():\n\treturn 1\n\x1b[2J [red]x[/]", stdout())
+    assert capsys.readouterr().out == "def f():\n        return 1\n\\x1b[2J [red]x[/]\n"

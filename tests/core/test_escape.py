@@ -3,10 +3,11 @@
 import json
 import unicodedata
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training_backends.core.escape import escape_controls, escape_json
+from training_backends.core.escape import escape_controls, escape_json, plural
 
 BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -41,3 +42,11 @@ def test_an_escaped_json_document_is_the_same_document(document: dict[str, objec
     escaped = escape_json(json.dumps(document, ensure_ascii=False, indent=2))
     assert json.loads(escaped) == document
     assert {one for one in escaped if is_control(one)} <= {"\n"}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows")]
+)
+def test_one_is_not_many(count: int, text: str) -> None:
+    """A count agrees with its noun, and thousands are separated."""
+    assert plural(count, "row") == text

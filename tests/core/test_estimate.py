@@ -187,3 +187,21 @@ def test_a_budget_decides_only_on_a_known_cost(
 ) -> None:
     """A limit that cannot be compared with anything is not consent."""
     assert budget.decides(estimate) is decides
+
+
+def test_a_budget_is_compared_with_the_upper_bound_of_a_sample() -> None:
+    """A cost or duration that may be above its limit is above it."""
+    low, cost, high = (Money.model_validate(f"{amount} USD") for amount in (9, 10, 11))
+    sampled = Estimate(
+        cost=cost,
+        cost_interval=(low, high),
+        data_tokens=1000,
+        interval=(900, 1100),
+        duration=timedelta(minutes=100),
+        basis="sampled",
+    )
+    Budget.model_validate({"max_cost": "11 USD", "max_duration": "110m"}).check(sampled)
+    with pytest.raises(BudgetExceeded, match=r"up to 11\.00 USD"):
+        Budget.model_validate({"max_cost": "10.50 USD"}).check(sampled)
+    with pytest.raises(BudgetExceeded, match="up to"):
+        Budget.model_validate({"max_duration": "109m"}).check(sampled)

@@ -1,14 +1,23 @@
-"""Locks, and signals that reach the holder of a lock and no other process."""
+"""Digests known by stamps, locks, and signals that reach only the holder of a lock."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from training_backends.core.files import hold_lock, signal_holder
+from training_backends.core.files import (
+    digest_of,
+    hold_lock,
+    keep_digest,
+    settled_stamp,
+    signal_holder,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfd and /proc")
 
@@ -99,3 +108,29 @@ def test_a_longer_record_leaves_nothing_behind(lock: Path) -> None:
         record = lock.read_text()
     assert record.endswith("\n")
     assert "x" not in record
+
+
+def test_a_digest_is_known_until_the_file_is_written(tmp_path: Path) -> None:
+    """A write that keeps size and modification time changes the digest nevertheless."""
+    path = tmp_path / "data"
+    path.write_bytes(b"one")
+    stamp = settled_stamp(path, wait=True)
+    assert stamp is not None
+    keep_digest(stamp, "kept")
+    assert digest_of(path) == ("kept", 3)
+    times = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert digest_of(path) == (sha256(b"two").hexdigest(), 3)
+
+
+def test_a_file_just_written_has_no_settled_stamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another write within the clock's resolution could leave its times as they are."""
+    path = tmp_path / "data"
+    path.write_bytes(b"one")
+    written = path.stat().st_ctime_ns
+    for age, is_settled in [(-1, False), (10**7, False), (3 * 10**9, True)]:
+        monkeypatch.setattr(time, "time_ns", lambda age=age: written + age)
+        assert (settled_stamp(path) is not None) is is_settled

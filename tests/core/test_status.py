@@ -16,6 +16,7 @@ def test_the_words_are_those_of_the_contract() -> None:
         "ready",
         "initializing",
         "running",
+        "paused",
         "stopping",
         "completed",
         "failed",

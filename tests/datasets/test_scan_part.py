@@ -85,16 +85,16 @@ def added(path: Path, made: Iterable[FilePart], size: int) -> Added:
     return Added(issues, hashes, collector.file(end))
 
 
-def ranges(path: Path, places: Iterable[int], max_line: int) -> Iterator[FilePart]:
-    """Cut a file at some places."""
-    for start, end in pairwise(places):
-        yield FilePart(
-            path=str(path), start=start, end=end, begins=not start, rules=RULES, max_line=max_line
-        )
+def cut(content: bytes, places: Iterable[int], max_line: int) -> Iterator[FilePart]:
+    """Cut a file at the ends of the lines in which some places are."""
+    ends = sorted({content.find(b"\n", place) + 1 or len(content) for place in places})
+    for start, end in pairwise((0, *ends, len(content))):
+        if start < end:
+            yield FilePart(lines=content[start:end], rules=RULES, max_line=max_line)
 
 
 def blocks(path: Path, max_line: int) -> Iterator[FilePart]:
-    """Cut a packed file as it is cut wherever it is read."""
+    """Cut a file as it is cut wherever it is read."""
     for told in scan.parts_of(0, path, rules=RULES, max_line=max_line):
         if isinstance(told.what, FilePart):
             yield told.what
@@ -143,21 +143,21 @@ def test_any_parts_of_any_file_give_the_verdict_on_the_whole(data: st.DataObject
     max_line = data.draw(st.sampled_from([1, size - 1, size, size + 1, 3 * size, 1000]), "longest")
     content = data.draw(contents(size, max_line), "content")
     cuts = data.draw(st.lists(places_in(content), max_size=6), "cuts")
-    whole = (0, len(content))
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.jsonl"
         path.write_bytes(content)
-        as_it_is = added(path, ranges(path, whole, max_line), len(content))
+        as_it_is = added(path, cut(content, (), max_line), len(content))
         # What most rows are is settled after a few of them, and few lines are read at once.
         for module in (scan_part, file_report):
             patch.setattr(module, "KEPT_PER_CODE", 2)
-        alone = added(path, ranges(path, whole, max_line), len(content))
+        alone = added(path, cut(content, (), max_line), len(content))
         patch.setattr(scan_part, "_PIECE", size)
         patch.setattr(scan_part, "_AT_ONCE", data.draw(st.integers(1, 4), "lines at once"))
-        in_pieces = added(path, ranges(path, whole, max_line), len(content))
-        together = added(path, ranges(path, sorted({*whole, *cuts}), max_line), len(content))
-        path.write_bytes(gzip.compress(content))
-        for name in ("_FIRST", "_LARGEST_BLOCK"):
+        in_pieces = added(path, cut(content, (), max_line), len(content))
+        together = added(path, cut(content, cuts, max_line), len(content))
+        if data.draw(st.booleans(), "compressed"):
+            path.write_bytes(gzip.compress(content))
+        for name in ("_FIRST", "_LARGEST"):
             patch.setattr(scan, name, data.draw(st.integers(1, 100), name))
         unpacked = added(path, blocks(path, max_line), len(content))
     assert alone == in_pieces == together == unpacked

@@ -287,7 +287,7 @@ def test_what_a_provider_says_of_a_job(world: World, provider: ScriptedProvider)
         ],
         given,
     )
-    assert "login failed" in (world.seen / "output-2" / "0.err").read_text()
+    assert "login failed" in (world.seen / "output-2" / "0.out").read_text()
     world.assert_clean()
 
 
@@ -586,7 +586,7 @@ def test_the_gateway(world: World) -> None:
     made = json.loads((directory / "0.out").read_text())
     shown = next(
         line.strip()
-        for line in (directory / "1.err").read_text().splitlines()
+        for line in (directory / "1.out").read_text().splitlines()
         if line.strip().startswith("tb-")
     )
     for path in directory.iterdir():  # here they are shown, this once
@@ -617,7 +617,7 @@ def test_the_gateway(world: World) -> None:
             command("serve", "--host", "192.0.2.1", code=3),
         ]
     )
-    assert (home / "gateway" / "gateway.db").is_file()
+    assert (home / "gateway" / "runs.db").is_file()
     world.assert_clean()
 
 
@@ -885,7 +885,7 @@ def test_a_plugin_whose_provider_repeats_secrets(how: str, world: World) -> None
         ],
         given,
     )
-    assert "Could not list the jobs of leaky" in (world.seen / "output-2" / "0.err").read_text()
+    assert "Could not list the jobs of leaky" in (world.seen / "output-2" / "0.out").read_text()
     world.assert_clean()
 
 

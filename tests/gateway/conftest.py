@@ -120,6 +120,7 @@ async def site(
     home: Path,
     backend: ScriptedBackend | None = None,
     *,
+    vault: Any = None,
     blobs: BlobStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Site]:
@@ -133,6 +134,7 @@ async def site(
             backend="scripted",
             port=0,
             backends={"scripted": backend},
+            vault=vault,
             blobs=blobs,
         ) as served,
         httpx.AsyncClient(

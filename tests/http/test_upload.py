@@ -17,14 +17,13 @@ import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
 from training_backends import BackendUnavailable, DatasetError, PayloadTooLarge
-from training_backends.http import upload
+from training_backends.core.files import settled_stamp
 from training_backends.http.client import HttpClient
 from training_backends.http.upload import (
     CHUNK_BYTES,
     FileUpload,
     HashedFile,
     hash_file,
-    stamp_of,
 )
 from training_backends.testing.faults import LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import read_form
@@ -72,11 +71,11 @@ async def test_form_is_what_real_clients_send(
 
 
 @pytest.fixture
-def settled_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as written long ago."""
-    monkeypatch.setattr(upload, "_SETTLED_NS", -1)
+def settled_file(tmp_path: Path) -> Path:
+    """A file so old that its stamp tells of every later write."""
     path = tmp_path / "settled.jsonl"
     path.write_bytes(b"checked")
+    assert settled_stamp(path, wait=True)
     return path
 
 
@@ -168,7 +167,6 @@ async def test_a_settled_file_written_to_is_not_sent(
 ) -> None:
     """One that was left alone for a while is known by its stamp; any write changes that."""
     hashed = await hash_file(settled_file)
-    assert hashed.stamp is not None
     before = settled_file.stat()
     settled_file.write_bytes(b"CHANGED")
     # What a tool does that keeps times when it copies.
@@ -178,31 +176,10 @@ async def test_a_settled_file_written_to_is_not_sent(
     assert server.requests == []
 
 
-async def test_a_settled_file_is_not_hashed_again(
-    client: HttpClient,
-    server: LoopbackServer,
-    settled_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its stamp is the same before and after it was read, which says as much."""
-    hashed = await hash_file(settled_file)
-    monkeypatch.setattr(upload, "hashlib", None)
-    await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
-    assert read_form(server.requests[0])[2] == b"checked"
-
-
-async def test_a_file_just_written_is_hashed_again(tmp_path: Path) -> None:
-    """Another write could bear the same time, so its stamp says nothing."""
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"checked")
-    assert (await hash_file(path)).stamp is None
-
-
 def part_of(path: Path, start: int, size: int) -> HashedFile:
     """Describe a part of a file."""
-    stamp = stamp_of(path)
     content = path.read_bytes()[start : start + size]
-    return HashedFile(hashlib.sha256(content).hexdigest(), size, stamp, start)
+    return HashedFile(hashlib.sha256(content).hexdigest(), size, start)
 
 
 @pytest.mark.parametrize(("start", "size"), [(0, 5), (5, 2 * CHUNK_BYTES), (7, 3)])
@@ -238,19 +215,6 @@ async def test_a_part_that_changed_is_not_sent(
     with pytest.raises(DatasetError, match="changed during the upload"):
         await client.upload("/v1/files", FileUpload(path, fields={}, hashed=hashed))
     assert server.requests == []
-
-
-async def test_a_part_of_a_settled_file_is_known_by_its_stamp(
-    client: HttpClient,
-    server: LoopbackServer,
-    settled_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It is not hashed again while nobody has written to the file."""
-    hashed = part_of(settled_file, 2, 3)
-    monkeypatch.setattr(upload, "hashlib", None)
-    await client.upload("/v1/files", FileUpload(settled_file, fields={}, hashed=hashed))
-    assert read_form(server.requests[0])[2] == b"eck"
 
 
 async def test_a_part_stays_as_it_is_though_the_file_grows(

@@ -8,7 +8,7 @@ from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 import pytest
 
 from training_backends.testing.faults import CutAnswer, DropRequest, LoseAnswer, OtherAnswer
-from training_backends.testing.server import LoopbackServer, Received, StubReply
+from training_backends.testing.server import FormPart, LoopbackServer, Received, StubReply
 
 
 class Counter:
@@ -86,6 +86,34 @@ def test_faults_choose_their_requests(server: LoopbackServer) -> None:
     assert [ask(server, "GET", "/v1/jobs")[0], *answers] == [200, 200, 500, 500, 200]
 
 
+def test_form_is_read_in_any_order() -> None:
+    """The file may come first, with quotes and any bytes; a name is not decoded beyond that."""
+    received: list[list[FormPart]] = []
+
+    def keep(request: Received) -> StubReply:
+        received.append(request.form())
+        return StubReply()
+
+    body = (
+        b'--a b\r\nContent-Type: text/plain\r\nContent-Disposition: form-data; name="file"; '
+        b'filename="1%2B1=%22\xc3\xa9.jsonl"\r\n\r\n--a\r\n\r\n\x00\r\n'
+        b'--a b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--a b--\r\n'
+    )
+    with LoopbackServer(keep) as server:
+        for content in (body, iter([body[:9], body[9:]])):  # the second is sent in chunks
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+            kind = {"Content-Type": 'multipart/form-data; boundary="a b"'}
+            connection.request("POST", "/", content, kind)
+            assert connection.getresponse().status == 200
+            connection.close()
+        ask(server)
+    parts = [
+        FormPart(name="file", filename='1%2B1="é.jsonl', content=b"--a\r\n\r\n\x00"),
+        FormPart(name="purpose", filename=None, content=b"fine-tune"),
+    ]
+    assert received == [parts, parts, []]
+
+
 def test_healed_server_answers(server: LoopbackServer) -> None:
     """After healing nothing breaks any more."""
     server.fail(OtherAnswer(status=500), times=9)
@@ -112,7 +140,7 @@ def test_server_can_be_started_again(server: LoopbackServer) -> None:
 
 def test_testing_needs_no_pytest() -> None:
     """The parts for other people's tests import without pytest and without the gateway's extra."""
-    modules = ("conformance", "faults", "journal", "provider", "server", "stored")
+    modules = ("conformance", "faults", "journal", "openai_provider", "provider", "server")
     code = "import sys\n" + "\n".join(f"import training_backends.testing.{m}" for m in modules)
     code += "\nprint({'pytest', 'starlette', 'fastapi', 'uvicorn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -1,23 +1,49 @@
-"""Commands that run before a launch: backends, validate, estimate."""
+"""Commands that run before a launch: backends, init, validate, estimate."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from training_backends.cli.completion import complete_backend
 from training_backends.cli.session import (
     BackendOption,
     ConfigArgument,
     JsonOption,
     SetOption,
     backend_of,
+    command,
     located,
     with_client,
 )
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
+    from training_backends.core.capabilities import Capabilities
 
-__all__ = ["backends", "estimate", "validate"]
+__all__ = ["backends", "estimate", "init", "validate"]
+
+_TEMPLATE: Final = """\
+# Configuration of a fine-tuning run.
+#   training-backends validate {file}
+#   training-backends launch {file} --follow
+
+backend: {backend}
+model: {model}
+method: {method:<18} # {methods}
+
+data:
+  train: train.jsonl       # one example per line; the path is relative to this file
+{validation}
+hyperparameters:
+  epochs: 3                # or training_steps; the backend chooses what is not set
+  # learning_rate: 0.0001
+  # batch_size: 8
+  # seq_len: 2048          # longer rows are truncated
+{rest}"""
+_MODELS: Final = {"local": "tiny-mistral", "mistral": "open-mistral-7b"}
+"""Models that the templates of the built-in backends start with."""
 
 
 def backends(json: JsonOption = False) -> None:
@@ -25,7 +51,7 @@ def backends(json: JsonOption = False) -> None:
     from rich.markup import escape
 
     from training_backends import TrainingBackendError, installed_backends
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import show_fields, stdout, write_json
     from training_backends.client.doctor import PACKAGE, check_extras
 
     extras = {check.name: check for check in check_extras()}
@@ -50,35 +76,95 @@ def backends(json: JsonOption = False) -> None:
     if json:
         write_json(found)
         return
-    out = console()
+    out = stdout()
     for entry in found:
         out.print(f"[bold]{escape(entry['name'])}[/] [dim]({escape(entry['package'])})[/]")
         if "error" in entry:
-            out.print(f"  [red]unavailable:[/] {escape(entry['error'])}")
+            show_fields([("unavailable", entry["error"])], out, style="red")
             continue
-        out.print(f"  {entry['summary']}", markup=False)
-        if "missing" in entry:
-            out.print(f"  [yellow]{escape(entry['missing'])}[/]")
-        for line in _capability_lines(entry["capabilities"]):
-            out.print(f"  {line}", markup=False)
+        missing = [("missing", entry["missing"])] if "missing" in entry else []
+        fields = [("about", entry["summary"]), *missing]
+        show_fields([*fields, *_capability_fields(entry["capabilities"])], out, style="dim")
 
 
 _RESUMES = {"anew": "resume from the start", "checkpoint": "resume from a checkpoint"}
 """What the values of `Capabilities.resumes` mean."""
 
 
-def _capability_lines(capabilities: dict[str, Any]) -> list[str]:
+def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
     yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
     yes += ["suffix"] if capabilities["suffix"] else []
     if capabilities["resumes"] != "no":
         yes.append(_RESUMES[capabilities["resumes"]])
     lists = [
-        f"{name}: {', '.join(sorted(value))}"
+        (name.replace("_", " "), ", ".join(sorted(value)))
         for name, value in capabilities.items()
-        if isinstance(value, list) and value
+        if isinstance(value, list)
     ]
     rows = capabilities["provider_format"]["formats"]
-    return [*lists, f"row formats: {', '.join(rows)}", f"supports: {', '.join(yes)}"]
+    return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("run.yaml"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Backend of the run.",
+            autocompletion=complete_backend,
+        ),
+    ] = "local",
+    json: JsonOption = False,
+) -> None:
+    """Write a commented configuration to start from.
+
+    Never overwrites a file.
+    """
+    from training_backends import ConfigError
+    from training_backends.cli.views.console import stderr, write_json
+
+    async def read(client: "AsyncTrainingClient") -> "Capabilities":
+        return client.backend(backend).capabilities
+
+    text = _template(str(file), backend, with_client(read))
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{file} already exists.", hint="Choose another file name.") from None
+    if json:
+        write_json({"path": str(file)})
+        return
+    stderr().print(f"Wrote {file}. Edit it, then:", markup=False)
+    for line in (command("validate", str(file)), command("launch", str(file), "--follow")):
+        stderr().print(f"  {line}", markup=False)
+
+
+def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
+    """Return the configuration that `init` writes."""
+    methods = sorted(capabilities.methods)
+    rest = []
+    if tunings := capabilities.tunings:
+        default = "lora" if "lora" in tunings else min(tunings)
+        rest += ["", f"# tuning: {default:<16} # {', '.join(sorted(tunings))}"]
+    if capabilities.suffix:
+        rest += ["", "# suffix: my-model         # part of the name of the trained model"]
+    rest += ["", "# budget:                  # reject the launch if the estimate is higher"]
+    if capabilities.quotes:
+        rest.append("#   max_cost: 25 USD")
+    rest.append("#   max_duration: 8h")
+    return _TEMPLATE.format(
+        file=shlex.quote(file),
+        backend=backend,
+        model=_MODELS.get(backend, "base-model"),
+        method="sft" if "sft" in methods or not methods else methods[0],
+        methods=", ".join(methods),
+        validation="  # validation: validation.jsonl\n" * capabilities.validation_files,
+        rest="".join(f"{line}\n" for line in rest),
+    )
 
 
 def validate(
@@ -91,13 +177,8 @@ def validate(
     from rich.markup import escape
 
     from training_backends.cli.exit_codes import ExitCode
-    from training_backends.cli.views.render import (
-        console,
-        issue_document,
-        show_dataset,
-        show_issues,
-        write_json,
-    )
+    from training_backends.cli.views.console import stdout, write_json
+    from training_backends.cli.views.render import issue_document, show_dataset, show_issues
     from training_backends.client.config_file import load_config
 
     file = load_config(config, overrides or ())
@@ -117,7 +198,7 @@ def validate(
             }
         )
     else:
-        out = console()
+        out = stdout()
         if report.dataset:
             show_dataset(report.dataset, out)
         show_issues(issues, out)
@@ -146,7 +227,8 @@ def estimate(
     json: JsonOption = False,
 ) -> None:
     """Estimate the tokens, steps, cost and time of a run."""
-    from training_backends.cli.views.render import CountView, show_estimate, write_json
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import CountView, show_estimate
     from training_backends.client.config_file import load_config
 
     if exact and sample is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from training_backends.cli.completion import complete_format
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def inspect(
             help="Provider format: mistral, openai, together or local. Default: the backend of "
             "--config, or mistral.",
             show_default=False,
+            autocompletion=complete_format,
         ),
     ] = None,
     model: Annotated[
@@ -79,8 +81,8 @@ def inspect(
     Nothing is uploaded. Exits with 3 if there are errors.
     """
     from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.views.console import write_json
     from training_backends.cli.views.data import InspectView
-    from training_backends.cli.views.render import write_json
 
     request = _request(files or [], validation or [], config, provider_format)
     with InspectView(request.provider_format, max_issues=max_issues, quiet=json) as view:
@@ -142,12 +144,14 @@ def _request(
 def _count(
     dataset: "Dataset", model: str, sample: int | None, on_progress: "Progress"
 ) -> "TokenCount":
+    from training_backends.core.dataset import Counting
     from training_backends.datasets.open_file import STDIN
     from training_backends.tokens import TokenCount, count_tokens
 
     if any(file.path == STDIN for file in dataset.train):
         return TokenCount(reason="standard input cannot be read twice")
-    return count_tokens(dataset, model, sample=sample, on_progress=on_progress)
+    counting = Counting(sample=sample, on_progress=on_progress)
+    return count_tokens(dataset.model_copy(update={"counting": counting}), model)
 
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
@@ -158,7 +162,12 @@ FilesArgument = Annotated[
 ]
 ProviderFormatOption = Annotated[
     str,
-    typer.Option("--provider-format", help="Provider format: mistral, openai, together or local."),
+    typer.Option(
+        "--provider-format",
+        metavar="NAME",
+        help="Provider format: mistral, openai, together or local.",
+        autocompletion=complete_format,
+    ),
 ]
 DirectoryOption = Annotated[
     Path | None,
@@ -188,19 +197,14 @@ def repair(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Fix what can be fixed in data files without changing their meaning.
+    """Fix data files without changing their meaning.
 
-    Rows that cannot be repaired are kept unchanged; the command then exits with 3.
+    Rows that cannot be repaired are kept unchanged; the command then exits with 3. With --json,
+    prints one line per repair, issue and file.
     """
     from training_backends.cli.exit_codes import ExitCode, UsageError
-    from training_backends.cli.views.data import (
-        JsonList,
-        JsonRepairs,
-        ShownRepairs,
-        bar,
-        write_lists,
-    )
-    from training_backends.cli.views.render import console
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.data import RepairLines, RepairView, bar
     from training_backends.datasets.open_file import STDIN, expand
     from training_backends.datasets.repair import repair as repair_file
     from training_backends.datasets.write import name_of
@@ -213,13 +217,11 @@ def repair(
         raise UsageError("Reading from standard input requires --output.")
     if output and output.name.endswith((".gz", ".zst", ".parquet")):
         raise UsageError(f"Output is uncompressed JSON Lines: use .jsonl, not {output.suffix}.")
-    out = console()
-    documents = JsonList()
     invalid = 0
     for path in paths:
-        view = JsonRepairs(documents) if json else ShownRepairs(out)
+        view = RepairLines() if json else RepairView(stdout())
         target = output or path.with_name(f"{name_of(path)}.repaired.jsonl")
-        with bar(out, "repairing") as progress:
+        with bar("repairing") as progress:
             done = repair_file(
                 path,
                 None if in_place else target,
@@ -232,8 +234,6 @@ def repair(
             )
         view.finish(done)
         invalid += done.invalid
-    if json:
-        write_lists({"ok": not invalid}, files=documents)
     if invalid:
         raise typer.Exit(ExitCode.INVALID)
 
@@ -243,11 +243,16 @@ def split(
     fraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Fraction of rows for validation. Default: the provider's limit."
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Fraction of rows for validation. Default: the provider's limit.",
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Number of rows for validation.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of rows for validation.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the split.")] = 0,
     directory: DirectoryOption = None,
     provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
@@ -258,19 +263,17 @@ def split(
     The split is deterministic for the same rows and seed, and identical rows never end up in
     both parts. Several files are split as one data set.
     """
-    from rich.markup import escape
-
     from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.cli.views.data import bar, show_data, show_split
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.render import show_note
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.split import split as split_files
 
     if fraction is not None and rows is not None:
         raise UsageError("Pass either --fraction or --rows, not both.")
     rules = provider_format_named(provider_format)
-    out = console()
-    with bar(out, "splitting") as progress:
+    with bar("splitting") as progress:
         found = split_files(
             expand(files),
             provider_format=rules,
@@ -300,10 +303,10 @@ def split(
         write_json({"files": documents, "note": note, "data": data})
         return
     for each in found:
-        show_split(each, out)
+        show_split(each, stderr())
     if note:
-        out.print(f"[yellow]note[/] {escape(note)}")
-    show_data(data, out)
+        show_note(note)
+    show_data(data)
 
 
 def shard(
@@ -317,20 +320,24 @@ def shard(
         ),
     ] = None,
     weight: Annotated[
-        float, typer.Option(help="Weight of the input files in the printed configuration.")
+        float,
+        typer.Option(
+            metavar="WEIGHT", help="Weight of the input files in the printed configuration."
+        ),
     ] = 1.0,
     directory: DirectoryOption = None,
     provider_format: ProviderFormatOption = "mistral",
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Split data files into shards NAME-00001-of-00007.jsonl, … no larger than a limit.
+    """Split data files into shards no larger than a limit.
 
-    Rows are never cut. Concatenated, the shards are byte-identical to the decompressed file.
+    They are named NAME-00001-of-00007.jsonl and so on. Rows are never truncated: concatenated,
+    the shards are byte-identical to the decompressed file.
     """
     from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.cli.views.data import bar, show_data, show_shards
-    from training_backends.cli.views.render import console, write_json
     from training_backends.datasets.open_file import expand
     from training_backends.datasets.shard import shard as shard_file
 
@@ -340,10 +347,9 @@ def shard(
     most = _size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"{rules.name} has no file size limit: pass --limit.")
-    out = console()
     found: dict[Path, Sequence[ShardFile]] = {}
     for path in expand(files):
-        with bar(out, "sharding") as progress:
+        with bar("sharding") as progress:
             found[path] = shard_file(
                 path, most, directory=directory, force=force, on_progress=progress
             )
@@ -362,8 +368,8 @@ def shard(
         write_json({"limit": most, "files": documents, "data": data})
         return
     for path, each in found.items():
-        show_shards(path, each, out)
-    show_data(data, out)
+        show_shards(path, each, stderr())
+    show_data(data)
 
 
 def provider_format_named(name: str) -> "ProviderFormat":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor"]
 
-_MARKS = {"ok": "[green]ok[/]    ", "unused": "[dim]unused[/]", "failed": "[red]failed[/]"}
+_STYLES = {"ok": "green", "unused": "dim", "failed": "red"}
 
 
 def doctor(
@@ -36,7 +36,7 @@ def doctor(
     """
     from training_backends.cli.exit_codes import ExitCode
     from training_backends.cli.vault import terminal_vault
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stdout, write_json
     from training_backends.client.doctor import diagnose, known_settings
     from training_backends.gateway.settings import GatewaySettings
 
@@ -65,7 +65,7 @@ def doctor(
         )
     else:
         for line in found["recovery"].get("lines", ()):
-            console().print(line, markup=False)
+            stdout().print(line, markup=False)
         _show_settings(settings, all_settings=all_settings)
         _show(found, checks)
     if not ok:
@@ -73,38 +73,37 @@ def doctor(
 
 
 def _show_settings(settings: "list[Effective]", *, all_settings: bool) -> None:
-    from training_backends.cli.views.render import console
+    from training_backends.cli.views.console import show_fields, stdout
 
-    out = console()
+    out = stdout()
     more = "" if all_settings else " that differ from the defaults (--all lists all)"
     out.print(f"[bold]Settings[/]{more}")
     shown = [entry for entry in settings if all_settings or entry.origin != "default"]
-    for entry in shown:
-        out.print(f"  {entry.name:<32} {entry.value:<40} {entry.origin}", markup=False)
+    show_fields([(entry.name, f"{entry.value}  ({entry.origin})") for entry in shown], out)
     if not shown:
         out.print("  none")
 
 
 def _show(found: dict[str, Any], checks: "list[Check]") -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
-    from training_backends.cli.views.render import console
+    from training_backends.cli.views.console import show_fields, stdout
 
-    out = console()
-    sources = escape(", ".join(found["sources"]))
-    out.print(f"[bold]Credentials[/] (searched in order: {sources})")
+    out = stdout()
+    out.print("[bold]Credentials[/]")
+    rows = [("searched in order", ", ".join(found["sources"]))]
     for entry in found["credentials"]:
         unused = f" (unused: {entry['hidden_by']} takes precedence)" if entry["hidden_by"] else ""
         place = f"{entry['provider']}/{entry['profile']}"
-        out.print(f"  {place:<32} {entry['source']}: {entry['name']}{unused}", markup=False)
-    if not found["credentials"]:
-        out.print("  none")
+        rows.append((place, f"{entry['source']}: {entry['name']}{unused}"))
+    show_fields(rows, out)
     out.print("[bold]Checks[/]")
+    lines: list[tuple[str | Text, str | None]] = []
     for check in checks:
-        out.print(f"  {_MARKS[check.state]} {escape(check.name)}: ", end="", highlight=False)
-        out.print(check.message, markup=False, highlight=False)
-        if check.hint and check.state != "ok":
-            out.print(f"         {check.hint}", markup=False, highlight=False)
+        state = Text(check.state, _STYLES[check.state])
+        hint = check.hint if check.state != "ok" else None
+        lines += [(state, f"{check.name}: {check.message}"), ("", hint)]
+    show_fields(lines, out)
 
 
 async def _gateway_check() -> "Check":

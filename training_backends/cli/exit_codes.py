@@ -5,7 +5,14 @@ from enum import IntEnum
 from training_backends.core import errors
 from training_backends.core.status import TrainingStatus
 
-__all__ = ["ExitCode", "Interrupted", "UsageError", "exit_code_of", "exit_code_of_status"]
+__all__ = [
+    "ExitCode",
+    "Interrupted",
+    "PipeClosed",
+    "UsageError",
+    "exit_code_of",
+    "exit_code_of_status",
+]
 
 
 class ExitCode(IntEnum):
@@ -33,6 +40,10 @@ class UsageError(errors.TrainingBackendError):
 
 class Interrupted(errors.TrainingBackendError):
     """Ctrl-C ended the command; jobs at the provider keep running."""
+
+
+class PipeClosed(Exception):
+    """The reader of standard output, such as `head`, has all it wants."""
 
 
 _CODES: tuple[tuple[type[errors.TrainingBackendError], ExitCode], ...] = (

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from training_backends.cli.completion import complete_backend, complete_key
 from training_backends.cli.session import JsonOption, run_async
 
 if TYPE_CHECKING:
@@ -28,10 +29,16 @@ keys = typer.Typer(
 )
 
 Provider = Annotated[
-    str, typer.Argument(metavar="PROVIDER", help="Provider name, such as mistral.")
+    str,
+    typer.Argument(
+        metavar="PROVIDER",
+        help="Provider name, such as mistral.",
+        autocompletion=complete_backend,
+    ),
 ]
 Profile = Annotated[
-    str | None, typer.Option("--profile", "-p", help="Account, if you have several.")
+    str | None,
+    typer.Option("--profile", "-p", metavar="NAME", help="Account, if you have several."),
 ]
 
 
@@ -43,7 +50,7 @@ def set_credential(
     from pydantic import SecretStr
 
     from training_backends.cli.vault import source_of, terminal_vault
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
     from training_backends.credentials.vault import check_names
 
     check_names(provider, profile)
@@ -67,7 +74,7 @@ def set_credential(
     if json:
         write_json({"provider": provider, "profile": profile, "stored": True})
         return
-    out = console()
+    out = stderr()
     out.print(f"Stored the key for {_name(provider, profile)}.", markup=False)
     if used and used.source == "environment":
         out.print(f"Not used here: {used.name} is set and takes precedence.", markup=False)
@@ -77,7 +84,14 @@ def set_credential(
 def list_credentials(json: JsonOption = False) -> None:
     """List keys and their sources, never their values."""
     from training_backends.cli.vault import terminal_vault
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import (
+        Column,
+        ago,
+        show_table,
+        stderr,
+        stdout,
+        write_json,
+    )
 
     vault = terminal_vault(_home())
 
@@ -88,14 +102,26 @@ def list_credentials(json: JsonOption = False) -> None:
     if json:
         write_json([entry._asdict() for entry in found])
         return
-    out = console()
-    for entry in found:
-        name = _name(entry.provider, entry.profile)
-        place = entry.name if entry.source == "environment" else ""
-        if entry.stored_at:
-            place = f"stored {entry.stored_at.astimezone():%Y-%m-%d %H:%M}"
-        hidden = f"not used: {entry.hidden_by} takes precedence" if entry.hidden_by else ""
-        out.print(f"  {name:<24} {entry.source:<12} {place:<24} {hidden}".rstrip(), markup=False)
+    columns = (
+        Column("provider"),
+        Column("source"),
+        Column("variable", drop=2),
+        Column("stored", drop=3),
+        Column("note", drop=1, cut=True),
+    )
+    rows = [
+        (
+            _name(entry.provider, entry.profile),
+            entry.source,
+            entry.name if entry.source == "environment" else "",
+            ago(entry.stored_at) if entry.stored_at else "",
+            f"not used: {entry.hidden_by} takes precedence" if entry.hidden_by else "",
+        )
+        for entry in found
+    ]
+    if rows:
+        show_table(columns, rows, stdout())
+    out = stderr()
     out.print(f"Sources searched, in order: {', '.join(order)}.", markup=False)
     if not found:
         out.print("No keys found. Store one with `training-backends credentials set PROVIDER`.")
@@ -107,14 +133,14 @@ def delete_credential(
 ) -> None:
     """Delete a stored key."""
     from training_backends.cli.vault import terminal_vault
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     vault = terminal_vault(_home())
     run_async(lambda: vault.delete(provider, profile=profile))
     if json:
         write_json({"provider": provider, "profile": profile, "deleted": True})
     else:
-        console().print(f"Deleted the key for {_name(provider, profile)}.", markup=False)
+        stderr().print(f"Deleted the key for {_name(provider, profile)}.", markup=False)
 
 
 @credentials.command("test")
@@ -124,7 +150,7 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
     Exits with 4 if the provider rejects it.
     """
     from training_backends.cli.vault import source_of, terminal_vault
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stdout, write_json
     from training_backends.client.doctor import server_of, try_key
 
     vault = terminal_vault(_home())
@@ -143,7 +169,7 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
         write_json({**document, "server": server})
         return
     place = used.name if used and source == "environment" else f"the {source}"
-    out = console()
+    out = stdout()
     out.print(f"The key for {_name(provider, profile)} from {place} is accepted.", markup=False)
 
 
@@ -153,7 +179,9 @@ def _name(provider: str, profile: str | None) -> str:
 
 @keys.command("create")
 def create_key(
-    name: Annotated[str, typer.Option("--name", help="Description of the key.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", metavar="TEXT", help="Description of the key.")
+    ] = "",
     scope: Annotated[
         Literal["read", "write", "admin"],
         typer.Option("--scope", help="read: GET requests only; admin: all projects."),
@@ -166,10 +194,13 @@ def create_key(
         str | None,
         typer.Option("--expires", metavar="WHEN", help="30d, 12h or 2027-01-31; default: never."),
     ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only the key, without the note about it.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Create a gateway key; it is shown only once."""
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, stdout, write_json
     from training_backends.gateway.keys import read_expiry
 
     ending = None if expires is None else read_expiry(expires)
@@ -178,55 +209,75 @@ def create_key(
     if json:
         write_json({**_key_document(made.info), "key": key})
         return
-    until = f"until {_minute(ending)}" if ending else "until it is revoked"
-    out = console()
-    where = "all projects" if scope == "admin" else f"project {project}"
-    out.print(
-        f"Key {made.info.id} ({scope}, {where}), valid {until}; shown only once:", markup=False
-    )
-    out.print(f"  {key}", markup=False)
+    if not quiet:
+        until = f"until {_minute(ending)}" if ending else "until it is revoked"
+        where = "all projects" if scope == "admin" else f"project {project}"
+        note = f"Key {made.info.id} ({scope}, {where}), valid {until}; shown only once:"
+        stderr().print(note, markup=False)
+    stdout().print(key, markup=False)
 
 
 @keys.command("list")
 def list_keys(json: JsonOption = False) -> None:
     """List the gateway's keys, never their values."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import (
+        Column,
+        ago,
+        show_table,
+        stderr,
+        stdout,
+        write_json,
+    )
 
     found = _keys().list()
     if json:
         write_json([_key_document(key) for key in found])
         return
     if not found:
-        console().print(
-            "No keys yet. Create one with `training-backends keys create`.", markup=False
-        )
+        stderr().print("No keys yet. Create one with `training-backends keys create`.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("key", "state", "scope", "project", "created", "expires", "last used", "name"):
-        table.add_column(column, no_wrap=column != "name")
-    for key in found:
-        moments = (key.created_at, key.expires_at, key.last_used_at)
-        times = (_minute(moment) if moment else "never" for moment in moments)
-        table.add_row(key.id, key.state, key.scope, escape(key.project), *times, escape(key.name))
-    console().print(table)
+    columns = (
+        Column("key"),
+        Column("state"),
+        Column("scope", drop=3),
+        Column("project", drop=2, cut=True),
+        Column("created", drop=6),
+        Column("expires", drop=4),
+        Column("last used", drop=5),
+        Column("name", drop=1, cut=True),
+    )
+    rows = [
+        (
+            key.id,
+            key.state,
+            key.scope,
+            key.project,
+            ago(key.created_at),
+            _minute(key.expires_at) if key.expires_at else "never",
+            ago(key.last_used_at) if key.last_used_at else "never",
+            key.name,
+        )
+        for key in found
+    ]
+    show_table(columns, rows, stdout())
 
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Key id, from `keys list`.")],
+    key_id: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="Key id, from `keys list`.", autocompletion=complete_key),
+    ],
     json: JsonOption = False,
 ) -> None:
     """Revoke a key, effective immediately."""
-    from training_backends.cli.views.render import console, write_json
+    from training_backends.cli.views.console import stderr, write_json
 
     revoked = _keys().revoke(key_id)
     if json:
         write_json(_key_document(revoked))
     else:
-        console().print(f"Revoked {revoked.id}.", markup=False)
+        stderr().print(f"Revoked {revoked.id}.", markup=False)
 
 
 def _key_document(key: "KeyInfo") -> dict[str, object]:
@@ -245,9 +296,11 @@ def _minute(moment: datetime) -> str:
 
 
 def _keys() -> "KeyStore":
+    from training_backends.core.settings import load_settings
     from training_backends.gateway.keys import open_keys
+    from training_backends.gateway.settings import GatewaySettings
 
-    return open_keys(_home())
+    return open_keys(_home(), load_settings(GatewaySettings).store_url)
 
 
 def _home() -> "Path":

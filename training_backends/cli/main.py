@@ -1,5 +1,6 @@
 """Entry point of the `training-backends` program: commands, error output and exit codes."""
 
+import os
 import sys
 from contextlib import suppress
 from io import StringIO
@@ -9,8 +10,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, quickstart, runs, serve
-from training_backends.cli.exit_codes import ExitCode, Interrupted, UsageError, exit_code_of
+from training_backends.cli import check, data, doctor, keys, launch, quickstart, runs, serve
+from training_backends.cli.exit_codes import (
+    ExitCode,
+    Interrupted,
+    PipeClosed,
+    UsageError,
+    exit_code_of,
+)
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.escape import escape_controls
 
@@ -21,7 +28,6 @@ app = typer.Typer(
     name="training-backends",
     help="Fine-tune language models through one interface, on any backend.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -62,17 +68,19 @@ def _warn_about_dotenv() -> None:
 
 app.command()(quickstart.quickstart)
 app.command()(check.backends)
+app.command()(check.init)
 app.command()(check.validate)
 app.command()(check.estimate)
-app.command()(runs.launch)
+app.command()(launch.launch)
 app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
 app.command()(runs.logs)
 app.command()(runs.metrics)
+app.command()(runs.checkpoints)
 app.command()(runs.wait)
 app.command()(runs.stop)
 app.command()(runs.pause)
-app.command()(runs.resume)
+app.command()(launch.resume)
 app.command()(runs.download)
 app.command()(runs.generate)
 app.command()(runs.delete)
@@ -86,8 +94,8 @@ app.command()(doctor.doctor)
 def main() -> None:
     """Run the command line and exit with the documented exit code."""
     try:
-        code = app(standalone_mode=False)
-        # Flush here so that a full disk is still reported.
+        code = app(standalone_mode=False, complete_var="_TRAINING_BACKENDS_COMPLETE")
+        # Here, so that a full disk is still reported.
         _flush()
         if code == ExitCode.INTERRUPTED:
             _end(Interrupted("Interrupted."))  # typer returns the code instead of raising
@@ -98,19 +106,27 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         # Before any request to a backend.
         _end(Interrupted("Interrupted."))
+    except PipeClosed:
+        code = ExitCode.DONE
+        _flush()
     except Exception as error:
         _end(_unexpected(error))
     sys.exit(code)
 
 
 def _flush() -> None:
-    with suppress(BrokenPipeError):
+    """Flush standard output, or discard what nobody reads."""
+    try:
         if sys.stdout:
             sys.stdout.flush()
+    except BrokenPipeError:
+        # Otherwise the interpreter would report what it cannot flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
-    from training_backends.cli.views.render import error_document, show_error, write_json_line
+    from training_backends.cli.views.console import write_json_line
+    from training_backends.cli.views.render import error_document, show_error
     from training_backends.core.redaction import redact, redact_value, register_environment
 
     # The message may quote a key that was typed as the wrong argument.
@@ -121,13 +137,17 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
     # If nothing can be written, the exit code still reports the error.
     if "--json" in sys.argv[1:]:
         # On one line, so that it is also a valid last line of a JSON stream.
-        with suppress(OSError):
+        with suppress(OSError, PipeClosed):
             write_json_line(redact_value(error_document(error, code)))
+    with suppress(OSError):
+        _flush()
     # Last, because rich exits and closes standard output if standard error is a closed pipe.
     with suppress(OSError, SystemExit):
         if isinstance(error, Interrupted):
             # Start a new line after the ^C echoed by the terminal.
             typer.echo(f"\n{escape_controls(error.message)}", err=True)
+            for line in (error.hint or "").splitlines():
+                typer.echo(f"  {escape_controls(line)}", err=True)
         elif not shown:
             show_error(error)
     raise SystemExit(code)

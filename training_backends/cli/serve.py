@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_backends.cli.completion import complete_backend
 from training_backends.cli.session import JsonOption, run_async
 
 if TYPE_CHECKING:
@@ -19,14 +20,28 @@ _DESCRIPTORS = 65_536
 
 def serve(
     host: Annotated[
-        str | None, typer.Option("--host", help="Address to bind; default: 127.0.0.1.")
+        str | None,
+        typer.Option("--host", metavar="ADDRESS", help="Address to bind; default: 127.0.0.1."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option("--port", min=0, max=65535, help="Port; default: 8321; 0: any free port."),
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Port; default: 8321; 0: any free port.",
+        ),
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="Backend that runs the jobs.")
+        str,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Backend that runs the jobs.",
+            autocompletion=complete_backend,
+        ),
     ] = "local",
     tls_cert: Annotated[
         Path | None,
@@ -88,7 +103,7 @@ async def _serve(
 
     import anyio
 
-    from training_backends.cli.views.render import write_json_line
+    from training_backends.cli.views.console import write_json_line
     from training_backends.core.settings import Settings, load_settings
     from training_backends.gateway.server import running
 
@@ -103,11 +118,13 @@ async def _serve(
         async with running(settings, home=home, backend=backend, host=host, port=port) as served:
             new_key = await _first_key(served.gateway)
             if json:
-                write_json_line({"url": served.url, "backend": backend, "home": str(home)})
+                document = {"url": served.url, "backend": backend, "home": str(home)}
+                write_json_line({**document, "key": new_key} if new_key else document)
             say(f"Serving the Mistral API at {served.url}")
             say(f"  backend {backend}, state in {served.gateway.home}")
-            if new_key:
-                say(f"  first API key (shown only once): {new_key}")
+            if new_key and not json:
+                say("  first API key, shown only once:")
+                typer.echo(new_key)
             say("  Press Ctrl-C to stop; training in progress keeps running.")
             async for _ in signals:
                 break
@@ -115,14 +132,14 @@ async def _serve(
 
 
 async def _first_key(gateway: "Gateway") -> str | None:
-    """Create the first key when run on a terminal; elsewhere it could end up in a log file."""
+    """Create the first key if standard output is a terminal; elsewhere a log could record it."""
     from anyio import to_thread
 
     from training_backends import ConfigError
 
     if await to_thread.run_sync(gateway.keys.usable):
         return None
-    if not sys.stderr.isatty():
+    if not sys.stdout.isatty():
         raise ConfigError(
             "The gateway has no API key.",
             hint="Run `training-backends keys create`, or set TRAINING_BACKENDS_GATEWAY__API_KEY.",

@@ -1,7 +1,7 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,8 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig
-from training_backends.core.counting import Counting, CountProgress, wishing
-from training_backends.core.dataset import Dataset
+from training_backends.core.config import TrainingConfig, given_options
+from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
     ConfigError,
     Issue,
@@ -52,7 +51,6 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
-from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
@@ -96,11 +94,12 @@ class AsyncTrainingClient:
         backends: Mapping[str, TrainingBackend] | None = None,
     ) -> None:
         settings = load_settings(Settings)
-        self.home = Path(home or settings.home).expanduser().absolute()
+        self.home: Path = Path(home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
+        self._cache = self.home / "cache" / "data"
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
@@ -196,8 +195,8 @@ class AsyncTrainingClient:
 
         Args:
             sample: Count the tokens of this many rows and return an interval; None: of all rows,
-                or of a sample if the data is very large.
-            exact: Count all rows, even if the data is very large.
+                or of a sample if the data is large.
+            exact: Count all rows, even if the data is large.
             on_counting: Called with the file, the bytes counted and its size.
 
         Raises:
@@ -231,7 +230,7 @@ class AsyncTrainingClient:
         Args:
             run_id: Your own id; default: a generated one.
             on_progress: Called during uploads with the step, bytes done and total bytes.
-            on_update: Called with the run whenever its record changes.
+            on_update: Called with the run once it is recorded, and whenever its record changes.
             on_notice: Called with notices for the user, such as that the run already exists or
                 that its data has changed; default: notices are logged.
             confirm: Awaited before a run that costs money is started. Without it, a run is
@@ -260,6 +259,7 @@ class AsyncTrainingClient:
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
                 await self._records.remember_data(run_id, dataset.files)
+                watch.updated(run)
             else:
                 require_same(known, run)
                 await self._records.notice_known(known, watch)
@@ -390,7 +390,12 @@ class AsyncTrainingClient:
                 await self._observer.observe(run)
 
     async def logs(
-        self, run_id: str, *, after: str | None = None, follow: bool = False
+        self,
+        run_id: str,
+        *,
+        after: str | None = None,
+        tail: int | None = None,
+        follow: bool = False,
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield a run's log in order: the provider's records and those added by this client.
 
@@ -398,6 +403,7 @@ class AsyncTrainingClient:
 
         Args:
             after: Start after the record with this cursor.
+            tail: Start with the last `tail` records; not together with `after`.
             follow: Wait for new records until the run has finished.
 
         Raises:
@@ -405,8 +411,11 @@ class AsyncTrainingClient:
                 raised after all stored records.
             TrainingBackendError: The provider cannot be reached; raised after all stored records.
         """
+        if tail is not None and (after is not None or tail < 0):
+            raise ValueError("tail must be 0 or more, and cannot be combined with after")
         run = await self.get(run_id)
-        async with aclosing(self._following.logs(run, after=after, follow=follow)) as records:
+        found = self._following.logs(run, after=after, tail=tail, follow=follow)
+        async with aclosing(found) as records:
             async for record in records:
                 yield record
 
@@ -450,9 +459,14 @@ class AsyncTrainingClient:
         with anyio.move_on_after(timeout):
             await self._following.wait(runs)
             return [await self.get(run.id) for run in runs]
+        now = [await self.get(run.id) for run in runs]
+        unfinished = {run.id for run in now if not run.status.is_terminal}
+        if not unfinished:
+            return now
+        subject = "1 run is" if len(unfinished) == 1 else f"{len(unfinished)} runs are"
         raise WaitTimeout(
-            f"Timed out after {timeout:g} s with runs still in progress.",
-            hint="Wait again with a longer --timeout, or check with `status`.",
+            f"Timed out after {timeout:g} s; {subject} still in progress.",
+            hint="Wait again with a longer timeout, or check with `status`.",
         )
 
     async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
@@ -618,7 +632,7 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": options})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        read = partial(inspect, config, on_progress=_check_cancelled)
+        read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
         if backend is not None:
             read = partial(read, provider_format=backend.capabilities.provider_format)
         return await to_thread.run_sync(read)
@@ -635,8 +649,8 @@ class AsyncTrainingClient:
         if issues := unfit_fields(backend, config):
             return await self._read(config, backend), ValidationReport(issues=tuple(issues))
         dataset = await self._inspected(backend, config)
-        with span("training_backends.validate", backend=backend.name), self._counting():
-            return dataset, await backend.validate(config, dataset)
+        with span("training_backends.validate", backend=backend.name):
+            return dataset, await backend.validate(config, self._counting(dataset))
 
     async def _prepare(
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
@@ -659,11 +673,11 @@ class AsyncTrainingClient:
         dataset: Dataset,
         wishes: Counting | None = None,
     ) -> Estimate:
-        with span("training_backends.estimate", backend=backend.name), self._counting(wishes):
-            return await backend.estimate(config, dataset)
+        with span("training_backends.estimate", backend=backend.name):
+            return await backend.estimate(config, self._counting(dataset, wishes))
 
-    def _counting(self, wishes: Counting | None = None) -> AbstractContextManager[None]:
-        """Set how backends count tokens: cached, and cancelled with the caller's task."""
+    def _counting(self, dataset: Dataset, wishes: Counting | None = None) -> Dataset:
+        """Return the dataset for a backend: counts are kept, and cancelled with the task."""
         wishes = wishes or Counting()
         callback = wishes.on_progress
 
@@ -673,8 +687,8 @@ class AsyncTrainingClient:
                 with callers_own():
                     callback(path, done, total)
 
-        cache = self.home / "cache" / "tokens"
-        return wishing(replace(wishes, cache=cache, on_progress=on_progress))
+        wishes = replace(wishes, cache=self._cache, on_progress=on_progress)
+        return dataset.model_copy(update={"counting": wishes})
 
     def _poller(self, backend: str, *, only: Collection[str] | None = None) -> Poller:
         return Poller(backend, self._store, self._leases, self._observer, only=only)

@@ -15,6 +15,7 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.client.observe import WatchSettings
 from training_backends.core.backend import BackendContext, RemoteFilters
 from training_backends.core.errors import TrainingBackendError, UnsupportedOperation
+from training_backends.core.escape import plural
 from training_backends.core.estimate import format_duration
 from training_backends.core.plugins import installed_backends
 from training_backends.core.registry import backend_class
@@ -138,7 +139,7 @@ async def _store(client: AsyncTrainingClient) -> list[Check]:
         return [Check("run store", "failed", error.message, error.hint)]
     live = [run for run in runs if not run.status.is_terminal]
     doubtful = sum(run.stale is not None for run in live)
-    summary = f"{len(runs)} runs, {len(live)} in progress"
+    summary = f"{plural(len(runs), 'run')}, {len(live)} in progress"
     summary += f", {doubtful} of these stale" if doubtful else ""
     newest = max((run.last_seen_at or run.created_at for run in runs), default=None)
     checks = [Check("run store", "ok", summary)]

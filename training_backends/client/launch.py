@@ -1,6 +1,5 @@
 """Launching, stopping and resuming runs, each launch at most once."""
 
-import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,9 +32,9 @@ from training_backends.core.errors import (
     UnsupportedOperation,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.files import digest_of
 from training_backends.core.run import Failure, RunState, TrainingRun, new_run_id
 from training_backends.core.status import TrainingStatus
-from training_backends.datasets.scan import digested
 from training_backends.store import Lease, RunStore
 
 __all__ = ["LAUNCH_PATIENCE", "RunRecords", "Start", "Steering"]
@@ -203,7 +202,7 @@ class RunRecords:
 def _contents(files: Iterable[DataFile]) -> Iterator[dict[str, Any]]:
     for file in files:
         try:
-            found, digest = file.path.stat(), digested(file).sha256
+            found, digest = file.path.stat(), digest_of(file.path).sha256
         except OSError:
             continue  # the backend raises an error if it needs the file
         yield {
@@ -223,9 +222,7 @@ def _has_changed(known: dict[str, Any]) -> bool:
             return True
         if found.st_mtime_ns == known["mtime_ns"]:
             return False
-        with path.open("rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest != str(known["sha256"])
+        return digest_of(path).sha256 != str(known["sha256"])
     except OSError:
         return True
 
@@ -332,6 +329,7 @@ class Steering:
                     # The best available estimate is that of the run being continued.
                     await watch.decide(run.estimate or Estimate(), run.config.budget)
                 await to_thread.run_sync(self._store.insert, new_run)
+                watch.updated(new_run)
             else:
                 require_same(known, new_run)
             start = self._records.resuming(backend, run, checkpoint)

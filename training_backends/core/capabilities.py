@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.data_rules import ProviderFormat
@@ -12,7 +12,7 @@ from training_backends.core.errors import Issue
 __all__ = ["Capabilities", "SuffixRule", "config_issues"]
 
 
-class SuffixRule(BaseModel):
+class SuffixRule(BaseModel, frozen=True):
     """What a suffix of the trained model's name may be.
 
     Attributes:
@@ -20,13 +20,11 @@ class SuffixRule(BaseModel):
         alphabet: The characters allowed; None: any.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     max_length: int = Field(ge=1)
     alphabet: str | None = None
 
 
-class Capabilities(BaseModel):
+class Capabilities(BaseModel, frozen=True):
     """The capabilities of a backend; check these, never `hasattr`.
 
     The client rejects a configuration that sets an undeclared field before it asks the backend, so
@@ -56,8 +54,6 @@ class Capabilities(BaseModel):
         lists_remote: All jobs of the account can be listed, whoever created them.
         provider_format: Provider format of the training data.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     methods: frozenset[str] = frozenset({"sft"})
     tunings: frozenset[str] = frozenset()

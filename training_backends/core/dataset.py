@@ -1,18 +1,40 @@
 """Results of inspecting data files."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from training_backends.core.data_rules import SampleType
 from training_backends.core.errors import Issue
 
-__all__ = ["DataFile", "Dataset", "SampleType", "Summary"]
+__all__ = ["CountProgress", "Counting", "DataFile", "Dataset", "SampleType", "Summary"]
+
+CountProgress = Callable[[Path, int, int], None]
+"""Called with the file, the bytes counted so far and its size; may raise to stop counting."""
 
 
-class Summary(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counting:
+    """How the tokens of a dataset are counted.
+
+    Attributes:
+        sample: Count a sample of this many rows and return an interval; None: all rows, or a
+            sample if the data is large.
+        exact: Count all rows, even if the data is large.
+        cache: Directory of kept counts.
+        on_progress: Called while counting.
+    """
+
+    sample: int | None = None
+    exact: bool = False
+    cache: Path | None = None
+    on_progress: CountProgress | None = None
+
+
+class Summary(BaseModel, frozen=True):
     """Statistics about the rows of a file.
 
     Attributes:
@@ -34,8 +56,6 @@ class Summary(BaseModel):
         overlapping_rows: Rows of a validation file that are also in the training data.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     lines: int = 0
     formats: dict[str, int] = Field(default_factory=dict)
     roles: dict[str, int] = Field(default_factory=dict)
@@ -52,23 +72,20 @@ class Summary(BaseModel):
     overlapping_rows: int | None = None
 
 
-class DataFile(BaseModel):
+class DataFile(BaseModel, frozen=True):
     """An inspected file.
 
     Attributes:
         role: Purpose of the file.
         weight: Sampling weight relative to the other training files.
         size: Size in bytes, as stored.
-        sha256: Hex digest of the file as stored; None if not computed yet, see
-            `datasets.scan.digested`.
+        sha256: Hex digest of the file as stored; None if it was not read completely.
         rows: Number of rows, not counting blank lines.
         bad_rows: Number of invalid rows.
         turns: Number of messages in all rows.
         sample_type: Type of the rows, from the first valid row; None for an empty file.
         packing: Compression or container of the file.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     path: Path
     role: Literal["train", "validation"]
@@ -83,13 +100,21 @@ class DataFile(BaseModel):
     summary: Summary = Summary()
 
 
-class Dataset(BaseModel):
-    """All inspected files of a run and their issues."""
+class Dataset(BaseModel, frozen=True):
+    """All inspected files of a run and their issues.
 
-    model_config = ConfigDict(frozen=True)
+    `counting` is part of the dataset rather than an argument of `TrainingBackend.estimate` and
+    `validate`, because whatever counts the tokens has the dataset already: a backend that passes
+    it to `tokens.count_tokens` counts as the caller wishes, and one that does not count needs no
+    parameter that it ignores.
+
+    Attributes:
+        counting: How its tokens are counted; not part of its serialized form.
+    """
 
     files: tuple[DataFile, ...]
     issues: tuple[Issue, ...] = ()
+    counting: Counting = Field(default=Counting(), exclude=True, repr=False)
 
     @property
     def train(self) -> tuple[DataFile, ...]:

@@ -1,9 +1,9 @@
-"""Escape untrusted text for terminals and logs."""
+"""Format text for people, and escape untrusted text for terminals and logs."""
 
 import re
 from typing import Final
 
-__all__ = ["escape_controls", "escape_json"]
+__all__ = ["escape_controls", "escape_json", "plural"]
 
 _CONTROLS: Final = re.compile(
     "["
@@ -37,3 +37,8 @@ def escape_json(document: str) -> str:
         return found if found == "\n" else f"\\u{ord(found):04x}"
 
     return _CONTROLS.sub(escaped, document)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as `1 row` and `1,200 rows`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

@@ -6,7 +6,7 @@ from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from training_backends.core.errors import BudgetExceeded
 
@@ -25,10 +25,8 @@ _MONEY = re.compile(r"^\s*(?P<amount>\d+(?:\.\d+)?)\s*(?P<currency>[A-Za-z]{3})\
 _DURATION = re.compile(r"^(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?$")
 
 
-class Money(BaseModel):
+class Money(BaseModel, frozen=True):
     """An amount in one currency; may be given as text such as `12.50 USD`."""
-
-    model_config = ConfigDict(frozen=True)
 
     amount: Decimal = Field(ge=0)
     currency: str = Field(pattern="^[A-Z]{3}$", description="ISO 4217 code.")
@@ -97,26 +95,22 @@ def format_duration(span: timedelta) -> str:
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
-class PriceSource(BaseModel):
+class PriceSource(BaseModel, frozen=True):
     """The source of a price and its date."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     as_of: date
 
 
-class CostItem(BaseModel):
+class CostItem(BaseModel, frozen=True):
     """One item of the cost of a run, such as the training or a month of storage."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     amount: Money
     source: PriceSource
 
 
-class Estimate(BaseModel):
+class Estimate(BaseModel, frozen=True):
     """The expected tokens, cost and duration of a run. Unknown values are None; see `notes`.
 
     Attributes:
@@ -137,8 +131,6 @@ class Estimate(BaseModel):
         notes: How the numbers were obtained, and why any of them is missing.
         ours: Our own estimate, if this is the provider's quote.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     train_tokens: int | None = None
     data_tokens: int | None = None
@@ -175,6 +167,18 @@ class Estimate(BaseModel):
         return () if self.cost is None else (self.cost,)
 
     @property
+    def highest_totals(self) -> tuple[Money, ...]:
+        """The cost per currency at the upper bound of `interval`; as `totals` if not sampled."""
+        return (self.cost_interval[1],) if self.cost_interval else self.totals
+
+    @property
+    def longest_duration(self) -> timedelta | None:
+        """The duration at the upper bound of `interval`; as `duration` if not sampled."""
+        if self.duration is None or not (self.interval and self.data_tokens):
+            return self.duration
+        return self.duration * (self.interval[1] / self.data_tokens)
+
+    @property
     def differences(self) -> tuple[str, ...]:
         """How a provider's quote differs from our own estimate, as text."""
         if self.ours is None:
@@ -206,10 +210,8 @@ def _compared(what: str, quoted: str, own: str, by: str) -> str:
     return f"{what}: {quoted} quoted, {own} estimated locally ({by})"
 
 
-class Budget(BaseModel):
+class Budget(BaseModel, frozen=True, extra="forbid"):
     """Limits on the cost and duration of a run; None: no limit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_cost: Money | None = Field(default=None, description="For example '25 USD'.")
     max_duration: Duration | None = Field(default=None, description="For example '2h'.")
@@ -219,7 +221,7 @@ class Budget(BaseModel):
         return self.max_cost is not None and bool(estimate.totals)
 
     def check(self, estimate: Estimate) -> None:
-        """Check an estimate against the budget.
+        """Check an estimate against the budget, by its upper bounds if it rests on a sample.
 
         Unknown values pass; see `decides` for the cost. `max_duration` is also enforced while
         the run trains.
@@ -230,10 +232,12 @@ class Budget(BaseModel):
         """
         if self.max_cost:
             self._check_cost(self.max_cost, estimate)
-        if self.max_duration and estimate.duration and estimate.duration > self.max_duration:
-            limit, found = format_duration(self.max_duration), format_duration(estimate.duration)
+        duration = estimate.longest_duration
+        if self.max_duration and duration and duration > self.max_duration:
+            limit, found = format_duration(self.max_duration), format_duration(duration)
+            up_to = "" if duration == estimate.duration else "up to "
             raise BudgetExceeded(
-                f"The run would take {found}; the budget allows {limit}.",
+                f"The run would take {up_to}{found}; the budget allows {limit}.",
                 hint="Raise budget.max_duration or train for fewer steps.",
                 limit=limit,
                 found=found,
@@ -241,21 +245,23 @@ class Budget(BaseModel):
 
     @staticmethod
     def _check_cost(limit: Money, estimate: Estimate) -> None:
-        found = " and ".join(map(str, estimate.totals))
-        for total in estimate.totals:
+        totals = estimate.highest_totals
+        found = " and ".join(map(str, totals))
+        up_to = "" if totals == estimate.totals else "up to "
+        for total in totals:
             if total.amount and total.currency != limit.currency:
                 raise BudgetExceeded(
                     f"The cost is {found}, which cannot be compared with budget.max_cost in "
                     f"{limit.currency}.",
                     hint="Remove budget.max_cost and check the cost yourself."
-                    if len(estimate.totals) > 1
+                    if len(totals) > 1
                     else f"Set budget.max_cost in {total.currency}.",
                     limit=str(limit),
                     found=found,
                 )
             if total.amount > limit.amount:
                 raise BudgetExceeded(
-                    f"The run would cost {found}; the budget allows {limit}.",
+                    f"The run would cost {up_to}{found}; the budget allows {limit}.",
                     hint="Raise budget.max_cost or train on fewer tokens.",
                     limit=str(limit),
                     found=found,

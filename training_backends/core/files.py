@@ -5,6 +5,7 @@ Standard library and POSIX only (`flock`).
 
 import errno
 import fcntl
+import hashlib
 import os
 import signal
 import threading
@@ -12,38 +13,106 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 __all__ = [
+    "Digest",
+    "Stamp",
     "append_line",
+    "digest_of",
     "hold_lock",
     "is_locked",
+    "keep_digest",
     "make_private_directory",
     "read_lines",
+    "settled_stamp",
     "signal_holder",
+    "stamp_of",
     "sync_directory",
     "write_atomic",
-    "write_private",
 ]
 
-_MODE: Final = 0o600
+Stamp = tuple[int, ...]
+"""Device, inode, size, and the times of the last write and status change in nanoseconds."""
+
+_TICK_NS: Final = 20 * 10**6
+"""More than the resolution of the kernel's clock for file times, 10 ms at most."""
+_COARSE_TICK_NS: Final = 2 * 10**9
+"""The same on file systems that keep whole seconds, such as FAT."""
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file atomically, readable only by its owner."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+def stamp_of(file: Path | int) -> Stamp:
+    """Return the stamp of a path or an open file; it changes with every later write.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    found = os.stat(file)  # noqa: PTH116  # also of an open file
+    # Programs can set the time of the last write, but not that of the last status change.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def settled_stamp(file: Path | int, *, wait: bool = False) -> Stamp | None:
+    """Return the stamp; None if the file is so young that a write could leave the stamp as it is.
+
+    Take it before reading: the content is known by the stamp only if it is the same afterwards.
+
+    Args:
+        wait: Wait for a file just written, up to 20 ms. Blocks.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    now = time.time_ns()
+    stamp = stamp_of(file)
+    tick = _TICK_NS if stamp[-1] % 10**9 else _COARSE_TICK_NS
+    left = tick - (now - stamp[-1])
+    if left < 0:
+        return stamp
+    if not wait or left > _TICK_NS:
+        return None
+    time.sleep((left + 1) / 10**9)
+    return settled_stamp(file)
+
+
+class Digest(NamedTuple):
+    """The SHA-256 digest of a file.
+
+    Attributes:
+        sha256: Hex digest.
+        size: Bytes that were hashed.
+    """
+
+    sha256: str
+    size: int
+
+
+_MOST_DIGESTS: Final = 4096
+_digests: dict[Stamp, str] = {}
+"""Digests that this process knows, by stamp."""
+
+
+def digest_of(path: Path) -> Digest:
+    """Return the digest of a file, without reading it if it is unchanged since it was known.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        stamp = settled_stamp(file.fileno())
+        if stamp is not None and (known := _digests.get(stamp)):
+            return Digest(known, stamp[2])
+        found = Digest(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
+        if stamp is not None and stamp_of(file.fileno()) == stamp:
+            keep_digest(stamp, found.sha256)
+    return found
+
+
+def keep_digest(stamp: Stamp, sha256: str) -> None:
+    """Keep the digest of a file in this process, for `digest_of`."""
+    if len(_digests) >= _MOST_DIGESTS:
+        _digests.clear()
+    _digests[stamp] = sha256
 
 
 LOCK_PATIENCE: Final = 2.0
@@ -80,13 +149,20 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old or the new content, even after a crash."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Write a file atomically: readers see the old or the new content, even after a crash.
+
+    Args:
+        private: Only the owner may read the file.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.unlink(missing_ok=True)
+    mode = 0o600 if private else 0o666
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

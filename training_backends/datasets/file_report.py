@@ -8,6 +8,7 @@ from typing import Final, Literal, cast
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, SampleType, Summary
 from training_backends.core.errors import Issue
+from training_backends.core.files import Stamp, stamp_of
 from training_backends.datasets.check_fast import file_findings
 from training_backends.datasets.findings import Facts, Finding
 from training_backends.datasets.scan_part import KEPT_PER_CODE, End, Verdict
@@ -37,8 +38,9 @@ class Collector:
     ) -> None:
         self.path = path
         self.role = role
-        self.failed = False
-        self.lines = self.rows = 0
+        self.failed: bool = False
+        self.lines: int = 0
+        self.rows: int = 0
         self.sample_type: SampleType | None = None
         self._weight = weight
         self._provider_format = provider_format
@@ -98,7 +100,7 @@ class Collector:
 
     def end(self, end: End) -> Iterator[Issue]:
         """Yield the issues of the file as a whole, and the number of issues not shown."""
-        if end.changed_at is not None and not self._is_unchanged(end):
+        if end.stamp is not None and not self._is_unchanged(end.stamp):
             self.failed = True
             fix = "try again when no other process is writing to it"
             yield from self.add(
@@ -124,12 +126,12 @@ class Collector:
                     yield from self.add(finding)
         yield from self.rest()
 
-    def _is_unchanged(self, end: End) -> bool:
+    def _is_unchanged(self, stamp: Stamp) -> bool:
         try:
-            now = self.path.stat()
+            # Without the time of the last status change: a new mode is no new content.
+            return stamp_of(self.path)[:-1] == stamp[:-1]
         except OSError:
             return False
-        return (now.st_size, now.st_mtime_ns) == (end.size, end.changed_at)
 
     def add(self, finding: Finding, line: int | None = None) -> Iterator[Issue]:
         """Yield an issue of the file or of a line, with the severity set by the provider format."""

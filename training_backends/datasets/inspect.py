@@ -1,27 +1,36 @@
 """Validate data files before anything is uploaded.
 
 Each file is read once, in constant memory: size and row count come from the same pass as the
-issues, which are reported as they are found. Only files of equal size, which may be identical, are
-read again, for their digests. Large files are checked by several processes; the result does not
-depend on how many. Bad data never raises; it is reported as issues.
+issues, which are reported as they are found, and so does the digest. Large files are checked by
+several processes; the result does not depend on how many. Bad data never raises; it is reported as
+issues.
+
+With a cache, the result is kept until a file, the rules or this package changes.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from pydantic import ValidationError
+
+from training_backends import __version__
 from training_backends.core.config import ClassifierTarget, DataSource, TrainingConfig
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, Dataset, SampleType
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.escape import plural
+from training_backends.core.files import Stamp, keep_digest, settled_stamp
+from training_backends.datasets.cache import ResultCache
 from training_backends.datasets.file_report import Collector, FileRole
 from training_backends.datasets.findings import brief, short
+from training_backends.datasets.open_file import STDIN
 from training_backends.datasets.provider_formats import MISTRAL
-from training_backends.datasets.scan import Progress, Reading
+from training_backends.datasets.scan import NOT_SEARCHED, Progress, Reading
 from training_backends.datasets.scan_part import KEPT_PER_CODE, MAX_LINE_BYTES, packed_rules
 
 __all__ = [
@@ -39,6 +48,9 @@ __all__ = [
     "inspect_files",
     "raise_for_errors",
 ]
+
+_VERSION: Final = f"inspection 1 {__version__}"
+"""Increment the number when the rules or the findings change within a version."""
 
 _METHODS: Final[Mapping[str, str]] = MappingProxyType(
     {"instruct": "sft", "pretrain": "sft", "classifier": "classifier", "preference": "dpo"}
@@ -214,6 +226,7 @@ def inspect(
     on_issue: OnIssue | None = None,
     on_progress: Progress | None = None,
     processes: int | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
     """Summarize and validate all data files of a configuration.
 
@@ -224,6 +237,7 @@ def inspect(
         provider_format: The provider format, with its limits.
         on_issue: Called with each issue as it is found, ordered by line within a file.
         processes: Maximum number of processes; None chooses by size.
+        cache: Directory of kept results, errors included; None always reads the files.
     """
     found = inspect_files(
         config.data.train,
@@ -233,6 +247,7 @@ def inspect(
         on_issue=on_issue,
         on_progress=on_progress,
         processes=processes,
+        cache=cache,
     )
     more = _collected(against_method(config, found.files), on_issue)
     return found.model_copy(update={"issues": (*found.issues, *more)})
@@ -247,8 +262,19 @@ def inspect_files(
     on_issue: OnIssue | None = None,
     on_progress: Progress | None = None,
     processes: int | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
     """Summarize and validate files without a configuration; "-" is standard input."""
+    stamps = _stamps([*train, *validation]) if cache else None
+    roles = [[(str(each.path), each.weight) for each in files] for files in (train, validation)]
+    key = f"{_VERSION}\n{provider_format}\n{[*targets]}\n{roles}\n{stamps}"
+    if stamps and (kept := _kept(ResultCache(cache), key)):
+        _keep_digests(stamps, kept)
+        _collected(iter(kept.issues), on_issue)
+        if on_progress:
+            for file in kept.files:
+                on_progress(file.path, file.size, file.size)
+        return kept
     collectors = [Collector(each.path, "train", each.weight, provider_format) for each in train]
     collectors += [
         Collector(each.path, "validation", each.weight, provider_format) for each in validation
@@ -266,7 +292,36 @@ def inspect_files(
         yield from against_limits(reading.files, provider_format)
 
     found = _collected(issues(), on_issue)
-    return Dataset(files=tuple(reading.files), issues=found)
+    dataset = Dataset(files=tuple(reading.files), issues=found)
+    if stamps and len(dataset.files) == len(stamps) and stamps == _stamps([*train, *validation]):
+        _keep_digests(stamps, dataset)
+        if not any(issue.code == NOT_SEARCHED for issue in found):
+            with suppress(ValueError):  # a file name that is not UTF-8
+                ResultCache(cache).keep(key, dataset.model_dump_json().encode())
+    return dataset
+
+
+def _stamps(sources: Sequence[DataSource]) -> list[Stamp] | None:
+    """Return the stamps of the files; None if one of them cannot be known by its stamp."""
+    stamps: list[Stamp] = []
+    for source in sources:
+        with suppress(OSError):
+            if source.path != STDIN and (stamp := settled_stamp(source.path, wait=True)):
+                stamps.append(stamp)
+    return stamps if len(stamps) == len(sources) else None
+
+
+def _kept(cache: ResultCache, key: str) -> Dataset | None:
+    content = cache.find(key)
+    with suppress(ValidationError):
+        return None if content is None else Dataset.model_validate_json(content)
+    return None
+
+
+def _keep_digests(stamps: Sequence[Stamp], dataset: Dataset) -> None:
+    for stamp, file in zip(stamps, dataset.files, strict=True):
+        if file.sha256:
+            keep_digest(stamp, file.sha256)
 
 
 def _collected(issues: Iterator[Issue], on_issue: OnIssue | None) -> tuple[Issue, ...]:
@@ -334,10 +389,9 @@ def raise_for_errors(dataset: Dataset) -> None:
     if not errors:
         return
     files = len({issue.path for issue in errors})
-    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-    place = "1 file" if files == 1 else f"{files} files"
+    count = f"{plural(len(errors), 'error')} in {plural(files, 'file')}"
     raise DatasetError(
-        f"The training data is invalid: {count} in {place}.",
+        f"The training data is invalid: {count}.",
         issues=dataset.issues,
         hint="Fix the lines listed, then try again."
         if any(issue.line for issue in errors)

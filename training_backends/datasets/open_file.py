@@ -11,18 +11,35 @@ import json
 import re
 import stat
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from threading import Lock
+from typing import Any, BinaryIO, Final, Literal, NoReturn
 
 import msgspec
 
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.files import Stamp, settled_stamp, stamp_of
 from training_backends.datasets.scan_part import BOM
 
-__all__ = ["STDIN", "Kind", "Source", "expand", "file_problem", "kind_of", "opened", "unreadable"]
+__all__ = [
+    "KEPT_BYTES",
+    "STDIN",
+    "Kind",
+    "Source",
+    "expand",
+    "file_problem",
+    "kind_of",
+    "open_data",
+    "opened",
+    "unreadable",
+]
+
+KEPT_BYTES: Final = 16 << 20
+"""Bytes of recently read files that are kept in memory, in all."""
 
 STDIN: Final = Path("-")
 """Path that denotes standard input."""
@@ -75,6 +92,47 @@ def kind_of(head: bytes) -> Kind:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "plain")
 
 
+_kept: OrderedDict[Stamp, bytes] = OrderedDict()
+_kept_lock: Final = Lock()
+
+
+def open_data(path: Path) -> BinaryIO:
+    """Open a data file for reading.
+
+    The bytes of small files are kept, so that checking a file, hashing it and counting its tokens
+    share one reading. They are read again once the file may have changed.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    file = path.open("rb")
+    try:
+        size = stamp_of(file.fileno())[2]
+        stamp = settled_stamp(file.fileno()) if 0 < size <= KEPT_BYTES else None
+        if stamp is None:
+            return file
+        with _kept_lock:
+            content = _kept.get(stamp)
+        if content is None:
+            content = file.read()
+            if stamp_of(file.fileno()) != stamp:
+                file.seek(0)
+                return file
+            _keep(stamp, content)
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return io.BytesIO(content)
+
+
+def _keep(stamp: Stamp, content: bytes) -> None:
+    with _kept_lock:
+        _kept[stamp] = content
+        while sum(map(len, _kept.values())) > KEPT_BYTES:
+            _kept.popitem(last=False)
+
+
 @contextmanager
 def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
     """Open a data file as a stream of lines; "-" is standard input.
@@ -89,10 +147,7 @@ def opened(path: Path, *, digest: bool = False) -> Iterator[Source]:
         _fail(path, issue)
     with ExitStack() as stack:
         try:
-            if path == STDIN:
-                file = _standard_input()
-            else:
-                file = stack.enter_context(path.open("rb", buffering=0))
+            file = _standard_input() if path == STDIN else stack.enter_context(open_data(path))
             stored = _Stored(file, digest=digest)
         except OSError as error:
             _fail(path, unreadable(path, error))
@@ -156,10 +211,10 @@ class _Stored(io.RawIOBase):
 
     def __init__(self, file: Any, *, digest: bool) -> None:
         self._file = file
-        self.size = 0
+        self.size: int = 0
         self.digest = hashlib.sha256(usedforsecurity=False) if digest else None
         # A pipe may return its first bytes one at a time.
-        self.head = b""
+        self.head: bytes = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
             self.head += more
         self._replay = self.head

@@ -13,6 +13,7 @@ from xxhash import xxh3_128_digest
 from training_backends.core.config import ClassifierTarget
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import ConfigError, DatasetError, Issue, TrainingBackendError
+from training_backends.core.escape import plural
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.findings import Finding, too_long
 from training_backends.datasets.open_file import STDIN, Source, opened
@@ -263,8 +264,8 @@ class _Repairing:
                     out.write(piece)
         if self._first_crlf:
             many = self.counts["line_ends"]
-            what = "1 line" if many == 1 else f"{many:,} lines, first here"
-            self._report(self._first_crlf, "line_ends", f"changed CRLF to LF in {what}")
+            where = plural(many, "line") + (", first here" if many > 1 else "")
+            self._report(self._first_crlf, "line_ends", f"changed CRLF to LF in {where}")
         if not self._written:
             raise _unusable(
                 self._path, "empty_file", "no rows would be left", "check that it is JSON Lines"

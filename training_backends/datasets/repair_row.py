@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from training_backends.core.data_rules import ProviderFormat
+from training_backends.core.escape import plural
 from training_backends.datasets.explain import has_duplicate_keys
 
 __all__ = ["Mend", "is_empty", "mend"]
@@ -150,8 +151,8 @@ class _EditableRow:
         rest = roles[end:]
         if rest and _UNLEARNT.issuperset(rest):
             del messages[end:]
-            what = "1 message" if len(rest) == 1 else f"{len(rest)} messages"
-            yield Mend("trailing_turns", f"removed {what} after the last assistant message")
+            count = plural(len(rest), "message")
+            yield Mend("trailing_turns", f"removed {count} after the last assistant message")
 
     def write_arguments(self) -> Iterator[Mend]:
         """Convert arguments that are objects to strings of the same JSON."""
@@ -164,7 +165,7 @@ class _EditableRow:
                 message["tool_calls"] = _raw(calls)
         if count:
             yield Mend(
-                "arguments", f"converted the arguments of {_many(count, 'tool call')} to a string"
+                "arguments", f"converted the arguments of {plural(count, 'tool call')} to a string"
             )
 
     def new_ids(self, provider_format: ProviderFormat) -> Iterator[Mend]:
@@ -190,7 +191,7 @@ class _EditableRow:
                     message["tool_calls"] = _raw(calls)
                     count += made
         if count:
-            yield Mend("call_ids", f"assigned new ids to {_many(count, 'tool call')}")
+            yield Mend("call_ids", f"assigned new ids to {plural(count, 'tool call')}")
 
 
 class _Exchange:
@@ -286,7 +287,3 @@ def _is(raw: Raw, start: bytes) -> bool:
 
 def _raw(value: object) -> Raw:
     return Raw(_encode(value))
-
-
-def _many(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count} {what}s"

@@ -1,7 +1,6 @@
 """Read data files in one pass and yield issues as they are found."""
 
-import hashlib
-from collections import Counter
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Final
 
 from training_backends.core.dataset import DataFile
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.files import Stamp, stamp_of
 from training_backends.datasets.duplicates import Repeat, RowHashes
 from training_backends.datasets.file_report import Collector
 from training_backends.datasets.findings import Finding
-from training_backends.datasets.open_file import STDIN, Source, opened, unreadable
+from training_backends.datasets.open_file import STDIN, Source, opened
 from training_backends.datasets.scan_part import (
     BOM,
     KEPT_PER_CODE,
@@ -29,21 +29,10 @@ from training_backends.datasets.scan_part import (
 )
 from training_backends.datasets.worker_pool import cpu_count, run_parallel
 
-__all__ = ["Progress", "Reading", "digested", "parts_of"]
+__all__ = ["NOT_SEARCHED", "Progress", "Reading", "parts_of"]
 
-
-def digested(file: DataFile) -> DataFile:
-    """Return a file with its SHA-256 digest, computed if necessary.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    if file.sha256 is not None:
-        return file
-    with file.path.open("rb", buffering=0) as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return file.model_copy(update={"sha256": digest})
-
+NOT_SEARCHED: Final = "duplicates_not_searched"
+"""Issue code about this machine, not the data."""
 
 _FIRST: Final = 1 << 16
 """Bytes of the first part; small, so that issues at the start are reported immediately."""
@@ -51,9 +40,8 @@ _FIRST: Final = 1 << 16
 _SEARCHED: Final = 1 << 20
 """Bytes at the start of a file in which every row is searched for duplicate keys."""
 
-_LARGEST: Final = 4 << 20
-_LARGEST_BLOCK: Final = 1 << 20
-"""The same for parts that contain their bytes."""
+_LARGEST: Final = 1 << 20
+"""Bytes of the largest part, without the rest of its last line."""
 
 
 def parts_of(
@@ -67,6 +55,7 @@ def parts_of(
     """
     cutting = _Cutting(file, path, rules, max_line)
     try:
+        stamp = None if path == STDIN else _stamp(path)
         with opened(path, digest=True) as source:
             if plain_only and source.kind != "plain":
                 what = "Parquet" if source.kind == "parquet" else f"compressed ({source.kind})"
@@ -83,11 +72,7 @@ def parts_of(
                 text = "the file starts with a byte order mark"
                 fix = "save the file as UTF-8 without a byte order mark"
                 yield cutting.problem("byte_order_mark", text, fix)
-            if source.kind == "plain" and path != STDIN:
-                yield from cutting.ranges(begin)
-            else:
-                source.lines.read(begin)
-                yield from cutting.blocks(source)
+            yield from cutting.blocks(source, begin, stamp)
     except DatasetError as error:
         yield from (Told(file, 0, issue) for issue in error.issues)
 
@@ -111,32 +96,16 @@ class _Cutting:
         fix = "write one JSON object per line"
         return Told(self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix))
 
-    def ranges(self, begin: int) -> Iterator[Told]:
-        """Yield the parts of an uncompressed file as byte ranges."""
-        found = self._path.stat()
-        start, step = begin, _FIRST
-        while start < found.st_size:
-            end = min(start + step, found.st_size)
-            part = FilePart(
-                path=str(self._path),
-                start=start,
-                end=end,
-                begins=start == begin,
-                closely=end <= _SEARCHED,
-                rules=self._rules,
-                max_line=self._max_line,
-            )
-            yield Told(self._file, end, part)
-            start, step = end, min(2 * step, _LARGEST)
-        yield Told(
-            self._file, start, End("plain", found.st_size, None, found.st_size, found.st_mtime_ns)
-        )
-
-    def blocks(self, source: Source) -> Iterator[Told]:
-        """Yield the parts of a stream with their bytes."""
-        lines, step, unpacked = source.lines, _FIRST, 0
+    def blocks(self, source: Source, begin: int, stamp: Stamp | None) -> Iterator[Told]:
+        """Yield the parts of a file, from byte `begin` of its lines."""
+        lines, step = source.lines, _FIRST
+        unpacked = len(lines.read(begin))
+        # Not more than there was at the start: another process may write faster than this reads.
+        most = stamp[2] if stamp and source.kind == "plain" else sys.maxsize
         # Start with whatever is available: the writer of a pipe may be slow.
-        while block := lines.read1(step) if step == _FIRST else lines.read(step):
+        while unpacked < most and (
+            block := lines.read1(step) if step == _FIRST else lines.read(step)
+        ):
             if not block.endswith(b"\n"):
                 rest = lines.readline(self._max_line + 1)
                 block += rest
@@ -154,8 +123,9 @@ class _Cutting:
                 lines=block, closely=closely, rules=self._rules, max_line=self._max_line
             )
             yield Told(self._file, source.size, part)
-            step = min(2 * step, _LARGEST_BLOCK)
-        yield Told(self._file, source.size, End(source.kind, source.size, source.sha256, unpacked))
+            step = min(2 * step, _LARGEST)
+        end = End(source.kind, source.size, source.sha256, unpacked, stamp)
+        yield Told(self._file, source.size, end)
 
 
 _TASK: Final = "training_backends.datasets.scan_part:judge_told"
@@ -216,14 +186,13 @@ class Reading:
             )
             for each in stack.enter_context(closing(judged)):
                 yield from self._measure(each, hashes)
-            yield from self._compared()
             try:
                 yield from self._repeated(hashes)
             except OSError as error:
                 yield _not_searched(error)
 
     def issues_of_rows(self) -> Generator[Issue, None, None]:
-        """Do the same in this process, without digests and duplicate search."""
+        """Do the same in this process, without a search for duplicates."""
         for part in self._parts():
             yield from self._take(judge_told(part))
 
@@ -265,19 +234,7 @@ class Reading:
         elif isinstance(what, End):
             yield from collector.end(what)
         else:
-            # Report an unreadable file once, not for each part.
-            collector.failed = what.code == "unreadable_file"
             yield what
-
-    def _compared(self) -> Iterator[Issue]:
-        """Compute the digests of files of equal size, which may be identical."""
-        sizes = Counter(file.size for file in self._files.values())
-        for number, file in self._files.items():
-            if sizes[file.size] > 1:
-                try:
-                    self._files[number] = digested(file)
-                except OSError as error:
-                    yield unreadable(file.path, error)
 
     def _repeated(self, hashes: RowHashes) -> Iterator[Issue]:
         """Yield duplicate rows, except in duplicate files, which have an issue of their own."""
@@ -325,15 +282,20 @@ class Reading:
 def _not_searched(error: OSError) -> Issue:
     """Return the issue for row hashes that could not be stored."""
     return Issue(
-        code="duplicates_not_searched",
+        code=NOT_SEARCHED,
         message=f"skipped the search for duplicate rows: {error.strerror or error}",
         fix=f"free space in {gettempdir()}, or set TMPDIR to another directory",
         severity="warning",
     )
 
 
-def _size(path: Path) -> int:
+def _stamp(path: Path) -> Stamp | None:
     try:
-        return path.stat().st_size
+        return stamp_of(path)
     except OSError:
-        return 0
+        return None  # opening it reports why
+
+
+def _size(path: Path) -> int:
+    stamp = _stamp(path)
+    return stamp[2] if stamp else 0

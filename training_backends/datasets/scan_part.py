@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import Issue
+from training_backends.core.files import Stamp
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.check_fast import Verdict as RowVerdict
 from training_backends.datasets.findings import Facts, Finding, too_long
@@ -99,7 +100,6 @@ KEPT_PER_CODE: Final = 20
 
 Packing = Literal["plain", "gzip", "zstd", "parquet"]
 
-_BUFFER: Final = 1 << 18
 _PIECE: Final = 1 << 16
 """Bytes of a line that are read at a time."""
 
@@ -116,20 +116,14 @@ _last: Final = itemgetter(-2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePart:
-    """A part of a file to check: a byte range, or the lines themselves.
+    """Complete lines of a file to check.
 
     Attributes:
-        path: The file; None if there are `lines`.
-        begins: A line starts at `start`.
         closely: Search every row for duplicate keys, not one batch in 64.
         rules: See `packed_rules`.
     """
 
-    path: str | None = None
-    start: int = 0
-    end: int = 0
-    begins: bool = False
-    lines: bytes = b""
+    lines: bytes
     closely: bool = True
     rules: bytes
     max_line: int
@@ -203,16 +197,16 @@ class End(NamedTuple):
     Attributes:
         packing: Format of the file.
         size: Bytes of the stored file.
-        sha256: Their digest, if it was computed in this pass.
+        sha256: Their digest.
         unpacked: Bytes of the lines, decompressed.
-        changed_at: Modification time when reading started, in nanoseconds.
+        stamp: The file's stamp before it was read; None for standard input.
     """
 
     packing: Packing
     size: int
     sha256: str | None
     unpacked: int
-    changed_at: int | None = None
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,34 +240,14 @@ def packed_rules(
 
 
 def judge(part: FilePart) -> Verdict:
-    """Check the lines of a part.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    judging = _Judging(part)
-    if part.path is None:
-        return judging.run(io.BytesIO(part.lines), len(part.lines))
-    with open(part.path, "rb", buffering=_BUFFER) as file:  # noqa: PTH123  # no Path for each part
-        start: int | None = part.start
-        if part.begins:
-            file.seek(part.start)
-        else:
-            start = line_at_or_after(file, part.start, part.end)
-        return judging.verdict if start is None else judging.run(file, part.end - start)
+    """Check the lines of a part."""
+    return _Judging(part).run(io.BytesIO(part.lines), len(part.lines))
 
 
 def judge_told(told: Told) -> Judged:
     """Check a part of a file; pass anything else through."""
     what = told.what
-    if not isinstance(what, FilePart):
-        return Judged(told.file, told.done, what)
-    try:
-        return Judged(told.file, told.done, judge(what))
-    except OSError as error:
-        message = f"could not read the file: {error.strerror or error}"
-        issue = Issue(code="unreadable_file", message=message, path=what.path, fix="check the disk")
-        return Judged(told.file, told.done, issue)
+    return Judged(told.file, told.done, judge(what) if isinstance(what, FilePart) else what)
 
 
 @lru_cache(maxsize=16)

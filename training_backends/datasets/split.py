@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import ConfigError, DatasetError, Issue
+from training_backends.core.escape import plural
 from training_backends.datasets.findings import too_long
 from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES
@@ -28,9 +29,9 @@ from training_backends.datasets.write import (
     rereadable,
 )
 
-__all__ = ["DEFAULT_SHARE", "Split", "SplitFile", "split"]
+__all__ = ["Split", "SplitFile", "split"]
 
-DEFAULT_SHARE: Final = 0.05
+_DEFAULT_SHARE: Final = 0.05
 """Size of the validation set relative to the training set, unless its format has a limit."""
 
 _BUCKETS: Final = 1 << 20
@@ -102,8 +103,8 @@ def split(
                 weights[_bucket(line, seed)] += len(line) if by_bytes else 1
         budget = _budget(sum(weights), provider_format, fraction, rows)
         chosen = _choose(weights, budget)
-        unit = ("byte" if by_bytes else "row") + "s" * (budget != 1)
-        _check(paths[0], weights, chosen, f"{budget:,} {unit}")
+        size = plural(budget, "byte" if by_bytes else "row")
+        _check(paths[0], weights, chosen, size)
         with NewFiles() as made:
             return [each.write(made, chosen, seed) for each in files]
 
@@ -172,7 +173,7 @@ def _budget(
         return rows
     if fraction is not None:
         return round(fraction * total)
-    share = provider_format.validation_max_share or DEFAULT_SHARE
+    share = provider_format.validation_max_share or _DEFAULT_SHARE
     # The share is relative to the remaining training rows.
     budget = int(total * share / (1 + share))
     return min(budget, provider_format.validation_max_bytes or budget)

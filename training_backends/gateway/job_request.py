@@ -23,11 +23,12 @@ from training_backends.core.config import (
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.protocols.mistral.errors import no_model_message
+from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
 __all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
 
-_METHODS = {"completion": "sft", "classifier": "classifier"}
+
 _PLACES = {"data.train": "training_files", "data.validation": "validation_files"}
 """Fields of a request by those of a configuration, where they differ."""
 
@@ -118,7 +119,7 @@ def make_config(
     """
     return TrainingConfig(
         model=job.offer.target,
-        method="classifier" if job.job_type == "classifier" else "sft",
+        method=METHODS[job.job_type],
         data=Data(
             train=tuple(
                 DataSource(path=paths[file["file_id"]], weight=file["weight"])
@@ -159,7 +160,7 @@ def _check_bounds(
 
 
 def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabilities) -> Offer:
-    if _METHODS[job_type] not in capabilities.methods:
+    if METHODS[job_type] not in capabilities.methods:
         raise plain(422, f"This gateway's backend does not support {job_type} fine-tuning.")
     offer = catalogue.get(model)
     if offer is not None and job_type in offer.job_types:

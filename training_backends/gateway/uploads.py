@@ -19,6 +19,7 @@ from multipart import (
     parse_options_header,
 )
 
+from training_backends.core.escape import plural
 from training_backends.core.files import make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
 from training_backends.datasets.inspect import LineError, check_upload
@@ -71,13 +72,13 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
 
 
 def _refusal(errors: Sequence[LineError]) -> HTTPProblem:
-    count = f"{'at least ' if len(errors) >= SHOWN_ERRORS else ''}{len(errors)}"
-    noun = "error" if len(errors) == 1 else "errors"
+    count = "at least " if len(errors) >= SHOWN_ERRORS else ""
+    count += plural(len(errors), "error")
     return HTTPProblem(
         422,
         {
             "detail": "Invalid file format.",
-            "description": f"Found {count} {noun} in this file. Each line must be a JSON object "
+            "description": f"Found {count} in this file. Each line must be a JSON object "
             "with `messages` or `text`, and `labels` for a classifier.",
             "errors": [
                 {
@@ -117,7 +118,7 @@ class Incoming:
 
     def __init__(self, path: Path, open_file: OpenFile) -> None:
         self.path = path
-        self.size = 0
+        self.size: int = 0
         self._digest = hashlib.sha256()
         self._file = open_file(path)
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from queue import Empty, Queue
@@ -13,17 +12,15 @@ from typing import BinaryIO, Final, NamedTuple
 import anyio.to_thread
 
 from training_backends.core.errors import DatasetError, Issue
+from training_backends.core.files import digest_of
 
-__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file", "stamp_of"]
+__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file"]
 
 CHUNK_BYTES: Final = 2**20
 """Smaller chunks are slower, larger ones block the event loop for longer. Each must be sent within
 the write timeout, so this also sets the minimum upload speed."""
 _AHEAD: Final = 2
 """Chunks to read ahead; more of them would only fall out of the CPU caches."""
-
-_SETTLED_NS: Final = 2 * 10**9
-"""Resolution of file times on some file systems."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the total."""
@@ -35,59 +32,24 @@ class HashedFile(NamedTuple):
     Attributes:
         sha256: Hex digest of its content.
         size: In bytes.
-        stamp: File system metadata; if unchanged, the content is unchanged. None: the file was
-            modified so recently that another write could have the same time.
         start: Offset of the part in the file; None: the entire file.
     """
 
     sha256: str
     size: int
-    stamp: tuple[int, ...] | None
     start: int | None = None
 
 
 async def hash_file(path: Path) -> HashedFile:
-    """Hash a file in a worker thread.
+    """Hash a file in a worker thread, unless its digest is known from an earlier reading.
 
     Raises:
         DatasetError: The file cannot be read.
     """
     try:
-        return await anyio.to_thread.run_sync(_hash_file, path)
+        return HashedFile(*await anyio.to_thread.run_sync(digest_of, path))
     except OSError as error:
         raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
-
-
-def _hash_file(path: Path) -> HashedFile:
-    with path.open("rb") as file:
-        stamp = _settled(file)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return HashedFile(digest, file.tell(), stamp)
-
-
-def stamp_of(path: Path) -> tuple[int, ...] | None:
-    """Return the stamp of a file, to be taken before hashing it. Blocking.
-
-    Raises:
-        DatasetError: The file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return _settled(file)
-    except OSError as error:
-        raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
-
-
-def _settled(file: BinaryIO) -> tuple[int, ...] | None:
-    began = time.time_ns()
-    stamp = _stamp(file)
-    return stamp if began - max(stamp[-2:]) > _SETTLED_NS else None
-
-
-def _stamp(file: BinaryIO) -> tuple[int, ...]:
-    # Includes ctime, which programs cannot set, unlike mtime.
-    now = os.fstat(file.fileno())
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 class FileUpload:
@@ -96,9 +58,8 @@ class FileUpload:
     Args:
         fields: Text fields, sent before the file in this order.
         filename: File name sent to the server.
-        hashed: Expected content, verified before the request is complete. The file is hashed
-            again unless its metadata shows that it is unchanged. For a part of a file, only that
-            part is sent.
+        hashed: Expected content: the bytes are hashed as they are sent, and the request is only
+            completed if they match. For a part of a file, only that part is sent.
     """
 
     def __init__(
@@ -235,7 +196,7 @@ class _ReadAhead:
             self._read.put(error)
 
     def _read_all(self) -> None:
-        digest = None if self._is_as_hashed() else hashlib.sha256()
+        digest = hashlib.sha256()
         done = 0
         if self._start is not None:
             self._file.seek(self._start)
@@ -243,26 +204,18 @@ class _ReadAhead:
             chunk = self._file.read(min(CHUNK_BYTES, self._size - done))
             if not chunk:
                 raise _changed(self._path, f"it shrank from {self._size} to {done} bytes")
-            if digest is not None:
-                digest.update(chunk)
+            digest.update(chunk)
             done += len(chunk)
             if done == self._size:
-                self._verify(None if digest is None else digest.hexdigest())
+                self._verify(digest.hexdigest())
             self._read.put(chunk)
 
-    def _is_as_hashed(self) -> bool:
-        """Return whether hashing can be skipped: no hash is expected or the file is unchanged."""
-        return self._hashed is None or self._hashed.stamp == _stamp(self._file)
-
-    def _verify(self, sha256: str | None) -> None:
+    def _verify(self, sha256: str) -> None:
         if self._start is None:
             now = os.fstat(self._file.fileno()).st_size
             if now != self._size:
                 raise _changed(self._path, f"its size changed from {self._size} to {now} bytes")
-        if self._hashed is None:
-            return
-        same = self._is_as_hashed() if sha256 is None else sha256 == self._hashed.sha256
-        if not same:
+        if self._hashed is not None and sha256 != self._hashed.sha256:
             raise _changed(self._path, "its content differs from when it was checked")
 
 

@@ -1,11 +1,13 @@
 """A plain HTTP/1.1 server on loopback, in threads, with scripted faults."""
 
+import re
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tempfile import SpooledTemporaryFile
@@ -22,9 +24,24 @@ from training_backends.testing.faults import (
     SlowAnswer,
 )
 
-__all__ = ["LoopbackServer", "Received", "StubReply"]
+__all__ = ["FormPart", "LoopbackServer", "Received", "StubReply"]
 
 _IN_MEMORY = 1_000_000
+_FORM_NAME = re.compile(r'[; ]name="([^"]*)"')
+_FORM_FILENAME = re.compile(r'[; ]filename="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormPart:
+    """A part of a multipart body.
+
+    Attributes:
+        filename: None for a plain field.
+    """
+
+    name: str
+    filename: str | None
+    content: bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +67,33 @@ class Received:
         """The complete body."""
         self.content.seek(0)
         return self.content.read()
+
+    def form(self) -> list[FormPart]:
+        """Return the parts of a multipart body, in order; none if it is not one."""
+        head = Message()
+        head["content-type"] = self.headers.get("content-type", "")
+        boundary = head.get_boundary()
+        if boundary is None:
+            return []
+        parts = (b"\r\n" + self.body).split(b"\r\n--" + boundary.encode())[1:-1]
+        return [_form_part(part) for part in parts]
+
+
+def _form_part(part: bytes) -> FormPart:
+    head, _, content = part.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    line = next((line for line in lines if "form-data" in line), "")
+    name, filename = _FORM_NAME.search(line), _FORM_FILENAME.search(line)
+    return FormPart(
+        name=_unquoted(name[1]) if name else "",
+        filename=_unquoted(filename[1]) if filename else None,
+        content=content,
+    )
+
+
+def _unquoted(text: str) -> str:
+    """Decode the three characters that clients encode in a form's names, and only these."""
+    return text.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +133,8 @@ class LoopbackServer:
         self._thread: Thread | None = None
         self._open: set[socket.socket] = set()
         self.requests: list[Received] = []
-        self.connections = 0
-        self.largest_burst = 0
+        self.connections: int = 0
+        self.largest_burst: int = 0
 
     def __enter__(self) -> Self:
         self.start()
@@ -250,13 +294,14 @@ class _RequestHandler(BaseHTTPRequestHandler):
     def _read(self) -> Received:
         parts = urlsplit(self.path)
         content: IO[bytes] = SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # kept open
-        left = int(self.headers.get("content-length") or 0)
-        while left > 0:
-            chunk = self.rfile.read(min(left, 65_536))
-            if not chunk:
-                raise ConnectionResetError("the client disconnected")
-            content.write(chunk)
-            left -= len(chunk)
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            while size := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
+                self._copy(size, content)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass  # trailers
+        else:
+            self._copy(int(self.headers.get("content-length") or 0), content)
         return Received(
             method=self.command,
             target=self.path,
@@ -265,6 +310,14 @@ class _RequestHandler(BaseHTTPRequestHandler):
             headers={name.lower(): value for name, value in self.headers.items()},
             content=content,
         )
+
+    def _copy(self, left: int, content: IO[bytes]) -> None:
+        while left > 0:
+            chunk = self.rfile.read(min(left, 65_536))
+            if not chunk:
+                raise ConnectionResetError("the client disconnected")
+            content.write(chunk)
+            left -= len(chunk)
 
     def _break(self, fault: Fault, reply: StubReply) -> None:
         if isinstance(fault, LoseAnswer | DropRequest):

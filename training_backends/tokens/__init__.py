@@ -13,6 +13,7 @@ Tokenizers are optional dependencies and take up to a second to load, so they ar
 from training_backends.tokens.count import (
     EXACT_BYTES,
     SAMPLE_ROWS,
+    count_files,
     count_tokens,
     row_counter,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "EXACT_BYTES",
     "SAMPLE_ROWS",
     "TokenCount",
+    "count_files",
     "count_tokens",
     "row_counter",
     "tokenizer_of",

@@ -2,18 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from training_backends.core.counting import CountProgress
+import msgspec
+
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import DatasetError
-from training_backends.datasets.open_file import STDIN, kind_of
+from training_backends.core.files import Stamp, digest_of, settled_stamp, stamp_of
+from training_backends.datasets.cache import ResultCache
+from training_backends.datasets.open_file import KEPT_BYTES, STDIN, kind_of, open_data
 from training_backends.datasets.worker_pool import cpu_count, run_parallel
 from training_backends.datasets.write import Meter
-from training_backends.tokens.cache import CountCache
 from training_backends.tokens.count_part import CountCheck, CountJob, PartCount, compare, draw
 from training_backends.tokens.counters import NOTE as OPENAI_NOTE
 from training_backends.tokens.counters import count_row, counter_of, is_fast
@@ -27,12 +31,19 @@ from training_backends.tokens.counts import (
 )
 from training_backends.tokens.tokenizers import Tokenizer, find_tokenizer, tokenizer_of
 
-__all__ = ["EXACT_BYTES", "SAMPLE_ROWS", "SLOW_EXACT_BYTES", "count_tokens", "row_counter"]
+__all__ = [
+    "EXACT_BYTES",
+    "SAMPLE_ROWS",
+    "SLOW_EXACT_BYTES",
+    "count_files",
+    "count_tokens",
+    "row_counter",
+]
 
-EXACT_BYTES: Final = 1_000_000_000
-"""Data up to this size is counted completely, in about 20 seconds on two CPUs."""
+EXACT_BYTES: Final = 16_000_000
+"""Data up to this size is counted completely, in about two seconds on two CPUs."""
 
-SLOW_EXACT_BYTES: Final = 20_000_000
+SLOW_EXACT_BYTES: Final = 4_000_000
 """The same for slow counters: chat templates and Mistral's latest tokenizers."""
 
 SAMPLE_ROWS: Final = 2_000
@@ -43,6 +54,9 @@ _CHECKED_ROWS: Final = 64
 _PART_BYTES: Final = 4 << 20
 _PARALLEL_BYTES: Final = 16 << 20
 """Bytes below which starting more processes is slower."""
+
+_VERSION: Final = "tokens 2"
+"""Increment the number when counting or `Lengths` changes."""
 
 _TASK: Final = "training_backends.tokens.count_part:run"
 _Z95: Final = 1.96
@@ -67,45 +81,47 @@ def count_tokens(
     dataset: Dataset,
     model: str,
     *,
-    sample: int | None = None,
-    exact: bool = False,
     seq_len: int | None = None,
     processes: int | None = None,
-    cache: Path | None = None,
-    on_progress: CountProgress | None = None,
 ) -> TokenCount:
     """Count the tokens of the training files with the tokenizer of `model`.
 
-    Blocks while reading: call it in a thread from async code. If mistral-common is the reference, a
-    few rows of each file are verified with it, and all rows are counted with it if they differ.
+    Counts as `dataset.counting` says: by default all rows of data up to `EXACT_BYTES`, and a
+    sample of larger data, which is the same for the same content. Blocks while reading: call it
+    in a thread from async code. If mistral-common is the reference, a few rows of each file are
+    verified with it, and all rows are counted with it if they differ.
 
     Args:
-        sample: Sample so many rows instead of counting all; deterministic for the same content.
-            If None, data above `EXACT_BYTES` is sampled unless `exact`.
         seq_len: Also count the rows longer than this.
         processes: Maximum number of processes; None chooses by size.
-        cache: Directory for caching complete counts.
-        on_progress: Called with the file, the bytes counted and its size.
     """
-    name = tokenizer_of(model)
     try:
-        tokenizer = find_tokenizer(model)
-        counting = _Counting(
-            tokenizer,
-            dataset.train,
-            seq_len=seq_len,
-            processes=processes,
-            cache=cache,
-            on_progress=on_progress,
-        )
-        return counting.count(sample, exact=exact)
-    except Uncountable as error:
+        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=processes)
+        return counting.total(counting.count())
+    except (Uncountable, DatasetError, OSError) as error:
+        return _uncounted(model, error)
+
+
+def count_files(dataset: Dataset, model: str, *, seq_len: int | None = None) -> list[TokenCount]:
+    """Count the tokens of each training file like `count_tokens`, which counts their total.
+
+    If one of the files cannot be counted, none has a count.
+    """
+    try:
+        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=None)
+        return [counting.total([estimate]) for estimate in counting.count()]
+    except (Uncountable, DatasetError, OSError) as error:
+        return [_uncounted(model, error) for _ in dataset.train]
+
+
+def _uncounted(model: str, error: Exception) -> TokenCount:
+    name = tokenizer_of(model)
+    if isinstance(error, Uncountable):
         return TokenCount(tokenizer=name, reason=str(error), bad_row=isinstance(error, BadRow))
-    except DatasetError as error:
-        reason = error.issues[0].message if error.issues else str(error)
-        return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
-    except OSError as error:
-        return TokenCount(tokenizer=name, reason=f"could not read a file: {error.strerror}")
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, DatasetError) and error.issues:
+        reason = error.issues[0].message
+    return TokenCount(tokenizer=name, reason=f"could not read a file: {reason}")
 
 
 def row_counter(model: str) -> Callable[[AnyRow], int] | None:
@@ -126,61 +142,83 @@ class _Counting:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        files: Sequence[DataFile],
+        dataset: Dataset,
         *,
         seq_len: int | None,
         processes: int | None,
-        cache: Path | None,
-        on_progress: CountProgress | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._files = [*files]
+        self._files = dataset.train
+        self._wishes = dataset.counting
         self._seq_len = seq_len
         self._processes = processes
-        self._on_progress = on_progress
-        self._texts_only = any(file.sample_type == "classifier" for file in files)
-        self._cache = CountCache(None if self._texts_only else cache, tokenizer, seq_len)
-        self._size = sum(file.size for file in files)
+        self._texts_only = any(file.sample_type == "classifier" for file in self._files)
+        self._cache = ResultCache(None if self._texts_only else dataset.counting.cache)
+        self._size = sum(file.size for file in self._files)
         self._notes = [OPENAI_NOTE] if tokenizer.kind == "tiktoken" else []
         self._slow = False
 
-    def count(self, sample: int | None, *, exact: bool) -> TokenCount:
+    def count(self) -> list[_Estimate]:
         """Count all files; repeat with the reference if the fast counter differs."""
         packed = [_is_packed(file) for file in self._files]
         bound = EXACT_BYTES if is_fast(self._tokenizer) else SLOW_EXACT_BYTES
-        if sample is None and not exact and self._size > bound:
+        sample = self._wishes.sample
+        if sample is None and not self._wishes.exact and self._size > bound:
             sample = SAMPLE_ROWS
         try:
-            estimates = self._estimate(packed, sample)
+            return self._estimate(packed, sample)
         except _Mismatch as difference:
             self._slow = True
             self._notes.append(
                 f"All rows were counted with mistral-common: counts differed at {difference}."
             )
-            estimates = self._estimate(packed, sample)
-        return self._total(estimates)
+            return self._estimate(packed, sample)
 
     def _estimate(self, packed: Sequence[bool], sample: int | None) -> list[_Estimate]:
         found: dict[int, _Estimate] = {}
         complete: list[tuple[int, CountJob]] = []
         for number, file in enumerate(self._files):
+            if kept := self._kept(file):
+                found[number] = _exactly(kept)
+                continue
             job = self._job(file, is_packed=packed[number])
             wanted = _share(sample, file.size, self._size)
-            is_drawn = bool(wanted) and wanted < file.rows and not packed[number]
-            # The cache reads the complete file for its digest, which sampling avoids.
-            if not is_drawn or self._cache.may_hold(file):
-                file = self._files[number] = self._cache.known(file)  # noqa: PLW2901
-                if kept := self._cache.find(file):
-                    found[number] = _exactly(kept)
-                    continue
-            if is_drawn:
+            if wanted and wanted < file.rows and not packed[number]:
                 found[number] = self._draw(file, job, wanted)
             else:
                 complete.append((number, job))
+        stamps = self._stamps(number for number, _ in complete)
         for number, lengths in self._count_complete(complete):
             found[number] = _exactly(lengths)
-            self._cache.keep(self._files[number], lengths)
+            self._keep(self._files[number].path, stamps.get(number), lengths)
         return [found[number] for number in sorted(found)]
+
+    def _stamps(self, numbers: Iterable[int]) -> dict[int, Stamp | None]:
+        if self._wishes.cache is None:
+            return {}
+        return {number: settled_stamp(self._files[number].path, wait=True) for number in numbers}
+
+    def _kept(self, file: DataFile) -> Lengths | None:
+        """Return the kept count of a file, without reading the file."""
+        if self._wishes.cache is None or file.sha256 is None:
+            return None
+        with suppress(msgspec.MsgspecError):
+            if content := self._cache.find(self._key(file.sha256)):
+                return msgspec.json.decode(content, type=Lengths)
+        return None
+
+    def _keep(self, path: Path, stamp: Stamp | None, lengths: Lengths) -> None:
+        """Keep the count of a file, unless the file has changed while it was counted."""
+        if stamp is not None and stamp == stamp_of(path):
+            key = self._key(digest_of(path).sha256)
+            self._cache.keep(key, msgspec.json.encode(lengths))
+
+    def _key(self, digest: str) -> str:
+        return f"{_VERSION}\n{digest}\n{self._fingerprint}\n{self._seq_len}"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self._tokenizer.fingerprint()  # reads tens of megabytes the first time
 
     def _job(self, file: DataFile, *, is_packed: bool) -> CountJob:
         return CountJob(
@@ -227,7 +265,7 @@ class _Counting:
         for position, ((number, job), result) in enumerate(zip(jobs, results, strict=True)):
             file = self._files[number]
             if meter is None:
-                meter = Meter(file.path, file.size, self._on_progress)
+                meter = Meter(file.path, file.size, self._wishes.on_progress)
             if isinstance(result, CountCheck):
                 self._note(result)
                 continue
@@ -250,7 +288,10 @@ class _Counting:
         if job.packed:
             yield job
             return
-        for start in range(0, max(1, size), _PART_BYTES):
+        if self._size <= KEPT_BYTES:
+            yield from _with_lines(job, size)
+            return
+        for start in range(0, size, _PART_BYTES):
             yield replace(job, start=start, end=start + _PART_BYTES)
 
     def _workers(self, size: int) -> int:
@@ -259,7 +300,8 @@ class _Counting:
         slow = self._slow or not is_fast(self._tokenizer)
         return cpu_count() if size >= _PARALLEL_BYTES // (16 if slow else 1) else 1
 
-    def _total(self, estimates: Sequence[_Estimate]) -> TokenCount:
+    def total(self, estimates: Sequence[_Estimate]) -> TokenCount:
+        """Return the sum of the estimates of some of the files."""
         lengths = Lengths()
         for estimate in estimates:
             lengths.merge(estimate.lengths)
@@ -287,6 +329,19 @@ class _Counting:
         )
 
 
+def _with_lines(job: CountJob, size: int) -> Iterator[CountJob]:
+    """Yield the parts of a small file with their lines, so that no process reads it again."""
+    with open_data(job.path) as file:
+        start = 0
+        while True:
+            lines = b"".join(file.readlines(_PART_BYTES))
+            end = start + len(lines)
+            yield replace(job, start=start, end=end, lines=lines)
+            if end >= size or not lines:
+                return
+            start = end
+
+
 def _exactly(lengths: Lengths) -> _Estimate:
     return _Estimate(lengths, lengths.tokens, round(lengths.rows))
 
@@ -304,7 +359,7 @@ def _is_packed(file: DataFile) -> bool:
     """
     if file.path == STDIN:
         raise Uncountable("standard input cannot be read twice")
-    with file.path.open("rb") as opened:
+    with open_data(file.path) as opened:
         if opened.seek(0, 2) != file.size:
             raise Uncountable(f"{file.path} has changed since it was inspected")
         opened.seek(0)

@@ -36,13 +36,12 @@ __all__ = [
     "Reference",
     "TemplateCheck",
     "TemplateCounter",
+    "chat_request",
     "count_row",
     "counter_of",
-    "encoding_count",
     "has_reference",
     "has_template",
     "is_fast",
-    "load_reference",
     "rendered",
 ]
 
@@ -93,7 +92,7 @@ class Reference:
         if isinstance(row, TextRow):
             return len(self._encode(row.text, around=True))
         try:
-            request = self._request.model_validate(_request(row))
+            request = self._request.model_validate(chat_request(row))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return len(self._tokenizer.encode_chat_completion(request).tokens)
@@ -127,12 +126,13 @@ class _Sizes:
 
 
 @lru_cache(maxsize=2)
-def load_reference(path: Path) -> Reference:
+def _load_reference(path: Path) -> Reference:
     """Return the reference counter of a file; cached, because loading is slow."""
     return Reference(path)
 
 
-def _request(row: ChatRow) -> dict[str, Any]:
+def chat_request(row: ChatRow) -> dict[str, Any]:
+    """Return the content of mistral-common's request for a conversation."""
     request: dict[str, Any] = {"messages": [_message(message) for message in row.messages]}
     if row.tools:
         request["tools"] = [
@@ -438,7 +438,7 @@ _PER_NAME: Final = 1
 _AT_THE_END: Final = 3
 
 
-def encoding_count(name: str) -> TextCount:
+def _encoding_count(name: str) -> TextCount:
     """Load an encoding that tiktoken has cached.
 
     Raises:
@@ -533,7 +533,7 @@ class _Mistral:
                 counted = self.text(row.text) + 2  # BOS and EOS
             except ValueError:
                 counted = None
-        return load_reference(self._path).row(row) if counted is None else counted
+        return _load_reference(self._path).row(row) if counted is None else counted
 
 
 def has_reference(tokenizer: Tokenizer) -> bool:
@@ -562,10 +562,10 @@ def counter_of(tokenizer: Tokenizer, *, slow: bool = False) -> Counter:
         return _Bytes()
     if tokenizer.kind in _MISTRAL:
         if slow or tokenizer.version not in VERSIONS:
-            return load_reference(tokenizer.path)
+            return _load_reference(tokenizer.path)
         return _Mistral(tokenizer)
     if tokenizer.kind == "tiktoken":
-        return OpenAICounter(encoding_count(tokenizer.name))
+        return OpenAICounter(_encoding_count(tokenizer.name))
     return TemplateCounter(tokenizer.path)
 
 

@@ -15,6 +15,7 @@ from training_backends.datasets.rows import (
 )
 
 __all__ = [
+    "SAMPLE_NOTE",
     "UNKNOWN_LAYOUT",
     "AnyRow",
     "BadRow",
@@ -32,6 +33,10 @@ __all__ = [
 Row = ChatRow | TextRow
 AnyRow = ChatRow | TextRow | ClassifierRow | PreferenceRow
 
+SAMPLE_NOTE = (
+    "The tokens are estimated from a sample of the rows, and so is whatever depends on them; "
+    "`--exact` counts all rows."
+)
 UNKNOWN_LAYOUT = "the provider's encoding of classifier rows is not documented"
 
 

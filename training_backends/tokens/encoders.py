@@ -19,7 +19,7 @@ from training_backends.datasets.rows import (
     TextRow,
     byte_encode,
 )
-from training_backends.tokens.counters import EndlessTemplate, rendered
+from training_backends.tokens.counters import EndlessTemplate, chat_request, rendered
 
 __all__ = [
     "ByteEncoder",
@@ -273,9 +273,8 @@ class MistralEncoder:
     def _encode_chat(self, row: ChatRow, tokenizer: Any) -> list[int]:
         from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
 
-        content = _openai_row(row)
         try:
-            request = self._request.from_openai(**content)
+            request = self._request.model_validate(chat_request(row))
             return list(tokenizer.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
             raise UnusableRow(first_line(error)) from error
@@ -296,7 +295,8 @@ class MistralEncoder:
 
     def prompt(self, text: str) -> list[int]:
         """Encode one user message."""
-        request = self._request.from_openai(messages=[{"role": "user", "content": text}])
+        row = ChatRow([Message("user", text)])
+        request = self._request.model_validate(chat_request(row))
         return list(self._asking.encode_chat_completion(request).tokens)
 
     def decode(self, ids: list[int]) -> str:
@@ -325,9 +325,9 @@ class TemplateEncoder:
         if self._tokenizer.eos_token_id is None:
             raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
         self._model = model
-        self.eos_id = int(self._tokenizer.eos_token_id)
+        self.eos_id: int = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad is None else int(pad)
+        self.pad_id: int = self.eos_id if pad is None else int(pad)
         specials = {*self._tokenizer.all_special_tokens}
         added = self._tokenizer.added_tokens_decoder.values()
         self._specials = specials | {token.content for token in added if token.special}

@@ -1,11 +1,11 @@
 """Warn about training rows that exceed the sequence length."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Final, Literal
 
-from training_backends.core.counting import CountProgress
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
+from training_backends.core.escape import plural
 from training_backends.tokens import count_tokens
 
 __all__ = ["overlong_rows"]
@@ -22,8 +22,6 @@ def overlong_rows(
     *,
     fix: str,
     unusable: Literal["error", "warning"] | None = None,
-    cache: Path | None = None,
-    on_progress: CountProgress | None = None,
 ) -> Issue | None:
     """Return an issue if training rows are longer than `seq_len` tokens. Blocks.
 
@@ -35,21 +33,13 @@ def overlong_rows(
         fix: Fix of the issue.
         unusable: Severity of a row that cannot be counted, if training rejects such rows;
             None ignores it.
-        cache: Directory for caching complete counts, so that an estimate need not count again.
-            For large data these are only the counts of compressed files, which are not sampled.
     """
     if all(file.summary.longest_row <= seq_len for file in dataset.train):
         return None
     is_small = sum(file.size for file in dataset.train) <= _COUNTED_BYTES
-    count = count_tokens(
-        dataset,
-        model,
-        sample=None if is_small else _SAMPLE_ROWS,
-        exact=is_small,
-        seq_len=seq_len,
-        cache=cache,
-        on_progress=on_progress,
-    )
+    counting = replace(dataset.counting, sample=None if is_small else _SAMPLE_ROWS, exact=is_small)
+    dataset = dataset.model_copy(update={"counting": counting})
+    count = count_tokens(dataset, model, seq_len=seq_len)
     if count.bad_row and unusable:
         return Issue(
             code="unusable_row",
@@ -63,7 +53,7 @@ def overlong_rows(
     verb = "is" if count.over == 1 else "are"
     return Issue(
         code="overlong_rows",
-        message=f"{about}{count.over:,} of {count.rows:,} rows {verb} longer than "
+        message=f"{about}{count.over:,} of {plural(count.rows or 0, 'row')} {verb} longer than "
         f"{seq_len:,} tokens",
         field="hyperparameters.seq_len",
         fix=fix,

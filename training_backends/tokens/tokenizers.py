@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.core.files import digest_of
 from training_backends.tokens.counts import Uncountable
 from training_backends.tokens.images import ImageConfig
 from training_backends.tokens.text_counters import shipped, tekken_facts
@@ -151,7 +152,7 @@ class Tokenizer:
         if self.path and self.path.is_dir():
             suffixes = (".jinja", ".json", ".model", ".txt")
             paths = sorted(each for each in self.path.iterdir() if each.suffix in suffixes)
-        parts += [sha256(path.read_bytes()).hexdigest() for path in paths]
+        parts += [digest_of(path).sha256 for path in paths]
         for package in _packages(self.kind):
             with suppress(PackageNotFoundError):
                 parts.append(f"{package} {version(package)}")

@@ -1,6 +1,5 @@
 """Write the model card of a result: base model, data, metrics, configuration and license."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Final, NamedTuple
 from yaml import YAMLError
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.core.files import digest_of
 from training_backends.rundir.directory import MetricsRow, ResultRecord, RunDir, RunSpec
 
 __all__ = ["DataFacts", "Licence", "describe_data", "read_licence", "write_card"]
@@ -56,9 +56,8 @@ class Licence(NamedTuple):
 
 def describe_data(path: Path, role: str, rows: int) -> DataFacts:
     """Return a data file's name, size and SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return DataFacts(path.name, role, rows, file.tell(), digest)
+    found = digest_of(path)
+    return DataFacts(path.name, role, rows, found.size, found.sha256)
 
 
 def read_licence(model: str) -> Licence | None:

@@ -1,7 +1,7 @@
 """What a run on this machine is expected to take."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ import pytest
 
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.spec import build_spec
-from training_backends.core.counting import Counting, wishing
-from training_backends.core.dataset import Dataset, Summary
+from training_backends.core.dataset import Counting, Dataset, Summary
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
 
@@ -24,31 +23,24 @@ NEMO = "mistralai/Mistral-Nemo-Instruct-2407"
 EPOCH = {"epochs": 1, "batch_size": 1}
 
 
-@pytest.fixture
-def counting(tmp_path: Path) -> Iterator[Counting]:
-    """Keep counts in a directory of the test."""
-    wishes = Counting(cache=tmp_path / "counts")
-    with wishing(wishes):
-        yield wishes
-
-
 def notes_of(found: Any, word: str) -> list[str]:
     """Return the notes with a word."""
     return [note for note in found.notes if word in note]
 
 
 async def test_other_models_are_counted_with_their_own_tokenizer(
-    backend: LocalBackend, make_run: MakeRun, inspected: Inspected, counting: Counting
+    backend: LocalBackend, make_run: MakeRun, inspected: Inspected, tmp_path: Path
 ) -> None:
     """No model is loaded for it, and the count is kept for the next time."""
     run = make_run(model=NEMO, hyperparameters={"epochs": 2, "batch_size": 10})
-    found = await backend.estimate(run.config, inspected(run))
+    counting = Counting(cache=tmp_path / "counts")
+    dataset = inspected(run).model_copy(update={"counting": counting})
+    found = await backend.estimate(run.config, dataset)
     assert (found.basis, found.steps, found.epochs) == ("exact", 8, 2)
     assert found.data_tokens is not None
     assert 40 * 10 < found.data_tokens < 40 * 30
     assert found.train_tokens == 2 * found.data_tokens
-    assert counting.cache is not None
-    assert len(list(counting.cache.iterdir())) == 1
+    assert len(list((tmp_path / "counts").iterdir())) == 1
 
 
 async def test_steps_tell_the_epochs(

@@ -1,5 +1,6 @@
 """The backend under the real client and its store."""
 
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from blockbuster import blockbuster_ctx
 
+from tests.readings import counted_readings
 from training_backends import (
     AsyncTrainingClient,
     BackendRetired,
@@ -185,3 +187,44 @@ async def test_retired_service_leaves_no_run(
         with pytest.raises(BackendRetired):
             await client.launch(config, backend="mistral", run_id="mine")
         assert list(await client.list()) == []
+
+
+async def test_a_launch_reads_a_file_once_to_check_and_once_to_send_it(
+    open_client: Open, make_config: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    """Its rows, its digest and its tokens are known from one reading, and kept for later calls."""
+    path = tmp_path / "rows.jsonl"
+    row = (
+        '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "%s"}]}'
+    )
+    path.write_text("".join(f"{row % (n, 'word ' * (n % 50 + 1))}\n" for n in range(2000)))
+    config = make_config(
+        model="open-mistral-7b", data={"train": path}, hyperparameters={"training_steps": 10}
+    )
+    with counted_readings() as readings:
+        async with open_client() as client:
+            assert (await client.validate(config, backend="mistral")).dataset is not None
+            assert (await client.estimate(config, backend="mistral")).basis == "exact"
+            await client.launch(config, backend="mistral")
+        async with open_client() as client:
+            await client.validate(config, backend="mistral")
+            await client.estimate(config, backend="mistral")
+    assert 1 < readings[str(path)] / path.stat().st_size <= 2
+
+
+async def test_a_file_written_in_between_is_checked_again(
+    open_client: Open, make_config: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    """A write that keeps size and modification time is noticed."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 2)
+    config = make_config(data={"train": path})
+    async with open_client() as client:
+        before = await client.inspect(config, backend="mistral")
+        times = path.stat()
+        path.write_text(path.read_text().replace("content", "CONTENT"))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        after = await client.inspect(config, backend="mistral")
+    assert before.files[0].size == after.files[0].size
+    assert before.files[0].sha256 != after.files[0].sha256
+    assert after.files[0].summary.findings != before.files[0].summary.findings

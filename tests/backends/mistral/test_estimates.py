@@ -118,6 +118,7 @@ def test_sample_keeps_its_interval(make_config: MakeConfig) -> None:
     count = TokenCount(data_tokens=1000, basis="sampled", interval=(950, 1050))
     found = estimate(make_config, count, hyperparameters={"epochs": 1})
     assert (found.basis, found.interval) == ("sampled", (950, 1050))
+    assert any("a sample of the rows" in note for note in found.notes)
 
 
 def test_sampled_cost_has_an_interval(make_config: MakeConfig) -> None:
@@ -131,17 +132,14 @@ def test_sampled_cost_has_an_interval(make_config: MakeConfig) -> None:
     assert by_steps.cost_interval is None
 
 
-def counted(tokens: dict[str, int], interval: int = 0) -> Callable[[Dataset], TokenCount]:
-    """Return what counts a dataset by the names of its files."""
-
-    def count(dataset: Dataset) -> TokenCount:
-        found = sum(tokens[file.path.name] for file in dataset.train)
-        if not interval:
-            return TokenCount(data_tokens=found)
-        bounds = found - interval, found + interval
-        return TokenCount(data_tokens=found, basis="sampled", interval=bounds)
-
-    return count
+def counted(*tokens: int, margin: int = 0) -> list[TokenCount]:
+    """Return the counts of several files."""
+    if not margin:
+        return [TokenCount(data_tokens=count) for count in tokens]
+    return [
+        TokenCount(data_tokens=n, basis="sampled", interval=(n - margin, n + margin))
+        for n in tokens
+    ]
 
 
 def weighted(*weights: float) -> Dataset:
@@ -157,21 +155,21 @@ def weighted(*weights: float) -> Dataset:
 
 def test_equal_weights_change_nothing() -> None:
     """Files that all count the same are read once each in an epoch."""
-    once, epoch = count_epoch(weighted(3, 3), counted({"0.jsonl": 100, "1.jsonl": 300}))
-    assert once == epoch == TokenCount(data_tokens=400)
+    once, epoch = count_epoch(weighted(3, 3), counted(100, 300))
+    assert once == epoch
+    assert once.data_tokens == 400
 
 
 def test_weights_are_those_of_an_epoch() -> None:
     """A row of weight 3 comes thrice for one of weight 1, and an epoch has as many rows."""
-    once, epoch = count_epoch(weighted(1, 3), counted({"0.jsonl": 100, "1.jsonl": 300}))
+    once, epoch = count_epoch(weighted(1, 3), counted(100, 300))
     assert once.data_tokens == 400
     assert epoch.data_tokens == 100 * 0.5 + 300 * 1.5
 
 
 def test_weights_and_samples_go_together() -> None:
     """Of several sampled files the errors are added as independent ones are."""
-    tokens = {"0.jsonl": 100, "1.jsonl": 300}
-    once, epoch = count_epoch(weighted(1, 3), counted(tokens, interval=10))
+    once, epoch = count_epoch(weighted(1, 3), counted(100, 300, margin=10))
     assert (once.basis, once.interval) == ("sampled", (385, 415))
     assert epoch.interval == (484, 516)
 

@@ -30,14 +30,14 @@ def test_any_text_has_a_status(word: str) -> None:
     assert (to_status(word) is TrainingStatus.UNKNOWN) == (word not in JOB_STATUSES)
 
 
-def test_every_status_but_unknown_has_a_word() -> None:
-    """What a server of ours can be in, it can say, and a client reads it back."""
+def test_every_status_of_the_protocol_has_a_word() -> None:
+    """A server can report any status but unknown; a paused run, which has no word, is RUNNING."""
     for status in TrainingStatus:
         word = to_wire(status)
         if status is TrainingStatus.UNKNOWN:
             assert word is None
         elif status is TrainingStatus.PAUSED:
-            assert word == "RUNNING", "the protocol has no word for it"
+            assert word == "RUNNING"
         else:
             assert word is not None
             assert to_status(word) is status

@@ -60,7 +60,6 @@ from training_backends.core.backend import (
 )
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.config import TINY_MODEL, TrainingConfig
-from training_backends.core.counting import counting
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
     BackendNotInstalled,
@@ -162,7 +161,6 @@ class LocalBackend(TrainingBackend):
         issues += await self._model_issues(config, dataset)
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
-        wishes = counting()
         overlong = partial(
             overlong_rows,
             dataset,
@@ -170,8 +168,6 @@ class LocalBackend(TrainingBackend):
             int(resolved_values(config)["seq_len"]),
             fix="longer rows are truncated in training: shorten them, or raise seq_len",
             unusable=unusable_severity(config, issues),
-            cache=wishes.cache,
-            on_progress=wishes.on_progress,
         )
         found = await to_thread.run_sync(overlong)
         return ValidationReport(issues=(*issues, found) if found else issues)
@@ -189,7 +185,7 @@ class LocalBackend(TrainingBackend):
         spec = await to_thread.run_sync(build_spec, "estimate", config, self._slots)
         taken = ", ".join(f"{name} {value:g}" for name, value in defaults_taken(config).items())
         notes = (f"Defaults used: {taken}.",) if taken else ()
-        found = await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes, counting())
+        found = await to_thread.run_sync(estimate_run, spec, dataset, self._runs, notes)
         return found.model_copy(update={"hyperparameters": resolved_values(config)})
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:

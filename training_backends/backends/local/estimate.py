@@ -11,13 +11,15 @@ from typing import Final
 import msgspec
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.core.counting import Counting
 from training_backends.core.dataset import Dataset
+from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.run import utc_now
+from training_backends.datasets.open_file import open_data
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunDir, RunSpec
-from training_backends.tokens import count_tokens
+from training_backends.tokens import count_files
+from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["estimate_run"]
 
@@ -40,9 +42,7 @@ class _FileCount:
     over: int = 0
 
 
-def estimate_run(
-    spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, ...], wishes: Counting
-) -> Estimate:
+def estimate_run(spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, ...]) -> Estimate:
     """Estimate a run; blocks while it reads the training files.
 
     Args:
@@ -51,7 +51,7 @@ def estimate_run(
     """
     source = PriceSource(name="local training is free", as_of=utc_now().date())
     costs = (CostItem(name="training", amount=_FREE, source=source),)
-    counts = _counts(spec, dataset, wishes)
+    counts = _counts(spec, dataset)
     if isinstance(counts, str):
         rows = tuple(file.rows for file in dataset.train)
         notes += (
@@ -77,21 +77,13 @@ def estimate_run(
     )
 
 
-def _counts(spec: RunSpec, dataset: Dataset, wishes: Counting) -> list[_FileCount] | str:
+def _counts(spec: RunSpec, dataset: Dataset) -> list[_FileCount] | str:
     """Count each training file; return the reason if that is not possible."""
     if spec.model == TINY_MODEL and spec.method == "sft":
         return [_count(source.path, spec.seq_len) for source in spec.train]
     found: list[_FileCount] = []
-    for file in dataset.train:
-        counted = count_tokens(
-            dataset.model_copy(update={"files": (file,)}),
-            spec.model,
-            sample=wishes.sample,
-            exact=wishes.exact,
-            seq_len=spec.seq_len,
-            cache=wishes.cache,
-            on_progress=wishes.on_progress,
-        )
+    counts = count_files(dataset, spec.model, seq_len=spec.seq_len)
+    for file, counted in zip(dataset.train, counts, strict=True):
         if counted.data_tokens is None:
             return counted.reason or "no tokenizer is available"
         found.append(
@@ -120,7 +112,7 @@ def _count(path: Path, seq_len: int) -> _FileCount:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_data(path) as file:
         for number, line in enumerate(file):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
             if content.strip():
@@ -156,12 +148,13 @@ def _interval(counts: Sequence[_FileCount]) -> tuple[int, int] | None:
     if not any(count.interval for count in counts):
         return None
     tokens = sum(count.tokens for count in counts)
-    halves = [(c.interval[1] - c.interval[0]) / 2 for c in counts if c.interval]
-    margin = math.hypot(*halves)
+    margin = math.hypot(*(count.interval[1] - count.tokens for count in counts if count.interval))
     return max(0, math.floor(tokens - margin)), math.ceil(tokens + margin)
 
 
 def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
+    if any(count.interval for count in counts):
+        yield SAMPLE_NOTE
     if spec.packing:
         unknown = "Steps" if spec.training_steps is None else "Trained tokens and epochs"
         yield f"{unknown} unknown: they depend on how many rows are packed into each sequence."
@@ -169,8 +162,8 @@ def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
         yield "train_tokens is an average; the exact number depends on shuffling."
     if over := sum(count.over for count in counts):
         yield (
-            f"{over:,} rows are longer than seq_len ({spec.seq_len:,} tokens): they are truncated "
-            "in training, but counted in full here."
+            f"{plural(over, 'row')} longer than seq_len ({spec.seq_len:,} tokens): truncated in "
+            "training, but counted in full here."
         )
 
 

@@ -37,7 +37,6 @@ from training_backends.core.backend import (
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import Hyperparameters, TrainingConfig
-from training_backends.core.counting import counting
 from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
@@ -59,7 +58,7 @@ from training_backends.protocols.mistral.wire import (
     CompletionTrainingParametersIn,
     Job,
 )
-from training_backends.tokens import count_tokens
+from training_backends.tokens import count_files
 from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["MistralAPIBackend"]
@@ -161,15 +160,12 @@ class MistralAPIBackend(TrainingBackend):
         """
         issues = check_config(config)
         issues += await check_secrets(config, self._credentials)
-        wishes = counting()
         overlong = partial(
             overlong_rows,
             dataset,
             config.model,
             sequence_length(config),
             fix="shorten them, or set seq_len; how the server handles longer rows is unknown",
-            cache=wishes.cache,
-            on_progress=wishes.on_progress,
         )
         if issue := await anyio.to_thread.run_sync(overlong):
             issues.append(issue)
@@ -179,17 +175,8 @@ class MistralAPIBackend(TrainingBackend):
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Estimate from the data; the server's own quote follows during the launch."""
-        wishes = counting()
-        count = partial(
-            count_tokens,
-            model=config.model,
-            sample=wishes.sample,
-            exact=wishes.exact,
-            seq_len=sequence_length(config),
-            cache=wishes.cache,
-            on_progress=wishes.on_progress,
-        )
-        once, epoch = await anyio.to_thread.run_sync(count_epoch, dataset, count)
+        count = partial(count_files, dataset, config.model, seq_len=sequence_length(config))
+        once, epoch = count_epoch(dataset, await anyio.to_thread.run_sync(count))
         return estimate_from_count(config, once, epoch, hosted=self._settings.is_hosted)
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:

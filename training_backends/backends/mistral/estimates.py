@@ -1,17 +1,19 @@
 """Estimate tokens, steps and cost from data and known prices, without guessing."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from training_backends.backends.mistral.job_request import job_type_of
 from training_backends.backends.mistral.job_state import passes
 from training_backends.backends.mistral.prices import FEES_NOTE, Price, find_price, with_fees
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
+from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
+from training_backends.protocols.mistral.status import job_type_of
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens import TokenCount
+from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["count_epoch", "estimate_from_count", "sequence_length"]
 
@@ -26,28 +28,24 @@ _WEIGHTS_UNKNOWN = "How the hosted service interpreted them is unknown."
 
 def sequence_length(config: TrainingConfig) -> int:
     """Return the sequence length in tokens: as configured, or the service's default."""
-    return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config)]
+    return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config.method)]
 
 
-def count_epoch(
-    dataset: Dataset, count: Callable[[Dataset], TokenCount]
-) -> tuple[TokenCount, TokenCount]:
-    """Count the training data once, and per epoch, which differs with file weights.
+def count_epoch(dataset: Dataset, counts: Sequence[TokenCount]) -> tuple[TokenCount, TokenCount]:
+    """Return the tokens of the training data, and per epoch, which differs with file weights.
 
     Args:
-        count: Counts a dataset, each row once.
+        counts: Tokens of each training file, each row once.
     """
-    files = dataset.train
-    weights = tuple(file.weight for file in files)
+    weights = tuple(file.weight for file in dataset.train)
+    once = _sum(counts, [1.0] * len(counts))
     if len(set(weights)) <= 1:
-        counted = count(dataset)
-        return counted, counted
-    rows = tuple(file.rows for file in files)
-    counts = [count(dataset.model_copy(update={"files": (file,)})) for file in files]
+        return once, once
+    rows = tuple(file.rows for file in dataset.train)
     shares = [
         seen / (there or 1) for seen, there in zip(rows_per_epoch(rows, weights), rows, strict=True)
     ]
-    return _sum(counts, [1.0] * len(counts)), _sum(counts, shares)
+    return once, _sum(counts, shares)
 
 
 def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
@@ -58,15 +56,15 @@ def _sum(counts: Sequence[TokenCount], shares: Sequence[float]) -> TokenCount:
             return counted
         total += share * counted.data_tokens
         if counted.interval:
-            variance += (share * (counted.interval[1] - counted.interval[0]) / 2) ** 2
+            variance += (share * (counted.interval[1] - counted.data_tokens)) ** 2
     margin = math.sqrt(variance)
     interval = max(0, math.floor(total - margin)), math.ceil(total + margin)
     return TokenCount(
         data_tokens=round(total),
         basis="sampled" if variance else "exact",
         interval=interval if variance else None,
-        tokenizer=counts[0].tokenizer,
-        seq_len=counts[0].seq_len,
+        tokenizer=counts[0].tokenizer if counts else None,
+        seq_len=counts[0].seq_len if counts else None,
         over=sum(counted.over or 0 for counted in counts),
         notes=tuple(dict.fromkeys(note for counted in counts for note in counted.notes)),
     )
@@ -83,18 +81,20 @@ def estimate_from_count(
     """
     epoch = epoch or count
     notes = list(count.notes)
+    if count.basis == "sampled":
+        notes.append(SAMPLE_NOTE)
     if count.data_tokens is None:
         notes.append(f"Token count unknown: {count.reason}.")
     elif count.over and count.seq_len:
         about = "About " if count.basis == "sampled" else ""
         notes.append(
-            f"{about}{count.over:,} rows exceed the sequence length of {count.seq_len:,} tokens; "
-            "how the server handles the rest is unknown."
+            f"{about}{plural(count.over, 'row')} longer than the sequence length of "
+            f"{count.seq_len:,} tokens; how the server handles the rest is unknown."
         )
     if len({source.weight for source in config.data.train}) > 1:
         notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)
     # Observed at the hosted service only.
-    price = find_price(config.model, job_type_of(config)) if hosted else None
+    price = find_price(config.model, job_type_of(config.method)) if hosted else None
     train_tokens, steps = _amounts(config, epoch.data_tokens, price, notes)
     costs: tuple[CostItem, ...] = ()
     if not hosted:

@@ -13,7 +13,7 @@ from training_backends.backends.mistral.retry import Steps
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
 from training_backends.datasets.shard import plan_shards
-from training_backends.http.upload import HashedFile, hash_file, stamp_of
+from training_backends.http.upload import HashedFile, hash_file
 
 __all__ = ["Uploads"]
 
@@ -124,13 +124,12 @@ def _parts_of(path: Path, limit: int) -> Sequence[HashedFile]:
     Each part is verified against its hash during the upload, so parts of a changing file are
     never mixed.
     """
-    stamp = stamp_of(path)
     try:
         shards = plan_shards(path, limit, on_progress=lambda *_: from_thread.check_cancelled())
     except OSError as error:
         raise _unreadable(path, error) from error
     return [
-        HashedFile(shard.sha256, shard.size, stamp, shard.offset)
+        HashedFile(shard.sha256, shard.size, shard.offset)
         for shard in shards
         if shard.rows < shard.size  # skip parts with only line ends
     ]

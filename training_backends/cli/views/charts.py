@@ -2,14 +2,15 @@
 
 import csv
 import os
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
+from training_backends.cli.views.console import write
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.escape import escape_controls
 
@@ -57,10 +58,12 @@ def choose(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Seri
 
 def write_csv(series: Mapping[str, Series]) -> None:
     """Write one row per step to standard output; missing values are empty."""
-    out = csv.writer(sys.stdout, lineterminator="\n")
+    text = StringIO()
+    out = csv.writer(text, lineterminator="\n")
     out.writerow(["step", *map(escape_controls, series)])
     for step in sorted({step for values in series.values() for step in values}):
         out.writerow([step, *(values.get(step, "") for values in series.values())])
+    write(text.getvalue())
 
 
 def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None:
@@ -82,12 +85,12 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
                 coloured=coloured,
                 plain=not _can_show_dots(out),
             )
-        out.file.write(f"{text}\n\n")
+        write(f"{text}\n\n", out.file)
 
 
 @contextmanager
 def _colours(wanted: bool) -> Iterator[None]:
-    """Force colors in plotille, which checks standard output while we draw to standard error."""
+    """Force colors in plotille, which asks standard output for them, not the console."""
     before = os.environ.get(_FORCE)
     if wanted:
         os.environ[_FORCE] = "1"

@@ -1,16 +1,12 @@
-"""Output of the `data` commands: text on stderr, JSON on stdout."""
+"""Output of the `data` commands."""
 
-import json
-import shutil
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self
 
 import yaml
 from rich.console import Console
@@ -18,16 +14,18 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from training_backends.cli.exit_codes import Interrupted
-from training_backends.cli.views.render import (
-    FileBars,
-    console,
-    issue_document,
-    show_issues,
+from training_backends.cli.views.console import (
+    show_fields,
     show_text,
+    stderr,
+    stdout,
+    write_json_line,
 )
+from training_backends.cli.views.render import FileBars, issue_document, show_issues
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import Issue
+from training_backends.core.escape import plural
 from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
 from training_backends.datasets.shard import ShardFile
@@ -37,34 +35,31 @@ from training_backends.tokens import TokenCount
 
 __all__ = [
     "InspectView",
-    "JsonList",
-    "JsonRepairs",
-    "ShownRepairs",
+    "RepairLines",
+    "RepairView",
     "bar",
     "show_data",
     "show_shards",
     "show_split",
-    "write_lists",
 ]
 
 _MOST_LINES = 50
-_MEMORY = 1 << 20
 
 
 @contextmanager
-def bar(out: Console, what: str) -> Iterator[OnProgress]:
+def bar(what: str) -> Iterator[OnProgress]:
     """Show progress per file, and report Ctrl-C as `Interrupted`.
 
     The bar is shown only on a terminal.
     """
-    with FileBars(out=out) as bars:
+    with FileBars() as bars:
         try:
             yield partial(bars.show, what)
         except KeyboardInterrupt:
             raise Interrupted("Interrupted; no partial files were left.") from None
 
 
-class ShownRepairs:
+class RepairView:
     """Prints the first repairs and issues of one file and counts the others."""
 
     def __init__(self, out: Console) -> None:
@@ -97,7 +92,7 @@ class ShownRepairs:
         if done.source == done.target and not done.backup:
             out.print(f"{escape(str(done.source))}: nothing to repair")
         else:
-            what = f"{done.rows:,} rows read, {done.written:,} written to {done.target}"
+            what = f"{plural(done.rows, 'row')} read, {done.written:,} written to {done.target}"
             out.print(f"{escape(f'{done.source}: {what}')}")
         for code, what in REPAIRS.items():
             if count := done.counts.get(code):
@@ -109,70 +104,22 @@ class ShownRepairs:
 
     def _show_more(self, count: int) -> None:
         if count > 0:
-            self._out.print(f"  … and {count:,} more (use --json to list all)")
+            self._out.print(f"  … and {count:,} more (use --json to show all)")
 
 
-class JsonList:
-    """A JSON array that is spooled to disk, so that it may exceed memory."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_MEMORY, "w+", encoding="ascii")  # noqa: SIM115
-        self._separator = ""
-
-    def add(self, document: Any) -> None:
-        """Append an entry."""
-        self._file.write(self._separator)
-        json.dump(document, self._file, default=str)
-        self._separator = ",\n"
-
-    def add_object(self, fields: dict[str, Any], **lists: "JsonList") -> None:
-        """Append an object; `lists` become its array fields."""
-        self._file.write(self._separator)
-        _write_object(self._file, fields, lists)
-        self._separator = ",\n"
-
-    def copy_to(self, file: IO[str]) -> None:
-        """Write the array to `file`."""
-        file.write("[")
-        self._file.seek(0)
-        shutil.copyfileobj(self._file, file)
-        file.write("]")
-
-
-def write_lists(fields: dict[str, Any], **lists: JsonList) -> None:
-    """Write the command's JSON document to stdout."""
-    _write_object(sys.stdout, fields, lists)
-    sys.stdout.write("\n")
-
-
-def _write_object(file: IO[str], fields: dict[str, Any], lists: dict[str, JsonList]) -> None:
-    file.write("{")
-    for name, value in fields.items():
-        file.write(f"{json.dumps(name)}: {json.dumps(value, default=str)}, ")
-    for number, (name, each) in enumerate(lists.items()):
-        file.write(f"{', ' if number else ''}{json.dumps(name)}: ")
-        each.copy_to(file)
-    file.write("}")
-
-
-class JsonRepairs:
-    """Collects the repairs and issues of one file for the JSON document."""
-
-    def __init__(self, files: JsonList) -> None:
-        self._files = files
-        self._repairs = JsonList()
-        self._issues = JsonList()
+class RepairLines:
+    """Writes one JSON line per repair and issue as they are found, and one per file."""
 
     def repair(self, done: Repair) -> None:
-        """Add a repair."""
-        self._repairs.add(redact_value(done._asdict()))
+        """Write a repair."""
+        write_json_line({"type": "repair", **redact_value(done._asdict())})
 
     def issue(self, issue: Issue) -> None:
-        """Add an issue."""
-        self._issues.add(issue_document(issue))
+        """Write an issue."""
+        write_json_line({"type": "issue", **issue_document(issue)})
 
     def finish(self, done: Repaired) -> None:
-        """Append the file to the document."""
+        """Write the summary of the file."""
         fields = {
             "source": done.source,
             "target": done.target,
@@ -182,7 +129,7 @@ class JsonRepairs:
             "invalid": done.invalid,
             "counts": dict(done.counts),
         }
-        self._files.add_object(fields, repairs=self._repairs, issues=self._issues)
+        write_json_line({"type": "file", **fields})
 
 
 def show_split(found: Split, out: Console) -> None:
@@ -195,20 +142,20 @@ def show_split(found: Split, out: Console) -> None:
 
 def show_shards(source: Path, parts: Sequence[ShardFile], out: Console) -> None:
     """Print the shards of a file."""
-    count = "1 file" if len(parts) == 1 else f"{len(parts):,} files"
-    out.print(f"{escape(str(source))}: {count}")
+    out.print(f"{escape(str(source))}: {plural(len(parts), 'file')}")
     for part in parts:
         _show_file(part.path, part.rows, part.size, out)
 
 
 def _show_file(path: Path, rows: int, size: int, out: Console) -> None:
-    out.print(f"  {escape(str(path))}  {_many(rows, 'row')}, {decimal(size)}")
+    out.print(f"  {escape(str(path))}  {plural(rows, 'row')}, {decimal(size)}")
 
 
-def show_data(data: dict[str, Any], out: Console) -> None:
+def show_data(data: dict[str, Any]) -> None:
     """Print the `data` section of a configuration."""
-    out.print("Add to the configuration:")
-    show_text(yaml.safe_dump({"data": data}, sort_keys=False).rstrip(), out)
+    stderr().print("Add to the configuration:")
+    text = yaml.safe_dump({"data": data}, sort_keys=False, allow_unicode=True)
+    show_text(text.rstrip(), stdout())
 
 
 _BAR: Final = 24
@@ -231,8 +178,8 @@ class InspectView:
         self._left = max_issues
         self._hidden = 0
         self._quiet = quiet
-        self._out = console()
-        self._bars = FileBars(quiet=quiet, out=self._out)
+        self._out = stdout()
+        self._bars = FileBars(quiet=quiet)
 
     def __enter__(self) -> Self:
         self._bars.__enter__()
@@ -275,7 +222,8 @@ class InspectView:
         if self._hidden:
             self._out.print(f"… and {self._hidden:,} more (raise --max-issues to show them)")
         for file in dataset.files:
-            self._out.print()
+            if dataset.issues or file is not dataset.files[0]:
+                self._out.print()
             self._file(file)
         if tokens:
             self._out.print()
@@ -287,7 +235,8 @@ class InspectView:
         purpose = "validation" if file.role == "validation" else "training"
         head = f"[bold]{escape(str(file.path))}[/]  ({purpose}, {file.sample_type or 'no rows'})"
         self._out.print(head)
-        self._rows((*_facts(file), *_bars("row length", dict(file.summary.row_bytes), "bytes")))
+        bars = _bars("row length", dict(file.summary.row_bytes), "bytes")
+        show_fields((*_facts(file), *bars), self._out, style="dim")
 
     def _tokens(self, tokens: TokenCount) -> None:
         if tokens.data_tokens is None:
@@ -301,13 +250,9 @@ class InspectView:
         if tokens.mean is not None and tokens.shortest is not None and tokens.longest is not None:
             text = f"{tokens.mean:,.0f} on average, {tokens.shortest:,} to {tokens.longest:,}"
             rows.append(("per row", text))
-        self._rows((*rows, *_bars("row length", tokens.histogram or {}, "tokens")))
-        for note in tokens.notes:
-            self._out.print(f"  [dim]note[/]         {escape(note)}")
-
-    def _rows(self, rows: Iterable[tuple[str, str]]) -> None:
-        for name, text in rows:
-            self._out.print(f"  [dim]{name:<11}[/]  {escape(text)}")
+        rows.extend(_bars("row length", tokens.histogram or {}, "tokens"))
+        rows.extend(("note", note) for note in tokens.notes)
+        show_fields(rows, self._out, style="dim")
 
     def _verdict(self, dataset: Dataset) -> None:
         kinds: Counter[tuple[str, str]] = Counter()
@@ -322,7 +267,7 @@ class InspectView:
             return
         errors = sum(count for (severity, _), count in kinds.items() if severity == "error")
         files = len({issue.path for issue in dataset.errors})
-        where = f"{_many(errors, 'error')} in {_many(files, 'file')}"
+        where = f"{plural(errors, 'error')} in {plural(files, 'file')}"
         self._out.print(f"[red]Invalid[/] for {name}: {where}.")
 
 
@@ -351,21 +296,20 @@ def _facts(file: DataFile) -> Iterator[tuple[str, str]]:
         each = f"{file.turns / file.rows:.1f} per row" if file.rows else ""
         yield "messages", f"{file.turns:,}, {each}: {_listed(summary.roles)}"
     if summary.tool_rows:
-        yield "tools", f"in {_many(summary.tool_rows, 'row')}, {_many(summary.tool_calls, 'call')}"
+        yield (
+            "tools",
+            f"in {plural(summary.tool_rows, 'row')}, {plural(summary.tool_calls, 'call')}",
+        )
     if summary.image_rows:
-        yield "images", f"{summary.images:,} in {_many(summary.image_rows, 'row')}"
+        yield "images", f"{summary.images:,} in {plural(summary.image_rows, 'row')}"
     if summary.weighted_rows:
-        yield "weights", f"in {_many(summary.weighted_rows, 'row')}"
+        yield "weights", f"in {plural(summary.weighted_rows, 'row')}"
     for target, labels in summary.labels.items():
         yield f"label {target}"[:20], _listed(labels)
     if summary.duplicate_rows:
-        yield "duplicates", _many(summary.duplicate_rows, "row")
+        yield "duplicates", plural(summary.duplicate_rows, "row")
     if summary.overlapping_rows:
-        yield "overlap", f"{_many(summary.overlapping_rows, 'row')} also in the training data"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" + "s" * (count != 1)
+        yield "overlap", f"{plural(summary.overlapping_rows, 'row')} also in the training data"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -1,33 +1,41 @@
-"""Output of runs, estimates, issues and errors, for people (stderr) and programs (stdout)."""
+"""Output of runs, estimates, issues and errors."""
 
-import json
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
+from training_backends.cli.views.console import (
+    Column,
+    ago,
+    metric_text,
+    money_text,
+    progress,
+    show_fields,
+    show_table,
+    stderr,
+    stdout,
+    time_text,
+)
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, TrainingBackendError
-from training_backends.core.escape import escape_controls, escape_json
+from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, Staleness, TrainingRun, utc_now
+from training_backends.core.run import Checkpoint, LogRecord, Staleness, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -36,22 +44,22 @@ if TYPE_CHECKING:
 __all__ = [
     "CountView",
     "FileBars",
-    "console",
     "error_document",
     "issue_document",
     "price_text",
+    "remark",
     "show_age",
+    "show_checkpoints",
     "show_dataset",
     "show_error",
     "show_estimate",
     "show_issues",
     "show_log_record",
     "show_metrics",
+    "show_note",
     "show_run",
     "show_runs",
-    "show_text",
-    "write_json",
-    "write_json_line",
+    "time_left",
 ]
 
 _STYLES = {
@@ -65,69 +73,9 @@ _PATIENCE = 1.0
 """Seconds before a progress bar appears."""
 
 
-class _SafeConsole(Console):
-    """A console that prevents terminal injection.
-
-    Escapes control characters in everything it prints, including line breaks; use `show_text`
-    for multi-line text.
-    """
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Escape before the width of the text is measured."""
-        return super().render_str(escape_controls(text), **options)
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        """Escape text that bypasses `render_str`, such as progress bar columns."""
-        if isinstance(renderable, Text):
-            plain = renderable.plain
-            escaped = escape_controls(plain, keep="\n")
-            if escaped != plain:
-                renderable = renderable.copy()
-                renderable.plain = escaped
-        return super().render(renderable, options)
-
-
-def console() -> Console:
-    """Return a console on standard error; standard output is reserved for JSON and CSV."""
-    out = _SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-    if not out.is_terminal:
-        # Files and pipes have no width at which a table needs to be truncated.
-        out.width = 200
-    return out
-
-
-def show_text(text: str, out: Console) -> None:
-    """Print text that may have several lines, such as a model's answer."""
-    for line in text.split("\n"):
-        out.print(line.expandtabs(), markup=False)
-
-
-def write_json(document: Any) -> None:
-    """Write the JSON document of a command."""
-    print(_json(document, indent=2))  # noqa: T201
-
-
-def write_json_line(document: Any) -> None:
-    """Write one document of a JSON Lines stream and flush."""
-    print(_json(document), flush=True)  # noqa: T201
-
-
-def _json(document: Any, *, indent: int | None = None) -> str:
-    text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
-    text = escape_json(text)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-    except UnicodeEncodeError:
-        # Standard output is not UTF-8: escape all non-ASCII characters.
-        text = json.dumps(document, indent=indent, default=str)
-    return text
-
-
 def show_error(error: TrainingBackendError) -> None:
     """Print an error with its issues and hint."""
-    out = console()
+    out = stderr()
     out.print(f"[bold red]error:[/] {escape(error.message)}")
     show_issues(getattr(error, "issues", ()), out)
     install = getattr(error, "install", None)
@@ -163,7 +111,7 @@ def issue_document(issue: Issue) -> dict[str, Any]:
 
 def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
     """Print issues, one per line."""
-    out = out or console()
+    out = out or stdout()
     listed = list(issues)
     for issue in listed[:_MOST_ISSUES]:
         style = "red" if issue.severity == "error" else "yellow"
@@ -172,38 +120,50 @@ def show_issues(issues: Iterable[Issue], out: Console | None = None) -> None:
         out.print(f"  … and {len(listed) - _MOST_ISSUES} more (use --json for all)")
 
 
+_FILES = (
+    Column("file", cut=True),
+    Column("role"),
+    Column("type", drop=1),
+    Column("rows", right=True),
+    Column("messages", drop=2, right=True),
+    Column("size", drop=3, right=True),
+)
+
+
 def show_dataset(dataset: Dataset, out: Console | None = None) -> None:
-    """Print one line per data file."""
-    out = out or console()
-    for file in dataset.files:
-        kind = file.sample_type or "no valid rows"
-        out.print(
-            f"  {file.role:<10} {escape(file.path.name)}: {file.rows:,} rows ({kind}), "
-            f"{file.turns:,} messages, {_size(file.size)}"
+    """Print a table of the data files."""
+    rows = [
+        (
+            file.path.name,
+            file.role,
+            file.sample_type or "none valid",
+            f"{file.rows:,}",
+            f"{file.turns:,}",
+            decimal(file.size),
         )
+        for file in dataset.files
+    ]
+    show_table(_FILES, rows, out or stdout())
 
 
 def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
     """Print an estimate, with the reasons for unknown values."""
-    out = out or console()
+    out = out or stdout()
     rows: list[tuple[str, str]] = []
     if estimate.data_tokens is not None:
-        interval = _between(*(f"{bound:,}" for bound in estimate.interval or ()))
-        rows.append(("data tokens", f"{estimate.data_tokens:,}{interval}"))
+        rows.append(("data tokens", _tokens(estimate.data_tokens, estimate.interval)))
     if estimate.train_tokens is not None:
         rows.append(("trained tokens", f"{estimate.train_tokens:,}"))
     if estimate.steps is not None:
         rows.append(("steps", f"{estimate.steps:,}"))
     if estimate.epochs is not None:
-        rows.append(("epochs", f"{estimate.epochs:g}"))
+        rows.append(("epochs", f"{estimate.epochs:.4g}"))
     rows.extend(_cost_rows(estimate))
     duration = format_duration(estimate.duration) if estimate.duration else "unknown"
     rows.extend((("duration", duration), ("method", estimate.basis)))
     rows.extend(("difference", text) for text in estimate.differences)
-    for name, value in rows:
-        out.print(f"  {name:<15} {escape(value)}")
-    for note in estimate.notes:
-        out.print(f"  [dim]note[/]            {escape(note)}")
+    rows.extend(("note", note) for note in estimate.notes)
+    show_fields(rows, out)
 
 
 class FileBars:
@@ -217,15 +177,13 @@ class FileBars:
     """
 
     def __init__(self, *, quiet: bool = False, out: Console | None = None) -> None:
-        out = out or console()
-        self._bars = Progress(
+        self._bars = progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TimeRemainingColumn(),
-            console=out,
-            transient=True,
-            disable=quiet or not out.is_terminal,
+            quiet=quiet,
+            out=out,
         )
         self._began = time.monotonic()
         self._tasks: dict[tuple[str, Path], TaskID] = {}
@@ -264,18 +222,24 @@ class CountView(FileBars):
 
 
 def _cost_rows(estimate: Estimate) -> list[tuple[str, str]]:
-    interval = _between(*map(str, estimate.cost_interval or ()))
+    interval = _between(*map(money_text, estimate.cost_interval or ()))
     rows = [("cost", (price_text(estimate) or "unknown") + interval)]
     if len(estimate.costs) > 1:
-        width = max(len(item.name) for item in estimate.costs)
-        money = max(len(str(item.amount)) for item in estimate.costs)
-        rows += [
-            ("", f"{item.name:<{width}}  {item.amount!s:>{money}}  ({_source(item.source)})")
-            for item in estimate.costs
-        ]
+        amounts = [money_text(item.amount) for item in estimate.costs]
+        width, money = max(len(item.name) for item in estimate.costs), max(map(len, amounts))
+        for item, amount in zip(estimate.costs, amounts, strict=True):
+            text = f"{item.name:<{width}}  {amount:>{money}}  ({_source(item.source)})"
+            rows.append(("", text))
     elif estimate.price_source:
         rows.append(("price from", _source(estimate.price_source)))
     return rows
+
+
+def _tokens(tokens: int, interval: tuple[int, int] | None) -> str:
+    if interval is None:
+        return f"{tokens:,}"
+    margin = max(tokens - interval[0], interval[1] - tokens) / max(tokens, 1)
+    return f"about {tokens:,} (±{margin:.2%})"
 
 
 def _between(*bounds: str) -> str:
@@ -288,40 +252,56 @@ def _source(source: PriceSource) -> str:
 
 def price_text(estimate: Estimate) -> str | None:
     """Return the cost of a run as text, one amount per currency; None if unknown."""
-    return " and ".join(map(str, estimate.totals)) or None
+    return " and ".join(map(money_text, estimate.totals)) or None
 
 
 def show_run(run: TrainingRun, out: Console | None = None) -> None:
     """Print all details of a run."""
-    out = out or console()
+    out = out or stdout()
     style = _STYLES.get(run.status, "cyan")
-    word = f" ({escape(run.raw_status)})" if run.raw_status else ""
+    raw = run.raw_status
+    word = f" ({escape(raw)})" if raw and raw.lower() != run.status else ""
     out.print(f"[bold]{escape(run.id)}[/]  [{style}]{run.status}[/]{word}")
     rows = [
         ("backend", run.backend),
         ("model", run.config.model),
-        ("provider job", run.remote_id),
-        ("created", _time(run.created_at)),
-        ("started", _time(run.started_at)),
-        ("finished", _time(run.finished_at)),
+        ("tags", _tags(run)),
+        ("provider job id", run.remote_id if run.remote_id != run.id else None),
+        ("created", time_text(run.created_at)),
+        ("started", time_text(run.started_at)),
+        ("finished", time_text(run.finished_at)),
+        ("duration", _duration(run)),
         ("step", _steps(run)),
+        ("time left", format_duration(left) if (left := time_left(run)) is not None else None),
         ("metrics", _metrics(run.metrics)),
         ("checkpoints", str(len(run.checkpoints)) if run.checkpoints else None),
-        ("cost", str(run.cost) if run.cost else None),
+        ("cost", money_text(run.cost) if run.cost else None),
         ("result", run.result_model),
         ("resumed from", run.resumed_from),
         ("failure", f"{run.failure.kind}: {run.failure.message}" if run.failure else None),
-        ("last seen", _time(run.last_seen_at)),
+        ("last seen", time_text(run.last_seen_at)),
     ]
     rows += [("quote", text) for text in (run.estimate.differences if run.estimate else ())]
-    for name, value in rows:
-        if value:
-            out.print(f"  {name:<13} {escape(value)}")
+    show_fields(rows, out)
     if run.stale:
-        since = _time(run.stale.since)
-        out.print(
-            f"  [yellow]{_stale_word(run.stale):<13} since {since}: {escape(run.stale.message)}[/]"
-        )
+        since = time_text(run.stale.since)
+        text = f"since {since}: {run.stale.message}"
+        show_fields([(_stale_word(run.stale), text)], out, style="yellow")
+
+
+def time_left(run: TrainingRun) -> timedelta | None:
+    """Return how long a run still needs at its average speed; None if that is unknown.
+
+    The steps of a resumed run include those of the run that it continues, so its speed is
+    unknown.
+    """
+    if run.status is not TrainingStatus.RUNNING or run.started_at is None or run.resumed_from:
+        return None
+    if not run.step or not run.total_steps:
+        return None
+    seen_at = run.last_seen_at or utc_now()
+    left = (seen_at - run.started_at) * (run.total_steps - run.step) / run.step
+    return max(left - (utc_now() - seen_at), timedelta(0))
 
 
 def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
@@ -330,7 +310,6 @@ def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> N
     Args:
         missed: By run id, why a run was not refreshed; None if no refresh was tried.
     """
-    out = console()
     by_reason: dict[str, list[TrainingRun]] = {}
     for run in runs:
         if _is_old(run, missed):
@@ -339,7 +318,12 @@ def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> N
     for reason, old in by_reason.items():
         oldest = min(run.last_seen_at or run.created_at for run in old)
         whose = f"run {old[0].id} was" if len(old) == 1 else f"{len(old)} live runs were"
-        out.print(f"[yellow]note:[/] {whose} last updated {_ago(oldest)}: {escape(reason)}")
+        show_note(f"{whose} last updated {ago(oldest)}: {reason}")
+
+
+def show_note(text: str) -> None:
+    """Print a note on standard error."""
+    stderr().print(f"[yellow]note:[/] {escape(text)}")
 
 
 def _is_old(run: TrainingRun, missed: Mapping[str, str] | None) -> bool:
@@ -348,9 +332,15 @@ def _is_old(run: TrainingRun, missed: Mapping[str, str] | None) -> bool:
     return missed is None or run.id in missed
 
 
-def _ago(moment: datetime) -> str:
-    age = max(utc_now() - moment, timedelta(0))
-    return f"{format_duration(age)} ago"
+_RUNS = (
+    Column("run"),
+    Column("status"),
+    Column("step", drop=1, right=True),
+    Column("model", drop=3, cut=True),
+    Column("backend", drop=4),
+    Column("created", drop=2),
+    Column("tags", drop=5, cut=True),
+)
 
 
 def show_runs(
@@ -358,6 +348,7 @@ def show_runs(
     missed: Mapping[str, str] | None = None,
     *,
     filtered: bool = False,
+    out: Console | None = None,
 ) -> None:
     """Print runs as a table, newest first.
 
@@ -365,35 +356,34 @@ def show_runs(
         missed: See `show_age`; these runs are marked with their age.
         filtered: Whether `runs` was filtered; selects the message for an empty list.
     """
-    out = console()
     if not runs:
         none_yet = "No runs yet. Try `training-backends quickstart`."
-        out.print("No runs match these filters." if filtered else none_yet)
+        stderr().print("No runs match these filters." if filtered else none_yet)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", no_wrap=True, min_width=max(len(run.id) for run in runs))
-    for column in ("status", "backend", "model", "step", "created"):
-        table.add_column(column, no_wrap=True)
+    rows = []
     for run in runs:
-        style = _STYLES.get(run.status, "cyan")
-        seen = f" (as of {_ago(run.last_seen_at or run.created_at)})"
-        note = _remark(run) or (seen if _is_old(run, missed) else "")
-        table.add_row(
-            escape(run.id),
-            f"[{style}]{run.status}[/]{note}",
-            escape(run.backend),
-            escape(run.config.model),
-            _steps(run) or "",
-            _time(run.created_at)[:16],
+        seen = f" (as of {ago(run.last_seen_at or run.created_at)})"
+        note = remark(run) or (seen if _is_old(run, missed) else "")
+        status = Text(run.status, _STYLES.get(run.status, "cyan")).append(note, "default")
+        rows.append(
+            (
+                run.id,
+                status,
+                _steps(run) or "",
+                run.config.model,
+                run.backend,
+                ago(run.created_at),
+                _tags(run),
+            )
         )
-    out.print(table)
+    show_table(_RUNS, rows, out or stdout())
 
 
 def _stale_word(stale: Staleness) -> str:
     return stale.kind.replace("_", " ")
 
 
-def _remark(run: TrainingRun) -> str:
+def remark(run: TrainingRun) -> str:
     """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
         return f" ({_stale_word(run.stale)})"
@@ -403,7 +393,11 @@ def _remark(run: TrainingRun) -> str:
 
 
 def show_metrics(
-    points: "Sequence[MetricPoint]", run: TrainingRun, *, up_to_date: bool = True
+    points: "Sequence[MetricPoint]",
+    run: TrainingRun,
+    *,
+    up_to_date: bool = True,
+    out: Console | None = None,
 ) -> None:
     """Print metrics as a table, one row per step.
 
@@ -411,33 +405,70 @@ def show_metrics(
         run: The run that the metrics belong to.
         up_to_date: Whether the run has just been refreshed.
     """
-    out = console()
     if not points:
         if run.status.is_terminal:
-            out.print(f"The run {escape(run.id)} is {run.status} and has no metrics.")
+            text = f"The run {run.id} is {run.status} and has no metrics."
         elif up_to_date:
-            out.print("No metrics yet.")
+            text = "No metrics yet."
         else:
-            seen = _ago(run.last_seen_at or run.created_at)
-            out.print(f"No metrics yet; the run was last updated {seen}.")
+            seen = ago(run.last_seen_at or run.created_at)
+            text = f"No metrics yet; the run was last updated {seen}."
+        stderr().print(text, markup=False)
         return
-    names = list(dict.fromkeys(point.name for point in points))
-    by_step: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, str]] = {}
     for point in points:
-        by_step.setdefault(point.step, {})[point.name] = point.value
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("step", *names):
-        table.add_column(column, no_wrap=True, justify="right")
-    for step, values in sorted(by_step.items()):
-        cells = (f"{values[name]:.6g}" if name in values else "" for name in names)
-        table.add_row(str(step), *cells)
-    out.print(table)
+        cell = metric_text(point.name, point.value)
+        by_step.setdefault(point.step, {})[point.name] = cell
+    names = sorted(dict.fromkeys(point.name for point in points), key=_rank)
+    columns = [Column(name, drop=place, right=True) for place, name in enumerate(names)]
+    rows = [
+        (str(step), *(values.get(name, "") for name in names))
+        for step, values in sorted(by_step.items())
+    ]
+    hidden = show_table((Column("step", right=True), *columns), rows, out or stdout())
+    if hidden:
+        show_note(f"no room for {', '.join(reversed(hidden))} (choose with --metric, or use --csv)")
+
+
+def _rank(metric: str) -> int:
+    """Order metrics by how much they tell: losses and other measures of learning first."""
+    return 0 if "loss" in metric else 1 if metric.startswith(("train_", "valid_")) else 2
+
+
+_CHECKPOINTS = (
+    Column("id"),
+    Column("step", right=True),
+    Column("created", drop=1),
+    Column("metrics", drop=2, cut=True),
+)
+
+
+def show_checkpoints(checkpoints: Sequence[tuple[str, Checkpoint]], run: TrainingRun) -> None:
+    """Print checkpoints with their ids as a table.
+
+    Args:
+        run: The run that the checkpoints belong to.
+    """
+    if not checkpoints:
+        yet = "" if run.status.is_terminal else " yet"
+        stderr().print(f"Run {run.id} has no checkpoints{yet}.", markup=False)
+        return
+    rows = [
+        (name, str(each.step), ago(each.at), _metrics(each.metrics)) for name, each in checkpoints
+    ]
+    show_table(_CHECKPOINTS, rows, stdout())
 
 
 def show_log_record(record: LogRecord, out: Console) -> None:
-    """Print a log record on one line."""
+    """Print a log record on one line; a terminal gets the date only if it is not today."""
     style = {"error": "red", "warning": "yellow"}.get(record.level, "default")
-    time = record.at.astimezone().strftime("%H:%M:%S")
+    at = record.at.astimezone()
+    if not out.is_terminal:
+        time = at.isoformat(timespec="seconds")
+    elif at.date() == utc_now().astimezone().date():
+        time = f"{at:%H:%M:%S}"
+    else:
+        time = f"{at:%Y-%m-%d %H:%M:%S}"
     out.print(f"[dim]{time} {escape(record.source):<10}[/] [{style}]{escape(record.message)}[/]")
 
 
@@ -447,18 +478,17 @@ def _steps(run: TrainingRun) -> str | None:
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
 
 
-def _metrics(metrics: dict[str, float]) -> str | None:
-    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())) or None
+def _metrics(metrics: dict[str, float]) -> str:
+    named = sorted(metrics.items(), key=lambda each: (_rank(each[0]), each[0]))
+    return ", ".join(f"{name} {metric_text(name, value)}" for name, value in named)
 
 
-def _time(moment: datetime | None) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+def _tags(run: TrainingRun) -> str:
+    return ", ".join(f"{name}={value}" for name, value in run.config.tags.items())
 
 
-def _size(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"
+def _duration(run: TrainingRun) -> str | None:
+    """Return how long a run has trained, if it has started."""
+    if run.started_at is None or (run.finished_at is None and run.status.is_terminal):
+        return None
+    return format_duration((run.finished_at or utc_now()) - run.started_at)

@@ -1,0 +1,1 @@
+"""The OpenAI fine-tuning protocol for clients and servers; no I/O."""
