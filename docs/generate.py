@@ -53,11 +53,12 @@ def backends() -> str:
 
 def _capabilities(name: str) -> dict[str, Any]:
     from training_backends.core.backend import BackendContext
+    from training_backends.core.registry import create_backend
     from training_backends.credentials.vault import CredentialVault
 
     home = Path("unused")
     context = BackendContext(home=home, credentials=CredentialVault(home=home))
-    return backend_class(name).create(context).capabilities.model_dump(mode="json")
+    return create_backend(name, context).capabilities.model_dump(mode="json")
 
 
 def exit_codes() -> str:

@@ -39,7 +39,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.redaction import redact
-from training_backends.core.registry import backend_class
+from training_backends.core.registry import create_backend
 from training_backends.core.run import (
     LogRecord,
     Observation,
@@ -134,7 +134,7 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
     def work() -> None:
         try:
             with _translated(name, package, "create"):
-                backend = _checked("create", backend_class(name).create(context))
+                backend = _checked("create", create_backend(name, context))
             guard = guarded(backend, name, package)
             with suppress(TrainingBackendError):
                 _ = guard.capabilities  # if it hangs, the time limit applies

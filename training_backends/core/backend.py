@@ -135,10 +135,12 @@ class BackendContext:
     Attributes:
         home: Directory for all state on this machine.
         credentials: Source of secrets.
+        settings: The loaded settings of `TrainingBackend.settings_model`; None: it has none.
     """
 
     home: Path
     credentials: CredentialSource
+    settings: SectionSettings | None = None
 
 
 class NoOptions(BaseModel, frozen=True, extra="forbid"):
@@ -200,7 +202,7 @@ class TrainingBackend(ABC):
     options_model: ClassVar[type[BaseModel]] = NoOptions
     """Schema of `TrainingConfig.options`."""
     settings_model: ClassVar[type[SectionSettings] | None] = None
-    """The backend's section of the settings, named after it."""
+    """The backend's section of the settings, with its name (`-` as `_`); see `BackendContext`."""
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:

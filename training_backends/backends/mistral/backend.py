@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, cast
 
 import anyio.to_thread
 from pydantic import BaseModel, SecretStr
@@ -106,7 +106,8 @@ class MistralAPIBackend(TrainingBackend):
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend from the settings in section `mistral`."""
-        return cls(credentials=context.credentials)
+        settings = cast("MistralSettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
 
     @property
     def api(self) -> MistralAPI:
