@@ -119,7 +119,7 @@ log = get_logger()
 BackendOf = Callable[[str], Awaitable[TrainingBackend]]
 """Returns the backend with a name."""
 
-_WATCH = "watch"
+_WATCH: Final = "watch"
 """Source of log records that the client adds while observing."""
 
 

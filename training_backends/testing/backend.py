@@ -17,6 +17,7 @@ from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import (
     Failure,
     LogRecord,
+    LogSource,
     Observation,
     Reply,
     RunState,
@@ -222,7 +223,7 @@ class ScriptedBackend(TrainingBackend):
         self,
         remote_id: str,
         message: str,
-        source: str,
+        source: LogSource,
         step: int | None = None,
         fields: Mapping[str, Any] | None = None,
     ) -> None:
