@@ -333,12 +333,14 @@ async def _verbs(subject: Subject, target: Path) -> Mapping[str, tuple[bool, Ver
     run = await subject.launched()
     await subject.finish(str(run.remote_id))
     run = run.updated(await backend.status(run))
-    new = subject.run()
+    live, new = await subject.launched(), subject.run()
     return {
         "list_remote": (can.lists_remote, lambda: backend.list_remote(RemoteFilters())),
         "download": (can.downloads, lambda: backend.download(run, target)),
         "sample": (can.samples, lambda: backend.sample(run, "hello")),
-        "resume": (bool(can.resumes), lambda: backend.resume(failed, new, MemoryJournal(new))),
+        "resume": (can.resumes != "no", lambda: backend.resume(failed, new, MemoryJournal(new))),
+        "pause": (can.pauses, lambda: backend.pause(live)),
+        "unpause": (can.pauses, lambda: backend.unpause(live)),
         "delete": (can.deletes, lambda: backend.delete(run)),
     }
 

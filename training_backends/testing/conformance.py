@@ -111,14 +111,6 @@ class BackendConformance(LaunchChecks, ObserveChecks, BehaviourChecks):
         expect(report.ok, f"no errors, not {report.errors}")
         expect(not subject.job_ids(), "no job created by validate")
 
-    async def check_undeclared_method_is_refused(self, subject: Subject) -> None:
-        """An undeclared training method is an error of the field `method`."""
-        for method in {"sft", "dpo", "classifier"} - subject.backend.capabilities.methods:
-            config = subject.config.model_copy(update={"method": method})
-            report = await subject.backend.validate(config, subject.dataset)
-            fields = [issue.field for issue in report.errors]
-            expect("method" in fields, f"an error of `method` for {method}, not {fields}")
-
     async def check_provider_format_fits_the_methods(self, subject: Subject) -> None:
         """The provider format covers each method, and accepts the test data."""
         capabilities = subject.backend.capabilities

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from training_backends.core.backend import TrainingBackend
+from training_backends.core.capabilities import config_issues
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import DataSource, TrainingConfig, Tuning
 from training_backends.core.errors import (
@@ -200,7 +201,7 @@ class LaunchChecks:
 
     async def check_resume_makes_one_job(self, subject: Subject) -> None:
         """Resuming, killed at any point and repeated, creates one further job."""
-        if not subject.backend.capabilities.resumes:
+        if subject.backend.capabilities.resumes == "no":
             raise CheckSkipped("the backend does not resume")
         old = await subject.launched()
         await subject.fail(str(old.remote_id))
@@ -270,8 +271,9 @@ async def _persist(subject: Subject, journal: MemoryJournal) -> None:
 
 async def _issues(subject: Subject, config: TrainingConfig) -> tuple[Issue, ...]:
     """Return what the client and the backend object to."""
-    report = await subject.backend.validate(config, subject.dataset)
-    return report.issues
+    backend = subject.backend
+    undeclared = tuple(config_issues(config, backend.capabilities, backend.name))
+    return undeclared or (await backend.validate(config, subject.dataset)).issues
 
 
 def _named(issues: tuple[Issue, ...], field: str) -> bool:

@@ -20,7 +20,7 @@ from training_backends.core.backend import (
     RemoteRun,
     TrainingBackend,
 )
-from training_backends.core.capabilities import Capabilities
+from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import (
@@ -40,7 +40,7 @@ from training_backends.core.run import (
     TrainingRun,
     ValidationReport,
 )
-from training_backends.core.settings import SectionSettings, load_settings
+from training_backends.core.settings import SectionSettings
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.client import HttpClient, KeySource, Query
 from training_backends.http.policy import HttpPolicy
@@ -96,7 +96,8 @@ class TinyBackend(TrainingBackend):
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
-        return cls(load_settings(TinySettings), lambda: context.credentials.get(cls.name))
+        assert isinstance(context.settings, TinySettings)
+        return cls(context.settings, lambda: context.credentials.get(cls.name))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -104,8 +105,8 @@ class TinyBackend(TrainingBackend):
             hyperparameters=frozenset({"epochs", "batch_size", "seed"}),
             max_train_files=1,
             validation_files=True,
-            suffix=True,
-            resumes=True,
+            suffix=SuffixRule(max_length=64),
+            resumes="anew",
             deletes=True,
             lists_remote=True,
             provider_format=OPENAI,
