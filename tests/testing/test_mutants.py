@@ -5,7 +5,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +22,10 @@ pytestmark = pytest.mark.anyio
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    rows = [{"messages": [*messages, {"role": "user", "content": str(n)}, messages[1]]}
-            for n in range(10)]
+    rows = [
+        {"messages": [*messages, {"role": "user", "content": str(n)}, messages[1]]}
+        for n in range(10)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainingConfig.model_validate(
         {

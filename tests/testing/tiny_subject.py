@@ -97,8 +97,8 @@ class TinySubject(Subject):
 
     def progress(self, remote_id: str, records: int) -> None:
         self.server.run_to(remote_id, "running")
-        for number in range(records):
-            self.server.add_event(remote_id, f"Message {number}")
+        for _ in range(records):
+            self.server.add_event(remote_id, f"Message {len(self.server.jobs[remote_id].events)}")
 
     def connections(self) -> int:
         return self.server.open_connections
@@ -115,5 +115,3 @@ class TinySubject(Subject):
 
 async def _key() -> SecretStr:
     return SecretStr(KEY)
-
-

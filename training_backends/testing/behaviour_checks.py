@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 
 from training_backends.core.backend import RemoteFilters
 from training_backends.core.errors import (
@@ -267,6 +268,7 @@ class BehaviourChecks:
         for _ in range(3):
             await other.status(run)
             await other.observe(run)
+        await subject.finish(str(run.remote_id))
         await other.aclose()
 
         def left() -> list[str]:
@@ -378,7 +380,7 @@ async def _longest_block(verb: Verb) -> float:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(tick)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         await verb()
         await anyio.sleep(0.005)
         tasks.cancel_scope.cancel()
@@ -388,7 +390,7 @@ async def _longest_block(verb: Verb) -> float:
 async def _soon(condition: Callable[[], bool], subject: Subject) -> None:
     """Wait for a condition, for a while."""
     with anyio.move_on_after(min(2.0, subject.patience / 3)):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # nothing notifies
             await anyio.sleep(0.01)
 
 

@@ -32,9 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def conformance(
-    request: pytest.FixtureRequest, conformance_subject: Subject
-) -> Callable[[], None]:
+def conformance(request: pytest.FixtureRequest, conformance_subject: Subject) -> Callable[[], None]:
     """Return a function that runs one check on the fixture `conformance_subject`.
 
     A check that does not apply skips the test.

@@ -1,4 +1,4 @@
-"""What a backend's tests provide to the conformance kit: the backend, and access to its provider."""
+"""What a backend's tests provide to the conformance kit: the backend and its provider."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
