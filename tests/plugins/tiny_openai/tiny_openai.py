@@ -168,14 +168,14 @@ class TinyBackend(TrainingBackend):
         chosen = {name: value for name, value in numbers.items() if value is not None}
         body = {
             "model": config.model,
-            "training_file": await self._file_id(config.data.train[0].path, journal),
+            "training_file": await self._file_id(config.data.train[0].local_path, journal),
             "suffix": config.suffix,
             "seed": values.seed,
             "metadata": metadata,
             "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
         }
         for source in config.data.validation:
-            body["validation_file"] = await self._file_id(source.path, journal)
+            body["validation_file"] = await self._file_id(source.local_path, journal)
         return {name: value for name, value in body.items() if value is not None}
 
     async def _file_id(self, path: Path, journal: Journal) -> str:
