@@ -10,37 +10,33 @@ from urllib.parse import quote
 import anyio
 from pydantic import BaseModel, ValidationError
 
-from training_backends.core.backend import (
+from training_backends import (
     BackendContext,
-    Health,
-    Journal,
-    JSONValue,
-    RemoteFilters,
-    RemoteRun,
-    TrainingBackend,
-)
-from training_backends.core.capabilities import Capabilities, SuffixRule
-from training_backends.core.config import TrainingConfig
-from training_backends.core.dataset import Dataset
-from training_backends.core.errors import (
+    Capabilities,
     ConfigError,
     CredentialNotFound,
-    Issue,
-    ProtocolError,
-    RunNotFound,
-    TrainingBackendError,
-)
-from training_backends.core.estimate import Estimate
-from training_backends.core.run import (
+    Dataset,
+    Estimate,
     Failure,
+    Health,
+    Issue,
+    Journal,
     LogRecord,
     Observation,
+    ProtocolError,
+    RemoteFilters,
+    RemoteRun,
+    RunNotFound,
     RunState,
+    SuffixRule,
+    TrainingBackend,
+    TrainingBackendError,
+    TrainingConfig,
     TrainingRun,
+    TrainingStatus,
     ValidationReport,
 )
 from training_backends.core.settings import SectionSettings
-from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.client import HttpClient, KeySource, Query
 from training_backends.http.policy import HttpPolicy
@@ -143,10 +139,10 @@ class TinyBackend(TrainingBackend):
         await journal.record(state)
         return state
 
-    async def _create(self, body: dict[str, Any]) -> JSONValue:
+    async def _create(self, body: dict[str, Any]) -> str:
         return (await self._ask(FineTuningJob, "POST", _JOBS, body=body)).id
 
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         """Return the id of the job with this metadata; lists may lag behind."""
         query = [(f"metadata[{name}]", value) for name, value in metadata.items()]
         for _ in range(_LISTINGS):
