@@ -271,8 +271,9 @@ class TrainingBackend(ABC):
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate configuration and data without side effects at the provider.
 
-        Fields of `config` that this backend does not support must be reported as issues, never
-        silently ignored.
+        The client has already rejected fields that `capabilities` do not declare, and options that
+        `options_model` does not accept. Whatever else is not supported must be reported as an
+        issue, never silently ignored.
 
         Raises:
             BackendNotInstalled: A dependency of the backend is not installed.
@@ -380,6 +381,9 @@ class TrainingBackend(ABC):
         checkpoint: str | None = None,
     ) -> RunState:
         """Continue `run` as `new_run`, from `checkpoint` or the newest one.
+
+        The client calls this only if `Capabilities.resumes` allows it; a checkpoint is given only
+        for `checkpoint`.
 
         Raises:
             UnsupportedOperation: The provider cannot resume runs.

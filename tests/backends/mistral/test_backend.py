@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from uuid import uuid4
 
 import anyio
 import pytest
@@ -336,6 +337,33 @@ async def test_resume_uploads_what_the_provider_lost(
     journal = make_journal()
     await backend.resume(run, journal.run, journal)
     assert len(provider.asked("POST", "/files")) == 2
+
+
+async def test_run_restored_from_the_list_is_resumed_on_the_files_of_the_server(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
+) -> None:
+    """Its data is known by id only: used as it is, or missed by name, and never uploaded."""
+    provider.set_status(str(run.remote_id), "FAILED")
+    provider.auto = "complete"
+    (listed,) = await backend.list_remote(RemoteFilters())
+    restored = run.model_copy(update={"config": listed.config})
+    provider.requests.clear()
+    journal = make_journal()
+    other = restored.model_copy(update={"remote_id": str(uuid4())})  # the job itself is gone
+    journal.run = journal.run.model_copy(update={"config": listed.config})
+    await backend.resume(
+        other.model_copy(update={"status": TrainingStatus.FAILED}), journal.run, journal
+    )
+    assert provider.asked("POST", "/files") == []
+    provider.set_status(str(journal.run.remote_id), "FAILED")
+    provider.files.clear()
+    journal = make_journal()
+    journal.run = journal.run.model_copy(update={"config": listed.config})
+    with pytest.raises(DatasetError, match="The server has no file"):
+        await backend.resume(restored, journal.run, journal)
 
 
 async def test_waiting_job_is_started_by_resume(
