@@ -53,8 +53,13 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def require_private_transport(url: str, *, backend: str | None = None) -> None:
-    """Reject URLs that would send a key unencrypted.
+def require_private_transport(
+    url: str, *, backend: str | None = None, what: str = "the API key"
+) -> None:
+    """Reject URLs that would send a key or data unencrypted.
+
+    Args:
+        what: What would be sent.
 
     Raises:
         ConfigError: The URL is plain http to a non-loopback host.
@@ -69,9 +74,9 @@ def require_private_transport(url: str, *, backend: str | None = None) -> None:
         fix=f"use https://{parts.hostname}, or a tunnel that ends on this machine",
     )
     raise ConfigError(
-        "Refusing to send the API key over plain HTTP to another host.",
+        f"Refusing to send {what} over plain HTTP to another host.",
         issues=[issue],
-        hint="API keys are sent over https or to a loopback address only. "
+        hint="API keys and training data are sent over https or to a loopback address only. "
         + str(issue.fix).capitalize()
         + ".",
         backend=backend,
