@@ -48,7 +48,7 @@ def run_process(
         text=True,
         cwd=directory,
         env={**os.environ, **environment},
-        timeout=100,
+        timeout=250,
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)

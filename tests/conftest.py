@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 
+# Before torch is loaded: so small a model gains nothing from a second thread, and threads that
+# wait for each other on a busy machine took four times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Stores sync what they write; in memory that costs nothing. Some tests run what they write.
 _SHARED = Path("/dev/shm")
 if (

@@ -40,15 +40,17 @@ async def until(look: Callable[[], Any], reached: Callable[[Any], object] = bool
     raise _in_vain(seen)
 
 
-def wait_until(look: Callable[..., T], reached: Callable[[T], object] = bool) -> T:
+def wait_until(
+    look: Callable[..., T], reached: Callable[[T], object] = bool, *, patience: float = _PATIENCE
+) -> T:
     """Do what `until` does, and block meanwhile."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while not reached(seen := look()):
         if time.monotonic() > deadline:
-            raise _in_vain(seen)
+            raise _in_vain(seen, patience)
         time.sleep(_PAUSE)
     return seen
 
 
-def _in_vain(seen: object) -> AssertionError:
-    return AssertionError(f"waited {_PATIENCE:g} s in vain; seen last: {seen!r}")
+def _in_vain(seen: object, patience: float = _PATIENCE) -> AssertionError:
+    return AssertionError(f"waited {patience:g} s in vain; seen last: {seen!r}")

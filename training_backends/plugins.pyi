@@ -57,6 +57,9 @@ from .core.config import (
 from .core.config import (
     WandbIntegration as WandbIntegration,
 )
+from .core.config import (
+    option_issues as option_issues,
+)
 from .core.data_rules import (
     ProviderFormat as ProviderFormat,
 )
@@ -150,9 +153,6 @@ from .core.logging import (
 from .core.logging import (
     register_secret as register_secret,
 )
-from .core.options import (
-    option_issues as option_issues,
-)
 from .core.persist import (
     may_pass as may_pass,
 )
@@ -244,6 +244,9 @@ from .http.error_table import (
     ErrorDecoder as ErrorDecoder,
 )
 from .http.error_table import (
+    ErrorKind as ErrorKind,
+)
+from .http.error_table import (
     ErrorTable as ErrorTable,
 )
 from .http.exchange import (
@@ -293,6 +296,9 @@ from .http.urls import (
 )
 from .http.urls import (
     normalize_base_url as normalize_base_url,
+)
+from .http.urls import (
+    path_segment as path_segment,
 )
 from .http.urls import (
     require_private_transport as require_private_transport,

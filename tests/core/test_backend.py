@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import (
@@ -86,7 +86,6 @@ async def test_a_finished_run_is_not_polled_again() -> None:
     assert len(backend.looks) == 3
 
 
-@settings(max_examples=50)
 @given(
     growth=st.lists(st.one_of(st.none(), st.integers(0, 4)), max_size=8),
     leaves=st.lists(st.integers(1, 3), max_size=6),

@@ -46,7 +46,7 @@ def test_the_official_sdk_trains_what_knows_the_unseen(
     some = texts(1)
     paths = []
     # More than 5 % of the training's size is refused.
-    for name, count in (("train", 1200), ("valid", 56)):
+    for name, count in (("words", 1200), ("unseen", 56)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row(kind, *next(some))) + "\n" for _ in range(count)))
         paths.append(path)

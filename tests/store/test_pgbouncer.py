@@ -13,7 +13,7 @@ from tests.client.conftest import NewUrl
 from tests.postgres import PgBouncer
 from tests.store.conftest import MakeRun, release, start_worker, told
 from tests.store.test_model import Holders, Timelines
-from tests.store.worker import LOOKS
+from tests.store.worker import EACH, LOOKS
 from training_backends import TrainingRun
 from training_backends.store import RunStore
 
@@ -61,7 +61,7 @@ def test_processes_take_turns(store: RunStore, url: str, make_run: MakeRun) -> N
     said = [worker.communicate()[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert sum(map(int, said)) == LOOKS
-    assert len(store.records("r")) == 75
+    assert len(store.records("r")) == LOOKS * EACH
 
 
 def test_nothing_is_left_in_a_session(store: RunStore, url: str, make_run: MakeRun) -> None:

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.effort import is_thorough
 from training_backends import tokens
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.rows import TextRow, byte_encode, parse_row
@@ -117,7 +118,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def agree(benchmark: Any, path: Path) -> None:
-    for compared in benchmark.compared(path, 50):
+    for compared in benchmark.compared(path, 50 if is_thorough() else 15):
         assert compared.differences == []
         if compared.form in ("instruct", "pretrain", "preference"):
             assert (compared.refused, compared.asked) == (0, 0)

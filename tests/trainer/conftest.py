@@ -16,10 +16,6 @@ from training_backends.rundir.directory import RunDir, RunSpec
 
 MakeRun = Callable[..., RunDir]
 
-# Before torch is loaded: so small a model gains nothing from a second thread, and threads that
-# wait for each other on a busy machine took four times as long.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 
 def write_chats(path: Path, count: int, seed: int) -> Path:
     """Write short sums, so that something can be learnt in seconds."""

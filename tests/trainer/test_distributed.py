@@ -32,7 +32,7 @@ from training_backends.trainer.process import train
 from training_backends.trainer.run import TrainingProcess
 from training_backends.trainer.workers import followed
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 MakeRun = Callable[..., RunDir]
 
@@ -67,7 +67,9 @@ def test_together_they_learn_what_one_learns(
 def start(trainer: Trainer, run: RunDir, *, step: int = 1) -> int:
     """Start a run and wait until it has come to a step; return the id of its process."""
     pid = trainer.start(run)
-    wait_until(lambda: run.exit.exists() or (run.is_active() and last_step(run) >= step))
+    wait_until(
+        lambda: run.exit.exists() or (run.is_active() and last_step(run) >= step), patience=200
+    )
     assert not run.exit.exists(), run.read_exit()
     return pid
 

@@ -23,48 +23,61 @@ PROGRAM = (sys.executable, "-m", "training_backends.trainer")
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
 
 
+ASKED = ("sample", "tiny-mistral", "--seed", "5", "--max-tokens", "6")
+
+
 def test_the_untrained_model_says_the_same_thing_every_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One JSON line, from the seed alone, even for a prompt that is no UTF-8."""
+    asked = [*ASKED, "--prompt", "hi \udcff"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    assert set(json.loads(said)) == {"answer"}
+    done = subprocess.run([*PROGRAM, *asked], capture_output=True, text=True, check=True)
+    assert done.stdout == said
+
+
+def test_a_prompt_may_stand_on_standard_input_behind_the_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One JSON line, from the seed alone, even for a prompt that is no UTF-8.
-
-    A prompt on standard input stands behind the token; it is taken as it is, the end of its
-    last line too.
-    """
-    asked = ["sample", "tiny-mistral", "--seed", "5", "--max-tokens", "6"]
-    prompt = b"hi \xff\nyou\n"
-    argument = ["--prompt", os.fsdecode(prompt)]
+    """It is taken as it is, the end of its last line too."""
     with monkeypatch.context() as patched:
+        patched.setenv("HF_TOKEN", "set by the program, and taken back here")
         patched.setenv(ON_STDIN, "1")
-        patched.setattr("sys.stdin", TextIOWrapper(BytesIO(b"secret\n" + prompt)))
-        assert main(asked) == 0
-    assert main([*asked, *argument]) == 0
-    done = subprocess.run([*PROGRAM, *asked, *argument], capture_output=True, text=True, check=True)
-    first, *others = capsys.readouterr().out.splitlines()
-    assert set(json.loads(first)) == {"answer"}
-    assert [*others, *done.stdout.splitlines()] == [first, first]
+        patched.setattr("sys.stdin", TextIOWrapper(BytesIO(b"secret\nhi\nyou\n")))
+        assert main([*ASKED]) == 0
+    assert main([*ASKED, "--prompt", "hi\nyou\n"]) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
 
 
-@pytest.mark.parametrize(
-    ("env", "code", "said"),
-    [
-        ({"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE"),
-        (dict.fromkeys(PROXIES, "http://u:s3cret/pass#word@127.0.0.1:1"), 1, "cannot be reached"),
-    ],
-)
-def test_a_model_out_of_reach_is_said_at_once(env: dict[str, str], code: int, said: str) -> None:
-    """An unreachable hub, or one that is not to be asked, gives one clear line."""
+UNREACHED = ("sample", "nobody/nothing", "--prompt", "x")
+
+
+def test_a_hub_out_of_reach_is_said_at_once() -> None:
+    """In one clear line, without the password of a proxy."""
+    proxies = dict.fromkeys(PROXIES, "http://u:s3cret/pass#word@127.0.0.1:1")
     done = subprocess.run(
-        [*PROGRAM, "sample", "nobody/nothing", "--prompt", "x"],
+        [*PROGRAM, *UNREACHED],
         capture_output=True,
         text=True,
-        env={**os.environ, **env},
+        env={**os.environ, **proxies},
         check=False,
     )
-    assert done.returncode == code
-    assert said in done.stderr
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
     assert "s3cret" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_is_not_to_be_asked_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names what forbids it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main([*UNREACHED]) == 4
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

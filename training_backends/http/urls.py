@@ -1,11 +1,11 @@
 """Base URLs of servers, and whether a key may be sent there."""
 
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.errors import ConfigError, Issue, RunNotFound
 
-__all__ = ["is_loopback", "normalize_base_url", "require_private_transport"]
+__all__ = ["is_loopback", "normalize_base_url", "path_segment", "require_private_transport"]
 
 
 def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
@@ -40,6 +40,18 @@ def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
 def _bad_url(why: str) -> ConfigError:
     issue = Issue(code="bad_base_url", message=why, field="base_url")
     return ConfigError(f"Invalid base URL: {why}.", issues=[issue])
+
+
+def path_segment(identifier: str) -> str:
+    """Quote a provider's id as one segment of a path; colons are not escaped.
+
+    Raises:
+        RunNotFound: The id is empty or consists of dots, and would address something else.
+    """
+    if identifier.strip("./ ") == "":
+        # An empty id would address the collection, perhaps to delete it.
+        raise RunNotFound(f"Invalid id {identifier!r}.")
+    return quote(identifier, safe=":")
 
 
 def is_loopback(url: str) -> bool:

@@ -6,7 +6,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import training_backends as tb
@@ -156,7 +156,6 @@ def test_answers_hold_no_secret() -> None:
 
 
 @given(st.integers(400, 599), st.binary(max_size=60))
-@settings(max_examples=40)
 def test_any_answer_gives_an_error(status: int, body: bytes) -> None:
     """Whatever is answered, the result is one of our errors."""
     assert isinstance(read(status, body), tb.TrainingBackendError)
@@ -175,7 +174,6 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from([400, 404, 409, 422, 429]), JSON)
-@settings(max_examples=60)
 def test_any_document_gives_an_error(status: int, body: Any) -> None:
     """Misshapen error bodies are read as far as they go."""
     assert isinstance(read(status, body), tb.TrainingBackendError)

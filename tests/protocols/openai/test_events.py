@@ -1,7 +1,7 @@
 """Messages of events, written and read."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends.protocols.openai import events
@@ -40,7 +40,6 @@ def test_metrics_message_is_the_recorded_one() -> None:
 
 
 @given(METRICS)
-@settings(max_examples=40)
 def test_metrics_are_read_as_they_were_written(metrics: StepMetrics) -> None:
     """`data` is exact; the message alone has the losses with two decimals."""
     message, data = events.metrics_message(metrics), events.metrics_data(metrics)
@@ -54,7 +53,6 @@ def test_metrics_are_read_as_they_were_written(metrics: StepMetrics) -> None:
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=30)
 def test_any_other_message_has_no_metrics(message: str) -> None:
     """Any text can be a message."""
     assert events.read_metrics(event(message)) is None

@@ -1,7 +1,7 @@
 """Names of fine-tuned models."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends.protocols.openai.model_names import (
@@ -28,7 +28,6 @@ AZURE = st.builds(
 
 
 @given(OPENAI | AZURE)
-@settings(max_examples=60)
 def test_name_is_read_as_it_was_written(name: TunedModelName | AzureModelName) -> None:
     """A name holds all its parts."""
     assert read_model_name(str(name)) == name
@@ -50,7 +49,6 @@ def test_recorded_names_are_read(text: str, suffix: str, tag: str, step: int | N
 
 
 @given(st.text(max_size=20))
-@settings(max_examples=30)
 def test_other_names_are_no_tuned_models(text: str) -> None:
     """Any text can be asked for."""
     assert read_model_name(text) is None or text.startswith("ft:")

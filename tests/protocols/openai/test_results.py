@@ -4,7 +4,7 @@ import base64
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import training_backends as tb
@@ -26,7 +26,6 @@ ROWS = st.lists(
 
 
 @given(ROWS, st.sampled_from(["plain", "base64"]), st.sampled_from(["openai", "azure"]))
-@settings(max_examples=40)
 def test_file_is_read_as_it_was_written(
     rows: list[StepMetrics],
     coding: Literal["plain", "base64"],
@@ -64,7 +63,6 @@ def test_files_of_others_are_read(content: bytes) -> None:
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=40)
 def test_other_content_is_rejected(content: bytes) -> None:
     """What is no result file raises one error, whatever it is."""
     if b"step" not in content:
