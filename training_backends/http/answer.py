@@ -158,7 +158,7 @@ def is_too_deep(body: bytes) -> bool:
 
 
 def _is_deep(document: Any) -> bool:
-    level = [document]
+    level = [document] if isinstance(document, dict | list) else []
     for _ in range(_DEEPEST_JSON):
         inner = (node.values() if isinstance(node, dict) else node for node in level)
         level = [each for nodes in inner for each in nodes if isinstance(each, dict | list)]

@@ -11,7 +11,7 @@ from collections.abc import (
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack, overload
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import anyio
 import anyio.to_thread
@@ -383,9 +383,7 @@ class HttpClient(HttpExchange):
             backend=self._backend,
             transport=self._transport,
         )
-        client._hidden = tuple(
-            value for _, value in parse_qsl(query) if len(value) >= _SHORTEST_SIGNATURE
-        )
+        client._hidden = _values_of(query)
         try:
             yield client, f"{path}?{query}" if query else path
         finally:
@@ -423,6 +421,15 @@ _URL_ERRORS: Final = ErrorTable(
     statuses={401: PermissionDenied},
     hints={PermissionDenied: "The presigned URL may have expired; start again to get another."},
 )
+
+
+def _values_of(query: str) -> tuple[str, ...]:
+    """Return the values of a query that may be signatures, as written and decoded."""
+    written = (part.partition("=")[2] for part in query.split("&"))
+    values = {form for value in written for form in (value, unquote(value), unquote_plus(value))}
+    return tuple(
+        sorted((v for v in values if len(v) >= _SHORTEST_SIGNATURE), key=len, reverse=True)
+    )
 
 
 def _encoded(
