@@ -10,8 +10,8 @@ from anyio import to_thread
 
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Observer, due_at
-from training_backends.client.poller import PollerFactory
+from training_backends.client.observe import Observer
+from training_backends.client.poller import PollerFactory, due_at
 from training_backends.core.backoff import Backoff
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
