@@ -176,6 +176,16 @@ async def test_expected_statuses_are_no_errors(server: LoopbackServer, answer_by
     await client.aclose()
 
 
+@pytest.mark.parametrize("body", ["3", "null", "true", '"text"', "[]"])
+async def test_an_error_may_be_any_document(server: LoopbackServer, body: str) -> None:
+    """The status decides, whatever JSON the server sends with it."""
+    client = HttpClient(server.base_url)
+    server.fail(OtherAnswer(status=404, body=body))
+    with pytest.raises(RunNotFound):
+        await client.json("GET", "/a")
+    await client.aclose()
+
+
 async def test_an_error_that_will_not_pass_is_not_retried(server: LoopbackServer) -> None:
     """A 429 that a decoder declares final is asked for once."""
     client = HttpClient(
