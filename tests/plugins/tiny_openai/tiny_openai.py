@@ -5,12 +5,13 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
-from urllib.parse import quote
 
 import anyio
 from pydantic import BaseModel, ValidationError
 
-from training_backends import (
+from training_backends import SuffixRule
+from training_backends.plugins import (
+    PROVIDER_FORMATS,
     BackendContext,
     Capabilities,
     ConfigError,
@@ -18,29 +19,33 @@ from training_backends import (
     Dataset,
     Estimate,
     Failure,
+    FileUpload,
     Health,
+    HttpClient,
+    HttpPolicy,
     Issue,
     Journal,
+    KeySource,
     LogRecord,
     Observation,
     ProtocolError,
+    Query,
     RemoteFilters,
     RemoteRun,
     RunNotFound,
     RunState,
-    SuffixRule,
+    SectionSettings,
     TrainingBackend,
     TrainingBackendError,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
     ValidationReport,
+    after_last,
+    hash_file,
+    paged,
+    path_segment,
 )
-from training_backends.core.settings import SectionSettings
-from training_backends.datasets.provider_formats import OPENAI
-from training_backends.http.client import HttpClient, KeySource, Query
-from training_backends.http.policy import HttpPolicy
-from training_backends.http.upload import FileUpload, hash_file
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.events import read_metrics
 from training_backends.protocols.openai.status import to_status
@@ -48,7 +53,6 @@ from training_backends.protocols.openai.wire import (
     FileObject,
     FineTuningJob,
     FineTuningJobEvent,
-    ListPage,
 )
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -108,7 +112,7 @@ class TinyBackend(TrainingBackend):
             resumes="anew",
             deletes=True,
             lists_remote=True,
-            provider_format=OPENAI,
+            provider_format=PROVIDER_FORMATS["openai"],
         )
 
     @property
@@ -202,7 +206,7 @@ class TinyBackend(TrainingBackend):
 
     async def _has_file(self, file_id: str) -> bool:
         try:
-            await self._ask(FileObject, "GET", f"/files/{quote(file_id, safe='')}")
+            await self._ask(FileObject, "GET", f"/files/{path_segment(file_id)}")
         except RunNotFound:
             return False
         return True
@@ -254,7 +258,7 @@ class TinyBackend(TrainingBackend):
 
     async def delete(self, run: TrainingRun) -> None:
         if run.result_model is not None:
-            await self._http.json("DELETE", f"/models/{quote(run.result_model, safe='')}")
+            await self._http.json("DELETE", f"/models/{path_segment(run.result_model)}")
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         async with aclosing(self._list(FineTuningJob, _JOBS)) as jobs:
@@ -305,21 +309,17 @@ class TinyBackend(TrainingBackend):
         self, model: type[_M], path: str, query: Query = ()
     ) -> AsyncGenerator[_M, None]:
         """Yield the items of all pages, newest first."""
-        after: str | None = ""
-        while after is not None:
-            asked = [("limit", str(self.settings.page_size)), *query]
-            if after:
-                asked.append(("after", after))
-            page = await self._ask(ListPage[model], "GET", path, query=asked)  # type: ignore[valid-type]
-            for item in page.data:
-                yield item
-            after = page.next_after
+        asked = [("limit", str(self.settings.page_size)), *query]
+        items = paged(self._http, path, query=asked, next_page=after_last())
+        async with aclosing(items):
+            async for item in items:
+                yield self._parsed(model, item)
 
     async def _job(self, job_id: str) -> FineTuningJob:
         return await self._ask(FineTuningJob, "GET", self._path(job_id))
 
     def _path(self, job_id: str, *rest: str) -> str:
-        return "/".join((_JOBS, quote(job_id, safe=""), *rest))
+        return "/".join((_JOBS, path_segment(job_id), *rest))
 
     def _id_of(self, run: TrainingRun) -> str:
         if run.remote_id is None:
