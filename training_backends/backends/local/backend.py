@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, cast
 
 from anyio import to_thread
 from pydantic import BaseModel
@@ -119,7 +119,8 @@ class LocalBackend(TrainingBackend):
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend for the state in `context.home`."""
-        return cls(context.home, hub=Hub(load_settings(LocalSettings), context.credentials))
+        settings = cast("LocalSettings", context.settings or load_settings(LocalSettings))
+        return cls(context.home, hub=Hub(settings, context.credentials))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -127,8 +128,11 @@ class LocalBackend(TrainingBackend):
         return Capabilities(
             methods=frozenset({"sft", "dpo", "classifier"}),
             tunings=frozenset({"full", "lora", "qlora"}),
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
             keeps_checkpoint_on_stop=True,
-            resumes=True,
+            resumes="checkpoint",
             downloads=True,
             samples=True,
             deletes=True,
@@ -161,7 +165,7 @@ class LocalBackend(TrainingBackend):
         overlong = partial(
             overlong_rows,
             dataset,
-            config.model,
+            config.base_model,
             int(resolved_values(config)["seq_len"]),
             fix="longer rows are truncated in training: shorten them, or raise seq_len",
             unusable=unusable_severity(config, issues),
@@ -170,9 +174,9 @@ class LocalBackend(TrainingBackend):
         return ValidationReport(issues=(*issues, found) if found else issues)
 
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
-        if config.model == TINY_MODEL:
+        if config.base_model == TINY_MODEL:
             return ()
-        directory = await to_thread.run_sync(find_directory, config.model)
+        directory = await to_thread.run_sync(find_directory, config.base_model)
         if directory is None:
             return tuple(await hub_issues(config, self._hub))
         return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))

@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
 
 from anyio import from_thread, to_thread
 
 from training_backends.backends.mistral.api import MistralAPI
 from training_backends.backends.mistral.retry import Steps
-from training_backends.core.backend import JSONValue
-from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
+from training_backends.core.config import DataSource
+from training_backends.core.errors import DatasetError, Issue, RunNotFound
 from training_backends.datasets.shard import plan_shards
 from training_backends.http.upload import HashedFile, hash_file
 
 __all__ = ["Uploads"]
-
-_LOSSES: Final = 10
-"""Maximum uploads of a file in one launch, in case the server loses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +25,7 @@ class Uploads:
     api: MistralAPI
     steps: Steps
 
-    async def file_ids(self, path: Path) -> list[str]:
+    async def file_ids(self, source: DataSource) -> list[str]:
         """Return the file ids of a training file, uploading it if necessary.
 
         A file above the server's limit is split between lines and uploaded in parts, without
@@ -36,32 +33,48 @@ class Uploads:
         continues with the first missing part.
 
         Raises:
-            DatasetError: The file cannot be read or split, or has changed.
+            DatasetError: The file cannot be read or split, has changed, or is not on the server.
         """
+        if source.remote_id is not None:
+            return [await self._known(source.remote_id)]
+        path = source.local_path
         size = await to_thread.run_sync(_size_of, path)
         limit = self.steps.settings.max_file_bytes
         if size <= limit:
-            return [await self.file_id(path)]
+            return [await self.file_id(source)]
         parts = await to_thread.run_sync(_parts_of, path, limit)
         return [await self._id_of(path, part, size) for part in parts]
 
-    async def file_id(self, path: Path) -> str:
+    async def file_id(self, source: DataSource) -> str:
         """Return the file id of an unsplit file, uploading it if necessary.
 
         Raises:
-            DatasetError: The file cannot be read, or has changed.
+            DatasetError: The file cannot be read, has changed, or is not on the server.
         """
-        hashed = await hash_file(path)
-        return await self._id_of(path, hashed, hashed.size)
+        if source.remote_id is not None:
+            return await self._known(source.remote_id)
+        hashed = await hash_file(source.local_path)
+        return await self._id_of(source.local_path, hashed, hashed.size)
+
+    async def _known(self, file_id: str) -> str:
+        if await self.has(file_id):
+            return file_id
+        issue = Issue(code="missing_file", message=f"the server has no file {file_id}")
+        raise DatasetError(f"The server has no file {file_id}.", issues=[issue])
 
     async def _id_of(self, path: Path, hashed: HashedFile, size: int) -> str:
-        journal, scope = self.steps.journal, self.steps.settings.scope
-        known = await journal.known_upload(scope, hashed.sha256)
-        if known is not None and await self.has(known, hashed.size):
-            return known
-        file_id = await self._upload_once(path, hashed, size)
-        await journal.uploaded(scope, hashed.sha256, file_id)
-        return file_id
+        # The name contains the hash, so a file found by name has the right content, and the server
+        # keeps one copy for all runs.
+        filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
+        upload = partial(
+            self.steps.journal.upload,
+            self.steps.settings.scope,
+            hashed.sha256,
+            do=partial(self._upload, path, filename, hashed, size),
+            find=partial(self._find, filename, hashed.size),
+            has=partial(self.has, size=hashed.size),
+        )
+        return await self.steps.ask(upload)
 
     async def has(self, file_id: str, size: int | None = None) -> bool:
         """Return whether the server has a file, of the given size if any."""
@@ -70,27 +83,6 @@ class Uploads:
         except RunNotFound:
             return False
         return not found.deleted and (size is None or found.bytes in {None, size})
-
-    async def _upload_once(self, path: Path, hashed: HashedFile, size: int) -> str:
-        # The name contains the hash, so a file found by name has the right content, and the server
-        # keeps one copy for all runs.
-        filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
-        fresh = False
-
-        async def find() -> JSONValue:
-            return await self._find(filename, hashed.size)
-
-        async def do() -> JSONValue:
-            nonlocal fresh
-            fresh = True
-            return await find() or await self._upload(path, filename, hashed, size)
-
-        for attempt in range(1, _LOSSES + 1):
-            name = f"upload:{hashed.sha256}" + (f"#{attempt}" if attempt > 1 else "")
-            file_id = str(await self.steps.surely(name, do, find))
-            if fresh or await self.has(file_id, hashed.size):
-                return file_id
-        raise ProtocolError(f"The server repeatedly lost the uploaded file {filename}.")
 
     async def _upload(self, path: Path, filename: str, hashed: HashedFile, size: int) -> str:
         before = hashed.start or 0

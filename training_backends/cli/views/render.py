@@ -276,7 +276,9 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
         ("metrics", _metrics(run.metrics)),
         ("checkpoints", str(len(run.checkpoints)) if run.checkpoints else None),
         ("cost", money_text(run.cost) if run.cost else None),
+        ("usage", ", ".join(f"{name} {value}" for name, value in run.usage.items()) or None),
         ("result", run.result_model),
+        ("stored at", run.result_uri),
         ("resumed from", run.resumed_from),
         ("failure", f"{run.failure.kind}: {run.failure.message}" if run.failure else None),
         ("last seen", time_text(run.last_seen_at)),
@@ -370,7 +372,7 @@ def show_runs(
                 run.id,
                 status,
                 _steps(run) or "",
-                run.config.model,
+                run.config.model or "",
                 run.backend,
                 ago(run.created_at),
                 _tags(run),
@@ -462,7 +464,7 @@ def show_checkpoints(checkpoints: Sequence[tuple[str, Checkpoint]], run: Trainin
 def show_log_record(record: LogRecord, out: Console) -> None:
     """Print a log record on one line; a terminal gets the date only if it is not today."""
     style = {"error": "red", "warning": "yellow"}.get(record.level, "default")
-    at = record.at.astimezone()
+    at = (record.at or utc_now()).astimezone()
     if not out.is_terminal:
         time = at.isoformat(timespec="seconds")
     elif at.date() == utc_now().astimezone().date():
