@@ -1,10 +1,11 @@
 """Training runs: record, state and log."""
 
+import hashlib
 import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast, get_args
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
 
@@ -22,6 +23,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "LogRecord",
+    "LogSource",
     "Observation",
     "Place",
     "Reply",
@@ -31,6 +33,8 @@ __all__ = [
     "UtcDatetime",
     "ValidationReport",
     "new_run_id",
+    "provider_name",
+    "to_source",
     "utc_now",
 ]
 
@@ -65,6 +69,39 @@ UtcDatetime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 def new_run_id() -> str:
     """Return a short id that sorts by creation time: `YYMMDD-HHMMSS-xxxxxx`."""
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
+    """Return a name for a run at a provider whose names have narrower rules than run ids.
+
+    The same for every call. An id that has to be changed gets a suffix of eight characters computed
+    from the whole id, so that different ids keep different names.
+
+    Args:
+        longest: Maximum characters, at least 10.
+        allowed: All characters allowed; at least ten of them letters or digits.
+    """
+    if len(run_id) <= longest and all(char in allowed for char in run_id):
+        return run_id
+    alphabet = "".join(sorted({char for char in allowed if char.isalnum()}))
+    joint = next((char for char in "-_." if char in allowed), "")
+    if longest < _HASHED + 2 or len(alphabet) < _FEWEST:
+        raise ValueError("a name needs at least 10 characters, of at least 10 letters or digits")
+    number = int.from_bytes(hashlib.sha256(run_id.encode()).digest())
+    mark = ""
+    for _ in range(_HASHED):
+        number, digit = divmod(number, len(alphabet))
+        mark += alphabet[digit]
+    kept = (char if char in allowed else char.lower() for char in run_id)
+    text = "".join(char if char in allowed else joint for char in kept).lstrip("-_.")
+    text = text[: longest - _HASHED - len(joint)].rstrip("-_.")
+    return f"{text}{joint}{mark}" if text else mark
+
+
+_HASHED: Final = 8
+"""Characters of the suffix of a changed name."""
+_FEWEST: Final = 10
+"""Letters and digits that a name may consist of, so that the suffix has 26 bits or more."""
 
 
 CleanText = Annotated[str, AfterValidator(redact)]
@@ -233,12 +270,35 @@ class TrainingRun(BaseModel, frozen=True):
         return self.model_copy(update={**changes, **seen})
 
 
+LogSource = Literal["status", "event", "metrics", "checkpoint", "output", "engine", "watch"]
+"""The origin of a log record; see `LogRecord`."""
+_SOURCES: Final = frozenset(get_args(LogSource))
+
+
+def to_source(word: str) -> LogSource:
+    """Return a source by its name; any other name, as in older logs, is `output`."""
+    return cast("LogSource", word) if word in _SOURCES else "output"
+
+
 class LogRecord(BaseModel, frozen=True):
     """A record of a run's log.
 
+    The source determines what happens to a record beside being shown in the log:
+
+    | source | meaning | delivered by `watch` | numbers in `fields` with a `step` |
+    | --- | --- | --- | --- |
+    | `status` | the status changed; `fields` has `status` | yes | |
+    | `event` | anything else that happened to the run | yes | |
+    | `checkpoint` | a checkpoint was saved | yes | metrics, unless the step has its own |
+    | `metrics` | measurements of a step | | metrics |
+    | `output` | a line printed by the training program | | |
+    | `engine` | a message of the training framework | | |
+    | `watch` | noticed by the client, such as a stalled run; never from a backend | yes | |
+
     Attributes:
-        source: Origin: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client adds
-            `status` records that a backend does not log itself.
+        at: When it happened; None if the provider does not report it. The store then uses the
+            time of the observation.
+        source: See above. The client adds `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
             backend that logs metrics of each step puts those of a checkpoint into a field
@@ -246,10 +306,10 @@ class LogRecord(BaseModel, frozen=True):
         cursor: Opaque; `logs(after=cursor)` returns the records after this one.
     """
 
-    at: UtcDatetime
+    at: UtcDatetime | None = None
     level: Literal["debug", "info", "warning", "error"] = "info"
     message: str
-    source: str
+    source: LogSource
     step: int | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
     cursor: str
