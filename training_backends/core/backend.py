@@ -23,6 +23,7 @@ from training_backends.core.errors import (
     UnsupportedOperation,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.redaction import split_secret
 from training_backends.core.run import (
     CleanText,
     LogRecord,
@@ -63,6 +64,18 @@ class CredentialSource(Protocol):
             VaultLocked: The keyring was not unlocked in time.
         """
         ...
+
+    async def get_all(self, provider: str, profile: str | None = None) -> Mapping[str, SecretStr]:
+        """Return the secrets of a provider that needs several, by name.
+
+        A stored secret that is a JSON object of strings holds one secret per name; any other is
+        returned under the name `key`.
+
+        Raises:
+            CredentialNotFound: No source has any.
+            VaultLocked: The keyring was not unlocked in time.
+        """
+        return split_secret(await self.get(provider, profile))
 
 
 class Journal(Protocol):

@@ -241,7 +241,7 @@ async def test_ended_run_is_trained_anew_on_the_same_files(
     """Resuming makes one new job on the uploaded files, even if they are gone here."""
     provider.set_status(str(run.remote_id), word)
     provider.auto = "complete"
-    run.config.data.train[0].path.unlink()
+    run.config.data.train[0].local_path.unlink()
     journal = make_journal()
     state = await backend.resume(run, journal.run, journal)
     old, new = provider.jobs.values()
@@ -296,7 +296,7 @@ async def test_resume_with_nothing_to_train_on_says_so(
     provider.set_status(str(run.remote_id), "FAILED")
     run = run.updated(await backend.status(run))
     provider.files.clear()
-    run.config.data.train[0].path.unlink()
+    run.config.data.train[0].local_path.unlink()
     if job_is_gone:
         provider.jobs.clear()
     known = len(provider.jobs)
@@ -382,7 +382,7 @@ async def test_checkpoints_cannot_be_chosen(
 async def test_download_says_why_not(backend: MistralAPIBackend, run: TrainingRun) -> None:
     """The refusal to download says where the model can be used instead."""
     with pytest.raises(UnsupportedOperation) as caught:
-        await backend.download(run, run.config.data.train[0].path)
+        await backend.download(run, run.config.data.train[0].local_path)
     assert "weight" in str(caught.value.hint)
     assert not backend.capabilities.downloads
 
