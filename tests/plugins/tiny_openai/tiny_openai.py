@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 import anyio
 from pydantic import BaseModel, ValidationError
 
-from training_backends import SuffixRule
 from training_backends.plugins import (
     PROVIDER_FORMATS,
     BackendContext,
@@ -35,6 +34,7 @@ from training_backends.plugins import (
     RunNotFound,
     RunState,
     SectionSettings,
+    SuffixRule,
     TrainingBackend,
     TrainingBackendError,
     TrainingConfig,
