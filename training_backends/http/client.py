@@ -23,6 +23,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logging import REDACTED, get_logger, redact, register_secret
 from training_backends.core.tracing import span
+from training_backends.http.auth import KeyHeader, KeySource
 from training_backends.http.call import Call, pacing
 from training_backends.http.download import save_stream
 from training_backends.http.errors import error_from_transport
@@ -33,9 +34,6 @@ from training_backends.http.upload import FileUpload, Progress
 from training_backends.http.urls import require_private_transport
 
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
-
-KeySource = Callable[[], Awaitable[SecretStr]]
-"""Returns the key; called again after a 401, in case the key has changed."""
 
 ErrorDecoder = Callable[[int, Mapping[str, str], bytes], TrainingBackendError]
 """Converts status, headers and body of an error response to an exception."""
@@ -64,7 +62,9 @@ class HttpClient:
 
     Args:
         base_url: As returned by `normalize_base_url`.
-        key: None sends no Authorization header.
+        key: None sends no key.
+        key_header: The header that carries the key.
+        query: Sent with every request, unless a call sets the same parameter.
         transport: Replaces the network, for tests.
     """
 
@@ -73,6 +73,8 @@ class HttpClient:
         base_url: str,
         *,
         key: KeySource | None,
+        key_header: KeyHeader = KeyHeader(),  # noqa: B008  # it is frozen
+        query: Query = (),
         decode_error: ErrorDecoder,
         policy: HttpPolicy | None = None,
         backend: str | None = None,
@@ -84,6 +86,8 @@ class HttpClient:
         self.clock_offset: timedelta | None = None
         """How far the server's clock was ahead at the last response; None if unknown."""
         self._key = key
+        self._key_header = key_header
+        self._query = tuple(query)
         self._decode_error = decode_error
         self._policy = policy or HttpPolicy()
         self._backend = backend
@@ -249,13 +253,16 @@ class HttpClient:
     ) -> httpx.Request:
         sent_headers = dict(headers or {})
         if self._secret is not None:
-            sent_headers["Authorization"] = f"Bearer {self._secret.get_secret_value()}"
+            sent_headers[self._key_header.name] = self._key_header.value(self._secret)
+        named = {name for name, _ in query}
+        parameters: list[tuple[str, str | int | float | bool | None]]
+        parameters = [*(each for each in self._query if each[0] not in named), *query]
         client = await self._opened()
         try:
             return client.build_request(
                 method,
                 self.base_url + path,
-                params=list(query) or None,
+                params=parameters or None,
                 headers=sent_headers,
                 content=content,
                 timeout=timeouts(self._policy, read_timeout, write_timeout),
