@@ -29,6 +29,7 @@ class Secrets:
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
         """Return one, as the vault would."""
+        del profile
         if provider not in self.values:
             raise CredentialNotFound(f"There is no key for {provider}.")
         return SecretStr(self.values[provider])

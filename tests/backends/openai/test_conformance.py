@@ -43,6 +43,7 @@ class OpenAISubject(Subject):
 async def test_conforms(
     variant: str,
     check: str,
+    *,
     make_backend: Callable[..., OpenAIBackend],
     provider: ScriptedOpenAIProvider,
     config: TrainingConfig,

@@ -63,8 +63,12 @@ def issues_of(config: TrainingConfig, settings: OpenAISettings) -> Iterator[Issu
     if found:
         return
     options = OpenAIOptions.model_validate(config.options)
+    misplaced = False
     for name, why in _misplaced(config, options, settings):
+        misplaced = True
         yield Issue(code="unsupported_field", message=why, field=f"options.{name}", fix="remove it")
+    if misplaced:
+        return
     try:
         make_job(config, settings, train="file-id", validation=None)
     except ConfigError as error:
@@ -122,9 +126,11 @@ def make_job(
     try:
         request = _REQUESTS[variant].model_validate(body)
     except ValidationError as error:
+        found = [_issue(detail["loc"], detail["msg"], names) for detail in error.errors()]
+        # A field that also accepts `auto` has an error for each type; the last is of the number.
+        issues = {issue.field: issue for issue in found}
         raise ConfigError(
-            "The configuration is invalid for the OpenAI protocol.",
-            issues=[_issue(detail["loc"], detail["msg"], names) for detail in error.errors()],
+            "The configuration is invalid for the OpenAI protocol.", issues=[*issues.values()]
         ) from None
     sent: dict[str, Any] = request.to_wire()  # type: ignore[attr-defined]  # each of them has it
     return sent
