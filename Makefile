@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
+BASEDPYRIGHT_VERSION := 1.40.2
 LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
@@ -12,7 +13,8 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-sdks check docs bench chaos lock clean
+.PHONY: help quickstart test test-thorough test-lowest test-sdks check verifytypes docs bench \
+	chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +48,13 @@ check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/zensical build --strict --config-file .mkdocs.yml
 
+# basedpyright is pyright from PyPI alone, without a download of Node.js.
+verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
+	@$(BIN)/pip install --quiet basedpyright==$(BASEDPYRIGHT_VERSION)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright --verifytypes training_backends --ignoreexternal | \
+	  awk '/completeness score/ { print; known = $$NF + 0 } END { exit (known < 97) }'
+
 docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical serve --config-file .mkdocs.yml
@@ -54,6 +63,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
 	$(BIN)/python benchmarks/watch.py
+	$(BIN)/python benchmarks/gateway_idle.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/engine_startup.py

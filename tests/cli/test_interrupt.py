@@ -47,7 +47,8 @@ def test_ctrl_c_at_the_price_ends_the_launch(config_file: Path) -> None:
     error = json.loads(out)["error"]
     assert "$2.50" in said
     assert (process.returncode, error["exit_code"], error["run_id"]) == (130, 130, "mine")
-    assert "--id mine" in error["message"]
+    assert "launch run.yaml --id mine --backend mistral" in error["hint"]
+    assert "stop mine" in error["hint"]
 
 
 def test_ctrl_c_ends_a_command_that_asks_nobody() -> None:

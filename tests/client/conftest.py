@@ -69,8 +69,13 @@ async def other(
 
 
 async def read_log(
-    client: AsyncTrainingClient, run_id: str, *, after: str | None = None, follow: bool = False
+    client: AsyncTrainingClient,
+    run_id: str,
+    *,
+    after: str | None = None,
+    tail: int | None = None,
+    follow: bool = False,
 ) -> Sequence[LogRecord]:
     """Read a log to its end."""
-    async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
+    async with aclosing(client.logs(run_id, after=after, tail=tail, follow=follow)) as records:
         return [record async for record in records]

@@ -240,12 +240,15 @@ async def test_wait_returns_every_ending(
 
 
 async def test_wait_times_out_while_the_run_goes_on(
-    client: AsyncTrainingClient, make_config: MakeConfig
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
 ) -> None:
-    """Giving up waiting is not giving up the run."""
+    """Giving up waiting is not giving up the run; the message counts the unfinished ones."""
     run = await client.launch(make_config(), backend="scripted")
-    with pytest.raises(WaitTimeout):
-        await client.wait(run.id, timeout=0.05)
+    ended = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(ended.remote_id))
+    await client.status(ended.id)
+    with pytest.raises(WaitTimeout, match=r"after 0.05 s; 1 run is still in progress\."):
+        await client.wait(run.id, ended.id, timeout=0.05)
     assert (await client.get(run.id)).status is TrainingStatus.RUNNING
 
 

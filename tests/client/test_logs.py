@@ -79,6 +79,38 @@ async def test_what_is_stored_is_shown_before_a_provider_fails(
         await anext(log)
 
 
+@pytest.mark.parametrize("follow", [False, True])
+async def test_the_tail_of_a_log_ends_with_its_newest_record(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig, *, follow: bool
+) -> None:
+    """The provider is asked first, so that the last records are not those of the last look."""
+    run = await client.launch(make_config(), backend="scripted")
+    for number in range(5):
+        backend.log(str(run.remote_id), f"line {number}")
+    if follow:
+        backend.finish(str(run.remote_id))
+    last = await read_log(client, run.id, tail=2, follow=follow)
+    expected = ["line 4", "completed"] if follow else ["line 3", "line 4"]
+    assert [record.message for record in last] == expected
+    assert len(await read_log(client, run.id, tail=100)) > len(last)
+
+
+async def test_the_tail_is_shown_before_a_provider_fails(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The stored records come first, then the error; `after` and `tail` exclude each other."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.log(str(run.remote_id), "hello")
+    await read_log(client, run.id)
+    backend.trouble = BackendUnavailable("away")
+    log = client.logs(run.id, tail=1)
+    assert (await anext(log)).message == "hello"
+    with pytest.raises(BackendUnavailable):
+        await anext(log)
+    with pytest.raises(ValueError, match="tail"):
+        await read_log(client, run.id, after="1", tail=1)
+
+
 async def test_following_outlasts_a_provider_that_is_away(
     client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
 ) -> None:

@@ -29,7 +29,7 @@ from training_backends import (
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.client import poller
+from training_backends.client import poller, watch
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.testing.backend import ScriptedBackend
 from training_backends.testing.faults import OtherAnswer
@@ -200,6 +200,28 @@ async def test_a_new_run_is_taken_up(
         backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
         await until(lambda: told.events)
     assert told.events == [(run.id, "completed")]
+
+
+async def test_a_watcher_that_is_woken_looks_for_new_runs_at_once(
+    client: AsyncTrainingClient,
+    backend: Listing,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever launches a run in the same process need not wait for the next search."""
+    monkeypatch.setattr(watch, "_NEW_RUNS", 3600.0)
+    told: list[str] = []
+
+    async def note(run: TrainingRun, _: LogRecord) -> None:
+        told.append(run.id)
+
+    watcher = client.watcher(on_event=note)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watcher.run)
+        await client.launch(make_config(), backend="scripted", run_id="a")
+        watcher.wake()
+        await until(lambda: told)
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_provider_that_is_away_makes_its_runs_stale_until_it_is_back(

@@ -3,12 +3,13 @@
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from training_backends import TrainingConfig
+from training_backends.core.config import given_options, option_issues
 
 FULL: dict[str, Any] = {
     "model": "open-mistral-7b",
@@ -129,3 +130,52 @@ def test_paths_are_resolved_against_the_file_they_stand_in(
     paths = [source.path for source in (*resolved.data.train, *resolved.data.validation)]
     assert paths == [tmp_path / "a.jsonl", Path("/home/someone/b.jsonl"), Path("/data/c.jsonl")]
     assert resolved.resolved(Path("/elsewhere")) == resolved
+
+
+class Options(BaseModel, extra="forbid"):
+    """Those of some backend."""
+
+    max_runs: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Nothing(BaseModel, extra="forbid"):
+    """Those of a backend without any."""
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message", "fix"),
+    [
+        ({"max_run": 2}, "options.max_run", "unknown option", "did you mean 'max_runs'?"),
+        ({"gpus": 2}, "options.gpus", "unknown option", "known options: max_runs, device"),
+        ({"max_runs": 0}, "options.max_runs", "greater than or equal to 1", None),
+        ({"device": "tpu"}, "options.device", "'cpu' or 'cuda'", None),
+        ({"max_runs": True}, "options.max_runs", "expected a number", None),
+    ],
+)
+def test_the_option_is_named_and_what_there_is_instead(
+    options: dict[str, Any], field: str, message: str, fix: str | None
+) -> None:
+    """Names are offered for a name that does not exist, not for a value."""
+    (issue,) = option_issues(Options, options)
+    assert (issue.field, issue.fix) == (field, fix)
+    assert message in issue.message
+
+
+def test_every_invalid_option_is_reported() -> None:
+    """All at once, not one per attempt."""
+    issues = list(option_issues(Options, {"a": 1, "max_runs": 0}))
+    assert sorted(str(issue.field) for issue in issues) == ["options.a", "options.max_runs"]
+    assert list(option_issues(Options, {"max_runs": 3})) == []
+
+
+def test_a_backend_may_have_no_options() -> None:
+    """The fix says that none are known."""
+    (issue,) = option_issues(Nothing, {"a": 1})
+    assert issue.fix == "known options: none"
+
+
+def test_only_known_options_may_be_left_empty() -> None:
+    """A misspelt option is found whether or not it has a value."""
+    given = given_options(Options, {"max_runs": None, "max_run": None, "device": "cpu"})
+    assert given == {"max_run": None, "device": "cpu"}

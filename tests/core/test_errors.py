@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from training_backends.core import errors
-from training_backends.core.errors import Issue, TrainingBackendError
+from training_backends.core.errors import (
+    Issue,
+    TrainingBackendError,
+    nearest,
+    suggest,
+    validation_issues,
+)
 from training_backends.core.redaction import register_secret
 
 CONTEXT: dict[str, Any] = {
@@ -157,6 +164,42 @@ def test_a_missing_package_shows_its_command_in_the_traceback() -> None:
     """The command that installs it is the way on."""
     error = errors.BackendNotInstalled("Not here.", install="pip install x")
     assert error.__notes__ == ["Hint: pip install x"]
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("learning_rat", "did you mean 'learning_rate'?"),
+        ("x", "known: epochs, learning_rate"),
+        ("learning_rate" * 10_000, "known: epochs, learning_rate"),
+    ],
+)
+def test_the_nearest_known_word_is_suggested(word: str, fix: str) -> None:
+    """Or else all known words; a very long one is not compared."""
+    known = {"learning_rate", "epochs"}
+    assert suggest(word, known, "known: epochs, learning_rate") == fix
+    assert nearest("seed", known) is None
+
+
+def test_a_validation_error_becomes_issues() -> None:
+    """Each names its field below the document's place; the input may be secret and is left out."""
+
+    class Inner(BaseModel, extra="forbid"):
+        count: int
+
+    class Document(BaseModel):
+        parts: list[Inner]
+
+    with pytest.raises(ValidationError) as caught:
+        Document.model_validate({"parts": [{"count": "sk-secret", "cuont": 1}]})
+    assert validation_issues(caught.value, ["body"], unknown="no such field") == [
+        Issue(
+            code="int_parsing",
+            message="Input should be a valid integer, unable to parse string as an integer",
+            field="body.parts.0.count",
+        ),
+        Issue(code="unknown_field", message="no such field", field="body.parts.0.cuont"),
+    ]
 
 
 @pytest.mark.parametrize(

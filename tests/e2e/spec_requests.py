@@ -3,7 +3,7 @@
     python tests/e2e/spec_requests.py SPECIFICATION.yaml
 
 Brings Stoplight Prism (npm) into .cache/, lets it serve the specification strictly, and calls
-every operation of `MistralAPI` with every parameter. Ends with exit code 1 if Prism objects
+every operation of `MistralAPI`. Ends with exit code 1 if Prism objects
 to a single request. The specification is its publisher's and not part of this repository.
 """
 
@@ -35,7 +35,6 @@ from training_backends.protocols.mistral.status import JOB_STATUSES
 CACHE = Path(__file__).parent.parent.parent / ".cache" / "prism"
 PRISM = "@stoplight/prism-cli@5.16.0"
 PORT = 4010
-MODEL = "ft:open-mistral-7b:587a6b29:20240514:7e773925"
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=5, minutes=30)))
 
 
@@ -111,7 +110,7 @@ async def until_served(url: str) -> None:
 
 async def call(awaitable: Awaitable[Any]) -> None:
     """Make one call; what Prism objects to is seen by the recorder, not here."""
-    with suppress(TrainingBackendError):
+    with suppress(TrainingBackendError, StopAsyncIteration):
         await awaitable
 
 
@@ -120,32 +119,10 @@ async def drive_files(api: MistralAPI, directory: Path) -> None:
     path = directory / "train.jsonl"
     path.write_text('{"messages": []}\n')
     file_id = str(uuid4())
-    await call(api.upload_file(path, purpose=None))
-    for purpose in wire.FILE_PURPOSES:
-        for visibility in wire.FILE_VISIBILITIES:
-            name = 'tråin "x".jsonl'
-            await call(
-                api.upload_file(
-                    path, purpose=purpose, visibility=visibility, expiry=24, filename=name
-                )
-            )
-    await call(api.list_files())
-    await call(
-        api.list_files(
-            page=1,
-            page_size=10,
-            include_total=False,
-            sample_type=list(wire.SAMPLE_TYPES),
-            source=list(wire.SOURCES),
-            search="a b&c",
-            purpose="fine-tune",
-            mimetypes=["application/jsonl", "text/plain"],
-        )
-    )
+    await call(api.upload_file(path))
+    await call(api.upload_file(path, filename='tråin "x".jsonl'))
+    await call(anext(api.iter_files(search="a b&c", purpose="fine-tune")))
     await call(api.retrieve_file(file_id))
-    await call(api.download_file(file_id, directory / "copy"))
-    await call(api.get_signed_url(file_id, expiry=48))
-    await call(api.delete_file(file_id))
 
 
 def jobs() -> Iterator[wire.JobIn]:
@@ -191,7 +168,7 @@ def jobs() -> Iterator[wire.JobIn]:
 
 async def drive_jobs(api: MistralAPI) -> None:
     """Call every operation on jobs."""
-    await call(api.list_jobs())
+    await call(anext(api.iter_listed()))
     for status in JOB_STATUSES:
         filters = JobFilters(
             model="m",
@@ -203,27 +180,12 @@ async def drive_jobs(api: MistralAPI) -> None:
             wandb_name="n",
             suffix="s",
         )
-        await call(api.list_jobs(filters, page=2, page_size=7))
+        await call(anext(api.iter_listed(filters)))
     for job in jobs():
         await call(api.create_job(job))
-        await call(api.dry_run_job(job))
     job_id = str(uuid4())
     for operation in (api.get_job, api.start_job, api.cancel_job):
         await call(operation(job_id))
-
-
-async def drive_models(api: MistralAPI) -> None:
-    """Call every operation on models."""
-    await call(api.list_models(provider="mistral", model="m"))
-    await call(api.retrieve_model(MODEL))
-    for change in (
-        wire.UpdateFTModelIn(name="n", description="d"),
-        wire.UpdateFTModelIn(name=None),
-        wire.UpdateFTModelIn(),
-    ):
-        await call(api.update_model(MODEL, change))
-    for operation in (api.archive_model, api.unarchive_model, api.delete_model):
-        await call(operation(MODEL))
 
 
 async def main() -> int:
@@ -246,15 +208,15 @@ async def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         await drive_files(api, Path(directory))
     await drive_jobs(api)
-    await drive_models(api)
+    await call(api.list_models())
     await http.aclose()
     for objection in recorder.objections:
         print(f"  {objection}")
     print(
-        f"{recorder.requests} requests, {len(recorder.operations)} of 17 operations, "
+        f"{recorder.requests} requests, {len(recorder.operations)} of 9 operations, "
         f"{len(recorder.objections)} objections"
     )
-    return 1 if recorder.objections or len(recorder.operations) != 17 else 0
+    return 1 if recorder.objections or len(recorder.operations) != 9 else 0
 
 
 if __name__ == "__main__":

@@ -617,7 +617,7 @@ def test_the_gateway(world: World) -> None:
             command("serve", "--host", "192.0.2.1", code=3),
         ]
     )
-    assert (home / "gateway" / "gateway.db").is_file()
+    assert (home / "gateway" / "runs.db").is_file()
     world.assert_clean()
 
 

@@ -121,6 +121,7 @@ async def site(
     home: Path,
     backend: ScriptedBackend | None = None,
     *,
+    vault: Any = None,
     blobs: BlobStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Site]:
@@ -134,6 +135,7 @@ async def site(
             backend="scripted",
             port=0,
             backends={"scripted": backend},
+            vault=vault,
             blobs=blobs,
         ) as served,
         httpx.AsyncClient(

@@ -148,7 +148,7 @@ async def test_bytes_stay_while_a_job_needs_them(here: Site) -> None:
     await here.http.delete(f"/v1/files/{file_id}")
     assert len(blobs(here)) == 1
     await here.http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
-    assert blobs(here) == []
+    await until(lambda: not blobs(here))
 
 
 async def test_an_expired_file_is_gone(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,17 +453,17 @@ async def test_uploads_survive_the_loss_of_the_database(
     async with site(tmp_path) as here:
         for n in range(1, 4):
             await here.upload(jsonl(ROWS[:n]))
-    for path in (tmp_path / "gateway").glob("gateway.db*"):
+    for path in (tmp_path / "gateway").glob("runs.db*"):
         path.rename(tmp_path / path.name)
     if emptied:
-        (tmp_path / "gateway" / "gateway.db").touch()
+        (tmp_path / "gateway" / "runs.db").touch()
     async with site(tmp_path) as here:
         assert (await here.http.get("/v1/files")).json()["total"] == 0
         assert len(blobs(here)) == 3
     assert [entry["files"] for entry in logs if "unknown to the database" in entry["event"]] == [3]
-    for path in (*(tmp_path / "gateway").glob("gateway.db*"),):
+    for path in (*(tmp_path / "gateway").glob("runs.db*"),):
         path.unlink()
-    for path in tmp_path.glob("gateway.db*"):
+    for path in tmp_path.glob("runs.db*"):
         path.rename(tmp_path / "gateway" / path.name)
     async with site(tmp_path) as here:
         files = (await here.http.get("/v1/files")).json()["data"]
@@ -480,14 +480,14 @@ async def test_uploads_newer_than_a_restored_database_are_kept(
         again = await here.upload()
         bytes_of_it = blobs(here)
         await here.http.delete(f"/v1/files/{again}")
-    old = {path: path.read_bytes() for path in (tmp_path / "gateway").glob("gateway.db*")}
+    old = {path: path.read_bytes() for path in (tmp_path / "gateway").glob("runs.db*")}
     async with site(tmp_path) as here:
         if lingered:
             bytes_of_it[0].write_bytes(CONTENT)
             os.utime(bytes_of_it[0], (0, 0))
         await here.upload()
         await here.upload(jsonl(ROWS[:2]))
-    for path in (tmp_path / "gateway").glob("gateway.db*"):
+    for path in (tmp_path / "gateway").glob("runs.db*"):
         path.unlink()
     for path, content in old.items():
         path.write_bytes(content)

@@ -1,7 +1,7 @@
 """The life of jobs over HTTP."""
 
 import errno
-from collections.abc import Callable
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from uuid import uuid4
 
 import anyio
 import pytest
-import sqlalchemy as sa
 
 from tests.gateway.conftest import ROWS, Site, jsonl, scripted, site
 from tests.readings import counted_readings
@@ -20,15 +19,18 @@ from training_backends.core.errors import (
     BackendUnavailable,
     DatasetError,
     Issue,
+    RunNotFound,
     StoreError,
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate, Money
-from training_backends.core.run import ValidationReport
+from training_backends.core.run import ValidationReport, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
-from training_backends.gateway.jobstore import STATUS_EVENT
+from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.store import GatewayStore
+from training_backends.store import RunStore
+from training_backends.testing import backend as scripted_backend
 from training_backends.testing.backend import ScriptedBackend
 from training_backends.tokens import count_tokens
 
@@ -405,24 +407,30 @@ async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:
     assert (len(tries), len(here.backend.created)) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("store", "method"),
+    [(GatewayStore, "write"), (RunStore, "observed"), (RunStore, "undelivered")],
+    ids=["job", "run", "event"],
+)
 async def test_a_database_that_fails_for_a_while_fails_no_job(
-    here: Site, monkeypatch: pytest.MonkeyPatch
+    here: Site, monkeypatch: pytest.MonkeyPatch, store: type, method: str
 ) -> None:
-    """The run goes on meanwhile, and its job takes over how it ends."""
+    """The run continues meanwhile, and its job shows how it ends."""
+    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
     job_id, remote_id = await here.started()
     await here.until(job_id, "RUNNING")
-    write = GatewayStore.awrite
-    refused = anyio.Event()
+    working = getattr(store, method)
+    rejected: list[str] = []
 
-    async def full(store: GatewayStore, work: Callable[[sa.Connection], Any]) -> Any:
-        refused.set()
+    def full(*_: Any, **__: Any) -> Any:
+        rejected.append(method)
         raise StoreError("The database cannot be used: disk is full")
 
-    monkeypatch.setattr(GatewayStore, "awrite", full)
+    monkeypatch.setattr(store, method, full)
     here.backend.measure(remote_id, 10, train_loss=1.5)
-    with anyio.fail_after(20):
-        await refused.wait()
-    monkeypatch.setattr(GatewayStore, "awrite", write)
+    here.backend.tell(remote_id, TrainingStatus.STOPPING)
+    await until(lambda: rejected)
+    monkeypatch.setattr(store, method, working)
     here.backend.measure(remote_id, 20, train_loss=1.0)
     here.backend.finish(remote_id)
     ended = await here.until(job_id, "SUCCESS", "FAILED")
@@ -538,9 +546,9 @@ async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
 ) -> None:
     """However often the backend measures, and newest first; the last step is always there."""
     job_id, remote = await here.started()
-    known = {"total_steps": total} if total else {}
+    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=total or None)
     for step in range(1, (total or 35) + 1):
-        here.backend.measure(remote, step, train_loss=1 / step, **known)
+        here.backend.measure(remote, step, train_loss=1 / step)
     here.backend.finish(remote)
     points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == told
@@ -549,8 +557,9 @@ async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
 async def test_what_a_backend_validates_more_often_is_told(here: Site) -> None:
     """Ten steps apart at least, and no more than a hundred of them."""
     job_id, remote = await here.started()
+    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=2000)
     for step in range(10, 2001, 10):
-        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0, total_steps=2000)
+        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0)
     here.backend.finish(remote)
     points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == [*range(20, 2001, 20)]
@@ -566,6 +575,52 @@ async def test_a_step_measured_twice_is_one_checkpoint(here: Site) -> None:
     (point,) = (await here.until(job_id, "SUCCESS"))["checkpoints"]
     assert (point["step_number"], point["metrics"]["train_loss"]) == (10, 2.0)
     assert point["metrics"]["valid_loss"] == 1.0
+
+
+async def test_a_job_keeps_what_it_shows_when_its_model_is_deleted(here: Site) -> None:
+    """The run is deleted with the model, and its log with the run."""
+    done = await here.finished()
+    assert done["checkpoints"]
+    await here.http.delete(f"/v1/models/{done['fine_tuned_model']}")
+    with pytest.raises(RunNotFound):
+        await here.served.gateway.client.get(done["id"])
+    kept = await here.get(done["id"])
+    assert (kept["events"], kept["checkpoints"]) == (done["events"], done["checkpoints"])
+
+
+async def test_only_what_the_gateway_does_itself_is_stored_in_its_tables(here: Site) -> None:
+    """The log of a run is stored once by the client; events are computed from it."""
+    job_id, remote = await here.started()
+    here.backend.tell(remote, TrainingStatus.INITIALIZING)
+    here.backend.tell(remote, TrainingStatus.RUNNING)
+    for step in range(10, 60, 10):
+        here.backend.measure(remote, step, train_loss=1.0)
+    here.backend.finish(remote)
+    job = await here.until(job_id, "SUCCESS")
+    query = "SELECT data FROM gateway_events ORDER BY id"
+    rows = await here.served.gateway.store.aread(lambda c: c.exec_driver_sql(query).scalars().all())
+    own = [json.loads(row)["status"] for row in rows]
+    assert own == ["QUEUED", "VALIDATING", "VALIDATED", "SUCCESS"]
+    assert statuses(job) == [*own[:3], "STARTED", "RUNNING", "SUCCESS"]
+    assert len(job["checkpoints"]) == 5
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+async def test_events_are_in_order_whatever_the_clock_of_the_backend(
+    here: Site, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """A status is never followed by an earlier one, nor by an earlier time."""
+    now = utc_now() + timedelta(seconds=ahead)
+    monkeypatch.setattr(scripted_backend, "utc_now", lambda: now)
+    job_id, remote = await here.started()
+    here.backend.tell(remote, TrainingStatus.RUNNING)
+    await here.until(job_id, "RUNNING")
+    await here.http.post(f"{JOBS}/{job_id}/cancel")
+    here.backend.tell(remote, TrainingStatus.CANCELLED)
+    job = await here.until(job_id, "CANCELLED")
+    assert statuses(job)[3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
+    times = [event["created_at"] for event in job["events"]]
+    assert times == sorted(times)
 
 
 async def test_tokens_trained_are_told_when_known(here: Site) -> None:

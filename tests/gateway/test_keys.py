@@ -1,10 +1,8 @@
 """API keys: made, shown once, checked, limited in time and scope, revoked."""
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,26 +31,6 @@ from training_backends.gateway.keys import (
 from training_backends.gateway.store import GatewayStore
 
 pytestmark = pytest.mark.anyio
-
-OLD_TABLES = """
-CREATE TABLE keys (
-    id VARCHAR(8) NOT NULL,
-    name VARCHAR NOT NULL,
-    sha256 VARCHAR(64) NOT NULL,
-    created_at FLOAT NOT NULL,
-    revoked_at FLOAT,
-    PRIMARY KEY (id)
-);
-CREATE TABLE jobs (
-    id VARCHAR(36) NOT NULL PRIMARY KEY, checkpoint_stride INTEGER NOT NULL, created_at FLOAT
-);
-CREATE TABLE files (
-    id VARCHAR(36) NOT NULL PRIMARY KEY, visibility VARCHAR, created_at FLOAT
-);
-CREATE TABLE models (id VARCHAR NOT NULL PRIMARY KEY);
-PRAGMA user_version=1;
-"""
-OLD_KEY = "tb-0123abcd-" + "x" * 43
 
 
 def secret(made: NewKey) -> str:
@@ -111,7 +89,7 @@ def test_a_flood_of_wrong_keys_costs_one_look_each_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None for what has not the form of a key, and nothing is ever written."""
-    store = GatewayStore(tmp_path / "gateway.db")
+    store = GatewayStore(f"sqlite:///{tmp_path}/runs.db")
     keys = KeyStore(store)
     revoked, expired = keys.create(), keys.create(expires_at=utc_now() + timedelta(seconds=1))
     keys.revoke(revoked.info.id)
@@ -212,7 +190,7 @@ def test_a_key_to_read_may_not_write(tmp_path: Path) -> None:
 
 def test_a_key_opens_one_project_and_an_admin_s_all(tmp_path: Path) -> None:
     """The project is that of the key, `default` without a choice; the static key is an admin's."""
-    keys = KeyStore(GatewayStore(tmp_path / "gateway.db"), SecretStr("static-key"))
+    keys = KeyStore(GatewayStore(f"sqlite:///{tmp_path}/runs.db"), SecretStr("static-key"))
     made = [
         keys.create(),
         keys.create(project="team-a", scope="read"),
@@ -269,7 +247,7 @@ def test_a_full_disk_does_not_lock_anybody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That a use cannot be written down is no reason to refuse it."""
-    store = GatewayStore(tmp_path / "gateway.db")
+    store = GatewayStore(f"sqlite:///{tmp_path}/runs.db")
     keys = KeyStore(store)
     made = keys.create()
 
@@ -280,43 +258,14 @@ def test_a_full_disk_does_not_lock_anybody_out(
     assert keys.admit(secret(made), writes=True).key_id == made.info.id
 
 
-def old_store(home: Path) -> None:
-    """Leave the keys of the first version behind."""
-    (home / "gateway").mkdir(parents=True)
-    with sqlite3.connect(home / "gateway" / "gateway.db") as connection:
-        connection.executescript(OLD_TABLES)
-        row = ("0123abcd", "old", hashlib.sha256(OLD_KEY.encode()).hexdigest(), 1.75e9)
-        connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", row)
-    connection.close()
-
-
-def test_keys_of_the_first_version_work_as_before(tmp_path: Path) -> None:
-    """They may do everything and do not expire; the table becomes what a new one is."""
-    old_store(tmp_path / "old")
-    with ThreadPoolExecutor(4) as pool:
-        stores = list(pool.map(open_keys, [tmp_path / "old"] * 4))
-    for keys in stores:
-        assert keys.admit(OLD_KEY, writes=True).key_id == "0123abcd"
-        info = keys.list()[0]
-        assert (info.name, info.scope, info.project) == ("old", "write", "default")
-        assert (info.state, info.expires_at) == ("active", None)
-    open_keys(tmp_path / "new")
-
-    def columns(name: str) -> list[Any]:
-        path = tmp_path / name / "gateway" / "gateway.db"
-        with sqlite3.connect(path) as connection:
-            return connection.execute("PRAGMA table_info(keys)").fetchall()
-
-    assert columns("old") == columns("new")
-
-
 def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     """The error says to upgrade."""
-    open_keys(tmp_path)
-    with sqlite3.connect(tmp_path / "gateway" / "gateway.db") as connection:
-        connection.execute("PRAGMA user_version=99")
+    open_keys(tmp_path).list()
+    with sqlite3.connect(tmp_path / "gateway" / "runs.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0999'")
+    connection.close()
     with pytest.raises(StoreError, match="newer version") as raised:
-        open_keys(tmp_path)
+        open_keys(tmp_path).list()
     assert "Upgrade" in str(raised.value.hint)
 
 
@@ -336,7 +285,7 @@ def test_a_name_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
 
 def test_the_static_key_stands_beside_the_others(tmp_path: Path) -> None:
     """It comes from the settings and is not stored."""
-    store = GatewayStore(tmp_path / "gateway.db")
+    store = GatewayStore(f"sqlite:///{tmp_path}/runs.db")
     assert not KeyStore(store).usable()
     keys = KeyStore(store, SecretStr("static-key"))
     assert keys.usable()

@@ -1,8 +1,6 @@
 """Projects: what one key makes does not exist for the keys of other projects."""
 
 import re
-import sqlite3
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,7 +8,7 @@ import httpx
 import pytest
 from anyio import to_thread
 
-from tests.gateway.conftest import ROWS, Site, jsonl, site
+from tests.gateway.conftest import ROWS, Site, jsonl
 from training_backends.core.errors import Issue
 from training_backends.core.run import ValidationReport
 from training_backends.gateway.app import create_app
@@ -232,25 +230,6 @@ async def test_a_dry_run_names_no_other_project_s_job(
     body = {"model": "tiny-mistral", "hyperparameters": {}, "training_files": files}
     answer = (await here.http.post(f"{JOBS}?dry_run=true", json=body)).json()
     assert answer["details"] == "It is free."
-
-
-async def test_what_there_was_before_projects_belongs_to_the_default_one(tmp_path: Path) -> None:
-    """A database of the version before is brought up to date with all that is in it."""
-    async with site(tmp_path) as here:
-        file_id = await here.upload()
-        job = await here.finished(files=[file_id])
-    with sqlite3.connect(tmp_path / "gateway" / "gateway.db") as connection:
-        connection.execute("UPDATE files SET visibility = 'user'")
-        for table in ("files", "jobs", "models", "keys"):
-            connection.execute(f"ALTER TABLE {table} DROP COLUMN project")
-        connection.execute("PRAGMA user_version=3")
-    connection.close()
-    async with site(tmp_path) as here:
-        everything = {file_id, job["id"], job["fine_tuned_model"]}
-        assert await shown(here, await key(here, "default")) == everything
-        assert await shown(here, await key(here, "other")) == set()
-        found = (await here.http.get(f"/v1/files/{file_id}")).json()
-        assert found["visibility"] == "workspace"
 
 
 async def test_a_private_file_is_rejected_instead_of_shown_to_the_project(here: Site) -> None:

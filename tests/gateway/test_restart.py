@@ -5,11 +5,15 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import to_thread
 
 from tests.gateway.conftest import Site, scripted, site
 from tests.waiting import until
+from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.errors import BackendUnavailable
 from training_backends.core.status import TrainingStatus
+from training_backends.gateway import runner
+from training_backends.gateway.keys import open_keys
 
 pytestmark = pytest.mark.anyio
 
@@ -129,6 +133,40 @@ async def test_files_and_links_outlive_a_restart(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         del here.http.headers["authorization"]
         assert (await here.http.get(path)).status_code == 200
+
+
+async def test_jobs_and_keys_survive_the_recovery_of_a_damaged_database(tmp_path: Path) -> None:
+    """`doctor --recover` rebuilds the gateway's tables with the runs, as far as readable."""
+    async with site(tmp_path) as here:
+        job = await here.finished()
+        made = await to_thread.run_sync(lambda: open_keys(tmp_path).create("ci"))
+    root = tmp_path / "gateway"
+    with (root / "runs.db").open("r+b") as file:
+        file.write(b"x" * 100)
+    async with AsyncTrainingClient(home=root, backends={"scripted": scripted()}) as client:
+        assert job["id"] in (await client.recover_store()).saved
+    async with site(tmp_path) as here:
+        here.http.headers["authorization"] = f"Bearer {made.key.get_secret_value()}"
+        kept = await here.get(job["id"])
+        assert (kept["status"], kept["events"][-1]) == ("SUCCESS", job["events"][-1])
+        assert (await here.http.get(f"/v1/models/{job['fine_tuned_model']}")).status_code == 200
+
+
+async def test_a_job_whose_event_another_watcher_received_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event is delivered once, so `training-backends watch` on this home takes some."""
+    monkeypatch.setattr(runner, "_CATCH_UP_EVERY", 0.05)
+
+    async def deaf(*_: object) -> None:
+        """Receive an event in the place of the gateway."""
+
+    monkeypatch.setattr(runner.JobRunner, "_on_event", deaf)
+    async with site(tmp_path) as here:
+        job_id, remote = await here.started()
+        await here.until(job_id, "RUNNING")
+        here.backend.finish(remote)
+        await here.until(job_id, "SUCCESS")
 
 
 async def test_many_jobs_go_on_together(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Protocol
 
 import anyio
@@ -470,33 +469,29 @@ def coded(content: bytes, coding: str = "gzip", status: int = 200) -> StubReply:
 
 
 async def test_a_compressed_answer_is_read(
-    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy, tmp_path: Path
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy
 ) -> None:
     """A gzip coding is asked for and undone, however small the pieces are."""
     text = json.dumps({"text": "0" * 2_000_000, "more": random.Random(1).randbytes(9).hex()})
     answer_by(lambda _: coded(gzip.compress(text.encode())))
     assert await client.json("GET", "/a") == json.loads(text)
     assert server.requests[0].headers["accept-encoding"] == "gzip"
-    target = await client.download("/a", tmp_path / "file")
-    assert target.read_text() == text
 
 
 @pytest.mark.parametrize("status", [200, 502])
 @pytest.mark.parametrize("coding", ["gzip, gzip", "gzip,gzip,gzip", "br", "deflate", "x" * 5000])
 async def test_an_answer_of_another_coding_is_not_decompressed(
-    client: HttpClient, answer_by: AnswerBy, coding: str, status: int, tmp_path: Path
+    client: HttpClient, answer_by: AnswerBy, coding: str, status: int
 ) -> None:
     """A few kilobytes that are compressed twice would become gigabytes."""
     bomb = gzip.compress(gzip.compress(bytes(2**26)))
     answer_by(lambda _: coded(bomb, coding, status))
     tracemalloc.start()
-    for asking in (client.json("GET", "/a"), client.download("/a", tmp_path / "file")):
-        with pytest.raises(ProtocolError, match="content encoding") as caught:
-            await asking
-        assert len(caught.value.message) < 500
+    with pytest.raises(ProtocolError, match="content encoding") as caught:
+        await client.json("GET", "/a")
+    assert len(caught.value.message) < 500
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("status", [200, 502])

@@ -113,7 +113,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "new \ud800")
     assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomic(folder, "renaming fails")
+    assert sorted(tmp_path.iterdir()) == [path, folder]
+
+
+def test_a_private_file_is_only_for_its_owner(tmp_path: Path) -> None:
+    """Also if one that anyone may read is replaced."""
+    path = tmp_path / "file"
+    write_atomic(path, "for all")
+    write_atomic(path, b"secret", private=True)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"secret", 0o600)
 
 
 def test_lines_are_appended_whole(tmp_path: Path) -> None:

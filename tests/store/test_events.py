@@ -64,6 +64,16 @@ def test_a_log_goes_on_behind_any_cursor(store: RunStore, look: Callable[..., No
     assert store.records("r", after="4", limit=3) == everything[4:7]
 
 
+@pytest.mark.parametrize(("count", "cursor"), [(0, "4"), (1, "3"), (3, "1"), (4, None), (9, None)])
+def test_the_last_records_begin_after_a_cursor(
+    store: RunStore, look: Callable[..., None], count: int, cursor: str | None
+) -> None:
+    """The log need not be read to find it."""
+    look(*(told(str(n), n) for n in range(4)))
+    assert store.cursor_before_last("r", count) == cursor
+    assert len(store.records("r", after=cursor)) == min(count, 4)
+
+
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.0", "٣", "3", "9" * 18, "9" * 40, "0:0:0"])
 def test_a_cursor_that_was_never_given_out_is_refused(
     store: RunStore, look: Callable[..., None], cursor: str

@@ -21,6 +21,7 @@ from tests.store.conftest import (
 )
 from training_backends import StoreError, TrainingStatus
 from training_backends.core.run import RunState, utc_now
+from training_backends.gateway import schema as gateway
 from training_backends.store import JournalEntry, RunStore, schema
 
 
@@ -81,6 +82,8 @@ def test_losses_that_checkpoints_had_overwritten_are_put_back(
     execute(
         url,
         "UPDATE metrics SET value = 4.0 WHERE step = 10 AND name = 'train_loss'",
+        "DROP INDEX records_of_status",
+        *(f"DROP TABLE {table}" for table in schema.GATEWAY_TABLES),
         "UPDATE alembic_version SET version_num = '0002'",
     )
     assert store.metrics("r") == sound
@@ -103,7 +106,7 @@ def test_the_revisions_make_the_tables_that_the_store_uses(
     engine = sa.create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        differences = compare_metadata(context, schema.metadata)
+        differences = compare_metadata(context, gateway.jobs.metadata)
         (foreign,) = sa.inspect(connection).get_foreign_keys("journal")
     engine.dispose()
     # What only older programs look at is not among the tables in use.
@@ -112,6 +115,12 @@ def test_the_revisions_make_the_tables_that_the_store_uses(
     ]
     assert (foreign["referred_table"], foreign["constrained_columns"]) == ("runs", ["run_id"])
     assert foreign["options"] == {"ondelete": "CASCADE"}
+
+
+def test_a_recovery_knows_every_table_of_the_gateway() -> None:
+    """Otherwise it would lose their rows."""
+    tables = {name for name in gateway.jobs.metadata.tables if name.startswith("gateway_")}
+    assert tables == set(schema.GATEWAY_TABLES)
 
 
 def test_processes_that_open_an_old_store_at_once_migrate_it_once(

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import training_backends.trainer.run  # noqa: F401  # loads what training needs
+from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import make_tiny_model
 
 
 def main() -> None:

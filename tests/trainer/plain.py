@@ -15,7 +15,7 @@ from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunSpec
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.data import Order
-from training_backends.trainer.tiny_model import make_tiny_model
+from training_backends.trainer.models import make_tiny_model
 
 Losses = Callable[[Any, Sequence[bytes]], torch.Tensor]
 

@@ -24,9 +24,9 @@ from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.rows import ChatRow, Message, byte_encode, parse_row
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.data import Order
+from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.objectives.classifier import add_heads
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.engine
 

@@ -18,8 +18,8 @@ from training_backends.rundir.directory import (
 )
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.model_card import Licence, describe_data, read_licence, write_card
+from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.engine
 

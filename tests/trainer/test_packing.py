@@ -22,10 +22,10 @@ from training_backends.trainer.data import (
     make_sample,
 )
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import train
 from training_backends.trainer.run import require_separate_rows
-from training_backends.trainer.tiny_model import make_tiny_model
 
 MAX = 20
 

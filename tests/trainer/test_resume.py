@@ -20,8 +20,8 @@ from training_backends.rundir.directory import CheckpointState, RunDir, TrainerE
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.checkpoint import newest_checkpoint, write_checkpoint
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
-from training_backends.trainer.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.engine
 

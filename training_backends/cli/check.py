@@ -1,23 +1,49 @@
-"""Commands that run before a launch: backends, validate, estimate."""
+"""Commands that run before a launch: backends, init, validate, estimate."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from training_backends.cli.completion import complete_backend
 from training_backends.cli.session import (
     BackendOption,
     ConfigArgument,
     JsonOption,
     SetOption,
     backend_of,
+    command,
     located,
     with_client,
 )
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
+    from training_backends.core.capabilities import Capabilities
 
-__all__ = ["backends", "estimate", "validate"]
+__all__ = ["backends", "estimate", "init", "validate"]
+
+_TEMPLATE: Final = """\
+# Configuration of a fine-tuning run.
+#   training-backends validate {file}
+#   training-backends launch {file} --follow
+
+backend: {backend}
+model: {model}
+method: {method:<18} # {methods}
+
+data:
+  train: train.jsonl       # one example per line; the path is relative to this file
+{validation}
+hyperparameters:
+  epochs: 3                # or training_steps; the backend chooses what is not set
+  # learning_rate: 0.0001
+  # batch_size: 8
+  # seq_len: 2048          # longer rows are truncated
+{rest}"""
+_MODELS: Final = {"local": "tiny-mistral", "mistral": "open-mistral-7b"}
+"""Models that the templates of the built-in backends start with."""
 
 
 def backends(json: JsonOption = False) -> None:
@@ -70,6 +96,68 @@ def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows = capabilities["provider_format"]["formats"]
     return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("run.yaml"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Backend of the run.",
+            autocompletion=complete_backend,
+        ),
+    ] = "local",
+    json: JsonOption = False,
+) -> None:
+    """Write a commented configuration to start from.
+
+    Never overwrites a file.
+    """
+    from training_backends import ConfigError
+    from training_backends.cli.views.console import stderr, write_json
+
+    async def read(client: "AsyncTrainingClient") -> "Capabilities":
+        return client.backend(backend).capabilities
+
+    text = _template(str(file), backend, with_client(read))
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{file} already exists.", hint="Choose another file name.") from None
+    if json:
+        write_json({"path": str(file)})
+        return
+    stderr().print(f"Wrote {file}. Edit it, then:", markup=False)
+    for line in (command("validate", str(file)), command("launch", str(file), "--follow")):
+        stderr().print(f"  {line}", markup=False)
+
+
+def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
+    """Return the configuration that `init` writes."""
+    methods = sorted(capabilities.methods)
+    rest = []
+    if tunings := capabilities.tunings:
+        default = "lora" if "lora" in tunings else min(tunings)
+        rest += ["", f"# tuning: {default:<16} # {', '.join(sorted(tunings))}"]
+    if capabilities.suffix:
+        rest += ["", "# suffix: my-model         # part of the name of the trained model"]
+    rest += ["", "# budget:                  # reject the launch if the estimate is higher"]
+    if capabilities.quotes:
+        rest.append("#   max_cost: 25 USD")
+    rest.append("#   max_duration: 8h")
+    return _TEMPLATE.format(
+        file=shlex.quote(file),
+        backend=backend,
+        model=_MODELS.get(backend, "base-model"),
+        method="sft" if "sft" in methods else methods[0],
+        methods=", ".join(methods),
+        validation="  # validation: validation.jsonl\n" * capabilities.validation_files,
+        rest="".join(f"{line}\n" for line in rest),
+    )
 
 
 def validate(

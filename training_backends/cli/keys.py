@@ -296,9 +296,11 @@ def _minute(moment: datetime) -> str:
 
 
 def _keys() -> "KeyStore":
+    from training_backends.core.settings import load_settings
     from training_backends.gateway.keys import open_keys
+    from training_backends.gateway.settings import GatewaySettings
 
-    return open_keys(_home())
+    return open_keys(_home(), load_settings(GatewaySettings).store_url)
 
 
 def _home() -> "Path":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, quickstart, runs, serve
+from training_backends.cli import check, data, doctor, keys, launch, quickstart, runs, serve
 from training_backends.cli.exit_codes import (
     ExitCode,
     Interrupted,
@@ -68,16 +68,18 @@ def _warn_about_dotenv() -> None:
 
 app.command()(quickstart.quickstart)
 app.command()(check.backends)
+app.command()(check.init)
 app.command()(check.validate)
 app.command()(check.estimate)
-app.command()(runs.launch)
+app.command()(launch.launch)
 app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
 app.command()(runs.logs)
 app.command()(runs.metrics)
+app.command()(runs.checkpoints)
 app.command()(runs.wait)
 app.command()(runs.stop)
-app.command()(runs.resume)
+app.command()(launch.resume)
 app.command()(runs.download)
 app.command()(runs.generate)
 app.command()(runs.delete)
@@ -143,6 +145,8 @@ def _end(error: TrainingBackendError, *, shown: bool = False) -> NoReturn:
         if isinstance(error, Interrupted):
             # Start a new line after the ^C echoed by the terminal.
             typer.echo(f"\n{escape_controls(error.message)}", err=True)
+            for line in (error.hint or "").splitlines():
+                typer.echo(f"  {escape_controls(line)}", err=True)
         elif not shown:
             show_error(error)
     raise SystemExit(code)

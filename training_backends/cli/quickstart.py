@@ -1,21 +1,20 @@
 """The `quickstart` command: trains a tiny model through client, gateway and local trainer."""
 
 import shlex
-import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_backends.cli.session import JsonOption, run_async
+from training_backends.cli.session import JsonOption, command, exit_with, run_async, short_path
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from training_backends import TrainingConfig, TrainingRun
+    from training_backends import AsyncTrainingClient, TrainingConfig, TrainingRun
+    from training_backends.cli.exit_codes import Interrupted
 
 __all__ = ["quickstart"]
 
@@ -34,7 +33,6 @@ hyperparameters:
   training_steps: 300
   learning_rate: 0.002
   seq_len: 256               # maximum tokens per row; tiny-mistral uses one token per byte
-suffix: quickstart
 """
 
 
@@ -54,13 +52,12 @@ def quickstart(
     out = stderr()
     out.quiet = json
     show = _Quickstart(home, run_id, out)
-    note = f"Interrupted; training keeps running in the background. Files are stored in {home}"
-    found = run_async(show.run, on_interrupt=note, run_id=run_id)
+    found = run_async(show.run, interrupted=show.interrupted)
     if json:
         write_json(found.document())
     else:
         found.show_next_steps(out)
-    _end(found.run)
+    exit_with(found.run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +84,29 @@ class _Result:
         """Print the commands to run next."""
         if self.model is None:
             return
-        config = shlex.quote(str(_short(self.home / "run.yaml")))
-        out.print()
-        out.print("[bold]Next steps with your own data[/]")
-        out.print(
-            f"  put your conversations into {_short(self.home / 'data')}/train.jsonl", markup=False
-        )
-        for command in (f"validate {config}", f"launch {config} --follow", "list"):
-            out.print(f"  {_program()} {command}", markup=False)
-        out.print("[bold]Serve existing Mistral clients[/], such as the official SDKs")
-        for command in ("keys create", "serve --backend local"):
-            out.print(f"  {_program()} {command}", markup=False)
+        from rich.markup import escape
+
+        config = str(short_path(self.home / "run.yaml"))
+        data = short_path(self.home / "data") / "train.jsonl"
+        sections = {
+            "[bold]Look at this run[/]": [
+                command("list"),
+                command("metrics", self.run.id),
+                _at_gateway(self.home, "generate", str(self.run.remote_id), QUESTION),
+            ],
+            f"[bold]Train on your own data[/], in {escape(str(data))}": [
+                command("validate", config),
+                command("launch", config, "--follow"),
+            ],
+            "[bold]Serve existing Mistral clients[/], such as the official SDKs": [
+                command("keys", "create"),
+                command("serve", "--backend", "local"),
+            ],
+        }
+        for title, lines in sections.items():
+            out.print(f"\n{title}")
+            for line in lines:
+                out.print(f"  {line}", markup=False)
 
 
 class _Quickstart:
@@ -107,6 +116,19 @@ class _Quickstart:
         self._home = home
         self._run_id = run_id
         self._out = out
+        self._job_id: str | None = None
+
+    def interrupted(self) -> "Interrupted":
+        """Return the error for Ctrl-C."""
+        from training_backends.cli.exit_codes import Interrupted
+
+        if self._job_id is None:
+            text = "Interrupted before the run was started."
+            return Interrupted(text, hint=f"Start over: {command('quickstart')}")
+        follow = _at_gateway(self._home, "logs", self._job_id, "--follow")
+        stop = _at_gateway(self._home, "stop", self._job_id)
+        text = f"Interrupted; job {self._job_id} keeps running."
+        return Interrupted(text, hint=f"Follow: {follow}\nStop: {stop}", run_id=self._job_id)
 
     async def run(self) -> _Result:
         """Run all steps and return once the run has finished."""
@@ -127,6 +149,7 @@ class _Quickstart:
                 port=0,
                 host="127.0.0.1",
                 public_url=None,
+                store_url=None,
                 tls_cert=None,
                 tls_key=None,
                 tls_client_ca=None,
@@ -141,10 +164,14 @@ class _Quickstart:
                 credentials=CredentialVault(home=state, explicit={"mistral": key}),
             )
             client = await stack.enter_async_context(
-                AsyncTrainingClient(home=state, backends={"mistral": backend})
+                # In the user's home, where `list` and `metrics` find the run.
+                AsyncTrainingClient(backends={"mistral": backend})
             )
+            stack.push_async_callback(_forget_unfinished, client, self._run_id)
             await self._preview(client, config)
-            before = await self._ask("tiny-mistral", "before training")
+            before = await self._ask(
+                "tiny-mistral", "before training", "random weights, so expect noise"
+            )
             self._title("Launch", "upload the data, create the job, get a quote, start")
             with LaunchView(quiet=self._out.quiet, out=self._out) as view:
                 run = await client.launch(
@@ -154,6 +181,7 @@ class _Quickstart:
                     on_progress=view.progress,
                     on_update=view.update,
                 )
+            self._job_id = run.remote_id
             self._title("Training", f"run {run.id}, job {run.remote_id}")
             run = await follow_run(
                 client,
@@ -166,8 +194,10 @@ class _Quickstart:
                 return _Result(self._home, run, None, before, "")
             target = self._home / "models" / run.id
             model = await gateway.gateway.client.download(str(run.remote_id), target)
-            after = await self._ask(str(model), "after training")
-            self._title("Model", str(_short(model)))
+            after = await self._ask(
+                str(model), "after training", "a question from the training data"
+            )
+            self._title("Model", str(short_path(model)))
             return _Result(self._home, run, model, before, after)
 
     async def _preview(self, client: Any, config: "TrainingConfig") -> None:
@@ -175,7 +205,7 @@ class _Quickstart:
         from training_backends.cli.views.render import show_dataset, show_estimate, show_issues
         from training_backends.datasets.inspect import raise_for_errors
 
-        self._title("Data", str(_short(self._home / "data")))
+        self._title("Data", str(short_path(self._home / "data")))
         dataset = await client.inspect(config)
         show_dataset(dataset, self._out)
         raise_for_errors(dataset)
@@ -183,11 +213,11 @@ class _Quickstart:
         self._title("Estimate", "from the tokens of this data")
         show_estimate(await client.estimate(config, backend="mistral"), self._out)
 
-    async def _ask(self, model: str, when: str) -> str:
+    async def _ask(self, model: str, when: str, note: str) -> str:
         from training_backends.backends.local.process import sample_answer
 
         answer = await sample_answer(model, QUESTION)
-        self._title(f"Answer {when}", f"{QUESTION} (a question from the training data)")
+        self._title(f"Answer {when}", f"{QUESTION} ({note})")
         self._out.print(f"  {answer!r}", markup=False)
         return answer
 
@@ -196,6 +226,23 @@ class _Quickstart:
 
         self._out.print()
         self._out.print(f"[bold]{title}[/]  [dim]{escape(what)}[/]")
+
+
+def _at_gateway(home: Path, *arguments: str) -> str:
+    """Return a command line for the run that the gateway trains, in its own home."""
+    gateway = short_path(home / "state" / "gateway")
+    return f"TRAINING_BACKENDS_HOME={shlex.quote(str(gateway))} {command(*arguments)}"
+
+
+async def _forget_unfinished(client: "AsyncTrainingClient", run_id: str) -> None:
+    """Delete the record of an unfinished run, which nobody can observe without this gateway."""
+    import anyio
+
+    from training_backends import RunNotFound
+
+    with anyio.CancelScope(shield=True), suppress(RunNotFound):
+        if not (await client.get(run_id)).status.is_terminal:
+            await client.delete(run_id, record_only=True)
 
 
 def _prepare(home: Path) -> Path:
@@ -235,26 +282,3 @@ def _need_extras() -> None:
             f"The quickstart requires the extras {extras}.",
             install=f"pip install 'training-backends[{extras}]'",
         )
-
-
-def _program() -> str:
-    """Return the command that starts this program: its name if it is on the PATH."""
-    started = Path(sys.argv[0])
-    if started.name != "training-backends":
-        return "python -m training_backends"
-    found = which(started.name)
-    if found and Path(found).samefile(started):
-        return started.name
-    return shlex.quote(str(_short(started.absolute())))
-
-
-def _short(path: Path) -> Path:
-    """Return the path relative to the working directory if it is inside it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _end(run: "TrainingRun") -> None:
-    from training_backends.cli.exit_codes import exit_code_of_status
-
-    if code := exit_code_of_status(run.status):
-        raise typer.Exit(code)

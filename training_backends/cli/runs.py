@@ -1,45 +1,43 @@
-"""Commands that launch, show, control and delete runs."""
+"""Commands that show, control and delete runs."""
 
 import sys
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from training_backends.cli.completion import complete_backend, complete_run, complete_status
 from training_backends.cli.session import (
-    BackendOption,
     CachedOption,
-    ConfigArgument,
     ExactRunArgument,
     JsonOption,
     RunArgument,
-    SetOption,
-    backend_of,
     complete_id,
-    located,
+    exit_with,
+    keeps_running,
     refreshed,
     with_client,
 )
-from training_backends.cli.terminal import interruptible
-from training_backends.core.escape import escape_controls
+from training_backends.cli.terminal import ask, no_consent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from training_backends import AsyncTrainingClient, Estimate, Reply, TrainingConfig, TrainingRun
+    from rich.console import Console
+
+    from training_backends import AsyncTrainingClient, Checkpoint, Reply, TrainingRun
+    from training_backends.core.status import TrainingStatus
     from training_backends.store import MetricPoint
 
 __all__ = [
+    "checkpoints",
     "delete",
     "download",
     "generate",
-    "launch",
     "list_runs",
     "logs",
     "metrics",
-    "resume",
     "status",
     "stop",
     "wait",
@@ -57,10 +55,10 @@ def generate(
     """Generate text with the trained model of a run."""
     from training_backends.cli.views.console import show_text, stdout, write_json
 
-    async def ask(client: "AsyncTrainingClient") -> "Reply":
+    async def prompt_model(client: "AsyncTrainingClient") -> "Reply":
         return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
 
-    reply = with_client(ask)
+    reply = with_client(prompt_model)
     if json:
         write_json(reply.model_dump(mode="json", exclude_none=True))
     elif reply.answer is not None:
@@ -72,61 +70,7 @@ def generate(
             stdout().print(f"{target}: {shares}", markup=False)
 
 
-_UNSTARTED = frozenset({"pending", "validating", "ready"})
-"""Statuses of runs that may not have been started yet."""
-
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Skip the cost confirmation.")]
-
-
-def launch(
-    config: ConfigArgument,
-    backend: BackendOption = None,
-    run_id: Annotated[
-        str | None, typer.Option("--id", help="Your own run id; reuse it to continue a launch.")
-    ] = None,
-    overrides: SetOption = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Stream progress until the run finishes.")
-    ] = False,
-    yes: YesOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Launch a run; return once the backend accepts it."""
-    from training_backends.cli.views.console import write_json
-    from training_backends.cli.views.launch import LaunchView, follow_run
-    from training_backends.cli.views.render import show_run
-    from training_backends.client.config_file import load_config
-    from training_backends.core.run import new_run_id
-
-    file = load_config(config, overrides or ())
-    name = backend_of(file, backend)
-    run_id = _given_id(run_id) or new_run_id()
-
-    async def start(client: "AsyncTrainingClient") -> "TrainingRun":
-        if not await _is_under_way(client, run_id):
-            _need_consent(client, name, file.config, yes=yes)
-        with LaunchView(quiet=json) as view:
-            run = await client.launch(
-                file.config,
-                backend=name,
-                run_id=run_id,
-                on_progress=view.progress,
-                on_update=view.update,
-                on_notice=view.notice,
-                confirm=view.asking(_agree(file.config, yes=yes)),
-            )
-        if not follow:
-            return run
-        return await follow_run(client, run.id, quiet=json, shown_statuses=view.shown)
-
-    note = f"Interrupted. If run {run_id} was started, it keeps running. To continue, repeat the "
-    with located(file, backend):
-        run = with_client(start, on_interrupt=f"{note}command with --id {run_id}.", run_id=run_id)
-    if json:
-        write_json(run.model_dump(mode="json"))
-    else:
-        show_run(run)
-    _exit_with(run)
+WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing the current state.")]
 
 
 def list_runs(
@@ -150,10 +94,15 @@ def list_runs(
             autocompletion=complete_status,
         ),
     ] = None,
+    watch: WatchOption = False,
     cached: CachedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """List runs, newest first."""
+    """List runs, newest first.
+
+    With --watch, refreshes the table until Ctrl-C. Without a terminal, prints a line for each run
+    and each change; with --json, a JSON line.
+    """
     from training_backends.cli.views.console import write_json
     from training_backends.cli.views.render import show_age, show_runs
     from training_backends.core.status import TrainingStatus
@@ -162,6 +111,9 @@ def list_runs(
         words = ", ".join(TrainingStatus)
         raise typer.BadParameter(f"{status!r} is not one of: {words}", param_hint="--status")
     wanted = TrainingStatus(status) if status else None
+    if watch:
+        _refuse_cached(cached=cached)
+        with_client(lambda client: _watch_list(client, backend, wanted, json=json))
 
     async def read(
         client: "AsyncTrainingClient",
@@ -177,18 +129,85 @@ def list_runs(
         show_runs(runs, missed, filtered=bool(backend or status))
 
 
-def status(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
-    """Fetch and show the status of a run."""
+async def _watch_list(
+    client: "AsyncTrainingClient",
+    backend: str | None,
+    status: "TrainingStatus | None",
+    *,
+    json: bool,
+) -> None:
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.render import show_runs
+    from training_backends.cli.views.watch import RunsView, repeated
+
+    def draw(runs: "Sequence[TrainingRun]", out: "Console") -> None:
+        show_runs(runs, {}, filtered=bool(backend or status), out=out)
+
+    with RunsView(draw, stdout(), json=json) as view:
+
+        async def show() -> None:
+            view.show(await client.list(backend=backend, status=status))
+
+        await repeated(show, lambda: client.watch(only={backend} if backend else None))
+
+
+def status(
+    run: RunArgument,
+    watch: WatchOption = False,
+    cached: CachedOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Fetch and show the status of a run.
+
+    With --watch, refreshes it until the run has finished, and exits as `wait` does. Without a
+    terminal, prints a line for each change; with --json, a JSON line.
+    """
     from training_backends.cli.views.render import show_age
 
-    async def ask(client: "AsyncTrainingClient") -> "TrainingRun":
+    if watch:
+        _refuse_cached(cached=cached)
+        _watch_run(run, json=json)
+
+    async def read(client: "AsyncTrainingClient") -> "TrainingRun":
         run_id = await complete_id(client, run)
         return await (client.get(run_id) if cached else client.status(run_id))
 
-    found = with_client(ask)
+    found = with_client(read)
     if cached:
         show_age([found], None)
     _print(found, json=json)
+
+
+def _watch_run(run: str, *, json: bool) -> NoReturn:
+    from training_backends.cli.views.console import stdout
+    from training_backends.cli.views.render import show_run
+    from training_backends.cli.views.watch import RunsView, repeated
+
+    def draw(runs: "Sequence[TrainingRun]", out: "Console") -> None:
+        for each in runs:
+            show_run(each, out)
+
+    watched = run
+
+    async def follow(client: "AsyncTrainingClient") -> "TrainingRun":
+        nonlocal watched
+        watched = run_id = await complete_id(client, run)
+        await client.status(run_id)
+        with RunsView(draw, stdout(), json=json) as view:
+
+            async def show() -> None:
+                view.show([await client.get(run_id)])
+
+            (finished,) = await repeated(show, lambda: client.wait(run_id))
+            return finished
+
+    exit_with(with_client(follow, interrupted=lambda: keeps_running(watched)))
+    raise typer.Exit
+
+
+def _refuse_cached(*, cached: bool) -> None:
+    if cached:
+        raise typer.BadParameter("give --watch or --cached, not both", param_hint="--watch")
 
 
 def logs(
@@ -199,6 +218,10 @@ def logs(
     after: Annotated[
         str | None,
         typer.Option("--after", metavar="CURSOR", help="Show only records after this cursor."),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option("--tail", "-n", min=0, metavar="N", help="Start with the last N records."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -211,10 +234,16 @@ def logs(
     from training_backends.cli.views.console import stdout, write_json_line
     from training_backends.cli.views.render import show_log_record
 
+    if after is not None and tail is not None:
+        raise typer.BadParameter("give --after or --tail, not both", param_hint="--tail")
+    shown_id = run
+
     async def show(client: "AsyncTrainingClient") -> "TrainingRun":
+        nonlocal shown_id
         out = stdout()
-        run_id = await complete_id(client, run)
-        async with aclosing(client.logs(run_id, after=after, follow=follow)) as records:
+        shown_id = run_id = await complete_id(client, run)
+        found = client.logs(run_id, after=after, tail=tail, follow=follow)
+        async with aclosing(found) as records:
             async for record in records:
                 if json:
                     write_json_line(record.model_dump(mode="json"))
@@ -222,9 +251,42 @@ def logs(
                     show_log_record(record, out)
         return await client.get(run_id)
 
-    shown = with_client(show, on_interrupt=_keeps_running(run))
+    interrupted = (lambda: keeps_running(shown_id)) if follow else None
+    shown = with_client(show, interrupted=interrupted)
     if follow:
-        _exit_with(shown)
+        exit_with(shown)
+
+
+def checkpoints(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
+    """List the checkpoints of a run, oldest first.
+
+    `resume --checkpoint` takes an id of this list.
+    """
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.render import show_age, show_checkpoints
+
+    async def read(
+        client: "AsyncTrainingClient",
+    ) -> "tuple[Mapping[str, str] | None, TrainingRun]":
+        run_id = await complete_id(client, run)
+        missed = await refreshed(client, run_id, cached=cached)
+        return missed, await client.get(run_id)
+
+    missed, found = with_client(read)
+    show_age([found], missed)
+    if json:
+        write_json(
+            [
+                {"id": _checkpoint_id(each), **each.model_dump(mode="json")}
+                for each in found.checkpoints
+            ]
+        )
+    else:
+        show_checkpoints([(_checkpoint_id(each), each) for each in found.checkpoints], found)
+
+
+def _checkpoint_id(checkpoint: "Checkpoint") -> str:
+    return checkpoint.path.name if checkpoint.path else str(checkpoint.step)
 
 
 def metrics(
@@ -291,11 +353,15 @@ def wait(
     from training_backends.cli.views.console import write_json
     from training_backends.cli.views.render import show_run
 
-    async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
-        ids = [await complete_id(client, run) for run in runs]
-        return await client.wait(*ids, timeout=timeout)
+    ids = runs
 
-    finished = with_client(stay, on_interrupt=_keeps_running(*runs))
+    async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
+        nonlocal ids
+        ids = list(dict.fromkeys([await complete_id(client, run) for run in runs]))
+        work = partial(client.wait, *ids, timeout=timeout)
+        return await (work() if json else _shown_while(client, ids, work))
+
+    finished = with_client(stay, interrupted=lambda: keeps_running(*ids))
     if json:
         write_json([run.model_dump(mode="json") for run in finished])
     else:
@@ -304,6 +370,23 @@ def wait(
     codes = [exit_code_of_status(run.status) for run in finished]
     # A failed run takes precedence over a cancelled one.
     raise typer.Exit(min((code for code in codes if code), default=0))
+
+
+async def _shown_while(
+    client: "AsyncTrainingClient",
+    run_ids: "Sequence[str]",
+    work: "Callable[[], Awaitable[Sequence[TrainingRun]]]",
+) -> "Sequence[TrainingRun]":
+    """Show the progress of runs on standard error while `work` waits for them."""
+    from training_backends.cli.views.console import stderr
+    from training_backends.cli.views.watch import RunsView, draw_progress, repeated
+
+    with RunsView(draw_progress, stderr(), transient=True) as view:
+
+        async def show() -> None:
+            view.show([await client.get(run_id) for run_id in run_ids])
+
+        return await repeated(show, work)
 
 
 def stop(
@@ -318,41 +401,6 @@ def stop(
     Returns at once; `wait` returns when the run has stopped.
     """
     _print(with_client(lambda c: c.stop(run, save_checkpoint=not no_checkpoint)), json=json)
-
-
-def resume(
-    run: ExactRunArgument,
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="Checkpoint id; default: the newest.")
-    ] = None,
-    new_id: Annotated[str | None, typer.Option("--id", help="Id of the new run.")] = None,
-    yes: YesOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Continue a stopped or failed run as a new run.
-
-    Starts a run that has not been started yet.
-    """
-    from training_backends.cli.views.launch import LaunchView
-
-    async def proceed(client: "AsyncTrainingClient") -> "TrainingRun":
-        old = await client.status((await client.get(run)).id)
-        config = old.config
-        if _can_be_resumed(client, old):
-            _need_consent(client, old.backend, config, yes=yes)
-        with LaunchView(quiet=json) as view:
-            return await client.resume(
-                old.id,
-                checkpoint=checkpoint,
-                new_id=_given_id(new_id),
-                on_progress=view.progress,
-                on_update=view.update,
-                confirm=view.asking(_agree(config, yes=yes)),
-            )
-
-    resumed = with_client(proceed)
-    _print(resumed, json=json)
-    _exit_with(resumed)
 
 
 def download(
@@ -390,8 +438,8 @@ def delete(
         found = await client.get(run)
         if not yes:
             if not sys.stdin.isatty():
-                raise _no_consent("Deleting a run cannot be undone", "Pass --yes.")
-            if not _ask(_deletion(found, record_only=record_only)):
+                raise no_consent("Deleting a run cannot be undone", "Pass --yes.")
+            if not ask(_deletion(found, record_only=record_only)):
                 raise Interrupted("Nothing was deleted.", run_id=run)
         await client.delete(run, record_only=record_only)
 
@@ -420,101 +468,3 @@ def _print(run: "TrainingRun", *, json: bool) -> None:
         write_json(run.model_dump(mode="json"))
     else:
         show_run(run)
-
-
-def _ask(question: str) -> bool:
-    # `input` would write the last character of the prompt to standard output.
-    with interruptible(), redirect_stdout(sys.stderr):
-        return typer.confirm(escape_controls(question), err=True)
-
-
-def _given_id(run_id: str | None) -> str | None:
-    """Reject an empty id: a script with an unset variable would start a new run each time."""
-    if run_id is not None and not run_id.strip():
-        raise typer.BadParameter("the id is empty; is a shell variable unset?", param_hint="--id")
-    return run_id
-
-
-def _exit_with(run: "TrainingRun") -> None:
-    """Exit with the code of the run's status; an active run is not a failure."""
-    from training_backends.cli.exit_codes import exit_code_of_status
-
-    if code := exit_code_of_status(run.status):
-        raise typer.Exit(code)
-
-
-def _keeps_running(*run_ids: str) -> str:
-    if len(run_ids) == 1:
-        subject, command = "the run keeps", f"status {run_ids[0]}"
-    else:
-        subject, command = "the runs keep", "list"
-    return f"Interrupted; {subject} running. Check with: training-backends {command}"
-
-
-async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
-    """Return whether the run with this id has already been started."""
-    from training_backends import RunNotFound
-
-    try:
-        known = await client.get(run_id)
-    except RunNotFound:
-        return False
-    return known.id == run_id and known.status not in _UNSTARTED
-
-
-def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
-    """Return whether resuming may start a job, which needs consent."""
-    if run.status in _UNSTARTED:
-        return True
-    resumes = client.backend(run.backend).capabilities.resumes
-    return resumes and run.status in {"failed", "cancelled"}
-
-
-def _need_consent(
-    client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
-) -> None:
-    """Fail before the upload if consent will be needed and there is no terminal to ask on.
-
-    Raises:
-        UsageError: See above.
-    """
-    if yes or config.budget.max_cost is not None or sys.stdin.isatty():
-        return
-    if client.backend(backend).capabilities.quotes:
-        raise _no_consent("This run may cost money", "Pass --yes, or set budget.max_cost.")
-
-
-def _no_consent(reason: str, hint: str) -> Exception:
-    from training_backends.cli.exit_codes import UsageError
-
-    return UsageError(f"{reason}, and there is no terminal for confirmation.", hint=hint)
-
-
-def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
-    """Return the callback that confirms the cost of a run."""
-    budget = config.budget
-
-    async def agree(estimate: "Estimate") -> bool:
-        from training_backends import BudgetExceeded
-        from training_backends.cli.views.render import price_text
-
-        if yes or budget.decides(estimate):
-            return True
-        price = price_text(estimate)
-        reason, hint = f"This run costs {price}", "Pass --yes, or set budget.max_cost."
-        question = f"Start this run for {price}"
-        if not price:
-            reason, hint = "The price of this run is unknown", "Pass --yes to launch anyway."
-            if budget.max_cost is not None:
-                reason += ", so budget.max_cost cannot be checked"
-            question = f"{reason}. Start it"
-        if not sys.stdin.isatty():
-            error = _no_consent(reason, hint)
-            if estimate.basis == "quote":
-                # The job exists by now; on this error the backend cancels it.
-                raise BudgetExceeded(str(error), hint=hint)
-            raise error
-        ours = price_text(estimate.ours) if estimate.ours else None
-        return _ask(f"{question}{f' (local estimate: {ours})' if ours else ''}?")
-
-    return agree

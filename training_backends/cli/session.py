@@ -1,8 +1,11 @@
 """Shared setup of all commands: options, settings, logging, client and Ctrl-C handling."""
 
+import shlex
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
@@ -12,7 +15,8 @@ from training_backends.cli.completion import complete_backend, complete_run
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from training_backends import AsyncTrainingClient
+    from training_backends import AsyncTrainingClient, TrainingRun
+    from training_backends.cli.exit_codes import Interrupted
     from training_backends.client.config_file import ConfigFile
 
 __all__ = [
@@ -24,10 +28,15 @@ __all__ = [
     "RunArgument",
     "SetOption",
     "backend_of",
+    "command",
     "complete_id",
+    "exit_with",
+    "keeps_running",
     "located",
+    "next_commands",
     "refreshed",
     "run_async",
+    "short_path",
     "with_client",
 ]
 
@@ -72,10 +81,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard
 def run_async(
     work: Callable[[], Awaitable[T]],
     *,
-    on_interrupt: str | None = None,
-    run_id: str | None = None,
+    interrupted: "Callable[[], Interrupted] | None" = None,
 ) -> T:
-    """Run `work` in an event loop with logging configured; raise `Interrupted` on Ctrl-C."""
+    """Run `work` in an event loop with logging configured.
+
+    Args:
+        interrupted: Returns the error that is raised on Ctrl-C; default: a plain `Interrupted`.
+    """
     import anyio
 
     from training_backends.cli.exit_codes import Interrupted
@@ -89,16 +101,15 @@ def run_async(
     except BaseExceptionGroup as group:
         raise _only(group) from None
     except (KeyboardInterrupt, typer.Abort):
-        raise Interrupted(on_interrupt or "Interrupted.", run_id=run_id) from None
+        raise (interrupted() if interrupted else Interrupted("Interrupted.")) from None
 
 
 def with_client(
     work: "Callable[[AsyncTrainingClient], Awaitable[T]]",
     *,
-    on_interrupt: str | None = None,
-    run_id: str | None = None,
+    interrupted: "Callable[[], Interrupted] | None" = None,
 ) -> T:
-    """Run `work` with a client and close the client afterwards."""
+    """Run `work` with a client and close the client afterwards; see `run_async`."""
 
     async def run() -> T:
         from training_backends import AsyncTrainingClient
@@ -107,7 +118,49 @@ def with_client(
         async with AsyncTrainingClient(credentials=terminal_vault()) as client:
             return await work(client)
 
-    return run_async(run, on_interrupt=on_interrupt, run_id=run_id)
+    return run_async(run, interrupted=interrupted)
+
+
+def command(*arguments: str) -> str:
+    """Return a command line of this program, to be pasted into the same shell."""
+    started = Path(sys.argv[0])
+    if started.name != "training-backends":
+        program = "python -m training_backends"
+    elif (found := which(started.name)) and Path(found).samefile(started):
+        program = started.name
+    else:
+        program = shlex.quote(str(short_path(started.absolute())))
+    return f"{program} {shlex.join(arguments)}"
+
+
+def short_path(path: Path) -> Path:
+    """Return the path relative to the working directory if it is inside it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def next_commands(*run_ids: str) -> list[str]:
+    """Return one line per command that follows, shows or stops active runs."""
+    if len(run_ids) > 1:
+        follow = {"Wait": command("wait", *run_ids)}
+    else:
+        follow = {
+            "Follow": command("logs", *run_ids, "--follow"),
+            "Status": command("status", *run_ids),
+        }
+    stop = [f"Stop: {command('stop', run_id)}" for run_id in run_ids]
+    return [*(f"{name}: {line}" for name, line in follow.items()), *stop]
+
+
+def keeps_running(*run_ids: str) -> "Interrupted":
+    """Return the error for Ctrl-C in a command that follows runs."""
+    from training_backends.cli.exit_codes import Interrupted
+
+    if len(run_ids) != 1:
+        text = "Interrupted; the runs keep running."
+        return Interrupted(text, hint="\n".join(next_commands(*run_ids)))
+    (run_id,) = run_ids
+    hint = "\n".join(next_commands(run_id))
+    return Interrupted(f"Interrupted; run {run_id} keeps running.", hint=hint, run_id=run_id)
 
 
 @contextmanager
@@ -180,6 +233,14 @@ def backend_of(file: "ConfigFile", option: str | None) -> str:
         )
         raise ConfigError(f"No backend is set in {file.path}.", issues=[issue])
     return backend
+
+
+def exit_with(run: "TrainingRun") -> None:
+    """Exit with the code of the run's status; an active run is not a failure."""
+    from training_backends.cli.exit_codes import exit_code_of_status
+
+    if code := exit_code_of_status(run.status):
+        raise typer.Exit(code)
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

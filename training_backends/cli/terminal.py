@@ -1,10 +1,15 @@
 """Interactive prompts on the terminal."""
 
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
-__all__ = ["interruptible"]
+import typer
+
+from training_backends.core.escape import escape_controls
+
+__all__ = ["ask", "interruptible", "no_consent"]
 
 _ALARM_INTERVAL = 0.2
 """Seconds."""
@@ -28,3 +33,17 @@ def interruptible() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGINT, handler)
+
+
+def ask(question: str) -> bool:
+    """Ask a yes-or-no question on the terminal."""
+    # `input` would write the last character of the prompt to standard output.
+    with interruptible(), redirect_stdout(sys.stderr):
+        return typer.confirm(escape_controls(question), err=True)
+
+
+def no_consent(reason: str, hint: str) -> Exception:
+    """Return the error for a question that cannot be asked without a terminal."""
+    from training_backends.cli.exit_codes import UsageError
+
+    return UsageError(f"{reason}, and there is no terminal for confirmation.", hint=hint)

@@ -38,7 +38,7 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, given_options
 from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
     ConfigError,
@@ -50,7 +50,6 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
-from training_backends.core.options import given_options
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
@@ -94,7 +93,7 @@ class AsyncTrainingClient:
         backends: Mapping[str, TrainingBackend] | None = None,
     ) -> None:
         settings = load_settings(Settings)
-        self.home = Path(home or settings.home).expanduser().absolute()
+        self.home: Path = Path(home or settings.home).expanduser().absolute()
         if home is None:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
@@ -229,7 +228,7 @@ class AsyncTrainingClient:
         Args:
             run_id: Your own id; default: a generated one.
             on_progress: Called during uploads with the step, bytes done and total bytes.
-            on_update: Called with the run whenever its record changes.
+            on_update: Called with the run once it is recorded, and whenever its record changes.
             on_notice: Called with notices for the user, such as that the run already exists or
                 that its data has changed; default: notices are logged.
             confirm: Awaited before a run that costs money is started. Without it, a run is
@@ -258,6 +257,7 @@ class AsyncTrainingClient:
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
                 await self._records.remember_data(run_id, dataset.files)
+                watch.updated(run)
             else:
                 require_same(known, run)
                 await self._records.notice_known(known, watch)
@@ -388,7 +388,12 @@ class AsyncTrainingClient:
                 await self._observer.observe(run)
 
     async def logs(
-        self, run_id: str, *, after: str | None = None, follow: bool = False
+        self,
+        run_id: str,
+        *,
+        after: str | None = None,
+        tail: int | None = None,
+        follow: bool = False,
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield a run's log in order: the provider's records and those added by this client.
 
@@ -396,6 +401,7 @@ class AsyncTrainingClient:
 
         Args:
             after: Start after the record with this cursor.
+            tail: Start with the last `tail` records; not together with `after`.
             follow: Wait for new records until the run has finished.
 
         Raises:
@@ -403,8 +409,11 @@ class AsyncTrainingClient:
                 raised after all stored records.
             TrainingBackendError: The provider cannot be reached; raised after all stored records.
         """
+        if tail is not None and (after is not None or tail < 0):
+            raise ValueError("tail must be 0 or more, and cannot be combined with after")
         run = await self.get(run_id)
-        async with aclosing(self._following.logs(run, after=after, follow=follow)) as records:
+        found = self._following.logs(run, after=after, tail=tail, follow=follow)
+        async with aclosing(found) as records:
             async for record in records:
                 yield record
 
@@ -446,9 +455,14 @@ class AsyncTrainingClient:
         with anyio.move_on_after(timeout):
             await self._following.wait(runs)
             return [await self.get(run.id) for run in runs]
+        now = [await self.get(run.id) for run in runs]
+        unfinished = {run.id for run in now if not run.status.is_terminal}
+        if not unfinished:
+            return now
+        subject = "1 run is" if len(unfinished) == 1 else f"{len(unfinished)} runs are"
         raise WaitTimeout(
-            f"Timed out after {timeout:g} s with runs still in progress.",
-            hint="Wait again with a longer --timeout, or check with `status`.",
+            f"Timed out after {timeout:g} s; {subject} still in progress.",
+            hint="Wait again with a longer timeout, or check with `status`.",
         )
 
     async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:

@@ -5,7 +5,6 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from training_backends.core.config import TrainingConfig
-from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.errors import ConfigError, Issue, suggest
 from training_backends.core.escape import plural
 
 __all__ = ["ConfigFile", "ConfigLike", "load_config", "to_config"]
@@ -381,11 +380,10 @@ def _explained(detail: Any, location: Sequence[int | str]) -> tuple[str, str | N
         case "extra_forbidden":
             known = _fields_at(location[:-1])
             name = str(location[-1])
-            near = [it for it in known if _FORMERLY.get(it) == name]
-            near = near or get_close_matches(name, known, n=1, cutoff=0.5)
-            return "unknown field", (
-                f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
-            )
+            # A field that was renamed is suggested by its former name.
+            name = next((it for it in known if _FORMERLY.get(it) == name), name)
+            otherwise = f"known fields: {', '.join(known)}"
+            return "unknown field", suggest(name, known, otherwise, cutoff=0.5)
         case "missing":
             return "required field is missing", None
         case "model_type" | "model_attributes_type" | "dict_type":

@@ -10,8 +10,8 @@ from anyio import to_thread
 
 from training_backends.client.launch import RunRecords
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Observer, due_at
-from training_backends.client.poller import PollerFactory
+from training_backends.client.observe import Observer
+from training_backends.client.poller import PollerFactory, due_at
 from training_backends.core.backoff import Backoff
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import (
@@ -55,9 +55,19 @@ class Following:
         self._new_poller = new_poller
 
     async def logs(
-        self, run: TrainingRun, *, after: str | None, follow: bool
+        self, run: TrainingRun, *, after: str | None, tail: int | None, follow: bool
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield the stored records of a run's log, then new ones."""
+        if tail is not None:
+            error = await self._brought_up_to_date(run)
+            after = await to_thread.run_sync(self._store.cursor_before_last, run.id, tail)
+            if not follow:
+                async with aclosing(self._stored(run.id, after)) as records:
+                    async for record in records:
+                        yield record
+                if error is not None:
+                    raise error
+                return
         asked = False
         backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
         while True:
@@ -75,6 +85,19 @@ class Following:
                 await self._require_job(run)
                 await self._observer.observe(run)
                 asked = True
+
+    async def _brought_up_to_date(self, run: TrainingRun) -> TrainingBackendError | None:
+        """Observe a run unless its log is complete; return the error instead of raising it."""
+        if await to_thread.run_sync(self._store.is_complete, run.id):
+            return None
+        try:
+            await self._require_job(run)
+            await self._observer.observe(run)
+        except StoreError:
+            raise
+        except TrainingBackendError as error:
+            return error
+        return None
 
     async def wait(self, runs: Collection[TrainingRun]) -> None:
         """Return once all of the runs have finished."""

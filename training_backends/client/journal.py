@@ -25,7 +25,7 @@ __all__ = ["Confirm", "LaunchWatch", "OnNotice", "OnProgress", "OnUpdate", "Stor
 OnProgress = Callable[[str, int, int], None]
 """Called with the step's name, bytes done and total bytes."""
 OnUpdate = Callable[[TrainingRun], None]
-"""Called with the run whenever its record changes."""
+"""Called with the run once it is recorded, and whenever its record changes."""
 OnNotice = Callable[[str], None]
 """Called with a notice for the user, such as that the run already exists."""
 Confirm = Callable[[Estimate], Awaitable[bool]]

@@ -292,6 +292,7 @@ class Steering:
                     # The best available estimate is that of the run being continued.
                     await watch.decide(run.estimate or Estimate(), run.config.budget)
                 await to_thread.run_sync(self._store.insert, new_run)
+                watch.updated(new_run)
             else:
                 require_same(known, new_run)
             start = self._records.resuming(backend, run, checkpoint)

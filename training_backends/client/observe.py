@@ -4,8 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
-from typing import ClassVar, Final
-from zlib import crc32
+from typing import ClassVar
 
 from anyio import to_thread
 from pydantic import Field
@@ -38,18 +37,11 @@ __all__ = [
     "BackendOf",
     "Observer",
     "WatchSettings",
-    "due_at",
     "expected_end",
-    "interval",
     "last_change",
     "last_seen",
     "report_change",
 ]
-
-_TENTH: Final = 10
-"""The polling interval is a tenth of the time since the last change."""
-_JITTER: Final = 0.2
-"""Fraction of the interval by which polls are spread."""
 
 
 class WatchSettings(SectionSettings):
@@ -66,33 +58,6 @@ class WatchSettings(SectionSettings):
     stalled_after: Duration = Field(default=timedelta(hours=6))
     lost_after: Duration = Field(default=timedelta(minutes=10))
     give_up_after: Duration = Field(default=timedelta(days=1))
-
-
-def interval(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> timedelta:
-    """Return the polling interval of a run.
-
-    Args:
-        bounds: Shortest and longest interval, before jitter.
-    """
-    shortest, longest = bounds
-    wanted = max(now - last_change(run), timedelta(0)) / _TENTH
-    end = expected_end(run)
-    if end is not None:
-        # Poll as often just after the expected end as just before it.
-        wanted = min(wanted, abs(end - now) / _TENTH)
-    return min(max(wanted, shortest), longest)
-
-
-def due_at(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> datetime:
-    """Return when a run is due to be observed again.
-
-    Depends only on the record, so that several watchers agree without coordination.
-    """
-    if run.last_seen_at is None:
-        return now
-    mark = f"{run.id} {run.last_seen_at.isoformat()}"
-    spread = 1 + _JITTER * (2 * crc32(mark.encode()) / 0xFFFFFFFF - 1)
-    return run.last_seen_at + interval(run, run.last_seen_at, bounds) * spread
 
 
 def last_change(run: TrainingRun) -> datetime:

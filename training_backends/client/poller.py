@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, Protocol
+from zlib import crc32
 
 import anyio
 from anyio import to_thread
 
 from training_backends.client.boundary import has_lists, is_about_server
 from training_backends.client.leases import Leases
-from training_backends.client.observe import Observer, due_at
+from training_backends.client.observe import Observer, expected_end, last_change
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.backoff import Backoff
 from training_backends.core.concurrency import run_all
@@ -21,10 +22,14 @@ from training_backends.core.run import RunState, TrainingRun, utc_now
 from training_backends.core.tracing import span
 from training_backends.store import RunStore
 
-__all__ = ["PollResult", "Poller", "PollerFactory"]
+__all__ = ["PollResult", "Poller", "PollerFactory", "due_at", "interval"]
 
 log = get_logger()
 
+_TENTH: Final = 10
+"""The polling interval is a tenth of the time since the last change."""
+_JITTER: Final = 0.2
+"""Fraction of the interval by which polls are spread."""
 _LISTED: Final = 100
 """Runs per request, for providers that list many."""
 _AT_ONCE: Final = 5
@@ -36,6 +41,33 @@ _PATIENCE: Final = 30.0
 _SHORTEST_PAUSE: Final = 0.05
 _REST: Final = 4.0
 """The pause after a sweep is at least this many times its duration."""
+
+
+def interval(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> timedelta:
+    """Return the polling interval of a run.
+
+    Args:
+        bounds: Shortest and longest interval, before jitter.
+    """
+    shortest, longest = bounds
+    wanted = max(now - last_change(run), timedelta(0)) / _TENTH
+    end = expected_end(run)
+    if end is not None:
+        # Poll as often just after the expected end as just before it.
+        wanted = min(wanted, abs(end - now) / _TENTH)
+    return min(max(wanted, shortest), longest)
+
+
+def due_at(run: TrainingRun, now: datetime, bounds: tuple[timedelta, timedelta]) -> datetime:
+    """Return when a run is due to be observed again.
+
+    Depends only on the record, so that several watchers agree without coordination.
+    """
+    if run.last_seen_at is None:
+        return now
+    mark = f"{run.id} {run.last_seen_at.isoformat()}"
+    spread = 1 + _JITTER * (2 * crc32(mark.encode()) / 0xFFFFFFFF - 1)
+    return run.last_seen_at + interval(run, run.last_seen_at, bounds) * spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

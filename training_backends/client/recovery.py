@@ -60,6 +60,8 @@ async def recover(
     old = await to_thread.run_sync(salvage, damaged) if damaged else Salvage()
     for run in old.runs:
         await to_thread.run_sync(store.restore, run, old.steps.get(run.id, []))
+    if old.gateway:
+        await to_thread.run_sync(store.restore_gateway, old.gateway)
     # A store without a file, such as PostgreSQL, is not backed up and keeps its runs.
     there = await to_thread.run_sync(store.list)
     known = {(run.backend, run.remote_id) for run in there}

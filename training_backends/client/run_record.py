@@ -7,14 +7,19 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, option_issues
 from training_backends.core.errors import (
+    AuthenticationFailed,
+    BackendBroken,
     ConfigError,
+    CredentialNotFound,
+    DatasetError,
     DuplicateRun,
+    PayloadTooLarge,
+    PermissionDenied,
     TrainingBackendError,
 )
 from training_backends.core.logging import bound
-from training_backends.core.options import option_issues
 from training_backends.core.run import Failure, FailureKind, RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.core.tracing import span
@@ -118,16 +123,15 @@ def ended_state(status: TrainingStatus, failure: Failure | None = None) -> RunSt
 
 def failure_kind(error: TrainingBackendError) -> FailureKind:
     """Return the failure kind of an error that prevented a launch."""
-    names: dict[str, FailureKind] = {
-        "AuthenticationFailed": "auth",
-        "CredentialNotFound": "auth",
-        "PermissionDenied": "auth",
-        "ConfigError": "validation",
-        "DatasetError": "validation",
-        "PayloadTooLarge": "validation",
-        "BackendBroken": "internal",
-    }
-    return names.get(type(error).__name__, "provider")
+    match error:
+        case AuthenticationFailed() | CredentialNotFound() | PermissionDenied():
+            return "auth"
+        case ConfigError() | DatasetError() | PayloadTooLarge():
+            return "validation"
+        case BackendBroken():
+            return "internal"
+        case _:
+            return "provider"
 
 
 def require_options(backend: TrainingBackend, config: TrainingConfig) -> None:

@@ -6,30 +6,24 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 from anyio import from_thread, get_cancelled_exc_class, to_thread
 
 from training_backends.client.client import AsyncTrainingClient
-from training_backends.client.config_file import ConfigLike
-from training_backends.client.journal import Confirm, OnNotice, OnProgress, OnUpdate
-from training_backends.client.recovery import Recovery
 from training_backends.core.backend import CredentialSource, TrainingBackend
-from training_backends.core.dataset import CountProgress, Dataset
 from training_backends.core.errors import TrainingBackendError
-from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, Reply, TrainingRun, ValidationReport
-from training_backends.core.status import TrainingStatus
-from training_backends.store import MetricPoint
+from training_backends.core.run import LogRecord, TrainingRun
 
 __all__ = ["TrainingClient"]
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 _POLL: Final = 0.5
 """Seconds between checks that the task that reads a log is still running."""
 _EXIT_PATIENCE: Final = 5.0
@@ -140,10 +134,23 @@ def _closed_error() -> TrainingBackendError:
     )
 
 
+def _blocking(
+    method: Callable[Concatenate[AsyncTrainingClient, _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate["TrainingClient", _P], _T]:
+    """Return the method with the same signature and docstring, to be called without `await`."""
+
+    @wraps(method)
+    def call(self: "TrainingClient", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._call(partial(method, self._client, *args, **kwargs))
+
+    return call
+
+
 class TrainingClient:
     """Synchronous version of `AsyncTrainingClient`, with the same names, arguments and errors.
 
-    It runs an event loop in its own thread. Use it as a context manager, or call `close`; an
+    It runs an event loop in its own thread, in which callbacks are called, too; those that report
+    counted bytes are called in a worker thread. Use it as a context manager, or call `close`; an
     unclosed client is closed at interpreter shutdown. After `close`, and in a process forked
     after its creation, every call raises `TrainingBackendError`.
     """
@@ -196,81 +203,31 @@ class TrainingClient:
         self._loop.check()
         return self._client.backend(name)
 
-    def inspect(self, config: ConfigLike, *, backend: str | None = None) -> Dataset:
-        """See `AsyncTrainingClient.inspect`."""
-        return self._call(partial(self._client.inspect, config, backend=backend))
-
-    def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
-        """See `AsyncTrainingClient.validate`."""
-        return self._call(partial(self._client.validate, config, backend=backend))
-
-    def estimate(
-        self,
-        config: ConfigLike,
-        *,
-        backend: str,
-        sample: int | None = None,
-        exact: bool = False,
-        on_counting: CountProgress | None = None,
-    ) -> Estimate:
-        """See `AsyncTrainingClient.estimate`; the callback runs in a worker thread."""
-        estimate = partial(
-            self._client.estimate,
-            config,
-            backend=backend,
-            sample=sample,
-            exact=exact,
-            on_counting=on_counting,
-        )
-        return self._call(estimate)
-
-    def launch(
-        self,
-        config: ConfigLike,
-        *,
-        backend: str,
-        run_id: str | None = None,
-        on_progress: OnProgress | None = None,
-        on_update: OnUpdate | None = None,
-        on_notice: OnNotice | None = None,
-        confirm: Confirm | None = None,
-    ) -> TrainingRun:
-        """See `AsyncTrainingClient.launch`; the callbacks run in the client's thread."""
-        launch = partial(
-            self._client.launch,
-            config,
-            backend=backend,
-            run_id=run_id,
-            on_progress=on_progress,
-            on_update=on_update,
-            on_notice=on_notice,
-            confirm=confirm,
-        )
-        return self._call(launch)
-
-    def get(self, run_id: str) -> TrainingRun:
-        """See `AsyncTrainingClient.get`."""
-        return self._call(self._client.get, run_id)
-
-    def status(self, run_id: str) -> TrainingRun:
-        """See `AsyncTrainingClient.status`."""
-        return self._call(self._client.status, run_id)
-
-    def list(
-        self, *, backend: str | None = None, status: TrainingStatus | str | None = None
-    ) -> Sequence[TrainingRun]:
-        """See `AsyncTrainingClient.list`."""
-        return self._call(partial(self._client.list, backend=backend, status=status))
-
-    def refresh(
-        self, *run_ids: str, backend: str | None = None, timeout: float | None = None
-    ) -> Mapping[str, str]:
-        """See `AsyncTrainingClient.refresh`."""
-        refresh = partial(self._client.refresh, *run_ids, backend=backend, timeout=timeout)
-        return self._call(refresh)
+    inspect = _blocking(AsyncTrainingClient.inspect)
+    validate = _blocking(AsyncTrainingClient.validate)
+    estimate = _blocking(AsyncTrainingClient.estimate)
+    launch = _blocking(AsyncTrainingClient.launch)
+    get = _blocking(AsyncTrainingClient.get)
+    status = _blocking(AsyncTrainingClient.status)
+    list = _blocking(AsyncTrainingClient.list)
+    refresh = _blocking(AsyncTrainingClient.refresh)
+    metrics = _blocking(AsyncTrainingClient.metrics)
+    wait = _blocking(AsyncTrainingClient.wait)
+    stop = _blocking(AsyncTrainingClient.stop)
+    resume = _blocking(AsyncTrainingClient.resume)
+    download = _blocking(AsyncTrainingClient.download)
+    sample = _blocking(AsyncTrainingClient.sample)
+    delete = _blocking(AsyncTrainingClient.delete)
+    check_store = _blocking(AsyncTrainingClient.check_store)
+    recover_store = _blocking(AsyncTrainingClient.recover_store)
 
     def logs(
-        self, run_id: str, *, after: str | None = None, follow: bool = False
+        self,
+        run_id: str,
+        *,
+        after: str | None = None,
+        tail: int | None = None,
+        follow: bool = False,
     ) -> Iterator[LogRecord]:
         """See `AsyncTrainingClient.logs`."""
         # The generator is consumed by one task in the loop: stepping it from here, call
@@ -280,7 +237,8 @@ class TrainingClient:
         async def pump() -> None:
             end: BaseException | None = None
             try:
-                async with aclosing(self._client.logs(run_id, after=after, follow=follow)) as logs:
+                found = self._client.logs(run_id, after=after, tail=tail, follow=follow)
+                async with aclosing(found) as logs:
                     async for record in logs:
                         await _put(records, record)
             except get_cancelled_exc_class():
@@ -302,10 +260,6 @@ class TrainingClient:
                 while True:
                     records.get_nowait()
 
-    def metrics(self, run_id: str) -> Sequence[MetricPoint]:
-        """See `AsyncTrainingClient.metrics`."""
-        return self._call(self._client.metrics, run_id)
-
     def watch(
         self,
         on_event: Callable[[TrainingRun, LogRecord], None] | None = None,
@@ -324,57 +278,6 @@ class TrainingClient:
 
         watcher = self._client.watcher(on_event=deliver if on_event else None, only=only)
         self._call(watcher.run)
-
-    def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
-        """See `AsyncTrainingClient.wait`."""
-        return self._call(partial(self._client.wait, *run_ids, timeout=timeout))
-
-    def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
-        """See `AsyncTrainingClient.stop`."""
-        stop = partial(self._client.stop, run_id, save_checkpoint=save_checkpoint)
-        return self._call(stop)
-
-    def resume(
-        self,
-        run_id: str,
-        *,
-        checkpoint: str | None = None,
-        new_id: str | None = None,
-        on_progress: OnProgress | None = None,
-        on_update: OnUpdate | None = None,
-        confirm: Confirm | None = None,
-    ) -> TrainingRun:
-        """See `AsyncTrainingClient.resume`; the callbacks run in the client's thread."""
-        resume = partial(
-            self._client.resume,
-            run_id,
-            checkpoint=checkpoint,
-            new_id=new_id,
-            on_progress=on_progress,
-            on_update=on_update,
-            confirm=confirm,
-        )
-        return self._call(resume)
-
-    def download(self, run_id: str, target: Path | str) -> Path:
-        """See `AsyncTrainingClient.download`."""
-        return self._call(self._client.download, run_id, target)
-
-    def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """See `AsyncTrainingClient.sample`."""
-        return self._call(partial(self._client.sample, run_id, prompt, max_tokens=max_tokens))
-
-    def delete(self, run_id: str, *, record_only: bool = False) -> None:
-        """See `AsyncTrainingClient.delete`."""
-        self._call(partial(self._client.delete, run_id, record_only=record_only))
-
-    def check_store(self) -> Sequence[str]:
-        """See `AsyncTrainingClient.check_store`."""
-        return self._call(self._client.check_store)
-
-    def recover_store(self) -> Recovery:
-        """See `AsyncTrainingClient.recover_store`."""
-        return self._call(self._client.recover_store)
 
 
 def _take(records: "queue.Queue[Any]", task: "Future[None]") -> Any:

@@ -1,6 +1,6 @@
 """The watcher: keeps all live runs of a store up to date, cooperating with other watchers."""
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Final
 
@@ -14,7 +14,7 @@ from training_backends.core.backoff import Backoff
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
-from training_backends.store import RunStore
+from training_backends.store import Delivery, RunStore
 
 __all__ = ["OnEvent", "Watcher"]
 
@@ -60,6 +60,7 @@ class Watcher:
         self._on_event = on_event
         self._only = only
         self._pollers: dict[str, Poller] = {}
+        self._woken = anyio.Event()
 
     async def run(self) -> None:
         """Watch until cancelled.
@@ -70,11 +71,17 @@ class Watcher:
         failed: list[Exception] = []
         async with anyio.create_task_group() as tasks:
             while not failed:
+                woken = self._woken
                 for name in await self._names():
                     if name not in self._pollers:
                         tasks.start_soon(self._guarded, name, tasks, failed)
-                await anyio.sleep(_NEW_RUNS)
+                await _rest(_NEW_RUNS, woken)
         raise failed[0]
+
+    def wake(self) -> None:
+        """Look for due runs now, in the event loop of `run`: one was just launched."""
+        woken, self._woken = self._woken, anyio.Event()
+        woken.set()
 
     async def sweep(self) -> PollResult:
         """Observe all runs that are due, once, and deliver the events.
@@ -112,6 +119,7 @@ class Watcher:
         """Repeat sweeps until cancelled, backing off while the provider cannot be reached."""
         backoff = Backoff(_FIRST_TROUBLE, _LONGEST_TROUBLE)
         while True:
+            woken = self._woken
             try:
                 await poller.poll()
                 pause = await poller.pause(_NEW_RUNS)
@@ -122,17 +130,15 @@ class Watcher:
                 log.warning("runs cannot be observed", backend=name, reason=error.message)
                 pause = backoff.next()
             await self._deliver(name)
-            await anyio.sleep(pause)
+            await _rest(pause, woken)
 
     async def _deliver(self, name: str) -> None:
         """Pass all undelivered events to `on_event`, in order."""
-        if self._on_event is None:
+        if self._on_event is None or not await self._undelivered(name, limit=1):
             return
         async with self._leases.try_hold(f"deliver:{name}") as lease:
             while lease is not None:
-                waiting = await to_thread.run_sync(
-                    partial(self._store.undelivered, backend=name, limit=_BATCH)
-                )
+                waiting = await self._undelivered(name, limit=_BATCH)
                 for event in waiting:
                     try:
                         run = await to_thread.run_sync(self._store.get, event.run_id)
@@ -142,3 +148,12 @@ class Watcher:
                     await to_thread.run_sync(self._store.delivered, [event.id])
                 if not waiting:
                     return
+
+    async def _undelivered(self, name: str, *, limit: int) -> Sequence[Delivery]:
+        return await to_thread.run_sync(partial(self._store.undelivered, backend=name, limit=limit))
+
+
+async def _rest(seconds: float, woken: anyio.Event) -> None:
+    """Sleep until the time has passed or the event is set."""
+    with anyio.move_on_after(seconds):
+        await woken.wait()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import anyio
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, SecretStr
 
 from training_backends.core.backoff import Backoff
 from training_backends.core.capabilities import Capabilities
@@ -141,23 +141,19 @@ class BackendContext:
     credentials: CredentialSource
 
 
-class NoOptions(BaseModel):
+class NoOptions(BaseModel, frozen=True, extra="forbid"):
     """The options model of a backend without options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class RemoteFilters(BaseModel):
+class RemoteFilters(BaseModel, frozen=True, extra="forbid"):
     """Filters for listing a provider's jobs; None: no filter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: TrainingStatus | None = None
     model: str | None = None
     suffix: str | None = None
 
 
-class RemoteRun(BaseModel):
+class RemoteRun(BaseModel, frozen=True):
     """A job in the provider's list, whoever created it.
 
     Attributes:
@@ -165,8 +161,6 @@ class RemoteRun(BaseModel):
         config: The configuration, as far as the provider returns it; data files may be given by
             the provider's file ids.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     remote_id: str
     model: str
@@ -176,7 +170,7 @@ class RemoteRun(BaseModel):
     config: TrainingConfig | None = None
 
 
-class Health(BaseModel):
+class Health(BaseModel, frozen=True):
     """The result of a backend's health check.
 
     Attributes:
@@ -184,8 +178,6 @@ class Health(BaseModel):
         configured: Whether the backend is set up here; otherwise a failure is expected.
         clock_offset: How far the server's clock is ahead of ours, to the second, if known.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     ok: bool
     message: CleanText

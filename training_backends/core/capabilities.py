@@ -1,13 +1,13 @@
 """The capabilities of a backend, declared as data."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from training_backends.core.data_rules import ProviderFormat
 
 __all__ = ["Capabilities"]
 
 
-class Capabilities(BaseModel):
+class Capabilities(BaseModel, frozen=True):
     """The capabilities of a backend; check these, never `hasattr`.
 
     Methods declared as False raise `UnsupportedOperation`.
@@ -28,8 +28,6 @@ class Capabilities(BaseModel):
         integrations: Supported types of `TrainingConfig.integrations`.
         provider_format: Provider format of the training data.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     methods: frozenset[str] = frozenset({"sft"})
     tunings: frozenset[str] = frozenset()

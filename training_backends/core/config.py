@@ -1,21 +1,23 @@
 """The configuration of a training run, the same for every backend."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from training_backends.core.errors import Issue, suggest, validation_issues
 from training_backends.core.estimate import Budget
 
 __all__ = [
-    "NOT_A_NUMBER",
     "TINY_MODEL",
     "TINY_POSITIONS",
     "ClassifierTarget",
@@ -25,7 +27,8 @@ __all__ = [
     "TrainingConfig",
     "Tuning",
     "WandbIntegration",
-    "is_number",
+    "given_options",
+    "option_issues",
 ]
 
 
@@ -35,27 +38,25 @@ TINY_MODEL: Final = "tiny-mistral"
 """Name of the demo model, which is created locally without network access."""
 TINY_POSITIONS: Final = 32768
 """Context length of `TINY_MODEL`, in tokens."""
-NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
+_NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
 
 
 _NUMBERS: Final = frozenset({int, float, int | None, float | None})
 
 
-def is_number(annotation: Any) -> bool:
+def _is_number(annotation: Any) -> bool:
     """Return whether a field of this type takes a single number."""
     return annotation in _NUMBERS
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Model(BaseModel, frozen=True, extra="forbid"):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Reject booleans for numbers; pydantic would read them as 1 and 0."""
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and is_number(field.annotation):
-            raise ValueError(NOT_A_NUMBER)
+        if isinstance(value, bool) and _is_number(field.annotation):
+            raise ValueError(_NOT_A_NUMBER)
         return value
 
 
@@ -203,3 +204,32 @@ class TrainingConfig(_Model):
             }
         )
         return self.model_copy(update={"data": data})
+
+
+def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop known options without a value; keep unknown ones, so that they are rejected."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None or name not in model.model_fields
+    }
+
+
+def option_issues(model: type[BaseModel], options: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield an issue for each option that is unknown or invalid.
+
+    Args:
+        model: Schema of the options, see `TrainingBackend.options_model`.
+    """
+    for name, field in model.model_fields.items():
+        if isinstance(options.get(name), bool) and _is_number(field.annotation):
+            yield Issue(code="bool_type", message=_NOT_A_NUMBER, field=f"options.{name}")
+    try:
+        model.model_validate(options)
+    except ValidationError as error:
+        known = list(model.model_fields)
+        otherwise = f"known options: {', '.join(known) or 'none'}"
+        for issue in validation_issues(error, ["options"], unknown="unknown option"):
+            name = (issue.field or "").removeprefix("options.")
+            is_option = issue.code == "unknown_field" and "." not in name
+            yield replace(issue, fix=suggest(name, known, otherwise)) if is_option else issue

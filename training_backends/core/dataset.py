@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from training_backends.core.data_rules import SampleType
 from training_backends.core.errors import Issue
@@ -34,7 +34,7 @@ class Counting:
     on_progress: CountProgress | None = None
 
 
-class Summary(BaseModel):
+class Summary(BaseModel, frozen=True):
     """Statistics about the rows of a file.
 
     Attributes:
@@ -56,8 +56,6 @@ class Summary(BaseModel):
         overlapping_rows: Rows of a validation file that are also in the training data.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     lines: int = 0
     formats: dict[str, int] = Field(default_factory=dict)
     roles: dict[str, int] = Field(default_factory=dict)
@@ -74,7 +72,7 @@ class Summary(BaseModel):
     overlapping_rows: int | None = None
 
 
-class DataFile(BaseModel):
+class DataFile(BaseModel, frozen=True):
     """An inspected file.
 
     Attributes:
@@ -89,8 +87,6 @@ class DataFile(BaseModel):
         packing: Compression or container of the file.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     path: Path
     role: Literal["train", "validation"]
     weight: float = 1.0
@@ -104,7 +100,7 @@ class DataFile(BaseModel):
     summary: Summary = Summary()
 
 
-class Dataset(BaseModel):
+class Dataset(BaseModel, frozen=True):
     """All inspected files of a run and their issues.
 
     `counting` is part of the dataset rather than an argument of `TrainingBackend.estimate` and
@@ -115,8 +111,6 @@ class Dataset(BaseModel):
     Attributes:
         counting: How its tokens are counted; not part of its serialized form.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     files: tuple[DataFile, ...]
     issues: tuple[Issue, ...] = ()

@@ -27,11 +27,15 @@ hint are also exposed as notes (PEP 678), so tracebacks show them. Messages, hin
 contain secrets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, TypedDict, Unpack
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypedDict, Unpack
 
 from training_backends.core.redaction import redact
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 __all__ = [
     "AmbiguousLaunch",
@@ -59,6 +63,9 @@ __all__ = [
     "WaitTimeout",
     "first_line",
     "may_have_happened",
+    "nearest",
+    "suggest",
+    "validation_issues",
 ]
 
 _MOST_NOTES: Final = 20
@@ -123,11 +130,11 @@ class TrainingBackendError(Exception):
 
     def __init__(self, message: str, **context: Unpack[ErrorContext]) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = context.get("hint")
-        self.backend = context.get("backend")
-        self.run_id = context.get("run_id")
-        self.retryable = context.get("retryable", self.retryable_by_default)
+        self.message: str = message
+        self.hint: str | None = context.get("hint")
+        self.backend: str | None = context.get("backend")
+        self.run_id: str | None = context.get("run_id")
+        self.retryable: bool = context.get("retryable", self.retryable_by_default)
 
     @property
     def __notes__(self) -> list[str]:
@@ -159,7 +166,7 @@ class _IssuesError(TrainingBackendError, ValueError):
         self, message: str, *, issues: Sequence[Issue] = (), **context: Unpack[ErrorContext]
     ) -> None:
         super().__init__(message, **context)
-        self.issues = tuple(issues)
+        self.issues: tuple[Issue, ...] = tuple(issues)
 
 
 class ConfigError(_IssuesError):
@@ -200,7 +207,7 @@ class RunNotFound(TrainingBackendError, LookupError):
         self, message: str, *, candidates: Sequence[str] = (), **context: Unpack[ErrorContext]
     ) -> None:
         super().__init__(message, **context)
-        self.candidates = tuple(candidates)
+        self.candidates: tuple[str, ...] = tuple(candidates)
 
 
 class DuplicateRun(TrainingBackendError):
@@ -264,7 +271,7 @@ class ProtocolError(TrainingBackendError):
 
     def __init__(self, message: str, *, excerpt: str = "", **context: Unpack[ErrorContext]) -> None:
         super().__init__(message, **context)
-        self.excerpt = excerpt[:500]
+        self.excerpt: str = excerpt[:500]
 
 
 class BudgetExceeded(TrainingBackendError):
@@ -341,3 +348,42 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, at most 500 characters."""
     lines = str(error).strip().splitlines()
     return lines[0].strip()[:_LONGEST_LINE] if lines else "no message"
+
+
+def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known word that was probably meant.
+
+    Args:
+        cutoff: Least similarity, 0 to 1, see `difflib.get_close_matches`.
+    """
+    if len(word) > 100 or len(known) > 1000:
+        return None  # too slow to compare
+    return next(iter(get_close_matches(word, sorted(known), n=1, cutoff=cutoff)), None)
+
+
+def suggest(word: str, known: Collection[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+    """Return a fix for an unknown word: the nearest known one, or else what is known."""
+    meant = nearest(word, known, cutoff=cutoff)
+    return f"did you mean {meant!r}?" if meant else otherwise
+
+
+def validation_issues(
+    error: "ValidationError", place: Sequence[str | int] = (), *, unknown: str = "unknown field"
+) -> list[Issue]:
+    """Return the problems that pydantic found, without the input, which may be secret.
+
+    Args:
+        place: Location of the validated document, the start of each field's name.
+        unknown: Message for a field that the model does not have.
+    """
+    issues = []
+    for detail in error.errors(include_input=False, include_url=False, include_context=False):
+        extra = detail["type"] == "extra_forbidden"
+        issues.append(
+            Issue(
+                code="unknown_field" if extra else detail["type"],
+                message=unknown if extra else detail["msg"].removeprefix("Value error, "),
+                field=".".join(str(part) for part in (*place, *detail["loc"])) or None,
+            )
+        )
+    return issues

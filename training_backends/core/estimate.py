@@ -6,7 +6,7 @@ from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from training_backends.core.errors import BudgetExceeded
 
@@ -25,10 +25,8 @@ _MONEY = re.compile(r"^\s*(?P<amount>\d+(?:\.\d+)?)\s*(?P<currency>[A-Za-z]{3})\
 _DURATION = re.compile(r"^(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?$")
 
 
-class Money(BaseModel):
+class Money(BaseModel, frozen=True):
     """An amount in one currency; may be given as text such as `12.50 USD`."""
-
-    model_config = ConfigDict(frozen=True)
 
     amount: Decimal = Field(ge=0)
     currency: str = Field(pattern="^[A-Z]{3}$", description="ISO 4217 code.")
@@ -97,26 +95,22 @@ def format_duration(span: timedelta) -> str:
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
-class PriceSource(BaseModel):
+class PriceSource(BaseModel, frozen=True):
     """The source of a price and its date."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     as_of: date
 
 
-class CostItem(BaseModel):
+class CostItem(BaseModel, frozen=True):
     """One item of the cost of a run, such as the training or a month of storage."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     amount: Money
     source: PriceSource
 
 
-class Estimate(BaseModel):
+class Estimate(BaseModel, frozen=True):
     """The expected tokens, cost and duration of a run. Unknown values are None; see `notes`.
 
     Attributes:
@@ -137,8 +131,6 @@ class Estimate(BaseModel):
         notes: How the numbers were obtained, and why any of them is missing.
         ours: Our own estimate, if this is the provider's quote.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     train_tokens: int | None = None
     data_tokens: int | None = None
@@ -218,10 +210,8 @@ def _compared(what: str, quoted: str, own: str, by: str) -> str:
     return f"{what}: {quoted} quoted, {own} estimated locally ({by})"
 
 
-class Budget(BaseModel):
+class Budget(BaseModel, frozen=True, extra="forbid"):
     """Limits on the cost and duration of a run; None: no limit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_cost: Money | None = Field(default=None, description="For example '25 USD'.")
     max_duration: Duration | None = Field(default=None, description="For example '2h'.")

@@ -30,28 +30,7 @@ __all__ = [
     "stamp_of",
     "sync_directory",
     "write_atomic",
-    "write_private",
 ]
-
-_MODE: Final = 0o600
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file atomically, readable only by its owner."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
 
 Stamp = tuple[int, ...]
 """Device, inode, size, and the times of the last write and status change in nanoseconds."""
@@ -170,13 +149,20 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old or the new content, even after a crash."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Write a file atomically: readers see the old or the new content, even after a crash.
+
+    Args:
+        private: Only the owner may read the file.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.unlink(missing_ok=True)
+    mode = 0o600 if private else 0o666
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,10 +1,9 @@
 """Load a backend by name from the installed entry points, without loading others."""
 
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue
+from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue, suggest
 from training_backends.core.plugins import ENTRY_POINT_GROUP, installed_backends, owner_of
 from training_backends.core.redaction import redact
 
@@ -44,8 +43,7 @@ def backend_class(name: str) -> type[TrainingBackend]:
 
 def _unknown(name: str) -> ConfigError:
     known = sorted(installed_backends())
-    near = get_close_matches(name, known, n=1)
-    fix = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(known)}"
+    fix = suggest(name, known, f"installed: {', '.join(known)}")
     message = f"no backend named {name!r} is installed"
     issue = Issue(code="unknown_backend", message=message, field="backend", fix=fix)
     return ConfigError(

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -71,17 +71,15 @@ CleanText = Annotated[str, AfterValidator(redact)]
 """Text from a provider or plugin, with secrets redacted."""
 
 
-class Failure(BaseModel):
+class Failure(BaseModel, frozen=True):
     """Why a run failed."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: FailureKind
     message: CleanText
     retryable: bool = False
 
 
-class Checkpoint(BaseModel):
+class Checkpoint(BaseModel, frozen=True):
     """A checkpoint of a run with its metrics.
 
     Attributes:
@@ -90,23 +88,19 @@ class Checkpoint(BaseModel):
         path: Directory of its files, if they are on this machine.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     step: int
     at: UtcDatetime
     metrics: dict[str, float] = Field(default_factory=dict)
     path: Path | None = None
 
 
-class Reply(BaseModel):
+class Reply(BaseModel, frozen=True):
     """A trained model's response to a prompt.
 
     Attributes:
         answer: Generated text; None for a classifier.
         labels: For a classifier, the probability of each label by target.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     answer: str | None = None
     labels: dict[str, dict[str, float]] | None = None
@@ -120,7 +114,7 @@ def _current_kind(kind: Any) -> Any:
     return _FORMER_KINDS.get(kind, kind) if isinstance(kind, str) else kind
 
 
-class Staleness(BaseModel):
+class Staleness(BaseModel, frozen=True):
     """Why the record of a run may be out of date.
 
     Attributes:
@@ -130,8 +124,6 @@ class Staleness(BaseModel):
         since: When this state began.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     kind: Annotated[
         Literal["unreachable", "not_found", "stalled", "elsewhere"], BeforeValidator(_current_kind)
     ]
@@ -139,7 +131,7 @@ class Staleness(BaseModel):
     message: CleanText
 
 
-class Place(BaseModel):
+class Place(BaseModel, frozen=True):
     """The only location from which a run can be observed, for backends tied to a machine.
 
     Attributes:
@@ -147,8 +139,6 @@ class Place(BaseModel):
         host: Host name.
         path: Path of the home directory on that host.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     id: str
     host: str
@@ -158,7 +148,7 @@ class Place(BaseModel):
         return f"{self.host}:{self.path}"
 
 
-class RunState(BaseModel):
+class RunState(BaseModel, frozen=True):
     """The state of a run as observed by its backend. None: unchanged or unknown.
 
     Attributes:
@@ -166,8 +156,6 @@ class RunState(BaseModel):
             If lists report it, unchanged runs need no request of their own.
         place: The only location from which the run can be observed; None: anywhere.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     status: TrainingStatus
     raw_status: CleanText | None = None
@@ -186,7 +174,7 @@ class RunState(BaseModel):
     place: Place | None = None
 
 
-class TrainingRun(BaseModel):
+class TrainingRun(BaseModel, frozen=True):
     """The record of a run.
 
     Attributes:
@@ -202,8 +190,6 @@ class TrainingRun(BaseModel):
         last_seen_at: Time of the last successful observation.
         stale: Why the record may be out of date; None: it is up to date as of `last_seen_at`.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     id: str = Field(pattern=RUN_ID_PATTERN)
     backend: str
@@ -247,7 +233,7 @@ class TrainingRun(BaseModel):
         return self.model_copy(update={**changes, **seen})
 
 
-class LogRecord(BaseModel):
+class LogRecord(BaseModel, frozen=True):
     """A record of a run's log.
 
     Attributes:
@@ -259,8 +245,6 @@ class LogRecord(BaseModel):
             `metrics`, so that no metric of a step appears twice.
         cursor: Opaque; `logs(after=cursor)` returns the records after this one.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     at: UtcDatetime
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -299,14 +283,12 @@ def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:
     )
 
 
-class ValidationReport(BaseModel):
+class ValidationReport(BaseModel, frozen=True):
     """The result of validating a configuration and its data.
 
     Attributes:
         dataset: The inspected data, if the report comes from a client.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     issues: Annotated[tuple[Issue, ...], AfterValidator(_clean_issues)] = ()
     dataset: Dataset | None = None

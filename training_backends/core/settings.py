@@ -11,7 +11,7 @@ so that a misspelled setting is not silently ignored.
 import os
 import re
 from collections.abc import Collection
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.errors import ConfigError, Issue, suggest, validation_issues
 from training_backends.core.plugins import installed_backends
 from training_backends.core.redaction import redact, register_url
 
@@ -79,8 +79,7 @@ class _UnknownName(ValueError):
 
 def _require_known(name: str, known: Collection[str], what: str) -> None:
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        fix = suggest(name, known, f"known: {', '.join(sorted(known))}")
         raise _UnknownName(f"unknown {what} {name!r} ({fix})")
 
 
@@ -97,7 +96,7 @@ class SectionSettings(BaseSettings):
 
     section: ClassVar[str | None] = None
 
-    model_config = SettingsConfigDict(
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
         env_nested_delimiter="__",
         env_ignore_empty=True,
         extra="ignore",
@@ -163,14 +162,10 @@ def load_settings(kind: type[_S]) -> _S:
         _require_known_variables(kind)
         return kind()
     except ValidationError as error:
+        fix = "correct it in the environment or in config.toml"
         issues = [
-            Issue(
-                code=detail["type"],
-                message=detail["msg"].removeprefix("Value error, "),
-                field=_variable(kind, detail["loc"]),
-                fix="correct it in the environment or in config.toml",
-            )
-            for detail in error.errors(include_input=False, include_url=False)
+            replace(issue, field=_variable(kind, issue.field or ""), fix=fix)
+            for issue in validation_issues(error)
         ]
         raise ConfigError("The settings are invalid.", issues=issues) from None
     except _UnknownVariable as error:
@@ -181,8 +176,8 @@ def load_settings(kind: type[_S]) -> _S:
         raise ConfigError(f"The settings in {config_file()} are invalid: {error}") from None
 
 
-def _variable(kind: type[SectionSettings], location: tuple[int | str, ...]) -> str:
-    name = str(kind.model_config["env_prefix"]) + "__".join(str(part).upper() for part in location)
+def _variable(kind: type[SectionSettings], field: str) -> str:
+    name = str(kind.model_config["env_prefix"]) + field.upper().replace(".", "__")
     return name if name in os.environ else name.removeprefix(_PREFIX).lower().replace("__", ".")
 
 

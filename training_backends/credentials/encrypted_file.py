@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, NoReturn
 from pydantic import SecretStr
 
 from training_backends.core.errors import VaultLocked
-from training_backends.core.files import hold_lock, make_private_directory, write_private
+from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 
 __all__ = ["FileKeyring", "read_password_descriptor", "read_password_file"]
 
@@ -220,7 +220,7 @@ class FileKeyring:
                     sealed = self._read()
                     if sealed is None or sealed.salt == key.salt:
                         secrets = {} if sealed is None else self._opened(sealed, key)
-                        write_private(self.path, _seal(change(secrets), key))
+                        write_atomic(self.path, _seal(change(secrets), key), private=True)
                         return
             except OSError as error:
                 raise VaultLocked(

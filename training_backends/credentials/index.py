@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from training_backends.core.errors import StoreError
-from training_backends.core.files import hold_lock, make_private_directory, write_private
+from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.run import UtcDatetime
 
 __all__ = ["CredentialIndex", "IndexEntry"]
@@ -21,10 +21,8 @@ _PATIENCE: Final = 10.0
 """Seconds to wait for the lock; a change takes milliseconds."""
 
 
-class IndexEntry(BaseModel):
+class IndexEntry(BaseModel, frozen=True):
     """One secret stored in the keyring."""
-
-    model_config = ConfigDict(frozen=True)
 
     provider: str
     profile: str
@@ -91,4 +89,4 @@ class CredentialIndex:
 
     def _write(self, entries: tuple[IndexEntry, ...]) -> None:
         text = json.dumps(_Content(credentials=entries).model_dump(mode="json"), indent=2)
-        write_private(self.path, text.encode() + b"\n")
+        write_atomic(self.path, f"{text}\n", private=True)

@@ -23,9 +23,9 @@ from training_backends.credentials.secret_service import SecretService
 if TYPE_CHECKING:
     from keyring.backend import KeyringBackend
 
-__all__ = ["SERVICE", "Keyring"]
+__all__ = ["Keyring"]
 
-SERVICE: Final = "training-backends"
+_SERVICE: Final = "training-backends"
 
 _T = TypeVar("_T")
 _LOCKABLE: Final = (FileKeyring, SecretService)
@@ -132,13 +132,13 @@ class Keyring:
 
     def _get(self, username: str) -> SecretStr | None:
         keeper = self._chosen()
-        found = None if keeper is None else keeper.get_password(SERVICE, username)
+        found = None if keeper is None else keeper.get_password(_SERVICE, username)
         return None if found is None else SecretStr(found)
 
     def _set(self, username: str, secret: SecretStr) -> None:
         keeper = self._needed()
-        keeper.set_password(SERVICE, username, secret.get_secret_value())
-        if keeper.get_password(SERVICE, username) != secret.get_secret_value():
+        keeper.set_password(_SERVICE, username, secret.get_secret_value())
+        if keeper.get_password(_SERVICE, username) != secret.get_secret_value():
             raise VaultLocked(
                 f"The keyring {_name(keeper)} accepted the secret but did not store it.",
                 hint=_OTHERWISE,
@@ -147,9 +147,9 @@ class Keyring:
 
     def _delete(self, username: str) -> bool:
         keeper = self._chosen()
-        if keeper is None or keeper.get_password(SERVICE, username) is None:
+        if keeper is None or keeper.get_password(_SERVICE, username) is None:
             return False
-        keeper.delete_password(SERVICE, username)
+        keeper.delete_password(_SERVICE, username)
         return True
 
     def _is_unlocked(self) -> bool:
@@ -161,7 +161,7 @@ class Keyring:
         if isinstance(keeper, _LOCKABLE):
             keeper.unlock(password)
         else:
-            keeper.get_password(SERVICE, "unlock")  # triggers its prompt if locked
+            keeper.get_password(_SERVICE, "unlock")  # triggers its prompt if locked
 
     def _lock(self) -> None:
         keeper = self._needed()

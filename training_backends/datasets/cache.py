@@ -5,7 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from training_backends.core.files import make_private_directory, write_private
+from training_backends.core.files import make_private_directory, write_atomic
 
 __all__ = ["ResultCache"]
 
@@ -45,7 +45,7 @@ class ResultCache:
         with suppress(OSError):
             make_private_directory(self._directory)
             digest = sha256(content).hexdigest().encode()
-            write_private(self._path(self._directory, key), digest + b"\n" + content)
+            write_atomic(self._path(self._directory, key), digest + b"\n" + content, private=True)
             self._trim(self._directory)
 
     def _path(self, directory: Path, key: str) -> Path:

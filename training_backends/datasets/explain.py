@@ -21,7 +21,7 @@ from training_backends.datasets.findings import (
     brief,
     empty,
     is_blank,
-    nearest,
+    nearest_name,
     short,
     wrong_type,
 )
@@ -190,7 +190,7 @@ class RowFaults:
         text = "unknown row format"
         known = {key for form in self._provider_format.formats for key in _KEYS[form]} - row.keys()
         for key in islice(row, _MOST_FINDINGS):
-            if meant := nearest(key, known):
+            if meant := nearest_name(key, known):
                 text += f" with the key {short(key)}"
                 return Finding("unknown_format", brief(key), text, f"rename it to `{meant}`")
         for key, fix in _FOREIGN.items():

@@ -17,7 +17,7 @@ from training_backends.datasets.findings import (
     brief,
     empty,
     is_blank,
-    nearest,
+    nearest_name,
     short,
     type_name,
     wrong_type,
@@ -178,7 +178,7 @@ class Talk:
             return wrong_type(f"{place}.role", role, "a string")
         if role in self._roles or (role == "function" and self._provider_format.legacy_functions):
             return None
-        meant = _OTHER_ROLES.get(role.lower()) or nearest(role, self._roles)
+        meant = _OTHER_ROLES.get(role.lower()) or nearest_name(role, self._roles)
         fix = f"use {meant}" if meant in self._roles else f"use {self._role_words}"
         return Finding("unknown_role", f"{place}.role", f"unknown role {short(role)}", fix)
 
@@ -220,7 +220,7 @@ class Talk:
         if "content" in message:
             return empty(field, "the content")
         others = message.keys() - self._message_keys
-        meant = next((key for key in sorted(others) if nearest(key, ["content"])), None)
+        meant = next((key for key in sorted(others) if nearest_name(key, ["content"])), None)
         fix = f"rename {short(meant)} to `content`" if meant else NO_WORDS
         return Finding("empty_content", field, "the content is missing", fix)
 
@@ -463,7 +463,7 @@ class Talk:
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and self._is_name(name) and name not in known:
             text = f"function {short(name)} is not declared in `tools`"
-            meant = nearest(name, known)
+            meant = nearest_name(name, known)
             fix = (
                 f"declare it in `tools`, or call {short(meant)}"
                 if meant
@@ -521,7 +521,7 @@ def unknown_keys(keys: Iterable[str], place: str, meant: Collection[str]) -> Ite
     """
     for key in keys:
         field = f"{place}.{brief(key)}" if place else brief(key)
-        found = nearest(key, meant)
+        found = nearest_name(key, meant)
         fix = f"rename it to `{found}`" if found else "remove it"
         yield Finding("unknown_key", field, f"unknown key {short(key)} is ignored", fix, "warning")
 

@@ -38,8 +38,9 @@ class Collector:
     ) -> None:
         self.path = path
         self.role = role
-        self.failed = False
-        self.lines = self.rows = 0
+        self.failed: bool = False
+        self.lines: int = 0
+        self.rows: int = 0
         self.sample_type: SampleType | None = None
         self._weight = weight
         self._provider_format = provider_format

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
+
+from training_backends.core.errors import nearest
 
 __all__ = [
     "NO_WORDS",
@@ -14,7 +15,7 @@ __all__ = [
     "brief",
     "empty",
     "is_blank",
-    "nearest",
+    "nearest_name",
     "short",
     "too_long",
     "type_name",
@@ -93,17 +94,14 @@ class Finding(NamedTuple):
     severity: Literal["error", "warning"] = "error"
 
 
-def nearest(word: str, known: Collection[str]) -> str | None:
-    """Return the known word that was probably meant."""
-    if len(word) > 40 or len(known) > 1000:
-        return None  # too slow to compare
-    return _nearest(word.lower(), frozenset(known))
+def nearest_name(word: str, known: Collection[str]) -> str | None:
+    """Return the known name that was probably meant; the same one may be misspelt in every row."""
+    return _nearest(word.lower(), frozenset(known)) if len(word) <= 40 else None
 
 
 @lru_cache(maxsize=1000)
 def _nearest(word: str, known: frozenset[str]) -> str | None:
-    found = get_close_matches(word, sorted(known), n=1, cutoff=0.75)
-    return found[0] if found else None
+    return nearest(word, known, cutoff=0.75)
 
 
 def brief(text: str) -> str:

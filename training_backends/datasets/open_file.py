@@ -211,10 +211,10 @@ class _Stored(io.RawIOBase):
 
     def __init__(self, file: Any, *, digest: bool) -> None:
         self._file = file
-        self.size = 0
+        self.size: int = 0
         self.digest = hashlib.sha256(usedforsecurity=False) if digest else None
         # A pipe may return its first bytes one at a time.
-        self.head = b""
+        self.head: bytes = b""
         while len(self.head) < 4 and (more := file.read(4 - len(self.head))):
             self.head += more
         self._replay = self.head

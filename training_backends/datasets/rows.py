@@ -37,7 +37,6 @@ __all__ = [
     "byte_token_count",
     "parse_any_row",
     "parse_row",
-    "row_pieces",
 ]
 
 Weight = Annotated[float, msgspec.Meta(ge=0, le=1, multiple_of=1)]
@@ -281,7 +280,7 @@ Piece = tuple[Control | str, bool]
 """A control token or a text, and whether it is in the loss."""
 
 
-def row_pieces(row: ChatRow | TextRow) -> Iterator[Piece]:
+def _row_pieces(row: ChatRow | TextRow) -> Iterator[Piece]:
     """Yield the control tokens and texts of a row in the order of `tiny-mistral`'s template."""
     yield Control.BOS, False
     if isinstance(row, TextRow):
@@ -358,7 +357,7 @@ def byte_encode(row: ChatRow | TextRow) -> tuple[list[int], list[bool]]:
     """
     ids: list[int] = []
     trained: list[bool] = []
-    for piece, is_trained in row_pieces(row):
+    for piece, is_trained in _row_pieces(row):
         tokens = [int(piece)] if isinstance(piece, Control) else piece.encode("utf-8", "replace")
         ids.extend(tokens)
         trained.extend([is_trained] * len(tokens))
@@ -368,7 +367,7 @@ def byte_encode(row: ChatRow | TextRow) -> tuple[list[int], list[bool]]:
 def byte_token_count(row: ChatRow | TextRow) -> int:
     """Count the tokens of `byte_encode` without creating them."""
     count = 0
-    for piece, _ in row_pieces(row):
+    for piece, _ in _row_pieces(row):
         if isinstance(piece, Control):
             count += 1
         else:

@@ -29,9 +29,9 @@ from training_backends.datasets.write import (
     rereadable,
 )
 
-__all__ = ["DEFAULT_SHARE", "Split", "SplitFile", "split"]
+__all__ = ["Split", "SplitFile", "split"]
 
-DEFAULT_SHARE: Final = 0.05
+_DEFAULT_SHARE: Final = 0.05
 """Size of the validation set relative to the training set, unless its format has a limit."""
 
 _BUCKETS: Final = 1 << 20
@@ -173,7 +173,7 @@ def _budget(
         return rows
     if fraction is not None:
         return round(fraction * total)
-    share = provider_format.validation_max_share or DEFAULT_SHARE
+    share = provider_format.validation_max_share or _DEFAULT_SHARE
     # The share is relative to the remaining training rows.
     budget = int(total * share / (1 + share))
     return min(budget, provider_format.validation_max_bytes or budget)

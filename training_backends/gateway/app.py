@@ -1,8 +1,5 @@
 """The ASGI application: the Mistral files, fine-tuning and models API over one gateway."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +16,7 @@ from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
-from training_backends.protocols.mistral.errors import ErrorItem
+from training_backends.protocols.mistral.errors import error_items
 
 __all__ = ["create_app"]
 
@@ -113,18 +110,7 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it only
-    return JSONResponse(field_errors(_items(error.errors())), 422)
-
-
-def _items(errors: Sequence[Any]) -> list[ErrorItem]:
-    """Drop the client's input, which may contain an API key."""
-    items: list[ErrorItem] = []
-    for error in errors:
-        item: ErrorItem = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
-        if error.get("ctx"):
-            item["ctx"] = error["ctx"]
-        items.append(item)
-    return items
+    return JSONResponse(field_errors(error_items(error.errors())), 422)
 
 
 async def _backend_failed(request: Request, error: Exception) -> JSONResponse:

@@ -19,17 +19,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from training_backends.core.config import Tuning
-from training_backends.core.errors import ConfigError, Issue
-from training_backends.core.options import option_issues
+from training_backends.core.config import Tuning, option_issues
+from training_backends.core.errors import ConfigError, Issue, validation_issues
+from training_backends.protocols.mistral.status import JobType
 
-__all__ = ["BUILT_IN", "Catalogue", "JobType", "Offer"]
-
-JobType = Literal["completion", "classifier"]
+__all__ = ["BUILT_IN", "Catalogue", "Offer"]
 
 _ANY: frozenset[JobType] = frozenset({"completion", "classifier"})
 """Any dense text model; a classifier is the same model with classification heads."""
@@ -110,9 +108,7 @@ BUILT_IN = (
 )
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Entry(BaseModel, extra="forbid", strict=True):
     target: str = Field(min_length=1)
     job_types: list[JobType] = Field(default=["completion"], min_length=1)
     context_length: int = Field(default=32768, ge=1)
@@ -206,14 +202,8 @@ def _offer(path: Path, name: str, table: Any) -> Offer | list[Issue]:
     try:
         entry = _Entry.model_validate(table)
     except ValidationError as error:
-        return [
-            _issue(
-                path,
-                ".".join(("models", name, *(str(part) for part in detail["loc"]))),
-                detail["msg"],
-            )
-            for detail in error.errors(include_url=False, include_input=False)
-        ]
+        issues = validation_issues(error, ["models", name])
+        return [replace(issue, code="catalogue", path=str(path)) for issue in issues]
     return Offer(
         name=name,
         target=entry.target,

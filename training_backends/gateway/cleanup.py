@@ -1,6 +1,6 @@
 """Clean-up after a job finishes: its files and its stored keys."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import SecretStr
 
@@ -8,8 +8,6 @@ from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_request import secret_profile
-from training_backends.gateway.jobstore import load_job
-from training_backends.gateway.store import GatewayStore
 
 __all__ = ["JobEnding", "SecretKeeper"]
 
@@ -31,17 +29,15 @@ class SecretKeeper(Protocol):
 class JobEnding:
     """Cleans up after a finished job; safe to repeat."""
 
-    def __init__(self, store: GatewayStore, files: FileService, secrets: SecretKeeper) -> None:
-        self._store = store
+    def __init__(self, files: FileService, secrets: SecretKeeper) -> None:
         self._files = files
         self._secrets = secrets
 
-    async def __call__(self, job_id: str) -> None:
+    async def __call__(self, job: Any) -> None:
         """Delete the files that only this job needed, and its stored keys."""
-        job = await self._store.aread(lambda connection: load_job(connection, job_id))
         await self._files.collect(job.blobs)
         for integration in job.integrations:
-            await self.forget(integration["type"], job_id)
+            await self.forget(integration["type"], job.id)
 
     async def forget(self, provider: str, job_id: str) -> None:
         """Delete a job's key; a failure is logged and does not fail the job."""

@@ -12,7 +12,7 @@ from training_backends.core.errors import (
     StoreError,
     TrainingBackendError,
 )
-from training_backends.protocols.mistral.errors import ErrorItem, validation_body
+from training_backends.protocols.mistral.errors import ErrorItem, error_items, validation_body
 
 __all__ = [
     "HTTPProblem",
@@ -64,8 +64,8 @@ class HTTPProblem(Exception):
     ) -> None:
         super().__init__(f"{status}: {body.get('detail')}")
         self.status = status
-        self.body = dict(body)
-        self.headers = dict(headers or {})
+        self.body: dict[str, Any] = dict(body)
+        self.headers: dict[str, str] = dict(headers or {})
 
 
 def plain(status: int, sentence: str, **more: Any) -> HTTPProblem:
@@ -80,11 +80,7 @@ def not_found(what: str) -> HTTPProblem:
 
 def misfit(place: Sequence[str | int], error: ValidationError) -> HTTPProblem:
     """Return a 422 for the fields of one part of the request that fail its model."""
-    items: list[ErrorItem] = [
-        {"type": detail["type"], "loc": [*place, *detail["loc"]], "msg": detail["msg"]}
-        for detail in error.errors(include_url=False, include_input=False)
-    ]
-    return HTTPProblem(422, field_errors(items))
+    return HTTPProblem(422, field_errors(error_items(error.errors(include_context=False), place)))
 
 
 def field_errors(items: Sequence[ErrorItem]) -> dict[str, Any]:

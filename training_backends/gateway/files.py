@@ -16,7 +16,8 @@ from anyio import to_thread
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import ENDED, GatewayStore, files, jobs
+from training_backends.gateway.schema import files, jobs
+from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -27,6 +28,7 @@ from training_backends.gateway.uploads import (
     receive,
     too_large,
 )
+from training_backends.protocols.mistral.status import ENDED
 from training_backends.protocols.mistral.wire import (
     FILE_PURPOSES,
     FILE_VISIBILITIES,

@@ -1,35 +1,37 @@
 """Open and close a gateway and its services."""
 
-import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import anyio
+import sqlalchemy as sa
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
-from training_backends.core.files import make_private_directory
+from training_backends.core.errors import StoreError
+from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.cleanup import JobEnding
+from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
+from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.runner import JobRunner
+from training_backends.gateway.schema import keys
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
@@ -47,13 +49,7 @@ def load_secret(path: Path) -> bytes:
         return known  # a truncated secret could be guessed
     make_private_directory(path.parent)
     secret = secrets.token_bytes(_SECRET_BYTES)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, secret, private=True)
     return secret
 
 
@@ -98,10 +94,6 @@ async def beside() -> AsyncIterator[TaskGroup]:
         raise
 
 
-_NO_RUN = "none"
-"""An id that no job has."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
     """An open gateway with everything the HTTP routes need.
@@ -125,14 +117,12 @@ class Gateway:
     links: LinkSigner
 
     async def check(self) -> None:
-        """Check that both databases can be read.
+        """Check that the database can be read.
 
         Raises:
-            StoreError: A database cannot be used.
+            StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.exec_driver_sql("SELECT 1 FROM keys"))
-        with suppress(RunNotFound):
-            await self.client.get(_NO_RUN)
+        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
 
 
 @asynccontextmanager
@@ -163,15 +153,11 @@ async def open_gateway(
     """
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
-    make_client = partial(AsyncTrainingClient, home=root, credentials=vault, backends=backends)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(_lock_home, root))
+        stack.callback(os.close, await to_thread.run_sync(lock_home, root))
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
-        store = await to_thread.run_sync(GatewayStore, root / "gateway.db")
-        stack.callback(store.close)
-        client = await stack.enter_async_context(await to_thread.run_sync(make_client))
-        await _check_run_store(client, root)
+        store, client = await _open_database(stack, settings, root, vault, backends)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
         files = FileService(
@@ -181,13 +167,6 @@ async def open_gateway(
             pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
         )
         await files.open()
-        tasks = await stack.enter_async_context(beside())
-        stack.callback(tasks.cancel_scope.cancel)
-        ending = JobEnding(store, files, vault)
-        organization = settings.organization_id
-        runner = JobRunner(store, client, files, tasks, organization_id=organization, on_end=ending)
-        await runner.take_up()
-        tasks.start_soon(files.sweep)
         yield Gateway(
             settings=settings,
             home=root,
@@ -197,12 +176,11 @@ async def open_gateway(
             client=client,
             keys=KeyStore(store, settings.api_key),
             files=files,
-            jobs=JobService(
+            jobs=await _start_jobs(
+                stack,
                 store,
                 client,
                 files,
-                runner,
-                ending,
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
@@ -213,11 +191,65 @@ async def open_gateway(
                 client,
                 backend=backend,
                 catalogue=catalogue,
-                organization_id=organization,
+                organization_id=settings.organization_id,
                 opened_at=time.time(),
             ),
             links=links,
         )
+
+
+async def _open_database(
+    stack: AsyncExitStack,
+    settings: GatewaySettings,
+    root: Path,
+    vault: CredentialVault,
+    backends: Mapping[str, TrainingBackend] | None,
+) -> tuple[GatewayStore, AsyncTrainingClient]:
+    """Open the gateway's tables, and the client of the runs in the same database."""
+    url = database_url(root, settings.store_url)
+    make_client = partial(
+        AsyncTrainingClient, home=root, store_url=url, credentials=vault, backends=backends
+    )
+    client = await stack.enter_async_context(await to_thread.run_sync(make_client))
+    await _check_run_store(client, root)
+    store = await to_thread.run_sync(GatewayStore, url)
+    stack.callback(store.close)
+    if settings.store_url is None:
+        await to_thread.run_sync(import_legacy_locked, store, root)
+    return store, client
+
+
+async def _start_jobs(
+    stack: AsyncExitStack,
+    store: GatewayStore,
+    client: AsyncTrainingClient,
+    files: FileService,
+    *,
+    backend: str,
+    catalogue: Catalogue,
+    secrets: SecretKeeper,
+    settings: GatewaySettings,
+) -> JobService:
+    """Resume all jobs in tasks that end with the stack."""
+    tasks = await stack.enter_async_context(beside())
+    stack.callback(tasks.cancel_scope.cancel)
+    ending = JobEnding(files, secrets)
+    runner = JobRunner(
+        store, client, files, tasks, organization_id=settings.organization_id, on_end=ending
+    )
+    await runner.start()
+    tasks.start_soon(files.sweep)
+    return JobService(
+        store,
+        client,
+        files,
+        runner,
+        ending,
+        backend=backend,
+        catalogue=catalogue,
+        secrets=secrets,
+        settings=settings,
+    )
 
 
 async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
@@ -228,18 +260,3 @@ async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
             hint=f"Run `TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` to "
             "recover what is readable.",
         )
-
-
-def _lock_home(root: Path) -> int:
-    """Lock the home for this process; the kernel releases the lock when the process exits."""
-    make_private_directory(root)
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DuplicateRun(
-            f"Another gateway is using {root}.",
-            hint="Stop that gateway, or set TRAINING_BACKENDS_HOME to another directory.",
-        ) from None
-    return descriptor

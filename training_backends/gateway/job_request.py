@@ -23,11 +23,10 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.gateway.files import StoredFile
 from training_backends.protocols.mistral.errors import no_model_message
+from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
 __all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
-
-_METHODS = {"completion": "sft", "classifier": "classifier"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def make_config(
     """Return the training configuration of a job."""
     return TrainingConfig(
         model=job.offer.target,
-        method="classifier" if job.job_type == "classifier" else "sft",
+        method=METHODS[job.job_type],
         data=Data(
             train=tuple(
                 DataSource(path=files[file["file_id"]].path, weight=file["weight"])
@@ -132,7 +131,7 @@ def _check_bounds(
 
 
 def _offer(model: str, job_type: str, catalogue: Catalogue, capabilities: Capabilities) -> Offer:
-    if _METHODS[job_type] not in capabilities.methods:
+    if METHODS[job_type] not in capabilities.methods:
         raise plain(422, f"This gateway's backend does not support {job_type} fine-tuning.")
     offer = catalogue.get(model)
     if offer is not None and job_type in offer.job_types:

@@ -17,11 +17,12 @@ from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain
 from training_backends.gateway.files import FileService, StoredFile, names_by_path
+from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
-    STATUS_EVENT,
     DetailedJobOut,
     JobOut,
+    accept_start,
     add_event,
     change_status,
     detailed_job,
@@ -34,17 +35,20 @@ from training_backends.gateway.jobstore import (
     shown_notes,
 )
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.runner import JobRunner, accept_start
+from training_backends.gateway.runner import JobRunner
+from training_backends.gateway.schema import jobs
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import ENDED, GatewayStore, jobs
+from training_backends.gateway.store import GatewayStore
+from training_backends.protocols.mistral.status import ENDED, UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 
 __all__ = ["JobQuery", "JobService"]
 
 _RETRY_AFTER = "60"
 """Seconds."""
-_BEFORE_START = ("QUEUED", "VALIDATING", "VALIDATED")
-_CONFLICTING = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING")
+_CONFLICTING = (*UNSTARTED, "STARTED", "RUNNING")
+_LISTED = [column for column in jobs.c if column.name not in {"blobs", "config", "history"}]
+"""Without what is large and not shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,7 @@ class JobService:
         """Return one page of jobs, newest first, and the total number."""
         conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
         query = (
-            sa.select(jobs)
+            sa.select(*_LISTED)
             .where(*conditions)
             .order_by(jobs.c.created_at.desc(), jobs.c.id)
             .limit(page_size)
@@ -121,7 +125,7 @@ class JobService:
         except Exception:
             await self._delete_secret(job, job_id)
             raise
-        self._runner.watch(job_id)
+        self._runner.drive(job_id)
         return short_job(row)
 
     async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
@@ -172,7 +176,7 @@ class JobService:
             return detailed_job(connection, job_id, caller)
 
         started = await self._store.awrite(work)
-        self._runner.watch(job_id)
+        self._runner.drive(job_id)
         return started
 
     async def cancel(self, job_id: str, caller: Principal) -> DetailedJobOut:
@@ -185,7 +189,7 @@ class JobService:
         def work(connection: sa.Connection) -> tuple[DetailedJobOut, bool]:
             job = require_job(connection, job_id, caller)
             at_once = job.started_at is None and change_status(
-                connection, job_id, "CANCELLED", only_from=_BEFORE_START
+                connection, job_id, "CANCELLED", only_from=UNSTARTED
             )
             if job.started_at is not None and job.status not in ENDED:
                 if not self._client.backend(job.backend).capabilities.stops:
@@ -201,9 +205,7 @@ class JobService:
         job, at_once = await self._store.awrite(work)
         if at_once:
             self._runner.drop(job_id)
-            await self._ending(job_id)
-        elif job.status == "CANCELLATION_REQUESTED":
-            self._runner.stop(job_id)
+        self._runner.drive(job_id)
         return job
 
     def _check(self, request: JobIn) -> CheckedJob:
@@ -278,7 +280,7 @@ class JobService:
                 )
             )
         )
-        add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"}, now)
+        add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
         return load_job(connection, job_id)
 
     def _row(

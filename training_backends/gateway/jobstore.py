@@ -1,4 +1,4 @@
-"""Jobs in the database: rows, status changes, events, checkpoints and wire format."""
+"""Jobs in the database: rows, status changes and wire format."""
 
 import math
 import re
@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
 from training_backends.core.errors import (
     BackendBroken,
@@ -18,11 +17,21 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
-from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway.errors import not_found
+from training_backends.gateway.job_events import (
+    ORDER,
+    STATUS_EVENT,
+    JobCheckpoint,
+    history,
+    job_checkpoints,
+    job_events,
+    reached,
+)
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import checkpoints, events, jobs, models
+from training_backends.gateway.schema import events, jobs, models
+from training_backends.protocols.mistral.status import ACTIVE
 from training_backends.protocols.mistral.wire import (
     CheckpointOut,
     ClassifierDetailedJobOut,
@@ -36,16 +45,16 @@ from training_backends.protocols.mistral.wire import (
 )
 
 __all__ = [
-    "NOT_ENDED",
-    "STATUS_EVENT",
+    "accept_start",
     "add_event",
-    "add_metrics",
+    "advance_job",
     "change_status",
     "detailed_job",
     "effective",
     "error_data",
     "finish_job",
     "issue_data",
+    "keep_history",
     "load_job",
     "model_name",
     "quote",
@@ -54,7 +63,6 @@ __all__ = [
     "shown_notes",
 ]
 
-NOT_ENDED = ("QUEUED", "VALIDATING", "VALIDATED", "STARTED", "RUNNING", "CANCELLATION_REQUESTED")
 SHOWN_ISSUES = 20
 _RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -156,7 +164,7 @@ def finish_job(
         reason = failure.message if failure else "The backend gave no reason."
         data["error"] = _with_names(reason, names)
         data["kind"] = failure.kind if failure else "provider"
-    ended = change_status(connection, job.id, status, only_from=NOT_ENDED, data=data, **values)
+    ended = change_status(connection, job.id, status, only_from=ACTIVE, data=data, **values)
     if ended and status == "SUCCESS":
         _list_model(connection, job, values["fine_tuned_model"])
 
@@ -207,11 +215,6 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     return f"{head}: {text}" if head else text
 
 
-STATUS_EVENT = "status-updated"
-_METRICS = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
-_FEWEST_BETWEEN = 10
-"""Minimum steps between two checkpoints, as at the hosted service."""
-
 _UNKNOWN = {"weight_decay": None, "warmup_fraction": None, "fim_ratio": None}
 """Hyperparameters before the backend has reported its defaults. The learning rate is absent: it
 must not be null on the wire, so the protocol's default is shown until then."""
@@ -221,8 +224,8 @@ JobOut = CompletionJobOut | ClassifierJobOut
 
 
 def load_job(connection: sa.Connection, job_id: str) -> Any:
-    """Return the row of an existing job."""
-    return connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+    """Return the row of a job, or None."""
+    return connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).first()
 
 
 def require_job(connection: sa.Connection, job_id: str, caller: Principal) -> Any:
@@ -244,7 +247,6 @@ def change_status(
     status: str,
     *,
     only_from: Collection[str],
-    at: float | None = None,
     silent: bool = False,
     data: dict[str, Any] | None = None,
     **values: Any,
@@ -252,7 +254,6 @@ def change_status(
     """Change a job's status and record an event; False if its status is not in `only_from`.
 
     Args:
-        at: When it happened; default: now.
         silent: Record no event.
         data: Event data in addition to the status.
         values: Other columns to set.
@@ -266,80 +267,41 @@ def change_status(
     if not changed.rowcount:
         return False
     if not silent:
-        # Keep events in order despite clock skew.
-        latest = sa.select(sa.func.max(events.c.created_at)).where(events.c.job_id == job_id)
-        earliest = connection.execute(latest).scalar() or 0.0
-        when = max(min(at or now, now), earliest)
-        add_event(connection, job_id, STATUS_EVENT, {"status": status, **(data or {})}, when)
+        add_event(connection, job_id, STATUS_EVENT, {"status": status, **(data or {})})
     return True
 
 
-def add_event(
-    connection: sa.Connection, job_id: str, name: str, data: dict[str, Any], at: float
-) -> None:
-    """Append an event to a job."""
+def accept_start(connection: sa.Connection, job_id: str) -> bool:
+    """Queue a validated job for training, without an event, like the service."""
+    return change_status(
+        connection,
+        job_id,
+        "QUEUED",
+        only_from=("VALIDATED",),
+        silent=True,
+        started_at=time.time(),
+    )
+
+
+def add_event(connection: sa.Connection, job_id: str, name: str, data: dict[str, Any]) -> None:
+    """Append an event to a job, after all those that it shows."""
+    shown = job_events(connection, load_job(connection, job_id))
+    # A clock of the provider may be ahead.
+    at = max([time.time(), *(event.at for event in shown[-1:])])
     connection.execute(events.insert().values(job_id=job_id, name=name, data=data, created_at=at))
 
 
-def add_metrics(connection: sa.Connection, job_id: str, records: Sequence[LogRecord]) -> None:
-    """Turn metrics into checkpoints at the protocol's cadence."""
-    known = sa.select(checkpoints.c.step).where(checkpoints.c.job_id == job_id)
-    steps = set(connection.execute(known).scalars())
-    rows = []
-    for record in records:
-        row = _checkpoint(job_id, record)
-        if row and (row["step"] in steps or _is_due(row, _total_steps(record), max(steps or {0}))):
-            steps.add(row["step"])
-            rows.append(row)
-    if not rows:
-        return
-    merge = insert(checkpoints)
-    merge = merge.on_conflict_do_update(
-        index_elements=["job_id", "step"],
-        set_={
-            name: sa.func.coalesce(merge.excluded[name], checkpoints.c[name]) for name in _METRICS
-        },
-    )
-    connection.execute(merge, rows)
-    modified = jobs.update().where(jobs.c.id == job_id).values(modified_at=time.time())
-    connection.execute(modified)
+def advance_job(connection: sa.Connection, job: Any) -> None:
+    """Give a started job the status that the log of its run has reached; it never goes back."""
+    status = reached(connection, job)
+    before = ORDER[: ORDER.index(status)]
+    change_status(connection, job.id, status, only_from=before, silent=True)
 
 
-def _is_due(row: Mapping[str, Any], total: int, before: int) -> bool:
-    """Return whether a step becomes a checkpoint: every tenth of the run, and the last step.
-
-    Checkpoints are only appended, so a client that polls sees the same list as one that reads
-    it at the end.
-
-    Args:
-        total: Steps of the run; 0 if unknown.
-        before: Step of the last checkpoint.
-    """
-    if total and row["step"] == total:
-        return True
-    # Keep validation losses of a backend that evaluates more often.
-    parts = 10 if row["valid_loss"] is None else 100
-    return bool(row["step"] - before >= max(_FEWEST_BETWEEN, math.ceil(total / parts)))
-
-
-def _checkpoint(job_id: str, record: LogRecord) -> dict[str, Any] | None:
-    if record.source != "metrics" or record.step is None:
-        return None
-    values = {name: _finite(record.fields.get(name)) for name in _METRICS}
-    if all(value is None for value in values.values()):
-        return None
-    at = record.at.timestamp()
-    return {"job_id": job_id, "step": record.step, "created_at": at, **values}
-
-
-def _total_steps(record: LogRecord) -> int:
-    total = record.fields.get("total_steps")
-    return total if isinstance(total, int) else 0
-
-
-def _finite(value: Any) -> float | None:
-    # JSON has no NaN, and a client's parser would reject the entire job.
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def keep_history(connection: sa.Connection, job_id: str) -> None:
+    """Store what a job shows of its run, before the run is deleted."""
+    kept = history(connection, load_job(connection, job_id))
+    connection.execute(jobs.update().where(jobs.c.id == job_id).values(history=kept))
 
 
 def short_job(row: Any) -> JobOut:
@@ -355,32 +317,22 @@ def detailed_job(connection: sa.Connection, job_id: str, caller: Principal) -> D
         HTTPProblem: There is no such job for this client.
     """
     row = require_job(connection, job_id, caller)
-    happened = connection.execute(
-        sa.select(events)
-        .where(events.c.job_id == job_id)
-        .order_by(events.c.created_at, events.c.id)
-    ).all()
-    reached = connection.execute(
-        sa.select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step)
-    ).all()
     fields = {
         **_fields(row),
         "events": [
-            EventOut(name=event.name, data=event.data, created_at=int(event.created_at))
-            for event in happened
+            EventOut(name=event.name, data=event.data, created_at=int(event.at))
+            for event in job_events(connection, row)
         ],
-        "checkpoints": [_checkpoint_out(point) for point in reversed(reached)],
+        "checkpoints": [*map(_checkpoint_out, reversed(job_checkpoints(connection, row)))],
     }
     if row.job_type == "classifier":
         return ClassifierDetailedJobOut(**fields, classifier_targets=row.classifier_targets)
     return CompletionDetailedJobOut(**fields)
 
 
-def _checkpoint_out(row: Any) -> CheckpointOut:
+def _checkpoint_out(point: JobCheckpoint) -> CheckpointOut:
     return CheckpointOut(
-        metrics=MetricOut(**{name: getattr(row, name) for name in _METRICS}),
-        step_number=row.step,
-        created_at=int(row.created_at),
+        metrics=MetricOut(**point.metrics), step_number=point.step, created_at=int(point.at)
     )
 
 

@@ -24,7 +24,9 @@ from training_backends.core.errors import ConfigError, CredentialNotFound, Store
 from training_backends.core.estimate import Duration
 from training_backends.core.run import utc_now
 from training_backends.gateway.errors import HTTPProblem, plain
-from training_backends.gateway.store import DEFAULT_PROJECT, GatewayStore, keys
+from training_backends.gateway.legacy_store import import_legacy
+from training_backends.gateway.schema import DEFAULT_PROJECT, keys
+from training_backends.gateway.store import GatewayStore, database_url
 
 __all__ = [
     "STATIC_KEY_ID",
@@ -250,9 +252,17 @@ def unauthorized(sentence: str = "Unauthorized") -> HTTPProblem:
     return HTTPProblem(401, {"detail": sentence}, {"www-authenticate": "Bearer"})
 
 
-def open_keys(home: Path) -> KeyStore:
-    """Open the keys of the gateway in `home`, running or not."""
-    return KeyStore(GatewayStore(home / "gateway" / "gateway.db"))
+def open_keys(home: Path, store_url: str | None = None) -> KeyStore:
+    """Open the keys of the gateway in `home`, running or not.
+
+    Args:
+        store_url: URL of its database; None: the file in `home`.
+    """
+    root = home.expanduser().absolute() / "gateway"
+    store = GatewayStore(database_url(root, store_url))
+    if store_url is None:
+        import_legacy(store, root)
+    return KeyStore(store)
 
 
 def read_expiry(text: str) -> datetime:

@@ -11,8 +11,11 @@ from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
+from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import GatewayStore, models
+from training_backends.gateway.schema import models
+from training_backends.gateway.store import GatewayStore
+from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
@@ -31,7 +34,6 @@ __all__ = ["ModelService"]
 
 log = get_logger()
 
-_METHODS = {"completion": "sft", "classifier": "classifier"}
 FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 
 
@@ -110,9 +112,13 @@ class ModelService:
 
     async def delete(self, model_id: str, caller: Principal) -> DeleteModelOut:
         """Delete a fine-tuned model, and its weights if the backend can."""
-        row = await self._store.awrite(
-            lambda c: self._change(c, model_id, {"deleted_at": time.time()}, caller)
-        )
+
+        def work(connection: sa.Connection) -> Any:
+            row = self._change(connection, model_id, {"deleted_at": time.time()}, caller)
+            keep_history(connection, row.job_id)
+            return row
+
+        row = await self._store.awrite(work)
         try:
             await self._client.delete(row.job_id)
         except RunNotFound:
@@ -127,7 +133,7 @@ class ModelService:
         return [
             offer
             for offer in self._catalogue.all()
-            if any(_METHODS[kind] in methods for kind in offer.job_types)
+            if any(METHODS[kind] in methods for kind in offer.job_types)
         ]
 
     def _row(self, connection: sa.Connection, model_id: str, caller: Principal) -> Any:

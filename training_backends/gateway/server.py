@@ -24,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.logging import get_logger
+from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.app import create_app
 from training_backends.gateway.gateway import Gateway, beside, open_gateway
 from training_backends.gateway.settings import GatewaySettings
@@ -434,6 +435,7 @@ async def running(
     host: str | None = None,
     port: int | None = None,
     backends: Mapping[str, TrainingBackend] | None = None,
+    vault: CredentialVault | None = None,
     blobs: BlobStore | None = None,
 ) -> AsyncIterator[RunningGateway]:
     """Serve while the block runs; unfinished jobs resume at the next start.
@@ -461,7 +463,13 @@ async def running(
             _require_tls(settings, url)
         async with (
             open_gateway(
-                settings, home=home, url=url, backend=backend, backends=backends, blobs=blobs
+                settings,
+                home=home,
+                url=url,
+                backend=backend,
+                backends=backends,
+                vault=vault,
+                blobs=blobs,
             ) as gateway,
             _serving(gateway, listener, tls),
         ):

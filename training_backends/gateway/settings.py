@@ -25,6 +25,11 @@ class GatewaySettings(SectionSettings):
         default=None,
         description="Static API key in addition to those of `keys create`; at least 16 characters.",
     )
+    store_url: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of the database of runs, jobs, files and keys; default: SQLite "
+        "in the gateway's home.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="Port; 0: any free port.")
     public_url: AnyHttpUrl | None = Field(

@@ -118,7 +118,7 @@ class Incoming:
 
     def __init__(self, path: Path, open_file: OpenFile) -> None:
         self.path = path
-        self.size = 0
+        self.size: int = 0
         self._digest = hashlib.sha256()
         self._file = open_file(path)
 

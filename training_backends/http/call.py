@@ -29,7 +29,7 @@ class TransferDeadline:
         self._allow("no response", seconds)
 
     def _allow(self, failing: str, seconds: float) -> None:
-        self.failing = f"{failing} within {seconds:g} s"
+        self.failing: str = f"{failing} within {seconds:g} s"
         self._scope.deadline = anyio.current_time() + seconds
 
     async def over(

@@ -1,13 +1,11 @@
 """A pooled HTTP client with timeouts, safe retries and protection of the API key."""
 
 import json
-import math
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -25,12 +23,11 @@ from training_backends.core.logging import REDACTED, get_logger, redact, registe
 from training_backends.core.tracing import span
 from training_backends.http.auth import KeyHeader, KeySource
 from training_backends.http.call import Call, pacing
-from training_backends.http.download import save_stream
 from training_backends.http.errors import error_from_transport
 from training_backends.http.limits import Limiter, limiter_of
 from training_backends.http.policy import HttpPolicy, make_pool, timeouts
 from training_backends.http.retry import read_date_ahead
-from training_backends.http.upload import FileUpload, Progress
+from training_backends.http.upload import FileUpload
 from training_backends.http.urls import require_private_transport
 
 __all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
@@ -175,28 +172,6 @@ class HttpClient:
                         return await self._object(response, _request_line(request))
 
         return await self._execute(self._call(f"POST {path}", repeatable=repeatable), attempt)
-
-    async def download(
-        self, path: str, target: Path, *, on_progress: Progress | None = None
-    ) -> Path:
-        """Download a response body to `target`, atomically."""
-
-        async def attempt(call: Call) -> Path:
-            with pacing(self._policy.call_timeout, call.late) as pace:
-                request = await self._request(
-                    "GET", path, call, headers={"Accept": "*/*", "Accept-Encoding": "identity"}
-                )
-                async with self._answer(request, call) as response:
-                    length = response.headers.get("content-length")
-                    plain = "content-encoding" not in response.headers
-                    known = plain and length and length.isascii() and length.isdigit()
-                    expected = int(length[:20]) if known and length else None
-                    # Data already received may take longer to reach the disk.
-                    arriving = pace.over(_decoded(response), then=math.inf)
-                    async with aclosing(arriving) as pieces:
-                        return await save_stream(pieces, target, expected, on_progress)
-
-        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     def _call(self, name: str, *, repeatable: bool, seconds: float | None = None) -> Call:
         return Call(

@@ -20,7 +20,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from training_backends.core.config import ClassifierTarget, DataSource, Tuning
 from training_backends.core.files import (
@@ -65,8 +65,8 @@ class TrainerExitCode(IntEnum):
     """Another process holds the directory's lock."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Record(BaseModel, frozen=True, extra="forbid"):
+    """A record of the directory."""
 
 
 class RunSpec(_Record):
@@ -172,10 +172,8 @@ def rows_per_epoch(rows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[i
     return tuple(round(count * weight * scale) for count, weight in zip(rows, weights, strict=True))
 
 
-class Event(_Record):
+class Event(_Record, frozen=True, extra="ignore"):
     """An event of a run: `status`, `sample`, `checkpoint`, `message` and so on."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     at: UtcDatetime = Field(default_factory=utc_now)
     name: str
@@ -185,7 +183,7 @@ class Event(_Record):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
-class MetricsRow(_Record):
+class MetricsRow(_Record, frozen=True, extra="ignore"):
     """The metrics of one step; the last row of a step is the valid one.
 
     Attributes:
@@ -198,8 +196,6 @@ class MetricsRow(_Record):
         memory_bytes: Peak memory: of the GPU's tensors, or of the process on a CPU.
         more: Further metrics by name, such as `valid_loss/topic` of a classifier's target.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     at: UtcDatetime = Field(default_factory=utc_now)
     step: int
@@ -269,15 +265,15 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.spec = path / "spec.json"
-        self.lock = path / "lock"
-        self.events = path / "events.jsonl"
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.result = path / "result"
-        self.exit = path / "exit.json"
-        self.log = path / "log.txt"
-        self.stop = path / "stop"
+        self.spec: Path = path / "spec.json"
+        self.lock: Path = path / "lock"
+        self.events: Path = path / "events.jsonl"
+        self.metrics: Path = path / "metrics.jsonl"
+        self.checkpoints: Path = path / "checkpoints"
+        self.result: Path = path / "result"
+        self.exit: Path = path / "exit.json"
+        self.log: Path = path / "log.txt"
+        self.stop: Path = path / "stop"
 
     def write_spec(self, spec: RunSpec) -> None:
         """Create the directory and write its spec, atomically."""

@@ -17,7 +17,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.store.database import Database
 from training_backends.store.leases import Lease, require
 from training_backends.store.runs import change_run, find_run
-from training_backends.store.schema import as_text, deliveries, metrics, records, runs
+from training_backends.store.schema import IS_STATUS, as_text, deliveries, metrics, records, runs
 
 __all__ = ["Delivery", "MetricPoint", "Timeline"]
 
@@ -172,6 +172,16 @@ class Timeline(Database):
                 raise _bad_cursor(after)
         return [_record(row) for row in rows]
 
+    def cursor_before_last(self, run_id: str, count: int) -> str | None:
+        """Return the cursor after which a run has at most `count` records; None: the beginning."""
+        query = sa.select(records.c.seq).where(records.c.run_id == run_id)
+        with self._reading() as connection:
+            # Reads only the index, whatever the size of the log.
+            found = connection.execute(
+                query.order_by(records.c.seq.desc()).offset(count).limit(1)
+            ).scalar()
+        return None if found is None else str(found)
+
     def metrics(self, run_id: str) -> list[MetricPoint]:
         """Return the metrics by step; a later value of the same step wins.
 
@@ -275,7 +285,7 @@ def _change_of_status(run: TrainingRun) -> LogRecord:
 
 def _last_status(connection: sa.Connection, run_id: str) -> TrainingStatus | None:
     """Return the last status in a run's log, or None."""
-    query = sa.select(records).where(records.c.run_id == run_id, records.c.source == _STATUS)
+    query = sa.select(records).where(records.c.run_id == run_id, IS_STATUS)
     for row in connection.execute(query.order_by(records.c.seq.desc())):
         if (status := _status_of(_record(row))) is not None:
             return status

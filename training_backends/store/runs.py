@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
 
-from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError
+from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError, validation_issues
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.store.database import RECOVER, Database
@@ -66,6 +66,14 @@ class Runs(Database):
         with self._writing() as connection:
             _insert(connection, run)
             put_back(connection, run.id, steps)
+
+    def restore_gateway(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Insert rows recovered from a damaged SQLite store, by table, as far as they are whole."""
+        with self._writing() as connection:
+            for name, found in rows.items():
+                for row in found:
+                    table = sa.table(name, *map(sa.column, row))
+                    connection.execute(table.insert().prefix_with("OR IGNORE").values(**row))
 
     def get(self, run_id: str) -> TrainingRun:
         """Return the run with exactly this id.
@@ -246,7 +254,7 @@ def _load(row: Any) -> TrainingRun:
         run = TrainingRun.model_validate_json(row.document)
     except ValidationError as error:
         raise StoreError(
-            f"Cannot read the record of run {row.id!r}: {error.errors()[0]['msg']}.",
+            f"Cannot read the record of run {row.id!r}: {validation_issues(error)[0]}.",
             hint=RECOVER,
             run_id=row.id,
         ) from error

@@ -26,7 +26,7 @@ from training_backends.core.files import sync_directory
 from training_backends.core.run import TrainingRun
 from training_backends.store.database import sqlite_file
 from training_backends.store.journal import SavedStep
-from training_backends.store.schema import REVISION
+from training_backends.store.schema import GATEWAY_TABLES, REVISION
 
 __all__ = ["Salvage", "check", "salvage", "set_aside"]
 
@@ -48,10 +48,12 @@ class Salvage:
         runs: In no particular order.
         steps: Steps of launch journals by run id; possibly incomplete, and possibly of runs that
             could not be read.
+        gateway: Rows of the gateway's tables, by table.
     """
 
     runs: list[TrainingRun] = field(default_factory=list)
     steps: dict[str, list[SavedStep]] = field(default_factory=dict)
+    gateway: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def check(url: str) -> list[str]:
@@ -128,6 +130,7 @@ def salvage(path: Path) -> Salvage:
                 found.runs.extend({run.id: run for run in _runs(connection)}.values())
                 for run_id, step in _steps(connection):
                     found.steps.setdefault(run_id, []).append(step)
+                found.gateway.update(_gateway(connection))
     except OSError as error:
         raise StoreError(
             f"Cannot copy the run store {path}: {error}",
@@ -221,6 +224,18 @@ def _steps(connection: sqlite3.Connection) -> Iterator[tuple[str, SavedStep]]:
             if result is not None:
                 json.loads(result)
             yield run_id, SavedStep(name, begun_at, result)
+
+
+def _gateway(connection: sqlite3.Connection) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for table in GATEWAY_TABLES:
+        columns = [_decoded(row[1]) for row in connection.execute(f"PRAGMA table_info({table})")]
+        if columns:
+            rows = _rows(connection, table, *columns)
+            yield table, [dict(zip(columns, map(_decoded, row), strict=True)) for row in rows]
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _rows(connection: sqlite3.Connection, table: str, *columns: str) -> Iterator[tuple[Any, ...]]:

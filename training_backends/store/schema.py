@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 __all__ = [
+    "GATEWAY_TABLES",
+    "IS_STATUS",
     "REVISION",
     "BigInteger",
     "as_text",
@@ -38,8 +40,17 @@ def short_text(length: int) -> sa.String:
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
-REVISION = "0003"
+REVISION = "0004"
 """Latest revision in `migrations/versions`."""
+
+GATEWAY_TABLES = (
+    "gateway_keys",
+    "gateway_files",
+    "gateway_jobs",
+    "gateway_events",
+    "gateway_models",
+)
+"""Tables that `gateway.schema` defines in the same database."""
 
 metadata = sa.MetaData()
 
@@ -111,6 +122,8 @@ leases = sa.Table(
     # Never reuses the number of a deleted row.
     sqlite_autoincrement=True,
 )
+IS_STATUS = sa.text("source = 'status'")
+"""Condition of the index of status changes in `records`."""
 records = sa.Table(
     "records",
     metadata,
@@ -124,6 +137,14 @@ records = sa.Table(
     sa.Column("message", sa.Text, nullable=False),
     sa.Column("fields", sa.Text),
     sa.Index("records_by_run", "run_id", "seq", unique=True),
+    # Few among many metrics; a query must repeat the condition literally to use it.
+    sa.Index(
+        "records_of_status",
+        "run_id",
+        "seq",
+        sqlite_where=IS_STATUS,
+        postgresql_where=IS_STATUS,
+    ),
     sqlite_autoincrement=True,
 )
 metrics = sa.Table(

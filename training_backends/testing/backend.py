@@ -57,11 +57,11 @@ class ScriptedBackend(TrainingBackend):
         self._logs: dict[str, list[LogRecord]] = {}
         self.created: list[str] = []
         self.resumed: list[tuple[str, str, str | None]] = []
-        self.closed = False
+        self.closed: bool = False
         self.before_create: Callable[[], None] = lambda: None
         self.after_create: Callable[[], None] = lambda: None
         self.price: Money | None = Money.model_validate("0 USD")
-        self.report = ValidationReport()
+        self.report: ValidationReport = ValidationReport()
         self.gate: anyio.Event | None = None
         self.looks: list[str] = []
         self.trouble: TrainingBackendError | None = None

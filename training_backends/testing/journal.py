@@ -30,12 +30,12 @@ class MemoryJournal:
     """
 
     def __init__(self, run: TrainingRun, *, kill_at: int | None = None) -> None:
-        self.run = run
+        self.run: TrainingRun = run
         self.quotes: list[Estimate] = []
         self.states: list[RunState] = []
         self.sent: list[tuple[str, int, int]] = []
         self.kill_at = kill_at
-        self.points = 0
+        self.points: int = 0
         self.rows: dict[str, str | None] = {}
         self.uploads: dict[tuple[str, str], str] = {}
         self.others: frozenset[str] = frozenset()

@@ -13,7 +13,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from training_backends.protocols.mistral.errors import ErrorItem, no_model_message, validation_body
+from training_backends.protocols.mistral.errors import (
+    error_items,
+    no_model_message,
+    validation_body,
+)
+from training_backends.protocols.mistral.status import ENDED, UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 from training_backends.testing.stored import (
@@ -22,13 +27,10 @@ from training_backends.testing.stored import (
     base_card,
     file_id_of,
     tuned_card,
-    tuned_model,
 )
 
 __all__ = ["ScriptedProvider", "read_form"]
 
-_TERMINAL = frozenset({"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"})
-_WAITING = frozenset({"QUEUED", "VALIDATING", "VALIDATED"})
 _T = TypeVar("_T")
 
 
@@ -73,7 +75,7 @@ class ScriptedProvider(LoopbackServer):
     retired = False
     offers_no_model = False
     refuses_similar = True
-    lists_lag = 0
+    lists_lag: int = 0
     owner = ""
     cost: float | None = 2.5
     models: ClassVar[tuple[str, ...]] = ("open-mistral-7b", "ministral-3b-latest", "tiny-mistral")
@@ -196,8 +198,8 @@ class ScriptedProvider(LoopbackServer):
             if self.retired:
                 raise _ErrorResponse(410, {"detail": "Gone"})
             return self._jobs(request, parts[3:])
-        if parts[:2] == ["v1", "models"] or parts[:3] == ["v1", "fine_tuning", "models"]:
-            return self._models(request, parts[2:] if parts[1] == "models" else parts[3:])
+        if parts == ["v1", "models"]:
+            return self._models()
         raise _ErrorResponse(404, {"detail": "Not Found"})
 
     def _files(self, request: Received, rest: list[str]) -> StubReply:
@@ -206,13 +208,6 @@ class ScriptedProvider(LoopbackServer):
         file = self.files.get(rest[0])
         if file is None:
             raise _ErrorResponse(404, {"detail": "No file matches the given query."})
-        if rest[1:] == ["content"]:
-            return StubReply(content=file.content, content_type="application/octet-stream")
-        if rest[1:] == ["url"]:
-            return _json({"url": f"{self.base_url}/signed/{file.id}"})
-        if request.method == "DELETE":
-            del self.files[file.id]
-            return _json({"id": file.id, "object": "file", "deleted": True})
         return _json({**file.document(), "deleted": file.deleted})
 
     def _list_files(self, request: Received) -> StubReply:
@@ -264,9 +259,9 @@ class ScriptedProvider(LoopbackServer):
         return _json(job.document(newest_first=self.newest_first))
 
     def _cancel(self, job: StoredJob) -> None:
-        if job.status in _WAITING and not job.started:
+        if job.status in UNSTARTED and not job.started:
             self.set_status(job.id, "CANCELLED")
-        elif job.status not in _TERMINAL:
+        elif job.status not in ENDED:
             self.set_status(job.id, "CANCELLATION_REQUESTED")
 
     def _list_jobs(self, request: Received) -> StubReply:
@@ -303,9 +298,6 @@ class ScriptedProvider(LoopbackServer):
         missing = [f for f in map(file_id_of, body["training_files"]) if f not in self.files]
         if missing:
             raise _ErrorResponse(422, {"detail": f"Training file {missing[0]} not found."})
-        if dict(request.query).get("dry_run") == "true":
-            job = StoredJob(id="", asked=body, created_at=0)
-            return _json({**self._metadata(job), "deprecated": True, "details": "dry run"})
         if self.late_creates:
             self._late.append(
                 _LateCreate(left=self.late_creates.pop(0), body=body, owner=self.owner)
@@ -318,25 +310,10 @@ class ScriptedProvider(LoopbackServer):
             raise _ErrorResponse(409, {"detail": "A similar job is in progress."})
         return self._make_job(body, owner)
 
-    def _models(self, request: Received, rest: list[str]) -> StubReply:
-        if not rest:
-            base = [base_card(name, self.clock()) for name in self.models]
-            tuned = [tuned_card(job) for job in self.jobs.values() if job.fine_tuned_model]
-            return _json({"object": "list", "data": base + tuned})
-        name = rest[0]
-        job = next((job for job in self.jobs.values() if job.fine_tuned_model == name), None)
-        if job is None and name not in self.models:
-            raise _ErrorResponse(404, {"detail": "No model matches the given query."})
-        if rest[1:] == ["archive"]:
-            archived = request.method == "POST"
-            return _json({"id": name, "object": "model", "archived": archived})
-        if request.method == "DELETE":
-            return _json({"id": name, "object": "model", "deleted": True})
-        if job is None:
-            return _json(base_card(name, self.clock()))
-        if request.method == "PATCH":
-            return _json({**tuned_model(job), **json.loads(request.body)})
-        return _json(tuned_card(job))
+    def _models(self) -> StubReply:
+        base = [base_card(name, self.clock()) for name in self.models]
+        tuned = [tuned_card(job) for job in self.jobs.values() if job.fine_tuned_model]
+        return _json({"object": "list", "data": base + tuned})
 
 
 def _json(body: Any, status: int = 200) -> StubReply:
@@ -357,15 +334,11 @@ def _seconds(text: str | None, default: float) -> float:
 
 def _similar(job: StoredJob, body: Mapping[str, Any]) -> bool:
     names = ("model", "training_files", "hyperparameters", "suffix")
-    return job.status not in _TERMINAL and all(job.asked.get(n) == body.get(n) for n in names)
+    return job.status not in ENDED and all(job.asked.get(n) == body.get(n) for n in names)
 
 
 def _field_errors(error: ValidationError) -> dict[str, Any]:
-    items = [
-        ErrorItem(type=detail["type"], loc=["body", *detail["loc"]], msg=detail["msg"])
-        for detail in error.errors(include_input=False, include_url=False)
-    ]
-    return validation_body(items)
+    return validation_body(error_items(error.errors(include_context=False), ["body"]))
 
 
 def read_form(request: Received) -> tuple[dict[str, str], str, bytes]:

@@ -133,8 +133,8 @@ class LoopbackServer:
         self._thread: Thread | None = None
         self._open: set[socket.socket] = set()
         self.requests: list[Received] = []
-        self.connections = 0
-        self.largest_burst = 0
+        self.connections: int = 0
+        self.largest_burst: int = 0
 
     def __enter__(self) -> Self:
         self.start()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ProviderFile", "StoredJob", "base_card", "file_id_of", "tuned_card", "tuned_model"]
+__all__ = ["ProviderFile", "StoredJob", "base_card", "file_id_of", "tuned_card"]
 
 
 def file_id_of(entry: Any) -> str:
@@ -129,17 +129,3 @@ def tuned_card(job: StoredJob) -> dict[str, Any]:
     assert job.fine_tuned_model is not None  # noqa: S101  # for the type checker
     card = base_card(job.fine_tuned_model, job.modified_at)
     return {**card, "type": "fine-tuned", "job": job.id, "root": job.asked["model"]}
-
-
-def tuned_model(job: StoredJob) -> dict[str, Any]:
-    """Return the JSON of a job's fine-tuned model, as in the response to an update."""
-    card = tuned_card(job)
-    del card["type"]
-    return {
-        **card,
-        "owned_by": "test",
-        "workspace_id": "test",
-        "root_version": "1",
-        "archived": False,
-        "model_type": job.asked.get("job_type") or "completion",
-    }

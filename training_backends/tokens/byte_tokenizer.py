@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from training_backends.core.config import TINY_POSITIONS
 from training_backends.datasets.rows import CONTROL_TEXT, Control
 
-__all__ = ["CHAT_TEMPLATE", "make_tiny_tokenizer", "save_tiny_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "save_tiny_tokenizer"]
 
 # Text must never become a control token, but tokenizers search for control tokens in the output
 # of the template. The template therefore escapes every "[" and "<" of a message with this mark (a
@@ -63,7 +63,7 @@ CHAT_TEMPLATE: Final = (
 )
 
 
-def make_tiny_tokenizer() -> Any:
+def _make_tiny_tokenizer() -> Any:
     """Build the tokenizer, whose ids are bytes and control tokens, with its chat template."""
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[], fuse_unk=False))
     tokenizer.normalizer = normalizers.Sequence(
@@ -104,4 +104,4 @@ def _byte_names() -> dict[int, str]:
 
 def save_tiny_tokenizer(directory: Path) -> None:
     """Write the tokenizer and its chat template for `AutoTokenizer.from_pretrained`."""
-    make_tiny_tokenizer().save_pretrained(directory)
+    _make_tiny_tokenizer().save_pretrained(directory)

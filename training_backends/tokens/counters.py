@@ -39,11 +39,9 @@ __all__ = [
     "chat_request",
     "count_row",
     "counter_of",
-    "encoding_count",
     "has_reference",
     "has_template",
     "is_fast",
-    "load_reference",
     "rendered",
 ]
 
@@ -128,7 +126,7 @@ class _Sizes:
 
 
 @lru_cache(maxsize=2)
-def load_reference(path: Path) -> Reference:
+def _load_reference(path: Path) -> Reference:
     """Return the reference counter of a file; cached, because loading is slow."""
     return Reference(path)
 
@@ -440,7 +438,7 @@ _PER_NAME: Final = 1
 _AT_THE_END: Final = 3
 
 
-def encoding_count(name: str) -> TextCount:
+def _encoding_count(name: str) -> TextCount:
     """Load an encoding that tiktoken has cached.
 
     Raises:
@@ -535,7 +533,7 @@ class _Mistral:
                 counted = self.text(row.text) + 2  # BOS and EOS
             except ValueError:
                 counted = None
-        return load_reference(self._path).row(row) if counted is None else counted
+        return _load_reference(self._path).row(row) if counted is None else counted
 
 
 def has_reference(tokenizer: Tokenizer) -> bool:
@@ -564,10 +562,10 @@ def counter_of(tokenizer: Tokenizer, *, slow: bool = False) -> Counter:
         return _Bytes()
     if tokenizer.kind in _MISTRAL:
         if slow or tokenizer.version not in VERSIONS:
-            return load_reference(tokenizer.path)
+            return _load_reference(tokenizer.path)
         return _Mistral(tokenizer)
     if tokenizer.kind == "tiktoken":
-        return OpenAICounter(encoding_count(tokenizer.name))
+        return OpenAICounter(_encoding_count(tokenizer.name))
     return TemplateCounter(tokenizer.path)
 
 

@@ -325,9 +325,9 @@ class TemplateEncoder:
         if self._tokenizer.eos_token_id is None:
             raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
         self._model = model
-        self.eos_id = int(self._tokenizer.eos_token_id)
+        self.eos_id: int = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad is None else int(pad)
+        self.pad_id: int = self.eos_id if pad is None else int(pad)
         specials = {*self._tokenizer.all_special_tokens}
         added = self._tokenizer.added_tokens_decoder.values()
         self._specials = specials | {token.content for token in added if token.special}

@@ -30,9 +30,9 @@ class TrainerError(Exception):
         code: TrainerExitCode | None = None,
     ) -> None:
         super().__init__(message)
-        self.failure = Failure(kind=kind, message=message, retryable=retryable)
+        self.failure: Failure = Failure(kind=kind, message=message, retryable=retryable)
         default = TrainerExitCode.BAD_INPUT if kind == "validation" else TrainerExitCode.CRASHED
-        self.code = code if code is not None else default
+        self.code: TrainerExitCode = code if code is not None else default
 
 
 class ProcessLost(Exception):

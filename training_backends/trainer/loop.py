@@ -101,13 +101,13 @@ class Plan:
         rows = tuple(len(examples) for examples in files)
         weights = tuple(source.weight for source in spec.train)
         self._batch_size = spec.batch_size
-        self.examples = list(chain.from_iterable(files))
-        self.order = Order(rows, weights, spec.seed)
+        self.examples: list[Any] = list(chain.from_iterable(files))
+        self.order: Order = Order(rows, weights, spec.seed)
         self.schedule = self._lay_out(spec, rows)
-        self.total_steps = len(self.schedule) // spec.batch_size
+        self.total_steps: int = len(self.schedule) // spec.batch_size
         tenth = -(-self.total_steps // 10)
-        self.checkpoint_every = spec.checkpoint_every or max(_FEWEST_BETWEEN, tenth)
-        self.log_every = max(1, self.total_steps // _LOGGED_STEPS)
+        self.checkpoint_every: int = spec.checkpoint_every or max(_FEWEST_BETWEEN, tenth)
+        self.log_every: int = max(1, self.total_steps // _LOGGED_STEPS)
         self._counted = (0, 0)  # step, tokens up to its end
 
     def _lay_out(self, spec: RunSpec, rows: tuple[int, ...]) -> Schedule:

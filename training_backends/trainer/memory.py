@@ -36,7 +36,7 @@ class MicroBatch:
     def __init__(
         self, size: int, on_halved: Callable[[int], None], explain: Callable[[], str]
     ) -> None:
-        self.size = size
+        self.size: int = size
         self._on_halved = on_halved
         self._explain = explain
 

@@ -21,10 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
-from training_backends.core.config import TINY_MODEL, ClassifierTarget, Tuning
+from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
+from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
 from training_backends.rundir.directory import ResultRecord, RunDir
 from training_backends.tokens.encoders import Encoder, encoder_for
 from training_backends.tokens.tokenizers import hub_failure
@@ -35,21 +38,16 @@ from training_backends.trainer.objectives.classifier import (
     label_names,
     read_targets,
 )
-from training_backends.trainer.tiny_model import make_tiny_model
 
 __all__ = [
     "LoadedModel",
-    "apply_same_adapter",
     "choose_device",
     "choose_dtype",
-    "compute_dtype",
     "count_experts",
     "dequantized",
-    "find_model",
-    "four_bit_options",
     "is_in_four_bits",
-    "keep_as_loaded",
     "load_model",
+    "make_tiny_model",
     "prepare_tuning",
     "save_model",
     "save_result",
@@ -58,7 +56,7 @@ __all__ = [
 _INSTALL: Final = "pip install 'training-backends[qlora]'"
 
 
-def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the transformers options that load a model in 4-bit NF4 with double quantization.
 
     Embeddings and the output layer stay in `dtype`.
@@ -82,13 +80,13 @@ def is_in_four_bits(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def compute_dtype(model: Any) -> torch.dtype:
+def _compute_dtype(model: Any) -> torch.dtype:
     """Return the compute dtype of a 4-bit model."""
     dtype: torch.dtype = model.config.quantization_config.bnb_4bit_compute_dtype
     return dtype
 
 
-def keep_as_loaded(model: Any) -> None:
+def _keep_as_loaded(model: Any) -> None:
     """Keep a 4-bit model's weight layout fixed.
 
     On CPUs with AVX-512 BF16, a bitsandbytes 0.50 layer repacks its weights when it is first used
@@ -115,7 +113,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     return restored
 
 
-def apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
+def _apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
     """Apply a model's adapter to another base model."""
     (config,) = model.peft_config.values()
     adapted = type(model)(base, config)
@@ -169,6 +167,25 @@ def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if requested == "bfloat16" else torch.float32
 
 
+def make_tiny_model(seed: int) -> MistralForCausalLM:
+    """Return `tiny-mistral`, untrained: about 1 M parameters, deterministic for a given seed."""
+    torch.manual_seed(seed)
+    config = MistralConfig(
+        vocab_size=BYTE_VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_POSITIONS,
+        sliding_window=None,
+        bos_token_id=int(Control.BOS),
+        eos_token_id=int(Control.EOS),
+        pad_token_id=int(Control.PAD),
+    )
+    return MistralForCausalLM(config)
+
+
 def load_model(
     name: str,
     *,
@@ -200,7 +217,7 @@ def load_model(
         model = add_heads(model, targets) if targets else model
         encoder = encoder_for(name, None)
     else:
-        directory = find_model(name)
+        directory = _find_model(name)
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(name, directory, device)
         encoder = encoder_for(name, directory)
@@ -265,7 +282,7 @@ def _base_of(directory: Path) -> str:
     return str(config["base_model_name_or_path"])
 
 
-def find_model(name: str) -> Path:
+def _find_model(name: str) -> Path:
     """Return the directory of a model, downloaded from the Hub if necessary.
 
     Raises:
@@ -351,7 +368,7 @@ def _load_weights(
     trained_fully = tuning is not None and tuning.kind == "full"
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
-        options |= four_bit_options(device, dtype)
+        options |= _four_bit_options(device, dtype)
     loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -366,7 +383,7 @@ def _load_weights(
             raise TrainerError(
                 f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
-        keep_as_loaded(model)
+        _keep_as_loaded(model)
     return model
 
 
@@ -451,7 +468,7 @@ def _merge(loaded: LoadedModel) -> Any:
         # Merging into 4-bit weights would round the adapter away, so the original base model is
         # loaded: on the CPU, as the GPU may lack the memory, and from the local files, as the Hub
         # may have a newer revision or be unreachable.
-        cpu, dtype = torch.device("cpu"), compute_dtype(model)
+        cpu, dtype = torch.device("cpu"), _compute_dtype(model)
         base = load_model(
             str(loaded.directory),
             seed=0,
@@ -460,7 +477,7 @@ def _merge(loaded: LoadedModel) -> Any:
             dtype=dtype,
             targets=loaded.targets,
         )
-        model = apply_same_adapter(dequantized(base.model, dtype), model)
+        model = _apply_same_adapter(dequantized(base.model, dtype), model)
     return model.merge_and_unload()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from training_backends.core.errors import validation_issues
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
@@ -121,8 +122,6 @@ def _read_spec(run: RunDir) -> RunSpec:
     try:
         return run.read_spec()
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise TrainerError(f"spec.json is not valid: {place}: {first['msg']}") from error
+        raise TrainerError(f"spec.json is not valid: {validation_issues(error)[0]}") from error
     except ValueError as error:
         raise TrainerError(str(error)) from error

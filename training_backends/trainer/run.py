@@ -57,7 +57,6 @@ from training_backends.trainer.objectives.tokens import TokenObjective
 
 __all__ = [
     "TrainingProcess",
-    "make_objective",
     "require_separate_rows",
     "set_up_torch",
     "use_kernels",
@@ -132,7 +131,7 @@ def _difference(model: Any, positions: list[int]) -> float:
     return float((one - other).abs().max())
 
 
-def make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
+def _make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
     """Create the objective for a spec's method.
 
     Raises:
@@ -215,7 +214,7 @@ class TrainingProcess:
             self._group.disconnect()
 
     def _run_on(self, loaded: LoadedModel, device: torch.device) -> ResultRecord | None:
-        objective = make_objective(self._spec, loaded.encoder)
+        objective = _make_objective(self._spec, loaded.encoder)
         files = self._load_training(objective)
         validating = self._load_validation(objective)
         loaded = self._prepare(loaded, device)

@@ -159,7 +159,7 @@ def _count_notes(spec: RunSpec, counts: Sequence[_FileCount]) -> Iterator[str]:
         unknown = "Steps" if spec.training_steps is None else "Trained tokens and epochs"
         yield f"{unknown} unknown: they depend on how many rows are packed into each sequence."
     else:
-        yield "train_tokens is an average; the exact number depends on shuffling."
+        yield "The trained tokens are an average; the exact number depends on shuffling."
     if over := sum(count.over for count in counts):
         yield (
             f"{plural(over, 'row')} longer than seq_len ({spec.seq_len:,} tokens): truncated in "

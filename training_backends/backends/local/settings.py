@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
@@ -11,10 +11,8 @@ from training_backends.http.urls import normalize_base_url
 __all__ = ["LocalOptions", "LocalSettings"]
 
 
-class LocalOptions(BaseModel):
+class LocalOptions(BaseModel, frozen=True, extra="forbid"):
     """How to train on this machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to train; auto uses a GPU if there is one."

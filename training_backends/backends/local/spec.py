@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +19,10 @@ from training_backends.core.config import (
     Tuning,
 )
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import Issue
+from training_backends.core.errors import Issue, suggest
 from training_backends.rundir.directory import RunSpec
 
 __all__ = [
-    "MODELS_OFFERED",
     "build_spec",
     "config_of",
     "defaults_taken",
@@ -34,7 +32,7 @@ __all__ = [
     "resolved_values",
 ]
 
-MODELS_OFFERED: Final = (
+_MODELS_OFFERED: Final = (
     f"{TINY_MODEL} (built in, offline), a model directory, or ORGANIZATION/NAME on the Hub"
 )
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -81,12 +79,11 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
 
 def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
     if not _is_model(config.model):
-        near = get_close_matches(config.model, [TINY_MODEL], n=1, cutoff=0.8)
         yield Issue(
             code="unknown_model",
             message=f"unknown model {config.model!r}",
             field="model",
-            fix=f"did you mean {TINY_MODEL!r}?" if near else f"supported: {MODELS_OFFERED}",
+            fix=suggest(config.model, [TINY_MODEL], f"supported: {_MODELS_OFFERED}", cutoff=0.8),
         )
     kind = config.tuning.kind if config.tuning else None
     if kind in {"lora", "qlora"} and config.model == TINY_MODEL:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import msgspec
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from training_backends.core.errors import ProtocolError, RunNotFound
+from training_backends.core.errors import ProtocolError, RunNotFound, validation_issues
 from training_backends.core.logging import get_logger, redact
 from training_backends.http.client import HttpClient
 from training_backends.http.upload import FileUpload, HashedFile, Progress
@@ -28,12 +28,11 @@ _MOST_PAGES: Final = 1000
 
 _FILES: Final = "/v1/files"
 _JOBS: Final = "/v1/fine_tuning/jobs"
-_TUNED: Final = "/v1/fine_tuning/models"
 _MODELS: Final = "/v1/models"
 
 _M = TypeVar("_M")
 _T = TypeVar("_T")
-_QueryValue = str | int | float | bool | datetime | Sequence[str] | None
+_QueryValue = str | float | datetime | None
 
 
 class JobFilters(BaseModel):
@@ -64,7 +63,7 @@ class JobHead(msgspec.Struct, frozen=True, gc=False):
 
 
 class MistralAPI:
-    """The operations of the specification over one HTTP client; has no other state.
+    """The operations that the backend uses, over one HTTP client; has no other state.
 
     Every method raises the errors of `error_from_answer`, and `ProtocolError` for a response
     that does not match the specification.
@@ -83,79 +82,43 @@ class MistralAPI:
         self,
         path: Path,
         *,
-        purpose: str | None = "fine-tune",
         filename: str | None = None,
-        expiry: int | None = None,
-        visibility: str | None = None,
         hashed: HashedFile | None = None,
         on_progress: Progress | None = None,
     ) -> wire.UploadFileOut:
         """Upload a file as a stream; the same name and content returns the same file.
 
         Args:
-            expiry: Hours until the server deletes it.
             hashed: Expected content, verified before the upload is complete.
             on_progress: Called with the bytes read and the total.
 
         Raises:
             DatasetError: The file cannot be read, is empty or changed during the upload.
         """
-        given = {"expiry": expiry, "visibility": visibility, "purpose": purpose}
-        fields = {name: str(value) for name, value in given.items() if value is not None}
         upload = FileUpload(
-            path, fields=fields, filename=filename, hashed=hashed, on_progress=on_progress
+            path,
+            fields={"purpose": "fine-tune"},
+            filename=filename,
+            hashed=hashed,
+            on_progress=on_progress,
         )
         return _read(wire.UploadFileOut.model_validate, await self._http.upload(_FILES, upload))
 
-    async def list_files(
-        self,
-        *,
-        page: int | None = None,
-        page_size: int | None = None,
-        include_total: bool | None = None,
-        sample_type: Sequence[str] | None = None,
-        source: Sequence[str] | None = None,
-        search: str | None = None,
-        purpose: str | None = None,
-        mimetypes: Sequence[str] | None = None,
-    ) -> wire.ListFilesOut:
-        """Return one page of files; pages count from 0."""
-        query = _query(
-            page=page,
-            page_size=page_size,
-            include_total=include_total,
-            sample_type=sample_type,
-            source=source,
-            search=search,
-            purpose=purpose,
-            mimetypes=mimetypes,
-        )
-        return _read(
-            wire.ListFilesOut.model_validate, await self._http.json("GET", _FILES, query=query)
-        )
-
     async def iter_files(
-        self,
-        *,
-        sample_type: Sequence[str] | None = None,
-        source: Sequence[str] | None = None,
-        search: str | None = None,
-        purpose: str | None = None,
-        mimetypes: Sequence[str] | None = None,
+        self, *, search: str | None = None, purpose: str | None = None
     ) -> AsyncGenerator[wire.FileSchema, None]:
-        """Yield every file, page by page, each once."""
+        """Yield every file, page by page, each once.
+
+        Args:
+            search: Part of the name.
+        """
 
         async def fetch(page: int) -> tuple[list[wire.FileSchema], int]:
-            found = await self.list_files(
-                page=page,
-                page_size=PAGE_SIZE,
-                include_total=False,
-                sample_type=sample_type,
-                source=source,
-                search=search,
-                purpose=purpose,
-                mimetypes=mimetypes,
+            query = _query(
+                page=page, page_size=PAGE_SIZE, include_total=False, search=search, purpose=purpose
             )
+            document = await self._http.json("GET", _FILES, query=query)
+            found = _read(wire.ListFilesOut.model_validate, document)
             return found.data, found.total or 0
 
         async with aclosing(_paged(fetch, lambda file: file.id)) as pages:
@@ -168,39 +131,7 @@ class MistralAPI:
         document = await self._http.json("GET", f"{_FILES}/{_segment(file_id)}")
         return _read(wire.RetrieveFileOut.model_validate, document)
 
-    async def download_file(
-        self, file_id: str, target: Path, *, on_progress: Progress | None = None
-    ) -> Path:
-        """Download a file's content to `target`, atomically."""
-        path = f"{_FILES}/{_segment(file_id)}/content"
-        return await self._http.download(path, target, on_progress=on_progress)
-
-    async def get_signed_url(self, file_id: str, *, expiry: int | None = None) -> str:
-        """Return a signed URL of a file, valid for `expiry` hours (default 24)."""
-        path = f"{_FILES}/{_segment(file_id)}/url"
-        document = await self._http.json("GET", path, query=_query(expiry=expiry))
-        return _read(wire.FileSignedURL.model_validate, document).url
-
-    async def delete_file(self, file_id: str) -> wire.DeleteFileOut:
-        """Delete a file."""
-        document = await self._http.json("DELETE", f"{_FILES}/{_segment(file_id)}")
-        return _read(wire.DeleteFileOut.model_validate, document)
-
     # -- jobs --------------------------------------------------------------------------
-
-    async def list_jobs(
-        self,
-        filters: JobFilters | None = None,
-        *,
-        page: int | None = None,
-        page_size: int | None = None,
-    ) -> wire.JobsOut:
-        """Return one page of jobs, without their events and checkpoints.
-
-        Raises:
-            ValueError: A time of `filters` has no zone.
-        """
-        return _read(wire.JobsOut.model_validate, await self._jobs_page(filters, page, page_size))
 
     @property
     def clock_offset(self) -> timedelta | None:
@@ -209,7 +140,7 @@ class MistralAPI:
 
     async def probe(self) -> None:
         """Request one job from the list, to check that the server serves jobs."""
-        await self._jobs_page(None, 0, 1)
+        await self._jobs_page(JobFilters(), 0, 1)
 
     async def integrations(self) -> frozenset[str] | None:
         """Return the integrations that the server supports; None if unknown.
@@ -219,24 +150,9 @@ class MistralAPI:
         found = (await self._http.json("GET", "/health")).get("integrations")
         return frozenset(map(str, found)) if isinstance(found, list) else None
 
-    async def _jobs_page(
-        self, filters: JobFilters | None, page: int | None, page_size: int | None
-    ) -> dict[str, Any]:
-        chosen = (filters or JobFilters()).model_dump()
-        query = _query(page=page, page_size=page_size, **chosen)
+    async def _jobs_page(self, filters: JobFilters, page: int, page_size: int) -> dict[str, Any]:
+        query = _query(page=page, page_size=page_size, **filters.model_dump())
         return await self._http.json("GET", _JOBS, query=query)
-
-    async def iter_jobs(self, filters: JobFilters | None = None) -> AsyncGenerator[wire.Job, None]:
-        """Yield every job, a hundred a request, each once."""
-
-        async def fetch(page: int) -> tuple[Sequence[wire.Job], int]:
-            found = await self.list_jobs(filters, page=page, page_size=PAGE_SIZE)
-            return found.data, found.total
-
-        async with aclosing(_paged(fetch, lambda job: job.id)) as pages:
-            async for jobs in pages:
-                for job in jobs:
-                    yield job
 
     async def iter_listed(
         self, filters: JobFilters | None = None
@@ -262,7 +178,7 @@ class MistralAPI:
         self, filters: JobFilters | None
     ) -> AsyncGenerator[Sequence[Mapping[str, Any]], None]:
         async def fetch(page: int) -> tuple[Sequence[Mapping[str, Any]], int]:
-            document = await self._jobs_page(filters, page, PAGE_SIZE)
+            document = await self._jobs_page(filters or JobFilters(), page, PAGE_SIZE)
             data, total = document.get("data"), document.get("total")
             if not isinstance(data, list):
                 raise ProtocolError(
@@ -279,25 +195,10 @@ class MistralAPI:
         Raises:
             BackendUnavailable: `sent` tells whether the job may exist.
         """
-        return _read(wire.read_job, await self._create(job))
-
-    async def dry_run_job(self, job: wire.JobIn) -> wire.LegacyJobMetadataOut:
-        """Estimate a job without creating it."""
-        return _read(
-            wire.LegacyJobMetadataOut.model_validate, await self._create(job, dry_run=True)
-        )
-
-    async def _create(self, job: wire.JobIn, *, dry_run: bool | None = None) -> dict[str, Any]:
         secrets = [SecretStr(entry.api_key) for entry in job.integrations or ()]
         secrets += [SecretStr(entry.token) for entry in job.repositories or ()]
-        return await self._http.json(
-            "POST",
-            _JOBS,
-            query=_query(dry_run=dry_run),
-            body=job.to_wire(),
-            repeatable=bool(dry_run),
-            secrets=secrets,
-        )
+        document = await self._http.json("POST", _JOBS, body=job.to_wire(), secrets=secrets)
+        return _read(wire.read_job, document)
 
     async def get_job(self, job_id: str) -> wire.DetailedJob:
         """Retrieve a job with its events and checkpoints."""
@@ -316,46 +217,9 @@ class MistralAPI:
 
     # -- models ------------------------------------------------------------------------
 
-    async def list_models(
-        self, *, provider: str | None = None, model: str | None = None
-    ) -> wire.ModelList:
+    async def list_models(self) -> wire.ModelList:
         """List all models that the key may use."""
-        query = _query(provider=provider, model=model)
-        return _read(
-            wire.ModelList.model_validate, await self._http.json("GET", _MODELS, query=query)
-        )
-
-    async def retrieve_model(self, model_id: str) -> wire.ModelCard:
-        """Retrieve a model."""
-        document = await self._http.json("GET", f"{_MODELS}/{_segment(model_id)}")
-        return _read(wire.read_model_card, document)
-
-    async def delete_model(self, model_id: str) -> wire.DeleteModelOut:
-        """Delete a fine-tuned model."""
-        document = await self._http.json("DELETE", f"{_MODELS}/{_segment(model_id)}")
-        return _read(wire.DeleteModelOut.model_validate, document)
-
-    async def update_model(self, model_id: str, changes: wire.UpdateFTModelIn) -> wire.FTModel:
-        """Update a fine-tuned model's name or description; only set fields are sent."""
-        document = await self._http.json(
-            "PATCH",
-            f"{_TUNED}/{_segment(model_id)}",
-            body=changes.model_dump(mode="json", exclude_unset=True),
-            repeatable=True,
-        )
-        return _read(wire.read_ft_model, document)
-
-    async def archive_model(self, model_id: str) -> wire.ArchiveFTModelOut:
-        """Archive a fine-tuned model; safe to repeat."""
-        path = f"{_TUNED}/{_segment(model_id)}/archive"
-        document = await self._http.json("POST", path, repeatable=True)
-        return _read(wire.ArchiveFTModelOut.model_validate, document)
-
-    async def unarchive_model(self, model_id: str) -> wire.UnarchiveFTModelOut:
-        """Unarchive a fine-tuned model; safe to repeat."""
-        path = f"{_TUNED}/{_segment(model_id)}/archive"
-        document = await self._http.json("DELETE", path, repeatable=True)
-        return _read(wire.UnarchiveFTModelOut.model_validate, document)
+        return _read(wire.ModelList.model_validate, await self._http.json("GET", _MODELS))
 
 
 async def _paged(
@@ -400,14 +264,8 @@ def _head(entry: Mapping[str, Any]) -> JobHead | None:
 
 
 def _query(**values: _QueryValue) -> list[tuple[str, str]]:
-    """Return query parameters; None is omitted, a list repeats its key."""
-    query: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        entries = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
-        query += [(name, _text(entry)) for entry in entries]
-    return query
+    """Return query parameters; None is omitted."""
+    return [(name, _text(value)) for name, value in values.items() if value is not None]
 
 
 def _text(value: str | float | datetime) -> str:
@@ -432,12 +290,7 @@ def _read(reader: Callable[[Mapping[str, Any]], _M], document: Mapping[str, Any]
     try:
         return reader(document)
     except ValidationError as error:
-        places = "; ".join(
-            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
-            for detail in error.errors(
-                include_input=False, include_url=False, include_context=False
-            )
-        )
+        places = "; ".join(str(issue) for issue in validation_issues(error))
         raise ProtocolError(
             f"The server's response does not match the protocol: {places[:400]}.",
             excerpt=_excerpt(document),

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from training_backends.backends.mistral.job_request import job_type_of
 from training_backends.backends.mistral.job_state import passes
 from training_backends.backends.mistral.prices import FEES_NOTE, Price, find_price, with_fees
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.escape import plural
 from training_backends.core.estimate import CostItem, Estimate, Money, add_up
+from training_backends.protocols.mistral.status import job_type_of
 from training_backends.rundir.directory import rows_per_epoch
 from training_backends.tokens import TokenCount
 from training_backends.tokens.counts import SAMPLE_NOTE
@@ -28,7 +28,7 @@ _WEIGHTS_UNKNOWN = "How the hosted service interpreted them is unknown."
 
 def sequence_length(config: TrainingConfig) -> int:
     """Return the sequence length in tokens: as configured, or the service's default."""
-    return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config)]
+    return config.hyperparameters.seq_len or _SEQ_LEN[job_type_of(config.method)]
 
 
 def count_epoch(dataset: Dataset, counts: Sequence[TokenCount]) -> tuple[TokenCount, TokenCount]:
@@ -94,7 +94,7 @@ def estimate_from_count(
     if len({source.weight for source in config.data.train}) > 1:
         notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)
     # Observed at the hosted service only.
-    price = find_price(config.model, job_type_of(config)) if hosted else None
+    price = find_price(config.model, job_type_of(config.method)) if hosted else None
     train_tokens, steps = _amounts(config, epoch.data_tokens, price, notes)
     costs: tuple[CostItem, ...] = ()
     if not hosted:

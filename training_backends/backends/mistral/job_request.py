@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,8 +9,9 @@ from pydantic import ValidationError
 from training_backends.backends.mistral.job_state import plain
 from training_backends.backends.mistral.settings import MistralOptions
 from training_backends.core.backend import CredentialSource
-from training_backends.core.config import Hyperparameters, TrainingConfig
+from training_backends.core.config import Hyperparameters, TrainingConfig, option_issues
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.protocols.mistral.status import METHODS, job_type_of
 from training_backends.protocols.mistral.wire import (
     ClassifierTargetIn,
     CompletionTrainingParametersIn,
@@ -27,15 +26,12 @@ from training_backends.protocols.mistral.wire import (
 __all__ = [
     "config_of",
     "find_credential",
-    "job_type_of",
     "make_job",
     "matches",
     "read_options",
     "same_job",
     "sent_fields",
 ]
-
-_METHODS: Mapping[str, str] = MappingProxyType({"completion": "sft", "classifier": "classifier"})
 
 
 def read_options(config: TrainingConfig) -> MistralOptions:
@@ -44,34 +40,9 @@ def read_options(config: TrainingConfig) -> MistralOptions:
     Raises:
         ConfigError: An option is invalid; the issues suggest the nearest name.
     """
-    try:
-        return MistralOptions.model_validate(config.options)
-    except ValidationError as error:
-        issues = [
-            _option_issue(detail["type"], detail["loc"], detail["msg"])
-            for detail in error.errors(include_input=False, include_url=False)
-        ]
-    raise ConfigError("Invalid options for the backend 'mistral'.", issues=issues)
-
-
-def _option_issue(code: str, place: tuple[int | str, ...], message: str) -> Issue:
-    name = str(place[0]) if place else ""
-    near = get_close_matches(name, MistralOptions.model_fields, n=1)
-    fix = None
-    if code == "extra_forbidden" and len(place) == 1:
-        known = ", ".join(MistralOptions.model_fields)
-        fix = f"did you mean {near[0]!r}?" if near else f"supported options: {known}"
-    return Issue(
-        code="unknown_field" if code == "extra_forbidden" else code,
-        message=message,
-        field=".".join(str(part) for part in ("options", *place)),
-        fix=fix,
-    )
-
-
-def job_type_of(config: TrainingConfig) -> str:
-    """Return the protocol's job type for the method."""
-    return "classifier" if config.method == "classifier" else "completion"
+    if issues := list(option_issues(MistralOptions, config.options)):
+        raise ConfigError("Invalid options for the backend 'mistral'.", issues=issues)
+    return MistralOptions.model_validate(config.options)
 
 
 def sent_fields(config: TrainingConfig) -> dict[str, Any]:
@@ -109,7 +80,7 @@ async def make_job(
         "training_files": list(train),
         "auto_start": False,
         "invalid_sample_skip_percentage": options.invalid_sample_skip_percentage,
-        "job_type": job_type_of(config),
+        "job_type": job_type_of(config.method),
         "hyperparameters": CompletionTrainingParametersIn(**sent_fields(config)),
     }
     if validation:
@@ -239,7 +210,7 @@ def config_of(job: Job) -> TrainingConfig | None:
         known.pop("epochs", None)  # some servers work one out from the other
     values = {
         "model": job.model,
-        "method": _METHODS.get(job.job_type),
+        "method": METHODS.get(job.job_type),
         "data": {
             "train": [f"remote:{file_id}" for file_id in job.training_files],
             "validation": [f"remote:{file_id}" for file_id in job.validation_files or ()],

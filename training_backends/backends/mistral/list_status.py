@@ -8,21 +8,20 @@ from training_backends.backends.mistral.api import JobFilters, JobHead, MistralA
 from training_backends.backends.mistral.job_state import short_state_of
 from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.core.run import RunState, TrainingRun
-from training_backends.protocols.mistral.status import JOB_STATUSES, to_status, to_wire
+from training_backends.protocols.mistral.status import (
+    ACTIVE,
+    ENDED,
+    JOB_STATUSES,
+    to_status,
+    to_wire,
+)
 
 __all__ = ["FEW", "StatusSweep"]
 
 FEW: Final = 3
 """Up to this many runs are requested one by one."""
-_LIVE: Final = (
-    "QUEUED",
-    "VALIDATING",
-    "VALIDATED",
-    "STARTED",
-    "RUNNING",
-    "CANCELLATION_REQUESTED",
-)  # in the order of a job's life, so that jobs that advance meanwhile are found again
-_WORDS: Final = (*_LIVE, *(word for word in JOB_STATUSES if word not in _LIVE))
+_WORDS: Final = (*ACTIVE, *ENDED)
+"""In the order of a job's life, so that jobs that advance meanwhile are found again."""
 
 
 class StatusSweep:
@@ -53,7 +52,7 @@ class StatusSweep:
         if len(strange) > FEW:
             await self._list(None, strange, len(strange))
         left = len(self._missing)
-        for word in _LIVE:
+        for word in ACTIVE:
             if word not in groups and len(self._missing) > FEW and left:
                 left -= await self._list(word, list(self._missing.values()), left)
 

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validator
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
@@ -14,8 +14,8 @@ from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "GithubRepository", "MistralOptions", "MistralSettings"]
 
 
-class _SettingsModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _SettingsModel(BaseModel, frozen=True, extra="forbid"):
+    """Options of a run."""
 
 
 class GithubRepository(_SettingsModel):

@@ -1,7 +1,6 @@
 """Validate configurations before anything is uploaded."""
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 
 from training_backends.backends.mistral.api import MistralAPI
 from training_backends.backends.mistral.job_request import (
@@ -20,6 +19,7 @@ from training_backends.core.errors import (
     Issue,
     TrainingBackendError,
     VaultLocked,
+    suggest,
 )
 from training_backends.protocols.mistral.errors import retired
 from training_backends.protocols.mistral.wire import FTModelCard, ModelCard
@@ -156,12 +156,11 @@ def _model_issues(config: TrainingConfig, cards: Sequence[ModelCard]) -> list[Is
     if not names or config.model in names:
         return []
     offered = sorted(card.id for card in cards if not isinstance(card, FTModelCard))
-    near = get_close_matches(config.model, sorted(names), n=1)
     return [
         Issue(
             code="unknown_model",
             message=f"the server has no model {config.model!r}",
             field="model",
-            fix=f"did you mean {near[0]!r}?" if near else f"available: {', '.join(offered[:12])}",
+            fix=suggest(config.model, names, f"available: {', '.join(offered[:12])}"),
         )
     ]

@@ -214,7 +214,7 @@ def ago(moment: datetime) -> str:
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds // size}{unit} ago"
-    return f"{seconds}s ago"
+    return f"{seconds}s ago" if seconds else "just now"
 
 
 def time_text(moment: datetime | None) -> str:

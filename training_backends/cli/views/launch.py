@@ -13,12 +13,11 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from training_backends.cli.views.console import stderr
+from training_backends.cli.views.console import progress, stderr, stdout
 from training_backends.cli.views.render import show_estimate, show_log_record
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.escape import escape_controls
@@ -50,6 +49,7 @@ class LaunchView:
             disable=quiet or not self._out.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._run_id: str | None = None
         self._status: TrainingStatus | None = None
         self.shown: set[str] = set()
         self._quoted = False
@@ -72,9 +72,12 @@ class LaunchView:
             self._out.print(f"  {escape(_short(name))}: uploaded {total:,} bytes")
 
     def update(self, run: TrainingRun) -> None:
-        """Show a status change, and the provider's quote once available."""
+        """Show the run's id once, each status change, and the provider's quote once available."""
         if self._quiet:
             return
+        if run.id != self._run_id:
+            self._out.print(f"Run [bold]{escape(run.id)}[/] on {escape(run.backend)}")
+            self._run_id = run.id
         if run.status is not self._status:
             word = f" ({escape(run.raw_status)})" if run.raw_status else ""
             self._out.print(f"  [cyan]{run.status}[/]{word}")
@@ -115,21 +118,19 @@ async def follow_run(
     """Show a run's log and progress until it finishes, and return it.
 
     Args:
+        out: Console for the log; default: standard output.
         shown_statuses: Statuses already shown by a `LaunchView`; not repeated from the log,
             which starts before the launch was accepted.
     """
-    out = out or stderr()
-    bar = Progress(
+    out = out or stdout()
+    bar = progress(
         TextColumn("  training"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
-        console=out,
-        transient=True,
-        disable=quiet or not out.is_terminal,
+        TextColumn("left"),
+        quiet=quiet,
     )
     total = _total_steps(await client.get(run_id))
     shown = 0

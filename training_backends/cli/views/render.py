@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +35,7 @@ from training_backends.core.errors import Issue, TrainingBackendError
 from training_backends.core.escape import escape_controls
 from training_backends.core.estimate import Estimate, PriceSource, format_duration
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, Staleness, TrainingRun, utc_now
+from training_backends.core.run import Checkpoint, LogRecord, Staleness, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ __all__ = [
     "error_document",
     "issue_document",
     "price_text",
+    "remark",
     "show_age",
+    "show_checkpoints",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -56,6 +59,7 @@ __all__ = [
     "show_note",
     "show_run",
     "show_runs",
+    "time_left",
 ]
 
 _STYLES = {
@@ -268,6 +272,7 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
         ("finished", time_text(run.finished_at)),
         ("duration", _duration(run)),
         ("step", _steps(run)),
+        ("time left", format_duration(left) if (left := time_left(run)) is not None else None),
         ("metrics", _metrics(run.metrics)),
         ("checkpoints", str(len(run.checkpoints)) if run.checkpoints else None),
         ("cost", money_text(run.cost) if run.cost else None),
@@ -282,6 +287,21 @@ def show_run(run: TrainingRun, out: Console | None = None) -> None:
         since = time_text(run.stale.since)
         text = f"since {since}: {run.stale.message}"
         show_fields([(_stale_word(run.stale), text)], out, style="yellow")
+
+
+def time_left(run: TrainingRun) -> timedelta | None:
+    """Return how long a run still needs at its average speed; None if that is unknown.
+
+    The steps of a resumed run include those of the run that it continues, so its speed is
+    unknown.
+    """
+    if run.status is not TrainingStatus.RUNNING or run.started_at is None or run.resumed_from:
+        return None
+    if not run.step or not run.total_steps:
+        return None
+    seen_at = run.last_seen_at or utc_now()
+    left = (seen_at - run.started_at) * (run.total_steps - run.step) / run.step
+    return max(left - (utc_now() - seen_at), timedelta(0))
 
 
 def show_age(runs: Iterable[TrainingRun], missed: Mapping[str, str] | None) -> None:
@@ -343,7 +363,7 @@ def show_runs(
     rows = []
     for run in runs:
         seen = f" (as of {ago(run.last_seen_at or run.created_at)})"
-        note = _remark(run) or (seen if _is_old(run, missed) else "")
+        note = remark(run) or (seen if _is_old(run, missed) else "")
         status = Text(run.status, _STYLES.get(run.status, "cyan")).append(note, "default")
         rows.append(
             (
@@ -363,7 +383,7 @@ def _stale_word(stale: Staleness) -> str:
     return stale.kind.replace("_", " ")
 
 
-def _remark(run: TrainingRun) -> str:
+def remark(run: TrainingRun) -> str:
     """Return a remark on the status of a run, such as stalled or draft."""
     if run.stale:
         return f" ({_stale_word(run.stale)})"
@@ -413,6 +433,30 @@ def show_metrics(
 def _rank(metric: str) -> int:
     """Order metrics by how much they tell: losses and other measures of learning first."""
     return 0 if "loss" in metric else 1 if metric.startswith(("train_", "valid_")) else 2
+
+
+_CHECKPOINTS = (
+    Column("id"),
+    Column("step", right=True),
+    Column("created", drop=1),
+    Column("metrics", drop=2, cut=True),
+)
+
+
+def show_checkpoints(checkpoints: Sequence[tuple[str, Checkpoint]], run: TrainingRun) -> None:
+    """Print checkpoints with their ids as a table.
+
+    Args:
+        run: The run that the checkpoints belong to.
+    """
+    if not checkpoints:
+        yet = "" if run.status.is_terminal else " yet"
+        stderr().print(f"Run {run.id} has no checkpoints{yet}.", markup=False)
+        return
+    rows = [
+        (name, str(each.step), ago(each.at), _metrics(each.metrics)) for name, each in checkpoints
+    ]
+    show_table(_CHECKPOINTS, rows, stdout())
 
 
 def show_log_record(record: LogRecord, out: Console) -> None:

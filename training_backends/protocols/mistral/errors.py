@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from training_backends.core.errors import (
@@ -22,15 +22,15 @@ from training_backends.core.errors import (
 )
 
 __all__ = [
-    "NO_MODEL",
     "ErrorItem",
     "error_from_answer",
+    "error_items",
     "no_model_message",
     "retired",
     "validation_body",
 ]
 
-NO_MODEL = "Model not available for this type of fine-tuning"
+_NO_MODEL = "Model not available for this type of fine-tuning"
 """Start of the service's error for an unknown model; with an empty list it means: retired."""
 
 RETIRED_SINCE = "2026-07-13"
@@ -63,7 +63,23 @@ def retired(how: str, backend: str | None) -> BackendRetired:
 
 def no_model_message(job_type: str, available: list[str]) -> str:
     """Return the service's error message for a model that is not offered."""
-    return f"{NO_MODEL} ({job_type}). Available model(s): {', '.join(available)}"
+    return f"{_NO_MODEL} ({job_type}). Available model(s): {', '.join(available)}"
+
+
+def error_items(details: Iterable[Any], place: Sequence[str | int] = ()) -> list[ErrorItem]:
+    """Return pydantic's errors as entries of a body, without the input, which may hold a key.
+
+    Args:
+        place: Location of the validated document in the request, the start of each `loc`.
+    """
+    items: list[ErrorItem] = []
+    for detail in details:
+        loc = [*place, *detail["loc"]]
+        item: ErrorItem = {"type": detail["type"], "loc": loc, "msg": detail["msg"]}
+        if detail.get("ctx"):
+            item["ctx"] = detail["ctx"]
+        items.append(item)
+    return items
 
 
 def validation_body(items: list[ErrorItem]) -> dict[str, Any]:
@@ -142,7 +158,7 @@ def _message(document: Any) -> str | None:
 
 
 def _offers_no_model(said: str) -> bool:
-    return said.startswith(NO_MODEL) and said.rstrip().endswith("Available model(s):")
+    return said.startswith(_NO_MODEL) and said.rstrip().endswith("Available model(s):")
 
 
 def _refusal(

@@ -10,14 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 __all__ = [
     "FILE_PURPOSES",
     "FILE_VISIBILITIES",
     "MAX_FILE_BYTES",
-    "SAMPLE_TYPES",
-    "SOURCES",
     "ArchiveFTModelOut",
     "BaseModelCard",
     "CheckpointOut",
@@ -63,15 +61,12 @@ __all__ = [
     "WandbIntegrationOut",
     "is_wandb_key",
     "read_detailed_job",
-    "read_ft_model",
     "read_job",
     "read_model_card",
 ]
 
 FILE_PURPOSES = ("fine-tune", "batch", "ocr")
 FILE_VISIBILITIES = ("workspace", "user")
-SAMPLE_TYPES = ("pretrain", "instruct", "batch_request", "batch_result", "batch_error")
-SOURCES = ("upload", "repository", "mistral")
 
 MAX_FILE_BYTES = 512 * 10**6
 """Maximum upload size. The specification (2026-07) says 512 MB, without defining MB."""
@@ -87,18 +82,14 @@ def is_wandb_key(text: str) -> bool:
     return _WANDB_KEY.fullmatch(text) is not None
 
 
-class _Out(BaseModel):
+class _Out(BaseModel, extra="ignore"):
     """A response."""
 
-    model_config = ConfigDict(extra="ignore")
 
-
-class _In(BaseModel):
+# A length limit also makes pydantic inspect the text, which rejects lone surrogates: valid in JSON,
+# but not in UTF-8.
+class _In(BaseModel, extra="forbid", str_max_length=100_000):
     """A request."""
-
-    # A bound also makes pydantic inspect the text, which rejects lone surrogates: valid in JSON,
-    # but not in UTF-8.
-    model_config = ConfigDict(extra="forbid", str_max_length=100_000)
 
 
 def _empty_for_none(value: Any) -> Any:
@@ -189,11 +180,9 @@ class CompletionTrainingParametersIn(ClassifierTrainingParametersIn):
     fim_ratio: float | None = Field(default=0.9, ge=0, le=1)
 
 
-class ClassifierTargetIn(_In):
+# The target's name becomes part of metric names; the specification sets no limit.
+class ClassifierTargetIn(_In, str_max_length=256):
     """A classification target."""
-
-    # The name becomes part of metric names; the specification sets no limit.
-    model_config = ConfigDict(str_max_length=256)
 
     name: str
     labels: list[str]
@@ -568,12 +557,6 @@ class ClassifierFTModelOut(FTModel):
 
     model_type: str = "classifier"
     classifier_targets: list[ClassifierTargetOut]
-
-
-def read_ft_model(data: Mapping[str, Any]) -> FTModel:
-    """Parse the response to updating a model."""
-    kind = ClassifierFTModelOut if data.get("model_type") == "classifier" else CompletionFTModelOut
-    return kind.model_validate(data)
 
 
 class UpdateFTModelIn(_In):

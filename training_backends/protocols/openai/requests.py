@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     model_validator,
@@ -44,11 +43,10 @@ MAX_SUFFIX_AZURE: Final = 40
 """Maximum length of a suffix at OpenAI (18 until 2023) and at Azure."""
 
 
-class _WireRequest(BaseModel):
+class _WireRequest(BaseModel, extra="forbid", str_max_length=100_000):
     """A request."""
 
     # The bound also makes pydantic reject lone surrogates, which JSON can hold but UTF-8 cannot.
-    model_config = ConfigDict(extra="forbid", str_max_length=100_000)
 
 
 # -- files -----------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def _azure_suffix(text: str) -> str:
     return text
 
 
-class AzureFineTuningJobIn(FineTuningJobIn):
+class AzureFineTuningJobIn(FineTuningJobIn, populate_by_name=True):
     """Request to create a job at Azure (documentation of 2025-12).
 
     Attributes:
@@ -199,8 +197,6 @@ class AzureFineTuningJobIn(FineTuningJobIn):
 
     suffix: Annotated[str, AfterValidator(_azure_suffix)] | None = None
     training_type: str | None = Field(default=None, alias="trainingType")
-
-    model_config = ConfigDict(populate_by_name=True)
 
 
 class NebiusHyperparametersIn(_WireRequest):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Generic, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 __all__ = [
     "FILE_PURPOSES",
@@ -52,10 +52,8 @@ MIN_EXAMPLES: Final = 10
 _T = TypeVar("_T")
 
 
-class _WireAnswer(BaseModel):
+class _WireAnswer(BaseModel, extra="ignore", populate_by_name=True):
     """A response."""
-
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
 
 
 def _empty_for_none(value: Any) -> Any:
@@ -178,13 +176,11 @@ _Given = Annotated[
 ]
 
 
-class JobHyperparameters(_WireAnswer):
+class JobHyperparameters(_WireAnswer, extra="allow"):
     """Hyperparameters of a job: `auto` until the job starts, numbers afterwards.
 
     Values of other providers, such as Nebius' `learning_rate`, are kept as further fields.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     n_epochs: _Given = None
     batch_size: _Given = None
@@ -197,10 +193,8 @@ class JobHyperparameters(_WireAnswer):
         return {name: value for name, value in values.items() if value != "auto"}
 
 
-class FineTuningMethodOptions(_WireAnswer):
+class FineTuningMethodOptions(_WireAnswer, extra="allow"):
     """Settings of a method; those of graders are kept as further fields."""
-
-    model_config = ConfigDict(extra="allow")
 
     hyperparameters: Annotated[JobHyperparameters | None, BeforeValidator(_mapping_or_none)] = None
 

@@ -22,7 +22,6 @@ from training_backends.trainer.generate import evaluating
 from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 
 __all__ = [
-    "CLASSIFIER_FILE",
     "ClassifierObjective",
     "Labelled",
     "add_heads",
@@ -33,7 +32,7 @@ __all__ = [
     "read_targets",
 ]
 
-CLASSIFIER_FILE: Final = "classifier.json"
+_CLASSIFIER_FILE: Final = "classifier.json"
 """Stored with the weights: `targets` as in the configuration, in output order."""
 
 
@@ -71,8 +70,8 @@ class ClassifierObjective:
         self._targets = tuple(targets)
         self._sizes = [len(target.labels) for target in targets]
         self._places = [{label: n for n, label in enumerate(t.labels)} for t in targets]
-        self.parts = tuple(target.name for target in targets)
-        self.weights = tuple(target.weight for target in targets)
+        self.parts: tuple[str, ...] = tuple(target.name for target in targets)
+        self.weights: tuple[float, ...] = tuple(target.weight for target in targets)
 
     def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a text or a conversation with its labels."""
@@ -191,7 +190,7 @@ def describe_classifier(targets: Sequence[ClassifierTarget], pad_id: int, direct
         ],
         "pad_token_id": pad_id,
     }
-    path = directory / CLASSIFIER_FILE
+    path = directory / _CLASSIFIER_FILE
     path.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
@@ -201,7 +200,7 @@ def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
     Raises:
         TrainerError: classifier.json cannot be read.
     """
-    path = directory / CLASSIFIER_FILE
+    path = directory / _CLASSIFIER_FILE
     if not path.is_file():
         return ()
     try:

@@ -57,9 +57,9 @@ class PreferenceObjective:
         label_smoothing: Assumed fraction of mislabelled pairs.
     """
 
-    parts = ("",)
-    weights = (1.0,)
-    has_accuracy = False
+    parts: tuple[str, ...] = ("",)
+    weights: tuple[float, ...] = (1.0,)
+    has_accuracy: bool = False
 
     def __init__(
         self, encoder: Encoder, seq_len: int, *, beta: float, label_smoothing: float

@@ -28,7 +28,6 @@ __all__ = [
     "cut_out",
     "fits_one_head",
     "predict",
-    "predict_sums",
     "sum_loss",
 ]
 
@@ -164,7 +163,7 @@ def predict(model: Any, batch: Batch) -> Predicted:
     return Predicted(losses, logits.detach().argmax(dim=-1) == targets, counted)
 
 
-def predict_sums(model: Any, batch: Batch) -> SummedLoss:
+def _predict_sums(model: Any, batch: Batch) -> SummedLoss:
     """Do the same, but return only the sums, which takes less memory."""
     counted, targets = _counted(batch)
     causal = _causal(model)
@@ -217,9 +216,9 @@ class TokenObjective:
         flat: Batch layout of packed rows, see `collate_packs`.
     """
 
-    parts = ("",)
-    weights = (1.0,)
-    has_accuracy = True
+    parts: tuple[str, ...] = ("",)
+    weights: tuple[float, ...] = (1.0,)
+    has_accuracy: bool = True
 
     def __init__(
         self,
@@ -273,6 +272,6 @@ class TokenObjective:
 
     def compute_loss(self, model: Any, batch: Batch) -> BatchLoss:
         """Return the summed loss over the tokens in the loss."""
-        found = predict_sums(model, batch)
+        found = _predict_sums(model, batch)
         counts = (batch["labels"][:, 1:] != IGNORED).sum()
         return BatchLoss(found.loss[None], found.correct[None], counts[None], {})

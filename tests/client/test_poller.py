@@ -1,4 +1,4 @@
-"""How often a run is looked at."""
+"""How often a run is observed."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_backends import Checkpoint, Estimate, TrainingConfig, TrainingRun
-from training_backends.client.observe import due_at, expected_end, interval
+from training_backends.client.observe import expected_end
+from training_backends.client.poller import due_at, interval
 
 BOUNDS = (timedelta(seconds=1), timedelta(minutes=1))
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)

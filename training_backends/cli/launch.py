@@ -1,0 +1,266 @@
+"""Commands that start runs: launch and resume."""
+
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from training_backends.cli.session import (
+    BackendOption,
+    ConfigArgument,
+    ExactRunArgument,
+    JsonOption,
+    SetOption,
+    backend_of,
+    command,
+    exit_with,
+    keeps_running,
+    located,
+    next_commands,
+    with_client,
+)
+from training_backends.cli.terminal import ask, no_consent
+
+if TYPE_CHECKING:
+    from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
+    from training_backends.cli.exit_codes import Interrupted
+    from training_backends.cli.views.launch import LaunchView
+    from training_backends.client.journal import OnUpdate
+
+    Begin = Callable[[AsyncTrainingClient, LaunchView, OnUpdate], Awaitable[TrainingRun]]
+
+__all__ = ["launch", "resume"]
+
+_UNSTARTED = frozenset({"pending", "validating", "ready"})
+"""Statuses of runs that may not have been started yet."""
+
+FollowOption = Annotated[
+    bool, typer.Option("--follow", "-f", help="Stream progress until the run finishes.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run id.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Skip the cost confirmation.")]
+
+
+def launch(
+    config: ConfigArgument,
+    backend: BackendOption = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="ID", help="Your own run id; reuse it to continue a launch."),
+    ] = None,
+    overrides: SetOption = None,
+    follow: FollowOption = False,
+    yes: YesOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Launch a run; return once the backend accepts it.
+
+    Prints the run id on standard output; with --follow, the log instead.
+    """
+    from training_backends.client.config_file import load_config
+    from training_backends.core.run import new_run_id
+
+    file = load_config(config, overrides or ())
+    name = backend_of(file, backend)
+    run_id = _given_id(run_id) or new_run_id()
+
+    async def begin(
+        client: "AsyncTrainingClient", view: "LaunchView", on_update: "OnUpdate"
+    ) -> "TrainingRun":
+        if not await _is_under_way(client, run_id):
+            _need_consent(client, name, file.config, yes=yes)
+        return await client.launch(
+            file.config,
+            backend=name,
+            run_id=run_id,
+            on_progress=view.progress,
+            on_update=on_update,
+            on_notice=view.notice,
+            confirm=view.asking(_agree(file.config, yes=yes)),
+        )
+
+    again = ["launch", str(config), "--id", run_id]
+    again += ["--backend", backend] if backend else []
+    again += [part for each in overrides or () for part in ("--set", each)]
+    with located(file, backend):
+        _run(begin, _Launch(run_id, again), follow=follow, quiet=quiet, json=json)
+
+
+def resume(
+    run: ExactRunArgument,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the newest."),
+    ] = None,
+    new_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Id of the new run.")
+    ] = None,
+    follow: FollowOption = False,
+    yes: YesOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Continue a stopped or failed run as a new run.
+
+    Starts a run that has not been started yet.
+    """
+    from training_backends.core.run import new_run_id
+
+    new_id = _given_id(new_id) or new_run_id()
+
+    async def begin(
+        client: "AsyncTrainingClient", view: "LaunchView", on_update: "OnUpdate"
+    ) -> "TrainingRun":
+        old = await client.status((await client.get(run)).id)
+        config = old.config
+        if _can_be_resumed(client, old):
+            _need_consent(client, old.backend, config, yes=yes)
+        return await client.resume(
+            old.id,
+            checkpoint=checkpoint,
+            new_id=new_id,
+            on_progress=view.progress,
+            on_update=on_update,
+            confirm=view.asking(_agree(config, yes=yes)),
+        )
+
+    again = ["resume", run, "--id", new_id]
+    again += ["--checkpoint", checkpoint] if checkpoint else []
+    _run(begin, _Launch(new_id, again), follow=follow, quiet=quiet, json=json)
+
+
+@dataclass(slots=True)
+class _Launch:
+    """How far a launch has come, for the message on Ctrl-C.
+
+    Attributes:
+        again: Arguments of the command that continues it.
+        recorded: Whether the run is in the store.
+        accepted: Whether the backend has accepted the run.
+    """
+
+    run_id: str
+    again: list[str]
+    recorded: bool = False
+    accepted: bool = False
+
+    def interrupted(self) -> "Interrupted":
+        """Return the error for Ctrl-C."""
+        from training_backends.cli.exit_codes import Interrupted
+
+        if self.accepted:
+            return keeps_running(self.run_id)
+        text = f"Interrupted during the launch of run {self.run_id}."
+        hint = f"Continue: {command(*self.again)}"
+        if self.recorded:
+            text = f"{text[:-1]}; if it was started, it keeps running."
+            hint += f"\nStop: {command('stop', self.run_id)}"
+        return Interrupted(text, hint=hint, run_id=self.run_id)
+
+
+def _run(begin: "Begin", launch: _Launch, *, follow: bool, quiet: bool, json: bool) -> None:
+    """Start a run, print its id and the next commands, and follow it if asked to."""
+    from training_backends.cli.views.console import stderr, write_json
+    from training_backends.cli.views.launch import LaunchView, follow_run
+    from training_backends.cli.views.render import show_run
+
+    silent = quiet or json
+
+    async def work(client: "AsyncTrainingClient") -> "TrainingRun":
+        with LaunchView(quiet=silent) as view:
+
+            def updated(run: "TrainingRun") -> None:
+                launch.run_id, launch.recorded = run.id, True
+                view.update(run)
+
+            run = await begin(client, view, updated)
+        launch.run_id, launch.accepted = run.id, True
+        if not json and (quiet or not follow):
+            typer.echo(run.id)
+            sys.stdout.flush()
+        if not (silent or run.status.is_terminal):
+            for line in next_commands(run.id):
+                stderr().print(f"  {line}", markup=False)
+        if not follow:
+            return run
+        return await follow_run(client, run.id, quiet=silent, shown_statuses=view.shown)
+
+    run = with_client(work, interrupted=launch.interrupted)
+    if json:
+        write_json(run.model_dump(mode="json"))
+    elif run.status.is_terminal and not quiet:
+        show_run(run, stderr())
+    exit_with(run)
+
+
+def _given_id(run_id: str | None) -> str | None:
+    """Reject an empty id: a script with an unset variable would start a new run each time."""
+    if run_id is not None and not run_id.strip():
+        raise typer.BadParameter("the id is empty; is a shell variable unset?", param_hint="--id")
+    return run_id
+
+
+async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
+    """Return whether the run with this id has already been started."""
+    from training_backends import RunNotFound
+
+    try:
+        known = await client.get(run_id)
+    except RunNotFound:
+        return False
+    return known.id == run_id and known.status not in _UNSTARTED
+
+
+def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
+    """Return whether resuming may start a job, which needs consent."""
+    if run.status in _UNSTARTED:
+        return True
+    resumes = client.backend(run.backend).capabilities.resumes
+    return resumes and run.status in {"failed", "cancelled"}
+
+
+def _need_consent(
+    client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
+) -> None:
+    """Fail before the upload if consent will be needed and there is no terminal to ask on.
+
+    Raises:
+        UsageError: See above.
+    """
+    if yes or config.budget.max_cost is not None or sys.stdin.isatty():
+        return
+    if client.backend(backend).capabilities.quotes:
+        raise no_consent("This run may cost money", "Pass --yes, or set budget.max_cost.")
+
+
+def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
+    """Return the callback that confirms the cost of a run."""
+    budget = config.budget
+
+    async def agree(estimate: "Estimate") -> bool:
+        from training_backends import BudgetExceeded
+        from training_backends.cli.views.render import price_text
+
+        if yes or budget.decides(estimate):
+            return True
+        price = price_text(estimate)
+        reason, hint = f"This run costs {price}", "Pass --yes, or set budget.max_cost."
+        question = f"Start this run for {price}"
+        if not price:
+            reason, hint = "The price of this run is unknown", "Pass --yes to launch anyway."
+            if budget.max_cost is not None:
+                reason += ", so budget.max_cost cannot be checked"
+            question = f"{reason}. Start it"
+        if not sys.stdin.isatty():
+            error = no_consent(reason, hint)
+            if estimate.basis == "quote":
+                # The job exists by now; on this error the backend cancels it.
+                raise BudgetExceeded(str(error), hint=hint)
+            raise error
+        ours = price_text(estimate.ours) if estimate.ours else None
+        return ask(f"{question}{f' (local estimate: {ours})' if ours else ''}?")
+
+    return agree

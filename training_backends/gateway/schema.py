@@ -1,0 +1,120 @@
+"""The gateway's tables, in the same database as its runs; a job's id is its run's id."""
+
+import sqlalchemy as sa
+
+from training_backends.store.schema import BigInteger, metadata
+
+__all__ = ["DEFAULT_PROJECT", "events", "files", "jobs", "keys", "models"]
+
+DEFAULT_PROJECT = "default"
+"""Owner of objects created before projects existed, and of keys created without one."""
+
+
+def _project() -> "sa.Column[str]":
+    """Return a column for the project that owns a row."""
+    return sa.Column("project", sa.String, nullable=False)
+
+
+files = sa.Table(
+    "gateway_files",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("filename", sa.String, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("purpose", sa.String, nullable=False),
+    sa.Column("sample_type", sa.String, nullable=False),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("num_lines", sa.BigInteger),
+    sa.Column("mimetype", sa.String),
+    sa.Column("visibility", sa.String),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("deleted_at", sa.Float),
+    _project(),
+    sa.Index("gateway_files_by_content", "sha256"),
+    sa.Index("gateway_files_by_time", "created_at"),
+    sa.Index("gateway_files_by_project", "project", "created_at"),
+)
+jobs = sa.Table(
+    "gateway_jobs",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("backend", sa.String, nullable=False),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("job_type", sa.String, nullable=False),
+    # While the run is live, as far as its log was read; see `job_events`.
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("suffix", sa.String),
+    sa.Column("auto_start", sa.Boolean, nullable=False),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+    sa.Column("modified_at", sa.Float, nullable=False),
+    # When the start was accepted; `launched`: the backend has accepted it too.
+    sa.Column("started_at", sa.Float),
+    sa.Column("launched", sa.Boolean, nullable=False, default=False),
+    # Whether files and keys that only this job needed were removed after its end.
+    sa.Column("cleaned_up", sa.Boolean, nullable=False, default=False),
+    sa.Column("training_files", sa.JSON, nullable=False),
+    sa.Column("validation_files", sa.JSON, nullable=False),
+    sa.Column("blobs", sa.JSON, nullable=False),
+    sa.Column("hyperparameters", sa.JSON, nullable=False),
+    sa.Column("classifier_targets", sa.JSON, nullable=False),
+    sa.Column("context_length", sa.Integer, nullable=False),
+    sa.Column("integrations", sa.JSON, nullable=False),
+    sa.Column("wandb_project", sa.String),
+    sa.Column("wandb_name", sa.String),
+    sa.Column("config", sa.Text, nullable=False),
+    sa.Column("quote", sa.JSON(none_as_null=True)),
+    sa.Column("trained_tokens", sa.BigInteger),
+    sa.Column("fine_tuned_model", sa.String),
+    # Events and checkpoints of a job whose run is no longer stored.
+    sa.Column("history", sa.JSON(none_as_null=True)),
+    _project(),
+    sa.Index("gateway_jobs_by_time", "created_at"),
+    sa.Index("gateway_jobs_by_project", "project", "created_at"),
+    sa.Index("gateway_jobs_by_status", "status", "created_by"),
+    sa.Index("gateway_jobs_by_content", "fingerprint"),
+)
+# Only what the gateway itself did: the rest is in the log of the run.
+events = sa.Table(
+    "gateway_events",
+    metadata,
+    sa.Column("id", BigInteger, primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Index("gateway_events_by_job", "job_id"),
+)
+models = sa.Table(
+    "gateway_models",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False),
+    sa.Column("root", sa.String, nullable=False),
+    sa.Column("model_type", sa.String, nullable=False),
+    sa.Column("context_length", sa.Integer, nullable=False),
+    sa.Column("classifier_targets", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("name", sa.String),
+    sa.Column("description", sa.String),
+    sa.Column("archived", sa.Boolean, nullable=False, default=False),
+    sa.Column("deleted_at", sa.Float),
+    _project(),
+)
+keys = sa.Table(
+    "gateway_keys",
+    metadata,
+    sa.Column("id", sa.String(8), primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("revoked_at", sa.Float),
+    sa.Column("scope", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("last_used_at", sa.Float),
+    _project(),
+)
