@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import training_backends
+from training_backends import plugins
 
 HEAVY = (
     "pydantic",
@@ -24,9 +25,9 @@ HEAVY = (
 )
 
 
-def names_in_the_stub() -> dict[str, str]:
+def names_in_the_stub(stub: str = "__init__") -> dict[str, str]:
     """Return each public name with the module that the stub takes it from."""
-    tree = ast.parse(Path(training_backends.__file__).with_suffix(".pyi").read_text())
+    tree = ast.parse(Path(training_backends.__file__).with_name(f"{stub}.pyi").read_text())
     return {
         alias.name: f"training_backends.{node.module}"
         for node in tree.body
@@ -74,3 +75,25 @@ def test_every_module_exports_what_it_has() -> None:
         module = import_module(f"training_backends.core.{path.stem}")
         missing = [name for name in module.__all__ if not hasattr(module, name)]
         assert not missing, (path.name, missing)
+
+
+def test_the_toolkit_has_the_names_of_its_stub() -> None:
+    """Each name of `plugins` is its home's public object, the same as in the package's front."""
+    stub = names_in_the_stub("plugins")
+    assert sorted(vars(plugins)["__all__"]) == sorted(stub)
+    for name, home in stub.items():
+        module = import_module(home)
+        assert getattr(plugins, name) is getattr(module, name)
+        assert name in module.__all__
+    for name in set(stub) & set(names_in_the_stub()):
+        assert getattr(plugins, name) is getattr(training_backends, name)
+
+
+def test_importing_the_toolkit_loads_nothing_heavy() -> None:
+    """A backend's module is imported to be named; its parts are loaded when they are used."""
+    program = (
+        "import sys, training_backends.plugins\n"
+        f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import SystemRandom
 from typing import Any, Final
@@ -85,6 +85,7 @@ class Call:
         sent: Whether the first byte of the current attempt was sent.
         retry_after: Seconds from the response's Retry-After.
         request_id: Request id assigned by the server.
+        hidden: Secrets of the current attempt, which a server may repeat.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Call:
         self.sent = False
         self.retry_after: float | None = None
         self.request_id: str | None = None
+        self.hidden: Sequence[str] = ()
         self._seconds = math.inf if seconds is None else seconds
         self._latest = time.monotonic() + self._seconds
         self._longest_pause = policy.call_timeout

@@ -1,12 +1,17 @@
 """A pooled HTTP client with timeouts, safe retries and protection of the API key."""
 
 import json
-import time
-import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from datetime import timedelta
-from typing import Any, Final, TypeVar
+import math
+from collections.abc import (
+    AsyncGenerator,
+    Container,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Literal, TypedDict, Unpack, overload
+from urllib.parse import unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import anyio
 import anyio.to_thread
@@ -14,133 +19,223 @@ import httpx
 from pydantic import SecretStr
 
 from training_backends.core.errors import (
-    AuthenticationFailed,
+    PermissionDenied,
     ProtocolError,
-    RateLimited,
-    TrainingBackendError,
 )
-from training_backends.core.logging import REDACTED, get_logger, redact, register_secret
-from training_backends.core.tracing import span
-from training_backends.http.auth import KeyHeader, KeySource
+from training_backends.core.logging import register_secret
+from training_backends.http.answer import (
+    Answer,
+    ServerEvent,
+    Shape,
+    decoded,
+    lines_of,
+    server_events,
+)
 from training_backends.http.call import Call, pacing
-from training_backends.http.errors import error_from_transport
-from training_backends.http.limits import Limiter, limiter_of
-from training_backends.http.policy import HttpPolicy, make_pool, timeouts
-from training_backends.http.retry import read_date_ahead
-from training_backends.http.upload import FileUpload
-from training_backends.http.urls import require_private_transport
+from training_backends.http.download import save_stream
+from training_backends.http.error_table import ErrorTable
+from training_backends.http.exchange import SUCCESS, HttpExchange, Query
+from training_backends.http.upload import FileBody, FileUpload, Progress
+from training_backends.http.urls import is_loopback, require_private_transport
 
-__all__ = ["ErrorDecoder", "HttpClient", "KeySource", "Query"]
+__all__ = ["HttpClient", "JsonRequest"]
 
-ErrorDecoder = Callable[[int, Mapping[str, str], bytes], TrainingBackendError]
-"""Converts status, headers and body of an error response to an exception."""
-
-Query = Sequence[tuple[str, str]]
-"""Query parameters; a key may occur several times."""
-
-_T = TypeVar("_T")
-
-_LARGEST_JSON: Final = 64 * 2**20
-_LARGEST_ERROR: Final = 64 * 2**10
-"""Maximum bytes of an error response; all of it is searched for secrets."""
-_DEEPEST_JSON: Final = 64
-"""Maximum nesting of a response; far more would raise RecursionError, now or when serialized."""
-_PIECE: Final = 2**18
-"""Bytes to decompress at a time."""
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS: Final = 5
+_SHORTEST_SIGNATURE: Final = 8
 
 
-class HttpClient:
+class JsonRequest(TypedDict, total=False):
+    """Arguments of `HttpClient.json`, see `HttpClient.send`."""
+
+    query: Query
+    headers: Mapping[str, str] | None
+    body: Any
+    repeatable: bool | None
+    secrets: Sequence[SecretStr]
+
+
+class HttpClient(HttpExchange):
     """A client for one server with one key and one connection pool.
 
     Safe requests are retried when the server is unavailable or busy. Others are not once they
     may have arrived, which `BackendUnavailable.sent` reports. All clients of a process with the
-    same key and server share its rate limits. Redirects are never followed, so the key is sent to
-    no other host.
+    same key and server share its rate limits. The key is sent to no other host: redirects are
+    errors, unless a call expects them or follows them without the key.
 
     Args:
         base_url: As returned by `normalize_base_url`.
         key: None sends no key.
         key_header: The header that carries the key.
-        query: Sent with every request, unless a call sets the same parameter.
+        sign: Adds headers to each request, instead of a key.
+        account: Whose rate limits these are, if requests are signed.
+        headers: Sent with every request to this server.
+        query: Sent with every request to this server, unless a call sets the same parameter.
+        decode_error: Converts error responses to exceptions; by default an `ErrorTable`.
         transport: Replaces the network, for tests.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        key: KeySource | None,
-        key_header: KeyHeader = KeyHeader(),  # noqa: B008  # it is frozen
-        query: Query = (),
-        decode_error: ErrorDecoder,
-        policy: HttpPolicy | None = None,
-        backend: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        if key is not None:
-            require_private_transport(base_url, backend=backend)
-        self.base_url = base_url
-        self.clock_offset: timedelta | None = None
-        """How far the server's clock was ahead at the last response; None if unknown."""
-        self._key = key
-        self._key_header = key_header
-        self._query = tuple(query)
-        self._decode_error = decode_error
-        self._policy = policy or HttpPolicy()
-        self._backend = backend
-        self._transport = transport
-        self._secret: SecretStr | None = None
-        self._limiter: Limiter | None = None
-        self._client: httpx.AsyncClient | None = None
-        self._opening = anyio.Lock()
-        self._log = get_logger()
+    # -- documents ---------------------------------------------------------------------
 
-    async def aclose(self) -> None:
-        """Close all connections; safe to repeat."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
-
+    @overload
     async def json(
         self,
         method: str,
         path: str,
         *,
-        query: Query = (),
-        body: Any = None,
-        repeatable: bool | None = None,
-        secrets: Sequence[SecretStr] = (),
-    ) -> dict[str, Any]:
-        """Send a request and return the JSON object of the response.
+        shape: Literal["object"] = "object",
+        **request: Unpack[JsonRequest],
+    ) -> dict[str, Any]: ...
+
+    @overload
+    async def json(
+        self, method: str, path: str, *, shape: Literal["array"], **request: Unpack[JsonRequest]
+    ) -> list[Any]: ...
+
+    @overload
+    async def json(
+        self, method: str, path: str, *, shape: Shape, **request: Unpack[JsonRequest]
+    ) -> Any: ...
+
+    async def json(
+        self, method: str, path: str, *, shape: Shape = "object", **request: Unpack[JsonRequest]
+    ) -> Any:
+        """Send a request and return the JSON document of the response.
 
         Args:
-            repeatable: Whether the request is safe to repeat; None: only GET.
-            secrets: Secrets in the body, which errors must not show.
+            shape: What the document must be, see `Answer.json`.
+            request: See `send`.
 
         Raises:
             BackendUnavailable: No usable response in time; `sent` tells if it may have arrived.
             RateLimited: The server requires a longer pause than the call may take.
-            ProtocolError: The response is not a JSON object.
+            ProtocolError: The response is not JSON of that shape.
             TrainingBackendError: The result of `decode_error` for an error response.
         """
-        content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
-        headers = {} if content is None else {"Content-Type": "application/json"}
+        return (await self.send(method, path, **request)).json(shape)
 
-        async def attempt(call: Call) -> dict[str, Any]:
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        form: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        expect: Container[int] = SUCCESS,
+        repeatable: bool | None = None,
+        secrets: Sequence[SecretStr] = (),
+    ) -> Answer:
+        """Send a request and return the response as it is.
+
+        Args:
+            body: To be sent as JSON.
+            form: To be sent URL-encoded, instead of `body`.
+            content: To be sent as it is, instead of `body`; set its Content-Type in `headers`.
+            expect: Statuses to return, for example `{302, 409}`; all others are errors. A
+                redirect that is expected is returned, not followed.
+            repeatable: Whether the request is safe to repeat; None: only GET.
+            secrets: Secrets in the request, which errors must not show.
+
+        Raises:
+            TrainingBackendError: See `json`.
+        """
+        sent, kind = _encoded(body, form, content)
+        given = httpx.Headers(kind)
+        given.update(headers or {})
+
+        async def attempt(call: Call) -> Answer:
             request = await self._request(
-                method, path, call, query=query, headers=headers, content=content
+                method, path, call, query=query, headers=given, content=sent
             )
-            async with self._answer(request, call, secrets) as response:
-                return await self._object(response, _request_line(request), secrets)
+            async with self._answer(request, call, secrets, expect) as response:
+                return await self._whole(response)
 
-        repeat = method == "GET" if repeatable is None else repeatable
+        for secret in secrets:
+            register_secret(secret)
+        repeat = method in {"GET", "HEAD"} if repeatable is None else repeatable
         call = self._call(f"{method} {path}", repeatable=repeat, seconds=self._policy.call_timeout)
         return await self._execute(call, attempt)
+
+    # -- streams -----------------------------------------------------------------------
+
+    async def lines(
+        self,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        silence: float | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """Yield the lines of a response as they arrive; consume it under `aclosing`.
+
+        Opening the stream is retried. A stream that ends is not reopened: only the caller knows
+        where to continue.
+
+        Args:
+            silence: Maximum seconds between two pieces; None: `HttpPolicy.read_timeout`.
+
+        Raises:
+            BackendUnavailable: The connection was lost, or silent for too long.
+        """
+        stack, response = await self._open_stream(path, query, headers or {}, silence)
+        async with (
+            stack,
+            aclosing(decoded(response)) as pieces,
+            aclosing(lines_of(pieces)) as lines,
+        ):
+            async for line in lines:
+                yield line
+
+    async def events(
+        self,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        last_id: str | None = None,
+        silence: float | None = None,
+    ) -> AsyncGenerator[ServerEvent, None]:
+        """Yield Server-Sent Events as they arrive; see `lines`.
+
+        Args:
+            last_id: Id of the last event received, if the server can continue after it.
+            silence: Comments that a server sends to keep the connection open count as data.
+        """
+        asked = httpx.Headers({"Accept": "text/event-stream", "Cache-Control": "no-store"})
+        if last_id is not None:
+            asked["Last-Event-ID"] = last_id
+        asked.update(headers or {})
+        async with (
+            aclosing(self.lines(path, query=query, headers=asked, silence=silence)) as lines,
+            aclosing(server_events(lines)) as events,
+        ):
+            async for event in events:
+                yield event
+
+    async def _open_stream(
+        self, path: str, query: Query, headers: Mapping[str, str], silence: float | None
+    ) -> tuple[AsyncExitStack, httpx.Response]:
+        async def attempt(call: Call) -> tuple[AsyncExitStack, httpx.Response]:
+            request = await self._request(
+                "GET", path, call, query=query, headers=headers, read_timeout=silence
+            )
+            async with AsyncExitStack() as stack:
+                response = await stack.enter_async_context(self._answer(request, call))
+                return stack.pop_all(), response
+
+        name = f"GET {path}"
+        call = self._call(name, repeatable=True, seconds=self._policy.call_timeout)
+        return await self._execute(call, attempt)
+
+    # -- files -------------------------------------------------------------------------
 
     async def upload(
         self, path: str, upload: FileUpload, *, repeatable: bool = False
     ) -> dict[str, Any]:
-        """POST a file and return the JSON object of the response.
+        """POST a file as a form and return the JSON object of the response.
 
         Args:
             repeatable: Whether the server deduplicates files by name and content. If so, a
@@ -150,272 +245,202 @@ class HttpClient:
         Raises:
             DatasetError: The file cannot be read, or changed during the upload.
         """
+        return (await self.send_file("POST", path, upload, repeatable=repeatable)).json()
 
-        async def attempt(call: Call) -> dict[str, Any]:
-            headers = await upload.headers()
-            length = int(headers["Content-Length"])
-            with pacing(self._policy.call_timeout, call.late) as pace:
-                async with (
-                    aclosing(upload.stream(length)) as stream,
-                    aclosing(pace.over(stream, then=self._policy.upload_timeout)) as body,
-                ):
-                    request = await self._request(
-                        "POST",
-                        path,
-                        call,
-                        headers=headers,
-                        content=body,
-                        read_timeout=self._policy.upload_timeout,
-                        write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
-                    )
-                    async with self._answer(request, call) as response:
-                        return await self._object(response, _request_line(request))
-
-        return await self._execute(self._call(f"POST {path}", repeatable=repeatable), attempt)
-
-    def _call(self, name: str, *, repeatable: bool, seconds: float | None = None) -> Call:
-        return Call(
-            name, self._policy, repeatable=repeatable, seconds=seconds, backend=self._backend
-        )
-
-    async def _execute(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
-        with call.within_its_time():
-            await self._current_limiter()
-            async for turn in call.attempts():
-                with turn:
-                    call.begin()
-                    try:
-                        with span(call.name, outgoing=True, **{"server.address": self.base_url}):
-                            return await self._with_current_key(attempt, call)
-                    except TrainingBackendError as error:
-                        call.failed(error)
-                        raise
-        raise AssertionError("attempts end with a response or an error")
-
-    async def _current_limiter(self) -> Limiter:
-        if self._limiter is None:
-            if self._key is not None:
-                self._secret = await self._read_key(self._key)
-            self._limiter = limiter_of(self.base_url, self._secret)
-        return self._limiter
-
-    async def _with_current_key(self, attempt: Callable[[Call], Awaitable[_T]], call: Call) -> _T:
-        """Make one attempt; after a 401, repeat it if the key has changed."""
-        used = self._secret
-        try:
-            return await attempt(call)
-        except AuthenticationFailed:
-            if self._key is None:
-                raise
-            self._limiter = None
-            await self._current_limiter()
-            if self._secret == used:
-                raise
-        call.begin()
-        return await attempt(call)
-
-    async def _request(
+    async def send_file(
         self,
         method: str,
         path: str,
-        call: Call,
+        body: FileBody,
         *,
         query: Query = (),
         headers: Mapping[str, str] | None = None,
-        content: bytes | AsyncIterator[bytes] | None = None,
-        read_timeout: float | None = None,
-        write_timeout: float | None = None,
-    ) -> httpx.Request:
-        sent_headers = dict(headers or {})
-        if self._secret is not None:
-            sent_headers[self._key_header.name] = self._key_header.value(self._secret)
-        named = {name for name, _ in query}
-        parameters: list[tuple[str, str | int | float | bool | None]]
-        parameters = [*(each for each in self._query if each[0] not in named), *query]
-        client = await self._opened()
-        try:
-            return client.build_request(
-                method,
-                self.base_url + path,
-                params=parameters or None,
-                headers=sent_headers,
-                content=content,
-                timeout=timeouts(self._policy, read_timeout, write_timeout),
-                extensions={"trace": call.trace},
-            )
-        except (httpx.InvalidURL, UnicodeError) as error:
-            raise error_from_transport(
-                error, call=call.name, sent=False, backend=self._backend
-            ) from None
+        expect: Container[int] = SUCCESS,
+        repeatable: bool | None = None,
+    ) -> Answer:
+        """Send a file to this server, streamed, and return the response as it is.
 
-    async def _read_key(self, source: KeySource) -> SecretStr:
-        """Read the key; reject one that is invalid in a header without quoting it."""
-        key = (await source()).get_secret_value().strip()
-        if key and key.isascii() and key.isprintable() and " " not in key:
-            register_secret(key)
-            return SecretStr(key)
-        raise AuthenticationFailed(
-            "The stored API key is invalid: it is empty or contains unsupported characters.",
-            hint="Store the key again, without other text.",
-            backend=self._backend,
-        )
+        Args:
+            expect: See `send`.
+            repeatable: Whether the request is safe to repeat; None: only PUT.
 
-    async def _opened(self) -> httpx.AsyncClient:
-        async with self._opening:
-            if self._client is None:
-                # In a thread: reads certificates and package metadata from disk.
-                self._client = await anyio.to_thread.run_sync(
-                    make_pool, self.base_url, self._policy, self._transport
+        Raises:
+            DatasetError: The file cannot be read, or changed during the upload.
+        """
+
+        async def attempt(call: Call) -> Answer:
+            sent = httpx.Headers(await body.headers())
+            length = int(sent["Content-Length"])
+            sent.update(headers or {})
+            with pacing(self._policy.call_timeout, call.late) as pace:
+                async with (
+                    aclosing(body.stream(length)) as stream,
+                    aclosing(pace.over(stream, then=self._policy.upload_timeout)) as pieces,
+                ):
+                    request = await self._request(
+                        method,
+                        path,
+                        call,
+                        query=query,
+                        headers=sent,
+                        content=pieces,
+                        sha256=body.sha256,
+                        read_timeout=self._policy.upload_timeout,
+                        write_timeout=max(self._policy.write_timeout, self._policy.call_timeout),
+                    )
+                    async with self._answer(request, call, expect=expect) as response:
+                        return await self._whole(response)
+
+        repeat = method == "PUT" if repeatable is None else repeatable
+        return await self._execute(self._call(f"{method} {path}", repeatable=repeat), attempt)
+
+    async def put_file(
+        self, url: str, body: FileBody, *, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """PUT a file to a presigned URL, streamed; neither key nor fixed headers are sent there.
+
+        Args:
+            url: As given by the server; its query is a secret that no error shows.
+            headers: Those that the URL was signed with, if any.
+
+        Raises:
+            ConfigError: The URL is plain http to another host.
+            ProtocolError: The URL is invalid, or leads from another host to this one.
+            PermissionDenied: The URL has expired; ask the server for another one.
+            DatasetError: The file cannot be read, or changed during the upload.
+        """
+        async with self._elsewhere(url) as (client, path):
+            return await client.send_file("PUT", path, body, headers=headers)
+
+    async def download(
+        self,
+        path: str,
+        target: Path,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        follow: bool = False,
+        on_progress: Progress | None = None,
+    ) -> Path:
+        """Download a response body to `target`, atomically.
+
+        Args:
+            follow: Follow redirects, without key and fixed headers, for files kept elsewhere.
+        """
+        plain = {"Accept": "*/*", "Accept-Encoding": "identity"}
+        given = httpx.Headers(plain)
+        given.update(headers or {})
+        url = await self._save(path, target, query, given, on_progress, follow=follow)
+        for _ in range(_MOST_REDIRECTS):
+            if url is None:
+                return target
+            async with self._elsewhere(url) as (client, place):
+                url = await client._save(  # noqa: SLF001  # it is one of these
+                    place, target, (), plain, on_progress, follow=True
                 )
-            return self._client
+        raise ProtocolError(f"GET {path}: too many redirects.", backend=self._backend)
+
+    async def _save(
+        self,
+        path: str,
+        target: Path,
+        query: Query,
+        headers: Mapping[str, str],
+        on_progress: Progress | None,
+        *,
+        follow: bool,
+    ) -> str | None:
+        """Download to `target`; return None, or the URL of a redirect."""
+        expect = {200, *_REDIRECTS} if follow else SUCCESS
+
+        async def attempt(call: Call) -> str | None:
+            with pacing(self._policy.call_timeout, call.late) as pace:
+                request = await self._request("GET", path, call, query=query, headers=headers)
+                async with self._answer(request, call, expect=expect) as response:
+                    if response.status_code in _REDIRECTS:
+                        location = response.headers.get("location", "")
+                        return str(urljoin(str(request.url), location))
+                    length = response.headers.get("content-length")
+                    plain = "content-encoding" not in response.headers
+                    known = plain and length and length.isascii() and length.isdigit()
+                    expected = int(length[:20]) if known and length else None
+                    # Data already received may take longer to reach the disk.
+                    arriving = pace.over(decoded(response), then=math.inf)
+                    async with aclosing(arriving) as pieces:
+                        await save_stream(pieces, target, expected, on_progress)
+            return None
+
+        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     @asynccontextmanager
-    async def _answer(
-        self, request: httpx.Request, call: Call, secrets: Sequence[SecretStr] = ()
-    ) -> AsyncGenerator[httpx.Response, None]:
-        """Send a request; yield the response, or raise an exception for an error response."""
-        client = await self._opened()
-        limiter = await self._current_limiter()
-        await call.admitted(limiter)
-        began = time.monotonic()
-        try:
-            response = await client.send(request, stream=True)
-            call.answered(response.status_code, response.headers, limiter)
-            self.clock_offset = read_date_ahead(response.headers.get("date"))
-            self._log.debug(
-                "http.answered",
-                call=_request_line(request),
-                status=response.status_code,
-                seconds=round(time.monotonic() - began, 3),
-                **call.identity,
-            )
-            try:
-                if response.is_success:
-                    yield response
-                    return
-                body = await _read_capped(response, _LARGEST_ERROR)
-            finally:
-                await response.aclose()
-        except (httpx.HTTPError, UnicodeError) as error:
-            raise error_from_transport(
-                error, call=_request_line(request), sent=call.sent, backend=self._backend
-            ) from error
-        raise self._refusal(response, self._without_secrets(body, secrets), call.retry_after)
-
-    def _refusal(
-        self, response: httpx.Response, body: bytes, retry_after: float | None
-    ) -> TrainingBackendError:
-        if response.is_redirect:
-            target = response.headers.get("location", "an unknown location")[:2000]
-            return ProtocolError(
-                f"{_request_line(response.request)}: the server redirects to {redact(target)}.",
-                hint="Redirects are not followed, to protect the key; use that base URL instead.",
-                backend=self._backend,
-            )
-        said = b"" if _is_too_deep(body) else body
-        error = self._decode_error(response.status_code, response.headers, said)
-        if isinstance(error, RateLimited):
-            error.retry_after = retry_after
-        return error
-
-    async def _object(
-        self, response: httpx.Response, call: str, secrets: Sequence[SecretStr] = ()
-    ) -> dict[str, Any]:
-        body = await _read_capped(response)
-        if len(body) > _LARGEST_JSON:
-            raise ProtocolError(
-                f"{call}: the response is larger than {_LARGEST_JSON >> 20} MiB.",
-                backend=self._backend,
-            )
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
-            document = None
-        if isinstance(document, dict) and not _is_deep(document):
-            return document
-        found = response.headers.get("content-type", "no content type")
-        raise ProtocolError(
-            f"{call}: the response is not a JSON object of at most {_DEEPEST_JSON} levels "
-            f"({response.status_code}, {found[:200]}).",
-            # Scrub before truncating, or part of a secret could remain at the end.
-            excerpt=self._without_secrets(body[:_LARGEST_ERROR], secrets)[:2000].decode(
-                "utf-8", "replace"
-            ),
-            hint="Check that the base URL is that of an API, not of a web page or proxy.",
+    async def _elsewhere(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:
+        """Yield a client without a key for the server of a URL, and the URL's path and query."""
+        origin, path, query = self._read_url(url)
+        client = HttpClient(
+            origin,
+            decode_error=_URL_ERRORS,
+            policy=self._policy,
             backend=self._backend,
+            transport=self._transport,
         )
+        client._hidden = _values_of(query)
+        try:
+            yield client, f"{path}?{query}" if query else path
+        finally:
+            with anyio.CancelScope(shield=True):
+                await client.aclose()
 
-    def _without_secrets(self, body: bytes, secrets: Sequence[SecretStr]) -> bytes:
-        """Remove secrets that a server repeats in its response."""
-        for secret in (self._secret, *secrets):
-            if secret is not None and secret.get_secret_value():
-                register_secret(secret)
-                body = body.replace(secret.get_secret_value().encode(), REDACTED.encode())
-        return redact(body.decode("utf-8", "replace")).encode()
+    def _read_url(self, url: str) -> tuple[str, str, str]:
+        """Return origin, path and query of a URL given by the server.
 
+        Raises:
+            ConfigError: It is plain http to another host.
+            ProtocolError: It is invalid, or leads from another host to this one.
+        """
+        try:
+            parts = urlsplit(url)
+            port = f":{parts.port}" if parts.port else ""
+        except ValueError:
+            raise self._bad_url("it is malformed") from None
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise self._bad_url("it is not an http(s) URL")
+        if "@" in parts.netloc:
+            raise self._bad_url("it contains a user name")
+        if is_loopback(url) and not is_loopback(self.base_url):
+            # Otherwise a server could reach services that only this machine can.
+            raise self._bad_url("it leads to this machine")
+        require_private_transport(url, backend=self._backend, what="data")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        return f"{parts.scheme}://{host}{port}", parts.path or "/", parts.query
 
-def _request_line(request: httpx.Request) -> str:
-    return f"{request.method} {request.url.copy_with(query=None)}"
-
-
-async def _read_capped(response: httpx.Response, most: int = _LARGEST_JSON) -> bytes:
-    """Read a body, at most `most` + 1 bytes."""
-    body = bytearray()
-    async with aclosing(_decoded(response)) as pieces:
-        async for piece in pieces:
-            body += piece
-            if len(body) > most:
-                break
-    return bytes(body[: most + 1])
-
-
-async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """Yield a body in small pieces, decompressed at most once.
-
-    httpx decodes every layer of encoding, each piece at once: a few kilobytes, compressed twice,
-    could expand to gigabytes.
-
-    Raises:
-        ProtocolError: The encoding is not gzip, or the data is corrupt.
-    """
-    call = _request_line(response.request)
-    coding = response.headers.get("content-encoding", "").strip().lower()
-    if coding in {"", "identity"}:
-        async for piece in response.aiter_raw():
-            yield piece
-        return
-    if coding not in {"gzip", "x-gzip"}:
-        raise ProtocolError(
-            f"{call}: unsupported content encoding in the response ({coding[:100]})."
-        )
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        async for piece in response.aiter_raw():
-            rest, unpacked = piece, b""
-            while rest or len(unpacked) == _PIECE:
-                unpacked = unpacker.decompress(rest, _PIECE)
-                rest = unpacker.unconsumed_tail
-                yield unpacked
-    except zlib.error:
-        raise ProtocolError(f"{call}: the compressed response is corrupt.") from None
-    if not unpacker.eof and response.num_bytes_downloaded:
-        raise ProtocolError(f"{call}: the compressed response is truncated.")
+    def _bad_url(self, why: str) -> ProtocolError:
+        return ProtocolError(f"The server returned an invalid URL: {why}.", backend=self._backend)
 
 
-def _is_too_deep(body: bytes) -> bool:
-    try:
-        return _is_deep(json.loads(body))
-    except RecursionError:
-        return True
-    except ValueError:
-        return False
+_URL_ERRORS: Final = ErrorTable(
+    statuses={401: PermissionDenied},
+    hints={PermissionDenied: "The presigned URL may have expired; start again to get another."},
+)
 
 
-def _is_deep(document: Any) -> bool:
-    level = [document]
-    for _ in range(_DEEPEST_JSON):
-        inner = (node.values() if isinstance(node, dict) else node for node in level)
-        level = [each for nodes in inner for each in nodes if isinstance(each, dict | list)]
-        if not level:
-            return False
-    return True
+def _values_of(query: str) -> tuple[str, ...]:
+    """Return the values of a query that may be signatures, as written and decoded."""
+    written = (part.partition("=")[2] for part in query.split("&"))
+    values = {form for value in written for form in (value, unquote(value), unquote_plus(value))}
+    return tuple(
+        sorted((v for v in values if len(v) >= _SHORTEST_SIGNATURE), key=len, reverse=True)
+    )
+
+
+def _encoded(
+    body: Any, form: Mapping[str, str] | None, content: bytes | None
+) -> tuple[bytes | None, dict[str, str]]:
+    """Return the bytes to send, and their Content-Type."""
+    if sum(each is not None for each in (body, form, content)) > 1:
+        raise ValueError("pass only one of body, form and content")
+    if form is not None:
+        kind = "application/x-www-form-urlencoded"
+        return urlencode(form).encode(), {"Content-Type": kind}
+    if body is not None:
+        return json.dumps(body, ensure_ascii=False).encode(), {"Content-Type": "application/json"}
+    return content, {}

@@ -21,9 +21,9 @@ class HttpPolicy:
         write_timeout: Without progress while sending a request. For files it is `call_timeout`,
             because a slow connection drains large buffers rarely.
         pool_timeout: To get a free connection.
-        call_timeout: For a call with all its attempts. An upload may take longer: it
-            applies to each MiB, so uploads fail below about 9 kB/s, and to the sum of the pauses
-            between attempts.
+        call_timeout: For a call with all its attempts. Uploads and downloads may take longer:
+            for them it applies to each MiB, so they fail below about 9 kB/s, and to the sum of
+            the pauses between attempts.
         upload_timeout: From the last byte of a file to the end of the response, while the server
             checks the file.
         attempts: Maximum attempts per request.

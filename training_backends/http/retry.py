@@ -80,7 +80,7 @@ class RetryRule:
     def _is_lawful(self, error: BaseException) -> bool:
         # Safe: a rate-limited or never sent request changed nothing.
         if isinstance(error, RateLimited):
-            return True
+            return error.retryable
         if isinstance(error, BackendUnavailable) and error.retryable:
             return self.repeatable or not error.sent
         return False

@@ -1,4 +1,4 @@
-"""Multipart upload of a file or a part of it, streamed with a known length."""
+"""Upload of a file or a part of it, streamed with a known length."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import anyio.to_thread
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.core.files import digest_of
 
-__all__ = ["CHUNK_BYTES", "FileUpload", "HashedFile", "Progress", "hash_file"]
+__all__ = ["CHUNK_BYTES", "FileBody", "FileUpload", "HashedFile", "Progress", "hash_file"]
 
 CHUNK_BYTES: Final = 2**20
 """Smaller chunks are slower, larger ones block the event loop for longer. Each must be sent within
@@ -52,43 +52,34 @@ async def hash_file(path: Path) -> HashedFile:
         raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
 
 
-class FileUpload:
-    """The body of a multipart/form-data request; can be streamed again for a retry.
+class FileBody:
+    """A file as the body of a request; can be streamed again for a retry.
 
     Args:
-        fields: Text fields, sent before the file in this order.
-        filename: File name sent to the server.
         hashed: Expected content: the bytes are hashed as they are sent, and the request is only
             completed if they match. For a part of a file, only that part is sent.
+        content_type: None sends no Content-Type.
     """
 
     def __init__(
         self,
         path: Path,
         *,
-        fields: Mapping[str, str],
-        filename: str | None = None,
         hashed: HashedFile | None = None,
+        content_type: str | None = "application/octet-stream",
         on_progress: Progress | None = None,
     ) -> None:
-        self.path = path
+        self.path: Path = path
         self._hashed = hashed
+        self._content_type = content_type
         self._on_progress = on_progress
-        self._boundary = secrets.token_hex(16)
-        self._head = self._make_head(fields, filename or path.name)
-        self._tail = f"\r\n--{self._boundary}--\r\n".encode()
+        self._head = b""
+        self._tail = b""
 
-    def _make_head(self, fields: Mapping[str, str], filename: str) -> bytes:
-        parts = [
-            f'--{self._boundary}\r\nContent-Disposition: form-data; name="{_quoted(name)}"'
-            f"\r\n\r\n{value}\r\n"
-            for name, value in fields.items()
-        ]
-        parts.append(
-            f'--{self._boundary}\r\nContent-Disposition: form-data; name="file"; '
-            f'filename="{_quoted(filename)}"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        )
-        return "".join(parts).encode()
+    @property
+    def sha256(self) -> str | None:
+        """Hex digest of the body, if known."""
+        return None if self._hashed is None or self._head else self._hashed.sha256
 
     async def headers(self) -> dict[str, str]:
         """Return the headers for the body, including Content-Length.
@@ -97,10 +88,8 @@ class FileUpload:
             DatasetError: The file does not exist, is not a regular file or is empty.
         """
         size = await self._size()
-        return {
-            "Content-Type": f"multipart/form-data; boundary={self._boundary}",
-            "Content-Length": str(len(self._head) + size + len(self._tail)),
-        }
+        kind = {} if self._content_type is None else {"Content-Type": self._content_type}
+        return {**kind, "Content-Length": str(len(self._head) + size + len(self._tail))}
 
     async def _size(self) -> int:
         if self._hashed is not None and self._hashed.start is not None:
@@ -130,7 +119,8 @@ class FileUpload:
             raise _unusable(self.path, f"it cannot be read: {error.strerror or error}") from error
         reader = _ReadAhead(file, self.path, size, self._hashed)
         try:
-            yield self._head
+            if self._head:
+                yield self._head
             done = 0
             while done < size:
                 chunk = await reader.next()
@@ -138,10 +128,52 @@ class FileUpload:
                 yield chunk
                 if self._on_progress:
                     self._on_progress(done, size)
-            yield self._tail
+            if self._tail:
+                yield self._tail
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(reader.close)
+
+
+class FileUpload(FileBody):
+    """A file in a multipart/form-data request.
+
+    Args:
+        fields: Text fields, sent before the file in this order.
+        filename: File name sent to the server.
+        hashed: See `FileBody`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fields: Mapping[str, str],
+        filename: str | None = None,
+        hashed: HashedFile | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        boundary = secrets.token_hex(16)
+        super().__init__(
+            path,
+            hashed=hashed,
+            content_type=f"multipart/form-data; boundary={boundary}",
+            on_progress=on_progress,
+        )
+        self._head = _form_head(boundary, fields, filename or path.name)
+        self._tail = f"\r\n--{boundary}--\r\n".encode()
+
+
+def _form_head(boundary: str, fields: Mapping[str, str], filename: str) -> bytes:
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
+    parts.append(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+        f'filename="{_quoted(filename)}"\r\nContent-Type: application/octet-stream\r\n\r\n'
+    )
+    return "".join(parts).encode()
 
 
 class _ReadAhead:

@@ -1,11 +1,11 @@
 """Base URLs of servers, and whether a key may be sent there."""
 
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.errors import ConfigError, Issue, RunNotFound
 
-__all__ = ["is_loopback", "normalize_base_url", "require_private_transport"]
+__all__ = ["is_loopback", "normalize_base_url", "path_segment", "require_private_transport"]
 
 
 def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:
@@ -42,6 +42,18 @@ def _bad_url(why: str) -> ConfigError:
     return ConfigError(f"Invalid base URL: {why}.", issues=[issue])
 
 
+def path_segment(identifier: str) -> str:
+    """Quote a provider's id as one segment of a path; colons are not escaped.
+
+    Raises:
+        RunNotFound: The id is empty or consists of dots, and would address something else.
+    """
+    if identifier.strip("./ ") == "":
+        # An empty id would address the collection, perhaps to delete it.
+        raise RunNotFound(f"Invalid id {identifier!r}.")
+    return quote(identifier, safe=":")
+
+
 def is_loopback(url: str) -> bool:
     """Return whether a URL's host is a loopback address."""
     host = urlsplit(url).hostname or ""
@@ -53,8 +65,13 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def require_private_transport(url: str, *, backend: str | None = None) -> None:
-    """Reject URLs that would send a key unencrypted.
+def require_private_transport(
+    url: str, *, backend: str | None = None, what: str = "the API key"
+) -> None:
+    """Reject URLs that would send a key or data unencrypted.
+
+    Args:
+        what: What would be sent.
 
     Raises:
         ConfigError: The URL is plain http to a non-loopback host.
@@ -69,9 +86,9 @@ def require_private_transport(url: str, *, backend: str | None = None) -> None:
         fix=f"use https://{parts.hostname}, or a tunnel that ends on this machine",
     )
     raise ConfigError(
-        "Refusing to send the API key over plain HTTP to another host.",
+        f"Refusing to send {what} over plain HTTP to another host.",
         issues=[issue],
-        hint="API keys are sent over https or to a loopback address only. "
+        hint="API keys and training data are sent over https or to a loopback address only. "
         + str(issue.fix).capitalize()
         + ".",
         backend=backend,

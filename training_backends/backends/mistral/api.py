@@ -6,15 +6,15 @@ from contextlib import aclosing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import quote
 
 import msgspec
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from training_backends.core.errors import ProtocolError, RunNotFound, validation_issues
+from training_backends.core.errors import ProtocolError, validation_issues
 from training_backends.core.logging import get_logger, redact
 from training_backends.http.client import HttpClient
 from training_backends.http.upload import FileUpload, HashedFile, Progress
+from training_backends.http.urls import path_segment
 from training_backends.protocols.mistral import wire
 
 __all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
@@ -128,7 +128,7 @@ class MistralAPI:
 
     async def retrieve_file(self, file_id: str) -> wire.RetrieveFileOut:
         """Retrieve a file's metadata."""
-        document = await self._http.json("GET", f"{_FILES}/{_segment(file_id)}")
+        document = await self._http.json("GET", f"{_FILES}/{path_segment(file_id)}")
         return _read(wire.RetrieveFileOut.model_validate, document)
 
     # -- jobs --------------------------------------------------------------------------
@@ -202,17 +202,17 @@ class MistralAPI:
 
     async def get_job(self, job_id: str) -> wire.DetailedJob:
         """Retrieve a job with its events and checkpoints."""
-        document = await self._http.json("GET", f"{_JOBS}/{_segment(job_id)}")
+        document = await self._http.json("GET", f"{_JOBS}/{path_segment(job_id)}")
         return _read(wire.read_detailed_job, document)
 
     async def start_job(self, job_id: str) -> wire.DetailedJob:
         """Start a validated job. Not retried once it may have arrived."""
-        document = await self._http.json("POST", f"{_JOBS}/{_segment(job_id)}/start")
+        document = await self._http.json("POST", f"{_JOBS}/{path_segment(job_id)}/start")
         return _read(wire.read_detailed_job, document)
 
     async def cancel_job(self, job_id: str) -> wire.DetailedJob:
         """Cancel a job; safe to repeat."""
-        path = f"{_JOBS}/{_segment(job_id)}/cancel"
+        path = f"{_JOBS}/{path_segment(job_id)}/cancel"
         return _read(wire.read_detailed_job, await self._http.json("POST", path, repeatable=True))
 
     # -- models ------------------------------------------------------------------------
@@ -276,14 +276,6 @@ def _text(value: str | float | datetime) -> str:
             raise ValueError("times in filters need a time zone")
         return value.isoformat()
     return str(value)
-
-
-def _segment(identifier: str) -> str:
-    """Quote an id for a path; `ft:a:b` is not escaped, as in the official client."""
-    if identifier.strip("./ ") == "":
-        # An empty id would address the collection, perhaps to delete it.
-        raise RunNotFound(f"Invalid id {identifier!r}.")
-    return quote(identifier, safe=":")
 
 
 def _read(reader: Callable[[Mapping[str, Any]], _M], document: Mapping[str, Any]) -> _M:

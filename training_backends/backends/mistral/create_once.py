@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.job_request import matches, same_job
 from training_backends.backends.mistral.job_state import has_started, is_over
-from training_backends.backends.mistral.retry import Steps, asked_pause, may_pass
+from training_backends.backends.mistral.retry import Steps
 from training_backends.backends.mistral.settings import CLOCK_SLACK
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
@@ -29,6 +29,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
     may_have_happened,
 )
+from training_backends.core.persist import asked_pause, may_pass
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.protocols.mistral.wire import Job, JobIn, TrainingFile
 

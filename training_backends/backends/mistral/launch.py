@@ -15,7 +15,7 @@ from training_backends.backends.mistral.job_state import (
     quote_of,
     state_of,
 )
-from training_backends.backends.mistral.retry import TRIES, Steps, asked_pause, may_pass
+from training_backends.backends.mistral.retry import Steps
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.backends.mistral.uploads import Uploads
 from training_backends.core.backend import CredentialSource, Journal, JSONValue
@@ -28,6 +28,7 @@ from training_backends.core.errors import (
     may_have_happened,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.persist import TRIES, asked_pause, may_pass
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.protocols.mistral.status import to_status

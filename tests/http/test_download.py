@@ -1,0 +1,121 @@
+"""Downloads: whole or not at all."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import anyio
+import pytest
+
+from training_backends import BackendUnavailable, TrainingBackendError
+from training_backends.http.client import HttpClient
+from training_backends.testing.faults import CutAnswer, OtherAnswer
+from training_backends.testing.server import LoopbackServer
+
+pytestmark = pytest.mark.anyio
+CONTENT = os.urandom(300_000)
+FILE = OtherAnswer(status=200, body=CONTENT, content_type="application/octet-stream")
+
+
+@pytest.fixture
+async def client(make_client: Callable[..., HttpClient]) -> AsyncGenerator[HttpClient, None]:
+    """Make a client, and close it in the end."""
+    made = make_client()
+    yield made
+    await made.aclose()
+
+
+async def test_content_arrives(client: HttpClient, server: LoopbackServer, tmp_path: Path) -> None:
+    """The file holds what was sent, its folder is made, progress ends at the total."""
+    server.fail(FILE)
+    told: list[tuple[int, int]] = []
+    target = tmp_path / "new" / "model.bin"
+    assert (
+        await client.download("/x", target, on_progress=lambda *step: told.append(step)) == target
+    )
+    assert target.read_bytes() == CONTENT
+    assert told[-1] == (len(CONTENT), len(CONTENT))
+
+
+async def test_broken_download_leaves_nothing(
+    client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """A download that breaks every time leaves neither a file nor a part of one."""
+    server.fail(CutAnswer(after=5), times=9)
+    with pytest.raises(BackendUnavailable):
+        await client.download("/x", tmp_path / "model.bin")
+    assert list(tmp_path.iterdir()) == []
+    assert len(server.requests) == 3
+
+
+async def test_old_file_stays_until_the_new_one_is_whole(
+    client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """What lay there before is replaced by a whole download only."""
+    target = tmp_path / "model.bin"
+    target.write_bytes(b"old")
+    server.fail(CutAnswer(after=5), times=3)
+    with pytest.raises(BackendUnavailable):
+        await client.download("/x", target)
+    assert target.read_bytes() == b"old"
+    server.fail(FILE)
+    await client.download("/x", target)
+    assert target.read_bytes() == CONTENT
+
+
+async def test_unwritable_target_is_said(client: HttpClient, tmp_path: Path) -> None:
+    """A target that cannot be written is an error that names it and the reason."""
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingBackendError, match=r"Cannot write .*file/model\.bin"):
+        await client.download("/x", tmp_path / "file" / "model.bin")
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"])
+async def test_trickling_download_ends(
+    head: bytes, make_client: Callable[..., HttpClient], tmp_path: Path
+) -> None:
+    """A download of which a byte comes now and then, never silent, is given up on."""
+    with trickle(head, piece=b"X", pause=0.05) as url:
+        client = make_client(url, call_timeout=0.5, attempts=1)
+        with anyio.fail_after(20), pytest.raises(BackendUnavailable, match=r"within 0\.5 s"):
+            await client.download("/x", tmp_path / "model.bin")
+        await client.aclose()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_download_is_not_cut_off_while_bytes_flow(
+    make_client: Callable[..., HttpClient], tmp_path: Path
+) -> None:
+    """It may take longer than any other call."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (24 * 2**18)
+    with trickle(head, piece=b"X" * 2**18, pause=0.05) as url:
+        client = make_client(url, call_timeout=1.0, attempts=1)
+        began = time.monotonic()
+        target = await client.download("/x", tmp_path / "model.bin")
+        await client.aclose()
+    assert time.monotonic() - began > 1.0
+    assert target.stat().st_size == 24 * 2**18
+
+
+@contextmanager
+def trickle(head: bytes, piece: bytes, pause: float) -> Iterator[str]:
+    """Answer one request with `head` and then a piece at a time, until the client hangs up."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while True:
+                connection.sendall(piece)
+                time.sleep(pause)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)

@@ -1,0 +1,126 @@
+# ruff: isort: skip_file
+# Public names of the toolkit; `plugins.py` loads each on first use.
+
+from .core.backend import (
+    BackendContext as BackendContext,
+    CredentialSource as CredentialSource,
+    Health as Health,
+    JSONValue as JSONValue,
+    Journal as Journal,
+    NoOptions as NoOptions,
+    RemoteFilters as RemoteFilters,
+    RemoteRun as RemoteRun,
+    TrainingBackend as TrainingBackend,
+)
+from .core.backoff import Backoff as Backoff
+from .core.capabilities import Capabilities as Capabilities
+from .core.concurrency import run_all as run_all
+from .core.config import (
+    ClassifierTarget as ClassifierTarget,
+    Data as Data,
+    DataSource as DataSource,
+    Hyperparameters as Hyperparameters,
+    TrainingConfig as TrainingConfig,
+    Tuning as Tuning,
+    WandbIntegration as WandbIntegration,
+    option_issues as option_issues,
+)
+from .core.data_rules import ProviderFormat as ProviderFormat
+from .core.dataset import DataFile as DataFile, Dataset as Dataset
+from .core.errors import (
+    AmbiguousLaunch as AmbiguousLaunch,
+    AuthenticationFailed as AuthenticationFailed,
+    BackendNotInstalled as BackendNotInstalled,
+    BackendRetired as BackendRetired,
+    BackendUnavailable as BackendUnavailable,
+    BudgetExceeded as BudgetExceeded,
+    ConfigError as ConfigError,
+    CredentialNotFound as CredentialNotFound,
+    DatasetError as DatasetError,
+    DuplicateRun as DuplicateRun,
+    Issue as Issue,
+    PayloadTooLarge as PayloadTooLarge,
+    PermissionDenied as PermissionDenied,
+    ProtocolError as ProtocolError,
+    RateLimited as RateLimited,
+    RunNotFound as RunNotFound,
+    TrainingBackendError as TrainingBackendError,
+    UnsupportedOperation as UnsupportedOperation,
+    WaitTimeout as WaitTimeout,
+    may_have_happened as may_have_happened,
+)
+from .core.estimate import (
+    Budget as Budget,
+    CostItem as CostItem,
+    Estimate as Estimate,
+    Money as Money,
+    PriceSource as PriceSource,
+)
+from .core.logging import (
+    get_logger as get_logger,
+    redact as redact,
+    register_secret as register_secret,
+)
+from .core.persist import may_pass as may_pass, persist as persist, poll as poll
+from .core.run import (
+    Checkpoint as Checkpoint,
+    CleanText as CleanText,
+    Failure as Failure,
+    FailureKind as FailureKind,
+    LogRecord as LogRecord,
+    Observation as Observation,
+    Reply as Reply,
+    RunState as RunState,
+    TrainingRun as TrainingRun,
+    UtcDatetime as UtcDatetime,
+    ValidationReport as ValidationReport,
+    utc_now as utc_now,
+)
+from .core.settings import SectionSettings as SectionSettings, load_settings as load_settings
+from .core.status import TrainingStatus as TrainingStatus
+from .core.uploads import upload_once as upload_once
+from .datasets.inspect import inspect as inspect, raise_for_errors as raise_for_errors
+from .datasets.provider_formats import PROVIDER_FORMATS as PROVIDER_FORMATS
+from .http.answer import Answer as Answer, ServerEvent as ServerEvent
+from .http.auth import (
+    KeyHeader as KeyHeader,
+    KeySource as KeySource,
+    Signer as Signer,
+    UnsignedRequest as UnsignedRequest,
+)
+from .http.client import HttpClient as HttpClient
+from .http.error_table import (
+    ErrorDecoder as ErrorDecoder,
+    ErrorKind as ErrorKind,
+    ErrorTable as ErrorTable,
+)
+from .http.exchange import Query as Query
+from .http.paging import (
+    NextPage as NextPage,
+    Page as Page,
+    after_last as after_last,
+    next_cursor as next_cursor,
+    next_link as next_link,
+    next_number as next_number,
+    paged as paged,
+)
+from .http.policy import HttpPolicy as HttpPolicy
+from .http.upload import (
+    FileBody as FileBody,
+    FileUpload as FileUpload,
+    HashedFile as HashedFile,
+    Progress as Progress,
+    hash_file as hash_file,
+)
+from .http.urls import (
+    is_loopback as is_loopback,
+    normalize_base_url as normalize_base_url,
+    path_segment as path_segment,
+    require_private_transport as require_private_transport,
+)
+from .tokens import (
+    TokenCount as TokenCount,
+    count_tokens as count_tokens,
+    row_counter as row_counter,
+    tokenizer_of as tokenizer_of,
+)
