@@ -22,6 +22,7 @@ from training_backends import (
     Observation,
     RunNotFound,
     RunState,
+    SuffixRule,
     TrainingBackend,
     TrainingConfig,
     TrainingRun,
@@ -52,7 +53,12 @@ class QuickBackend(TrainingBackend):
     @property
     def capabilities(self) -> Capabilities:
         """The minimum that a gateway needs."""
-        return Capabilities(suffix=True)
+        return Capabilities(
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
+            suffix=SuffixRule(max_length=18),
+        )
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Accept everything."""

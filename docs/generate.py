@@ -22,6 +22,7 @@ BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)"
 
 
 CAPABILITIES = {
+    "weights": "file weights",
     "quotes": "price quote",
     "stops": "stop",
     "keeps_checkpoint_on_stop": "checkpoint on stop",
@@ -29,6 +30,7 @@ CAPABILITIES = {
     "downloads": "model download",
     "samples": "generate",
     "deletes": "delete",
+    "pauses": "pause",
     "lists_remote": "run listing",
     "validation_files": "validation files",
     "suffix": "model name suffix",
@@ -43,19 +45,20 @@ def backends() -> str:
         kind = backend_class(name)
         capabilities = _capabilities(name)
         methods = ", ".join(f"`{method}`" for method in sorted(capabilities["methods"]))
-        flags = [flag for flag, value in capabilities.items() if value is True]
-        supported = ", ".join(CAPABILITIES.get(flag, flag.replace("_", " ")) for flag in flags)
+        flags = [flag for flag in CAPABILITIES if capabilities[flag] not in (None, False, "no")]
+        supported = ", ".join(CAPABILITIES[flag] for flag in flags)
         rows.append(f"| `{name}` | {kind.summary} | {methods} | {supported} |")
     return "\n".join(rows)
 
 
 def _capabilities(name: str) -> dict[str, Any]:
     from training_backends.core.backend import BackendContext
+    from training_backends.core.registry import create_backend
     from training_backends.credentials.vault import CredentialVault
 
     home = Path("unused")
     context = BackendContext(home=home, credentials=CredentialVault(home=home))
-    return backend_class(name).create(context).capabilities.model_dump(mode="json")
+    return create_backend(name, context).capabilities.model_dump(mode="json")
 
 
 def exit_codes() -> str:

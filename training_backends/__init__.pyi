@@ -15,7 +15,12 @@ from .core.backend import (
     RemoteRun as RemoteRun,
     TrainingBackend as TrainingBackend,
 )
-from .core.capabilities import Capabilities as Capabilities
+from .core.capabilities import (
+    Capabilities as Capabilities,
+)
+from .core.capabilities import (
+    SuffixRule as SuffixRule,
+)
 from .core.config import (
     ClassifierTarget as ClassifierTarget,
     Data as Data,

@@ -27,6 +27,12 @@ class Plugin(ScriptedBackend):
 
     async def observe(self, run, *, after=None):
         return Observation(RunState(status=TrainingStatus(os.environ.get("STATUS", "running"))))
+
+    async def pause(self, run):
+        pass
+
+    async def unpause(self, run):
+        pass
 """
 
 
@@ -96,6 +102,15 @@ def test_what_cannot_be_resumed_is_said_before_money(run: Run, config: str, stat
     done = run("resume", "mine", STATUS=status)
     assert (done.code, "--yes" in done.err) == (9, False)
     assert f"resume a run that is {status}" in done.err
+
+
+def test_a_paused_run_is_resumed_in_place(run: Run, config: str) -> None:
+    """`pause` and `resume` keep the run and its id, and cost nothing that needs consent."""
+    assert run("launch", config, "--id=mine", "--yes").code == 0
+    assert run("pause", "mine", "--json", STATUS="paused").document["status"] == "paused"
+    assert run("resume", "mine", STATUS="paused").code == 0
+    assert run("resume", "mine", "--id=other", STATUS="paused").code == 2
+    assert [found["id"] for found in run("list", "--json").document] == ["mine"]
 
 
 def test_a_repeated_launch_says_what_exists(run: Run, config: str, train_file: Path) -> None:

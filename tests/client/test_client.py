@@ -744,11 +744,59 @@ async def test_a_draft_that_may_have_a_job_is_not_deleted(
     assert [run.id for run in await client.list()] == ["mine"]
 
 
+async def test_a_paused_run_continues_in_place(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Pausing and unpausing are safe to repeat; a paused run is not resumed as a new one."""
+    run = await client.launch(make_config(), backend="scripted")
+    for _ in range(2):
+        assert (await client.pause(run.id)).status is TrainingStatus.PAUSED
+    with pytest.raises(UnsupportedOperation, match="resume a run that is paused"):
+        await client.resume(run.id)
+    for _ in range(2):
+        assert (await client.unpause(run.id)).status is TrainingStatus.RUNNING
+    await client.pause(run.id)
+    assert (await client.stop(run.id)).status is TrainingStatus.STOPPING
+    assert [found.id for found in await client.list()] == [run.id]
+
+
+async def test_only_a_run_in_progress_can_be_paused(
+    tmp_path: Path, client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Neither a finished one nor one of a backend that does not declare it."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    for ask in (client.pause, client.unpause):
+        with pytest.raises(UnsupportedOperation, match="completed"):
+            await ask(run.id)
+    lacking = ScriptedBackend(capabilities=Capabilities())
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": lacking}) as other:
+        run = await other.launch(make_config(), backend="scripted")
+        for ask in (other.pause, other.unpause):
+            with pytest.raises(UnsupportedOperation, match="cannot pause runs"):
+                await ask(run.id)
+
+
+async def test_a_wait_reports_a_paused_run_and_goes_on(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Until it is unpaused and finishes."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.say(str(run.remote_id), TrainingStatus.PAUSED)
+    with capture_logs() as logs:
+        with pytest.raises(WaitTimeout):
+            await client.wait(run.id, timeout=0.5)
+        assert [entry["event"] for entry in logs if "paused" in entry["event"]]
+    backend.finish(str(run.remote_id))
+    (done,) = await client.wait(run.id, timeout=30)
+    assert done.status is TrainingStatus.COMPLETED
+
+
 async def test_a_backend_that_cannot_resume_leaves_no_record(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
     """The client asks the capabilities before it makes the new run."""
-    backend = ScriptedBackend(capabilities=Capabilities(resumes=False))
+    backend = ScriptedBackend(capabilities=Capabilities())
     async with AsyncTrainingClient(
         home=tmp_path / "home", backends={"scripted": backend}
     ) as client:
@@ -757,6 +805,41 @@ async def test_a_backend_that_cannot_resume_leaves_no_record(
         with pytest.raises(UnsupportedOperation, match="cannot resume"):
             await client.resume(run.id, new_id="second")
         assert [found.id for found in await client.list()] == [run.id]
+
+
+async def test_a_checkpoint_is_refused_where_a_run_is_resumed_anew(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Before the new run is recorded, and before the backend is asked."""
+    backend = ScriptedBackend(capabilities=Capabilities(resumes="anew"))
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        run = await client.launch(make_config(), backend="scripted")
+        backend.fail(str(run.remote_id))
+        with pytest.raises(UnsupportedOperation, match="from a checkpoint"):
+            await client.resume(run.id, checkpoint="1")
+        assert [found.id for found in await client.list()] == [run.id]
+        assert backend.resumed == []
+
+
+async def test_an_undeclared_field_ends_the_launch_before_the_backend_is_asked(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """`validate`, `estimate` and `launch` name it, and there is no record."""
+    backend = ScriptedBackend(capabilities=Capabilities(hyperparameters=frozenset({"epochs"})))
+    backend.report = ValidationReport(issues=(Issue(code="asked", message="asked"),))
+    config = make_config(hyperparameters={"seed": 1})
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        report = await client.validate(config, backend="scripted")
+        assert [issue.field for issue in report.errors] == ["hyperparameters.seed"]
+        for ask in (client.estimate, client.launch):
+            with pytest.raises(ConfigError, match="not valid for the backend") as caught:
+                await ask(config, backend="scripted")
+            assert caught.value.issues == report.errors
+        assert await client.list() == []
 
 
 async def test_a_run_that_was_never_started_is_not_resumed(

@@ -24,7 +24,7 @@ class Telling(ScriptedBackend):
     """Lists its jobs, with what they were made of where it was told that."""
 
     def __init__(self) -> None:
-        super().__init__(capabilities=Capabilities(resumes=True, lists_remote=True))
+        super().__init__(capabilities=Capabilities(resumes="checkpoint", lists_remote=True))
         self.configs: dict[str, TrainingConfig] = {}
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from tests.plugins import Install
 from training_backends import (
@@ -13,6 +15,9 @@ from training_backends import (
     backend_class,
     installed_backends,
 )
+from training_backends.core.backend import BackendContext
+from training_backends.core.registry import create_backend
+from training_backends.core.settings import Settings, load_settings
 
 GOOD = """
 from training_backends.core.backend import TrainingBackend
@@ -35,6 +40,52 @@ def test_a_strangers_backend_is_found(install: Install) -> None:
     loaded = backend_class("plugin")
     assert issubclass(loaded, TrainingBackend)
     assert loaded.name == "plugin"
+
+
+WITH_SETTINGS = """
+from training_backends.core.settings import SectionSettings
+from training_backends.testing.backend import ScriptedBackend
+
+class DashSettings(SectionSettings):
+    section = "{section}"
+    url: str = "default"
+
+class Plugin(ScriptedBackend):
+    name = "with-dash"
+    settings_model = DashSettings
+
+    @classmethod
+    def create(cls, context):
+        backend = cls()
+        backend.url = context.settings.url
+        return backend
+"""
+
+
+class _NoSecrets:
+    async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+        raise NotImplementedError
+
+
+CONTEXT = BackendContext(home=Path("unused"), credentials=_NoSecrets())
+
+
+def test_a_backend_receives_its_settings(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded from its section, whose name a shell variable can have."""
+    install("dashed", "with-dash", WITH_SETTINGS.format(section="with_dash"))
+    monkeypatch.setenv("TRAINING_BACKENDS_WITH_DASH__URL", "mine")
+    load_settings(Settings)  # knows the section
+    assert vars(create_backend("with-dash", CONTEXT))["url"] == "mine"
+    monkeypatch.setenv("TRAINING_BACKENDS_WITH_DASH__URI", "misspelt")
+    with pytest.raises(ConfigError, match="invalid"):
+        create_backend("with-dash", CONTEXT)
+
+
+def test_a_section_with_another_name_than_its_backend_is_a_bug(install: Install) -> None:
+    """Nobody would find it."""
+    install("dashed_wrong", "with-dash", WITH_SETTINGS.format(section="dash"))
+    with pytest.raises(TypeError, match=r"DashSettings\.section must be 'with_dash'"):
+        create_backend("with-dash", CONTEXT)
 
 
 @pytest.mark.parametrize(

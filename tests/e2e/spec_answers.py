@@ -20,7 +20,6 @@ import anyio
 import httpx
 from pydantic import SecretStr
 
-from training_backends import Capabilities
 from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.testing.backend import ScriptedBackend
@@ -112,7 +111,8 @@ async def fill(filler: Filler) -> dict[str, list[str]]:
 async def main(specification: Path, examples: int) -> int:
     """Serve, fill, and ask for everything; return the exit code."""
     methods = frozenset({"sft", "classifier"})
-    backend = ScriptedBackend(capabilities=Capabilities(methods=methods, deletes=True))
+    declared = ScriptedBackend().capabilities
+    backend = ScriptedBackend(capabilities=declared.model_copy(update={"methods": methods}))
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         catalogue = home / "catalogue.toml"

@@ -763,7 +763,8 @@ class Plugin(ScriptedBackend):
     @property
     def capabilities(self):
         fail("capabilities")
-        return Capabilities(resumes=True, downloads=True, samples=True, deletes=True,
+        return Capabilities(hyperparameters=None, weights=True, validation_files=True,
+                            resumes="checkpoint", downloads=True, samples=True, deletes=True,
                             lists_remote=True)
 
     async def validate(self, config, dataset):

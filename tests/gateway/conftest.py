@@ -16,7 +16,6 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from tests.waiting import until
-from training_backends.core.capabilities import Capabilities
 from training_backends.gateway.server import RunningGateway, running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.uploads import BlobStore
@@ -41,8 +40,8 @@ def jsonl(rows: Sequence[object] = ROWS) -> bytes:
 
 def scripted(**capabilities: Any) -> ScriptedBackend:
     """Make the backend, with these capabilities beside those that it has."""
-    values: dict[str, Any] = {"downloads": True, "deletes": True, **capabilities}
-    return ScriptedBackend(capabilities=Capabilities(**values))
+    declared = ScriptedBackend().capabilities
+    return ScriptedBackend(capabilities=declared.model_copy(update=capabilities))
 
 
 @dataclass

@@ -179,6 +179,53 @@ async def test_the_backend_receives_the_hyperparameters_that_were_set_and_no_oth
     assert config.hyperparameters.model_dump(exclude_none=True) == received
 
 
+@pytest.mark.parametrize(
+    ("fields", "place", "message"),
+    [
+        (
+            {"hyperparameters": {"learning_rate": 1e-3}},
+            ["hyperparameters", "learning_rate"],
+            "rate",
+        ),
+        ({"training_files": [{"file_id": "f", "weight": 2}]}, ["training_files", 0, "weight"], ""),
+        ({"training_files": ["f", "g"]}, ["training_files"], "one training file, not 2"),
+        ({"validation_files": ["g"]}, ["validation_files"], "validation data"),
+    ],
+)
+async def test_what_the_backend_does_not_declare_is_refused_at_once(
+    tmp_path: Path, fields: dict[str, Any], place: list[str | int], message: str
+) -> None:
+    """By its place in the request, before the job exists."""
+    backend = scripted(
+        hyperparameters=frozenset({"epochs"}),
+        weights=False,
+        validation_files=False,
+        max_train_files=1,
+    )
+    async with site(tmp_path, backend) as here:
+        answer = await here.try_create(**{"hyperparameters": {}, **fields})
+    assert answer.status_code == 422
+    (detail,) = answer.json()["detail"]
+    assert detail["loc"] == ["body", *place]
+    assert message in detail["msg"]
+
+
+async def test_a_backend_receives_neither_an_undeclared_suffix_nor_a_default_length(
+    tmp_path: Path,
+) -> None:
+    """The gateway itself names the model, and its default length is for backends with epochs."""
+    backend = Noting()
+    backend._capabilities = backend.capabilities.model_copy(
+        update={"suffix": None, "hyperparameters": frozenset({"training_steps"})}
+    )
+    async with site(tmp_path, backend) as here:
+        job = await here.finished(suffix="mine", hyperparameters={})
+    (config,) = backend.configs
+    assert config.suffix is None
+    assert config.hyperparameters.model_dump(exclude_none=True) == {}
+    assert (job["suffix"], ":mine:" in job["fine_tuned_model"]) == ("mine", True)
+
+
 async def test_a_gateway_with_a_wrong_catalogue_does_not_start(tmp_path: Path) -> None:
     """An option that its backend does not have would fail every job."""
     catalogue = tmp_path / "catalogue.toml"

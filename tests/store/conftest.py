@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from tests.client import conftest as clients
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
+from training_backends.core.run import LogSource
 from training_backends.store import RunStore
 from training_backends.store.database import create_file, sqlite_file
 from training_backends.store.schema import as_text
@@ -113,7 +114,9 @@ def execute(url: str, *statements: str) -> list[Any]:
     return rows
 
 
-def told(message: str, second: float = 0, source: str = "event", **fields: object) -> LogRecord:
+def told(
+    message: str, second: float = 0, source: LogSource = "event", **fields: object
+) -> LogRecord:
     """Make a log record as a provider tells it, so many seconds after the beginning."""
     at = BEGINNING + timedelta(seconds=second)
     return LogRecord(at=at, message=message, source=source, fields=fields, cursor="theirs")

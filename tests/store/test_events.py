@@ -10,7 +10,7 @@ import pytest
 from tests.store.conftest import BEGINNING, MakeRun, at_once, told
 from tests.store.worker import EACH, LOOKS
 from training_backends import ConfigError, LogRecord, RunNotFound, TrainingRun, TrainingStatus
-from training_backends.core.run import RunState
+from training_backends.core.run import RunState, utc_now
 from training_backends.store import LeaseLost, MetricPoint, RunStore
 
 
@@ -53,6 +53,26 @@ def test_records_come_back_as_they_were_but_for_the_cursor(
     )
     look(record)
     assert store.records("r") == [record.model_copy(update={"cursor": "1"})]
+
+
+def test_a_record_without_a_time_gets_that_of_the_observation(
+    store: RunStore, look: Callable[..., None]
+) -> None:
+    """In the order of the provider, and the stored time never changes."""
+    before = utc_now()
+    look(*(told(text).model_copy(update={"at": None}) for text in "abc"))
+    found = store.records("r")
+    assert messages(found) == ["a", "b", "c"]
+    assert {before <= (record.at or BEGINNING) <= utc_now() for record in found} == {True}
+    assert store.records("r") == found
+
+
+def test_a_stored_record_of_a_source_that_no_longer_exists_is_output(
+    store: RunStore, look: Callable[..., None]
+) -> None:
+    """Earlier versions stored any word."""
+    look(told("x").model_copy(update={"source": "sample"}))
+    assert [record.source for record in store.records("r")] == ["output"]
 
 
 def test_a_log_goes_on_behind_any_cursor(store: RunStore, look: Callable[..., None]) -> None:

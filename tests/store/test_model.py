@@ -38,6 +38,11 @@ records = st.lists(
 )
 
 
+def _at(record: LogRecord) -> datetime:
+    assert record.at is not None
+    return record.at
+
+
 @dataclass
 class Log:
     """What is known of one run."""
@@ -50,9 +55,9 @@ class Log:
 
     def add(self, found: list[LogRecord]) -> list[str]:
         """Add records; return the messages of those that somebody wants to be told of."""
-        for record in sorted(found, key=lambda record: record.at):
+        for record in sorted(found, key=_at):
             latest = self.said[-1][1] if self.said else BEGINNING
-            self.said.append((record.message.replace("\0", "\ufffd"), max(record.at, latest)))
+            self.said.append((record.message.replace("\0", "\ufffd"), max(_at(record), latest)))
             loss = record.fields["loss"]
             if record.step is None or loss is None:
                 continue
@@ -61,7 +66,7 @@ class Log:
                 self.losses[record.step] = loss
             elif record.source == "checkpoint" and record.step not in self.own:
                 self.losses[record.step] = loss
-        events = sorted(found, key=lambda record: record.at)
+        events = sorted(found, key=_at)
         return [
             it.message.replace("\0", "\ufffd")
             for it in events

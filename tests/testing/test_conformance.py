@@ -13,10 +13,8 @@ from training_backends import (
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
-    ValidationReport,
 )
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import Issue
 from training_backends.testing.backend import ScriptedBackend
 from training_backends.testing.conformance import BackendConformance, Subject
 from training_backends.testing.journal import MemoryJournal
@@ -26,18 +24,11 @@ MakeConfig = Callable[..., TrainingConfig]
 
 
 class Honest(ScriptedBackend):
-    """Names what it does not train, and a source of its price."""
+    """Says why it has no price."""
 
     def __init__(self) -> None:
         super().__init__()
         self.price = None
-
-    async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
-        """Refuse other methods."""
-        del dataset
-        if config.method in self.capabilities.methods:
-            return ValidationReport()
-        return ValidationReport(issues=(Issue(code="x", message="no", field="method"),))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset):  # type: ignore[no-untyped-def]
         """Say why there is no price."""
@@ -160,7 +151,6 @@ async def test_conforming_backend_passes(check: str, make_config: MakeConfig) ->
         (Moody, "observation_has_state_and_log", "the observed state"),
         (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (Talkative, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
-        (ScriptedBackend, "undeclared_method_is_refused", "error of `method`"),
         (ScriptedBackend, "estimate_gives_reasons", "source of the cost"),
     ],
 )

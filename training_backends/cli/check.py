@@ -87,8 +87,15 @@ def backends(json: JsonOption = False) -> None:
         show_fields([*fields, *_capability_fields(entry["capabilities"])], out, style="dim")
 
 
+_RESUMES = {"anew": "resume from the start", "checkpoint": "resume from a checkpoint"}
+"""What the values of `Capabilities.resumes` mean."""
+
+
 def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
     yes = [name.replace("_", " ") for name, value in capabilities.items() if value is True]
+    yes += ["suffix"] if capabilities["suffix"] else []
+    if capabilities["resumes"] != "no":
+        yes.append(_RESUMES[capabilities["resumes"]])
     lists = [
         (name.replace("_", " "), ", ".join(sorted(value)))
         for name, value in capabilities.items()
@@ -153,7 +160,7 @@ def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
         file=shlex.quote(file),
         backend=backend,
         model=_MODELS.get(backend, "base-model"),
-        method="sft" if "sft" in methods else methods[0],
+        method="sft" if "sft" in methods or not methods else methods[0],
         methods=", ".join(methods),
         validation="  # validation: validation.jsonl\n" * capabilities.validation_files,
         rest="".join(f"{line}\n" for line in rest),

@@ -103,18 +103,23 @@ def resume(
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a stopped or failed run as a new run.
+    """Continue a paused run, or a stopped or failed run as a new run.
 
     Starts a run that has not been started yet.
     """
     from training_backends.core.run import new_run_id
 
-    new_id = _given_id(new_id) or new_run_id()
+    in_place = _given_id(new_id) is None and checkpoint is None
+    new_id = new_id or new_run_id()
 
     async def begin(
         client: "AsyncTrainingClient", view: "LaunchView", on_update: "OnUpdate"
     ) -> "TrainingRun":
         old = await client.status((await client.get(run)).id)
+        if old.status == "paused":
+            if not in_place:
+                raise _continues_in_place(old.id)
+            return await client.unpause(old.id)
         config = old.config
         if _can_be_resumed(client, old):
             _need_consent(client, old.backend, config, yes=yes)
@@ -219,7 +224,16 @@ def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
     if run.status in _UNSTARTED:
         return True
     resumes = client.backend(run.backend).capabilities.resumes
-    return resumes and run.status in {"failed", "cancelled"}
+    return resumes != "no" and run.status in {"failed", "cancelled"}
+
+
+def _continues_in_place(run_id: str) -> Exception:
+    from training_backends.cli.exit_codes import UsageError
+
+    return UsageError(
+        f"Run {run_id} is paused and continues in place, without --checkpoint and --id.",
+        hint="Omit these options, or stop the run and resume it as a new one.",
+    )
 
 
 def _need_consent(

@@ -38,6 +38,7 @@ __all__ = [
     "list_runs",
     "logs",
     "metrics",
+    "pause",
     "status",
     "stop",
     "wait",
@@ -401,6 +402,14 @@ def stop(
     Returns at once; `wait` returns when the run has stopped.
     """
     _print(with_client(lambda c: c.stop(run, save_checkpoint=not no_checkpoint)), json=json)
+
+
+def pause(run: ExactRunArgument, json: JsonOption = False) -> None:
+    """Request that a run pause.
+
+    Returns at once; `resume` continues it.
+    """
+    _print(with_client(lambda c: c.pause(run)), json=json)
 
 
 def download(

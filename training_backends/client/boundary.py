@@ -39,7 +39,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.redaction import redact
-from training_backends.core.registry import backend_class
+from training_backends.core.registry import create_backend
 from training_backends.core.run import (
     LogRecord,
     Observation,
@@ -67,9 +67,11 @@ _LIMITS: Final[Mapping[str, float]] = MappingProxyType(
         "health": 30.0,
         "list_remote": 300.0,
         "observe": 180.0,
+        "pause": 300.0,
         "status": 180.0,
         "statuses": 300.0,
         "stop": 300.0,
+        "unpause": 300.0,
     }
 )
 """Seconds for each method: more than the HTTP layer takes with all its retries. Methods that read
@@ -132,7 +134,7 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
     def work() -> None:
         try:
             with _translated(name, package, "create"):
-                backend = _checked("create", backend_class(name).create(context))
+                backend = _checked("create", create_backend(name, context))
             guard = guarded(backend, name, package)
             with suppress(TrainingBackendError):
                 _ = guard.capabilities  # if it hangs, the time limit applies

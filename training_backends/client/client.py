@@ -28,8 +28,8 @@ from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
-    require_options,
     require_same,
+    unfit_fields,
 )
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.core.backend import (
@@ -42,6 +42,7 @@ from training_backends.core.config import TrainingConfig, given_options
 from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
     ConfigError,
+    Issue,
     RunNotFound,
     StoreError,
     TrainingBackendError,
@@ -199,11 +200,12 @@ class AsyncTrainingClient:
             on_counting: Called with the file, the bytes counted and its size.
 
         Raises:
-            ConfigError: The options do not fit the backend.
+            ConfigError: The configuration has fields or options that the backend does not support.
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
         config = await self._config(config, chosen)
+        _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
         raise_for_errors(dataset)
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
@@ -443,6 +445,8 @@ class AsyncTrainingClient:
     async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
         """Wait until all of the runs have finished, and return them.
 
+        A run that is paused is reported in a warning, and waited for like any other.
+
         Args:
             timeout: Maximum seconds to wait; None: no limit.
 
@@ -481,6 +485,31 @@ class AsyncTrainingClient:
         if not run.status.is_terminal:
             await self._observer.require_here(run, "stop")
         return await self._steering.stop(run, save_checkpoint=save_checkpoint)
+
+    async def pause(self, run_id: str) -> TrainingRun:
+        """Ask the provider to pause a run, which may take a while.
+
+        Safe to repeat. `unpause` continues it in place, under the same id; `resume` is for runs
+        that have failed or were cancelled.
+
+        Raises:
+            UnsupportedOperation: The backend cannot pause runs, or the run is not in progress.
+        """
+        run = await self.status(run_id)
+        await self._observer.require_here(run, "pause")
+        return await self._steering.pause(run)
+
+    async def unpause(self, run_id: str) -> TrainingRun:
+        """Ask the provider to continue a paused run in place.
+
+        Safe to repeat.
+
+        Raises:
+            UnsupportedOperation: The backend cannot pause runs, or the run is not in progress.
+        """
+        run = await self.status(run_id)
+        await self._observer.require_here(run, "unpause")
+        return await self._steering.unpause(run)
 
     async def resume(
         self,
@@ -609,23 +638,17 @@ class AsyncTrainingClient:
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
-        """Read the data, tolerating as many bad rows as the backend's options allow.
-
-        Raises:
-            ConfigError: The options do not fit the backend.
-        """
-        require_options(backend, config)
+        """Read the data, tolerating as many bad rows as the backend's options allow."""
         dataset = await self._read(config, backend)
         return dataset.tolerating(backend.tolerated_bad_rows(config))
 
     async def _judged(
         self, backend: TrainingBackend, config: TrainingConfig
     ) -> tuple[Dataset, ValidationReport]:
-        """Read the data and have the backend validate it, unless its options are invalid."""
-        try:
-            dataset = await self._inspected(backend, config)
-        except ConfigError as error:
-            return await self._read(config, backend), ValidationReport(issues=error.issues)
+        """Read the data and have the backend validate it, unless a field does not fit it."""
+        if issues := unfit_fields(backend, config):
+            return await self._read(config, backend), ValidationReport(issues=tuple(issues))
+        dataset = await self._inspected(backend, config)
         with span("training_backends.validate", backend=backend.name):
             return dataset, await backend.validate(config, self._counting(dataset))
 
@@ -635,12 +658,7 @@ class AsyncTrainingClient:
         """Validate and estimate, before the run is recorded."""
         dataset, report = await self._judged(backend, config)
         raise_for_errors(dataset)
-        if not report.ok:
-            raise ConfigError(
-                f"The configuration is not valid for the backend {backend.name!r}.",
-                issues=report.errors,
-                backend=backend.name,
-            )
+        _require_valid(backend, report.errors)
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
             config.budget.check(estimate)  # the provider's quote is confirmed later
@@ -682,6 +700,15 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:
+    if errors:
+        raise ConfigError(
+            f"The configuration is not valid for the backend {backend.name!r}.",
+            issues=errors,
+            backend=backend.name,
+        )
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:

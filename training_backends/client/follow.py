@@ -22,6 +22,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.status import TrainingStatus
 from training_backends.store import RunStore
 
 __all__ = ["Following"]
@@ -148,9 +149,11 @@ class Following:
         poller = self._new_poller(name, only=run_ids)
         backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
         await poller.load()
+        paused: set[str] = set()
         while poller.runs:
             for run in poller.runs.values():
                 await self._require_launch(run)
+            paused = self._report_paused(poller.runs.values(), paused)
             try:
                 await poller.poll()
                 for run in poller.runs.values():
@@ -166,6 +169,13 @@ class Following:
                 pause = backoff.next()
             await anyio.sleep(pause)
             await poller.load()
+
+    def _report_paused(self, runs: Collection[TrainingRun], reported: set[str]) -> set[str]:
+        """Report newly paused runs, which finish only if they are unpaused; return all of them."""
+        paused = {run.id for run in runs if run.status is TrainingStatus.PAUSED}
+        for run_id in sorted(paused - reported):
+            log.warning("run is paused; it continues when it is unpaused", run_id=run_id)
+        return paused
 
     async def _tolerate(self, run: TrainingRun, error: TrainingBackendError) -> None:
         """Tolerate an unreachable provider for `give_up_after`; re-raise other errors."""

@@ -257,6 +257,37 @@ class Steering:
             return run
         return await self._stop_at_provider(run, save_checkpoint=save_checkpoint)
 
+    async def pause(self, run: TrainingRun) -> TrainingRun:
+        """Ask the provider to pause a run that is in progress."""
+        backend = await self._able_to_pause(run, "pause")
+        if run.status in {TrainingStatus.PAUSED, TrainingStatus.STOPPING}:
+            return run
+        with about("pause", run):
+            await backend.pause(run)
+        return await self._observer.observe(run)
+
+    async def unpause(self, run: TrainingRun) -> TrainingRun:
+        """Ask the provider to continue a paused run in place."""
+        backend = await self._able_to_pause(run, "unpause")
+        if run.status is TrainingStatus.STOPPING:
+            raise backend.unsupported(
+                "unpause a run that is stopping", "If it is being paused, wait until it is paused."
+            )
+        if run.status is not TrainingStatus.PAUSED:
+            return run
+        with about("unpause", run):
+            await backend.unpause(run)
+        return await self._observer.observe(run)
+
+    async def _able_to_pause(self, run: TrainingRun, verb: str) -> TrainingBackend:
+        backend = await self._observer.backend_of(run.backend)
+        if not backend.capabilities.pauses:
+            raise backend.unsupported("pause runs", "Stop the run, and resume it later.")
+        if run.status.is_terminal or not await self._records.was_launched(run):
+            state = run.status if run.status.is_terminal else "not launched"
+            raise backend.unsupported(f"{verb} a run that is {state}")
+        return backend
+
     async def resume(
         self, run: TrainingRun, watch: LaunchWatch, *, checkpoint: str | None, new_id: str | None
     ) -> TrainingRun:
@@ -265,14 +296,20 @@ class Steering:
         launched = await self._records.was_launched(run)
         if not run.status.is_terminal and not launched:
             return await self._launch_again(run, watch, checkpoint)
+        if backend.capabilities.resumes == "no":
+            raise backend.unsupported(
+                "resume a run", "Launch its configuration again under a new id."
+            )
+        if checkpoint is not None and backend.capabilities.resumes == "anew":
+            raise backend.unsupported(
+                "resume from a checkpoint", "Omit the checkpoint to train from the start."
+            )
         if run.status not in {TrainingStatus.FAILED, TrainingStatus.CANCELLED}:
             raise backend.unsupported(
                 f"resume a run that is {run.status}",
-                "Resume failed or cancelled runs only.",
-            )
-        if not backend.capabilities.resumes:
-            raise backend.unsupported(
-                "resume a run", "Launch its configuration again under a new id."
+                "Unpause it instead."
+                if run.status is TrainingStatus.PAUSED
+                else "Resume failed or cancelled runs only.",
             )
         if not (launched or run.remote_id or await self._records.has_open_step(run.id)):
             raise UnsupportedOperation(

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from anyio import to_thread
 from pydantic import Field
@@ -84,7 +84,7 @@ log = get_logger()
 BackendOf = Callable[[str], Awaitable[TrainingBackend]]
 """Returns the backend with a name."""
 
-_WATCH = "watch"
+_WATCH: Final = "watch"
 """Source of log records that the client adds while observing."""
 
 
@@ -246,7 +246,8 @@ class Observer:
 
     def _stalled(self, run: TrainingRun, now: datetime) -> Staleness | None:
         since = last_change(run)
-        if run.status.is_terminal or now - since < self.settings.stalled_after:
+        rests = run.status.is_terminal or run.status is TrainingStatus.PAUSED
+        if rests or now - since < self.settings.stalled_after:
             return None
         return Staleness(
             kind="stalled",

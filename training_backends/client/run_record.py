@@ -7,6 +7,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from training_backends.core.backend import TrainingBackend
+from training_backends.core.capabilities import config_issues
 from training_backends.core.config import TrainingConfig, option_issues
 from training_backends.core.errors import (
     AuthenticationFailed,
@@ -15,6 +16,7 @@ from training_backends.core.errors import (
     CredentialNotFound,
     DatasetError,
     DuplicateRun,
+    Issue,
     PayloadTooLarge,
     PermissionDenied,
     TrainingBackendError,
@@ -31,8 +33,8 @@ __all__ = [
     "failure_kind",
     "launch_lease",
     "new_run_record",
-    "require_options",
     "require_same",
+    "unfit_fields",
     "with_state",
 ]
 
@@ -134,15 +136,8 @@ def failure_kind(error: TrainingBackendError) -> FailureKind:
             return "provider"
 
 
-def require_options(backend: TrainingBackend, config: TrainingConfig) -> None:
-    """Check a configuration's options against the backend's model.
-
-    Raises:
-        ConfigError: An option is unknown or invalid.
-    """
-    if issues := list(option_issues(backend.options_model, config.options)):
-        raise ConfigError(
-            f"Invalid options for the backend {backend.name!r}.",
-            issues=issues,
-            backend=backend.name,
-        )
+def unfit_fields(backend: TrainingBackend, config: TrainingConfig) -> list[Issue]:
+    """Return the options that are invalid and the fields that the backend does not support."""
+    issues = [*config_issues(config, backend.capabilities, backend.name)]
+    issues += option_issues(backend.options_model, config.options)
+    return issues

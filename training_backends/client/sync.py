@@ -214,6 +214,8 @@ class TrainingClient:
     metrics = _blocking(AsyncTrainingClient.metrics)
     wait = _blocking(AsyncTrainingClient.wait)
     stop = _blocking(AsyncTrainingClient.stop)
+    pause = _blocking(AsyncTrainingClient.pause)
+    unpause = _blocking(AsyncTrainingClient.unpause)
     resume = _blocking(AsyncTrainingClient.resume)
     download = _blocking(AsyncTrainingClient.download)
     sample = _blocking(AsyncTrainingClient.sample)

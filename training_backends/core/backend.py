@@ -135,10 +135,12 @@ class BackendContext:
     Attributes:
         home: Directory for all state on this machine.
         credentials: Source of secrets.
+        settings: The loaded settings of `TrainingBackend.settings_model`; None: it has none.
     """
 
     home: Path
     credentials: CredentialSource
+    settings: SectionSettings | None = None
 
 
 class NoOptions(BaseModel, frozen=True, extra="forbid"):
@@ -200,7 +202,7 @@ class TrainingBackend(ABC):
     options_model: ClassVar[type[BaseModel]] = NoOptions
     """Schema of `TrainingConfig.options`."""
     settings_model: ClassVar[type[SectionSettings] | None] = None
-    """The backend's section of the settings, named after it."""
+    """The backend's section of the settings, with its name (`-` as `_`); see `BackendContext`."""
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -338,6 +340,19 @@ class TrainingBackend(ABC):
         Raises:
             UnsupportedOperation: The provider cannot resume runs.
         """
+
+    async def pause(self, run: TrainingRun) -> None:
+        """Ask the provider to pause the run; return once the request is accepted.
+
+        Safe to repeat. Override together with `unpause` if runs can be paused.
+        """
+        del run
+        raise self.unsupported("pause runs")
+
+    async def unpause(self, run: TrainingRun) -> None:
+        """Ask the provider to continue a paused run in place; see `pause`."""
+        del run
+        raise self.unsupported("pause runs")
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return the fraction of a file's rows that may be invalid under these options.

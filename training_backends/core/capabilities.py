@@ -1,45 +1,174 @@
-"""The capabilities of a backend, declared as data."""
+"""The capabilities of a backend, declared as data and judged by the client."""
 
-from pydantic import BaseModel
+from collections.abc import Collection, Iterator
+from typing import Literal
 
+from pydantic import BaseModel, Field
+
+from training_backends.core.config import TrainingConfig
 from training_backends.core.data_rules import ProviderFormat
+from training_backends.core.errors import Issue
 
-__all__ = ["Capabilities"]
+__all__ = ["Capabilities", "SuffixRule", "config_issues"]
+
+
+class SuffixRule(BaseModel, frozen=True):
+    """What a suffix of the trained model's name may be.
+
+    Attributes:
+        max_length: Maximum characters.
+        alphabet: The characters allowed; None: any.
+    """
+
+    max_length: int = Field(ge=1)
+    alphabet: str | None = None
 
 
 class Capabilities(BaseModel, frozen=True):
     """The capabilities of a backend; check these, never `hasattr`.
 
-    Methods declared as False raise `UnsupportedOperation`.
+    The client rejects a configuration that sets an undeclared field before it asks the backend, so
+    a backend only checks what this data cannot express. Methods declared as False raise
+    `UnsupportedOperation`.
 
     Attributes:
-        methods: Supported values of `TrainingConfig.method`.
-        tunings: Supported values of `Tuning.kind`.
+        methods: Supported values of `TrainingConfig.method`; empty: the field is not used.
+        tunings: Supported values of `Tuning.kind`; empty: the field `tuning` is not supported.
+        hyperparameters: Supported fields of `Hyperparameters`; None: all.
+        data: Supported kinds of data: local files, URIs, and files that the provider has, by id.
+        needs_data: A configuration must have training data.
+        max_train_files: Maximum number of training files; None: no limit.
+        weights: Training files can have weights.
+        validation_files: Validation data is supported.
+        suffix: Rule for the suffix of the trained model's name; None: not supported.
+        integrations: Supported types of `TrainingConfig.integrations`.
         quotes: The provider quotes a price before the run starts.
         stops: Runs can be stopped.
         keeps_checkpoint_on_stop: Stopping a run saves a checkpoint.
-        resumes: Stopped or failed runs can be resumed.
+        pauses: Runs can be paused, and continue in place.
+        resumes: Whether a stopped or failed run can be continued as a new run: `no`; `anew`, which
+            trains from the start; or `checkpoint`, from any of its checkpoints.
         downloads: The trained model can be downloaded.
         samples: The trained model can be prompted.
         deletes: Runs can be deleted.
         lists_remote: All jobs of the account can be listed, whoever created them.
-        validation_files: Validation data is supported.
-        suffix: The name of the trained model can have a suffix.
-        integrations: Supported types of `TrainingConfig.integrations`.
         provider_format: Provider format of the training data.
     """
 
     methods: frozenset[str] = frozenset({"sft"})
     tunings: frozenset[str] = frozenset()
+    hyperparameters: frozenset[str] | None = frozenset()
+    data: frozenset[Literal["file", "uri", "remote"]] = frozenset({"file"})
+    needs_data: bool = True
+    max_train_files: int | None = Field(default=None, ge=1)
+    weights: bool = False
+    validation_files: bool = False
+    suffix: SuffixRule | None = None
+    integrations: frozenset[str] = frozenset()
     quotes: bool = False
     stops: bool = True
     keeps_checkpoint_on_stop: bool = False
-    resumes: bool = False
+    pauses: bool = False
+    resumes: Literal["no", "anew", "checkpoint"] = "no"
     downloads: bool = False
     samples: bool = False
     deletes: bool = False
     lists_remote: bool = False
-    validation_files: bool = True
-    suffix: bool = False
-    integrations: frozenset[str] = frozenset()
     provider_format: ProviderFormat = ProviderFormat()
+
+
+def config_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
+    """Yield an error for each field that was set and that the backend does not support.
+
+    A field that was not set, or set to its default, is no error: it has no effect.
+
+    Args:
+        backend: Name of the backend, for the messages.
+    """
+    methods = capabilities.methods
+    if config.method not in methods and (methods or "method" in _set_fields(config)):
+        yield _unsupported("method", repr(config.method), backend, methods)
+    if config.tuning is not None:
+        kind, kinds = config.tuning.kind, capabilities.tunings
+        if not kinds:
+            yield _unsupported("tuning", "tuning", backend)
+        elif kind not in kinds:
+            yield _unsupported("tuning.kind", repr(kind), backend, kinds)
+    known = capabilities.hyperparameters
+    for name in _set_fields(config.hyperparameters):
+        if known is not None and name not in known:
+            yield _unsupported(f"hyperparameters.{name}", name, backend)
+    yield from _data_issues(config, capabilities, backend)
+    yield from _suffix_issues(config.suffix, capabilities.suffix, backend)
+    for index, entry in enumerate(config.integrations):
+        if entry.type not in capabilities.integrations:
+            yield _unsupported(f"integrations.{index}", entry.type, backend)
+
+
+def _data_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
+    limit = capabilities.max_train_files
+    if limit is not None and len(config.data.train) > limit:
+        files = "one training file" if limit == 1 else f"at most {limit} training files"
+        yield Issue(
+            code="too_many_files",
+            message=f"{backend} takes {files}, not {len(config.data.train)}",
+            field="data.train",
+            fix="join the files, or use another backend",
+        )
+    if not capabilities.validation_files and config.data.validation:
+        yield _unsupported("data.validation", "validation data", backend)
+    for part, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for index, source in enumerate(sources):
+            if "weight" in _set_fields(source) and not (capabilities.weights and part == "train"):
+                field = f"data.{part}.{index}.weight"
+                yield _unsupported(field, f"a weight of a {part} file", backend)
+
+
+def _suffix_issues(suffix: str | None, rule: SuffixRule | None, backend: str) -> Iterator[Issue]:
+    if suffix is None:
+        return
+    if rule is None:
+        yield _unsupported("suffix", "a suffix", backend)
+        return
+    if len(suffix) > rule.max_length:
+        yield Issue(
+            code="suffix_too_long",
+            message=f"{backend} takes at most {rule.max_length} characters, not {len(suffix)}",
+            field="suffix",
+            fix="shorten it",
+        )
+    wrong = "".join(dict.fromkeys(c for c in suffix if c not in (rule.alphabet or suffix)))
+    if wrong:
+        yield Issue(
+            code="suffix_characters",
+            message=f"{backend} does not take the characters {wrong!r}",
+            field="suffix",
+            fix="remove them",
+        )
+
+
+def _set_fields(model: BaseModel) -> list[str]:
+    """Return the fields that were set to something other than their default, in order."""
+    return [
+        name
+        for name, field in type(model).model_fields.items()
+        if name in model.model_fields_set and getattr(model, name) != field.default
+    ]
+
+
+def _unsupported(
+    field: str, what: str, backend: str, supported: Collection[str] | None = None
+) -> Issue:
+    fix = "remove it, or use another backend"
+    if supported:
+        fix = f"supported: {', '.join(sorted(supported))}"
+    return Issue(
+        code="unsupported_field",
+        message=f"{backend} does not support {what}",
+        field=field,
+        fix=fix,
+    )

@@ -164,7 +164,9 @@ class TrainingConfig(_Model):
     tuning: Tuning | None = Field(default=None, description="None: the backend's default.")
     data: Data
     hyperparameters: Hyperparameters = Hyperparameters()
-    suffix: str | None = Field(default=None, min_length=1, max_length=18)
+    suffix: str | None = Field(
+        default=None, min_length=1, description="Part of the trained model's name."
+    )
     classifier_targets: tuple[ClassifierTarget, ...] = ()
     integrations: tuple[WandbIntegration, ...] = ()
     budget: Budget = Budget()

@@ -1,13 +1,15 @@
 """Load a backend by name from the installed entry points, without loading others."""
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 
-from training_backends.core.backend import TrainingBackend
+from training_backends.core.backend import BackendContext, TrainingBackend
 from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue, suggest
 from training_backends.core.plugins import ENTRY_POINT_GROUP, installed_backends, owner_of
 from training_backends.core.redaction import redact
+from training_backends.core.settings import load_settings
 
-__all__ = ["backend_class"]
+__all__ = ["backend_class", "create_backend"]
 
 
 def backend_class(name: str) -> type[TrainingBackend]:
@@ -39,6 +41,26 @@ def backend_class(name: str) -> type[TrainingBackend]:
             f"{entry.value} of {owner_of(entry)} is not a TrainingBackend.", backend=name
         )
     return loaded
+
+
+def create_backend(name: str, context: BackendContext) -> TrainingBackend:
+    """Create the backend registered as `name`, with its settings.
+
+    Raises:
+        ConfigError: No backend has this name, or its settings are invalid.
+        BackendNotInstalled: The package that provides it cannot be imported.
+        TypeError: Its settings section has another name than the backend.
+    """
+    kind = backend_class(name)
+    model = kind.settings_model
+    if model is not None:
+        if model.section != name.replace("-", "_"):
+            raise TypeError(
+                f"{model.__name__}.section must be {name.replace('-', '_')!r}, the backend's name "
+                f"with underscores, not {model.section!r}"
+            )
+        context = replace(context, settings=load_settings(model))
+    return kind.create(context)
 
 
 def _unknown(name: str) -> ConfigError:

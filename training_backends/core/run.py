@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast, get_args
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
 
@@ -22,6 +22,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "LogRecord",
+    "LogSource",
     "Observation",
     "Place",
     "Reply",
@@ -31,6 +32,7 @@ __all__ = [
     "UtcDatetime",
     "ValidationReport",
     "new_run_id",
+    "to_source",
     "utc_now",
 ]
 
@@ -233,12 +235,35 @@ class TrainingRun(BaseModel, frozen=True):
         return self.model_copy(update={**changes, **seen})
 
 
+LogSource = Literal["status", "event", "metrics", "checkpoint", "output", "engine", "watch"]
+"""The origin of a log record; see `LogRecord`."""
+_SOURCES: Final = frozenset(get_args(LogSource))
+
+
+def to_source(word: str) -> LogSource:
+    """Return a source by its name; any other name, as in older logs, is `output`."""
+    return cast("LogSource", word) if word in _SOURCES else "output"
+
+
 class LogRecord(BaseModel, frozen=True):
     """A record of a run's log.
 
+    The source determines what happens to a record beside being shown in the log:
+
+    | source | meaning | delivered by `watch` | numbers in `fields` with a `step` |
+    | --- | --- | --- | --- |
+    | `status` | the status changed; `fields` has `status` | yes | |
+    | `event` | anything else that happened to the run | yes | |
+    | `checkpoint` | a checkpoint was saved | yes | metrics, unless the step has its own |
+    | `metrics` | measurements of a step | | metrics |
+    | `output` | a line printed by the training program | | |
+    | `engine` | a message of the training framework | | |
+    | `watch` | noticed by the client, such as a stalled run; never from a backend | yes | |
+
     Attributes:
-        source: Origin: `status`, `event`, `metrics`, `checkpoint`, `engine`, … The client adds
-            `status` records that a backend does not log itself.
+        at: When it happened; None if the provider does not report it. The store then uses the
+            time of the observation.
+        source: See above. The client adds `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
             backend that logs metrics of each step puts those of a checkpoint into a field
@@ -246,10 +271,10 @@ class LogRecord(BaseModel, frozen=True):
         cursor: Opaque; `logs(after=cursor)` returns the records after this one.
     """
 
-    at: UtcDatetime
+    at: UtcDatetime | None = None
     level: Literal["debug", "info", "warning", "error"] = "info"
     message: str
-    source: str
+    source: LogSource
     step: int | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
     cursor: str

@@ -4,8 +4,8 @@ A `.env` file in the working directory is not read: it may come with a cloned re
 setting such as a base URL decides where the user's keys are sent.
 
 Each part of the package owns a section: a subclass of `SectionSettings` with its name. A backend's
-section has the name of the backend. Unknown names are errors that suggest the closest known name,
-so that a misspelled setting is not silently ignored.
+section has the name of the backend, with `_` for `-`. Unknown names are errors that suggest the
+closest known name, so that a misspelled setting is not silently ignored.
 """
 
 import os
@@ -88,7 +88,7 @@ def _known_sections(asked: str) -> Collection[str]:
     loaded = {kind.section for kind in SectionSettings.__subclasses__() if kind.section}
     if asked in _PARTS | loaded:
         return _PARTS | loaded
-    return _PARTS | loaded | set(installed_backends())
+    return _PARTS | loaded | {name.replace("-", "_") for name in installed_backends()}
 
 
 class SectionSettings(BaseSettings):

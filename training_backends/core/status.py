@@ -15,7 +15,7 @@ class TrainingStatus(StrEnum):
     INITIALIZING = "initializing"
     RUNNING = "running"
     PAUSED = "paused"
-    """Suspended on request; it keeps its progress and can be continued."""
+    """Paused on request; it continues in place when it is unpaused."""
     STOPPING = "stopping"
     """A stop was requested and is not confirmed yet."""
     COMPLETED = "completed"

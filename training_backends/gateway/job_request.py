@@ -5,12 +5,13 @@ import json
 from base64 import b32encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
 
-from training_backends.core.capabilities import Capabilities
+from training_backends.core.capabilities import Capabilities, config_issues
 from training_backends.core.config import (
     ClassifierTarget,
     Data,
@@ -21,12 +22,15 @@ from training_backends.core.config import (
 )
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
-from training_backends.gateway.files import StoredFile
 from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
 __all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
+
+
+_PLACES = {"data.train": "training_files", "data.validation": "validation_files"}
+"""Fields of a request by those of a configuration, where they differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ def check_job(
     _check_supported(request, job_type, capabilities)
     if not request.training_files:
         raise invalid(["body", "training_files"], "At least one file is required.", "missing")
-    hyperparameters = _hyperparameters(request, default_epochs)
+    hyperparameters = _hyperparameters(request, capabilities, default_epochs)
     training_files = [file.model_dump() for file in request.training_files]
     targets = [_target(target) for target in request.classifier_targets or ()]
     validation_files = list(request.validation_files or ())
@@ -71,7 +75,7 @@ def check_job(
     similar: list[Any] = [request.model, job_type, suffix, hyperparameters, targets]
     similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
     _check_bounds(hyperparameters, training_files, targets)
-    return CheckedJob(
+    job = CheckedJob(
         request=request,
         offer=offer,
         job_type=job_type,
@@ -82,24 +86,49 @@ def check_job(
         classifier_targets=targets,
         fingerprint=hashlib.sha256(json.dumps(similar, sort_keys=True).encode()).hexdigest(),
     )
+    _check_declared(job, capabilities)
+    return job
+
+
+def _check_declared(job: CheckedJob, capabilities: Capabilities) -> None:
+    """Reject fields that the backend does not declare."""
+    names = (*(file["file_id"] for file in job.training_files), *job.validation_files)
+    paths = {name: Path(name) for name in names}
+    config = make_config(job, paths, str(UUID(int=0)), {}, capabilities)
+    for issue in config_issues(config, capabilities, "this gateway's backend"):
+        field = issue.field or ""
+        for ours, theirs in _PLACES.items():
+            field = field.replace(ours, theirs)
+        place = [int(part) if part.isdigit() else part for part in field.split(".")]
+        raise invalid(["body", *place], f"{issue.message[:1].upper()}{issue.message[1:]}.")
 
 
 def make_config(
-    job: CheckedJob, files: Mapping[str, StoredFile], job_id: str, options: Mapping[str, Any]
+    job: CheckedJob,
+    paths: Mapping[str, Path],
+    job_id: str,
+    options: Mapping[str, Any],
+    capabilities: Capabilities,
 ) -> TrainingConfig:
-    """Return the training configuration of a job."""
+    """Return the training configuration of a job, with only what its request sets.
+
+    The gateway itself names the model, so the suffix is only for a backend that uses it as well.
+
+    Args:
+        paths: The files by the ids in the request.
+    """
     return TrainingConfig(
         model=job.offer.target,
         method=METHODS[job.job_type],
         data=Data(
             train=tuple(
-                DataSource(path=files[file["file_id"]].path, weight=file["weight"])
+                DataSource(path=paths[file["file_id"]], weight=file["weight"])
                 for file in job.training_files
             ),
-            validation=tuple(DataSource(path=files[name].path) for name in job.validation_files),
+            validation=tuple(DataSource(path=paths[name]) for name in job.validation_files),
         ),
         hyperparameters=Hyperparameters(**job.hyperparameters),
-        suffix=job.suffix,
+        suffix=job.suffix if capabilities.suffix else None,
         classifier_targets=tuple(
             ClassifierTarget.model_validate(target) for target in job.classifier_targets
         ),
@@ -150,10 +179,7 @@ def _check_supported(request: JobIn, job_type: str, capabilities: Capabilities) 
             "Repositories are not supported; upload their content as files.",
         )
     for index, integration in enumerate(request.integrations or ()):
-        if integration.type not in capabilities.integrations:
-            message = f"This gateway's backend does not support {integration.type}."
-            raise invalid(["body", "integrations", index], message)
-        if index:
+        if index and integration.type in capabilities.integrations:
             raise invalid(["body", "integrations", index], "At most one integration is supported.")
     if job_type == "classifier" and not request.classifier_targets:
         # mistralai 2.5.1 silently drops all targets if one has no weight.
@@ -169,21 +195,26 @@ def _check_supported(request: JobIn, job_type: str, capabilities: Capabilities) 
         )
     if request.suffix and not _is_suffix(request.suffix):
         raise invalid(["body", "suffix"], "Use letters, digits, dots, dashes and underscores.")
-    if request.validation_files and not capabilities.validation_files:
-        raise invalid(["body", "validation_files"], "Not supported by this gateway's backend.")
 
 
 def _is_suffix(text: str) -> bool:
     return text.isascii() and all(char.isalnum() or char in "._-" for char in text)
 
 
-def _hyperparameters(request: JobIn, default_epochs: float) -> dict[str, Any]:
+def _hyperparameters(
+    request: JobIn, capabilities: Capabilities, default_epochs: float
+) -> dict[str, Any]:
     given = request.hyperparameters
     if given.epochs is not None and given.training_steps is not None:
         raise invalid(["body", "hyperparameters"], "Set epochs or training_steps, not both.")
     # The protocol's defaults are the hosted service's; each backend has its own.
     chosen = given.model_dump(exclude_unset=True, exclude_none=True)
-    if given.epochs is None and given.training_steps is None:
+    known = capabilities.hyperparameters
+    if (
+        given.epochs is None
+        and given.training_steps is None
+        and (known is None or "epochs" in known)
+    ):
         chosen["epochs"] = default_epochs
     return chosen
 

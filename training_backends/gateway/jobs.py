@@ -226,7 +226,11 @@ class JobService:
         tolerated = job.request.invalid_sample_skip_percentage
         backend = self._client.backend(self._backend)
         return make_config(
-            job, files, job_id, backend.options_tolerating(tolerated) if tolerated else {}
+            job,
+            {file_id: file.path for file_id, file in files.items()},
+            job_id,
+            backend.options_tolerating(tolerated) if tolerated else {},
+            backend.capabilities,
         )
 
     def _find(

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.redaction import redact, redact_value
-from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.run import LogRecord, TrainingRun, to_source, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.store.database import Database
 from training_backends.store.leases import Lease, require
@@ -72,9 +72,9 @@ class Timeline(Database):
         Stores nothing and returns None if the provider's cursor is no longer `after`: another
         observation was stored in the meantime, and this one may be older.
 
-        A record older than the last stored one is appended with the last one's time, and keeps
-        its own time in the field `told_at`. The observation that sees the run finished completes
-        its log.
+        A record without a time gets that of the observation. A record older than the last stored
+        one is appended with the last one's time, and keeps its own time in the field `told_at`. The
+        observation that sees the run finished completes its log.
 
         Args:
             add_status_record: Add a record for a status change that no given record reports.
@@ -84,7 +84,7 @@ class Timeline(Database):
         Raises:
             RunNotFound: No run has exactly this id.
         """
-        clean = _redacted(found)
+        clean = _prepared(found)
         with self._writing() as connection:
             row = find_run(connection, run_id)
             if row.cursor != after:
@@ -109,7 +109,7 @@ class Timeline(Database):
         Raises:
             RunNotFound: No run has exactly this id.
         """
-        clean = _redacted(found)
+        clean = _prepared(found)
         with self._writing() as connection:
             row = find_run(connection, run_id)
             run = change_run(connection, row, change)
@@ -221,14 +221,23 @@ def _mark_complete(connection: sa.Connection, row: Any, run: TrainingRun) -> Non
         connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
 
 
-def _redacted(found: Sequence[LogRecord]) -> list[LogRecord]:
-    """Return records without secrets that a provider repeats in its log."""
+def _prepared(found: Sequence[LogRecord]) -> list[LogRecord]:
+    """Return records with a time, and without secrets that a provider repeats in its log."""
+    now = utc_now()
     return [
         record.model_copy(
-            update={"message": redact(record.message), "fields": redact_value(record.fields)}
+            update={
+                "at": record.at or now,
+                "message": redact(record.message),
+                "fields": redact_value(record.fields),
+            }
         )
         for record in found
     ]
+
+
+def _time_of(record: LogRecord) -> datetime:
+    return record.at or utc_now()
 
 
 def _with_status(
@@ -239,7 +248,7 @@ def _with_status(
     A backend may log status changes itself, even ones that no observation saw. A repeated status
     is no change: its other fields are kept as an event.
     """
-    in_time = sorted(found, key=lambda record: record.at)
+    in_time = sorted(found, key=_time_of)
     logs_status = any(record.source == _STATUS for record in in_time)
     moved = run.status.value != row.status
     if not (moved or logs_status or row.cursor is None):
@@ -304,7 +313,7 @@ def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> 
     if not found:
         return
     last, latest = _last(connection, run.id)
-    in_time = sorted(found, key=lambda record: record.at)
+    in_time = sorted(found, key=_time_of)
     rows = [_row(run.id, seq, record, latest) for seq, record in enumerate(in_time, last + 1)]
     connection.execute(records.insert(), rows)
     waiting = sa.select(records.c.id, sa.literal(run.backend)).where(
@@ -317,7 +326,7 @@ def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> 
 
 
 def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any]:
-    at = as_text(record.at)
+    at = as_text(_time_of(record))
     fields = record.fields if at >= latest else {**record.fields, "told_at": at}
     return {
         "run_id": run_id,
@@ -370,7 +379,7 @@ def _values(record: LogRecord) -> Iterator[tuple[int, str, str, float]]:
     for name, value in record.fields.items():
         number = isinstance(value, float) or _is_count(value)
         if number and math.isfinite(value) and _is_name(name) and name not in _COUNTS:
-            yield step, name, as_text(record.at), float(value)
+            yield step, name, as_text(_time_of(record)), float(value)
 
 
 def _is_name(name: str) -> bool:
@@ -395,7 +404,7 @@ def _record(row: Any) -> LogRecord:
         at=datetime.fromisoformat(row.at),
         level=row.level,
         message=row.message,
-        source=row.source,
+        source=to_source(row.source),
         step=row.step,
         fields={} if row.fields is None else json.loads(row.fields),
         cursor=str(row.seq),

@@ -9,7 +9,7 @@ from uuid import uuid4
 import anyio
 
 from training_backends.core.backend import Journal, TrainingBackend
-from training_backends.core.capabilities import Capabilities
+from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
@@ -17,6 +17,7 @@ from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import (
     Failure,
     LogRecord,
+    LogSource,
     Observation,
     Reply,
     RunState,
@@ -50,7 +51,16 @@ class ScriptedBackend(TrainingBackend):
 
     def __init__(self, *, capabilities: Capabilities | None = None) -> None:
         self._capabilities = capabilities or Capabilities(
-            resumes=True, downloads=True, samples=True, deletes=True
+            tunings=frozenset({"full", "lora", "qlora"}),
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
+            suffix=SuffixRule(max_length=64),
+            pauses=True,
+            resumes="checkpoint",
+            downloads=True,
+            samples=True,
+            deletes=True,
         )
         self._jobs: dict[str, RunState] = {}
         self._owners: dict[str, str] = {}
@@ -124,6 +134,16 @@ class ScriptedBackend(TrainingBackend):
         state = self._job(run)
         if not state.status.is_terminal:
             self.say(str(run.remote_id), TrainingStatus.STOPPING)
+
+    async def pause(self, run: TrainingRun) -> None:
+        """Pause the job."""
+        self._job(run)
+        self.say(str(run.remote_id), TrainingStatus.PAUSED)
+
+    async def unpause(self, run: TrainingRun) -> None:
+        """Continue the job."""
+        self._job(run)
+        self.say(str(run.remote_id), TrainingStatus.RUNNING)
 
     async def resume(
         self,
@@ -203,7 +223,7 @@ class ScriptedBackend(TrainingBackend):
         self,
         remote_id: str,
         message: str,
-        source: str,
+        source: LogSource,
         step: int | None = None,
         fields: Mapping[str, Any] | None = None,
     ) -> None:

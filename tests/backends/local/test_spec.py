@@ -39,7 +39,6 @@ async def test_a_plain_configuration_has_no_issues(
         ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "remove it")),
         ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
-        ({"integrations": [{"project": "p"}]}, ("integrations", "remove it")),
         ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),
         ({"options": {"num_processes": 17}}, ("options.num_processes", "or a larger")),
     ],
@@ -69,16 +68,6 @@ async def test_processes_without_gpus_are_a_warning(
     report = await backend.validate(run.config, inspected(run))
     assert report.ok
     assert [issue.field for issue in report.issues] == ["options.num_processes"]
-
-
-async def test_an_unused_suffix_is_a_warning(
-    backend: LocalBackend, make_run: MakeRun, inspected: Callable[..., Any]
-) -> None:
-    """It does no harm, but it is said."""
-    run = make_run(suffix="mine")
-    report = await backend.validate(run.config, inspected(run))
-    assert report.ok
-    assert [issue.field for issue in report.issues] == ["suffix"]
 
 
 TARGET = {"name": "topic", "labels": ["a", "b"]}

@@ -13,6 +13,7 @@ from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import HOSTED_URL, MistralSettings
 from training_backends.backends.mistral.validate import check_config
 from training_backends.core.backend import CredentialSource
+from training_backends.core.capabilities import config_issues
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect
 from training_backends.testing.faults import OtherAnswer
@@ -41,10 +42,6 @@ async def test_good_configuration_passes(
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"method": "dpo"}, "method"),
-        ({"tuning": "lora"}, "tuning"),
-        ({"hyperparameters": {"batch_size": 8}}, "hyperparameters.batch_size"),
-        ({"hyperparameters": {"seed": 1}}, "hyperparameters.seed"),
         ({"method": "classifier"}, "classifier_targets"),
         (
             {
@@ -77,6 +74,31 @@ async def test_what_the_protocol_lacks_is_named(
     report = await backend.validate(config, Dataset(files=()))
     assert fields_of(report.errors) == [named]
     assert provider.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"method": "dpo"}, "method"),
+        ({"tuning": "lora"}, "tuning"),
+        ({"hyperparameters": {"batch_size": 8}}, "hyperparameters.batch_size"),
+        ({"hyperparameters": {"seed": 1}}, "hyperparameters.seed"),
+        ({"suffix": "x" * 19}, "suffix"),
+        (
+            {"data": {"train": "a", "validation": {"path": "b", "weight": 2}}},
+            "data.validation.0.weight",
+        ),
+    ],
+)
+def test_what_the_protocol_lacks_is_undeclared(
+    fields: dict[str, Any],
+    named: str,
+    make_backend: Callable[..., MistralAPIBackend],
+    make_config: MakeConfig,
+) -> None:
+    """The client rejects it by name, without asking the backend."""
+    issues = [*config_issues(make_config(**fields), make_backend().capabilities, "mistral")]
+    assert fields_of(issues) == [named]
 
 
 def test_near_option_is_suggested(make_config: MakeConfig) -> None:
@@ -145,13 +167,6 @@ async def test_rows_beyond_a_sequence_are_counted(
     (issue,) = [issue for issue in report.issues if issue.code == "overlong_rows"]
     assert issue.severity == "warning"
     assert "1 of 21 rows is longer than 500 tokens" in issue.message
-
-
-def test_weights_of_validation_files_are_refused(make_config: MakeConfig, train_file: Path) -> None:
-    """A weight on a validation file would have no effect."""
-    data = {"train": str(train_file), "validation": {"path": str(train_file), "weight": 2}}
-    issues = check_config(make_config(data=data))
-    assert fields_of(issues) == ["data.validation.0.weight"]
 
 
 @pytest.mark.parametrize(

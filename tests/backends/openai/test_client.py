@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -110,7 +111,7 @@ async def test_launches_in_parallel_have_a_job_each(
     provider.fail(LoseAnswer(), method="POST", path="/jobs", times=2)
     async with open_client() as client, anyio.create_task_group() as group:
         for n in range(3):
-            group.start_soon(lambda n=n: client.launch(config, backend="openai", run_id=f"r{n}"))
+            group.start_soon(partial(client.launch, config, backend="openai", run_id=f"r{n}"))
     async with open_client() as client:
         runs = await client.list()
     assert {run.remote_id for run in runs} == set(provider.jobs)

@@ -31,11 +31,13 @@ def test_any_text_has_a_status(word: str) -> None:
 
 
 def test_every_status_of_the_protocol_has_a_word() -> None:
-    """A server can report any status but unknown and paused, and a client reads it back."""
+    """A server can report any status but unknown; a paused run, which has no word, is RUNNING."""
     for status in TrainingStatus:
         word = to_wire(status)
-        if status in {TrainingStatus.UNKNOWN, TrainingStatus.PAUSED}:
+        if status is TrainingStatus.UNKNOWN:
             assert word is None
+        elif status is TrainingStatus.PAUSED:
+            assert word == "RUNNING"
         else:
             assert word is not None
             assert to_status(word) is status

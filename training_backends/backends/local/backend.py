@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, cast
 
 from anyio import to_thread
 from pydantic import BaseModel
@@ -119,7 +119,8 @@ class LocalBackend(TrainingBackend):
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend for the state in `context.home`."""
-        return cls(context.home, hub=Hub(load_settings(LocalSettings), context.credentials))
+        settings = cast("LocalSettings", context.settings or load_settings(LocalSettings))
+        return cls(context.home, hub=Hub(settings, context.credentials))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -127,8 +128,11 @@ class LocalBackend(TrainingBackend):
         return Capabilities(
             methods=frozenset({"sft", "dpo", "classifier"}),
             tunings=frozenset({"full", "lora", "qlora"}),
+            hyperparameters=None,
+            weights=True,
+            validation_files=True,
             keeps_checkpoint_on_stop=True,
-            resumes=True,
+            resumes="checkpoint",
             downloads=True,
             samples=True,
             deletes=True,

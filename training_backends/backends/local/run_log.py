@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from training_backends.backends.local.state import LOST, TRAINER_STATUS, Snapshot
-from training_backends.core.run import LogRecord, utc_now
+from training_backends.core.run import LogRecord, to_source, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, MetricsRow, RunDir
 
@@ -90,7 +90,7 @@ def _from_event(event: Event, cursor: Cursor) -> LogRecord:
         at=event.at,
         level=event.level,
         message=event.message,
-        source="event" if event.name == "message" else event.name,
+        source="event" if event.name == "message" else to_source(event.name),
         step=event.step,
         fields=fields,
         cursor=str(cursor),

@@ -52,19 +52,6 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
     yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
     yield from _option_issues(config)
-    if config.integrations:
-        yield _unsupported(
-            "integrations",
-            "the local backend does not support tracking integrations",
-            "remove it",
-        )
-    if config.suffix:
-        yield Issue(
-            code="unused_field",
-            message="the local backend does not use a suffix",
-            field="suffix",
-            severity="warning",
-        )
     yield from _label_issues(config, dataset)
     for file in dataset.files:
         if file.sample_type and file.sample_type not in _ROWS[config.method]:

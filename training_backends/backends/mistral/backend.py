@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, cast
 
 import anyio.to_thread
 from pydantic import BaseModel, SecretStr
@@ -35,8 +35,8 @@ from training_backends.core.backend import (
     RemoteRun,
     TrainingBackend,
 )
-from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import TrainingConfig
+from training_backends.core.capabilities import Capabilities, SuffixRule
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
@@ -53,7 +53,11 @@ from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.http.client import HttpClient
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
-from training_backends.protocols.mistral.wire import Job
+from training_backends.protocols.mistral.wire import (
+    MAX_SUFFIX,
+    CompletionTrainingParametersIn,
+    Job,
+)
 from training_backends.tokens import count_files
 from training_backends.tokens.overlong import overlong_rows
 
@@ -62,13 +66,16 @@ __all__ = ["MistralAPIBackend"]
 _BAD_ENDS: Final = frozenset({TrainingStatus.FAILED, TrainingStatus.CANCELLED})
 _CAPABILITIES: Final = Capabilities(
     methods=frozenset({"sft", "classifier"}),
-    quotes=True,
-    stops=True,
-    resumes=True,
-    lists_remote=True,
+    hyperparameters=frozenset(
+        {*Hyperparameters.model_fields} & {*CompletionTrainingParametersIn.model_fields}
+    ),
+    weights=True,
     validation_files=True,
-    suffix=True,
+    suffix=SuffixRule(max_length=MAX_SUFFIX),
     integrations=frozenset({"wandb"}),
+    quotes=True,
+    resumes="anew",
+    lists_remote=True,
 )
 
 
@@ -99,7 +106,8 @@ class MistralAPIBackend(TrainingBackend):
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend from the settings in section `mistral`."""
-        return cls(credentials=context.credentials)
+        settings = cast("MistralSettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
 
     @property
     def api(self) -> MistralAPI:
@@ -237,12 +245,9 @@ class MistralAPIBackend(TrainingBackend):
         """Start an unstarted job, or train again on the files of a failed or cancelled one.
 
         Raises:
-            UnsupportedOperation: A checkpoint is given, or the run is in progress or completed.
+            UnsupportedOperation: The run is in progress or completed.
         """
-        if checkpoint is not None:
-            raise self.unsupported(
-                "resume from a checkpoint", "Omit the checkpoint to train from the start."
-            )
+        del checkpoint
         with self._named(new_run):
             launch = self._launch(new_run, journal)
             if new_run.remote_id is not None:

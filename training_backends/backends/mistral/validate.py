@@ -7,7 +7,6 @@ from training_backends.backends.mistral.job_request import (
     check_wandb_key,
     find_credential,
     read_options,
-    sent_fields,
 )
 from training_backends.backends.mistral.settings import MistralOptions
 from training_backends.core.backend import CredentialSource
@@ -28,7 +27,7 @@ __all__ = ["check_config", "check_secrets", "check_server"]
 
 
 def check_config(config: TrainingConfig) -> list[Issue]:
-    """Return issues that need no server. Limits for data are part of the provider format."""
+    """Return issues that need no server and that the capabilities cannot express."""
     issues = [*_config_issues(config)]
     try:
         read_options(config)
@@ -38,18 +37,14 @@ def check_config(config: TrainingConfig) -> list[Issue]:
 
 
 def _config_issues(config: TrainingConfig) -> Iterator[Issue]:
-    if config.method == "dpo":
-        yield _lacking("method", "preference training (dpo)", "use `sft`, or another backend")
-    if config.tuning is not None:
-        yield _lacking("tuning", "`tuning` setting", "remove it, or use another backend")
-    sent = sent_fields(config)
-    for name, value in config.hyperparameters.model_dump(exclude_none=True).items():
-        if name not in sent:
-            fix = f"remove it ({value} would have no effect), or use another backend"
-            yield _lacking(f"hyperparameters.{name}", f"`{name}`", fix)
     if config.method == "classifier":
         if config.hyperparameters.fim_ratio is not None:
-            yield _lacking("hyperparameters.fim_ratio", "`fim_ratio` for classifiers", "remove it")
+            yield Issue(
+                code="unsupported_field",
+                message="the Mistral protocol has no `fim_ratio` for classifiers",
+                field="hyperparameters.fim_ratio",
+                fix="remove it",
+            )
         if not config.classifier_targets:
             yield Issue(
                 code="missing_field",
@@ -57,19 +52,6 @@ def _config_issues(config: TrainingConfig) -> Iterator[Issue]:
                 field="classifier_targets",
                 fix="list each target with its name and labels",
             )
-    for index, source in enumerate(config.data.validation):
-        if source.weight != 1.0:
-            field = f"data.validation.{index}.weight"
-            yield _lacking(field, "weights of validation files", "remove it")
-
-
-def _lacking(field: str, what: str, fix: str) -> Issue:
-    return Issue(
-        code="not_in_protocol",
-        message=f"the Mistral protocol has no {what}",
-        field=field,
-        fix=fix,
-    )
 
 
 async def check_secrets(config: TrainingConfig, credentials: CredentialSource) -> list[Issue]:

@@ -1,25 +1,23 @@
 """Typed client for the files and fine-tuning jobs of the OpenAI API."""
 
-import tempfile
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
-from urllib.parse import quote
 
-from anyio import to_thread
 from pydantic import BaseModel, ValidationError
 
 from training_backends.core.errors import ProtocolError, RunNotFound
 from training_backends.core.logging import get_logger
 from training_backends.http.client import HttpClient
+from training_backends.http.exchange import Query
+from training_backends.http.paging import after_last, paged
 from training_backends.http.upload import FileUpload
+from training_backends.http.urls import path_segment
 from training_backends.protocols.openai.wire import (
     FileObject,
     FineTuningJob,
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
-    ListPage,
 )
 
 __all__ = ["Entry", "OpenAIAPI", "read_job"]
@@ -31,10 +29,8 @@ Entry = Mapping[str, Any]
 
 _FILES: Final = "/files"
 _JOBS: Final = "/fine_tuning/jobs"
-_PAGE_SIZE: Final = 100
+_LIMIT: Final = ("limit", "100")
 """Entries per page of jobs, events and checkpoints; maxima are not documented."""
-_MOST_PAGES: Final = 10_000
-"""Maximum pages of a list, in case a server never ends it."""
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -57,12 +53,12 @@ class OpenAIAPI:
 
     async def get_file(self, file_id: str) -> FileObject:
         """Retrieve a file's metadata."""
-        return _read(FileObject, await self.http.json("GET", f"{_FILES}/{_segment(file_id)}"))
+        return _read(FileObject, await self.http.json("GET", f"{_FILES}/{path_segment(file_id)}"))
 
     async def find_file(self, filename: str, size: int) -> FileObject | None:
         """Return the newest training file with this name and size."""
         # Without a limit: its default of 10,000 is the largest (openai-python 3.57.0).
-        async with aclosing(self._entries(_FILES, {"purpose": "fine-tune"})) as files:
+        async with aclosing(self._entries(_FILES, [("purpose", "fine-tune")])) as files:
             async for entry in files:
                 if entry.get("filename") == filename and entry.get("bytes") in {None, size}:
                     return _read(FileObject, entry)
@@ -70,10 +66,8 @@ class OpenAIAPI:
 
     async def read_file(self, file_id: str) -> bytes:
         """Return the content of a small file, such as a result."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{_FILES}/{_segment(file_id)}/content"
-            saved = await self.http.download(path, Path(folder) / "content")
-            return await to_thread.run_sync(saved.read_bytes)
+        path = f"{_FILES}/{path_segment(file_id)}/content"
+        return (await self.http.send("GET", path, headers={"Accept": "*/*"})).body
 
     # -- jobs --------------------------------------------------------------------------
 
@@ -87,8 +81,8 @@ class OpenAIAPI:
         Args:
             metadata: Ask only for jobs with these pairs; a server may ignore it.
         """
-        pairs = {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
-        return self._entries(_JOBS, {**pairs, "limit": str(_PAGE_SIZE)})
+        pairs = [(f"metadata[{name}]", value) for name, value in (metadata or {}).items()]
+        return self._entries(_JOBS, [*pairs, _LIMIT])
 
     async def create_job(self, body: Mapping[str, Any]) -> FineTuningJob:
         """Create a job. Not retried once it may have arrived.
@@ -100,49 +94,34 @@ class OpenAIAPI:
 
     async def get_job(self, job_id: str) -> FineTuningJob:
         """Retrieve a job."""
-        return _read(FineTuningJob, await self.http.json("GET", f"{_JOBS}/{_segment(job_id)}"))
+        return _read(FineTuningJob, await self.http.json("GET", f"{_JOBS}/{path_segment(job_id)}"))
 
     async def act(self, job_id: str, action: Literal["cancel", "pause", "resume"]) -> None:
         """Cancel, pause or resume a job; a repeated request has no further effect."""
-        await self.http.json("POST", f"{_JOBS}/{_segment(job_id)}/{action}", repeatable=True)
+        await self.http.json("POST", f"{_JOBS}/{path_segment(job_id)}/{action}", repeatable=True)
 
     async def events(self, job_id: str) -> AsyncGenerator[FineTuningJobEvent, None]:
         """Yield the events of a job, newest first."""
-        path = f"{_JOBS}/{_segment(job_id)}/events"
-        async with aclosing(self._entries(path, {"limit": str(_PAGE_SIZE)})) as entries:
+        path = f"{_JOBS}/{path_segment(job_id)}/events"
+        async with aclosing(self._entries(path, [_LIMIT])) as entries:
             async for entry in entries:
                 yield _read(FineTuningJobEvent, entry)
 
     async def checkpoints(self, job_id: str) -> list[FineTuningJobCheckpoint]:
         """Return the checkpoints of a job; none if the server does not list any."""
-        path = f"{_JOBS}/{_segment(job_id)}/checkpoints"
+        path = f"{_JOBS}/{path_segment(job_id)}/checkpoints"
         try:
-            async with aclosing(self._entries(path, {"limit": str(_PAGE_SIZE)})) as entries:
+            async with aclosing(self._entries(path, [_LIMIT])) as entries:
                 return [_read(FineTuningJobCheckpoint, entry) async for entry in entries]
         except RunNotFound:
             return []
 
-    async def _entries(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[Entry, None]:
-        """Yield the entries of a list, page by page, each once.
-
-        Raises:
-            ProtocolError: The list never ends.
-        """
-        after: str | None = None
-        seen: set[str] = set()
-        for _ in range(_MOST_PAGES):
-            more = {} if after is None else {"after": after}
-            document = await self.http.json("GET", path, query=[*{**query, **more}.items()])
-            page = _read(ListPage[dict[str, Any]], document)
-            fresh = [entry for entry in page.data if entry.get("id") not in seen]
-            for entry in fresh:
-                yield entry
-            seen.update(str(entry.get("id")) for entry in fresh)
-            # Without `has_more` a list may end with an empty page, or repeat the same one.
-            if not fresh or page.has_more is False:
-                return
-            after = str(fresh[-1].get("id"))
-        raise ProtocolError(f"GET {path}: the server's list is too long.")
+    async def _entries(self, path: str, query: Query = ()) -> AsyncGenerator[Entry, None]:
+        """Yield the entries of a list, each once."""
+        async with aclosing(paged(self.http, path, query=query, next_page=after_last())) as entries:
+            async for entry in entries:
+                if isinstance(entry, Mapping):
+                    yield entry
 
 
 def read_job(entry: Entry) -> FineTuningJob | None:
@@ -152,14 +131,6 @@ def read_job(entry: Entry) -> FineTuningJob | None:
     except ValidationError:
         log.warning("listed job is malformed", job=str(entry.get("id"))[:80])
         return None
-
-
-def _segment(identifier: str) -> str:
-    """Quote an id for a path."""
-    if identifier.strip("./ ") == "":
-        # An empty id would address the collection.
-        raise RunNotFound(f"Invalid id {identifier!r}.")
-    return quote(identifier, safe=":")
 
 
 def _read(model: type[_M], document: Entry) -> _M:

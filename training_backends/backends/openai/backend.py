@@ -1,19 +1,22 @@
 """The backend for servers of the OpenAI fine-tuning protocol."""
 
 import math
+import string
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import ClassVar, Final, Literal, Self
+from types import MappingProxyType
+from typing import ClassVar, Final, Literal, Self, cast
 
 import anyio.to_thread
 from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.openai.api import OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import (
+    HYPERPARAMETERS,
     RUN_KEY,
     config_of,
     issues_of,
@@ -24,6 +27,7 @@ from training_backends.backends.openai.settings import (
     CLOCK_SLACK,
     OpenAIOptions,
     OpenAISettings,
+    Variant,
 )
 from training_backends.core.backend import (
     BackendContext,
@@ -34,7 +38,7 @@ from training_backends.core.backend import (
     RemoteRun,
     TrainingBackend,
 )
-from training_backends.core.capabilities import Capabilities
+from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -53,6 +57,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.client import HttpClient
 from training_backends.protocols.openai.errors import error_from_answer
+from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
 from training_backends.protocols.openai.status import to_status
 from training_backends.protocols.openai.wire import FineTuningJob, FineTuningJobEvent
@@ -61,6 +66,16 @@ from training_backends.tokens.counts import SAMPLE_NOTE
 
 __all__ = ["OpenAIBackend"]
 
+_SUFFIXES: Mapping[Variant, SuffixRule] = MappingProxyType(
+    {
+        "openai": SuffixRule(max_length=MAX_SUFFIX),
+        "azure": SuffixRule(
+            max_length=MAX_SUFFIX_AZURE, alphabet=f"{string.ascii_letters}{string.digits}-_"
+        ),
+        "nebius": SuffixRule(max_length=MAX_SUFFIX),
+    }
+)
+"""Nebius documents no limit."""
 _FEW: Final = 3
 """Up to this many runs are requested one by one."""
 
@@ -88,7 +103,8 @@ class OpenAIBackend(TrainingBackend):
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend from the settings in section `openai`."""
-        return cls(credentials=context.credentials)
+        settings = cast("OpenAISettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
 
     @property
     def api(self) -> OpenAIAPI:
@@ -289,16 +305,8 @@ class OpenAIBackend(TrainingBackend):
         *,
         checkpoint: str | None = None,
     ) -> RunState:
-        """Train again from the start, on the files that are already uploaded.
-
-        Raises:
-            UnsupportedOperation: A checkpoint is given.
-        """
-        del run
-        if checkpoint is not None:
-            raise self.unsupported(
-                "resume from a checkpoint", "Omit the checkpoint to train from the start."
-            )
+        """Train again from the start, on the files that are already uploaded."""
+        del run, checkpoint
         return await self.launch(new_run, journal)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
@@ -359,12 +367,18 @@ class OpenAIBackend(TrainingBackend):
 
 def _capabilities(settings: OpenAISettings) -> Capabilities:
     """Return the capabilities of the protocol's variant, with this server's limits."""
-    nebius = settings.variant == "nebius"
+    variant = settings.variant or "openai"
+    is_nebius = variant == "nebius"
     return Capabilities(
-        methods=frozenset({"sft"} if nebius else {"sft", "dpo"}),
-        resumes=True,
+        methods=frozenset({"sft"} if is_nebius else {"sft", "dpo"}),
+        tunings=frozenset({"full", "lora"} if is_nebius else ()),
+        hyperparameters=frozenset({*HYPERPARAMETERS[variant], "seed"}),
+        max_train_files=1,
+        validation_files=True,
+        suffix=_SUFFIXES[variant],
+        pauses=not is_nebius,
+        resumes="anew",
         lists_remote=True,
-        suffix=True,
         provider_format=replace(OPENAI, max_file_bytes=settings.max_file_bytes),
     )
 

@@ -8,9 +8,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from training_backends.backends.openai.settings import OpenAIOptions, OpenAISettings, Variant
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, given_options, option_issues
 from training_backends.core.errors import ConfigError, Issue
-from training_backends.core.options import given_options, option_issues
 from training_backends.protocols.openai.requests import (
     AzureFineTuningJobIn,
     FineTuningJobIn,

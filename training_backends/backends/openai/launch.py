@@ -27,7 +27,6 @@ from training_backends.core.errors import (
     AmbiguousLaunch,
     DatasetError,
     Issue,
-    ProtocolError,
     RunNotFound,
     TrainingBackendError,
 )
@@ -35,6 +34,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.persist import persist, poll
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.core.uploads import upload_once
 from training_backends.http.upload import FileUpload, HashedFile, hash_file
 from training_backends.protocols.openai.status import FILE_FAILED
 from training_backends.protocols.openai.wire import FileObject
@@ -43,11 +43,9 @@ __all__ = ["Launch"]
 
 log = get_logger()
 
-_LOSSES: Final = 10
-"""Maximum uploads of a file in one launch, in case the server loses it."""
 _SEEDS: Final = 2**31
 _PROCESSING: Final = frozenset({"pending", "running"})
-"""Statuses of a file that no job may use yet (Azure)."""
+"""Statuses of a file at Azure that no job may use yet."""
 
 _T = TypeVar("_T")
 
@@ -96,32 +94,28 @@ class Launch:
 
     async def _file_id(self, path: Path) -> str:
         """Return the id of a file that jobs can use, uploading it if necessary."""
-        hashed, scope = await hash_file(path), self.settings.scope
-        known = await self.journal.known_upload(scope, hashed.sha256)
-        if known is not None and await self._has(known, hashed):
-            return known
+        hashed = await hash_file(path)
         # The name contains the hash, so a file found by name has the right content.
         filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
-        fresh = False
 
-        async def find() -> JSONValue:
+        async def find() -> str | None:
             found = await self.api.find_file(filename, hashed.size)
             return None if found is None or found.status in FILE_FAILED else found.id
 
-        async def do() -> JSONValue:
-            nonlocal fresh
-            fresh = True
+        async def upload() -> str:
             return await find() or (await self._upload(path, filename, hashed)).id
 
-        for attempt in range(1, _LOSSES + 1):
-            name = f"upload:{hashed.sha256}" + (f"#{attempt}" if attempt > 1 else "")
-            step = partial(self.journal.step, name, do, find)
-            file_id = str(await self._persist(step))
-            if fresh or await self._has(file_id, hashed):
-                await self._processed(file_id, path)
-                await self.journal.uploaded(scope, hashed.sha256, file_id)
-                return file_id
-        raise ProtocolError(f"The server repeatedly lost the uploaded file {filename}.")
+        file_id = await upload_once(
+            self.journal,
+            scope=self.settings.scope,
+            sha256=hashed.sha256,
+            do=upload,
+            has=lambda file_id: self._has(file_id, hashed),
+            find=find,
+        )
+        if self.settings.variant == "azure":
+            await self._processed(file_id, path)
+        return file_id
 
     async def _upload(self, path: Path, filename: str, hashed: HashedFile) -> FileObject:
         upload = FileUpload(
@@ -137,7 +131,7 @@ class Launch:
 
     async def _has(self, file_id: str, hashed: HashedFile) -> bool:
         try:
-            found = await self._persist(lambda: self.api.get_file(file_id))
+            found = await self.api.get_file(file_id)
         except RunNotFound:
             return False
         return found.status not in FILE_FAILED and found.bytes in {None, hashed.size}

@@ -462,7 +462,7 @@ def show_checkpoints(checkpoints: Sequence[tuple[str, Checkpoint]], run: Trainin
 def show_log_record(record: LogRecord, out: Console) -> None:
     """Print a log record on one line; a terminal gets the date only if it is not today."""
     style = {"error": "red", "warning": "yellow"}.get(record.level, "default")
-    at = record.at.astimezone()
+    at = (record.at or utc_now()).astimezone()
     if not out.is_terminal:
         time = at.isoformat(timespec="seconds")
     elif at.date() == utc_now().astimezone().date():

@@ -62,6 +62,7 @@ _STATUS: Mapping[str, TrainingStatus] = MappingProxyType(
 )
 _WORD: Mapping[TrainingStatus, str] = MappingProxyType(
     {status: word for word, status in _STATUS.items() if word != "FAILED_VALIDATION"}
+    | {TrainingStatus.PAUSED: "RUNNING"}  # the protocol has no word for it
 )
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "FILE_PURPOSES",
     "FILE_VISIBILITIES",
     "MAX_FILE_BYTES",
+    "MAX_SUFFIX",
     "ArchiveFTModelOut",
     "BaseModelCard",
     "CheckpointOut",
@@ -70,6 +71,8 @@ FILE_VISIBILITIES = ("workspace", "user")
 
 MAX_FILE_BYTES = 512 * 10**6
 """Maximum upload size. The specification (2026-07) says 512 MB, without defining MB."""
+MAX_SUFFIX = 18
+"""Maximum characters of a job's suffix, from the specification (2026-07)."""
 
 
 _WANDB_KEY = re.compile(r"(?:local-)?[!-~]{40}|wandb_v1_[A-Za-z0-9_]{31,119}")
@@ -225,7 +228,7 @@ class JobIn(_In):
         default_factory=list
     )
     validation_files: list[str] | None = None
-    suffix: str | None = Field(default=None, max_length=18)
+    suffix: str | None = Field(default=None, max_length=MAX_SUFFIX)
     integrations: list[WandbIntegrationIn] | None = None
     auto_start: bool = False
     invalid_sample_skip_percentage: float = Field(default=0, ge=0, le=0.5)

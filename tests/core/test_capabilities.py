@@ -1,0 +1,85 @@
+"""Fields that a backend does not declare are errors; fields that nobody set are none."""
+
+from typing import Any
+
+import pytest
+
+from training_backends import Capabilities, SuffixRule, TrainingConfig
+from training_backends.core.capabilities import config_issues
+
+PLAIN = Capabilities()
+
+
+def make(**fields: Any) -> TrainingConfig:
+    """Return a configuration with these fields set."""
+    return TrainingConfig.model_validate({"model": "m", "data": {"train": "a"}, **fields})
+
+
+def fields_of(config: TrainingConfig, capabilities: Capabilities) -> list[str | None]:
+    """Return the fields that the backend does not support."""
+    return [issue.field for issue in config_issues(config, capabilities, "mine")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "declared"),
+    [
+        ({"method": "dpo"}, "method", {"methods": {"dpo"}}),
+        ({"tuning": "lora"}, "tuning", {"tunings": {"lora"}}),
+        ({"hyperparameters": {"seed": 1}}, "hyperparameters.seed", {"hyperparameters": {"seed"}}),
+        ({"hyperparameters": {"seed": 0}}, "hyperparameters.seed", {"hyperparameters": None}),
+        (
+            {"data": {"train": [{"path": "a", "weight": 2}]}},
+            "data.train.0.weight",
+            {"weights": True},
+        ),
+        (
+            {"data": {"train": "a", "validation": "b"}},
+            "data.validation",
+            {"validation_files": True},
+        ),
+        ({"suffix": "mine"}, "suffix", {"suffix": {"max_length": 4}}),
+        ({"integrations": [{"project": "p"}]}, "integrations.0", {"integrations": {"wandb"}}),
+    ],
+)
+def test_a_field_that_was_set_must_be_declared(
+    fields: dict[str, Any], named: str, declared: dict[str, Any]
+) -> None:
+    """It is an error that names the field, and none once the backend declares it."""
+    config = make(**fields)
+    assert fields_of(config, PLAIN) == [named]
+    assert fields_of(config, Capabilities.model_validate(declared)) == []
+
+
+def test_a_field_that_nobody_set_is_no_error() -> None:
+    """Nor is a default that somebody wrote out, as a stored configuration does."""
+    config = make()
+    assert fields_of(config, PLAIN) == []
+    assert fields_of(TrainingConfig.model_validate_json(config.model_dump_json()), PLAIN) == []
+
+
+def test_the_default_method_is_judged_too() -> None:
+    """A backend with other methods names them; one without methods takes no method at all."""
+    only_dpo = Capabilities(methods=frozenset({"dpo"}))
+    (issue,) = config_issues(make(), only_dpo, "mine")
+    assert (issue.field, issue.fix) == ("method", "supported: dpo")
+    none = Capabilities(methods=frozenset())
+    assert fields_of(make(), none) == []
+    assert fields_of(make(method="dpo"), none) == ["method"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code"),
+    [("abc", None), ("abcd", "suffix_too_long"), ("a.c", "suffix_characters")],
+)
+def test_a_suffix_follows_the_backends_rule(suffix: str, code: str | None) -> None:
+    """Its length and its characters."""
+    capabilities = Capabilities(suffix=SuffixRule(max_length=3, alphabet="abcd"))
+    issues = config_issues(make(suffix=suffix), capabilities, "mine")
+    assert [issue.code for issue in issues] == ([code] if code else [])
+
+
+def test_the_number_of_training_files_is_limited() -> None:
+    """By the backend's declaration only."""
+    config = make(data={"train": ["a", "b"]})
+    assert fields_of(config, PLAIN) == []
+    assert fields_of(config, Capabilities(max_train_files=1)) == ["data.train"]
