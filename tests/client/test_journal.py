@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,13 +20,18 @@ from training_backends import (
     Money,
     ProtocolError,
     RunState,
+    TrainingBackendError,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
+    WaitTimeout,
 )
-from training_backends.client.journal import LaunchWatch, StoreJournal
+from training_backends.client.boundary import callers_own
+from training_backends.client.journal import JournalSteps, LaunchWatch, StoreJournal
+from training_backends.client.leases import Leases
 from training_backends.core.run import new_run_id
 from training_backends.store import RunStore
+from training_backends.testing.journal import MemoryJournal
 
 pytestmark = pytest.mark.anyio
 
@@ -55,10 +62,16 @@ def make_journal(
     return StoreJournal(store, "r", watch or LaunchWatch())
 
 
-@pytest.fixture
-def again(tmp_path: Path, make_config: Callable[..., TrainingConfig]) -> Callable[[], StoreJournal]:
-    """Open the journal as a new process would."""
-    return lambda: make_journal(tmp_path / "runs.db", make_config())
+@pytest.fixture(params=["store", "memory"])
+def again(
+    request: pytest.FixtureRequest, tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> Callable[[], JournalSteps]:
+    """Open the journal as a new process would; the kit's journal keeps the same rule."""
+    config = make_config()
+    if request.param == "store":
+        return lambda: make_journal(tmp_path / "runs.db", config)
+    kept = MemoryJournal(TrainingRun(id="r", backend="scripted", config=config))
+    return lambda: kept
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +80,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     return RunStore(f"sqlite:///{tmp_path_factory.mktemp('journal') / 'runs.db'}")
 
 
-async def test_a_finished_step_is_remembered(again: Callable[[], StoreJournal]) -> None:
+async def test_a_finished_step_is_remembered(again: Callable[[], JournalSteps]) -> None:
     """Its result comes back and nothing is done."""
     world = World()
     await again().step("create", world.do)
@@ -75,7 +88,7 @@ async def test_a_finished_step_is_remembered(again: Callable[[], StoreJournal]) 
     assert world.done == 1
 
 
-async def test_a_lost_answer_is_found(again: Callable[[], StoreJournal]) -> None:
+async def test_a_lost_answer_is_found(again: Callable[[], JournalSteps]) -> None:
     """When the request got through and the answer did not, the effect is adopted."""
     world = World()
     world.lose = BackendUnavailable("reset", sent=True)
@@ -83,7 +96,7 @@ async def test_a_lost_answer_is_found(again: Callable[[], StoreJournal]) -> None
 
 
 async def test_a_killed_step_is_found_by_the_next_process(
-    again: Callable[[], StoreJournal],
+    again: Callable[[], JournalSteps],
 ) -> None:
     """A process that died after sending leaves one effect, not two."""
     world = World()
@@ -95,7 +108,7 @@ async def test_a_killed_step_is_found_by_the_next_process(
 
 
 async def test_a_step_that_cannot_be_found_is_ambiguous(
-    again: Callable[[], StoreJournal],
+    again: Callable[[], JournalSteps],
 ) -> None:
     """Without a way to look, an unsafe step is not tried again."""
     world = World()
@@ -106,7 +119,7 @@ async def test_a_step_that_cannot_be_found_is_ambiguous(
         await again().step("create", world.do)
 
 
-async def test_a_repeatable_step_is_repeated(again: Callable[[], StoreJournal]) -> None:
+async def test_a_repeatable_step_is_repeated(again: Callable[[], JournalSteps]) -> None:
     """What does no harm twice is simply done again."""
     world = World()
     world.lose = BackendUnavailable("timeout", sent=True)
@@ -120,7 +133,7 @@ async def test_a_repeatable_step_is_repeated(again: Callable[[], StoreJournal]) 
     "refusal", [AuthenticationFailed("no"), BackendUnavailable("no route", sent=False)]
 )
 async def test_a_clear_refusal_leaves_nothing_behind(
-    again: Callable[[], StoreJournal], refusal: Exception
+    again: Callable[[], JournalSteps], refusal: Exception
 ) -> None:
     """What certainly did not happen may be tried again without asking."""
     world = World()
@@ -132,7 +145,7 @@ async def test_a_clear_refusal_leaves_nothing_behind(
 
 
 async def test_a_refusal_does_not_undo_an_earlier_doubt(
-    again: Callable[[], StoreJournal],
+    again: Callable[[], JournalSteps],
 ) -> None:
     """A first try may have got through though the second one was refused: it is looked for."""
     world = World()
@@ -151,11 +164,132 @@ async def test_a_refusal_does_not_undo_an_earlier_doubt(
     assert await again().step("create", world.do, lagging) == world.done
 
 
-async def test_an_unreadable_answer_may_have_happened(again: Callable[[], StoreJournal]) -> None:
-    """Truncated JSON after a create is looked into, not repeated."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProtocolError("truncated"),
+        WaitTimeout("too slow"),
+        TrainingBackendError("something else"),
+        RuntimeError("a bug"),
+    ],
+)
+async def test_anything_but_a_clear_refusal_may_have_happened(
+    again: Callable[[], JournalSteps], error: Exception
+) -> None:
+    """The effect is looked for at once, and otherwise the step stays open."""
     world = World()
-    world.lose = ProtocolError("truncated")
+    world.lose = error
     assert await again().step("create", world.do, world.find) == 1
+    with pytest.raises(type(error)):
+        await again().step("start", world.do)
+    with pytest.raises(AmbiguousLaunch):
+        await again().step("start", world.do)
+
+
+async def test_the_error_of_a_callers_callback_is_not_swallowed(
+    again: Callable[[], JournalSteps],
+) -> None:
+    """It ends the launch even if the step took effect."""
+    world = World()
+
+    async def do() -> int:
+        await world.do()
+        with callers_own():
+            raise RuntimeError("from on_progress")
+
+    with pytest.raises(RuntimeError, match="from on_progress"):
+        await again().step("create", do, world.find)
+    assert await again().step("create", do, world.find) == 1
+
+
+async def test_a_token_is_random_and_stays_the_same(again: Callable[[], JournalSteps]) -> None:
+    """One for each name, in every process."""
+    token = await again().token("key")
+    assert await again().token("key") == token
+    assert await again().token("other") != token
+    assert len(bytes.fromhex(token)) == 16
+
+
+class Files:
+    """A provider's files."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+        self.uploads = 0
+
+    async def upload(self, journal: JournalSteps, content: str = "x") -> str:
+        """Upload a content through a journal."""
+
+        async def do() -> str:
+            self.uploads += 1
+            name = f"file-{self.uploads}"
+            await anyio.lowlevel.checkpoint()  # others may run
+            self.kept[name] = content
+            return name
+
+        async def find() -> str | None:
+            return next((name for name, known in self.kept.items() if known == content), None)
+
+        async def has(name: str) -> bool:
+            return name in self.kept
+
+        return await journal.upload("here", content * 64, do, find, has)
+
+
+async def test_an_upload_is_known_until_the_provider_loses_it(
+    again: Callable[[], JournalSteps],
+) -> None:
+    """Then it is repeated; another content is another upload."""
+    files = Files()
+    first = await files.upload(again())
+    assert await files.upload(again()) == first
+    assert await files.upload(again(), "y") != first
+    assert files.uploads == 2
+    files.kept.clear()
+    second = await files.upload(again())
+    assert second not in {first, "file-2"}
+    assert await files.upload(again()) == second
+    assert files.uploads == 3
+
+
+async def test_a_file_that_the_provider_keeps_losing_ends_the_upload(
+    again: Callable[[], JournalSteps],
+) -> None:
+    """Rather than in a loop."""
+
+    async def find() -> None:
+        return None
+
+    async def do() -> str:
+        return "file"
+
+    async def has(_: str) -> bool:
+        return False
+
+    for _ in range(10):
+        assert await again().upload("here", "x", do, find, has) == "file"
+    with pytest.raises(ProtocolError, match="repeatedly lost"):
+        await again().upload("here", "x", do, find, has)
+
+
+async def test_parallel_launches_share_an_upload(
+    tmp_path: Path, make_config: Callable[..., TrainingConfig]
+) -> None:
+    """The others wait for it, in this and in other processes."""
+    store = RunStore(f"sqlite:///{tmp_path / 'runs.db'}")
+    all_leases = [Leases(store, tmp_path / "leases") for _ in range(2)]
+    journals = []
+    for number in range(6):
+        store.insert(TrainingRun(id=f"r{number}", backend="scripted", config=make_config()))
+        leases = all_leases[number % 2]
+        journals.append(StoreJournal(store, f"r{number}", LaunchWatch(), leases=leases))
+    files = Files()
+    async with anyio.create_task_group() as tasks:
+        for journal in journals:
+            tasks.start_soon(files.upload, journal)
+    assert (files.uploads, len(files.kept)) == (1, 1)
+    for leases in all_leases:
+        leases.close()
 
 
 async def test_a_quote_over_budget_is_refused_and_kept(

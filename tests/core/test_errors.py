@@ -211,10 +211,15 @@ def test_a_validation_error_becomes_issues() -> None:
         (errors.RateLimited("slow down"), False),
         (errors.AuthenticationFailed("wrong key"), False),
         (errors.DuplicateRun("it exists"), False),
+        (errors.ConfigError("a rejected field"), False),
+        (errors.CredentialNotFound("no key"), False),
+        (errors.WaitTimeout("too slow"), True),
+        (errors.TrainingBackendError("anything"), True),
+        (KeyError("a bug"), True),
     ],
 )
-def test_only_a_request_without_a_clear_answer_may_have_happened(
-    error: TrainingBackendError, *, expected: bool
+def test_anything_but_a_clear_refusal_may_have_happened(
+    error: Exception, *, expected: bool
 ) -> None:
     """A lost or unreadable response leaves the outcome open; a rejection does not."""
     assert errors.may_have_happened(error) is expected

@@ -8,7 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from training_backends import Checkpoint, LogRecord, TrainingConfig, TrainingRun, TrainingStatus
-from training_backends.core.run import RUN_ID_PATTERN, Failure, RunState, new_run_id
+from training_backends.core.run import (
+    RUN_ID_PATTERN,
+    Failure,
+    RunState,
+    new_run_id,
+    provider_name,
+)
 
 CONFIG = TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}})
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -112,3 +118,32 @@ def test_a_secret_in_the_reason_of_a_failure_gets_into_no_record() -> None:
     failure = Failure(kind="provider", message="bad key sk-abcdefgh12345678")
     told = RunState(status=TrainingStatus.FAILED, failure=failure)
     assert "sk-abcdefgh" not in make().updated(told).model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("run_id", "name"),
+    [
+        ("261130-120000-abcdef", "261130-120000-abcdef"),
+        ("My_Run", "my-run-"),
+        ("a.b", "a-b-"),
+        ("x" * 128, "xxxxxxxxxxx-"),
+    ],
+)
+def test_a_run_has_a_name_within_the_rules_of_a_provider(run_id: str, name: str) -> None:
+    """An id that has to change ends in a hash, so that no two runs share a name."""
+    allowed = "abcdefghijklmnopqrstuvwxyz0123456789-"
+    found = provider_name(run_id, longest=20, allowed=allowed)
+    assert found == provider_name(run_id, longest=20, allowed=allowed)
+    assert found == name if found == run_id else found.startswith(name)
+    assert len(found) <= 20
+    assert set(found) <= set(allowed)
+
+
+def test_ids_that_become_the_same_have_different_names() -> None:
+    """By the hash of the whole id; a rule without room for it is an error."""
+    ids = ("a.b", "a_b", "a-b", "A-b", "A.B")
+    names = {provider_name(each, longest=63, allowed="0123456789abcdef-") for each in ids}
+    assert len(names) == len(ids)
+    for longest, allowed in ((9, "0123456789"), (63, "ab")):
+        with pytest.raises(ValueError, match="at least 10"):
+            provider_name("a.b.c.d.e.f", longest=longest, allowed=allowed)

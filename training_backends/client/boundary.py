@@ -55,6 +55,7 @@ __all__ = [
     "guarded",
     "has_lists",
     "is_about_server",
+    "is_callers_own",
     "make_backend",
     "time_limit",
 ]
@@ -197,6 +198,11 @@ def callers_own() -> Iterator[None]:
         raise
 
 
+def is_callers_own(error: BaseException) -> bool:
+    """Return whether an exception comes from a caller's callback."""
+    return bool(getattr(error, _CALLERS, False))
+
+
 class CallersCredentials:
     """A credential source whose errors leave a backend's verb unchanged, as a callback's do."""
 
@@ -277,7 +283,7 @@ def _translated(name: str, package: str, verb: str, run_id: str | None = None) -
         yield
     except (Exception, SystemExit) as error:
         single = _single(error)
-        if getattr(single, _CALLERS, False):
+        if is_callers_own(single):
             raise
         if not isinstance(single, TrainingBackendError):
             log.debug("backend failed", backend=name, verb=verb, run_id=run_id, exc_info=error)

@@ -1,26 +1,41 @@
 """The journal of a launch, stored in the run store."""
 
+import hashlib
+import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from anyio import to_thread
 
-from training_backends.client.boundary import callers_own
+from training_backends.client.boundary import callers_own, is_callers_own
+from training_backends.client.leases import Leases
 from training_backends.client.run_record import with_state
 from training_backends.core.backend import JSONValue
 from training_backends.core.errors import (
     AmbiguousLaunch,
     BudgetExceeded,
-    TrainingBackendError,
+    ProtocolError,
     may_have_happened,
 )
 from training_backends.core.estimate import Budget, Estimate
 from training_backends.core.logging import get_logger
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.store import Lease, RunStore
+from training_backends.store.journal import JournalEntry
 
-__all__ = ["Confirm", "LaunchWatch", "OnNotice", "OnProgress", "OnUpdate", "StoreJournal"]
+__all__ = [
+    "Confirm",
+    "JournalSteps",
+    "LaunchWatch",
+    "OnNotice",
+    "OnProgress",
+    "OnUpdate",
+    "StoreJournal",
+]
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the step's name, bytes done and total bytes."""
@@ -32,6 +47,9 @@ Confirm = Callable[[Estimate], Awaitable[bool]]
 """Awaited before money is spent; False aborts the launch."""
 
 log = get_logger()
+
+_LOSSES: Final = 10
+"""Maximum uploads of a file in one launch, in case the provider loses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +97,36 @@ class LaunchWatch:
                 self.on_update(run)
 
 
-class StoreJournal:
-    """Implements `core.backend.Journal` over a `RunStore`.
+class JournalSteps(ABC):
+    """The rule of `Journal.step`, and what is built on it, over any storage of the steps."""
 
-    Args:
-        lease: Lease of this launch; steps fail once it is lost. None: no lease is needed.
-    """
+    @abstractmethod
+    async def _entry(self, name: str) -> JournalEntry | None:
+        """Return a step, or None if it was never begun."""
 
-    def __init__(
-        self, store: RunStore, run_id: str, watch: LaunchWatch, lease: Lease | None = None
-    ) -> None:
-        self._store = store
-        self._run_id = run_id
-        self._watch = watch
-        self._lease = lease
+    @abstractmethod
+    async def _begin(self, name: str) -> None:
+        """Store that a step is about to begin."""
+
+    @abstractmethod
+    async def _finish(self, name: str, result: JSONValue) -> None:
+        """Store a step's result."""
+
+    @abstractmethod
+    async def _forget(self, name: str) -> None:
+        """Remove a step that was refused."""
+
+    @abstractmethod
+    async def _known_upload(self, scope: str, sha256: str) -> str | None:
+        """Return the provider's id of uploaded content."""
+
+    @abstractmethod
+    async def _uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        """Store the provider's id of uploaded content for all runs."""
+
+    @abstractmethod
+    def _alone(self, name: str) -> AbstractAsyncContextManager[object]:
+        """Exclude other launches that share the storage from the block."""
 
     async def step(
         self,
@@ -103,26 +137,144 @@ class StoreJournal:
         repeatable: bool = False,
     ) -> JSONValue:
         """See `Journal.step`."""
-        entry = await to_thread.run_sync(self._store.entry, self._run_id, name)
-        if entry is None:
-            await to_thread.run_sync(
-                partial(self._store.begin, self._run_id, name, lease=self._lease)
-            )
-        elif entry.finished:
+        entry = await self._entry(name)
+        if entry is not None and entry.finished:
             return entry.result
+        result: JSONValue = None
+        if entry is None:
+            await self._begin(name)
         elif find is not None:
-            found = await find()
-            if found is not None:
-                log.info("interrupted step found completed", run_id=self._run_id, step=name)
-                return await self._finish(name, found)
+            result = await find()
         elif not repeatable:
             raise AmbiguousLaunch(
                 f"An earlier launch was interrupted during {name!r}, and it is unknown whether "
                 "that step succeeded.",
                 hint="Check the provider's own list of jobs before launching again.",
-                run_id=self._run_id,
             )
-        return await self._finish(name, await self._do(name, do, find, begun_now=entry is None))
+        if result is not None:
+            log.info("interrupted step found completed", step=name)
+        else:
+            result = await self._do(name, do, find, begun_now=entry is None)
+        await self._finish(name, result)
+        return result
+
+    async def _do(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None,
+        *,
+        begun_now: bool,
+    ) -> JSONValue:
+        try:
+            return await do()
+        except Exception as error:
+            if not may_have_happened(error):
+                # A rejection now says nothing about an earlier attempt whose response was lost.
+                if begun_now:
+                    await self._forget(name)
+                raise
+            found = None
+            if find is not None and not is_callers_own(error):
+                found = await find()
+            if found is None:
+                raise
+            log.info("response lost, step found completed", step=name)
+            return found
+
+    async def token(self, name: str) -> str:
+        """See `Journal.token`."""
+
+        async def draw() -> str:
+            return secrets.token_hex(16)
+
+        return str(await self.step(f"token:{name}", draw, repeatable=True))
+
+    async def upload(
+        self,
+        scope: str,
+        sha256: str,
+        do: Callable[[], Awaitable[str]],
+        find: Callable[[], Awaitable[str | None]],
+        has: Callable[[str], Awaitable[bool]],
+    ) -> str:
+        """See `Journal.upload`."""
+        content = hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
+        async with self._alone(f"upload:{content}"):
+            known = await self._known_upload(scope, sha256)
+            if known is not None and await has(known):
+                return known
+            remote_id = await self._upload(sha256, do, find, has)
+            await self._uploaded(scope, sha256, remote_id)
+            return remote_id
+
+    async def _upload(
+        self,
+        sha256: str,
+        do: Callable[[], Awaitable[str]],
+        find: Callable[[], Awaitable[str | None]],
+        has: Callable[[str], Awaitable[bool]],
+    ) -> str:
+        fresh = False
+
+        async def send() -> str:
+            nonlocal fresh
+            fresh = True
+            return await find() or await do()
+
+        for attempt in range(1, _LOSSES + 1):
+            name = f"upload:{sha256}" + (f"#{attempt}" if attempt > 1 else "")
+            remote_id = str(await self.step(name, send, find))
+            if fresh or await has(remote_id):
+                return remote_id
+        raise ProtocolError(f"The provider repeatedly lost an uploaded file (SHA-256 {sha256}).")
+
+
+class StoreJournal(JournalSteps):
+    """Implements `core.backend.Journal` over a `RunStore`.
+
+    Args:
+        lease: Lease of this launch; steps fail once it is lost. None: no lease is needed.
+        leases: Leases by which launches share an upload; None: they do not share.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        run_id: str,
+        watch: LaunchWatch,
+        lease: Lease | None = None,
+        *,
+        leases: Leases | None = None,
+    ) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._watch = watch
+        self._lease = lease
+        self._leases = leases
+
+    async def _entry(self, name: str) -> JournalEntry | None:
+        return await to_thread.run_sync(self._store.entry, self._run_id, name)
+
+    async def _begin(self, name: str) -> None:
+        await to_thread.run_sync(partial(self._store.begin, self._run_id, name, lease=self._lease))
+
+    async def _finish(self, name: str, result: JSONValue) -> None:
+        await to_thread.run_sync(
+            partial(self._store.finish, self._run_id, name, result, lease=self._lease)
+        )
+
+    async def _forget(self, name: str) -> None:
+        await to_thread.run_sync(partial(self._store.forget, self._run_id, name, lease=self._lease))
+
+    async def _known_upload(self, scope: str, sha256: str) -> str | None:
+        return await to_thread.run_sync(self._store.known_upload, scope, sha256)
+
+    async def _uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        await to_thread.run_sync(self._store.uploaded, scope, sha256, remote_id)
+
+    def _alone(self, name: str) -> AbstractAsyncContextManager[object]:
+        return nullcontext() if self._leases is None else self._leases.hold(name)
 
     async def record(self, state: RunState) -> None:
         """See `Journal.record`."""
@@ -142,14 +294,6 @@ class StoreJournal:
         self._watch.updated(run)
         await self._watch.decide(run.estimate or estimate, run.config.budget)
 
-    async def known_upload(self, scope: str, sha256: str) -> str | None:
-        """See `Journal.known_upload`."""
-        return await to_thread.run_sync(self._store.known_upload, scope, sha256)
-
-    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """See `Journal.uploaded`."""
-        await to_thread.run_sync(self._store.uploaded, scope, sha256, remote_id)
-
     async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
         """See `Journal.claimed`."""
         return await to_thread.run_sync(self._store.claimed, self._run_id, remote_ids)
@@ -159,33 +303,3 @@ class StoreJournal:
         if self._watch.on_progress:
             with callers_own():
                 self._watch.on_progress(name, done, total)
-
-    async def _do(
-        self,
-        name: str,
-        do: Callable[[], Awaitable[JSONValue]],
-        find: Callable[[], Awaitable[JSONValue]] | None,
-        *,
-        begun_now: bool,
-    ) -> JSONValue:
-        try:
-            return await do()
-        except TrainingBackendError as error:
-            if not may_have_happened(error):
-                # A rejection now says nothing about an earlier attempt whose response was lost.
-                if begun_now:
-                    await to_thread.run_sync(
-                        partial(self._store.forget, self._run_id, name, lease=self._lease)
-                    )
-                raise
-            found = await find() if find is not None else None
-            if found is None:
-                raise
-            log.info("response lost, step found completed", run_id=self._run_id, step=name)
-            return found
-
-    async def _finish(self, name: str, result: JSONValue) -> JSONValue:
-        await to_thread.run_sync(
-            partial(self._store.finish, self._run_id, name, result, lease=self._lease)
-        )
-        return result

@@ -123,7 +123,7 @@ class RunRecords:
         run = await to_thread.run_sync(self._store.get, run_id)
         if run.status.is_terminal or await self.was_launched(run):
             return run
-        journal = StoreJournal(self._store, run_id, watch, lease)
+        journal = StoreJournal(self._store, run_id, watch, lease, leases=self._leases)
         try:
             with about("launch", run):
                 state = await start(run.model_copy(update={"failure": None}), journal)

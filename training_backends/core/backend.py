@@ -78,17 +78,63 @@ class Journal(Protocol):
     ) -> JSONValue:
         """Run `do` at most once for this run and return its stored result.
 
-        The step is recorded before `do` starts. If an earlier attempt was interrupted, `find` is
-        called first, and `do` only runs again if `find` returns None.
+        The step is recorded before `do` starts. Whether `do` took effect is decided by one rule:
+        anything but a clear refusal may have happened (`core.errors.may_have_happened`).
+
+        - `do` returns: its result is stored, and later calls return it without running anything.
+        - `do` raises a refusal (nothing sent, rate limited, a 4xx class): the step is forgotten
+          and the error raised; the next call runs `do` again.
+        - `do` raises anything else: `find` is called at once. What it returns is the result; if it
+          returns None, the error is raised and the step stays open.
+        - The step is open, because of that or because the process died: `find` is called first,
+          and `do` runs again only if it returns None.
+
+        Steps may be nested, and different steps may run at the same time.
 
         Args:
-            name: Unique within the run, for example `upload:<sha256>`.
+            name: Unique within the run, for example `create`; at most 200 characters.
             do: Performs the side effect; returns a JSON value other than None.
             find: Returns the result of an earlier `do`, or None if it had no effect.
             repeatable: Repeating `do` is harmless, so no `find` is needed.
 
         Raises:
-            AmbiguousLaunch: Interrupted earlier, not repeatable, and there is no `find`.
+            AmbiguousLaunch: The step is open, not repeatable, and there is no `find`.
+        """
+        ...
+
+    async def token(self, name: str) -> str:
+        """Return a random value that stays the same for this run, of 32 hexadecimal digits.
+
+        Use it as an idempotency key, or as a mark by which `find` recognizes a job: run ids are
+        unique in one store, not in a provider's account.
+
+        Args:
+            name: Unique within the run.
+        """
+        ...
+
+    async def upload(
+        self,
+        scope: str,
+        sha256: str,
+        do: Callable[[], Awaitable[str]],
+        find: Callable[[], Awaitable[str | None]],
+        has: Callable[[str], Awaitable[bool]],
+    ) -> str:
+        """Return the provider's id of uploaded content, uploading it if necessary.
+
+        One upload serves all runs of the store, also those that are launched at the same time:
+        they wait for it. Content that the provider has lost is uploaded again.
+
+        Args:
+            scope: Server and account that the id belongs to; not secret.
+            sha256: Hex digest of the content.
+            do: Uploads and returns the provider's id; governed by the rule of `step`.
+            find: Returns the id of the content if the provider has it, else None.
+            has: Returns whether the provider still has the file with this id.
+
+        Raises:
+            ProtocolError: The provider repeatedly lost the file.
         """
         ...
 
@@ -102,21 +148,6 @@ class Journal(Protocol):
         Raises:
             BudgetExceeded: The run must not be started; clean up at the provider.
         """
-        ...
-
-    async def known_upload(self, scope: str, sha256: str) -> str | None:
-        """Return the provider's id of a file that an earlier run has uploaded.
-
-        The provider may have deleted it in the meantime, so check that it still exists.
-
-        Args:
-            scope: Server and account that the id belongs to; not secret.
-            sha256: Hex digest of the content.
-        """
-        ...
-
-    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """Store the provider's id of an uploaded file for all runs."""
         ...
 
     async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:

@@ -330,15 +330,36 @@ class WaitTimeout(TrainingBackendError, TimeoutError):
     retryable_by_default = True
 
 
-def may_have_happened(error: TrainingBackendError) -> bool:
-    """Return whether a failed request may have taken effect.
+_REFUSALS: Final = (
+    AuthenticationFailed,
+    BackendNotInstalled,
+    BackendRetired,
+    BudgetExceeded,
+    ConfigError,
+    CredentialNotFound,
+    DatasetError,
+    DuplicateRun,
+    PayloadTooLarge,
+    PermissionDenied,
+    RateLimited,
+    RunNotFound,
+    UnsupportedOperation,
+    VaultLocked,
+)
+"""Responses that mean that nothing was done (4xx), and errors raised before any request."""
 
-    True if there was no response or an unreadable one; False after a rejection and if nothing
-    was sent.
+
+def may_have_happened(error: BaseException) -> bool:
+    """Return whether what ended in this error may have taken effect.
+
+    False only for a clear refusal: nothing was sent (`BackendUnavailable.sent` is False, or the
+    error precedes any request), the rate limit, or a class of the 4xx responses. Anything else,
+    such as a timeout, an unreadable response or an exception from outside this package, may have
+    happened.
     """
     if isinstance(error, BackendUnavailable):
         return error.sent
-    return isinstance(error, ProtocolError)
+    return not isinstance(error, _REFUSALS)
 
 
 _LONGEST_LINE: Final = 500

@@ -1,5 +1,6 @@
 """Training runs: record, state and log."""
 
+import hashlib
 import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ __all__ = [
     "UtcDatetime",
     "ValidationReport",
     "new_run_id",
+    "provider_name",
     "to_source",
     "utc_now",
 ]
@@ -67,6 +69,39 @@ UtcDatetime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 def new_run_id() -> str:
     """Return a short id that sorts by creation time: `YYMMDD-HHMMSS-xxxxxx`."""
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
+    """Return a name for a run at a provider whose names have narrower rules than run ids.
+
+    The same for every call. An id that has to be changed gets a suffix of eight characters computed
+    from the whole id, so that different ids keep different names.
+
+    Args:
+        longest: Maximum characters, at least 10.
+        allowed: All characters allowed; at least ten of them letters or digits.
+    """
+    if len(run_id) <= longest and all(char in allowed for char in run_id):
+        return run_id
+    alphabet = "".join(sorted({char for char in allowed if char.isalnum()}))
+    joint = next((char for char in "-_." if char in allowed), "")
+    if longest < _HASHED + 2 or len(alphabet) < _FEWEST:
+        raise ValueError("a name needs at least 10 characters, of at least 10 letters or digits")
+    number = int.from_bytes(hashlib.sha256(run_id.encode()).digest())
+    mark = ""
+    for _ in range(_HASHED):
+        number, digit = divmod(number, len(alphabet))
+        mark += alphabet[digit]
+    kept = (char if char in allowed else char.lower() for char in run_id)
+    text = "".join(char if char in allowed else joint for char in kept).lstrip("-_.")
+    text = text[: longest - _HASHED - len(joint)].rstrip("-_.")
+    return f"{text}{joint}{mark}" if text else mark
+
+
+_HASHED: Final = 8
+"""Characters of the suffix of a changed name."""
+_FEWEST: Final = 10
+"""Letters and digits that a name may consist of, so that the suffix has 26 bits or more."""
 
 
 CleanText = Annotated[str, AfterValidator(redact)]

@@ -1,13 +1,14 @@
 """An in-memory journal that can be interrupted at any point, as by a killed process."""
 
 import json
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager, nullcontext
 
-from training_backends.client.journal import LaunchWatch
+from training_backends.client.journal import JournalSteps, LaunchWatch
 from training_backends.core.backend import JSONValue
-from training_backends.core.errors import AmbiguousLaunch
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import RunState, TrainingRun
+from training_backends.store.journal import JournalEntry
 
 __all__ = ["Killed", "MemoryJournal"]
 
@@ -16,8 +17,8 @@ class Killed(BaseException):
     """Simulates the death of the process: no code under test may catch it."""
 
 
-class MemoryJournal:
-    """Implements `core.backend.Journal` in memory.
+class MemoryJournal(JournalSteps):
+    """Implements `core.backend.Journal` in memory, by the rule of the client's own journal.
 
     Attributes:
         run: The record, as a store would have it.
@@ -45,36 +46,34 @@ class MemoryJournal:
         if here == self.kill_at:
             raise Killed
 
-    async def step(
-        self,
-        name: str,
-        do: Callable[[], Awaitable[JSONValue]],
-        find: Callable[[], Awaitable[JSONValue]] | None = None,
-        *,
-        repeatable: bool = False,
-    ) -> JSONValue:
-        """See `Journal.step`."""
-        if name in self.rows:
-            known = self.rows[name]
-            if known is not None:
-                remembered: JSONValue = json.loads(known)
-                return remembered
-            if find is None and not repeatable:
-                raise AmbiguousLaunch(f"{name!r} was started, and its outcome cannot be looked up.")
-            found = await find() if find is not None else None
-            if found is not None:
-                return self._finish(name, found)
+    async def _entry(self, name: str) -> JournalEntry | None:
+        if name not in self.rows:
+            return None
+        known = self.rows[name]
+        return JournalEntry(known is not None, None if known is None else json.loads(known))
+
+    async def _begin(self, name: str) -> None:
         self.rows[name] = None
         self._point()
-        result = await do()
-        self._point()
-        self._finish(name, result)
-        self._point()
-        return result
 
-    def _finish(self, name: str, result: JSONValue) -> JSONValue:
+    async def _finish(self, name: str, result: JSONValue) -> None:
+        self._point()
         self.rows[name] = json.dumps(result)
-        return result
+        self._point()
+
+    async def _forget(self, name: str) -> None:
+        del self.rows[name]
+
+    async def _known_upload(self, scope: str, sha256: str) -> str | None:
+        return self.uploads.get((scope, sha256))
+
+    async def _uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
+        self._point()
+        self.uploads[scope, sha256] = remote_id
+
+    def _alone(self, name: str) -> AbstractAsyncContextManager[object]:
+        del name
+        return nullcontext()
 
     async def record(self, state: RunState) -> None:
         """See `Journal.record`."""
@@ -87,15 +86,6 @@ class MemoryJournal:
         self._point()
         self.quotes.append(estimate)
         await LaunchWatch().decide(estimate, self.run.config.budget)
-
-    async def known_upload(self, scope: str, sha256: str) -> str | None:
-        """See `Journal.known_upload`."""
-        return self.uploads.get((scope, sha256))
-
-    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """See `Journal.uploaded`."""
-        self._point()
-        self.uploads[scope, sha256] = remote_id
 
     async def claimed(self, remote_ids: Collection[str]) -> frozenset[str]:
         """See `Journal.claimed`."""

@@ -221,13 +221,14 @@ async def test_file_that_changes_between_parts_is_not_trained_on(
 ) -> None:
     """Parts of different age are never put together: the launch ends, no job is made."""
     journal = make_journal()
-    uploaded = journal.uploaded
+    upload = journal.upload
 
-    async def change(scope: str, sha256: str, remote_id: str) -> None:
-        await uploaded(scope, sha256, remote_id)
+    async def change(*args: Any, **kwargs: Any) -> str:
+        found = await upload(*args, **kwargs)
         train_file.write_bytes(train_file.read_bytes().replace(b"It is", b"It IS"))
+        return found
 
-    journal.uploaded = change  # type: ignore[method-assign]
+    journal.upload = change  # type: ignore[method-assign]
     with pytest.raises(DatasetError, match="changed during the upload"):
         await backend.launch(journal.run, journal)
     assert provider.jobs == {}

@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
 
 from anyio import from_thread, to_thread
 
 from training_backends.backends.mistral.api import MistralAPI
 from training_backends.backends.mistral.retry import Steps
-from training_backends.core.backend import JSONValue
-from training_backends.core.errors import DatasetError, Issue, ProtocolError, RunNotFound
+from training_backends.core.errors import DatasetError, Issue, RunNotFound
 from training_backends.datasets.shard import plan_shards
 from training_backends.http.upload import HashedFile, hash_file
 
 __all__ = ["Uploads"]
-
-_LOSSES: Final = 10
-"""Maximum uploads of a file in one launch, in case the server loses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +51,18 @@ class Uploads:
         return await self._id_of(path, hashed, hashed.size)
 
     async def _id_of(self, path: Path, hashed: HashedFile, size: int) -> str:
-        journal, scope = self.steps.journal, self.steps.settings.scope
-        known = await journal.known_upload(scope, hashed.sha256)
-        if known is not None and await self.has(known, hashed.size):
-            return known
-        file_id = await self._upload_once(path, hashed, size)
-        await journal.uploaded(scope, hashed.sha256, file_id)
-        return file_id
+        # The name contains the hash, so a file found by name has the right content, and the server
+        # keeps one copy for all runs.
+        filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
+        upload = partial(
+            self.steps.journal.upload,
+            self.steps.settings.scope,
+            hashed.sha256,
+            do=partial(self._upload, path, filename, hashed, size),
+            find=partial(self._find, filename, hashed.size),
+            has=partial(self.has, size=hashed.size),
+        )
+        return await self.steps.ask(upload)
 
     async def has(self, file_id: str, size: int | None = None) -> bool:
         """Return whether the server has a file, of the given size if any."""
@@ -70,27 +71,6 @@ class Uploads:
         except RunNotFound:
             return False
         return not found.deleted and (size is None or found.bytes in {None, size})
-
-    async def _upload_once(self, path: Path, hashed: HashedFile, size: int) -> str:
-        # The name contains the hash, so a file found by name has the right content, and the server
-        # keeps one copy for all runs.
-        filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
-        fresh = False
-
-        async def find() -> JSONValue:
-            return await self._find(filename, hashed.size)
-
-        async def do() -> JSONValue:
-            nonlocal fresh
-            fresh = True
-            return await find() or await self._upload(path, filename, hashed, size)
-
-        for attempt in range(1, _LOSSES + 1):
-            name = f"upload:{hashed.sha256}" + (f"#{attempt}" if attempt > 1 else "")
-            file_id = str(await self.steps.surely(name, do, find))
-            if fresh or await self.has(file_id, hashed.size):
-                return file_id
-        raise ProtocolError(f"The server repeatedly lost the uploaded file {filename}.")
 
     async def _upload(self, path: Path, filename: str, hashed: HashedFile, size: int) -> str:
         before = hashed.start or 0

@@ -7,7 +7,6 @@ compared field by field, with a random seed if the configuration has none, and j
 before or belong to other runs are left out.
 """
 
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ from training_backends.core.logging import get_logger
 from training_backends.core.persist import persist, poll
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.core.uploads import upload_once
 from training_backends.http.upload import FileUpload, HashedFile, hash_file
 from training_backends.protocols.openai.status import FILE_FAILED
 from training_backends.protocols.openai.wire import FileObject
@@ -103,15 +101,14 @@ class Launch:
             return None if found is None or found.status in FILE_FAILED else found.id
 
         async def upload() -> str:
-            return await find() or (await self._upload(path, filename, hashed)).id
+            return (await self._upload(path, filename, hashed)).id
 
-        file_id = await upload_once(
-            self.journal,
-            scope=self.settings.scope,
-            sha256=hashed.sha256,
-            do=upload,
-            has=lambda file_id: self._has(file_id, hashed),
-            find=find,
+        async def has(file_id: str) -> bool:
+            return await self._has(file_id, hashed)
+
+        scope = self.settings.scope
+        file_id = await self._persist(
+            lambda: self.journal.upload(scope, hashed.sha256, upload, find, has)
         )
         if self.settings.variant == "azure":
             await self._processed(file_id, path)
@@ -163,20 +160,20 @@ class Launch:
         if data.validation:
             files[1] = await self._file_id(data.validation[0].path)
 
-        async def choose() -> JSONValue:
-            return [secrets.token_hex(16), secrets.randbelow(_SEEDS)]
-
         async def list_jobs() -> JSONValue:
             return [files, await self._like(self._body)]
 
-        token, seed = await self._step("token", choose)
+        token = await self.journal.token("launch")
         if self.settings.sends_metadata:
-            metadata = {RUN_KEY: self.run.id, TOKEN_KEY: str(token)}
+            metadata = {RUN_KEY: self.run.id, TOKEN_KEY: token}
             self._body = self._request(files, metadata=metadata)
         else:
+            seed = int(token, 16) % _SEEDS
             self._body = self._request(files, seed=seed)
             # A first attempt may have created a job with files that were lost since.
-            files, self._before = await self._step("before create", list_jobs)
+            step = partial(self.journal.step, "before create", list_jobs, repeatable=True)
+            listed: Any = await self._persist(step)
+            files, self._before = listed
             self._body = self._request(files, seed=seed)
 
         async def do() -> JSONValue:
@@ -203,10 +200,6 @@ class Launch:
             metadata=metadata,
             seed=seed,
         )
-
-    async def _step(self, name: str, do: Callable[[], Awaitable[JSONValue]]) -> Any:
-        """Execute a step that is safe to repeat, and record its result."""
-        return await self._persist(lambda: self.journal.step(name, do, repeatable=True))
 
     async def _settle(self) -> str | None:
         """Look for the job of a create request without a response, until it must exist.
