@@ -74,7 +74,7 @@ async def test_later_job_of_a_resent_create_is_cancelled(
 ) -> None:
     """Of two jobs with our metadata one is kept; somebody else's are left alone."""
     strangers = provider.add_job({"model": MODEL, "training_file": "file-x"})
-    provider.late_creates = [2]  # after the last look for it
+    provider.late_creates = [4]  # after the last look for it
     backend, journal = make_backend(settle_timeout=0.01), make_journal()
     state = await backend.launch(journal.run, journal)
     await backend.aclose()

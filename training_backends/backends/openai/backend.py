@@ -277,6 +277,8 @@ class OpenAIBackend(TrainingBackend):
         reached: Callable[[TrainingStatus], bool],
     ) -> None:
         """Request a change of the job's status, unless it is reached."""
+        if action != "cancel" and not self._capabilities.pauses:
+            raise self.unsupported("pause runs")
         with self._named(run):
             job_id = self._job_id(run)
             if reached(to_status((await self.api.get_job(job_id)).status)):
@@ -287,7 +289,8 @@ class OpenAIBackend(TrainingBackend):
                 # The response was lost, or the job has just changed by itself.
                 if await self._has_reached(job_id, reached):
                     return
-                if isinstance(error, RunNotFound):  # the job is there, but not the operation
+                if isinstance(error, RunNotFound):
+                    # The job exists, as seen above, but not the operation.
                     raise self.unsupported(f"{action} a job on this server") from error
                 raise
 

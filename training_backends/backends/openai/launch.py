@@ -7,6 +7,7 @@ compared field by field, with a random seed if the configuration has none, and j
 before or belong to other runs are left out.
 """
 
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Launch:
     journal: Journal
     _lost: bool = field(default=False, init=False)
     """Whether the response to a create request may have been lost."""
+    _sent_at: float | None = field(default=None, init=False)
+    """When the create request failed, in the time of `time.monotonic`."""
     _body: dict[str, Any] = field(default_factory=dict, init=False)
     """The create request."""
     _before: Sequence[str] = field(default=(), init=False)
@@ -177,7 +180,10 @@ class Launch:
             self._body = self._request(files, seed=seed)
 
         async def do() -> JSONValue:
-            return (await self.api.create_job(self._body)).id
+            try:
+                return (await self.api.create_job(self._body)).id
+            finally:
+                self._sent_at = time.monotonic()
 
         async def find() -> JSONValue:
             self._lost = True
@@ -207,7 +213,9 @@ class Launch:
         Raises:
             AmbiguousLaunch: There are several that cannot be told apart.
         """
-        pauses, rested = self._pauses(), 0.0
+        pauses, looked = self._pauses(), False
+        # By another process: at an unknown time before now.
+        sent_at = time.monotonic() if self._sent_at is None else self._sent_at
         while True:
             found = await self._persist(self._ours)
             if len(found) > 1 and not self.settings.sends_metadata:
@@ -215,11 +223,10 @@ class Launch:
             if found:
                 return found[-1]  # the oldest
             # List at least twice: lists may lag behind.
-            if rested and rested >= self.settings.settling:
+            if looked and time.monotonic() - sent_at >= self.settings.settling:
                 return None
-            pause = pauses.next()
-            await anyio.sleep(pause)
-            rested += pause
+            looked = True
+            await anyio.sleep(pauses.next())
 
     async def _ours(self) -> list[str]:
         """Return the jobs that this launch created, or may have created; newest first."""
