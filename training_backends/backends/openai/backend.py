@@ -3,8 +3,8 @@
 import math
 import string
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -191,19 +191,17 @@ class OpenAIBackend(TrainingBackend):
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """Upload the files and create the job, which starts by itself."""
-        with self._named(run):
-            launch = Launch(api=self.api, settings=self._settings, run=run, journal=journal)
-            return await launch.launch()
+        launch = Launch(api=self.api, settings=self._settings, run=run, journal=journal)
+        return await launch.launch()
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Retrieve the job, its new events and its checkpoints."""
-        with self._named(run):
-            log = JobLog(Position.read(after))
-            job = await self.api.get_job(self._job_id(run))
-            checkpoints = await self.api.checkpoints(job.id)
-            records = list(log.records(await self._new_events(job.id, log.position)))
-            if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
-                records += await self._result_records(job, log)
+        log = JobLog(Position.read(after))
+        job = await self.api.get_job(self._job_id(run))
+        checkpoints = await self.api.checkpoints(job.id)
+        records = list(log.records(await self._new_events(job.id, log.position)))
+        if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
+            records += await self._result_records(job, log)
         state = log.add_to(state_of(job, checkpoints))
         cursor = str(log.position) if records else after
         return Observation(state, tuple(records), cursor)
@@ -279,20 +277,19 @@ class OpenAIBackend(TrainingBackend):
         """Request a change of the job's status, unless it is reached."""
         if action != "cancel" and not self._capabilities.pauses:
             raise self.unsupported("pause runs")
-        with self._named(run):
-            job_id = self._job_id(run)
-            if reached(to_status((await self.api.get_job(job_id)).status)):
+        job_id = self._job_id(run)
+        if reached(to_status((await self.api.get_job(job_id)).status)):
+            return
+        try:
+            await self.api.act(job_id, action)
+        except TrainingBackendError as error:
+            # The response was lost, or the job has just changed by itself.
+            if await self._has_reached(job_id, reached):
                 return
-            try:
-                await self.api.act(job_id, action)
-            except TrainingBackendError as error:
-                # The response was lost, or the job has just changed by itself.
-                if await self._has_reached(job_id, reached):
-                    return
-                if isinstance(error, RunNotFound):
-                    # The job exists, as seen above, but not the operation.
-                    raise self.unsupported(f"{action} a job on this server") from error
-                raise
+            if isinstance(error, RunNotFound):
+                # The job exists, as seen above, but not the operation.
+                raise self.unsupported(f"{action} a job on this server") from error
+            raise
 
     async def _has_reached(self, job_id: str, reached: Callable[[TrainingStatus], bool]) -> bool:
         try:
@@ -356,16 +353,6 @@ class OpenAIBackend(TrainingBackend):
                 run_id=run.id,
             )
         return run.remote_id
-
-    @contextmanager
-    def _named(self, run: TrainingRun) -> Generator[None, None, None]:
-        """Add run and backend to every error."""
-        try:
-            yield
-        except TrainingBackendError as error:
-            error.run_id = error.run_id or run.id
-            error.backend = error.backend or self.name
-            raise
 
 
 def _capabilities(settings: OpenAISettings) -> Capabilities:

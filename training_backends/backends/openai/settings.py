@@ -10,7 +10,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
@@ -18,10 +17,9 @@ from pydantic import (
 
 from training_backends.core.errors import ConfigError
 from training_backends.core.estimate import Money
-from training_backends.core.settings import SectionSettings
 from training_backends.http.auth import KeyHeader
-from training_backends.http.policy import HttpPolicy
-from training_backends.http.urls import is_loopback, normalize_base_url
+from training_backends.http.settings import ServerSettings
+from training_backends.http.urls import normalize_base_url
 from training_backends.protocols.openai.wire import MAX_FILE_BYTES
 
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "OpenAIOptions", "OpenAISettings", "Variant"]
@@ -61,7 +59,7 @@ class OpenAIOptions(BaseModel):
     )
 
 
-class OpenAISettings(SectionSettings):
+class OpenAISettings(ServerSettings):
     """Section `openai`: `TRAINING_BACKENDS_OPENAI__BASE_URL` and so on. Times in seconds."""
 
     section: ClassVar[str | None] = "openai"
@@ -81,32 +79,11 @@ class OpenAISettings(SectionSettings):
         default=None,
         description="Whether the server stores a job's metadata; default: not at Azure and Nebius.",
     )
-    profile: str | None = Field(default=None, description="Credential profile of the API key.")
     prices: dict[str, Money] = Field(
         default_factory=dict, description="Price of 1 M trained tokens by model, as `3 USD`."
     )
-    connect_timeout: PositiveFloat = 10.0
-    read_timeout: PositiveFloat = Field(default=30.0, description="Timeout without data.")
-    write_timeout: PositiveFloat = 30.0
-    call_timeout: PositiveFloat = Field(
-        default=120.0, description="Timeout of a call with retries."
-    )
-    upload_timeout: PositiveFloat = Field(
-        default=600.0,
-        description="Timeout of the response to an upload, and of processing the file.",
-    )
     max_file_bytes: PositiveInt = Field(
         default=MAX_FILE_BYTES, description="Maximum file size of the server."
-    )
-    attempts: PositiveInt = Field(default=5, description="Maximum attempts per request.")
-    poll_min: PositiveFloat = Field(default=1.0, description="Shortest polling interval.")
-    poll_max: PositiveFloat | None = Field(
-        default=None, description="Longest polling interval; default: 2 on loopback, else 30."
-    )
-    settle_timeout: PositiveFloat | None = Field(
-        default=None,
-        description="How long to look for a job after a lost create response before creating it "
-        "again; default: 3 on loopback, else 60.",
     )
 
     @field_validator("base_url")
@@ -150,34 +127,3 @@ class OpenAISettings(SectionSettings):
     def is_hosted(self) -> bool:
         """Whether the server is OpenAI's own."""
         return self.base_url == HOSTED_URL
-
-    @property
-    def longest_poll(self) -> float:
-        """Longest polling interval in seconds."""
-        if self.poll_max is not None:
-            return self.poll_max
-        return 2.0 if is_loopback(self.base_url) else 30.0
-
-    @property
-    def settling(self) -> float:
-        """Seconds within which a create request without a response takes effect, if ever."""
-        if self.settle_timeout is not None:
-            return self.settle_timeout
-        # Proxies on the way time out after 30 or 60 seconds.
-        return 3.0 if is_loopback(self.base_url) else 60.0
-
-    @property
-    def scope(self) -> str:
-        """Server and account that ids belong to; contains no secret."""
-        return f"{self.base_url}#{self.profile or ''}"
-
-    def policy(self) -> HttpPolicy:
-        """Return the timeouts as an `HttpPolicy`."""
-        return HttpPolicy(
-            connect_timeout=self.connect_timeout,
-            read_timeout=self.read_timeout,
-            write_timeout=self.write_timeout,
-            call_timeout=self.call_timeout,
-            upload_timeout=self.upload_timeout,
-            attempts=self.attempts,
-        )
