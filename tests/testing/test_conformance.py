@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from uuid import uuid4
 
+import anyio
 import pytest
 
 from training_backends import (
@@ -20,6 +22,7 @@ from training_backends.testing.conformance import BackendConformance, Subject
 from training_backends.testing.journal import MemoryJournal
 
 pytestmark = pytest.mark.anyio
+pytest_plugins = ["training_backends.testing.pytest"]
 MakeConfig = Callable[..., TrainingConfig]
 
 
@@ -61,7 +64,7 @@ class Stammering(Honest):
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Begin one too early."""
-        earlier = str(int(after) - 1) if after else None
+        earlier = str(int(after) - 1) if after and after != "0" else None
         return await super().observe(run, after=earlier)
 
 
@@ -128,16 +131,56 @@ class ScriptedSubject(Subject):
         """Let a job fail."""
         self.scripted.fail(remote_id)
 
+    def progress(self, remote_id: str, records: int) -> None:
+        """Add records."""
+        for _ in range(records):
+            self.scripted.log(remote_id, f"message {uuid4()}")
+
     async def confirm_stop(self, remote_id: str) -> None:
         """End what is stopping."""
         self.scripted.say(remote_id, TrainingStatus.CANCELLED)
 
 
-@pytest.mark.parametrize("check", BackendConformance.checks())
-async def test_conforming_backend_passes(check: str, make_config: MakeConfig) -> None:
-    """A backend that keeps the contract passes every check."""
+@pytest.fixture
+def conformance_subject(make_config: MakeConfig) -> Subject:
+    return ScriptedSubject(Honest(), make_config())
+
+
+def test_conforming_backend_passes(conformance: Callable[[], None]) -> None:
+    """A backend that keeps the contract passes every check for which its subject has hooks."""
+    conformance()
+
+
+async def test_report_names_what_failed_and_what_was_skipped(make_config: MakeConfig) -> None:
+    """A report counts the checks, with a reason for each that did not pass."""
     config = make_config()
-    await BackendConformance(lambda: ScriptedSubject(Honest(), config)).run(check)
+    report = await BackendConformance(lambda: ScriptedSubject(Blind(), config)).run_all()
+    assert not report.ok
+    assert "completed" in report.failed["check_ends_are_told"]
+    assert report.skipped["check_errors_hide_secrets"] == "the subject has no hook `disturb`"
+    done = {*report.passed, *report.failed, *report.skipped}
+    assert done == {*BackendConformance.checks()}
+    lines = str(report).splitlines()
+    assert lines[0].startswith(f"{len(report.passed)} passed, {len(report.failed)} failed")
+    assert any(line.startswith("FAILED  ends are told: expected completed") for line in lines)
+
+
+async def test_hanging_check_fails_in_time(make_config: MakeConfig) -> None:
+    """A check that does not finish within the subject's patience fails."""
+    config = make_config()
+
+    class Slow(Honest):
+        async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+            await anyio.sleep_forever()
+            return await super().observe(run, after=after)
+
+    def subject() -> Subject:
+        subject = ScriptedSubject(Slow(), config)
+        subject.patience = 0.05
+        return subject
+
+    with pytest.raises(AssertionError, match=r"finish within 0\.05 s"):
+        await BackendConformance(subject).run("check_ends_are_told")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from tests.plugins import Install
 from training_backends import Dataset, TrainingBackend, TrainingConfig, backend_class
 from training_backends.core.run import utc_now
-from training_backends.testing.conformance import BackendConformance, Subject
+from training_backends.testing.conformance import Subject
 
-pytestmark = pytest.mark.anyio
+pytest_plugins = ["training_backends.testing.pytest"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
@@ -63,16 +63,13 @@ def documented(install: Install) -> type[TrainingBackend]:
     return backend_class("mine")
 
 
-@pytest.mark.parametrize("check", BackendConformance.checks())
-async def test_the_documented_backend_conforms(
-    check: str,
-    documented: type[TrainingBackend],
-    make_config: Callable[..., TrainingConfig],
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def conformance_subject(
+    documented: type[TrainingBackend], make_config: Callable[..., TrainingConfig], tmp_path: Path
+) -> Subject:
+    return DocumentedSubject(documented, tmp_path / "jobs", make_config())
+
+
+def test_the_documented_backend_conforms(conformance: Callable[[], None]) -> None:
     """Each check of the kit passes."""
-
-    def subject() -> Subject:
-        return DocumentedSubject(documented, tmp_path / "jobs", make_config())
-
-    await BackendConformance(subject).run(check)
+    conformance()

@@ -12,7 +12,7 @@ from training_backends.core.backend import Journal, TrainingBackend
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.errors import ConfigError, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate, Money
 from training_backends.core.run import (
     Failure,
@@ -124,8 +124,11 @@ class ScriptedBackend(TrainingBackend):
         if self.trouble is not None:
             raise self.trouble
         state = self._job(run)
-        position = int(after) + 1 if after is not None else 0
-        records = tuple(self._logs[str(run.remote_id)][position:])
+        log = self._logs[str(run.remote_id)]
+        known = [record.cursor for record in log]
+        if after is not None and after not in known:
+            raise ConfigError(f"{after!r} is not a cursor of run {run.id}.", backend=self.name)
+        records = tuple(log[known.index(after) + 1 if after is not None else 0 :])
         return Observation(state, records, records[-1].cursor if records else after)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:

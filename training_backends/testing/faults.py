@@ -3,9 +3,22 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["CutAnswer", "DropRequest", "Fault", "LoseAnswer", "OtherAnswer", "SlowAnswer"]
+__all__ = [
+    "CutAnswer",
+    "Disturbance",
+    "DropRequest",
+    "Fault",
+    "HangAnswer",
+    "LoseAnswer",
+    "OtherAnswer",
+    "SlowAnswer",
+    "disturbance",
+]
+
+Disturbance = Literal["lose", "drop", "html", "hang"] | int
+"""A kind of `Subject.disturb`; a number is the status code of an error response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +63,11 @@ class SlowAnswer(Fault):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HangAnswer(Fault):
+    """No response, on an open connection, until the server heals or stops."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OtherAnswer(Fault):
     """A different response: an error, a web page, half a JSON document.
 
@@ -68,3 +86,24 @@ class OtherAnswer(Fault):
         if isinstance(self.body, bytes):
             return self.body
         return (self.body if isinstance(self.body, str) else json.dumps(self.body)).encode()
+
+
+_PAGE = "<!doctype html><title>Welcome</title><p>This is the page of a proxy."
+
+
+def disturbance(kind: Disturbance, *, echo: str = "") -> Fault:
+    """Return the fault for a kind of `Subject.disturb`.
+
+    Args:
+        echo: Text that error responses repeat, such as the API key.
+    """
+    if isinstance(kind, int):
+        message = f"This is a scripted error {kind} for the key {echo}."
+        return OtherAnswer(status=kind, body={"error": {"message": message}})
+    if kind == "lose":
+        return LoseAnswer()
+    if kind == "drop":
+        return DropRequest()
+    if kind == "hang":
+        return HangAnswer()
+    return OtherAnswer(body=_PAGE, status=200, content_type="text/html", done=True)

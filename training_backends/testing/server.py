@@ -11,7 +11,7 @@ from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tempfile import SpooledTemporaryFile
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import IO, Any, ClassVar, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -19,6 +19,7 @@ from training_backends.testing.faults import (
     CutAnswer,
     DropRequest,
     Fault,
+    HangAnswer,
     LoseAnswer,
     OtherAnswer,
     SlowAnswer,
@@ -132,6 +133,7 @@ class LoopbackServer:
         self._server: ThreadingHTTPServer | None = None
         self._thread: Thread | None = None
         self._open: set[socket.socket] = set()
+        self._healed = Event()
         self.requests: list[Received] = []
         self.connections: int = 0
         self.largest_burst: int = 0
@@ -154,6 +156,7 @@ class LoopbackServer:
         """Stop and close every connection; can be started again."""
         if self._server is None or self._thread is None:
             return
+        self.heal()
         self._server.shutdown()
         self._thread.join()
         with self._lock:
@@ -200,9 +203,23 @@ class LoopbackServer:
             self._planned.append(_Planned(fault, method, path, times, skip))
 
     def heal(self) -> None:
-        """Remove all planned faults."""
+        """Remove all planned faults, and close the connections that hang."""
         with self._lock:
             self._planned.clear()
+            healed, self._healed = self._healed, Event()
+        healed.set()
+
+    def hang(self) -> None:
+        """Block until the next `heal`."""
+        with self._lock:
+            healed = self._healed
+        healed.wait()
+
+    @property
+    def open_connections(self) -> int:
+        """Number of connections that are open now."""
+        with self._lock:
+            return len(self._open)
 
     def asked(self, method: str, path: str = "") -> list[Received]:
         """Return the requests with this method whose path ends with `path`."""
@@ -320,7 +337,9 @@ class _RequestHandler(BaseHTTPRequestHandler):
             left -= len(chunk)
 
     def _break(self, fault: Fault, reply: StubReply) -> None:
-        if isinstance(fault, LoseAnswer | DropRequest):
+        if isinstance(fault, LoseAnswer | DropRequest | HangAnswer):
+            if isinstance(fault, HangAnswer):
+                self.owner.hang()
             self._hang_up()
         elif isinstance(fault, OtherAnswer):
             self._send(

@@ -1,7 +1,8 @@
 """The local backend does what every backend must, with processes that train nothing."""
 
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.run import TrainingRun
 from training_backends.rundir.directory import RunDir
-from training_backends.testing.conformance import BackendConformance, Subject
+from training_backends.testing.conformance import Subject
 
-pytestmark = pytest.mark.anyio
+pytest_plugins = ["training_backends.testing.pytest"]
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("child.py")))
 
@@ -46,21 +47,31 @@ class LocalSubject(Subject):
         (directory.path / word).touch()
         await until(lambda: directory.exit.exists() and not directory.is_active())
 
+    def asked(self, remote_id: str) -> Mapping[str, Any]:
+        """Read the specification that the process was started with."""
+        spec: dict[str, Any] = json.loads(
+            (self._home / "runs" / remote_id / "spec.json").read_text()
+        )
+        return spec
 
-@pytest.mark.parametrize("check", BackendConformance.checks())
-async def test_conforms(
-    check: str, home: Path, make_run: Callable[..., TrainingRun], inspected: Callable[..., Any]
-) -> None:
+    async def aclose(self) -> None:
+        try:
+            await super().aclose()
+        finally:
+            for path in self._home.glob("runs/*"):  # also those that do not hold their lock yet
+                (path / "fail").touch()
+
+
+@pytest.fixture
+def conformance_subject(
+    home: Path, make_run: Callable[..., TrainingRun], inspected: Callable[..., Any]
+) -> Subject:
+    subject = LocalSubject(home)
+    run = make_run()
+    subject.config, subject.dataset = run.config, inspected(run)
+    return subject
+
+
+def test_conforms(conformance: Callable[[], None]) -> None:
     """One check of the kit holds."""
-
-    def make_subject() -> Subject:
-        subject = LocalSubject(home)
-        run = make_run()
-        subject.config, subject.dataset = run.config, inspected(run)
-        return subject
-
-    try:
-        await BackendConformance(make_subject).run(check)
-    finally:
-        for path in home.glob("runs/*"):  # also those that do not hold their lock yet
-            (path / "fail").touch()
+    conformance()

@@ -1,15 +1,20 @@
 """The Mistral backend does what every backend must."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 
 from training_backends import Dataset, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.testing.conformance import BackendConformance, Subject
+from training_backends.testing.conformance import Subject
+from training_backends.testing.faults import Disturbance, disturbance
 from training_backends.testing.provider import ScriptedProvider
+from training_backends.testing.subject import Target
 
-pytestmark = pytest.mark.anyio
+pytest_plugins = ["training_backends.testing.pytest"]
+KEY = "test-key"
 
 
 class MistralSubject(Subject):
@@ -39,20 +44,65 @@ class MistralSubject(Subject):
         """Let the job fail."""
         self._provider.set_status(remote_id, "FAILED", error="the node went away")
 
+    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
+        method, path = {
+            "create": ("POST", "/v1/fine_tuning/jobs"),
+            "upload": ("POST", "/v1/files"),
+            "read": ("GET", None),
+            "any": (None, None),
+        }[on]
+        self._provider.fail(disturbance(kind, echo=KEY), method=method, path=path, times=times)
 
-@pytest.mark.parametrize("check", BackendConformance.checks())
-async def test_conforms(
-    check: str,
+    def heal(self) -> None:
+        self._provider.heal()
+
+    def uploads(self) -> Sequence[str]:
+        return list(self._provider.files)
+
+    def lose_uploads(self) -> None:
+        for file in self._provider.files.values():
+            file.deleted = True
+
+    def starts(self, remote_id: str) -> int:
+        return self._provider.jobs[remote_id].starts
+
+    def asked(self, remote_id: str) -> Mapping[str, Any]:
+        return self._provider.jobs[remote_id].asked
+
+    def say(self, remote_id: str, word: str) -> None:
+        self._provider.set_status(remote_id, word, event=False)
+
+    def progress(self, remote_id: str, records: int) -> None:
+        job = self._provider.jobs[remote_id]
+        for _ in range(records):
+            step = job.latest_step + 1
+            self._provider.add_checkpoint(remote_id, step, train_loss=1.0)
+
+    def connections(self) -> int:
+        return self._provider.open_connections
+
+    def requests(self) -> int:
+        return len(self._provider.requests)
+
+    def secrets(self) -> Sequence[str]:
+        return [KEY]
+
+    def lag_lists(self, times: int) -> None:
+        self._provider.lists_lag = times
+
+
+@pytest.fixture
+def conformance_subject(
     make_backend: Callable[..., MistralAPIBackend],
     provider: ScriptedProvider,
     config: TrainingConfig,
     dataset: Dataset,
-) -> None:
+) -> Subject:
+    subject = MistralSubject(partial(make_backend, read_timeout=0.2, attempts=2), provider)
+    subject.config, subject.dataset = config, dataset
+    return subject
+
+
+def test_conforms(conformance: Callable[[], None]) -> None:
     """One check of the kit holds."""
-
-    def make_subject() -> Subject:
-        subject = MistralSubject(make_backend, provider)
-        subject.config, subject.dataset = config, dataset
-        return subject
-
-    await BackendConformance(make_subject).run(check)
+    conformance()
