@@ -23,6 +23,7 @@ from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.core.backend import RemoteFilters
 from training_backends.core.run import Observation
 from training_backends.datasets.inspect import inspect
+from training_backends.protocols.openai.events import STARTED
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.journal import MemoryJournal
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
@@ -266,6 +267,32 @@ async def test_estimate_has_a_cost_only_with_a_price(
     priced = await make_backend(prices={config.model: "3 USD"}).estimate(config, dataset)
     assert priced.cost is not None
     assert priced.cost.amount == Decimal(3) * unpriced.train_tokens / 10**6
+
+
+async def test_finished_run_has_the_cost_of_its_trained_tokens(
+    make_backend: Make, provider: ScriptedOpenAIProvider, run: TrainingRun
+) -> None:
+    """The provider's own count of tokens replaces ours, where the settings have a price."""
+    provider.run_to(job_id(run), "succeeded")
+    backend = make_backend(prices={MODEL: "3 USD"})
+    cost = (await backend.observe(run)).state.cost
+    await backend.aclose()
+    trained = provider.jobs[job_id(run)].trained_tokens
+    assert trained is not None
+    assert cost is not None
+    assert cost.amount == Decimal(3) * trained / 10**6
+
+
+async def test_paused_run_keeps_its_start(
+    backend: OpenAIBackend, provider: ScriptedOpenAIProvider, run: TrainingRun
+) -> None:
+    """A job that continues after a pause starts a second time, its run does not."""
+    provider.run_to(job_id(run), "running")
+    seen = await backend.observe(run)
+    provider.clock = lambda: 2_000_000_000
+    provider.add_event(job_id(run), STARTED)
+    state = (await backend.observe(run.updated(seen.state), after=seen.cursor)).state
+    assert state.started_at == seen.state.started_at
 
 
 # -- errors ----------------------------------------------------------------------------

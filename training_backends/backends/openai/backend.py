@@ -43,7 +43,7 @@ from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
-from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
+from training_backends.core.estimate import CostItem, Estimate, PriceSource
 from training_backends.core.run import (
     LogRecord,
     Observation,
@@ -164,19 +164,18 @@ class OpenAIBackend(TrainingBackend):
             notes.append("Steps unknown: the server chooses epochs or batch size.")
         else:
             steps = math.ceil(sum(file.rows for file in dataset.train) / batch * epochs)
-        price = self._settings.prices.get(config.model)
+        cost = self._settings.cost(config.model, trained)
         costs: tuple[CostItem, ...] = ()
-        if price is None:
+        if cost is not None:
+            source = PriceSource(name="setting openai.prices", as_of=utc_now().date())
+            costs = (CostItem(name="training", amount=cost, source=source),)
+        elif trained is None:
+            notes.append("Cost unknown, because trained tokens are unknown.")
+        else:
             notes.append(
                 "Cost unknown: the protocol has no quote, and the setting `openai.prices` has no "
                 f"price for {config.model}."
             )
-        elif trained is None:
-            notes.append("Cost unknown, because trained tokens are unknown.")
-        else:
-            amount = Money(amount=price.amount * trained / 10**6, currency=price.currency)
-            source = PriceSource(name="setting openai.prices", as_of=utc_now().date())
-            costs = (CostItem(name="training", amount=amount, source=source),)
         notes.append("Duration unknown: the server does not report it in advance.")
         return Estimate(
             train_tokens=trained,
@@ -196,13 +195,15 @@ class OpenAIBackend(TrainingBackend):
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Retrieve the job, its new events and its checkpoints."""
-        log = JobLog(Position.read(after))
+        log = JobLog(Position.read(after), started_at=run.started_at)
         job = await self.api.get_job(self._job_id(run))
         checkpoints = await self.api.checkpoints(job.id)
         records = list(log.records(await self._new_events(job.id, log.position)))
         if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
             records += await self._result_records(job, log)
         state = log.add_to(state_of(job, checkpoints))
+        cost = self._settings.cost(run.config.model, job.trained_tokens)
+        state = state.model_copy(update={"cost": cost})
         cursor = str(log.position) if records else after
         return Observation(state, tuple(records), cursor)
 

@@ -123,6 +123,13 @@ class OpenAISettings(ServerSettings):
         known = self.keeps_metadata
         return self.variant == "openai" if known is None else known and self.variant != "nebius"
 
+    def cost(self, model: str, tokens: int | None) -> Money | None:
+        """Return the price of trained tokens; None if either is unknown."""
+        price = self.prices.get(model)
+        if price is None or tokens is None:
+            return None
+        return Money(amount=price.amount * tokens / 10**6, currency=price.currency)
+
     @property
     def is_hosted(self) -> bool:
         """Whether the server is OpenAI's own."""
