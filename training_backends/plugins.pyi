@@ -26,7 +26,7 @@ from .core.config import (
     option_issues as option_issues,
 )
 from .core.data_rules import ProviderFormat as ProviderFormat
-from .core.dataset import DataFile as DataFile, Dataset as Dataset
+from .core.dataset import Counting as Counting, DataFile as DataFile, Dataset as Dataset
 from .core.errors import (
     AmbiguousLaunch as AmbiguousLaunch,
     AuthenticationFailed as AuthenticationFailed,
@@ -79,7 +79,11 @@ from .core.run import (
 from .core.settings import SectionSettings as SectionSettings, load_settings as load_settings
 from .core.status import TrainingStatus as TrainingStatus
 from .core.uploads import upload_once as upload_once
-from .datasets.inspect import inspect as inspect, raise_for_errors as raise_for_errors
+from .datasets.inspect import (
+    inspect as inspect,
+    inspect_files as inspect_files,
+    raise_for_errors as raise_for_errors,
+)
 from .datasets.provider_formats import PROVIDER_FORMATS as PROVIDER_FORMATS
 from .http.answer import Answer as Answer, ServerEvent as ServerEvent
 from .http.auth import (

@@ -34,7 +34,7 @@ from training_backends.http.answer import (
 from training_backends.http.call import Call, pacing
 from training_backends.http.download import save_stream
 from training_backends.http.error_table import ErrorTable
-from training_backends.http.exchange import SUCCESS, HttpExchange, Query
+from training_backends.http.exchange import SUCCESS, HttpExchange, Query, merged
 from training_backends.http.upload import FileBody, FileUpload, Progress
 from training_backends.http.urls import is_loopback, require_private_transport
 
@@ -143,8 +143,7 @@ class HttpClient(HttpExchange):
             TrainingBackendError: See `json`.
         """
         sent, kind = _encoded(body, form, content)
-        given = httpx.Headers(kind)
-        given.update(headers or {})
+        given = merged(kind, headers)
 
         async def attempt(call: Call) -> Answer:
             request = await self._request(
@@ -204,10 +203,9 @@ class HttpClient(HttpExchange):
             last_id: Id of the last event received, if the server can continue after it.
             silence: Comments that a server sends to keep the connection open count as data.
         """
-        asked = httpx.Headers({"Accept": "text/event-stream", "Cache-Control": "no-store"})
-        if last_id is not None:
-            asked["Last-Event-ID"] = last_id
-        asked.update(headers or {})
+        usual = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+        since = {} if last_id is None else {"Last-Event-ID": last_id}
+        asked = merged(usual, since, headers)
         async with (
             aclosing(self.lines(path, query=query, headers=asked, silence=silence)) as lines,
             aclosing(server_events(lines)) as events,
@@ -269,9 +267,8 @@ class HttpClient(HttpExchange):
         """
 
         async def attempt(call: Call) -> Answer:
-            sent = httpx.Headers(await body.headers())
-            length = int(sent["Content-Length"])
-            sent.update(headers or {})
+            own = await body.headers()
+            length = int(own["Content-Length"])
             with pacing(self._policy.call_timeout, call.late) as pace:
                 async with (
                     aclosing(body.stream(length)) as stream,
@@ -282,7 +279,7 @@ class HttpClient(HttpExchange):
                         path,
                         call,
                         query=query,
-                        headers=sent,
+                        headers=merged(own, headers),
                         content=pieces,
                         sha256=body.sha256,
                         read_timeout=self._policy.upload_timeout,
@@ -328,8 +325,7 @@ class HttpClient(HttpExchange):
             follow: Follow redirects, without key and fixed headers, for files kept elsewhere.
         """
         plain = {"Accept": "*/*", "Accept-Encoding": "identity"}
-        given = httpx.Headers(plain)
-        given.update(headers or {})
+        given = merged(plain, headers)
         url = await self._save(path, target, query, given, on_progress, follow=follow)
         for _ in range(_MOST_REDIRECTS):
             if url is None:

@@ -13,7 +13,6 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from types import MappingProxyType
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl
 
@@ -46,7 +45,7 @@ from training_backends.http.policy import HttpPolicy, make_pool, timeouts
 from training_backends.http.retry import read_date_ahead
 from training_backends.http.urls import require_private_transport
 
-__all__ = ["SUCCESS", "HttpExchange", "Query"]
+__all__ = ["SUCCESS", "HttpExchange", "Query", "merged"]
 
 Query = Sequence[tuple[str, str]]
 """Query parameters; a key may occur several times."""
@@ -60,6 +59,11 @@ _T = TypeVar("_T")
 
 _LARGEST_ERROR: Final = 64 * 2**10
 """Maximum bytes of an error response; all of it is searched for secrets."""
+
+
+def merged(*headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return headers under lower-case names; later ones replace earlier ones."""
+    return {name.lower(): value for each in headers if each for name, value in each.items()}
 
 
 class HttpExchange:
@@ -186,15 +190,14 @@ class HttpExchange:
         place, parameters = self._place(path, query)
         client = await self._opened()
         try:
-            given = httpx.Headers(self._headers)
-            given.update(headers or {})
+            own = {}
             if self._secret is not None:
-                given[self._key_header.name] = self._key_header.value(self._secret)
+                own[self._key_header.name] = self._key_header.value(self._secret)
             request = client.build_request(
                 method,
                 self.base_url + place,
                 params=parameters,
-                headers=given,
+                headers=merged(self._headers, headers, own),
                 content=content,
                 timeout=timeouts(self._policy, read_timeout, write_timeout),
                 extensions={"trace": call.trace},
@@ -307,7 +310,7 @@ class HttpExchange:
             register_secret(self._secret)
         return Answer(
             status=response.status_code,
-            headers=MappingProxyType(dict(response.headers)),
+            headers=response.headers,
             body=body,
             request=call,
             backend=self._backend,
