@@ -39,6 +39,7 @@ from pydantic import SecretStr
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.core.backend import CredentialSource
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import LogRecord, TrainingRun
@@ -52,7 +53,7 @@ SAMPLE = 500
 CONFIG = {"model": "open-mistral-7b", "data": {"train": "/data/train.jsonl"}}
 
 
-class NoSecret:
+class NoSecret(CredentialSource):
     """Returns the same key for every provider."""
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:

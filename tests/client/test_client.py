@@ -842,6 +842,26 @@ async def test_an_undeclared_field_ends_the_launch_before_the_backend_is_asked(
         assert await client.list() == []
 
 
+async def test_a_backend_may_need_neither_model_nor_data_nor_rows(tmp_path: Path) -> None:
+    """Files of any content only have to exist, and data elsewhere is not looked at."""
+    capabilities = Capabilities(
+        needs_model=False, needs_data=False, inspects=False, data=frozenset({"file", "uri"})
+    )
+    backend = ScriptedBackend(capabilities=capabilities)
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n")
+    async with AsyncTrainingClient(
+        home=tmp_path / "home", backends={"scripted": backend}
+    ) as client:
+        data = {"train": [table, tmp_path, "s3://bucket/x"]}
+        run = await client.launch({"data": data}, backend="scripted")
+        assert [str(source) for source in run.config.data.train] == list(map(str, data["train"]))
+        assert (await client.launch({}, backend="scripted")).config.model is None
+        with pytest.raises(DatasetError) as caught:
+            await client.launch({"data": {"train": tmp_path / "none"}}, backend="scripted")
+        assert [issue.code for issue in caught.value.issues] == ["missing_file"]
+
+
 async def test_a_run_that_was_never_started_is_not_resumed(
     client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
 ) -> None:

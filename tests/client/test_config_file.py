@@ -96,7 +96,7 @@ def _all_issues(path: Path) -> tuple[Issue, ...]:
         ("model: a\nmodel: b\n", "duplicate_key", 2),
         (GOOD.replace("2", "-1"), "greater_than", 6),
         (GOOD.replace("  epochs: 2", "  epochs: 2\n  training_steps: 3"), "value_error", 5),
-        ("backend: local\nmodel: m\n", "missing", None),
+        (GOOD + "tuning: {rank: 4}\n", "missing", 7),
         (GOOD + "{[a]: b}: c\n", "not_yaml", 7),
         (GOOD + "suffix: !foo bar\n", "not_yaml", 7),
         (GOOD + "suffix: !!timestamp 2026-13-45\n", "not_yaml", None),
@@ -260,7 +260,7 @@ def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("data=train.jsonl", "expected a mapping"),
-        ("data.train=[]", "the list is empty"),
+        ("classifier_targets=[{name: a, labels: []}]", "the list is empty"),
         ("model=7", "expected text"),
         ("data.train=[{path: 3}]", "expected a path"),
         ("budget.max_duration=0s", "must be greater than zero"),

@@ -38,6 +38,11 @@ def fields_of(config: TrainingConfig, capabilities: Capabilities) -> list[str | 
             {"validation_files": True},
         ),
         ({"suffix": "mine"}, "suffix", {"suffix": {"max_length": 4}}),
+        ({"data": {"train": "s3://b/c"}}, "data.train.0", {"data": {"uri"}}),
+        ({"data": {"train": {"remote_id": "f"}}}, "data.train.0", {"data": {"remote"}}),
+        ({"data": {}}, "data.train", {"needs_data": False}),
+        ({"model": None}, "model", {"needs_model": False}),
+        ({"resources": {"gpus": 1}}, "resources.gpus", {"resources": {"gpus"}}),
         ({"integrations": [{"project": "p"}]}, "integrations.0", {"integrations": {"wandb"}}),
     ],
 )

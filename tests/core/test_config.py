@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from training_backends import TrainingConfig
+from training_backends import ConfigError, TrainingConfig
 from training_backends.core.config import given_options, option_issues
 
 FULL: dict[str, Any] = {
@@ -19,6 +19,7 @@ FULL: dict[str, Any] = {
     "hyperparameters": {"learning_rate": 1e-4, "epochs": 2, "batch_size": 8, "seed": 1},
     "suffix": "mine",
     "classifier_targets": [{"name": "mood", "labels": ["happy", "sad"]}],
+    "resources": {"workers": 2, "gpus": 1, "accelerator": "a100", "max_duration": "2h"},
     "integrations": [{"project": "p", "credential": "wandb/team"}],
     "budget": {"max_cost": "25 USD", "max_duration": "2h 30m"},
     "tags": {"team": "a"},
@@ -55,7 +56,7 @@ def test_the_schema_can_be_exported() -> None:
     """Editors complete and check with it."""
     schema = TrainingConfig.model_json_schema()
     assert set(schema["properties"]) == set(FULL)
-    assert schema["required"] == ["model", "data"]
+    assert "required" not in schema, "which fields are needed depends on the backend"
 
 
 def test_a_configuration_does_not_change() -> None:
@@ -79,11 +80,12 @@ def test_a_configuration_does_not_change() -> None:
         ({"hyperparameters": {"training_steps": 10**24}}, "training_steps"),
         ({"hyperparameters": {"batch_size": 10**14}}, "batch_size"),
         ({"budget": {"max_duration": "99999999999d"}}, "max_duration"),
-        ({"data": {"train": []}}, "train"),
+        ({"resources": {"gpus": -1}}, "gpus"),
+        ({"data": {"train": [{"uri": "no-scheme"}]}}, "uri"),
         ({"data": {"train": [{"path": "a", "weight": 0}]}}, "weight"),
         ({"suffix": ""}, "suffix"),
         ({"model": ""}, "model"),
-        ({"method": "rl"}, "method"),
+        ({"method": ""}, "method"),
         ({"tuning": "prefix"}, "kind"),
         ({"tuning": {"kind": "lora", "dropout": 1}}, "dropout"),
         ({"integrations": [{"project": "p", "api_key": "x"}]}, "api_key"),
@@ -104,6 +106,35 @@ def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], place: str
     with pytest.raises(ValidationError) as caught:
         make(**fields)
     assert place in [error["loc"][-1] for error in caught.value.errors()]
+
+
+def test_data_is_a_file_a_uri_or_a_file_of_the_provider() -> None:
+    """Exactly one of them; a URI may be written as it is, and is not a path."""
+    sources = make(data={"train": ["a", "s3://b/c", {"remote_id": "file-1"}]}).data.train
+    assert [source.kind for source in sources] == ["file", "uri", "remote"]
+    assert [str(source) for source in sources] == ["a", "s3://b/c", "file-1"]
+    assert sources[0].local_path == Path("a")
+    with pytest.raises(ValueError, match="not a file on this machine"):
+        _ = sources[1].local_path
+    for wrong in ({}, {"weight": 2}, {"path": "a", "uri": "s3://b/c"}):
+        with pytest.raises(ValidationError, match="exactly one of path, uri and remote_id"):
+            make(data={"train": [wrong]})
+
+
+def test_method_and_model_are_open() -> None:
+    """A backend may have methods of its own, and need neither model nor data."""
+    config = TrainingConfig.model_validate({"method": "distillation"})
+    assert (config.model, config.data.train) == (None, ())
+    with pytest.raises(ConfigError, match="no model"):
+        _ = config.base_model
+
+
+def test_ids_in_paths_of_stored_json_are_ids() -> None:
+    """Earlier versions stored a provider's file id as a path; a path that looks so stays one."""
+    stored = '{"model": "m", "data": {"train": [{"path": "remote:abc", "weight": 2.0}]}}'
+    (source,) = TrainingConfig.model_validate_json(stored).data.train
+    assert (source.remote_id, source.weight) == ("abc", 2.0)
+    assert make(data={"train": "remote:abc"}).data.train[0].path == Path("remote:abc")
 
 
 def test_labels_in_stored_json_are_tags() -> None:
@@ -130,6 +161,8 @@ def test_paths_are_resolved_against_the_file_they_stand_in(
     paths = [source.path for source in (*resolved.data.train, *resolved.data.validation)]
     assert paths == [tmp_path / "a.jsonl", Path("/home/someone/b.jsonl"), Path("/data/c.jsonl")]
     assert resolved.resolved(Path("/elsewhere")) == resolved
+    elsewhere = make(data={"train": ["s3://b/c"]})
+    assert elsewhere.resolved(tmp_path) == elsewhere
 
 
 class Options(BaseModel, extra="forbid"):

@@ -15,7 +15,7 @@ from training_backends import (
     backend_class,
     installed_backends,
 )
-from training_backends.core.backend import BackendContext
+from training_backends.core.backend import BackendContext, CredentialSource
 from training_backends.core.registry import create_backend
 from training_backends.core.settings import Settings, load_settings
 
@@ -62,7 +62,7 @@ class Plugin(ScriptedBackend):
 """
 
 
-class _NoSecrets:
+class _NoSecrets(CredentialSource):
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:
         raise NotImplementedError
 

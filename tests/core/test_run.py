@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -147,3 +148,25 @@ def test_ids_that_become_the_same_have_different_names() -> None:
     for longest, allowed in ((9, "0123456789"), (63, "ab")):
         with pytest.raises(ValueError, match="at least 10"):
             provider_name("a.b.c.d.e.f", longest=longest, allowed=allowed)
+
+
+def test_a_record_of_an_earlier_version_can_be_read() -> None:
+    """Fields that it lacks have their defaults, and its data stays where it was."""
+    stored = """{"id": "r-1", "backend": "local", "status": "completed",
+        "created_at": "2026-01-02T03:04:05Z", "result_model": "m-1",
+        "config": {"model": "m", "method": "sft", "tuning": null, "suffix": null,
+            "data": {"train": [{"path": "/d/a.jsonl", "weight": 1.0}], "validation": []},
+            "hyperparameters": {"epochs": 1.0}, "budget": {}, "labels": {"team": "a"}}}"""
+    run = TrainingRun.model_validate_json(stored)
+    assert [str(source.local_path) for source in run.config.data.train] == ["/d/a.jsonl"]
+    assert (run.result_uri, run.usage, run.config.tags) == (None, {}, {"team": "a"})
+    assert TrainingRun.model_validate_json(run.model_dump_json()) == run
+
+
+def test_usage_is_kept_by_name() -> None:
+    """Exact decimals, each the latest of its name; where the model is stored as well."""
+    run = make().updated(state("running", usage={"tokens": 5, "gpu_hours": "0.1"}))
+    run = run.updated(state("completed", usage={"tokens": 7}, result_uri="s3://b/m"))
+    again = TrainingRun.model_validate_json(run.model_dump_json())
+    assert again.usage == {"tokens": Decimal(7), "gpu_hours": Decimal("0.1")}
+    assert again.result_uri == "s3://b/m"

@@ -26,6 +26,7 @@ from training_backends import (
     UnsupportedOperation,
     VaultLocked,
 )
+from training_backends.core.redaction import redact
 from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, environment_names
 
@@ -194,6 +195,19 @@ async def test_provider_and_profile_may_stand_in_one_word(
     await vault.set("wandb", "one", "team")
     assert (await vault.get("wandb/team")).get_secret_value() == "one"
     assert (await vault.get("WandB", "Team")).get_secret_value() == "one"
+
+
+async def test_a_provider_may_have_several_secrets(tmp_path: Path, ring: MemoryKeyring) -> None:
+    """As a JSON object of texts; a plain key is the only one. Each of them is redacted."""
+    vault = make(tmp_path, ring, environ={"OTHER_API_KEY": '{"a": "one", "b": {}}'})
+    await vault.set("aws", '{"id": "id-0123456789",\n "pem": "-- BEGIN KEY --\\nabc"}')
+    found = await vault.get_all("aws")
+    assert found["id"].get_secret_value() == "id-0123456789"
+    assert found["pem"].get_secret_value() == "-- BEGIN KEY --\nabc"
+    assert "id-0123456789" not in redact("failed with id-0123456789")
+    await vault.set("mistral", CANARY)
+    assert (await vault.get_all("mistral"))["key"].get_secret_value() == CANARY
+    assert [*await vault.get_all("other")] == ["key"]
 
 
 async def test_a_missing_key_names_three_ways_on(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def inspected(cache: Path, *sources: DataSource) -> tuple[Dataset, int]:
     """Inspect files; return the result and the bytes that were read of them."""
     with counted_readings() as readings:
         found = inspect_files(sources, provider_format=MISTRAL, cache=cache)
-    return found, sum(readings[str(source.path)] for source in sources)
+    return found, sum(readings[str(source.local_path)] for source in sources)
 
 
 def test_an_inspection_with_errors_is_kept(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_a_file_written_again_is_checked_again(tmp_path: Path, keeps_time: bool)
     """The same size, and even the same modification time, prove nothing."""
     source = write(tmp_path / "a.jsonl", ROW)
     first, _ = inspected(tmp_path / "cache", source)
-    times = source.path.stat()
-    source.path.write_text(source.path.read_text().replace("user", "oser"))
+    times = source.local_path.stat()
+    source.local_path.write_text(source.local_path.read_text().replace("user", "oser"))
     if keeps_time:
-        os.utime(source.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.utime(source.local_path, ns=(times.st_atime_ns, times.st_mtime_ns))
     again, _ = inspected(tmp_path / "cache", source)
     assert len(again.errors) > len(first.errors)
     assert again.files[0].sha256 != first.files[0].sha256
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
     """What a missing file or package prevents is not kept."""
     source = DataSource(path=tmp_path / "a.jsonl")
     assert inspected(tmp_path / "cache", source)[0].errors
-    write(source.path, ROW)
+    write(source.local_path, ROW)
     assert inspected(tmp_path / "cache", source)[0].files
 
 

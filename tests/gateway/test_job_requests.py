@@ -16,7 +16,7 @@ from tests.waiting import until
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
-from training_backends.core.backend import Journal
+from training_backends.core.backend import CredentialSource, Journal
 from training_backends.core.config import TrainingConfig, Tuning
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, StoreError
@@ -399,7 +399,7 @@ async def test_our_own_client_learns_of_a_report_that_cannot_be_before_it_upload
         }
     )
 
-    class Keys:
+    class Keys(CredentialSource):
         async def get(self, provider: str, profile: str | None = None) -> SecretStr:
             del profile
             return SecretStr(KEY if provider == "mistral" else "w" * 40)

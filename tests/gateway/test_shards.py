@@ -11,6 +11,7 @@ from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site
 from training_backends import TrainingConfig, TrainingRun
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.core.backend import CredentialSource
 from training_backends.core.run import new_run_id
 from training_backends.testing.journal import Killed, MemoryJournal
 
@@ -19,7 +20,7 @@ LIMIT = 300
 """Bytes; a row has about 100."""
 
 
-class Secrets:
+class Secrets(CredentialSource):
     """Holds the gateway's key."""
 
     async def get(self, provider: str, profile: str | None = None) -> SecretStr:

@@ -23,7 +23,7 @@ Losses = Callable[[Any, Sequence[bytes]], torch.Tensor]
 def batches(spec: RunSpec) -> Iterator[list[bytes]]:
     """Yield the lines of each step."""
     (source,) = spec.train
-    lines = source.path.read_bytes().splitlines()
+    lines = source.local_path.read_bytes().splitlines()
     order = Order((len(lines),), (1.0,), spec.seed)
     for step in range(spec.training_steps or 0):
         first = step * spec.batch_size

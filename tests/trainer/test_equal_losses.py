@@ -180,7 +180,7 @@ def test_packed_rows(make: MakeRun) -> None:
     """The same rows packed into sequences: each counts as if it were alone."""
     run = make(packing=True, seq_len=100, batch_size=2, micro_batch_size=1)
     spec = run.read_spec()
-    lines = spec.train[0].path.read_bytes().splitlines()
+    lines = spec.train[0].local_path.read_bytes().splitlines()
     order = Order((len(lines),), (1.0,), spec.seed)
     packs: list[list[bytes]] = []
     position = filled = 0
@@ -206,4 +206,4 @@ def test_batches_are_those_of_the_plain_loop(make: MakeRun) -> None:
     """The loop that the engine is held against sees every row once an epoch."""
     spec = make(training_steps=15).read_spec()
     seen = [line for lines in batches(spec) for line in lines]
-    assert sorted(seen) == sorted(spec.train[0].path.read_bytes().splitlines())
+    assert sorted(seen) == sorted(spec.train[0].local_path.read_bytes().splitlines())

@@ -83,7 +83,7 @@ def card_of(make_run: MakeRun, path: Path, record: ResultRecord, **changes: Any)
     spec = run.read_spec()
     result = path / "result"
     result.mkdir()
-    data = [describe_data(spec.train[0].path, "training", 60)]
+    data = [describe_data(spec.train[0].local_path, "training", 60)]
     write_card(result, run=run, spec=spec, record=record, data=data)
     return Card.of(result)
 

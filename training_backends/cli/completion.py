@@ -30,7 +30,7 @@ def complete_run(incomplete: str) -> list[tuple[str, str]]:
         async def stored() -> list[tuple[str, str]]:
             async with AsyncTrainingClient() as client:
                 runs = await client.list()
-            return [(run.id, f"{run.status}, {run.config.model}") for run in runs]
+            return [(run.id, f"{run.status}, {run.config.model or run.backend}") for run in runs]
 
         return anyio.run(stored)
 

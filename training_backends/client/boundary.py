@@ -214,6 +214,11 @@ class CallersCredentials:
         with callers_own():
             return await self._source.get(provider, profile)
 
+    async def get_all(self, provider: str, profile: str | None = None) -> Mapping[str, SecretStr]:
+        """See `CredentialSource.get_all`."""
+        with callers_own():
+            return await self._source.get_all(provider, profile)
+
 
 class _Guard:
     """A proxy of a backend that applies the boundary to each attribute."""

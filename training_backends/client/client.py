@@ -64,7 +64,7 @@ from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
-from training_backends.datasets.inspect import inspect, raise_for_errors
+from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
 from training_backends.store import MetricPoint, RunStore
 from training_backends.store.salvage import check
 
@@ -632,6 +632,8 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": options})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
+        if backend is not None and not backend.capabilities.inspects:
+            return await to_thread.run_sync(list_files, config)
         read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
         if backend is not None:
             read = partial(read, provider_format=backend.capabilities.provider_format)

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from training_backends.client.boundary import make_backend
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.client.observe import WatchSettings
-from training_backends.core.backend import BackendContext, RemoteFilters
+from training_backends.core.backend import BackendContext, CredentialSource, RemoteFilters
 from training_backends.core.errors import TrainingBackendError, UnsupportedOperation
 from training_backends.core.escape import plural
 from training_backends.core.estimate import format_duration
@@ -256,7 +256,7 @@ async def try_key(vault: CredentialVault, provider: str, profile: str | None) ->
         )
 
 
-class _OneKey:
+class _OneKey(CredentialSource):
     """Provides a backend with the key under test, whatever profile it is set to use."""
 
     def __init__(self, vault: CredentialVault, provider: str, profile: str) -> None:

@@ -23,6 +23,7 @@ from training_backends.core.errors import (
     UnsupportedOperation,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.redaction import split_secret
 from training_backends.core.run import (
     CleanText,
     LogRecord,
@@ -63,6 +64,18 @@ class CredentialSource(Protocol):
             VaultLocked: The keyring was not unlocked in time.
         """
         ...
+
+    async def get_all(self, provider: str, profile: str | None = None) -> Mapping[str, SecretStr]:
+        """Return the secrets of a provider that needs several, by name.
+
+        A stored secret that is a JSON object of strings holds one secret per name; any other is
+        returned under the name `key`.
+
+        Raises:
+            CredentialNotFound: No source has any.
+            VaultLocked: The keyring was not unlocked in time.
+        """
+        return split_secret(await self.get(provider, profile))
 
 
 class Journal(Protocol):
@@ -258,8 +271,9 @@ class TrainingBackend(ABC):
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate configuration and data without side effects at the provider.
 
-        Fields of `config` that this backend does not support must be reported as issues, never
-        silently ignored.
+        The client has already rejected fields that `capabilities` do not declare, and options that
+        `options_model` does not accept. Whatever else is not supported must be reported as an
+        issue, never silently ignored.
 
         Raises:
             BackendNotInstalled: A dependency of the backend is not installed.
@@ -367,6 +381,9 @@ class TrainingBackend(ABC):
         checkpoint: str | None = None,
     ) -> RunState:
         """Continue `run` as `new_run`, from `checkpoint` or the newest one.
+
+        The client calls this only if `Capabilities.resumes` allows it; a checkpoint is given only
+        for `checkpoint`.
 
         Raises:
             UnsupportedOperation: The provider cannot resume runs.

@@ -1,7 +1,8 @@
 """The capabilities of a backend, declared as data and judged by the client."""
 
-from collections.abc import Collection, Iterator
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -35,12 +36,15 @@ class Capabilities(BaseModel, frozen=True):
         methods: Supported values of `TrainingConfig.method`; empty: the field is not used.
         tunings: Supported values of `Tuning.kind`; empty: the field `tuning` is not supported.
         hyperparameters: Supported fields of `Hyperparameters`; None: all.
+        needs_model: A configuration must have a model.
         data: Supported kinds of data: local files, URIs, and files that the provider has, by id.
         needs_data: A configuration must have training data.
+        inspects: Data files have rows of `provider_format`, which are checked; False: any content.
         max_train_files: Maximum number of training files; None: no limit.
         weights: Training files can have weights.
         validation_files: Validation data is supported.
         suffix: Rule for the suffix of the trained model's name; None: not supported.
+        resources: Supported fields of `TrainingConfig.resources`.
         integrations: Supported types of `TrainingConfig.integrations`.
         quotes: The provider quotes a price before the run starts.
         stops: Runs can be stopped.
@@ -58,12 +62,15 @@ class Capabilities(BaseModel, frozen=True):
     methods: frozenset[str] = frozenset({"sft"})
     tunings: frozenset[str] = frozenset()
     hyperparameters: frozenset[str] | None = frozenset()
+    needs_model: bool = True
     data: frozenset[Literal["file", "uri", "remote"]] = frozenset({"file"})
     needs_data: bool = True
+    inspects: bool = True
     max_train_files: int | None = Field(default=None, ge=1)
     weights: bool = False
     validation_files: bool = False
     suffix: SuffixRule | None = None
+    resources: frozenset[str] = frozenset()
     integrations: frozenset[str] = frozenset()
     quotes: bool = False
     stops: bool = True
@@ -90,6 +97,8 @@ def config_issues(
     methods = capabilities.methods
     if config.method not in methods and (methods or "method" in _set_fields(config)):
         yield _unsupported("method", repr(config.method), backend, methods)
+    if config.model is None and capabilities.needs_model:
+        yield _missing("model", backend)
     if config.tuning is not None:
         kind, kinds = config.tuning.kind, capabilities.tunings
         if not kinds:
@@ -102,6 +111,9 @@ def config_issues(
             yield _unsupported(f"hyperparameters.{name}", name, backend)
     yield from _data_issues(config, capabilities, backend)
     yield from _suffix_issues(config.suffix, capabilities.suffix, backend)
+    for name in _set_fields(config.resources):
+        if name not in capabilities.resources:
+            yield _unsupported(f"resources.{name}", name, backend)
     for index, entry in enumerate(config.integrations):
         if entry.type not in capabilities.integrations:
             yield _unsupported(f"integrations.{index}", entry.type, backend)
@@ -110,6 +122,8 @@ def config_issues(
 def _data_issues(
     config: TrainingConfig, capabilities: Capabilities, backend: str
 ) -> Iterator[Issue]:
+    if capabilities.needs_data and not config.data.train:
+        yield _missing("data.train", backend)
     limit = capabilities.max_train_files
     if limit is not None and len(config.data.train) > limit:
         files = "one training file" if limit == 1 else f"at most {limit} training files"
@@ -123,6 +137,9 @@ def _data_issues(
         yield _unsupported("data.validation", "validation data", backend)
     for part, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for index, source in enumerate(sources):
+            if source.kind not in capabilities.data:
+                field = f"data.{part}.{index}"
+                yield _unsupported(field, _KINDS[source.kind], backend)
             if "weight" in _set_fields(source) and not (capabilities.weights and part == "train"):
                 field = f"data.{part}.{index}.weight"
                 yield _unsupported(field, f"a weight of a {part} file", backend)
@@ -158,6 +175,15 @@ def _set_fields(model: BaseModel) -> list[str]:
         for name, field in type(model).model_fields.items()
         if name in model.model_fields_set and getattr(model, name) != field.default
     ]
+
+
+_KINDS: Final[Mapping[str, str]] = MappingProxyType(
+    {"file": "local files", "uri": "data by URI", "remote": "data by the provider's file id"}
+)
+
+
+def _missing(field: str, backend: str) -> Issue:
+    return Issue(code="missing_field", message=f"{backend} needs it", field=field, fix="set it")
 
 
 def _unsupported(

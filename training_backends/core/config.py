@@ -1,5 +1,6 @@
 """The configuration of a training run, the same for every backend."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from training_backends.core.errors import Issue, suggest, validation_issues
-from training_backends.core.estimate import Budget
+from training_backends.core.errors import ConfigError, Issue, suggest, validation_issues
+from training_backends.core.estimate import Budget, Duration
 
 __all__ = [
     "TINY_MODEL",
@@ -24,6 +25,7 @@ __all__ = [
     "Data",
     "DataSource",
     "Hyperparameters",
+    "Resources",
     "TrainingConfig",
     "Tuning",
     "WandbIntegration",
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 
+_URI: Final = r"^[a-z][a-z0-9+.-]*://"
+_FORMER_REMOTE: Final = "remote:"
+"""Prefix of a provider's file id in the paths of earlier versions."""
 _LONGEST_NAME: Final = 30
 """Maximum characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
@@ -61,23 +66,67 @@ class _Model(BaseModel, frozen=True, extra="forbid"):
 
 
 class DataSource(_Model):
-    """A data file and its sampling weight; may be written as just its path."""
+    """Where data comes from, and its sampling weight; may be written as just a path or URI."""
 
-    path: Path
+    path: Path | None = Field(default=None, description="A file on this machine.")
+    uri: str | None = Field(
+        default=None,
+        pattern=_URI,
+        description="An object elsewhere, for example `s3://bucket/train.jsonl`.",
+    )
+    remote_id: str | None = Field(
+        default=None, min_length=1, description="Id of a file that the provider already has."
+    )
     weight: float = Field(
         default=1.0, gt=0, le=1e6, description="Sampling weight relative to the other files."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
+    def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and re.match(_URI, value):
+            return {"uri": value}
+        if isinstance(value, str | Path):
+            return {"path": value}
+        path = value.get("path") if isinstance(value, dict) else None
+        if info.mode == "json" and isinstance(path, str) and path.startswith(_FORMER_REMOTE):
+            # Stored JSON of earlier versions, which had paths only.
+            rest = {name: each for name, each in value.items() if name != "path"}
+            return {**rest, "remote_id": path.removeprefix(_FORMER_REMOTE)}
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(each is not None for each in (self.path, self.uri, self.remote_id)) != 1:
+            raise ValueError("give exactly one of path, uri and remote_id")
+        return self
+
+    @property
+    def kind(self) -> Literal["file", "uri", "remote"]:
+        """The kind of place, as in `Capabilities.data`."""
+        if self.path is not None:
+            return "file"
+        return "remote" if self.uri is None else "uri"
+
+    @property
+    def local_path(self) -> Path:
+        """The path of data on this machine.
+
+        Raises:
+            ValueError: The data is elsewhere.
+        """
+        if self.path is None:
+            raise ValueError(f"{self} is not a file on this machine")
+        return self.path
+
+    def __str__(self) -> str:
+        return str(self.path or self.uri or self.remote_id)
 
 
 class Data(_Model):
-    """Training and validation files, relative to the configuration file."""
+    """Training and validation data; paths are relative to the configuration file."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1)
+    train: tuple[DataSource, ...] = ()
     validation: tuple[DataSource, ...] = ()
 
     @field_validator("train", "validation", mode="before")
@@ -99,6 +148,21 @@ class Tuning(_Model):
     @classmethod
     def _from_kind(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+
+class Resources(_Model):
+    """What a run needs; None leaves the choice to the backend."""
+
+    workers: int | None = Field(default=None, ge=1, description="Number of processes.")
+    cpus: float | None = Field(default=None, gt=0, description="CPU cores of each worker.")
+    gpus: int | None = Field(default=None, ge=0, description="GPUs of each worker.")
+    accelerator: str | None = Field(
+        default=None, min_length=1, description="The provider's name of the machine or GPU type."
+    )
+    nodes: int | None = Field(default=None, ge=1, description="Number of machines.")
+    max_duration: Duration | None = Field(
+        default=None, description="When the provider ends the run, for example '2h'."
+    )
 
 
 class Hyperparameters(_Model):
@@ -159,15 +223,20 @@ class WandbIntegration(_Model):
 class TrainingConfig(_Model):
     """The configuration of a run. Immutable; `model_json_schema()` returns its JSON schema."""
 
-    model: str = Field(min_length=1, description="Name of the base model.")
-    method: Literal["sft", "dpo", "classifier"] = "sft"
+    model: str | None = Field(
+        default=None, min_length=1, description="Name of the base model, if the backend needs one."
+    )
+    method: str = Field(
+        default="sft", min_length=1, description="`sft`, `dpo`, `classifier`, or the backend's own."
+    )
     tuning: Tuning | None = Field(default=None, description="None: the backend's default.")
-    data: Data
+    data: Data = Data()
     hyperparameters: Hyperparameters = Hyperparameters()
     suffix: str | None = Field(
         default=None, min_length=1, description="Part of the trained model's name."
     )
     classifier_targets: tuple[ClassifierTarget, ...] = ()
+    resources: Resources = Resources()
     integrations: tuple[WandbIntegration, ...] = ()
     budget: Budget = Budget()
     tags: dict[str, str] = Field(default_factory=dict)
@@ -190,12 +259,27 @@ class TrainingConfig(_Model):
             raise ValueError("classifier_targets need method: classifier")
         return self
 
+    @property
+    def base_model(self) -> str:
+        """The model, for backends that need one; the client has checked that it is set.
+
+        Raises:
+            ConfigError: It is not set.
+        """
+        if self.model is None:
+            raise ConfigError("The configuration has no model.", hint="Set `model`.")
+        return self.model
+
     def resolved(self, base: Path) -> Self:
         """Return the configuration with data paths made absolute, relative to `base`."""
 
         def absolute(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
             return tuple(
-                source.model_copy(update={"path": (base / source.path.expanduser()).absolute()})
+                source
+                if source.path is None
+                else source.model_copy(
+                    update={"path": (base / source.path.expanduser()).absolute()}
+                )
                 for source in sources
             )
 

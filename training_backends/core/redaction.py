@@ -29,6 +29,7 @@ __all__ = [
     "register_proxy",
     "register_secret",
     "register_url",
+    "split_secret",
 ]
 
 REDACTED: Final = "[redacted]"
@@ -69,6 +70,22 @@ def register_secret(secret: "str | SecretStr") -> None:
         while len(_known) > _MOST:
             del _known[next(iter(_known))]
         _publish()
+
+
+def split_secret(secret: "SecretStr") -> "Mapping[str, SecretStr]":
+    """Return the secrets in a stored one by name; see `CredentialSource.get_all`."""
+    text = secret.get_secret_value()
+    try:
+        found = json.loads(text) if text.startswith("{") else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        return {"key": secret}
+    for value in found.values():
+        register_secret(value)
+    from pydantic import SecretStr  # noqa: PLC0415  # slow to import
+
+    return {name: SecretStr(value) for name, value in found.items()}
 
 
 def _publish() -> None:

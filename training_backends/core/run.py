@@ -2,8 +2,10 @@
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, cast, get_args
 
@@ -191,6 +193,8 @@ class RunState(BaseModel, frozen=True):
     Attributes:
         changed_at: Time of the provider's last change to the run, by its own clock, if reported.
             If lists report it, unchanged runs need no request of their own.
+        result_uri: Where the trained model is stored, for example `s3://bucket/model`.
+        usage: What the provider has billed or measured, by its name, for example `gpu_seconds`.
         place: The only location from which the run can be observed; None: anywhere.
     """
 
@@ -205,6 +209,8 @@ class RunState(BaseModel, frozen=True):
     metrics: dict[str, float] | None = None
     checkpoints: tuple[Checkpoint, ...] | None = None
     result_model: str | None = None
+    result_uri: CleanText | None = None
+    usage: Mapping[str, Decimal] | None = None
     estimate: Estimate | None = None
     cost: Money | None = None
     changed_at: UtcDatetime | None = None
@@ -221,6 +227,8 @@ class TrainingRun(BaseModel, frozen=True):
         step: Optimizer steps completed.
         metrics: The latest value of each metric.
         result_model: Name or path of the trained model.
+        result_uri: Where the trained model is stored, for example `s3://bucket/model`.
+        usage: What the provider has billed or measured, by its name.
         resumed_from: Id of the run that this one continues.
         changed_at: Time of the provider's last change to the run, if reported.
         place: The only location from which it can be observed; None: anywhere, or unknown yet.
@@ -243,6 +251,8 @@ class TrainingRun(BaseModel, frozen=True):
     metrics: dict[str, float] = Field(default_factory=dict)
     checkpoints: tuple[Checkpoint, ...] = ()
     result_model: str | None = None
+    result_uri: str | None = None
+    usage: Mapping[str, Decimal] = Field(default_factory=dict)
     estimate: Estimate | None = None
     cost: Money | None = None
     resumed_from: str | None = None
@@ -264,6 +274,8 @@ class TrainingRun(BaseModel, frozen=True):
         }
         if state.metrics is not None:
             changes["metrics"] = {**self.metrics, **state.metrics}
+        if state.usage is not None:
+            changes["usage"] = {**self.usage, **state.usage}
         if not may_follow(self.status, state.status):
             changes = {"raw_status": state.raw_status or state.status.value}
         seen = {"last_seen_at": seen_at or utc_now(), "stale": None}

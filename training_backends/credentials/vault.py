@@ -1,8 +1,10 @@
 """Look up secrets: explicit values, then environment variables, then the keyring."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
@@ -11,7 +13,7 @@ from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.core.errors import ConfigError, CredentialNotFound, VaultLocked
-from training_backends.core.redaction import register_secret
+from training_backends.core.redaction import register_secret, split_secret
 from training_backends.core.run import utc_now
 from training_backends.credentials.choice import AskPassword, CredentialSettings, KeyringChoice
 
@@ -151,6 +153,15 @@ class CredentialVault:
             raise _not_found(provider, profile)
         return _known(SecretStr(value))
 
+    async def get_all(self, provider: str, profile: str | None = None) -> Mapping[str, SecretStr]:
+        """Return the secrets of a provider that needs several; see `CredentialSource.get_all`.
+
+        Raises:
+            CredentialNotFound: No source has any; the hint says how to set it.
+            VaultLocked: The keyring is locked or timed out.
+        """
+        return split_secret(await self.get(provider, profile))
+
     async def set(self, provider: str, secret: str | SecretStr, profile: str | None = None) -> None:
         """Store a secret in the keyring, replacing an existing one, and verify it.
 
@@ -288,6 +299,9 @@ def _cleaned(value: str) -> str:
     text = value.strip()
     if not text:
         raise ConfigError("The key is empty.", hint="Pass the key on standard input.")
+    if text.startswith("{"):
+        with suppress(ValueError):  # several secrets: see `CredentialSource.get_all`
+            return json.dumps(json.loads(text), separators=(",", ":"))
     if not text.isascii() or not text.isprintable() or " " in text:
         # Do not quote the text: it may contain part of a real key.
         raise ConfigError(

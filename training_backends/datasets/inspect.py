@@ -28,7 +28,7 @@ from training_backends.core.files import Stamp, keep_digest, settled_stamp
 from training_backends.datasets.cache import ResultCache
 from training_backends.datasets.file_report import Collector, FileRole
 from training_backends.datasets.findings import brief, short
-from training_backends.datasets.open_file import STDIN
+from training_backends.datasets.open_file import STDIN, unreadable
 from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.datasets.scan import NOT_SEARCHED, Progress, Reading
 from training_backends.datasets.scan_part import KEPT_PER_CODE, MAX_LINE_BYTES, packed_rules
@@ -46,6 +46,7 @@ __all__ = [
     "inspect",
     "inspect_file",
     "inspect_files",
+    "list_files",
     "raise_for_errors",
 ]
 
@@ -170,7 +171,9 @@ def _validation(files: Sequence[DataFile], provider_format: ProviderFormat) -> I
 
 
 def against_method(config: TrainingConfig, files: Sequence[DataFile]) -> Iterator[Issue]:
-    """Yield issues for files that do not match the configured method."""
+    """Yield issues for files that do not match the configured method, if it is a known one."""
+    if config.method not in _METHODS.values():
+        return
     for file in files:
         if file.packing != "plain":
             yield Issue(
@@ -228,7 +231,7 @@ def inspect(
     processes: int | None = None,
     cache: Path | None = None,
 ) -> Dataset:
-    """Summarize and validate all data files of a configuration.
+    """Summarize and validate all data files of a configuration that are on this machine.
 
     Blocks while reading: call it in a thread from async code. A file that cannot be read
     completely is missing from `files` and has an issue.
@@ -239,9 +242,13 @@ def inspect(
         processes: Maximum number of processes; None chooses by size.
         cache: Directory of kept results, errors included; None always reads the files.
     """
+    train, validation = (
+        [source for source in sources if source.kind == "file"]
+        for sources in (config.data.train, config.data.validation)
+    )
     found = inspect_files(
-        config.data.train,
-        config.data.validation,
+        train,
+        validation,
         provider_format=provider_format,
         targets=config.classifier_targets,
         on_issue=on_issue,
@@ -266,7 +273,9 @@ def inspect_files(
 ) -> Dataset:
     """Summarize and validate files without a configuration; "-" is standard input."""
     stamps = _stamps([*train, *validation]) if cache else None
-    roles = [[(str(each.path), each.weight) for each in files] for files in (train, validation)]
+    roles = [
+        [(str(each.local_path), each.weight) for each in files] for files in (train, validation)
+    ]
     key = f"{_VERSION}\n{provider_format}\n{[*targets]}\n{roles}\n{stamps}"
     if stamps and (kept := _kept(ResultCache(cache), key)):
         _keep_digests(stamps, kept)
@@ -275,9 +284,12 @@ def inspect_files(
             for file in kept.files:
                 on_progress(file.path, file.size, file.size)
         return kept
-    collectors = [Collector(each.path, "train", each.weight, provider_format) for each in train]
+    collectors = [
+        Collector(each.local_path, "train", each.weight, provider_format) for each in train
+    ]
     collectors += [
-        Collector(each.path, "validation", each.weight, provider_format) for each in validation
+        Collector(each.local_path, "validation", each.weight, provider_format)
+        for each in validation
     ]
     reading = Reading(
         collectors,
@@ -301,12 +313,36 @@ def inspect_files(
     return dataset
 
 
+def list_files(config: TrainingConfig) -> Dataset:
+    """Return the data files of a configuration that are on this machine, without reading them."""
+    files: list[DataFile] = []
+    issues: list[Issue] = []
+    roles: dict[FileRole, Sequence[DataSource]] = {
+        "train": config.data.train,
+        "validation": config.data.validation,
+    }
+    for role, sources in roles.items():
+        for source in sources:
+            if source.path is None:
+                continue
+            try:
+                size = source.path.stat().st_size
+            except OSError as error:
+                issues.append(unreadable(source.path, error))
+                continue
+            file = DataFile(path=source.path, role=role, weight=source.weight, size=size, rows=0)
+            files.append(file)
+    return Dataset(files=tuple(files), issues=tuple(issues))
+
+
 def _stamps(sources: Sequence[DataSource]) -> list[Stamp] | None:
     """Return the stamps of the files; None if one of them cannot be known by its stamp."""
     stamps: list[Stamp] = []
     for source in sources:
         with suppress(OSError):
-            if source.path != STDIN and (stamp := settled_stamp(source.path, wait=True)):
+            if source.local_path != STDIN and (
+                stamp := settled_stamp(source.local_path, wait=True)
+            ):
                 stamps.append(stamp)
     return stamps if len(stamps) == len(sources) else None
 

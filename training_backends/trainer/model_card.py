@@ -219,8 +219,8 @@ def _number(value: float | None) -> str:
 def _configuration(spec: RunSpec) -> str:
     shown = spec.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
     shown["model"] = _base_name(spec)
-    shown["train"] = [{"file": each.path.name, "weight": each.weight} for each in spec.train]
-    shown["validation"] = [each.path.name for each in spec.validation]
+    shown["train"] = [{"file": each.local_path.name, "weight": each.weight} for each in spec.train]
+    shown["validation"] = [each.local_path.name for each in spec.validation]
     text = json.dumps(shown, indent=2, ensure_ascii=False)
     return f"## Configuration\n\n```json\n{text}\n```\n"
 

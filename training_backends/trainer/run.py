@@ -396,7 +396,7 @@ class TrainingProcess:
 
     def _load_training(self, objective: Objective[Any]) -> list[list[Any]]:
         files = [
-            self._load(source.path, objective, f"train/{index}")
+            self._load(source.local_path, objective, f"train/{index}")
             for index, source in enumerate(self._spec.train)
         ]
         if not any(files):
@@ -407,7 +407,7 @@ class TrainingProcess:
         return [
             example
             for index, source in enumerate(self._spec.validation)
-            for example in self._load(source.path, objective, f"valid/{index}")
+            for example in self._load(source.local_path, objective, f"valid/{index}")
         ]
 
     def _load(self, path: Path, objective: Objective[Any], name: str) -> list[Any]:

@@ -62,11 +62,11 @@ def inspected(run: TrainingRun, **changes: Any) -> Dataset:
         files=tuple(
             DataFile.model_validate(
                 {
-                    "path": source.path,
+                    "path": source.local_path,
                     "role": role,
-                    "size": source.path.stat().st_size,
+                    "size": source.local_path.stat().st_size,
                     "sha256": "0" * 64,
-                    "rows": len(source.path.read_bytes().splitlines()),
+                    "rows": len(source.local_path.read_bytes().splitlines()),
                     "sample_type": "instruct",
                     **changes,
                 }

@@ -14,6 +14,7 @@ from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.process import Hub, ask_model
 from training_backends.backends.local.settings import LocalSettings
+from training_backends.core.backend import CredentialSource
 from training_backends.core.errors import (
     BackendUnavailable,
     ConfigError,
@@ -158,7 +159,7 @@ async def test_a_process_gets_the_proxies_in_a_form_that_it_can_read(
 async def test_without_a_key_the_run_goes_on(tmp_path: Path) -> None:
     """Most models need none: neither its absence nor a locked keyring holds anything up."""
 
-    class Locked:
+    class Locked(CredentialSource):
         async def get(self, *_: object) -> Any:
             raise VaultLocked("The keyring is locked.")
 

@@ -10,13 +10,14 @@ from pydantic import SecretStr
 from training_backends import CredentialNotFound, Dataset, TrainingConfig, TrainingRun
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.core.backend import CredentialSource
 from training_backends.core.run import new_run_id
 from training_backends.datasets.inspect import inspect
 from training_backends.testing.journal import MemoryJournal
 from training_backends.testing.provider import ScriptedProvider
 
 
-class Secrets:
+class Secrets(CredentialSource):
     """Secrets by provider or provider/profile, which a test may change."""
 
     def __init__(self) -> None:

@@ -33,6 +33,7 @@ from training_backends import (
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.core.backend import CredentialSource
 from training_backends.protocols.mistral.status import JOB_STATUSES
 from training_backends.testing.faults import CutAnswer, DropRequest, Fault, LoseAnswer, OtherAnswer
 from training_backends.testing.journal import Killed, MemoryJournal
@@ -174,7 +175,7 @@ class Ours:
         return not self.accepted and not self.run.status.is_terminal
 
 
-class Key:
+class Key(CredentialSource):
     """Gives every process a key of its own, as nothing else is shared between processes."""
 
     _numbers = itertools.count()

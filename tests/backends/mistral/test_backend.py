@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from uuid import uuid4
 
 import anyio
 import pytest
@@ -241,7 +242,7 @@ async def test_ended_run_is_trained_anew_on_the_same_files(
     """Resuming makes one new job on the uploaded files, even if they are gone here."""
     provider.set_status(str(run.remote_id), word)
     provider.auto = "complete"
-    run.config.data.train[0].path.unlink()
+    run.config.data.train[0].local_path.unlink()
     journal = make_journal()
     state = await backend.resume(run, journal.run, journal)
     old, new = provider.jobs.values()
@@ -296,7 +297,7 @@ async def test_resume_with_nothing_to_train_on_says_so(
     provider.set_status(str(run.remote_id), "FAILED")
     run = run.updated(await backend.status(run))
     provider.files.clear()
-    run.config.data.train[0].path.unlink()
+    run.config.data.train[0].local_path.unlink()
     if job_is_gone:
         provider.jobs.clear()
     known = len(provider.jobs)
@@ -336,6 +337,33 @@ async def test_resume_uploads_what_the_provider_lost(
     journal = make_journal()
     await backend.resume(run, journal.run, journal)
     assert len(provider.asked("POST", "/files")) == 2
+
+
+async def test_run_restored_from_the_list_is_resumed_on_the_files_of_the_server(
+    backend: MistralAPIBackend,
+    provider: ScriptedProvider,
+    run: TrainingRun,
+    make_journal: MakeJournal,
+) -> None:
+    """Its data is known by id only: used as it is, or missed by name, and never uploaded."""
+    provider.set_status(str(run.remote_id), "FAILED")
+    provider.auto = "complete"
+    (listed,) = await backend.list_remote(RemoteFilters())
+    restored = run.model_copy(update={"config": listed.config})
+    provider.requests.clear()
+    journal = make_journal()
+    other = restored.model_copy(update={"remote_id": str(uuid4())})  # the job itself is gone
+    journal.run = journal.run.model_copy(update={"config": listed.config})
+    await backend.resume(
+        other.model_copy(update={"status": TrainingStatus.FAILED}), journal.run, journal
+    )
+    assert provider.asked("POST", "/files") == []
+    provider.set_status(str(journal.run.remote_id), "FAILED")
+    provider.files.clear()
+    journal = make_journal()
+    journal.run = journal.run.model_copy(update={"config": listed.config})
+    with pytest.raises(DatasetError, match="The server has no file"):
+        await backend.resume(restored, journal.run, journal)
 
 
 async def test_waiting_job_is_started_by_resume(
@@ -382,7 +410,7 @@ async def test_checkpoints_cannot_be_chosen(
 async def test_download_says_why_not(backend: MistralAPIBackend, run: TrainingRun) -> None:
     """The refusal to download says where the model can be used instead."""
     with pytest.raises(UnsupportedOperation) as caught:
-        await backend.download(run, run.config.data.train[0].path)
+        await backend.download(run, run.config.data.train[0].local_path)
     assert "weight" in str(caught.value.hint)
     assert not backend.capabilities.downloads
 

@@ -142,7 +142,7 @@ async def test_launch_broken_between_parts_sends_each_once(
     provider.heal()
     await launch()
     sent = b"".join(file.content for file in provider.files.values())
-    assert sent == config.data.train[0].path.read_bytes()
+    assert sent == config.data.train[0].local_path.read_bytes()
     assert len(provider.asked("POST", "/files")) == len(provider.files) == 4
     assert [job.starts for job in provider.jobs.values()] == [1]
 

@@ -156,14 +156,15 @@ async def test_what_a_list_says_can_rebuild_a_store(
     ours = listed[str(run.remote_id)]
     (file_id,) = provider.files
     assert ours.config is not None
-    assert [str(source.path) for source in ours.config.data.train] == [f"remote:{file_id}"]
+    assert [source.remote_id for source in ours.config.data.train] == [file_id]
     assert ours.config.hyperparameters.training_steps == 10
     assert ours.created_at is not None
     assert ours.state.changed_at is not None
     found = listed[strange]
     assert found.created_at is not None
     assert found.created_at.timestamp() == 1_700_000_000
-    assert found.config is None
+    assert found.config is not None
+    assert found.config.suffix == "much too long for a suffix of ours"
     assert found.state.status is TrainingStatus.UNKNOWN
 
 

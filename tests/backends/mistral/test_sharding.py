@@ -283,7 +283,7 @@ async def test_resumed_run_trains_on_the_same_parts(
     make_journal: MakeJournal,
 ) -> None:
     """What was uploaded in parts is used again with its weights, and not sent again."""
-    train_file = make_config().data.train[0].path
+    train_file = make_config().data.train[0].local_path
     other = write_rows(train_file.with_name("other.jsonl"), range(50))
     paths = zip((train_file, other), weights, strict=True)
     data = {"train": [{"path": path, "weight": weight} for path, weight in paths]}

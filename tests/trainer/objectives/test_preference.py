@@ -154,7 +154,7 @@ def test_other_data_is_no_continuation(finished: RunDir, tmp_path: Path) -> None
     spec = run.read_spec()
     (source,) = spec.train
     fewer = tmp_path / "fewer.jsonl"
-    fewer.write_bytes(b"".join(source.path.read_bytes().splitlines(keepends=True)[:30]))
+    fewer.write_bytes(b"".join(source.local_path.read_bytes().splitlines(keepends=True)[:30]))
     changed = spec.model_copy(update={"train": (source.model_copy(update={"path": fewer}),)})
     run.write_spec(changed)
     assert train(run.path) is TrainerExitCode.BAD_INPUT

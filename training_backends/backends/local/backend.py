@@ -165,7 +165,7 @@ class LocalBackend(TrainingBackend):
         overlong = partial(
             overlong_rows,
             dataset,
-            config.model,
+            config.base_model,
             int(resolved_values(config)["seq_len"]),
             fix="longer rows are truncated in training: shorten them, or raise seq_len",
             unusable=unusable_severity(config, issues),
@@ -174,9 +174,9 @@ class LocalBackend(TrainingBackend):
         return ValidationReport(issues=(*issues, found) if found else issues)
 
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
-        if config.model == TINY_MODEL:
+        if config.base_model == TINY_MODEL:
             return ()
-        directory = await to_thread.run_sync(find_directory, config.model)
+        directory = await to_thread.run_sync(find_directory, config.base_model)
         if directory is None:
             return tuple(await hub_issues(config, self._hub))
         return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))

@@ -80,7 +80,7 @@ def estimate_run(spec: RunSpec, dataset: Dataset, runs: Path, notes: tuple[str, 
 def _counts(spec: RunSpec, dataset: Dataset) -> list[_FileCount] | str:
     """Count each training file; return the reason if that is not possible."""
     if spec.model == TINY_MODEL and spec.method == "sft":
-        return [_count(source.path, spec.seq_len) for source in spec.train]
+        return [_count(source.local_path, spec.seq_len) for source in spec.train]
     found: list[_FileCount] = []
     counts = count_files(dataset, spec.model, seq_len=spec.seq_len)
     for file, counted in zip(dataset.train, counts, strict=True):

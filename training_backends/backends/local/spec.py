@@ -65,15 +65,17 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
 
 
 def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
-    if not _is_model(config.model):
+    if not _is_model(config.base_model):
         yield Issue(
             code="unknown_model",
-            message=f"unknown model {config.model!r}",
+            message=f"unknown model {config.base_model!r}",
             field="model",
-            fix=suggest(config.model, [TINY_MODEL], f"supported: {_MODELS_OFFERED}", cutoff=0.8),
+            fix=suggest(
+                config.base_model, [TINY_MODEL], f"supported: {_MODELS_OFFERED}", cutoff=0.8
+            ),
         )
     kind = config.tuning.kind if config.tuning else None
-    if kind in {"lora", "qlora"} and config.model == TINY_MODEL:
+    if kind in {"lora", "qlora"} and config.base_model == TINY_MODEL:
         yield _unsupported(
             "tuning.kind",
             f"{TINY_MODEL} has random weights and only supports full fine-tuning",
@@ -94,7 +96,7 @@ def has_gpu() -> bool:
 
 def _method_issues(config: TrainingConfig) -> Iterator[Issue]:
     given = config.hyperparameters
-    if given.fim_ratio and (config.method != "sft" or config.model == TINY_MODEL):
+    if given.fim_ratio and (config.method != "sft" or config.base_model == TINY_MODEL):
         reason = f"method {config.method}" if config.method != "sft" else TINY_MODEL
         yield _unsupported(
             "hyperparameters.fim_ratio",
@@ -156,7 +158,7 @@ def _hyperparameter_issues(config: TrainingConfig) -> Iterator[Issue]:
     given = config.hyperparameters
     if given.seed is not None and given.seed >= _SEEDS:
         yield _unsupported("hyperparameters.seed", "the seed is too large", "use less than 2^32")
-    if config.model == TINY_MODEL and given.seq_len and given.seq_len > TINY_POSITIONS:
+    if config.base_model == TINY_MODEL and given.seq_len and given.seq_len > TINY_POSITIONS:
         yield _unsupported(
             "hyperparameters.seq_len",
             f"{TINY_MODEL} supports at most {TINY_POSITIONS} tokens",
@@ -219,7 +221,7 @@ def _unsupported(field: str, message: str, fix: str) -> Issue:
 def resolved_values(config: TrainingConfig) -> dict[str, float]:
     """Return every hyperparameter, with defaults for those not set."""
     given = config.hyperparameters
-    tiny = config.model == TINY_MODEL
+    tiny = config.base_model == TINY_MODEL
     # DPO at the learning rate of SFT makes the model forget what it knows.
     slowly = 0.1 if config.method == "dpo" else 1.0
     defaults: dict[str, float] = {
@@ -258,7 +260,7 @@ def resolved_model(name: str) -> str:
 
 
 def _resolved_tuning(config: TrainingConfig) -> Tuning:
-    return config.tuning or Tuning(kind="full" if config.model == TINY_MODEL else "lora")
+    return config.tuning or Tuning(kind="full" if config.base_model == TINY_MODEL else "lora")
 
 
 def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
@@ -266,7 +268,7 @@ def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
     options = LocalOptions.model_validate(config.options)
     values = {
         "run_id": run_id,
-        "model": resolved_model(config.model),
+        "model": resolved_model(config.base_model),
         "method": config.method,
         "classifier_targets": config.classifier_targets,
         "tuning": _resolved_tuning(config),

@@ -78,19 +78,19 @@ class _Found(NamedTuple):
 async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
     """Look up a model on the Hub; if the Hub cannot be asked, return a warning."""
     try:
-        child_env = await hub.child_environment(config.model)
+        child_env = await hub.child_environment(config.base_model)
     except ConfigError as error:
         return [Issue(code="hub_not_asked", message=error.message, field="model", fix=error.hint)]
     if child_env.is_offline:
         message = (
-            f"{config.model!r} is not on this machine, and offline mode is set "
+            f"{config.base_model!r} is not on this machine, and offline mode is set "
             "(`local.offline` or HF_HUB_OFFLINE)"
         )
         fix = "download it first"
         return [Issue(code="model_not_here", message=message, field="model", fix=fix)]
     token = child_env.token.get_secret_value() if child_env.token else None
     endpoint = child_env.variables.get("HF_ENDPOINT")
-    found = await to_thread.run_sync(_ask, config.model, endpoint, token)
+    found = await to_thread.run_sync(_ask, config.base_model, endpoint, token)
     if isinstance(found, Issue):
         return [found]
     issues = [*_architecture_issues(config, found.model_type, None)]
@@ -160,7 +160,7 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
     model_type = described.get("model_type")
     yield from _architecture_issues(config, model_type, described.get("architectures"))
     yield from _quantization_issues(config, described.get("quantization_config"))
-    is_cached = directory != Path(config.model).expanduser()
+    is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
@@ -175,7 +175,7 @@ def unusable_severity(
     config: TrainingConfig, issues: Sequence[Issue]
 ) -> Literal["error", "warning"] | None:
     """Return the severity of rows without a token count; None if those are not significant."""
-    directory = find_directory(config.model)
+    directory = find_directory(config.base_model)
     described = _read_object(directory / "config.json") if directory else ""
     known = any(issue.code == "unusable_row" for issue in issues)
     if known or config.method == "classifier" or isinstance(described, str):
@@ -419,7 +419,7 @@ def _gpu_memory() -> tuple[int, ...]:
 
 def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) -> Iterator[Issue]:
     try:
-        tokenizer = find_tokenizer(config.model)
+        tokenizer = find_tokenizer(config.base_model)
     except Uncountable as error:
         if not is_cached:
             yield _model_issue("model_files", str(error))
@@ -436,7 +436,7 @@ def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) ->
             return
         check = TemplateCheck(tokenizer.path)
     for file in files:
-        if found := _first_unusable(config.model, file, check):
+        if found := _first_unusable(config.base_model, file, check):
             line, reason = found
             yield Issue(
                 code="unusable_row",

@@ -164,7 +164,7 @@ class MistralAPIBackend(TrainingBackend):
         overlong = partial(
             overlong_rows,
             dataset,
-            config.model,
+            config.base_model,
             sequence_length(config),
             fix="shorten them, or set seq_len; how the server handles longer rows is unknown",
         )
@@ -176,7 +176,7 @@ class MistralAPIBackend(TrainingBackend):
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Estimate from the data; the server's own quote follows during the launch."""
-        count = partial(count_files, dataset, config.model, seq_len=sequence_length(config))
+        count = partial(count_files, dataset, config.base_model, seq_len=sequence_length(config))
         once, epoch = count_epoch(dataset, await anyio.to_thread.run_sync(count))
         return estimate_from_count(config, once, epoch, hosted=self._settings.is_hosted)
 

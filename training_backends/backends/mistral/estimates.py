@@ -94,13 +94,13 @@ def estimate_from_count(
     if len({source.weight for source in config.data.train}) > 1:
         notes.append(f"{_WEIGHTS_NOTE} {_WEIGHTS_UNKNOWN}" if hosted else _WEIGHTS_NOTE)
     # Observed at the hosted service only.
-    price = find_price(config.model, job_type_of(config.method)) if hosted else None
+    price = find_price(config.base_model, job_type_of(config.method)) if hosted else None
     train_tokens, steps = _amounts(config, epoch.data_tokens, price, notes)
     costs: tuple[CostItem, ...] = ()
     if not hosted:
         notes.append("Cost unknown: the server quotes it after checking the data.")
     elif price is None:
-        notes.append(f"Cost unknown: no price is known for {config.model}. {FEES_NOTE}")
+        notes.append(f"Cost unknown: no price is known for {config.base_model}. {FEES_NOTE}")
     elif train_tokens is None:
         notes.append(f"Cost unknown, because trained tokens are unknown. {FEES_NOTE}")
     else:

@@ -76,7 +76,7 @@ async def make_job(
     """
     options = read_options(config)
     values: dict[str, Any] = {
-        "model": config.model,
+        "model": config.base_model,
         "training_files": list(train),
         "auto_start": False,
         "invalid_sample_skip_percentage": options.invalid_sample_skip_percentage,
@@ -197,7 +197,7 @@ def same_job(one: Job, other: Job) -> bool:
 def config_of(job: Job) -> TrainingConfig | None:
     """Return the configuration of a job, as far as the server reports it.
 
-    Data files are named `remote:<id>` instead of a path. Fields that the protocol does not report
+    Data files are given by their ids. Fields that the protocol does not report
     are omitted (tags, budget, file weights and, in lists, classifier targets), and
     hyperparameters are the effective ones.
 
@@ -212,8 +212,8 @@ def config_of(job: Job) -> TrainingConfig | None:
         "model": job.model,
         "method": METHODS.get(job.job_type),
         "data": {
-            "train": [f"remote:{file_id}" for file_id in job.training_files],
-            "validation": [f"remote:{file_id}" for file_id in job.validation_files or ()],
+            "train": [{"remote_id": file_id} for file_id in job.training_files],
+            "validation": [{"remote_id": file_id} for file_id in job.validation_files or ()],
         },
         "hyperparameters": known,
         "suffix": job.suffix or None,

@@ -108,9 +108,9 @@ class Launch:
             train = [
                 TrainingFile(file_id=file_id, weight=source.weight)
                 for source in data.train
-                for file_id in await self._uploads.file_ids(source.path)
+                for file_id in await self._uploads.file_ids(source)
             ]
-            validation = [await self._uploads.file_id(source.path) for source in data.validation]
+            validation = [await self._uploads.file_id(source) for source in data.validation]
         except DatasetError as error:
             if not self.anew:
                 raise

@@ -10,6 +10,7 @@ from anyio import from_thread, to_thread
 
 from training_backends.backends.mistral.api import MistralAPI
 from training_backends.backends.mistral.retry import Steps
+from training_backends.core.config import DataSource
 from training_backends.core.errors import DatasetError, Issue, RunNotFound
 from training_backends.datasets.shard import plan_shards
 from training_backends.http.upload import HashedFile, hash_file
@@ -24,7 +25,7 @@ class Uploads:
     api: MistralAPI
     steps: Steps
 
-    async def file_ids(self, path: Path) -> list[str]:
+    async def file_ids(self, source: DataSource) -> list[str]:
         """Return the file ids of a training file, uploading it if necessary.
 
         A file above the server's limit is split between lines and uploaded in parts, without
@@ -32,23 +33,34 @@ class Uploads:
         continues with the first missing part.
 
         Raises:
-            DatasetError: The file cannot be read or split, or has changed.
+            DatasetError: The file cannot be read or split, has changed, or is not on the server.
         """
+        if source.remote_id is not None:
+            return [await self._known(source.remote_id)]
+        path = source.local_path
         size = await to_thread.run_sync(_size_of, path)
         limit = self.steps.settings.max_file_bytes
         if size <= limit:
-            return [await self.file_id(path)]
+            return [await self.file_id(source)]
         parts = await to_thread.run_sync(_parts_of, path, limit)
         return [await self._id_of(path, part, size) for part in parts]
 
-    async def file_id(self, path: Path) -> str:
+    async def file_id(self, source: DataSource) -> str:
         """Return the file id of an unsplit file, uploading it if necessary.
 
         Raises:
-            DatasetError: The file cannot be read, or has changed.
+            DatasetError: The file cannot be read, has changed, or is not on the server.
         """
-        hashed = await hash_file(path)
-        return await self._id_of(path, hashed, hashed.size)
+        if source.remote_id is not None:
+            return await self._known(source.remote_id)
+        hashed = await hash_file(source.local_path)
+        return await self._id_of(source.local_path, hashed, hashed.size)
+
+    async def _known(self, file_id: str) -> str:
+        if await self.has(file_id):
+            return file_id
+        issue = Issue(code="missing_file", message=f"the server has no file {file_id}")
+        raise DatasetError(f"The server has no file {file_id}.", issues=[issue])
 
     async def _id_of(self, path: Path, hashed: HashedFile, size: int) -> str:
         # The name contains the hash, so a file found by name has the right content, and the server

@@ -135,14 +135,14 @@ async def _integration_issues(config: TrainingConfig, api: MistralAPI) -> list[I
 
 def _model_issues(config: TrainingConfig, cards: Sequence[ModelCard]) -> list[Issue]:
     names = {name for card in cards for name in (card.id, *card.aliases)}
-    if not names or config.model in names:
+    if not names or config.base_model in names:
         return []
     offered = sorted(card.id for card in cards if not isinstance(card, FTModelCard))
     return [
         Issue(
             code="unknown_model",
-            message=f"the server has no model {config.model!r}",
+            message=f"the server has no model {config.base_model!r}",
             field="model",
-            fix=suggest(config.model, names, f"available: {', '.join(offered[:12])}"),
+            fix=suggest(config.base_model, names, f"available: {', '.join(offered[:12])}"),
         )
     ]
