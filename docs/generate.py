@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from training_backends import backend_class, installed_backends
 from training_backends.cli.exit_codes import ExitCode
 from training_backends.core.config import TrainingConfig
+from training_backends.testing.conformance import BackendConformance
+from training_backends.testing.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -161,9 +164,39 @@ def _type(field: dict[str, Any], root: dict[str, Any]) -> str:
     return str(field.get("format") or field.get("type", "any"))
 
 
+def conformance_checks() -> str:
+    """Return a table of all checks of the conformance kit, with the hooks that each needs."""
+    rows = ["| check | what must hold | hooks |", "| --- | --- | --- |"]
+    for name in BackendConformance.checks():
+        check = getattr(BackendConformance, name)
+        hooks = ", ".join(f"`{hook}`" for hook in getattr(check, "hooks", ()) if hook != "heal")
+        title = name.removeprefix("check_").replace("_", " ")
+        rows.append(f"| {title} | {_summary(check)} | {hooks} |")
+    return "\n".join(rows)
+
+
+def conformance_hooks() -> str:
+    """Return a table of the optional hooks of a subject."""
+    checks = [getattr(BackendConformance, name) for name in BackendConformance.checks()]
+    names = {hook for check in checks for hook in getattr(check, "hooks", ())}
+    rows = ["| hook | what it does | checks |", "| --- | --- | --- |"]
+    for name, hook in vars(Subject).items():
+        if name in names:
+            parameters = ", ".join([*signature(hook).parameters][1:])
+            count = sum(name in getattr(check, "hooks", ()) for check in checks)
+            rows.append(f"| `{name}({parameters})` | {_summary(hook)} | {count} |")
+    return "\n".join(rows)
+
+
+def _summary(documented: object) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "backends": backends,
     "commands": commands,
+    "conformance-checks": conformance_checks,
+    "conformance-hooks": conformance_hooks,
     "config-fields": config_fields,
     "exit-codes": exit_codes,
 }

@@ -239,14 +239,14 @@ class _Silent(Through):
         """Store nothing."""
 
 
-class _Amnesiac(Through):
-    async def known_upload(self, scope: str, sha256: str) -> None:
-        """Know nothing."""
+class _Hasty(Through):
+    async def upload(self, scope: str, sha256: str, do: Any, find: Any, has: Any) -> Any:
+        return await do()
 
 
-class _Mute(Through):
-    async def uploaded(self, scope: str, sha256: str, remote_id: str) -> None:
-        """Store nothing."""
+class _Private(Through):
+    async def upload(self, scope: str, sha256: str, do: Any, find: Any, has: Any) -> Any:
+        return await self.to.step(f"upload:{sha256}", do, repeatable=True)
 
 
 put("create is declared repeatable", KILLED, through(_Repeating))
@@ -288,13 +288,8 @@ class _(TinyBackend):  # type: ignore[no-redef]
         return state.model_copy(update={"remote_id": None})
 
 
-@mutant("each launch uploads its files again", "each_content_is_uploaded_once")
-class _(through(_Amnesiac)):  # type: ignore[no-redef,misc]
-    async def _find_file(self, filename: str, size: int) -> JSONValue:
-        return None
-
-
-put("uploads are not recorded", "each_content_is_uploaded_once", through(_Mute))
+put("each launch uploads its files again", "each_content_is_uploaded_once", through(_Hasty))
+put("uploads are remembered for one run only", "each_content_is_uploaded_once", through(_Private))
 
 
 @mutant("a file that the provider lost is used", "lost_files_are_uploaded_again")
@@ -680,6 +675,28 @@ class _(TinyBackend):  # type: ignore[no-redef]
 class _(TinyBackend):  # type: ignore[no-redef]
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         await self.status(run)
+
+
+PAUSE = "pause_keeps_the_job"
+
+
+@mutant("pause cancels the run", PAUSE)
+class _(TinyBackend):  # type: ignore[no-redef]
+    async def pause(self, run: TrainingRun) -> None:
+        await self.stop(run)
+
+
+@mutant("unpause launches the run again", PAUSE)
+class _(TinyBackend):  # type: ignore[no-redef]
+    async def unpause(self, run: TrainingRun) -> None:
+        await super().unpause(run)
+        await self.launch(run, _memory(run))
+
+
+@mutant("a second pause fails", PAUSE)
+class _(TinyBackend):  # type: ignore[no-redef]
+    async def pause(self, run: TrainingRun) -> None:
+        await self._http.json("POST", self._path(str(run.remote_id), "pause"))
 
 
 # -- declared methods and lists --------------------------------------------------------

@@ -1,7 +1,9 @@
 """The kit lets a backend that conforms pass, and notices those that do not."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from uuid import uuid4
 
 import anyio
@@ -9,7 +11,9 @@ import pytest
 
 from training_backends import (
     Capabilities,
+    Estimate,
     Journal,
+    Money,
     Observation,
     RunState,
     TrainingConfig,
@@ -22,24 +26,11 @@ from training_backends.testing.conformance import BackendConformance, Subject
 from training_backends.testing.journal import MemoryJournal
 
 pytestmark = pytest.mark.anyio
-pytest_plugins = ["training_backends.testing.pytest"]
+pytest_plugins = ["training_backends.testing.pytest", "pytester"]
 MakeConfig = Callable[..., TrainingConfig]
 
 
-class Honest(ScriptedBackend):
-    """Says why it has no price."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.price = None
-
-    async def estimate(self, config: TrainingConfig, dataset: Dataset):  # type: ignore[no-untyped-def]
-        """Say why there is no price."""
-        found = await super().estimate(config, dataset)
-        return found.model_copy(update={"notes": ("it has no price",)})
-
-
-class Forgetful(Honest):
+class Forgetful(ScriptedBackend):
     """Makes a job each time that it is asked, whatever the journal says."""
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
@@ -49,7 +40,7 @@ class Forgetful(Honest):
         return state
 
 
-class Blind(Honest):
+class Blind(ScriptedBackend):
     """Never sees an end."""
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
@@ -59,7 +50,7 @@ class Blind(Honest):
         return replace(seen, state=state)
 
 
-class Stammering(Honest):
+class Stammering(ScriptedBackend):
     """Repeats the record of the cursor."""
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
@@ -68,7 +59,7 @@ class Stammering(Honest):
         return await super().observe(run, after=earlier)
 
 
-class Late(Honest):
+class Late(ScriptedBackend):
     """Reports the end of a run before the last record of its log."""
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
@@ -79,7 +70,7 @@ class Late(Honest):
         return replace(seen, records=seen.records[:-1], cursor=seen.records[-2].cursor)
 
 
-class Moody(Honest):
+class Moody(ScriptedBackend):
     """Has a status of its own, which contradicts its observations."""
 
     async def status(self, run: TrainingRun) -> RunState:
@@ -88,7 +79,7 @@ class Moody(Honest):
         return state.model_copy(update={"status": TrainingStatus.PENDING})
 
 
-class Eager(Honest):
+class Eager(ScriptedBackend):
     """Can do more than it declares."""
 
     async def list_remote(self, filters: object) -> list[object]:  # type: ignore[override]
@@ -97,13 +88,22 @@ class Eager(Honest):
         return []
 
 
-class Talkative(Honest):
+class Talkative(ScriptedBackend):
     """Answers, and does not declare it."""
 
     @property
     def capabilities(self) -> Capabilities:
         """Leave the answers out."""
         return super().capabilities.model_copy(update={"samples": False})
+
+
+class Priced(ScriptedBackend):
+    """Has a price without a source."""
+
+    async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
+        """Return the bare price."""
+        del config, dataset
+        return Estimate(cost=Money.model_validate("1 USD"), notes=("No tokens are counted.",))
 
 
 class ScriptedSubject(Subject):
@@ -143,7 +143,7 @@ class ScriptedSubject(Subject):
 
 @pytest.fixture
 def conformance_subject(make_config: MakeConfig) -> Subject:
-    return ScriptedSubject(Honest(), make_config())
+    return ScriptedSubject(ScriptedBackend(), make_config())
 
 
 def test_conforming_backend_passes(conformance: Callable[[], None]) -> None:
@@ -154,7 +154,13 @@ def test_conforming_backend_passes(conformance: Callable[[], None]) -> None:
 async def test_report_names_what_failed_and_what_was_skipped(make_config: MakeConfig) -> None:
     """A report counts the checks, with a reason for each that did not pass."""
     config = make_config()
-    report = await BackendConformance(lambda: ScriptedSubject(Blind(), config)).run_all()
+
+    def subject() -> Subject:
+        subject = ScriptedSubject(Blind(), config)
+        subject.patience = 0.3
+        return subject
+
+    report = await BackendConformance(subject).run_all()
     assert not report.ok
     assert "completed" in report.failed["check_ends_are_told"]
     assert report.skipped["check_errors_hide_secrets"] == "the subject has no hook `disturb`"
@@ -169,7 +175,7 @@ async def test_hanging_check_fails_in_time(make_config: MakeConfig) -> None:
     """A check that does not finish within the subject's patience fails."""
     config = make_config()
 
-    class Slow(Honest):
+    class Slow(ScriptedBackend):
         async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
             await anyio.sleep_forever()
             return await super().observe(run, after=after)
@@ -194,7 +200,7 @@ async def test_hanging_check_fails_in_time(make_config: MakeConfig) -> None:
         (Moody, "observation_has_state_and_log", "the observed state"),
         (Eager, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
         (Talkative, "lacking_verbs_are_unsupported", "UnsupportedOperation"),
-        (ScriptedBackend, "estimate_gives_reasons", "source of the cost"),
+        (Priced, "estimate_gives_reasons", "source of the cost"),
     ],
 )
 async def test_fault_is_noticed(
@@ -205,3 +211,15 @@ async def test_fault_is_noticed(
     kit = BackendConformance(lambda: ScriptedSubject(kind(), config))
     with pytest.raises(AssertionError, match=message):
         await kit.run(f"check_{check}")
+
+
+def test_documented_subject_runs_with_the_plugin(pytester: pytest.Pytester) -> None:
+    """The code of the page on testing makes a test of each check, and skips those without hooks."""
+    page = Path(__file__).parents[2] / "docs" / "testing.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    pytester.makepyfile("\n".join(blocks))
+    result = pytester.runpytest_inprocess("-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist")
+    outcomes = result.parseoutcomes()
+    assert sum(outcomes.values()) == len(BackendConformance.checks())
+    assert outcomes["passed"] > 20
+    result.stdout.fnmatch_lines(["*subject has no hook `disturb`*"])

@@ -1,7 +1,7 @@
 """A backend without a provider: tests set the state of its runs."""
 
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -13,7 +13,7 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, RunNotFound, TrainingBackendError
-from training_backends.core.estimate import Estimate, Money
+from training_backends.core.estimate import Estimate, Money, PriceSource
 from training_backends.core.run import (
     Failure,
     LogRecord,
@@ -97,7 +97,15 @@ class ScriptedBackend(TrainingBackend):
         """Return `price`; the tokens are the bytes of the training files."""
         del config
         tokens = sum(file.size for file in dataset.train)
-        return Estimate(data_tokens=tokens, train_tokens=tokens, steps=10, cost=self.price)
+        source = PriceSource(name="a test", as_of=date(2026, 1, 1)) if self.price else None
+        return Estimate(
+            data_tokens=tokens,
+            train_tokens=tokens,
+            steps=10,
+            cost=self.price,
+            price_source=source,
+            notes=() if self.price else ("The test sets no price.",),
+        )
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """Create a job, once."""

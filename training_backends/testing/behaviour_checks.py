@@ -47,6 +47,9 @@ _LONGEST_BLOCK: Final = 0.25
 """Seconds for which a call may block the event loop. The shortest of several calls counts, since a
 busy machine delays single ones."""
 
+_LONG_ENOUGH: Final = 1.0
+"""Seconds after which a method is known to exist."""
+
 Verb = Callable[[], Awaitable[object]]
 
 
@@ -98,6 +101,29 @@ class BehaviourChecks:
         ended = {TrainingStatus.STOPPING, TrainingStatus.CANCELLED}
         expect(seen.status in ended, f"a stopping run, not {seen.status}")
 
+    @needs("progress")
+    async def check_pause_keeps_the_job(self, subject: Subject) -> None:
+        """A paused run is paused, not finished, and continues as the same job; both repeatable."""
+        backend = subject.backend
+        if not backend.capabilities.pauses:
+            raise CheckSkipped("the backend does not pause runs")
+        run = await subject.launched()
+        subject.progress(str(run.remote_id), 1)
+        before = list(subject.job_ids())
+        paused = {TrainingStatus.PAUSED, TrainingStatus.STOPPING}
+        for _ in range(2):
+            await backend.pause(run)
+            state = await backend.status(run)
+            expect(state.status in paused, f"a paused run, not {state.status}")
+        for _ in range(2):
+            await backend.unpause(run)
+            state = await backend.status(run)
+            expect(
+                state.status not in paused and not state.status.is_terminal,
+                f"a run that goes on, not {state.status}",
+            )
+        expect(list(subject.job_ids()) == before, "no further job")
+
     async def check_lacking_verbs_are_unsupported(self, subject: Subject) -> None:
         """An undeclared method raises UnsupportedOperation."""
         for name, (declared, verb) in (await _verbs(subject, Path("never-written"))).items():
@@ -114,7 +140,9 @@ class BehaviourChecks:
         with tempfile.TemporaryDirectory() as directory:
             verbs = await _verbs(subject, Path(directory, "model"))
             for name, (declared, verb) in verbs.items():
-                error = await _raised(verb) if declared else None
+                error = None
+                with anyio.move_on_after(_LONG_ENOUGH):  # what works may take long
+                    error = await _raised(verb) if declared else None
                 expect(
                     error is None or isinstance(error, TrainingBackendError),
                     f"an error of this package from `{name}`, not {error!r}",

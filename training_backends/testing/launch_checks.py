@@ -307,13 +307,17 @@ def _variants(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
         other = {"epochs": "training_steps", "training_steps": "epochs"}.get(name)
         values = {name: value} if other is None else {name: value, other: None}
         yield f"hyperparameters.{name}", _with_numbers(config, **values)  # type: ignore[arg-type]
-    first, *rest = config.data.train
-    if not config.data.validation:
-        data = config.data.model_copy(update={"validation": (DataSource(path=first.path),)})
-        yield "data.validation", config.model_copy(update={"data": data})
-    weighted = DataSource(path=first.path, weight=2.5)
-    data = config.data.model_copy(update={"train": (weighted, *rest)})
-    yield "data.train.0.weight", config.model_copy(update={"data": data})
+    for first, *rest in [config.data.train] if config.data.train else []:
+        if not config.data.validation:
+            data = config.data.model_copy(update={"validation": (first,)})
+            yield "data.validation", config.model_copy(update={"data": data})
+        values = {name: getattr(first, name) for name in first.model_fields_set}
+        weighted = DataSource.model_validate({**values, "weight": 2.5})
+        data = config.data.model_copy(update={"train": (weighted, *rest)})
+        yield "data.train.0.weight", config.model_copy(update={"data": data})
+    resources = config.resources.model_copy(update={"gpus": 3})
+    resources.model_fields_set.add("gpus")
+    yield "resources.gpus", config.model_copy(update={"resources": resources})
     if config.suffix is None:
         yield "suffix", config.model_copy(update={"suffix": "kit"})
     yield "tuning", config.model_copy(update={"tuning": Tuning(kind="lora", rank=5)})

@@ -1,7 +1,6 @@
 """A complete training backend in one module, for servers of the OpenAI fine-tuning API."""
 
-import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,6 +40,7 @@ from training_backends.core.run import (
     ValidationReport,
 )
 from training_backends.core.settings import SectionSettings
+from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.client import HttpClient, KeySource, Query
 from training_backends.http.policy import HttpPolicy
@@ -59,6 +59,8 @@ _M = TypeVar("_M", bound=BaseModel)
 _JOBS: Final = "/fine_tuning/jobs"
 _LISTINGS: Final = 5
 """How often to look for the job of a create request without a response."""
+_ENDED: Final = {status for status in TrainingStatus if status.is_terminal}
+_PAUSED: Final = {TrainingStatus.PAUSED, TrainingStatus.STOPPING}
 _LEVELS: Final[Mapping[str, Literal["warning", "error"]]] = {"warn": "warning", "error": "error"}
 
 
@@ -106,6 +108,7 @@ class TinyBackend(TrainingBackend):
             max_train_files=1,
             validation_files=True,
             suffix=SuffixRule(max_length=64),
+            pauses=True,
             resumes="anew",
             deletes=True,
             lists_remote=True,
@@ -155,15 +158,8 @@ class TinyBackend(TrainingBackend):
 
     async def _request(self, run: TrainingRun, journal: Journal) -> dict[str, Any]:
         """Upload the files and return the body of the create request."""
-
-        async def token() -> JSONValue:
-            return secrets.token_hex(16)
-
         # The run id alone is unique in one store only, not in the provider's account.
-        metadata = {
-            "run": run.id,
-            "token": await journal.step("token", token, repeatable=True),
-        }
+        metadata = {"run": run.id, "token": await journal.token("job")}
         config, values = run.config, run.config.hyperparameters
         numbers = {
             "n_epochs": None if values.epochs is None else int(values.epochs),
@@ -172,38 +168,36 @@ class TinyBackend(TrainingBackend):
         chosen = {name: value for name, value in numbers.items() if value is not None}
         body = {
             "model": config.model,
-            "training_file": await self._file_id(config.data.train[0].path, journal),
+            "training_file": await self._file_id(config.data.train[0].local_path, journal),
             "suffix": config.suffix,
             "seed": values.seed,
             "metadata": metadata,
             "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
         }
         for source in config.data.validation:
-            body["validation_file"] = await self._file_id(source.path, journal)
+            body["validation_file"] = await self._file_id(source.local_path, journal)
         return {name: value for name, value in body.items() if value is not None}
 
     async def _file_id(self, path: Path, journal: Journal) -> str:
         """Return the provider's id of a file; each content is uploaded once."""
-        hashed, scope = await hash_file(path), self.settings.base_url
-        known = await journal.known_upload(scope, hashed.sha256)
-        if known is not None and await self._has_file(known):
-            return known
+        hashed = await hash_file(path)
+        # The name contains the hash, so that a file found by name has the right content.
         filename = f"{hashed.sha256[:32]}.jsonl"
 
-        async def upload() -> JSONValue:
+        async def upload() -> str:
             fields = {"purpose": "fine-tune"}
             form = FileUpload(path, fields=fields, filename=filename, hashed=hashed)
             return self._parsed(FileObject, await self._http.upload("/files", form)).id
 
-        file_id = str(
-            await journal.step(
-                f"upload:{hashed.sha256}", upload, lambda: self._find_file(filename, hashed.size)
-            )
+        return await journal.upload(
+            self.settings.base_url,
+            hashed.sha256,
+            do=upload,
+            find=lambda: self._find_file(filename, hashed.size),
+            has=self._has_file,
         )
-        await journal.uploaded(scope, hashed.sha256, file_id)
-        return file_id
 
-    async def _find_file(self, filename: str, size: int) -> JSONValue:
+    async def _find_file(self, filename: str, size: int) -> str | None:
         async with aclosing(self._list(FileObject, "/files")) as files:
             async for file in files:
                 if file.filename == filename and file.bytes == size:
@@ -235,11 +229,21 @@ class TinyBackend(TrainingBackend):
         return Observation(self._state(job), records, records[-1].cursor if records else after)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        await self._act(run, "cancel", _ENDED)
+
+    async def pause(self, run: TrainingRun) -> None:
+        await self._act(run, "pause", _PAUSED)
+
+    async def unpause(self, run: TrainingRun) -> None:
+        await self._act(run, "resume", set(TrainingStatus) - _PAUSED)
+
+    async def _act(self, run: TrainingRun, action: str, done: Collection[TrainingStatus]) -> None:
+        """Ask for a change; the server rejects one that has already happened."""
         job_id = self._id_of(run)
         try:
-            await self._ask(FineTuningJob, "POST", self._path(job_id, "cancel"))
+            await self._ask(FineTuningJob, "POST", self._path(job_id, action))
         except ConfigError:
-            if not self._state(await self._job(job_id)).status.is_terminal:
+            if (await self.status(run)).status not in done:
                 raise
 
     async def resume(
