@@ -1,16 +1,11 @@
 """Upload each content once, for all runs of an account."""
 
 from collections.abc import Awaitable, Callable
-from typing import Final
 
-from training_backends.core.backend import Journal, JSONValue
-from training_backends.core.errors import ProtocolError
+from training_backends.core.backend import Journal
 from training_backends.core.persist import persist
 
 __all__ = ["upload_once"]
-
-_LOSSES: Final = 10
-"""Maximum uploads of a content in one launch, in case the server loses it."""
 
 
 async def upload_once(
@@ -35,33 +30,11 @@ async def upload_once(
     Raises:
         ProtocolError: The provider repeatedly lost the file.
     """
-    known = await journal.known_upload(scope, sha256)
-    if known is not None and await persist(lambda: has(known)):
-        return known
-    fresh = False
 
-    async def upload() -> JSONValue:
-        nonlocal fresh
-        fresh = True
-        return await do()
+    async def nothing() -> str | None:
+        return None
 
-    for attempt in range(1, _LOSSES + 1):
-        name = f"upload:{sha256}" + (f"#{attempt}" if attempt > 1 else "")
-        file_id = str(await persist(_step(journal, name, upload, find)))
-        if fresh or await persist(_check(has, file_id)):
-            await journal.uploaded(scope, sha256, file_id)
-            return file_id
-    raise ProtocolError("The provider repeatedly lost an uploaded file.")
+    async def check(file_id: str) -> bool:
+        return await persist(lambda: has(file_id))
 
-
-def _step(
-    journal: Journal,
-    name: str,
-    do: Callable[[], Awaitable[JSONValue]],
-    find: Callable[[], Awaitable[str | None]] | None,
-) -> Callable[[], Awaitable[JSONValue]]:
-    return lambda: journal.step(name, do, find, repeatable=find is None)
-
-
-def _check(has: Callable[[str], Awaitable[bool]], file_id: str) -> Callable[[], Awaitable[bool]]:
-    return lambda: has(file_id)
+    return await persist(lambda: journal.upload(scope, sha256, do, find or nothing, check))

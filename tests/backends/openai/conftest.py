@@ -34,6 +34,10 @@ class Secrets:
             raise CredentialNotFound(f"There is no key for {provider}.")
         return SecretStr(self.values[provider])
 
+    async def get_all(self, provider: str, profile: str | None = None) -> dict[str, SecretStr]:
+        """Return the only secret of a provider."""
+        return {"": await self.get(provider, profile)}
+
 
 @pytest.fixture
 def secrets() -> Secrets:

@@ -264,7 +264,7 @@ async def test_estimate_has_a_cost_only_with_a_price(
     assert unpriced.train_tokens == 2 * unpriced.data_tokens
     assert (unpriced.steps, unpriced.epochs, unpriced.cost) == (4, 2, None)
     assert any("openai.prices" in note for note in unpriced.notes)
-    priced = await make_backend(prices={config.model: "3 USD"}).estimate(config, dataset)
+    priced = await make_backend(prices={config.base_model: "3 USD"}).estimate(config, dataset)
     assert priced.cost is not None
     assert priced.cost.amount == Decimal(3) * unpriced.train_tokens / 10**6
 
@@ -275,12 +275,13 @@ async def test_finished_run_has_the_cost_of_its_trained_tokens(
     """The provider's own count of tokens replaces ours, where the settings have a price."""
     provider.run_to(job_id(run), "succeeded")
     backend = make_backend(prices={MODEL: "3 USD"})
-    cost = (await backend.observe(run)).state.cost
+    state = (await backend.observe(run)).state
     await backend.aclose()
     trained = provider.jobs[job_id(run)].trained_tokens
     assert trained is not None
-    assert cost is not None
-    assert cost.amount == Decimal(3) * trained / 10**6
+    assert state.usage == {"trained_tokens": Decimal(trained)}
+    assert state.cost is not None
+    assert state.cost.amount == Decimal(3) * trained / 10**6
 
 
 async def test_paused_run_keeps_its_start(

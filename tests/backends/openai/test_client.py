@@ -132,7 +132,7 @@ async def test_stopped_run_is_resumed_as_a_new_one(
 
 
 async def test_official_client_sees_our_job(
-    open_client: Open, provider: ScriptedOpenAIProvider, config: TrainingConfig
+    open_client: Open, provider: ScriptedOpenAIProvider, config: TrainingConfig, train_file: Path
 ) -> None:
     """OpenAI's own client retrieves, lists and ends what we launched, and we see that."""
     openai = pytest.importorskip("openai")
@@ -148,7 +148,7 @@ async def test_official_client_sees_our_job(
             ]
             assert listed == [run.remote_id]
             content = await theirs.files.content(job.training_file)
-            assert content.read() == config.data.train[0].path.read_bytes()
+            assert content.read() == train_file.read_bytes()
             await jobs.cancel(job.id)
         (run,) = await client.wait("mine", timeout=10)
     assert run.status is TrainingStatus.CANCELLED

@@ -148,6 +148,21 @@ async def test_file_is_uploaded_once_and_again_if_lost(
     assert provider.jobs[str(state.remote_id)].asked["training_file"] in provider.files
 
 
+async def test_file_of_the_provider_is_used_by_its_id(
+    backend: OpenAIBackend,
+    provider: ScriptedOpenAIProvider,
+    make_journal: NewJournal,
+    make_config: Callable[..., TrainingConfig],
+) -> None:
+    """A file that somebody uploaded before is neither read nor uploaded."""
+    file_id = provider.add_file(b"{}\n" * 10)
+    journal = make_journal(make_config(model=MODEL, data={"train": {"remote_id": file_id}}))
+    await backend.launch(journal.run, journal)
+    (job,) = provider.jobs.values()
+    assert job.asked["training_file"] == file_id
+    assert list(provider.files) == [file_id]
+
+
 async def test_pending_file_is_waited_for(
     make_backend: Make, provider: ScriptedOpenAIProvider, make_journal: NewJournal
 ) -> None:

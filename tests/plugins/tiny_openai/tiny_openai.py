@@ -42,7 +42,9 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
-from training_backends.http.client import HttpClient, KeySource, Query
+from training_backends.http.auth import KeySource
+from training_backends.http.client import HttpClient
+from training_backends.http.exchange import Query
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.upload import FileUpload, hash_file
 from training_backends.protocols.openai.errors import error_from_answer

@@ -150,7 +150,7 @@ class OpenAIBackend(TrainingBackend):
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count the tokens; the cost is known if the settings have a price for the model."""
-        count = await anyio.to_thread.run_sync(partial(count_tokens, dataset, config.model))
+        count = await anyio.to_thread.run_sync(partial(count_tokens, dataset, config.base_model))
         epochs, batch = config.hyperparameters.epochs, config.hyperparameters.batch_size
         notes = [*count.notes, *([SAMPLE_NOTE] if count.basis == "sampled" else [])]
         trained = steps = None
@@ -164,7 +164,7 @@ class OpenAIBackend(TrainingBackend):
             notes.append("Steps unknown: the server chooses epochs or batch size.")
         else:
             steps = math.ceil(sum(file.rows for file in dataset.train) / batch * epochs)
-        cost = self._settings.cost(config.model, trained)
+        cost = self._settings.cost(config.base_model, trained)
         costs: tuple[CostItem, ...] = ()
         if cost is not None:
             source = PriceSource(name="setting openai.prices", as_of=utc_now().date())
@@ -174,7 +174,7 @@ class OpenAIBackend(TrainingBackend):
         else:
             notes.append(
                 "Cost unknown: the protocol has no quote, and the setting `openai.prices` has no "
-                f"price for {config.model}."
+                f"price for {config.base_model}."
             )
         notes.append("Duration unknown: the server does not report it in advance.")
         return Estimate(
@@ -202,7 +202,7 @@ class OpenAIBackend(TrainingBackend):
         if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
             records += await self._result_records(job, log)
         state = log.add_to(state_of(job, checkpoints))
-        cost = self._settings.cost(run.config.model, job.trained_tokens)
+        cost = self._settings.cost(run.config.base_model, job.trained_tokens)
         state = state.model_copy(update={"cost": cost})
         cursor = str(log.position) if records else after
         return Observation(state, tuple(records), cursor)
@@ -364,6 +364,7 @@ def _capabilities(settings: OpenAISettings) -> Capabilities:
         methods=frozenset({"sft"} if is_nebius else {"sft", "dpo"}),
         tunings=frozenset({"full", "lora"} if is_nebius else ()),
         hyperparameters=frozenset({*HYPERPARAMETERS[variant], "seed"}),
+        data=frozenset({"file", "remote"}),
         max_train_files=1,
         validation_files=True,
         suffix=_SUFFIXES[variant],

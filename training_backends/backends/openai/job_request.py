@@ -112,7 +112,7 @@ def make_job(
         hyper |= _lora(config)
     kind = to_method_type(config.method) or config.method
     values: dict[str, Any] = {
-        "model": config.model,
+        "model": config.base_model,
         "training_file": train,
         "validation_file": validation,
         **_method(kind, hyper, variant),
@@ -195,13 +195,13 @@ def _agree(found: Any, wanted: Any) -> bool:
 def config_of(job: FineTuningJob) -> TrainingConfig | None:
     """Return the configuration of a job, as far as the server reports it.
 
-    Data files are named `remote:<id>` instead of a path. None if it is not a valid one.
+    Data files are given by their ids. None if it is not a valid one.
     """
     hyper = job.effective_hyperparameters
     known = {ours: hyper[wire] for ours, wire in _NEBIUS_FIELDS.items() if wire in hyper}
-    files = {"train": [f"remote:{job.training_file}"]}
+    files = {"train": [{"remote_id": job.training_file}]}
     if job.validation_file:
-        files["validation"] = [f"remote:{job.validation_file}"]
+        files["validation"] = [{"remote_id": job.validation_file}]
     options = {name: hyper[name] for name in ("learning_rate_multiplier", "beta") if name in hyper}
     try:
         return TrainingConfig.model_validate(

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -72,7 +73,13 @@ def state_of(
         total_steps=job.total_steps,
         checkpoints=_checkpoints(checkpoints or ()) or None,
         result_model=_result(job, checkpoints or ()),
+        usage=_usage(job),
     )
+
+
+def _usage(job: FineTuningJob) -> dict[str, Decimal] | None:
+    tokens = job.trained_tokens
+    return None if tokens is None else {"trained_tokens": Decimal(tokens)}
 
 
 def _result(job: FineTuningJob, checkpoints: Sequence[FineTuningJobCheckpoint]) -> str | None:

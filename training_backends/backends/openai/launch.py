@@ -23,6 +23,7 @@ from training_backends.backends.openai.job_state import state_of
 from training_backends.backends.openai.settings import CLOCK_SLACK, OpenAISettings
 from training_backends.core.backend import Journal, JSONValue
 from training_backends.core.backoff import Backoff
+from training_backends.core.config import DataSource
 from training_backends.core.errors import (
     AmbiguousLaunch,
     DatasetError,
@@ -93,8 +94,11 @@ class Launch:
 
     # -- files -------------------------------------------------------------------------
 
-    async def _file_id(self, path: Path) -> str:
+    async def _file_id(self, source: DataSource) -> str:
         """Return the id of a file that jobs can use, uploading it if necessary."""
+        path = source.path
+        if path is None:
+            return str(source.remote_id)  # the server checks it when the job is created
         hashed = await hash_file(path)
         # The name contains the hash, so a file found by name has the right content.
         filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
@@ -159,9 +163,9 @@ class Launch:
 
     async def _create(self) -> str:
         data = self.run.config.data
-        files: list[str | None] = [await self._file_id(data.train[0].path), None]
+        files: list[str | None] = [await self._file_id(data.train[0]), None]
         if data.validation:
-            files[1] = await self._file_id(data.validation[0].path)
+            files[1] = await self._file_id(data.validation[0])
 
         async def list_jobs() -> JSONValue:
             return [files, await self._like(self._body)]
