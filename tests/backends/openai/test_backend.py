@@ -95,6 +95,17 @@ async def test_log_continues_in_another_process(
     assert seen == [event["message"] for event in provider.jobs[job_id(run)].events]
 
 
+async def test_nothing_new_costs_two_requests(
+    backend: OpenAIBackend, provider: ScriptedOpenAIProvider, run: TrainingRun
+) -> None:
+    """Checkpoints are only requested if there are new events, or at the end."""
+    seen = await backend.observe(run)
+    before = len(provider.requests)
+    again = await backend.observe(run, after=seen.cursor)
+    assert len(provider.requests) - before == 2
+    assert again.state.checkpoints is None
+
+
 @pytest.mark.parametrize("says_has_more", [True, False])
 async def test_metrics_are_parsed_from_the_text(
     backend: OpenAIBackend,

@@ -194,13 +194,14 @@ class OpenAIBackend(TrainingBackend):
         return await launch.launch()
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        """Retrieve the job, its new events and its checkpoints."""
+        """Retrieve the job, its new events and, if there is news, its checkpoints."""
         log = JobLog(Position.read(after), started_at=run.started_at)
         job = await self.api.get_job(self._job_id(run))
-        checkpoints = await self.api.checkpoints(job.id)
         records = list(log.records(await self._new_events(job.id, log.position)))
         if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
             records += await self._result_records(job, log)
+        has_news = records or to_status(job.status).is_terminal
+        checkpoints = await self.api.checkpoints(job.id) if has_news else []
         state = log.add_to(state_of(job, checkpoints))
         cost = self._settings.cost(run.config.base_model, job.trained_tokens)
         state = state.model_copy(update={"cost": cost})
