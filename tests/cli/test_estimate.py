@@ -92,6 +92,7 @@ def test_sampled_estimate_says_how_sure_it_is(
 ) -> None:
     """--sample-rows counts so many rows; --exact all of them."""
     train_file.write_text(train_file.read_text() * 20)
+    config_file.write_text(config_file.read_text().replace("  batch_size: 2\n", ""))
     options = ("-b", "mistral", "--set", "model=open-mistral-7b", "--json")
     sampled = run("estimate", config_file.name, *options, "--sample-rows", "50").document
     exact = run("estimate", config_file.name, *options, "--exact").document
