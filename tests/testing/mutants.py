@@ -90,7 +90,7 @@ def through(kind: type[Through]) -> type[TinyBackend]:
 
     class Launching(TinyBackend):
         async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
-            return await super().launch(run, kind(journal))  # type: ignore[arg-type]
+            return await super().launch(run, kind(journal))
 
     return Launching
 
@@ -334,6 +334,7 @@ put(
     requesting(_without("method", "supervised", "hyperparameters", "batch_size")),
 )
 put("a learning rate is declared and not sent", FIELDS, declaring(hyperparameters=None))
+put("GPUs are declared and not sent", FIELDS, declaring(resources=frozenset({"gpus"})))
 put("weights are declared and not sent", FIELDS, declaring(weights=True))
 put("LoRA is declared and not sent", FIELDS, declaring(tunings=frozenset({"lora"})))
 
@@ -784,7 +785,8 @@ class _(TinyBackend):  # type: ignore[no-redef]
 class _(TinyBackend):  # type: ignore[no-redef]
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         with anyio.CancelScope(shield=True):
-            return await super().observe(run, after=after)
+            seen = await super().observe(run, after=after)
+        return replace(seen)
 
 
 @mutant("a cancelled call breaks the object", CANCEL)

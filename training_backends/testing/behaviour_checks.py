@@ -179,7 +179,7 @@ class BehaviourChecks:
         mine = next(run for run in listed if run.remote_id == live.remote_id)
         cases = {
             RemoteFilters(status=TrainingStatus.COMPLETED): {done.remote_id},
-            RemoteFilters(status=mine.state.status): {live.remote_id},
+            RemoteFilters(status=TrainingStatus.CANCELLED): set(),
             RemoteFilters(model=mine.model): {live.remote_id, done.remote_id},
             RemoteFilters(model="no-such-model"): set(),
             RemoteFilters(suffix="nosuch"): set(),

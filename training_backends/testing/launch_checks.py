@@ -306,7 +306,7 @@ def _variants(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     for name, value in numbers.items():
         other = {"epochs": "training_steps", "training_steps": "epochs"}.get(name)
         values = {name: value} if other is None else {name: value, other: None}
-        yield f"hyperparameters.{name}", _with_numbers(config, **values)  # type: ignore[arg-type]
+        yield f"hyperparameters.{name}", _with_numbers(config, **values)
     for first, *rest in [config.data.train] if config.data.train else []:
         if not config.data.validation:
             data = config.data.model_copy(update={"validation": (first,)})
