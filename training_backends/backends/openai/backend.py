@@ -22,7 +22,7 @@ from training_backends.backends.openai.job_request import (
     issues_of,
 )
 from training_backends.backends.openai.job_state import JobLog, Position, moment, state_of
-from training_backends.backends.openai.launch import Launch
+from training_backends.backends.openai.launch import OpenAILaunch
 from training_backends.backends.openai.settings import (
     CLOCK_SLACK,
     OpenAIOptions,
@@ -190,7 +190,7 @@ class OpenAIBackend(TrainingBackend):
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """Upload the files and create the job, which starts by itself."""
-        launch = Launch(api=self.api, settings=self._settings, run=run, journal=journal)
+        launch = OpenAILaunch(api=self.api, settings=self._settings, run=run, journal=journal)
         return await launch.launch()
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:

@@ -39,7 +39,7 @@ from training_backends.http.upload import FileUpload, HashedFile, hash_file
 from training_backends.protocols.openai.status import FILE_FAILED
 from training_backends.protocols.openai.wire import FileObject
 
-__all__ = ["Launch"]
+__all__ = ["OpenAILaunch"]
 
 log = get_logger()
 
@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True, kw_only=True)
-class Launch:
+class OpenAILaunch:
     """One launch."""
 
     api: OpenAIAPI
