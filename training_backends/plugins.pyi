@@ -13,7 +13,7 @@ from .core.backend import (
     TrainingBackend as TrainingBackend,
 )
 from .core.backoff import Backoff as Backoff
-from .core.capabilities import Capabilities as Capabilities
+from .core.capabilities import Capabilities as Capabilities, SuffixRule as SuffixRule
 from .core.concurrency import run_all as run_all
 from .core.config import (
     ClassifierTarget as ClassifierTarget,
@@ -68,12 +68,15 @@ from .core.run import (
     Failure as Failure,
     FailureKind as FailureKind,
     LogRecord as LogRecord,
+    LogSource as LogSource,
     Observation as Observation,
     Reply as Reply,
     RunState as RunState,
     TrainingRun as TrainingRun,
     UtcDatetime as UtcDatetime,
     ValidationReport as ValidationReport,
+    provider_name as provider_name,
+    to_source as to_source,
     utc_now as utc_now,
 )
 from .core.settings import SectionSettings as SectionSettings, load_settings as load_settings

@@ -76,6 +76,7 @@ FAILURES = (
     "checkpoints none",
     "wait none",
     "stop none",
+    "pause none",
     "resume none",
     "download none out",
     "generate none hello",

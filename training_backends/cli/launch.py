@@ -103,9 +103,9 @@ def resume(
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a paused run, or a stopped or failed run as a new run.
+    """Continue a paused, stopped or failed run.
 
-    Starts a run that has not been started yet.
+    A stopped or failed run continues as a new run. Starts a run that has not been started yet.
     """
     from training_backends.core.run import new_run_id
 

@@ -19,6 +19,8 @@ async def upload_once(
 ) -> str:
     """Return the provider's id of a content, and upload it unless the provider has it.
 
+    `Journal.upload`, through temporary errors.
+
     Args:
         scope: Server and account that the id belongs to; not secret.
         sha256: Hex digest of the content.
@@ -30,11 +32,8 @@ async def upload_once(
     Raises:
         ProtocolError: The provider repeatedly lost the file.
     """
+    return await persist(lambda: journal.upload(scope, sha256, do, find or _nothing, has))
 
-    async def nothing() -> str | None:
-        return None
 
-    async def check(file_id: str) -> bool:
-        return await persist(lambda: has(file_id))
-
-    return await persist(lambda: journal.upload(scope, sha256, do, find or nothing, check))
+async def _nothing() -> None:
+    """Find nothing."""

@@ -344,7 +344,8 @@ class Database:
     def _translate(self, error: Exception) -> StoreError:
         if is_postgres(self._url):
             return postgres_error(self._url, error)
-        place = self._url.render_as_string(hide_password=True)
+        # The path, not the URL: redaction does not see through percent-encoding.
+        place = sqlite_file(self._url) or self._url.database or "in memory"
         cause = getattr(error, "orig", None) or error
         # The lower byte is the primary error code; the others are details.
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
