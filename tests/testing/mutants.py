@@ -167,7 +167,7 @@ def creating(kind: type[Exception], make: Callable[[str], Exception]) -> type[Ti
     """Make a backend whose create request raises another error instead of `kind`."""
 
     class Creating(TinyBackend):
-        async def _create(self, body: dict[str, Any]) -> JSONValue:
+        async def _create(self, body: dict[str, Any]) -> str:
             try:
                 return await super()._create(body)
             except kind as error:
@@ -256,28 +256,28 @@ put("the job id is not recorded", "launch_makes_one_job", through(_Silent))
 
 @mutant("the job is looked for once, although lists lag", "lagging_lists_make_one_job")
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return next((job.remote_id for job in jobs if job.run_id == metadata["run"]), None)
 
 
 @mutant("find-or-create outside the journal", "lagging_lists_make_one_job")
 class _(through(_FindFirst)):  # type: ignore[no-redef,misc]
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return next((job.remote_id for job in jobs if job.run_id == metadata["run"]), None)
 
 
 @mutant("any job of the same model is taken for ours", "other_jobs_are_not_adopted")
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return jobs[0].remote_id if jobs else None
 
 
 @mutant("the job is never found", LOST)
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         return None
 
 

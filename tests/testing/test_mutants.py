@@ -5,15 +5,20 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from tests.effort import is_thorough
+from tests.plugins.tiny_openai.tiny_openai import TinyBackend, TinySettings
 from tests.testing.mutants import MUTANTS, Mutant
-from tests.testing.tiny_subject import TinySubject
-from training_backends import Dataset, TrainingConfig
+from tests.testing.tiny_subject import KEY, TinySubject
+from training_backends import BackendContext, Dataset, TrainingConfig
 from training_backends.datasets.inspect import inspect
 from training_backends.testing.conformance import BackendConformance
+from training_backends.testing.openai_provider import ScriptedOpenAIProvider
 
 pytestmark = pytest.mark.anyio
 
@@ -47,6 +52,7 @@ async def test_sound_backend_passes_every_check(config: TrainingConfig, dataset:
     assert report.passed == BackendConformance.checks(), str(report)
 
 
+@pytest.mark.timeout(600)  # every check on each fault, where tests are thorough
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.what}: {mutant.check}")
 async def test_fault_is_found(mutant: Mutant, config: TrainingConfig, dataset: Dataset) -> None:
     """A backend with a single fault fails the check that is made for it."""
@@ -71,3 +77,25 @@ def test_faults_differ() -> None:
     assert not [what for what, count in counts.items() if count > 1]
     assert {f"check_{mutant.check}" for mutant in MUTANTS} <= {*BackendConformance.checks()}
     assert len(MUTANTS) >= 60
+
+
+async def test_example_is_created_from_settings_and_credentials(tmp_path: Path) -> None:
+    """The example takes its base URL from its settings and its key from the credentials."""
+
+    class Credentials:
+        async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+            assert (provider, profile) == ("tiny", None)
+            return SecretStr(KEY)
+
+        async def get_all(
+            self, provider: str, profile: str | None = None
+        ) -> Mapping[str, SecretStr]:
+            return {"key": await self.get(provider, profile)}
+
+    with ScriptedOpenAIProvider() as server:
+        server.key = KEY
+        settings = TinySettings(base_url=server.url)
+        context = BackendContext(home=tmp_path, credentials=Credentials(), settings=settings)
+        backend = TinyBackend.create(context)
+        assert (await backend.health()).ok
+        await backend.aclose()

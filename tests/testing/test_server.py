@@ -7,7 +7,17 @@ from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 
 import pytest
 
-from training_backends.testing.faults import CutAnswer, DropRequest, LoseAnswer, OtherAnswer
+from tests.waiting import wait_until
+from training_backends.testing.faults import (
+    CutAnswer,
+    Disturbance,
+    DropRequest,
+    Fault,
+    HangAnswer,
+    LoseAnswer,
+    OtherAnswer,
+    disturbance,
+)
 from training_backends.testing.server import FormPart, LoopbackServer, Received, StubReply
 
 
@@ -112,6 +122,40 @@ def test_form_is_read_in_any_order() -> None:
         FormPart(name="purpose", filename=None, content=b"fine-tune"),
     ]
     assert received == [parts, parts, []]
+
+
+def test_hanging_request_ends_when_the_server_heals(
+    server: LoopbackServer, counter: Counter
+) -> None:
+    """A request hangs on an open connection until `heal`; it was carried out."""
+    server.fail(HangAnswer())
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=0.1)
+    connection.request("GET", "/a")
+    with pytest.raises(TimeoutError):
+        connection.getresponse()
+    wait_until(lambda: (counter.done, server.open_connections) == (1, 1))
+    server.heal()
+    connection.close()
+    assert ask(server)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("lose", LoseAnswer()),
+        ("drop", DropRequest()),
+        ("hang", HangAnswer()),
+    ],
+)
+def test_disturbances_are_faults(kind: Disturbance, fault: Fault) -> None:
+    """Each kind of disturbance is a fault; an error response repeats the given text."""
+    assert disturbance(kind) == fault
+    page, error = disturbance("html"), disturbance(403, echo="the-key")
+    assert isinstance(page, OtherAnswer)
+    assert (page.status, page.done, page.content_type) == (200, True, "text/html")
+    assert isinstance(error, OtherAnswer)
+    assert error.status == 403
+    assert b"the-key" in error.content()
 
 
 def test_healed_server_answers(server: LoopbackServer) -> None:

@@ -5,48 +5,47 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
-from urllib.parse import quote
 
 import anyio
 from pydantic import BaseModel, ValidationError
 
-from training_backends.core.backend import (
+from training_backends import SuffixRule
+from training_backends.plugins import (
+    PROVIDER_FORMATS,
     BackendContext,
-    Health,
-    Journal,
-    JSONValue,
-    RemoteFilters,
-    RemoteRun,
-    TrainingBackend,
-)
-from training_backends.core.capabilities import Capabilities, SuffixRule
-from training_backends.core.config import TrainingConfig
-from training_backends.core.dataset import Dataset
-from training_backends.core.errors import (
+    Capabilities,
     ConfigError,
     CredentialNotFound,
-    Issue,
-    ProtocolError,
-    RunNotFound,
-    TrainingBackendError,
-)
-from training_backends.core.estimate import Estimate
-from training_backends.core.run import (
+    Dataset,
+    Estimate,
     Failure,
+    FileUpload,
+    Health,
+    HttpClient,
+    HttpPolicy,
+    Issue,
+    Journal,
+    KeySource,
     LogRecord,
     Observation,
+    ProtocolError,
+    Query,
+    RemoteFilters,
+    RemoteRun,
+    RunNotFound,
     RunState,
+    SectionSettings,
+    TrainingBackend,
+    TrainingBackendError,
+    TrainingConfig,
     TrainingRun,
+    TrainingStatus,
     ValidationReport,
+    after_last,
+    hash_file,
+    paged,
+    path_segment,
 )
-from training_backends.core.settings import SectionSettings
-from training_backends.core.status import TrainingStatus
-from training_backends.datasets.provider_formats import OPENAI
-from training_backends.http.auth import KeySource
-from training_backends.http.client import HttpClient
-from training_backends.http.exchange import Query
-from training_backends.http.policy import HttpPolicy
-from training_backends.http.upload import FileUpload, hash_file
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.events import read_metrics
 from training_backends.protocols.openai.status import to_status
@@ -54,7 +53,6 @@ from training_backends.protocols.openai.wire import (
     FileObject,
     FineTuningJob,
     FineTuningJobEvent,
-    ListPage,
 )
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -114,7 +112,7 @@ class TinyBackend(TrainingBackend):
             resumes="anew",
             deletes=True,
             lists_remote=True,
-            provider_format=OPENAI,
+            provider_format=PROVIDER_FORMATS["openai"],
         )
 
     @property
@@ -145,10 +143,10 @@ class TinyBackend(TrainingBackend):
         await journal.record(state)
         return state
 
-    async def _create(self, body: dict[str, Any]) -> JSONValue:
+    async def _create(self, body: dict[str, Any]) -> str:
         return (await self._ask(FineTuningJob, "POST", _JOBS, body=body)).id
 
-    async def _find_job(self, metadata: Mapping[str, str]) -> JSONValue:
+    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
         """Return the id of the job with this metadata; lists may lag behind."""
         query = [(f"metadata[{name}]", value) for name, value in metadata.items()]
         for _ in range(_LISTINGS):
@@ -208,7 +206,7 @@ class TinyBackend(TrainingBackend):
 
     async def _has_file(self, file_id: str) -> bool:
         try:
-            await self._ask(FileObject, "GET", f"/files/{quote(file_id, safe='')}")
+            await self._ask(FileObject, "GET", f"/files/{path_segment(file_id)}")
         except RunNotFound:
             return False
         return True
@@ -260,7 +258,7 @@ class TinyBackend(TrainingBackend):
 
     async def delete(self, run: TrainingRun) -> None:
         if run.result_model is not None:
-            await self._http.json("DELETE", f"/models/{quote(run.result_model, safe='')}")
+            await self._http.json("DELETE", f"/models/{path_segment(run.result_model)}")
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         async with aclosing(self._list(FineTuningJob, _JOBS)) as jobs:
@@ -311,21 +309,17 @@ class TinyBackend(TrainingBackend):
         self, model: type[_M], path: str, query: Query = ()
     ) -> AsyncGenerator[_M, None]:
         """Yield the items of all pages, newest first."""
-        after: str | None = ""
-        while after is not None:
-            asked = [("limit", str(self.settings.page_size)), *query]
-            if after:
-                asked.append(("after", after))
-            page = await self._ask(ListPage[model], "GET", path, query=asked)  # type: ignore[valid-type]
-            for item in page.data:
-                yield item
-            after = page.next_after
+        asked = [("limit", str(self.settings.page_size)), *query]
+        items = paged(self._http, path, query=asked, next_page=after_last())
+        async with aclosing(items):
+            async for item in items:
+                yield self._parsed(model, item)
 
     async def _job(self, job_id: str) -> FineTuningJob:
         return await self._ask(FineTuningJob, "GET", self._path(job_id))
 
     def _path(self, job_id: str, *rest: str) -> str:
-        return "/".join((_JOBS, quote(job_id, safe=""), *rest))
+        return "/".join((_JOBS, path_segment(job_id), *rest))
 
     def _id_of(self, run: TrainingRun) -> str:
         if run.remote_id is None:
