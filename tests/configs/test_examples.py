@@ -9,6 +9,7 @@ import pytest
 
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.backends.openai.settings import OpenAISettings
 from training_backends.client.config_file import load_config
 from training_backends.client.observe import WatchSettings
 from training_backends.core.plugins import installed_backends
@@ -26,6 +27,7 @@ SECTIONS: dict[str | None, type[SectionSettings]] = {
     None: Settings,
     "local": LocalSettings,
     "mistral": MistralSettings,
+    "openai": OpenAISettings,
     "credentials": CredentialSettings,
     "watch": WatchSettings,
     "gateway": GatewaySettings,

@@ -1,0 +1,133 @@
+"""The OpenAI backend does what every backend must, and launches so without metadata."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.backends.openai.conftest import KEY
+from training_backends import Dataset, TrainingConfig
+from training_backends.backends.openai.backend import OpenAIBackend
+from training_backends.protocols.openai.requests import NebiusFineTuningJobIn
+from training_backends.testing.conformance import BackendConformance, CheckSkipped, Subject
+from training_backends.testing.faults import Disturbance, disturbance
+from training_backends.testing.launch_checks import LaunchChecks
+from training_backends.testing.openai_provider import ScriptedOpenAIProvider
+from training_backends.testing.subject import Target
+
+pytest_plugins = ["training_backends.testing.pytest"]
+
+
+class OpenAISubject(Subject):
+    """The backend over the scripted provider."""
+
+    def __init__(self, make: Callable[[], OpenAIBackend], provider: ScriptedOpenAIProvider) -> None:
+        self._make = make
+        self._provider = provider
+        self._lost: list[str] = []
+        self.backend = make()
+
+    def reopen(self) -> OpenAIBackend:
+        """Make another object."""
+        return self._make()
+
+    def job_ids(self) -> Sequence[str]:
+        """Read the server's state."""
+        return list(self._provider.jobs)
+
+    async def finish(self, remote_id: str) -> None:
+        """Let the job succeed."""
+        if self._provider.jobs[remote_id].status not in {"validating_files", "queued"}:
+            self._provider.set_status(remote_id, "running")
+        self._provider.run_to(remote_id, "succeeded")
+
+    async def fail(self, remote_id: str) -> None:
+        """Let the job fail."""
+        self._provider.fail_job(remote_id, code="server_error", message="The node went away.")
+
+    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
+        method, path = {
+            "create": ("POST", "/fine_tuning/jobs"),
+            "upload": ("POST", "/files"),
+            "read": ("GET", None),
+            "any": (None, None),
+        }[on]
+        self._provider.fail(disturbance(kind, echo=KEY), method=method, path=path, times=times)
+
+    def heal(self) -> None:
+        self._provider.heal()
+
+    def uploads(self) -> Sequence[str]:
+        files = self._provider.files.items()
+        return [*self._lost, *(name for name, file in files if file.purpose == "fine-tune")]
+
+    def lose_uploads(self) -> None:
+        self._lost += self.uploads()
+        self._provider.files.clear()
+
+    def starts(self, remote_id: str) -> int:
+        return int(remote_id in self._provider.jobs)  # a job starts when it is created
+
+    def asked(self, remote_id: str) -> Mapping[str, Any]:
+        return self._provider.jobs[remote_id].asked
+
+    def say(self, remote_id: str, word: str) -> None:
+        self._provider.set_status(remote_id, word)
+
+    def progress(self, remote_id: str, records: int) -> None:
+        self._provider.set_status(remote_id, "running")
+        for number in range(records):
+            self._provider.add_event(remote_id, f"Event {number}")
+
+    def connections(self) -> int:
+        return self._provider.open_connections
+
+    def requests(self) -> int:
+        return len(self._provider.requests)
+
+    def secrets(self) -> Sequence[str]:
+        return [KEY]
+
+    def lag_lists(self, times: int) -> None:
+        self._provider.lists_lag = times
+
+
+@pytest.fixture
+def conformance_subject(
+    make_backend: Callable[..., OpenAIBackend],
+    provider: ScriptedOpenAIProvider,
+    config: TrainingConfig,
+    dataset: Dataset,
+) -> Subject:
+    subject = OpenAISubject(partial(make_backend, read_timeout=0.2), provider)
+    subject.config, subject.dataset = config, dataset
+    return subject
+
+
+def test_conforms(conformance: Callable[[], None]) -> None:
+    """One check of the kit holds."""
+    conformance()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("check", [name for name in dir(LaunchChecks) if name[:6] == "check_"])
+async def test_launches_without_metadata(
+    check: str,
+    *,
+    make_backend: Callable[..., OpenAIBackend],
+    provider: ScriptedOpenAIProvider,
+    config: TrainingConfig,
+    dataset: Dataset,
+) -> None:
+    """One check of launches holds for Nebius, where jobs are compared field by field."""
+    provider.job_model = NebiusFineTuningJobIn
+    make = partial(make_backend, variant="nebius", read_timeout=0.2)
+    subject = OpenAISubject(make, provider)
+    hyper = config.hyperparameters.model_copy(update={"seed": 7})
+    subject.config = config.model_copy(update={"hyperparameters": hyper})
+    subject.dataset = dataset
+    try:
+        await BackendConformance(lambda: subject).run(check)
+    except CheckSkipped as skipped:
+        pytest.skip(str(skipped))

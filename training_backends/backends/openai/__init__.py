@@ -1,0 +1,1 @@
+"""Backend for the OpenAI fine-tuning protocol: OpenAI, Azure, Nebius or your own server."""
