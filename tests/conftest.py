@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ if (
 ):
     os.environ.setdefault("TMPDIR", str(_SHARED))
     tempfile.tempdir = None  # chosen again
+
+# A shell's background jobs ignore Ctrl-C, and so would every program that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In CI, hypothesis has a profile of its own, which tries the same examples each time.
 for _name, _parent, _examples, _steps in (

@@ -103,6 +103,7 @@ WITH_SECRETS: dict[str, Any] = {
 LIFE = [
     command("backends"),
     command("backends", "--json"),
+    command("init", "new.yaml", "--backend", "mistral"),
     command("validate", "run.yaml"),
     command("estimate", "run.yaml", "--json"),
     command("launch", "run.yaml", "--id", "first", "--yes"),
@@ -114,6 +115,8 @@ LIFE = [
     command("wait", "first"),
     command("logs", "first", "--follow"),
     command("metrics", "first"),
+    command("checkpoints", "first"),
+    command("pause", "first", code=9),
     command("stop", "first", "--json"),
     command("resume", "first", "--yes", code=9),
     command("download", "first", "model", code=9),
