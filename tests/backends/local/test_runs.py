@@ -10,12 +10,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.runs import make_place
 from training_backends.backends.local.spec import build_spec, config_of
 from training_backends.core.backend import RemoteFilters
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import Event, ExitRecord, RunDir
+from training_backends.rundir.place import make_place
 
 pytestmark = pytest.mark.anyio
 

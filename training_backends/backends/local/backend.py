@@ -28,7 +28,7 @@ from training_backends.backends.local.process import (
     spawn,
 )
 from training_backends.backends.local.run_log import Cursor, read_records
-from training_backends.backends.local.runs import find_place, find_runs, make_place, revive
+from training_backends.backends.local.runs import find_runs, revive
 from training_backends.backends.local.settings import LocalOptions, LocalSettings
 from training_backends.backends.local.spec import (
     build_spec,
@@ -82,6 +82,7 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import LOCAL
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
+from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["LocalBackend"]
@@ -259,12 +260,7 @@ class LocalBackend(TrainingBackend):
 
     def sees(self, run: TrainingRun) -> bool:
         """Return whether the run belongs to this home on this machine."""
-        own, place = self._known_place(), run.place
-        if place is None or own is None:
-            return place is None
-        # On a shared or moved disk, the home has another host's name but still the directories.
-        is_here = own.host == place.host or self._directory(run).spec.is_file()
-        return own.id == place.id and is_here
+        return is_visible(run, self._known_place(), self._directory(run).spec)
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Read the state and the new log records as of the same moment."""

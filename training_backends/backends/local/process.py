@@ -1,7 +1,5 @@
 """Start training processes that outlive their parent."""
 
-import os
-import re
 import subprocess
 import sys
 import threading
@@ -29,26 +27,12 @@ from training_backends.core.run import Failure, Reply
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
-from training_backends.rundir.handover import ON_STDIN
+from training_backends.rundir.handover import ON_STDIN, safe_environment
 
 __all__ = ["TRAINER", "ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
 
 log = get_logger()
 
-# Allowlist, so that no API key reaches the child: it may run for days, and any process of the
-# same user can read its environment.
-_PASSED_ON: Final = re.compile(
-    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON(PATH|HOME|UTF8)|LD_LIBRARY_PATH"
-    r"|XDG_CACHE_HOME|HF_(HOME|ENDPOINT|HUB_OFFLINE|HUB_CACHE|HUB_DOWNLOAD_TIMEOUT)"
-    r"|CUDA_\w+|NVIDIA_\w+|(OMP|MKL|OPENBLAS)_NUM_THREADS|PYTORCH_\w+"
-    r"|(NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON|HSA|HIP|ROCR|CUBLAS|BNB|UCX|FI|HF_XET)_\w+"
-    r"|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE",
-    re.IGNORECASE,
-)
-# Excluded even if allowed above.
-_SECRET: Final = re.compile(
-    r"(?:\w+_)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)", re.IGNORECASE
-)
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
 """What huggingface_hub accepts as true."""
 
@@ -109,7 +93,7 @@ class Hub:
             variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
             variables["HF_ENDPOINT"] = self._settings.hub_url
-        return _matching(_PASSED_ON) | variables
+        return safe_environment() | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
         if self._credentials is None:
@@ -143,14 +127,6 @@ def _checked_endpoint(value: str | None) -> str:
 
 def _is_here(model: str) -> bool:
     return model == TINY_MODEL or Path(model).expanduser().is_dir()
-
-
-def _matching(pattern: re.Pattern[str]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if pattern.fullmatch(name) and not _SECRET.fullmatch(name)
-    }
 
 
 async def ask_model(

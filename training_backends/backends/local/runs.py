@@ -1,23 +1,21 @@
 """Find the runs of this machine from their directories alone."""
 
 import re
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
 
 from training_backends.backends.local.process import ChildEnvironment, spawn
 from training_backends.backends.local.spec import config_of, resolved_model
 from training_backends.backends.local.state import is_orphaned, read_state
 from training_backends.core.backend import RemoteFilters, RemoteRun
-from training_backends.core.files import hold_lock, make_private_directory, write_atomic
+from training_backends.core.files import hold_lock
 from training_backends.core.logging import get_logger
-from training_backends.core.run import RUN_ID_PATTERN, Place
+from training_backends.core.run import RUN_ID_PATTERN
 from training_backends.rundir.directory import RunDir, RunSpec
 
-__all__ = ["find_place", "find_runs", "make_place", "revive"]
+__all__ = ["find_runs", "revive"]
 
 
 def revive(
@@ -33,27 +31,6 @@ def revive(
 
 
 log = get_logger()
-
-_MARK = "home-id"
-
-
-def find_place(home: Path) -> Place | None:
-    """Return the id and host of this home; None if no run was started in it yet."""
-    try:
-        mark = (home / _MARK).read_text(encoding="ascii").strip()
-    except FileNotFoundError:
-        return None
-    return Place(id=mark, host=socket.gethostname(), path=home)
-
-
-def make_place(home: Path) -> Place:
-    """Give a home an id that distinguishes its runs from those of others; safe to repeat."""
-    make_private_directory(home)
-    with hold_lock(home / f".{_MARK}.lock"):
-        place = find_place(home)
-        if place is None:
-            write_atomic(home / _MARK, uuid4().hex)
-    return place or make_place(home)
 
 
 def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:
