@@ -30,11 +30,14 @@ def test_an_unknown_command_is_a_usage_error(run: Run) -> None:
 
 
 def test_backends_are_listed_from_the_registry(run: Run) -> None:
-    """Both built-in backends are there with what they can do."""
+    """The built-in backends are listed with what they can do."""
     found = {entry["name"]: entry for entry in run("backends", "--json").document}
     assert found["local"]["capabilities"]["resumes"] == "checkpoint"
     assert found["mistral"]["capabilities"]["quotes"] is True
     assert ("missing" in found["local"]) is (find_spec("torch") is None)
+    _, first, second, *_ = run("backends").out.split("(training-backends)")
+    assert "row formats" not in first, "the command backend reads no rows"
+    assert "row formats" in second
 
 
 def test_a_good_configuration_is_ready(run: Run, config_file: Path) -> None:

@@ -101,7 +101,7 @@ def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
         for name, value in capabilities.items()
         if isinstance(value, list)
     ]
-    rows = capabilities["provider_format"]["formats"]
+    rows = capabilities["provider_format"]["formats"] if capabilities["inspects"] else []
     return [*lists, ("row formats", ", ".join(rows)), ("supports", ", ".join(yes))]
 
 
