@@ -1,7 +1,6 @@
 """What the run directories tell of their runs once the store is lost."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -148,10 +147,3 @@ def test_a_copied_home_does_not_claim_the_runs_of_the_other_machine(
     assert not LocalBackend(tmp_path).sees(run)
     launched(tmp_path, run)
     assert LocalBackend(tmp_path).sees(run), "a disk that both machines have"
-
-
-def test_processes_that_mark_a_home_at_once_agree(tmp_path: Path) -> None:
-    """Whichever comes first decides."""
-    with ThreadPoolExecutor(8) as threads:
-        places = list(threads.map(make_place, [tmp_path] * 8))
-    assert len({place.id for place in places}) == 1
