@@ -75,6 +75,8 @@ async def test_finished_and_running_jobs_continue_in_the_new_database(home: Path
         assert words(live) == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING"]
         assert [point["step_number"] for point in live["checkpoints"]] == [10]
         backend.finish(REMOTE)
+        # The older the run, the longer until it is observed by itself.
+        await here.served.gateway.client.status(LIVE)
         ended = await here.until(LIVE, "SUCCESS")
         assert words(ended) == [*words(live), "SUCCESS"]
         assert (await here.http.get(JOBS)).json()["total"] == 4

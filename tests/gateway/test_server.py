@@ -229,16 +229,15 @@ async def test_health_says_when_a_database_cannot_be_used(
 ) -> None:
     """503 with a reason that names no path; green again once it works."""
 
-    async def damaged(_: str) -> Any:
+    async def damaged() -> None:
         raise StoreError(f"{here.home}/runs.db: database disk image is malformed")
 
     async def status() -> int:
         return (await here.http.get("/health")).status_code
 
     monkeypatch.setattr(app, "_HEALTH_SECONDS", 0.0)
-    client = here.served.gateway.client
     with monkeypatch.context() as patch:
-        patch.setattr(client, "get", damaged)
+        patch.setattr(here.served.gateway, "check", damaged)
         answer = await here.http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
     assert "database" in answer.json()["reason"]

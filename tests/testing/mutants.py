@@ -505,8 +505,8 @@ class _(TinyBackend):  # type: ignore[no-redef]
         async for record in super().logs(run, after=after):
             yield record
         while follow and not (await self.status(run)).status.is_terminal:
+            await anyio.sleep(0.05)
             after = (await self.observe(run)).cursor
-            await anyio.sleep(0.01)
             async for record in super().logs(run, after=after):
                 yield record
 
