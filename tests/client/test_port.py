@@ -16,6 +16,8 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.datasets.provider_formats import LOCAL, OPENAI
 from training_backends.testing.backend import ScriptedBackend
 
+pytestmark = pytest.mark.anyio
+
 
 class SourceOptions(BaseModel, extra="forbid"):
     """Options that the target has under the same name, another name, or not."""
@@ -107,12 +109,12 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 async def moved(
-    client: AsyncTrainingClient, data: Path, *, to: str = "target", **fields: Any
+    client: AsyncTrainingClient, file: Path, *, to: str = "target", **fields: Any
 ) -> Ported:
     """Port a configuration of the source."""
     model = fields.pop("chosen", None)
-    config = {"model": "m", "data": {"train": str(data)}, **fields}
-    directory = data.parent / "out"
+    config = {"model": "m", "data": {"train": str(file)}, **fields}
+    directory = file.parent / "out"
     return await port(client, config, to=to, source="source", model=model, directory=directory)
 
 
