@@ -79,5 +79,6 @@ def test_a_retired_backend_names_the_ways_on(run: Run) -> None:
     assert done.code == 8
     hint = done.document["error"]["hint"]
     for backend in ("local", "openai", "together"):
-        assert f"port mistral.yaml --to {backend}" in hint
+        assert f"port mistral.yaml --to {backend}`" in hint
     assert "--to mistral" not in hint
+    assert "\n" not in hint

@@ -248,6 +248,7 @@ async def test_rows_are_converted_to_the_targets_format(
     }
     assert ported.config.data.train[0].path == file
     assert "12 rows from prompt, chosen, rejected" in changes(ported)["data.train.0"]
+    assert "data.train.0" not in ported.mapped
     assert (ported.issues, pairs.read_bytes()) == ((), before)
     with pytest.raises(ConfigError, match="already exists"):
         await moved(client, pairs, method="dpo", chosen="m")

@@ -174,9 +174,9 @@ def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
     try:
         yield
     except BackendRetired as error:
-        if lines := _ways_on(file, backend or file.backend or ""):
-            ways = "\n  ".join(["Convert the configuration to another backend:", *lines])
-            error.hint = f"{error.hint}\n  {ways}" if error.hint else ways
+        if commands := _ways_on(file, backend or file.backend or ""):
+            ways = f"Convert it to another backend: {', '.join(f'`{each}`' for each in commands)}."
+            error.hint = f"{error.hint} {ways}" if error.hint else ways
         raise
     except ConfigError as error:
         # A backend given with --backend has no line in the file.

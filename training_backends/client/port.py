@@ -141,6 +141,8 @@ def to_yaml(ported: Ported, directory: Path | None = None) -> str:
         directory: The file's directory: paths in it are written relative to it.
     """
     values = _values(ported.config)
+    if cost := values.get("budget", {}).get("max_cost"):
+        values["budget"]["max_cost"] = f"{cost['amount']} {cost['currency']}"
     for name, sources in values.get("data", {}).items():
         short = [_short(source, directory) for source in sources]
         values["data"][name] = short[0] if len(short) == 1 else short
@@ -500,7 +502,8 @@ def _port_options(draft: _Draft, config: TrainingConfig, source: TrainingBackend
         if found and not [*option_issues(target.options_model, {**kept, **found})]:
             kept |= found
             words = ", ".join(f"options.{other}" for other in found)
-            draft.change(place, f"became {words}; check that it means the same")
+            became = "kept" if name in found else f"became {words}"
+            draft.change(place, f"{became}; check that it means the same")
         else:
             draft.lose(place, f"{target.name} has no such option")
     if kept:
@@ -574,6 +577,8 @@ def _note_file(draft: _Draft, part: str, numbers: Sequence[int], found: Converte
     if found.path is None:
         return
     draft.files.append(found.path)
+    converted = {f"data.{part}.{number}" for number in numbers}
+    draft.mapped = [name for name in draft.mapped if name not in converted]
     sources = draft.values["data"][part]
     new = {"path": str(found.path.absolute())}
     if len(numbers) > 1:
