@@ -65,6 +65,7 @@ async def test_finished_and_running_jobs_continue_in_the_new_database(home: Path
     """Each with the events and checkpoints that it had; the old file is kept."""
     backend = scripted()
     backend.adopt(REMOTE)
+    backend.log(REMOTE, "The record that was stored last.")
     async with site(home, backend) as here:
         done = await here.get(DONE)
         assert words(done) == ["QUEUED", "VALIDATING", "VALIDATED", "SUCCESS"]

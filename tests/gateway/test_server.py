@@ -16,7 +16,7 @@ from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
 from training_backends.gateway import app, server
-from training_backends.gateway.gateway import load_secret
+from training_backends.gateway.gateway import Gateway, load_secret
 from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 
@@ -229,7 +229,7 @@ async def test_health_says_when_a_database_cannot_be_used(
 ) -> None:
     """503 with a reason that names no path; green again once it works."""
 
-    async def damaged() -> None:
+    async def damaged(_: Gateway) -> None:
         raise StoreError(f"{here.home}/runs.db: database disk image is malformed")
 
     async def status() -> int:
@@ -237,7 +237,7 @@ async def test_health_says_when_a_database_cannot_be_used(
 
     monkeypatch.setattr(app, "_HEALTH_SECONDS", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(here.served.gateway, "check", damaged)
+        patch.setattr(Gateway, "check", damaged)
         answer = await here.http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
     assert "database" in answer.json()["reason"]
