@@ -51,6 +51,8 @@ RESULTS = (
     Case("checkpoints done", "", "Run done has no checkpoints."),
     Case("wait done", "done  completed\n", "done  running\n"),
     Case("init new.yaml", "", "Wrote new.yaml"),
+    Case("port run.yaml --to openai", "backend: openai\n", "lost model: ", code=3),
+    Case("port done --to local", "backend: local\n", "mapped model, "),
     Case("stop done", "done  completed\n"),
     Case("delete done --yes", "", "Deleted done"),
     Case("data inspect train.jsonl", "Valid for mistral."),
@@ -68,6 +70,9 @@ RESULTS = (
 FAILURES = (
     "quickstart --dir home",
     "init run.yaml",
+    "port run.yaml --to none",
+    "port none --to local",
+    "port run.yaml --to local --output run.yaml",
     "validate none.yaml",
     "launch none.yaml",
     "status none",

@@ -106,6 +106,7 @@ LIFE = [
     command("init", "new.yaml", "--backend", "mistral"),
     command("validate", "run.yaml"),
     command("estimate", "run.yaml", "--json"),
+    command("port", "run.yaml", "--to", "openai", code=3),
     command("launch", "run.yaml", "--id", "first", "--yes"),
     command("launch", "run.yaml", "--id", "first", "--yes", "--json"),
     command("list"),

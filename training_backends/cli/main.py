@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, launch, quickstart, runs, serve
+from training_backends.cli import check, data, doctor, keys, launch, port, quickstart, runs, serve
 from training_backends.cli.exit_codes import (
     ExitCode,
     Interrupted,
@@ -71,6 +71,7 @@ app.command()(check.backends)
 app.command()(check.init)
 app.command()(check.validate)
 app.command()(check.estimate)
+app.command()(port.port)
 app.command()(launch.launch)
 app.command(name="list")(runs.list_runs)
 app.command()(runs.status)

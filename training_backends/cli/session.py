@@ -165,16 +165,32 @@ def keeps_running(*run_ids: str) -> "Interrupted":
 
 @contextmanager
 def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
-    """Add the file and line of the configuration to a backend's issues."""
-    from training_backends import ConfigError
+    """Add the file and line of the configuration to a backend's issues.
+
+    The hint for a retired backend names the backends that can run the configuration instead.
+    """
+    from training_backends import BackendRetired, ConfigError
 
     try:
         yield
+    except BackendRetired as error:
+        if commands := _ways_on(file, backend or file.backend or ""):
+            ways = f"Convert it to another backend: {', '.join(f'`{each}`' for each in commands)}."
+            error.hint = f"{error.hint} {ways}" if error.hint else ways
+        raise
     except ConfigError as error:
         # A backend given with --backend has no line in the file.
         if backend is None or all(issue.field != "backend" for issue in error.issues):
             error.issues = tuple(file.located(error.issues))
         raise
+
+
+def _ways_on(file: "ConfigFile", backend: str) -> list[str]:
+    """Return the commands that convert a configuration to another installed backend."""
+    from training_backends.client.port import backends_for
+
+    names = with_client(lambda client: backends_for(client, file.config, source=backend))
+    return [command("port", str(file.path), "--to", name) for name in names]
 
 
 async def complete_id(client: "AsyncTrainingClient", given: str) -> str:
