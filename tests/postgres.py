@@ -175,7 +175,7 @@ class PgBouncer:
 
     def __exit__(self, *error: object) -> None:
         self._direct.dispose()
-        self._pooler.send_signal(signal.SIGQUIT)
+        self._pooler.kill()  # signals mean something else in each version
         self._pooler.wait()
 
     def new_url(self) -> str:

@@ -104,7 +104,8 @@ class _Result:
             ],
         }
         for title, lines in sections.items():
-            out.print(f"\n{title}")
+            out.print()
+            out.print(title)
             for line in lines:
                 out.print(f"  {line}", markup=False)
 
