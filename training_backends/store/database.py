@@ -4,7 +4,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -202,9 +202,16 @@ def sqlite_file(url: str | sa.URL) -> Path | None:
 
 
 def create_file(path: Path) -> None:
-    """Create a database file with mode 600; SQLite would use the umask."""
+    """Create a missing database file with mode 600; SQLite would use the umask.
+
+    An existing file is not even opened: closing any descriptor of a file drops all locks that this
+    process has on it, those of open connections too. Another process that closed the database would
+    then delete the write-ahead log that these connections still read and write.
+    See https://www.sqlite.org/howtocorrupt.html, section 2.2.
+    """
     make_private_directory(path.parent)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _prepare(connection: Any, _record: Any) -> None:
