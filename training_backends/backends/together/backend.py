@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, Self, cast
 
 import anyio.to_thread
 from pydantic import BaseModel, SecretStr
@@ -32,7 +32,12 @@ from training_backends.backends.together.launch import (
 )
 from training_backends.backends.together.settings import TogetherOptions, TogetherSettings
 from training_backends.backends.together.status import to_status
-from training_backends.backends.together.wire import LARGEST_FILE, JobPrice
+from training_backends.backends.together.wire import (
+    LARGEST_FILE,
+    FineTune,
+    FineTuneEvent,
+    JobPrice,
+)
 from training_backends.core.backend import (
     BackendContext,
     CredentialSource,
@@ -82,6 +87,8 @@ _CAPABILITIES: Final = Capabilities(
 )
 _QUIET: Final = frozenset({TrainingStatus.PENDING, TrainingStatus.READY})
 """Statuses in which a job has neither progress nor log."""
+_SNAPSHOT_ATTEMPTS: Final = 5
+"""How often events and metrics are fetched until no event came in between."""
 
 
 class TogetherBackend(TrainingBackend):
@@ -262,14 +269,35 @@ class TogetherBackend(TrainingBackend):
             start = FineTunePosition.read(after)
             job = await self.api.job(self._job_id(run))
             quiet = to_status(job.status) in _QUIET
+            events, metrics = await self._snapshot(job, start)
             log = FineTuneLog(
-                events=await self.api.events(job.id),
-                metrics=() if quiet else await self.api.metrics(job.id),
+                events=events,
+                metrics=metrics,
                 checkpoints=() if quiet else await self.api.checkpoints(job.id),
             )
         records = tuple(log.records(start))
         cursor = records[-1].cursor if records else after
         return Observation(state_of(job, log), records, cursor)
+
+    async def _snapshot(
+        self, job: FineTune, start: FineTunePosition
+    ) -> tuple[Sequence[FineTuneEvent], Sequence[Mapping[str, Any]]]:
+        """Fetch events and metrics as they were at one moment, for the same order in each reading.
+
+        An event that precedes new metrics may have been added between the two requests.
+        """
+        events = await self.api.events(job.id)
+        status = to_status(job.status)
+        if status in _QUIET:
+            return events, ()
+        for _ in range(_SNAPSHOT_ATTEMPTS):
+            metrics = await self.api.metrics(job.id)
+            if status.is_terminal or len(metrics) <= start.metrics:
+                break
+            before, events = events, await self.api.events(job.id)
+            if len(before) == len(events):
+                break
+        return events, metrics
 
     async def statuses(self, runs: Sequence[TrainingRun]) -> Mapping[str, RunState]:
         """Look up waiting and finished runs in the list of jobs; running ones have progressed."""
