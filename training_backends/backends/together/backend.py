@@ -142,7 +142,7 @@ class TogetherBackend(TrainingBackend):
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
         chosen = self._settings
-        return timedelta(seconds=chosen.poll_min), timedelta(seconds=chosen.poll_max)
+        return timedelta(seconds=chosen.poll_min), timedelta(seconds=chosen.longest_poll)
 
     # -- before a launch ---------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class TogetherLaunch:
         return await persist(act, tries=tries, within=within, pauses=self._pauses())
 
     def _pauses(self) -> Backoff:
-        return Backoff(self.settings.poll_min, self.settings.poll_max, factor=1.4)
+        return Backoff(self.settings.poll_min, self.settings.longest_poll, factor=1.4)
 
     # -- files -------------------------------------------------------------------------
 

@@ -2,12 +2,11 @@
 
 from typing import ClassVar, Final, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, Field, PositiveFloat, field_validator
 
 from training_backends.core.errors import ConfigError
-from training_backends.core.settings import SectionSettings
-from training_backends.http.policy import HttpPolicy
-from training_backends.http.urls import is_loopback, normalize_base_url
+from training_backends.http.settings import ServerSettings
+from training_backends.http.urls import normalize_base_url
 
 __all__ = ["HOSTED_URL", "TogetherOptions", "TogetherSettings"]
 
@@ -36,7 +35,7 @@ class TogetherOptions(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class TogetherSettings(SectionSettings):
+class TogetherSettings(ServerSettings):
     """Section `together`: `TRAINING_BACKENDS_TOGETHER__BASE_URL` and so on. Times in seconds.
 
     A key belongs to one of Together's projects, so the profile also chooses the project.
@@ -47,26 +46,12 @@ class TogetherSettings(SectionSettings):
     base_url: str = Field(
         default=HOSTED_URL, description="Base URL, with or without a trailing slash or /v1."
     )
-    profile: str | None = Field(default=None, description="Credential profile of the API key.")
-    connect_timeout: PositiveFloat = 10.0
     read_timeout: PositiveFloat = Field(default=60.0, description="Timeout without data.")
-    call_timeout: PositiveFloat = Field(
-        default=120.0, description="Timeout of a call with retries."
-    )
-    upload_timeout: PositiveFloat = Field(
-        default=600.0, description="Timeout of the response to an upload."
-    )
     file_timeout: PositiveFloat = Field(
         default=1800.0, description="How long to wait until a file is checked."
     )
-    attempts: PositiveInt = Field(default=5, description="Maximum attempts per request.")
     poll_min: PositiveFloat = Field(default=1.0, description="Shortest polling interval.")
-    poll_max: PositiveFloat = Field(default=30.0, description="Longest polling interval.")
-    settle_timeout: PositiveFloat | None = Field(
-        default=None,
-        description="How long to look for a job after a lost create response before creating it "
-        "again; default: 3 on loopback, else 60.",
-    )
+    poll_max: PositiveFloat | None = Field(default=30.0, description="Longest polling interval.")
 
     @field_validator("base_url")
     @classmethod
@@ -75,26 +60,3 @@ class TogetherSettings(SectionSettings):
             return normalize_base_url(value, drop_suffix="v1")
         except ConfigError as error:
             raise ValueError(error.message) from None
-
-    @property
-    def settling(self) -> float:
-        """Seconds within which a create request without a response takes effect, if ever."""
-        if self.settle_timeout is not None:
-            return self.settle_timeout
-        # Proxies on the way time out after 30 or 60 seconds.
-        return 3.0 if is_loopback(self.base_url) else 60.0
-
-    @property
-    def scope(self) -> str:
-        """Server and account that ids belong to; contains no secret."""
-        return f"{self.base_url}#{self.profile or ''}"
-
-    def policy(self) -> HttpPolicy:
-        """Return the timeouts as an `HttpPolicy`."""
-        return HttpPolicy(
-            connect_timeout=self.connect_timeout,
-            read_timeout=self.read_timeout,
-            call_timeout=self.call_timeout,
-            upload_timeout=self.upload_timeout,
-            attempts=self.attempts,
-        )
