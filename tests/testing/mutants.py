@@ -564,8 +564,8 @@ put(
     TIMES,
     recording(lambda r: {"at": r.at and r.at - timedelta(days=20_000)}),
 )
-put("the result is not named", "ends_are_told", stating(lambda s: {"result_model": None}))
-put("the reason of a failure is lost", "ends_are_told", stating(lambda s: {"failure": None}))
+put("the result is not named", "ends_are_reported", stating(lambda s: {"result_model": None}))
+put("the reason of a failure is lost", "ends_are_reported", stating(lambda s: {"failure": None}))
 put(
     "a stopped run has failed",
     "stop_is_repeatable",
@@ -577,7 +577,7 @@ put(
 
 @mutant("a run without a job is asked for as None", "run_without_job_is_not_found")
 class _(TinyBackend):  # type: ignore[no-redef]
-    def _id_of(self, run: TrainingRun) -> str:
+    def job_id(self, run: TrainingRun) -> str:
         return run.remote_id.strip()  # type: ignore[union-attr]
 
 

@@ -162,13 +162,13 @@ async def test_report_names_what_failed_and_what_was_skipped(make_config: MakeCo
 
     report = await BackendConformance(subject).run_all()
     assert not report.ok
-    assert "completed" in report.failed["check_ends_are_told"]
+    assert "completed" in report.failed["check_ends_are_reported"]
     assert report.skipped["check_errors_hide_secrets"] == "the subject has no hook `disturb`"
     done = {*report.passed, *report.failed, *report.skipped}
     assert done == {*BackendConformance.checks()}
     lines = str(report).splitlines()
     assert lines[0].startswith(f"{len(report.passed)} passed, {len(report.failed)} failed")
-    assert any(line.startswith("FAILED  ends are told: expected completed") for line in lines)
+    assert any(line.startswith("FAILED  ends are reported: expected completed") for line in lines)
 
 
 async def test_hanging_check_fails_in_time(make_config: MakeConfig) -> None:
@@ -186,15 +186,15 @@ async def test_hanging_check_fails_in_time(make_config: MakeConfig) -> None:
         return subject
 
     with pytest.raises(AssertionError, match=r"finish within 0\.05 s"):
-        await BackendConformance(subject).run("check_ends_are_told")
+        await BackendConformance(subject).run("check_ends_are_reported")
 
 
 @pytest.mark.parametrize(
     ("kind", "check", "message"),
     [
         (Forgetful, "killed_anywhere_makes_one_job", "one job when killed"),
-        (Blind, "ends_are_told", "completed"),
-        (Blind, "another_process_goes_on", "completed"),
+        (Blind, "ends_are_reported", "completed"),
+        (Blind, "another_process_continues", "completed"),
         (Stammering, "logs_have_no_gap_and_no_repeat", "records after number 0"),
         (Late, "observation_has_state_and_log", "no records after the last cursor"),
         (Moody, "observation_has_state_and_log", "the observed state"),

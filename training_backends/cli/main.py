@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _flush() -> None:
-    """Flush standard output, or discard what nobody reads."""
+    """Flush standard output, or discard it if the reader has gone."""
     try:
         if sys.stdout:
             sys.stdout.flush()

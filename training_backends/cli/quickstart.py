@@ -89,7 +89,7 @@ class _Result:
         config = str(short_path(self.home / "run.yaml"))
         data = short_path(self.home / "data") / "train.jsonl"
         sections = {
-            "[bold]Look at this run[/]": [
+            "[bold]Inspect this run[/]": [
                 command("list"),
                 command("metrics", self.run.id),
                 _at_gateway(self.home, "generate", str(self.run.remote_id), QUESTION),
@@ -236,7 +236,7 @@ def _at_gateway(home: Path, *arguments: str) -> str:
 
 
 async def _forget_unfinished(client: "AsyncTrainingClient", run_id: str) -> None:
-    """Delete the record of an unfinished run, which nobody can observe without this gateway."""
+    """Delete the record of an unfinished run, which cannot be observed without this gateway."""
     import anyio
 
     from training_backends import RunNotFound

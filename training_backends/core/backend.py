@@ -1,8 +1,16 @@
 """The interface that every backend implements, and the types it uses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -480,6 +488,32 @@ class TrainingBackend(ABC):
 
     async def aclose(self) -> None:  # noqa: B027  # most backends have nothing to close
         """Close connections; the backend is not used afterwards."""
+
+    def job_id(self, run: TrainingRun) -> str:
+        """Return the provider's id of the job of a run.
+
+        Raises:
+            RunNotFound: The run has no job yet.
+        """
+        if run.remote_id is None:
+            raise RunNotFound(
+                f"Run {run.id} has no job at the provider yet.",
+                hint=f"Run `training-backends launch --id {run.id}` with the same configuration "
+                "to continue.",
+                backend=self.name,
+                run_id=run.id,
+            )
+        return run.remote_id
+
+    @contextmanager
+    def errors_of(self, run: TrainingRun) -> Generator[None, None, None]:
+        """Add the run and the backend to every error within."""
+        try:
+            yield
+        except TrainingBackendError as error:
+            error.run_id = error.run_id or run.id
+            error.backend = error.backend or self.name
+            raise
 
     def unsupported(self, what: str, hint: str | None = None) -> TrainingBackendError:
         """Return the error for an operation that this backend does not support."""

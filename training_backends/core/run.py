@@ -77,7 +77,7 @@ def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
     """Return a name for a run at a provider whose names have narrower rules than run ids.
 
     The same for every call. An id that has to be changed gets a suffix of eight characters computed
-    from the whole id, so that different ids keep different names.
+    from the complete id, so that different ids keep different names.
 
     Args:
         longest: Maximum characters, at least 10.

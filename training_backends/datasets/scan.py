@@ -22,9 +22,9 @@ from training_backends.datasets.scan_part import (
     End,
     FilePart,
     Judged,
-    Told,
+    Scanned,
     Verdict,
-    judge_told,
+    judge_scanned,
     skip_line,
 )
 from training_backends.datasets.worker_pool import cpu_count, run_parallel
@@ -46,7 +46,7 @@ _LARGEST: Final = 1 << 20
 
 def parts_of(
     file: int, path: Path, *, rules: bytes, max_line: int, plain_only: bool = False
-) -> Iterator[Told]:
+) -> Iterator[Scanned]:
     """Yield the parts of a file, then an `End` if it was read completely.
 
     Args:
@@ -74,7 +74,7 @@ def parts_of(
                 yield cutting.problem("byte_order_mark", text, fix)
             yield from cutting.blocks(source, begin, stamp)
     except DatasetError as error:
-        yield from (Told(file, 0, issue) for issue in error.issues)
+        yield from (Scanned(file, 0, issue) for issue in error.issues)
 
 
 class _Cutting:
@@ -86,17 +86,19 @@ class _Cutting:
         self._rules = rules
         self._max_line = max_line
 
-    def problem(self, code: str, message: str, fix: str) -> Told:
+    def problem(self, code: str, message: str, fix: str) -> Scanned:
         """Return an issue on line 1."""
         issue = Issue(code=code, message=message, path=str(self._path), line=1, fix=fix)
-        return Told(self._file, 0, issue)
+        return Scanned(self._file, 0, issue)
 
-    def unusable(self, code: str, message: str) -> Told:
+    def unusable(self, code: str, message: str) -> Scanned:
         """Return the issue for a file that is not read completely."""
         fix = "write one JSON object per line"
-        return Told(self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix))
+        return Scanned(
+            self._file, 0, Issue(code=code, message=message, path=str(self._path), fix=fix)
+        )
 
-    def blocks(self, source: Source, begin: int, stamp: Stamp | None) -> Iterator[Told]:
+    def blocks(self, source: Source, begin: int, stamp: Stamp | None) -> Iterator[Scanned]:
         """Yield the parts of a file, from byte `begin` of its lines."""
         lines, step = source.lines, _FIRST
         unpacked = len(lines.read(begin))
@@ -122,13 +124,13 @@ class _Cutting:
             part = FilePart(
                 lines=block, closely=closely, rules=self._rules, max_line=self._max_line
             )
-            yield Told(self._file, source.size, part)
+            yield Scanned(self._file, source.size, part)
             step = min(2 * step, _LARGEST)
         end = End(source.kind, source.size, source.sha256, unpacked, stamp)
-        yield Told(self._file, source.size, end)
+        yield Scanned(self._file, source.size, end)
 
 
-_TASK: Final = "training_backends.datasets.scan_part:judge_told"
+_TASK: Final = "training_backends.datasets.scan_part:judge_scanned"
 
 _WORTH_PROCESSES: Final = 128 << 20
 """Bytes below which starting more processes is slower."""
@@ -194,9 +196,9 @@ class Reading:
     def issues_of_rows(self) -> Generator[Issue, None, None]:
         """Do the same in this process, without a search for duplicates."""
         for part in self._parts():
-            yield from self._take(judge_told(part))
+            yield from self._take(judge_scanned(part))
 
-    def _parts(self) -> Iterator[Told]:
+    def _parts(self) -> Iterator[Scanned]:
         for number, collector in enumerate(self._collectors):
             parts = parts_of(
                 number,

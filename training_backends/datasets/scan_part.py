@@ -38,10 +38,10 @@ __all__ = [
     "FilePart",
     "Judged",
     "Kind",
-    "Told",
+    "Scanned",
     "Verdict",
     "judge",
-    "judge_told",
+    "judge_scanned",
     "line_at_or_after",
     "lines_up_to",
     "packed_rules",
@@ -210,7 +210,7 @@ class End(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Scanned:
     """A part of a file, its end, or an issue of the file as a whole.
 
     Attributes:
@@ -225,7 +225,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """`Told` with a verdict instead of a part."""
+    """`Scanned` with a verdict instead of a part."""
 
     file: int
     done: int
@@ -244,10 +244,10 @@ def judge(part: FilePart) -> Verdict:
     return _Judging(part).run(io.BytesIO(part.lines), len(part.lines))
 
 
-def judge_told(told: Told) -> Judged:
+def judge_scanned(scanned: Scanned) -> Judged:
     """Check a part of a file; pass anything else through."""
-    what = told.what
-    return Judged(told.file, told.done, judge(what) if isinstance(what, FilePart) else what)
+    what = scanned.what
+    return Judged(scanned.file, scanned.done, judge(what) if isinstance(what, FilePart) else what)
 
 
 @lru_cache(maxsize=16)

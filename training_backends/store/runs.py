@@ -68,7 +68,7 @@ class Runs(Database):
             put_back(connection, run.id, steps)
 
     def restore_gateway(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Insert rows recovered from a damaged SQLite store, by table, as far as they are whole."""
+        """Insert rows recovered from a damaged SQLite store, by table, if they are complete."""
         with self._writing() as connection:
             for name, found in rows.items():
                 for row in found:

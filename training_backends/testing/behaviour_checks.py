@@ -120,7 +120,7 @@ class BehaviourChecks:
             state = await backend.status(run)
             expect(
                 state.status not in paused and not state.status.is_terminal,
-                f"a run that goes on, not {state.status}",
+                f"a run that continues, not {state.status}",
             )
         expect(list(subject.job_ids()) == before, "no further job")
 

@@ -95,7 +95,7 @@ class LaunchChecks:
             expect(set(subject.job_ids()) == before, f"no job after {status}")
             await _persist(subject, journal)
             made = set(subject.job_ids()) - before
-            expect(len(made) == 1, f"one job once {status} is over, not {len(made)}")
+            expect(len(made) == 1, f"one job after {status}, not {len(made)}")
 
     @needs("disturb", "heal")
     async def check_other_jobs_are_not_adopted(self, subject: Subject) -> None:

@@ -25,7 +25,7 @@ _WORD: Final = "half_done"
 class ObserveChecks:
     """Checks of observe, status, statuses and logs."""
 
-    async def check_another_process_goes_on(self, subject: Subject) -> None:
+    async def check_another_process_continues(self, subject: Subject) -> None:
         """A backend object that has never seen a run works from its record alone."""
         run = await subject.launched()
         other = subject.reopen()
@@ -38,7 +38,7 @@ class ObserveChecks:
             await other.aclose()
         expect(end.status is TrainingStatus.COMPLETED, f"completed, not {end.status}")
 
-    async def check_ends_are_told(self, subject: Subject) -> None:
+    async def check_ends_are_reported(self, subject: Subject) -> None:
         """Completion and failure are reported, with a result or a reason."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
@@ -52,7 +52,7 @@ class ObserveChecks:
         expect(bad.failure is not None and bool(bad.failure.message), "why it failed")
 
     async def check_end_is_final(self, subject: Subject) -> None:
-        """Every observation of a finished run reports its end, whoever observed it before."""
+        """Every observation of a finished run reports its end, also to another process."""
         run = await subject.launched()
         await subject.backend.observe(run)
         await subject.backend.status(run)
@@ -91,7 +91,7 @@ class ObserveChecks:
         expect(not wrong, "no outdated state of a finished run")
 
     async def check_observation_has_state_and_log(self, subject: Subject) -> None:
-        """An observation includes the whole log so far; the next one only what is new."""
+        """An observation includes the complete log so far; the next one only what is new."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
         seen = await subject.backend.observe(run)

@@ -212,10 +212,10 @@ class TinyBackend(TrainingBackend):
         return True
 
     async def status(self, run: TrainingRun) -> RunState:
-        return self._state(await self._job(self._id_of(run)))
+        return self._state(await self._job(self.job_id(run)))
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
-        job = await self._job(self._id_of(run))
+        job = await self._job(self.job_id(run))
         found: list[LogRecord] = []  # newest first, as the server lists events
         async with aclosing(self._list(FineTuningJobEvent, self._path(job.id, "events"))) as events:
             async for event in events:
@@ -239,7 +239,7 @@ class TinyBackend(TrainingBackend):
 
     async def _act(self, run: TrainingRun, action: str, done: Collection[TrainingStatus]) -> None:
         """Ask for a change; the server rejects one that has already happened."""
-        job_id = self._id_of(run)
+        job_id = self.job_id(run)
         try:
             await self._ask(FineTuningJob, "POST", self._path(job_id, action))
         except ConfigError:
@@ -320,11 +320,6 @@ class TinyBackend(TrainingBackend):
 
     def _path(self, job_id: str, *rest: str) -> str:
         return "/".join((_JOBS, path_segment(job_id), *rest))
-
-    def _id_of(self, run: TrainingRun) -> str:
-        if run.remote_id is None:
-            raise RunNotFound("This run has no job yet.", backend=self.name, run_id=run.id)
-        return run.remote_id
 
     # -- translation -------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -70,11 +70,7 @@ class MistralAPI:
     """
 
     def __init__(self, http: HttpClient) -> None:
-        self._http = http
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
+        self.http = http
 
     # -- files -------------------------------------------------------------------------
 
@@ -102,7 +98,7 @@ class MistralAPI:
             hashed=hashed,
             on_progress=on_progress,
         )
-        return _read(wire.UploadFileOut.model_validate, await self._http.upload(_FILES, upload))
+        return _read(wire.UploadFileOut.model_validate, await self.http.upload(_FILES, upload))
 
     async def iter_files(
         self, *, search: str | None = None, purpose: str | None = None
@@ -117,7 +113,7 @@ class MistralAPI:
             query = _query(
                 page=page, page_size=PAGE_SIZE, include_total=False, search=search, purpose=purpose
             )
-            document = await self._http.json("GET", _FILES, query=query)
+            document = await self.http.json("GET", _FILES, query=query)
             found = _read(wire.ListFilesOut.model_validate, document)
             return found.data, found.total or 0
 
@@ -128,15 +124,10 @@ class MistralAPI:
 
     async def retrieve_file(self, file_id: str) -> wire.RetrieveFileOut:
         """Retrieve a file's metadata."""
-        document = await self._http.json("GET", f"{_FILES}/{path_segment(file_id)}")
+        document = await self.http.json("GET", f"{_FILES}/{path_segment(file_id)}")
         return _read(wire.RetrieveFileOut.model_validate, document)
 
     # -- jobs --------------------------------------------------------------------------
-
-    @property
-    def clock_offset(self) -> timedelta | None:
-        """How far the server's clock was ahead at the last response; None if unknown."""
-        return self._http.clock_offset
 
     async def probe(self) -> None:
         """Request one job from the list, to check that the server serves jobs."""
@@ -147,12 +138,12 @@ class MistralAPI:
 
         The protocol has no operation for this; our gateway reports it at its health endpoint.
         """
-        found = (await self._http.json("GET", "/health")).get("integrations")
+        found = (await self.http.json("GET", "/health")).get("integrations")
         return frozenset(map(str, found)) if isinstance(found, list) else None
 
     async def _jobs_page(self, filters: JobFilters, page: int, page_size: int) -> dict[str, Any]:
         query = _query(page=page, page_size=page_size, **filters.model_dump())
-        return await self._http.json("GET", _JOBS, query=query)
+        return await self.http.json("GET", _JOBS, query=query)
 
     async def iter_listed(
         self, filters: JobFilters | None = None
@@ -197,29 +188,29 @@ class MistralAPI:
         """
         secrets = [SecretStr(entry.api_key) for entry in job.integrations or ()]
         secrets += [SecretStr(entry.token) for entry in job.repositories or ()]
-        document = await self._http.json("POST", _JOBS, body=job.to_wire(), secrets=secrets)
+        document = await self.http.json("POST", _JOBS, body=job.to_wire(), secrets=secrets)
         return _read(wire.read_job, document)
 
     async def get_job(self, job_id: str) -> wire.DetailedJob:
         """Retrieve a job with its events and checkpoints."""
-        document = await self._http.json("GET", f"{_JOBS}/{path_segment(job_id)}")
+        document = await self.http.json("GET", f"{_JOBS}/{path_segment(job_id)}")
         return _read(wire.read_detailed_job, document)
 
     async def start_job(self, job_id: str) -> wire.DetailedJob:
         """Start a validated job. Not retried once it may have arrived."""
-        document = await self._http.json("POST", f"{_JOBS}/{path_segment(job_id)}/start")
+        document = await self.http.json("POST", f"{_JOBS}/{path_segment(job_id)}/start")
         return _read(wire.read_detailed_job, document)
 
     async def cancel_job(self, job_id: str) -> wire.DetailedJob:
         """Cancel a job; safe to repeat."""
         path = f"{_JOBS}/{path_segment(job_id)}/cancel"
-        return _read(wire.read_detailed_job, await self._http.json("POST", path, repeatable=True))
+        return _read(wire.read_detailed_job, await self.http.json("POST", path, repeatable=True))
 
     # -- models ------------------------------------------------------------------------
 
     async def list_models(self) -> wire.ModelList:
         """List all models that the key may use."""
-        return _read(wire.ModelList.model_validate, await self._http.json("GET", _MODELS))
+        return _read(wire.ModelList.model_validate, await self.http.json("GET", _MODELS))
 
 
 async def _paged(

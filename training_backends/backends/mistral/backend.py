@@ -1,8 +1,7 @@
 """The backend for servers of the Mistral fine-tuning protocol."""
 
-import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -39,7 +38,7 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
+from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import (
     Observation,
@@ -51,6 +50,7 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.http.client import HttpClient
+from training_backends.http.health import server_health
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import (
@@ -186,7 +186,7 @@ class MistralAPIBackend(TrainingBackend):
         Raises:
             WaitTimeout: The server did not check the data in time; repeat to continue.
         """
-        with self._named(run):
+        with self.errors_of(run):
             return await self._launch(run, journal).launch()
 
     def _launch(self, run: TrainingRun, journal: Journal) -> Launch:
@@ -208,17 +208,17 @@ class MistralAPIBackend(TrainingBackend):
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Retrieve state and log with one request."""
-        with self._named(run):
+        with self.errors_of(run):
             reader = LogReader.after(after)
-            job = await self.api.get_job(self._job_id(run))
+            job = await self.api.get_job(self.job_id(run))
         records = tuple(reader.read(job))
         return Observation(self._state(job, run), records, reader.cursor)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Cancel the job; the protocol saves no checkpoint."""
         del save_checkpoint
-        with self._named(run):
-            job_id = self._job_id(run)
+        with self.errors_of(run):
+            job_id = self.job_id(run)
             if is_ending(await self.api.get_job(job_id)):
                 return
             try:
@@ -248,7 +248,7 @@ class MistralAPIBackend(TrainingBackend):
             UnsupportedOperation: The run is in progress or completed.
         """
         del checkpoint
-        with self._named(new_run):
+        with self.errors_of(new_run):
             launch = self._launch(new_run, journal)
             if new_run.remote_id is not None:
                 launch.anew = new_run.remote_id != run.remote_id
@@ -270,7 +270,7 @@ class MistralAPIBackend(TrainingBackend):
     async def _old_job(self, run: TrainingRun) -> Job | None:
         """Return the job of a run; None if a failed or cancelled run has none."""
         try:
-            return await self.api.get_job(self._job_id(run))
+            return await self.api.get_job(self.job_id(run))
         except RunNotFound:
             if run.status not in _BAD_ENDS:
                 raise
@@ -316,53 +316,25 @@ class MistralAPIBackend(TrainingBackend):
 
     async def health(self) -> Health:
         """Request one job from the list."""
-        began = time.monotonic()
-        try:
+
+        async def probe() -> HttpClient:
             await self.api.probe()
-        except CredentialNotFound as error:
-            # The default server without a key: not configured.
-            chosen = not self._settings.is_hosted or self._settings.profile is not None
-            return Health(ok=False, message=error.message, hint=error.hint, configured=chosen)
-        except TrainingBackendError as error:
-            return Health(ok=False, message=error.message, hint=error.hint)
-        took = time.monotonic() - began
-        return Health(
-            ok=True,
-            message=f"{self._settings.base_url} responded in {took:.2f} s",
-            clock_offset=self.api.clock_offset,
-        )
+            return self.api.http
+
+        # The default server without a key: not configured.
+        chosen = not self._settings.is_hosted or self._settings.profile is not None
+        return await server_health(probe, configured=chosen)
 
     async def aclose(self) -> None:
         """Close the connections."""
         opened, self._opened = self._opened, None
         if opened is not None:
-            await opened.aclose()
+            await opened.http.aclose()
 
     def _state(self, job: Job, run: TrainingRun | None = None) -> RunState:
         state = state_of(job, hosted=self._settings.is_hosted)
         quoted = run and run.estimate and run.estimate.basis == "quote"
         return state.model_copy(update={"estimate": None}) if quoted else state
-
-    def _job_id(self, run: TrainingRun) -> str:
-        if run.remote_id is None:
-            raise RunNotFound(
-                f"Run {run.id} has no job at the provider yet.",
-                hint=f"Run `training-backends launch --id {run.id}` with the same configuration "
-                "to continue.",
-                backend=self.name,
-                run_id=run.id,
-            )
-        return run.remote_id
-
-    @contextmanager
-    def _named(self, run: TrainingRun) -> Generator[None, None, None]:
-        """Add run and backend to every error."""
-        try:
-            yield
-        except TrainingBackendError as error:
-            error.run_id = error.run_id or run.id
-            error.backend = error.backend or self.name
-            raise
 
 
 def _provider_format(settings: MistralSettings) -> ProviderFormat:

@@ -2,7 +2,6 @@
 
 import math
 import string
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -42,7 +41,7 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import CredentialNotFound, RunNotFound, TrainingBackendError
+from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import CostItem, Estimate, PriceSource
 from training_backends.core.run import (
     LogRecord,
@@ -56,6 +55,7 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.client import HttpClient
+from training_backends.http.health import server_health
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
@@ -196,7 +196,7 @@ class OpenAIBackend(TrainingBackend):
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Retrieve the job, its new events and, if there is news, its checkpoints."""
         log = JobLog(Position.read(after), started_at=run.started_at)
-        job = await self.api.get_job(self._job_id(run))
+        job = await self.api.get_job(self.job_id(run))
         records = list(log.records(await self._new_events(job.id, log.position)))
         if job.status == "succeeded" and job.result_files and not log.position.has_metrics:
             records += await self._result_records(job, log)
@@ -279,7 +279,7 @@ class OpenAIBackend(TrainingBackend):
         """Request a change of the job's status, unless it is reached."""
         if action != "cancel" and not self._capabilities.pauses:
             raise self.unsupported("pause runs")
-        job_id = self._job_id(run)
+        job_id = self.job_id(run)
         if reached(to_status((await self.api.get_job(job_id)).status)):
             return
         try:
@@ -323,38 +323,20 @@ class OpenAIBackend(TrainingBackend):
 
     async def health(self) -> Health:
         """Request one job from the list."""
-        began = time.monotonic()
-        try:
+
+        async def probe() -> HttpClient:
             await self.api.probe()
-        except CredentialNotFound as error:
-            # The default server without a key: not configured.
-            chosen = not self._settings.is_hosted or self._settings.profile is not None
-            return Health(ok=False, message=error.message, hint=error.hint, configured=chosen)
-        except TrainingBackendError as error:
-            return Health(ok=False, message=error.message, hint=error.hint)
-        took = time.monotonic() - began
-        return Health(
-            ok=True,
-            message=f"{self._settings.base_url} responded in {took:.2f} s",
-            clock_offset=self.api.http.clock_offset,
-        )
+            return self.api.http
+
+        # The default server without a key: not configured.
+        chosen = not self._settings.is_hosted or self._settings.profile is not None
+        return await server_health(probe, configured=chosen)
 
     async def aclose(self) -> None:
         """Close the connections."""
         opened, self._opened = self._opened, None
         if opened is not None:
             await opened.http.aclose()
-
-    def _job_id(self, run: TrainingRun) -> str:
-        if run.remote_id is None:
-            raise RunNotFound(
-                f"Run {run.id} has no job at the provider yet.",
-                hint=f"Run `training-backends launch --id {run.id}` with the same configuration "
-                "to continue.",
-                backend=self.name,
-                run_id=run.id,
-            )
-        return run.remote_id
 
 
 def _capabilities(settings: OpenAISettings) -> Capabilities:

@@ -215,7 +215,7 @@ class OpenAILaunch:
         """Look for the job of a create request without a response, until it must exist.
 
         Raises:
-            AmbiguousLaunch: There are several that cannot be told apart.
+            AmbiguousLaunch: Several match, and nothing distinguishes them.
         """
         pauses, looked = self._pauses(), False
         # By another process: at an unknown time before now.

@@ -1,8 +1,7 @@
 """The backend for Together AI."""
 
-import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -65,6 +64,7 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import TOGETHER
 from training_backends.http.client import HttpClient
+from training_backends.http.health import server_health
 from training_backends.tokens import count_tokens
 
 __all__ = ["TogetherBackend"]
@@ -247,7 +247,7 @@ class TogetherBackend(TrainingBackend):
             DatasetError: Together rejected a file.
             WaitTimeout: Together did not check a file in time; repeat to continue.
         """
-        with self._named(run):
+        with self.errors_of(run):
             return await self._launch(run, journal)
 
     async def _launch(
@@ -265,9 +265,9 @@ class TogetherBackend(TrainingBackend):
 
     async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
         """Fetch the job, then its events, metrics and checkpoints."""
-        with self._named(run):
+        with self.errors_of(run):
             start = FineTunePosition.read(after)
-            job = await self.api.job(self._job_id(run))
+            job = await self.api.job(self.job_id(run))
             quiet = to_status(job.status) in _QUIET
             events, metrics = await self._snapshot(job, start)
             log = FineTuneLog(
@@ -314,8 +314,8 @@ class TogetherBackend(TrainingBackend):
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Cancel the job; whether Together keeps its last checkpoint is not documented."""
         del save_checkpoint
-        with self._named(run):
-            job_id = self._job_id(run)
+        with self.errors_of(run):
+            job_id = self.job_id(run)
             if await self._is_ending(job_id):
                 return
             try:
@@ -348,10 +348,10 @@ class TogetherBackend(TrainingBackend):
             ConfigError: The run has no such checkpoint.
             UnsupportedOperation: The run is in progress or has no checkpoint.
         """
-        with self._named(new_run):
+        with self.errors_of(new_run):
             if new_run.remote_id is not None:
                 return await self._launch(new_run, journal)
-            job = await self.api.job(self._job_id(run))
+            job = await self.api.job(self.job_id(run))
             if not to_status(job.status).is_terminal:
                 raise self.unsupported("resume a run in progress", "Stop it, or wait for its end.")
             steps = [str(each.step) for each in await self.api.checkpoints(job.id)]
@@ -387,57 +387,32 @@ class TogetherBackend(TrainingBackend):
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
         """Download the adapter, or the model of full fine-tuning, as an archive in `target`."""
-        with self._named(run):
-            job = await self.api.job(self._job_id(run))
+        with self.errors_of(run):
+            job = await self.api.job(self.job_id(run))
             kind = "adapter" if saves_adapter(job.training_type) else "model_output_path"
             return await self.api.download(job.id, kind, target / f"{kind}.tar.zst")
 
     async def delete(self, run: TrainingRun) -> None:
         """Delete the job and its model at Together."""
-        with self._named(run):
-            job = await self.api.job(self._job_id(run))
+        with self.errors_of(run):
+            job = await self.api.job(self.job_id(run))
             with suppress(RunNotFound):  # deleted, and the response was lost
                 await self.api.delete(job.id)
 
     async def health(self) -> Health:
         """Request the list of jobs."""
-        began = time.monotonic()
-        try:
+
+        async def probe() -> HttpClient:
             await self.api.jobs()
-        except CredentialNotFound as error:
-            return Health(ok=False, message=error.message, hint=error.hint, configured=False)
-        except TrainingBackendError as error:
-            return Health(ok=False, message=error.message, hint=error.hint)
-        return Health(
-            ok=True,
-            message=f"{self._settings.base_url} responded in {time.monotonic() - began:.2f} s",
-            clock_offset=self.api.http.clock_offset,
-        )
+            return self.api.http
+
+        return await server_health(probe, configured=False)
 
     async def aclose(self) -> None:
         """Close the connections."""
         opened, self._opened = self._opened, None
         if opened is not None:
             await opened.http.aclose()
-
-    def _job_id(self, run: TrainingRun) -> str:
-        if run.remote_id is None:
-            raise RunNotFound(
-                f"Run {run.id} has no job at Together yet.",
-                hint=f"Run `training-backends launch --id {run.id}` with the same configuration "
-                "to continue.",
-            )
-        return run.remote_id
-
-    @contextmanager
-    def _named(self, run: TrainingRun) -> Generator[None, None, None]:
-        """Add run and backend to every error."""
-        try:
-            yield
-        except TrainingBackendError as error:
-            error.run_id = error.run_id or run.id
-            error.backend = error.backend or self.name
-            raise
 
 
 def _issue(code: str, error: TrainingBackendError, field: str | None) -> Issue:

@@ -71,7 +71,7 @@ class _SafeConsole(Console):
         return super().render(renderable, options)
 
     def on_broken_pipe(self) -> None:
-        """End the command if nobody reads its results; do without notes that nobody reads."""
+        """End the command if its results have no reader; drop notes that have none."""
         if not self.stderr:
             raise PipeClosed
         self.quiet = True
@@ -91,7 +91,7 @@ def write(text: str, file: IO[str] | None = None, *, flush: bool = False) -> Non
     """Write text as it is, to standard output unless a file is given.
 
     Raises:
-        PipeClosed: Nobody reads it.
+        PipeClosed: The reader has closed the pipe.
     """
     file = file or sys.stdout
     try:

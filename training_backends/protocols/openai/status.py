@@ -98,7 +98,7 @@ def to_wire(status: TrainingStatus) -> str | None:
 
 
 def is_file_settled(word: str | None) -> bool:
-    """Return whether a file's status is final, so that waiting is over.
+    """Return whether a file's status is final, so that there is nothing to wait for.
 
     Azure processes files before a job may use them; a server that sends no status does not.
     """
