@@ -1,6 +1,7 @@
 """Bringing the view of live runs up to date; runs that only another home can observe."""
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 
 import anyio
@@ -90,6 +91,7 @@ async def test_a_backend_out_of_reach_is_no_error(
     assert missed["away"] == "the network is down"
     assert "ZeroDivisionError" in missed["broken"]
     assert missed["silent"] == "silent did not answer within 3 s"
+    assert {run.id for run in runs.values() if run.stale} == {"away", "broken", "silent"}
     assert runs["scripted"].status is TrainingStatus.COMPLETED
 
 
@@ -194,23 +196,28 @@ async def test_the_other_home_s_run_can_be_waited_for(
     """Its end, and its log, come through the store, written by whoever can observe it."""
     run = await a.launch(make_config(), backend="tied", run_id="theirs")
     over: list[TrainingRun] = []
-    records: list[str] = []
+    messages: set[str] = set()
 
     async def wait() -> None:
         over.extend(await b.wait(run.id))
 
     async def follow() -> None:
-        records.extend(record.message for record in await read_log(b, run.id, follow=True))
+        async with aclosing(b.logs(run.id, follow=True)) as followed:
+            async for record in followed:
+                messages.add(record.message)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         tasks.start_soon(follow)
+        machine_a.log(str(run.remote_id), "halfway")
+        await a.refresh()
+        await until(lambda: "halfway" in messages)
         machine_a.log(str(run.remote_id), "nearly there")
         machine_a.finish(str(run.remote_id))
         await a.refresh()
-        await until(lambda: over and records)
+        await until(lambda: over)
     assert [each.status for each in over] == [TrainingStatus.COMPLETED]
-    assert "nearly there" in records
+    assert "nearly there" in messages
 
 
 async def test_a_launch_cut_off_on_another_machine_is_not_repeated_here(

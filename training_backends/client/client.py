@@ -41,6 +41,7 @@ from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig, given_options
 from training_backends.core.dataset import Counting, CountProgress, Dataset
 from training_backends.core.errors import (
+    BackendUnavailable,
     ConfigError,
     Issue,
     RunNotFound,
@@ -359,7 +360,7 @@ class AsyncTrainingClient:
         began = utc_now()
         poller = self._poller(name, only=[run.id for run in given] or None)
         reason = f"{name} did not answer within {timeout or 0:g} s"
-        with anyio.move_on_after(timeout):
+        with anyio.move_on_after(timeout) as limit:
             try:
                 for run in given:
                     if run.status.is_terminal:
@@ -370,9 +371,14 @@ class AsyncTrainingClient:
             except TrainingBackendError as error:
                 reason = error.message
         await poller.load()
-        for run in poller.runs.values():
-            if run.last_seen_at is None or run.last_seen_at < began:
-                missed[run.id] = self._why_missed(poller, run) or reason
+        unseen = [
+            run
+            for run in poller.runs.values()
+            if run.last_seen_at is None or run.last_seen_at < began
+        ]
+        if limit.cancelled_caught and len(unseen) == len(poller.runs):
+            await self._observer.unreachable(unseen, BackendUnavailable(reason))
+        missed.update((run.id, self._why_missed(poller, run) or reason) for run in unseen)
 
     def _why_missed(self, poller: Poller, run: TrainingRun) -> str | None:
         if (error := poller.trouble_of(run.id)) is not None:
