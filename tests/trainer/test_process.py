@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
@@ -141,21 +140,6 @@ def test_a_directory_in_use_is_left_alone(make_run: MakeRun, tmp_path: Path) -> 
         assert train(run.path) is TrainerExitCode.ALREADY_ACTIVE
     assert not run.exit.exists()
     assert run.read_events() == []
-
-
-def test_a_stop_ends_a_queued_run_at_once(make_run: MakeRun, tmp_path: Path, engine: Any) -> None:
-    """With every slot taken a process waits without loading anything, and hears a stop."""
-    slots = tmp_path / "slots"
-    slots.mkdir()
-    run = make_run(tmp_path / "r", slots_dir=slots, slots=2)
-    with hold_lock(slots / "0.lock"), hold_lock(slots / "1.lock"):
-        child = engine.start("train", run.path)
-        wait_until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
-        run.request_stop()
-        assert child.wait(timeout=10) == TrainerExitCode.STOPPED
-    record = run.read_exit()
-    assert record is not None
-    assert (record.status, record.step) == ("stopped", 0)
 
 
 def test_a_free_slot_is_taken(make_run: MakeRun, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.effort import is_thorough
-from tests.trainer.conftest import Trainer
+from tests.forking import Trainer
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.waiting import wait_until
 from training_backends.rundir.directory import CheckpointState, RunDir, TrainerExitCode
