@@ -44,7 +44,7 @@ class Trainer:
             listener.bind(self.address)
             listener.listen()
             self._server = subprocess.Popen(
-                [sys.executable, __file__, "--serve", str(listener.fileno())],
+                [sys.executable, "-P", __file__, "--serve", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
             )
