@@ -49,7 +49,8 @@ def make(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> MakeRun
 
     def make(**changes: Any) -> RunDir:
         path = tmp_path_factory.mktemp("runs") / "r"
-        common = {"training_steps": STEPS, "validation": [], "micro_batch_size": 2}
+        length = {"training_steps": STEPS, "checkpoint_every": STEPS}
+        common = {**length, "validation": [], "micro_batch_size": 2}
         return make_run(path, **{**common, **changes})
 
     return make

@@ -39,13 +39,13 @@ def test_the_untrained_model_says_the_same_thing_every_time(
 def test_a_prompt_may_stand_on_standard_input_behind_the_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is taken as it is, the end of its last line too."""
+    """It is taken as it is, the end of its last line too, and need be no text."""
     with monkeypatch.context() as patched:
         patched.setenv("HF_TOKEN", "set by the program, and taken back here")
         patched.setenv(ON_STDIN, "1")
-        patched.setattr("sys.stdin", TextIOWrapper(BytesIO(b"secret\nhi\nyou\n")))
+        patched.setattr("sys.stdin", TextIOWrapper(BytesIO(b"secret\nhi\0\xff\nyou\n")))
         assert main([*ASKED]) == 0
-    assert main([*ASKED, "--prompt", "hi\nyou\n"]) == 0
+    assert main([*ASKED, "--prompt", "hi\0\ufffd\nyou\n"]) == 0
     one, other = capsys.readouterr().out.splitlines()
     assert one == other
 

@@ -30,19 +30,19 @@ def metrics(run: RunDir) -> dict[int, MetricsRow]:
 def finished(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that was trained from beginning to end without a break."""
     path = tmp_path_factory.mktemp("runs") / "finished"
-    run = make_run(path, sample_prompt="3 plus 4?", sample_max_tokens=16)
+    run = make_run(path, training_steps=20, sample_prompt="3 plus 4?", sample_max_tokens=16)
     assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
 def test_loss_falls_and_the_end_is_told(finished: RunDir) -> None:
-    """A run of thirty steps learns, writes a row a step, and says where its result lies."""
+    """A run of twenty steps learns, writes a row a step, and says where its result lies."""
     rows = metrics(finished)
-    assert list(rows) == list(range(1, 31))
-    assert rows[30].train_loss < 0.7 * rows[1].train_loss
+    assert list(rows) == list(range(1, 21))
+    assert rows[20].train_loss < 0.7 * rows[1].train_loss
     record = finished.read_exit()
     assert record is not None
-    assert (record.status, record.code, record.step) == ("completed", 0, 30)
+    assert (record.status, record.code, record.step) == ("completed", 0, 20)
     assert record.result is not None
     assert (record.result.format, record.result.base_model) == ("full", "tiny-mistral")
     assert not finished.is_active()
@@ -58,7 +58,7 @@ def test_learning_rate_rises_and_falls(finished: RunDir) -> None:
 def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     """Each checkpoint that was due is an event; the newest three lie on disk."""
     events = [e for e, _ in finished.read_events() if e.name == "checkpoint"]
-    assert [e.step for e in events] == [5, 10, 15, 20, 25, 30]
+    assert [e.step for e in events] == [5, 10, 15, 20]
     for event in events:
         found = event.data["metrics"]
         names = {"train_loss", "mean_train_loss", "valid_loss", "valid_mean_token_accuracy"}
@@ -67,7 +67,7 @@ def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     losses = [row.train_loss for row in metrics(finished).values()][5:10]
     assert events[1].data["metrics"]["train_loss"] == losses[-1]
     assert events[1].data["metrics"]["mean_train_loss"] == pytest.approx(sum(losses) / 5)
-    assert [state.step for _, state in finished.read_checkpoints()] == [20, 25, 30]
+    assert [state.step for _, state in finished.read_checkpoints()] == [10, 15, 20]
 
 
 def test_validation_is_what_the_result_gives(finished: RunDir, data: Path) -> None:
@@ -83,7 +83,7 @@ def test_validation_is_what_the_result_gives(finished: RunDir, data: Path) -> No
                 loss -= float(said[position - 1, ids[position]])
                 right += int(said[position - 1].argmax()) == ids[position]
                 count += 1
-    last = metrics(finished)[30]
+    last = metrics(finished)[20]
     assert last.valid_loss == pytest.approx(loss / count, rel=1e-4)
     assert last.valid_mean_token_accuracy == pytest.approx(right / count)
 
@@ -254,7 +254,8 @@ def test_micro_batches_change_memory_not_the_result(
     finished: RunDir, make_run: MakeRun, tmp_path: Path
 ) -> None:
     """Four rows at once or two times two: the losses are the same but for rounding."""
-    run = make_run(tmp_path / "r", micro_batch_size=2)
+    changes = {"training_steps": 20, "checkpoint_every": 20, "validation": []}
+    run = make_run(tmp_path / "r", micro_batch_size=2, **changes)
     assert train(run.path) is TrainerExitCode.DONE
     expected = [row.train_loss for row in metrics(finished).values()]
     assert [row.train_loss for row in metrics(run).values()] == pytest.approx(expected, rel=1e-3)
