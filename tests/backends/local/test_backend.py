@@ -15,6 +15,7 @@ import pytest
 from anyio import to_thread
 
 from tests.backends.local.conftest import is_over, until_state
+from tests.forking import Trainer
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.errors import (
     ConfigError,
@@ -60,10 +61,10 @@ async def collect(
 
 @pytest.fixture(scope="module")
 def finished(
-    make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
+    make_run: MakeRun, trainer: Trainer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LocalBackend, TrainingRun, list[LogRecord]]:
     """A completed run, and its log as it was followed live."""
-    backend = LocalBackend(tmp_path_factory.mktemp("home"))
+    backend = LocalBackend(tmp_path_factory.mktemp("home"), program=trainer.program)
     run = make_run(options={"device": "cpu", "sample_prompt": "3 plus 3?"})
 
     async def live() -> list[LogRecord]:
