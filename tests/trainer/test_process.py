@@ -1,7 +1,9 @@
 """Real training runs of the built-in model, from the spec to the result."""
 
 import json
+import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,44 @@ def test_gradients_that_are_no_numbers_end_a_run(
     assert record.failure is not None
     assert "gradient norm is nan at step 1" in record.failure.message
     assert run.read_checkpoints() == []
+
+
+def choices() -> list[str]:
+    """Return rows with a word in the question that decides the answer, each of them once."""
+    answers = {"cat": "p", "sun": "s", "bus": "r"}
+    rows = []
+    for place, word, others in product(
+        range(4), answers, product(["one", "two", "red", "old", "new", "far"], repeat=3)
+    ):
+        text = " ".join([*others[:place], word, *others[place:]])
+        roles = {"user": text, "assistant": answers[word]}
+        chat = [{"role": role, "content": content} for role, content in roles.items()]
+        rows.append(json.dumps({"messages": chat}))
+    random.Random(1).shuffle(rows)
+    return rows
+
+
+def test_answers_are_learnt_for_questions_that_it_has_not_seen(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """An answer is a letter, and the end token, which is right from early on."""
+    rows = choices()
+    seen, unseen = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    seen.write_text("\n".join(rows[:960]))
+    unseen.write_text("\n".join(rows[960:1016]))
+    run = make_run(
+        tmp_path / "r",
+        train=[seen],
+        validation=[unseen],
+        training_steps=60,
+        batch_size=16,
+        checkpoint_every=10,
+    )
+    assert train(run.path) is TrainerExitCode.DONE
+    told = [row.valid_mean_token_accuracy for row in metrics(run).values()]
+    first, *_, last = [accuracy for accuracy in told if accuracy is not None]
+    assert first < 0.75, "chance is a third of the letters"
+    assert last >= 0.975
 
 
 def test_micro_batches_change_memory_not_the_result(
