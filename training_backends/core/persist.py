@@ -120,17 +120,17 @@ async def settle(
 
     Args:
         look: Returns what it has found, or None.
-        within: Seconds after which the request no longer takes effect.
+        within: Seconds to wait between looks in total; then the request no longer takes effect.
     """
-    latest = time.monotonic() + within
     growing = pauses or Backoff(_SHORTEST, _LONGEST)
-    looked = False
+    left, looked = within, False
     while (found := await look()) is None:
-        left = latest - time.monotonic()
         if looked and left <= 0:
             return None
         looked = True
-        await anyio.sleep(min(growing.next(), left) if left > 0 else growing.next())
+        pause = min(growing.next(), left) if left > 0 else growing.next()
+        await anyio.sleep(pause)
+        left -= pause  # not the time that slow requests take
     return found
 
 
