@@ -69,7 +69,7 @@ class Environment:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=200,
+            timeout=380,
             check=False,
         )
         assert done.returncode == 0, done.stdout

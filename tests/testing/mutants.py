@@ -36,7 +36,7 @@ from training_backends import (
     TrainingStatus,
     ValidationReport,
 )
-from training_backends.plugins import Answer, HttpClient, JSONValue, KeySource
+from training_backends.plugins import HttpClient, JSONValue, KeySource
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -184,16 +184,16 @@ def creating(kind: type[Exception], make: Callable[[str], Exception]) -> type[Ti
     return Creating
 
 
-Send = Callable[..., Awaitable[Answer]]
+Send = Callable[..., Awaitable[Any]]
 
 
-def sending(send: Callable[..., Awaitable[Answer]]) -> type[TinyBackend]:
-    """Make a backend whose requests are sent by a function, which gets the usual one first."""
+def sending(send: Callable[..., Awaitable[Any]]) -> type[TinyBackend]:
+    """Make a backend that requests documents with a function, which gets the usual one first."""
 
     class Sending(TinyBackend):
         def connect(self, key: KeySource) -> HttpClient:
             http = super().connect(key)
-            http.send = partial(send, http.send)  # type: ignore[method-assign,assignment]
+            http.json = partial(send, http.json)  # type: ignore[method-assign,assignment]
             return http
 
     return Sending
@@ -202,7 +202,7 @@ def sending(send: Callable[..., Awaitable[Answer]]) -> type[TinyBackend]:
 def asking(kind: type[Exception], make: Callable[[str], Exception]) -> type[TinyBackend]:
     """Make a backend whose every request raises another error instead of `kind`."""
 
-    async def send(usual: Send, *args: Any, **request: Any) -> Answer:
+    async def send(usual: Send, *args: Any, **request: Any) -> Any:
         try:
             return await usual(*args, **request)
         except kind as error:
@@ -222,7 +222,7 @@ KILLED = "killed_anywhere_makes_one_job"
 FIELDS = "fields_arrive_or_are_rejected"
 
 
-async def _repeat(usual: Send, *args: Any, **request: Any) -> Answer:
+async def _repeat(usual: Send, *args: Any, **request: Any) -> Any:
     return await usual(*args, **{**request, "repeatable": True})
 
 
@@ -654,7 +654,7 @@ put(
 )
 
 
-async def _with_cause(usual: Send, *args: Any, **request: Any) -> Answer:
+async def _with_cause(usual: Send, *args: Any, **request: Any) -> Any:
     try:
         return await usual(*args, **request)
     except BackendUnavailable as error:
@@ -792,7 +792,7 @@ CANCEL = "calls_can_be_cancelled"
 HEALTH = "health_reports_problems"
 
 
-async def _block(usual: Send, *args: Any, **request: Any) -> Answer:
+async def _block(usual: Send, *args: Any, **request: Any) -> Any:
     time.sleep(0.3)  # noqa: ASYNC251  # the fault
     return await usual(*args, **request)
 
