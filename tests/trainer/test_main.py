@@ -105,7 +105,12 @@ def test_a_queued_run_trains_once_there_is_a_slot(
     run = make_run(tmp_path / "run", slots_dir=slots, training_steps=1, validation=[])
     with ThreadPoolExecutor() as threads, ExitStack() as taken:
         taken.enter_context(hold_lock(slots / "0.lock"))
-        threads.submit(lambda: wait_until(run.read_events) and taken.close())
+
+        def leave() -> None:
+            wait_until(run.read_events)
+            taken.close()
+
+        threads.submit(leave)
         assert main(["train", str(run.path)]) == TrainerExitCode.DONE
     statuses = [event.data.get("status") for event, _ in run.read_events()]
     assert [*filter(None, statuses)] == ["queued", "initializing", "running", "completed"]
