@@ -16,7 +16,7 @@ from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue
 from training_backends.core.estimate import Estimate, Money
 from training_backends.core.redaction import redact
-from training_backends.core.status import TrainingStatus, may_follow
+from training_backends.core.status import ON_THE_WAY, TrainingStatus, may_follow
 
 __all__ = [
     "RUN_ID_PATTERN",
@@ -260,6 +260,21 @@ class TrainingRun(BaseModel, frozen=True):
     place: Place | None = None
     last_seen_at: UtcDatetime | None = None
     stale: Staleness | None = None
+
+    def has_reached(self, status: TrainingStatus) -> bool:
+        """Return whether the run has this status, or is past it by its record.
+
+        Only the statuses up to `running` can be passed; any other has been reached only while the
+        run has it.
+        """
+        if self.status is status or status not in ON_THE_WAY:
+            return self.status is status
+        if self.status in ON_THE_WAY:
+            return ON_THE_WAY.index(self.status) > ON_THE_WAY.index(status)
+        if self.status in {TrainingStatus.PAUSED, TrainingStatus.COMPLETED}:
+            return True
+        # It may have failed, or been stopped, before it was started.
+        return status is TrainingStatus.PENDING or bool(self.started_at or self.step)
 
     def updated(self, state: RunState, *, seen_at: datetime | None = None) -> Self:
         """Return the run updated with `state`.
