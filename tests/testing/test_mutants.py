@@ -13,11 +13,12 @@ from pydantic import SecretStr
 
 from tests.effort import is_thorough
 from tests.plugins.tiny_openai.tiny_openai import TinyBackend, TinySettings
-from tests.testing.mutants import MUTANTS, Mutant
+from tests.testing.mutants import MUTANTS, Mutant, Paging
 from tests.testing.tiny_subject import KEY, TinySubject
 from training_backends import BackendContext, Dataset, TrainingConfig
 from training_backends.datasets.inspect import inspect
 from training_backends.testing.conformance import BackendConformance
+from training_backends.testing.observe_checks import ObserveChecks
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +51,14 @@ async def test_sound_backend_passes_every_check(config: TrainingConfig, dataset:
     """The example backend passes all checks; its subject has every hook, so none is skipped."""
     report = await BackendConformance(lambda: TinySubject(config, dataset)).run_all()
     assert report.passed == BackendConformance.checks(), str(report)
+
+
+async def test_log_may_be_returned_in_parts(config: TrainingConfig, dataset: Dataset) -> None:
+    """A backend that says that there is more passes every check of the log."""
+    kit = BackendConformance(lambda: TinySubject(config, dataset, Paging))
+    for name in vars(ObserveChecks):
+        if name.startswith("check_"):
+            await kit.run(name)
 
 
 @pytest.mark.timeout(600)  # every check on each fault, where tests are thorough

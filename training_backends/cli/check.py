@@ -160,7 +160,7 @@ def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
         file=shlex.quote(file),
         backend=backend,
         model=_MODELS.get(backend, "base-model"),
-        method="sft" if "sft" in methods or not methods else methods[0],
+        method="sft" if "sft" in methods else methods[0],
         methods=", ".join(methods),
         validation="  # validation: validation.jsonl\n" * capabilities.validation_files,
         rest="".join(f"{line}\n" for line in rest),

@@ -51,8 +51,10 @@ FailureKind = Literal[
     "lost",
     "timeout",
     "provider",
+    "program",
     "internal",
 ]
+"""Why a run failed; `program` is the user's own program, `internal` a bug or this machine."""
 
 
 def utc_now() -> datetime:
@@ -324,7 +326,7 @@ class LogRecord(BaseModel, frozen=True):
 
     Attributes:
         at: When it happened; None if the provider does not report it. The store then uses the
-            time of the observation.
+            time of the observation, or that of the end of the run if it is earlier.
         source: See above. The client adds `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
@@ -349,18 +351,22 @@ class Observation:
     A cursor is a position in the log of one run, in a form of the backend's choice that any
     process can continue from. Observing after it returns every later record once, oldest first.
 
-    The observation of a terminal state completes the log: `records` ends with the run's last
-    record, and there are never any after `cursor`.
+    An observation need not contain all records: with `more`, it is continued at once. The
+    observation of a terminal state without `more` completes the log: `records` ends with the run's
+    last record, and there are never any after `cursor`.
 
     Attributes:
-        records: All records after the cursor that was given.
+        records: The records after the cursor that was given.
         cursor: Where the next observation continues: at or after the cursor of the last record,
             and the given cursor if nothing is new; None: the beginning.
+        more: There are already records after `cursor`, which is not the given one. Use it for logs
+            of any length; otherwise all records must be returned.
     """
 
     state: RunState
     records: tuple[LogRecord, ...] = ()
     cursor: str | None = None
+    more: bool = False
 
 
 def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
@@ -43,6 +44,8 @@ _SUPERVISOR: Final = (
     "-m",
     "training_backends.backends.command.supervisor",
 )
+_PAGE: Final = 5000
+"""Lines of an observation."""
 _FREE: Final = Money.model_validate("0 USD")
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 
@@ -108,6 +111,7 @@ class CommandBackend(TrainingBackend):
             weights=True,
             validation_files=True,
             resources=frozenset({"workers", "cpus", "gpus", "max_duration"}),
+            names_result=False,
             resumes="anew",
             deletes=True,
         )
@@ -194,8 +198,10 @@ class CommandBackend(TrainingBackend):
             )
         end = directory.read_end()  # first: what is written later belongs to the next observation
         state = self._here(directory.read_state(end))
-        records = tuple(directory.read_records(int(after or 0), end))
-        return Observation(state, records, records[-1].cursor if records else after)
+        with closing(directory.read_records(int(after or 0), end)) as lines:
+            records = tuple(islice(lines, _PAGE))
+            more = next(lines, None) is not None
+        return Observation(state, records, records[-1].cursor if records else after, more)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Ask for a stop: SIGTERM to the command's process group, then SIGKILL."""
