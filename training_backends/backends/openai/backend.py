@@ -5,13 +5,12 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, Final, Literal, Self, cast
+from typing import ClassVar, Final, Literal
 
 import anyio.to_thread
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 
 from training_backends.backends.openai.api import OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import (
@@ -29,13 +28,11 @@ from training_backends.backends.openai.settings import (
     Variant,
 )
 from training_backends.core.backend import (
-    BackendContext,
     CredentialSource,
     Health,
     Journal,
     RemoteFilters,
     RemoteRun,
-    TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
@@ -51,9 +48,10 @@ from training_backends.core.run import (
     ValidationReport,
     utc_now,
 )
-from training_backends.core.settings import SectionSettings, load_settings
+from training_backends.core.settings import SectionSettings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
+from training_backends.http.backend import ServerBackend
 from training_backends.http.client import HttpClient
 from training_backends.http.health import server_health
 from training_backends.protocols.openai.errors import error_from_answer
@@ -80,7 +78,7 @@ _FEW: Final = 3
 """Up to this many runs are requested one by one."""
 
 
-class OpenAIBackend(TrainingBackend):
+class OpenAIBackend(ServerBackend[OpenAISettings, OpenAIAPI]):
     """Trains on a server of the OpenAI fine-tuning protocol.
 
     OpenAI's own service accepts no new jobs from 2027-01-06 on; Azure, Nebius and
@@ -95,53 +93,19 @@ class OpenAIBackend(TrainingBackend):
     def __init__(
         self, *, credentials: CredentialSource, settings: OpenAISettings | None = None
     ) -> None:
-        self._credentials = credentials
-        self._settings = settings or load_settings(OpenAISettings)
-        self._opened: OpenAIAPI | None = None
+        super().__init__(credentials=credentials, settings=settings)
         self._capabilities = _capabilities(self._settings)
 
-    @classmethod
-    def create(cls, context: BackendContext) -> Self:
-        """Create the backend from the settings in section `openai`."""
-        settings = cast("OpenAISettings | None", context.settings)
-        return cls(credentials=context.credentials, settings=settings)
-
-    @property
-    def api(self) -> OpenAIAPI:
-        """The client of the protocol, with one connection pool.
-
-        Raises:
-            ConfigError: The key would travel unencrypted to another host.
-        """
-        if self._opened is None:
-            http = HttpClient(
-                self._settings.base_url,
-                key=self._key,
-                key_header=self._settings.header,
-                query=tuple(self._settings.query.items()),
-                decode_error=_decode_error,
-                policy=self._settings.policy(),
-                backend=self.name,
-            )
-            self._opened = OpenAIAPI(http)
-        return self._opened
-
-    async def _key(self) -> SecretStr:
-        return await self._credentials.get("openai", self._settings.profile)
+    def _open(self) -> OpenAIAPI:
+        chosen = self._settings
+        return OpenAIAPI(
+            self._http(_decode_error, key_header=chosen.header, query=tuple(chosen.query.items()))
+        )
 
     @property
     def capabilities(self) -> Capabilities:
         """The capabilities of the protocol's variant."""
         return self._capabilities
-
-    @property
-    def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Return the polling interval from the settings."""
-        longest = self._settings.poll_max
-        return (
-            timedelta(seconds=self._settings.poll_min),
-            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
-        )
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate options and values; the server checks the data after the job is created."""
@@ -331,12 +295,6 @@ class OpenAIBackend(TrainingBackend):
         # The default server without a key: not configured.
         chosen = not self._settings.is_hosted or self._settings.profile is not None
         return await server_health(probe, configured=chosen)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            await opened.http.aclose()
 
 
 def _capabilities(settings: OpenAISettings) -> Capabilities:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final
 
 import anyio.to_thread
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 
 from training_backends.backends.together.api import ERRORS, TogetherAPI
 from training_backends.backends.together.job_log import FineTuneLog, FineTunePosition, state_of
@@ -38,13 +37,10 @@ from training_backends.backends.together.wire import (
     JobPrice,
 )
 from training_backends.core.backend import (
-    BackendContext,
-    CredentialSource,
     Health,
     Journal,
     RemoteFilters,
     RemoteRun,
-    TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import DataSource, TrainingConfig
@@ -60,9 +56,10 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import Observation, RunState, TrainingRun, ValidationReport
-from training_backends.core.settings import SectionSettings, load_settings
+from training_backends.core.settings import SectionSettings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import TOGETHER
+from training_backends.http.backend import ServerBackend
 from training_backends.http.client import HttpClient
 from training_backends.http.health import server_health
 from training_backends.tokens import count_tokens
@@ -91,7 +88,7 @@ _SNAPSHOT_ATTEMPTS: Final = 5
 """How often events and metrics are fetched until no event came in between."""
 
 
-class TogetherBackend(TrainingBackend):
+class TogetherBackend(ServerBackend[TogetherSettings, TogetherAPI]):
     """Trains at Together AI, with its price before the start and a download afterwards."""
 
     name: ClassVar[str] = "together"
@@ -99,50 +96,13 @@ class TogetherBackend(TrainingBackend):
     options_model: ClassVar[type[BaseModel]] = TogetherOptions
     settings_model: ClassVar[type[SectionSettings] | None] = TogetherSettings
 
-    def __init__(
-        self, *, credentials: CredentialSource, settings: TogetherSettings | None = None
-    ) -> None:
-        self._credentials = credentials
-        self._settings = settings or load_settings(TogetherSettings)
-        self._opened: TogetherAPI | None = None
-
-    @classmethod
-    def create(cls, context: BackendContext) -> Self:
-        """Create the backend from the settings in section `together`."""
-        settings = cast("TogetherSettings | None", context.settings)
-        return cls(credentials=context.credentials, settings=settings)
-
-    @property
-    def api(self) -> TogetherAPI:
-        """The client, with one connection pool.
-
-        Raises:
-            ConfigError: The key would travel unencrypted to another host.
-        """
-        if self._opened is None:
-            http = HttpClient(
-                self._settings.base_url,
-                key=self._key,
-                decode_error=ERRORS,
-                policy=self._settings.policy(),
-                backend=self.name,
-            )
-            self._opened = TogetherAPI(http)
-        return self._opened
-
-    async def _key(self) -> SecretStr:
-        return await self._credentials.get("together", self._settings.profile)
+    def _open(self) -> TogetherAPI:
+        return TogetherAPI(self._http(ERRORS))
 
     @property
     def capabilities(self) -> Capabilities:
         """What Together supports; epochs are whole, and learning rates absolute."""
         return _CAPABILITIES
-
-    @property
-    def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """Return the polling interval from the settings."""
-        chosen = self._settings
-        return timedelta(seconds=chosen.poll_min), timedelta(seconds=chosen.longest_poll)
 
     # -- before a launch ---------------------------------------------------------------
 
@@ -407,12 +367,6 @@ class TogetherBackend(TrainingBackend):
             return self.api.http
 
         return await server_health(probe, configured=False)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            await opened.http.aclose()
 
 
 def _issue(code: str, error: TrainingBackendError, field: str | None) -> Issue:
