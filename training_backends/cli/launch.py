@@ -73,7 +73,7 @@ def launch(
         if not await _is_under_way(client, run_id):
             _need_consent(client, name, file.config, yes=yes)
         return await client.launch(
-            file.config,
+            file,
             backend=name,
             run_id=run_id,
             on_progress=view.progress,

@@ -647,14 +647,15 @@ class AsyncTrainingClient:
 
         Without unset options, and with the digest of its chat template.
         """
-        found = await to_thread.run_sync(to_config, config)
+        options = None if backend is None else backend.options_model
+        found = await to_thread.run_sync(to_config, config, options)
         if found.chat_template is not None:
             template = await to_thread.run_sync(found.chat_template.pinned)
             found = found.model_copy(update={"chat_template": template})
-        if backend is None or not found.options:
+        if options is None or not found.options:
             return found
-        options = given_options(backend.options_model, found.options)
-        return found.model_copy(update={"options": options})
+        given = given_options(options, found.options)
+        return found.model_copy(update={"options": given})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         if backend is not None and not backend.capabilities.inspects:

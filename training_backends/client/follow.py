@@ -175,8 +175,9 @@ class Following:
         paused: set[str] = set()
         while True:
             for run_id in [*run_ids]:
-                known = poller.runs.get(run_id)
-                run = known or await to_thread.run_sync(self._store.get, run_id)
+                run = poller.runs.get(run_id)
+                if run is None:
+                    run = await to_thread.run_sync(self._store.get, run_id)
                 if is_reached(run, until, fresh=fresh):
                     self._note_reached(run, until, reached)
                     run_ids.remove(run_id)

@@ -94,9 +94,11 @@ async def port(
             exists.
         DatasetError: A data file to be converted cannot be read.
     """
-    given = await to_thread.run_sync(to_config, config)
     target = await to_thread.run_sync(client.backend, to)
     origin = await _source(client, source)
+    given = await to_thread.run_sync(
+        to_config, config, None if origin is None else origin.options_model
+    )
     length = await _length(client, given, origin) if _needs_length(given, target) else None
     draft = _port_fields(given, target, origin, model=model, length=length)
     if any(issue.field == "method" for issue in draft.issues()):

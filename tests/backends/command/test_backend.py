@@ -204,12 +204,14 @@ async def test_only_finished_runs_are_deleted(backend: CommandBackend, tmp_path:
 
 
 async def test_client_runs_a_command_over_any_data(tmp_path: Path) -> None:
-    """Neither model nor method is needed, and data may be a directory or a file of any content."""
+    """Neither model nor method is needed, and data may be a directory or a file of any content.
+
+    The working directory is relative to the configuration file.
+    """
     table = tmp_path / "table.csv"
     table.write_text("a;b\n")
-    config = TrainingConfig.model_validate(
-        {"data": {"train": [table, tmp_path]}, "options": {"command": f"cat {table}"}}
-    )
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {train: [table.csv, .]}\noptions: {command: cat table.csv, cwd: .}\n")
     home = tmp_path / "home"
     backend = CommandBackend(home)
     async with AsyncTrainingClient(home=home, backends={"command": backend}) as client:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, PositiveFloat, field_validator
 from training_backends.backends.command.state import CommandDir, CommandSpec
 from training_backends.core.backend import BackendContext, Journal, TrainingBackend
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import Resources, TrainingConfig
+from training_backends.core.config import ConfigPath, Resources, TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, DuplicateRun, Issue, RunNotFound, StoreError
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
@@ -60,8 +60,10 @@ class CommandOptions(BaseModel, frozen=True, extra="forbid"):
     env: dict[str, str] = Field(
         default_factory=dict, description="Environment variables; stored, so no secrets."
     )
-    cwd: Path | None = Field(
-        default=None, description="Working directory; default: that of the launch."
+    cwd: ConfigPath | None = Field(
+        default=None,
+        description="Working directory, relative to the configuration file; default: that of the "
+        "launch.",
     )
     stop_timeout: PositiveFloat = Field(
         default=10.0, description="Seconds between SIGTERM and SIGKILL when the run is stopped."
