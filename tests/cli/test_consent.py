@@ -137,3 +137,33 @@ def test_a_repeated_launch_says_what_exists(run: Run, config: str, train_file: P
     assert "has changed" not in again.err
     assert f"{train_file} has changed since" in changed.err
     assert changed.document["status"] == "completed"
+
+
+RETIRED = """
+from training_backends import BackendRetired, Observation, RunState, TrainingStatus
+from training_backends.testing.backend import ScriptedBackend
+
+
+class Plugin(ScriptedBackend):
+    name = "ended"
+
+    async def observe(self, run, *, after=None):
+        return Observation(RunState(status=TrainingStatus.FAILED))
+
+    async def resume(self, *args, **kwargs):
+        raise BackendRetired("It is over.", hint="Go elsewhere.")
+"""
+
+
+def test_a_resumption_at_a_retired_backend_names_the_ways_on(
+    run: Run, config_file: Path, install: Install
+) -> None:
+    """The commands convert the configuration of the run."""
+    install("ended_package", "ended", RETIRED)
+    config_file.write_text(config_file.read_text().replace("local", "ended"))
+    assert run("launch", config_file.name, "--id=mine").code == 0
+    done = run("resume", "mine", "--yes", "--json")
+    hint = done.document["error"]["hint"]
+    assert done.code == 8
+    assert hint.startswith("Go elsewhere. Convert it to another backend: ")
+    assert "port mine --to local`" in hint
