@@ -1,79 +1,97 @@
-"""What all backends over HTTP share: settings, a key, one connection pool, polling."""
+"""What backends share that use one server."""
 
-from abc import abstractmethod
+import time
+from abc import ABC
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from functools import partial
+from typing import ClassVar, Self
 
-from pydantic import SecretStr
-
-from training_backends.core.backend import BackendContext, CredentialSource, TrainingBackend
-from training_backends.core.settings import load_settings
+from training_backends.core.backend import BackendContext, Health, TrainingBackend
+from training_backends.core.errors import CredentialNotFound, TrainingBackendError
+from training_backends.http.auth import KeySource
 from training_backends.http.client import HttpClient
-from training_backends.http.error_table import ErrorDecoder
 from training_backends.http.settings import ServerSettings
 
-__all__ = ["ServerBackend"]
+__all__ = ["ServerBackend", "server_health"]
 
 
-class _API(Protocol):
-    @property
-    def http(self) -> HttpClient: ...
+class ServerBackend(TrainingBackend, ABC):
+    """A backend for one server with one key: its settings, client, health and closing.
 
+    `settings_model` must be a `ServerSettings`. The key is the credential with the backend's name.
+    """
 
-S = TypeVar("S", bound=ServerSettings)
-A = TypeVar("A", bound=_API)
+    probe_path: ClassVar[str]
+    """Path of a cheap request that needs the key, for `health`."""
 
-
-class ServerBackend(TrainingBackend, Generic[S, A]):
-    """A backend of one server, with its settings in a section of the backend's name."""
-
-    def __init__(self, *, credentials: CredentialSource, settings: S | None = None) -> None:
-        self._credentials = credentials
-        model = cast("type[S]", self.settings_model)
-        self._settings = load_settings(model) if settings is None else settings
-        self._opened: A | None = None
+    def __init__(self, settings: ServerSettings, key: KeySource) -> None:
+        self.settings = settings
+        self._key = key
+        self._http: HttpClient | None = None
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend from its section of the settings."""
-        return cls(credentials=context.credentials, settings=cast("S | None", context.settings))
+        settings = context.settings
+        if not isinstance(settings, ServerSettings):
+            raise TypeError(f"{cls.__name__}.settings_model must be a ServerSettings")
+        return cls(settings, partial(context.credentials.get, cls.name, settings.profile))
+
+    def connect(self, key: KeySource) -> HttpClient:
+        """Create the client; override for another key header, a fixed query or an error table."""
+        return HttpClient(
+            self.settings.base_url, key=key, policy=self.settings.policy(), backend=self.name
+        )
 
     @property
-    def api(self) -> A:
-        """The client of the server, with one connection pool.
+    def http(self) -> HttpClient:
+        """The client, with one connection pool.
 
         Raises:
             ConfigError: The key would travel unencrypted to another host.
         """
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    @abstractmethod
-    def _open(self) -> A:
-        """Create the client of the server, over `_http`."""
-
-    def _http(self, decode_error: ErrorDecoder, **more: Any) -> HttpClient:
-        return HttpClient(
-            self._settings.base_url,
-            key=self._key,
-            decode_error=decode_error,
-            policy=self._settings.policy(),
-            backend=self.name,
-            **more,
-        )
-
-    async def _key(self) -> SecretStr:
-        return await self._credentials.get(self.name, self._settings.profile)
+        if self._http is None:
+            self._http = self.connect(self._key)
+        return self._http
 
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
-        """The polling interval from the settings."""
-        chosen = self._settings
-        return timedelta(seconds=chosen.poll_min), timedelta(seconds=chosen.longest_poll)
+        """Return the polling interval from the settings."""
+        return self.settings.poll_interval
+
+    async def health(self) -> Health:
+        """Send a GET to `probe_path`."""
+
+        async def probe() -> HttpClient:
+            await self.http.json("GET", self.probe_path, shape="any")
+            return self.http
+
+        return await server_health(probe, configured=False)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        opened, self._opened = self._opened, None
+        opened, self._http = self._http, None
         if opened is not None:
-            await opened.http.aclose()
+            await opened.aclose()
+
+
+async def server_health(probe: Callable[[], Awaitable[HttpClient]], *, configured: bool) -> Health:
+    """Return whether a server answers a cheap authenticated request.
+
+    Args:
+        probe: Sends the request and returns the client that it used.
+        configured: Whether the backend counts as set up although its key is missing.
+    """
+    began = time.monotonic()
+    try:
+        http = await probe()
+    except CredentialNotFound as error:
+        return Health(ok=False, message=error.message, hint=error.hint, configured=configured)
+    except TrainingBackendError as error:
+        return Health(ok=False, message=error.message, hint=error.hint)
+    return Health(
+        ok=True,
+        message=f"{http.base_url} responded in {time.monotonic() - began:.2f} s",
+        clock_offset=http.clock_offset,
+    )

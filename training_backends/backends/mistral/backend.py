@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self, cast
 
 import anyio.to_thread
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.mistral.api import JobFilters, MistralAPI
 from training_backends.backends.mistral.estimates import (
@@ -24,12 +25,14 @@ from training_backends.backends.mistral.list_status import FEW, StatusSweep
 from training_backends.backends.mistral.settings import MistralOptions, MistralSettings
 from training_backends.backends.mistral.validate import check_config, check_secrets, check_server
 from training_backends.core.backend import (
+    BackendContext,
     CredentialSource,
     Health,
     Journal,
     JSONValue,
     RemoteFilters,
     RemoteRun,
+    TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import Hyperparameters, TrainingConfig
@@ -37,18 +40,18 @@ from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
+from training_backends.core.persist import ensure
 from training_backends.core.run import (
     Observation,
     RunState,
     TrainingRun,
     ValidationReport,
 )
-from training_backends.core.settings import SectionSettings
+from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import MISTRAL
-from training_backends.http.backend import ServerBackend
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import (
@@ -77,7 +80,7 @@ _CAPABILITIES: Final = Capabilities(
 )
 
 
-class MistralAPIBackend(ServerBackend[MistralSettings, MistralAPI]):
+class MistralAPIBackend(TrainingBackend):
     """Trains on a server of the Mistral fine-tuning protocol.
 
     The hosted service has shut down fine-tuning; `training-backends serve` offers the same
@@ -94,18 +97,49 @@ class MistralAPIBackend(ServerBackend[MistralSettings, MistralAPI]):
     def __init__(
         self, *, credentials: CredentialSource, settings: MistralSettings | None = None
     ) -> None:
-        super().__init__(credentials=credentials, settings=settings)
+        self._credentials = credentials
+        self._settings = settings or load_settings(MistralSettings)
+        self._opened: MistralAPI | None = None
         self._capabilities = _CAPABILITIES.model_copy(
             update={"provider_format": _provider_format(self._settings)}
         )
 
-    def _open(self) -> MistralAPI:
-        return MistralAPI(self._http(_decode_error))
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Create the backend from the settings in section `mistral`."""
+        settings = cast("MistralSettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
+
+    @property
+    def api(self) -> MistralAPI:
+        """The client of the protocol, with one connection pool.
+
+        Raises:
+            ConfigError: The key would travel unencrypted to another host.
+        """
+        if self._opened is None:
+            http = HttpClient(
+                self._settings.base_url,
+                key=self._key,
+                decode_error=_decode_error,
+                policy=self._settings.policy(),
+                backend=self.name,
+            )
+            self._opened = MistralAPI(http)
+        return self._opened
+
+    async def _key(self) -> SecretStr:
+        return await self._credentials.get("mistral", self._settings.profile)
 
     @property
     def capabilities(self) -> Capabilities:
         """The capabilities of the protocol."""
         return self._capabilities
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Return the polling interval from the settings."""
+        return self._settings.poll_interval
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return the fraction from the options; the server skips such rows."""
@@ -182,20 +216,11 @@ class MistralAPIBackend(ServerBackend[MistralSettings, MistralAPI]):
         del save_checkpoint
         with self.errors_of(run):
             job_id = self.job_id(run)
-            if is_ending(await self.api.get_job(job_id)):
-                return
-            try:
-                await self.api.cancel_job(job_id)
-            except TrainingBackendError:
-                # The response was lost, or the job has just ended.
-                if not await self._is_ending(job_id):
-                    raise
 
-    async def _is_ending(self, job_id: str) -> bool:
-        try:
-            return is_ending(await self.api.get_job(job_id))
-        except TrainingBackendError:
-            return False
+            async def ending() -> bool:
+                return is_ending(await self.api.get_job(job_id))
+
+            await ensure(ending, partial(self.api.cancel_job, job_id))
 
     async def resume(
         self,
@@ -287,6 +312,12 @@ class MistralAPIBackend(ServerBackend[MistralSettings, MistralAPI]):
         # The default server without a key: not configured.
         chosen = not self._settings.is_hosted or self._settings.profile is not None
         return await server_health(probe, configured=chosen)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.http.aclose()
 
     def _state(self, job: Job, run: TrainingRun | None = None) -> RunState:
         state = state_of(job, hosted=self._settings.is_hosted)

@@ -5,12 +5,13 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal, Self, cast
 
 import anyio.to_thread
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.openai.api import OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import (
@@ -28,11 +29,13 @@ from training_backends.backends.openai.settings import (
     Variant,
 )
 from training_backends.core.backend import (
+    BackendContext,
     CredentialSource,
     Health,
     Journal,
     RemoteFilters,
     RemoteRun,
+    TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
@@ -40,6 +43,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import CostItem, Estimate, PriceSource
+from training_backends.core.persist import ensure
 from training_backends.core.run import (
     LogRecord,
     Observation,
@@ -48,12 +52,11 @@ from training_backends.core.run import (
     ValidationReport,
     utc_now,
 )
-from training_backends.core.settings import SectionSettings
+from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
-from training_backends.http.backend import ServerBackend
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
@@ -78,7 +81,7 @@ _FEW: Final = 3
 """Up to this many runs are requested one by one."""
 
 
-class OpenAIBackend(ServerBackend[OpenAISettings, OpenAIAPI]):
+class OpenAIBackend(TrainingBackend):
     """Trains on a server of the OpenAI fine-tuning protocol.
 
     OpenAI's own service accepts no new jobs from 2027-01-06 on; Azure, Nebius and
@@ -93,19 +96,49 @@ class OpenAIBackend(ServerBackend[OpenAISettings, OpenAIAPI]):
     def __init__(
         self, *, credentials: CredentialSource, settings: OpenAISettings | None = None
     ) -> None:
-        super().__init__(credentials=credentials, settings=settings)
+        self._credentials = credentials
+        self._settings = settings or load_settings(OpenAISettings)
+        self._opened: OpenAIAPI | None = None
         self._capabilities = _capabilities(self._settings)
 
-    def _open(self) -> OpenAIAPI:
-        chosen = self._settings
-        return OpenAIAPI(
-            self._http(_decode_error, key_header=chosen.header, query=tuple(chosen.query.items()))
-        )
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Create the backend from the settings in section `openai`."""
+        settings = cast("OpenAISettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
+
+    @property
+    def api(self) -> OpenAIAPI:
+        """The client of the protocol, with one connection pool.
+
+        Raises:
+            ConfigError: The key would travel unencrypted to another host.
+        """
+        if self._opened is None:
+            http = HttpClient(
+                self._settings.base_url,
+                key=self._key,
+                key_header=self._settings.header,
+                query=tuple(self._settings.query.items()),
+                decode_error=_decode_error,
+                policy=self._settings.policy(),
+                backend=self.name,
+            )
+            self._opened = OpenAIAPI(http)
+        return self._opened
+
+    async def _key(self) -> SecretStr:
+        return await self._credentials.get("openai", self._settings.profile)
 
     @property
     def capabilities(self) -> Capabilities:
         """The capabilities of the protocol's variant."""
         return self._capabilities
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Return the polling interval from the settings."""
+        return self._settings.poll_interval
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate options and values; the server checks the data after the job is created."""
@@ -244,36 +277,18 @@ class OpenAIBackend(ServerBackend[OpenAISettings, OpenAIAPI]):
         if action != "cancel" and not self._capabilities.pauses:
             raise self.unsupported("pause runs")
         job_id = self.job_id(run)
-        if reached(to_status((await self.api.get_job(job_id)).status)):
-            return
-        try:
-            await self.api.act(job_id, action)
-        except TrainingBackendError as error:
-            # The response was lost, or the job has just changed by itself.
-            if await self._has_reached(job_id, reached):
-                return
-            if isinstance(error, RunNotFound):
-                # The job exists, as seen above, but not the operation.
-                raise self.unsupported(f"{action} a job on this server") from error
-            raise
 
-    async def _has_reached(self, job_id: str, reached: Callable[[TrainingStatus], bool]) -> bool:
-        try:
+        async def has_reached() -> bool:
             return reached(to_status((await self.api.get_job(job_id)).status))
-        except TrainingBackendError:
-            return False
 
-    async def resume(
-        self,
-        run: TrainingRun,
-        new_run: TrainingRun,
-        journal: Journal,
-        *,
-        checkpoint: str | None = None,
-    ) -> RunState:
-        """Train again from the start, on the files that are already uploaded."""
-        del run, checkpoint
-        return await self.launch(new_run, journal)
+        async def act() -> None:
+            try:
+                await self.api.act(job_id, action)
+            except RunNotFound as error:
+                # The job exists, as just seen, but not the operation.
+                raise self.unsupported(f"{action} a job on this server") from error
+
+        await ensure(has_reached, act)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List all jobs; those that do not match the protocol are skipped."""
@@ -295,6 +310,12 @@ class OpenAIBackend(ServerBackend[OpenAISettings, OpenAIAPI]):
         # The default server without a key: not configured.
         chosen = not self._settings.is_hosted or self._settings.profile is not None
         return await server_health(probe, configured=chosen)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.http.aclose()
 
 
 def _capabilities(settings: OpenAISettings) -> Capabilities:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self, cast
 
 import anyio.to_thread
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.together.api import ERRORS, TogetherAPI
 from training_backends.backends.together.job_log import FineTuneLog, FineTunePosition, state_of
@@ -37,10 +38,13 @@ from training_backends.backends.together.wire import (
     JobPrice,
 )
 from training_backends.core.backend import (
+    BackendContext,
+    CredentialSource,
     Health,
     Journal,
     RemoteFilters,
     RemoteRun,
+    TrainingBackend,
 )
 from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.config import DataSource, TrainingConfig
@@ -55,13 +59,13 @@ from training_backends.core.errors import (
     VaultLocked,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.persist import ensure
 from training_backends.core.run import Observation, RunState, TrainingRun, ValidationReport
-from training_backends.core.settings import SectionSettings
+from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import TOGETHER
-from training_backends.http.backend import ServerBackend
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.tokens import count_tokens
 
 __all__ = ["TogetherBackend"]
@@ -88,7 +92,7 @@ _SNAPSHOT_ATTEMPTS: Final = 5
 """How often events and metrics are fetched until no event came in between."""
 
 
-class TogetherBackend(ServerBackend[TogetherSettings, TogetherAPI]):
+class TogetherBackend(TrainingBackend):
     """Trains at Together AI, with its price before the start and a download afterwards."""
 
     name: ClassVar[str] = "together"
@@ -96,13 +100,49 @@ class TogetherBackend(ServerBackend[TogetherSettings, TogetherAPI]):
     options_model: ClassVar[type[BaseModel]] = TogetherOptions
     settings_model: ClassVar[type[SectionSettings] | None] = TogetherSettings
 
-    def _open(self) -> TogetherAPI:
-        return TogetherAPI(self._http(ERRORS))
+    def __init__(
+        self, *, credentials: CredentialSource, settings: TogetherSettings | None = None
+    ) -> None:
+        self._credentials = credentials
+        self._settings = settings or load_settings(TogetherSettings)
+        self._opened: TogetherAPI | None = None
+
+    @classmethod
+    def create(cls, context: BackendContext) -> Self:
+        """Create the backend from the settings in section `together`."""
+        settings = cast("TogetherSettings | None", context.settings)
+        return cls(credentials=context.credentials, settings=settings)
+
+    @property
+    def api(self) -> TogetherAPI:
+        """The client, with one connection pool.
+
+        Raises:
+            ConfigError: The key would travel unencrypted to another host.
+        """
+        if self._opened is None:
+            http = HttpClient(
+                self._settings.base_url,
+                key=self._key,
+                decode_error=ERRORS,
+                policy=self._settings.policy(),
+                backend=self.name,
+            )
+            self._opened = TogetherAPI(http)
+        return self._opened
+
+    async def _key(self) -> SecretStr:
+        return await self._credentials.get("together", self._settings.profile)
 
     @property
     def capabilities(self) -> Capabilities:
         """What Together supports; epochs are whole, and learning rates absolute."""
         return _CAPABILITIES
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Return the polling interval from the settings."""
+        return self._settings.poll_interval
 
     # -- before a launch ---------------------------------------------------------------
 
@@ -276,16 +316,7 @@ class TogetherBackend(ServerBackend[TogetherSettings, TogetherAPI]):
         del save_checkpoint
         with self.errors_of(run):
             job_id = self.job_id(run)
-            if await self._is_ending(job_id):
-                return
-            try:
-                await self.api.cancel(job_id)
-            except TrainingBackendError:
-                # The response was lost, or the job has just ended.
-                with suppress(TrainingBackendError):
-                    if await self._is_ending(job_id):
-                        return
-                raise
+            await ensure(partial(self._is_ending, job_id), partial(self.api.cancel, job_id))
 
     async def _is_ending(self, job_id: str) -> bool:
         status = to_status((await self.api.job(job_id)).status)
@@ -367,6 +398,12 @@ class TogetherBackend(ServerBackend[TogetherSettings, TogetherAPI]):
             return self.api.http
 
         return await server_health(probe, configured=False)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.http.aclose()
 
 
 def _issue(code: str, error: TrainingBackendError, field: str | None) -> Issue:
