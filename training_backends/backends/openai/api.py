@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -97,6 +98,11 @@ class OpenAIAPI:
         """Return the content of a small file, such as a result."""
         path = f"{_FILES}/{path_segment(file_id)}/content"
         return (await self.http.send("GET", path, headers={"Accept": "*/*"})).body
+
+    async def download_file(self, file_id: str, target: Path) -> Path:
+        """Download the content of a file to `target`, atomically."""
+        path = f"{_FILES}/{path_segment(file_id)}/content"
+        return await self.http.download(path, target, follow=True)
 
     # -- jobs --------------------------------------------------------------------------
 

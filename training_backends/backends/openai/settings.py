@@ -129,7 +129,8 @@ class OpenAISettings(ServerSettings):
         if not parts.path:
             path = "/v1"
             if variant == "azure":
-                path = "/openai" if "api-version" in self.query else "/openai/v1"
+                version = self.query.get("api-version", "v1")
+                path = "/openai/v1" if version in {"v1", "preview"} else "/openai"
             values["base_url"] = self.base_url + path
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the model is frozen

@@ -78,6 +78,7 @@ _CAPABILITIES: Final = Capabilities(
     validation_files=True,
     suffix=SuffixRule(max_length=LONGEST_OWN_SUFFIX),
     integrations=frozenset({"wandb"}),
+    integration_fields=frozenset({"project", "name", "run_name", "entity", "credential"}),
     quotes=True,
     resumes="checkpoint",
     downloads=True,

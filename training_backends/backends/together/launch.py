@@ -206,8 +206,9 @@ async def wandb_fields(config: TrainingConfig, credentials: CredentialSource) ->
         provider, _, profile = entry.credential.partition("/")
         key = (await credentials.get(provider, profile or None)).get_secret_value()
         name = entry.run_name or entry.name
-        named = {} if name is None else {"wandb_name": name}
-        return {"wandb_key": key, "wandb_project_name": entry.project, **named}
+        named = {"wandb_name": name, "wandb_entity": entry.entity}
+        given = {field: value for field, value in named.items() if value is not None}
+        return {"wandb_key": key, "wandb_project_name": entry.project, **given}
     return {}
 
 
