@@ -59,7 +59,7 @@ class OpenAIUploads:
         if path is None:
             return str(source.remote_id)  # the server checks it when the job is created
         hashed = await hash_file(path)
-        file = _File(path, f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl", hashed)
+        file = _LocalFile(path, f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl", hashed)
         upload = partial(
             self.journal.upload,
             self.settings.scope,
@@ -79,7 +79,7 @@ class OpenAIUploads:
     def _pauses(self) -> Backoff:
         return Backoff(self.settings.poll_min, self.settings.longest_poll, factor=1.4)
 
-    async def _find(self, file: "_File") -> str | None:
+    async def _find(self, file: "_LocalFile") -> str | None:
         found = await self.api.find_file(file.name, file.hashed.size)
         return None if found is None or found.status in FILE_FAILED else found.id
 
@@ -90,7 +90,7 @@ class OpenAIUploads:
             return False
         return found.status not in FILE_FAILED and found.bytes in {None, hashed.size}
 
-    async def _upload(self, file: "_File") -> str:
+    async def _upload(self, file: "_LocalFile") -> str:
         size = file.hashed.size
         if size > (self.settings.max_request_bytes or size):
             return await self._upload_in_parts(file)
@@ -103,12 +103,12 @@ class OpenAIUploads:
         )
         return (await self.api.upload_file(body)).id
 
-    def _progress(self, file: "_File", before: int, done: int, _total: int) -> None:
+    def _progress(self, file: "_LocalFile", before: int, done: int, _total: int) -> None:
         self.journal.progress(f"upload {file.path.name}", before + done, file.hashed.size)
 
     # -- in parts ----------------------------------------------------------------------
 
-    async def _upload_in_parts(self, file: "_File") -> str:
+    async def _upload_in_parts(self, file: "_LocalFile") -> str:
         """Upload a file in parts, continuing an interrupted upload unless it has expired.
 
         Raises:
@@ -122,7 +122,7 @@ class OpenAIUploads:
         raise AssertionError("one of them ends with a file or an error")
 
     async def _upload_once(
-        self, file: "_File", parts: Sequence[HashedFile], name: str
+        self, file: "_LocalFile", parts: Sequence[HashedFile], name: str
     ) -> str | None:
         """Make an upload or continue it; None if it can no longer be continued.
 
@@ -160,7 +160,7 @@ class OpenAIUploads:
             raise ProtocolError(f"The completed upload {done.id} has no file.")
         return done.file.id
 
-    async def _begin(self, file: "_File") -> JSONValue:
+    async def _begin(self, file: "_LocalFile") -> JSONValue:
         try:
             upload = await self.api.begin_upload(file.name, file.hashed.size)
         except (RunNotFound, BackendRetired) as error:
@@ -172,7 +172,9 @@ class OpenAIUploads:
             ) from error
         return {"id": upload.id, "expires_at": upload.expires_at}
 
-    async def _part_id(self, file: "_File", upload_id: str, part: HashedFile, name: str) -> str:
+    async def _part_id(
+        self, file: "_LocalFile", upload_id: str, part: HashedFile, name: str
+    ) -> str:
         body = FileUpload(
             file.path,
             fields={},
@@ -188,7 +190,7 @@ class OpenAIUploads:
         step = partial(self.journal.step, name, send, repeatable=True)
         return str(await self._persist(step))
 
-    async def _settled(self, file: "_File", *, within: float) -> str | None:
+    async def _settled(self, file: "_LocalFile", *, within: float) -> str | None:
         """Look for a file until a request that was sent before would have created it."""
         latest = time.monotonic() + within
         pauses = self._pauses()
@@ -220,7 +222,7 @@ class OpenAIUploads:
             raise DatasetError(f"The provider rejected {path.name}: {why}.", issues=[issue])
 
 
-class _File(NamedTuple):
+class _LocalFile(NamedTuple):
     """A file to upload.
 
     Attributes:
