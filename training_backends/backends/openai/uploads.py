@@ -156,8 +156,8 @@ class OpenAIUploads:
             if upload["expires_at"] <= time.time():
                 raise _unusable(file.path, "the upload expired before it was complete") from error
             raise
-        if done.file is None:
-            raise ProtocolError(f"The completed upload {done.id} has no file.")
+        if done.file is None or done.file.bytes not in {None, file.hashed.size}:
+            raise ProtocolError(f"The completed upload {done.id} has no file of the same size.")
         return done.file.id
 
     async def _begin(self, file: "_LocalFile") -> JSONValue:

@@ -358,7 +358,7 @@ class TogetherBackend(TrainingBackend):
             steps = [str(each.step) for each in await self.api.checkpoints(job.id)]
             if not steps:
                 raise self.unsupported(
-                    "resume a run without checkpoints", "TogetherLaunch it again with a new id."
+                    "resume a run without checkpoints", "Launch it again with a new id."
                 )
             step = (checkpoint or steps[-1]).removeprefix("step-")
             if step not in steps:
