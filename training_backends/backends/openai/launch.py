@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import anyio
-
 from training_backends.backends.openai.api import Entry, OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import RUN_KEY, TOKEN_KEY, make_job, shows
 from training_backends.backends.openai.job_state import state_of
@@ -29,7 +27,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.logging import get_logger
-from training_backends.core.persist import persist
+from training_backends.core.persist import persist, settle
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 
@@ -148,20 +146,16 @@ class OpenAILaunch:
         Raises:
             AmbiguousLaunch: Several match, and nothing distinguishes them.
         """
-        pauses, looked = self._pauses(), False
-        # By another process: at an unknown time before now.
-        sent_at = time.monotonic() if self._sent_at is None else self._sent_at
-        while True:
+
+        async def look() -> str | None:
             found = await self._persist(self._ours)
             if len(found) > 1 and not self._is_distinct:
                 raise _ambiguous(found)
-            if found:
-                return found[-1]  # the oldest
-            # List at least twice: lists may lag behind.
-            if looked and time.monotonic() - sent_at >= self.settings.settling:
-                return None
-            looked = True
-            await anyio.sleep(pauses.next())
+            return found[-1] if found else None  # the oldest
+
+        # By another process: at an unknown time before now.
+        since = 0.0 if self._sent_at is None else time.monotonic() - self._sent_at
+        return await settle(look, within=self.settings.settling - since, pauses=self._pauses())
 
     @property
     def _is_distinct(self) -> bool:
@@ -215,10 +209,9 @@ class OpenAILaunch:
         Raises:
             AmbiguousLaunch: Whether they are of this launch is unknown.
         """
-        latest = time.monotonic() + self.settings.settling
-        pauses, cancelled, looks = self._pauses(), {job_id}, 0
-        while True:
-            looks += 1
+        cancelled = {job_id}
+
+        async def look() -> None:
             twins = [other for other in await self._persist(self._ours) if other not in cancelled]
             if twins and not self._is_distinct:
                 raise _ambiguous([job_id, *twins])
@@ -229,10 +222,10 @@ class OpenAILaunch:
                     log.warning("cancelled a second job of the run", job=other)
                 except TrainingBackendError as error:
                     log.warning("second job of the run", job=other, error=error.message)
-            # At least twice, as in `_settle`.
-            if not resent or (looks > 1 and time.monotonic() >= latest):
-                return
-            await anyio.sleep(pauses.next())
+
+        await look()
+        if resent:
+            await settle(look, within=self.settings.settling, pauses=self._pauses())
 
 
 def _ambiguous(jobs: Sequence[str]) -> AmbiguousLaunch:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-import anyio
-
 from training_backends.backends.openai.api import OpenAIAPI
 from training_backends.backends.openai.settings import OpenAISettings
 from training_backends.core.backend import Journal, JSONValue
@@ -26,7 +24,7 @@ from training_backends.core.errors import (
     may_have_happened,
 )
 from training_backends.core.logging import get_logger
-from training_backends.core.persist import may_pass, persist, poll
+from training_backends.core.persist import may_pass, persist, poll, settle
 from training_backends.http.upload import FileUpload, HashedFile, hash_file, hash_parts
 from training_backends.protocols.openai.status import FILE_FAILED
 
@@ -147,7 +145,9 @@ class OpenAIUploads:
             if may_pass(error) or may_have_happened(error):
                 raise
             # It may have been completed by a request that was lost, or sent twice by a proxy.
-            found = await self._settled(file, within=0.0 if fresh else self.settings.settling)
+            look = partial(self._persist, partial(self._find, file))
+            within = self.settings.settling
+            found = await (look() if fresh else settle(look, within=within, pauses=self._pauses()))
             if found is not None or not fresh:
                 log.info("upload cannot be continued", upload=upload["id"], error=error.message)
                 return found
@@ -189,16 +189,6 @@ class OpenAIUploads:
 
         step = partial(self.journal.step, name, send, repeatable=True)
         return str(await self._persist(step))
-
-    async def _settled(self, file: "_LocalFile", *, within: float) -> str | None:
-        """Look for a file until a request that was sent before would have created it."""
-        latest = time.monotonic() + within
-        pauses = self._pauses()
-        while True:
-            found = await self._persist(partial(self._find, file))
-            if found is not None or time.monotonic() >= latest:
-                return found
-            await anyio.sleep(pauses.next())
 
     # -- at Azure ----------------------------------------------------------------------
 
