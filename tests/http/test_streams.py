@@ -8,7 +8,7 @@ import pytest
 from training_backends import BackendUnavailable, ProtocolError
 from training_backends.http.answer import ServerEvent, lines_of, server_events
 from training_backends.http.client import HttpClient
-from training_backends.testing.faults import CutAnswer, OtherAnswer, SlowAnswer
+from training_backends.testing.faults import CutAnswer, LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
@@ -106,4 +106,23 @@ async def test_a_stream_can_be_left_early(
         async with aclosing(client.lines("/log")) as lines:
             assert await anext(lines) == "a"
     assert len((await client.send("GET", "/log")).body) == 60_000
+    await client.aclose()
+
+
+async def test_events_of_a_post(
+    make_client: Callable[..., HttpClient], server: LoopbackServer, answer_by: AnswerBy
+) -> None:
+    """A body makes it a POST, which is repeated only if it cannot have arrived."""
+    client = make_client()
+    answer_by(lambda _: StubReply(content=b"data: one\n\n", content_type="text/event-stream"))
+    assert [each async for each in client.events("/chat", body={"a": 1})] == [
+        ServerEvent(data="one")
+    ]
+    (request,) = server.asked("POST", "/chat")
+    assert (request.body, request.headers["content-type"]) == (b'{"a": 1}', "application/json")
+    server.fail(LoseAnswer())
+    with pytest.raises(BackendUnavailable) as lost:
+        [each async for each in client.events("/chat", body={})]
+    assert lost.value.sent
+    assert len(server.asked("POST", "/chat")) == 2
     await client.aclose()

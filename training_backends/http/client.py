@@ -187,6 +187,7 @@ class HttpClient(HttpExchange):
         *,
         query: Query = (),
         headers: Mapping[str, str] | None = None,
+        body: Any = None,
         silence: float | None = None,
     ) -> AsyncGenerator[str, None]:
         """Yield the lines of a response as they arrive; consume it under `aclosing`.
@@ -195,12 +196,13 @@ class HttpClient(HttpExchange):
         where to continue.
 
         Args:
+            body: See `events`.
             silence: Maximum seconds between two pieces; None: `HttpPolicy.read_timeout`.
 
         Raises:
             BackendUnavailable: The connection was lost, or silent for too long.
         """
-        stack, response = await self._open_stream(path, query, headers or {}, silence)
+        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
         async with (
             stack,
             aclosing(decoded(response)) as pieces,
@@ -215,12 +217,14 @@ class HttpClient(HttpExchange):
         *,
         query: Query = (),
         headers: Mapping[str, str] | None = None,
+        body: Any = None,
         last_id: str | None = None,
         silence: float | None = None,
     ) -> AsyncGenerator[ServerEvent, None]:
         """Yield Server-Sent Events as they arrive; see `lines`.
 
         Args:
+            body: To be sent as JSON in a POST, which is only retried if it cannot have arrived.
             last_id: Id of the last event received, if the server can continue after it.
             silence: Comments that a server sends to keep the connection open count as data.
         """
@@ -228,25 +232,38 @@ class HttpClient(HttpExchange):
         since = {} if last_id is None else {"Last-Event-ID": last_id}
         asked = merged(usual, since, headers)
         async with (
-            aclosing(self.lines(path, query=query, headers=asked, silence=silence)) as lines,
+            aclosing(
+                self.lines(path, query=query, headers=asked, body=body, silence=silence)
+            ) as lines,
             aclosing(server_events(lines)) as events,
         ):
             async for event in events:
                 yield event
 
     async def _open_stream(
-        self, path: str, query: Query, headers: Mapping[str, str], silence: float | None
+        self, path: str, query: Query, headers: Mapping[str, str], body: Any, silence: float | None
     ) -> tuple[AsyncExitStack, httpx.Response]:
+        content, kind = _encoded(body, None, None)
+        method = "GET" if content is None else "POST"
+        given = merged(kind, headers)
+
         async def attempt(call: Call) -> tuple[AsyncExitStack, httpx.Response]:
             request = await self._request(
-                "GET", path, call, query=query, headers=headers, read_timeout=silence
+                method,
+                path,
+                call,
+                query=query,
+                headers=given,
+                content=content,
+                read_timeout=silence,
             )
             async with AsyncExitStack() as stack:
                 response = await stack.enter_async_context(self._answer(request, call))
                 return stack.pop_all(), response
 
-        name = f"GET {path}"
-        call = self._call(name, repeatable=True, seconds=self._policy.call_timeout)
+        call = self._call(
+            f"{method} {path}", repeatable=content is None, seconds=self._policy.call_timeout
+        )
         return await self._execute(call, attempt)
 
     # -- files -------------------------------------------------------------------------
