@@ -321,4 +321,20 @@ def test_an_adapter_is_trained_and_asked(
     assert record.result.format == "adapter"
     capsys.readouterr()
     assert main(["sample", str(run.result), "--prompt", "3 plus 4?", "--max-tokens", "8"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"answer"}
+    adapted = json.loads(capsys.readouterr().out)
+    assert set(adapted) == {"answer"}
+    assert main(["merge", str(run.result), str(tmp_path / "merged")]) == 0
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    asked = ["sample", str(tmp_path / "merged"), "--prompt", "3 plus 4?", "--max-tokens", "8"]
+    capsys.readouterr()
+    assert main(asked) == 0
+    assert json.loads(capsys.readouterr().out) == adapted
+
+
+def test_a_model_that_does_not_load_is_not_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason is the last line, and nothing is written."""
+    assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) != 0
+    assert "not a model directory" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()

@@ -1,7 +1,9 @@
-"""`python -m training_backends.trainer train RUN_DIR` and `… sample MODEL <TEXT`."""
+"""`python -m training_backends.trainer`: `train`, `sample`, `merge` and `serve`."""
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -52,6 +54,12 @@ def _parsed(arguments: list[str]) -> "Namespace":
     )
     sampling.add_argument("--seed", type=int, default=0, help="seed of tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
+    merging = commands.add_parser("merge", help="save a model, merged with its adapter if any")
+    merging.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
+    merging.add_argument("target", type=Path, help="directory to write")
+    serving = commands.add_parser("serve", help="serve the model in the current directory")
+    serving.add_argument("port", type=int, help="port on loopback")
+    serving.add_argument("options", nargs="*", help="options of `transformers serve`, after --")
     return parser.parse_args(arguments)
 
 
@@ -63,6 +71,10 @@ def _other(given: "Namespace") -> int:
         from training_backends.trainer.workers import follow  # noqa: PLC0415
 
         return int(follow(given.run_dir, given.rank, given.size))
+    if given.command == "merge":
+        return _merge(given.model, given.target)
+    if given.command == "serve":
+        return _serve(given.port, given.options)
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 
@@ -96,6 +108,43 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
         result = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
     print(json.dumps(result))  # noqa: T201
     return int(TrainerExitCode.DONE)
+
+
+def _merge(model: str, target: Path) -> int:
+    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
+
+    prepare_threads()
+    prepare_imports(model)
+    from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
+    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+    from training_backends.trainer.models import choose_device, load_model, save_result  # noqa: PLC0415
+
+    try:
+        loaded = load_model(model, seed=0, tuning=None, device=choose_device("cpu"))
+        save_result(loaded, model, target, save_as="merged")
+    except (TrainerError, TokenizerError) as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(exit_code_of(error))
+    return int(TrainerExitCode.DONE)
+
+
+def _serve(port: int, options: list[str]) -> int:
+    """Run `transformers serve` on loopback until standard input is closed."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    from transformers.cli.transformers import app  # noqa: PLC0415
+
+    # The current directory, because a path may contain "@" or ":", which have a meaning there.
+    app(["serve", ".", "--host", "127.0.0.1", "--port", str(port), *options])
+    return 0
+
+
+def _exit_with_parent() -> None:
+    # Closed by the kernel as well, if the parent is killed. The descriptor itself: the buffered
+    # reader's lock would stop the interpreter from exiting.
+    while os.read(0, 1024):
+        pass
+    os._exit(0)
 
 
 if __name__ == "__main__":
