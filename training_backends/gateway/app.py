@@ -13,6 +13,7 @@ from training_backends.core.logging import get_logger
 from training_backends.gateway.auth import Guard
 from training_backends.gateway.errors import HTTPProblem, failure_answer, field_errors, is_temporary
 from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.routes_chat import chat_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
@@ -45,7 +46,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         },
     )
     app.state.gateway = gateway
-    for router in (files_router, links_router, jobs_router, models_router):
+    for router in (files_router, links_router, jobs_router, models_router, chat_router):
         app.include_router(router)
 
     health = _Health(gateway)

@@ -23,6 +23,7 @@ from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
+from training_backends.gateway.chat import ChatService
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
@@ -115,6 +116,7 @@ class Gateway:
     files: FileService
     jobs: JobService
     models: ModelService
+    chat: ChatService
     links: LinkSigner
 
     async def check(self) -> None:
@@ -168,6 +170,19 @@ async def open_gateway(
             pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
         )
         await files.open()
+        tasks = await stack.enter_async_context(beside())
+        stack.callback(tasks.cancel_scope.cancel)
+        chat = ChatService(
+            store,
+            client,
+            tasks,
+            backend=backend,
+            catalogue=catalogue,
+            settings=settings,
+            root=root,
+        )
+        stack.push_async_callback(chat.aclose)
+        await chat.sweep()
         yield Gateway(
             settings=settings,
             home=root,
@@ -194,7 +209,9 @@ async def open_gateway(
                 catalogue=catalogue,
                 organization_id=settings.organization_id,
                 opened_at=time.time(),
+                chat=chat,
             ),
+            chat=chat,
             links=links,
         )
 

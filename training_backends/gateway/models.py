@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from anyio import to_thread
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
+from training_backends.gateway.chat import ChatService
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
@@ -40,8 +42,8 @@ FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 class ModelService:
     """Base models of the catalogue and fine-tuned models of this gateway.
 
-    The capabilities of a base model are what it can be fine-tuned for; those of a fine-tuned
-    model are what it was trained for. Neither is served for inference.
+    `fine_tuning` and `classification` say what a model can be trained for, or was trained for;
+    `completion_chat` whether it answers chats now.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ModelService:
         catalogue: Catalogue,
         organization_id: str,
         opened_at: float,
+        chat: ChatService,
     ) -> None:
         self._store = store
         self._client = client
@@ -60,6 +63,7 @@ class ModelService:
         self._catalogue = catalogue
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
+        self._chat = chat
 
     async def list(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
@@ -73,7 +77,8 @@ class ModelService:
         query = sa.select(models).where(*_visible(caller))
         query = query.order_by(models.c.created_at.desc())
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
-        cards = [*(self._base_card(offer) for offer in self._offers()), *map(self._card, rows)]
+        offers = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
+        cards = [*offers, *map(self._card, rows)]
         return ModelList(
             data=[
                 card
@@ -91,7 +96,7 @@ class ModelService:
         """
         for offer in self._offers():
             if offer.name == model_id:
-                return self._base_card(offer)
+                return await to_thread.run_sync(self._base_card, offer)
         return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
 
     async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
@@ -119,6 +124,7 @@ class ModelService:
             return row
 
         row = await self._store.awrite(work)
+        await self._chat.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
         except RunNotFound:
@@ -164,7 +170,9 @@ class ModelService:
             id=offer.name,
             created=self._opened_at,
             capabilities=ModelCapabilities(
-                fine_tuning=True, classification="classifier" in offer.job_types
+                completion_chat=self._chat.has(offer),
+                fine_tuning=True,
+                classification="classifier" in offer.job_types,
             ),
             name=offer.name,
             description=f"Fine-tunes {offer.target}.{licence}",
@@ -178,7 +186,8 @@ class ModelService:
             created=int(row.created_at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=not classifies, classification=classifies
+                completion_chat=self._chat.is_available and not classifies,
+                classification=classifies,
             ),
             name=row.name,
             description=row.description,
@@ -201,7 +210,8 @@ class ModelService:
             "name": row.name,
             "description": row.description,
             "capabilities": FTModelCapabilitiesOut(
-                completion_chat=not classifies, classification=classifies
+                completion_chat=self._chat.is_available and not classifies,
+                classification=classifies,
             ),
             "max_context_length": row.context_length,
             "job": row.job_id,

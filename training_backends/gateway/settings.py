@@ -99,6 +99,30 @@ class GatewaySettings(SectionSettings):
         description="Epochs of a job that sets neither epochs nor training_steps.",
     )
 
+    inference_url: str | None = Field(
+        default=None,
+        description="Base URL, with /v1, of an OpenAI-compatible server that answers chats; "
+        "default: `transformers serve`, started on demand.",
+    )
+    inference_api_key: SecretStr | None = Field(
+        default=None, description="API key of the server at inference_url."
+    )
+    inference_models: int = Field(
+        default=2, ge=1, description="Maximum models that `transformers serve` has loaded."
+    )
+    inference_idle: float = Field(
+        default=600.0, gt=0, description="Seconds without a chat after which a model is unloaded."
+    )
+    inference_timeout: float = Field(
+        default=600.0, gt=0, description="Seconds for a chat, including loading the model."
+    )
+    inference_requests: int = Field(
+        default=256, ge=1, description="Maximum chats at a time, answered and waiting."
+    )
+    inference_options: tuple[str, ...] = Field(
+        default=(), description="Options of `transformers serve`, such as --continuous-batching."
+    )
+
     @field_validator("public_url")
     @classmethod
     def _is_a_base(cls, value: AnyHttpUrl | None) -> AnyHttpUrl | None:

@@ -1,0 +1,241 @@
+"""Routes of the chat APIs, in the protocols of Mistral and OpenAI."""
+
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final, Protocol
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from training_backends.core.errors import ProtocolError
+from training_backends.gateway.chat import ChatProblem, ChatRequest, ChatService, InferenceModel
+from training_backends.gateway.errors import HTTPProblem, field_errors, plain
+from training_backends.gateway.gateway import beside
+from training_backends.gateway.keys import Principal
+from training_backends.gateway.routes import Caller, Opened
+from training_backends.protocols.mistral.errors import error_items
+
+__all__ = ["chat_router"]
+
+chat_router = APIRouter(tags=["chat"], include_in_schema=False)
+
+_DONE: Final = "[DONE]"
+
+
+class _Wire(Protocol):
+    """What differs between the two protocols."""
+
+    def problem(self, problem: ChatProblem) -> HTTPProblem:
+        """Return the error response."""
+
+    def invalid(self, error: ValidationError) -> HTTPProblem:
+        """Return the error response for a request that is none."""
+
+    def request(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a request as OpenAI names them."""
+
+    def chunk(self, chunk: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+        """Return the chunks to send for one of the server's."""
+
+
+class _Mistral:
+    """The errors and fields of api.mistral.ai."""
+
+    def problem(self, problem: ChatProblem) -> HTTPProblem:
+        if problem.status == 400:
+            place = ["body", *([problem.field] if problem.field else [])]
+            item: Any = {"type": "value_error", "loc": place, "msg": problem.sentence}
+            return HTTPProblem(422, field_errors([item]))
+        found = plain(problem.status, problem.sentence)
+        found.headers |= problem.headers
+        return found
+
+    def invalid(self, error: ValidationError) -> HTTPProblem:
+        items = error_items(error.errors(include_context=False), ["body"])
+        return HTTPProblem(422, field_errors(items))
+
+    def request(self, fields: dict[str, Any]) -> dict[str, Any]:
+        if "random_seed" in fields:
+            fields["seed"] = fields.pop("random_seed")
+        if fields.get("tool_choice") == "any":
+            fields["tool_choice"] = "required"
+        if fields.get("stream"):
+            fields["stream_options"] = {"include_usage": True}
+        return fields
+
+    def chunk(self, chunk: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+        del usage  # always sent
+        return [chunk]
+
+
+class _OpenAI:
+    """The errors and fields of api.openai.com."""
+
+    def problem(self, problem: ChatProblem) -> HTTPProblem:
+        kind = "server_error" if problem.status >= 500 else "invalid_request_error"
+        if problem.status == 429:
+            kind = "rate_limit_error"
+        error = {
+            "message": problem.sentence,
+            "type": kind,
+            "param": problem.field,
+            "code": problem.code,
+        }
+        return HTTPProblem(problem.status, {"error": error}, problem.headers)
+
+    def invalid(self, error: ValidationError) -> HTTPProblem:
+        first = error.errors(include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))[:200] or None
+        sentence = f"Invalid {field or 'body'}: {first['msg']}."
+        return self.problem(ChatProblem(400, sentence, field=field, code="invalid_value"))
+
+    def request(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return fields
+
+    def chunk(self, chunk: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+        counted = chunk.pop("usage", None)
+        if not usage:
+            return [chunk] if chunk["choices"] else []
+        chunk["usage"] = None
+        if not chunk["choices"]:
+            return [chunk | {"usage": counted}]
+        return [chunk, chunk | {"choices": [], "usage": counted}] if counted else [chunk]
+
+
+class _Chat(Response):
+    """A response that is computed while it is sent, and abandoned when the client disconnects."""
+
+    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        async with beside() as tasks:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await self._answer(send)
+            tasks.cancel_scope.cancel()
+
+
+@chat_router.post("/v1/chat/completions", name="chat")
+async def chat(request: Request, gateway: Opened, caller: Caller) -> Response:
+    """Answer a chat in the Mistral protocol."""
+    return await _respond(request, gateway.chat, caller, _Mistral())
+
+
+@chat_router.post("/openai/v1/chat/completions", name="openai_chat")
+async def openai_chat(request: Request, gateway: Opened, caller: Caller) -> Response:
+    """Answer a chat in the OpenAI protocol."""
+    return await _respond(request, gateway.chat, caller, _OpenAI())
+
+
+async def _respond(
+    request: Request, service: ChatService, caller: Principal, wire: _Wire
+) -> Response:
+    try:
+        document = await request.json()
+    except (ValueError, RecursionError):
+        raise wire.problem(ChatProblem(400, "The request body is not valid JSON.")) from None
+    if isinstance(document, dict):
+        document = wire.request(document)
+    try:
+        asked = ChatRequest.model_validate(document)
+    except ValidationError as error:
+        raise wire.invalid(error) from None
+
+    async def answer(send: Send) -> None:
+        reply = _Reply(send)
+        try:
+            async with service.asking(asked.model, caller) as model:
+                await _answer(model, asked, wire, reply)
+        except ChatProblem as problem:
+            found = wire.problem(problem)
+            if not reply.has_begun:
+                raise found from None
+            # Too late for a status; both SDKs raise an error for this event.
+            await reply.event(found.body)
+            await reply.end()
+
+    return _Chat(answer)
+
+
+class _Reply:
+    """Sends a document, or events; the head with the first of them."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+
+    async def document(self, document: Any) -> None:
+        await self._part(_compact(document), "application/json")
+        await self.end()
+
+    async def event(self, data: Any) -> None:
+        text = data if isinstance(data, str) else _compact(data)
+        await self._part(f"data: {text}\n\n", "text/event-stream")
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _part(self, text: str, kind: str) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            headers = [(b"content-type", kind.encode()), (b"cache-control", b"no-store")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+def _compact(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+async def _answer(model: InferenceModel, asked: ChatRequest, wire: _Wire, reply: _Reply) -> None:
+    fields = asked.fields()
+    body = model.body(fields)
+    if not asked.stream:
+        document = await model.client.json("POST", "/chat/completions", body=body)
+        await reply.document(document | {"model": asked.model})
+        return
+    options = fields.get("stream_options")
+    usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    async with aclosing(_chunks(model, body)) as chunks:
+        async for chunk in chunks:
+            for each in wire.chunk(chunk | {"model": asked.model}, usage=usage):
+                await reply.event(each)
+    await reply.event(_DONE)
+    await reply.end()
+
+
+async def _chunks(
+    model: InferenceModel, body: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the chunks of an answer with the fields that SDKs require.
+
+    Raises:
+        ProtocolError: The server sent something else, or an error.
+    """
+    events = model.client.events("/chat/completions", body=body)
+    created = int(time.time())
+    async with aclosing(events):
+        async for event in events:
+            if event.data == _DONE:
+                return
+            try:
+                chunk = json.loads(event.data)
+            except ValueError:
+                chunk = None
+            if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+                raise ProtocolError(f"The inference server sent: {event.data[:500]}")
+            for choice in chunk["choices"]:
+                choice.setdefault("finish_reason", None)
+            yield {"created": created, **chunk}
