@@ -21,7 +21,8 @@ from training_backends.tokens.encoders import (
     TemplateEncoder,
     TokenizerError,
 )
-from training_backends.trainer.objectives.tokens import TokenObjective, cut_out
+from training_backends.tokens.examples import cut_out
+from training_backends.trainer.objectives.tokens import TokenObjective
 
 DATA = Path(mistral_common.__file__).parent / "data"
 CODE = "def add(a, b):\n    return a + b\n"
@@ -45,7 +46,7 @@ def test_mistral_asks_as_it_was_taught(name: str) -> None:
     asking = MistralTokenizer.from_file(DATA / name)
     head = asking.encode_fim(FIMRequest(prompt="def add(a, b):\n", suffix=" + b\n")).tokens
     assert ids[: len(head)] == head
-    text = ids[head.index(encoder._control("[PREFIX]")) + 1 :]
+    text = ids[head.index(encoder._tokens.get_special_token("[PREFIX]")) + 1 :]
     assert encoder.decode(text) == "def add(a, b):\n    return a", "the middle goes right on"
     assert ids[-1] == encoder.eos_id
     controls = [n for n, counts in enumerate(trained) if not counts]
@@ -78,9 +79,9 @@ def test_other_models_have_their_own_tokens(tmp_path: Path, specials: list[str])
     """Beginning, end, middle, each behind the model's token; text never becomes one."""
     encoder = make_coder(tmp_path, specials)
     ids, trained = encoder.fill_in("a", f"b{specials[0]}", "c")
-    plain = encoder._tokenizer.convert_ids_to_tokens(ids)
+    plain = [encoder._tokenizer.id_to_token(token) for token in ids]
     assert "".join(plain) == f"{specials[0]}a{specials[1]}c{specials[2]}b{specials[0]}<end>"
-    assert ids.count(encoder._tokenizer.convert_tokens_to_ids(specials[0])) == 1
+    assert ids.count(encoder._tokenizer.token_to_id(specials[0])) == 1
     assert [token for token, counts in zip(plain, trained, strict=True) if not counts] == specials
 
 
@@ -97,14 +98,14 @@ def test_a_model_without_the_tokens_is_refused_by_name(tmp_path: Path) -> None:
 
 def ids_of(objective: TokenObjective, row: dict[str, Any], place: str) -> list[int]:
     """Encode a row."""
-    example = objective.read(json.dumps(row).encode(), place).example
+    [example] = objective.read(json.dumps(row).encode(), place).examples
     return list(example.ids.tolist())
 
 
 def test_which_texts_and_where_depends_on_seed_and_place(tmp_path: Path) -> None:
     """The share is the ratio; chats stay as they are."""
     encoder = make_coder(tmp_path, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
-    token = encoder._tokenizer.convert_tokens_to_ids("<fim_middle>")
+    token = encoder._tokenizer.token_to_id("<fim_middle>")
     places = [f"train/0/{n}" for n in range(200)]
     half = TokenObjective(encoder, 100, fim_ratio=0.5, seed=1)
     rows = [ids_of(half, {"text": CODE}, place) for place in places]
@@ -125,11 +126,13 @@ def test_a_long_text_is_shortened_before_it_is_cut(tmp_path: Path) -> None:
     objective = TokenObjective(encoder, 64, fim_ratio=1.0)
     text = "".join(chr(97 + n % 26) for n in range(999))
     for number in range(20):
-        example, cut = objective.read(json.dumps({"text": text}).encode(), str(number))
+        [example], cut = objective.read(json.dumps({"text": text}).encode(), str(number))
         ids = example.ids.tolist()
         assert cut
         assert 50 < len(ids) <= 64
         assert ids[-1] == encoder.eos_id
-        prefix, rest = encoder._tokenizer.decode(ids).split("<fim_suffix>")
+        prefix, rest = encoder._tokenizer.decode(ids, skip_special_tokens=False).split(
+            "<fim_suffix>"
+        )
         suffix, middle = rest.removesuffix("<end>").split("<fim_middle>")
         assert text.startswith(prefix.removeprefix("<fim_prefix>") + middle + suffix)
