@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from training_backends.datasets.rows import ChatRow, parse_row
 from training_backends.tokens import row_counter
-from training_backends.tokens.chat_template import ChatTemplate, Conversation, RejectedByTemplate
+from training_backends.tokens.chat_template import ChatRenderer, Conversation, RejectedByTemplate
 from training_backends.tokens.counts import AnyRow
 from training_backends.tokens.encoders import Encoded, TemplateEncoder, UnusableRow
 from training_backends.tokens.tokenizers import TokenizerSettings
@@ -84,7 +84,7 @@ def test_templates_are_rendered_as_transformers_does(
 ) -> None:
     """The same text, which servers ask with."""
     served = AutoTokenizer.from_pretrained(directories[family])
-    template = ChatTemplate(TokenizerSettings.read(directories[family]))
+    template = ChatRenderer(TokenizerSettings.read(directories[family]))
     compared = 0
     for row in families.CASES.values():
         given = [dict(message) for message in row["messages"]]
@@ -124,19 +124,19 @@ turns = st.lists(
 @pytest.fixture(scope="module", params=["qwen2_5", "qwen3", "gptoss", "glm4moe", "phi3"])
 def served(
     directories: dict[str, Path], request: pytest.FixtureRequest
-) -> tuple[TemplateEncoder, ChatTemplate, Callable[[AnyRow], int]]:
+) -> tuple[TemplateEncoder, ChatRenderer, Callable[[AnyRow], int]]:
     """An encoder, its template and its counter."""
     directory = directories[request.param]
     count = row_counter(str(directory))
     assert count is not None
-    template = ChatTemplate(TokenizerSettings.read(directory))
+    template = ChatRenderer(TokenizerSettings.read(directory))
     return TemplateEncoder(request.param, directory), template, count
 
 
 @settings(max_examples=10, deadline=None)
 @given(turns=turns)
 def test_answers_follow_the_prompt_that_is_served(
-    served: tuple[TemplateEncoder, ChatTemplate, Callable[[AnyRow], int]],
+    served: tuple[TemplateEncoder, ChatRenderer, Callable[[AnyRow], int]],
     turns: list[tuple[str, str, int]],
 ) -> None:
     """Every answer in the loss follows the tokens of its generation prompt; counts agree."""
@@ -181,11 +181,11 @@ JSON_TEMPLATE = (
 )
 
 
-def with_template(template: str) -> ChatTemplate:
+def with_template(template: str) -> ChatRenderer:
     """Compile a template for a tokenizer with two control tokens."""
     controls = frozenset({"</s>", "<|im_end|>"})
     named = {"eos_token": "<|im_end|>"}
-    return ChatTemplate(TokenizerSettings(named, controls, {}, frozenset()), template)
+    return ChatRenderer(TokenizerSettings(named, controls, {}, frozenset()), template)
 
 
 def rendered(template: str, row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from training_backends.datasets.rows import ChatRow, Message, SourceMessage, Sou
 from training_backends.tokens.jinja import EndlessTemplate, TimeLimit, compile_template
 from training_backends.tokens.tokenizers import TokenizerSettings
 
-__all__ = ["ChatTemplate", "Conversation", "RejectedByTemplate", "RenderedExample"]
+__all__ = ["ChatRenderer", "Conversation", "RejectedByTemplate", "RenderedExample"]
 
 Json = dict[str, Any]
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
@@ -82,7 +82,7 @@ class RenderedExample(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-class _Form(NamedTuple):
+class _TemplateForm(NamedTuple):
     """The form in which a template takes what rows may have in several forms.
 
     Attributes:
@@ -94,7 +94,7 @@ class _Form(NamedTuple):
     empty: tuple[str | None, ...] = ()
 
 
-class ChatTemplate:
+class ChatRenderer:
     """A chat template with the control tokens of its tokenizer."""
 
     def __init__(self, settings: TokenizerSettings, text: str | None = None) -> None:
@@ -279,11 +279,11 @@ class ChatTemplate:
         return {**call, "function": {**function, "arguments": arguments}}
 
     @cached_property
-    def _form(self) -> _Form:
+    def _form(self) -> _TemplateForm:
         """How calls are given: tried with marks, in the order of preference."""
         empties: list[tuple[str | None, ...]] = [(), ("",), (None,)]
         for is_object, empty in product((True, False), empties):
-            form = _Form(arguments=is_object, empty=empty)
+            form = _TemplateForm(arguments=is_object, empty=empty)
             arguments: Any = {_mark(1): _mark(2)}
             messages = _called(arguments if is_object else json.dumps(arguments))
             messages[1] |= dict.fromkeys(("content",) * len(empty), *empty)
@@ -291,7 +291,7 @@ class ChatTemplate:
             quoted = (f"{{'{_mark(1)}'", f'\\"{_mark(1)}')  # Python's notation, and JSON in JSON
             if _mark(1) in text and _mark(2) in text and not any(each in text for each in quoted):
                 return form
-        return _Form(empty=("",))  # for the reason: calls are left out, or rejected
+        return _TemplateForm(empty=("",))  # for the reason: calls are left out, or rejected
 
     @cached_property
     def _takes_text(self) -> bool:

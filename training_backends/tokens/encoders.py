@@ -24,7 +24,7 @@ from training_backends.datasets.rows import (
 )
 from training_backends.tokens.byte_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
 from training_backends.tokens.chat_template import (
-    ChatTemplate,
+    ChatRenderer,
     Conversation,
     RejectedByTemplate,
     RenderedExample,
@@ -393,10 +393,10 @@ class TemplateEncoder:
         self.pad_id: int = self.eos_id if pad is None else self._id(pad)
         bos = settings.named.get("bos_token")
         self._head: list[int] = [] if bos is None else [self._id(bos)]
-        self._template: ChatTemplate | None = None
+        self._template: ChatRenderer | None = None
         if settings.templates or chat_template is not None:
             try:
-                self._template = ChatTemplate(settings, chat_template)
+                self._template = ChatRenderer(settings, chat_template)
             except RejectedByTemplate as error:
                 raise TokenizerError(f"{model!r}: {error}.") from error
 
@@ -503,7 +503,7 @@ class TemplateEncoder:
         ids, head = self._plain(text), self._head
         return Encoded([*head, *ids, self.eos_id], [False] * len(head) + [True] * (len(ids) + 1))
 
-    def _require_template(self) -> ChatTemplate:
+    def _require_template(self) -> ChatRenderer:
         if self._template is None:
             raise TokenizerError(
                 f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
