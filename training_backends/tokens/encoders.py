@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import (
+    CONTROL_TEXT,
     ChatRow,
     Control,
     Message,
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 Row = ChatRow | TextRow
+_CONTROL_BYTES: Final = {int(control): text.encode() for control, text in CONTROL_TEXT.items()}
 _FILL_IN: Final = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
@@ -138,8 +140,8 @@ class Encoder(Protocol):
         """Return the token ids of a user message as a generation prompt."""
         ...
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode an answer; invalid UTF-8 is replaced."""
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode an answer, usually without control tokens; invalid UTF-8 is replaced."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -225,9 +227,11 @@ class ByteEncoder:
         """Encode one user message."""
         return byte_encode(ChatRow([Message("user", text)]))[0]
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode the bytes, without control tokens."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode the bytes."""
+        controls = _CONTROL_BYTES if keep_controls else {}
+        pieces = (bytes([i]) if i < 256 else controls.get(i, b"") for i in ids)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
         """Save the equivalent transformers tokenizer."""
@@ -359,9 +363,14 @@ class MistralEncoder:
         request = self._request.model_validate(chat_request(row))
         return list(self._asking.encode_chat_completion(request).tokens)
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode without control tokens."""
-        return str(self._training.decode(ids))
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode with mistral-common."""
+        if not keep_controls:
+            return str(self._training.decode(ids))
+        return "".join(
+            "".join(map(self._tokens.id_to_piece, tokens)) if is_control else self.decode([*tokens])
+            for is_control, tokens in groupby(ids, self._tokens.is_special)
+        )
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer files, and those for other programs, such as the chat template."""
@@ -478,9 +487,9 @@ class TemplateEncoder:
         with self._explaining():
             return self._ids(self._template.prompt([{"role": "user", "content": text}]))
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode without control tokens."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode with the tokenizer."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not keep_controls))
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer files, with the template that was used."""
