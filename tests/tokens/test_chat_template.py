@@ -271,3 +271,28 @@ def test_a_part_of_an_answer_that_is_left_out_is_an_error() -> None:
     row = Conversation.of(parsed({"messages": [ROW["messages"][0], answer]}))
     with pytest.raises(RejectedByTemplate, match=r"messages\[1\].content.*leaves out a part"):
         with_template(template).examples(row)
+
+
+def test_the_table_of_the_documentation_is_true() -> None:
+    """What becomes of each case is what the page says."""
+    script: Any = import_module("benchmarks.templates")
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.with_table(page) == page
+
+
+def test_a_template_of_ones_own_chooses_how_answers_are_asked_for(
+    directories: dict[str, Path],
+) -> None:
+    """The line that the documentation gives: a reasoning model is asked without reasoning."""
+    directory = directories["nemotron_3_nano"]
+    line = "{%- set enable_thinking = enable_thinking | default(false) -%}\n"
+    template = line + (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    encoder = TemplateEncoder("nemotron", directory, template)
+    row = families.CASES["multi-turn"]
+    [example] = encoder.encode(parsed(row))
+    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    assert in_loss(encoder, [example]) == [f"{answer}<|im_end|>" for answer in answers]
+    assert encoder.prompt("a") == encoder._ids(
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>"
+    )

@@ -361,7 +361,9 @@ def show_preview(examples: Sequence[PreviewExample]) -> None:
 
 
 def _preview_head(example: PreviewExample) -> str:
-    place = f"{example.path}:{example.line}"
+    here = Path.cwd()
+    path = example.path.relative_to(here) if example.path.is_relative_to(here) else example.path
+    place = f"{path}:{example.line}"
     if example.reason is not None:
         return f"{place}  rejected: {redact(example.reason)}"
     if example.part:
