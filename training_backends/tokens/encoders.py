@@ -8,6 +8,7 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -501,12 +502,18 @@ class TemplateEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        """The tokenizer for texts in which nothing is a control token.
+
+        Another object, because the setting would also affect chats in other threads.
+        """
+        tokenizer = copy(self._tokenizer)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
     def _plain(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True
-        try:
-            return self._ids(text)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+        return list(self._text_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encode_text(self, text: str) -> Encoded:
         ids, head = self._plain(text), self._head

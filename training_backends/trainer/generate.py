@@ -30,7 +30,7 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
     Args:
         max_tokens: Maximum length of the answer.
     """
-    ids = encoder.prompt(prompt)
+    ids, ends = encoder.prompt(prompt), end_ids(model, encoder)
     start = torch.tensor([ids], device=model.device)
     with evaluating(model):
         out = model.generate(
@@ -40,12 +40,10 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
             do_sample=False,
             use_cache=True,
             pad_token_id=encoder.pad_id,
-            eos_token_id=[*end_ids(model, encoder)],
+            eos_token_id=[*ends],
         )
     generated = [int(token) for token in out[0, len(ids) :]]
-    return encoder.decode(
-        [*takewhile(lambda token: token not in end_ids(model, encoder), generated)]
-    )
+    return encoder.decode([*takewhile(lambda token: token not in ends, generated)])
 
 
 def end_ids(model: Any, encoder: Encoder) -> frozenset[int]:
