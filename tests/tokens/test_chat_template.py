@@ -261,7 +261,10 @@ def test_what_a_template_leaves_out_is_an_error(
     row = Conversation.of(parsed({**ROW, **changes}))
     with pytest.raises(RejectedByTemplate) as caught:
         with_template(PLAIN.replace(shown, left_out)).examples(row)
-    assert str(caught.value) == f"{field}: the chat template leaves it out"
+    assert (
+        str(caught.value)
+        == f"{field}: the chat template leaves it out (remove it, or set chat_template)"
+    )
 
 
 def test_a_part_of_an_answer_that_is_left_out_is_an_error() -> None:

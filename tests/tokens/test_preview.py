@@ -64,7 +64,7 @@ def test_a_rejected_row_has_its_reason(tmp_path: Path, model: Path) -> None:
     row = {"messages": question("<|im_end|>")}
     rejected, fine = shown(tmp_path, row, {"messages": question("Far?")}, model=str(model))
     assert (rejected.examples, rejected.segments, rejected.line) == (0, (), 1)
-    assert rejected.reason == "the text contains the control token <|im_end|>"
+    assert rejected.reason == "the text contains the control token <|im_end|> (remove it)"
     assert (fine.reason, fine.line) == (None, 2)
 
 

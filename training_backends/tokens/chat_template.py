@@ -29,6 +29,7 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, in the order of transformers 5.23."""
 _KNOWN_SHAPES: Final = 4096
 _CALLED: Final = "zqcalled"
+_FIX: Final = "remove it, or set chat_template"
 
 
 class RejectedByTemplate(ValueError):
@@ -195,7 +196,8 @@ class ChatRenderer:
             return str(template.render(**values))
         except Exception as error:  # templates raise arbitrary exceptions
             raise RejectedByTemplate(
-                f"the chat template rejects the row: {first_line(error)}"
+                f"the chat template rejects the row: {first_line(error)} (change the row, or set "
+                "chat_template)"
             ) from error
 
     def _examples(self, row: Conversation) -> list[RenderedExample]:
@@ -322,7 +324,7 @@ class ChatRenderer:
     def _refuse_control_tokens(self, row: Conversation) -> None:
         content = msgspec.json.encode((row.messages, row.tools)).decode()
         if found := self._escaped_controls.search(content):
-            raise RejectedByTemplate(f"the text contains the control token {found[0]}")
+            raise RejectedByTemplate(f"the text contains the control token {found[0]} (remove it)")
 
     def _require_answers(self, row: Conversation, examples: Sequence[RenderedExample]) -> None:
         """Check that each answer in the loss has its text, except for white space."""
@@ -333,7 +335,8 @@ class ChatRenderer:
             for text in _texts(content):
                 if text.strip() not in span and "".join(text.split()) not in "".join(span.split()):
                     raise RejectedByTemplate(
-                        f"messages[{index}].content: the chat template leaves out a part of it"
+                        f"messages[{index}].content: the chat template leaves out a part of it "
+                        f"({_FIX})"
                     )
 
     def _dropped(self, row: Conversation) -> str | None:
@@ -366,7 +369,7 @@ class ChatRenderer:
                 is_shortened = mark.message < asked and roles[mark.message] in ("assistant", "tool")
                 is_thought = mark.is_reasoning and mark.message != answer
                 if mark.message < 0 or not (is_shortened or is_thought):
-                    return f"{mark.field}: the chat template leaves it out"
+                    return f"{mark.field}: the chat template leaves it out ({_FIX})"
         return None
 
 
