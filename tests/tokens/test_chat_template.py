@@ -184,7 +184,7 @@ JSON_TEMPLATE = (
 def with_template(template: str) -> ChatRenderer:
     """Compile a template for a tokenizer with two control tokens."""
     controls = frozenset({"</s>", "<|im_end|>"})
-    named = {"eos_token": "<|im_end|>"}
+    named = {"eos_token": "</s>"}
     return ChatRenderer(TokenizerSettings(named, controls, {}, frozenset()), template)
 
 
@@ -299,3 +299,15 @@ def test_a_template_of_ones_own_chooses_how_answers_are_asked_for(
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
         "<|im_start|>assistant\n<think></think>"
     )
+
+
+def test_an_answer_that_nothing_ends_is_given_the_end_of_the_text() -> None:
+    """Also an empty one, behind the control token of its prompt; each is an example of its own."""
+    template = (
+        "{% for m in messages %}{{ '<|im_end|>' if m.role == 'assistant' }}{{ m.content }}"
+        "{% endfor %}{{ '<|im_end|>' if add_generation_prompt }}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}] * 2
+    examples = with_template(template).examples(Conversation.of(parsed({"messages": turns})))
+    texts = [text[:start] + "|" + text[start:end] for text, [(start, end)] in examples]
+    assert texts == ["a<|im_end|>|</s>", "a<|im_end|>a<|im_end|>|</s>"]

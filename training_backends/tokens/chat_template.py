@@ -87,12 +87,12 @@ class _TemplateForm(NamedTuple):
     """The form in which a template takes what rows may have in several forms.
 
     Attributes:
-        arguments: Whether the arguments of calls are given as an object, not as its JSON.
-        empty: Content of a message without any: absent, an empty text, or None.
+        is_object: Whether the arguments of calls are given as an object, not as its JSON.
+        empty: What a message with calls and without content is given.
     """
 
-    arguments: bool = True
-    empty: tuple[str | None, ...] = ()
+    is_object: bool
+    empty: Json
 
 
 class ChatRenderer:
@@ -216,7 +216,8 @@ class ChatRenderer:
                     f"generation prompt, which ends with {asked[-20:]!r} "
                     f"({_prompt_fix(row.messages[index])})"
                 )
-            start, ends = len(asked), self._end_places(own)
+            start = len(asked)
+            ends = [end for end in self._end_places(own) if end > start]
             if not ends:  # nothing ends the answer, so the end-of-text token has to
                 separate.append(
                     RenderedExample(own + self._eos, [(start, len(own) + len(self._eos))])
@@ -259,7 +260,7 @@ class ChatRenderer:
         if calls := made.get("tool_calls"):
             made["tool_calls"] = [self._adapted_call(call) for call in calls]
             if "content" not in made:
-                made |= dict.fromkeys(("content",) * len(self._form.empty), *self._form.empty)
+                made |= self._form.empty
         content = made.get("content")
         if isinstance(content, list) and not self._takes_parts:
             made["content"] = "".join(_texts(content))
@@ -270,47 +271,47 @@ class ChatRenderer:
     def _adapted_call(self, call: Json) -> Json:
         function = call["function"]
         arguments = function.get("arguments", {})
-        if self._form.arguments and isinstance(arguments, str):
+        if self._form.is_object and isinstance(arguments, str):
             try:
                 parsed = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
                 return call
             arguments = parsed if isinstance(parsed, dict) else arguments
-        elif not self._form.arguments and not isinstance(arguments, str):
+        elif not self._form.is_object and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": arguments}}
 
     @cached_property
     def _form(self) -> _TemplateForm:
         """How calls are given: tried with marks, in the order of preference."""
-        empties: list[tuple[str | None, ...]] = [(), ("",), (None,)]
+        empties: list[Json] = [{}, {"content": ""}, {"content": None}]
         for is_object, empty in product((True, False), empties):
-            form = _TemplateForm(arguments=is_object, empty=empty)
-            arguments: Any = {_mark(1): _mark(2)}
-            messages = _called(arguments if is_object else json.dumps(arguments))
-            messages[1] |= dict.fromkeys(("content",) * len(empty), *empty)
-            text = self._try(Conversation(messages, [_tool(_mark(0))], [False] * 4))
-            quoted = (f"{{'{_mark(1)}'", f'\\"{_mark(1)}')  # Python's notation, and JSON in JSON
-            if _mark(1) in text and _mark(2) in text and not any(each in text for each in quoted):
-                return form
-        return _TemplateForm(empty=("",))  # for the reason: calls are left out, or rejected
+            key, value = _marker(1), _marker(2)
+            messages = _called({key: value} if is_object else json.dumps({key: value}))
+            messages[1] |= empty
+            text = self._try(Conversation(messages, [_tool(_marker(0))], [False] * 4))
+            quoted = f"{{'{key}'" in text or f'\\"{key}' in text  # Python, or JSON in JSON
+            if key in text and value in text and not quoted:
+                return _TemplateForm(is_object, empty)
+        # None is right. The reason of the rejection should be about calls, not about content.
+        return _TemplateForm(is_object=True, empty={"content": ""})
 
     @cached_property
     def _takes_text(self) -> bool:
-        text = self._try(_turns(("user", _mark(0)), ("assistant", _mark(1))))
+        text = self._try(_turns(("user", _marker(0)), ("assistant", _marker(1))))
         # If neither form is rendered, the reason should be that of a text.
-        return not self._takes_parts or (_mark(0) in text and _mark(1) in text)
+        return not self._takes_parts or (_marker(0) in text and _marker(1) in text)
 
     @cached_property
     def _takes_parts(self) -> bool:
-        parts = [[{"type": "text", "text": _mark(place)}] for place in range(2)]
+        parts = [[{"type": "text", "text": _marker(place)}] for place in range(2)]
         text = self._try(_turns(("user", parts[0]), ("assistant", parts[1])))
-        marked = _mark(0) in text and _mark(1) in text
+        marked = _marker(0) in text and _marker(1) in text
         return marked and "'text'" not in text and '"text"' not in text
 
     @cached_property
     def _knows_developer(self) -> bool:
-        return _mark(0) in self._try(_turns(("developer", _mark(0)), ("user", _mark(1))))
+        return _marker(0) in self._try(_turns(("developer", _marker(0)), ("user", _marker(1))))
 
     def _try(self, row: Conversation) -> str:
         """Render a conversation as it is; return an empty text if the template rejects it."""
@@ -341,7 +342,7 @@ class ChatRenderer:
 
     def _dropped(self, row: Conversation) -> str | None:
         """Return what the template leaves out of conversations of this shape."""
-        marked, marks = _marked(row, is_object=self._form.arguments)
+        marked, marks = _marked(row, is_object=self._form.is_object)
         shape = msgspec.json.encode(marked)
         if shape not in self._dropped_by_shape:
             if len(self._dropped_by_shape) >= _KNOWN_SHAPES:
@@ -408,7 +409,7 @@ def _texts(content: Any) -> Iterator[str]:
         yield from (part.get("text") or "" for part in content)
 
 
-def _mark(place: int) -> str:
+def _marker(place: int) -> str:
     """Return a text that no template changes, and that is in no other text."""
     return f"zq{place:05d}w"
 
@@ -425,12 +426,12 @@ def _tool(name: str) -> Json:
 
 
 def _called(arguments: Any) -> list[Json]:
-    function = {"name": _mark(0), "arguments": arguments}
+    function = {"name": _marker(0), "arguments": arguments}
     call = {"id": "call00001", "type": "function", "function": function}
     return [
         {"role": "user", "content": "x"},
         {"role": "assistant", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": call["id"], "name": _mark(0), "content": "x"},
+        {"role": "tool", "tool_call_id": call["id"], "name": _marker(0), "content": "x"},
         {"role": "assistant", "content": "x"},
     ]
 
@@ -440,7 +441,7 @@ def _probes() -> Iterator[Conversation]:
     for turns in (1, 2):
         yield _turns(*[("user", "x"), ("assistant", "x")] * turns)
     called = _called({})
-    yield Conversation(called[:2], [_tool(_mark(0))], [False, True])
+    yield Conversation(called[:2], [_tool(_marker(0))], [False, True])
     thought = {"role": "assistant", "reasoning_content": "x", "content": "x"}
     yield Conversation([called[0], thought], None, [False, True])
 
@@ -456,7 +457,7 @@ def _marked(row: Conversation, *, is_object: bool) -> tuple[Conversation, list[_
 
     def mark(index: int, field: str, *, is_reasoning: bool = False) -> str:
         place = field if index < 0 else f"messages[{index}].{field}"
-        marks.append(_Mark(index, place, _mark(len(marks)), is_reasoning))
+        marks.append(_Mark(index, place, _marker(len(marks)), is_reasoning))
         return marks[-1].text
 
     def identify(given: Any) -> str:
