@@ -34,6 +34,13 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        # `include_router` would build every route again: 0.07 s for each application.
+        routes=[
+            *files_router.routes,
+            *links_router.routes,
+            *jobs_router.routes,
+            *models_router.routes,
+        ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
@@ -45,9 +52,6 @@ def create_app(gateway: Gateway) -> FastAPI:
         },
     )
     app.state.gateway = gateway
-    for router in (files_router, links_router, jobs_router, models_router):
-        app.include_router(router)
-
     health = _Health(gateway)
 
     @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})

@@ -16,7 +16,6 @@ from anyio import to_thread
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import files, jobs
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
@@ -38,6 +37,7 @@ from training_backends.protocols.mistral.wire import (
     RetrieveFileOut,
     UploadFileOut,
 )
+from training_backends.store.gateway_schema import files, jobs
 
 __all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
 

@@ -13,9 +13,9 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from training_backends.core.errors import DuplicateRun, StoreError
-from training_backends.gateway import schema
 from training_backends.gateway.store import GatewayStore, lock_home
 from training_backends.protocols.mistral.status import ENDED
+from training_backends.store import gateway_schema as schema
 from training_backends.store.schema import deliveries
 
 __all__ = ["import_legacy", "import_legacy_locked"]

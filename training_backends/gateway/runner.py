@@ -42,9 +42,9 @@ from training_backends.gateway.jobstore import (
     load_job,
     quote,
 )
-from training_backends.gateway.schema import jobs
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
+from training_backends.store.gateway_schema import jobs
 from training_backends.store.schema import runs
 
 __all__ = ["JobRunner", "OnEnd"]

@@ -22,7 +22,7 @@ from tenacity import (
 from training_backends.core.errors import ConfigError, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.core.redaction import register_url
-from training_backends.store import schema
+from training_backends.store import gateway_schema, schema
 
 __all__ = [
     "RECOVER",
@@ -323,11 +323,12 @@ class Database:
         if path is not None:
             create_file(path)
         if not self._is_up_to_date():
-            # Imports alembic, which an up-to-date store does not need.
-            from training_backends.store.migrate import migrate  # noqa: PLC0415
-
             with self._turn:
-                migrate(self._writer)
+                if not _create(self._writer):
+                    # Imports alembic, which only an older store needs.
+                    from training_backends.store.migrate import migrate  # noqa: PLC0415
+
+                    migrate(self._writer)
         self._ready = True
 
     def _is_up_to_date(self) -> bool:
@@ -363,6 +364,21 @@ class Database:
             hint="Check free space and file permissions, or set TRAINING_BACKENDS_HOME.",
             retryable=code in _BUSY,
         )
+
+
+def _create(writer: sa.Engine) -> bool:
+    """Create the tables of the latest revision in an empty database, in one transaction.
+
+    Returns:
+        Whether the database was empty. Otherwise nothing changes.
+    """
+    with writer.begin() as connection:
+        if sa.inspect(connection).get_table_names():
+            return False
+        gateway_schema.jobs.metadata.create_all(connection, checkfirst=False)
+        connection.execute(schema.revision.insert().values(version_num=schema.REVISION))
+        connection.execute(schema.schema_version.insert().values(version=2))
+    return True
 
 
 def _engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
