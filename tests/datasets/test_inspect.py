@@ -470,8 +470,8 @@ def test_several_processes_find_the_same(
     packed.write_bytes(gzip.compress(first.read_bytes()))
     config = make_config(data={"train": [first, packed], "validation": second})
     alone = inspect(config, processes=1)
-    monkeypatch.setattr(scan, "_FIRST", 1000)
-    monkeypatch.setattr(scan, "_LARGEST", 20_000)
+    monkeypatch.setattr(scan, "FIRST_BLOCK", 1000)
+    monkeypatch.setattr(scan, "LARGEST_BLOCK", 20_000)
     told: list[Issue] = []
     together = inspect(config, processes=processes, on_issue=told.append)
     assert together == alone
@@ -526,7 +526,7 @@ def test_few_bytes_are_read_by_one_process(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(scan, "run_parallel", noted)
     path = write(tmp_path / "a.jsonl", talk(1))
     inspect_file(path)
-    monkeypatch.setattr(scan, "_WORTH_PROCESSES", 10)
+    monkeypatch.setattr(scan, "PARALLEL_BYTES", 10)
     inspect_file(path)
     inspect_file(path, processes=2)
     assert asked == [1, 4, 2]

@@ -63,7 +63,7 @@ def test_a_server_that_stays_away_is_named(
 ) -> None:
     """The wait has an end, and who comes new does not wait at all."""
     store.list()
-    monkeypatch.setattr(database, "_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "RESTART_PATIENCE", 0.5)
     postgres.stop()
     try:
         for either in (store, RunStore(url)):
@@ -99,7 +99,7 @@ def test_who_falls_silent_while_it_writes_loses_its_turn(
     store: RunStore, url: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that lost its power says no goodbye; the others do not wait for it for ever."""
-    monkeypatch.setattr(ours, "_BEGIN", ours._BEGIN.replace("'15s'", "'300ms'"))
+    monkeypatch.setattr(ours, "BEGIN", ours.BEGIN.replace("'15s'", "'300ms'"))
     store.insert(make_run("a"))
     silent, others = threading.Event(), threading.Event()
 
@@ -128,14 +128,14 @@ def test_a_turn_that_does_not_come_is_an_error_to_try_again_after(
     """Our own patience has an end, and the administrator's may be shorter."""
     store.insert(make_run("a"))
     if bound == "lock_timeout":
-        monkeypatch.setattr(ours, "_BEGIN", ours._BEGIN.replace("'30s'", "'200ms'"))
+        monkeypatch.setattr(ours, "BEGIN", ours.BEGIN.replace("'30s'", "'200ms'"))
         other = RunStore(url)
     else:
         other = RunStore(url + "%20-cstatement_timeout%3D200ms")
     other.list()
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ours._TURN})")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ours.WRITE_LOCK})")
         with pytest.raises(StoreError, match="timeout") as caught:
             other.update("a", one_more)
     assert caught.value.retryable

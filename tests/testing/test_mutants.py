@@ -59,7 +59,7 @@ async def test_fault_is_found(mutant: Mutant, config: TrainingConfig, dataset: D
 
     def subject() -> TinySubject:
         subject = TinySubject(config, dataset, mutant.kind)
-        subject.patience = 2.0
+        subject.patience = 1.0
         return subject
 
     kit = BackendConformance(subject)

@@ -22,7 +22,7 @@ __all__ = ["create_app"]
 
 log = get_logger()
 
-_HEALTH_SECONDS = 1.0
+HEALTH_SECONDS = 1.0
 """How long a health result is cached."""
 
 
@@ -76,7 +76,7 @@ class _Health:
         async with self._lock:
             if anyio.current_time() >= self._until:
                 self._ok = await self._probe()
-                self._until = anyio.current_time() + _HEALTH_SECONDS
+                self._until = anyio.current_time() + HEALTH_SECONDS
         gateway = self._gateway
         body = {
             "status": "ok",

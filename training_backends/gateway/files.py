@@ -43,7 +43,7 @@ __all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
 
 log = get_logger()
 
-_SWEEP_EVERY = 3600.0
+SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -183,7 +183,7 @@ class FileService:
     async def sweep(self) -> None:
         """Delete expired files periodically; runs until cancelled."""
         while True:
-            await anyio.sleep(_SWEEP_EVERY)
+            await anyio.sleep(SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
             except Exception:  # must not stop the gateway

@@ -58,7 +58,7 @@ _REJECTED: Final = {
     "55": _LOCKED,
 }
 """Hints by SQLSTATE or its class, for errors reported by the server."""
-_TURN: Final = int.from_bytes(b"training", "big")
+WRITE_LOCK: Final = int.from_bytes(b"training", "big")
 """Key of the advisory lock that every write transaction holds."""
 
 # Detect a lost server within seconds, regardless of the system's TCP settings.
@@ -76,12 +76,12 @@ _CONNECTING: Final = {
 _WITHOUT_SESSION: Final = {"prepare_threshold": None}
 # All settings end with the transaction. A process that stalls in a transaction loses the lock
 # before the others time out.
-_BEGIN: Final = f"""
+BEGIN: Final = f"""
 SELECT set_config('lock_timeout', '30s', true),
        set_config('idle_in_transaction_session_timeout', '15s', true),
        set_config('synchronous_commit', CASE current_setting('synchronous_commit')
            WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true),
-       pg_advisory_xact_lock({_TURN})
+       pg_advisory_xact_lock({WRITE_LOCK})
 """
 
 
@@ -164,7 +164,7 @@ def _place(url: sa.URL) -> str:
 
 def _begin_postgres(connection: sa.Connection) -> None:
     if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql(_BEGIN)
+        connection.exec_driver_sql(BEGIN)
 
 
 _BUSY_PATIENCE = 30
@@ -217,7 +217,7 @@ def create_file(path: Path) -> None:
 def _prepare(connection: Any, _record: Any) -> None:
     # Transactions are begun below, not by the driver.
     connection.isolation_level = None
-    for pragma in (f"busy_timeout={_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={_BUSY_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
     # SQLite ignores busy_timeout when two connections switch to WAL at once.
     for attempt in Retrying(
@@ -240,7 +240,7 @@ RECOVER = (
     "a store on a server from a backup."
 )
 
-_PATIENCE: Final = 30
+RESTART_PATIENCE: Final = 30
 """Seconds to wait for a server to restart."""
 
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -309,7 +309,7 @@ class Database:
         return Retrying(
             retry=retry_if_exception(is_unreachable),
             wait=wait_random(0.1, 0.5),
-            stop=stop_after_delay(_PATIENCE),
+            stop=stop_after_delay(RESTART_PATIENCE),
             reraise=True,
         )(engine.connect)
 
