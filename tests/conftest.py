@@ -59,6 +59,11 @@ for _name, _parent, _examples, _steps in (
 hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses another
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the long tests, so that no worker of xdist has one left when the others end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("engine", "e2e"))))
+
+
 def pytest_collection_finish() -> None:
     """Spare every collection of garbage the search through all modules, torch among them."""
     gc.collect()

@@ -620,8 +620,8 @@ def test_csv_is_one_error(tmp_path: Path) -> None:
 def test_blank_lines_without_an_end_are_not_read_to_it(tmp_path: Path) -> None:
     """A few kilobytes can hold thousands of millions of them."""
     for name, content in {
-        "a.jsonl": b"\n" * 8_000_000,
-        "a.jsonl.gz": gzip.compress(b"\n" * 8_000_000),
+        "a.jsonl": b"\n" * 2_000_000,
+        "a.jsonl.gz": gzip.compress(b"\n" * 2_000_000),
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -659,14 +659,14 @@ def test_a_target_with_one_label_is_a_warning(tmp_path: Path, make_config: MakeC
 
 def test_a_large_file_is_searched_for_doubled_keys_here_and_there(tmp_path: Path) -> None:
     """Each of the first rows, and enough of the others to find what a program did to all."""
-    rows = [json.dumps(talk(n)) for n in range(40_000)]
+    rows = [json.dumps(talk(n)) for n in range(16_000)]
     twice = [row[:-1] + ', "messages": ' + row[13:] for row in rows]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(twice[:1] + rows[1:]) + "\n")
     assert [issue.line for issue in inspect_file(path)[1]] == [1]
-    path.write_text("\n".join(rows[:20_000] + twice[20_000:]) + "\n")
+    path.write_text("\n".join(rows[:8_000] + twice[8_000:]) + "\n")
     alone, together = (inspect_file(path, processes=count) for count in (1, 2))
     file, _ = alone
     assert file is not None
-    assert file.summary.findings["duplicate_key"] > 10_000
+    assert file.summary.findings["duplicate_key"] > 4_000
     assert alone == together
