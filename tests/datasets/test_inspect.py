@@ -507,7 +507,7 @@ def test_parts_of_any_size_have_every_line_once(
         path.write_bytes(gzip.compress(path.read_bytes()))
         whole = inspect_file(path, max_line=max_line)
     for size in (1, 7, 64, 1000):
-        for name in ("_FIRST", "_LARGEST"):
+        for name in ("FIRST_BLOCK", "LARGEST_BLOCK"):
             monkeypatch.setattr(scan, name, size)
         found = inspect_file(path, max_line=max_line)
         assert found[1] == whole[1]
