@@ -47,7 +47,7 @@ def in_loss(encoder: TemplateEncoder, examples: list[Encoded]) -> list[str]:
             if is_trained:
                 stretch.append(token)
             elif stretch:
-                texts.append(encoder._tokenizer.decode(stretch, skip_special_tokens=False))
+                texts.append(encoder.decode(stretch, keep_controls=True))
                 stretch = []
     return texts
 
@@ -74,8 +74,9 @@ def test_the_answers_in_the_loss_are_those_of_the_row(
         else:
             expected = (answer.get("reasoning_content", ""), answer["content"])
             assert families.parse_answer(text) == expected
-        last = encoder._tokenizer.encode(text, add_special_tokens=False).ids[-1]
-        assert last in encoder.end_ids
+        assert any(
+            text.endswith(encoder.decode([end], keep_controls=True)) for end in encoder.end_ids
+        )
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -153,14 +154,13 @@ def test_answers_follow_the_prompt_that_is_served(
     examples = encoder.encode(row)
     assert count(row) == sum(len(example.ids) for example in examples)
     starts = [
-        example.ids[:place]
+        encoder.decode(example.ids[:place], keep_controls=True)
         for example in examples
         for place, is_trained in enumerate(example.trained)
         if is_trained and not example.trained[place - 1]
     ]
     asked = [2 * place + 1 for place, (_, _, weight) in enumerate(turns) if weight]
-    prompts = [template.prompt(messages[:place]) for place in asked]
-    assert starts == [encoder._ids(prompt) for prompt in prompts]
+    assert starts == [template.prompt(messages[:place]) for place in asked]
 
 
 ROW: dict[str, Any] = {
@@ -295,10 +295,8 @@ def test_a_template_of_ones_own_chooses_how_answers_are_asked_for(
     [example] = encoder.encode(parsed(row))
     answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
     assert in_loss(encoder, [example]) == [f"{answer}<|im_end|>" for answer in answers]
-    assert encoder.prompt("a") == encoder._ids(
-        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-        "<|im_start|>assistant\n<think></think>"
-    )
+    asked = encoder.decode(encoder.prompt("a"), keep_controls=True)
+    assert asked.endswith("user\na<|im_end|>\n<|im_start|>assistant\n<think></think>")
 
 
 def test_an_answer_that_nothing_ends_is_given_the_end_of_the_text() -> None:

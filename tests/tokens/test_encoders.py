@@ -2,9 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,8 +24,6 @@ from training_backends.tokens.encoders import (
 )
 from training_backends.tokens.text_counters import shipped
 from training_backends.tokens.tokenizers import SHIPPED
-
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -65,9 +62,9 @@ def learnt(encoder: Encoder, row: ChatRow) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mistral() -> MistralEncoder:
-    """Mistral's own encoder, with a tokenizer that its package brings."""
-    return MistralEncoder(TEKKEN)
+def mistral(small_tekken: Path) -> MistralEncoder:
+    """Mistral's own encoder."""
+    return MistralEncoder(small_tekken)
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +229,18 @@ def test_rows_that_mistral_common_rejects_are_unusable(
         mistral.encode(chat(*turns))
 
 
+class Version(NamedTuple):
+    """The encoder and the counter of a tokenizer file."""
+
+    encoder: MistralEncoder
+    reference: Reference
+
+
 @pytest.fixture(scope="module", params=["v2", "v3", "v7", "v3-tekken"])
-def version(request: pytest.FixtureRequest) -> MistralEncoder:
-    """An encoder of each layout of Mistral's tokenizers that has control tokens."""
-    return MistralEncoder(shipped(SHIPPED[request.param]))
+def version(request: pytest.FixtureRequest) -> Version:
+    """Each layout of Mistral's tokenizers that has control tokens."""
+    path = shipped(SHIPPED[request.param])
+    return Version(MistralEncoder(path), Reference(path))
 
 
 @pytest.mark.parametrize(
@@ -250,18 +255,19 @@ def version(request: pytest.FixtureRequest) -> MistralEncoder:
     ],
 )
 def test_answers_are_found_in_any_order_of_roles(
-    version: MistralEncoder, turns: list[str], answers: list[str]
+    version: Version, turns: list[str], answers: list[str]
 ) -> None:
     """Whatever precedes an answer, it is in the loss through its end, and counted the same."""
     row = chat(*((role, text) for role, text in map(str.split, turns)))
-    assert learnt(version, row) == answers
-    [example] = version.encode(row)
+    encoder = version.encoder
+    assert learnt(encoder, row) == answers
+    [example] = encoder.encode(row)
     ends = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
-    assert ends.count(version.eos_id) == len(answers)
-    assert Reference(version._source).row(row) == len(example.ids)
+    assert ends.count(encoder.eos_id) == len(answers)
+    assert version.reference.row(row) == len(example.ids)
 
 
-def test_joined_answers_have_one_weight(version: MistralEncoder) -> None:
+def test_joined_answers_have_one_weight(version: Version) -> None:
     """mistral-common joins them, so one of the two cannot be left out."""
     messages = [
         {"role": "user", "content": "a"},
@@ -270,7 +276,7 @@ def test_joined_answers_have_one_weight(version: MistralEncoder) -> None:
     ]
     row = parse_row(json.dumps({"messages": messages}).encode())
     with pytest.raises(UnusableRow, match="the same weight"):
-        version.encode(row)
+        version.encoder.encode(row)
 
 
 def test_the_first_layout_has_no_control_tokens() -> None:
@@ -317,7 +323,7 @@ def test_a_template_that_rewrites_gives_an_example_for_each_answer(tmp_path: Pat
     encoder = TemplateEncoder("other", make_chatml(tmp_path, FORGETFUL))
     row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     examples = encoder.encode(row)
-    texts = [encoder._tokenizer.decode(each.ids, skip_special_tokens=False) for each in examples]
+    texts = [encoder.decode(each.ids, keep_controls=True) for each in examples]
     end = "<|im_end|>"
     assert texts == [f"a{end}b{end}", f"a{end}...{end}c{end}d{end}"]
     assert [sum(each.trained) for each in examples] == [2, 2]
