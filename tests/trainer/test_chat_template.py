@@ -101,3 +101,24 @@ def test_the_result_answers_and_stops_with_the_template_it_was_trained_with(
     out = model.generate(**asked, max_new_tokens=60, do_sample=False)
     served = tokenizer.decode(out[0, asked["input_ids"].shape[1] :])
     assert served == "Three.<|im_end|>"
+
+
+@pytest.mark.engine
+def test_an_adapter_is_asked_with_the_template_it_was_trained_with(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Its base model has none; what ends an answer is stored with the adapter."""
+    run = make_run(
+        tmp_path / "r",
+        model=str(save_base(tmp_path / "base")),
+        tuning={"kind": "lora", "rank": 4},
+        chat_template_text=TEMPLATE,
+        validation=[],
+        training_steps=1,
+    )
+    assert train(run.path) is TrainerExitCode.DONE
+    loaded = load_model(str(run.result), seed=0, tuning=None, device=torch.device("cpu"))
+    asked = loaded.encoder.decode(loaded.encoder.prompt("a"), keep_controls=True)
+    assert asked == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert loaded.encoder.end_ids == (256, 258)
+    assert GenerationConfig.from_pretrained(run.result).eos_token_id == [256, 258]

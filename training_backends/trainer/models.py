@@ -29,7 +29,7 @@ from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, Classifier
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
 from training_backends.rundir.directory import ResultRecord, RunDir
-from training_backends.tokens.encoders import Encoder, encoder_for
+from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
 from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import end_ids
@@ -277,7 +277,9 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
         raise TrainerError(
             f"The adapter {name!r} does not fit {base_name!r}: {first_line(error)}"
         ) from error
-    return LoadedModel(model, base.encoder, targets, directory)
+    # Its tokenizer may have a chat template of its own.
+    encoder = encoder_for(name, directory) if has_tokenizer(directory) else base.encoder
+    return LoadedModel(model, encoder, targets, directory)
 
 
 def _base_of(directory: Path) -> str:
