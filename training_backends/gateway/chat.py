@@ -33,12 +33,12 @@ from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import jobs, models
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.http.client import HttpClient
 from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
+from training_backends.store.gateway_schema import jobs, models
 
 __all__ = ["ChatProblem", "ChatRequest", "ChatService", "InferenceModel"]
 

@@ -15,7 +15,6 @@ from training_backends.gateway.chat import ChatService
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import models
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
@@ -31,6 +30,7 @@ from training_backends.protocols.mistral.wire import (
     UnarchiveFTModelOut,
     UpdateFTModelIn,
 )
+from training_backends.store.gateway_schema import models
 
 __all__ = ["ModelService"]
 
