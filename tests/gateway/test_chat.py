@@ -14,6 +14,8 @@ from openai import APIError, AsyncOpenAI
 
 from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
+from training_backends.gateway.chat import ChatProblem, InferenceModel
+from training_backends.http.client import HttpClient
 from training_backends.testing.faults import CutAnswer, DropRequest, HangAnswer, OtherAnswer
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 
@@ -357,3 +359,48 @@ async def test_the_key_of_the_server_is_sent_to_it_only(
     (request,) = upstream.asked("POST")
     assert request.headers["authorization"] == "Bearer the-key-of-the-server"
     assert KEY not in str(request.headers)
+
+
+def for_transformers(**fields: Any) -> dict[str, Any]:
+    """Return what `transformers serve` would get."""
+    client = HttpClient("http://127.0.0.1:9/v1")
+    return InferenceModel(client=client, name=".", is_embedded=True).body({**ASKED, **fields})
+
+
+def test_fields_without_effect_are_not_sent_to_transformers() -> None:
+    """It would reject them or warn; a field at its default is one of them."""
+    fields = {"user": "u", "n": 1, "tool_choice": "auto", "stream_options": {}, "safe_prompt": True}
+    assert for_transformers(**fields, seed=1) == {**ASKED, "model": ".", "seed": 1}
+    assert "tools" not in for_transformers(tools=[{}], tool_choice="none")
+    assert for_transformers(tools=[{}], tool_choice="auto")["tools"] == [{}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}},
+        {"generation_config": "{}"},
+        {"chat_template_kwargs": {"chat_template": "x"}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_transformers_does_not_do_is_an_error_that_names_it(fields: dict[str, Any]) -> None:
+    """It would ignore them silently, or let a client choose files and templates."""
+    with pytest.raises(ChatProblem) as refused:
+        for_transformers(**fields)
+    (name,) = fields
+    assert (refused.value.status, refused.value.field) == (400, name)
+    assert name in refused.value.sentence
+
+
+def test_messages_name_no_files() -> None:
+    """The server would open an image's URL or path."""
+    image = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+    for content in ([image], [{"type": "text", "text": "a"}, image], ["a"]):
+        with pytest.raises(ChatProblem, match="only contain text"):
+            for_transformers(messages=[{"role": "user", "content": content}])
+    texts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    assert for_transformers(messages=texts)["messages"] == texts

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Final
 from uuid import uuid4
@@ -194,8 +195,8 @@ class ChatService:
         self._timeout = settings.inference_timeout
         self._limit = settings.inference_requests
         self._open = 0
-        self._directory = root / "inference"
-        self._preparing: defaultdict[Path, anyio.Lock] = defaultdict(anyio.Lock)
+        self._merges = root / "inference" / "models"
+        self._preparing: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         policy = inference_policy(self._timeout, self._limit)
         self._external: HttpClient | None = None
         self._servers: InferenceServers | None = None
@@ -209,7 +210,7 @@ class ChatService:
         elif isinstance(client.backend(backend), LocalBackend) and can_serve():
             self._servers = InferenceServers(
                 tasks,
-                logs=self._directory / "logs",
+                logs=root / "inference" / "logs",
                 limit=settings.inference_models,
                 idle=settings.inference_idle,
                 policy=policy,
@@ -284,7 +285,7 @@ class ChatService:
 
     async def _base(self, offer: Offer) -> Path:
         if offer.target == TINY_MODEL:
-            return await self._merged(TINY_MODEL, self._directory / TINY_MODEL)
+            return await self._merged(TINY_MODEL, TINY_MODEL)
         directory = await to_thread.run_sync(find_directory, offer.target)
         if directory is None:
             raise ChatProblem(
@@ -293,7 +294,8 @@ class ChatService:
                 f"once, or download them: hf download {offer.target}",
                 code="model_not_found",
             )
-        return await self._plain(directory, offer.name)
+        # Not by its name, which may be another model's after a restart; see `sweep`.
+        return await self._plain(directory, f"base-{sha256(bytes(directory)).hexdigest()[:16]}")
 
     async def _result(self, job_id: str, name: str) -> Path:
         try:
@@ -313,15 +315,16 @@ class ChatService:
         """Return a directory with a complete model: this one, or where its adapter is merged."""
         if not await anyio.Path(directory / "adapter_config.json").exists():
             return directory
-        return await self._merged(str(directory), self._directory / key)
+        return await self._merged(str(directory), key)
 
-    async def _merged(self, model: str, target: Path) -> Path:
-        """Merge a model into a directory, once."""
-        async with self._preparing[target]:
+    async def _merged(self, model: str, key: str) -> Path:
+        """Return the directory into which a model is merged, once."""
+        target = self._merges / key
+        async with self._preparing[key]:
             if await anyio.Path(target).is_dir():
                 return target
-            await to_thread.run_sync(make_private_directory, self._directory)
-            partial = self._directory / f".{uuid4()}"
+            await to_thread.run_sync(make_private_directory, self._merges)
+            partial = self._merges / f".{uuid4()}"
             try:
                 await _merge(model, partial)
                 await anyio.Path(partial).rename(target)
@@ -334,7 +337,7 @@ class ChatService:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
         if self._servers is None:
             return
-        merged = self._directory / job_id
+        merged = self._merges / job_id
         for directory in await self._directories(job_id, merged):
             await self._servers.stop(directory)
         await to_thread.run_sync(_remove, merged)
@@ -347,11 +350,10 @@ class ChatService:
         return [merged, Path(run.result_model)] if run.result_model else [merged]
 
     async def sweep(self) -> None:
-        """Remove what a crash left: incomplete merges, and those of models deleted since."""
+        """Remove incomplete merges, those of deleted models, and those of base models."""
         kept = sa.select(models.c.job_id).where(models.c.deleted_at.is_(None))
         rows = await self._store.aread(lambda connection: connection.execute(kept).all())
-        names = {row.job_id for row in rows} | {offer.name for offer in self._catalogue.all()}
-        await to_thread.run_sync(_sweep, self._directory, names | {"logs", TINY_MODEL})
+        await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *(row.job_id for row in rows)})
 
 
 def _sweep(directory: Path, kept: set[str]) -> None:

@@ -50,7 +50,7 @@ def inference_policy(timeout: float, connections: int) -> HttpPolicy:
 
 
 @dataclass(slots=True, eq=False)
-class _Server:
+class _ModelServer:
     """One process and the chats that use it."""
 
     directory: Path
@@ -100,7 +100,7 @@ class InferenceServers:
         self._policy = policy
         self._program = program
         self._options = ["--", *options] if options else []
-        self._servers: dict[Path, _Server] = {}
+        self._servers: dict[Path, _ModelServer] = {}
         self._changed = anyio.Condition()
 
     @asynccontextmanager
@@ -131,7 +131,7 @@ class InferenceServers:
                 while self._servers.get(directory) is server:
                     await self._changed.wait()
 
-    async def _claim(self, directory: Path) -> _Server:
+    async def _claim(self, directory: Path) -> _ModelServer:
         """Return the server of a model, counted as used; wait while all others are in use."""
         async with self._changed:
             while True:
@@ -146,14 +146,14 @@ class InferenceServers:
                     min(unused, key=lambda each: each.used_at).scope.cancel()
                 await self._changed.wait()
 
-    def _start(self, directory: Path) -> _Server:
+    def _start(self, directory: Path) -> _ModelServer:
         port = _free_port()
         client = HttpClient(f"http://127.0.0.1:{port}/v1", policy=self._policy)
-        server = self._servers[directory] = _Server(directory, client, users=1)
+        server = self._servers[directory] = _ModelServer(directory, client, users=1)
         self._tasks.start_soon(self._run, server, port)
         return server
 
-    async def _run(self, server: _Server, port: int) -> None:
+    async def _run(self, server: _ModelServer, port: int) -> None:
         try:
             with server.scope:
                 await self._serve(server, port)
@@ -168,7 +168,7 @@ class InferenceServers:
                     server.settled.set()
                     self._changed.notify_all()
 
-    async def _serve(self, server: _Server, port: int) -> None:
+    async def _serve(self, server: _ModelServer, port: int) -> None:
         """Run the process of a server until it exits or has been idle."""
         output = await to_thread.run_sync(self._open_log, server.directory)
         with output:

@@ -26,7 +26,7 @@ chat_router = APIRouter(tags=["chat"], include_in_schema=False)
 _DONE: Final = "[DONE]"
 
 
-class _Wire(Protocol):
+class _ChatProtocol(Protocol):
     """What differs between the two protocols."""
 
     def problem(self, problem: ChatProblem) -> HTTPProblem:
@@ -42,7 +42,7 @@ class _Wire(Protocol):
         """Return the chunks to send for one of the server's."""
 
 
-class _Mistral:
+class _MistralChat:
     """The errors and fields of api.mistral.ai."""
 
     def problem(self, problem: ChatProblem) -> HTTPProblem:
@@ -72,7 +72,7 @@ class _Mistral:
         return [chunk]
 
 
-class _OpenAI:
+class _OpenAIChat:
     """The errors and fields of api.openai.com."""
 
     def problem(self, problem: ChatProblem) -> HTTPProblem:
@@ -106,7 +106,7 @@ class _OpenAI:
         return [chunk, chunk | {"choices": [], "usage": counted}] if counted else [chunk]
 
 
-class _Chat(Response):
+class _ChatResponse(Response):
     """A response that is computed while it is sent, and abandoned when the client disconnects."""
 
     def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
@@ -130,17 +130,17 @@ class _Chat(Response):
 @chat_router.post("/v1/chat/completions", name="chat")
 async def chat(request: Request, gateway: Opened, caller: Caller) -> Response:
     """Answer a chat in the Mistral protocol."""
-    return await _respond(request, gateway.chat, caller, _Mistral())
+    return await _respond(request, gateway.chat, caller, _MistralChat())
 
 
 @chat_router.post("/openai/v1/chat/completions", name="openai_chat")
 async def openai_chat(request: Request, gateway: Opened, caller: Caller) -> Response:
     """Answer a chat in the OpenAI protocol."""
-    return await _respond(request, gateway.chat, caller, _OpenAI())
+    return await _respond(request, gateway.chat, caller, _OpenAIChat())
 
 
 async def _respond(
-    request: Request, service: ChatService, caller: Principal, wire: _Wire
+    request: Request, service: ChatService, caller: Principal, wire: _ChatProtocol
 ) -> Response:
     try:
         document = await request.json()
@@ -154,7 +154,7 @@ async def _respond(
         raise wire.invalid(error) from None
 
     async def answer(send: Send) -> None:
-        reply = _Reply(send)
+        reply = _ChatReply(send)
         try:
             async with service.asking(asked.model, caller) as model:
                 await _answer(model, asked, wire, reply)
@@ -166,10 +166,10 @@ async def _respond(
             await reply.event(found.body)
             await reply.end()
 
-    return _Chat(answer)
+    return _ChatResponse(answer)
 
 
-class _Reply:
+class _ChatReply:
     """Sends a document, or events; the head with the first of them."""
 
     def __init__(self, send: Send) -> None:
@@ -199,7 +199,9 @@ def _compact(document: Any) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-async def _answer(model: InferenceModel, asked: ChatRequest, wire: _Wire, reply: _Reply) -> None:
+async def _answer(
+    model: InferenceModel, asked: ChatRequest, wire: _ChatProtocol, reply: _ChatReply
+) -> None:
     fields = asked.fields()
     body = model.body(fields)
     if not asked.stream:
