@@ -1,4 +1,4 @@
-"""`python -m training_backends.trainer train RUN_DIR` and `… sample MODEL <TEXT`."""
+"""`python -m training_backends.trainer train|ray RUN_DIR` and `… sample MODEL <TEXT`."""
 
 import json
 import sys
@@ -45,6 +45,13 @@ def _parsed(arguments: list[str]) -> "Namespace":
     following.add_argument("run_dir", type=Path)
     for number in ("rank", "size"):
         following.add_argument(f"--{number}", type=int, required=True)
+    on_ray = commands.add_parser("ray", help="train on the Ray cluster that runs this")
+    on_ray.add_argument("run_dir", type=Path)
+    on_ray.add_argument("--workers", type=int, default=1)
+    on_ray.add_argument("--cpus", type=float, default=1.0, help="of each worker")
+    on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
+    on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
+    on_ray.add_argument("--max-failures", type=int, default=0)
     sampling = commands.add_parser("sample", help="generate an answer to one prompt")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
@@ -63,6 +70,10 @@ def _other(given: "Namespace") -> int:
         from training_backends.trainer.workers import follow  # noqa: PLC0415
 
         return int(follow(given.run_dir, given.rank, given.size))
+    if given.command == "ray":
+        from training_backends.trainer.ray import drive  # noqa: PLC0415
+
+        return int(drive(given.run_dir, given))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 

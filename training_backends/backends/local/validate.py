@@ -149,8 +149,14 @@ def _not_asked(model: str, why: str) -> Issue:
 # The model's files
 
 
-def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
-    """Yield problems in a model's files; blocks while it reads them and some rows."""
+def files_issues(
+    config: TrainingConfig, dataset: Dataset, directory: Path, *, trains_here: bool = True
+) -> Iterator[Issue]:
+    """Yield problems in a model's files; blocks while it reads them and some rows.
+
+    Args:
+        trains_here: Whether this machine's libraries and memory are those that train.
+    """
     if (directory / "adapter_config.json").is_file():
         return  # the files are those of the base model
     described = _read_object(directory / "config.json")
@@ -158,14 +164,17 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
         yield _model_issue("model_files", f"config.json {described}")
         return
     model_type = described.get("model_type")
-    yield from _architecture_issues(config, model_type, described.get("architectures"))
-    yield from _quantization_issues(config, described.get("quantization_config"))
+    if trains_here:
+        yield from _architecture_issues(config, model_type, described.get("architectures"))
+        yield from _quantization_issues(config, described.get("quantization_config"))
     is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    elif weights and "quantization_config" not in described:  # several weights per value
+    elif (
+        weights and trains_here and "quantization_config" not in described
+    ):  # several weights per value
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, is_cached=is_cached)
