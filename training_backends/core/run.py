@@ -2,7 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import Issue
+from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.estimate import Estimate, Money
 from training_backends.core.redaction import redact
 from training_backends.core.status import TrainingStatus, may_follow
@@ -346,6 +347,28 @@ class Observation:
     state: RunState
     records: tuple[LogRecord, ...] = ()
     cursor: str | None = None
+
+    @classmethod
+    async def from_newest(
+        cls, state: RunState, records: AsyncGenerator[LogRecord, None], after: str | None
+    ) -> Self:
+        """Return the observation of a log that the provider lists newest first.
+
+        Reads only as far as necessary.
+
+        Raises:
+            ConfigError: No record has the cursor `after`.
+        """
+        found: list[LogRecord] = []
+        async with aclosing(records):
+            async for record in records:
+                if record.cursor == after:
+                    break
+                found.append(record)
+            else:
+                if after is not None:
+                    raise ConfigError(f"{after[:100]!r} is not a cursor of this run.")
+        return cls(state, tuple(reversed(found)), found[0].cursor if found else after)
 
 
 def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:

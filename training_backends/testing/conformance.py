@@ -17,9 +17,9 @@ from training_backends.datasets.inspect import inspect
 from training_backends.testing.behaviour_checks import BehaviourChecks
 from training_backends.testing.launch_checks import LaunchChecks
 from training_backends.testing.observe_checks import ObserveChecks
-from training_backends.testing.subject import CheckSkipped, Subject, expect
+from training_backends.testing.subject import CheckSkipped, LoopbackSubject, Subject, expect
 
-__all__ = ["BackendConformance", "CheckSkipped", "Report", "Subject"]
+__all__ = ["BackendConformance", "CheckSkipped", "LoopbackSubject", "Report", "Subject"]
 
 _FORMATS: Mapping[str, frozenset[RowFormat]] = MappingProxyType(
     {

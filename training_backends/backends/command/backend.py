@@ -156,18 +156,6 @@ class CommandBackend(TrainingBackend):
         await journal.step("start", do, find)
         return await self.status(run)
 
-    async def resume(
-        self,
-        run: TrainingRun,
-        new_run: TrainingRun,
-        journal: Journal,
-        *,
-        checkpoint: str | None = None,
-    ) -> RunState:
-        """Run the command again, in a new directory."""
-        del run, checkpoint
-        return await self.launch(new_run, journal)
-
     async def status(self, run: TrainingRun) -> RunState:
         """Read the state without the output."""
         return await to_thread.run_sync(self._read, run)
