@@ -45,8 +45,8 @@ from training_backends.core.errors import (
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import Failure, RunState, TrainingRun, ValidationReport
 from training_backends.core.settings import SectionSettings, load_settings
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.http.urls import is_loopback
 from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
 
