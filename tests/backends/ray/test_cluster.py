@@ -1,6 +1,10 @@
 """Runs on a real Ray cluster: what is trained, and what is left when parts of it die."""
 
 import json
+import os
+import secrets
+import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mistralai.client import Mistral
 
 import training_backends
 from tests.backends.ray.conftest import Cluster
@@ -32,6 +37,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
+TERMINAL = {"SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED"}
 SAMPLES = Path(training_backends.__file__).parent / "samples"
 
 
@@ -143,3 +149,40 @@ async def test_another_job_of_that_name_is_not_taken_over(
     await client.delete(run.id)
     with pytest.raises(DuplicateRun, match="another job twice"):
         await client.launch(config(1), backend="ray", run_id="twice")
+
+
+def test_the_official_sdk_trains_on_the_cluster_through_the_gateway(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Code written for Mistral's jobs needs to know nothing about Ray."""
+    key = secrets.token_urlsafe(24)
+    environment = {name: text for name, text in os.environ.items() if "TRAINING_" not in name}
+    environment |= {
+        "TRAINING_BACKENDS_HOME": str(tmp_path),
+        "TRAINING_BACKENDS_GATEWAY__API_KEY": key,
+        "TRAINING_BACKENDS_RAY__BASE_URL": cluster.url,
+        "TRAINING_BACKENDS_RAY__PYTHON": sys.executable,
+        "RAY_API_KEY": cluster.token,
+    }
+    command = [sys.executable, "-m", "training_backends", "serve"]
+    command += ["--port", "0", "--json", "--backend", "ray"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            client = Mistral(api_key=key, server_url=json.loads(server.stdout.readline())["url"])
+            content = (SAMPLES / "train.jsonl").read_bytes()
+            file = client.files.upload(file={"file_name": "train.jsonl", "content": content})
+            job = client.fine_tuning.jobs.create(
+                model="tiny-mistral",
+                training_files=[{"file_id": file.id, "weight": 1}],
+                hyperparameters={"training_steps": 2, "learning_rate": 1e-3},
+                auto_start=True,
+            )
+
+            def status() -> str:
+                return str(client.fine_tuning.jobs.get(job_id=job.id).status)
+
+            assert wait_until(status, TERMINAL.__contains__, patience=400) == "SUCCESS"
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
