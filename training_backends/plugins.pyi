@@ -18,6 +18,7 @@ from .core.concurrency import run_all as run_all
 from .core.config import (
     ChatTemplate as ChatTemplate,
     ClassifierTarget as ClassifierTarget,
+    ConfigPath as ConfigPath,
     Data as Data,
     DataSource as DataSource,
     Hyperparameters as Hyperparameters,

@@ -142,6 +142,22 @@ async def test_a_follower_waits_for_the_poll_interval() -> None:
     assert backend.looks == ["r"]
 
 
+async def test_a_log_in_parts_is_read_at_once() -> None:
+    """Also without following, and to the end of a finished run; `more` without progress ends."""
+    backend = ScriptedBackend()
+    run = adopted(backend)
+    for number in range(10):
+        backend.log("job", str(number))
+    backend.page = 4
+    every = [str(number) for number in range(10)]
+    assert await read(backend, run) == every
+    assert len(backend.looks) == 3
+    backend.finish("job")
+    assert await read(backend, run, "5", follow=True) == every[6:]
+    backend.page = 0  # says that there is more, and returns nothing
+    assert await read(backend, run, "5") == []
+
+
 @pytest.mark.parametrize("resumes", ["no", "anew", "checkpoint"])
 async def test_a_backend_that_trains_anew_need_not_implement_resume(
     resumes: Literal["no", "anew", "checkpoint"],

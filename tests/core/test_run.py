@@ -25,6 +25,7 @@ from training_backends.core.run import (
     new_run_id,
     provider_name,
 )
+from training_backends.core.status import FINISHED
 
 CONFIG = TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}})
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -179,6 +180,28 @@ def test_usage_is_kept_by_name() -> None:
     again = TrainingRun.model_validate_json(run.model_dump_json())
     assert again.usage == {"tokens": Decimal(7), "gpu_hours": Decimal("0.1")}
     assert again.result_uri == "s3://b/m"
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "reached"),
+    [
+        ("pending", {}, {"pending"}),
+        ("initializing", {}, {"pending", "ready", "initializing"}),
+        ("running", {}, {"pending", "ready", "initializing", "running"}),
+        ("paused", {}, {"pending", "ready", "initializing", "running", "paused"}),
+        ("completed", {}, {"pending", "ready", "initializing", "running", "completed"}),
+        ("failed", {}, {"pending", "failed"}),
+        ("failed", {"step": 3}, {"pending", "ready", "initializing", "running", "failed"}),
+        ("unknown", {}, {"pending", "unknown"}),
+    ],
+)
+def test_a_run_passes_the_statuses_up_to_running(
+    status: str, fields: dict[str, Any], reached: set[str]
+) -> None:
+    """A run that failed or was stopped only if it had started; `paused` counts only while it is."""
+    run = make(status=status, **fields)
+    asked = ("pending", "ready", "initializing", "running", "paused", "unknown", *FINISHED)
+    assert {word for word in asked if run.has_reached(TrainingStatus(word))} == reached
 
 
 @pytest.mark.anyio

@@ -16,6 +16,10 @@ from training_backends import (
     CredentialSource,
     plugins,
 )
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.backends.openai.backend import OpenAIBackend
+from training_backends.backends.together.backend import TogetherBackend
+from training_backends.core.backend import TrainingBackend
 from training_backends.testing.faults import OtherAnswer
 from training_backends.testing.server import LoopbackServer
 
@@ -95,3 +99,23 @@ def test_a_backend_without_settings_of_a_server_is_a_bug(tmp_path: Path) -> None
     context = BackendContext(home=tmp_path, credentials=Account())
     with pytest.raises(TypeError, match="settings_model must be a ServerSettings"):
         TinyBackend.create(context)
+
+
+@pytest.mark.parametrize("kind", [OpenAIBackend, MistralAPIBackend, TogetherBackend])
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({"base_url": "https://example.com/v1", "poll_max": None}, 10),
+        ({"base_url": "http://127.0.0.1:9/v1", "poll_max": None}, 2),
+        ({"poll_max": 33}, 33),
+    ],
+)
+def test_runs_are_polled_as_the_settings_say(
+    tmp_path: Path, kind: type[TrainingBackend], fields: dict[str, Any], longest: float
+) -> None:
+    """Every 10 seconds at the latest, 2 on this machine, or as set."""
+    assert kind.settings_model is not None
+    chosen = kind.settings_model.model_validate({"poll_min": 0.25, **fields})
+    context = BackendContext(home=tmp_path, credentials=Account(), settings=chosen)
+    expected = timedelta(seconds=0.25), timedelta(seconds=longest)
+    assert kind.create(context).poll_interval == expected

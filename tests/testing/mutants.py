@@ -38,7 +38,7 @@ from training_backends import (
 )
 from training_backends.plugins import HttpClient, JSONValue, KeySource
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["MUTANTS", "Mutant", "Paging"]
 
 KEY = TinySubject.key
 
@@ -591,6 +591,54 @@ put(
     TIMES,
     recording(lambda r: {"at": r.at and r.at - timedelta(days=20_000)}),
 )
+
+
+class Paging(TinyBackend):
+    """Sound: returns the log in parts."""
+
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        seen = await super().observe(run, after=after)
+        records = seen.records[:4]
+        if len(records) == len(seen.records):
+            return seen
+        return replace(seen, records=records, cursor=records[-1].cursor, more=True)
+
+
+def parts(change: Callable[[Observation], Observation]) -> type[TinyBackend]:
+    """Make a backend whose parts of a log differ."""
+
+    class Changed(Paging):
+        async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+            return change(await super().observe(run, after=after))
+
+    return Changed
+
+
+MORE = "more_is_reported_while_there_is_more"
+
+put("a part of the log is not marked", MORE, parts(lambda seen: replace(seen, more=False)))
+put("every part of the log is marked", MORE, parts(lambda seen: replace(seen, more=True)))
+put(
+    "only parts of a live log are marked",
+    MORE,
+    parts(lambda seen: replace(seen, more=seen.more and not seen.state.status.is_terminal)),
+)
+
+
+@mutant("the cursor of a part is that of the end", MORE)
+class _(Paging):  # type: ignore[no-redef]
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        end = (await TinyBackend.observe(self, run, after=after)).cursor
+        return replace(await super().observe(run, after=after), cursor=end)
+
+
+@mutant("the cursor of a part is the one that was given", MORE)
+class _(Paging):  # type: ignore[no-redef]
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        seen = await super().observe(run, after=after)
+        return replace(seen, cursor=after) if seen.more else seen
+
+
 put("the result is not named", "ends_are_reported", stating(lambda s: {"result_model": None}))
 put("the reason of a failure is lost", "ends_are_reported", stating(lambda s: {"failure": None}))
 put(

@@ -10,8 +10,9 @@ import pytest
 from test_tiny_openai import TinySubject, write_rows
 
 from tests.effort import is_thorough
-from tests.testing.mutants import MUTANTS, Mutant
+from tests.testing.mutants import MUTANTS, Mutant, Paging
 from training_backends.testing.conformance import BackendConformance
+from training_backends.testing.observe_checks import ObserveChecks
 
 pytestmark = pytest.mark.anyio
 
@@ -21,6 +22,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     write_rows(path)
     return path
+
+
+async def test_log_may_be_returned_in_parts(data: Path) -> None:
+    """A backend that says that there is more passes every check of the log."""
+
+    class Subject(TinySubject):
+        kind = Paging
+
+    kit = BackendConformance(lambda: Subject(data))
+    for name in vars(ObserveChecks):
+        if name.startswith("check_"):
+            await kit.run(name)
 
 
 @pytest.mark.timeout(600)  # every check on each fault, where tests are thorough

@@ -364,6 +364,9 @@ class TrainingBackend(ABC):
             seen = await self.observe(run, after=after)
             for record in seen.records:
                 yield record
+            if seen.more and seen.cursor != after:
+                after = seen.cursor
+                continue
             if seen.state.status.is_terminal or not follow:
                 return
             if seen.records:

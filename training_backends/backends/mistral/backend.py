@@ -139,11 +139,7 @@ class MistralAPIBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
-        longest = self._settings.poll_max
-        return (
-            timedelta(seconds=self._settings.poll_min),
-            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
-        )
+        return self._settings.poll_interval
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return the fraction from the options; the server skips such rows."""

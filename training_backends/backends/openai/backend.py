@@ -138,11 +138,7 @@ class OpenAIBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
-        longest = self._settings.poll_max
-        return (
-            timedelta(seconds=self._settings.poll_min),
-            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
-        )
+        return self._settings.poll_interval
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate options and values; the server checks the data after the job is created."""
