@@ -41,10 +41,9 @@ def _parsed(arguments: list[str]) -> "Namespace":
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train a run directory")
     training.add_argument("run_dir", type=Path)
-    following = commands.add_parser("follow", help="train as a follower; started by the leader")
-    following.add_argument("run_dir", type=Path)
-    for number in ("rank", "size"):
-        following.add_argument(f"--{number}", type=int, required=True)
+    working = commands.add_parser("work", help="train as one of several processes; see `launch`")
+    working.add_argument("run_dir", type=Path)
+    working.add_argument("parent", type=int, nargs="?", help="exit when this process has exited")
     sampling = commands.add_parser("sample", help="generate an answer to one prompt")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
@@ -59,10 +58,10 @@ def _other(given: "Namespace") -> int:
     take_token()
     if given.command == "train":
         return when_admitted(given.run_dir, _load_training)
-    if given.command == "follow":
-        from training_backends.trainer.workers import follow  # noqa: PLC0415
+    if given.command == "work":
+        from training_backends.trainer.process import work  # noqa: PLC0415
 
-        return int(follow(given.run_dir, given.rank, given.size))
+        return int(work(given.run_dir, given.parent))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 

@@ -1,11 +1,13 @@
 """Run one training process, from the spec to the result."""
 
 import os
+import sys
 import traceback
-from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -13,6 +15,8 @@ from training_backends.core.errors import validation_issues
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
+    MetricsRow,
+    ResultRecord,
     RunDir,
     RunSpec,
     TrainerExitCode,
@@ -21,9 +25,10 @@ from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
 from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
-from training_backends.trainer.workers import followed
 
-__all__ = ["train", "train_admitted"]
+__all__ = ["train", "train_admitted", "work"]
+
+_POLL: Final = 0.5
 
 
 def train(path: Path) -> TrainerExitCode:
@@ -83,39 +88,96 @@ def _train(run: RunDir, admission: Admission) -> ExitRecord:
         os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(chosen)}"
     report_status(run, "initializing", f"Loading {spec.model}{where}")
+    if spec.num_processes > 1:
+        from training_backends.trainer.launch import launch  # noqa: PLC0415
+
+        return launch(run, spec, admission.stop, chosen)
     prepare_threads()
     prepare_imports(spec.model)
-    return _train_group(run, spec, admission.stop, chosen)
+    # Imported here: torch takes seconds and memory, which a queued process should not take from
+    # the one that trains.
+    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+
+    process = TrainingProcess(run, spec, admission.stop)
+    return _record_of(process.run(), process.step)
 
 
-def _train_group(
-    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]
-) -> ExitRecord:
-    with followed(partial(_end_at_once, run)) as followers:
-        others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
-        followers.start(run.path, others)
-        # Imported here: torch takes seconds and memory, which a queued process should not take
-        # from the one that trains. The followers load it in parallel.
-        from training_backends.trainer.distributed import ProcessGroup  # noqa: PLC0415
-        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
-
-        group = ProcessGroup(size=spec.num_processes)
-        go = partial(followers.go, group.port)
-        process = TrainingProcess(run, spec, stop, group, on_loaded=go, on_trained=followers.end)
-        outcome = process.run()
-    if outcome is None:
-        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=process.step)
-    return ExitRecord(
-        status="completed", code=TrainerExitCode.DONE, step=process.step, result=outcome
-    )
+def _record_of(result: ResultRecord | None, step: int) -> ExitRecord:
+    if result is None:
+        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
+    return ExitRecord(status="completed", code=TrainerExitCode.DONE, step=step, result=result)
 
 
-def _end_at_once(run: RunDir, error: TrainerError) -> None:
-    """Exit even though the main thread may wait forever for a process that has died."""
+def work(path: Path, parent: int | None = None) -> TrainerExitCode:
+    """Train as one of several processes, as the environment describes; see `launch`.
+
+    How the run ended is reported to the process that holds the run directory's lock. Any exit code
+    but DONE makes torch's agent end the others.
+
+    Args:
+        parent: Id of the parent process; this process exits when that has exited.
+    """
+    if parent is not None:
+        Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    run = RunDir(path)
+    stop = StopRequest(run.stop)
+    spec = run.read_spec()
+    prepare_threads()
+    prepare_imports(spec.model)
+    from training_backends.trainer.launch import Outcome  # noqa: PLC0415
+    from training_backends.trainer.models import choose_device  # noqa: PLC0415
+    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+    from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
+
+    outcome = Outcome(run)
+
+    def restart(rows: int) -> None:
+        outcome.limit_rows(rows)
+        raise _OutOfMemory(rows)
+
     try:
-        _end(run, _failed(run, error))
-    finally:
-        os._exit(error.code)
+        with stop.listening():
+            world = join_world(choose_device(spec.device))
+            process = TrainingProcess(
+                run if world.is_leader else _SilentRunDir(path),
+                spec,
+                stop,
+                world,
+                max_rows=outcome.max_rows(),
+                on_halved=restart,
+            )
+            result = process.run()
+    except Exception as error:
+        if isinstance(error, _OutOfMemory) or has_lost_contact(error):
+            print(repr(error), file=sys.stderr)  # noqa: T201  # the run's log
+        else:
+            outcome.report(_failed(run, error))
+        return TrainerExitCode.CRASHED
+    if world.is_leader:
+        outcome.report(_record_of(result, process.step))
+    return TrainerExitCode.DONE
+
+
+class _OutOfMemory(Exception):
+    """All processes must start again with fewer rows at a time."""
+
+
+class _SilentRunDir(RunDir):
+    """A run directory that only the leader writes; warnings go to the log."""
+
+    def add_event(self, event: Event) -> None:
+        if event.level == "warning":
+            print(event.message, file=sys.stderr)  # noqa: T201
+
+    def add_metrics(self, row: MetricsRow) -> None:
+        pass
+
+
+def _end_with(parent: int) -> None:
+    """Exit soon after the parent; the main thread may wait for another process forever."""
+    while os.getppid() == parent:
+        sleep(_POLL)
+    os._exit(TrainerExitCode.STOPPED)
 
 
 def _read_spec(run: RunDir) -> RunSpec:

@@ -49,6 +49,11 @@ class LocalOptions(BaseModel, frozen=True, extra="forbid"):
         le=64,
         description="Number of GPUs for data-parallel training; they share each step's rows.",
     )
+    sharding: Literal["auto", "zero2", "zero3"] = Field(
+        default="auto",
+        description="With several processes: zero2 divides gradients and optimizer state among "
+        "the GPUs, zero3 also the weights; auto is zero2 if that leaves half of the memory free.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute dtype; auto uses bfloat16 on GPUs that support it.",
