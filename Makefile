@@ -13,7 +13,7 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-sdks check verifytypes docs bench \
+.PHONY: help quickstart test test-thorough test-lowest example test-sdks check verifytypes docs bench \
 	chaos lock clean
 
 help: ## Show this list
@@ -36,6 +36,9 @@ test-lowest: ## Run the client's tests with the lowest versions that pyproject.t
 	  --editable '.[gateway,postgres]'
 	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) $(LOWEST_TOOLS)
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+
+example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
+	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
 test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
 	$(BIN)/python tests/e2e/sdks.py

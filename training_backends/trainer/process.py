@@ -45,6 +45,7 @@ def train_admitted(admission: Admission) -> TrainerExitCode:
     before = run.read_exit()
     if before is not None and before.status == "completed":
         return TrainerExitCode.DONE
+    run.take_reserve()
     try:
         record = _train(run, admission)
     except BaseException as error:
@@ -60,7 +61,8 @@ def _failed(run: RunDir, error: Exception) -> ExitRecord:
     step = max((state.step for _, state in run.read_checkpoints()), default=0)
     if isinstance(error, Stopped):
         return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
-    traceback.print_exception(error)
+    with suppress(OSError):  # log.txt is on the disk that may be full
+        traceback.print_exception(error)
     code = exit_code_of(error)
     return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
 
@@ -69,7 +71,9 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     message = record.failure.message if record.failure else record.status
     level = "error" if record.status == "failed" else "info"
     data = {"status": record.status}
-    with suppress(OSError):  # on a full disk, exit.json may still fit
+    with suppress(OSError):
+        run.reserve.unlink(missing_ok=True)
+    with suppress(OSError):  # exit.json matters more
         run.add_event(
             Event(name="status", level=level, message=message, step=record.step, data=data)
         )
