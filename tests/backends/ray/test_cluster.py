@@ -93,6 +93,16 @@ async def test_a_run_trains_as_on_this_machine_and_shows_no_token(
     assert cluster.token not in "".join(shown)
 
 
+async def test_two_workers_train_as_one(client: AsyncTrainingClient) -> None:
+    """They share each step's rows, and shard the model."""
+    one = await client.launch(config(4), backend="local", run_id="one")
+    two = await client.launch(config(4, resources={"workers": 2}), backend="ray", run_id="two")
+    done = await client.wait(one.id, two.id)
+    assert {run.status for run in done} == {TrainingStatus.COMPLETED}
+    expected, found = await losses(client, one), await losses(client, two)
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
 async def test_a_stopped_run_is_resumed_from_its_checkpoint(
     client: AsyncTrainingClient, tmp_path: Path
 ) -> None:
@@ -117,10 +127,12 @@ async def test_a_run_survives_its_worker_and_not_its_head(
     run = await client.launch(config(5000), backend="ray", run_id="unlucky")
     wait_until(lambda: checkpoints(tmp_path, run), patience=300)
     [worker] = cluster.processes("ray::RayTrainWorker")
-    [trainer] = cluster.processes("training_backends.trainer.ray")
+    [trainer] = cluster.processes("training_backends.trainer work")
     worker.kill()
     wait_until(lambda: not trainer.is_running(), patience=60)
-    [another] = wait_until(lambda: cluster.processes("training_backends.trainer.ray"), patience=300)
+    [another] = wait_until(
+        lambda: cluster.processes("training_backends.trainer work"), patience=300
+    )
     assert another.pid != trainer.pid
     cluster.kill()
     cluster.start()

@@ -28,6 +28,11 @@ class TrainingOptions(BaseModel, frozen=True, extra="forbid"):
         le=2**16,
         description="Rows per forward pass, halved if they do not fit; must divide batch_size.",
     )
+    sharding: Literal["auto", "zero2", "zero3"] = Field(
+        default="auto",
+        description="With several processes: zero2 divides gradients and optimizer state among "
+        "the GPUs, zero3 also the weights; auto is zero2 if that leaves half of the memory free.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute dtype; auto uses bfloat16 on GPUs that support it.",

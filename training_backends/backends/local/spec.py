@@ -180,6 +180,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             "options.packing", f"method {config.method} does not support packing", "remove it"
         )
     unused = {"result": kind == "full"}
+    unused["sharding"] = options.num_processes == 1
     unused |= dict.fromkeys(("dpo_beta", "dpo_label_smoothing"), config.method != "dpo")
     for name in unused:
         if unused[name] and name in options.model_fields_set:

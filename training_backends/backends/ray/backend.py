@@ -8,7 +8,7 @@ cluster's head and the client. Ray is asked only whether the job still lives.
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Final, Self, cast
@@ -19,6 +19,7 @@ from pydantic import BaseModel, SecretStr
 from training_backends.backends.local.backend import LocalBackend, require_same
 from training_backends.backends.local.checkpoint_copy import reporting_disk, require_space
 from training_backends.backends.local.process import Hub
+from training_backends.backends.local.spec import resolved_values
 from training_backends.backends.local.state import START_PATIENCE
 from training_backends.backends.ray.api import ERRORS, RayAPI, RayJob
 from training_backends.backends.ray.package import package_zip
@@ -145,7 +146,7 @@ class RayBackend(LocalBackend):
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate; also ask the cluster whether it can have the workers."""
         report = await super().validate(config, dataset)
-        issues = [*report.issues, *self._storage_issues(config)]
+        issues = [*report.issues, *_worker_issues(config), *self._storage_issues(config)]
         if not any(issue.severity == "error" for issue in issues):
             try:
                 nodes = await (await self.api()).nodes()
@@ -187,9 +188,10 @@ class RayBackend(LocalBackend):
 
     async def _begin(self, run: TrainingRun, directory: RunDir, spec: RunSpec) -> JSONValue:
         """Write the run directory and submit the job."""
-        await to_thread.run_sync(self._write, run, directory, spec)
         api = await self.api()
         workers = Workers.of(run.config.resources, await api.nodes())
+        spec = spec.model_copy(update={"num_processes": workers.number})
+        await to_thread.run_sync(self._write, run, directory, spec)
         body = {
             "entrypoint": self._entrypoint(directory, workers, run.config),
             "submission_id": run.id,
@@ -231,7 +233,6 @@ class RayBackend(LocalBackend):
         words = [
             *(self._settings.python, "-m", "training_backends.trainer", "ray"),
             str(directory.path),
-            *("--workers", str(workers.number)),
             *("--cpus", f"{workers.cpus:g}"),
             *("--gpus", str(workers.gpus)),
             *("--max-failures", str(options.max_failures)),
@@ -335,6 +336,17 @@ class RayBackend(LocalBackend):
             return api.http
 
         return await server_health(probe, configured=self._settings.storage is not None)
+
+
+def _worker_issues(config: TrainingConfig) -> Iterator[Issue]:
+    batch_size = resolved_values(config)["batch_size"]
+    if (config.resources.workers or 1) > batch_size:
+        yield Issue(
+            code="unsupported_field",
+            message=f"more workers than the {batch_size:g} rows of a batch",
+            field="resources.workers",
+            fix=f"use {batch_size:g} or less, or a larger hyperparameters.batch_size",
+        )
 
 
 class _JobDir(RunDir):
