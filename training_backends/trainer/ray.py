@@ -45,14 +45,14 @@ def _launch(
     ray.init()
     # Only the driver receives a signal when the job is stopped; `ray.init` has set a handler.
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    resources = {"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if wanted.gpus else {})
     trainer = TorchTrainer(
         _work,
         train_loop_config={"run_dir": str(run.path)},
         scaling_config=ScalingConfig(
             num_workers=spec.num_processes,
             use_gpu=bool(wanted.gpus),
-            resources_per_worker={"CPU": wanted.cpus}
-            | ({"GPU": wanted.gpus} if wanted.gpus else {}),
+            resources_per_worker=resources,
             accelerator_type=wanted.accelerator,
         ),
         run_config=RunConfig(

@@ -127,7 +127,8 @@ async def test_a_run_survives_its_worker_and_not_its_head(
     run = await client.launch(config(5000), backend="ray", run_id="unlucky")
     wait_until(lambda: checkpoints(tmp_path, run), patience=300)
     [worker] = cluster.processes("ray::RayTrainWorker")
-    [trainer] = cluster.processes("training_backends.trainer work")
+    program = "training_backends.trainer work"
+    [trainer] = cluster.processes(program)
     worker.kill()
     wait_until(lambda: not trainer.is_running(), patience=60)
     [another] = wait_until(
