@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.forking import Trainer
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
@@ -129,6 +130,14 @@ def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(derive=derive)
 
     monkeypatch.setattr(argon2, "Argon2id", make)
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Iterator[Trainer]:
+    """Start training processes that have torch loaded already."""
+    server = Trainer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

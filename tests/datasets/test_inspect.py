@@ -400,16 +400,21 @@ def test_a_summary_says_what_is_in_a_file(tmp_path: Path) -> None:
     assert summary.duplicate_rows == 0
 
 
-def test_limits_are_those_of_the_provider_format(tmp_path: Path, make_config: MakeConfig) -> None:
-    """A training file that is too large is cut at launch; validation data is not."""
+@pytest.mark.parametrize(("shards", "severity"), [(True, "warning"), (False, "error")])
+def test_limits_are_those_of_the_provider_format(
+    shards: bool, severity: str, *, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """A training file that is too large may be split at launch; validation data never is."""
     train = write(tmp_path / "a.jsonl", *map(talk, range(50)))
     validation = write(tmp_path / "b.jsonl", *map(talk, range(50, 60)))
     config = make_config(data={"train": train, "validation": validation})
-    small = ProviderFormat(max_file_bytes=500, validation_max_bytes=400, min_rows=100)
+    small = ProviderFormat(
+        max_file_bytes=500, shards=shards, validation_max_bytes=400, min_rows=100
+    )
     dataset = inspect(config, provider_format=small)
     assert [(one.code, one.severity, one.path) for one in dataset.issues] == [
         ("too_few_rows", "error", str(train)),
-        ("file_too_large", "warning", str(train)),
+        ("file_too_large", severity, str(train)),
         ("file_too_large", "error", str(validation)),
         ("validation_too_large", "error", None),
     ]
