@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from training_backends.backends.local import validate
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalSettings
@@ -127,20 +128,20 @@ async def test_an_architecture_that_cannot_be_loaded(
 
 @pytest.mark.engine
 def test_the_list_of_architectures_is_that_of_transformers() -> None:
-    """What its tables say as text, and what it says when it is loaded, are the same."""
-    from transformers import (  # noqa: PLC0415
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
+    """What its tables say as text, and what they hold when they are loaded, are the same."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
+    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
 
     from training_backends.backends.local import validate  # noqa: PLC0415
 
-    for loader, classifies in (
-        (AutoModelForCausalLM, False),
-        (AutoModelForSequenceClassification, True),
+    for table, classifies in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, False),
+        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, True),
     ):
-        classes = {each.__name__ for each in loader._model_mapping}
+        classes = {CONFIG_MAPPING_NAMES[name] for name in table if name in CONFIG_MAPPING_NAMES}
         known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
         found = validate.trainable_types(classifies=classifies)
         assert found is not None
@@ -215,7 +216,8 @@ async def test_rows_that_the_template_rejects(
     said: str,
 ) -> None:
     """With the line, as an estimate would say it; a warning where such rows are tolerated."""
-    monkeypatch.setattr("training_backends.tokens.counters.RENDER_SECONDS", 1.0)
+    if template == ENDLESS:
+        monkeypatch.setattr("training_backends.tokens.counters.RENDER_SECONDS", 0.1)
     (model / "chat_template.jinja").write_text(template)
     issues = await check(model)
     assert {issue.code for issue in issues} == {"unusable_row"}
@@ -256,6 +258,31 @@ async def test_a_model_that_does_not_fit_into_memory(
     issues = await check(model, tuning=tuning)
     assert [issue.severity for issue in issues] == ([severity] if severity else [])
     assert all("GiB" in issue.message for issue in issues)
+
+
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        ({}, "the GPU has 1.0 GiB"),
+        ({"num_processes": 2}, ""),
+        ({"num_processes": 2, "sharding": "zero2"}, "the GPU has 1.0 GiB"),
+        ({"num_processes": 2, "dtype": "float32"}, "2 GPUs have 2.0 GiB"),
+    ],
+)
+async def test_several_gpus_share_a_model(
+    check: Callable[..., Any],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    has: str,
+) -> None:
+    """Unless each of them holds all weights."""
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: (2**30, 2**30))
+    write_weights(model / "model.safetensors", (3 * 2**18, 1024))  # 1.5 GiB in bfloat16
+    issues = await check(model, tuning="lora", options=options)
+    (message,) = [issue.message for issue in issues if issue.code == "memory"] or [""]
+    assert has in message
+    assert bool(has) == bool(message)
 
 
 async def test_a_configuration_tells_the_size_of_other_weights(
