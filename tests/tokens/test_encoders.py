@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,8 +21,6 @@ from training_backends.tokens.encoders import (
     UnusableRow,
     encoder_for,
 )
-
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -62,9 +59,9 @@ def learnt(encoder: Encoder, row: ChatRow) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mistral() -> MistralEncoder:
-    """Mistral's own encoder, with a tokenizer that its package brings."""
-    return MistralEncoder(TEKKEN)
+def mistral(small_tekken: Path) -> MistralEncoder:
+    """Mistral's own encoder."""
+    return MistralEncoder(small_tekken)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.conftest import Trainer
+from tests.forking import Trainer
 from tests.trainer.continuing import last_step, rows_by_step
 from tests.waiting import wait_until
 from training_backends.core.run import Failure

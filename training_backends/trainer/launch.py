@@ -53,6 +53,7 @@ class Outcome:
 
     def __init__(self, run: RunDir) -> None:
         self.directory = run.path / _DIRECTORY
+        self._reserve = run.reserve
         self._record = self.directory / "exit.json"
         self._rows = self.directory / "micro_batch_size"
 
@@ -69,7 +70,12 @@ class Outcome:
     def report(self, record: ExitRecord) -> None:
         """Report how the run ended; the first report counts."""
         temporary = self.directory / f"{os.getpid()}.tmp"
-        temporary.write_text(record.model_dump_json(), encoding="utf-8")
+        content = record.model_dump_json()
+        try:
+            temporary.write_text(content, encoding="utf-8")
+        except OSError:  # the disk is full
+            self._reserve.unlink(missing_ok=True)
+            temporary.write_text(content, encoding="utf-8")
         with suppress(FileExistsError):
             self._record.hardlink_to(temporary)
         temporary.unlink()

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -149,7 +149,8 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
         raise _OutOfMemory(rows)
 
     try:
-        with stop.listening():
+        # The agent ends processes with SIGTERM; a stop request of its parent is a file.
+        with nullcontext() if parent else stop.listening():
             world = join_world(choose_device(spec.device))
             process = TrainingProcess(
                 run if world.is_leader else _SilentRunDir(path),

@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from training_backends.trainer.checkpoint import trained_weights
-from training_backends.trainer.models import is_in_four_bits
 from training_backends.trainer.world import World
 
 __all__ = ["RootModule", "Sharding", "choose_sharding", "shard"]
@@ -89,12 +88,16 @@ def shard(
     root = RootModule(model, sharding)
     if sharding == "none":
         return root
-    frozen = {weight for weight in model.parameters() if not weight.requires_grad}
-    replicates = sharding == "zero2" or is_in_four_bits(model)
+    # FSDP2 cannot divide 4-bit weights, which are stored as integers.
+    replicated = {
+        weight
+        for weight in model.parameters()
+        if not weight.requires_grad and (sharding == "zero2" or not weight.is_floating_point())
+    }
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world.size,)),
         "reshard_after_forward": sharding == "zero3",
-        "ignored_params": frozen if replicates else set(),
+        "ignored_params": replicated,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=torch.float32,

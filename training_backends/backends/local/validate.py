@@ -376,6 +376,10 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     if available is None:
         return
     kind = config.tuning.kind if config.tuning else "lora"
+    where = "the GPU has" if gpus else "this machine has"
+    if gpus and options.num_processes > 1 and options.sharding != "zero2" and kind != "qlora":
+        available *= options.num_processes  # zero3 divides the weights
+        where = f"{options.num_processes} GPUs have"
     halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
     if kind == "full":
         least, needed = 4.0 * weights, float(_BYTES_FULL * weights)
@@ -385,14 +389,13 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         least = needed = (2.0 if halves else 4.0) * weights
     if needed <= available:
         return
-    where = "the GPU" if gpus else "this machine"
     fixes = {"full": "lora or qlora", "lora": "qlora"}
     other = f"use tuning: {fixes[kind]}, or a smaller model" if kind in fixes else ""
     beside = "" if kind == "full" else ", plus activations"
     yield Issue(
         code="memory",
         message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
-        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
+        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} "
         f"{available / _GIB:.1f} GiB",
         field="model",
         fix=other or "use a smaller model",
