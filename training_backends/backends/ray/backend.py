@@ -328,14 +328,18 @@ class RayBackend(LocalBackend):
         return await super().list_remote(filters)
 
     async def health(self) -> Health:
-        """Report whether the cluster answers."""
+        """Report whether the cluster answers, if there is one to ask."""
+        given = self._settings.model_fields_set & {"base_url", "storage"}
+        if not given and not self._runs.is_dir():
+            hint = "Set ray.base_url and ray.storage."
+            return Health(ok=False, message="not set up (optional)", hint=hint, configured=False)
 
         async def probe() -> HttpClient:
             api = await self.api()
             await api.nodes()  # the version is told without a token
             return api.http
 
-        return await server_health(probe, configured=self._settings.storage is not None)
+        return await server_health(probe, configured=True)
 
 
 def _worker_issues(config: TrainingConfig) -> Iterator[Issue]:
