@@ -15,6 +15,7 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     stop            asks the process to save a checkpoint and exit
 """
 
+import json
 import os
 from enum import IntEnum
 from pathlib import Path
@@ -34,6 +35,7 @@ from training_backends.core.files import (
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "CheckpointState",
     "Event",
     "ExitRecord",
@@ -42,6 +44,7 @@ __all__ = [
     "RunDir",
     "RunSpec",
     "TrainerExitCode",
+    "adapter_base",
     "rows_per_epoch",
 ]
 
@@ -356,6 +359,30 @@ class RunDir:
             if (state := _checkpoint_state(path)) is not None
         ]
         return sorted(found, key=lambda item: item[1].step)
+
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file that makes a directory an adapter of peft."""
+
+
+def adapter_base(directory: Path) -> str:
+    """Return the base model of the adapter in `directory`: a name, or the path that its run used.
+
+    Raises:
+        ValueError: Its configuration cannot be read.
+    """
+    # An adapter names no local path; the run that it belongs to does.
+    for run in map(RunDir, directory.absolute().parents[:2]):
+        record = run.read_exit()
+        if record and record.result:
+            paths = {record.result.path, record.result.adapter}
+            if directory.absolute().relative_to(run.path).as_posix() in paths:
+                return record.result.base_model
+    try:
+        config = json.loads((directory / ADAPTER_CONFIG).read_bytes())
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{ADAPTER_CONFIG} names no base model") from None
 
 
 def _checkpoint_state(path: Path) -> CheckpointState | None:

@@ -29,6 +29,7 @@ __all__ = [
     "TokenizerError",
     "UnusableRow",
     "encoder_for",
+    "has_tokenizer",
 ]
 
 Row = ChatRow | TextRow
@@ -44,7 +45,18 @@ _FILL_IN: Final = (
 )
 """Control tokens for prefix, suffix and middle, in this order."""
 
+_TOKENIZER_FILES: Final = (
+    *("tekken.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "SYSTEM_PROMPT.txt", "vocab.json", "merges.txt"),
+)
+
 Encoded = tuple[list[int], list[bool]]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has a tokenizer, which adapters of other programs often lack."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return bool(_mistral_tokenizer(directory)) or any((directory / n).is_file() for n in names)
 
 
 class TokenizerError(Exception):
@@ -304,10 +316,11 @@ class MistralEncoder:
         return str(self._training.decode(ids))
 
     def save(self, directory: Path) -> None:
-        """Copy the tokenizer files."""
-        for name in (self._source.name, "tokenizer_config.json", "tokenizer.json"):
-            if (self._source.parent / name).is_file():
-                shutil.copy(self._source.parent / name, directory / name)
+        """Copy the tokenizer files, and those for other programs, such as the chat template."""
+        for pattern in _TOKENIZER_FILES:
+            for path in self._source.parent.glob(pattern):
+                if path.is_file():
+                    shutil.copy(path, directory / path.name)
 
 
 class TemplateEncoder:

@@ -20,7 +20,13 @@ from training_backends.rundir.directory import (
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
-from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
+from training_backends.trainer.errors import (
+    Stopped,
+    TrainerError,
+    exit_code_of,
+    failure_of,
+    quotes_library,
+)
 from training_backends.trainer.workers import followed
 
 __all__ = ["train", "train_admitted"]
@@ -57,7 +63,13 @@ def _failed(run: RunDir, error: Exception) -> ExitRecord:
         return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
     traceback.print_exception(error)
     code = exit_code_of(error)
-    return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
+    failure = failure_of(error)
+    if quotes_library(error):
+        # Relative to the home: a gateway shows the message to its clients.
+        log = "/".join(run.log.parts[-3:])
+        message = f"{failure.message.rstrip('.')}. The complete error is in {log}."
+        failure = failure.model_copy(update={"message": message})
+    return ExitRecord(status="failed", code=code, step=step, failure=failure)
 
 
 def _end(run: RunDir, record: ExitRecord) -> None:

@@ -387,7 +387,7 @@ class TrainingProcess:
     def _save(self, loaded: LoadedModel) -> ResultRecord:
         temporary = self._run.path / ".result.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        record = save_result(loaded, self._spec.model, temporary, save_as=self._spec.result)
+        record = save_result(loaded, temporary, save_as=self._spec.result)
         write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
         shutil.rmtree(self._run.result, ignore_errors=True)
         temporary.rename(self._run.result)

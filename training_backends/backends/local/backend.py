@@ -31,6 +31,7 @@ from training_backends.backends.local.run_log import Cursor, read_records
 from training_backends.backends.local.runs import find_runs, revive
 from training_backends.backends.local.settings import LocalOptions, LocalSettings
 from training_backends.backends.local.spec import (
+    base_of,
     build_spec,
     defaults_taken,
     find_issues,
@@ -177,7 +178,12 @@ class LocalBackend(TrainingBackend):
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
         if config.base_model == TINY_MODEL:
             return ()
-        directory = await to_thread.run_sync(find_directory, config.base_model)
+        try:
+            base = await to_thread.run_sync(base_of, config.base_model)
+        except ValueError as error:
+            return (Issue(code="model_files", message=str(error), field="model"),)
+        config = config.model_copy(update={"model": base})
+        directory = await to_thread.run_sync(find_directory, base)
         if directory is None:
             return tuple(await hub_issues(config, self._hub))
         return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))

@@ -14,6 +14,7 @@ from anyio import to_thread
 from pydantic import SecretStr
 
 from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.spec import base_of
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import (
@@ -126,7 +127,11 @@ def _checked_endpoint(value: str | None) -> str:
 
 
 def _is_here(model: str) -> bool:
-    return model == TINY_MODEL or Path(model).expanduser().is_dir()
+    try:
+        base = base_of(model)
+    except ValueError:
+        return True  # the trainer reports it
+    return base == TINY_MODEL or Path(base).expanduser().is_dir()
 
 
 async def ask_model(

@@ -20,9 +20,10 @@ from training_backends.core.config import (
 )
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, suggest
-from training_backends.rundir.directory import RunSpec
+from training_backends.rundir.directory import ADAPTER_CONFIG, RunSpec, adapter_base
 
 __all__ = [
+    "base_of",
     "build_spec",
     "config_of",
     "defaults_taken",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 _MODELS_OFFERED: Final = (
-    f"{TINY_MODEL} (built in, offline), a model directory, or ORGANIZATION/NAME on the Hub"
+    f"{TINY_MODEL} (built in, offline), the directory of a model or an adapter, "
+    "or ORGANIZATION/NAME on the Hub"
 )
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEFAULT_EPOCHS: Final = 3.0
@@ -87,6 +89,28 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             "qlora requires bitsandbytes",
             "use lora or full, or pip install 'training-backends[qlora]'",
         )
+
+    if config.tuning and kind in {"lora", "qlora"} and _is_adapter(config.base_model):
+        for name in sorted(config.tuning.model_fields_set - {"kind"}):
+            yield Issue(
+                code="unused_field",
+                message="has no effect: training continues the adapter with its own value",
+                field=f"tuning.{name}",
+                severity="warning",
+            )
+
+
+def _is_adapter(model: str) -> bool:
+    return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def base_of(model: str) -> str:
+    """Return the base model of an adapter's directory; other models unchanged.
+
+    Raises:
+        ValueError: The adapter's configuration cannot be read.
+    """
+    return adapter_base(Path(model).expanduser()) if _is_adapter(model) else model
 
 
 def has_gpu() -> bool:
@@ -150,7 +174,7 @@ def _is_model(name: str) -> bool:
         return True
     directory = Path(name).expanduser()
     if directory.is_dir():
-        return (directory / "config.json").is_file()
+        return any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     return bool(_HUB_NAME.fullmatch(name))
 
 

@@ -151,13 +151,18 @@ def _not_asked(model: str, why: str) -> Issue:
 
 def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
     """Yield problems in a model's files; blocks while it reads them and some rows."""
-    if (directory / "adapter_config.json").is_file():
-        return  # the files are those of the base model
     described = _read_object(directory / "config.json")
     if isinstance(described, str):
         yield _model_issue("model_files", f"config.json {described}")
         return
     model_type = described.get("model_type")
+    if described.get("is_encoder_decoder"):
+        yield _model_issue(
+            "unsupported_architecture",
+            f"model type {model_type!r} is not supported: it is an encoder-decoder model",
+            "use another model",
+        )
+        return
     yield from _architecture_issues(config, model_type, described.get("architectures"))
     yield from _quantization_issues(config, described.get("quantization_config"))
     is_cached = directory != Path(config.base_model).expanduser()
@@ -189,7 +194,7 @@ def _severity(config: TrainingConfig) -> Literal["error", "warning"]:
 
 
 def _encodes_bytes(described: Mapping[str, Any]) -> bool:
-    size = described.get("vocab_size")
+    size = {**described, **(described.get("text_config") or {})}.get("vocab_size")
     return isinstance(size, int) and size < _SMALL_VOCABULARY
 
 
@@ -216,7 +221,7 @@ def _architecture_issues(
     if not isinstance(model_type, str) or known is None or model_type in known:
         return
     named = f" ({architectures[0]})" if isinstance(architectures, list) and architectures else ""
-    kind = "sequence classifier" if classifies else "causal language model"
+    kind = "sequence classifier" if classifies else "language model"
     yield _model_issue(
         "unsupported_architecture",
         f"model type {model_type!r}{named} is not supported: the installed version of "
@@ -235,8 +240,10 @@ def trainable_types(*, classifies: bool) -> frozenset[str] | None:
     if spec is None or spec.origin is None:
         return None
     auto = Path(spec.origin).parent / "models" / "auto"
-    task = "SEQUENCE_CLASSIFICATION" if classifies else "CAUSAL_LM"
-    heads = _table(auto / "modeling_auto.py", f"MODEL_FOR_{task}_MAPPING_NAMES")
+    tasks = ("SEQUENCE_CLASSIFICATION",) if classifies else ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+    heads: dict[str, str] = {}
+    for task in tasks:
+        heads |= _table(auto / "modeling_auto.py", f"MODEL_FOR_{task}_MAPPING_NAMES")
     configs = _table(auto / "auto_mappings.py", "CONFIG_MAPPING_NAMES")
     configs |= _table(auto / "configuration_auto.py", "CONFIG_MAPPING_NAMES")
     if not heads or not configs:
@@ -345,6 +352,7 @@ def _read_header(path: Path) -> int | str:
 
 def _described_weights(described: Mapping[str, Any]) -> int | None:
     """Count a plain transformer's weights from its configuration; None if it is not one."""
+    described = {**described, **(described.get("text_config") or {})}
     try:
         width, layers = int(described["hidden_size"]), int(described["num_hidden_layers"])
         heads = int(described["num_attention_heads"])
