@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from training_backends.backends.local import backend as module
-from training_backends.backends.local import spec
+from training_backends.backends.local import interpreter
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.spec import build_spec, config_of
 from training_backends.core.errors import BackendNotInstalled
@@ -164,12 +163,12 @@ async def test_qlora_is_taken_where_it_can_run(
 ) -> None:
     """Wherever bitsandbytes is installed, with any result."""
     run = make_run(tuning="qlora", model="org/model", options={"result": "merged"})
-    monkeypatch.setattr(spec, "find_spec", lambda _: None)
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name != "bitsandbytes" or None)
     (issue,) = (await backend.validate(run.config, inspected(run))).errors
     assert issue.field == "tuning.kind"
     assert issue.fix is not None
     assert "pip install 'training-backends[qlora]'" in issue.fix
-    monkeypatch.setattr(spec, "find_spec", lambda name: name)
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name)
     assert (await backend.validate(run.config, inspected(run))).ok
 
 
@@ -180,7 +179,7 @@ async def test_a_missing_library_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the engine's libraries the message says what to install."""
-    monkeypatch.setattr(module, "_NEEDED", ("torch", "not_there_at_all"))
+    monkeypatch.setattr(interpreter, "NEEDED", ("torch", "not_there_at_all"))
     run = make_run()
     with pytest.raises(BackendNotInstalled, match="not_there_at_all") as raised:
         await backend.validate(run.config, inspected(run))

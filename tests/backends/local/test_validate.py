@@ -170,6 +170,10 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
 
     from training_backends.backends.local import validate  # noqa: PLC0415
+    from training_backends.backends.local.interpreter import THIS_INTERPRETER  # noqa: PLC0415
+
+    package = THIS_INTERPRETER.transformers()
+    assert package is not None
 
     for loaders, classifies in (
         ((AutoModelForCausalLM, AutoModelForImageTextToText), False),
@@ -178,7 +182,7 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
         classes = {each.__name__ for loader in loaders for each in loader._model_mapping}
         known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
         known.discard("EvollaModel")  # a class's name among the types
-        found = validate.trainable_types(classifies=classifies)
+        found = validate.trainable_types(package, classifies=classifies)
         assert found is not None
         assert known <= found
         assert found & CONFIG_MAPPING_NAMES.keys() == known

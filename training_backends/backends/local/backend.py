@@ -5,7 +5,6 @@ import signal
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self, cast
 
@@ -20,8 +19,8 @@ from training_backends.backends.local.checkpoint_copy import (
     require_space,
 )
 from training_backends.backends.local.estimate import estimate_run
+from training_backends.backends.local.interpreter import NEEDED, THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.process import (
-    TRAINER,
     ChildEnvironment,
     Hub,
     ask_model,
@@ -88,8 +87,8 @@ from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["LocalBackend"]
 
-_NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
-_INSTALL: Final = "pip install 'training-backends[local]'"
+_PROBE_CACHE: Final = "local-python.json"
+"""In the home: what is known of the interpreter in `local.python`."""
 
 
 class LocalBackend(TrainingBackend):
@@ -99,8 +98,10 @@ class LocalBackend(TrainingBackend):
     user can find it.
 
     Args:
-        program: Command that trains the run directory given as its last argument.
+        program: Command that trains the run directory given as its last argument; default: the
+            trainer, run by `interpreter`.
         hub: Access to models that are not on this machine.
+        interpreter: Python environment that trains.
     """
 
     name: ClassVar[str] = "local"
@@ -109,12 +110,18 @@ class LocalBackend(TrainingBackend):
     settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
 
     def __init__(
-        self, home: Path, *, program: Sequence[str] = TRAINER, hub: Hub | None = None
+        self,
+        home: Path,
+        *,
+        program: Sequence[str] | None = None,
+        hub: Hub | None = None,
+        interpreter: Interpreter = THIS_INTERPRETER,
     ) -> None:
         self._home = home
         self._runs = home / "runs"
         self._slots = home / "slots"
-        self._program = program
+        self._interpreter = interpreter
+        self._program = interpreter.command("train") if program is None else program
         self._hub = hub or Hub()
         self._place: Place | None = None
 
@@ -122,7 +129,9 @@ class LocalBackend(TrainingBackend):
     def create(cls, context: BackendContext) -> Self:
         """Create the backend for the state in `context.home`."""
         settings = cast("LocalSettings", context.settings or load_settings(LocalSettings))
-        return cls(context.home, hub=Hub(settings, context.credentials))
+        interpreter = Interpreter(settings.python, context.home / _PROBE_CACHE)
+        hub = Hub(settings, context.credentials, interpreter)
+        return cls(context.home, hub=hub, interpreter=interpreter)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -157,8 +166,10 @@ class LocalBackend(TrainingBackend):
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
-        await to_thread.run_sync(_require_trainer)
-        issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
+        await to_thread.run_sync(self._interpreter.require)
+        issues = await to_thread.run_sync(
+            lambda: tuple(find_issues(config, dataset, self._interpreter))
+        )
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
         issues += await self._model_issues(config, dataset)
@@ -185,8 +196,10 @@ class LocalBackend(TrainingBackend):
         config = config.model_copy(update={"model": base})
         directory = await to_thread.run_sync(find_directory, base)
         if directory is None:
-            return tuple(await hub_issues(config, self._hub))
-        return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))
+            return tuple(await hub_issues(config, self._hub, self._interpreter))
+        return await to_thread.run_sync(
+            lambda: tuple(files_issues(config, dataset, directory, self._interpreter))
+        )
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; the duration is only known from earlier local runs."""
@@ -198,7 +211,7 @@ class LocalBackend(TrainingBackend):
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """See `TrainingBackend.launch`; the run may be queued until a slot is free."""
-        await to_thread.run_sync(_require_trainer)
+        await to_thread.run_sync(self._interpreter.require)
         return await self._start(run, journal)
 
     async def _start(self, run: TrainingRun, journal: Journal) -> RunState:
@@ -324,7 +337,7 @@ class LocalBackend(TrainingBackend):
         Args:
             checkpoint: A step, such as `120` or `step-120`.
         """
-        await to_thread.run_sync(_require_trainer)
+        await to_thread.run_sync(self._interpreter.require)
         source = await to_thread.run_sync(self._existing, run)
         target = self._directory(new_run)
 
@@ -368,7 +381,13 @@ class LocalBackend(TrainingBackend):
         result = await to_thread.run_sync(self._result, directory, "prompt")
         child_env = await self._hub.child_environment(result.base_model)
         model = directory.path / result.path
-        return await ask_model(str(model), prompt, max_tokens=max_tokens, child_env=child_env)
+        return await ask_model(
+            str(model),
+            prompt,
+            max_tokens=max_tokens,
+            child_env=child_env,
+            interpreter=self._interpreter,
+        )
 
     def _result(self, directory: RunDir, verb: str) -> ResultRecord:
         record = directory.read_exit()
@@ -390,14 +409,20 @@ class LocalBackend(TrainingBackend):
 
     async def health(self) -> Health:
         """Report whether the training libraries are installed."""
-        missing = await to_thread.run_sync(_missing)
-        if missing:
+        return await to_thread.run_sync(self._health)
+
+    def _health(self) -> Health:
+        try:
+            return Health(ok=True, message=self._interpreter.describe())
+        except BackendNotInstalled as error:
+            if not self._interpreter.is_this:
+                return Health(ok=False, message=error.message, hint=error.hint)
+            missing = self._interpreter.missing()
             # Optional for a machine that only uses other backends.
-            is_used = len(missing) < len(_NEEDED) or await to_thread.run_sync(_has_any, self._runs)
+            is_used = len(missing) < len(NEEDED) or _has_any(self._runs)
             words = "not installed" if is_used else "not installed (optional)"
             message = f"{words}: {', '.join(missing)}"
-            return Health(ok=False, message=message, hint=_INSTALL, configured=is_used)
-        return Health(ok=True, message="the training libraries are installed")
+            return Health(ok=False, message=message, hint=error.hint, configured=is_used)
 
     def _directory(self, run: TrainingRun) -> RunDir:
         return RunDir(self._runs / run.id)
@@ -413,20 +438,6 @@ class LocalBackend(TrainingBackend):
 
 def _has_any(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
-
-
-def _missing() -> list[str]:
-    return [name for name in _NEEDED if find_spec(name) is None]
-
-
-def _require_trainer() -> None:
-    if missing := _missing():
-        raise BackendNotInstalled(
-            f"The local backend requires {', '.join(missing)}; install training-backends[local].",
-            install=_INSTALL,
-            hint=_INSTALL,
-            backend="local",
-        )
 
 
 def _start_process(

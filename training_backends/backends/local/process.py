@@ -1,7 +1,6 @@
 """Start training processes that outlive their parent."""
 
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ import anyio
 from anyio import to_thread
 from pydantic import SecretStr
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.backends.local.spec import base_of
 from training_backends.core.backend import CredentialSource
@@ -30,7 +30,7 @@ from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
 from training_backends.rundir.handover import ON_STDIN, safe_environment
 
-__all__ = ["TRAINER", "ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
+__all__ = ["ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
 
 log = get_logger()
 
@@ -65,10 +65,14 @@ class Hub:
     """Access to the Hugging Face Hub, from settings, environment and stored credentials."""
 
     def __init__(
-        self, settings: LocalSettings | None = None, credentials: CredentialSource | None = None
+        self,
+        settings: LocalSettings | None = None,
+        credentials: CredentialSource | None = None,
+        interpreter: Interpreter = THIS_INTERPRETER,
     ) -> None:
         self._settings = settings or LocalSettings.model_construct()
         self._credentials = credentials
+        self._interpreter = interpreter
 
     async def child_environment(self, model: str) -> ChildEnvironment:
         """Return what a process needs to load a model; a token only for models on the Hub.
@@ -94,7 +98,7 @@ class Hub:
             variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
             variables["HF_ENDPOINT"] = self._settings.hub_url
-        return safe_environment() | variables
+        return self._interpreter.variables(safe_environment()) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
         if self._credentials is None:
@@ -141,6 +145,7 @@ async def ask_model(
     seed: int = 0,
     max_tokens: int = 64,
     child_env: ChildEnvironment | None = None,
+    interpreter: Interpreter = THIS_INTERPRETER,
 ) -> Reply:
     """Return a model's answer to `prompt`, with greedy decoding.
 
@@ -152,7 +157,7 @@ async def ask_model(
     Raises:
         BackendUnavailable: The model cannot be loaded; includes the trainer's message.
     """
-    command = [sys.executable, "-P", "-m", "training_backends.trainer", "sample", model]
+    command = interpreter.command("sample", model)
     options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
     child_env = child_env or await Hub().child_environment(model)
     # Not as an argument: those are visible to all users and limited to 128 KiB.
@@ -169,10 +174,6 @@ async def ask_model(
 async def sample_answer(model: str, prompt: str) -> str:
     """Return the text answer of a model; see `ask_model`."""
     return str((await ask_model(model, prompt)).answer)
-
-
-TRAINER: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "train")
-"""Command of the trainer; the run directory is its last argument."""
 
 
 def spawn(run: RunDir, program: Sequence[str], child_env: ChildEnvironment) -> int:

@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from pydantic import ValidationError
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.core.config import (
     TINY_MODEL,
@@ -48,9 +48,11 @@ _SEEDS: Final = 2**32
 _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
-def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
+def find_issues(
+    config: TrainingConfig, dataset: Dataset, interpreter: Interpreter = THIS_INTERPRETER
+) -> Iterator[Issue]:
     """Yield everything in a configuration that this backend does not support."""
-    yield from _model_issues(config)
+    yield from _model_issues(config, interpreter)
     yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
     yield from _option_issues(config)
@@ -66,7 +68,7 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
             )
 
 
-def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
+def _model_issues(config: TrainingConfig, interpreter: Interpreter) -> Iterator[Issue]:
     if not _is_model(config.base_model):
         yield Issue(
             code="unknown_model",
@@ -83,7 +85,7 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"{TINY_MODEL} has random weights and only supports full fine-tuning",
             "use full, or remove tuning",
         )
-    elif kind == "qlora" and find_spec("bitsandbytes") is None:
+    elif kind == "qlora" and not interpreter.has("bitsandbytes"):
         yield _unsupported(
             "tuning.kind",
             "qlora requires bitsandbytes",

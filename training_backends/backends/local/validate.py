@@ -11,12 +11,12 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from anyio import to_thread
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.local.spec import has_gpu
@@ -75,7 +75,9 @@ class _Found(NamedTuple):
     weights: int | None
 
 
-async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
+async def hub_issues(
+    config: TrainingConfig, hub: Hub, interpreter: Interpreter = THIS_INTERPRETER
+) -> list[Issue]:
     """Look up a model on the Hub; if the Hub cannot be asked, return a warning."""
     try:
         child_env = await hub.child_environment(config.base_model)
@@ -93,7 +95,7 @@ async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
     found = await to_thread.run_sync(_ask, config.base_model, endpoint, token)
     if isinstance(found, Issue):
         return [found]
-    issues = [*_architecture_issues(config, found.model_type, None)]
+    issues = [*_architecture_issues(config, found.model_type, None, interpreter)]
     if found.weights:
         issues += await to_thread.run_sync(lambda: [*_memory_issues(config, found.weights or 0)])
     return issues
@@ -149,7 +151,12 @@ def _not_asked(model: str, why: str) -> Issue:
 # The model's files
 
 
-def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
+def files_issues(
+    config: TrainingConfig,
+    dataset: Dataset,
+    directory: Path,
+    interpreter: Interpreter = THIS_INTERPRETER,
+) -> Iterator[Issue]:
     """Yield problems in a model's files; blocks while it reads them and some rows."""
     described = _read_object(directory / "config.json")
     if isinstance(described, str):
@@ -163,8 +170,8 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
             "use another model",
         )
         return
-    yield from _architecture_issues(config, model_type, described.get("architectures"))
-    yield from _quantization_issues(config, described.get("quantization_config"))
+    yield from _architecture_issues(config, model_type, described.get("architectures"), interpreter)
+    yield from _quantization_issues(config, described.get("quantization_config"), interpreter)
     is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
@@ -214,10 +221,11 @@ def _read_object(path: Path) -> dict[str, Any] | str:
 
 
 def _architecture_issues(
-    config: TrainingConfig, model_type: object, architectures: object
+    config: TrainingConfig, model_type: object, architectures: object, interpreter: Interpreter
 ) -> Iterator[Issue]:
     classifies = config.method == "classifier"
-    known = trainable_types(classifies=classifies)
+    package = interpreter.transformers()
+    known = trainable_types(package, classifies=classifies) if package else None
     if not isinstance(model_type, str) or known is None or model_type in known:
         return
     named = f" ({architectures[0]})" if isinstance(architectures, list) and architectures else ""
@@ -231,15 +239,15 @@ def _architecture_issues(
 
 
 @lru_cache
-def trainable_types(*, classifies: bool) -> frozenset[str] | None:
+def trainable_types(package: Path, *, classifies: bool) -> frozenset[str] | None:
     """Return the `model_type`s that transformers can load; None if unknown.
 
     Its tables are parsed as text, because importing them loads torch.
+
+    Args:
+        package: Directory of the transformers package.
     """
-    spec = find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return None
-    auto = Path(spec.origin).parent / "models" / "auto"
+    auto = package / "models" / "auto"
     tasks = ("SEQUENCE_CLASSIFICATION",) if classifies else ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     heads: dict[str, str] = {}
     for task in tasks:
@@ -273,7 +281,9 @@ def _table(path: Path, name: str) -> dict[str, str]:
     return found
 
 
-def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[Issue]:
+def _quantization_issues(
+    config: TrainingConfig, described: object, interpreter: Interpreter
+) -> Iterator[Issue]:
     if not isinstance(described, dict):
         return
     method = described.get("quant_method", "bitsandbytes")
@@ -283,7 +293,7 @@ def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[
             f"the model is quantized ({method}), which full fine-tuning does not support",
             "use tuning: qlora or lora, or the unquantized model",
         )
-    elif method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+    elif method == "bitsandbytes" and not interpreter.has("bitsandbytes"):
         yield _model_issue(
             "quantized_model",
             "the model is quantized, and bitsandbytes is not installed",
