@@ -37,6 +37,7 @@ CAPABILITIES = {
     "lists_remote": "run listing",
     "validation_files": "validation files",
     "suffix": "model name suffix",
+    "chat_template": "chat template",
 }
 """What the table calls each flag of `Capabilities`."""
 

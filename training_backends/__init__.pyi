@@ -22,10 +22,12 @@ from .core.capabilities import (
     SuffixRule as SuffixRule,
 )
 from .core.config import (
+    ChatTemplate as ChatTemplate,
     ClassifierTarget as ClassifierTarget,
     Data as Data,
     DataSource as DataSource,
     Hyperparameters as Hyperparameters,
+    Result as Result,
     TrainingConfig as TrainingConfig,
     Tuning as Tuning,
     WandbIntegration as WandbIntegration,

@@ -16,10 +16,12 @@ from .core.backoff import Backoff as Backoff
 from .core.capabilities import Capabilities as Capabilities, SuffixRule as SuffixRule
 from .core.concurrency import run_all as run_all
 from .core.config import (
+    ChatTemplate as ChatTemplate,
     ClassifierTarget as ClassifierTarget,
     Data as Data,
     DataSource as DataSource,
     Hyperparameters as Hyperparameters,
+    Result as Result,
     TrainingConfig as TrainingConfig,
     Tuning as Tuning,
     WandbIntegration as WandbIntegration,

@@ -17,6 +17,7 @@ from training_backends import (
     BackendUnavailable,
     BudgetExceeded,
     Capabilities,
+    ChatTemplate,
     ConfigError,
     DatasetError,
     DuplicateRun,
@@ -92,6 +93,26 @@ async def test_an_id_with_another_config_is_a_conflict(
     other = make_config(suffix="new", hyperparameters={"epochs": 2})
     with pytest.raises(DuplicateRun, match=r"values for: hyperparameters\.epochs, suffix\."):
         await client.launch(other, backend="scripted", run_id="mine")
+
+
+async def test_a_run_records_the_digest_of_its_chat_template(
+    client: AsyncTrainingClient, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The same id with another text is a conflict; a template that nobody supports is an error."""
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    with pytest.raises(ConfigError) as caught:
+        await client.launch(make_config(chat_template=str(file)), backend="scripted")
+    assert [issue.field for issue in caught.value.issues] == ["chat_template"]
+    able = ScriptedBackend(capabilities=Capabilities(chat_template=True))
+    async with AsyncTrainingClient(home=tmp_path / "able", backends={"scripted": able}) as other:
+        config = make_config(chat_template=str(file))
+        await other.launch(config, backend="scripted", run_id="mine")
+        recorded = (await other.get("mine")).config.chat_template
+        assert recorded == ChatTemplate(path=file).pinned()
+        file.write_text("{{ other }}")
+        with pytest.raises(DuplicateRun, match=r"chat_template\.sha256"):
+            await other.launch(config, backend="scripted", run_id="mine")
 
 
 async def test_a_launch_cut_off_continues(

@@ -69,6 +69,8 @@ SOURCE = Source(
         weights=True,
         validation_files=True,
         suffix=SuffixRule(max_length=100),
+        chat_template=True,
+        result_checkpoints=frozenset({"last", "best"}),
         resources=frozenset({"gpus", "accelerator"}),
         integrations=frozenset({"wandb"}),
         provider_format=LOCAL,
@@ -211,6 +213,24 @@ async def test_unsupported_fields_are_lost_by_name(client: AsyncTrainingClient, 
     }
     assert "options.learning_rate_multiplier" in lost["hyperparameters.learning_rate"]
     assert [issue.field for issue in ported.issues] == ["model"]
+
+
+async def test_a_template_and_the_best_checkpoint_are_kept_where_supported(
+    client: AsyncTrainingClient, data: Path, tmp_path: Path
+) -> None:
+    """The template's path is written relative to the new file."""
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    fields: dict[str, Any] = {
+        "chat_template": str(tmp_path / "chat.jinja"),
+        "result": {"checkpoint": "best"},
+        "data": {"train": str(data), "validation": str(data)},
+    }
+    kept = await moved(client, data, to="source", **fields)
+    assert {"chat_template", "result.checkpoint"} <= {*kept.mapped}
+    assert yaml.safe_load(to_yaml(kept, tmp_path))["chat_template"] == "chat.jinja"
+    lost = await moved(client, data, chosen="m", **fields)
+    assert {"chat_template", "result.checkpoint"} == dict(lost.lost).keys()
+    assert lost.issues == ()
 
 
 async def test_values_are_fitted_to_the_target(client: AsyncTrainingClient, data: Path) -> None:

@@ -43,6 +43,12 @@ def fields_of(config: TrainingConfig, capabilities: Capabilities) -> list[str | 
         ({"data": {}}, "data.train", {"needs_data": False}),
         ({"model": None}, "model", {"needs_model": False}),
         ({"resources": {"gpus": 1}}, "resources.gpus", {"resources": {"gpus"}}),
+        ({"chat_template": "a.jinja"}, "chat_template", {"chat_template": True}),
+        (
+            {"result": {"checkpoint": "best"}},
+            "result.checkpoint",
+            {"result_checkpoints": {"best"}},
+        ),
         ({"integrations": [{"project": "p"}]}, "integrations.0", {"integrations": {"wandb"}}),
     ],
 )
@@ -88,3 +94,12 @@ def test_the_number_of_training_files_is_limited() -> None:
     config = make(data={"train": ["a", "b"]})
     assert fields_of(config, PLAIN) == []
     assert fields_of(config, Capabilities(max_train_files=1)) == ["data.train"]
+
+
+def test_the_best_checkpoint_needs_validation_data() -> None:
+    """It is chosen by the validation loss."""
+    best = Capabilities(result_checkpoints=frozenset({"last", "best"}), validation_files=True)
+    chosen = {"result": {"checkpoint": "best"}}
+    assert fields_of(make(**chosen), best) == ["data.validation"]
+    assert fields_of(make(**chosen, data={"train": "a", "validation": "b"}), best) == []
+    assert fields_of(make(result={"checkpoint": "last"}), best) == []

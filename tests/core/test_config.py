@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from training_backends import ConfigError, TrainingConfig
+from training_backends import ChatTemplate, ConfigError, TrainingConfig
 from training_backends.core.config import given_options, option_issues
 
 FULL: dict[str, Any] = {
@@ -16,6 +16,8 @@ FULL: dict[str, Any] = {
     "method": "classifier",
     "tuning": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": ["q_proj"]},
     "data": {"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}], "validation": "c.jsonl"},
+    "chat_template": "chat.jinja",
+    "result": {"checkpoint": "best"},
     "hyperparameters": {"learning_rate": 1e-4, "epochs": 2, "batch_size": 8, "seed": 1},
     "suffix": "mine",
     "classifier_targets": [{"name": "mood", "labels": ["happy", "sad"]}],
@@ -84,6 +86,8 @@ def test_a_configuration_does_not_change() -> None:
         ({"data": {"train": [{"uri": "no-scheme"}]}}, "uri"),
         ({"data": {"train": [{"path": "a", "weight": 0}]}}, "weight"),
         ({"suffix": ""}, "suffix"),
+        ({"result": {"checkpoint": "first"}}, "checkpoint"),
+        ({"chat_template": {"path": "a", "sha256": "x"}}, "sha256"),
         ({"model": ""}, "model"),
         ({"method": ""}, "method"),
         ({"tuning": "prefix"}, "kind"),
@@ -212,3 +216,47 @@ def test_only_known_options_may_be_left_empty() -> None:
     """A misspelt option is found whether or not it has a value."""
     given = given_options(Options, {"max_runs": None, "max_run": None, "device": "cpu"})
     assert given == {"max_run": None, "device": "cpu"}
+
+
+def test_a_chat_template_is_pinned_by_its_digest(tmp_path: Path) -> None:
+    """Its path is relative to the file, and another text is rejected."""
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    template = make(chat_template="chat.jinja").resolved(tmp_path).chat_template
+    assert template is not None
+    pinned = template.pinned()
+    assert (pinned.path, pinned.read()) == (file, "{{ messages }}")
+    config = make(chat_template=pinned)
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
+    file.write_text("{{ other }}")
+    with pytest.raises(ConfigError) as caught:
+        pinned.read()
+    (issue,) = caught.value.issues
+    assert (issue.field, issue.code) == ("chat_template", "changed_file")
+    assert template.read() == "{{ other }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "unreadable_file"),
+        (b"", "empty_file"),
+        (b"\xff", "not_utf8"),
+        (b"x" * 1_000_001, "too_large"),
+    ],
+)
+def test_an_unusable_chat_template_is_an_error(
+    tmp_path: Path, content: bytes | None, code: str
+) -> None:
+    """The issue names the field and the file."""
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        ChatTemplate(path=file).read()
+    (issue,) = caught.value.issues
+    assert (issue.field, issue.code) == ("chat_template", code)
+    assert str(file) in issue.message
+    with pytest.raises(ConfigError) as caught:
+        ChatTemplate(path=tmp_path).read()
+    assert caught.value.issues[0].code == "not_a_file"

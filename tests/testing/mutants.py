@@ -335,6 +335,12 @@ put(
 )
 put("a learning rate is declared and not sent", FIELDS, declaring(hyperparameters=None))
 put("GPUs are declared and not sent", FIELDS, declaring(resources=frozenset({"gpus"})))
+put("a chat template is declared and not sent", FIELDS, declaring(chat_template=True))
+put(
+    "the best checkpoint is declared and not requested",
+    FIELDS,
+    declaring(result_checkpoints=frozenset({"last", "best"})),
+)
 put("weights are declared and not sent", FIELDS, declaring(weights=True))
 put("LoRA is declared and not sent", FIELDS, declaring(tunings=frozenset({"lora"})))
 

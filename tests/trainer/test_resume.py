@@ -1,5 +1,6 @@
 """Interrupted anywhere and continued, a run is the one that was never interrupted."""
 
+import json
 import os
 import random
 import resource
@@ -112,10 +113,10 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
     [
-        (truncate, "model.safetensors", "bytes, expected"),
-        (flip, "optimizer.pt", "has changed since"),
-        (Path.unlink, "rng_state.pth", "cannot be read"),
-        (flip, "trainer_state.json", "has changed since"),
+        (truncate, "__0_0.distcp", "bytes, expected"),
+        (flip, "__0_0.distcp", "has changed since"),
+        (Path.unlink, ".metadata", "cannot be read"),
+        (flip, "engine.json", "has changed since"),
         (truncate, "state.json", "state.json cannot be read"),
     ],
 )
@@ -156,13 +157,32 @@ def test_behind_damage_the_run_is_the_same(trained: RunDir, tmp_path: Path) -> N
     run.exit.unlink()
     with run.metrics.open("ab") as file:
         file.write(b'{"step": 5, "trai')
-    flip(run.checkpoints / "step-6" / "optimizer.pt")
-    flip(run.checkpoints / "step-4" / "model.safetensors")
+    flip(run.checkpoints / "step-6" / "__0_0.distcp")
+    flip(run.checkpoints / "step-4" / ".metadata")
     assert train(run.path) is TrainerExitCode.DONE
     assert rows_by_step(run) == rows_by_step(trained)
     assert hashes(run) == hashes(trained)
     assert [state.step for _, state in run.read_checkpoints()] == [2, 4, 6]
     assert not list(run.checkpoints.glob(".*")), "what was set aside has been made anew"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed_from(
+    trained: RunDir, tmp_path: Path
+) -> None:
+    """The failure names the checkpoint and says what to do."""
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "r"))
+    run.exit.unlink()
+    checkpoint = run.checkpoints / "step-6"
+    (checkpoint / ".metadata").rename(checkpoint / "model.safetensors")
+    state = json.loads((checkpoint / "state.json").read_bytes())
+    for numbers in (state["files"], state["checksums"]):
+        numbers["model.safetensors"] = numbers.pop(".metadata")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert train(run.path) is TrainerExitCode.BAD_INPUT
+    record = run.read_exit()
+    assert record is not None
+    assert record.failure is not None
+    assert "step-6 was saved by an earlier version" in record.failure.message
 
 
 def put(size: int) -> Callable[[Path], None]:

@@ -630,8 +630,14 @@ class AsyncTrainingClient:
             )
 
     async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return the configuration in its parsed form, with unset options removed."""
+        """Return the configuration as it is recorded.
+
+        Without unset options, and with the digest of its chat template.
+        """
         found = await to_thread.run_sync(to_config, config)
+        if found.chat_template is not None:
+            template = await to_thread.run_sync(found.chat_template.pinned)
+            found = found.model_copy(update={"chat_template": template})
         if backend is None or not found.options:
             return found
         options = given_options(backend.options_model, found.options)

@@ -146,6 +146,8 @@ def to_yaml(ported: Ported, directory: Path | None = None) -> str:
     for name, sources in values.get("data", {}).items():
         short = [_short(source, directory) for source in sources]
         values["data"][name] = short[0] if len(short) == 1 else short
+    if template := values.get("chat_template"):
+        values["chat_template"] = _short(template, directory)
     head = _dumped({"backend": ported.backend})
     if ported.former_model is not None:
         # As JSON, so that the name stays on its line.
@@ -292,6 +294,8 @@ def _port_fields(
     _port_tuning(draft)
     _port_hyperparameters(draft, length)
     _port_sources(draft, source, same=same)
+    _port_template(draft)
+    _port_result(draft, config)
     _port_suffix(draft, target.capabilities.suffix)
     _port_resources(draft, same=same)
     _port_integrations(draft, config)
@@ -429,6 +433,26 @@ _KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {"path": "file", "uri": "uri", "remote_id": "remote"}
 )
 """The kind of a data source, as in `Capabilities.data`, by the field that is set."""
+
+
+def _port_template(draft: _Draft) -> None:
+    if "chat_template" not in draft.values:
+        return
+    if draft.target.capabilities.chat_template:
+        draft.keep("chat_template")
+    else:
+        del draft.values["chat_template"]
+        draft.lose("chat_template", f"{draft.target.name} only has the model's own template")
+
+
+def _port_result(draft: _Draft, config: TrainingConfig) -> None:
+    if "result" not in draft.values:
+        return
+    if config.result.checkpoint in draft.target.capabilities.result_checkpoints:
+        draft.keep("result.checkpoint")
+    else:
+        del draft.values["result"]
+        draft.lose("result.checkpoint")
 
 
 def _port_suffix(draft: _Draft, rule: SuffixRule | None) -> None:

@@ -43,6 +43,8 @@ class Capabilities(BaseModel, frozen=True):
         max_train_files: Maximum number of training files; None: no limit.
         weights: Training files can have weights.
         validation_files: Validation data is supported.
+        chat_template: A chat template can be given.
+        result_checkpoints: Supported values of `TrainingConfig.result.checkpoint`.
         suffix: Rule for the suffix of the trained model's name; None: not supported.
         resources: Supported fields of `TrainingConfig.resources`.
         integrations: Supported types of `TrainingConfig.integrations`.
@@ -69,6 +71,8 @@ class Capabilities(BaseModel, frozen=True):
     max_train_files: int | None = Field(default=None, ge=1)
     weights: bool = False
     validation_files: bool = False
+    chat_template: bool = False
+    result_checkpoints: frozenset[Literal["last", "best"]] = frozenset({"last"})
     suffix: SuffixRule | None = None
     resources: frozenset[str] = frozenset()
     integrations: frozenset[str] = frozenset()
@@ -97,6 +101,25 @@ def config_issues(
     methods = capabilities.methods
     if config.method not in methods and (methods or "method" in _set_fields(config)):
         yield _unsupported("method", repr(config.method), backend, methods)
+    yield from _model_issues(config, capabilities, backend)
+    known = capabilities.hyperparameters
+    for name in _set_fields(config.hyperparameters):
+        if known is not None and name not in known:
+            yield _unsupported(f"hyperparameters.{name}", name, backend)
+    yield from _data_issues(config, capabilities, backend)
+    yield from _result_issues(config, capabilities, backend)
+    yield from _suffix_issues(config.suffix, capabilities.suffix, backend)
+    for name in _set_fields(config.resources):
+        if name not in capabilities.resources:
+            yield _unsupported(f"resources.{name}", name, backend)
+    for index, entry in enumerate(config.integrations):
+        if entry.type not in capabilities.integrations:
+            yield _unsupported(f"integrations.{index}", entry.type, backend)
+
+
+def _model_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
     if config.model is None and capabilities.needs_model:
         yield _missing("model", backend)
     if config.tuning is not None:
@@ -105,18 +128,8 @@ def config_issues(
             yield _unsupported("tuning", "tuning", backend)
         elif kind not in kinds:
             yield _unsupported("tuning.kind", repr(kind), backend, kinds)
-    known = capabilities.hyperparameters
-    for name in _set_fields(config.hyperparameters):
-        if known is not None and name not in known:
-            yield _unsupported(f"hyperparameters.{name}", name, backend)
-    yield from _data_issues(config, capabilities, backend)
-    yield from _suffix_issues(config.suffix, capabilities.suffix, backend)
-    for name in _set_fields(config.resources):
-        if name not in capabilities.resources:
-            yield _unsupported(f"resources.{name}", name, backend)
-    for index, entry in enumerate(config.integrations):
-        if entry.type not in capabilities.integrations:
-            yield _unsupported(f"integrations.{index}", entry.type, backend)
+    if config.chat_template is not None and not capabilities.chat_template:
+        yield _unsupported("chat_template", "a chat template", backend)
 
 
 def _data_issues(
@@ -143,6 +156,21 @@ def _data_issues(
             if "weight" in _set_fields(source) and not (capabilities.weights and part == "train"):
                 field = f"data.{part}.{index}.weight"
                 yield _unsupported(field, f"a weight of a {part} file", backend)
+
+
+def _result_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
+    chosen, known = config.result.checkpoint, capabilities.result_checkpoints
+    if chosen not in known and "checkpoint" in _set_fields(config.result):
+        yield _unsupported("result.checkpoint", repr(chosen), backend, known)
+    elif chosen == "best" and capabilities.validation_files and not config.data.validation:
+        yield Issue(
+            code="missing_field",
+            message="`result.checkpoint: best` is chosen by the validation loss",
+            field="data.validation",
+            fix="set it, or use `result.checkpoint: last`",
+        )
 
 
 def _suffix_issues(suffix: str | None, rule: SuffixRule | None, backend: str) -> Iterator[Issue]:

@@ -1,5 +1,6 @@
 """The configuration of a training run, the same for every backend."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,11 +22,13 @@ from training_backends.core.estimate import Budget, Duration
 __all__ = [
     "TINY_MODEL",
     "TINY_POSITIONS",
+    "ChatTemplate",
     "ClassifierTarget",
     "Data",
     "DataSource",
     "Hyperparameters",
     "Resources",
+    "Result",
     "TrainingConfig",
     "Tuning",
     "WandbIntegration",
@@ -43,6 +46,8 @@ TINY_MODEL: Final = "tiny-mistral"
 """Name of the demo model, which is created locally without network access."""
 TINY_POSITIONS: Final = 32768
 """Context length of `TINY_MODEL`, in tokens."""
+_MOST_TEMPLATE: Final = 1_000_000
+"""Bytes; the longest templates of published models have 20,000."""
 _NOT_A_NUMBER: Final = "expected a number, not true or false (in YAML also yes, no, on and off)"
 
 
@@ -150,6 +155,76 @@ class Tuning(_Model):
         return {"kind": value} if isinstance(value, str) else value
 
 
+class ChatTemplate(_Model):
+    """A Jinja template that renders conversations; may be written as just its path."""
+
+    path: Path = Field(description="A file, instead of the model's own template.")
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Digest that the file must have; recorded with each run.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+    def read(self) -> str:
+        """Return the text of the template. Blocking.
+
+        Raises:
+            ConfigError: The file cannot be read, is empty, or does not have the digest.
+        """
+        return self._read()[0]
+
+    def pinned(self) -> Self:
+        """Return the template with the digest of its file. Blocking.
+
+        Raises:
+            ConfigError: See `read`.
+        """
+        return self.model_copy(update={"sha256": self._read()[1]})
+
+    def _read(self) -> tuple[str, str]:
+        try:
+            if self.path.exists() and not self.path.is_file():
+                # Reading devices and pipes may block or never end.
+                raise self._error("not_a_file", "not a regular file", "pass a Jinja template")
+            with self.path.open("rb") as file:
+                content = file.read(_MOST_TEMPLATE + 1)
+            text = content.decode()
+        except OSError as error:
+            raise self._error("unreadable_file", str(error.strerror), "check the path") from error
+        except UnicodeDecodeError as error:
+            message = f"byte {error.start} is not UTF-8"
+            raise self._error("not_utf8", message, "save the file as UTF-8") from error
+        if len(content) > _MOST_TEMPLATE:
+            message = f"the file is larger than {_MOST_TEMPLATE:,} bytes"
+            raise self._error("too_large", message, "pass a Jinja template")
+        if not text.strip():
+            raise self._error("empty_file", "the file is empty", "pass a Jinja template")
+        found = hashlib.sha256(content).hexdigest()
+        if self.sha256 not in {None, found}:
+            message = f"the file has changed: its SHA-256 is {found}, not {self.sha256}"
+            raise self._error("changed_file", message, "restore the file, or launch a new run")
+        return text, found
+
+    def _error(self, code: str, message: str, fix: str) -> ConfigError:
+        issue = Issue(code=code, message=f"{self.path}: {message}", field="chat_template", fix=fix)
+        return ConfigError("The chat template cannot be used.", issues=[issue])
+
+
+class Result(_Model):
+    """What a run returns."""
+
+    checkpoint: Literal["last", "best"] = Field(
+        default="last",
+        description="The trained model: the last state, or the checkpoint with the lowest "
+        "validation loss.",
+    )
+
+
 class Resources(_Model):
     """What a run needs; None leaves the choice to the backend."""
 
@@ -231,7 +306,11 @@ class TrainingConfig(_Model):
     )
     tuning: Tuning | None = Field(default=None, description="None: the backend's default.")
     data: Data = Data()
+    chat_template: ChatTemplate | None = Field(
+        default=None, description="None: the model's own template."
+    )
     hyperparameters: Hyperparameters = Hyperparameters()
+    result: Result = Result()
     suffix: str | None = Field(
         default=None, min_length=1, description="Part of the trained model's name."
     )
@@ -271,15 +350,14 @@ class TrainingConfig(_Model):
         return self.model
 
     def resolved(self, base: Path) -> Self:
-        """Return the configuration with data paths made absolute, relative to `base`."""
+        """Return the configuration with paths made absolute, relative to `base`."""
+
+        def placed(path: Path) -> dict[str, Path]:
+            return {"path": (base / path.expanduser()).absolute()}
 
         def absolute(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
             return tuple(
-                source
-                if source.path is None
-                else source.model_copy(
-                    update={"path": (base / source.path.expanduser()).absolute()}
-                )
+                source if source.path is None else source.model_copy(update=placed(source.path))
                 for source in sources
             )
 
@@ -289,7 +367,10 @@ class TrainingConfig(_Model):
                 "validation": absolute(self.data.validation),
             }
         )
-        return self.model_copy(update={"data": data})
+        template = self.chat_template
+        if template is not None:
+            template = template.model_copy(update=placed(template.path))
+        return self.model_copy(update={"data": data, "chat_template": template})
 
 
 def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:

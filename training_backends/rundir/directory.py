@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from training_backends.core.config import ClassifierTarget, DataSource, Tuning
+from training_backends.core.config import ChatTemplate, ClassifierTarget, DataSource, Tuning
 from training_backends.core.files import (
     append_line,
     is_locked,
@@ -91,7 +91,10 @@ class RunSpec(_Record):
         attention: Attention implementation in transformers; auto leaves the choice to it.
         kernels: auto uses liger-kernel on a GPU, if installed.
         gradient_checkpointing: Recompute activations to save memory; None: on a GPU.
+        chat_template: File and digest of the template that is used instead of the model's own.
+        chat_template_text: Its text at launch.
         result: How to save an adapter.
+        result_checkpoint: Which state becomes the result.
         checkpoint_every: Steps between checkpoints; None: a tenth of the run, at least 10.
         keep_checkpoints: How many of the newest checkpoints to keep.
         max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
@@ -127,7 +130,10 @@ class RunSpec(_Record):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     kernels: Literal["auto", "none"] = "auto"
     gradient_checkpointing: bool | None = None
+    chat_template: ChatTemplate | None = None
+    chat_template_text: str | None = None
     result: Literal["adapter", "merged", "both"] = "adapter"
+    result_checkpoint: Literal["last", "best"] = "last"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)

@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from training_backends.core.backend import TrainingBackend
-from training_backends.core.capabilities import config_issues
+from training_backends.core.capabilities import Capabilities, config_issues
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import DataSource, TrainingConfig, Tuning
+from training_backends.core.config import ChatTemplate, DataSource, Result, TrainingConfig, Tuning
 from training_backends.core.errors import (
     AuthenticationFailed,
     ConfigError,
@@ -179,7 +181,7 @@ class LaunchChecks:
         steady = {path for path, value in plain[0] or () if (path, value) in (plain[1] or ())}
         known = {entry for entry in plain[0] or () if entry[0] in steady}
         noise = {path for path, _ in (plain[0] or set()) | (plain[1] or set())} - steady
-        for field, config in _variants(subject.config):
+        for field, config in _variants(subject.config, subject.backend.capabilities):
             found = await _issues(subject, config)
             if _named(found, field):
                 continue
@@ -187,7 +189,12 @@ class LaunchChecks:
             sent = await self._request(subject, config)
             if sent is None:
                 continue
-            changed = {entry for entry in sent if entry[0] not in noise} ^ known
+            if field == "result.checkpoint" and config.data != subject.config.data:
+                last = config.model_copy(update={"result": Result()})
+                without = await self._request(subject, last) or set()
+            else:
+                without = known
+            changed = {entry for entry in sent ^ without if entry[0] not in noise}
             expect(bool(changed), f"`{field}` sent to the provider, or an issue that names it")
 
     async def _request(
@@ -290,7 +297,9 @@ def _with_numbers(config: TrainingConfig, **values: float) -> TrainingConfig:
     return config.model_copy(update={"hyperparameters": numbers})
 
 
-def _variants(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
+def _variants(
+    config: TrainingConfig, capabilities: Capabilities
+) -> Iterator[tuple[str, TrainingConfig]]:
     """Yield a field and the configuration that sets it as well."""
     numbers: Mapping[str, float] = {
         "learning_rate": 3.7e-5,
@@ -318,6 +327,16 @@ def _variants(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     resources = config.resources.model_copy(update={"gpus": 3})
     resources.model_fields_set.add("gpus")
     yield "resources.gpus", config.model_copy(update={"resources": resources})
+    best = config.model_copy(update={"result": Result(checkpoint="best")})
+    if capabilities.validation_files and not config.data.validation:
+        data = config.data.model_copy(update={"validation": config.data.train[:1]})
+        best = best.model_copy(update={"data": data})
+    yield "result.checkpoint", best
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "kit.jinja"
+        path.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+        template = ChatTemplate(path=path).pinned()
+        yield "chat_template", config.model_copy(update={"chat_template": template})
     if config.suffix is None:
         yield "suffix", config.model_copy(update={"suffix": "kit"})
     yield "tuning", config.model_copy(update={"tuning": Tuning(kind="lora", rank=5)})

@@ -1,11 +1,25 @@
-"""Write checkpoints atomically, and find the newest intact one."""
+"""Write checkpoints atomically, and find the newest intact one.
+
+The trained weights and their optimizer state are stored by torch's distributed checkpoint (DCP):
+one format, whatever the number of processes that write and read it.
+"""
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from training_backends.core.errors import first_line
 from training_backends.core.files import sync_directory, write_atomic
 from training_backends.rundir.checkpoints import (
     STATE,
@@ -17,7 +31,13 @@ from training_backends.rundir.checkpoints import (
 from training_backends.rundir.directory import CheckpointState, RunDir
 from training_backends.trainer.errors import ProcessLost, TrainerError, failure_of
 
-__all__ = ["newest_checkpoint", "write_checkpoint"]
+__all__ = [
+    "load_tensors",
+    "newest_checkpoint",
+    "save_tensors",
+    "trained_weights",
+    "write_checkpoint",
+]
 
 
 def write_checkpoint(
@@ -117,3 +137,69 @@ def newest_checkpoint(run: RunDir) -> IntactCheckpoint | None:
         each.path.rename(renamed)
         run.add_event(each.event(intact))
     return intact
+
+
+def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are trained, by name; shared ones once."""
+    return {name: w for name, w in model.named_parameters() if w.requires_grad}
+
+
+def save_tensors(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write the trained weights and their optimizer state; called by all processes at once."""
+    with _own_errors():
+        save(
+            _tensors(model, optimizer),
+            storage_writer=FileSystemWriter(directory, sync_files=False),
+            no_dist=not distributed.is_initialized(),
+        )
+
+
+def load_tensors(
+    directory: Path, model: Any, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Load the trained weights, and their optimizer state, in place.
+
+    Raises:
+        TrainerError: The checkpoint has another format, or belongs to other weights.
+    """
+    if not (directory / ".metadata").is_file():
+        raise TrainerError(
+            f"{directory.name} was saved by an earlier version, whose checkpoints cannot be "
+            "resumed from. Remove it, or start a new run."
+        )
+    try:
+        with _own_errors():
+            load(
+                _tensors(model, optimizer),
+                storage_reader=FileSystemReader(directory),
+                no_dist=not distributed.is_initialized(),
+            )
+    except (RuntimeError, ValueError) as error:
+        raise TrainerError(
+            f"{directory.name} does not fit the model: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise what failed instead of DCP's report of it, which is no `Exception`."""
+    try:
+        with warnings.catch_warnings():
+            # Without a process group DCP warns that it assumes a single process.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as report:
+        (error, _), *_ = report.failures.values()
+        raise error from None
+
+
+def _tensors(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    weights = trained_weights(model)
+    found: dict[str, Any] = {"model": {name: w.detach() for name, w in weights.items()}}
+    if optimizer is not None:
+        found["optimizer"] = {
+            name: optimizer.state[weight]
+            for name, weight in weights.items()
+            if weight in optimizer.state
+        }
+    return found

@@ -169,7 +169,10 @@ class ShardedUpdate:
         """Restrict an optimizer to this process's shard, and broadcast it after each step."""
         own = {id(weight) for weight in self._parts[self._group.rank]}
         for group in optimizer.param_groups:
+            others = [weight for weight in group["params"] if id(weight) not in own]
             group["params"] = [weight for weight in group["params"] if id(weight) in own]
+            for weight in others:
+                optimizer.state.pop(weight, None)
         optimizer.register_step_post_hook(lambda *_: self._broadcast())
 
     @torch.no_grad()

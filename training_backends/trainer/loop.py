@@ -1,35 +1,30 @@
-"""transformers' Trainer with this package's batches, loss and checkpoints."""
+"""The training loop: AdamW, cosine decay, clipped gradients, metrics and checkpoints."""
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
 
+from training_backends.rundir.checkpoints import IntactCheckpoint
 from training_backends.rundir.directory import Event, MetricsRow, RunDir, RunSpec
-from training_backends.trainer.checkpoint import write_checkpoint
+from training_backends.trainer.checkpoint import (
+    load_tensors,
+    save_tensors,
+    trained_weights,
+    write_checkpoint,
+)
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.data import Order, PackedSchedule, Schedule
 from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup, ShardedUpdate
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch, peak_memory
-from training_backends.trainer.models import save_model
 from training_backends.trainer.objective import (
     BatchLoss,
     Means,
@@ -39,7 +34,16 @@ from training_backends.trainer.objective import (
     weigh,
 )
 
-__all__ = ["Plan", "Reporter", "ScheduleTrainer", "Validation", "arguments_for", "precision_for"]
+__all__ = [
+    "Due",
+    "Plan",
+    "Reporter",
+    "TrainingLoop",
+    "Validation",
+    "learning_rate",
+    "make_optimizer",
+    "precision_for",
+]
 
 
 class Validation:
@@ -123,6 +127,11 @@ class Plan:
             rows=spec.rows_seen(rows) if spec.training_steps is None else None,
         )
 
+    def step_examples(self, step: int) -> list[Any]:
+        """Return the examples of a step, counted from 1."""
+        last = step * self._batch_size
+        return [self.schedule[position] for position in range(last - self._batch_size, last)]
+
     def is_checkpoint(self, step: int) -> bool:
         """Return whether a checkpoint is due at `step`; always at the last step."""
         return step % self.checkpoint_every == 0 or step == self.total_steps
@@ -147,8 +156,16 @@ class Plan:
         return total
 
 
-class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
-    """Tells the Trainer what is due after each step, and writes metrics and events."""
+class Due(NamedTuple):
+    """What is due after a step."""
+
+    log: bool
+    save: bool
+    stop: bool
+
+
+class Reporter:
+    """Decides what is due after each step, and writes metrics and events."""
 
     def __init__(
         self,
@@ -172,54 +189,28 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
         self._measured: dict[str, float] = {}
         self._since: tuple[float, int] | None = None  # seconds, tokens
         self.trained = Totals(objective, group)
-        self.stopped = False
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **others: Any,
-    ) -> None:
+    def start_step(self, step: int) -> None:
         """Restart the clock after a row of metrics was written."""
-        del args, control, others
         if self._since is None:
-            self._since = time.perf_counter(), self._plan.tokens(state.global_step)
+            self._since = time.perf_counter(), self._plan.tokens(step - 1)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **others: Any,
-    ) -> None:
-        """Tell the Trainer whether to log, save or stop."""
-        del args, others
-        step = state.global_step
-        last = step >= self._plan.total_steps
-        stop_requested = not last and self._stop.requested
-        saves = stop_requested and self._stop.saves_checkpoint
-        self.stopped, saves = self._group.broadcast((stop_requested, saves))
-        control.should_save = self._plan.is_checkpoint(step) or saves
-        control.should_log = self._plan.is_logged(step) or control.should_save
-        control.should_training_stop = last or self.stopped
+    def due(self, step: int) -> Due:
+        """Return what is due after `step`; the same in every process."""
+        stops = step < self._plan.total_steps and self._stop.requested
+        saves = stops and self._stop.saves_checkpoint
+        stops, saves = self._group.broadcast((stops, saves))
+        saves = saves or self._plan.is_checkpoint(step)
+        return Due(log=saves or self._plan.is_logged(step), save=saves, stop=stops)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **others: Any,
-    ) -> None:
-        """Write the step's metrics, including validation metrics at checkpoints."""
-        del args, control, others
-        if not logs or "loss" not in logs:
-            return  # the Trainer's final summary
-        step, loss = state.global_step, float(logs["loss"])
-        grad_norm = float(logs["grad_norm"]) if "grad_norm" in logs else None
+    def log(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Write the step's metrics, including validation metrics at checkpoints.
+
+        Raises:
+            TrainerError: The training diverged.
+        """
         # The loss is from before the update, which infinite gradients have already ruined.
-        for name, value in (("loss", loss), ("gradient norm", grad_norm or 0.0)):
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 raise TrainerError(
                     f"The {name} is {value} at step {step}: the training diverged. "
@@ -236,7 +227,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # untyped library
                 total_steps=self._plan.total_steps,
                 epoch=self._plan.epoch(step),
                 train_loss=loss,
-                learning_rate=float(logs["learning_rate"]),
+                learning_rate=learning_rate,
                 grad_norm=grad_norm,
                 tokens=self._plan.tokens(step),
                 tokens_per_second=speed,
@@ -308,19 +299,50 @@ def precision_for(device: torch.device, dtype: torch.dtype) -> AbstractContextMa
     return context
 
 
-class _Rows:
-    """A step's examples, in a type that the Trainer's data loader passes through unchanged."""
-
-    def __init__(self, examples: list[Any]) -> None:
-        self.examples = examples
+_BETAS: Final = (0.9, 0.999)
+_MAX_GRAD_NORM: Final = 1.0
 
 
-class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
-    """Trains over an already ordered schedule, as a single long epoch.
+def make_optimizer(model: Any, *, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW over the trained weights; biases and norms do not decay.
 
-    One batch of the Trainer is one optimizer step. It is split into micro-batches here, so that a
-    step that ran out of memory can be retried with smaller ones. The Trainer itself is not aware
-    of other processes; in a distributed run they share each step's rows, see `distributed`.
+    Its state exists from the start, so that a checkpoint can be loaded into it.
+    """
+    weights = trained_weights(model).values()
+    decaying = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=_BETAS, fused=True)
+    for weight in weights:
+        optimizer.state[weight] = {
+            "step": torch.zeros((), device=weight.device),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
+    return optimizer
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Return the learning rate of a step, counted from 1: linear warm-up, then cosine decay.
+
+    As in transformers' `get_cosine_schedule_with_warmup`, whose first rate with a warm-up is 0.
+    """
+    done = step - 1
+    if done < warmup:
+        return peak * (done / max(1, warmup))
+    progress = (done - warmup) / max(1, total - warmup)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class TrainingLoop:
+    """Trains over an already ordered schedule.
+
+    A step's rows are split into micro-batches, so that a step that ran out of memory can be
+    retried with smaller ones. In a distributed run the processes share each step's rows, see
+    `distributed`.
 
     Args:
         fill: Writes the additional checkpoint files into the given directory.
@@ -337,18 +359,14 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
         reporter: Reporter,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
-        arguments: TrainingArguments,
         fill: Callable[[Path], None],
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=plan.schedule,
-            data_collator=_Rows,
-            callbacks=[reporter],
-        )
-        self.remove_callback(PrinterCallback)
+        self._model = model
+        self._weights = list(trained_weights(model).values())
+        self._optimizer = make_optimizer(model, weight_decay=spec.weight_decay)
+        if group.size > 1:
+            ShardedUpdate(group, self._weights).shard(self._optimizer)
         self._run = run
         self._plan = plan
         self._objective = objective
@@ -359,49 +377,80 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
         self._fill_more = fill
         self._group = group
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The schedule is already ordered; resuming skips the batches already trained on.
-        return SequentialSampler(train_dataset or self._plan.schedule)
+    def train(self, start: IntactCheckpoint | None = None) -> tuple[int, bool]:
+        """Train from a checkpoint or from the beginning; return the last step, and if stopped."""
+        step = 0
+        if start is not None:
+            load_tensors(start.path, self._model, self._optimizer)
+            step = start.state.step
+        total_loss, logged = torch.zeros((), device=self._model.device), step
+        stopped = False
+        while step < self._plan.total_steps and not stopped:
+            step += 1
+            self._reporter.start_step(step)
+            total_loss += self._compute_gradients(step)
+            norm = torch.nn.utils.clip_grad_norm_(self._weights, _MAX_GRAD_NORM)
+            rate = self._learning_rate(step)
+            self._update(rate)
+            due = self._reporter.due(step)
+            if due.log:
+                loss = total_loss.item() / (step - logged)
+                self._reporter.log(step, loss=loss, grad_norm=norm.item(), learning_rate=rate)
+                total_loss.zero_()
+                logged = step
+            if due.save:
+                self._save(step)
+            stopped = due.stop
+        return step, stopped
 
-    def _get_num_items_in_batch(self, batch_samples: Any, device: torch.device) -> None:
-        del batch_samples, device  # counted in `_attempt_step`
+    def _learning_rate(self, step: int) -> float:
+        total = self._plan.total_steps
+        warmup = round(self._spec.warmup_fraction * total)
+        return learning_rate(step, peak=self._spec.learning_rate, warmup=warmup, total=total)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create the optimizer; in a distributed run, for this process's shard of the weights."""
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if is_new and self._group.size > 1:
-            ShardedUpdate(self._group, self._trained()).shard(optimizer)
-        return optimizer
+    def _update(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._model.zero_grad()
 
-    def _trained(self) -> list[torch.Tensor]:
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
-    def training_step(self, model: Any, inputs: _Rows, num_items_in_batch: Any = None) -> Any:
+    def _compute_gradients(self, step: int) -> torch.Tensor:
         """Compute a step's loss and gradients; return the loss."""
-        del num_items_in_batch
-        model.train()
-        if self._group.size > 1:
-            # Checkpoints store only the leader's random state: derive it from the step instead.
-            place = f"{self._spec.seed}/{self.state.global_step}/{self._group.rank}"
-            torch.manual_seed(random.Random(place).getrandbits(63))  # noqa: S311  # not cryptographic
-        rng_state = _random_state()
-
-        def undo() -> None:
-            model.zero_grad()
-            _set_random_state(rng_state)
-
-        loss, result = self._micro.attempt(
-            lambda size: self._attempt_step(model, inputs.examples, size), undo
+        self._model.train()
+        # A pure function of the step, so that a resumed run draws the same dropout masks.
+        seed = random.Random(f"{self._spec.seed}/{step}/{self._group.rank}").getrandbits(63)  # noqa: S311  # not cryptographic
+        examples = self._plan.step_examples(step)
+        loss, results = self._micro.attempt(
+            lambda size: self._attempt(examples, size, seed), self._model.zero_grad
         )
-        for each in result:
-            self._reporter.trained.add(each)
+        for result in results:
+            self._reporter.trained.add(result)
         if self._group.size > 1:
             self._sum_gradients(loss)
         return loss
 
+    def _attempt(
+        self, examples: Sequence[Any], size: int, seed: int
+    ) -> tuple[torch.Tensor, list[BatchLoss]]:
+        torch.manual_seed(seed)
+        device = self._model.device
+        counts = self._objective.count(examples)
+        share = self._group.shard(longest_first(examples))
+        total = torch.zeros((), device=device)
+        results = []
+        for first in range(0, len(share), size):
+            batch = self._objective.collate(share[first : first + size])
+            on_device = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            with self._precision:
+                result = self._objective.compute_loss(self._model, on_device)
+            loss = weigh(self._objective, result.losses, counts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            results.append(result._replace(losses=result.losses.detach()))
+        return total, results
+
     def _sum_gradients(self, loss: torch.Tensor) -> None:
-        weights = self._trained()
+        weights = self._weights
         unused = [n for n, weight in enumerate(weights) if weight.grad is None]
         users = torch.ones(len(weights), device=loss.device)
         for n in unused:  # in this process
@@ -412,37 +461,10 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
             if not users[n]:  # otherwise weight decay would still apply
                 weights[n].grad = None
 
-    def _attempt_step(
-        self, model: Any, examples: Sequence[Any], size: int
-    ) -> tuple[torch.Tensor, list[BatchLoss]]:
-        counts = self._objective.count(examples)
-        examples = self._group.shard(longest_first(examples))
-        total = torch.zeros((), device=self.args.device)
-        found = []
-        for first in range(0, len(examples), size):
-            batch = self._objective.collate(examples[first : first + size])
-            on_device = {
-                name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()
-            }
-            with self._precision:
-                result = self._objective.compute_loss(model, on_device)
-            loss = weigh(self._objective, result.losses, counts)
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            found.append(result._replace(losses=result.losses.detach()))
-        return total, found
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: the count is unused and expensive to compute at every step."""
-        del inputs
-        return 0
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        del model, trial
+    def _save(self, step: int) -> None:
         if not self._group.is_leader:
-            self._fill_shard()
+            self._fill(Path(self._group.broadcast("")))
             return
-        step = self.state.global_step
         metrics = self._reporter.checkpoint_metrics(step)
         target = write_checkpoint(
             self._run,
@@ -455,79 +477,7 @@ class ScheduleTrainer(Trainer):  # type: ignore[misc]  # untyped library
         self._reporter.checkpoint_saved(step, target.name, metrics)
 
     def _fill(self, directory: Path) -> None:
-        save_model(self.model, self._spec.model, directory)
-        self._save_optimizer_and_scheduler(str(directory))
-        self._group.broadcast(str(directory))
-        if problems := [problem for problem in self._group.all_gather("") if problem]:
-            raise OSError(problems[0])
-        self._save_rng_state(str(directory))
-        self.state.log_history = []  # stored in metrics.jsonl
-        self.state.save_to_json(os.fspath(directory / "trainer_state.json"))
-        self._fill_more(directory)
-
-    def _fill_shard(self) -> None:
-        """Add this process's optimizer state to the checkpoint that the leader writes."""
-        directory = Path(self._group.broadcast(""))
-        problem = ""
-        try:
-            torch.save(self.optimizer.state_dict(), directory / self._shard_file)
-        except (OSError, RuntimeError) as error:
-            problem = str(error)
-        self._group.all_gather(problem)
-
-    @property
-    def _shard_file(self) -> str:
-        return f"optimizer-{self._group.rank}.pt"
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._group.is_leader:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        shard_state = torch.load(
-            Path(checkpoint) / self._shard_file, map_location=self.args.device, weights_only=True
-        )
-        self.optimizer.load_state_dict(shard_state)
-        scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
-
-
-def _random_state() -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, *torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else states
-
-
-def _set_random_state(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
-
-
-def arguments_for(
-    run: RunDir, spec: RunSpec, plan: Plan, device: torch.device, *, checkpointing: bool
-) -> TrainingArguments:
-    """Translate a spec into TrainingArguments."""
-    arguments = TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=plan.total_steps,
-        per_device_train_batch_size=spec.batch_size,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        warmup_steps=round(spec.warmup_fraction * plan.total_steps),
-        lr_scheduler_type="cosine",
-        seed=spec.seed,
-        use_cpu=device.type == "cpu",
-        activation_checkpointing=checkpointing,
-        logging_strategy="no",
-        save_strategy="no",
-        eval_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        use_cache=True,  # stored in the result's config; not used in training
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,  # batches are built after the loader
-    )
-    # With more GPUs the Trainer would use DataParallel, which is slower and untested here.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # noqa: SLF001  # no public way
-    return arguments
+        if self._group.is_leader:
+            self._group.broadcast(str(directory))
+            self._fill_more(directory)
+        save_tensors(directory, self._model, self._optimizer)

@@ -30,9 +30,8 @@ from training_backends.trainer.generate import answer, evaluating
 from training_backends.trainer.loop import (
     Plan,
     Reporter,
-    ScheduleTrainer,
+    TrainingLoop,
     Validation,
-    arguments_for,
     precision_for,
 )
 from training_backends.trainer.memory import MicroBatch, what_would_fit
@@ -165,8 +164,6 @@ def set_up_torch(model: str, processes: int = 1) -> None:
     torch.set_num_threads(thread_count(small=model == TINY_MODEL, processes=processes))
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
-    if processes > 1:  # it recommends a different launcher
-        logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
 
 
 class TrainingProcess:
@@ -245,6 +242,9 @@ class TrainingProcess:
             model = model.to(device)
         elif left := count_experts(model):
             self._warn(f"{left:,} expert weights are not quantized to 4 bits")
+        if self._computes_twice(device):
+            model.activation_checkpointing_enable()
+        model.config.use_cache = True  # stored in the result; training does not use the cache
         if used := use_kernels(model, device, spec.kernels):
             message = f"Using liger-kernel: {', '.join(used)}"
             self._run.add_event(Event(name="message", message=message))
@@ -288,8 +288,7 @@ class TrainingProcess:
             else:
                 self._ask_reference(references, objective, model, micro)
         self._report_start(plan, start.state.step if start else 0, model)
-        twice = self._computes_twice(device)
-        trainer = ScheduleTrainer(
+        loop = TrainingLoop(
             model,
             run=self._run,
             spec=spec,
@@ -298,15 +297,13 @@ class TrainingProcess:
             reporter=reporter,
             micro=micro,
             precision=precision,
-            arguments=arguments_for(self._run, spec, plan, device, checkpointing=twice),
-            fill=partial(_fill, micro, references, self._hashes(), group.size),
+            fill=partial(_fill, micro, references, self._hashes()),
             group=group,
         )
-        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
-        self.step = trainer.state.global_step
+        self.step, stopped = loop.train(start)
         group.disconnect()
         self._on_trained()
-        if reporter.stopped or not group.is_leader:
+        if stopped or not group.is_leader:
             return None
         self._sample(loaded, "after")
         return self._save(loaded)
@@ -344,12 +341,7 @@ class TrainingProcess:
         return [each.sha256 for each in self._data]
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        """Compare data and processes with those of the checkpoint, and data across processes."""
-        if (processes := before.get("processes", 1)) != self._group.size and before:
-            raise TrainerError(
-                f"The checkpoint was saved with num_processes: {processes}, but it is now "
-                f"{self._group.size}. Set it back to {processes}."
-            )
+        """Compare the data with that of the checkpoint, and across processes."""
         if any(other != self._data for other in self._group.all_gather(self._data)):
             raise TrainerError(
                 "A data file changed while the processes were reading it, so they have different "
@@ -438,14 +430,10 @@ class TrainingProcess:
 
 
 def _fill(
-    micro: MicroBatch,
-    references: References | None,
-    data: list[str],
-    processes: int,
-    directory: Path,
+    micro: MicroBatch, references: References | None, data: list[str], directory: Path
 ) -> None:
-    """Write the checkpoint files other than the model and the Trainer's state."""
-    state = json.dumps({"micro_batch_size": micro.size, "data": data, "processes": processes})
+    """Write the checkpoint files other than the weights and the optimizer's state."""
+    state = json.dumps({"micro_batch_size": micro.size, "data": data})
     (directory / _STATE).write_text(state, encoding="ascii")
     if references:
         references.save(directory)

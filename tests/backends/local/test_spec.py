@@ -11,7 +11,8 @@ import pytest
 from training_backends.backends.local import interpreter
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.spec import build_spec, config_of
-from training_backends.core.errors import BackendNotInstalled
+from training_backends.core.config import ChatTemplate
+from training_backends.core.errors import BackendNotInstalled, ConfigError
 from training_backends.core.run import TrainingRun
 from training_backends.testing.journal import MemoryJournal
 
@@ -249,3 +250,23 @@ def test_importing_the_backend_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_resumed_run_uses_the_template_of_the_run_it_continues(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """The spec has the text, so that the file may change or disappear; a launch rejects that."""
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    template = ChatTemplate(path=file).pinned()
+    config = make_run(chat_template=template, result={"checkpoint": "best"}).config
+    first = build_spec("first", config, tmp_path)
+    assert (first.chat_template_text, first.result_checkpoint) == ("{{ messages }}", "best")
+    restored = config_of(first)
+    assert restored is not None
+    assert (restored.chat_template, restored.result) == (template, config.result)
+    file.unlink()
+    second = build_spec("second", config, tmp_path, source=first)
+    assert second.chat_template_text == "{{ messages }}"
+    with pytest.raises(ConfigError, match="chat template"):
+        build_spec("third", config, tmp_path)

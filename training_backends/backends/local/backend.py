@@ -214,9 +214,16 @@ class LocalBackend(TrainingBackend):
         await to_thread.run_sync(self._interpreter.require)
         return await self._start(run, journal)
 
-    async def _start(self, run: TrainingRun, journal: Journal) -> RunState:
+    async def _start(
+        self, run: TrainingRun, journal: Journal, source: RunDir | None = None
+    ) -> RunState:
         directory = self._directory(run)
-        spec = await to_thread.run_sync(build_spec, run.id, run.config, self._slots)
+
+        def build() -> RunSpec:
+            earlier = None if source is None else source.read_spec()
+            return build_spec(run.id, run.config, self._slots, source=earlier)
+
+        spec = await to_thread.run_sync(build)
         with reporting_disk(run):
             self._place = await to_thread.run_sync(make_place, self._home)
         await journal.record(
@@ -346,7 +353,7 @@ class LocalBackend(TrainingBackend):
             return {"step": step}
 
         await journal.step("copy-checkpoint", copy, repeatable=True)
-        return await self._start(new_run, journal)
+        return await self._start(new_run, journal, source)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory here."""

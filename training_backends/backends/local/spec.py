@@ -289,14 +289,31 @@ def _resolved_tuning(config: TrainingConfig) -> Tuning:
     return config.tuning or Tuning(kind="full" if config.base_model == TINY_MODEL else "lora")
 
 
-def build_spec(run_id: str, config: TrainingConfig, slots_dir: Path) -> RunSpec:
-    """Build the spec of a valid configuration, with every default resolved."""
+def build_spec(
+    run_id: str, config: TrainingConfig, slots_dir: Path, *, source: RunSpec | None = None
+) -> RunSpec:
+    """Build the spec of a valid configuration, with every default resolved.
+
+    Args:
+        source: The spec of the run to be resumed, which has the text of the chat template.
+
+    Raises:
+        ConfigError: The chat template cannot be read, or has changed.
+    """
+    template = config.chat_template
+    if template is None or (source and source.chat_template == template):
+        text = source and source.chat_template_text
+    else:
+        text = template.read()
     options = LocalOptions.model_validate(config.options)
     values = {
         "run_id": run_id,
         "model": resolved_model(config.base_model),
         "method": config.method,
         "classifier_targets": config.classifier_targets,
+        "chat_template": template,
+        "chat_template_text": text,
+        "result_checkpoint": config.result.checkpoint,
         "tuning": _resolved_tuning(config),
         "train": config.data.train,
         "validation": config.data.validation,
@@ -320,6 +337,8 @@ def config_of(spec: RunSpec) -> TrainingConfig | None:
         "method": spec.method,
         "classifier_targets": spec.classifier_targets,
         "tuning": spec.tuning,
+        "chat_template": spec.chat_template,
+        "result": {"checkpoint": spec.result_checkpoint},
         "data": {"train": spec.train, "validation": spec.validation},
         "hyperparameters": {
             name: settled[name] for name in Hyperparameters.model_fields if name in settled
