@@ -466,6 +466,18 @@ class TrainingBackend(ABC):
         del run, target
         raise self.unsupported("download the trained model")
 
+    async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
+        """Download the model as it was at a checkpoint; override if supported.
+
+        The client calls this only if `Capabilities.downloads_checkpoints` is set. The run may be
+        in progress or have failed.
+
+        Raises:
+            ConfigError: There is no such checkpoint.
+        """
+        del run, checkpoint, target
+        raise self.unsupported("download a checkpoint")
+
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model; override if supported.
 

@@ -55,6 +55,7 @@ class Capabilities(BaseModel, frozen=True):
         resumes: Whether a stopped or failed run can be continued as a new run: `no`; `anew`, which
             trains from the start; or `checkpoint`, from any of its checkpoints.
         downloads: The trained model can be downloaded.
+        downloads_checkpoints: Any checkpoint can be downloaded as a model.
         samples: The trained model can be prompted.
         deletes: Runs can be deleted.
         lists_remote: All jobs of the account can be listed, whoever created them.
@@ -82,6 +83,7 @@ class Capabilities(BaseModel, frozen=True):
     pauses: bool = False
     resumes: Literal["no", "anew", "checkpoint"] = "no"
     downloads: bool = False
+    downloads_checkpoints: bool = False
     samples: bool = False
     deletes: bool = False
     lists_remote: bool = False

@@ -94,7 +94,9 @@ class RunSpec(_Record):
         chat_template: File and digest of the template that is used instead of the model's own.
         chat_template_text: Its text at launch.
         result: How to save an adapter.
-        result_checkpoint: Which state becomes the result.
+        early_stopping_patience: Validations without a lower loss after which training stops.
+        result_checkpoint: The trained model: the last state, or the checkpoint with the lowest
+            validation loss.
         checkpoint_every: Steps between checkpoints; None: a tenth of the run, at least 10.
         keep_checkpoints: How many of the newest checkpoints to keep.
         max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
@@ -133,6 +135,7 @@ class RunSpec(_Record):
     chat_template: ChatTemplate | None = None
     chat_template_text: str | None = None
     result: Literal["adapter", "merged", "both"] = "adapter"
+    early_stopping_patience: int | None = Field(default=None, ge=1)
     result_checkpoint: Literal["last", "best"] = "last"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -250,12 +253,14 @@ class ResultRecord(_Record):
         path: Relative to the run directory.
         format: A full model, or an adapter for `base_model`.
         adapter: Path of the separate adapter, if it was also merged into the model.
+        step: Step of the checkpoint that it is, if that is not the run's last state.
     """
 
     path: str
     format: Literal["full", "adapter"]
     base_model: str
     adapter: str | None = None
+    step: int | None = None
 
 
 class ExitRecord(_Record):

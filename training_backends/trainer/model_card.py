@@ -119,8 +119,8 @@ def write_card(
         _head(spec, record, licence),
         f"# {run.path.name}\n",
         _origin(spec, record, continues=continues),
-        _data(data),
-        _results(run),
+        _data(data) if data else "",
+        _results(run, record),
         _configuration(spec),
         _use(directory, spec, record),
         _licence(spec, licence),
@@ -190,7 +190,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _results(run: RunDir) -> str:
+def _results(run: RunDir, record: ResultRecord) -> str:
     first, last = _first(run), run.read_newest_metrics()
     if first is None or not last:
         return ""
@@ -214,6 +214,8 @@ def _results(run: RunDir) -> str:
         lines.append(
             f"Lowest validation loss: {validated[best]['valid_loss']:.6g} at step {best}.\n"
         )
+    if record.step is not None:
+        lines.append(f"The weights are those of step {record.step:,}.\n")
     return "\n".join(lines)
 
 

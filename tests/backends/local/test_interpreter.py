@@ -16,9 +16,11 @@ from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.interpreter import Interpreter
 from training_backends.backends.local.process import Hub, ask_model
 from training_backends.backends.local.settings import LocalSettings
-from training_backends.core.errors import BackendNotInstalled
+from training_backends.backends.local.spec import build_spec
+from training_backends.core.errors import BackendNotInstalled, BackendUnavailable, ConfigError
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import CheckpointState, RunDir
 from training_backends.testing.journal import MemoryJournal
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
@@ -203,3 +205,31 @@ async def test_answers_come_from_the_other_environment(tmp_path: Path) -> None:
     program.chmod(0o755)
     reply = await ask_model("tiny-mistral", "why?", interpreter=Interpreter(program))
     assert str(reply.answer).startswith("-P -m training_backends.trainer sample tiny-mistral ")
+
+
+@pytest.mark.anyio
+async def test_a_checkpoint_is_written_as_a_model_by_the_other_environment(
+    tmp_path: Path, make_run: Callable[..., TrainingRun]
+) -> None:
+    """Its directory is checked here; what fails there is reported."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\ncat >/dev/null\nmkdir "$7"\n')
+    program.chmod(0o755)
+    backend = LocalBackend(tmp_path, interpreter=Interpreter(program))
+    run = make_run()
+    directory = RunDir(tmp_path / "runs" / run.id)
+    directory.write_spec(build_spec(run.id, run.config, tmp_path))
+    checkpoint = directory.checkpoints / "step-4"
+    checkpoint.mkdir(parents=True)
+    state = CheckpointState(step=4, files={})
+    (checkpoint / "state.json").write_text(state.model_dump_json())
+    found = await backend.download_checkpoint(run, "4", tmp_path / "model")
+    assert found.is_dir()
+    with pytest.raises(ConfigError, match="Checkpoint '5' cannot be used"):
+        await backend.download_checkpoint(run, "5", tmp_path / "other")
+    (found / "file").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        await backend.download_checkpoint(run, "step-4", found)
+    program.write_text("#!/bin/sh\ncat >/dev/null\necho 'no such thing' >&2\nexit 4\n")
+    with pytest.raises(BackendUnavailable, match="Cannot write step-4 as a model: no such thing"):
+        await backend.download_checkpoint(run, "4", tmp_path / "other")

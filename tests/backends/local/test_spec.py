@@ -37,6 +37,13 @@ async def test_a_plain_configuration_has_no_issues(
         ({"tuning": "lora"}, ("tuning.kind", "use full")),
         ({"tuning": "qlora"}, ("tuning.kind", "use full")),
         ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "remove it")),
+        (
+            {
+                "hyperparameters": {"early_stopping_patience": 3},
+                "data": {"train": "/dev/null"},
+            },
+            ("hyperparameters.early_stopping_patience", "set data.validation"),
+        ),
         ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
         ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),

@@ -2,7 +2,8 @@
 
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from training_backends.backends.local.checkpoint_copy import (
     copy_atomically,
     copy_checkpoint,
+    named_checkpoint,
     reason_of,
     reporting_disk,
     require_space,
@@ -24,6 +26,7 @@ from training_backends.backends.local.process import (
     ChildEnvironment,
     Hub,
     ask_model,
+    run_trainer,
     spawn,
 )
 from training_backends.backends.local.run_log import Cursor, read_records
@@ -144,7 +147,9 @@ class LocalBackend(TrainingBackend):
             validation_files=True,
             keeps_checkpoint_on_stop=True,
             resumes="checkpoint",
+            result_checkpoints=frozenset({"last", "best"}),
             downloads=True,
+            downloads_checkpoints=True,
             samples=True,
             deletes=True,
             lists_remote=True,
@@ -366,20 +371,19 @@ class LocalBackend(TrainingBackend):
     def _download(self, run: TrainingRun, target: Path) -> Path:
         directory = self._existing(run)
         result = self._result(directory, "download")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(
-                f"{target} exists and is not empty.", hint="Choose a new directory.", run_id=run.id
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with _writing_to(target, run):
             copy_atomically(directory.path / result.path, target, link=False)
-        except OSError as error:
-            raise TrainingBackendError(
-                f"Cannot copy the model to {target}: {reason_of(error)}.",
-                hint="Check free space and write permission.",
-                backend=self.name,
-                run_id=run.id,
-            ) from error
+        return target
+
+    async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
+        """Write a checkpoint as a model, in a separate process; on the CPU."""
+        directory = await to_thread.run_sync(self._existing, run)
+        path = await to_thread.run_sync(named_checkpoint, run, directory, checkpoint)
+        spec = await to_thread.run_sync(directory.read_spec)
+        child_env = await self._hub.child_environment(spec.model)
+        command = self._interpreter.command("export", str(directory.path), path.name, str(target))
+        with _writing_to(target, run):
+            await run_trainer(command, f"Cannot write {path.name} as a model", child_env)
         return target
 
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
@@ -441,6 +445,27 @@ class LocalBackend(TrainingBackend):
                 f"Run {run.id} not found on this machine.", backend=self.name, run_id=run.id
             )
         return directory
+
+
+@contextmanager
+def _writing_to(target: Path, run: TrainingRun) -> Iterator[None]:
+    """Check that a model can be written to `target`, and report file system errors."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            f"{target} exists and is not empty.", hint="Choose a new directory.", run_id=run.id
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except TrainingBackendError:
+        raise  # some are also OSErrors
+    except OSError as error:
+        raise TrainingBackendError(
+            f"Cannot write the model to {target}: {reason_of(error)}.",
+            hint="Check free space and write permission.",
+            backend=LocalBackend.name,
+            run_id=run.id,
+        ) from error
 
 
 def _has_any(directory: Path) -> bool:

@@ -30,7 +30,15 @@ from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
 from training_backends.rundir.handover import ON_STDIN, safe_environment
 
-__all__ = ["ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
+__all__ = [
+    "ChildEnvironment",
+    "Hub",
+    "ask_model",
+    "run_trainer",
+    "sample_answer",
+    "spawn",
+    "took_lock",
+]
 
 log = get_logger()
 
@@ -162,13 +170,31 @@ async def ask_model(
     child_env = child_env or await Hub().child_environment(model)
     # Not as an argument: those are visible to all users and limited to 128 KiB.
     given = child_env.stdin + prompt.encode("utf-8", "replace")
-    done = await anyio.run_process(
-        [*command, *options], input=given, check=False, env=child_env.variables
-    )
+    out = await run_trainer([*command, *options], f"Cannot generate with {model}", child_env, given)
+    return Reply.model_validate_json(out)
+
+
+async def run_trainer(
+    command: Sequence[str],
+    failure: str,
+    child_env: ChildEnvironment,
+    given: bytes | None = None,
+) -> bytes:
+    """Run a command of the trainer to its end; return its standard output.
+
+    Args:
+        failure: What its failure means, for the message.
+        given: Its standard input; None: what `child_env` has for it.
+
+    Raises:
+        BackendUnavailable: It failed; includes its message.
+    """
+    given = child_env.stdin if given is None else given
+    done = await anyio.run_process(command, input=given, check=False, env=child_env.variables)
     if done.returncode:
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise BackendUnavailable(f"Cannot generate with {model}: {reason}", backend="local")
-    return Reply.model_validate_json(done.stdout)
+        raise BackendUnavailable(f"{failure}: {reason}", backend="local")
+    return done.stdout
 
 
 async def sample_answer(model: str, prompt: str) -> str:

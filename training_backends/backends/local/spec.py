@@ -129,6 +129,13 @@ def _method_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"{reason} does not support fill-in-the-middle",
             "remove it",
         )
+    if given.early_stopping_patience and not config.data.validation:
+        yield Issue(
+            code="missing_field",
+            message="early stopping needs validation data",
+            field="hyperparameters.early_stopping_patience",
+            fix="set data.validation, or remove it",
+        )
     if config.method != "classifier":
         return
     if not config.classifier_targets:
@@ -320,6 +327,7 @@ def build_spec(
         "slots_dir": slots_dir,
         "slots": options.max_runs,
         "fim_ratio": config.hyperparameters.fim_ratio or None,
+        "early_stopping_patience": config.hyperparameters.early_stopping_patience,
         **resolved_values(config),
         **options.model_dump(exclude={"max_runs"}),
     }
