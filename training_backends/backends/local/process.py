@@ -35,7 +35,6 @@ __all__ = [
     "Hub",
     "ask_model",
     "run_trainer",
-    "sample_answer",
     "spawn",
     "took_lock",
 ]
@@ -195,11 +194,6 @@ async def run_trainer(
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise BackendUnavailable(f"{failure}: {reason}", backend="local")
     return done.stdout
-
-
-async def sample_answer(model: str, prompt: str) -> str:
-    """Return the text answer of a model; see `ask_model`."""
-    return str((await ask_model(model, prompt)).answer)
 
 
 def spawn(run: RunDir, program: Sequence[str], child_env: ChildEnvironment) -> int:
