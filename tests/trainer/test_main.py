@@ -16,6 +16,7 @@ from training_backends.core.files import hold_lock
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.rundir.handover import ON_STDIN
 from training_backends.trainer.__main__ import main
+from training_backends.trainer.queue import host_key
 
 pytestmark = pytest.mark.engine
 
@@ -88,7 +89,7 @@ def test_a_queued_process_has_loaded_the_standard_library_only(
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "run", slots_dir=slots, training_steps=1, validation=[])
-    with hold_lock(slots / "0.lock"):
+    with hold_lock(slots / f"cpu-{host_key()}.0.lock"):
         child = engine.start("train", run.path)
         wait_until(run.read_events)
         maps = Path(f"/proc/{child.pid}/maps").read_text()

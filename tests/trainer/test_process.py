@@ -16,6 +16,7 @@ from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCo
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import train
+from training_backends.trainer.queue import host_key
 
 pytestmark = pytest.mark.engine
 
@@ -148,7 +149,10 @@ def test_a_stop_ends_a_queued_run_at_once(make_run: MakeRun, tmp_path: Path, eng
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, slots=2)
-    with hold_lock(slots / "0.lock"), hold_lock(slots / "1.lock"):
+    with (
+        hold_lock(slots / f"cpu-{host_key()}.0.lock"),
+        hold_lock(slots / f"cpu-{host_key()}.1.lock"),
+    ):
         child = engine.start("train", run.path)
         wait_until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
         run.request_stop()
@@ -163,9 +167,9 @@ def test_a_free_slot_is_taken(make_run: MakeRun, tmp_path: Path) -> None:
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, slots=2, training_steps=1)
-    with hold_lock(slots / "0.lock"):
+    with hold_lock(slots / f"cpu-{host_key()}.0.lock"):
         assert train(run.path) is TrainerExitCode.DONE
-    with hold_lock(slots / "1.lock", patience=0):
+    with hold_lock(slots / f"cpu-{host_key()}.1.lock", patience=0):
         pass
 
 

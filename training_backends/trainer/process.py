@@ -19,7 +19,7 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
-from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
+from training_backends.trainer.environment import prepare_imports, prepare_threads, show_only
 from training_backends.trainer.errors import (
     Stopped,
     TrainerError,
@@ -27,6 +27,7 @@ from training_backends.trainer.errors import (
     failure_of,
     quotes_library,
 )
+from training_backends.trainer.queue import Device
 from training_backends.trainer.workers import followed
 
 __all__ = ["train", "train_admitted"]
@@ -92,8 +93,8 @@ def _train(run: RunDir, admission: Admission) -> ExitRecord:
         raise admission.error
     where = ""
     if chosen := admission.devices:
-        os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
-        where = f", on GPU {', '.join(chosen)}"
+        os.environ.update(show_only(chosen[0]))  # has an effect only before torch is loaded
+        where = f", on GPU {', '.join(device.name for device in chosen)}"
     report_status(run, "initializing", f"Loading {spec.model}{where}")
     prepare_threads()
     prepare_imports(spec.model)
@@ -101,10 +102,10 @@ def _train(run: RunDir, admission: Admission) -> ExitRecord:
 
 
 def _train_group(
-    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]
+    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[Device]
 ) -> ExitRecord:
     with followed(partial(_end_at_once, run)) as followers:
-        others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
+        others: Sequence[Device | None] = devices[1:] or [None] * (spec.num_processes - 1)
         followers.start(run.path, others)
         # Imported here: torch takes seconds and memory, which a queued process should not take
         # from the one that trains. The followers load it in parallel.

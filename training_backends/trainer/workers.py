@@ -19,12 +19,13 @@ from training_backends.rundir.directory import Event, MetricsRow, RunDir, Traine
 from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import STOP_SIGNALS, StopRequest
 from training_backends.trainer.environment import (
-    VISIBLE,
     environment_without_token,
     prepare_imports,
     prepare_threads,
+    show_only,
 )
 from training_backends.trainer.errors import ProcessLost, Stopped, TrainerError, failure_of
+from training_backends.trainer.queue import Device
 
 __all__ = ["Followers", "follow", "followed"]
 
@@ -115,7 +116,7 @@ class Followers:
         self._failed = threading.Event()
         self._finished = threading.Event()
 
-    def start(self, run: Path, devices: Sequence[str | None]) -> None:
+    def start(self, run: Path, devices: Sequence[Device | None]) -> None:
         """Start one process per device; each waits for `go`."""
         size = len(devices) + 1
         for rank, device in enumerate(devices, 1):
@@ -216,10 +217,10 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environment(device: str | None) -> dict[str, str]:
+def _environment(device: Device | None) -> dict[str, str]:
     # The leader has downloaded the model by the time a follower loads it.
     given = environment_without_token() | {"HF_HUB_OFFLINE": "1"}
-    return given if device is None else given | {VISIBLE: device}
+    return given if device is None else given | show_only(device)
 
 
 def _lost(code: int, rank: int, size: int) -> Failure:
