@@ -47,6 +47,7 @@ VERBS = (
     "list_remote",
     "statuses",
     "observe",
+    "suspend",
     "health",
 )
 
@@ -86,6 +87,7 @@ async def call(backend: TrainingBackend, verb: str, run: TrainingRun) -> Any:
         "sample": (run, "hello"),
         "list_remote": (RemoteFilters(),),
         "statuses": ([run],),
+        "suspend": (),
         "health": (),
     }
     return await getattr(backend, verb)(*more.get(verb, (run,)))

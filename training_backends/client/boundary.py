@@ -96,6 +96,7 @@ _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
         "sample": Reply,
         "status": RunState,
         "statuses": Mapping,
+        "suspend": int,
         "tolerated_bad_rows": (int, float),
         "validate": ValidationReport,
     }

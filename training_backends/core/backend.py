@@ -494,6 +494,14 @@ class TrainingBackend(ABC):
         del run
         raise self.unsupported("delete runs")
 
+    async def suspend(self) -> int:
+        """Save the progress of all runs that would end with this machine or container.
+
+        Called before it shuts down; the runs continue once they are observed again. Override if
+        runs are processes here. Returns when they are saved, with their number.
+        """
+        return 0
+
     async def health(self) -> Health:
         """Check that the backend works, at no cost; override to contact the provider."""
         return Health(ok=True, message="nothing to check")

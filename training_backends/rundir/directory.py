@@ -12,7 +12,8 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
     log.txt         stdout and stderr of the process
-    stop            asks the process to save a checkpoint and exit
+    stop            asks the process to save a checkpoint and exit; or to suspend the run, which
+                    then continues in a new process, as a queued run whose process has died
 """
 
 import json
@@ -340,6 +341,10 @@ class RunDir:
     def request_stop(self, *, save_checkpoint: bool = True) -> None:
         """Ask the process to exit, with a checkpoint if wanted; safe to repeat."""
         write_atomic(self.stop, "save" if save_checkpoint else "discard")
+
+    def request_suspension(self) -> None:
+        """Ask the process to save a checkpoint and exit, to be restarted later; safe to repeat."""
+        write_atomic(self.stop, "suspend")
 
     def add_event(self, event: Event) -> None:
         """Append to events.jsonl."""

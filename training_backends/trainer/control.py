@@ -86,6 +86,14 @@ class StopRequest:
             return True  # the default for a signal
 
     @property
+    def suspends(self) -> bool:
+        """Whether the run continues later, in a new process."""
+        try:
+            return self._file.read_text(encoding="ascii") == "suspend"
+        except FileNotFoundError:
+            return False
+
+    @property
     def requested(self) -> bool:
         """Whether to stop; also checks the file, so that it works across machines."""
         return self._signalled or self._file.exists()

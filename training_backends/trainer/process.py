@@ -54,6 +54,12 @@ def train_admitted(admission: Admission) -> TrainerExitCode:
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
             raise
         record = _failed(run, error)
+    if record.status == "stopped" and admission.stop.suspends:
+        # Without an exit.json, whoever observes the run restarts it like any queued one.
+        message = f"Suspended at step {record.step}; continues when observed again"
+        report_status(run, "queued", message, step=record.step)
+        admission.stop.clear()
+        return TrainerExitCode(record.code)
     _end(run, record)
     return TrainerExitCode(record.code)
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, Self, cast
 
+import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
@@ -90,6 +91,8 @@ from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["LocalBackend"]
 
+_SUSPENSION_CHECK: Final = 0.1
+"""Seconds between two checks for the end of a process."""
 _PROBE_CACHE: Final = "local-python.json"
 """In the home: what is known of the interpreter in `local.python`."""
 
@@ -127,6 +130,7 @@ class LocalBackend(TrainingBackend):
         self._program = interpreter.command("train") if program is None else program
         self._hub = hub or Hub()
         self._place: Place | None = None
+        self._is_ending = False  # see `suspend`
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
@@ -269,6 +273,8 @@ class LocalBackend(TrainingBackend):
 
     async def _revive(self, runs: Sequence[TrainingRun]) -> None:
         """Restart queued runs whose process has died, for example in a reboot."""
+        if self._is_ending:
+            return
 
         def find() -> list[RunDir]:
             return [found for run in runs if is_orphaned(found := self._directory(run))]
@@ -407,6 +413,26 @@ class LocalBackend(TrainingBackend):
                 f"{verb} a model before the run has completed", "Wait for the run to complete."
             )
         return record.result
+
+    async def suspend(self) -> int:
+        """Have the training processes of this container save a checkpoint and exit."""
+        self._is_ending = True
+        suspended = await to_thread.run_sync(self._request_suspension)
+        for run in suspended:
+            while await to_thread.run_sync(run.is_active):  # noqa: ASYNC110  # a process, no event
+                await anyio.sleep(_SUSPENSION_CHECK)
+        return len(suspended)
+
+    def _request_suspension(self) -> list[RunDir]:
+        found = []
+        for path in self._runs.glob("*/spec.json"):
+            run = RunDir(path.parent)
+            # Not those of other containers or machines with the same home.
+            if run.is_active() and not run.stop.exists() and run.signal_process(0):
+                run.request_suspension()
+                run.signal_process(signal.SIGTERM)
+                found.append(run)
+        return found
 
     async def delete(self, run: TrainingRun) -> None:
         """Remove the run directory of a finished run."""
