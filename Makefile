@@ -14,8 +14,8 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-model test-sdks check verifytypes docs bench \
-	chaos lock clean
+.PHONY: help quickstart test test-thorough test-lowest test-model example test-sdks check verifytypes \
+	docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ test-lowest: ## Run the client's tests with the lowest versions that pyproject.t
 test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several minutes)
 	@$(BIN)/pip install --quiet gguf==$(GGUF_VERSION)
 	$(BIN)/pytest -m model --timeout 3600
+
+example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
+	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
 test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
 	$(BIN)/python tests/e2e/sdks.py

@@ -18,6 +18,7 @@ from .core.concurrency import run_all as run_all
 from .core.config import (
     ChatTemplate as ChatTemplate,
     ClassifierTarget as ClassifierTarget,
+    ConfigPath as ConfigPath,
     Data as Data,
     DataSource as DataSource,
     Hyperparameters as Hyperparameters,
@@ -63,7 +64,13 @@ from .core.logging import (
     redact as redact,
     register_secret as register_secret,
 )
-from .core.persist import may_pass as may_pass, persist as persist, poll as poll
+from .core.persist import (
+    ensure as ensure,
+    may_pass as may_pass,
+    persist as persist,
+    poll as poll,
+    settle as settle,
+)
 from .core.run import (
     Checkpoint as Checkpoint,
     CleanText as CleanText,
@@ -90,13 +97,14 @@ from .datasets.inspect import (
     raise_for_errors as raise_for_errors,
 )
 from .datasets.provider_formats import PROVIDER_FORMATS as PROVIDER_FORMATS
-from .http.answer import Answer as Answer, ServerEvent as ServerEvent
+from .http.answer import Answer as Answer, Model as Model, ServerEvent as ServerEvent
 from .http.auth import (
     KeyHeader as KeyHeader,
     KeySource as KeySource,
     Signer as Signer,
     UnsignedRequest as UnsignedRequest,
 )
+from .http.backend import ServerBackend as ServerBackend, server_health as server_health
 from .http.client import HttpClient as HttpClient
 from .http.error_table import (
     ErrorDecoder as ErrorDecoder,
@@ -108,12 +116,14 @@ from .http.paging import (
     NextPage as NextPage,
     Page as Page,
     after_last as after_last,
+    first_match as first_match,
     next_cursor as next_cursor,
     next_link as next_link,
     next_number as next_number,
     paged as paged,
 )
 from .http.policy import HttpPolicy as HttpPolicy
+from .http.settings import ServerSettings as ServerSettings
 from .http.upload import (
     FileBody as FileBody,
     FileUpload as FileUpload,

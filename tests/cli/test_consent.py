@@ -108,9 +108,21 @@ def test_a_paused_run_is_resumed_in_place(run: Run, config: str) -> None:
     """`pause` and `resume` keep the run and its id, and cost nothing that needs consent."""
     assert run("launch", config, "--id=mine", "--yes").code == 0
     assert run("pause", "mine", "--json", STATUS="paused").document["status"] == "paused"
+    assert run("wait", "mine", "--until=paused", STATUS="paused").out.startswith("mine  paused\n")
     assert run("resume", "mine", STATUS="paused").code == 0
     assert run("resume", "mine", "--id=other", STATUS="paused").code == 2
     assert [found["id"] for found in run("list", "--json").document] == ["mine"]
+
+
+def test_a_wait_says_that_a_run_ended_otherwise(run: Run, config: str) -> None:
+    """The exit code is that of the run; of a completed one it is 6."""
+    assert run("launch", config, "--id=mine", "--yes").code == 0
+    done = run("wait", "mine", "--until=paused", STATUS="completed")
+    assert (done.code, done.out.splitlines()[0]) == (6, "mine  completed")
+    assert "finished before it was in this status" in done.err
+    assert "paused" in done.err
+    assert run("wait", "mine", "--until=running").code == 0
+    assert run("wait", "mine", "--until=over").code == 2
 
 
 def test_a_repeated_launch_says_what_exists(run: Run, config: str, train_file: Path) -> None:
@@ -125,3 +137,33 @@ def test_a_repeated_launch_says_what_exists(run: Run, config: str, train_file: P
     assert "has changed" not in again.err
     assert f"{train_file} has changed since" in changed.err
     assert changed.document["status"] == "completed"
+
+
+RETIRED = """
+from training_backends import BackendRetired, Observation, RunState, TrainingStatus
+from training_backends.testing.backend import ScriptedBackend
+
+
+class Plugin(ScriptedBackend):
+    name = "ended"
+
+    async def observe(self, run, *, after=None):
+        return Observation(RunState(status=TrainingStatus.FAILED))
+
+    async def resume(self, *args, **kwargs):
+        raise BackendRetired("It is over.", hint="Go elsewhere.")
+"""
+
+
+def test_a_resumption_at_a_retired_backend_names_the_ways_on(
+    run: Run, config_file: Path, install: Install
+) -> None:
+    """The commands convert the configuration of the run."""
+    install("ended_package", "ended", RETIRED)
+    config_file.write_text(config_file.read_text().replace("local", "ended"))
+    assert run("launch", config_file.name, "--id=mine").code == 0
+    done = run("resume", "mine", "--yes", "--json")
+    hint = done.document["error"]["hint"]
+    assert done.code == 8
+    assert hint.startswith("Go elsewhere. Convert it to another backend: ")
+    assert "port mine --to local`" in hint

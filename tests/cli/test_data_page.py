@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Run
+from tests.pages import DOCS, code_blocks
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.provider_formats import PROVIDER_FORMATS
@@ -20,11 +21,11 @@ from training_backends.datasets.repair import REPAIRS
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "data.md").read_text()
+PAGE = (DOCS / "data.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return [block.text for block in code_blocks("data.md", language)]
 
 
 def sessions() -> Iterator[tuple[str, str]]:

@@ -100,3 +100,14 @@ def test_sampled_estimate_says_how_sure_it_is(
     low, high = sampled["interval"]
     assert low <= exact["data_tokens"] <= high
     assert low < sampled["data_tokens"] < high
+
+
+@pytest.mark.parametrize(("tokens", "has_method"), [(None, False), (7, True)])
+def test_an_estimate_without_a_number_has_no_method(
+    tokens: int | None, *, has_method: bool
+) -> None:
+    """How numbers were obtained is shown only if there are any."""
+    estimate = Estimate(train_tokens=tokens, notes=("The server reports no price.",))
+    text = shown(lambda out: show_estimate(estimate, out))
+    assert ("method" in text) is has_method
+    assert "The server reports no price." in text

@@ -50,6 +50,7 @@ RESULTS = (
     Case("logs done --tail 1", "completed"),
     Case("checkpoints done", "", "Run done has no checkpoints."),
     Case("wait done", "done  completed\n", "done  running\n"),
+    Case("wait live --until running", "live  running\n", "live  running\n"),
     Case("init new.yaml", "", "Wrote new.yaml"),
     Case("port run.yaml --to openai", "backend: openai\n", "lost model: ", code=3),
     Case("port done --to local", "backend: local\n", "mapped model, "),

@@ -815,6 +815,41 @@ async def test_a_wait_reports_a_paused_run_and_goes_on(
     assert done.status is TrainingStatus.COMPLETED
 
 
+async def test_a_wait_returns_once_a_run_is_paused(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """A run that is past the status is returned at once; the record may be older than the pause."""
+    run = await client.launch(make_config(), backend="scripted")
+    await client.status(run.id)
+    backend.say(str(run.remote_id), TrainingStatus.PAUSED)
+    asked = len(backend.looks)
+    (seen,) = await client.wait(run.id, until="running")
+    assert (seen.status, len(backend.looks)) == (TrainingStatus.RUNNING, asked)
+    (seen,) = await client.wait(run.id, until=["paused", "finished"], timeout=30)
+    assert seen.status is TrainingStatus.PAUSED
+    backend.say(str(run.remote_id), TrainingStatus.RUNNING)
+    with pytest.raises(WaitTimeout):
+        await client.wait(run.id, until="paused", timeout=0.3)
+    with pytest.raises(ValueError, match="'over' is not one of: finished, pending"):
+        await client.wait(run.id, until="over")
+
+
+async def test_a_wait_reports_a_run_that_finishes_without_the_status(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """It is returned as it ended, and `has_reached` tells."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    for _ in range(2):  # known to the provider only, and recorded
+        with capture_logs() as logs:
+            (done,) = await client.wait(run.id, until="paused", timeout=30)
+        assert [entry["run_id"] for entry in logs if "finished before" in entry["event"]] == [
+            run.id
+        ]
+        assert not done.has_reached(TrainingStatus.PAUSED)
+        assert done.has_reached(TrainingStatus.RUNNING)
+
+
 async def test_a_backend_that_cannot_resume_leaves_no_record(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:

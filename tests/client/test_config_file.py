@@ -6,11 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from training_backends import ConfigError, Issue, TrainingConfig
 from training_backends.client.config_file import load_config, to_config
+from training_backends.core.config import ConfigPath
 
 GOOD = """\
 backend: local
@@ -287,3 +290,35 @@ def test_issues_of_a_backend_find_their_line(tmp_path: Path) -> None:
     places = [(issue.path, issue.line) for issue in file.located(issues)]
     here = str(tmp_path / "run.yaml")
     assert places == [(here, 2), ("--set", None), (None, None), (None, None)]
+
+
+class Placed(BaseModel):
+    """Options with paths."""
+
+    script: ConfigPath
+    extra: tuple[ConfigPath, ...] = ()
+    home: ConfigPath | None = None
+    name: Path = Path()
+
+
+def test_paths_in_options_are_relative_to_the_file(tmp_path: Path) -> None:
+    """Only those that the backend declares; without a file they are relative to the directory."""
+    options = {"script": "a.py", "extra": ["b", "/c"], "home": "~", "name": "kept", "other": "d"}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": "m", "options": options}))
+    expected = {
+        **options,
+        "script": str(tmp_path / "a.py"),
+        "extra": [str(tmp_path / "b"), "/c"],
+        "home": str(Path.home()),
+    }
+    assert to_config(file, Placed).options == expected
+    assert to_config(load_config(file), Placed).options == expected
+    assert to_config(to_config(file, Placed), Placed).options == expected
+    assert to_config(file).options == options
+    mapped = to_config({"model": "m", "options": options}, Placed).options
+    assert mapped["script"] == str(Path.cwd() / "a.py")
+    file.write_text("options: {script: ~nobody-here/a.py}")
+    with pytest.raises(ConfigError) as caught:
+        to_config(file, Placed)
+    assert (caught.value.issues[0].field, caught.value.issues[0].line) == ("options", 1)

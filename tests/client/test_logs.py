@@ -12,9 +12,12 @@ from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
     LogRecord,
+    Observation,
     RunNotFound,
+    TrainingRun,
     TrainingStatus,
 )
+from training_backends.client import observe
 from training_backends.core.run import utc_now
 from training_backends.testing.backend import ScriptedBackend
 
@@ -221,3 +224,62 @@ async def test_a_run_that_was_never_launched_ends_in_its_log_too(
         await client.stop("mine")
         (record,) = await read_log(client, "mine", follow=True)
     assert (record.source, record.fields["status"]) == ("status", "cancelled")
+
+
+async def test_a_log_in_parts_is_stored_before_the_end_of_the_run(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """One call reads all parts; the record of the end is the last one."""
+    run = await client.launch(make_config(), backend="scripted")
+    for number in range(20):
+        backend.log(str(run.remote_id), str(number))
+    backend.finish(str(run.remote_id))
+    backend.page = 3
+    assert (await client.status(run.id)).status is TrainingStatus.COMPLETED
+    messages = [record.message for record in await read_log(client, run.id)]
+    assert messages == [*map(str, range(20)), "completed"]
+
+
+async def test_the_end_waits_for_a_log_of_very_many_parts(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each observation reads a bounded number of parts, and the next one continues."""
+    monkeypatch.setattr(observe, "_PAGES", 2)
+    run = await client.launch(make_config(), backend="scripted")
+    for number in range(5):
+        backend.log(str(run.remote_id), str(number))
+    backend.finish(str(run.remote_id))
+    backend.page = 1
+    seen = [(await client.status(run.id)).status.value for _ in range(3)]
+    assert seen == ["running", "running", "completed"]
+    assert len(backend.looks) == 5
+    messages = [record.message for record in await read_log(client, run.id)]
+    assert messages == [*map(str, range(5)), "completed"]
+
+
+async def test_records_without_a_time_are_older_than_the_end_of_the_run(
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are stored before the record of the end, at its time at the latest."""
+    run = await client.launch(make_config(), backend="scripted")
+    ended = utc_now() - timedelta(minutes=5)
+    job = str(run.remote_id)
+    backend.say(job, TrainingStatus.COMPLETED)
+    backend._change(job, started_at=ended - timedelta(hours=1), finished_at=ended)
+    lines = tuple(LogRecord(message=text, source="output", cursor=text) for text in "ab")
+
+    async def late(asked: TrainingRun, *, after: str | None = None) -> Observation:
+        return Observation(backend._job(asked), lines, cursor="b")
+
+    monkeypatch.setattr(backend, "observe", late)
+    done = await client.status(run.id)
+    records = await read_log(client, run.id)
+    assert [record.message for record in records] == ["a", "b", "completed"]
+    assert {record.at for record in records} == {done.finished_at}
+    assert not [record for record in records if "told_at" in record.fields]

@@ -158,6 +158,11 @@ async def test_a_model_must_be_chosen(client: AsyncTrainingClient, data: Path) -
     [
         (20, 2, "20 steps became 2 epochs (40 rows, 4 per step)"),
         (3, 1, "3 steps became 1 epoch, rounded from 0.3 (40 rows, 4 per step)"),
+        (
+            30_001,
+            3000,
+            "30,001 steps became 3,000 epochs, rounded from 3000.1 (40 rows, 4 per step)",
+        ),
     ],
 )
 async def test_steps_become_epochs(

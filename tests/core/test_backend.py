@@ -2,6 +2,7 @@
 
 from contextlib import aclosing, suppress
 from datetime import timedelta
+from typing import Literal
 
 import anyio
 import pytest
@@ -10,12 +11,17 @@ from hypothesis import strategies as st
 
 from training_backends import (
     BackendUnavailable,
+    Capabilities,
     Observation,
+    RemoteFilters,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
+    UnsupportedOperation,
 )
+from training_backends.core.backend import TrainingBackend
 from training_backends.testing.backend import ScriptedBackend
+from training_backends.testing.journal import MemoryJournal
 
 pytestmark = pytest.mark.anyio
 
@@ -134,3 +140,59 @@ async def test_a_follower_waits_for_the_poll_interval() -> None:
         await read(backend, run, follow=True)
     assert scope.cancelled_caught
     assert backend.looks == ["r"]
+
+
+async def test_a_log_in_parts_is_read_at_once() -> None:
+    """Also without following, and to the end of a finished run; `more` without progress ends."""
+    backend = ScriptedBackend()
+    run = adopted(backend)
+    for number in range(10):
+        backend.log("job", str(number))
+    backend.page = 4
+    every = [str(number) for number in range(10)]
+    assert await read(backend, run) == every
+    assert len(backend.looks) == 3
+    backend.finish("job")
+    assert await read(backend, run, "5", follow=True) == every[6:]
+    backend.page = 0  # says that there is more, and returns nothing
+    assert await read(backend, run, "5") == []
+
+
+@pytest.mark.parametrize("resumes", ["no", "anew", "checkpoint"])
+async def test_a_backend_that_trains_anew_need_not_implement_resume(
+    resumes: Literal["no", "anew", "checkpoint"],
+) -> None:
+    """The default launches the new run for `anew`, and is unsupported otherwise."""
+
+    class Resuming(ScriptedBackend):
+        resume = TrainingBackend.resume
+
+        @property
+        def capabilities(self) -> Capabilities:
+            return super().capabilities.model_copy(update={"resumes": resumes})
+
+    backend = Resuming()
+    run = adopted(backend)
+    new = run.model_copy(update={"id": "r2", "remote_id": None})
+    if resumes == "anew":
+        await backend.resume(run, new, MemoryJournal(new))
+    else:
+        with pytest.raises(UnsupportedOperation):
+            await backend.resume(run, new, MemoryJournal(new))
+    assert bool(backend.created) is (resumes == "anew")
+
+
+@pytest.mark.parametrize(
+    ("filters", "accepted"),
+    [
+        ({}, True),
+        ({"status": "running", "model": "m", "suffix": "s"}, True),
+        ({"status": "failed"}, False),
+        ({"model": "n"}, False),
+        ({"suffix": "t"}, False),
+    ],
+)
+def test_filters_accept_a_job_that_passes_all(filters: dict[str, str], *, accepted: bool) -> None:
+    """A filter that is not set accepts any job."""
+    chosen = RemoteFilters.model_validate(filters)
+    assert chosen.accept(status=TrainingStatus.RUNNING, model="m", suffix="s") is accepted

@@ -14,7 +14,7 @@ from training_backends import (
     WaitTimeout,
 )
 from training_backends.core.backoff import Backoff
-from training_backends.core.persist import persist, poll
+from training_backends.core.persist import ensure, persist, poll, settle
 
 pytestmark = pytest.mark.anyio
 
@@ -90,3 +90,57 @@ async def test_poll_ends() -> None:
     call = Script(BackendUnavailable("busy"))
     with pytest.raises(WaitTimeout, match=r"file f1 within 0.05 s \(last error: busy\)"):
         await poll(call, bool, within=0.05, what="file f1", pauses=quick())
+
+
+async def test_settle_looks_until_a_late_effect_appears() -> None:
+    """Looking continues until the effect is found, at least twice, and ends in time."""
+    seen = iter([None, None, "job"])
+
+    async def late() -> str | None:
+        return next(seen)
+
+    assert await settle(late, within=30, pauses=quick()) == "job"
+    looks = 0
+
+    async def never() -> str | None:
+        nonlocal looks
+        looks += 1
+        return None
+
+    assert await settle(never, within=-1, pauses=quick()) is None
+    assert looks == 2
+
+
+@pytest.mark.parametrize(
+    ("reached", "outcome", "acts"),
+    [
+        ([True], "done", 0),
+        ([False], "done", 1),
+        ([False, True], BackendUnavailable("lost"), 1),
+        ([False, True], ConfigError("has already ended"), 1),
+    ],
+)
+async def test_ensure_acts_once_unless_the_result_is_reached(
+    reached: list[bool], outcome: Outcome, acts: int
+) -> None:
+    """Nothing is sent for a result that is there, and an error is ignored if it is there then."""
+    act, looks = Script(outcome), iter(reached)
+
+    async def look() -> bool:
+        return next(looks)
+
+    await ensure(look, act)
+    assert act.called == acts
+    assert not list(looks)
+
+
+@pytest.mark.parametrize("then", [Script("no"), Script(BackendUnavailable("down"))])
+async def test_ensure_raises_the_error_of_the_action(then: Script) -> None:
+    """It is raised if the result is not reached, and if that cannot be found out."""
+    looks = iter([Script("no"), then])
+
+    async def look() -> bool:
+        return await next(looks)() == "yes"
+
+    with pytest.raises(ConfigError, match="rejected"):
+        await ensure(look, Script(ConfigError("rejected")))

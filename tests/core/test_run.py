@@ -1,6 +1,7 @@
 """A run's record over time."""
 
 import re
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -8,7 +9,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from training_backends import Checkpoint, LogRecord, TrainingConfig, TrainingRun, TrainingStatus
+from training_backends import (
+    Checkpoint,
+    ConfigError,
+    LogRecord,
+    Observation,
+    TrainingConfig,
+    TrainingRun,
+    TrainingStatus,
+)
 from training_backends.core.run import (
     RUN_ID_PATTERN,
     Failure,
@@ -16,6 +25,7 @@ from training_backends.core.run import (
     new_run_id,
     provider_name,
 )
+from training_backends.core.status import FINISHED
 
 CONFIG = TrainingConfig.model_validate({"model": "m", "data": {"train": "a.jsonl"}})
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -170,3 +180,48 @@ def test_usage_is_kept_by_name() -> None:
     again = TrainingRun.model_validate_json(run.model_dump_json())
     assert again.usage == {"tokens": Decimal(7), "gpu_hours": Decimal("0.1")}
     assert again.result_uri == "s3://b/m"
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "reached"),
+    [
+        ("pending", {}, {"pending"}),
+        ("initializing", {}, {"pending", "ready", "initializing"}),
+        ("running", {}, {"pending", "ready", "initializing", "running"}),
+        ("paused", {}, {"pending", "ready", "initializing", "running", "paused"}),
+        ("completed", {}, {"pending", "ready", "initializing", "running", "completed"}),
+        ("failed", {}, {"pending", "failed"}),
+        ("failed", {"step": 3}, {"pending", "ready", "initializing", "running", "failed"}),
+        ("unknown", {}, {"pending", "unknown"}),
+    ],
+)
+def test_a_run_passes_the_statuses_up_to_running(
+    status: str, fields: dict[str, Any], reached: set[str]
+) -> None:
+    """A run that failed or was stopped only if it had started; `paused` counts only while it is."""
+    run = make(status=status, **fields)
+    asked = ("pending", "ready", "initializing", "running", "paused", "unknown", *FINISHED)
+    assert {word for word in asked if run.has_reached(TrainingStatus(word))} == reached
+
+
+@pytest.mark.anyio
+async def test_a_log_that_is_listed_newest_first_is_read_back_to_the_cursor() -> None:
+    """Records come oldest first, no more are read than needed, and a wrong cursor is an error."""
+    read: list[int] = []
+
+    async def newest() -> AsyncGenerator[LogRecord, None]:
+        for number in (3, 2, 1):
+            read.append(number)
+            yield LogRecord(message="", source="event", cursor=f"c{number}")
+
+    async def cursors(after: str | None) -> tuple[list[str], str | None]:
+        seen = await Observation.from_newest(state("running"), newest(), after)
+        return [record.cursor for record in seen.records], seen.cursor
+
+    assert await cursors(None) == (["c1", "c2", "c3"], "c3")
+    read.clear()
+    assert await cursors("c2") == (["c3"], "c3")
+    assert read == [3, 2]
+    assert await cursors("c3") == ([], "c3")
+    with pytest.raises(ConfigError, match="'c9' is not a cursor"):
+        await cursors("c9")

@@ -17,6 +17,7 @@ from tests.datasets.mutations import faulty_rows
 from tests.datasets.rows import Row, line, rows
 from training_backends import ConfigError, DatasetError, Issue
 from training_backends.core.data_rules import ProviderFormat
+from training_backends.datasets import repair as module
 from training_backends.datasets.check_fast import RowRules
 from training_backends.datasets.inspect import inspect_file
 from training_backends.datasets.provider_formats import LOCAL, MISTRAL, OPENAI, PROVIDER_FORMATS
@@ -547,3 +548,25 @@ def test_duplicates_are_known_when_they_no_longer_fit_into_memory() -> None:
     made = [b"%d" % (number % 60) for number in range(200)]
     with SeenRows() as seen, SeenRows(in_memory=10) as stored:
         assert [seen.add(row) for row in made] == [stored.add(row) for row in made]
+
+
+def test_a_flood_of_blank_lines_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small compressed file can contain any number; those between rows are removed."""
+    monkeypatch.setattr(module, "MOST_BLANK_LINES", 100)
+    row = lines({"text": "a"})
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n" * 100 + row + b" \n" * 100))
+    assert repair(path, tmp_path / "out.jsonl").counts == {"blank_line": 200}
+    path.write_bytes(gzip.compress(row + b"\n" * 101 + row))
+    seen: list[int] = []
+    with pytest.raises(DatasetError) as caught:
+        repair(path, tmp_path / "new.jsonl", on_repair=lambda done: seen.append(done.line))
+    assert [issue.code for issue in caught.value.issues] == ["only_blank_lines"]
+    assert len(seen) == 100
+    assert not (tmp_path / "new.jsonl").exists()
+    monkeypatch.setattr(module, "_MOST_BLANK_BYTES", 50)
+    path.write_bytes(gzip.compress(row + (b" " * 30 + b"\n") * 2))
+    with pytest.raises(DatasetError):
+        repair(path, tmp_path / "new.jsonl")

@@ -20,7 +20,8 @@ from training_backends.core.backend import CredentialSource, Journal
 from training_backends.core.config import TrainingConfig, Tuning
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, StoreError
-from training_backends.core.run import RunState, TrainingRun, ValidationReport
+from training_backends.core.run import RunState, TrainingRun, ValidationReport, utc_now
+from training_backends.credentials.vault import CredentialInfo
 from training_backends.datasets.inspect import inspect
 from training_backends.gateway.job_request import secret_profile
 from training_backends.gateway.store import GatewayStore
@@ -41,10 +42,18 @@ class Secrets:
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str | None], str] = {}
         self.stuck = False
+        self.stored_at = utc_now()
 
     async def set(self, provider: str, secret: Any, profile: str | None = None) -> None:
         """Keep one."""
         self.kept[provider, profile] = secret.get_secret_value()
+
+    async def list(self) -> list[CredentialInfo]:
+        """Return the names of what is kept."""
+        return [
+            CredentialInfo(provider, profile or "default", "keyring", "", self.stored_at)
+            for provider, profile in self.kept
+        ]
 
     async def delete(self, provider: str, profile: str | None = None) -> None:
         """Forget one."""
@@ -330,6 +339,23 @@ async def test_a_key_for_reports_that_a_crash_left_is_deleted_at_the_next_start(
     secrets.stuck = False
     async with site(tmp_path, backend, vault=secrets):
         await until(lambda: not secrets.kept)
+
+
+async def test_a_key_for_reports_whose_job_was_never_stored_is_deleted_at_the_next_start(
+    tmp_path: Path,
+) -> None:
+    """The gateway may end between storing the key and the job; other keys stay."""
+    secrets = Secrets()
+    backend = scripted(integrations=frozenset({"wandb"}))
+    wandb = {"type": "wandb", "project": "p", "api_key": "w" * 40}
+    async with site(tmp_path, backend, vault=secrets) as here:
+        job_id, _ = await here.started(integrations=[wandb])
+    own = {("wandb", secret_profile(job_id)), ("wandb", "job-of-mine"), ("wandb", "team")}
+    await secrets.set("wandb", SecretStr("mine"), "job-of-mine")
+    await secrets.set("wandb", SecretStr("mine"), "team")
+    await secrets.set("wandb", SecretStr("orphan"), secret_profile(str(uuid4())))
+    async with site(tmp_path, backend, vault=secrets):
+        await until(lambda: secrets.kept.keys() == own)
 
 
 class Share(BaseModel):

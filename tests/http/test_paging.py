@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from training_backends import ProtocolError
 from training_backends.http.client import HttpClient
 from training_backends.http.paging import (
     NextPage,
     after_last,
+    first_match,
     next_cursor,
     next_link,
     next_number,
@@ -98,3 +101,30 @@ async def test_what_is_no_list_is_an_error(client: HttpClient, answer_by: Answer
     answer_by(lambda _: StubReply(content=b'{"jobs": []}'))
     with pytest.raises(ProtocolError, match="no list 'data'"):
         [entry async for entry in paged(client, "/jobs")]
+
+
+class Entry(BaseModel):
+    id: str
+
+
+async def test_the_first_match_ends_the_reading(
+    client: HttpClient, answer_by: AnswerBy, server: LoopbackServer
+) -> None:
+    """Entries are parsed, and no page is read after that of the match."""
+    answer_by(listing)
+    listed = partial(
+        paged, client, "/jobs", shape=Entry, query=[("kind", "x")], next_page=next_number()
+    )
+    assert await first_match(listed(), lambda entry: entry.id == "j1") == Entry(id="j1")
+    assert len(server.requests) == 1
+    assert await first_match(listed()) == Entry(id="j0")
+    assert await first_match(listed(), lambda entry: entry.id == "j9") is None
+
+
+async def test_an_entry_that_does_not_fit_is_an_error(
+    client: HttpClient, answer_by: AnswerBy
+) -> None:
+    """The error names the request, the model and the field."""
+    answer_by(lambda _: StubReply(content=b'{"data": [{"id": 7}]}'))
+    with pytest.raises(ProtocolError, match=r"GET http.*/jobs: invalid Entry .* id: "):
+        await first_match(paged(client, "/jobs", shape=Entry))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from training_backends import (
     BackendUnavailable,
@@ -17,7 +17,7 @@ from training_backends import (
 )
 from training_backends.http.auth import KeyHeader, UnsignedRequest
 from training_backends.http.client import HttpClient
-from training_backends.http.upload import FileBody, hash_file
+from training_backends.http.upload import FileBody, FileUpload, hash_file
 from training_backends.http.urls import path_segment
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.server import LoopbackServer, Received, StubReply
@@ -284,4 +284,38 @@ async def test_secrets_of_a_request_are_hidden_in_excerpts(
     with pytest.raises(ProtocolError) as caught:
         await client.json("POST", "/a", body=body, secrets=[token])
     assert "0123456789" not in caught.value.excerpt
+    await client.aclose()
+
+
+class Job(BaseModel):
+    id: str
+
+
+async def test_a_document_is_parsed_by_a_model(
+    server: LoopbackServer, answer_by: AnswerBy, file: Path
+) -> None:
+    """Responses to requests and uploads become models; one that does not fit is an error."""
+    answer_by(lambda _: StubReply(content=b'{"id": "job-1", "more": 1}'))
+    client = HttpClient(server.base_url)
+    assert await client.json("GET", "/jobs/1", shape=Job) == Job(id="job-1")
+    upload = FileUpload(file, fields={"purpose": "fine-tune"})
+    assert await client.upload("/files", upload, shape=Job) == Job(id="job-1")
+    answer_by(lambda _: StubReply(content=b'{"name": "secret-value"}'))
+    with pytest.raises(ProtocolError, match="invalid Job in the response: id: ") as caught:
+        await client.json("GET", "/jobs/1", shape=Job)
+    assert "secret-value" not in str(caught.value)
+    await client.aclose()
+
+
+async def test_a_missing_document_does_not_exist(
+    server: LoopbackServer, answer_by: AnswerBy
+) -> None:
+    """Only the error for a missing document means that; any other is raised."""
+    client = HttpClient(server.base_url)
+    assert await client.exists("/files/1")
+    server.fail(OtherAnswer(status=404))
+    assert not await client.exists("/files/1")
+    server.fail(OtherAnswer(status=400))
+    with pytest.raises(ConfigError):
+        await client.exists("/files/1")
     await client.aclose()

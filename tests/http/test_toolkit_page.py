@@ -5,20 +5,21 @@ import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import parse_qs
 
 import pytest
 from pydantic import SecretStr
 
-from training_backends import TrainingConfig, TrainingRun, plugins
+from tests.pages import DOCS, code_blocks
+from training_backends import TrainingConfig, TrainingRun, TrainingStatus, plugins
+from training_backends.core.run import LogSource
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.journal import MemoryJournal
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 
-PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 KEY = "key-of-the-account-0123456789"
 SIGNATURE = "c2lnbmF0dXJl%2Fwith%2Fslashes"
 NAMES: list[str] = vars(plugins)["__all__"]
@@ -101,8 +102,8 @@ def provider() -> Iterator[ExampleProvider]:
 def page() -> dict[str, Any]:
     """Execute the blocks of the page."""
     names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), names)
+    for block in code_blocks("plugins.md", "python"):
+        exec(compile(block.text, "plugins.md", "exec"), names)
     return names
 
 
@@ -197,8 +198,20 @@ async def test_spent_quota_is_not_asked_for_again(provider: ExampleProvider, api
 
 def test_the_page_lists_every_name() -> None:
     """Each public name of the toolkit is on its page, and nothing else is in its tables."""
-    text = PAGE.read_text()
+    text = (DOCS / "plugins.md").read_text()
     assert [name for name in NAMES if f"`{name}`" not in text] == []
+    assert {*first_cells(text.partition("\n## HTTP\n")[2])} <= set(NAMES)
+
+
+def test_the_page_explains_every_status_and_source() -> None:
+    """The tables of statuses and of log sources are complete."""
+    text = (DOCS / "plugins.md").read_text()
+    statuses, _, sources = text.partition("\n## Log sources\n")
+    assert first_cells(statuses) == [status.value for status in TrainingStatus]
+    assert first_cells(sources.partition("\n## ")[0]) == list(get_args(LogSource))
+
+
+def first_cells(text: str) -> list[str]:
+    """Return the names in the first column of the tables."""
     cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)
-    listed = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    assert listed - set(NAMES) == set()
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]

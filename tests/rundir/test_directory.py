@@ -1,5 +1,6 @@
 """The run directory: what its readers and writers promise each other."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,44 @@ def test_weights_are_relative(
 ) -> None:
     """An epoch is as long as all files together, shared out by weight."""
     assert rows_per_epoch(rows, weights) == expected
+
+
+FULL_DISK = """
+import errno, os, sys
+from pathlib import Path
+from training_backends.core.config import DataSource
+from training_backends.rundir.directory import RunDir, RunSpec
+from training_backends.trainer import process
+
+run = RunDir(Path(sys.argv[1]) / "run")
+train = (DataSource(path=Path("a.jsonl")),)
+run.write_spec(RunSpec(run_id="r", model="m", train=train, training_steps=1))
+
+def fill(*_):
+    with open(Path(sys.argv[1]) / "rest", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass  # until the disk is full
+
+process._train = fill
+sys.stderr = open(Path(sys.argv[1]) / "log.txt", "w", buffering=1)
+code = process.train(run.path)
+record = run.read_exit()
+print(int(code), record.failure.message, run.reserve.exists())
+"""
+
+
+def test_the_end_is_recorded_on_a_full_disk(tmp_path: Path) -> None:
+    """A training that fails on it says why, instead of being lost."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("small file systems cannot be mounted here")
+    done = subprocess.run(
+        [*command, sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split(maxsplit=1)[0] == "1"
+    assert "The disk is full" in done.stdout
+    assert done.stdout.endswith("False\n")

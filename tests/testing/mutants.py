@@ -6,13 +6,14 @@ import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint as yield_once
+from test_tiny_openai import TinySubject
+from tiny_openai import TinyBackend, job_path
 
-from tests.plugins.tiny_openai.tiny_openai import TinyBackend
-from tests.testing.tiny_subject import KEY
 from training_backends import (
     AuthenticationFailed,
     BackendUnavailable,
@@ -35,9 +36,11 @@ from training_backends import (
     TrainingStatus,
     ValidationReport,
 )
-from training_backends.core.backend import JSONValue
+from training_backends.plugins import HttpClient, JSONValue, KeySource
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["MUTANTS", "Mutant", "Paging"]
+
+KEY = TinySubject.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +157,16 @@ def decoding(status: int, make: Callable[[str], Exception]) -> type[TinyBackend]
     """Make a backend that raises another error for a status code."""
 
     class Decoding(TinyBackend):
-        def decode_error(
-            self, code: int, headers: Mapping[str, str], body: bytes
-        ) -> TrainingBackendError:
-            error = super().decode_error(code, headers, body)
-            return make(error.message) if code == status else error  # type: ignore[return-value]
+        def connect(self, key: KeySource) -> HttpClient:
+            http = super().connect(key)
+            usual = http._decode_error
+
+            def decode(code: int, headers: Mapping[str, str], body: bytes) -> Any:
+                error = usual(code, headers, body)
+                return make(error.message) if code == status else error
+
+            http._decode_error = decode
+            return http
 
     return Decoding
 
@@ -176,17 +184,31 @@ def creating(kind: type[Exception], make: Callable[[str], Exception]) -> type[Ti
     return Creating
 
 
+Send = Callable[..., Awaitable[Any]]
+
+
+def sending(send: Callable[..., Awaitable[Any]]) -> type[TinyBackend]:
+    """Make a backend that requests documents with a function, which gets the usual one first."""
+
+    class Sending(TinyBackend):
+        def connect(self, key: KeySource) -> HttpClient:
+            http = super().connect(key)
+            http.json = partial(send, http.json)  # type: ignore[method-assign,assignment]
+            return http
+
+    return Sending
+
+
 def asking(kind: type[Exception], make: Callable[[str], Exception]) -> type[TinyBackend]:
     """Make a backend whose every request raises another error instead of `kind`."""
 
-    class Asking(TinyBackend):
-        async def _ask(self, *args: Any, **call: Any) -> Any:
-            try:
-                return await super()._ask(*args, **call)
-            except kind as error:
-                raise make(str(error)) from error
+    async def send(usual: Send, *args: Any, **request: Any) -> Any:
+        try:
+            return await usual(*args, **request)
+        except kind as error:
+            raise make(str(error)) from error
 
-    return Asking
+    return sending(send)
 
 
 def put(what: str, check: str, kind: type[TinyBackend]) -> None:
@@ -200,12 +222,11 @@ KILLED = "killed_anywhere_makes_one_job"
 FIELDS = "fields_arrive_or_are_rejected"
 
 
-@mutant("the HTTP client repeats the create request", LOST)
-class _(TinyBackend):
-    async def _ask(self, model: Any, method: str, path: str, **call: Any) -> Any:
-        return await super()._ask(model, method, path, **call, repeatable=True)
+async def _repeat(usual: Send, *args: Any, **request: Any) -> Any:
+    return await usual(*args, **{**request, "repeatable": True})
 
 
+put("the HTTP client repeats the create request", LOST, sending(_repeat))
 put(
     "a lost response to create is raised as a rejection",
     LOST,
@@ -255,29 +276,29 @@ put("the job id is not recorded", "launch_makes_one_job", through(_Silent))
 
 
 @mutant("the job is looked for once, although lists lag", "lagging_lists_make_one_job")
-class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
+class _(TinyBackend):
+    async def _find(self, metadata: dict[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return next((job.remote_id for job in jobs if job.run_id == metadata["run"]), None)
 
 
 @mutant("find-or-create outside the journal", "lagging_lists_make_one_job")
 class _(through(_FindFirst)):  # type: ignore[no-redef,misc]
-    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
+    async def _find(self, metadata: dict[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return next((job.remote_id for job in jobs if job.run_id == metadata["run"]), None)
 
 
 @mutant("any job of the same model is taken for ours", "other_jobs_are_not_adopted")
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
+    async def _find(self, metadata: dict[str, str]) -> str | None:
         jobs = await self.list_remote(RemoteFilters())
         return jobs[0].remote_id if jobs else None
 
 
 @mutant("the job is never found", LOST)
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _find_job(self, metadata: Mapping[str, str]) -> str | None:
+    async def _find(self, metadata: dict[str, str]) -> str | None:
         return None
 
 
@@ -407,12 +428,12 @@ TIMES = "times_are_right"
 
 @mutant("only the first page of a log is read", "long_logs_are_complete")
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def _list(self, model: Any, path: str, query: Any = ()) -> AsyncGenerator[Any, None]:
+    async def _list(self, path: str, shape: Any) -> AsyncGenerator[Any, None]:
         count = 0
-        async for item in super()._list(model, path, query):
+        async for item in super()._list(path, shape):
             yield item
             count += 1
-            if count == self.settings.page_size and path.endswith("events"):
+            if count == self.page_size and path.endswith("events"):
                 return
 
 
@@ -522,7 +543,7 @@ class _(TinyBackend):  # type: ignore[no-redef]
     async def logs(
         self, run: TrainingRun, *, after: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord, None]:
-        self._http._policy = replace(self._http._policy, attempts=1)
+        self.http._policy = replace(self.http._policy, attempts=1)
         async for record in super().logs(run, after=after, follow=follow):
             yield record
 
@@ -570,6 +591,54 @@ put(
     TIMES,
     recording(lambda r: {"at": r.at and r.at - timedelta(days=20_000)}),
 )
+
+
+class Paging(TinyBackend):
+    """Sound: returns the log in parts."""
+
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        seen = await super().observe(run, after=after)
+        records = seen.records[:4]
+        if len(records) == len(seen.records):
+            return seen
+        return replace(seen, records=records, cursor=records[-1].cursor, more=True)
+
+
+def parts(change: Callable[[Observation], Observation]) -> type[TinyBackend]:
+    """Make a backend whose parts of a log differ."""
+
+    class Changed(Paging):
+        async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+            return change(await super().observe(run, after=after))
+
+    return Changed
+
+
+MORE = "more_is_reported_while_there_is_more"
+
+put("a part of the log is not marked", MORE, parts(lambda seen: replace(seen, more=False)))
+put("every part of the log is marked", MORE, parts(lambda seen: replace(seen, more=True)))
+put(
+    "only parts of a live log are marked",
+    MORE,
+    parts(lambda seen: replace(seen, more=seen.more and not seen.state.status.is_terminal)),
+)
+
+
+@mutant("the cursor of a part is that of the end", MORE)
+class _(Paging):  # type: ignore[no-redef]
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        end = (await TinyBackend.observe(self, run, after=after)).cursor
+        return replace(await super().observe(run, after=after), cursor=end)
+
+
+@mutant("the cursor of a part is the one that was given", MORE)
+class _(Paging):  # type: ignore[no-redef]
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        seen = await super().observe(run, after=after)
+        return replace(seen, cursor=after) if seen.more else seen
+
+
 put("the result is not named", "ends_are_reported", stating(lambda s: {"result_model": None}))
 put("the reason of a failure is lost", "ends_are_reported", stating(lambda s: {"failure": None}))
 put(
@@ -601,8 +670,9 @@ class _(TinyBackend):  # type: ignore[no-redef]
 
 @mutant("`status` and `observe` disagree", "observation_has_state_and_log")
 class _(TinyBackend):  # type: ignore[no-redef]
-    async def status(self, run: TrainingRun) -> RunState:
-        return (await super().status(run)).model_copy(update={"result_model": "another"})
+    async def observe(self, run: TrainingRun, *, after: str | None = None) -> Observation:
+        seen = await super().observe(run, after=after)
+        return replace(seen, state=seen.state.model_copy(update={"result_model": "another"}))
 
 
 # -- errors ----------------------------------------------------------------------------
@@ -632,13 +702,14 @@ put(
 )
 
 
-@mutant("the key is in the cause of an error", SECRETS)
-class _(TinyBackend):  # type: ignore[no-redef]
-    async def _ask(self, *args: Any, **call: Any) -> Any:
-        try:
-            return await super()._ask(*args, **call)
-        except BackendUnavailable as error:
-            raise error from ValueError(f"GET /?key={KEY}")
+async def _with_cause(usual: Send, *args: Any, **request: Any) -> Any:
+    try:
+        return await usual(*args, **request)
+    except BackendUnavailable as error:
+        raise error from ValueError(f"GET /?key={KEY}")
+
+
+put("the key is in the cause of an error", SECRETS, sending(_with_cause))
 
 
 # -- stop ------------------------------------------------------------------------------
@@ -703,7 +774,7 @@ class _(TinyBackend):  # type: ignore[no-redef]
 @mutant("a second pause fails", PAUSE)
 class _(TinyBackend):  # type: ignore[no-redef]
     async def pause(self, run: TrainingRun) -> None:
-        await self._http.json("POST", self._path(str(run.remote_id), "pause"))
+        await self.http.json("POST", f"{job_path(self.job_id(run))}/pause")
 
 
 # -- declared methods and lists --------------------------------------------------------
@@ -753,7 +824,7 @@ put("the filter by suffix is ignored", "lists_are_filtered", ignoring("suffix"))
 @mutant("only the first page of jobs is listed", "lists_are_complete")
 class _(TinyBackend):  # type: ignore[no-redef]
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        return (await super().list_remote(filters))[: self.settings.page_size]
+        return (await super().list_remote(filters))[: self.page_size]
 
 
 @mutant("only finished jobs are listed", "listed_runs_include_ours")
@@ -769,11 +840,12 @@ CANCEL = "calls_can_be_cancelled"
 HEALTH = "health_reports_problems"
 
 
-@mutant("each call blocks the event loop", "event_loop_stays_free")
-class _(TinyBackend):  # type: ignore[no-redef]
-    async def _ask(self, *args: Any, **call: Any) -> Any:
-        time.sleep(0.3)  # noqa: ASYNC251  # the fault
-        return await super()._ask(*args, **call)
+async def _block(usual: Send, *args: Any, **request: Any) -> Any:
+    time.sleep(0.3)  # noqa: ASYNC251  # the fault
+    return await usual(*args, **request)
+
+
+put("each call blocks the event loop", "event_loop_stays_free", sending(_block))
 
 
 @mutant("cancellation is swallowed", CANCEL)
@@ -815,8 +887,8 @@ class _(TinyBackend):  # type: ignore[no-redef]
 @mutant("each call opens a pool", "connections_are_closed")
 class _(TinyBackend):  # type: ignore[no-redef]
     async def _job(self, job_id: str) -> Any:
-        _kept.append(self._http)
-        self._http = type(self)(self.settings, self._http._key)._http  # type: ignore[arg-type]
+        _kept.append(self.http)
+        self._http = None
         return await super()._job(job_id)
 
 
@@ -843,13 +915,13 @@ class _(TinyBackend):  # type: ignore[no-redef]
 class _(TinyBackend):  # type: ignore[no-redef]
     async def aclose(self) -> None:
         await super().aclose()
-        del self._http
+        del self._key
 
 
 @mutant("an unused backend cannot be closed", "close_is_repeatable")
 class _(TinyBackend):  # type: ignore[no-redef]
     async def aclose(self) -> None:
-        await self._http._client.aclose()  # type: ignore[union-attr]
+        await self._http.aclose()  # type: ignore[union-attr]
 
 
 @mutant("the constructor sends a request", "creation_sends_nothing")
@@ -874,7 +946,7 @@ class _(TinyBackend):  # type: ignore[no-redef]
 @mutant("health raises", HEALTH)
 class _(TinyBackend):  # type: ignore[no-redef]
     async def health(self) -> Health:
-        await self._http.json("GET", "/models")
+        await self.http.json("GET", "/models")
         return Health(ok=True, message="it answers")
 
 

@@ -1,14 +1,13 @@
 """The kit lets a backend that conforms pass, and notices those that do not."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from uuid import uuid4
 
 import anyio
 import pytest
 
+from tests.pages import code_blocks
 from training_backends import (
     Capabilities,
     Estimate,
@@ -215,9 +214,7 @@ async def test_fault_is_noticed(
 
 def test_documented_subject_runs_with_the_plugin(pytester: pytest.Pytester) -> None:
     """The code of the page on testing makes a test of each check, and skips those without hooks."""
-    page = Path(__file__).parents[2] / "docs" / "testing.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    pytester.makepyfile("\n".join(blocks))
+    pytester.makepyfile("\n".join(block.text for block in code_blocks("testing.md", "python")))
     result = pytester.runpytest_inprocess("-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist")
     outcomes = result.parseoutcomes()
     assert sum(outcomes.values()) == len(BackendConformance.checks())

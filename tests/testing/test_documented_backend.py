@@ -2,20 +2,18 @@
 
 import importlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.pages import code_blocks
 from tests.plugins import Install
 from training_backends import Dataset, TrainingBackend, TrainingConfig, backend_class
 from training_backends.core.run import utc_now
 from training_backends.testing.conformance import Subject
 
 pytest_plugins = ["training_backends.testing.pytest"]
-
-PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 class DocumentedSubject(Subject):
@@ -57,7 +55,8 @@ class DocumentedSubject(Subject):
 
 @pytest.fixture
 def documented(install: Install) -> type[TrainingBackend]:
-    (snippet,) = re.findall(r"```python\n(.*?class MyBackend.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = [block.text for block in code_blocks("architecture.md", "python")]
+    (snippet,) = [text for text in blocks if "class MyBackend" in text]
     install("my_package", "mine", snippet + "\n\nPlugin = MyBackend\n")
     importlib.invalidate_caches()
     return backend_class("mine")

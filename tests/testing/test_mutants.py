@@ -3,66 +3,49 @@
 `pytest -v` on this file prints the table of faults, with the check that finds each.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from test_tiny_openai import TinySubject, write_rows
 
 from tests.effort import is_thorough
-from tests.plugins.tiny_openai.tiny_openai import TinyBackend, TinySettings
-from tests.testing.mutants import MUTANTS, Mutant
-from tests.testing.tiny_subject import KEY, TinySubject
-from training_backends import BackendContext, Dataset, TrainingConfig
-from training_backends.datasets.inspect import inspect
+from tests.testing.mutants import MUTANTS, Mutant, Paging
 from training_backends.testing.conformance import BackendConformance
-from training_backends.testing.openai_provider import ScriptedOpenAIProvider
+from training_backends.testing.observe_checks import ObserveChecks
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    rows = [
-        {"messages": [*messages, {"role": "user", "content": str(n)}, messages[1]]}
-        for n in range(10)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TrainingConfig.model_validate(
-        {
-            "model": "gpt-4o-mini-2024-07-18",
-            "data": {"train": path},
-            "hyperparameters": {"epochs": 1, "batch_size": 5},
-        }
-    )
+    write_rows(path)
+    return path
 
 
-@pytest.fixture(scope="module")
-def dataset(config: TrainingConfig) -> Dataset:
-    return inspect(config)
+async def test_log_may_be_returned_in_parts(data: Path) -> None:
+    """A backend that says that there is more passes every check of the log."""
 
+    class Subject(TinySubject):
+        kind = Paging
 
-async def test_sound_backend_passes_every_check(config: TrainingConfig, dataset: Dataset) -> None:
-    """The example backend passes all checks; its subject has every hook, so none is skipped."""
-    report = await BackendConformance(lambda: TinySubject(config, dataset)).run_all()
-    assert report.passed == BackendConformance.checks(), str(report)
+    kit = BackendConformance(lambda: Subject(data))
+    for name in vars(ObserveChecks):
+        if name.startswith("check_"):
+            await kit.run(name)
 
 
 @pytest.mark.timeout(600)  # every check on each fault, where tests are thorough
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.what}: {mutant.check}")
-async def test_fault_is_found(mutant: Mutant, config: TrainingConfig, dataset: Dataset) -> None:
+async def test_fault_is_found(mutant: Mutant, data: Path) -> None:
     """A backend with a single fault fails the check that is made for it."""
 
-    def subject() -> TinySubject:
-        subject = TinySubject(config, dataset, mutant.kind)
-        subject.patience = 2.0
-        return subject
+    class Subject(TinySubject):
+        patience = 2.0
+        kind = mutant.kind
 
-    kit = BackendConformance(subject)
+    kit = BackendConformance(lambda: Subject(data))
     if is_thorough():
         report = await kit.run_all()
         assert f"check_{mutant.check}" in report.failed, str(report)
@@ -77,25 +60,3 @@ def test_faults_differ() -> None:
     assert not [what for what, count in counts.items() if count > 1]
     assert {f"check_{mutant.check}" for mutant in MUTANTS} <= {*BackendConformance.checks()}
     assert len(MUTANTS) >= 60
-
-
-async def test_example_is_created_from_settings_and_credentials(tmp_path: Path) -> None:
-    """The example takes its base URL from its settings and its key from the credentials."""
-
-    class Credentials:
-        async def get(self, provider: str, profile: str | None = None) -> SecretStr:
-            assert (provider, profile) == ("tiny", None)
-            return SecretStr(KEY)
-
-        async def get_all(
-            self, provider: str, profile: str | None = None
-        ) -> Mapping[str, SecretStr]:
-            return {"key": await self.get(provider, profile)}
-
-    with ScriptedOpenAIProvider() as server:
-        server.key = KEY
-        settings = TinySettings(base_url=server.url)
-        context = BackendContext(home=tmp_path, credentials=Credentials(), settings=settings)
-        backend = TinyBackend.create(context)
-        assert (await backend.health()).ok
-        await backend.aclose()

@@ -160,7 +160,7 @@ def _template(file: str, backend: str, capabilities: "Capabilities") -> str:
         file=shlex.quote(file),
         backend=backend,
         model=_MODELS.get(backend, "base-model"),
-        method="sft" if "sft" in methods or not methods else methods[0],
+        method="sft" if "sft" in methods else methods[0],
         methods=", ".join(methods),
         validation="  # validation: validation.jsonl\n" * capabilities.validation_files,
         rest="".join(f"{line}\n" for line in rest),
@@ -184,7 +184,7 @@ def validate(
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
     with located(file, backend):
-        report = with_client(lambda client: client.validate(file.config, backend=name))
+        report = with_client(lambda client: client.validate(file, backend=name))
         issues = file.located(report.issues)
     if json:
         found = report.dataset.files if report.dataset else ()
@@ -240,7 +240,7 @@ def estimate(
     with located(file, backend), CountView(quiet=json) as view:
         found = with_client(
             lambda client: client.estimate(
-                file.config, backend=name, sample=sample, exact=exact, on_counting=view.progress
+                file, backend=name, sample=sample, exact=exact, on_counting=view.progress
             )
         )
     if json:

@@ -14,6 +14,7 @@ __all__ = [
     "complete_key",
     "complete_run",
     "complete_status",
+    "complete_until",
 ]
 
 T = TypeVar("T")
@@ -60,6 +61,11 @@ def complete_status(incomplete: str) -> list[str]:
     from training_backends.core.status import TrainingStatus
 
     return [status for status in TrainingStatus if status.startswith(incomplete)]
+
+
+def complete_until(incomplete: str) -> list[str]:
+    """Return what `wait` can wait for."""
+    return [word for word in ("finished", *complete_status("")) if word.startswith(incomplete)]
 
 
 def complete_key(incomplete: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from training_backends.cli.session import (
     ExactRunArgument,
     JsonOption,
     SetOption,
+    add_ways_on,
     backend_of,
     command,
     exit_with,
@@ -73,7 +74,7 @@ def launch(
         if not await _is_under_way(client, run_id):
             _need_consent(client, name, file.config, yes=yes)
         return await client.launch(
-            file.config,
+            file,
             backend=name,
             run_id=run_id,
             on_progress=view.progress,
@@ -107,15 +108,19 @@ def resume(
 
     A stopped or failed run continues as a new run. Starts a run that has not been started yet.
     """
+    from training_backends import BackendRetired
     from training_backends.core.run import new_run_id
 
     in_place = _given_id(new_id) is None and checkpoint is None
     new_id = new_id or new_run_id()
+    old: TrainingRun | None = None
 
     async def begin(
         client: "AsyncTrainingClient", view: "LaunchView", on_update: "OnUpdate"
     ) -> "TrainingRun":
-        old = await client.status((await client.get(run)).id)
+        nonlocal old
+        old = await client.get(run)
+        old = await client.status(old.id)
         if old.status == "paused":
             if not in_place:
                 raise _continues_in_place(old.id)
@@ -134,7 +139,12 @@ def resume(
 
     again = ["resume", run, "--id", new_id]
     again += ["--checkpoint", checkpoint] if checkpoint else []
-    _run(begin, _Launch(new_id, again), follow=follow, quiet=quiet, json=json)
+    try:
+        _run(begin, _Launch(new_id, again), follow=follow, quiet=quiet, json=json)
+    except BackendRetired as error:
+        if old is not None:
+            add_ways_on(error, old.id, old.config, old.backend)
+        raise
 
 
 @dataclass(slots=True)

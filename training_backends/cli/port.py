@@ -10,6 +10,7 @@ from training_backends.cli.session import JsonOption, command, complete_id, shor
 
 if TYPE_CHECKING:
     from training_backends import AsyncTrainingClient
+    from training_backends.client.config_file import ConfigLike
     from training_backends.client.port import Ported
 
 __all__ = ["port"]
@@ -59,8 +60,9 @@ def port(
     directory = (output.parent if output else Path()).absolute()
 
     async def work(client: "AsyncTrainingClient") -> "Ported":
+        given: ConfigLike
         if file is not None:
-            given, source = file.config, file.backend
+            given, source = file, file.backend
         else:
             run = await client.get(await complete_id(client, config))
             given, source = run.config, run.backend

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from training_backends.cli.completion import complete_backend, complete_run, complete_status
+from training_backends.cli.completion import (
+    complete_backend,
+    complete_run,
+    complete_status,
+    complete_until,
+)
 from training_backends.cli.session import (
     CachedOption,
     ExactRunArgument,
@@ -341,25 +346,37 @@ def wait(
             metavar="RUN", help="Run ids, or unique prefixes.", autocompletion=complete_run
         ),
     ],
+    until: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--until",
+            metavar="STATUS",
+            help="Wait for this status (repeatable).",
+            show_default="finished",
+            autocompletion=complete_until,
+        ),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Maximum seconds to wait.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Wait for runs to finish.
+    """Wait for runs to finish, or to reach a status.
 
-    Exits with the most severe exit code among them.
+    Exits with the most severe exit code among them. A run that completes without reaching the
+    status exits with 6. A run that is past `running` has reached it.
     """
-    from training_backends.cli.exit_codes import exit_code_of_status
+    from training_backends.cli.exit_codes import ExitCode, exit_code_of_status
     from training_backends.cli.views.console import write_json
     from training_backends.cli.views.render import show_run
 
     ids = runs
+    statuses = _statuses(until or ["finished"])
 
     async def stay(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
         nonlocal ids
         ids = list(dict.fromkeys([await complete_id(client, run) for run in runs]))
-        work = partial(client.wait, *ids, timeout=timeout)
+        work = partial(client.wait, *ids, until=until or "finished", timeout=timeout)
         return await (work() if json else _shown_while(client, ids, work))
 
     finished = with_client(stay, interrupted=lambda: keeps_running(*ids))
@@ -369,8 +386,20 @@ def wait(
         for run in finished:
             show_run(run)
     codes = [exit_code_of_status(run.status) for run in finished]
-    # A failed run takes precedence over a cancelled one.
-    raise typer.Exit(min((code for code in codes if code), default=0))
+    if not all(any(map(run.has_reached, statuses)) for run in finished):
+        codes.append(ExitCode.CONFLICT)
+    # A failed run takes precedence over a cancelled one, and both over one that completed.
+    severe = (ExitCode.RUN_FAILED, ExitCode.RUN_CANCELLED, ExitCode.CONFLICT)
+    raise typer.Exit(next((code for code in severe if code in codes), ExitCode.DONE))
+
+
+def _statuses(words: "Sequence[str]") -> "frozenset[TrainingStatus]":
+    from training_backends.core.status import statuses_of
+
+    try:
+        return statuses_of(*words)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--until") from None
 
 
 async def _shown_while(

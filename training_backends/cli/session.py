@@ -15,7 +15,7 @@ from training_backends.cli.completion import complete_backend, complete_run
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from training_backends import AsyncTrainingClient, TrainingRun
+    from training_backends import AsyncTrainingClient, BackendRetired, TrainingConfig, TrainingRun
     from training_backends.cli.exit_codes import Interrupted
     from training_backends.client.config_file import ConfigFile
 
@@ -27,6 +27,7 @@ __all__ = [
     "JsonOption",
     "RunArgument",
     "SetOption",
+    "add_ways_on",
     "backend_of",
     "command",
     "complete_id",
@@ -174,9 +175,7 @@ def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
     try:
         yield
     except BackendRetired as error:
-        if commands := _ways_on(file, backend or file.backend or ""):
-            ways = f"Convert it to another backend: {', '.join(f'`{each}`' for each in commands)}."
-            error.hint = f"{error.hint} {ways}" if error.hint else ways
+        add_ways_on(error, str(file.path), file.config, backend or file.backend or "")
         raise
     except ConfigError as error:
         # A backend given with --backend has no line in the file.
@@ -185,12 +184,21 @@ def located(file: "ConfigFile", backend: str | None) -> Iterator[None]:
         raise
 
 
-def _ways_on(file: "ConfigFile", backend: str) -> list[str]:
-    """Return the commands that convert a configuration to another installed backend."""
+def add_ways_on(
+    error: "BackendRetired", given: str, config: "TrainingConfig", backend: str
+) -> None:
+    """Add the commands that convert a configuration to another installed backend to the hint.
+
+    Args:
+        given: The configuration file or run, as on the command line.
+    """
     from training_backends.client.port import backends_for
 
-    names = with_client(lambda client: backends_for(client, file.config, source=backend))
-    return [command("port", str(file.path), "--to", name) for name in names]
+    names = with_client(lambda client: backends_for(client, config, source=backend))
+    if names:
+        commands = ", ".join(f"`{command('port', given, '--to', name)}`" for name in names)
+        ways = f"Convert it to another backend: {commands}."
+        error.hint = f"{error.hint} {ways}" if error.hint else ways
 
 
 async def complete_id(client: "AsyncTrainingClient", given: str) -> str:

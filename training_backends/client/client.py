@@ -12,7 +12,7 @@ from anyio import from_thread, to_thread
 
 from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.config_file import ConfigLike, to_config
-from training_backends.client.follow import Following
+from training_backends.client.follow import Following, is_reached
 from training_backends.client.journal import (
     Confirm,
     LaunchWatch,
@@ -62,7 +62,7 @@ from training_backends.core.run import (
     utc_now,
 )
 from training_backends.core.settings import Settings, load_settings
-from training_backends.core.status import TrainingStatus
+from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
@@ -448,28 +448,41 @@ class AsyncTrainingClient:
         self._require_open()
         return Watcher(self._store, self._leases, self._poller, on_event=on_event, only=only)
 
-    async def wait(self, *run_ids: str, timeout: float | None = None) -> Sequence[TrainingRun]:
-        """Wait until all of the runs have finished, and return them.
+    async def wait(
+        self,
+        *run_ids: str,
+        until: str | Collection[str] = "finished",
+        timeout: float | None = None,
+    ) -> Sequence[TrainingRun]:
+        """Wait until each of the runs has a status, and return them as they were then.
 
-        A run that is paused is reported in a warning, and waited for like any other.
+        A run that is already past a status up to `running` is not waited for. A run that finishes
+        without reaching any of the statuses is returned too, and reported in a warning, as is a
+        run that is paused; see `TrainingRun.has_reached`.
 
         Args:
+            until: A status such as `running` or `paused`, or several; `finished` stands for
+                `completed`, `failed` and `cancelled`.
             timeout: Maximum seconds to wait; None: no limit.
 
         Raises:
+            ValueError: There is no such status.
             WaitTimeout: The timeout expired; the runs keep running.
             UnsupportedOperation: The launch of a run was interrupted, so it would never finish.
             TrainingBackendError: The provider cannot be reached, and the error is not temporary.
         """
+        wanted = statuses_of(*([until] if isinstance(until, str) else until))
         runs = [await self.get(run_id) for run_id in run_ids]
+        reached: dict[str, TrainingRun] = {}
         with anyio.move_on_after(timeout):
-            await self._following.wait(runs)
-            return [await self.get(run.id) for run in runs]
-        now = [await self.get(run.id) for run in runs]
-        unfinished = {run.id for run in now if not run.status.is_terminal}
-        if not unfinished:
-            return now
-        subject = "1 run is" if len(unfinished) == 1 else f"{len(unfinished)} runs are"
+            await self._following.wait(runs, wanted, reached)
+        left = {run.id for run in runs} - reached.keys()
+        now = {run_id: await self.get(run_id) for run_id in left}
+        reached |= {run.id: run for run in now.values() if is_reached(run, wanted)}
+        left -= reached.keys()
+        if not left:
+            return [reached[run.id] for run in runs]
+        subject = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
         raise WaitTimeout(
             f"Timed out after {timeout:g} s; {subject} still in progress.",
             hint="Wait again with a longer timeout, or check with `status`.",
@@ -645,14 +658,15 @@ class AsyncTrainingClient:
 
         Without unset options, and with the digest of its chat template.
         """
-        found = await to_thread.run_sync(to_config, config)
+        options = None if backend is None else backend.options_model
+        found = await to_thread.run_sync(to_config, config, options)
         if found.chat_template is not None:
             template = await to_thread.run_sync(found.chat_template.pinned)
             found = found.model_copy(update={"chat_template": template})
-        if backend is None or not found.options:
+        if options is None or not found.options:
             return found
-        options = given_options(backend.options_model, found.options)
-        return found.model_copy(update={"options": options})
+        given = given_options(options, found.options)
+        return found.model_copy(update={"options": given})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         if backend is not None and not backend.capabilities.inspects:

@@ -12,15 +12,11 @@ from typing import Any, Final, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import TrainingConfig, absolute_options
 from training_backends.core.errors import ConfigError, Issue, suggest
 from training_backends.core.escape import plural
 
 __all__ = ["ConfigFile", "ConfigLike", "load_config", "to_config"]
-
-ConfigLike = TrainingConfig | Mapping[str, Any] | str | PathLike[str]
-"""A configuration, its fields as a mapping, or the path of its YAML file."""
-
 
 _MOST_NODES = 100_000
 _MOST_BYTES = 4_000_000
@@ -70,12 +66,20 @@ class ConfigFile:
         """Add file and line to issues that only name a field of the configuration."""
         return [self._located(issue) for issue in issues]
 
+    def resolved(self, options: type[BaseModel] | None) -> TrainingConfig:
+        """Return the configuration with the paths in its options resolved, too."""
+        return _resolved(self.config, self._places, options)
+
     def _located(self, issue: Issue) -> Issue:
         location = issue.field.split(".") if issue.field else []
         if issue.path is not None or not location or location[0] not in _FileModel.model_fields:
             return issue
         path, line = self._places.of(location)
         return replace(issue, path=path, line=line)
+
+
+ConfigLike = TrainingConfig | ConfigFile | Mapping[str, Any] | str | PathLike[str]
+"""A configuration, its fields as a mapping, its YAML file, or the path of that file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +98,27 @@ class _Places:
         return str(self.path) if self.path else None, _line(self.root, location)
 
 
-def to_config(config: object) -> TrainingConfig:
-    """Convert any `ConfigLike` to a configuration with absolute data paths.
+def to_config(config: object, options: type[BaseModel] | None = None) -> TrainingConfig:
+    """Convert any `ConfigLike` to a configuration with absolute paths.
 
     Paths in a file are resolved against the file, others against the working directory.
+
+    Args:
+        options: The schema of its options, which may have paths; see `ConfigPath`.
 
     Raises:
         ConfigError: The file or mapping is not a valid configuration.
         TypeError: `config` has another type.
     """
     if isinstance(config, str | PathLike):
-        return load_config(Path(config)).config
+        config = load_config(Path(config))
+    if isinstance(config, ConfigFile):
+        return config.resolved(options)
     places = _Places(None, None, ())
     if isinstance(config, Mapping):
         config, _ = _checked(dict(config), places)
     if isinstance(config, TrainingConfig):
-        return _resolved(config, places)
+        return _resolved(config, places, options)
     kind = type(config).__name__
     raise TypeError(f"config must be a TrainingConfig, a mapping or a path, not {kind}")
 
@@ -154,18 +163,27 @@ def _checked(values: dict[str, Any], places: _Places) -> tuple[TrainingConfig, s
     return config, loaded.backend
 
 
-def _resolved(config: TrainingConfig, places: _Places) -> TrainingConfig:
+def _resolved(
+    config: TrainingConfig, places: _Places, options: type[BaseModel] | None = None
+) -> TrainingConfig:
+    base = places.path.absolute().parent if places.path else Path.cwd()
+    field = "data"
     try:
-        return config.resolved(places.path.absolute().parent if places.path else Path.cwd())
+        config = config.resolved(base)
+        if options is None or not config.options:
+            return config
+        field = "options"
+        absolute = absolute_options(options, config.options, base)
+        return config.model_copy(update={"options": absolute})
     except RuntimeError as error:
         # `~user` for a user that does not exist on this machine.
-        where, line = places.of(["data"])
+        where, line = places.of([field])
         issue = Issue(
             code="no_such_home",
             message=f"cannot expand ~ in a path: {error}",
             path=where,
             line=line,
-            field="data",
+            field=field,
             fix="write the full path",
         )
         raise _error(places.path, issue) from None

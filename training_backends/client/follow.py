@@ -22,10 +22,10 @@ from training_backends.core.errors import (
 )
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
-from training_backends.core.status import TrainingStatus
+from training_backends.core.status import FINISHED, ON_THE_WAY, TrainingStatus
 from training_backends.store import RunStore
 
-__all__ = ["Following"]
+__all__ = ["Following", "is_reached"]
 
 log = get_logger()
 
@@ -100,13 +100,28 @@ class Following:
             return error
         return None
 
-    async def wait(self, runs: Collection[TrainingRun]) -> None:
-        """Return once all of the runs have finished."""
-        await run_all(partial(self._launched, run.id) for run in runs)
-        by_backend: dict[str, list[str]] = {}
+    async def wait(
+        self,
+        runs: Collection[TrainingRun],
+        until: Collection[TrainingStatus],
+        reached: dict[str, TrainingRun],
+    ) -> None:
+        """Return once all of the runs have one of the statuses, are past it, or have finished.
+
+        Args:
+            reached: Receives each run as it was then.
+        """
+        by_backend: dict[str, set[str]] = {}
         for run in runs:
-            by_backend.setdefault(run.backend, []).append(run.id)
-        await run_all(partial(self._ended, name, ids) for name, ids in by_backend.items())
+            if is_reached(run, until, fresh=False):
+                self._note_reached(run, until, reached)
+            else:
+                by_backend.setdefault(run.backend, set()).add(run.id)
+        waiting = [run_id for ids in by_backend.values() for run_id in ids]
+        await run_all(partial(self._launched, run_id) for run_id in waiting)
+        await run_all(
+            partial(self._reached, name, ids, until, reached) for name, ids in by_backend.items()
+        )
 
     async def _stored(self, run_id: str, after: str | None) -> AsyncGenerator[LogRecord, None]:
         while True:
@@ -145,17 +160,36 @@ class Following:
                     return
         await anyio.sleep(backoff.next())
 
-    async def _ended(self, name: str, run_ids: Collection[str]) -> None:
+    async def _reached(
+        self,
+        name: str,
+        run_ids: set[str],
+        until: Collection[TrainingStatus],
+        reached: dict[str, TrainingRun],
+    ) -> None:
+        """Poll runs of one backend until none of `run_ids`, which shrinks, is waited for."""
         poller = self._new_poller(name, only=run_ids)
         backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
+        fresh = FINISHED.issuperset(until)
         await poller.load()
         paused: set[str] = set()
-        while poller.runs:
-            for run in poller.runs.values():
+        while True:
+            for run_id in [*run_ids]:
+                run = poller.runs.get(run_id)
+                if run is None:
+                    run = await to_thread.run_sync(self._store.get, run_id)
+                if is_reached(run, until, fresh=fresh):
+                    self._note_reached(run, until, reached)
+                    run_ids.remove(run_id)
+            if not run_ids:
+                return
+            waiting = [run for run in poller.runs.values() if run.id in run_ids]
+            for run in waiting:
                 await self._require_launch(run)
-            paused = self._report_paused(poller.runs.values(), paused)
+            paused = self._report_paused(waiting, paused)
             try:
-                await poller.poll()
+                await (poller.poll() if fresh else poller.refresh())
+                fresh = True
                 for run in poller.runs.values():
                     error = poller.trouble_of(run.id)
                     # An unreadable response may be a proxy's error page, which is temporary.
@@ -169,6 +203,17 @@ class Following:
                 pause = backoff.next()
             await anyio.sleep(pause)
             await poller.load()
+
+    def _note_reached(
+        self,
+        run: TrainingRun,
+        until: Collection[TrainingStatus],
+        reached: dict[str, TrainingRun],
+    ) -> None:
+        reached[run.id] = run
+        if not any(map(run.has_reached, until)):
+            words = ", ".join(sorted(until))
+            log.warning("run finished before it was in this status", run_id=run.id, status=words)
 
     def _report_paused(self, runs: Collection[TrainingRun], reported: set[str]) -> set[str]:
         """Report newly paused runs, which finish only if they are unpaused; return all of them."""
@@ -211,6 +256,17 @@ class Following:
                 backend=run.backend,
                 run_id=run.id,
             )
+
+
+def is_reached(run: TrainingRun, until: Collection[TrainingStatus], *, fresh: bool = True) -> bool:
+    """Return whether a run has one of the statuses, is past it, or has finished.
+
+    Args:
+        fresh: The record is up to date; otherwise a status that a run may leave again, such as
+            `paused`, does not count.
+    """
+    known = (status for status in until if fresh or status in ON_THE_WAY)
+    return run.status.is_terminal or any(map(run.has_reached, known))
 
 
 def _again(run: TrainingRun) -> str:

@@ -84,6 +84,8 @@ log = get_logger()
 BackendOf = Callable[[str], Awaitable[TrainingBackend]]
 """Returns the backend with a name."""
 
+_PAGES: Final = 100
+"""Parts of a log that are read at once; the next observation continues."""
 _WATCH: Final = "watch"
 """Source of log records that the client adds while observing."""
 
@@ -114,6 +116,7 @@ class Observer:
         """
         await self.require_here(run, "observe")
         backend = await self.backend_of(run.backend)
+        pages = 0
         while True:
             after = await to_thread.run_sync(self._store.provider_cursor, run.id)
             try:
@@ -125,8 +128,12 @@ class Observer:
             except TrainingBackendError as error:
                 await self.unreachable([run], error)
                 raise
-            stored = await self._stored(run, seen, after)
-            if stored is not None:
+            pages += 1
+            more = seen.more and seen.cursor != after
+            # The state follows the log, and the end of a run all of its log.
+            partial = more and (pages < _PAGES or seen.state.status.is_terminal)
+            stored = await self._stored(run, seen, after, partial=partial)
+            if stored is not None and not (more and pages < _PAGES):
                 return stored
 
     async def sees(self, run: TrainingRun) -> bool:
@@ -219,11 +226,17 @@ class Observer:
     # -- results -----------------------------------------------------------------------
 
     async def _stored(
-        self, run: TrainingRun, seen: Observation, after: str | None
+        self, run: TrainingRun, seen: Observation, after: str | None, *, partial: bool
     ) -> TrainingRun | None:
-        """Store an observation; None if another was stored first and ours must be repeated."""
+        """Store an observation; None if another was stored first and ours must be repeated.
+
+        Args:
+            partial: Store only the records: more of them follow, and then the state.
+        """
 
         def change(now: TrainingRun) -> TrainingRun:
+            if partial:
+                return _same(now, run)
             changed = with_state(_same(now, run), seen.state)
             return _stale(changed, self._stalled(changed, utc_now()))
 
@@ -231,14 +244,15 @@ class Observer:
             lambda: self._store.observed(
                 run.id,
                 change,
-                seen.records,
+                _with_times(seen),
                 after=after,
                 cursor=seen.cursor,
-                add_status_record=True,
+                add_status_record=not partial,
+                more=partial,
             )
         )
-        if stored is None:
-            return None
+        if stored is None or partial:
+            return stored
         report_change(run, stored, seen.state)
         if stored.stale is not None and run.stale is None:
             stored = await self._note(stored, lambda now: now, stored.stale.message)
@@ -355,6 +369,17 @@ def report_change(before: TrainingRun, after: TrainingRun, reported: RunState) -
             status=after.status,
             told=reported.raw_status or reported.status,
         )
+
+
+def _with_times(seen: Observation) -> Sequence[LogRecord]:
+    """Return the records of an observation; those without a time happened before the end."""
+    at = utc_now()
+    if seen.state.status.is_terminal and seen.state.finished_at is not None:
+        at = min(at, seen.state.finished_at)
+    return [
+        record if record.at is not None else record.model_copy(update={"at": at})
+        for record in seen.records
+    ]
 
 
 def _same(now: TrainingRun, observed: TrainingRun) -> TrainingRun:

@@ -94,9 +94,11 @@ async def port(
             exists.
         DatasetError: A data file to be converted cannot be read.
     """
-    given = await to_thread.run_sync(to_config, config)
     target = await to_thread.run_sync(client.backend, to)
     origin = await _source(client, source)
+    given = await to_thread.run_sync(
+        to_config, config, None if origin is None else origin.options_model
+    )
     length = await _length(client, given, origin) if _needs_length(given, target) else None
     draft = _port_fields(given, target, origin, model=model, length=length)
     if any(issue.field == "method" for issue in draft.issues()):
@@ -364,9 +366,15 @@ def _port_steps(draft: _Draft, hyper: dict[str, Any], steps: int, length: _Lengt
     # A whole number, which every backend accepts.
     epochs = max(1, round(length.epochs))
     hyper["epochs"] = epochs
-    exact = "" if epochs == length.epochs else f", rounded from {length.epochs:.3g}"
+    exact = "" if epochs == length.epochs else f", rounded from {_apart(length.epochs, epochs)}"
     became = f"{plural(steps, 'step')} became {plural(epochs, 'epoch')}{exact}"
     draft.change(place, f"{became} ({length.basis})")
+
+
+def _apart(value: float, rounded: int) -> str:
+    """Return a number with as few digits, at least 3, as tell it from the rounded one."""
+    texts = (f"{value:.{digits}g}" for digits in range(3, 17))
+    return next((text for text in texts if float(text) != rounded), repr(value))
 
 
 def _port_epochs(

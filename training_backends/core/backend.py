@@ -206,6 +206,14 @@ class RemoteFilters(BaseModel, frozen=True, extra="forbid"):
     model: str | None = None
     suffix: str | None = None
 
+    def accept(self, *, status: TrainingStatus, model: str, suffix: str | None) -> bool:
+        """Return whether a job passes all filters."""
+        return (
+            self.status in {None, status}
+            and self.model in {None, model}
+            and self.suffix in {None, suffix}
+        )
+
 
 class RemoteRun(BaseModel, frozen=True):
     """A job in the provider's list, whoever created it.
@@ -356,6 +364,9 @@ class TrainingBackend(ABC):
             seen = await self.observe(run, after=after)
             for record in seen.records:
                 yield record
+            if seen.more and seen.cursor != after:
+                after = seen.cursor
+                continue
             if seen.state.status.is_terminal or not follow:
                 return
             if seen.records:
@@ -379,7 +390,6 @@ class TrainingBackend(ABC):
                 check `status`.
         """
 
-    @abstractmethod
     async def resume(
         self,
         run: TrainingRun,
@@ -391,11 +401,15 @@ class TrainingBackend(ABC):
         """Continue `run` as `new_run`, from `checkpoint` or the newest one.
 
         The client calls this only if `Capabilities.resumes` allows it; a checkpoint is given only
-        for `checkpoint`.
+        for `checkpoint`. The default is correct for `no` and `anew`: it launches `new_run`.
 
         Raises:
             UnsupportedOperation: The provider cannot resume runs.
         """
+        del run, checkpoint
+        if self.capabilities.resumes != "anew":
+            raise self.unsupported("resume runs")
+        return await self.launch(new_run, journal)
 
     async def pause(self, run: TrainingRun) -> None:
         """Ask the provider to pause the run; return once the request is accepted.

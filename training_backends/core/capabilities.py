@@ -33,7 +33,8 @@ class Capabilities(BaseModel, frozen=True):
     `UnsupportedOperation`.
 
     Attributes:
-        methods: Supported values of `TrainingConfig.method`; empty: the field is not used.
+        methods: Supported values of `TrainingConfig.method`; empty: the field is not used, and only
+            its default is accepted. See `uses_method`.
         tunings: Supported values of `Tuning.kind`; empty: the field `tuning` is not supported.
         hyperparameters: Supported fields of `Hyperparameters`; None: all.
         needs_model: A configuration must have a model.
@@ -56,6 +57,7 @@ class Capabilities(BaseModel, frozen=True):
             trains from the start; or `checkpoint`, from any of its checkpoints.
         downloads: The trained model can be downloaded.
         downloads_checkpoints: Any checkpoint can be downloaded as a model.
+        names_result: Completed runs have a `result_model`.
         samples: The trained model can be prompted.
         deletes: Runs can be deleted.
         lists_remote: All jobs of the account can be listed, whoever created them.
@@ -84,10 +86,16 @@ class Capabilities(BaseModel, frozen=True):
     resumes: Literal["no", "anew", "checkpoint"] = "no"
     downloads: bool = False
     downloads_checkpoints: bool = False
+    names_result: bool = True
     samples: bool = False
     deletes: bool = False
     lists_remote: bool = False
     provider_format: ProviderFormat = ProviderFormat()
+
+    @property
+    def uses_method(self) -> bool:
+        """Whether the backend distinguishes training methods."""
+        return bool(self.methods)
 
 
 def config_issues(
@@ -100,9 +108,11 @@ def config_issues(
     Args:
         backend: Name of the backend, for the messages.
     """
-    methods = capabilities.methods
-    if config.method not in methods and (methods or "method" in _set_fields(config)):
-        yield _unsupported("method", repr(config.method), backend, methods)
+    if capabilities.uses_method:
+        if config.method not in capabilities.methods:
+            yield _unsupported("method", repr(config.method), backend, capabilities.methods)
+    elif "method" in _set_fields(config):
+        yield _unsupported("method", "a method", backend)
     yield from _model_issues(config, capabilities, backend)
     known = capabilities.hyperparameters
     for name in _set_fields(config.hyperparameters):

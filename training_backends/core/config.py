@@ -4,8 +4,9 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from training_backends.core.errors import ConfigError, Issue, suggest, validation_issues
 from training_backends.core.estimate import Budget, Duration
@@ -24,6 +26,7 @@ __all__ = [
     "TINY_POSITIONS",
     "ChatTemplate",
     "ClassifierTarget",
+    "ConfigPath",
     "Data",
     "DataSource",
     "Hyperparameters",
@@ -32,6 +35,7 @@ __all__ = [
     "TrainingConfig",
     "Tuning",
     "WandbIntegration",
+    "absolute_options",
     "given_options",
     "option_issues",
 ]
@@ -377,6 +381,42 @@ class TrainingConfig(_Model):
         if template is not None:
             template = template.model_copy(update=placed(template.path))
         return self.model_copy(update={"data": data, "chat_template": template})
+
+
+class _RelativeToConfig:
+    """Marks a path of `ConfigPath`."""
+
+
+ConfigPath = Annotated[Path, _RelativeToConfig]
+"""A path in a backend's options that is relative to the configuration file, as data paths are."""
+
+
+def absolute_options(
+    model: type[BaseModel], options: Mapping[str, Any], base: Path
+) -> dict[str, Any]:
+    """Return the options with each `ConfigPath`, or list of them, made absolute.
+
+    Args:
+        base: Directory that the paths are relative to.
+
+    Raises:
+        RuntimeError: A path begins with `~user`, and there is no such user.
+    """
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [absolute(each) for each in value]
+        if isinstance(value, str | Path):
+            return str((base / Path(value).expanduser()).absolute())
+        return value  # reported by the model
+
+    paths = {name for name, field in model.model_fields.items() if _has_config_path(field)}
+    return {name: absolute(value) if name in paths else value for name, value in options.items()}
+
+
+def _has_config_path(field: FieldInfo) -> bool:
+    inner = (getattr(each, "__metadata__", ()) for each in get_args(field.annotation))
+    return _RelativeToConfig in (*field.metadata, *chain.from_iterable(inner))
 
 
 def given_options(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import anyio
@@ -15,7 +16,7 @@ from training_backends.core.errors import (
     WaitTimeout,
 )
 
-__all__ = ["TRIES", "asked_pause", "may_pass", "persist", "poll"]
+__all__ = ["TRIES", "asked_pause", "ensure", "may_pass", "persist", "poll", "settle"]
 
 TRIES: Final = 5
 """Maximum attempts, and unreadable responses in a row while polling."""
@@ -107,3 +108,46 @@ async def poll(
             await anyio.sleep(max(growing.next(), asked))
     last = f" (last error: {trouble.message})" if trouble else ""
     raise WaitTimeout(f"Timed out: the provider did not finish {what} within {within:g} s{last}.")
+
+
+async def settle(
+    look: Callable[[], Awaitable[_T | None]], *, within: float, pauses: Backoff | None = None
+) -> _T | None:
+    """Look for the effect of a request without a response, until it would have appeared.
+
+    For the `find` of a journal step. Looks at least twice: lists may lag behind, and a proxy may
+    deliver a request late.
+
+    Args:
+        look: Returns what it has found, or None.
+        within: Seconds to wait between looks in total; then the request no longer takes effect.
+    """
+    growing = pauses or Backoff(_SHORTEST, _LONGEST)
+    left, looked = within, False
+    while (found := await look()) is None:
+        if looked and left <= 0:
+            return None
+        looked = True
+        pause = min(growing.next(), left) if left > 0 else growing.next()
+        await anyio.sleep(pause)
+        left -= pause  # not the time that slow requests take
+    return found
+
+
+async def ensure(
+    reached: Callable[[], Awaitable[bool]], act: Callable[[], Awaitable[object]]
+) -> None:
+    """Act unless the result is reached; safe to repeat. For `stop`, `pause` and `unpause`.
+
+    An error of `act` is ignored if the result is reached all the same: the response was lost, or
+    the provider rejects a change that has just happened by itself.
+    """
+    if await reached():
+        return
+    try:
+        await act()
+    except TrainingBackendError:
+        with suppress(TrainingBackendError):
+            if await reached():
+                return
+        raise

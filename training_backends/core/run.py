@@ -2,7 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,10 +14,10 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import Issue
+from training_backends.core.errors import ConfigError, Issue
 from training_backends.core.estimate import Estimate, Money
 from training_backends.core.redaction import redact
-from training_backends.core.status import TrainingStatus, may_follow
+from training_backends.core.status import ON_THE_WAY, TrainingStatus, may_follow
 
 __all__ = [
     "RUN_ID_PATTERN",
@@ -51,8 +52,10 @@ FailureKind = Literal[
     "lost",
     "timeout",
     "provider",
+    "program",
     "internal",
 ]
+"""Why a run failed; `program` is the user's own program, `internal` a bug or this machine."""
 
 
 def utc_now() -> datetime:
@@ -261,6 +264,21 @@ class TrainingRun(BaseModel, frozen=True):
     last_seen_at: UtcDatetime | None = None
     stale: Staleness | None = None
 
+    def has_reached(self, status: TrainingStatus) -> bool:
+        """Return whether the run has this status, or is past it by its record.
+
+        Only the statuses up to `running` can be passed; any other has been reached only while the
+        run has it.
+        """
+        if self.status is status or status not in ON_THE_WAY:
+            return self.status is status
+        if self.status in ON_THE_WAY:
+            return ON_THE_WAY.index(self.status) > ON_THE_WAY.index(status)
+        if self.status in {TrainingStatus.PAUSED, TrainingStatus.COMPLETED}:
+            return True
+        # It may have failed, or been stopped, before it was started.
+        return status is TrainingStatus.PENDING or bool(self.started_at or self.step)
+
     def updated(self, state: RunState, *, seen_at: datetime | None = None) -> Self:
         """Return the run updated with `state`.
 
@@ -309,7 +327,7 @@ class LogRecord(BaseModel, frozen=True):
 
     Attributes:
         at: When it happened; None if the provider does not report it. The store then uses the
-            time of the observation.
+            time of the observation, or that of the end of the run if it is earlier.
         source: See above. The client adds `status` records that a backend does not log itself.
         step: Optimizer step it belongs to, if any.
         fields: Values, for example `train_loss`; for `source="status"` at least `status`. A
@@ -334,18 +352,44 @@ class Observation:
     A cursor is a position in the log of one run, in a form of the backend's choice that any
     process can continue from. Observing after it returns every later record once, oldest first.
 
-    The observation of a terminal state completes the log: `records` ends with the run's last
-    record, and there are never any after `cursor`.
+    An observation need not contain all records: with `more`, it is continued at once. The
+    observation of a terminal state without `more` completes the log: `records` ends with the run's
+    last record, and there are never any after `cursor`.
 
     Attributes:
-        records: All records after the cursor that was given.
+        records: The records after the cursor that was given.
         cursor: Where the next observation continues: at or after the cursor of the last record,
             and the given cursor if nothing is new; None: the beginning.
+        more: There are already records after `cursor`, which is not the given one. Use it for logs
+            of any length; otherwise all records must be returned.
     """
 
     state: RunState
     records: tuple[LogRecord, ...] = ()
     cursor: str | None = None
+    more: bool = False
+
+    @classmethod
+    async def from_newest(
+        cls, state: RunState, records: AsyncGenerator[LogRecord, None], after: str | None
+    ) -> Self:
+        """Return the observation of a log that the provider lists newest first.
+
+        Reads only as far as necessary.
+
+        Raises:
+            ConfigError: No record has the cursor `after`.
+        """
+        found: list[LogRecord] = []
+        async with aclosing(records):
+            async for record in records:
+                if record.cursor == after:
+                    break
+                found.append(record)
+            else:
+                if after is not None:
+                    raise ConfigError(f"{after[:100]!r} is not a cursor of this run.")
+        return cls(state, tuple(reversed(found)), found[0].cursor if found else after)
 
 
 def _clean_issues(issues: tuple[Issue, ...]) -> tuple[Issue, ...]:

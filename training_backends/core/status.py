@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-__all__ = ["TrainingStatus", "may_follow"]
+__all__ = ["FINISHED", "ON_THE_WAY", "TrainingStatus", "may_follow", "statuses_of"]
 
 
 class TrainingStatus(StrEnum):
@@ -27,12 +27,39 @@ class TrainingStatus(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """Whether the run has finished."""
-        return self in _TERMINAL
+        return self in FINISHED
 
 
-_TERMINAL = frozenset(
+FINISHED = frozenset(
     {TrainingStatus.COMPLETED, TrainingStatus.FAILED, TrainingStatus.CANCELLED},
 )
+"""The terminal statuses."""
+ON_THE_WAY = (
+    TrainingStatus.PENDING,
+    TrainingStatus.VALIDATING,
+    TrainingStatus.READY,
+    TrainingStatus.INITIALIZING,
+    TrainingStatus.RUNNING,
+)
+"""The statuses of a run up to its training, in order."""
+
+
+def statuses_of(*words: str) -> frozenset[TrainingStatus]:
+    """Return the statuses with these names; `finished` stands for all terminal ones.
+
+    Raises:
+        ValueError: There is no such status.
+    """
+    found: set[TrainingStatus] = set()
+    for word in words:
+        if word == "finished":
+            found |= FINISHED
+        elif word in list(TrainingStatus):
+            found.add(TrainingStatus(word))
+        else:
+            known = ", ".join(("finished", *TrainingStatus))
+            raise ValueError(f"{word!r} is not one of: {known}")
+    return frozenset(found)
 
 
 def may_follow(before: TrainingStatus, after: TrainingStatus) -> bool:

@@ -15,6 +15,7 @@ from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import ConfigError, DatasetError, Issue, TrainingBackendError
 from training_backends.core.escape import plural
 from training_backends.datasets.check_fast import RowRules
+from training_backends.datasets.file_report import MOST_BLANK_LINES
 from training_backends.datasets.findings import Finding, too_long
 from training_backends.datasets.open_file import STDIN, Source, opened
 from training_backends.datasets.provider_formats import MISTRAL
@@ -108,6 +109,8 @@ REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
 """Repairs by code, with the label of their count."""
 
 _PIECE: Final = 1 << 20
+_MOST_BLANK_BYTES: Final = 1 << 30
+"""Consecutive bytes of blank lines; a small compressed file can contain any number."""
 _ROUNDS: Final = 4
 """Maximum number of passes over a row."""
 
@@ -219,6 +222,14 @@ def _in_place(path: Path, work: "_Repairing", on_progress: Progress | None) -> R
     return work.result(path, backup)
 
 
+class _Blank(NamedTuple):
+    """Consecutive blank lines."""
+
+    last: int
+    lines: int
+    size: int
+
+
 class _Repairing:
     """One pass over a file."""
 
@@ -235,6 +246,7 @@ class _Repairing:
         self._on_issue = on_issue
         self._seen = SeenRows()
         self._first_crlf = 0
+        self._blank = _Blank(0, 0, 0)
         self._rows = self._written = self._invalid = 0
         self.counts: Counter[str] = Counter()
         self.drop_invalid = False
@@ -298,11 +310,19 @@ class _Repairing:
                 row = row.removeprefix(BOM)
             self._done(number, "byte_order_mark", "removed byte order mark")
         if not row or row.isspace():
-            self._done(number, "blank_line", "removed blank line")
+            self._blank_line(number, len(line))
             return b""
         self._rows += 1
         repaired = self._row(number, row)
         return b"" if repaired is None else repaired + end
+
+    def _blank_line(self, number: int, size: int) -> None:
+        before = self._blank if self._blank.last == number - 1 else _Blank(number, 0, 0)
+        self._blank = _Blank(number, before.lines + 1, before.size + size)
+        if self._blank.lines > MOST_BLANK_LINES or self._blank.size > _MOST_BLANK_BYTES:
+            message = f"more than {MOST_BLANK_LINES:,} blank lines, or 1 GiB of them, in a row"
+            raise _unusable(self._path, "only_blank_lines", message, "check that it is JSON Lines")
+        self._done(number, "blank_line", "removed blank line")
 
     def _row(self, number: int, row: bytes) -> bytes | None:
         """Return the repaired row, or None to remove it."""

@@ -1,13 +1,19 @@
 """Clean-up after a job finishes: its files and its stored keys."""
 
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
+import sqlalchemy as sa
 from pydantic import SecretStr
 
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
+from training_backends.credentials.vault import CredentialInfo
 from training_backends.gateway.files import FileService
-from training_backends.gateway.job_request import secret_profile
+from training_backends.gateway.job_request import job_of_profile, secret_profile
+from training_backends.gateway.schema import jobs
+from training_backends.gateway.store import GatewayStore
 
 __all__ = ["JobEnding", "SecretKeeper"]
 
@@ -16,6 +22,10 @@ log = get_logger()
 
 class SecretKeeper(Protocol):
     """Stores the API key of a job's integration until the job finishes."""
+
+    async def list(self) -> Sequence[CredentialInfo]:
+        """Return the names of stored secrets."""
+        ...
 
     async def set(self, provider: str, secret: str | SecretStr, profile: str | None = None) -> None:
         """Store a secret."""
@@ -38,6 +48,31 @@ class JobEnding:
         await self._files.collect(job.blobs)
         for integration in job.integrations:
             await self.forget(integration["type"], job.id)
+
+    async def forget_orphans(self, store: GatewayStore, *, before: datetime) -> None:
+        """Delete the keys of jobs that were never stored, because the gateway ended in between.
+
+        Args:
+            before: When this gateway started; younger keys may be those of jobs being created.
+        """
+        try:
+            stored = [each for each in await self._secrets.list() if each.source == "keyring"]
+        except TrainingBackendError as error:
+            log.warning("stored keys not checked", reason=error.message)
+            return
+        found = {
+            job_id: each.provider
+            for each in stored
+            if (job_id := job_of_profile(each.profile)) is not None
+            and each.stored_at is not None
+            and each.stored_at < before
+        }
+        if not found:
+            return
+        query = sa.select(jobs.c.id).where(jobs.c.id.in_(found))
+        known = await store.aread(lambda c: c.execute(query).scalars().all())
+        for job_id in found.keys() - {*known}:
+            await self.forget(found[job_id], job_id)
 
     async def forget(self, provider: str, job_id: str) -> None:
         """Delete a job's key; a failure is logged and does not fail the job."""

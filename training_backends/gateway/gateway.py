@@ -20,6 +20,7 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
+from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
@@ -239,6 +240,7 @@ async def _start_jobs(
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
     return JobService(
         store,
         client,

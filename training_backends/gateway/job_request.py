@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from base64 import b32encode
+from base64 import b32decode, b32encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
-__all__ = ["CheckedJob", "check_job", "make_config", "secret_profile"]
+__all__ = ["CheckedJob", "check_job", "job_of_profile", "make_config", "secret_profile"]
 
 
 _PLACES = {"data.train": "training_files", "data.validation": "validation_files"}
@@ -233,6 +233,15 @@ def _integrations(job: CheckedJob, job_id: str) -> tuple[WandbIntegration, ...]:
         )
         for given in job.request.integrations or ()
     )
+
+
+def job_of_profile(profile: str) -> str | None:
+    """Return the job whose own key is stored under a profile, or None."""
+    encoded = profile.removeprefix("job-")
+    try:
+        return str(UUID(bytes=b32decode(encoded.upper() + "=" * (-len(encoded) % 8))))
+    except ValueError:
+        return None
 
 
 def secret_profile(job_id: str) -> str:

@@ -5,16 +5,18 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, TypeVar, overload
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
-from training_backends.core.errors import ProtocolError
+from training_backends.core.errors import ProtocolError, validation_issues
 from training_backends.core.redaction import redact
 
 __all__ = [
     "LARGEST_BODY",
     "Answer",
+    "Model",
     "ServerEvent",
     "Shape",
     "decoded",
@@ -27,6 +29,8 @@ __all__ = [
 
 Shape = Literal["object", "array", "any"]
 """What a JSON response must be."""
+
+Model = TypeVar("Model", bound=BaseModel)
 
 LARGEST_BODY: Final = 64 * 2**20
 """Maximum bytes of a response that is read into memory."""
@@ -61,17 +65,23 @@ class Answer:
     def json(self, shape: Literal["array"]) -> list[Any]: ...
 
     @overload
+    def json(self, shape: type[Model]) -> Model: ...
+
+    @overload
     def json(self, shape: Shape) -> Any: ...
 
-    def json(self, shape: Shape = "object") -> Any:
+    def json(self, shape: Shape | type[BaseModel] = "object") -> Any:
         """Parse the body.
 
         Args:
-            shape: `object`, `array`, or `any`: also a single value, and None for an empty body.
+            shape: `object`, `array`, or `any`: also a single value, and None for an empty body. A
+                model parses an object.
 
         Raises:
             ProtocolError: The body is not such a document.
         """
+        if isinstance(shape, type):
+            return self.parse(shape, self.json())
         if shape == "any" and not self.body.strip():
             return None
         try:
@@ -91,6 +101,21 @@ class Answer:
             hint="Check that the base URL is that of an API, not of a web page or proxy.",
             backend=self.backend,
         )
+
+    def parse(self, model: type[Model], document: Any) -> Model:
+        """Parse a part of the body.
+
+        Raises:
+            ProtocolError: It lacks a required field, or a value is of the wrong type.
+        """
+        try:
+            return model.model_validate(document)
+        except ValidationError as error:
+            places = "; ".join(str(issue) for issue in validation_issues(error))
+            raise ProtocolError(
+                f"{self.request}: invalid {model.__name__} in the response: {places[:400]}.",
+                backend=self.backend,
+            ) from None
 
 
 def _fits(document: Any, shape: Shape) -> bool:

@@ -16,15 +16,17 @@ from urllib.parse import unquote, unquote_plus, urlencode, urljoin, urlsplit
 import anyio
 import anyio.to_thread
 import httpx
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from training_backends.core.errors import (
     PermissionDenied,
     ProtocolError,
+    RunNotFound,
 )
 from training_backends.core.logging import register_secret
 from training_backends.http.answer import (
     Answer,
+    Model,
     ServerEvent,
     Shape,
     decoded,
@@ -94,16 +96,26 @@ class HttpClient(HttpExchange):
 
     @overload
     async def json(
+        self, method: str, path: str, *, shape: type[Model], **request: Unpack[JsonRequest]
+    ) -> Model: ...
+
+    @overload
+    async def json(
         self, method: str, path: str, *, shape: Shape, **request: Unpack[JsonRequest]
     ) -> Any: ...
 
     async def json(
-        self, method: str, path: str, *, shape: Shape = "object", **request: Unpack[JsonRequest]
+        self,
+        method: str,
+        path: str,
+        *,
+        shape: Shape | type[BaseModel] = "object",
+        **request: Unpack[JsonRequest],
     ) -> Any:
         """Send a request and return the JSON document of the response.
 
         Args:
-            shape: What the document must be, see `Answer.json`.
+            shape: What the document must be, or a model to parse it, see `Answer.json`.
             request: See `send`.
 
         Raises:
@@ -112,7 +124,16 @@ class HttpClient(HttpExchange):
             ProtocolError: The response is not JSON of that shape.
             TrainingBackendError: The result of `decode_error` for an error response.
         """
-        return (await self.send(method, path, **request)).json(shape)
+        answer = await self.send(method, path, **request)
+        return answer.json(shape)
+
+    async def exists(self, path: str) -> bool:
+        """Return whether a GET finds something, that is, does not raise `RunNotFound`."""
+        try:
+            await self.send("GET", path)
+        except RunNotFound:
+            return False
+        return True
 
     async def send(
         self,
@@ -230,12 +251,33 @@ class HttpClient(HttpExchange):
 
     # -- files -------------------------------------------------------------------------
 
+    @overload
     async def upload(
-        self, path: str, upload: FileUpload, *, repeatable: bool = False
-    ) -> dict[str, Any]:
-        """POST a file as a form and return the JSON object of the response.
+        self,
+        path: str,
+        upload: FileUpload,
+        *,
+        shape: Literal["object"] = "object",
+        repeatable: bool = False,
+    ) -> dict[str, Any]: ...
+
+    @overload
+    async def upload(
+        self, path: str, upload: FileUpload, *, shape: type[Model], repeatable: bool = False
+    ) -> Model: ...
+
+    async def upload(
+        self,
+        path: str,
+        upload: FileUpload,
+        *,
+        shape: Literal["object"] | type[BaseModel] = "object",
+        repeatable: bool = False,
+    ) -> Any:
+        """POST a file as a form and return the JSON document of the response.
 
         Args:
+            shape: See `json`.
             repeatable: Whether the server deduplicates files by name and content. If so, a
                 failed attempt is repeated from the start; otherwise only if the request cannot
                 have arrived.
@@ -243,7 +285,8 @@ class HttpClient(HttpExchange):
         Raises:
             DatasetError: The file cannot be read, or changed during the upload.
         """
-        return (await self.send_file("POST", path, upload, repeatable=repeatable)).json()
+        answer = await self.send_file("POST", path, upload, repeatable=repeatable)
+        return answer.json(shape)
 
     async def send_file(
         self,

@@ -2,16 +2,30 @@
 
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar, overload
 from urllib.parse import urljoin, urlsplit
 
+from pydantic import BaseModel
+
 from training_backends.core.errors import ProtocolError
-from training_backends.http.answer import Answer
+from training_backends.http.answer import Answer, Model
 from training_backends.http.client import HttpClient
 from training_backends.http.exchange import Query
 
-__all__ = ["NextPage", "Page", "after_last", "next_cursor", "next_link", "next_number", "paged"]
+__all__ = [
+    "NextPage",
+    "Page",
+    "after_last",
+    "first_match",
+    "next_cursor",
+    "next_link",
+    "next_number",
+    "paged",
+]
+
+_T = TypeVar("_T")
 
 _MOST_PAGES: Final = 1000
 """Maximum pages of a list, in case a server never ends it."""
@@ -120,10 +134,37 @@ def _path_of(url: str, page: Page) -> str:
     return f"{path}?{found.query}" if found.query else path
 
 
+@overload
+def paged(
+    http: HttpClient,
+    path: str,
+    *,
+    shape: type[Model],
+    query: Query = (),
+    items: str | None = "data",
+    next_page: NextPage | None = None,
+    identifier: str | None = "id",
+) -> AsyncGenerator[Model, None]: ...
+
+
+@overload
+def paged(
+    http: HttpClient,
+    path: str,
+    *,
+    shape: None = None,
+    query: Query = (),
+    items: str | None = "data",
+    next_page: NextPage | None = None,
+    identifier: str | None = "id",
+) -> AsyncGenerator[Any, None]: ...
+
+
 async def paged(
     http: HttpClient,
     path: str,
     *,
+    shape: type[BaseModel] | None = None,
     query: Query = (),
     items: str | None = "data",
     next_page: NextPage | None = None,
@@ -132,6 +173,7 @@ async def paged(
     """Yield every entry of a list, page by page; consume it under `aclosing`.
 
     Args:
+        shape: A model to parse each entry; None: entries are yielded as they are.
         items: Name of the list in the document; None: the document is the list.
         next_page: `after_last`, `next_cursor`, `next_number`, `next_link` or your own; None:
             there is only one page.
@@ -139,7 +181,8 @@ async def paged(
             does not advance ends; None: entries have no ids.
 
     Raises:
-        ProtocolError: The response has no such list, or more than a thousand pages.
+        ProtocolError: The response has no such list or an invalid entry, or there are more than a
+            thousand pages.
     """
     seen: set[str] = set()
     place, asked = path, query
@@ -162,7 +205,7 @@ async def paged(
             fresh = True
             if known is not None:
                 seen.add(str(known))
-            yield entry
+            yield entry if shape is None else answer.parse(shape, entry)
         following = next_page(page) if next_page and fresh else None
         if following is None:
             return
@@ -175,3 +218,14 @@ async def paged(
         f"GET {path}: the list is too long: more than {_MOST_PAGES} pages.",
         hint="Check that the base URL is that of a server of this protocol.",
     )
+
+
+async def first_match(
+    entries: AsyncGenerator[_T, None], matches: Callable[[_T], bool] = lambda _: True
+) -> _T | None:
+    """Return the first entry of a list that matches, or None; reads no further page."""
+    async with aclosing(entries):
+        async for entry in entries:
+            if matches(entry):
+                return entry
+    return None

@@ -1,5 +1,7 @@
 """Settings that all backends over HTTP share."""
 
+from datetime import timedelta
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from training_backends.core.settings import SectionSettings
@@ -41,6 +43,11 @@ class ServerSettings(SectionSettings):
         if self.poll_max is not None:
             return self.poll_max
         return 2.0 if is_loopback(self.base_url) else 10.0
+
+    @property
+    def poll_interval(self) -> tuple[timedelta, timedelta]:
+        """Shortest and longest polling interval, for `TrainingBackend.poll_interval`."""
+        return timedelta(seconds=self.poll_min), timedelta(seconds=self.longest_poll)
 
     @property
     def settling(self) -> float:

@@ -12,12 +12,14 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
     log.txt         stdout and stderr of the process
+    reserve         space for exit.json on a full disk; exists while the process trains
     stop            asks the process to save a checkpoint and exit; or to suspend the run, which
                     then continues in a new process, as a queued run whose process has died
 """
 
 import json
 import os
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
@@ -52,6 +54,8 @@ __all__ = [
 
 Row = TypeVar("Row", bound=BaseModel)
 
+_RESERVED: Final = 64 * 1024
+"""Bytes; enough for exit.json, its temporary file and an event."""
 _TAIL_BYTES: Final = 16 * 1024
 """About a hundred rows of metrics."""
 
@@ -288,6 +292,7 @@ class RunDir:
         self.result: Path = path / "result"
         self.exit: Path = path / "exit.json"
         self.log: Path = path / "log.txt"
+        self.reserve: Path = path / "reserve"
         self.stop: Path = path / "stop"
 
     def write_spec(self, spec: RunSpec) -> None:
@@ -305,6 +310,14 @@ class RunDir:
             return RunSpec.model_validate_json(self.spec.read_bytes())
         except OSError as error:
             raise ValueError(f"{self.spec.name} cannot be read: {error.strerror}") from error
+
+    def take_reserve(self) -> None:
+        """Take some space, so that the end can be recorded on a disk that is full by then.
+
+        Freed by deleting the file. Does nothing on a disk that is full already.
+        """
+        with suppress(OSError):
+            self.reserve.write_bytes(os.urandom(_RESERVED))  # not zeros, which may take no space
 
     def write_exit(self, record: ExitRecord) -> None:
         """Write how the process ended."""

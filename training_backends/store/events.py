@@ -66,6 +66,7 @@ class Timeline(Database):
         after: str | None,
         cursor: str | None,
         add_status_record: bool = False,
+        more: bool = False,
     ) -> TrainingRun | None:
         """Store one observation of a run: changes, log records after `after`, the new cursor.
 
@@ -74,12 +75,13 @@ class Timeline(Database):
 
         A record without a time gets that of the observation. A record older than the last stored
         one is appended with the last one's time, and keeps its own time in the field `told_at`. The
-        observation that sees the run finished completes its log.
+        observation that sees the run finished completes its log, unless there is `more`.
 
         Args:
             add_status_record: Add a record for a status change that no given record reports.
             change: Receives the current run; must not use the store. If it raises, nothing is
                 stored.
+            more: There are records after `cursor`.
 
         Raises:
             RunNotFound: No run has exactly this id.
@@ -93,7 +95,8 @@ class Timeline(Database):
             if add_status_record:
                 clean = _with_status(connection, row, run, clean)
             _append(connection, row, clean)
-            _mark_complete(connection, row, run)
+            if not more:
+                _mark_complete(connection, row, run)
             return run
 
     def note(

@@ -44,6 +44,7 @@ class ScriptedBackend(TrainingBackend):
         gate: Event that `validate` waits for, or None.
         looks: Ids of the observed runs, in order.
         trouble: Raised by `observe` if set.
+        page: Records of an observation; None: all.
     """
 
     name: ClassVar[str] = "scripted"
@@ -75,6 +76,7 @@ class ScriptedBackend(TrainingBackend):
         self.gate: anyio.Event | None = None
         self.looks: list[str] = []
         self.trouble: TrainingBackendError | None = None
+        self.page: int | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -136,8 +138,10 @@ class ScriptedBackend(TrainingBackend):
         known = [record.cursor for record in log]
         if after is not None and after not in known:
             raise ConfigError(f"{after!r} is not a cursor of run {run.id}.", backend=self.name)
-        records = tuple(log[known.index(after) + 1 if after is not None else 0 :])
-        return Observation(state, records, records[-1].cursor if records else after)
+        new = log[known.index(after) + 1 if after is not None else 0 :]
+        records = tuple(new[: self.page])
+        more = len(records) < len(new)
+        return Observation(state, records, records[-1].cursor if records else after, more)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Start stopping; the back door's `say` ends the job."""

@@ -9,7 +9,7 @@ import anyio
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import ConfigError, RunNotFound
-from training_backends.core.run import LogRecord, TrainingRun, utc_now
+from training_backends.core.run import LogRecord, Observation, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.testing.faults import Disturbance
 from training_backends.testing.subject import Subject, expect, needs
@@ -18,6 +18,8 @@ __all__ = ["ObserveChecks", "unknown_to_provider"]
 
 _CLOCK_SLACK: Final = timedelta(minutes=15)
 """How far the provider's clock may be from ours."""
+_MOST_PARTS: Final = 1000
+"""Observations of a log that `progress` made."""
 _WORD: Final = "half_done"
 """A status that no provider has."""
 
@@ -44,7 +46,8 @@ class ObserveChecks:
         await subject.finish(str(run.remote_id))
         good = await subject.backend.status(run)
         expect(good.status is TrainingStatus.COMPLETED, f"completed, not {good.status}")
-        expect(good.result_model is not None, "the name of the result")
+        if subject.backend.capabilities.names_result:
+            expect(good.result_model is not None, "the name of the result")
         run = await subject.launched()
         await subject.fail(str(run.remote_id))
         bad = await subject.backend.status(run)
@@ -94,7 +97,7 @@ class ObserveChecks:
         """An observation includes the complete log so far; the next one only what is new."""
         run = await subject.launched()
         await subject.finish(str(run.remote_id))
-        seen = await subject.backend.observe(run)
+        *_, seen = await _parts(subject.backend, run)
         expect(seen.state.status.is_terminal, f"the end of the run, not {seen.state.status}")
         expect(await subject.backend.status(run) == seen.state, "the observed state as status")
         again = await subject.backend.observe(run, after=seen.cursor)
@@ -145,13 +148,30 @@ class ObserveChecks:
         count = 2 * subject.page_size + 3
         run = await subject.launched()
         subject.progress(str(run.remote_id), 1)
-        start = await subject.backend.observe(run)
+        start = await _parts(subject.backend, run)
         subject.progress(str(run.remote_id), count)
-        rest = await subject.backend.observe(run, after=start.cursor)
-        expect(len(rest.records) == count, f"{count} new records, not {len(rest.records)}")
-        complete = await subject.backend.observe(run)
-        parts = [*start.records, *rest.records]
-        expect(_texts(complete.records) == _texts(parts), "the same log from the start")
+        rest = await _parts(subject.backend, run, start[-1].cursor)
+        new = _records(rest)
+        expect(len(new) == count, f"{count} new records, not {len(new)}")
+        complete = _records(await _parts(subject.backend, run))
+        expect(_texts(complete) == _texts([*_records(start), *new]), "the same log from the start")
+
+    @needs("progress")
+    async def check_more_is_reported_while_there_is_more(self, subject: Subject) -> None:
+        """An observation has all records, or says that there are more after its cursor."""
+        run = await subject.launched()
+        subject.progress(str(run.remote_id), 2 * subject.page_size + 3)
+        for finished in (False, True):
+            if finished:
+                await subject.finish(str(run.remote_id))
+            parts = await _parts(subject.backend, run)
+            for part in parts[:-1]:
+                rest = await subject.backend.observe(run, after=part.cursor)
+                expect(bool(rest.records), "records after a cursor with `more`")
+            last = await subject.backend.observe(run, after=parts[-1].cursor)
+            expect(not last.records and not last.more, "no records after one without `more`")
+        followed = await _collect(subject.backend, run, follow=True)
+        expect(_texts(followed) == _texts(_records(parts)), "following to read all parts")
 
     @needs("progress")
     async def check_live_run_is_followed_to_its_end(self, subject: Subject) -> None:
@@ -224,12 +244,30 @@ async def _collect(
         return [record async for record in records]
 
 
+async def _parts(
+    backend: TrainingBackend, run: TrainingRun, after: str | None = None
+) -> list[Observation]:
+    """Observe until there is nothing more."""
+    parts: list[Observation] = []
+    while not parts or parts[-1].more:
+        parts.append(await backend.observe(run, after=after))
+        if parts[-1].more:
+            expect(parts[-1].cursor != after, "another cursor where there is more")
+            expect(len(parts) < _MOST_PARTS, f"the log in fewer than {_MOST_PARTS} parts")
+        after = parts[-1].cursor
+    return parts
+
+
+def _records(parts: Sequence[Observation]) -> list[LogRecord]:
+    return [record for part in parts for record in part.records]
+
+
 async def _follow(subject: Subject, kind: Disturbance | None) -> None:
     """Follow a run while it runs, with a disturbance in between if `kind` is given."""
     run = await subject.launched()
     job = str(run.remote_id)
     subject.progress(job, 2)
-    count = len((await subject.backend.observe(run)).records)
+    count = len(_records(await _parts(subject.backend, run)))
     found: list[LogRecord] = []
 
     async def follow() -> None:

@@ -173,6 +173,7 @@ class OpenAIState:
         sends_metrics_data: Whether metrics events have `data`.
         clock: Returns Unix seconds.
         aliases: Names of models that stand for a snapshot.
+        training_files: Ids of all training files ever added, also of those that were lost.
     """
 
     new_file_status = "processed"
@@ -187,6 +188,7 @@ class OpenAIState:
 
     def __init__(self) -> None:
         self.files: dict[str, OpenAIFile] = {}
+        self.training_files: list[str] = []
         self.jobs: dict[str, OpenAIJob] = {}
         self.clock: Callable[[], int] = lambda: int(time.time())
         self._state = RLock()
@@ -207,6 +209,8 @@ class OpenAIState:
                 content=content,
             )
             self.files[file.id] = file
+            if purpose == "fine-tune":
+                self.training_files.append(file.id)
             return file.id
 
     def lose_file(self, file_id: str) -> None:

@@ -9,10 +9,11 @@ from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.run import TrainingRun, new_run_id
-from training_backends.testing.faults import Disturbance
+from training_backends.testing.faults import Disturbance, disturbance
 from training_backends.testing.journal import MemoryJournal
+from training_backends.testing.server import LoopbackServer
 
-__all__ = ["CheckSkipped", "Subject", "Target", "expect", "needs"]
+__all__ = ["CheckSkipped", "LoopbackSubject", "Subject", "Target", "expect", "needs"]
 
 Target = Literal["create", "upload", "read", "any"]
 """The requests that a disturbance affects: those that create a job, upload a file, only read."""
@@ -134,6 +135,49 @@ class Subject(ABC):
         """Launch, and return the record as the client would store it."""
         run = self.run(config)
         return run.updated(await self.backend.launch(run, MemoryJournal(run)))
+
+
+class LoopbackSubject(Subject):
+    """A subject whose provider is a `LoopbackServer`, with the hooks that need nothing else.
+
+    Attributes:
+        server: The provider, already started.
+        key: The API key, which error responses repeat.
+        create_path: End of the path of requests that create a job.
+        upload_path: End of the path of requests that upload a file.
+    """
+
+    server: LoopbackServer
+    key: str
+    create_path: str
+    upload_path: str = "/files"
+
+    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
+        """Inject the fault for this kind."""
+        targets: Mapping[Target, tuple[str | None, str | None]] = {
+            "create": ("POST", self.create_path),
+            "upload": ("POST", self.upload_path),
+            "read": ("GET", None),
+            "any": (None, None),
+        }
+        method, path = targets[on]
+        self.server.fail(disturbance(kind, echo=self.key), method=method, path=path, times=times)
+
+    def heal(self) -> None:
+        """Remove all faults."""
+        self.server.heal()
+
+    def connections(self) -> int:
+        """Count the open connections."""
+        return self.server.open_connections
+
+    def requests(self) -> int:
+        """Count the requests."""
+        return len(self.server.requests)
+
+    def secrets(self) -> Sequence[str]:
+        """Return the key."""
+        return [self.key]
 
 
 _C = TypeVar("_C", bound=Callable[..., Awaitable[None]])

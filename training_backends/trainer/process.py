@@ -47,6 +47,7 @@ def train_admitted(admission: Admission) -> TrainerExitCode:
     before = run.read_exit()
     if before is not None and before.status == "completed":
         return TrainerExitCode.DONE
+    run.take_reserve()
     try:
         record = _train(run, admission)
     except BaseException as error:
@@ -57,10 +58,11 @@ def train_admitted(admission: Admission) -> TrainerExitCode:
     if record.status == "stopped" and admission.stop.suspends:
         # Without an exit.json, whoever observes the run restarts it like any queued one.
         message = f"Suspended at step {record.step}; continues when observed again"
+        run.reserve.unlink(missing_ok=True)
         report_status(run, "queued", message, step=record.step)
         admission.stop.clear()
-        return TrainerExitCode(record.code)
-    _end(run, record)
+    else:
+        _end(run, record)
     return TrainerExitCode(record.code)
 
 
@@ -68,7 +70,8 @@ def _failed(run: RunDir, error: Exception) -> ExitRecord:
     step = max((state.step for _, state in run.read_checkpoints()), default=0)
     if isinstance(error, Stopped):
         return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
-    traceback.print_exception(error)
+    with suppress(OSError):  # log.txt is on the disk that may be full
+        traceback.print_exception(error)
     code = exit_code_of(error)
     failure = failure_of(error)
     if quotes_library(error):
@@ -83,7 +86,9 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     message = record.failure.message if record.failure else record.status
     level = "error" if record.status == "failed" else "info"
     data = {"status": record.status}
-    with suppress(OSError):  # on a full disk, exit.json may still fit
+    with suppress(OSError):
+        run.reserve.unlink(missing_ok=True)
+    with suppress(OSError):  # exit.json matters more
         run.add_event(
             Event(name="status", level=level, message=message, step=record.step, data=data)
         )

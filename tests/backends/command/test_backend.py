@@ -70,7 +70,7 @@ async def test_failure_has_the_exit_code_and_the_last_lines(backend: CommandBack
     assert seen.state.status is TrainingStatus.FAILED
     assert seen.state.raw_status == "exit code 7"
     assert seen.state.failure is not None
-    assert seen.state.failure.kind == "internal"
+    assert seen.state.failure.kind == "program"
     assert seen.state.failure.message == "exit code 7; last output: out | err | last"
 
 
@@ -204,12 +204,14 @@ async def test_only_finished_runs_are_deleted(backend: CommandBackend, tmp_path:
 
 
 async def test_client_runs_a_command_over_any_data(tmp_path: Path) -> None:
-    """Neither model nor method is needed, and data may be a directory or a file of any content."""
+    """Neither model nor method is needed, and data may be a directory or a file of any content.
+
+    The working directory is relative to the configuration file.
+    """
     table = tmp_path / "table.csv"
     table.write_text("a;b\n")
-    config = TrainingConfig.model_validate(
-        {"data": {"train": [table, tmp_path]}, "options": {"command": f"cat {table}"}}
-    )
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {train: [table.csv, .]}\noptions: {command: cat table.csv, cwd: .}\n")
     home = tmp_path / "home"
     backend = CommandBackend(home)
     async with AsyncTrainingClient(home=home, backends={"command": backend}) as client:
@@ -218,3 +220,14 @@ async def test_client_runs_a_command_over_any_data(tmp_path: Path) -> None:
         log = [record.message async for record in client.logs("r")]
     assert run.status is TrainingStatus.COMPLETED
     assert "a;b" in log
+
+
+async def test_a_long_output_is_read_in_parts(backend: CommandBackend) -> None:
+    """Each observation returns a bounded number of lines, and says whether there are more."""
+    run = await launched(backend, shell("seq 12000"))
+    parts = [await ended(backend, run)]
+    while parts[-1].more:
+        parts.append(await backend.observe(run, after=parts[-1].cursor))
+    assert [len(part.records) for part in parts] == [5000, 5000, 2000]
+    lines = [record.message for part in parts for record in part.records]
+    assert lines == [str(number + 1) for number in range(12000)]

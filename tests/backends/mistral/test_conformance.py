@@ -8,21 +8,22 @@ import pytest
 
 from training_backends import Dataset, TrainingConfig
 from training_backends.backends.mistral.backend import MistralAPIBackend
-from training_backends.testing.conformance import Subject
-from training_backends.testing.faults import Disturbance, disturbance
+from training_backends.testing.conformance import LoopbackSubject, Subject
 from training_backends.testing.provider import ScriptedProvider
-from training_backends.testing.subject import Target
 
 pytest_plugins = ["training_backends.testing.pytest"]
 KEY = "test-key"
 
 
-class MistralSubject(Subject):
+class MistralSubject(LoopbackSubject):
     """The backend over the scripted provider."""
+
+    key = KEY
+    create_path = "/v1/fine_tuning/jobs"
 
     def __init__(self, make: Callable[..., MistralAPIBackend], provider: ScriptedProvider) -> None:
         self._make = make
-        self._provider = provider
+        self._provider = self.server = provider
         provider.auto = "validate"
         provider.refuses_similar = False  # the kit launches the same again and again
         self.backend = make()
@@ -43,18 +44,6 @@ class MistralSubject(Subject):
     async def fail(self, remote_id: str) -> None:
         """Let the job fail."""
         self._provider.set_status(remote_id, "FAILED", error="the node went away")
-
-    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
-        method, path = {
-            "create": ("POST", "/v1/fine_tuning/jobs"),
-            "upload": ("POST", "/v1/files"),
-            "read": ("GET", None),
-            "any": (None, None),
-        }[on]
-        self._provider.fail(disturbance(kind, echo=KEY), method=method, path=path, times=times)
-
-    def heal(self) -> None:
-        self._provider.heal()
 
     def uploads(self) -> Sequence[str]:
         return list(self._provider.files)
@@ -77,15 +66,6 @@ class MistralSubject(Subject):
         for _ in range(records):
             step = job.latest_step + 1
             self._provider.add_checkpoint(remote_id, step, train_loss=1.0)
-
-    def connections(self) -> int:
-        return self._provider.open_connections
-
-    def requests(self) -> int:
-        return len(self._provider.requests)
-
-    def secrets(self) -> Sequence[str]:
-        return [KEY]
 
     def lag_lists(self, times: int) -> None:
         self._provider.lists_lag = times

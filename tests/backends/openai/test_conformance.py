@@ -10,22 +10,27 @@ from tests.backends.openai.conftest import KEY
 from training_backends import Dataset, TrainingConfig
 from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.protocols.openai.requests import NebiusFineTuningJobIn
-from training_backends.testing.conformance import BackendConformance, CheckSkipped, Subject
-from training_backends.testing.faults import Disturbance, disturbance
+from training_backends.testing.conformance import (
+    BackendConformance,
+    CheckSkipped,
+    LoopbackSubject,
+    Subject,
+)
 from training_backends.testing.launch_checks import LaunchChecks
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
-from training_backends.testing.subject import Target
 
 pytest_plugins = ["training_backends.testing.pytest"]
 
 
-class OpenAISubject(Subject):
+class OpenAISubject(LoopbackSubject):
     """The backend over the scripted provider."""
+
+    key = KEY
+    create_path = "/fine_tuning/jobs"
 
     def __init__(self, make: Callable[[], OpenAIBackend], provider: ScriptedOpenAIProvider) -> None:
         self._make = make
-        self._provider = provider
-        self._lost: list[str] = []
+        self._provider = self.server = provider
         self.backend = make()
 
     def reopen(self) -> OpenAIBackend:
@@ -46,24 +51,10 @@ class OpenAISubject(Subject):
         """Let the job fail."""
         self._provider.fail_job(remote_id, code="server_error", message="The node went away.")
 
-    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
-        method, path = {
-            "create": ("POST", "/fine_tuning/jobs"),
-            "upload": ("POST", "/files"),
-            "read": ("GET", None),
-            "any": (None, None),
-        }[on]
-        self._provider.fail(disturbance(kind, echo=KEY), method=method, path=path, times=times)
-
-    def heal(self) -> None:
-        self._provider.heal()
-
     def uploads(self) -> Sequence[str]:
-        files = self._provider.files.items()
-        return [*self._lost, *(name for name, file in files if file.purpose == "fine-tune")]
+        return self._provider.training_files
 
     def lose_uploads(self) -> None:
-        self._lost += self.uploads()
         self._provider.files.clear()
 
     def starts(self, remote_id: str) -> int:
@@ -79,15 +70,6 @@ class OpenAISubject(Subject):
         self._provider.set_status(remote_id, "running")
         for number in range(records):
             self._provider.add_event(remote_id, f"Event {number}")
-
-    def connections(self) -> int:
-        return self._provider.open_connections
-
-    def requests(self) -> int:
-        return len(self._provider.requests)
-
-    def secrets(self) -> Sequence[str]:
-        return [KEY]
 
     def lag_lists(self, times: int) -> None:
         self._provider.lists_lag = times

@@ -8,9 +8,7 @@ import pytest
 
 from training_backends import Dataset, TrainingConfig
 from training_backends.backends.together.backend import TogetherBackend
-from training_backends.testing.conformance import Subject
-from training_backends.testing.faults import Disturbance, disturbance
-from training_backends.testing.subject import Target
+from training_backends.testing.conformance import LoopbackSubject, Subject
 from training_backends.testing.together_provider import ScriptedTogetherProvider
 
 pytest_plugins = ["training_backends.testing.pytest"]
@@ -18,14 +16,17 @@ pytest_plugins = ["training_backends.testing.pytest"]
 KEY = "test-key"
 
 
-class TogetherSubject(Subject):
+class TogetherSubject(LoopbackSubject):
     """The backend over the scripted server."""
+
+    key = KEY
+    create_path = "/v1/fine-tunes"
 
     def __init__(
         self, make: Callable[[], TogetherBackend], provider: ScriptedTogetherProvider
     ) -> None:
         self._make = make
-        self._provider = provider
+        self._provider = self.server = provider
         self._lost: list[str] = []
         self.backend = make()
 
@@ -54,18 +55,6 @@ class TogetherSubject(Subject):
         """Let the job be cancelled."""
         self._provider.set_status(remote_id, "cancelled")
 
-    def disturb(self, kind: Disturbance, *, on: Target = "any", times: int = 1) -> None:
-        method, path = {
-            "create": ("POST", "/v1/fine-tunes"),
-            "upload": ("POST", "/v1/files"),
-            "read": ("GET", None),
-            "any": (None, None),
-        }[on]
-        self._provider.fail(disturbance(kind, echo=KEY), method=method, path=path, times=times)
-
-    def heal(self) -> None:
-        self._provider.heal()
-
     def uploads(self) -> Sequence[str]:
         return [*self._lost, *self._provider.files]
 
@@ -89,12 +78,6 @@ class TogetherSubject(Subject):
 
     def connections(self) -> int:
         return self._provider.open_connections + self._provider.storage.open_connections
-
-    def requests(self) -> int:
-        return len(self._provider.requests)
-
-    def secrets(self) -> Sequence[str]:
-        return [KEY]
 
     def lag_lists(self, times: int) -> None:
         self._provider.lists_lag = times

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, Field, PositiveFloat, field_validator
 from training_backends.backends.command.state import CommandDir, CommandSpec
 from training_backends.core.backend import BackendContext, Journal, TrainingBackend
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import Resources, TrainingConfig
+from training_backends.core.config import ConfigPath, Resources, TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import ConfigError, DuplicateRun, Issue, RunNotFound, StoreError
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
@@ -43,6 +44,8 @@ _SUPERVISOR: Final = (
     "-m",
     "training_backends.backends.command.supervisor",
 )
+_PAGE: Final = 5000
+"""Lines of an observation."""
 _FREE: Final = Money.model_validate("0 USD")
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 
@@ -57,8 +60,10 @@ class CommandOptions(BaseModel, frozen=True, extra="forbid"):
     env: dict[str, str] = Field(
         default_factory=dict, description="Environment variables; stored, so no secrets."
     )
-    cwd: Path | None = Field(
-        default=None, description="Working directory; default: that of the launch."
+    cwd: ConfigPath | None = Field(
+        default=None,
+        description="Working directory, relative to the configuration file; default: that of the "
+        "launch.",
     )
     stop_timeout: PositiveFloat = Field(
         default=10.0, description="Seconds between SIGTERM and SIGKILL when the run is stopped."
@@ -108,6 +113,7 @@ class CommandBackend(TrainingBackend):
             weights=True,
             validation_files=True,
             resources=frozenset({"workers", "cpus", "gpus", "max_duration"}),
+            names_result=False,
             resumes="anew",
             deletes=True,
         )
@@ -156,18 +162,6 @@ class CommandBackend(TrainingBackend):
         await journal.step("start", do, find)
         return await self.status(run)
 
-    async def resume(
-        self,
-        run: TrainingRun,
-        new_run: TrainingRun,
-        journal: Journal,
-        *,
-        checkpoint: str | None = None,
-    ) -> RunState:
-        """Run the command again, in a new directory."""
-        del run, checkpoint
-        return await self.launch(new_run, journal)
-
     async def status(self, run: TrainingRun) -> RunState:
         """Read the state without the output."""
         return await to_thread.run_sync(self._read, run)
@@ -194,8 +188,10 @@ class CommandBackend(TrainingBackend):
             )
         end = directory.read_end()  # first: what is written later belongs to the next observation
         state = self._here(directory.read_state(end))
-        records = tuple(directory.read_records(int(after or 0), end))
-        return Observation(state, records, records[-1].cursor if records else after)
+        with closing(directory.read_records(int(after or 0), end)) as lines:
+            records = tuple(islice(lines, _PAGE))
+            more = next(lines, None) is not None
+        return Observation(state, records, records[-1].cursor if records else after, more)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """Ask for a stop: SIGTERM to the command's process group, then SIGKILL."""

@@ -1,6 +1,6 @@
 """Read the state and the output of a command from its directory; see `supervisor` for the files."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -118,7 +118,7 @@ class CommandDir(RunDir):
             changes["result_model"] = self._result()
         return state.model_copy(update=changes)
 
-    def read_records(self, offset: int, end: Exit | None) -> Iterator[LogRecord]:
+    def read_records(self, offset: int, end: Exit | None) -> Generator[LogRecord, None, None]:
         """Yield a record per line of output after byte `offset`, up to the end of the command."""
         for line, after in read_lines(self.log, offset):
             if end is not None and after > end.output:
@@ -148,7 +148,7 @@ class CommandDir(RunDir):
         message = end.message or end.raw_status
         if lines := self._last_lines(end):
             message += f"; last output: {' | '.join(lines)}"
-        return Failure(kind="timeout" if end.reason == "timeout" else "internal", message=message)
+        return Failure(kind="timeout" if end.reason == "timeout" else "program", message=message)
 
     def _last_lines(self, end: Exit) -> list[str]:
         if not end.output:

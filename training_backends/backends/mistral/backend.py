@@ -40,6 +40,7 @@ from training_backends.core.data_rules import Level, ProviderFormat
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import Estimate
+from training_backends.core.persist import ensure
 from training_backends.core.run import (
     Observation,
     RunState,
@@ -49,8 +50,8 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import MISTRAL
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import (
@@ -138,11 +139,7 @@ class MistralAPIBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
-        longest = self._settings.poll_max
-        return (
-            timedelta(seconds=self._settings.poll_min),
-            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
-        )
+        return self._settings.poll_interval
 
     def tolerated_bad_rows(self, config: TrainingConfig) -> float:
         """Return the fraction from the options; the server skips such rows."""
@@ -219,20 +216,11 @@ class MistralAPIBackend(TrainingBackend):
         del save_checkpoint
         with self.errors_of(run):
             job_id = self.job_id(run)
-            if is_ending(await self.api.get_job(job_id)):
-                return
-            try:
-                await self.api.cancel_job(job_id)
-            except TrainingBackendError:
-                # The response was lost, or the job has just ended.
-                if not await self._is_ending(job_id):
-                    raise
 
-    async def _is_ending(self, job_id: str) -> bool:
-        try:
-            return is_ending(await self.api.get_job(job_id))
-        except TrainingBackendError:
-            return False
+            async def ending() -> bool:
+                return is_ending(await self.api.get_job(job_id))
+
+            await ensure(ending, partial(self.api.cancel_job, job_id))
 
     async def resume(
         self,

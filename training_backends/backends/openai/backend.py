@@ -43,6 +43,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import CostItem, Estimate, PriceSource
+from training_backends.core.persist import ensure
 from training_backends.core.run import (
     LogRecord,
     Observation,
@@ -54,8 +55,8 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
@@ -137,11 +138,7 @@ class OpenAIBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
-        longest = self._settings.poll_max
-        return (
-            timedelta(seconds=self._settings.poll_min),
-            super().poll_interval[1] if longest is None else timedelta(seconds=longest),
-        )
+        return self._settings.poll_interval
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate options and values; the server checks the data after the job is created."""
@@ -280,36 +277,18 @@ class OpenAIBackend(TrainingBackend):
         if action != "cancel" and not self._capabilities.pauses:
             raise self.unsupported("pause runs")
         job_id = self.job_id(run)
-        if reached(to_status((await self.api.get_job(job_id)).status)):
-            return
-        try:
-            await self.api.act(job_id, action)
-        except TrainingBackendError as error:
-            # The response was lost, or the job has just changed by itself.
-            if await self._has_reached(job_id, reached):
-                return
-            if isinstance(error, RunNotFound):
-                # The job exists, as seen above, but not the operation.
-                raise self.unsupported(f"{action} a job on this server") from error
-            raise
 
-    async def _has_reached(self, job_id: str, reached: Callable[[TrainingStatus], bool]) -> bool:
-        try:
+        async def has_reached() -> bool:
             return reached(to_status((await self.api.get_job(job_id)).status))
-        except TrainingBackendError:
-            return False
 
-    async def resume(
-        self,
-        run: TrainingRun,
-        new_run: TrainingRun,
-        journal: Journal,
-        *,
-        checkpoint: str | None = None,
-    ) -> RunState:
-        """Train again from the start, on the files that are already uploaded."""
-        del run, checkpoint
-        return await self.launch(new_run, journal)
+        async def act() -> None:
+            try:
+                await self.api.act(job_id, action)
+            except RunNotFound as error:
+                # The job exists, as just seen, but not the operation.
+                raise self.unsupported(f"{action} a job on this server") from error
+
+        await ensure(has_reached, act)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List all jobs; those that do not match the protocol are skipped."""

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import anyio
-
 from training_backends.backends.openai.api import Entry, OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import RUN_KEY, TOKEN_KEY, make_job, shows
 from training_backends.backends.openai.job_state import state_of
@@ -32,7 +30,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.logging import get_logger
-from training_backends.core.persist import persist, poll
+from training_backends.core.persist import persist, poll, settle
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.http.upload import FileUpload, HashedFile, hash_file
@@ -217,20 +215,16 @@ class OpenAILaunch:
         Raises:
             AmbiguousLaunch: Several match, and nothing distinguishes them.
         """
-        pauses, looked = self._pauses(), False
-        # By another process: at an unknown time before now.
-        sent_at = time.monotonic() if self._sent_at is None else self._sent_at
-        while True:
+
+        async def look() -> str | None:
             found = await self._persist(self._ours)
             if len(found) > 1 and not self.settings.sends_metadata:
                 raise _ambiguous(found)
-            if found:
-                return found[-1]  # the oldest
-            # List at least twice: lists may lag behind.
-            if looked and time.monotonic() - sent_at >= self.settings.settling:
-                return None
-            looked = True
-            await anyio.sleep(pauses.next())
+            return found[-1] if found else None  # the oldest
+
+        # By another process: at an unknown time before now.
+        since = 0.0 if self._sent_at is None else time.monotonic() - self._sent_at
+        return await settle(look, within=self.settings.settling - since, pauses=self._pauses())
 
     async def _ours(self) -> list[str]:
         """Return the jobs that this launch created, or may have created; newest first."""

@@ -15,9 +15,9 @@ from training_backends.backends.together.wire import (
     JobPrice,
     ModelLimits,
     UploadedFile,
-    read,
 )
 from training_backends.core.errors import DatasetError, ProtocolError
+from training_backends.http.answer import Answer, Model
 from training_backends.http.client import HttpClient
 from training_backends.http.error_table import ErrorTable
 from training_backends.http.upload import FileBody, HashedFile, Progress
@@ -81,12 +81,12 @@ class TogetherAPI:
 
     async def file(self, file_id: str) -> UploadedFile:
         """Retrieve a file's metadata."""
-        return read(UploadedFile, await self.http.json("GET", f"{_FILES}/{path_segment(file_id)}"))
+        path = f"{_FILES}/{path_segment(file_id)}"
+        return await self.http.json("GET", path, shape=UploadedFile)
 
     async def find_file(self, filename: str, size: int) -> str | None:
         """Return the id of a processed file with this name and size."""
-        for entry in await self._list(_FILES):
-            file = read(UploadedFile, entry)
+        for file in await self._list(_FILES, UploadedFile):
             if (file.filename, file.bytes, file.processing_status) == (filename, size, FILE_READY):
                 return file.id
         return None
@@ -100,15 +100,14 @@ class TogetherAPI:
             RunNotFound: The model cannot be fine-tuned.
         """
         query = [("model_name", model)]
-        return read(ModelLimits, await self.http.json("GET", f"{_JOBS}/models/limits", query=query))
+        path = f"{_JOBS}/models/limits"
+        return await self.http.json("GET", path, query=query, shape=ModelLimits)
 
     async def price(self, job: Mapping[str, Any]) -> JobPrice:
         """Ask for the price of a job, given by its create request."""
         body = {name: value for name, value in job.items() if name in _PRICED}
-        document = await self.http.json(
-            "POST", f"{_JOBS}/estimate-price", body=body, repeatable=True
-        )
-        return read(JobPrice, document)
+        path = f"{_JOBS}/estimate-price"
+        return await self.http.json("POST", path, body=body, repeatable=True, shape=JobPrice)
 
     # -- jobs --------------------------------------------------------------------------
 
@@ -121,39 +120,35 @@ class TogetherAPI:
         Raises:
             BackendUnavailable: `sent` tells whether the job may exist.
         """
-        document = await self.http.json("POST", _JOBS, body=dict(body), secrets=hidden)
-        return read(FineTune, document)
+        return await self.http.json("POST", _JOBS, body=dict(body), secrets=hidden, shape=FineTune)
 
     async def job(self, job_id: str) -> FineTune:
         """Retrieve a job."""
-        return read(FineTune, await self.http.json("GET", _job(job_id)))
+        return await self.http.json("GET", _job(job_id), shape=FineTune)
 
     async def jobs(self) -> list[FineTune]:
         """List all jobs of the account."""
-        return [read(FineTune, entry) for entry in await self._list(_JOBS)]
+        return await self._list(_JOBS, FineTune)
 
     async def events(self, job_id: str) -> list[FineTuneEvent]:
         """List the events of a job, oldest first."""
-        found = [read(FineTuneEvent, entry) for entry in await self._list(f"{_job(job_id)}/events")]
+        found = await self._list(f"{_job(job_id)}/events", FineTuneEvent)
         return sorted(found, key=lambda event: event.created_at)
 
     async def checkpoints(self, job_id: str) -> list[FineTuneCheckpoint]:
         """List the checkpoints of a job by step."""
-        entries = await self._list(f"{_job(job_id)}/checkpoints")
-        found = {
-            entry.step: entry for entry in (read(FineTuneCheckpoint, each) for each in entries)
-        }
+        entries = await self._list(f"{_job(job_id)}/checkpoints", FineTuneCheckpoint)
+        found = {entry.step: entry for entry in entries}
         return [found[step] for step in sorted(found)]
 
     async def metrics(self, job_id: str) -> list[dict[str, Any]]:
         """List the logged metrics of a job, in chronological order."""
-        return await self._list(f"{_job(job_id)}/metrics", "metrics")
+        return _entries(await self.http.send("GET", f"{_job(job_id)}/metrics"), "metrics")
 
     async def cancel(self, job_id: str) -> FineTune:
         """Ask to cancel a job."""
-        return read(
-            FineTune, await self.http.json("POST", f"{_job(job_id)}/cancel", repeatable=True)
-        )
+        path = f"{_job(job_id)}/cancel"
+        return await self.http.json("POST", path, repeatable=True, shape=FineTune)
 
     async def delete(self, job_id: str) -> None:
         """Delete a finished job and its model."""
@@ -168,11 +163,16 @@ class TogetherAPI:
         query = [("ft_id", job_id), ("checkpoint", checkpoint)]
         return await self.http.download("/v1/finetune/download", target, query=query, follow=True)
 
-    async def _list(self, path: str, name: str = "data") -> list[dict[str, Any]]:
-        found = (await self.http.json("GET", path)).get(name) or []
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise ProtocolError(f"GET {path}: the response has no list {name!r}.")
-        return found
+    async def _list(self, path: str, shape: type[Model]) -> list[Model]:
+        answer = await self.http.send("GET", path)
+        return [answer.parse(shape, entry) for entry in _entries(answer, "data")]
+
+
+def _entries(answer: Answer, name: str) -> list[dict[str, Any]]:
+    found = answer.json().get(name) or []
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ProtocolError(f"{answer.request}: the response has no list {name!r}.")
+    return found
 
 
 _PRICED: Final = frozenset(

@@ -59,12 +59,13 @@ from training_backends.core.errors import (
     VaultLocked,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.persist import ensure
 from training_backends.core.run import Observation, RunState, TrainingRun, ValidationReport
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import TOGETHER
+from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.health import server_health
 from training_backends.tokens import count_tokens
 
 __all__ = ["TogetherBackend"]
@@ -141,8 +142,7 @@ class TogetherBackend(TrainingBackend):
     @property
     def poll_interval(self) -> tuple[timedelta, timedelta]:
         """Return the polling interval from the settings."""
-        chosen = self._settings
-        return timedelta(seconds=chosen.poll_min), timedelta(seconds=chosen.longest_poll)
+        return self._settings.poll_interval
 
     # -- before a launch ---------------------------------------------------------------
 
@@ -316,16 +316,7 @@ class TogetherBackend(TrainingBackend):
         del save_checkpoint
         with self.errors_of(run):
             job_id = self.job_id(run)
-            if await self._is_ending(job_id):
-                return
-            try:
-                await self.api.cancel(job_id)
-            except TrainingBackendError:
-                # The response was lost, or the job has just ended.
-                with suppress(TrainingBackendError):
-                    if await self._is_ending(job_id):
-                        return
-                raise
+            await ensure(partial(self._is_ending, job_id), partial(self.api.cancel, job_id))
 
     async def _is_ending(self, job_id: str) -> bool:
         status = to_status((await self.api.job(job_id)).status)

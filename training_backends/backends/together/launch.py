@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import anyio
 from pydantic import SecretStr
 
 from training_backends.backends.together.api import TogetherAPI, require_usable
@@ -27,7 +26,7 @@ from training_backends.core.config import DataSource, TrainingConfig
 from training_backends.core.errors import BudgetExceeded, RunNotFound
 from training_backends.core.estimate import CostItem, Estimate, Money, PriceSource
 from training_backends.core.logging import get_logger
-from training_backends.core.persist import TRIES, persist, poll
+from training_backends.core.persist import TRIES, persist, poll, settle
 from training_backends.core.run import RunState, TrainingRun, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.http.upload import hash_file
@@ -159,16 +158,12 @@ class TogetherLaunch:
     async def _find(self) -> JSONValue:
         """Look for our job until a late create request would have created it."""
         self._unsure = True
-        pauses, rested = self._pauses(), 0.0
-        while True:
-            if ours := await self._persist(self._ours):
-                return ours[0].id
-            # List at least twice: lists may lag behind.
-            if rested >= self.settings.settling:
-                return None
-            pause = min(pauses.next(), self.settings.settling)
-            await anyio.sleep(pause)
-            rested += pause
+
+        async def look() -> str | None:
+            ours = await self._persist(self._ours)
+            return ours[0].id if ours else None
+
+        return await settle(look, within=self.settings.settling, pauses=self._pauses())
 
     async def _ours(self) -> list[FineTune]:
         """Return the jobs of this run, oldest first."""

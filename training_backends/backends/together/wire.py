@@ -4,13 +4,10 @@ Unknown fields are ignored, and whatever the client can do without is optional: 
 of the official SDK and its hand-written ones differ.
 """
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
-
-from training_backends.core.errors import ProtocolError, validation_issues
+from pydantic import AfterValidator, BaseModel, Field
 
 __all__ = [
     "LARGEST_FILE",
@@ -23,7 +20,6 @@ __all__ = [
     "JobPrice",
     "ModelLimits",
     "UploadedFile",
-    "read",
 ]
 
 LONGEST_SUFFIX: Final = 40
@@ -32,8 +28,6 @@ LARGEST_FILE: Final = 5 * 2**30
 """Bytes; larger files need the multipart upload, which this client does not use."""
 NANODOLLAR: Final = 1_000_000_000
 """`total_price` of a job is in billionths of a dollar; that of an estimate is in dollars."""
-
-_M = TypeVar("_M", bound=BaseModel)
 
 
 def _aware(value: datetime) -> datetime:
@@ -145,18 +139,3 @@ class JobPrice(BaseModel):
     def is_allowed(self) -> bool:
         """Whether the account may start the job."""
         return self.allowed_to_proceed is not False
-
-
-def read(model: type[_M], document: Mapping[str, Any]) -> _M:
-    """Read a response.
-
-    Raises:
-        ProtocolError: It lacks a required field, or a value is of the wrong type.
-    """
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        places = "; ".join(str(issue) for issue in validation_issues(error))
-        raise ProtocolError(
-            f"Together's response is not a valid {model.__name__.lower()}: {places[:400]}."
-        ) from None

@@ -160,7 +160,10 @@ def show_estimate(estimate: Estimate, out: Console | None = None) -> None:
         rows.append(("epochs", f"{estimate.epochs:.4g}"))
     rows.extend(_cost_rows(estimate))
     duration = format_duration(estimate.duration) if estimate.duration else "unknown"
-    rows.extend((("duration", duration), ("method", estimate.basis)))
+    rows.append(("duration", duration))
+    numbers = (estimate.data_tokens, estimate.train_tokens, estimate.steps, estimate.duration)
+    if estimate.totals or any(number is not None for number in numbers):
+        rows.append(("method", estimate.basis))
     rows.extend(("difference", text) for text in estimate.differences)
     rows.extend(("note", note) for note in estimate.notes)
     show_fields(rows, out)
