@@ -59,6 +59,14 @@ for _name, _parent, _examples, _steps in (
 hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses another
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of a pretrained model, which take minutes, unless `-m` asks for them."""
+    if "model" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_collection_finish() -> None:
     """Spare every collection of garbage the search through all modules, torch among them."""
     gc.collect()
