@@ -81,6 +81,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 chaos: $(VENV)/.dev ## Break a launch in every way and at every moment (about half an hour)
 	$(BIN)/python benchmarks/twins.py
 	$(BIN)/python benchmarks/chaos.py
+	for wire in openai azure together; do $(BIN)/python benchmarks/chaos.py --few --backend $$wire || exit 1; done
 
 lock: ## Resolve every dependency anew into requirements.lock
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

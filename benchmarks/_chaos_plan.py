@@ -1,5 +1,6 @@
 """The trials of the chaos benchmark."""
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _PAGE: Final = _answer(
     "200 OK", "text/html", "<!doctype html><title>Network</title><p>Please sign in first."
 )
 
+_TWICE: Final = Fault("after", "twice")
+
 FAULTS: Final[Mapping[str, Sequence[Fault]]] = {
     "kill": [Fault("before", "kill"), Fault("after", "kill"), Fault("during", "kill")],
     "reset": [Fault("before", "reset"), Fault("after", "reset"), Fault("during", "reset")],
@@ -46,7 +49,7 @@ FAULTS: Final[Mapping[str, Sequence[Fault]]] = {
     "broken JSON": [Fault("after", "halve"), Fault("after", "cut")],
     "HTML 200": [Fault("before", "reply", _PAGE), Fault("after", "reply", _PAGE)],
     "slow bytes": [Fault("after", "drip")],
-    "sent twice": [Fault("after", "twice")],
+    "sent twice": [_TWICE],
 }
 """By kind, the faults injected into every single request of a launch."""
 _STOPS: Final[Sequence[Fault]] = [
@@ -54,7 +57,6 @@ _STOPS: Final[Sequence[Fault]] = [
     Fault("during", "stop server"),
     Fault("after", "stop server"),
 ]
-_CREATE: Final = "POST fine_tuning/jobs"
 KINDS: Final = (
     *FAULTS,
     "in a row",
@@ -64,6 +66,7 @@ KINDS: Final = (
     "twins",
     "server",
     "doubt",
+    "lists",
     "late",
     "engine",
 )
@@ -77,7 +80,8 @@ class Trial:
         writes: For each launch in turn, the write to the store at which it is killed.
         wait_write: The write to the store at which `wait` is killed before it is repeated.
         twins: Whether two processes launch the run at the same time.
-        lag: Seconds for which the gateway's lists omit new objects.
+        lag: Seconds for which the server's lists omit new objects.
+        doubles: Whether a second job may have been created, if it was cancelled.
         engine: Whether a real model is trained.
     """
 
@@ -88,6 +92,7 @@ class Trial:
     wait_write: str | None = None
     twins: bool = False
     lag: float = 0.0
+    doubles: bool = False
     engine: bool = False
 
 
@@ -98,11 +103,13 @@ class Clean:
     Attributes:
         writes: Number of writes to the store by the launch.
         wait_writes: Number of writes by the `wait` that follows.
+        create: Name of the requests that create a job.
     """
 
     requests: Sequence[Seen]
     writes: int
     wait_writes: int
+    create: str
 
 
 def _singles(kind: str, requests: Sequence[Seen]) -> Iterator[Trial]:
@@ -114,19 +121,21 @@ def _singles(kind: str, requests: Sequence[Seen]) -> Iterator[Trial]:
                 yield Trial(kind, name, (Injection(fault, number),))
 
 
-def _rows(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
+def _rows(
+    rng: random.Random, requests: Sequence[Seen], faults: Mapping[str, Sequence[Fault]]
+) -> Iterator[Trial]:
     """The same fault several times in a row, up to more often than the client retries."""
-    for kind, faults in FAULTS.items():
-        for fault in faults:
+    for kind, each in faults.items():
+        for fault in each:
             for times in (2, 4, 7):
                 start = rng.randrange(len(requests))
                 name = f"{times} times {kind}, {fault.effect} {fault.when}, from request {start}"
                 yield Trial("in a row", name, in_row(fault, start, times))
 
 
-def _storms(rng: random.Random) -> Iterator[Trial]:
+def _storms(rng: random.Random, faults: Mapping[str, Sequence[Fault]]) -> Iterator[Trial]:
     """Random faults at random requests."""
-    every = [fault for faults in FAULTS.values() for fault in faults]
+    every = [fault for each in faults.values() for fault in each]
     for number in range(40):
         plan = tuple(Injection(rng.choice(every), rng.randrange(8)) for _ in range(6))
         yield Trial("storm", f"storm {number}", plan)
@@ -170,26 +179,41 @@ def _servers(rng: random.Random, requests: Sequence[Seen]) -> Iterator[Trial]:
         yield Trial("server", f"either side killed, {number}", plan)
 
 
-def _doubts() -> Iterator[Trial]:
+def _doubts(create: str, *, hosted: bool) -> Iterator[Trial]:
     """The outcome of a create is unknown for a while, because lists lag or the create is late."""
     lost = [Fault("after", effect) for effect in ("reset", "kill", "silence")]
+    # Longer than the client waits for a lost create. A gateway rejects a second job; a hosted
+    # service creates it, and it must be cancelled.
+    longest, doubles = 6.0, hosted
     for fault in lost:
-        for lag in (0.5, 2.0, 6.0):
+        lose = Injection(fault, only=create)
+        for lag in (0.5, 2.0, longest):
             name = f"{fault.effect} after create, lists {lag:g} s behind"
-            yield Trial("doubt", name, (Injection(fault, only=_CREATE),), lag=lag)
+            yield Trial("doubt", name, (lose,), lag=lag, doubles=doubles and lag == longest)
     for effect, reply in (("429", _429), ("500", _500)):
-        rejections = (Injection(Fault("before", "reply", reply), only=_CREATE),) * 4
+        rejections = (Injection(Fault("before", "reply", reply), only=create),) * 4
         for fault in lost:
             name = f"{fault.effect} after create, lists 6 s behind, then {effect} to creates"
-            yield Trial("doubt", name, (Injection(fault, only=_CREATE), *rejections), lag=6.0)
-        late = Injection(Fault("before", "late"), only=_CREATE)
-        yield Trial("doubt", f"late create, then {effect} to creates", (late, *rejections))
+            plan = (Injection(fault, only=create), *rejections)
+            yield Trial("doubt", name, plan, lag=longest, doubles=doubles)
+        late = (Injection(Fault("before", "late"), only=create), *rejections)
+        yield Trial("doubt", f"late create, then {effect} to creates", late)
 
 
-def _lates(requests: Sequence[Seen]) -> Iterator[Trial]:
+def _lists(create: str) -> Iterator[Trial]:
+    """The response to a create is lost, and then those to the requests that look for its job."""
+    lost = itertools.cycle(Fault("after", effect) for effect in ("reset", "kill", "silence"))
+    for kind, faults in FAULTS.items():
+        for times, fault in zip((1, 3), lost, strict=False):
+            name = f"{fault.effect} after create, then {times} times {kind}"
+            plan = (Injection(fault, only=create), *(Injection(faults[-1]),) * times)
+            yield Trial("lists", name, plan)
+
+
+def _lates(requests: Sequence[Seen], *, hosted: bool) -> Iterator[Trial]:
     """A request with a side effect arrives after the client has given up."""
     for number, request in enumerate(requests):
-        if request.method == "POST":
+        if request.method == "POST" and not (hosted and request.name == "POST files"):
             for copy in range(4):
                 name = f"late request {number} ({request.name}), {copy}"
                 yield Trial("late", name, (Injection(Fault("before", "late"), number),))
@@ -205,34 +229,50 @@ def _engines(requests: Sequence[Seen]) -> Iterator[Trial]:
                 yield Trial("engine", name, plan, engine=True)
 
 
-def few(clean: Clean) -> Iterator[Trial]:
+def few(clean: Clean, *, hosted: bool) -> Iterator[Trial]:
     """A few trials at the most critical points."""
-    chosen = {
-        "files": [Fault("during", "kill")],
-        "jobs": [Fault("after", "kill")],
-        "start": [Fault("after", "kill")],
-    }
-    for number, request in enumerate(clean.requests):
-        if request.method == "POST":
-            for fault in chosen.pop(request.path.rpartition("/")[2], ()):
-                name = f"{fault.effect} {fault.when} request {number} ({request.name})"
-                yield Trial("few", name, (Injection(fault, number),))
+    numbered = list(enumerate(clean.requests))
+    upload = next(number for number, request in numbered if request.is_upload)
+    plans = [("kill during the first upload", Injection(Fault("during", "kill"), upload))]
+    plans += [("kill after the create", Injection(Fault("after", "kill"), only=clean.create))]
+    for number, request in numbered:
+        if request.path.endswith("/start"):
+            plans += [("kill after the start", Injection(Fault("after", "kill"), number))]
+    for name, injection in plans:
+        yield Trial("few", name, (injection,))
+    if hosted:
+        for when in ("before", "after"):
+            plan = (Injection(Fault(when, "reply", _500), only=clean.create),)
+            yield Trial("few", f"500 {when} the create, lists 1 s behind", plan, lag=1.0)
     middle = clean.writes // 2
     yield Trial("few", f"killed after write {middle}", writes=(f"after:{middle}",))
 
 
-def planned(seed: int, clean: Clean) -> list[Trial]:
-    """Return all trials; the random ones are determined by the seed."""
+def planned(seed: int, clean: Clean, *, hosted: bool) -> list[Trial]:
+    """Return all trials; the random ones are determined by the seed.
+
+    Args:
+        hosted: The server is a scripted provider, which loses its state when it is killed.
+    """
     rng = random.Random(seed)
-    requests = clean.requests
+    requests, faults = clean.requests, FAULTS
     trials = [trial for kind in FAULTS for trial in _singles(kind, requests)]
-    trials += _rows(rng, requests)
-    trials += _storms(rng)
+    if hosted:
+        # Files have no idempotency keys: one that a proxy uploads twice, or late, is stored twice.
+        trials = [one for one in trials if one.kind != "sent twice"]
+        plan = (Injection(_TWICE, only=clean.create),)
+        trials.append(Trial("sent twice", "twice after the create", plan, doubles=True))
+        faults = {kind: faults for kind, faults in FAULTS.items() if kind != "sent twice"}
+    trials += _rows(rng, requests, faults)
+    trials += _storms(rng, faults)
     trials += _stores(rng, clean.writes)
     trials += _waits(clean.wait_writes)
     trials += _twins(requests)
-    trials += _servers(rng, requests)
-    trials += _doubts()
-    trials += _lates(requests)
-    trials += _engines(requests)
+    trials += _doubts(clean.create, hosted=hosted)
+    trials += _lates(requests, hosted=hosted)
+    if hosted:
+        trials += _lists(clean.create)
+    else:
+        trials += _servers(rng, requests)
+        trials += _engines(requests)
     return trials

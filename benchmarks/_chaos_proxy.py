@@ -8,6 +8,7 @@ proxy's record does not.
 import hashlib
 import json
 import random
+import re
 import socket
 import struct
 import time
@@ -41,6 +42,10 @@ Effect = Literal[
 _BLOCK: Final = 16 * 1024
 _PIECES: Final = 40
 _PIECE_PAUSE: Final = 0.03
+_BASE: Final = re.compile(r"^/(openai/)?(v1/)?")
+_SHORTEST_ID: Final = 20
+"""Characters; words of a path are shorter."""
+_LISTS: Final = ("/files", "/jobs", "/fine-tunes")
 _LATE: Final = (0.0, 3.0)
 """Delay range in seconds, in which a client that gave up searches for its job and retries."""
 
@@ -81,7 +86,7 @@ class Seen:
         fault: The injected fault, if any.
         status: The server's response status, even if the client did not receive it; None if the
             request was not forwarded completely.
-        content: SHA-256 of the uploaded file.
+        content: SHA-256 of the file or part that it carries.
     """
 
     method: str
@@ -98,13 +103,14 @@ class Seen:
     @property
     def name(self) -> str:
         """Method and path, with ids replaced by `ID`."""
-        words = self.path.removeprefix("/v1/").split("/")
-        return f"{self.method} {'/'.join('ID' if len(word) == 36 else word for word in words)}"
+        words = _BASE.sub("", self.path).split("/")
+        named = ("ID" if len(word) >= _SHORTEST_ID else word for word in words)
+        return f"{self.method} {'/'.join(named)}"
 
     @property
     def is_upload(self) -> bool:
-        """Whether this is a file upload."""
-        return self.name == "POST files"
+        """Whether this uploads a file or a part of one."""
+        return self.content is not None
 
     def __str__(self) -> str:
         """Return one line for the log of a trial."""
@@ -252,14 +258,14 @@ class Proxy:
             head = await buffered.receive_until(b"\r\n\r\n", 64 * 1024) + b"\r\n\r\n"
             answer = head + await buffered.receive_exactly(_length(head))
         request.seen.status = int(answer.split(b" ", 2)[1])
-        if request.seen.is_upload:
-            request.seen.content = _content(bytes(request.body))
+        if request.body:
+            request.seen.content = _content(request.seen.method, bytes(request.body))
         return self._lagging(request.seen, answer) if self.lag else answer
 
     def _lagging(self, seen: Seen, answer: bytes) -> bytes:
         """Omit recently created objects from a list."""
         head, _, body = answer.partition(b"\r\n\r\n")
-        if seen.status != 200 or not seen.path.endswith(("/files", "/jobs")):
+        if seen.status not in {200, 201} or not seen.path.endswith(_LISTS):
             return answer
         document = json.loads(body)
         if seen.method == "POST":
@@ -345,8 +351,10 @@ def _with_length(head: bytes, length: int) -> bytes:
     return b"\r\n".join([*lines, b"Content-Length: %d" % length, b"", b""])
 
 
-def _content(form: bytes) -> str | None:
-    """Return the SHA-256 of the file in a multipart form."""
+def _content(method: str, form: bytes) -> str | None:
+    """Return the SHA-256 of the file in a multipart form, or of one that is sent as it is."""
+    if method == "PUT":
+        return hashlib.sha256(form).hexdigest()
     boundary = form.partition(b"\r\n")[0]
     for part in form.split(b"\r\n" + boundary):
         head, _, content = part.partition(b"\r\n\r\n")

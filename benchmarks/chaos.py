@@ -1,15 +1,18 @@
 """Launch runs under fault injection and count what goes wrong.
 
-    python benchmarks/chaos.py [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
+    python benchmarks/chaos.py [--backend mistral|openai|azure|together]
+        [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
 
 A trial is one run: `training-backends launch CONFIG --id ID --yes`, in its own home and through a
-proxy in front of a gateway, is repeated until it succeeds; then `wait` must report the run as
+proxy in front of a server, is repeated until it succeeds; then `wait` must report the run as
 completed. Meanwhile requests are broken in various ways, or the process is killed. In every case
 there must be exactly one job, started once, with each file uploaded once, and nothing else: no
 second job, no job that was never started, no partial file.
 
-Client and gateway are real processes of the installed program. The gateways use a backend that
-finishes in a fraction of a second, except for the kind `engine`, which trains a real model.
+Client and server are real processes. For mistral, the server is the installed program's gateway
+with a backend that finishes in a fraction of a second, except for the kind `engine`, which trains
+a real model. For the others it is a scripted provider, which does what its protocol says: it
+tolerates no repeated request.
 
 Exits with 0 if nothing was duplicated, lost, left behind or hung. The directories of failed trials
 are kept: the output of each command and the requests that the proxy recorded.
@@ -34,7 +37,14 @@ import anyio
 
 from benchmarks._chaos_plan import KINDS, Clean, Trial, few, planned
 from benchmarks._chaos_proxy import Proxy, Seen
-from benchmarks._chaos_site import PROGRAM, Site, environment, install_quick_backend
+from benchmarks._chaos_site import (
+    PROGRAM,
+    SITES,
+    Server,
+    Site,
+    environment,
+    install_quick_backend,
+)
 
 _MOST_COMMANDS: Final = 15
 _COMMAND_LIMIT: Final = 90.0
@@ -63,13 +73,21 @@ _VERDICTS: Final[Sequence[Verdict]] = ("duplicate", "lost", "orphan", "hang", "e
 
 @dataclass(slots=True)
 class Result:
-    """The outcome of a trial."""
+    """The outcome of a trial.
+
+    Attributes:
+        cancelled: Number of second jobs, which were cancelled.
+        seen: Every request.
+        launched: Number of them when the launch had succeeded.
+    """
 
     trial: Trial
     faults: int = 0
+    cancelled: int = 0
     codes: list[int] = field(default_factory=list)
     problems: list[tuple[Verdict, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
+    launched: int = 0
 
 
 # -- one trial -------------------------------------------------------------------------------
@@ -78,7 +96,7 @@ class Result:
 class Run:
     """The client's side of one trial: its home, its data, its commands."""
 
-    def __init__(self, work: Path, folder: Path, site: Site, proxy: Proxy) -> None:
+    def __init__(self, work: Path, folder: Path, site: Server, proxy: Proxy) -> None:
         folder.mkdir()
         self.folder = folder
         self.id = f"run-{folder.name}"
@@ -90,9 +108,8 @@ class Run:
         rows = {"train": 1200, "validation": 40}
         self.digests = [self._write_data(name, count) for name, count in rows.items()]
         (folder / "run.yaml").write_text(
-            "backend: mistral\nmodel: tiny-mistral\n"
+            f"backend: {site.backend}\n{site.config}"
             "data:\n  train: train.jsonl\n  validation: validation.jsonl\n"
-            "hyperparameters:\n  training_steps: 2\n"
         )
 
     def _write_data(self, name: str, rows: int) -> str:
@@ -127,12 +144,10 @@ class Run:
     async def _command(
         self, arguments: Sequence[str], write: str | None = None, *, killable: bool = True
     ) -> tuple[int | None, str]:
-        settings = {f"TRAINING_BACKENDS_MISTRAL__{k}": v for k, v in _TIMEOUTS.items()}
-        settings |= {
-            "MISTRAL_API_KEY": self._site.key,
-            "TRAINING_BACKENDS_MISTRAL__BASE_URL": self._proxy.url,
-            "TRAINING_BACKENDS_LOG_LEVEL": "info",
-        }
+        section = f"TRAINING_BACKENDS_{self._site.backend.upper()}"
+        settings = {f"{section}__{name}": value for name, value in _TIMEOUTS.items()}
+        settings |= self._site.settings(self._proxy.url)
+        settings["TRAINING_BACKENDS_LOG_LEVEL"] = "info"
         program = [PROGRAM]
         if write is not None:
             program = [sys.executable, "-m", "benchmarks._chaos_power"]
@@ -159,7 +174,7 @@ class Run:
         return code, out.read_text()
 
 
-async def run_trial(trial: Trial, work: Path, folder: Path, site: Site) -> Result:
+async def run_trial(trial: Trial, work: Path, folder: Path, site: Server) -> Result:
     """Run one trial and audit the result."""
     result = Result(trial)
     proxy = Proxy(lambda: site.port, stop_server=site.kill, seed=trial.name)
@@ -168,6 +183,7 @@ async def run_trial(trial: Trial, work: Path, folder: Path, site: Site) -> Resul
     async with proxy.serving():
         run = Run(work, folder, site, proxy)
         await _launch(trial, run, result)
+        result.launched = len(proxy.seen)
         proxy.plan.clear()
         await proxy.nothing_held()
         await site.ready()
@@ -179,11 +195,11 @@ async def run_trial(trial: Trial, work: Path, folder: Path, site: Site) -> Resul
         code, document = await run.wait()
         if code != 0 or document.get("status") != "completed":
             result.problems.append(("lost", f"wait: {code}, {document.get('status')}"))
-        result.problems += await _audit_run(site, run, document.get("remote_id"))
+        await _audit_run(site, run, document.get("remote_id"), result)
         if trial.kind == "wait":
             result.problems += _audit_log(await run.log())
     if trial.kind not in {"late", "doubt"}:
-        result.problems += _audit_books(result.seen, run.digests)
+        result.problems += _audit_requests(result.seen, run.digests, site.create)
     (folder / "seen.txt").write_text("".join(f"{one}\n" for one in result.seen))
     return result
 
@@ -225,35 +241,38 @@ async def _launch_twice(run: Run) -> list[int | None]:
     return [*codes, second]
 
 
-async def _audit_run(site: Site, run: Run, job_id: str | None) -> list[tuple[Verdict, str]]:
-    """Check what the gateway itself lists for a run."""
-    problems: list[tuple[Verdict, str]] = []
-    mine: list[str] = []
-    files = await site.files()
+async def _audit_run(site: Server, run: Run, job_id: str | None, result: Result) -> None:
+    """Check what the server itself has for a run."""
+    problems = result.problems
+    mine: set[str | None] = set()
+    books = await site.books()
     for digest in run.digests:
-        found = [file["id"] for file in files if file["signature"] == digest[:16]]
-        mine += found
+        found = [file.id for file in books.files if digest.startswith(file.sha256)]
+        mine |= {*found}
         if not found:
             problems.append(("lost", "a file is missing"))
         if len(found) > 1:
             problems.append(("duplicate", f"a file exists {len(found)} times"))
-    jobs = [job for job in await site.jobs() if set(mine) & set(job["training_files"])]
+    jobs = [job for job in books.jobs if mine & set(job.files)]
     if not jobs:
         problems.append(("lost", "there is no job"))
-    if len(jobs) > 1:
-        statuses = ", ".join(job["status"] for job in jobs)
-        problems.append(("duplicate", f"there are {len(jobs)} jobs: {statuses}"))
     for job in jobs:
-        if job["id"] != job_id:
-            problems.append(("orphan", f"a job ({job['status']}) that the run does not know"))
-        elif job["status"] != "SUCCESS" or job["id"] not in site.trainings():
-            problems.append(("lost", f"the run's job is {job['status']}"))
-    if not await site.settled():
-        problems.append(("orphan", "a partial file is left on the gateway"))
-    return problems
+        if job.id == job_id:
+            if not job.trained:
+                problems.append(("lost", f"the run's job is {job.status}"))
+        elif result.trial.doubles and job.cancelled:
+            result.cancelled += 1
+        else:
+            problems.append(("orphan", f"a job ({job.status}) that the run does not know"))
+    if len(jobs) - result.cancelled > 1:
+        statuses = ", ".join(job.status for job in jobs)
+        problems.append(("duplicate", f"there are {len(jobs)} jobs: {statuses}"))
+    problems += [("orphan", f"{each} is left on the server") for each in books.leftovers]
 
 
-def _audit_books(seen: Iterable[Seen], digests: Sequence[str]) -> list[tuple[Verdict, str]]:
+def _audit_requests(
+    seen: Iterable[Seen], digests: Sequence[str], create: str
+) -> list[tuple[Verdict, str]]:
     """Look for repeated requests, which a gateway tolerates and therefore hides."""
     done = [one for one in seen if one.method == "POST" and one.status is not None]
     problems: list[tuple[Verdict, str]] = []
@@ -261,11 +280,12 @@ def _audit_books(seen: Iterable[Seen], digests: Sequence[str]) -> list[tuple[Ver
         uploads = [one for one in done if one.content == digest]
         if len(uploads) > 1:
             problems.append(("duplicate", f"a file was uploaded {len(uploads)} times"))
-    for what, ending in (("create", "/jobs"), ("start", "/start")):
-        asked = [one for one in done if one.path.endswith(ending)]
+    creates = [one for one in done if one.name == create]
+    starts = [one for one in done if one.path.endswith("/start")]
+    for what, asked in (("create", creates), ("start", starts)):
         if len(asked) > 1:
             statuses = ", ".join(str(one.status) for one in asked)
-            problems.append(("duplicate", f"{what} reached the gateway more than once: {statuses}"))
+            problems.append(("duplicate", f"{what} reached the server more than once: {statuses}"))
     return problems
 
 
@@ -281,21 +301,23 @@ def _audit_log(records: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]
     return problems
 
 
-async def _audit_site(site: Site, runs: int) -> list[tuple[Verdict, str]]:
-    """Check the totals of a gateway: one job, one training and two files per run."""
-    jobs, files = await site.jobs(), await site.files()
+async def _audit_site(site: Server, results: Sequence[Result]) -> list[tuple[Verdict, str]]:
+    """Check the totals of a server: one job, one training and two files per run."""
+    books, runs = await site.books(), len(results)
     found = {
-        "jobs": len(jobs),
-        "successful jobs": sum(job["status"] == "SUCCESS" for job in jobs),
-        "trainings": len(site.trainings()),
-        "pairs of files": len(files) / 2,
-        "pairs of contents": len(site.contents()) / 2,
+        "jobs": len(books.jobs) - sum(one.cancelled for one in results),
+        "successful jobs": sum(job.trained for job in books.jobs),
+        "pairs of files": len(books.files) / 2,
     }
-    return [
+    wrong: list[tuple[Verdict, str]] = [
         ("orphan" if number > runs else "lost", f"{number:g} {what} for {runs} runs")
         for what, number in found.items()
         if number != runs
     ]
+    faults = sum(one.faults for one in results)
+    if books.unfinished > faults:
+        wrong.append(("orphan", f"{books.unfinished} unfinished uploads after {faults} faults"))
+    return wrong
 
 
 # -- all trials ------------------------------------------------------------------------------
@@ -304,13 +326,15 @@ async def _audit_site(site: Site, runs: int) -> list[tuple[Verdict, str]]:
 class Bench:
     """Runs trials concurrently and reports progress."""
 
-    def __init__(self, work: Path, *, jobs: int) -> None:
+    def __init__(self, work: Path, wire: str, *, jobs: int) -> None:
         self._work = work
+        self._wire = wire
         self._jobs = jobs
         self._began = time.monotonic()
         self._reported_at = self._began
         self._number = 0
         self.results: list[Result] = []
+        self.unfinished = 0
 
     async def measure(self) -> Clean:
         """Launch and wait without faults, to count requests and writes.
@@ -318,7 +342,7 @@ class Bench:
         Raises:
             RuntimeError: The launch failed.
         """
-        site = Site(self._work, "clean", backend="quick")
+        site = SITES[self._wire](self._work, "clean")
         launches, waits = self._work / "launch-writes", self._work / "wait-writes"
         async with site.serving():
             trial = Trial(
@@ -327,20 +351,22 @@ class Bench:
             result = await run_trial(trial, self._work, self._work / "trial-clean", site)
         if result.problems or result.codes != [0]:
             raise RuntimeError(f"a launch without faults failed: {result.codes} {result.problems}")
-        start = next(n for n, one in enumerate(result.seen) if one.path.endswith("/start"))
-        # A launch makes one more request after the start; the rest belong to `wait`.
-        requests = result.seen[: start + 2]
-        return Clean(requests, int(launches.read_text()), int(waits.read_text()))
+        requests = result.seen[: result.launched]
+        writes, wait_writes = int(launches.read_text()), int(waits.read_text())
+        return Clean(requests, writes, wait_writes, site.create)
 
-    async def run(self, trials: Sequence[Trial], group: str, *, backend: str) -> None:
-        """Run trials; each worker has its own gateway."""
+    async def run(self, trials: Sequence[Trial], group: str) -> None:
+        """Run trials; each worker has its own server."""
         waiting = iter(trials)
         async with anyio.create_task_group() as tasks:
             for worker in range(min(self._jobs, len(trials))):
-                site = Site(self._work, f"{group}-{worker}", backend=backend)
+                name = f"{group}-{worker}"
+                site = SITES[self._wire](self._work, name)
+                if group == "engine":
+                    site = Site(self._work, name, backend="local")
                 tasks.start_soon(self._work_through, waiting, site)
 
-    async def _work_through(self, waiting: Iterator[Trial], site: Site) -> None:
+    async def _work_through(self, waiting: Iterator[Trial], site: Server) -> None:
         done: list[Result] = []
         async with site.serving():
             for trial in waiting:
@@ -349,9 +375,10 @@ class Bench:
                 result = await run_trial(trial, self._work, folder, site)
                 self._finished(result, folder)
                 done.append(result)
+            self.unfinished += (await site.books()).unfinished
             if site.home.name.startswith("late") or any(result.problems for result in done):
                 return
-            for verdict, text in await _audit_site(site, len(done)):
+            for verdict, text in await _audit_site(site, done):
                 print(f"  {verdict}: {site.home.name}: {text}")
                 done[-1].problems.append((verdict, text))
 
@@ -382,6 +409,9 @@ class Bench:
         for kind in kinds:
             print(_row(kind, [one for one in self.results if one.trial.kind == kind]))
         print(_row("all", self.results))
+        cancelled = sum(one.cancelled for one in self.results)
+        if cancelled or self.unfinished:
+            print(f"{cancelled} second jobs cancelled, {self.unfinished} uploads left to expire")
         passed = not any(result.problems for result in self.results)
         minutes = (time.monotonic() - self._began) / 60
         print(f"\n{'PASS' if passed else 'FAIL'} after {minutes:.1f} minutes")
@@ -404,7 +434,7 @@ def _row(name: str, results: Sequence[Result]) -> str:
 
 async def _bench(options: argparse.Namespace, work: Path) -> bool:
     install_quick_backend(work)
-    bench = Bench(work, jobs=options.jobs)
+    bench = Bench(work, options.backend, jobs=options.jobs)
     clean = await bench.measure()
     print(
         f"A launch makes {len(clean.requests)} requests and writes to its store {clean.writes} "
@@ -412,7 +442,10 @@ async def _bench(options: argparse.Namespace, work: Path) -> bool:
     )
     for number, request in enumerate(clean.requests):
         print(f"  {number:2} {request.name}")
-    trials = list(few(clean)) if options.few else planned(options.seed, clean)
+    hosted = options.backend != "mistral"
+    trials = list(few(clean, hosted=hosted))
+    if not options.few:
+        trials = planned(options.seed, clean, hosted=hosted)
     wanted = [
         trial
         for trial in trials
@@ -422,16 +455,19 @@ async def _bench(options: argparse.Namespace, work: Path) -> bool:
     groups = {
         "quick": [one for one in wanted if not one.engine and one.kind not in {"late", "doubt"}],
         "late": [one for one in wanted if one.kind in {"late", "doubt"}],
-        "local": [one for one in wanted if one.engine],
+        "engine": [one for one in wanted if one.engine],
     }
     for group, chosen in groups.items():
-        await bench.run(chosen, group, backend="local" if group == "local" else "quick")
+        await bench.run(chosen, group)
     return bool(bench.results) and bench.report()
 
 
 def main() -> None:
     """Run the trials selected on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--backend", choices=list(SITES), default="mistral", help="the protocol to launch over"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random trials")
     parser.add_argument(
         "--only", action="append", choices=KINDS, help="run only this kind of fault (repeatable)"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.forking import Trainer
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
@@ -60,11 +61,15 @@ hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses anothe
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of a pretrained model, which take minutes, unless `-m` asks for them."""
+    """Start with the long tests, so that no worker of xdist has one left when the others end.
+
+    Those of a pretrained model take minutes, and are left out unless `-m` asks for them.
+    """
     if "model" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("model")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("engine", "e2e"))))
 
 
 def pytest_collection_finish() -> None:
@@ -109,14 +114,11 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> "Iterator[InMemorySpanExporter]":
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import (  # noqa: PLC0415
         InMemorySpanExporter,
     )
-    from opentelemetry.util._once import Once  # noqa: PLC0415
 
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
-    trace.set_tracer_provider(provider)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     yield exporter
     provider.shutdown()
 
@@ -137,6 +139,14 @@ def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(derive=derive)
 
     monkeypatch.setattr(argon2, "Argon2id", make)
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Iterator[Trainer]:
+    """Start training processes that have torch loaded already."""
+    server = Trainer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

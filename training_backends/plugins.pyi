@@ -130,6 +130,7 @@ from .http.upload import (
     HashedFile as HashedFile,
     Progress as Progress,
     hash_file as hash_file,
+    hash_parts as hash_parts,
 )
 from .http.urls import (
     is_loopback as is_loopback,

@@ -189,6 +189,22 @@ async def test_epochs_become_steps(client: AsyncTrainingClient, data: Path, tmp_
     assert lost.config.hyperparameters.training_steps is None
 
 
+async def test_field_of_an_integration_that_the_target_lacks_is_lost(data: Path) -> None:
+    """OpenAI takes the key from its dashboard; project and tags stay."""
+    entry = {"project": "p", "tags": ["a"], "credential": "wandb/mine"}
+    async with AsyncTrainingClient(home=data.parent / "home") as client:
+        ported = await port(
+            client,
+            {"model": "m", "data": {"train": str(data)}, "integrations": [entry]},
+            to="openai",
+            source="source",
+            directory=data.parent / "out",
+        )
+    assert "integrations.0.credential" in dict(ported.lost)
+    (kept,) = ported.config.integrations
+    assert (kept.project, kept.tags, kept.credential) == ("p", ("a",), "wandb")
+
+
 async def test_unsupported_fields_are_lost_by_name(client: AsyncTrainingClient, data: Path) -> None:
     """Nothing is dropped silently."""
     ported = await moved(

@@ -50,6 +50,11 @@ def fields_of(config: TrainingConfig, capabilities: Capabilities) -> list[str | 
             {"result_checkpoints": {"best"}},
         ),
         ({"integrations": [{"project": "p"}]}, "integrations.0", {"integrations": {"wandb"}}),
+        (
+            {"integrations": [{"project": "p", "credential": "wandb"}]},
+            "integrations.0",
+            {"integrations": {"wandb"}, "integration_fields": {"project"}},
+        ),
     ],
 )
 def test_a_field_that_was_set_must_be_declared(
@@ -59,6 +64,20 @@ def test_a_field_that_was_set_must_be_declared(
     config = make(**fields)
     assert fields_of(config, PLAIN) == [named]
     assert fields_of(config, Capabilities.model_validate(declared)) == []
+
+
+def test_a_field_of_an_integration_must_be_declared() -> None:
+    """A provider that has the key itself says so; other fields are named."""
+    entry = {"project": "p", "entity": "us", "credential": "wandb/mine"}
+    config = make(integrations=[entry])
+    declared = Capabilities(
+        integrations=frozenset({"wandb"}), integration_fields=frozenset({"project"})
+    )
+    entity, key = config_issues(config, declared, "mine")
+    assert (entity.field, key.field) == ("integrations.0.entity", "integrations.0.credential")
+    assert "stored at the provider" in key.message
+    own_key = Capabilities(integrations=frozenset({"wandb"}))
+    assert fields_of(config, own_key) == ["integrations.0.entity"]
 
 
 def test_a_field_that_nobody_set_is_no_error() -> None:

@@ -51,19 +51,6 @@ def accuracies(job: Any) -> list[float]:
     return [point.metrics.valid_mean_token_accuracy for point in points]
 
 
-def completion(client: Any, *paths: Path) -> float:
-    """Learn to answer with one of three letters."""
-    job = train(client, paths)
-    # An answer is a letter and the end token, which is right from early on. So where a share
-    # `a` of the answers is right, (1 + a) / 2 of the tokens are.
-    first, *_, last = (2 * accuracy - 1 for accuracy in accuracies(job))
-    assert first <= 0.5, f"it began at {first}, and chance is a third"
-    assert job.fine_tuned_model.startswith("ft:tiny-mistral:")
-    card = client.models.retrieve(model_id=job.fine_tuned_model)
-    assert (card.capabilities.classification, card.capabilities.completion_chat) == (False, True)
-    return last
-
-
 def classifier(client: Any, *paths: Path) -> float:
     """Learn two targets at once."""
     job = train(client, paths, job_type="classifier", classifier_targets=TARGETS)
@@ -76,8 +63,7 @@ def classifier(client: Any, *paths: Path) -> float:
     return accuracies(job)[-1]
 
 
-def main(url: str, key: str, kind: str, *paths: Path) -> None:
+def main(url: str, key: str, *paths: Path) -> None:
     """Train, and look at what is known in the end."""
-    client = Mistral(api_key=key, server_url=url)
-    right = {"completion": completion, "classifier": classifier}[kind](client, *paths)
+    right = classifier(Mistral(api_key=key, server_url=url), *paths)
     assert right >= 0.95, "of what it has not seen"

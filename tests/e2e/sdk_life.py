@@ -159,6 +159,7 @@ def model_life(client: Any, job: Any) -> None:
     model_id = job.fine_tuned_model
     card = client.models.retrieve(model_id=model_id)
     assert (card.root, card.job) == ("tiny-mistral", job.id), card
+    assert (card.capabilities.classification, card.capabilities.completion_chat) == (False, True)
     updated = client.models.update(model_id=model_id, name="renamed", description="a test")
     assert (updated.name, updated.description) == ("renamed", "a test"), updated
     assert client.models.archive(model_id=model_id).archived is True

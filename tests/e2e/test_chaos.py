@@ -10,10 +10,14 @@ BENCH = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
 @pytest.mark.e2e
-def test_a_launch_broken_at_its_worst_moments_makes_one_job() -> None:
+@pytest.mark.parametrize(
+    ("wire", "trial"),
+    [("mistral", ""), ("openai", "kill after the create"), ("together", "kill after the create")],
+)
+def test_a_launch_broken_at_its_worst_moments_makes_one_job(wire: str, trial: str) -> None:
     """Killed in an upload, around the create and the start, at a write: one run, one job."""
     done = subprocess.run(
-        [sys.executable, str(BENCH), "--few"],
+        [sys.executable, str(BENCH), "--few", "--backend", wire, "--trial", trial],
         capture_output=True,
         text=True,
         timeout=110,

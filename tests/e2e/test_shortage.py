@@ -59,7 +59,7 @@ def create(http: httpx.Client, file: Path) -> str:
         json={
             "model": "tiny-mistral",
             "training_files": [uploaded.json()["id"]],
-            "hyperparameters": {"training_steps": 40, "learning_rate": 1e-4},
+            "hyperparameters": {"training_steps": 8, "learning_rate": 1e-4},
             "auto_start": True,
         },
     )

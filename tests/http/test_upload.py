@@ -24,6 +24,7 @@ from training_backends.http.upload import (
     FileUpload,
     HashedFile,
     hash_file,
+    hash_parts,
 )
 from training_backends.testing.faults import LoseAnswer, OtherAnswer, SlowAnswer
 from training_backends.testing.provider import read_form
@@ -227,6 +228,37 @@ async def test_a_part_stays_as_it_is_though_the_file_grows(
     path.write_bytes(b"0123checked and more")
     await client.upload("/v1/files", FileUpload(path, fields={}, hashed=hashed))
     assert read_form(server.requests[0])[2] == b"checked"
+
+
+async def test_parts_cover_the_file(
+    client: HttpClient, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """Each has its own hash, the last one is smaller, and they are sent under any field's name."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(os.urandom(2 * CHUNK_BYTES + 20))
+    parts = await hash_parts(path, await hash_file(path), CHUNK_BYTES)
+    assert parts == [
+        part_of(path, 0, CHUNK_BYTES),
+        part_of(path, CHUNK_BYTES, CHUNK_BYTES),
+        part_of(path, 2 * CHUNK_BYTES, 20),
+    ]
+    for part in parts:
+        await client.upload("/v1/parts", FileUpload(path, fields={}, field="data", hashed=part))
+    sent = [part for request in server.requests for part in request.form()]
+    assert {part.name for part in sent} == {"data"}
+    assert b"".join(part.content for part in sent) == path.read_bytes()
+
+
+async def test_parts_of_another_content_are_not_hashed(tmp_path: Path) -> None:
+    """A file that was rewritten since is not mixed with what was checked."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"checked")
+    hashed = await hash_file(path)
+    path.write_bytes(b"changed")
+    with pytest.raises(DatasetError, match="changed during the upload"):
+        await hash_parts(path, hashed, 4)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        await hash_parts(tmp_path / "none", hashed, 4)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "empty.jsonl"])

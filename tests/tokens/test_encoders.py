@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,8 +21,6 @@ from training_backends.tokens.encoders import (
     UnusableRow,
     encoder_for,
 )
-
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -62,9 +59,9 @@ def learnt(encoder: Encoder, row: ChatRow) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mistral() -> MistralEncoder:
-    """Mistral's own encoder, with a tokenizer that its package brings."""
-    return MistralEncoder(TEKKEN)
+def mistral(small_tekken: Path) -> MistralEncoder:
+    """Mistral's own encoder."""
+    return MistralEncoder(small_tekken)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +86,18 @@ def make_chatml(directory: Path, template: str | None) -> Path:
     return directory
 
 
-def test_all_files_of_a_mistral_tokenizer_are_kept(tmp_path: Path) -> None:
+def test_all_files_of_a_mistral_tokenizer_are_kept(small_tekken: Path, tmp_path: Path) -> None:
     """Also those that other programs read: the chat template, special tokens, system prompt."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    (source / "tekken.json").symlink_to(TEKKEN)
+    (source / "tekken.json").symlink_to(small_tekken)
     kept = {"chat_template.jinja", "special_tokens_map.json", "SYSTEM_PROMPT.txt", "tokenizer.json"}
     for name in (*kept, "config.json", "consolidated.safetensors"):
         (source / name).write_text(name)
     encoder_for("m", source).save(target)
     assert {path.name for path in target.iterdir()} == kept | {"tekken.json"}
-    assert (target / "tekken.json").read_bytes() == TEKKEN.read_bytes()
+    assert (target / "tekken.json").read_bytes() == small_tekken.read_bytes()
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])

@@ -1,7 +1,7 @@
 """Small data and run directories for the engine's tests."""
 
+import gc
 import json
-import os
 import random
 import signal
 import subprocess
@@ -43,6 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_run(data: Path) -> MakeRun:
     """Return a function that writes the spec of a small run into a directory."""
+    import training_backends.trainer.run  # noqa: PLC0415, F401  # not for tests that train nothing
+
+    gc.collect()
+    gc.freeze()  # each training collects garbage, and need not search what it loaded
 
     def make(path: Path, **changes: Any) -> RunDir:
         values = {
@@ -96,54 +100,6 @@ def engine() -> Iterator[Engine]:
     started = Engine()
     yield started
     started.close()
-
-
-class Trainer:
-    """Trains one run after the other, each in a process that can be killed: see `forking.py`."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forking.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._pid: int | None = None
-
-    def start(self, run: RunDir) -> int:
-        """Return the id of the process that trains a run, the leader of a group of its own."""
-        if self._pid is not None:  # left by a test that failed
-            os.killpg(self._pid, signal.SIGKILL)
-            self.end()
-        assert self._server.stdin
-        self._server.stdin.write(f"{run.path}\n")
-        self._server.stdin.flush()
-        self._pid = self._answer()
-        return self._pid
-
-    def end(self) -> int:
-        """Wait for the process started last; return its exit code, or minus its signal."""
-        code = self._answer()
-        self._pid = None
-        return code
-
-    def _answer(self) -> int:
-        assert self._server.stdout
-        return int(self._server.stdout.readline())
-
-    def close(self) -> None:
-        """End it."""
-        if self._pid is not None:
-            os.killpg(self._pid, signal.SIGKILL)
-        self._server.communicate()
-
-
-@pytest.fixture(scope="session")
-def trainer() -> Iterator[Trainer]:
-    """Training processes that have loaded torch already."""
-    made = Trainer()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

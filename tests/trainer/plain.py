@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, MistralForCausalLM
 
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunSpec
@@ -98,8 +98,11 @@ def preference_loss(
 
 
 def save_tiny(directory: Path) -> Path:
-    """Save a small model with a tokenizer, as a base to train adapters on."""
-    make_tiny_model(7).save_pretrained(directory)
+    """Save a model with a tokenizer, much smaller than tiny-mistral, as a base to train on."""
+    config = make_tiny_model(7).config
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
+    MistralForCausalLM(config).save_pretrained(directory)
     save_tiny_tokenizer(directory)
     return directory
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.effort import is_thorough
-from tests.trainer.conftest import Trainer
+from tests.forking import Trainer
 from tests.trainer.continuing import hashes, last_step, rows_by_step
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from tests.waiting import wait_until

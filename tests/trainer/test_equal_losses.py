@@ -1,4 +1,4 @@
-"""The first twenty steps of each method equal those of plain loops in float64."""
+"""The steps of each method equal those of plain loops in float64."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.engine
 
 MakeRun = Callable[..., RunDir]
 
-STEPS = 20
+STEPS = 8
 TOLERANCE = 1e-5
-"""Relative: what float32 may differ from float64 after twenty steps."""
+"""Relative: what float32 may differ from float64 after these steps."""
 
 
 def losses(run: RunDir) -> list[float]:
@@ -45,11 +45,12 @@ def losses(run: RunDir) -> list[float]:
 
 @pytest.fixture(scope="module")
 def make(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """Return a function that writes the spec of a run of twenty steps."""
+    """Return a function that writes the spec of a run of a few steps."""
 
     def make(**changes: Any) -> RunDir:
         path = tmp_path_factory.mktemp("runs") / "r"
-        common = {"training_steps": STEPS, "validation": [], "micro_batch_size": 2}
+        length = {"training_steps": STEPS, "checkpoint_every": STEPS}
+        common = {**length, "validation": [], "micro_batch_size": 2}
         return make_run(path, **{**common, **changes})
 
     return make

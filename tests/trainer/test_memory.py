@@ -69,9 +69,11 @@ del held
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
 TELLS = """
-import torch
+import sys
+from types import SimpleNamespace
+sys.modules["torch"] = SimpleNamespace(device=SimpleNamespace)  # takes seconds, and no part in this
 from training_backends.trainer.memory import peak_memory
-print(peak_memory(torch.device("cpu")))
+print(peak_memory(SimpleNamespace(type="cpu")))
 """
 
 
@@ -81,7 +83,7 @@ def test_the_memory_of_a_parent_is_not_ours() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STARTS_ANOTHER, TELLS], capture_output=True, text=True, check=True
     )
-    assert 2**24 < int(done.stdout) < LARGE
+    assert 2**22 < int(done.stdout) < LARGE
 
 
 class Short:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from tests.trainer.plain import save_tiny
 from training_backends.rundir.directory import (
     Event,
     MetricsRow,
@@ -16,9 +17,7 @@ from training_backends.rundir.directory import (
     RunDir,
     TrainerExitCode,
 )
-from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.model_card import Licence, describe_data, read_licence, write_card
-from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
 
 pytestmark = pytest.mark.engine
@@ -127,9 +126,7 @@ def test_the_card_of_a_real_result_names_no_place_of_this_machine(
     make_run: MakeRun, data: Path, tmp_path: Path
 ) -> None:
     """Nor does any other file; it is licensed as its base, and says what it was trained on."""
-    base = tmp_path / "seven"
-    make_tiny_model(1).save_pretrained(base)
-    save_tiny_tokenizer(base)
+    base = save_tiny(tmp_path / "seven")
     (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     run = make_run(
         tmp_path / "r",

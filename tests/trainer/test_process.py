@@ -1,7 +1,9 @@
 """Real training runs of the built-in model, from the spec to the result."""
 
 import json
+import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
@@ -32,19 +33,19 @@ def metrics(run: RunDir) -> dict[int, MetricsRow]:
 def finished(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that was trained from beginning to end without a break."""
     path = tmp_path_factory.mktemp("runs") / "finished"
-    run = make_run(path, sample_prompt="3 plus 4?", sample_max_tokens=16)
+    run = make_run(path, training_steps=20, sample_prompt="3 plus 4?", sample_max_tokens=16)
     assert train(run.path) is TrainerExitCode.DONE
     return run
 
 
 def test_loss_falls_and_the_end_is_told(finished: RunDir) -> None:
-    """A run of thirty steps learns, writes a row a step, and says where its result lies."""
+    """A run of twenty steps learns, writes a row a step, and says where its result lies."""
     rows = metrics(finished)
-    assert list(rows) == list(range(1, 31))
-    assert rows[30].train_loss < 0.7 * rows[1].train_loss
+    assert list(rows) == list(range(1, 21))
+    assert rows[20].train_loss < 0.7 * rows[1].train_loss
     record = finished.read_exit()
     assert record is not None
-    assert (record.status, record.code, record.step) == ("completed", 0, 30)
+    assert (record.status, record.code, record.step) == ("completed", 0, 20)
     assert record.result is not None
     assert (record.result.format, record.result.base_model) == ("full", "tiny-mistral")
     assert not finished.is_active()
@@ -60,7 +61,7 @@ def test_learning_rate_rises_and_falls(finished: RunDir) -> None:
 def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     """Each checkpoint that was due is an event; the newest three lie on disk."""
     events = [e for e, _ in finished.read_events() if e.name == "checkpoint"]
-    assert [e.step for e in events] == [5, 10, 15, 20, 25, 30]
+    assert [e.step for e in events] == [5, 10, 15, 20]
     for event in events:
         found = event.data["metrics"]
         names = {"train_loss", "mean_train_loss", "valid_loss", "valid_mean_token_accuracy"}
@@ -69,7 +70,7 @@ def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     losses = [row.train_loss for row in metrics(finished).values()][5:10]
     assert events[1].data["metrics"]["train_loss"] == losses[-1]
     assert events[1].data["metrics"]["mean_train_loss"] == pytest.approx(sum(losses) / 5)
-    assert [state.step for _, state in finished.read_checkpoints()] == [20, 25, 30]
+    assert [state.step for _, state in finished.read_checkpoints()] == [10, 15, 20]
 
 
 def test_validation_is_what_the_result_gives(finished: RunDir, data: Path) -> None:
@@ -85,7 +86,7 @@ def test_validation_is_what_the_result_gives(finished: RunDir, data: Path) -> No
                 loss -= float(said[position - 1, ids[position]])
                 right += int(said[position - 1].argmax()) == ids[position]
                 count += 1
-    last = metrics(finished)[30]
+    last = metrics(finished)[20]
     assert last.valid_loss == pytest.approx(loss / count, rel=1e-4)
     assert last.valid_mean_token_accuracy == pytest.approx(right / count)
 
@@ -142,24 +143,6 @@ def test_a_directory_in_use_is_left_alone(make_run: MakeRun, tmp_path: Path) -> 
         assert train(run.path) is TrainerExitCode.ALREADY_ACTIVE
     assert not run.exit.exists()
     assert run.read_events() == []
-
-
-def test_a_stop_ends_a_queued_run_at_once(make_run: MakeRun, tmp_path: Path, engine: Any) -> None:
-    """With every slot taken a process waits without loading anything, and hears a stop."""
-    slots = tmp_path / "slots"
-    slots.mkdir()
-    run = make_run(tmp_path / "r", slots_dir=slots, slots=2)
-    with (
-        hold_lock(slots / f"cpu-{host_key()}.0.lock"),
-        hold_lock(slots / f"cpu-{host_key()}.1.lock"),
-    ):
-        child = engine.start("train", run.path)
-        wait_until(lambda: [e.data["status"] for e, _ in run.read_events()] == ["queued"])
-        run.request_stop()
-        assert child.wait(timeout=10) == TrainerExitCode.STOPPED
-    record = run.read_exit()
-    assert record is not None
-    assert (record.status, record.step) == ("stopped", 0)
 
 
 def test_a_free_slot_is_taken(make_run: MakeRun, tmp_path: Path) -> None:
@@ -270,11 +253,50 @@ def test_gradients_that_are_no_numbers_end_a_run(
     assert run.read_checkpoints() == []
 
 
+def choices() -> list[str]:
+    """Return rows with a word in the question that decides the answer, each of them once."""
+    answers = {"cat": "p", "sun": "s", "bus": "r"}
+    rows = []
+    for place, word, others in product(
+        range(4), answers, product(["one", "two", "red", "old", "new", "far"], repeat=3)
+    ):
+        text = " ".join([*others[:place], word, *others[place:]])
+        roles = {"user": text, "assistant": answers[word]}
+        chat = [{"role": role, "content": content} for role, content in roles.items()]
+        rows.append(json.dumps({"messages": chat}))
+    random.Random(1).shuffle(rows)
+    return rows
+
+
+def test_answers_are_learnt_for_questions_that_it_has_not_seen(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """An answer is a letter, and the end token, which is right from early on."""
+    rows = choices()
+    seen, unseen = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    seen.write_text("\n".join(rows[:960]))
+    unseen.write_text("\n".join(rows[960:1016]))
+    run = make_run(
+        tmp_path / "r",
+        train=[seen],
+        validation=[unseen],
+        training_steps=60,
+        batch_size=16,
+        checkpoint_every=10,
+    )
+    assert train(run.path) is TrainerExitCode.DONE
+    told = [row.valid_mean_token_accuracy for row in metrics(run).values()]
+    first, *_, last = [accuracy for accuracy in told if accuracy is not None]
+    assert first < 0.75, "chance is a third of the letters"
+    assert last >= 0.975
+
+
 def test_micro_batches_change_memory_not_the_result(
     finished: RunDir, make_run: MakeRun, tmp_path: Path
 ) -> None:
     """Four rows at once or two times two: the losses are the same but for rounding."""
-    run = make_run(tmp_path / "r", micro_batch_size=2)
+    changes = {"training_steps": 20, "checkpoint_every": 20, "validation": []}
+    run = make_run(tmp_path / "r", micro_batch_size=2, **changes)
     assert train(run.path) is TrainerExitCode.DONE
     expected = [row.train_loss for row in metrics(finished).values()]
     assert [row.train_loss for row in metrics(run).values()] == pytest.approx(expected, rel=1e-3)

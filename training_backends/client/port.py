@@ -503,11 +503,15 @@ def _port_integrations(draft: _Draft, config: TrainingConfig) -> None:
     kept = []
     for index, entry in enumerate(config.integrations):
         place = f"integrations.{index}"
-        if entry.type in draft.target.capabilities.integrations:
-            kept.append(draft.values["integrations"][index])
-            draft.keep(place)
-        else:
+        if entry.type not in draft.target.capabilities.integrations:
             draft.lose(place, f"{draft.target.name} does not report to {entry.type}")
+            continue
+        values = draft.values["integrations"][index]
+        for name in {*values} - {"type", *draft.target.capabilities.integration_fields}:
+            del values[name]
+            draft.lose(f"{place}.{name}")
+        kept.append(values)
+        draft.keep(place)
     if kept:
         draft.values["integrations"] = kept
     else:

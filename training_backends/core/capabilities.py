@@ -12,6 +12,8 @@ from training_backends.core.errors import Issue
 
 __all__ = ["Capabilities", "SuffixRule", "config_issues"]
 
+_OWN_KEY: Final = "a key of your own here: it uses the one that is stored at the provider"
+
 
 class SuffixRule(BaseModel, frozen=True):
     """What a suffix of the trained model's name may be.
@@ -49,6 +51,8 @@ class Capabilities(BaseModel, frozen=True):
         suffix: Rule for the suffix of the trained model's name; None: not supported.
         resources: Supported fields of `TrainingConfig.resources`.
         integrations: Supported types of `TrainingConfig.integrations`.
+        integration_fields: Supported fields of an integration; without `credential`, the provider
+            uses a key that it has stored.
         quotes: The provider quotes a price before the run starts.
         stops: Runs can be stopped.
         keeps_checkpoint_on_stop: Stopping a run saves a checkpoint.
@@ -79,6 +83,7 @@ class Capabilities(BaseModel, frozen=True):
     suffix: SuffixRule | None = None
     resources: frozenset[str] = frozenset()
     integrations: frozenset[str] = frozenset()
+    integration_fields: frozenset[str] = frozenset({"project", "name", "run_name", "credential"})
     quotes: bool = False
     stops: bool = True
     keeps_checkpoint_on_stop: bool = False
@@ -124,9 +129,7 @@ def config_issues(
     for name in _set_fields(config.resources):
         if name not in capabilities.resources:
             yield _unsupported(f"resources.{name}", name, backend)
-    for index, entry in enumerate(config.integrations):
-        if entry.type not in capabilities.integrations:
-            yield _unsupported(f"integrations.{index}", entry.type, backend)
+    yield from _integration_issues(config, capabilities, backend)
 
 
 def _model_issues(
@@ -142,6 +145,19 @@ def _model_issues(
             yield _unsupported("tuning.kind", repr(kind), backend, kinds)
     if config.chat_template is not None and not capabilities.chat_template:
         yield _unsupported("chat_template", "a chat template", backend)
+
+
+def _integration_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
+    for index, entry in enumerate(config.integrations):
+        if entry.type not in capabilities.integrations:
+            yield _unsupported(f"integrations.{index}", entry.type, backend)
+            continue
+        for name in _set_fields(entry):
+            if name not in {"type", *capabilities.integration_fields}:
+                what = _OWN_KEY if name == "credential" else f"{name} of {entry.type}"
+                yield _unsupported(f"integrations.{index}.{name}", what, backend)
 
 
 def _data_issues(

@@ -284,12 +284,17 @@ class ClassifierTarget(_Model):
 
 
 class WandbIntegration(_Model):
-    """Report the run to Weights & Biases, with a key from the credential vault."""
+    """Report the run to Weights & Biases.
+
+    The key is taken from the credential vault, unless the provider has its own (OpenAI).
+    """
 
     type: Literal["wandb"] = "wandb"
     project: str
     name: str | None = None
     run_name: str | None = None
+    entity: str | None = Field(default=None, description="Team or user that owns the project.")
+    tags: tuple[str, ...] = Field(default=(), description="Tags of the run at W&B.")
     credential: str = Field(
         default="wandb",
         description="Name of the key in the vault: PROVIDER or PROVIDER/PROFILE.",

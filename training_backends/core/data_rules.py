@@ -77,6 +77,7 @@ class ProviderFormat:
         max_rows: Maximum rows of a file.
         max_image_rows: Maximum rows with images per file.
         max_file_bytes: Maximum size of a file.
+        shards: Whether a launch splits larger training files between lines.
         validation_max_bytes: Maximum size of the validation set.
         validation_max_share: Maximum size of the validation set, relative to the training set.
         max_invalid_share: Maximum fraction of invalid rows that the provider can skip.
@@ -125,6 +126,7 @@ class ProviderFormat:
     max_rows: int | None = None
     max_image_rows: int | None = None
     max_file_bytes: int | None = None
+    shards: bool = False
     validation_max_bytes: int | None = None
     validation_max_share: float | None = None
     max_invalid_share: float = 0.0

@@ -115,16 +115,10 @@ def _single_labels(files: Sequence[DataFile]) -> Iterator[Issue]:
             )
 
 
-def against_limits(
-    files: Sequence[DataFile], provider_format: ProviderFormat, *, cuts_files: bool = True
-) -> Iterator[Issue]:
-    """Yield issues for files that exceed the provider's size limits.
-
-    Args:
-        cuts_files: The launch splits training files that are too large.
-    """
+def against_limits(files: Sequence[DataFile], provider_format: ProviderFormat) -> Iterator[Issue]:
+    """Yield issues for files that exceed the provider's size limits."""
     for issue in (
-        *_too_large(files, provider_format, cuts_files=cuts_files),
+        *_too_large(files, provider_format),
         *_validation(files, provider_format),
     ):
         level = provider_format.levels.get(issue.code, issue.severity)
@@ -132,20 +126,18 @@ def against_limits(
             yield replace(issue, severity=level)
 
 
-def _too_large(
-    files: Sequence[DataFile], provider_format: ProviderFormat, *, cuts_files: bool
-) -> Iterator[Issue]:
+def _too_large(files: Sequence[DataFile], provider_format: ProviderFormat) -> Iterator[Issue]:
     most = provider_format.max_file_bytes
     for file in files:
         if most is None or file.size <= most:
             continue
-        is_cut = cuts_files and file.role == "train"
+        is_cut = provider_format.shards and file.role == "train"
         yield Issue(
             code="file_too_large",
             message=f"the file is {file.size:,} bytes; {provider_format.name} allows {most:,}"
             + ("; it is sharded at launch" if is_cut else ""),
             path=str(file.path),
-            fix=None if is_cut else "split it with `training-backends data shard`",
+            fix=None if is_cut else "use fewer rows",
             severity="warning" if is_cut else "error",
         )
 

@@ -32,6 +32,7 @@ MISTRAL: Final = ProviderFormat(
     call_id_words="exactly 9 letters or digits",
     # The documentation's own limits: 512 MB a file, validation at most 1 MB and 5 %.
     max_file_bytes=512 * 10**6,
+    shards=True,
     validation_max_bytes=10**6,
     validation_max_share=0.05,
     # The specification: invalid_sample_skip_percentage is at most 0.5.

@@ -16,7 +16,6 @@ from anyio import to_thread
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import files, jobs
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
@@ -38,12 +37,13 @@ from training_backends.protocols.mistral.wire import (
     RetrieveFileOut,
     UploadFileOut,
 )
+from training_backends.store.gateway_schema import files, jobs
 
 __all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
 
 log = get_logger()
 
-_SWEEP_EVERY = 3600.0
+SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -183,7 +183,7 @@ class FileService:
     async def sweep(self) -> None:
         """Delete expired files periodically; runs until cancelled."""
         while True:
-            await anyio.sleep(_SWEEP_EVERY)
+            await anyio.sleep(SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
             except Exception:  # must not stop the gateway

@@ -36,11 +36,11 @@ from training_backends.gateway.jobstore import (
 )
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.runner import JobRunner
-from training_backends.gateway.schema import jobs
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ENDED, UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
+from training_backends.store.gateway_schema import jobs
 
 __all__ = ["JobQuery", "JobService"]
 

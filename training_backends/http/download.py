@@ -2,18 +2,56 @@
 
 import os
 import secrets
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
 
-from training_backends.core.errors import BackendUnavailable, TrainingBackendError
+from training_backends.core.errors import BackendUnavailable, ConfigError, TrainingBackendError
 from training_backends.core.files import sync_directory
 from training_backends.http.upload import Progress
 
-__all__ = ["save_stream"]
+__all__ = ["new_directory", "save_stream"]
+
+
+@asynccontextmanager
+async def new_directory(target: Path) -> AsyncGenerator[Path, None]:
+    """Yield a temporary directory that becomes `target` if the block succeeds.
+
+    Raises:
+        ConfigError: `target` exists and is not an empty directory.
+        TrainingBackendError: It cannot be created.
+    """
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        await anyio.to_thread.run_sync(_make_empty, part, target)
+        try:
+            yield part
+            await anyio.to_thread.run_sync(_publish_directory, part, target)
+        finally:
+            with anyio.CancelScope(shield=True):
+                remove = partial(shutil.rmtree, part, ignore_errors=True)
+                await anyio.to_thread.run_sync(remove)
+    except OSError as error:
+        if isinstance(error, TrainingBackendError):
+            raise
+        raise TrainingBackendError(f"Cannot write {target}: {error.strerror or error}.") from error
+
+
+def _make_empty(part: Path, target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty.", hint="Choose a new directory.")
+    part.mkdir(parents=True)
+
+
+def _publish_directory(part: Path, target: Path) -> None:
+    part.replace(target)
+    sync_directory(target.parent)
 
 
 async def save_stream(

@@ -10,11 +10,20 @@ from threading import Event, Thread
 from typing import BinaryIO, Final, NamedTuple
 
 import anyio.to_thread
+from anyio import from_thread
 
 from training_backends.core.errors import DatasetError, Issue
 from training_backends.core.files import digest_of
 
-__all__ = ["CHUNK_BYTES", "FileBody", "FileUpload", "HashedFile", "Progress", "hash_file"]
+__all__ = [
+    "CHUNK_BYTES",
+    "FileBody",
+    "FileUpload",
+    "HashedFile",
+    "Progress",
+    "hash_file",
+    "hash_parts",
+]
 
 CHUNK_BYTES: Final = 2**20
 """Smaller chunks are slower, larger ones block the event loop for longer. Each must be sent within
@@ -50,6 +59,40 @@ async def hash_file(path: Path) -> HashedFile:
         return HashedFile(*await anyio.to_thread.run_sync(digest_of, path))
     except OSError as error:
         raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
+
+
+async def hash_parts(path: Path, hashed: HashedFile, part_bytes: int) -> list[HashedFile]:
+    """Return the parts of a file, each with its hash; only the last one is smaller.
+
+    Args:
+        hashed: The entire file; the parts are those of this content.
+        part_bytes: Size of a part.
+
+    Raises:
+        DatasetError: The file cannot be read, or has changed.
+    """
+    try:
+        return await anyio.to_thread.run_sync(_hash_parts, path, hashed, part_bytes)
+    except OSError as error:
+        raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
+
+
+def _hash_parts(path: Path, hashed: HashedFile, part_bytes: int) -> list[HashedFile]:
+    parts: list[HashedFile] = []
+    entire = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, hashed.size, part_bytes):
+            from_thread.check_cancelled()
+            size, done = min(part_bytes, hashed.size - start), 0
+            digest = hashlib.sha256()
+            while done < size and (chunk := file.read(min(CHUNK_BYTES, size - done))):
+                digest.update(chunk)
+                entire.update(chunk)
+                done += len(chunk)
+            parts.append(HashedFile(digest.hexdigest(), size, start))
+    if entire.hexdigest() != hashed.sha256:
+        raise _changed(path, "its content differs from when it was checked")
+    return parts
 
 
 class FileBody:
@@ -141,6 +184,7 @@ class FileUpload(FileBody):
     Args:
         fields: Text fields, sent before the file in this order.
         filename: File name sent to the server.
+        field: Name of the file's field.
         hashed: See `FileBody`.
     """
 
@@ -150,6 +194,7 @@ class FileUpload(FileBody):
         *,
         fields: Mapping[str, str],
         filename: str | None = None,
+        field: str = "file",
         hashed: HashedFile | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -160,17 +205,17 @@ class FileUpload(FileBody):
             content_type=f"multipart/form-data; boundary={boundary}",
             on_progress=on_progress,
         )
-        self._head = _form_head(boundary, fields, filename or path.name)
+        self._head = _form_head(boundary, fields, field, filename or path.name)
         self._tail = f"\r\n--{boundary}--\r\n".encode()
 
 
-def _form_head(boundary: str, fields: Mapping[str, str], filename: str) -> bytes:
+def _form_head(boundary: str, fields: Mapping[str, str], field: str, filename: str) -> bytes:
     parts = [
         f'--{boundary}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n{value}\r\n'
         for name, value in fields.items()
     ]
     parts.append(
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; '
         f'filename="{_quoted(filename)}"\r\nContent-Type: application/octet-stream\r\n\r\n'
     )
     return "".join(parts).encode()

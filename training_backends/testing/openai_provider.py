@@ -69,6 +69,7 @@ class ScriptedOpenAIProvider(OpenAIState, LoopbackServer):
             carried out; its response is a 504.
         lists_lag: Number of job lists that do not yet include the newest job.
         owner: Stored as `OpenAIJob.owner` of jobs created from now on.
+        uploads: Uploads in parts, by id.
         extras: Further fields of every job's JSON, such as Azure's `trainingType`.
         models: Base models that can be trained; others are listed in `other_models`.
     """
@@ -95,7 +96,7 @@ class ScriptedOpenAIProvider(OpenAIState, LoopbackServer):
         self.query: dict[str, str] = {}
         self.extras: dict[str, Any] = {}
         self.late_creates: list[int] = []
-        self._uploads: dict[str, OpenAIUpload] = {}
+        self.uploads: dict[str, OpenAIUpload] = {}
         self._deleted_models: set[str] = set()
         self._late: list[_DelayedCreate] = []
 
@@ -223,9 +224,9 @@ class ScriptedOpenAIProvider(OpenAIState, LoopbackServer):
         if not rest:
             asked = _validated(UploadIn, _body(request))
             parts = OpenAIUpload(id=f"upload_{secrets.token_hex(12)}", asked=asked, created_at=now)
-            self._uploads[parts.id] = parts
+            self.uploads[parts.id] = parts
             return _json(parts.document())
-        found = self._uploads.get(rest[0])
+        found = self.uploads.get(rest[0])
         if found is None:
             message = f"No such Upload object: {rest[0]}"
             raise _Rejected(ErrorAnswer(status=404, message=message, param="upload_id"))

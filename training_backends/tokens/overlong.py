@@ -10,7 +10,7 @@ from training_backends.tokens import count_tokens
 
 __all__ = ["overlong_rows"]
 
-_COUNTED_BYTES: Final = 8_000_000
+COUNTED_BYTES: Final = 8_000_000
 """Up to this size all rows are counted, which takes a second or two."""
 _SAMPLE_ROWS: Final = 500
 
@@ -36,7 +36,7 @@ def overlong_rows(
     """
     if all(file.summary.longest_row <= seq_len for file in dataset.train):
         return None
-    is_small = sum(file.size for file in dataset.train) <= _COUNTED_BYTES
+    is_small = sum(file.size for file in dataset.train) <= COUNTED_BYTES
     counting = replace(dataset.counting, sample=None if is_small else _SAMPLE_ROWS, exact=is_small)
     dataset = dataset.model_copy(update={"counting": counting})
     count = count_tokens(dataset, model, seq_len=seq_len)

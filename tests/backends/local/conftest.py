@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.forking import Trainer
 from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.config import TrainingConfig
@@ -107,3 +108,9 @@ def home(tmp_path: Path) -> Iterator[Path]:
 def backend(home: Path) -> LocalBackend:
     """A backend with no runs."""
     return LocalBackend(home)
+
+
+@pytest.fixture
+def quick(home: Path, trainer: Trainer) -> LocalBackend:
+    """One whose training processes begin with torch loaded."""
+    return LocalBackend(home, program=trainer.program)

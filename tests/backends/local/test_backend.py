@@ -15,6 +15,7 @@ import pytest
 from anyio import to_thread
 
 from tests.backends.local.conftest import is_over, until_state
+from tests.forking import Trainer
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.errors import (
     ConfigError,
@@ -31,6 +32,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 
 MakeRun = Callable[..., TrainingRun]
 
+CHILD = (sys.executable, str(Path(__file__).with_name("child.py")))
+
 PARENT = """
 import anyio, os, signal, sys
 from pathlib import Path
@@ -42,7 +45,8 @@ class Journal:
     async def record(self, state): pass
 
 run = TrainingRun.model_validate_json(sys.argv[2])
-state = anyio.run(LocalBackend(Path(sys.argv[1])).launch, run, Journal())
+backend = LocalBackend(Path(sys.argv[1]), program=sys.argv[3:])
+anyio.run(backend.launch, run, Journal())
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -57,10 +61,10 @@ async def collect(
 
 @pytest.fixture(scope="module")
 def finished(
-    make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
+    make_run: MakeRun, trainer: Trainer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LocalBackend, TrainingRun, list[LogRecord]]:
     """A completed run, and its log as it was followed live."""
-    backend = LocalBackend(tmp_path_factory.mktemp("home"))
+    backend = LocalBackend(tmp_path_factory.mktemp("home"), program=trainer.program)
     run = make_run(options={"device": "cpu", "sample_prompt": "3 plus 3?"})
 
     async def live() -> list[LogRecord]:
@@ -175,22 +179,22 @@ async def test_the_same_id_is_not_used_twice(finished: Finished, make_run: MakeR
 
 
 async def test_a_stopped_run_is_continued_as_a_new_one(
-    backend: LocalBackend, make_run: MakeRun
+    quick: LocalBackend, make_run: MakeRun
 ) -> None:
     """Stop saves what was learnt; resume goes on from there, or from a named checkpoint."""
     steps = {"training_steps": 400, "batch_size": 4, "learning_rate": 3e-3}
     options = {"device": "cpu", "checkpoint_every": 3}
     run = make_run(hyperparameters=steps, options=options)
-    await backend.launch(run, MemoryJournal(run))
-    await until_state(backend, run, lambda state: (state.step or 0) >= 4)
+    await quick.launch(run, MemoryJournal(run))
+    await until_state(quick, run, lambda state: (state.step or 0) >= 4)
     early = make_run("early")
     with pytest.raises(DuplicateRun):
-        await backend.resume(run, early, MemoryJournal(early))
+        await quick.resume(run, early, MemoryJournal(early))
     with pytest.raises(UnsupportedOperation):
-        await backend.delete(run)
-    await backend.stop(run)
-    await backend.stop(run)
-    state = await until_state(backend, run, is_over)
+        await quick.delete(run)
+    await quick.stop(run)
+    await quick.stop(run)
+    state = await until_state(quick, run, is_over)
     assert state.status is TrainingStatus.CANCELLED
     assert state.checkpoints is not None
     last = state.checkpoints[-1].step
@@ -200,26 +204,23 @@ async def test_a_stopped_run_is_continued_as_a_new_one(
     shorter = {**steps, "training_steps": last + 2}
     again = make_run("again", hyperparameters=shorter, options=options)
     with pytest.raises(ConfigError, match="no checkpoint"):
-        await backend.resume(run, again, MemoryJournal(again), checkpoint="399")
-    await backend.resume(run, again, MemoryJournal(again), checkpoint=f"step-{last}")
-    assert (await until_state(backend, again, is_over)).status is TrainingStatus.COMPLETED
-    told = await collect(backend, again)
+        await quick.resume(run, again, MemoryJournal(again), checkpoint="399")
+    await quick.resume(run, again, MemoryJournal(again), checkpoint=f"step-{last}")
+    assert (await until_state(quick, again, is_over)).status is TrainingStatus.COMPLETED
+    told = await collect(quick, again)
     assert [r.step for r in told if r.source == "metrics"] == [last + 1, last + 2]
 
-    await backend.delete(run)
+    await quick.delete(run)
     with pytest.raises(RunNotFound):
-        await backend.status(run)
-    assert list(await backend.statuses([run, again])) == ["again"]
+        await quick.status(run)
+    assert list(await quick.statuses([run, again])) == ["again"]
 
 
-async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
-    backend: LocalBackend, home: Path, make_run: MakeRun
-) -> None:
-    """A new parent finds the child of a killed one; a killed child is lost, and resumable."""
-    steps = {"training_steps": 400, "batch_size": 4}
-    run = make_run(hyperparameters=steps, options={"device": "cpu", "checkpoint_every": 2})
+async def test_a_run_outlives_its_parent(home: Path, make_run: MakeRun) -> None:
+    """A new parent finds the child of one that was killed during the launch."""
+    run = make_run()
     parent = await anyio.run_process(
-        [sys.executable, "-c", PARENT, str(home), run.model_dump_json()],
+        [sys.executable, "-c", PARENT, str(home), run.model_dump_json(), *CHILD],
         check=False,
         stderr=subprocess.PIPE,
     )
@@ -228,28 +229,37 @@ async def test_a_run_outlives_its_parent_and_a_kill_is_seen(
     # The journal of the killed parent knows only that the start was begun.
     journal = MemoryJournal(run)
     journal.rows["start"] = None
+    backend = LocalBackend(home, program=CHILD)
     await until_state(backend, run, lambda state: state.status is TrainingStatus.RUNNING)
     await backend.launch(run, journal)
     assert json.loads(str(journal.rows["start"])) == {"found": True}
+    (home / "runs" / run.id / "finish").touch()
+    assert (await until_state(backend, run, is_over)).status is TrainingStatus.COMPLETED
 
-    await until_state(backend, run, lambda state: state.checkpoints)
+
+async def test_a_kill_is_seen(quick: LocalBackend, home: Path, make_run: MakeRun) -> None:
+    """A killed process is lost, and its run is resumed from its newest checkpoint."""
+    steps = {"training_steps": 400, "batch_size": 4}
+    run = make_run(hyperparameters=steps, options={"device": "cpu", "checkpoint_every": 2})
+    await quick.launch(run, MemoryJournal(run))
+    await until_state(quick, run, lambda state: state.checkpoints)
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    state = await until_state(backend, run, is_over)
+    state = await until_state(quick, run, is_over)
     assert state.status is TrainingStatus.FAILED
     assert state.failure is not None
     assert (state.failure.kind, state.failure.retryable) == ("lost", True)
-    told = await collect(backend, run, follow=True)
+    told = await collect(quick, run, follow=True)
     assert told[-1].fields["raw_status"] == "lost"
-    assert await collect(backend, run, told[-1].cursor) == []
+    assert await collect(quick, run, told[-1].cursor) == []
 
     assert state.checkpoints is not None
     known = [c.step for c in state.checkpoints if c.path]
     longer = {**steps, "training_steps": max(known) + 1}
     again = make_run("again", hyperparameters=longer)
-    await backend.resume(run, again, MemoryJournal(again))
-    assert (await until_state(backend, again, is_over)).status is TrainingStatus.COMPLETED
+    await quick.resume(run, again, MemoryJournal(again))
+    assert (await until_state(quick, again, is_over)).status is TrainingStatus.COMPLETED
 
 
 async def test_the_child_gets_no_keys(
@@ -261,8 +271,7 @@ async def test_the_child_gets_no_keys(
     monkeypatch.setenv("MISTRAL_API_KEY", "secret-1")
     monkeypatch.setenv("HF_TOKEN", "secret-2")
     run = make_run()
-    child = (sys.executable, str(Path(__file__).with_name("child.py")))
-    backend = LocalBackend(home, program=child)
+    backend = LocalBackend(home, program=CHILD)
     await backend.launch(run, MemoryJournal(run))
     await until_state(backend, run, lambda state: state.raw_status == "running")
     pid = await to_thread.run_sync(RunDir(home / "runs" / run.id).active_pid)

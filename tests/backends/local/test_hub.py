@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import anyio
 import pytest
 
 from tests.waiting import until
@@ -213,10 +214,22 @@ def gated() -> Iterator[str]:
 
 
 @pytest.mark.engine
-async def test_the_hub_is_asked_with_the_token(gated: str, tmp_path: Path) -> None:
-    """What the vault has reaches the hub; what the hub refuses is said with what to do."""
+async def test_the_hub_is_asked_with_the_token(
+    gated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the vault has reaches the hub; what the hub refuses is all that the process says."""
+    said: list[bytes] = []
+    run_process = anyio.run_process
+
+    async def recorded(*arguments: Any, **options: Any) -> Any:
+        done = await run_process(*arguments, **options)
+        said.append(done.stderr)
+        return done
+
+    monkeypatch.setattr(anyio, "run_process", recorded)
     hub = Hub(LocalSettings(hub_url=gated), vault(tmp_path, HF_TOKEN=TOKEN))
     child_env = await hub.child_environment("org/gated")
     with pytest.raises(BackendUnavailable, match="credentials set huggingface"):
         await ask_model("org/gated", "hello", child_env=child_env)
     assert set(Gated.seen) == {f"Bearer {TOKEN}"}
+    assert len(said[0].splitlines()) == 1, "libraries are loaded in silence"

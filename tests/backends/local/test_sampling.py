@@ -8,7 +8,7 @@ from training_backends.backends.local.process import Hub, ask_model
 from training_backends.core.backend import CredentialSource
 from training_backends.core.run import Reply
 
-pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+pytestmark = pytest.mark.anyio
 
 
 class Vault(CredentialSource):
@@ -20,16 +20,10 @@ class Vault(CredentialSource):
         return SecretStr(f"{provider}-token")
 
 
-async def test_any_text_can_be_asked() -> None:
-    """Also what no argument of a program can be."""
-    reply = await ask_model("tiny-mistral", "a\0b \udcff", max_tokens=4)
-    assert reply.answer is not None
-
-
 async def test_neither_the_question_nor_the_token_is_an_argument(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both go the same way, one behind the other."""
+    """Both go the same way, one behind the other, whatever the text is."""
     seen: list[tuple[list[str], bytes]] = []
 
     async def run_process(command: list[str], *, input: bytes, **_: object) -> object:  # noqa: A002
@@ -38,7 +32,8 @@ async def test_neither_the_question_nor_the_token_is_an_argument(
 
     monkeypatch.setattr(anyio, "run_process", run_process)
     child_env = await Hub(credentials=Vault()).child_environment("org/model")
-    assert await ask_model("org/model", "why?\nso", child_env=child_env) == Reply(answer="yes")
+    reply = await ask_model("org/model", "why?\n\0 \udcff", child_env=child_env)
+    assert reply == Reply(answer="yes")
     ((command, given),) = seen
     assert "why?" not in " ".join(command)
-    assert given == b"huggingface-token\nwhy?\nso"
+    assert given == b"huggingface-token\nwhy?\n\0 ?"

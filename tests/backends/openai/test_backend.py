@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +13,14 @@ from training_backends import (
     BackendUnavailable,
     ConfigError,
     PermissionDenied,
+    ProtocolError,
     RateLimited,
     RunNotFound,
     TrainingBackendError,
     TrainingConfig,
     TrainingRun,
     TrainingStatus,
+    UnsupportedOperation,
 )
 from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.core.backend import RemoteFilters
@@ -305,6 +308,69 @@ async def test_paused_run_keeps_its_start(
     provider.add_event(job_id(run), STARTED)
     state = (await backend.observe(run.updated(seen.state), after=seen.cursor)).state
     assert state.started_at == seen.state.started_at
+
+
+# -- download --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(provider: ScriptedOpenAIProvider, run: TrainingRun) -> dict[str, bytes]:
+    """Let the run succeed as at Nebius: the files of a checkpoint, and no model in the job."""
+    provider.run_to(job_id(run), "succeeded")
+    job = provider.jobs[job_id(run)]
+    job.fine_tuned_model = None
+    content = {"config.json": b"{}", "adapter/adapter_model.safetensors": b"weights" * 1000}
+    for step, files in ((1, {"config.json": b"old"}), (2, content)):
+        provider.add_checkpoint(job.id, step)
+        job.checkpoints[-1]["result_files"] = [
+            provider.add_file(data, filename=name, purpose="fine-tune-results")
+            for name, data in files.items()
+        ]
+    return content
+
+
+async def test_weights_are_the_files_of_the_newest_checkpoint(
+    make_backend: Make, run: TrainingRun, weights: dict[str, bytes], tmp_path: Path
+) -> None:
+    """At Nebius, a download is a directory with the provider's names."""
+    backend = make_backend(variant="nebius")
+    assert backend.capabilities.downloads
+    target = await backend.download(run, tmp_path / "model")
+    found = {
+        str(path.relative_to(target)): path.read_bytes()
+        for path in target.rglob("*")
+        if path.is_file()
+    }
+    assert found == weights
+    with pytest.raises(ConfigError, match="not empty"):
+        await backend.download(run, target)
+    await backend.aclose()
+
+
+@pytest.mark.usefixtures("weights")
+async def test_broken_download_leaves_nothing(
+    make_backend: Make, provider: ScriptedOpenAIProvider, run: TrainingRun, tmp_path: Path
+) -> None:
+    """Neither half of the files nor one whose name leads out of the directory."""
+    backend = make_backend(variant="nebius", attempts=1)
+    provider.fail(LoseAnswer(), path="/content", skip=1)
+    with pytest.raises(BackendUnavailable):
+        await backend.download(run, tmp_path / "new" / "model")
+    for file in provider.files.values():
+        file.filename = "../../escaped"
+    with pytest.raises(ProtocolError, match="invalid name"):
+        await backend.download(run, tmp_path / "new" / "model")
+    await backend.aclose()
+    assert not list((tmp_path / "new").iterdir())
+
+
+async def test_openai_keeps_the_weights(
+    backend: OpenAIBackend, run: TrainingRun, tmp_path: Path
+) -> None:
+    """Only Nebius has checkpoint files."""
+    assert not backend.capabilities.downloads
+    with pytest.raises(UnsupportedOperation, match="cannot download"):
+        await backend.download(run, tmp_path / "model")
 
 
 # -- errors ----------------------------------------------------------------------------

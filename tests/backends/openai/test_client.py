@@ -18,6 +18,7 @@ from training_backends import (
 )
 from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.core.backend import CredentialSource
+from training_backends.protocols.openai.requests import AzureFineTuningJobIn
 from training_backends.testing.faults import LoseAnswer, OtherAnswer
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
 from training_backends.testing.server import Received, StubReply
@@ -57,6 +58,55 @@ async def test_run_is_followed_from_another_process(
     assert [record.step for record in found if record.source == "metrics"] == [1, 2]
     assert seen.status is TrainingStatus.COMPLETED
     assert seen.result_model == provider.jobs[str(seen.remote_id)].fine_tuned_model
+
+
+@pytest.mark.parametrize("version", [None, "preview", "2024-10-21", "2025-04-01-preview"])
+async def test_run_at_azure(
+    version: str | None,
+    make_backend: Callable[..., OpenAIBackend],
+    provider: ScriptedOpenAIProvider,
+    config: TrainingConfig,
+    tmp_path: Path,
+) -> None:
+    """Both surfaces: v1 with and without a version, and dated ones; launch, follow, stop."""
+    openai = pytest.importorskip("openai")
+    dated = version not in {None, "preview"}
+    provider.base_path = "/openai" if dated else "/openai/v1"
+    provider.query = {} if version is None else {"api-version": version}
+    provider.created_status = 201 if dated else 200
+    provider.error_style, provider.job_model = "azure", AzureFineTuningJobIn
+    provider.result_coding, provider.result_layout = "plain", "azure"
+    provider.new_file_status, provider.auto = "pending", "validate"
+    backend = make_backend(base_url=provider.base_url, variant="azure", query=provider.query)
+    endpoint = {"api_key": KEY, "max_retries": 0}
+    if dated:
+        theirs = openai.AsyncAzureOpenAI(
+            azure_endpoint=provider.base_url, api_version=version, **endpoint
+        )
+    else:
+        theirs = openai.AsyncOpenAI(base_url=provider.url, default_query=provider.query, **endpoint)
+    async with (
+        theirs,
+        aclosing(backend),
+        AsyncTrainingClient(home=tmp_path / "home", backends={"openai": backend}) as client,
+    ):
+        run = await client.launch(config, backend="openai", run_id="mine")
+        job = provider.jobs[str(run.remote_id)]
+        provider.set_status(job.id, "pending")
+        assert (await client.status("mine")).status is TrainingStatus.PENDING
+        provider.set_status(job.id, "queued")
+        provider.run_to(job.id, "succeeded")
+        (run,) = await client.wait("mine", timeout=10)
+        assert (run.status, run.result_model) == (TrainingStatus.COMPLETED, job.fine_tuned_model)
+        other = await client.launch(config, backend="openai", run_id="other")
+        assert (await client.stop("other")).status is TrainingStatus.CANCELLED
+        ours = [request for request in provider.requests if "api-key" in request.headers]
+        assert len(ours) == len(provider.requests)
+        shown = [entry.id async for entry in theirs.fine_tuning.jobs.list()]
+        assert shown == [other.remote_id, run.remote_id]
+    by_path = {request.path for request in ours}
+    assert provider.requests[-1].path in by_path
+    assert all(provider.query.items() <= dict(request.query).items() for request in ours)
 
 
 async def test_no_step_blocks_the_loop(

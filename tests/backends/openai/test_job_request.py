@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.backends.openai.conftest import MODEL
+from tests.backends.openai.conftest import MODEL, Secrets
 from training_backends import TrainingConfig
+from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.backends.openai.job_request import config_of, issues_of, make_job, shows
 from training_backends.backends.openai.settings import OpenAISettings
+from training_backends.core.capabilities import config_issues
 from training_backends.protocols.openai.wire import FineTuningJob
 
 Make = Callable[..., TrainingConfig]
@@ -59,6 +61,25 @@ def test_preference_training_has_its_options(make_config: Make, preference_file:
     }
     assert (body["suffix"], body["seed"], body["metadata"]) == ("mine", 7, {"k": "v"})
     assert body["validation_file"] == "file-2"
+
+
+def test_integration_has_no_key(make_config: Make) -> None:
+    """OpenAI reports to W&B with the key of its dashboard; the run's name is the job's there."""
+    entry = {"project": "p", "run_name": "r", "name": "n", "entity": "us", "tags": ["a", "b"]}
+    config = make_config(model=MODEL, integrations=[entry, {"project": "q"}])
+    assert body_of(config)["integrations"] == [
+        {
+            "type": "wandb",
+            "wandb": {"project": "p", "name": "r", "entity": "us", "tags": ["a", "b"]},
+        },
+        {"type": "wandb", "wandb": {"project": "q"}},
+    ]
+    declared = OpenAIBackend(credentials=Secrets(), settings=settings()).capabilities
+    assert not list(config_issues(config, declared, "openai"))
+    own_key = make_config(model=MODEL, integrations=[{"project": "p", "credential": "wandb/me"}])
+    (issue,) = config_issues(own_key, declared, "openai")
+    assert issue.field == "integrations.0.credential"
+    assert "stored at the provider" in issue.message
 
 
 def test_azure_has_a_training_type_and_old_hyperparameters(make_config: Make) -> None:

@@ -9,14 +9,28 @@ from tests.backends.openai.conftest import MODEL
 from training_backends import AmbiguousLaunch, BackendUnavailable, ConfigError, TrainingConfig
 from training_backends.backends.openai.backend import OpenAIBackend
 from training_backends.backends.openai.job_request import RUN_KEY
+from training_backends.core.run import RunState
 from training_backends.protocols.openai.requests import NebiusFineTuningJobIn
 from training_backends.testing.faults import CutAnswer, DropRequest, Fault, LoseAnswer, OtherAnswer
-from training_backends.testing.journal import MemoryJournal
+from training_backends.testing.journal import Killed, MemoryJournal
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
+from training_backends.testing.server import Received, StubReply
 
 pytestmark = pytest.mark.anyio
 NewJournal = Callable[..., MemoryJournal]
 Make = Callable[..., OpenAIBackend]
+
+
+def deliver_creates_twice(provider: ScriptedOpenAIProvider) -> None:
+    """Carry out each create twice, and return the second response."""
+    answer = provider.answer
+
+    def twice(request: Received) -> StubReply:
+        if request.method == "POST" and request.path.endswith("/jobs"):
+            answer(request)
+        return answer(request)
+
+    provider.answer = twice  # type: ignore[method-assign]
 
 
 async def test_job_carries_the_run(
@@ -74,7 +88,19 @@ async def test_later_job_of_a_resent_create_is_cancelled(
 ) -> None:
     """Of two jobs with our metadata one is kept; somebody else's are left alone."""
     strangers = provider.add_job({"model": MODEL, "training_file": "file-x"})
-    provider.late_creates = [4]  # after the last look for it
+    provider.late_creates = [1000]
+    answer, creates, looks = provider.answer, 0, 0
+
+    def catch_up_later(request: Received) -> StubReply:
+        nonlocal creates, looks
+        if request.path.endswith("/jobs"):
+            creates += request.method == "POST"
+            looks += request.method == "GET" and creates == 2
+            if looks == 2:
+                provider.catch_up()
+        return answer(request)
+
+    provider.answer = catch_up_later  # type: ignore[method-assign]
     backend, journal = make_backend(settle_timeout=0.01), make_journal()
     state = await backend.launch(journal.run, journal)
     await backend.aclose()
@@ -82,6 +108,49 @@ async def test_later_job_of_a_resent_create_is_cancelled(
     assert statuses.pop(strangers) == "running"
     assert statuses.pop(str(state.remote_id)) == "validating_files"
     assert list(statuses.values()) == ["cancelled"]
+
+
+@pytest.mark.parametrize("variant", ["openai", "azure", "nebius"])
+async def test_create_that_a_proxy_delivers_twice_leaves_one_job(
+    variant: str, make_backend: Make, provider: ScriptedOpenAIProvider, make_journal: NewJournal
+) -> None:
+    """The job whose response was replaced by the second one is cancelled, also without metadata."""
+    if variant == "nebius":
+        provider.job_model = NebiusFineTuningJobIn
+    deliver_creates_twice(provider)
+    backend, journal = make_backend(variant=variant), make_journal()
+    state = await backend.launch(journal.run, journal)
+    await backend.aclose()
+    first, second = provider.jobs.values()
+    assert (first.status, second.id) == ("cancelled", state.remote_id)
+    assert second.status != "cancelled"
+
+
+async def test_job_that_appears_after_the_process_died_is_cancelled(
+    make_backend: Make, provider: ScriptedOpenAIProvider, make_journal: NewJournal
+) -> None:
+    """That a create was sent again is remembered until its twin was looked for."""
+    provider.late_creates = [1000]
+    journal = make_journal()
+    record = journal.record
+
+    async def die(state: RunState) -> None:
+        raise Killed
+
+    journal.record = die  # type: ignore[method-assign]
+    backend = make_backend(settle_timeout=0.01)
+    with pytest.raises(Killed):
+        await backend.launch(journal.run, journal)
+    await backend.aclose()
+    journal.record = record  # type: ignore[method-assign]
+    provider.catch_up()
+    assert len(provider.jobs) == 2
+    backend = make_backend(settle_timeout=0.01)
+    state = await backend.launch(journal.run, journal)
+    await backend.aclose()
+    live = [job.id for job in provider.jobs.values() if job.status != "cancelled"]
+    assert live == [state.remote_id]
+    assert len(provider.jobs) == 2
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -114,14 +183,7 @@ async def test_jobs_that_look_alike_are_not_guessed(
     """Without metadata, two new jobs of the same seed end the launch; the run has no job."""
     hyper = config.hyperparameters.model_copy(update={"seed": 7})
     config = config.model_copy(update={"hyperparameters": hyper})
-    answer = provider.answer
-
-    def twice(request):  # type: ignore[no-untyped-def]
-        if request.method == "POST" and request.path.endswith("/jobs"):
-            answer(request)
-        return answer(request)
-
-    provider.answer = twice  # type: ignore[method-assign]
+    deliver_creates_twice(provider)
     provider.fail(LoseAnswer(), method="POST", path="/jobs")
     backend, journal = make_backend(variant="nebius"), make_journal(config)
     with pytest.raises(AmbiguousLaunch) as caught:

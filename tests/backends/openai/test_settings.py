@@ -30,6 +30,18 @@ DATED = {"api-version": "2024-10-21"}
             "Authorization",
         ),
         (
+            {"base_url": "https://me.openai.azure.com", "query": {"api-version": "preview"}},
+            "https://me.openai.azure.com/openai/v1",
+            "azure",
+            "api-key",
+        ),
+        (
+            {"base_url": "https://me.services.ai.azure.com/openai/v1"},
+            "https://me.services.ai.azure.com/openai/v1",
+            "azure",
+            "api-key",
+        ),
+        (
             {"base_url": "https://api.tokenfactory.nebius.com/v1/"},
             "https://api.tokenfactory.nebius.com/v1",
             "nebius",

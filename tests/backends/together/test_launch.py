@@ -21,8 +21,10 @@ from training_backends import (
     TrainingConfig,
 )
 from training_backends.backends.together.backend import TogetherBackend
+from training_backends.core.run import RunState
 from training_backends.testing.faults import DropRequest, Fault, LoseAnswer, OtherAnswer
-from training_backends.testing.journal import MemoryJournal
+from training_backends.testing.journal import Killed, MemoryJournal
+from training_backends.testing.server import Received, StubReply
 from training_backends.testing.together_provider import ScriptedTogetherProvider
 
 pytestmark = pytest.mark.anyio
@@ -187,6 +189,50 @@ async def test_late_create_leaves_one_job(
     await backend.aclose()
     assert live(provider) == [state.remote_id]
     assert len(provider.jobs) == jobs
+
+
+async def test_create_that_a_proxy_delivers_twice_leaves_one_job(
+    backend: TogetherBackend,
+    provider: ScriptedTogetherProvider,
+    make_journal: Callable[..., MemoryJournal],
+) -> None:
+    """The job whose response was replaced by the second one is cancelled."""
+    answer = provider.answer
+
+    def twice(request: Received) -> StubReply:
+        if (request.method, request.path) == ("POST", CREATE):
+            answer(request)
+        return answer(request)
+
+    provider.answer = twice  # type: ignore[method-assign]
+    journal = make_journal()
+    state = await backend.launch(journal.run, journal)
+    assert live(provider) == [state.remote_id]
+    assert len(provider.jobs) == 2
+
+
+async def test_job_that_appears_after_the_process_died_is_cancelled(
+    backend: TogetherBackend,
+    provider: ScriptedTogetherProvider,
+    make_journal: Callable[..., MemoryJournal],
+) -> None:
+    """That a create was sent again is remembered until its twin was looked for."""
+    provider.late_creates = [1000]
+    journal = make_journal()
+    record = journal.record
+
+    async def die(state: RunState) -> None:
+        raise Killed
+
+    journal.record = die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        await backend.launch(journal.run, journal)
+    journal.record = record  # type: ignore[method-assign]
+    (body,) = [job.asked for job in provider.jobs.values()]
+    late = provider.add_job(**body)
+    state = await backend.launch(journal.run, journal)
+    assert live(provider) == [state.remote_id]
+    assert provider.jobs[late].status == "cancel_requested"
 
 
 async def test_continued_launch_does_not_ask_for_consent_again(

@@ -2,6 +2,7 @@
 
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.anyio
 def changed(config: TrainingConfig, **fields: Any) -> TrainingConfig:
     """Return the configuration with other fields."""
     return TrainingConfig.model_validate({**config.model_dump(), **fields})
+
+
+async def test_file_above_the_limit_is_invalid(
+    backend: TogetherBackend, config: TrainingConfig
+) -> None:
+    """Larger files need Together's multipart upload; the error names the limit."""
+    rules = backend.capabilities.provider_format
+    assert (rules.max_file_bytes, rules.shards) == (5 * 2**30, False)
+    found = inspect(config, provider_format=replace(rules, max_file_bytes=100)).issues
+    (issue,) = [issue for issue in found if issue.code == "file_too_large"]
+    assert issue.severity == "error"
+    assert "together allows 100" in issue.message
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def make_classifier(make_run: MakeRun, topics: Path) -> MakeRun:
             "classifier_targets": (TOPIC, WORDS),
             "train": [topics / "train.jsonl"],
             "validation": [topics / "valid.jsonl"],
-            "training_steps": 60,
-            "checkpoint_every": 30,
+            "training_steps": 30,
+            "checkpoint_every": 15,
             "batch_size": 16,
         }
         return make_run(path, **{**values, **changes})
@@ -204,7 +204,7 @@ def test_the_result_is_a_classifier_of_transformers(finished: RunDir, topics: Pa
 @pytest.mark.engine
 def test_it_continues_bit_equal(finished: RunDir, tmp_path: Path) -> None:
     """Ended behind its first checkpoint and continued, it is the same to the last bit."""
-    assert_continues_bit_equal(finished, tmp_path / "r", 30)
+    assert_continues_bit_equal(finished, tmp_path / "r", 15)
 
 
 @pytest.mark.engine

@@ -4,18 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training_backends.trainer.objectives import tokens
 from training_backends.trainer.objectives.tokens import fits_one_head, sum_loss
 
 pytestmark = pytest.mark.engine
 
-TOKENS, WIDTH, WORDS = 50, 16, 40
-
-
-@pytest.fixture(autouse=True)
-def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take seven tokens at a time, so that the last part is smaller."""
-    monkeypatch.setitem(tokens._LOGITS, "cpu", 7 * WORDS)
+# With so many words, sixteen tokens are computed at a time, so that the last part is smaller.
+TOKENS, WIDTH, WORDS = 20, 4, 2**19
 
 
 def made(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,7 +37,8 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits() -> None:
     found = sum_loss(hidden, weight, targets)
     assert found.loss.item() == pytest.approx(loss.item())
     assert int(found.correct) == correct
-    torch.testing.assert_close(torch.autograd.grad(0.3 * found.loss, (hidden, weight)), expected)
+    gradients = torch.autograd.grad(0.3 * found.loss, (hidden, weight))
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_it_computes_in_what_autocast_says() -> None:
@@ -66,7 +61,8 @@ def test_a_frozen_matrix_gets_no_gradient() -> None:
     loss, _ = plain(hidden, weight, targets)
     (expected,) = torch.autograd.grad(loss, hidden)
     found = sum_loss(hidden, weight.detach(), targets)
-    torch.testing.assert_close(torch.autograd.grad(found.loss, hidden), (expected,))
+    (gradient,) = torch.autograd.grad(found.loss, hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(sum_loss(hidden, weight.detach(), targets).loss, weight)
 

@@ -1,7 +1,8 @@
 """Typed client for the files and fine-tuning jobs of the OpenAI API."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,8 @@ from training_backends.protocols.openai.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
+    UploadObject,
+    UploadPart,
 )
 
 __all__ = ["Entry", "OpenAIAPI", "read_job"]
@@ -28,6 +31,7 @@ Entry = Mapping[str, Any]
 """An entry of a list, as received."""
 
 _FILES: Final = "/files"
+_UPLOADS: Final = "/uploads"
 _JOBS: Final = "/fine_tuning/jobs"
 _LIMIT: Final = ("limit", "100")
 """Entries per page of jobs, events and checkpoints; maxima are not documented."""
@@ -64,10 +68,41 @@ class OpenAIAPI:
                     return _read(FileObject, entry)
         return None
 
+    async def begin_upload(self, filename: str, size: int) -> UploadObject:
+        """Begin an upload in parts, which expires if it is not completed."""
+        body = {
+            "filename": filename,
+            "bytes": size,
+            "purpose": "fine-tune",
+            "mime_type": "application/jsonl",
+        }
+        return _read(UploadObject, await self.http.json("POST", _UPLOADS, body=body))
+
+    async def upload_part(self, upload_id: str, part: FileUpload) -> UploadPart:
+        """Upload a part; repeated, the upload has a second one, which is not used."""
+        path = f"{_UPLOADS}/{path_segment(upload_id)}/parts"
+        return _read(UploadPart, await self.http.upload(path, part, repeatable=True))
+
+    async def complete_upload(self, upload_id: str, part_ids: Sequence[str]) -> UploadObject:
+        """Join the parts, in this order, to a file."""
+        path = f"{_UPLOADS}/{path_segment(upload_id)}/complete"
+        document = await self.http.json("POST", path, body={"part_ids": list(part_ids)})
+        return _read(UploadObject, document)
+
+    async def cancel_upload(self, upload_id: str) -> None:
+        """Discard an upload and its parts."""
+        path = f"{_UPLOADS}/{path_segment(upload_id)}/cancel"
+        await self.http.json("POST", path, repeatable=True)
+
     async def read_file(self, file_id: str) -> bytes:
         """Return the content of a small file, such as a result."""
         path = f"{_FILES}/{path_segment(file_id)}/content"
         return (await self.http.send("GET", path, headers={"Accept": "*/*"})).body
+
+    async def download_file(self, file_id: str, target: Path) -> Path:
+        """Download the content of a file to `target`, atomically."""
+        path = f"{_FILES}/{path_segment(file_id)}/content"
+        return await self.http.download(path, target, follow=True)
 
     # -- jobs --------------------------------------------------------------------------
 

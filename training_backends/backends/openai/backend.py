@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import ClassVar, Final, Literal, Self, cast
 
@@ -41,7 +42,7 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.errors import ProtocolError, RunNotFound, TrainingBackendError
 from training_backends.core.estimate import CostItem, Estimate, PriceSource
 from training_backends.core.persist import ensure
 from training_backends.core.run import (
@@ -57,6 +58,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
+from training_backends.http.download import new_directory
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
@@ -300,6 +302,24 @@ class OpenAIBackend(TrainingBackend):
                     found.append(_remote_run(job))
         return found
 
+    async def download(self, run: TrainingRun, target: Path) -> Path:
+        """Download the files of the newest checkpoint to the directory `target` (Nebius)."""
+        if not self._capabilities.downloads:
+            raise self.unsupported("download the trained model", "The provider keeps the weights.")
+        checkpoints = await self.api.checkpoints(self.job_id(run))
+        newest = max(
+            (point for point in checkpoints if point.result_files),
+            key=lambda point: point.step_number,
+            default=None,
+        )
+        if newest is None:
+            raise self.unsupported("download a model whose checkpoints have no files")
+        async with new_directory(target) as directory:
+            for file_id in newest.result_files:
+                name = (await self.api.get_file(file_id)).filename
+                await self.api.download_file(file_id, _within(directory, name))
+        return target
+
     async def health(self) -> Health:
         """Request one job from the list."""
 
@@ -330,11 +350,28 @@ def _capabilities(settings: OpenAISettings) -> Capabilities:
         max_train_files=1,
         validation_files=True,
         suffix=_SUFFIXES[variant],
+        # OpenAI has the key, from its dashboard. Nebius takes it in the job, in a form that its
+        # reference does not show; Azure documents no integration.
+        integrations=frozenset({"wandb"} if variant == "openai" else ()),
+        integration_fields=frozenset({"project", "name", "run_name", "entity", "tags"}),
         pauses=not is_nebius,
         resumes="anew",
+        downloads=is_nebius,
         lists_remote=True,
         provider_format=replace(OPENAI, max_file_bytes=settings.max_file_bytes),
     )
+
+
+def _within(directory: Path, name: str) -> Path:
+    """Return the path of a file with the provider's name.
+
+    Raises:
+        ProtocolError: The name leads out of the directory.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ProtocolError(f"The provider has a file with the invalid name {name[:200]!r}.")
+    return directory / path
 
 
 def _passes(job: FineTuningJob, filters: RemoteFilters) -> bool:

@@ -8,7 +8,12 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from training_backends.backends.openai.settings import OpenAIOptions, OpenAISettings, Variant
-from training_backends.core.config import TrainingConfig, given_options, option_issues
+from training_backends.core.config import (
+    TrainingConfig,
+    WandbIntegration,
+    given_options,
+    option_issues,
+)
 from training_backends.core.errors import ConfigError, Issue
 from training_backends.protocols.openai.requests import (
     AzureFineTuningJobIn,
@@ -119,6 +124,7 @@ def make_job(
         "suffix": config.suffix,
         "seed": seed if config.hyperparameters.seed is None else config.hyperparameters.seed,
         "metadata": dict(metadata) if metadata else None,
+        "integrations": [_wandb(entry) for entry in config.integrations] or None,
         "trainingType": options.training_type,
     }
     body = {name: value for name, value in values.items() if value is not None}
@@ -140,6 +146,18 @@ def _method(kind: str, hyper: Mapping[str, Any], variant: Variant) -> dict[str, 
         # Its versions before 2025 know no method; later ones read both.
         return {"hyperparameters": hyper or None}
     return {"method": {"type": kind, kind: {"hyperparameters": hyper} if hyper else None}}
+
+
+def _wandb(entry: WandbIntegration) -> dict[str, Any]:
+    """Return an integration; the key is not part of it, but of the provider's own settings."""
+    values = {
+        "project": entry.project,
+        "name": entry.run_name or entry.name,
+        "entity": entry.entity,
+        "tags": list(entry.tags) or None,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"type": "wandb", "wandb": given}
 
 
 def _lora(config: TrainingConfig) -> dict[str, Any]:

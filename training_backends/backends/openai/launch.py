@@ -12,38 +12,30 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from training_backends.backends.openai.api import Entry, OpenAIAPI, read_job
 from training_backends.backends.openai.job_request import RUN_KEY, TOKEN_KEY, make_job, shows
 from training_backends.backends.openai.job_state import state_of
 from training_backends.backends.openai.settings import CLOCK_SLACK, OpenAISettings
+from training_backends.backends.openai.uploads import OpenAIUploads
 from training_backends.core.backend import Journal, JSONValue
 from training_backends.core.backoff import Backoff
-from training_backends.core.config import DataSource
 from training_backends.core.errors import (
     AmbiguousLaunch,
-    DatasetError,
-    Issue,
     RunNotFound,
     TrainingBackendError,
 )
 from training_backends.core.logging import get_logger
-from training_backends.core.persist import persist, poll, settle
+from training_backends.core.persist import persist, settle
 from training_backends.core.run import RunState, TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.http.upload import FileUpload, HashedFile, hash_file
-from training_backends.protocols.openai.status import FILE_FAILED
-from training_backends.protocols.openai.wire import FileObject
 
 __all__ = ["OpenAILaunch"]
 
 log = get_logger()
 
 _SEEDS: Final = 2**31
-_PROCESSING: Final = frozenset({"pending", "running"})
-"""Statuses of a file at Azure that no job may use yet."""
 
 _T = TypeVar("_T")
 
@@ -64,6 +56,8 @@ class OpenAILaunch:
     """The create request."""
     _before: Sequence[str] = field(default=(), init=False)
     """Jobs that matched it before it was sent."""
+    _marked: bool = field(default=True, init=False)
+    """Whether all jobs that matched show their seed."""
 
     async def launch(self) -> RunState:
         """Launch the run, continuing after the last completed step."""
@@ -74,8 +68,6 @@ class OpenAILaunch:
             job_id = await self._create()
             created = RunState(status=TrainingStatus.PENDING, remote_id=job_id)
             await self.journal.record(created)
-            if self._lost:
-                await self._cancel_twins(job_id)
         try:
             return state_of(await self._persist(lambda: self.api.get_job(str(job_id))))
         except RunNotFound:
@@ -90,80 +82,14 @@ class OpenAILaunch:
     async def _persist(self, act: Callable[[], Awaitable[_T]]) -> _T:
         return await persist(act, within=self.settings.call_timeout, pauses=self._pauses())
 
-    # -- files -------------------------------------------------------------------------
-
-    async def _file_id(self, source: DataSource) -> str:
-        """Return the id of a file that jobs can use, uploading it if necessary."""
-        path = source.path
-        if path is None:
-            return str(source.remote_id)  # the server checks it when the job is created
-        hashed = await hash_file(path)
-        # The name contains the hash, so a file found by name has the right content.
-        filename = f"{path.stem[:80]}-{hashed.sha256[:16]}.jsonl"
-
-        async def find() -> str | None:
-            found = await self.api.find_file(filename, hashed.size)
-            return None if found is None or found.status in FILE_FAILED else found.id
-
-        async def upload() -> str:
-            return (await self._upload(path, filename, hashed)).id
-
-        async def has(file_id: str) -> bool:
-            return await self._has(file_id, hashed)
-
-        scope = self.settings.scope
-        file_id = await self._persist(
-            lambda: self.journal.upload(scope, hashed.sha256, upload, find, has)
-        )
-        if self.settings.variant == "azure":
-            await self._processed(file_id, path)
-        return file_id
-
-    async def _upload(self, path: Path, filename: str, hashed: HashedFile) -> FileObject:
-        upload = FileUpload(
-            path,
-            fields={"purpose": "fine-tune"},
-            filename=filename,
-            hashed=hashed,
-            on_progress=lambda done, total: self.journal.progress(
-                f"upload {path.name}", done, total
-            ),
-        )
-        return await self.api.upload_file(upload)
-
-    async def _has(self, file_id: str, hashed: HashedFile) -> bool:
-        try:
-            found = await self.api.get_file(file_id)
-        except RunNotFound:
-            return False
-        return found.status not in FILE_FAILED and found.bytes in {None, hashed.size}
-
-    async def _processed(self, file_id: str, path: Path) -> None:
-        """Wait until a job may use the file.
-
-        Raises:
-            DatasetError: The provider rejected it.
-            WaitTimeout: The provider did not process it in time; repeat to continue.
-        """
-        file = await poll(
-            lambda: self.api.get_file(file_id),
-            lambda found: found.status not in _PROCESSING,
-            within=self.settings.upload_timeout,
-            what=f"processing {path.name}",
-            pauses=self._pauses(),
-        )
-        if file.status in FILE_FAILED:
-            why = file.status_details or f"its status is {file.status}"
-            issue = Issue(code="rejected_by_provider", message=why, path=str(path))
-            raise DatasetError(f"The provider rejected {path.name}: {why}.", issues=[issue])
-
     # -- job ---------------------------------------------------------------------------
 
     async def _create(self) -> str:
         data = self.run.config.data
-        files: list[str | None] = [await self._file_id(data.train[0]), None]
+        uploads = OpenAIUploads(api=self.api, settings=self.settings, journal=self.journal)
+        files: list[str | None] = [await uploads.file_id(data.train[0]), None]
         if data.validation:
-            files[1] = await self._file_id(data.validation[0])
+            files[1] = await uploads.file_id(data.validation[0])
 
         async def list_jobs() -> JSONValue:
             return [files, await self._like(self._body)]
@@ -183,15 +109,20 @@ class OpenAILaunch:
 
         async def do() -> JSONValue:
             try:
-                return (await self.api.create_job(self._body)).id
+                job = await self.api.create_job(self._body)
             finally:
                 self._sent_at = time.monotonic()
+            return {"job": job.id, "resent": self._lost}
 
         async def find() -> JSONValue:
             self._lost = True
-            return await self._settle()
+            found = await self._settle()
+            return None if found is None else {"job": found, "resent": False}
 
-        return str(await self._persist(lambda: self.journal.step("create", do, find)))
+        created: Any = await self._persist(lambda: self.journal.step("create", do, find))
+        if self._lost or created["resent"] or self._is_distinct:
+            await self._cancel_twins(created["job"], resent=created["resent"])
+        return str(created["job"])
 
     def _request(
         self,
@@ -218,13 +149,19 @@ class OpenAILaunch:
 
         async def look() -> str | None:
             found = await self._persist(self._ours)
-            if len(found) > 1 and not self.settings.sends_metadata:
+            if len(found) > 1 and not self._is_distinct:
                 raise _ambiguous(found)
             return found[-1] if found else None  # the oldest
 
         # By another process: at an unknown time before now.
         since = 0.0 if self._sent_at is None else time.monotonic() - self._sent_at
         return await settle(look, within=self.settings.settling - since, pauses=self._pauses())
+
+    @property
+    def _is_distinct(self) -> bool:
+        """Whether all jobs that match the request were created by this launch."""
+        random_seed = self.run.config.hyperparameters.seed is None
+        return self.settings.sends_metadata or (random_seed and self._marked)
 
     async def _ours(self) -> list[str]:
         """Return the jobs that this launch created, or may have created; newest first."""
@@ -253,6 +190,7 @@ class OpenAILaunch:
                 job = read_job(entry)
                 # One that was cancelled to resolve an ambiguity is no candidate.
                 if job is not None and job.status != "cancelled" and shows(job, body):
+                    self._marked = self._marked and job.seed is not None
                     found.append(job.id)
             return found
 
@@ -262,20 +200,32 @@ class OpenAILaunch:
         earliest = (self.run.created_at - CLOCK_SLACK).timestamp()
         return isinstance(created, int | float) and created < earliest
 
-    async def _cancel_twins(self, job_id: str) -> None:
-        """Cancel further jobs of this launch, which a proxy may have created late.
+    async def _cancel_twins(self, job_id: str, *, resent: bool) -> None:
+        """Cancel further jobs of this launch, which a proxy may have created late or twice.
+
+        Args:
+            resent: An earlier create request may still take effect.
 
         Raises:
             AmbiguousLaunch: Whether they are of this launch is unknown.
         """
-        twins = [other for other in await self._persist(self._ours) if other != job_id]
-        if twins and not self.settings.sends_metadata:
-            raise _ambiguous([job_id, *twins])
-        for other in twins:
-            try:
-                await self._persist(partial(self.api.act, other, "cancel"))
-            except TrainingBackendError as error:
-                log.warning("second job of a launch", job=other, error=error.message)
+        cancelled = {job_id}
+
+        async def look() -> None:
+            twins = [other for other in await self._persist(self._ours) if other not in cancelled]
+            if twins and not self._is_distinct:
+                raise _ambiguous([job_id, *twins])
+            for other in twins:
+                cancelled.add(other)
+                try:
+                    await self._persist(partial(self.api.act, other, "cancel"))
+                    log.warning("cancelled a second job of the run", job=other)
+                except TrainingBackendError as error:
+                    log.warning("second job of the run", job=other, error=error.message)
+
+        await look()
+        if resent:
+            await settle(look, within=self.settings.settling, pauses=self._pauses())
 
 
 def _ambiguous(jobs: Sequence[str]) -> AmbiguousLaunch:

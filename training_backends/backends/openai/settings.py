@@ -20,7 +20,11 @@ from training_backends.core.estimate import Money
 from training_backends.http.auth import KeyHeader
 from training_backends.http.settings import ServerSettings
 from training_backends.http.urls import normalize_base_url
-from training_backends.protocols.openai.wire import MAX_FILE_BYTES
+from training_backends.protocols.openai.wire import (
+    MAX_FILE_BYTES,
+    MAX_PART_BYTES,
+    MAX_UPLOAD_BYTES,
+)
 
 __all__ = ["CLOCK_SLACK", "HOSTED_URL", "OpenAIOptions", "OpenAISettings", "Variant"]
 
@@ -41,6 +45,16 @@ _HOSTS: Mapping[str, Variant] = MappingProxyType(
     }
 )
 """Variants by the end of the host's name (documentation of 2025-12 and 2026)."""
+
+
+_LARGEST: Mapping[Variant, int] = MappingProxyType(
+    {"openai": MAX_UPLOAD_BYTES, "azure": 9 * 10**9, "nebius": 5 * 10**9}
+)
+"""Largest file in bytes (Azure: specification 2024-10-21; Nebius: reference 20260506)."""
+_LARGEST_REQUEST: Mapping[Variant, int] = MappingProxyType(
+    {"openai": MAX_FILE_BYTES, "azure": MAX_FILE_BYTES, "nebius": _LARGEST["nebius"]}
+)
+"""Largest file in one request, in bytes; Nebius documents no uploads in parts."""
 
 
 class OpenAIOptions(BaseModel):
@@ -82,9 +96,15 @@ class OpenAISettings(ServerSettings):
     prices: dict[str, Money] = Field(
         default_factory=dict, description="Price of 1 M trained tokens by model, as `3 USD`."
     )
-    max_file_bytes: PositiveInt = Field(
-        default=MAX_FILE_BYTES, description="Maximum file size of the server."
+    max_file_bytes: PositiveInt | None = Field(
+        default=None,
+        description="Maximum file size of the server; default: 8 GB, Azure 9 GB, Nebius 5 GB.",
     )
+    max_request_bytes: PositiveInt | None = Field(
+        default=None,
+        description="Larger files are uploaded in parts; default: 512 MB, Nebius never.",
+    )
+    part_bytes: PositiveInt = Field(default=MAX_PART_BYTES, description="Size of a part.")
 
     @field_validator("base_url")
     @classmethod
@@ -96,15 +116,21 @@ class OpenAISettings(ServerSettings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        """Choose the variant from the host, and add the path that people often omit."""
+        """Choose variant and limits from the host, and add the path that people often omit."""
         parts = urlsplit(self.base_url)
         host = parts.hostname or ""
-        known = (variant for end, variant in _HOSTS.items() if host.endswith(end))
-        values: dict[str, object] = {"variant": self.variant or next(known, "openai")}
+        known = [variant for end, variant in _HOSTS.items() if host.endswith(end)]
+        variant: Variant = self.variant or (known[0] if known else "openai")
+        values: dict[str, object] = {
+            "variant": variant,
+            "max_file_bytes": self.max_file_bytes or _LARGEST[variant],
+            "max_request_bytes": self.max_request_bytes or _LARGEST_REQUEST[variant],
+        }
         if not parts.path:
             path = "/v1"
-            if values["variant"] == "azure":
-                path = "/openai" if "api-version" in self.query else "/openai/v1"
+            if variant == "azure":
+                version = self.query.get("api-version", "v1")
+                path = "/openai/v1" if version in {"v1", "preview"} else "/openai"
             values["base_url"] = self.base_url + path
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the model is frozen

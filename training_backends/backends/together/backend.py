@@ -79,6 +79,7 @@ _CAPABILITIES: Final = Capabilities(
     validation_files=True,
     suffix=SuffixRule(max_length=LONGEST_OWN_SUFFIX),
     integrations=frozenset({"wandb"}),
+    integration_fields=frozenset({"project", "name", "run_name", "entity", "credential"}),
     quotes=True,
     resumes="checkpoint",
     downloads=True,
@@ -348,7 +349,7 @@ class TogetherBackend(TrainingBackend):
             steps = [str(each.step) for each in await self.api.checkpoints(job.id)]
             if not steps:
                 raise self.unsupported(
-                    "resume a run without checkpoints", "TogetherLaunch it again with a new id."
+                    "resume a run without checkpoints", "Launch it again with a new id."
                 )
             step = (checkpoint or steps[-1]).removeprefix("step-")
             if step not in steps:

@@ -58,7 +58,7 @@ class TogetherLaunch:
     _suffix: str = ""
     _body: dict[str, Any] = field(default_factory=dict)
     _hidden: tuple[SecretStr, ...] = ()
-    _unsure: bool = False
+    _lost: bool = False
     """Whether an earlier create request may have created a job, too."""
 
     async def launch(self) -> RunState:
@@ -87,10 +87,9 @@ class TogetherLaunch:
         self._hidden = tuple(SecretStr(tracking[name]) for name in tracking if name == "wandb_key")
         self._body |= tracking
         create = partial(self.journal.step, "create", self._create, self._find)
-        job_id = str(await self._persist(create, tries=_CREATES))
-        if self._unsure:
-            await self._persist(partial(self._only, job_id))
-        return job_id
+        created: Any = await self._persist(create, tries=_CREATES)
+        await self._cancel_twins(created["job"], resent=created["resent"])
+        return str(created["job"])
 
     async def _persist(self, act: Callable[[], Awaitable[_T]], *, tries: int = TRIES) -> _T:
         within = self.settings.call_timeout
@@ -150,18 +149,16 @@ class TogetherLaunch:
     # -- job ---------------------------------------------------------------------------
 
     async def _create(self) -> JSONValue:
-        sent, self._unsure = self._unsure, True
         job = await self.api.create(self._body, self._hidden)
-        self._unsure = sent
-        return job.id
+        return {"job": job.id, "resent": self._lost}
 
     async def _find(self) -> JSONValue:
         """Look for our job until a late create request would have created it."""
-        self._unsure = True
+        self._lost = True
 
-        async def look() -> str | None:
+        async def look() -> JSONValue:
             ours = await self._persist(self._ours)
-            return ours[0].id if ours else None
+            return {"job": ours[0].id, "resent": False} if ours else None
 
         return await settle(look, within=self.settings.settling, pauses=self._pauses())
 
@@ -170,8 +167,18 @@ class TogetherLaunch:
         ours = [job for job in await self.api.jobs() if job.has_suffix(self._suffix)]
         return sorted(ours, key=lambda job: (job.created_at is None, job.created_at, job.id))
 
-    async def _only(self, job_id: str) -> None:
-        """Cancel all other jobs of this run: those of requests that seemed to be lost."""
+    async def _cancel_twins(self, job_id: str, *, resent: bool) -> None:
+        """Cancel further jobs of this run, which a proxy may have created late or twice.
+
+        Args:
+            resent: An earlier create request may still take effect.
+        """
+        act = partial(self._persist, partial(self._cancel_all_but, job_id))
+        await act()
+        if resent:
+            await settle(act, within=self.settings.settling, pauses=self._pauses())
+
+    async def _cancel_all_but(self, job_id: str) -> None:
         for job in await self._ours():
             status = to_status(job.status)
             ending = status.is_terminal or status is TrainingStatus.STOPPING
@@ -190,8 +197,9 @@ async def wandb_fields(config: TrainingConfig, credentials: CredentialSource) ->
         provider, _, profile = entry.credential.partition("/")
         key = (await credentials.get(provider, profile or None)).get_secret_value()
         name = entry.run_name or entry.name
-        named = {} if name is None else {"wandb_name": name}
-        return {"wandb_key": key, "wandb_project_name": entry.project, **named}
+        named = {"wandb_name": name, "wandb_entity": entry.entity}
+        given = {field: value for field, value in named.items() if value is not None}
+        return {"wandb_key": key, "wandb_project_name": entry.project, **given}
     return {}
 
 

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 
 from training_backends.store.schema import BigInteger, metadata
 
-__all__ = ["DEFAULT_PROJECT", "events", "files", "jobs", "keys", "models"]
+__all__ = ["DEFAULT_PROJECT", "GATEWAY_TABLES", "events", "files", "jobs", "keys", "models"]
 
 DEFAULT_PROJECT = "default"
 """Owner of objects created before projects existed, and of keys created without one."""
@@ -118,3 +118,6 @@ keys = sa.Table(
     sa.Column("last_used_at", sa.Float),
     _project(),
 )
+
+GATEWAY_TABLES = tuple(table.name for table in (keys, files, jobs, events, models))
+"""Names of these tables."""
