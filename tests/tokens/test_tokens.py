@@ -24,7 +24,7 @@ from tests.effort import is_thorough
 from training_backends import tokens
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.datasets.rows import TextRow, byte_encode, parse_row
-from training_backends.tokens import TokenCount, counters, row_counter, tokenizer_of
+from training_backends.tokens import TokenCount, jinja, row_counter, tokenizer_of
 from training_backends.tokens import tokenizers as token_models
 from training_backends.tokens.counters import OpenAICounter, Reference, count_row
 from training_backends.tokens.counts import Lengths, Uncountable, bucket_of
@@ -743,7 +743,7 @@ def test_a_template_that_never_ends_is_a_reason(
     dataset: MakeDataset, templated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is interrupted, and the next row is counted as before."""
-    monkeypatch.setattr(counters, "RENDER_SECONDS", 1.0)
+    monkeypatch.setattr(jinja, "RENDER_SECONDS", 1.0)
     file = templated / "chat_template.jinja"
     plain = file.read_text()
     file.write_text(f"{{% if messages[0].content == 'a' %}}{ENDLESS}{{% endif %}}{plain}")
@@ -755,15 +755,16 @@ def test_a_template_that_never_ends_is_a_reason(
 
 def test_whatever_ends_at_the_limit_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interruption is raised here or taken back: none arrives in later code."""
-    monkeypatch.setattr(counters, "RENDER_SECONDS", 1e-4)
+    monkeypatch.setattr(jinja, "RENDER_SECONDS", 1e-4)
+    limit = jinja.TimeLimit()
     late = 0
     for number in range(300):
         try:
-            assert counters.rendered(partial(sum, range(number * 50))) >= 0
-        except counters.EndlessTemplate:
+            assert limit.run(partial(sum, range(number * 50))) >= 0
+        except jinja.EndlessTemplate:
             late += 1
-    with pytest.raises(counters.EndlessTemplate):
-        counters.rendered(lambda: [None for _ in iter(int, 1)])
+    with pytest.raises(jinja.EndlessTemplate):
+        limit.run(lambda: [None for _ in iter(int, 1)])
     assert sum(range(10_000)) == 49_995_000
     assert late <= 300
 

@@ -83,7 +83,7 @@ def test_the_loss_of_a_model_is_that_of_its_logits(
     model = prepare_tuning(found.model, Tuning.model_validate(LORA), name).eval()
     objective = TokenObjective(found.encoder, 64)
     row = {"messages": [{"role": r, "content": "2 plus 3?"} for r in ("user", "assistant")]}
-    batch = objective.collate([objective.read(json.dumps(row).encode(), "f/1").example])
+    batch = objective.collate([objective.read(json.dumps(row).encode(), "f/1").examples[0]])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
     labels = batch["labels"][:, 1:]

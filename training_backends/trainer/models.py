@@ -36,6 +36,7 @@ from training_backends.rundir.directory import ADAPTER_CONFIG, ResultRecord, ada
 from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
 from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.generate import end_ids
 from training_backends.trainer.objectives.classifier import (
     add_heads,
     describe_classifier,
@@ -210,6 +211,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
     targets: Sequence[ClassifierTarget] = (),
+    chat_template: str | None = None,
 ) -> LoadedModel:
     """Load a model: the built-in one, a directory, or one from the Hub.
 
@@ -220,6 +222,7 @@ def load_model(
         dtype: Compute dtype; None picks one for the device.
         attention: Attention implementation in transformers.
         targets: Make it a classifier with these targets.
+        chat_template: Jinja template that replaces the model's own.
 
     Raises:
         TrainerError: The model does not exist or cannot be fetched, or its chats cannot be
@@ -230,7 +233,7 @@ def load_model(
     if name == TINY_MODEL:
         model: Any = make_tiny_model(seed)
         model = add_heads(model, targets) if targets else model
-        encoder = encoder_for(name, None)
+        encoder = encoder_for(name, None, chat_template=chat_template)
     else:
         directory = _find_model(name)
         targets = _resolve_targets(name, directory, tuning, targets)
@@ -243,16 +246,21 @@ def load_model(
                 dtype=dtype,
                 attention=attention,
                 targets=targets,
+                chat_template=chat_template,
             )
-            return _load_adapter(base, name, directory, tuning)
-        encoder = encoder_for(name, directory)
+            return _load_adapter(base, name, directory, tuning, chat_template)
+        encoder = encoder_for(name, directory, chat_template=chat_template)
         model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
     if attention != "auto":
         _set_attention(model, name, attention)
     if targets:
         _name_outputs(model, targets, encoder.pad_id)
-    dtype = _stored_dtype(directory) if directory else None
-    return LoadedModel(model, encoder, name, tuple(targets), directory, dtype)
+    elif generation := getattr(model, "generation_config", None):
+        # Any program that generates with the result stops where its answers end.
+        ends = sorted(end_ids(model, encoder))
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    stored = _stored_dtype(directory) if directory else None
+    return LoadedModel(model, encoder, name, tuple(targets), directory, stored)
 
 
 def _resolve_targets(
@@ -301,7 +309,11 @@ def _base_of(name: str, directory: Path) -> str:
 
 
 def _load_adapter(
-    base: LoadedModel, name: str, directory: Path, tuning: Tuning | None
+    base: LoadedModel,
+    name: str,
+    directory: Path,
+    tuning: Tuning | None,
+    chat_template: str | None,
 ) -> LoadedModel:
     """Apply an adapter to its base model; full fine-tuning trains the two merged."""
     if base.targets and not read_targets(directory):
@@ -321,6 +333,9 @@ def _load_adapter(
     else:  # peft looks there, or on the Hub, when it saves the adapter
         (config,) = model.peft_config.values()
         config.base_model_name_or_path = str(base.directory)
+    if chat_template is not None:  # the base model was loaded with it
+        return replace(base, model=model)
+    # Its tokenizer may have a chat template of its own.
     encoder = encoder_for(name, directory) if has_tokenizer(directory) else base.encoder
     return replace(base, model=model, encoder=encoder)
 
@@ -498,6 +513,8 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
+    if generation := getattr(model, "generation_config", None):
+        generation.save_pretrained(directory)  # peft saves none
     # peft stores the base model's local path here, and again in a model card.
     (directory / "README.md").unlink(missing_ok=True)
     config = json.loads(path.read_text(encoding="utf-8"))
