@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from training_backends.rundir.handover import ON_STDIN
@@ -15,6 +15,7 @@ __all__ = [
     "environment_without_token",
     "prepare_imports",
     "prepare_threads",
+    "show_in_turn",
     "show_only",
     "take_token",
     "thread_count",
@@ -75,7 +76,7 @@ def thread_count(*, small: bool, processes: int = 1) -> int:
     return min(available, _ENOUGH_FOR_SMALL) if small else available
 
 
-_VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 _VISIBLE_TO_HIP: Final = "HIP_VISIBLE_DEVICES"
 """On ROCm it takes precedence over the former, which works there as well."""
 
@@ -94,8 +95,13 @@ _AMD_GPU: Final = re.compile(
 
 def show_only(device: Device) -> dict[str, str]:
     """Return the environment variables that make only this device visible."""
-    variables = {_VISIBLE: device.name}
-    return variables | ({_VISIBLE_TO_HIP: device.name} if device.is_amd else {})
+    return {VISIBLE: device.name} | ({_VISIBLE_TO_HIP: device.name} if device.is_amd else {})
+
+
+def show_in_turn(devices: Sequence[Device]) -> None:
+    """Set the variable that torch's agent divides among its processes; HIP reads it, too."""
+    os.environ[VISIBLE] = ",".join(device.name for device in devices)
+    os.environ.pop(_VISIBLE_TO_HIP, None)
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
@@ -109,7 +115,7 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[Device, ..
         answers = (_list_amd(_ask_driver(*command)) for command in _AMD)
         listed = next((found for found in answers if found), {})
         is_amd = bool(listed)
-    chosen = environ.get(_VISIBLE)
+    chosen = environ.get(VISIBLE)
     if is_amd:
         chosen = environ.get(_VISIBLE_TO_HIP, chosen)
     names = [*listed] if chosen is None else _names(chosen)

@@ -50,6 +50,7 @@ __all__ = [
     "choose_dtype",
     "count_experts",
     "dequantized",
+    "find_model",
     "is_in_four_bits",
     "load_model",
     "make_tiny_model",
@@ -235,7 +236,7 @@ def load_model(
         model = add_heads(model, targets) if targets else model
         encoder = encoder_for(name, None, chat_template=chat_template)
     else:
-        directory = _find_model(name)
+        directory = find_model(name)
         targets = _resolve_targets(name, directory, tuning, targets)
         if (directory / ADAPTER_CONFIG).is_file():
             base = load_model(
@@ -340,7 +341,7 @@ def _load_adapter(
     return replace(base, model=model, encoder=encoder)
 
 
-def _find_model(name: str) -> Path:
+def find_model(name: str) -> Path:
     """Return the directory of a model, downloaded from the Hub if necessary.
 
     Raises:

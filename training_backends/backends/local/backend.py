@@ -89,7 +89,7 @@ from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
 
-__all__ = ["LocalBackend"]
+__all__ = ["LocalBackend", "require_same"]
 
 _SUSPENSION_CHECK: Final = 0.1
 """Seconds between two checks for the end of a process."""
@@ -125,7 +125,7 @@ class LocalBackend(TrainingBackend):
     ) -> None:
         self._home = home
         self._runs = home / "runs"
-        self._slots = home / "slots"
+        self._slots: Path | None = home / "slots"
         self._interpreter = interpreter
         self._program = interpreter.command("train") if program is None else program
         self._hub = hub or Hub()
@@ -176,10 +176,9 @@ class LocalBackend(TrainingBackend):
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
-        await to_thread.run_sync(self._interpreter.require)
-        issues = await to_thread.run_sync(
-            lambda: tuple(find_issues(config, dataset, self._interpreter))
-        )
+        await self._require_trainer()
+        found = partial(find_issues, config, dataset, self._checked_interpreter)
+        issues = await to_thread.run_sync(lambda: tuple(found()))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
         issues += await self._model_issues(config, dataset)
@@ -196,8 +195,8 @@ class LocalBackend(TrainingBackend):
                 unusable=unusable_severity(config, issues),
             )
 
-        found = await to_thread.run_sync(overlong)
-        return ValidationReport(issues=(*issues, found) if found else issues)
+        rows = await to_thread.run_sync(overlong)
+        return ValidationReport(issues=(*issues, rows) if rows else issues)
 
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
         if config.base_model == TINY_MODEL:
@@ -209,10 +208,9 @@ class LocalBackend(TrainingBackend):
         config = config.model_copy(update={"model": base})
         directory = await to_thread.run_sync(find_directory, base)
         if directory is None:
-            return tuple(await hub_issues(config, self._hub, self._interpreter))
-        return await to_thread.run_sync(
-            lambda: tuple(files_issues(config, dataset, directory, self._interpreter))
-        )
+            return tuple(await hub_issues(config, self._hub, self._checked_interpreter))
+        found = partial(files_issues, config, dataset, directory, self._checked_interpreter)
+        return await to_thread.run_sync(lambda: tuple(found()))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; the duration is only known from earlier local runs."""
@@ -224,7 +222,7 @@ class LocalBackend(TrainingBackend):
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """See `TrainingBackend.launch`; the run may be queued until a slot is free."""
-        await to_thread.run_sync(self._interpreter.require)
+        await self._require_trainer()
         return await self._start(run, journal)
 
     async def _start(
@@ -242,18 +240,33 @@ class LocalBackend(TrainingBackend):
         await journal.record(
             RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
         )
-        child_env = await self._hub.child_environment(spec.model)
-
-        async def do() -> dict[str, int]:
-            start = partial(_start_process, directory, spec, run, self._program, child_env)
-            return {"pid": await to_thread.run_sync(start)}
-
-        async def find() -> dict[str, bool] | None:
-            begun = await to_thread.run_sync(has_begun, directory)
-            return {"found": True} if begun else None
-
-        await journal.step("start", do, find)
+        await journal.step(
+            "start",
+            partial(self._begin, run, directory, spec),
+            partial(self._find_begun, run, directory),
+        )
         return await self.status(run)
+
+    async def _begin(self, run: TrainingRun, directory: RunDir, spec: RunSpec) -> JSONValue:
+        """Write the spec and start the training process."""
+        child_env = await self._hub.child_environment(spec.model)
+        start = partial(_start_process, directory, spec, run, self._program, child_env)
+        return {"pid": await to_thread.run_sync(start)}
+
+    async def _find_begun(self, run: TrainingRun, directory: RunDir) -> JSONValue:
+        """Return something if an interrupted launch started the training process."""
+        del run
+        begun = await to_thread.run_sync(has_begun, directory)
+        return {"found": True} if begun else None
+
+    async def _require_trainer(self) -> None:
+        """Require the libraries that train on this machine."""
+        await to_thread.run_sync(self._interpreter.require)
+
+    @property
+    def _checked_interpreter(self) -> Interpreter | None:
+        """The environment that `validate` checks; None: the trainer runs elsewhere."""
+        return self._interpreter
 
     async def status(self, run: TrainingRun) -> RunState:
         """Read the state without the log, which grows with the run."""
@@ -359,7 +372,7 @@ class LocalBackend(TrainingBackend):
         Args:
             checkpoint: A step, such as `120` or `step-120`.
         """
-        await to_thread.run_sync(self._interpreter.require)
+        await self._require_trainer()
         source = await to_thread.run_sync(self._existing, run)
         target = self._directory(new_run)
 
@@ -372,7 +385,7 @@ class LocalBackend(TrainingBackend):
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory here."""
-        return await to_thread.run_sync(find_runs, self._runs, filters)
+        return await to_thread.run_sync(find_runs, self._runs, filters, self._opened)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
         """Copy the trained model to `target`."""
@@ -466,7 +479,10 @@ class LocalBackend(TrainingBackend):
             return Health(ok=False, message=message, hint=error.hint, configured=is_used)
 
     def _directory(self, run: TrainingRun) -> RunDir:
-        return RunDir(self._runs / run.id)
+        return self._opened(self._runs / run.id)
+
+    def _opened(self, path: Path) -> RunDir:
+        return RunDir(path)
 
     def _existing(self, run: TrainingRun) -> RunDir:
         directory = self._directory(run)
@@ -511,20 +527,29 @@ def _start_process(
 ) -> int:
     """Start the run's process; return 0 if an earlier attempt has just started it."""
     if directory.spec.is_file():
-        if not _is_same(directory, spec, run):
-            raise DuplicateRun(
-                f"The directory of another run {run.id} already exists.",
-                other=run.id,
-                hint="Choose another id, or delete the earlier run.",
-                backend="local",
-                run_id=run.id,
-            )
+        require_same(directory, spec, run)
         if has_begun(directory):
             return 0
     with reporting_disk(run):
         require_space(directory.path.parent)
         directory.write_spec(spec)
         return spawn(directory, program, child_env)
+
+
+def require_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> None:
+    """Require that an existing directory belongs to this launch of the run.
+
+    Raises:
+        DuplicateRun: It belongs to another run with the same id.
+    """
+    if not _is_same(directory, spec, run):
+        raise DuplicateRun(
+            f"The directory of another run {run.id} already exists.",
+            other=run.id,
+            hint="Choose another id, or delete the earlier run.",
+            backend=run.backend,
+            run_id=run.id,
+        )
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:

@@ -49,9 +49,13 @@ _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"
 
 
 def find_issues(
-    config: TrainingConfig, dataset: Dataset, interpreter: Interpreter = THIS_INTERPRETER
+    config: TrainingConfig, dataset: Dataset, interpreter: Interpreter | None = THIS_INTERPRETER
 ) -> Iterator[Issue]:
-    """Yield everything in a configuration that this backend does not support."""
+    """Yield everything in a configuration that this backend does not support.
+
+    Args:
+        interpreter: Python environment that trains; None: one that is not on this machine.
+    """
     yield from _model_issues(config, interpreter)
     yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
@@ -68,7 +72,7 @@ def find_issues(
             )
 
 
-def _model_issues(config: TrainingConfig, interpreter: Interpreter) -> Iterator[Issue]:
+def _model_issues(config: TrainingConfig, interpreter: Interpreter | None) -> Iterator[Issue]:
     if not _is_model(config.base_model):
         yield Issue(
             code="unknown_model",
@@ -89,7 +93,7 @@ def _model_issues(config: TrainingConfig, interpreter: Interpreter) -> Iterator[
             f"{TINY_MODEL} has random weights and only supports full fine-tuning",
             "use full, or remove tuning",
         )
-    elif kind == "qlora" and not interpreter.has("bitsandbytes"):
+    elif kind == "qlora" and interpreter and not interpreter.has("bitsandbytes"):
         yield _unsupported(
             "tuning.kind",
             "qlora requires bitsandbytes",
@@ -211,6 +215,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             "options.packing", f"method {config.method} does not support packing", "remove it"
         )
     unused = {"result": kind == "full"}
+    unused["sharding"] = options.num_processes == 1
     unused |= dict.fromkeys(("dpo_beta", "dpo_label_smoothing"), config.method != "dpo")
     for name in unused:
         if unused[name] and name in options.model_fields_set:
@@ -301,7 +306,7 @@ def _resolved_tuning(config: TrainingConfig) -> Tuning:
 
 
 def build_spec(
-    run_id: str, config: TrainingConfig, slots_dir: Path, *, source: RunSpec | None = None
+    run_id: str, config: TrainingConfig, slots_dir: Path | None, *, source: RunSpec | None = None
 ) -> RunSpec:
     """Build the spec of a valid configuration, with every default resolved.
 

@@ -85,9 +85,13 @@ class _Found(NamedTuple):
 
 
 async def hub_issues(
-    config: TrainingConfig, hub: Hub, interpreter: Interpreter = THIS_INTERPRETER
+    config: TrainingConfig, hub: Hub, interpreter: Interpreter | None = THIS_INTERPRETER
 ) -> list[Issue]:
-    """Look up a model on the Hub; if the Hub cannot be asked, return a warning."""
+    """Look up a model on the Hub; if the Hub cannot be asked, return a warning.
+
+    Args:
+        interpreter: See `files_issues`.
+    """
     try:
         child_env = await hub.child_environment(config.base_model)
     except ConfigError as error:
@@ -104,6 +108,8 @@ async def hub_issues(
     found = await to_thread.run_sync(_ask, config.base_model, endpoint, token)
     if isinstance(found, Issue):
         return [found]
+    if interpreter is None:
+        return []
     issues = [*_architecture_issues(config, found.model_type, None, interpreter)]
     if found.weights:
         issues += await to_thread.run_sync(lambda: [*_memory_issues(config, found.weights or 0)])
@@ -164,9 +170,13 @@ def files_issues(
     config: TrainingConfig,
     dataset: Dataset,
     directory: Path,
-    interpreter: Interpreter = THIS_INTERPRETER,
+    interpreter: Interpreter | None = THIS_INTERPRETER,
 ) -> Iterator[Issue]:
-    """Yield problems in a model's files; blocks while it reads them and some rows."""
+    """Yield problems in a model's files; blocks while it reads them and some rows.
+
+    Args:
+        interpreter: Python environment that trains; None: one that is not on this machine.
+    """
     described = _read_object(directory / "config.json")
     if isinstance(described, str):
         yield _model_issue("model_files", f"config.json {described}")
@@ -179,14 +189,17 @@ def files_issues(
             "use another model",
         )
         return
-    yield from _architecture_issues(config, model_type, described.get("architectures"), interpreter)
-    yield from _quantization_issues(config, described.get("quantization_config"), interpreter)
+    if interpreter is not None:
+        architectures = described.get("architectures")
+        yield from _architecture_issues(config, model_type, architectures, interpreter)
+        yield from _quantization_issues(config, described.get("quantization_config"), interpreter)
     is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    elif weights and "quantization_config" not in described:  # several weights per value
+    # A quantized value holds several weights.
+    elif weights and interpreter and "quantization_config" not in described:
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, directory)
@@ -394,6 +407,10 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     if available is None:
         return
     kind = config.tuning.kind if config.tuning else "lora"
+    where = "the GPU has" if gpus else "this machine has"
+    if gpus and options.num_processes > 1 and options.sharding != "zero2" and kind != "qlora":
+        available *= options.num_processes  # zero3 divides the weights
+        where = f"{options.num_processes} GPUs have"
     halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
     if kind == "full":
         least, needed = 4.0 * weights, float(_BYTES_FULL * weights)
@@ -403,14 +420,13 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         least = needed = (2.0 if halves else 4.0) * weights
     if needed <= available:
         return
-    where = "the GPU" if gpus else "this machine"
     fixes = {"full": "lora or qlora", "lora": "qlora"}
     other = f"use tuning: {fixes[kind]}, or a smaller model" if kind in fixes else ""
     beside = "" if kind == "full" else ", plus activations"
     yield Issue(
         code="memory",
         message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
-        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
+        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} "
         f"{available / _GIB:.1f} GiB",
         field="model",
         fix=other or "use a smaller model",
