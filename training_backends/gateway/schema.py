@@ -1,10 +1,14 @@
 """The gateway's tables, in the same database as its runs; a job's id is its run's id."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import sqlalchemy as sa
 
+from training_backends.gateway.errors import invalid
 from training_backends.store.schema import BigInteger, metadata
 
-__all__ = ["DEFAULT_PROJECT", "events", "files", "jobs", "keys", "models"]
+__all__ = ["DEFAULT_PROJECT", "events", "files", "jobs", "keys", "models", "page_of"]
 
 DEFAULT_PROJECT = "default"
 """Owner of objects created before projects existed, and of keys created without one."""
@@ -118,3 +122,32 @@ keys = sa.Table(
     sa.Column("last_used_at", sa.Float),
     _project(),
 )
+
+
+def page_of(
+    connection: sa.Connection,
+    query: "sa.Select[Any]",
+    table: sa.Table,
+    *,
+    visible: sa.ColumnElement[bool],
+    after: str | None,
+    limit: int,
+    descending: bool = True,
+) -> Sequence[Any]:
+    """Return the rows of a query that follow a row by time, one more than `limit` if there are.
+
+    Args:
+        visible: The rows that `after` may name, whether or not the query returns them.
+
+    Raises:
+        HTTPProblem: `after` is no id of such a row.
+    """
+    at, key = table.c.created_at, table.c.id
+    order = (at.desc(), key) if descending else (at, key.desc())
+    if after is not None:
+        row = connection.execute(sa.select(at, key).where(key == after, visible)).first()
+        if row is None:
+            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
+        later, earlier = (at < row[0], key > row[1]) if descending else (at > row[0], key < row[1])
+        query = query.where(later | ((at == row[0]) & earlier))
+    return connection.execute(query.order_by(*order).limit(limit + 1)).all()

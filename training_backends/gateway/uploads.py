@@ -18,13 +18,18 @@ from multipart import (
     PushMultipartParser,
     parse_options_header,
 )
+from pydantic_core import from_json
 
+from training_backends.core.errors import DatasetError
 from training_backends.core.escape import plural
 from training_backends.core.files import make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
 from training_backends.datasets.inspect import LineError, check_upload
+from training_backends.datasets.open_file import opened
 from training_backends.datasets.provider_formats import MISTRAL
-from training_backends.gateway.errors import HTTPProblem, invalid, plain
+from training_backends.datasets.scan_part import BOM
+from training_backends.gateway.errors import HTTPProblem, invalid, is_temporary, plain, problem
+from training_backends.protocols.openai.errors import not_jsonl
 
 __all__ = [
     "FORM_OVERHEAD",
@@ -35,6 +40,7 @@ __all__ = [
     "OpenFile",
     "Upload",
     "read_facts",
+    "read_openai_facts",
     "receive",
     "too_large",
 ]
@@ -69,6 +75,38 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
     # The protocol has no sample type for classifier data.
     sample_type = "pretrain" if found.sample_type == "pretrain" else "instruct"
     return FileFacts(found.num_lines, sample_type)
+
+
+def read_openai_facts(path: Path, purpose: str) -> FileFacts:
+    """Check that a training file has JSON objects; their content is checked with the job.
+
+    Blocking; reads line by line, and no other file.
+
+    Raises:
+        HTTPProblem: A line is not a JSON object.
+    """
+    if purpose != "fine-tune":
+        return FileFacts(None, "instruct")
+    rows = 0
+    try:
+        with opened(path) as source:
+            for number, line in enumerate(source.lines, start=1):
+                if row := line.removeprefix(BOM).strip():
+                    rows += 1
+                    if not _is_object(row):
+                        raise problem(not_jsonl(number))
+    except DatasetError as error:
+        if is_temporary(error):
+            raise
+        raise problem(not_jsonl(1)) from error
+    return FileFacts(rows, "instruct")
+
+
+def _is_object(row: bytes) -> bool:
+    try:
+        return isinstance(from_json(row), dict)
+    except ValueError:
+        return False
 
 
 def _refusal(errors: Sequence[LineError]) -> HTTPProblem:
