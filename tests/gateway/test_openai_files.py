@@ -8,18 +8,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.gateway.conftest import KEY, Site, jsonl
+from tests.gateway.conftest import Site, jsonl
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def sdk(here: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client, which retries nothing."""
-    async with AsyncOpenAI(
-        api_key=KEY, base_url=f"{here.served.url}/openai/v1", max_retries=0
-    ) as client:
-        yield client
 
 
 async def upload(sdk: AsyncOpenAI, name: str = "train.jsonl", content: bytes = jsonl()) -> str:

@@ -2,25 +2,39 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, JSONResponse
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD
-from training_backends.gateway.routes import Caller, Opened
+from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_jobs import (
+    list_openai_jobs,
+    openai_checkpoints,
+    openai_events,
+    openai_job,
+)
+from training_backends.gateway.openai_requests import REPEATS_FOR, Repetition
+from training_backends.gateway.routes import Caller, Opened, SmallBody
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
+from training_backends.protocols.mistral.status import ENDED
 from training_backends.protocols.mistral.wire import FileSchema
-from training_backends.protocols.openai.errors import ErrorAnswer, no_file
-from training_backends.protocols.openai.wire import FileDeleted, FileObject, ListPage
+from training_backends.protocols.openai.errors import ErrorAnswer, no_file, no_job, wrong_state
+from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.protocols.openai.wire import (
+    FileDeleted,
+    FileObject,
+    FineTuningJobCheckpoint,
+    FineTuningJobEvent,
+    ListPage,
+)
 
 __all__ = ["openai_router"]
-
-REPEATS_FOR: Final = 600.0
-"""Seconds within which a repeated request is answered with the object of the first one."""
 
 
 class _ErrorBody(BaseModel):
@@ -165,6 +179,141 @@ def _file(file: FileSchema) -> FileObject:
         purpose=file.purpose,
         status="processed",
     )
+
+
+# -- jobs ------------------------------------------------------------------------------
+
+After = Annotated[str | None, Query(max_length=200)]
+_JOBS = "/fine_tuning/jobs"
+
+
+@openai_router.post(_JOBS, responses={429: {"model": OpenAIProblem}}, dependencies=[SmallBody])
+async def create_openai_job(
+    job: FineTuningJobIn, request: Request, gateway: Opened, caller: Caller
+) -> JSONResponse:
+    """Create a job; a repeated request returns the job of the first one."""
+    repetition = Repetition(_repeats(request), request.headers.get("idempotency-key"))
+    return await _show(gateway, await gateway.jobs.create_openai(job, caller, repetition), caller)
+
+
+@openai_router.get(_JOBS)
+async def list_all_openai_jobs(
+    request: Request,
+    gateway: Opened,
+    caller: Caller,
+    *,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> JSONResponse:
+    """List jobs, newest first; `metadata[key]=value` selects, `metadata=null` those without."""
+    metadata = _metadata(request.query_params.multi_items())
+    found, has_more = await gateway.store.aread(
+        lambda c: list_openai_jobs(
+            c,
+            caller,
+            gateway.settings.organization_id,
+            after=after,
+            limit=limit,
+            metadata=metadata,
+        )
+    )
+    shown = [job.to_wire() for job in found]
+    return JSONResponse({"object": "list", "data": shown, "has_more": has_more})
+
+
+@openai_router.get(f"{_JOBS}/{{job_id}}", responses=_MISSING)
+async def retrieve_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
+    """Return a job."""
+    return await _show(gateway, job_id, caller)
+
+
+@openai_router.post(f"{_JOBS}/{{job_id}}/cancel", responses=_MISSING)
+async def cancel_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
+    """Cancel a job: immediately before its start, asynchronously while it runs."""
+    missing = no_job(job_id)
+    job_id = _known_id(job_id, missing)
+    with _missing(missing):
+        job = await gateway.jobs.get(job_id, caller)
+        if job.status in ENDED:
+            raise problem(wrong_state(f"Job {job_id} has finished; it cannot be cancelled."))
+        await gateway.jobs.cancel(job_id, caller)
+    return await _show(gateway, job_id, caller)
+
+
+@openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_MISSING)
+async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
+    """Pause a running job."""
+    with _missing(no_job(job_id)):
+        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller)
+    return await _show(gateway, job_id, caller)
+
+
+@openai_router.post(f"{_JOBS}/{{job_id}}/resume", responses=_MISSING)
+async def resume_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
+    """Resume a paused job."""
+    with _missing(no_job(job_id)):
+        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller, resume=True)
+    return await _show(gateway, job_id, caller)
+
+
+@openai_router.get(f"{_JOBS}/{{job_id}}/events", responses=_MISSING)
+async def list_openai_events(
+    job_id: str,
+    gateway: Opened,
+    caller: Caller,
+    *,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> ListPage[FineTuningJobEvent]:
+    """List a job's events, newest first, with the metrics of each step."""
+    missing = no_job(job_id)
+    known = _known_id(job_id, missing)
+    with _missing(missing):
+        found, has_more = await gateway.store.aread(
+            lambda c: openai_events(c, known, caller, after=after, limit=limit)
+        )
+    return _page(found, has_more=has_more)
+
+
+@openai_router.get(f"{_JOBS}/{{job_id}}/checkpoints", responses=_MISSING)
+async def list_openai_checkpoints(
+    job_id: str,
+    gateway: Opened,
+    caller: Caller,
+    *,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 10,
+) -> ListPage[FineTuningJobCheckpoint]:
+    """List a job's checkpoints, newest first."""
+    missing = no_job(job_id)
+    known = _known_id(job_id, missing)
+    mine = gateway.settings.organization_id
+    with _missing(missing):
+        found, has_more = await gateway.store.aread(
+            lambda c: openai_checkpoints(c, known, caller, mine, after=after, limit=limit)
+        )
+    return _page(found, has_more=has_more)
+
+
+async def _show(gateway: Gateway, job_id: str, caller: Principal) -> JSONResponse:
+    missing = no_job(job_id)
+    known = _known_id(job_id, missing)
+    mine = gateway.settings.organization_id
+    with _missing(missing):
+        job = await gateway.store.aread(lambda c: openai_job(c, known, caller, mine))
+    return JSONResponse(job.to_wire())
+
+
+def _metadata(query: Sequence[tuple[str, str]]) -> dict[str, str] | None:
+    """Return the pairs to search for; empty for `metadata=null`, None without any."""
+    pairs = {
+        name.removeprefix("metadata[")[:-1]: value
+        for name, value in query
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    # The Node client sends null as an empty value.
+    without = any(name == "metadata" and value in {"null", ""} for name, value in query)
+    return pairs if pairs or without else None
 
 
 def _page(found: Sequence[Any], *, has_more: bool) -> ListPage[Any]:

@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backoff import Backoff
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import (
     BackendBroken,
     DatasetError,
@@ -42,6 +42,7 @@ from training_backends.gateway.jobstore import (
     load_job,
     quote,
 )
+from training_backends.gateway.openai_requests import multiplied_rate
 from training_backends.gateway.schema import jobs
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
@@ -264,15 +265,20 @@ class JobRunner:
                     await self._reject(job, issue_data(report.errors, names))
                     return
                 estimate = await self._client.estimate(config, backend=job.backend)
+                chosen = {**job.hyperparameters, **multiplied_rate(job, config, estimate)}
             except TrainingBackendError as error:
                 if is_temporary(error):
                     raise
                 await self._reject(job, error_data(error, await self._files.names(job)))
                 return
-            values = {
+            values: dict[str, Any] = {
                 "quote": quote(estimate).model_dump(),
-                "hyperparameters": effective(job.hyperparameters, estimate),
+                "hyperparameters": effective(chosen, estimate),
             }
+            if chosen != job.hyperparameters:
+                hyperparameters = Hyperparameters(**chosen)
+                config = config.model_copy(update={"hyperparameters": hyperparameters})
+                values["config"] = config.model_dump_json()
             await self._move(job, "VALIDATED", "VALIDATING", **values)
 
     async def _reject(self, job: Any, data: dict[str, Any]) -> None:
