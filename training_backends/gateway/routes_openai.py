@@ -23,8 +23,14 @@ from training_backends.gateway.openai_requests import REPEATS_FOR, Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
-from training_backends.protocols.mistral.wire import FileSchema
-from training_backends.protocols.openai.errors import ErrorAnswer, no_file, no_job, wrong_state
+from training_backends.protocols.mistral.wire import FileSchema, ModelCard
+from training_backends.protocols.openai.errors import (
+    ErrorAnswer,
+    no_file,
+    no_job,
+    no_model,
+    wrong_state,
+)
 from training_backends.protocols.openai.requests import FineTuningJobIn
 from training_backends.protocols.openai.wire import (
     FileDeleted,
@@ -32,6 +38,8 @@ from training_backends.protocols.openai.wire import (
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
     ListPage,
+    ModelDeleted,
+    ModelObject,
 )
 
 __all__ = ["openai_router"]
@@ -314,6 +322,35 @@ def _metadata(query: Sequence[tuple[str, str]]) -> dict[str, str] | None:
     # The Node client sends null as an empty value.
     without = any(name == "metadata" and value in {"null", ""} for name, value in query)
     return pairs if pairs or without else None
+
+
+# -- models ----------------------------------------------------------------------------
+
+
+@openai_router.get("/models")
+async def list_openai_models(gateway: Opened, caller: Caller) -> ListPage[ModelObject]:
+    """List base models and fine-tuned models."""
+    found = await gateway.models.list(caller)
+    return _page([_model(card) for card in found.data], has_more=False)
+
+
+# Names with slashes arrive as %2F, which is decoded before the path is matched.
+@openai_router.get("/models/{name:path}", responses=_MISSING)
+async def retrieve_openai_model(name: str, gateway: Opened, caller: Caller) -> ModelObject:
+    """Return one model."""
+    with _missing(no_model(name)):
+        return _model(await gateway.models.retrieve(name, caller))
+
+
+@openai_router.delete("/models/{name:path}", responses=_MISSING)
+async def delete_openai_model(name: str, gateway: Opened, caller: Caller) -> ModelDeleted:
+    """Delete a fine-tuned model."""
+    with _missing(no_model(name)):
+        return ModelDeleted(id=(await gateway.models.delete(name, caller)).id)
+
+
+def _model(card: ModelCard) -> ModelObject:
+    return ModelObject(id=card.id, created=card.created, owned_by=card.owned_by)
 
 
 def _page(found: Sequence[Any], *, has_more: bool) -> ListPage[Any]:
