@@ -109,7 +109,7 @@ def prepare(directory: Path) -> dict[str, Any]:
         objective: Any = PreferenceObjective(encoder, task.seq_len, beta=0.1, label_smoothing=0.0)
     else:
         objective = TokenObjective(encoder, task.seq_len)
-    examples = [objective.read(line.encode(), "").example for line in lines]
+    examples = [each for line in lines for each in objective.read(line.encode(), "").examples]
     order = Order((len(examples),), (1.0,), 0)
     rows = [_for_peers(examples[order.row(position)]) for position in range(len(examples))]
     (directory / "rows.json").write_text(json.dumps(rows))

@@ -60,6 +60,11 @@ for _name, _parent, _examples, _steps in (
 hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses another
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the long tests, so that no worker of xdist has one left when the others end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("engine", "e2e"))))
+
+
 def pytest_collection_finish() -> None:
     """Spare every collection of garbage the search through all modules, torch among them."""
     gc.collect()
@@ -102,14 +107,11 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> "Iterator[InMemorySpanExporter]":
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import (  # noqa: PLC0415
         InMemorySpanExporter,
     )
-    from opentelemetry.util._once import Once  # noqa: PLC0415
 
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
-    trace.set_tracer_provider(provider)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     yield exporter
     provider.shutdown()
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from itertools import chain, repeat
 from typing import Any, Final, TypeVar, overload
 
 import anyio
@@ -12,7 +13,8 @@ T = TypeVar("T")
 
 _PATIENCE: Final = 60.0
 """Seconds; machines are busy at times, and only a test that fails waits for so long."""
-_PAUSE: Final = 0.01
+_PAUSES: Final = (0.005, 0.01, 0.02, 0.04)
+"""Between two looks, the last one over and over: what is looked at needs the processor too."""
 
 
 @overload
@@ -30,13 +32,14 @@ async def until(look: Callable[[], Any], reached: Callable[[Any], object] = bool
         AssertionError: It never was; the message says what was seen last.
     """
     seen: Any = None
+    pauses = chain(_PAUSES, repeat(_PAUSES[-1]))
     with anyio.move_on_after(_PATIENCE):
         while True:
             found = look()
             seen = await found if isinstance(found, Awaitable) else found
             if reached(seen):
                 return seen
-            await anyio.sleep(_PAUSE)
+            await anyio.sleep(next(pauses))
     raise _in_vain(seen)
 
 
@@ -45,10 +48,11 @@ def wait_until(
 ) -> T:
     """Do what `until` does, and block meanwhile."""
     deadline = time.monotonic() + patience
+    pauses = chain(_PAUSES, repeat(_PAUSES[-1]))
     while not reached(seen := look()):
         if time.monotonic() > deadline:
             raise _in_vain(seen, patience)
-        time.sleep(_PAUSE)
+        time.sleep(next(pauses))
     return seen
 
 

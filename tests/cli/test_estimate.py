@@ -73,7 +73,7 @@ def test_counting_shows_a_bar_only_if_it_takes_long(
     patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done at once needs no bar; the bar is gone in the end."""
-    monkeypatch.setattr("training_backends.cli.views.render._PATIENCE", patience)
+    monkeypatch.setattr("training_backends.cli.views.render.PROGRESS_AFTER", patience)
     out = Console(file=io.StringIO(), force_terminal=True, width=100)
     with CountView(quiet=False, out=out) as view:
         view.progress(Path("train.jsonl"), 10, 100)

@@ -176,7 +176,7 @@ async def test_cancelling_is_no_error_of_the_plugin() -> None:
 
 async def test_a_verb_that_hangs_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the plugin, and may be repeated."""
-    monkeypatch.setattr(boundary, "_LIMITS", {"health": 0.01})
+    monkeypatch.setattr(boundary, "TIME_LIMITS", {"health": 0.01})
     with pytest.raises(BackendUnavailable, match=r"'plugin' of acme .* 'health' within") as caught:
         await guarded(Hanging(), "plugin", "acme").health()
     assert caught.value.retryable
@@ -295,7 +295,7 @@ async def test_a_plugin_that_blocks_while_it_is_made_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its thread keeps neither the caller nor the process."""
-    monkeypatch.setattr(boundary, "_MAKING", 1.0)
+    monkeypatch.setattr(boundary, "CREATE_LIMIT", 1.0)
     package = f"blocking{abs(hash(source))}"
     install(package, "blocking", source)
     with pytest.raises(BackendUnavailable, match=f"'blocking' of {package}"):

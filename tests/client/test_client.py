@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.client.conftest import MakeConfig, both_stores, read_log
+from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
     BackendBroken,
@@ -512,7 +513,7 @@ async def test_a_run_that_gets_its_job_while_it_is_stopped_is_stopped_there(
 
     async with anyio.create_task_group() as tasks, client._leases.hold(launch_lease("mine")):
         tasks.start_soon(stop)
-        await anyio.sleep(0.1)  # the stop waits for the lock now
+        await anyio.wait_all_tasks_blocked()  # the stop waits for the lease
         run = await other.get("mine")
         remote = RunState(status=TrainingStatus.RUNNING, remote_id="job")
         backend.adopt("job")
@@ -805,12 +806,11 @@ async def test_a_wait_reports_a_paused_run_and_goes_on(
     run = await client.launch(make_config(), backend="scripted")
     backend.say(str(run.remote_id), TrainingStatus.PAUSED)
     with capture_logs() as logs:
-        with pytest.raises(WaitTimeout):
-            await client.wait(run.id, timeout=0.5)
-        assert [entry["event"] for entry in logs if "paused" in entry["event"]]
-    backend.finish(str(run.remote_id))
-    (done,) = await client.wait(run.id, timeout=30)
-    assert done.status is TrainingStatus.COMPLETED
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.wait, run.id)
+            await until(lambda: any("paused" in entry["event"] for entry in logs))
+            backend.finish(str(run.remote_id))
+    assert (await client.get(run.id)).status is TrainingStatus.COMPLETED
 
 
 async def test_a_wait_returns_once_a_run_is_paused(

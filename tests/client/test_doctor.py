@@ -127,7 +127,7 @@ async def test_a_broken_plugin_is_one_failed_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It names plugin and package; everything else is looked at all the same."""
-    monkeypatch.setattr(boundary, "_LIMITS", {"health": 2.0})
+    monkeypatch.setattr(boundary, "TIME_LIMITS", {"health": 2.0})
     install("acme", "plugin", source)
     checks = await diagnose(client, CredentialVault(home=client.home))
     (failed,) = [check for check in checks if check.state == "failed"]

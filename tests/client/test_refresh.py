@@ -150,9 +150,8 @@ async def test_a_run_of_another_home_is_not_judged(
     seen = await a.status(run.id)
     mine = await b.launch(make_config(), backend="tied", run_id="mine")
     watcher = b.watcher()
-    for _ in range(5):
-        await watcher.sweep()
-        await anyio.sleep(0.05)  # longer than it takes to be lost
+    for _ in range(5):  # takes longer than to be lost
+        await until(watcher.sweep, lambda done: done.asked)
     missed = await b.refresh()
     shown = await b.status(run.id)
     assert await b.get(run.id) == seen

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from training_backends import (
 from training_backends.backends.mistral.backend import MistralAPIBackend
 from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.client import poller, watch
+from training_backends.client.poller import PollResult
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.testing.backend import ScriptedBackend
 from training_backends.testing.faults import OtherAnswer
@@ -104,6 +105,18 @@ async def launch(client: AsyncTrainingClient, make: MakeConfig, count: int) -> l
     ]
 
 
+async def swept(watcher: Watcher, count: int) -> list[PollResult]:
+    """Sweep until so many runs were due and asked for."""
+    done: list[PollResult] = []
+
+    async def asked() -> int:
+        done.append(await watcher.sweep())
+        return sum(each.asked for each in done)
+
+    await until(asked, lambda asked: asked >= count)
+    return done
+
+
 async def test_runs_that_stand_cost_no_request_of_their_own(
     client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
 ) -> None:
@@ -113,9 +126,8 @@ async def test_runs_that_stand_cost_no_request_of_their_own(
     await watcher.sweep()
     backend.looks.clear()
     backend.finish(str(runs[3].remote_id))
-    await anyio.sleep(0.1)  # every run is due again
-    done = await watcher.sweep()
-    assert (done.asked, done.details, backend.looks) == (10, 1, ["run-003"])
+    done = await swept(watcher, 10)
+    assert (sum(each.details for each in done), backend.looks) == (1, ["run-003"])
     assert (await client.get("run-003")).status is TrainingStatus.COMPLETED
 
 
@@ -127,10 +139,13 @@ async def test_a_sweep_says_that_runs_were_seen(
     watcher = client.watcher()
     await watcher.sweep()
     first = [(await client.get(run.id)).last_seen_at for run in runs]
-    await anyio.sleep(0.1)  # every run is due again
-    await watcher.sweep()
-    second = [(await client.get(run.id)).last_seen_at for run in runs]
-    assert all(a and b and a < b for a, b in zip(first, second, strict=True))
+
+    async def seen_again() -> bool:
+        await watcher.sweep()
+        second = [(await client.get(run.id)).last_seen_at for run in runs]
+        return all(a and b and a < b for a, b in zip(first, second, strict=True))
+
+    await until(seen_again)
 
 
 @both_stores
@@ -150,7 +165,8 @@ async def test_two_watchers_tell_each_event_once(
             backend.log(str(run.remote_id), "one")
             backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
         await until(lambda: len(told.events) >= 40)
-        await anyio.sleep(0.2)  # time for something to be told twice
+    for each in (client, other):  # nothing is left to be told a second time
+        await each.watcher(on_event=told.to("later")).sweep()
     assert Counter(told.events) == Counter(
         (run.id, message) for run in runs for message in ("one", "completed")
     )
@@ -209,7 +225,7 @@ async def test_a_watcher_that_is_woken_looks_for_new_runs_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whoever launches a run in the same process need not wait for the next search."""
-    monkeypatch.setattr(watch, "_NEW_RUNS", 3600.0)
+    monkeypatch.setattr(watch, "NEW_RUNS_INTERVAL", 3600.0)
     told: list[str] = []
 
     async def note(run: TrainingRun, _: LogRecord) -> None:
@@ -233,14 +249,17 @@ async def test_a_provider_that_is_away_makes_its_runs_stale_until_it_is_back(
     await watcher.sweep()
     backend.trouble = BackendUnavailable("away", sent=False)
     backend.finish(str(runs[0].remote_id))
-    await anyio.sleep(0.1)  # every run is due again
+
+    async def stale() -> set[str]:
+        with suppress(BackendUnavailable):
+            await watcher.sweep()
+        return {run.stale.kind if run.stale else "" for run in await client.list()}
+
+    await until(stale, lambda kinds: kinds == {"unreachable"})
     with pytest.raises(BackendUnavailable):
-        await watcher.sweep()
-    kinds = {run.stale.kind for run in await client.list() if run.stale}
-    assert kinds == {"unreachable"}
+        await until(watcher.sweep, lambda _: False)
     backend.trouble = None
-    await watcher.sweep()
-    assert [run.stale for run in await client.list()] == [None] * 10
+    await until(stale, lambda kinds: kinds == {""})
 
 
 async def test_a_watcher_bears_with_a_provider_that_is_away(
@@ -335,22 +354,15 @@ async def test_waiting_stops_a_run_that_outlives_its_budget(
     "trouble", [RunNotFound("gone"), ProtocolError("half of it"), BackendUnavailable("away")]
 )
 async def test_trouble_with_a_run_does_not_make_its_looks_more_frequent(
-    client: AsyncTrainingClient,
-    backend: Listing,
-    make_config: MakeConfig,
-    trouble: TrainingBackendError,
+    tmp_path: Path, make_config: MakeConfig, trouble: TrainingBackendError
 ) -> None:
     """A run that cannot be seen is asked for no more often than one that can."""
-    await launch(client, make_config, 1)
-    async with watching(client.watcher()):
-        await until(lambda: len(backend.looks) > 1)
-        backend.looks.clear()
-        await anyio.sleep(0.5)
-        sound = len(backend.looks)
-        backend.trouble = trouble
-        backend.looks.clear()
-        await anyio.sleep(0.5)
-    assert len(backend.looks) <= sound + 2
+    backend = Picky(trouble, bad=["run-000"])
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        await launch(client, make_config, 2)
+        async with watching(client.watcher()):
+            await until(lambda: backend.looks.count("run-001") > 8)
+    assert backend.failed["run-000"] <= backend.looks.count("run-001") + 2
 
 
 @both_stores
@@ -375,7 +387,7 @@ async def test_a_look_at_a_run_deleted_meanwhile_is_dropped(
             await client.delete("exp-1")
             await client.launch(make_config(), backend="scripted", run_id="exp-1")
 
-        async def swept() -> bool:
+        async def interrupted() -> bool:
             await watcher.sweep()
             return backend.meanwhile is None
 
@@ -384,10 +396,9 @@ async def test_a_look_at_a_run_deleted_meanwhile_is_dropped(
         else:
             backend.tell(str(first.remote_id), TrainingStatus.COMPLETED, result_model="old")
         backend.meanwhile = replace
-        await until(swept)
+        await until(interrupted)
         second = await client.get("exp-1")
-        await anyio.sleep(0.1)  # every run is due again
-        await watcher.sweep()
+        await swept(watcher, 2)
         assert (second.status, second.stale) == (TrainingStatus.RUNNING, None)
         assert second.remote_id != first.remote_id
         assert (await client.get("exp-10")).remote_id == longer.remote_id
@@ -467,7 +478,7 @@ async def test_trouble_with_one_run_keeps_to_it(
 ) -> None:
     """Of forty runs, the ends of thirty-nine are told; the other one says what is wrong."""
     count = 40 if isinstance(outcome, PermissionDenied) else 8
-    monkeypatch.setattr(poller, "_PATIENCE", 0.05)
+    monkeypatch.setattr(poller, "PATIENCE", 0.05)
     backend = kind(outcome, bad=["run-007"])
     told = Told()
     async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:

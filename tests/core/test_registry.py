@@ -1,5 +1,6 @@
 """Backends are found by entry point, and one that is broken hurts only who asks for it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from tests.plugins import Install
+from tests.plugins import Install, install_backend
 from training_backends import (
     BackendNotInstalled,
     ConfigError,
@@ -40,6 +41,16 @@ def test_a_strangers_backend_is_found(install: Install) -> None:
     loaded = backend_class("plugin")
     assert issubclass(loaded, TrainingBackend)
     assert loaded.name == "plugin"
+
+
+def test_a_package_installed_or_removed_later_is_noticed(install: Install) -> None:
+    """The entry points that were read are kept only while nothing is installed."""
+    site = install("stranger", "plugin", GOOD)
+    assert "plugin" in installed_backends()
+    install_backend(site, "second", "later", GOOD)
+    assert installed_backends()["later"] == "second"
+    shutil.rmtree(site / "second-1.0.dist-info")
+    assert "later" not in installed_backends()
 
 
 WITH_SETTINGS = """

@@ -102,7 +102,7 @@ def test_a_name_that_is_not_utf8_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The entries used longest ago are removed, and large ones are not kept."""
-    monkeypatch.setattr(cache_module, "_MOST_ENTRIES", 8)
+    monkeypatch.setattr(cache_module, "MAX_ENTRIES", 8)
     kept = ResultCache(tmp_path)
     for number in range(40):
         kept.keep(f"{number}", b"content")

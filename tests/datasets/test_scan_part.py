@@ -157,7 +157,7 @@ def test_any_parts_of_any_file_give_the_verdict_on_the_whole(data: st.DataObject
         together = added(path, cut(content, cuts, max_line), len(content))
         if data.draw(st.booleans(), "compressed"):
             path.write_bytes(gzip.compress(content))
-        for name in ("_FIRST", "_LARGEST"):
+        for name in ("FIRST_BLOCK", "LARGEST_BLOCK"):
             patch.setattr(scan, name, data.draw(st.integers(1, 100), name))
         unpacked = added(path, blocks(path, max_line), len(content))
     assert alone == in_pieces == together == unpacked

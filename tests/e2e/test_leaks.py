@@ -106,6 +106,8 @@ LIFE = [
     command("init", "new.yaml", "--backend", "mistral"),
     command("validate", "run.yaml"),
     command("estimate", "run.yaml", "--json"),
+    command("data", "preview", "run.yaml"),
+    command("data", "preview", "run.yaml", "--json"),
     command("port", "run.yaml", "--to", "openai", code=3),
     command("launch", "run.yaml", "--id", "first", "--yes"),
     command("launch", "run.yaml", "--id", "first", "--yes", "--json"),

@@ -164,7 +164,7 @@ async def test_the_bytes_of_an_expired_file_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without anybody asking for it."""
-    monkeypatch.setattr(files, "_SWEEP_EVERY", 0.02)
+    monkeypatch.setattr(files, "SWEEP_EVERY", 0.02)
     async with site(tmp_path) as here:
         await here.upload(expiry="1")
         kept = await here.upload(name="kept.jsonl", content=jsonl(ROWS[:1]))

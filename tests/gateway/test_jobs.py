@@ -416,7 +416,7 @@ async def test_a_database_that_fails_for_a_while_fails_no_job(
     here: Site, monkeypatch: pytest.MonkeyPatch, store: type, method: str
 ) -> None:
     """The run continues meanwhile, and its job shows how it ends."""
-    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
     job_id, remote_id = await here.started()
     await here.until(job_id, "RUNNING")
     working = getattr(store, method)
@@ -461,7 +461,7 @@ async def test_a_shortage_of_the_system_is_not_the_job_s_failure(
     here: Site, monkeypatch: pytest.MonkeyPatch, verb: str, shortage: Exception
 ) -> None:
     """Whatever the gateway was doing for it, it tries again, also if a boundary wrapped it."""
-    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
     original = getattr(here.backend, verb)
     raised: list[Exception] = []
 
@@ -496,7 +496,7 @@ async def test_what_a_job_leaves_is_cleaned_up_after_a_shortage(
     here: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes that only it needed are removed, though the first try failed."""
-    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
     collect = here.served.gateway.files.collect
     failures = [OSError(errno.EMFILE, "Too many open files")]
 
@@ -519,7 +519,7 @@ async def test_a_file_that_cannot_be_read_for_a_while_fails_no_validation(
     here: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gateway wrote it, so its disk is in trouble and not the job's data."""
-    monkeypatch.setattr(runner, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
     issue = Issue(code="unreadable_file", message="the file cannot be read: too many open files")
     here.backend.report = ValidationReport(issues=(issue,))
     job = await here.create()

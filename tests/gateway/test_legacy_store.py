@@ -129,7 +129,7 @@ def test_a_database_that_an_earlier_gateway_uses_is_left_to_it(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would not see what changes in the new one."""
-    monkeypatch.setattr("training_backends.gateway.legacy_store._PATIENCE", 0.1)
+    monkeypatch.setattr("training_backends.gateway.legacy_store.PATIENCE", 0.1)
     lock_home(home / "gateway")
     with pytest.raises(StoreError, match="earlier version"):
         open_keys(home)

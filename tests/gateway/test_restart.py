@@ -156,12 +156,15 @@ async def test_a_job_whose_event_another_watcher_received_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each event is delivered once, so `training-backends watch` on this home takes some."""
-    monkeypatch.setattr(runner, "_CATCH_UP_EVERY", 0.05)
+    monkeypatch.setattr(runner, "CATCH_UP_EVERY", 0.05)
 
     async def deaf(*_: object) -> None:
         """Receive an event in the place of the gateway."""
 
-    monkeypatch.setattr(runner.JobRunner, "_on_event", deaf)
+    watcher = AsyncTrainingClient.watcher
+    monkeypatch.setattr(
+        AsyncTrainingClient, "watcher", lambda self, **_: watcher(self, on_event=deaf)
+    )
     async with site(tmp_path) as here:
         job_id, remote = await here.started()
         await here.until(job_id, "RUNNING")

@@ -196,7 +196,7 @@ async def test_an_upload_under_way_at_the_end_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be sent again later, and is no error of the server's."""
-    monkeypatch.setattr(server, "_PATIENCE", 0.1)
+    monkeypatch.setattr(server, "SHUTDOWN_PATIENCE", 0.1)
     head = (
         f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 5000000\r\n\r\n"
@@ -235,7 +235,7 @@ async def test_health_says_when_a_database_cannot_be_used(
     async def status() -> int:
         return (await here.http.get("/health")).status_code
 
-    monkeypatch.setattr(app, "_HEALTH_SECONDS", 0.0)
+    monkeypatch.setattr(app, "HEALTH_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Gateway, "check", damaged)
         answer = await here.http.get("/health")

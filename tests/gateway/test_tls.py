@@ -85,7 +85,7 @@ async def test_the_api_is_served_over_https(tmp_path: Path, server: Pair) -> Non
             assert link.startswith(f"{url}/files/")
             assert (await http.get(link)).content == content
         with pytest.raises(httpx.ConnectError):
-            await here.http.get("/health")  # trusts the public authorities only
+            await here.http.get("/health")  # it does not trust the certificate
         async with httpx.AsyncClient() as http:
             with pytest.raises(httpx.RemoteProtocolError):
                 await http.get(url.replace("https", "http") + "/health")

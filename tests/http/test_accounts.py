@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from threading import Thread
+from threading import Event, Thread
 
 import anyio
 import anyio.to_thread
@@ -80,10 +80,11 @@ async def test_a_longer_pause_holds_those_that_wait_for_a_shorter_one(
 ) -> None:
     """A call that waits already goes on waiting when another one is told of more."""
     at: dict[str, float] = {}
+    waiting = Event()
 
     def answer(request: Received) -> StubReply:
         if request.path == "/slow":
-            time.sleep(0.3)
+            assert waiting.wait(30)
         at[request.path] = time.monotonic()
         headers = {"/slow": {"Retry-After": "0.9"}, "/fast": {"Retry-After": "0.5"}}
         if request.path in headers:
@@ -100,7 +101,9 @@ async def test_a_longer_pause_holds_those_that_wait_for_a_shorter_one(
         tasks.start_soon(refused, "/slow")
         await until(lambda: server.requests)
         await refused("/fast")
-        await other.json("GET", "/late")
+        tasks.start_soon(other.json, "GET", "/late")
+        await anyio.wait_all_tasks_blocked()
+        waiting.set()
     await other.aclose()
     assert at["/late"] - at["/slow"] >= 0.85
 

@@ -1,9 +1,11 @@
 """Stores in files and on a server, and runs to put into them."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.client import conftest as clients
+from tests.store.worker import work
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.core.run import LogSource
 from training_backends.store import RunStore
@@ -23,7 +26,10 @@ MakeRun = Callable[..., TrainingRun]
 WriteVersion1 = Callable[..., None]
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
-WORKER = Path(__file__).with_name("worker.py")
+
+# Processes are forked from one that has imported the package, which takes most of a second.
+_PROCESSES = get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.store.worker"])
 
 VERSION_1 = """
 CREATE TABLE schema_version (version INTEGER NOT NULL);
@@ -122,37 +128,44 @@ def told(
     return LogRecord(at=at, message=message, source=source, fields=fields, cursor="theirs")
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A process that is ready to do one of the things in `worker.py`."""
+
+    process: BaseProcess
+    _pipe: "Connection[str, str]"
+
+    def release(self) -> None:
+        """Let it begin."""
+        self._pipe.send("go")
+
+    def result(self) -> str:
+        """Wait for what it reports; afterwards it still has the store open."""
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        """Let it close the store and end."""
+        self._pipe.send("end")
+        self.process.join()
+        assert self.process.exitcode == 0
+
+
 def at_once(count: int, *arguments: object) -> Sequence[str]:
-    """Let so many processes do the same at the same instant; return what they say.
-
-    See `worker.py` for what they can do.
-    """
+    """Let so many processes do the same at the same instant; return what they report."""
     workers = [start_worker(*arguments) for _ in range(count)]
-    answers = []
     for worker in workers:
-        release(worker)
+        worker.release()
+    results = [worker.result() for worker in workers]
     for worker in workers:
-        answer, _ = worker.communicate()
-        assert worker.returncode == 0
-        answers.append(answer.strip())
-    return answers
+        worker.end()
+    return results
 
 
-def start_worker(*arguments: object) -> "subprocess.Popen[str]":
-    """Start a process and wait until it stands ready."""
-    worker = subprocess.Popen(
-        [sys.executable, WORKER, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "ready\n"
-    return worker
-
-
-def release(worker: "subprocess.Popen[str]") -> None:
-    """Let a process that stands ready begin."""
-    assert worker.stdin is not None
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
+def start_worker(*arguments: object) -> Worker:
+    """Start a process and wait until it is ready."""
+    ours, its = _PROCESSES.Pipe()
+    process = _PROCESSES.Process(target=work, args=(its, *map(str, arguments)), daemon=True)
+    process.start()
+    its.close()
+    assert ours.recv() == "ready"
+    return Worker(process, ours)

@@ -12,7 +12,6 @@ from alembic.runtime.migration import MigrationContext
 
 from tests.client.conftest import NewUrl
 from tests.store.conftest import (
-    WORKER,
     MakeRun,
     WriteVersion1,
     at_once,
@@ -21,8 +20,7 @@ from tests.store.conftest import (
 )
 from training_backends import StoreError, TrainingStatus
 from training_backends.core.run import RunState, utc_now
-from training_backends.gateway import schema as gateway
-from training_backends.store import JournalEntry, RunStore, schema
+from training_backends.store import JournalEntry, RunStore, gateway_schema, schema
 
 
 def test_an_old_store_keeps_its_runs_and_journals(
@@ -83,44 +81,41 @@ def test_losses_that_checkpoints_had_overwritten_are_put_back(
         url,
         "UPDATE metrics SET value = 4.0 WHERE step = 10 AND name = 'train_loss'",
         "DROP INDEX records_of_status",
-        *(f"DROP TABLE {table}" for table in schema.GATEWAY_TABLES),
+        *(f"DROP TABLE {table}" for table in gateway_schema.GATEWAY_TABLES),
         "UPDATE alembic_version SET version_num = '0002'",
     )
     assert store.metrics("r") == sound
     assert execute(url, "SELECT version_num FROM alembic_version") == [(schema.REVISION,)]
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "migrated"])
-def test_the_revisions_make_the_tables_that_the_store_uses(
-    store: RunStore,
-    url: str,
-    running: MakeRun,
-    write_version_1: WriteVersion1,
-    *,
-    old: bool,
+@pytest.mark.parametrize("before", ["nothing", "an older store", "another program's table"])
+def test_every_store_has_the_tables_of_the_schema(
+    store: RunStore, url: str, running: MakeRun, write_version_1: WriteVersion1, before: str
 ) -> None:
-    """However it came about, every store looks the same."""
-    if old:
+    """A created store and a migrated one are equal, also beside tables of other programs."""
+    if before == "an older store":
         write_version_1(url, running("a"))
+    if before == "another program's table":
+        execute(url, "CREATE TABLE theirs (id INTEGER)")
     store.list()
     engine = sa.create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        differences = compare_metadata(context, gateway.jobs.metadata)
+        differences = compare_metadata(context, schema.metadata)
+        revision = connection.execute(sa.select(schema.revision.c.version_num)).scalars().all()
         (foreign,) = sa.inspect(connection).get_foreign_keys("journal")
     engine.dispose()
-    # What only older programs look at is not among the tables in use.
-    assert [(what, table.name) for what, table in differences] == [
-        ("remove_table", "schema_version")
-    ]
+    theirs = [("remove_table", "theirs")] if before == "another program's table" else []
+    assert [(what, table.name) for what, table in differences] == theirs
+    assert revision == [schema.REVISION]
     assert (foreign["referred_table"], foreign["constrained_columns"]) == ("runs", ["run_id"])
     assert foreign["options"] == {"ondelete": "CASCADE"}
 
 
 def test_a_recovery_knows_every_table_of_the_gateway() -> None:
     """Otherwise it would lose their rows."""
-    tables = {name for name in gateway.jobs.metadata.tables if name.startswith("gateway_")}
-    assert tables == set(schema.GATEWAY_TABLES)
+    tables = {name for name in schema.metadata.tables if name.startswith("gateway_")}
+    assert tables == set(gateway_schema.GATEWAY_TABLES)
 
 
 def test_processes_that_open_an_old_store_at_once_migrate_it_once(
@@ -170,12 +165,18 @@ def test_the_first_version_refuses_what_this_one_made(store: RunStore, url: str)
     assert execute(url, "SELECT version FROM schema_version") == [(2,)]
 
 
-def test_an_up_to_date_store_is_opened_without_alembic(store: RunStore, url: str) -> None:
+def test_a_store_is_created_and_opened_without_alembic(url: str) -> None:
     """Its import would cost more than most commands."""
-    store.list()
-    worker = [sys.executable, str(WORKER), "lazily", url]
-    done = subprocess.run(worker, input="go\n", capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ready", "False"]
+    program = (
+        "import sys\n"
+        "from training_backends.store import RunStore\n"
+        "for _ in range(2):\n"
+        "    store = RunStore(sys.argv[1])\n"
+        "    store.list()\n"
+        "    store.close()\n"
+        "sys.exit('alembic' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, url], check=True)
 
 
 def test_a_place_with_a_percent_sign_is_a_place_like_any_other(

@@ -11,7 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.client.conftest import NewUrl
 from tests.postgres import PgBouncer
-from tests.store.conftest import MakeRun, release, start_worker, told
+from tests.store.conftest import MakeRun, start_worker, told
 from tests.store.test_model import Holders, Timelines
 from tests.store.worker import EACH, LOOKS
 from training_backends import TrainingRun
@@ -57,9 +57,10 @@ def test_processes_take_turns(store: RunStore, url: str, make_run: MakeRun) -> N
     store.insert(make_run("r"))
     workers = [start_worker("look", url) for _ in range(2)]
     for worker in workers:
-        release(worker)
-    said = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+        worker.release()
+    said = [worker.result() for worker in workers]
+    for worker in workers:
+        worker.end()
     assert sum(map(int, said)) == LOOKS
     assert len(store.records("r")) == LOOKS * EACH
 

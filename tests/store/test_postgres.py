@@ -1,6 +1,7 @@
 """A store on a server that restarts, is out of reach or refuses; no secret is told."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.postgres import Postgres
-from tests.store.conftest import MakeRun, execute, release, start_worker
+from tests.store.conftest import MakeRun, execute, start_worker
 from tests.store.worker import LOOKS
 from training_backends import ConfigError, StoreError, TrainingRun
 from training_backends.core.redaction import redact
@@ -62,7 +63,7 @@ def test_a_server_that_stays_away_is_named(
 ) -> None:
     """The wait has an end, and who comes new does not wait at all."""
     store.list()
-    monkeypatch.setattr(database, "_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "RESTART_PATIENCE", 0.5)
     postgres.stop()
     try:
         for either in (store, RunStore(url)):
@@ -98,7 +99,7 @@ def test_who_falls_silent_while_it_writes_loses_its_turn(
     store: RunStore, url: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that lost its power says no goodbye; the others do not wait for it for ever."""
-    monkeypatch.setattr(ours, "_BEGIN", ours._BEGIN.replace("'15s'", "'300ms'"))
+    monkeypatch.setattr(ours, "BEGIN", ours.BEGIN.replace("'15s'", "'300ms'"))
     store.insert(make_run("a"))
     silent, others = threading.Event(), threading.Event()
 
@@ -127,14 +128,14 @@ def test_a_turn_that_does_not_come_is_an_error_to_try_again_after(
     """Our own patience has an end, and the administrator's may be shorter."""
     store.insert(make_run("a"))
     if bound == "lock_timeout":
-        monkeypatch.setattr(ours, "_BEGIN", ours._BEGIN.replace("'30s'", "'200ms'"))
+        monkeypatch.setattr(ours, "BEGIN", ours.BEGIN.replace("'30s'", "'200ms'"))
         other = RunStore(url)
     else:
         other = RunStore(url + "%20-cstatement_timeout%3D200ms")
     other.list()
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ours._TURN})")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ours.WRITE_LOCK})")
         with pytest.raises(StoreError, match="timeout") as caught:
             other.update("a", one_more)
     assert caught.value.retryable
@@ -151,12 +152,13 @@ def test_processes_and_threads_that_write_at_once_fail_for_nobody_s_sake(
     store.insert(make_run("a"))
     workers = [start_worker("look", url) for _ in range(2)]
     for worker in workers:
-        release(worker)
+        worker.release()
     with ThreadPoolExecutor(20) as threads:
         list(threads.map(lambda _: store.update("a", one_more), range(40)))
         assert {len(runs) for runs in threads.map(lambda _: store.list(), range(40))} == {2}
-    told = [worker.communicate()[0] for worker in workers]
-    assert sum(map(int, told)) == LOOKS
+    assert sum(int(worker.result()) for worker in workers) == LOOKS
+    for worker in workers:
+        worker.end()
     assert store.get("a").step == 40
     assert execute(url, SESSIONS)[0][0] <= 5
 
@@ -202,14 +204,14 @@ def test_a_stopped_process_that_does_not_write_holds_up_nobody(
     store: RunStore, url: str, make_run: MakeRun
 ) -> None:
     """Between two transactions nothing is held."""
-    worker = start_worker("hold", url)
-    release(worker)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "open\n"
-    worker.send_signal(signal.SIGSTOP)
+    worker = start_worker("open", url)
+    worker.release()
+    assert worker.result() == "open"
+    assert worker.process.pid
+    os.kill(worker.process.pid, signal.SIGSTOP)
     store.insert(make_run("a"))
-    worker.send_signal(signal.SIGCONT)
-    worker.communicate("enough\n")
+    os.kill(worker.process.pid, signal.SIGCONT)
+    worker.end()
 
 
 # -- what is told ------------------------------------------------------------------------

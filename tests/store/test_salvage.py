@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.store.conftest import MakeRun, release, sqlite_url, start_worker
+from tests.store.conftest import MakeRun, sqlite_url, start_worker
 from training_backends import StoreError, TrainingRun
 from training_backends.store import JournalEntry, RunStore
 from training_backends.store.salvage import check, salvage, set_aside
@@ -172,14 +172,13 @@ def test_a_store_that_is_not_there_is_not_set_aside(url: str) -> None:
 
 def test_a_store_in_use_is_not_set_aside(url: str, filled: Path) -> None:
     """What another process goes on writing would be lost."""
-    worker = start_worker("hold", url)
-    release(worker)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "open\n"
+    worker = start_worker("open", url)
+    worker.release()
+    assert worker.result() == "open"
     with pytest.raises(StoreError, match="in use by another process"):
         set_aside(url, AT)
     assert filled.exists()
-    worker.communicate("enough\n")
+    worker.end()
     assert set_aside(url, AT) is not None
 
 

@@ -1,12 +1,9 @@
-"""A process that shares a store with others: `worker.py WHAT URL [MORE]`.
-
-It says `ready`, waits for a line, does what it was told to and says how it went.
-"""
+"""What a process does that shares a store with others; see `start_worker` in `conftest.py`."""
 
 import os
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from training_backends.core.run import LogRecord
@@ -55,42 +52,24 @@ def count_up(store: RunStore, path: str) -> str:
     return mine
 
 
-def hold(store: RunStore) -> str:
-    """Have the store open until told otherwise."""
+def open_store(store: RunStore) -> str:
+    """Open the store and leave it open."""
     store.list()
-    say("open")
-    sys.stdin.readline()
-    return "closed"
-
-
-def lazily(store: RunStore) -> str:
-    """Open the store and say whether that took alembic."""
-    store.list()
-    return str("alembic" in sys.modules)
+    return "open"
 
 
 DUTIES: dict[str, Callable[..., str]] = {
     "count": count_runs,
     "look": look,
     "up": count_up,
-    "hold": hold,
-    "lazily": lazily,
+    "open": open_store,
 }
 
 
-def say(word: str) -> None:
-    """Write a line at once."""
-    sys.stdout.write(f"{word}\n")
-    sys.stdout.flush()
-
-
-def main(what: str, url: str, *more: str) -> None:
-    """Do one of them."""
+def work(pipe: "Connection[str, str]", what: str, url: str, *more: str) -> None:
+    """Report `ready`, wait for a message, do one of them, report the result, wait for the end."""
     store = RunStore(url)
-    say("ready")
-    sys.stdin.readline()
-    say(DUTIES[what](store, *more))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send(DUTIES[what](store, *more))
+    pipe.recv()

@@ -42,7 +42,7 @@ async def test_fault_is_found(mutant: Mutant, data: Path) -> None:
     """A backend with a single fault fails the check that is made for it."""
 
     class Subject(TinySubject):
-        patience = 2.0
+        patience = 1.0
         kind = mutant.kind
 
     kit = BackendConformance(lambda: Subject(data))

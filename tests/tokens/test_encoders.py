@@ -2,9 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training_backends.datasets.rows import ChatRow, Control, Message, byte_encode, parse_row
-from training_backends.tokens import counters
+from training_backends.tokens import jinja
+from training_backends.tokens.counters import Reference
 from training_backends.tokens.encoders import (
     ByteEncoder,
     Encoder,
@@ -22,8 +22,8 @@ from training_backends.tokens.encoders import (
     UnusableRow,
     encoder_for,
 )
-
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+from training_backends.tokens.text_counters import shipped
+from training_backends.tokens.tokenizers import SHIPPED
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -50,7 +50,7 @@ def chat(*turns: tuple[str, str], **more: Any) -> ChatRow:
 
 def learnt(encoder: Encoder, row: ChatRow) -> list[str]:
     """Return the stretches of text that the loss counts."""
-    ids, trained = encoder.encode(row)
+    [(ids, trained)] = encoder.encode(row)
     assert len(ids) == len(trained)
     stretches: list[list[int]] = [[]]
     for token, counts in zip(ids, trained, strict=True):
@@ -62,9 +62,9 @@ def learnt(encoder: Encoder, row: ChatRow) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mistral() -> MistralEncoder:
-    """Mistral's own encoder, with a tokenizer that its package brings."""
-    return MistralEncoder(TEKKEN)
+def mistral(small_tekken: Path) -> MistralEncoder:
+    """Mistral's own encoder."""
+    return MistralEncoder(small_tekken)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_images_are_refused() -> None:
 def test_mistral_mask_token_by_token(mistral: MistralEncoder) -> None:
     """From [/INST] through </s> counts; the system prompt that moves there does not."""
     tokens = mistral._tokens
-    ids, trained = mistral.encode(
+    [(ids, trained)] = mistral.encode(
         chat(("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     )
     pieces = [tokens.id_to_piece(token) for token in ids]
@@ -192,7 +192,7 @@ def test_mistral_weights_and_control_words(mistral: MistralEncoder) -> None:
     )
     assert isinstance(row, ChatRow)
     assert learnt(mistral, row) == ["yes [INST]"]
-    ids, _ = mistral.encode(row)
+    ids = mistral.encode(row)[0].ids
     assert [mistral._tokens.id_to_piece(i) for i in ids].count("[INST]") == 2
 
 
@@ -220,25 +220,74 @@ def test_mistral_tool_calls_count_and_results_do_not(mistral: MistralEncoder) ->
     assert answered == "It is done."
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [("user", "a")],
-        [("user", "a"), ("assistant", "b"), ("assistant", "c")],
-        [("assistant", "a")],
-    ],
-)
-def test_mistral_rows_that_it_would_not_see_are_unusable(
+@pytest.mark.parametrize("turns", [[("user", "a")], [("assistant", "a")]])
+def test_rows_that_mistral_common_rejects_are_unusable(
     mistral: MistralEncoder, turns: list[tuple[str, str]]
 ) -> None:
-    """What mistral-common refuses, or would run together, is not trained on."""
+    """A question without an answer, and an answer alone."""
     with pytest.raises(UnusableRow):
         mistral.encode(chat(*turns))
 
 
+class Version(NamedTuple):
+    """The encoder and the counter of a tokenizer file."""
+
+    encoder: MistralEncoder
+    reference: Reference
+
+
+@pytest.fixture(scope="module", params=["v2", "v3", "v7", "v3-tekken"])
+def version(request: pytest.FixtureRequest) -> Version:
+    """Each layout of Mistral's tokenizers that has control tokens."""
+    path = shipped(SHIPPED[request.param])
+    return Version(MistralEncoder(path), Reference(path))
+
+
+@pytest.mark.parametrize(
+    ("turns", "answers"),
+    [
+        (["system S", "assistant A"], ["A"]),
+        (["assistant A", "user U", "assistant B"], ["A", "B"]),
+        (["system S", "assistant A", "user U", "assistant B"], ["A", "B"]),
+        (["user U", "assistant A", "assistant B"], ["A\n\nB"]),
+        (["system S", "assistant A", "assistant B", "user U", "assistant C"], ["A\n\nB", "C"]),
+        (["user U", "system S", "assistant A"], ["A"]),
+    ],
+)
+def test_answers_are_found_in_any_order_of_roles(
+    version: Version, turns: list[str], answers: list[str]
+) -> None:
+    """Whatever precedes an answer, it is in the loss through its end, and counted the same."""
+    row = chat(*((role, text) for role, text in map(str.split, turns)))
+    encoder = version.encoder
+    assert learnt(encoder, row) == answers
+    [example] = encoder.encode(row)
+    ends = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert ends.count(encoder.eos_id) == len(answers)
+    assert version.reference.row(row) == len(example.ids)
+
+
+def test_joined_answers_have_one_weight(version: Version) -> None:
+    """mistral-common joins them, so one of the two cannot be left out."""
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "assistant", "content": "c"},
+    ]
+    row = parse_row(json.dumps({"messages": messages}).encode())
+    with pytest.raises(UnusableRow, match="the same weight"):
+        version.encoder.encode(row)
+
+
+def test_the_first_layout_has_no_control_tokens() -> None:
+    """Its chats are rejected with advice, not masked by guess."""
+    with pytest.raises(TokenizerError, match="version 2 or later"):
+        MistralEncoder(shipped(SHIPPED["v1"]))
+
+
 def test_mistral_prompt_is_what_the_model_was_taught(mistral: MistralEncoder) -> None:
     """Sampling asks with the same tokens that stand before an answer in training."""
-    ids, trained = mistral.encode(chat(("user", "a"), ("assistant", "b")))
+    [(ids, trained)] = mistral.encode(chat(("user", "a"), ("assistant", "b")))
     assert mistral.prompt("a") == ids[: trained.index(True)]
 
 
@@ -247,8 +296,8 @@ def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
     encoder = encoder_for("other", make_chatml(tmp_path, CHATML))
     assert isinstance(encoder, TemplateEncoder)
     row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    ids, trained = encoder.encode(row)
-    assert learnt(encoder, row) == ["b\n", "d\n"]
+    [(ids, trained)] = encoder.encode(row)
+    assert learnt(encoder, row) == ["b", "d"]
     ends = [t for i, t in zip(ids, trained, strict=True) if i == encoder.eos_id]
     assert ends == [False, True, False, True]
 
@@ -256,7 +305,6 @@ def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "row", "said"),
     [
-        (FORGETFUL, chat(("user", "a"), ("assistant", "b"), ("user", "c")), "earlier messages"),
         (CHATML, chat(("user", "<|im_end|>"), ("assistant", "b")), "contains the control token"),
         ("{{ raise_exception('no') }}", chat(("user", "a"), ("assistant", "b")), "rejects"),
     ],
@@ -264,17 +312,28 @@ def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_masked_is_refused(
     tmp_path: Path, template: str, row: ChatRow, said: str
 ) -> None:
-    """A template that rewrites, a control word in the text, a template that objects."""
+    """A control token in the text, a template that objects."""
     encoder = TemplateEncoder("other", make_chatml(tmp_path, template))
     with pytest.raises(UnusableRow, match=said):
         encoder.encode(row)
+
+
+def test_a_template_that_rewrites_gives_an_example_for_each_answer(tmp_path: Path) -> None:
+    """Each follows the prompt that asks for it, with the earlier answers as they are shown then."""
+    encoder = TemplateEncoder("other", make_chatml(tmp_path, FORGETFUL))
+    row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    examples = encoder.encode(row)
+    texts = [encoder.decode(each.ids, keep_controls=True) for each in examples]
+    end = "<|im_end|>"
+    assert texts == [f"a{end}b{end}", f"a{end}...{end}c{end}d{end}"]
+    assert [sum(each.trained) for each in examples] == [2, 2]
 
 
 def test_a_template_that_never_ends_is_an_error_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends the run, not the row: each row would take as long."""
-    monkeypatch.setattr(counters, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(jinja, "RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}" * 9 + "{% set b = a %}" + "{% endfor %}" * 9
     encoder = TemplateEncoder("other", make_chatml(tmp_path, endless))
     with pytest.raises(TokenizerError, match="did not finish"):
@@ -286,7 +345,7 @@ def test_a_template_that_never_ends_is_an_error_of_the_model(
 def test_a_model_without_template_takes_text_only(tmp_path: Path) -> None:
     """Plain text is encoded without control tokens in it; a chat is refused with advice."""
     encoder = TemplateEncoder("other", make_chatml(tmp_path, None))
-    ids, trained = encoder.encode(parse_row(b'{"text": "a<|im_end|>b"}'))
+    [(ids, trained)] = encoder.encode(parse_row(b'{"text": "a<|im_end|>b"}'))
     assert ids.count(encoder.eos_id) == 1
     assert trained == [True] * len(ids)
     with pytest.raises(TokenizerError, match="no chat template"):

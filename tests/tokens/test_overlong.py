@@ -59,7 +59,7 @@ def test_nothing_is_counted_where_no_row_has_so_many_bytes(
 
 def test_large_data_are_judged_by_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is said that the number is about right."""
-    monkeypatch.setattr(overlong, "_COUNTED_BYTES", 1000)
+    monkeypatch.setattr(overlong, "COUNTED_BYTES", 1000)
     data = dataset(tmp_path / "a.jsonl", [50, 300] * 600)
     issue = overlong_rows(data, MODEL, 200, fix="")
     assert issue is not None

@@ -1,4 +1,4 @@
-"""The `data` command group: inspect, repair, split and shard data files."""
+"""The `data` command group: inspect, preview, repair, split and shard data files."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from training_backends.cli.completion import complete_format
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
+    from training_backends.client.config_file import ConfigFile
     from training_backends.core.data_rules import ProviderFormat
     from training_backends.core.dataset import Dataset
     from training_backends.core.errors import Issue
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from training_backends.datasets.split import SplitFile
     from training_backends.tokens import TokenCount
 
-__all__ = ["data", "inspect", "provider_format_named", "repair", "shard", "split"]
+__all__ = ["data", "inspect", "preview", "provider_format_named", "repair", "shard", "split"]
 
 
 def inspect(
@@ -152,6 +153,45 @@ def _count(
         return TokenCount(reason="standard input cannot be read twice")
     counting = Counting(sample=sample, on_progress=on_progress)
     return count_tokens(dataset.model_copy(update={"counting": counting}), model)
+
+
+def preview(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="Run configuration (YAML).", show_default=False)
+    ],
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, metavar="N", help="Rows to show of each training file.")
+    ] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Show the text and tokens that rows become in training.
+
+    What is in the loss is coloured, or between ⟦ and ⟧ without a terminal. Nothing is trained, and
+    no GPU is needed. Exits with 3 if a row is rejected.
+    """
+    from training_backends.cli.exit_codes import ExitCode
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.data import preview_document, show_preview
+    from training_backends.client.config_file import load_config
+    from training_backends.tokens.preview import preview as preview_rows
+
+    file = load_config(config)
+    examples = [*preview_rows(file.config, rows=rows, seq_len=_seq_len(file))]
+    if json:
+        write_json({"model": file.config.model, "rows": list(map(preview_document, examples))})
+    else:
+        show_preview(examples)
+    if any(example.reason for example in examples):
+        raise typer.Exit(ExitCode.INVALID)
+
+
+def _seq_len(file: "ConfigFile") -> int | None:
+    """Return the sequence length; the default of the local backend if it trains the model."""
+    from training_backends.backends.local.spec import resolved_values
+
+    if file.backend not in {None, "local"}:
+        return file.config.hyperparameters.seq_len
+    return int(resolved_values(file.config)["seq_len"])
 
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
@@ -418,11 +458,12 @@ def _note(
 
 
 data = typer.Typer(
-    help="Inspect, repair, split and shard data files.",
+    help="Inspect, preview, repair, split and shard data files.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 data.command()(inspect)
+data.command()(preview)
 data.command()(repair)
 data.command()(split)
 data.command()(shard)

@@ -2,12 +2,15 @@
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.main import get_command
 
 from training_backends import __version__
 from training_backends.cli import check, data, doctor, keys, launch, port, quickstart, runs, serve
@@ -95,7 +98,7 @@ app.command()(doctor.doctor)
 def main() -> None:
     """Run the command line and exit with the documented exit code."""
     try:
-        code = app(standalone_mode=False, complete_var="_TRAINING_BACKENDS_COMPLETE")
+        code = _command()(standalone_mode=False, complete_var="_TRAINING_BACKENDS_COMPLETE")
         # Here, so that a full disk is still reported.
         _flush()
         if code == ExitCode.INTERRUPTED:
@@ -113,6 +116,12 @@ def main() -> None:
     except Exception as error:
         _end(_unexpected(error))
     sys.exit(code)
+
+
+@cache
+def _command() -> Callable[..., Any]:
+    """Build the command from the annotations of all functions, once."""
+    return get_command(app)
 
 
 def _flush() -> None:

@@ -62,7 +62,7 @@ __all__ = [
 
 log = get_logger()
 
-_LIMITS: Final[Mapping[str, float]] = MappingProxyType(
+TIME_LIMITS: Final[Mapping[str, float]] = MappingProxyType(
     {
         "aclose": 10.0,
         "health": 30.0,
@@ -77,7 +77,7 @@ _LIMITS: Final[Mapping[str, float]] = MappingProxyType(
 )
 """Seconds for each method: more than the HTTP layer takes with all its retries. Methods that read
 data or transfer files have no limit."""
-_MAKING: Final = 60.0
+CREATE_LIMIT: Final = 60.0
 """Seconds for import, `create` and `capabilities` together; generous for cold disks."""
 _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {
@@ -147,9 +147,9 @@ def make_backend(name: str, context: BackendContext) -> TrainingBackend:
         target=copy_context().run, args=(work,), name=f"create {name}", daemon=True
     )
     thread.start()
-    thread.join(_MAKING)
+    thread.join(CREATE_LIMIT)
     if not made:
-        raise _timed_out(name, package, "create", _MAKING)
+        raise _timed_out(name, package, "create", CREATE_LIMIT)
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]
@@ -263,7 +263,7 @@ class _Guard:
         return call
 
     async def _awaited(self, verb: str, answer: Awaitable[Any], run_id: str | None) -> Any:
-        limit = _LIMITS.get(verb)
+        limit = TIME_LIMITS.get(verb)
         with (
             _translated(self._name, self._package, verb, run_id),
             time_limit(limit, _timed_out(self._name, self._package, verb, limit or 0.0)),

@@ -36,7 +36,7 @@ _AT_ONCE: Final = 5
 """Concurrent requests; more would slow each of them down (see `HttpPolicy`)."""
 _FIRST_TROUBLE, _LONGEST_TROUBLE = 1.0, 300.0
 """Seconds of backoff after a failed observation of a run."""
-_PATIENCE: Final = 30.0
+PATIENCE: Final = 30.0
 """Seconds to wait for one run while other runs of the sweep are waiting."""
 _SHORTEST_PAUSE: Final = 0.05
 _REST: Final = 4.0
@@ -296,7 +296,7 @@ class Poller:
         if not answered:
             self._took = 0.0
         earlier = self._took
-        watch = partial(self._observer.watch, patience=_PATIENCE if len(self.runs) > 1 else None)
+        watch = partial(self._observer.watch, patience=PATIENCE if len(self.runs) > 1 else None)
         unavailable = 0
 
         async def observe(run: TrainingRun) -> None:

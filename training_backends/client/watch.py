@@ -23,7 +23,7 @@ log = get_logger()
 OnEvent = Callable[[TrainingRun, LogRecord], Awaitable[None]]
 """Called with the current record of a run and the event."""
 
-_NEW_RUNS: Final = 2.0
+NEW_RUNS_INTERVAL: Final = 2.0
 """Seconds until a run launched by another process is noticed."""
 _FIRST_TROUBLE, _LONGEST_TROUBLE = 1.0, 60.0
 """Seconds between attempts while a provider cannot be reached."""
@@ -75,7 +75,7 @@ class Watcher:
                 for name in await self._names():
                     if name not in self._pollers:
                         tasks.start_soon(self._guarded, name, tasks, failed)
-                await _rest(_NEW_RUNS, woken)
+                await _rest(NEW_RUNS_INTERVAL, woken)
         raise failed[0]
 
     def wake(self) -> None:
@@ -122,7 +122,7 @@ class Watcher:
             woken = self._woken
             try:
                 await poller.poll()
-                pause = await poller.pause(_NEW_RUNS)
+                pause = await poller.pause(NEW_RUNS_INTERVAL)
                 backoff.reset()
             except StoreError:
                 raise

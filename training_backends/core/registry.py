@@ -1,11 +1,10 @@
 """Load a backend by name from the installed entry points, without loading others."""
 
 from dataclasses import replace
-from importlib.metadata import entry_points
 
 from training_backends.core.backend import BackendContext, TrainingBackend
 from training_backends.core.errors import BackendNotInstalled, ConfigError, Issue, suggest
-from training_backends.core.plugins import ENTRY_POINT_GROUP, installed_backends, owner_of
+from training_backends.core.plugins import backend_entries, installed_backends, owner_of
 from training_backends.core.redaction import redact
 from training_backends.core.settings import load_settings
 
@@ -19,7 +18,7 @@ def backend_class(name: str) -> type[TrainingBackend]:
         ConfigError: No backend has this name, or several packages register it.
         BackendNotInstalled: The package that provides it cannot be imported.
     """
-    claims = {entry.value: entry for entry in entry_points(group=ENTRY_POINT_GROUP, name=name)}
+    claims = {entry.value: entry for entry in backend_entries() if entry.name == name}
     if not claims:
         raise _unknown(name)
     if len(claims) > 1:

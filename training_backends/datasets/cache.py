@@ -9,7 +9,7 @@ from training_backends.core.files import make_private_directory, write_atomic
 
 __all__ = ["ResultCache"]
 
-_MOST_ENTRIES: Final = 512
+MAX_ENTRIES: Final = 512
 _MOST_BYTES: Final = 1 << 20
 """Bytes of an entry; larger results are not kept."""
 
@@ -53,11 +53,11 @@ class ResultCache:
 
     def _trim(self, directory: Path) -> None:
         entries = list(directory.iterdir())
-        if len(entries) <= _MOST_ENTRIES:
+        if len(entries) <= MAX_ENTRIES:
             return
         ages: list[tuple[float, Path]] = []
         for entry in entries:
             with suppress(OSError):  # removed by another process
                 ages.append((entry.stat().st_mtime, entry))
-        for _, entry in sorted(ages)[: len(ages) - _MOST_ENTRIES // 2]:
+        for _, entry in sorted(ages)[: len(ages) - MAX_ENTRIES // 2]:
             entry.unlink(missing_ok=True)

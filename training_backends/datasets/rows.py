@@ -29,6 +29,8 @@ __all__ = [
     "Message",
     "PreferenceRow",
     "Role",
+    "SourceMessage",
+    "SourceTool",
     "TextRow",
     "Tool",
     "ToolCall",
@@ -120,6 +122,18 @@ class Message(msgspec.Struct, frozen=True, gc=False):
         return self.role == "assistant" and self.weight != 0
 
 
+class SourceMessage(Message, frozen=True, gc=False, kw_only=True):
+    """A message with its own JSON, which has all of its keys in their order."""
+
+    source: dict[str, Any]
+
+
+class SourceTool(Tool, frozen=True, gc=False, kw_only=True):
+    """A declared function with its own JSON."""
+
+    source: dict[str, Any]
+
+
 class ChatRow(msgspec.Struct, frozen=True, gc=False):
     """A conversation, with the declared tools."""
 
@@ -183,28 +197,38 @@ _LABELLED: Final = msgspec.json.Decoder(_Labelled)
 _PAIR: Final = msgspec.json.Decoder(_Pair)
 
 
-def parse_row(line: bytes) -> ChatRow | TextRow:
+def parse_row(line: bytes, *, keep_source: bool = False) -> ChatRow | TextRow:
     """Decode one line of a JSONL file: a chat if it has `messages`, else a text.
+
+    Args:
+        keep_source: Keep the JSON of messages and tools, as `SourceMessage` and `SourceTool`.
 
     Raises:
         msgspec.ValidationError: Valid JSON of the wrong shape, or of two formats at once; the
             message ends with the place, such as "- at `$.messages[0].role`", where there is one.
         msgspec.DecodeError: Not JSON (the parent class of the former).
     """
-    return _content(_DECODER.decode(line))
+    row = _DECODER.decode(line)
+    return _content(row, line if keep_source else None)
 
 
-def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | PreferenceRow:
+def parse_any_row(
+    line: bytes, *, keep_source: bool = False
+) -> ChatRow | TextRow | ClassifierRow | PreferenceRow:
     """Decode one line of a JSONL file for any training method.
+
+    Args:
+        keep_source: As in `parse_row`.
 
     Raises:
         msgspec.DecodeError: As `parse_row` does.
     """
     row = _LABELLED.decode(line)
+    source = line if keep_source else None
     if row.labels is not None:
-        return ClassifierRow(_content(row), row.labels)
+        return ClassifierRow(_content(row, source), row.labels)
     if row.messages is not None or row.text is not None:
-        return _content(row)
+        return _content(row, source)
     pair = _PAIR.decode(line)
     if pair.input is not None:
         prompt, tools = pair.input.messages, pair.input.tools
@@ -217,17 +241,61 @@ def parse_any_row(line: bytes) -> ChatRow | TextRow | ClassifierRow | Preference
         )
     if chosen is None or rejected is None:
         raise msgspec.ValidationError("Object is of no known format")
-    return PreferenceRow(prompt, chosen, rejected, tools)
+    if not keep_source:
+        return PreferenceRow(prompt, chosen, rejected, tools)
+    given = msgspec.json.decode(line)
+    if pair.input is not None:
+        asked, names = given["input"], ("messages", "preferred_output", "non_preferred_output")
+    else:
+        asked, names = given, ("prompt", "chosen", "rejected")
+    return PreferenceRow(
+        _sourced(prompt, asked.get(names[0])),
+        _sourced(chosen, given[names[1]]),
+        _sourced(rejected, given[names[2]]),
+        _sourced_tools(tools, asked.get("tools")),
+    )
 
 
-def _content(row: _AnyRow) -> ChatRow | TextRow:
+def _content(row: _AnyRow, source: bytes | None) -> ChatRow | TextRow:
     if row.messages is not None:
         if row.text is not None:
             raise msgspec.ValidationError("Object has both `messages` and `text`: keep one of them")
-        return ChatRow(row.messages, row.tools)
+        if source is None:
+            return ChatRow(row.messages, row.tools)
+        given = msgspec.json.decode(source)
+        return ChatRow(
+            _sourced(row.messages, given["messages"]), _sourced_tools(row.tools, given.get("tools"))
+        )
     if row.text is not None:
         return TextRow(row.text)
     raise msgspec.ValidationError("Object has neither `messages` nor `text`")
+
+
+def _sourced(messages: list[Message], given: Any) -> list[Message]:
+    """Add to each message its JSON; a single text has none."""
+    if not isinstance(given, list):
+        return messages
+    return [
+        SourceMessage(
+            message.role,
+            message.content,
+            message.tool_calls,
+            message.tool_call_id,
+            message.name,
+            message.weight,
+            source=source,
+        )
+        for message, source in zip(messages, given, strict=True)
+    ]
+
+
+def _sourced_tools(tools: list[Tool] | None, given: Any) -> list[Tool] | None:
+    if tools is None:
+        return None
+    return [
+        SourceTool(tool.function, tool.type, source=source)
+        for tool, source in zip(tools, given, strict=True)
+    ]
 
 
 def _as_messages(role: Role, given: str | list[Message] | None) -> list[Message] | None:

@@ -34,13 +34,13 @@ __all__ = ["NOT_SEARCHED", "Progress", "Reading", "parts_of"]
 NOT_SEARCHED: Final = "duplicates_not_searched"
 """Issue code about this machine, not the data."""
 
-_FIRST: Final = 1 << 16
+FIRST_BLOCK: Final = 1 << 16
 """Bytes of the first part; small, so that issues at the start are reported immediately."""
 
 _SEARCHED: Final = 1 << 20
 """Bytes at the start of a file in which every row is searched for duplicate keys."""
 
-_LARGEST: Final = 1 << 20
+LARGEST_BLOCK: Final = 1 << 20
 """Bytes of the largest part, without the rest of its last line."""
 
 
@@ -100,13 +100,13 @@ class _Cutting:
 
     def blocks(self, source: Source, begin: int, stamp: Stamp | None) -> Iterator[Scanned]:
         """Yield the parts of a file, from byte `begin` of its lines."""
-        lines, step = source.lines, _FIRST
+        lines, step = source.lines, FIRST_BLOCK
         unpacked = len(lines.read(begin))
         # Not more than there was at the start: another process may write faster than this reads.
         most = stamp[2] if stamp and source.kind == "plain" else sys.maxsize
         # Start with whatever is available: the writer of a pipe may be slow.
         while unpacked < most and (
-            block := lines.read1(step) if step == _FIRST else lines.read(step)
+            block := lines.read1(step) if step == FIRST_BLOCK else lines.read(step)
         ):
             if not block.endswith(b"\n"):
                 rest = lines.readline(self._max_line + 1)
@@ -125,14 +125,14 @@ class _Cutting:
                 lines=block, closely=closely, rules=self._rules, max_line=self._max_line
             )
             yield Scanned(self._file, source.size, part)
-            step = min(2 * step, _LARGEST)
+            step = min(2 * step, LARGEST_BLOCK)
         end = End(source.kind, source.size, source.sha256, unpacked, stamp)
         yield Scanned(self._file, source.size, end)
 
 
 _TASK: Final = "training_backends.datasets.scan_part:judge_scanned"
 
-_WORTH_PROCESSES: Final = 128 << 20
+PARALLEL_BYTES: Final = 128 << 20
 """Bytes below which starting more processes is slower."""
 
 _MOST_PROCESSES: Final = 6
@@ -213,7 +213,7 @@ class Reading:
                 yield part
 
     def _worth_processes(self) -> int:
-        return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= _WORTH_PROCESSES else 1
+        return min(cpu_count(), _MOST_PROCESSES) if sum(self._sizes) >= PARALLEL_BYTES else 1
 
     def _measure(self, judged: Judged, hashes: RowHashes) -> Iterator[Issue]:
         """Process the verdict on a part, including its row hashes."""

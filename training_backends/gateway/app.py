@@ -32,7 +32,7 @@ __all__ = ["create_app"]
 
 log = get_logger()
 
-_HEALTH_SECONDS = 1.0
+HEALTH_SECONDS = 1.0
 """How long a health result is cached."""
 
 
@@ -44,6 +44,14 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        # `include_router` would build every route again: 0.07 s for each application.
+        routes=[
+            *files_router.routes,
+            *links_router.routes,
+            *jobs_router.routes,
+            *models_router.routes,
+            *openai_router.routes,
+        ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
         middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
@@ -55,9 +63,6 @@ def create_app(gateway: Gateway) -> FastAPI:
         },
     )
     app.state.gateway = gateway
-    for router in (files_router, links_router, jobs_router, models_router, openai_router):
-        app.include_router(router)
-
     health = _Health(gateway)
 
     @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})
@@ -82,7 +87,7 @@ class _Health:
         async with self._lock:
             if anyio.current_time() >= self._until:
                 self._ok = await self._probe()
-                self._until = anyio.current_time() + _HEALTH_SECONDS
+                self._until = anyio.current_time() + HEALTH_SECONDS
         gateway = self._gateway
         body = {
             "status": "ok",

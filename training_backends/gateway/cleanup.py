@@ -12,8 +12,8 @@ from training_backends.core.logging import get_logger
 from training_backends.credentials.vault import CredentialInfo
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_request import job_of_profile, secret_profile
-from training_backends.gateway.schema import jobs
 from training_backends.gateway.store import GatewayStore
+from training_backends.store.gateway_schema import jobs
 
 __all__ = ["JobEnding", "SecretKeeper"]
 

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import files, jobs, page_of
-from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.store import GatewayStore, page_of
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -43,6 +42,7 @@ from training_backends.protocols.mistral.wire import (
 )
 from training_backends.protocols.openai.requests import ExpiresAfterIn
 from training_backends.protocols.openai.wire import FILE_PURPOSES as OPENAI_PURPOSES
+from training_backends.store.gateway_schema import files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
@@ -55,7 +55,7 @@ __all__ = [
 
 log = get_logger()
 
-_SWEEP_EVERY = 3600.0
+SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -254,7 +254,7 @@ class FileService:
     async def sweep(self) -> None:
         """Delete expired files periodically; runs until cancelled."""
         while True:
-            await anyio.sleep(_SWEEP_EVERY)
+            await anyio.sleep(SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
             except Exception:  # must not stop the gateway

@@ -30,10 +30,10 @@ from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.runner import JobRunner
-from training_backends.gateway.schema import keys
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
+from training_backends.store.gateway_schema import keys
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
 

@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from training_backends.core.status import TrainingStatus
-from training_backends.gateway.schema import events
 from training_backends.protocols.mistral.status import ENDED, UNSTARTED, to_wire
+from training_backends.store.gateway_schema import events
 from training_backends.store.schema import IS_STATUS, documents, metrics, records
 
 __all__ = [

@@ -37,7 +37,6 @@ from training_backends.gateway.jobstore import (
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_requests import Repetition, check_openai_job
 from training_backends.gateway.runner import JobRunner
-from training_backends.gateway.schema import jobs
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ENDED, UNSTARTED
@@ -48,6 +47,7 @@ from training_backends.protocols.openai.errors import (
     wrong_state,
 )
 from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.store.gateway_schema import jobs
 
 __all__ = ["JobQuery", "JobService"]
 

@@ -30,7 +30,6 @@ from training_backends.gateway.job_events import (
     reached,
 )
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import events, jobs, models
 from training_backends.protocols.mistral.status import ACTIVE
 from training_backends.protocols.mistral.wire import (
     CheckpointOut,
@@ -43,6 +42,7 @@ from training_backends.protocols.mistral.wire import (
     JobMetadataOut,
     MetricOut,
 )
+from training_backends.store.gateway_schema import events, jobs, models
 
 __all__ = [
     "accept_start",

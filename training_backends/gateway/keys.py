@@ -25,8 +25,8 @@ from training_backends.core.estimate import Duration
 from training_backends.core.run import utc_now
 from training_backends.gateway.errors import HTTPProblem, plain
 from training_backends.gateway.legacy_store import import_legacy
-from training_backends.gateway.schema import DEFAULT_PROJECT, keys
 from training_backends.gateway.store import GatewayStore, database_url
+from training_backends.store.gateway_schema import DEFAULT_PROJECT, keys
 
 __all__ = [
     "STATIC_KEY_ID",

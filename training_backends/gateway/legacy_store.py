@@ -13,9 +13,9 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from training_backends.core.errors import DuplicateRun, StoreError
-from training_backends.gateway import schema
 from training_backends.gateway.store import GatewayStore, lock_home
 from training_backends.protocols.mistral.status import ENDED
+from training_backends.store import gateway_schema as schema
 from training_backends.store.schema import deliveries
 
 __all__ = ["import_legacy", "import_legacy_locked"]
@@ -29,7 +29,7 @@ _METRICS: Final = ("train_loss", "valid_loss", "valid_mean_token_accuracy")
 _WITH_PROJECTS: Final = 4
 """First schema version in which no file is private to a key."""
 _DEFAULTS: Final = {"project": schema.DEFAULT_PROJECT, "scope": "write", "cleaned_up": False}
-_PATIENCE: Final = 30.0
+PATIENCE: Final = 30.0
 """Seconds to wait for another process that imports."""
 
 
@@ -39,7 +39,7 @@ def import_legacy(store: GatewayStore, root: Path) -> None:
     Raises:
         StoreError: The old database cannot be read, or is in use.
     """
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + PATIENCE
     while (root / _FILE).exists():
         try:
             descriptor = lock_home(root)
@@ -69,7 +69,7 @@ def import_legacy_locked(store: GatewayStore, root: Path) -> None:
     if not path.exists():
         return
     try:
-        with closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection:
+        with closing(sqlite3.connect(path, timeout=PATIENCE)) as connection:
             tables = _read(connection)
     except sqlite3.DatabaseError as error:
         raise StoreError(

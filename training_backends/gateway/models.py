@@ -13,7 +13,6 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import models
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
@@ -29,6 +28,7 @@ from training_backends.protocols.mistral.wire import (
     UnarchiveFTModelOut,
     UpdateFTModelIn,
 )
+from training_backends.store.gateway_schema import models
 
 __all__ = ["ModelService"]
 

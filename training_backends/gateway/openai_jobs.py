@@ -18,7 +18,7 @@ from training_backends.gateway.job_events import (
 )
 from training_backends.gateway.jobstore import model_name, require_job
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import jobs, page_of
+from training_backends.gateway.store import page_of
 from training_backends.protocols.mistral import status as mistral
 from training_backends.protocols.openai import events
 from training_backends.protocols.openai.status import to_method_type, to_wire
@@ -29,6 +29,7 @@ from training_backends.protocols.openai.wire import (
     FineTuningJobEvent,
     StepMetrics,
 )
+from training_backends.store.gateway_schema import jobs
 from training_backends.store.schema import metrics, runs
 
 __all__ = ["list_openai_jobs", "openai_checkpoints", "openai_events", "openai_job"]

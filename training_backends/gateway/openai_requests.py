@@ -18,10 +18,10 @@ from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.errors import invalid, problem
 from training_backends.gateway.job_request import CheckedJob, check_declared, digest
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.schema import jobs
 from training_backends.protocols.openai.errors import ErrorAnswer, model_not_available
 from training_backends.protocols.openai.requests import FineTuningJobIn
 from training_backends.protocols.openai.status import to_method
+from training_backends.store.gateway_schema import jobs
 
 __all__ = ["REPEATS_FOR", "Repetition", "check_openai_job", "multiplied_rate"]
 

@@ -43,9 +43,9 @@ from training_backends.gateway.jobstore import (
     quote,
 )
 from training_backends.gateway.openai_requests import multiplied_rate
-from training_backends.gateway.schema import jobs
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
+from training_backends.store.gateway_schema import jobs
 from training_backends.store.schema import runs
 
 __all__ = ["JobRunner", "OnEnd"]
@@ -55,10 +55,10 @@ log = get_logger()
 OnEnd = Callable[[Any], Awaitable[None]]
 """Called with the row of a finished job, again after a failure or a crash."""
 
-_FIRST_PAUSE: Final = 0.5
+FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 """Seconds between attempts while a backend, the store or the system is unavailable."""
-_CATCH_UP_EVERY: Final = 60.0
+CATCH_UP_EVERY: Final = 60.0
 """Seconds between two searches for jobs whose events another watcher of this home received."""
 _TRIES_BEFORE_EVENT: Final = 3
 _WAITING: Final = "The gateway cannot continue this job at the moment; it will retry."
@@ -117,7 +117,7 @@ class JobRunner:
 
     async def _watch(self) -> None:
         """Keep the runs up to date until cancelled, through failures of the store."""
-        backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        backoff = Backoff(FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             began = anyio.current_time()
             try:
@@ -139,7 +139,7 @@ class JobRunner:
 
     async def _catch_up(self) -> None:
         while True:
-            await anyio.sleep(_CATCH_UP_EVERY)
+            await anyio.sleep(CATCH_UP_EVERY)
             try:
                 for job_id in await self._store.aread(_behind):
                     self.drive(job_id)
@@ -165,7 +165,7 @@ class JobRunner:
         A full disk, a lack of file descriptors or an unavailable backend does not fail a job: the
         run keeps running, so the job is retried until the shortage has passed.
         """
-        backoff, tries = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE), 0
+        backoff, tries = Backoff(FIRST_PAUSE, _LONGEST_PAUSE), 0
         while True:
             began = anyio.current_time()
             try:

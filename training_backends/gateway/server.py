@@ -354,7 +354,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-_PATIENCE = 5
+SHUTDOWN_PATIENCE = 5
 """Seconds that open requests get to finish on shutdown."""
 _BACKLOG = 64
 """Maximum length of the queue of connections to accept."""
@@ -492,7 +492,7 @@ async def _serving(
         proxy_headers=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=_PATIENCE,
+        timeout_graceful_shutdown=SHUTDOWN_PATIENCE,
         backlog=_BACKLOG,
         # Longer than common client pools, so that none reuses a closing connection.
         timeout_keep_alive=75,

@@ -22,7 +22,7 @@ from tenacity import (
 from training_backends.core.errors import ConfigError, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.core.redaction import register_url
-from training_backends.store import schema
+from training_backends.store import gateway_schema, schema
 
 __all__ = [
     "RECOVER",
@@ -58,7 +58,7 @@ _REJECTED: Final = {
     "55": _LOCKED,
 }
 """Hints by SQLSTATE or its class, for errors reported by the server."""
-_TURN: Final = int.from_bytes(b"training", "big")
+WRITE_LOCK: Final = int.from_bytes(b"training", "big")
 """Key of the advisory lock that every write transaction holds."""
 
 # Detect a lost server within seconds, regardless of the system's TCP settings.
@@ -76,12 +76,12 @@ _CONNECTING: Final = {
 _WITHOUT_SESSION: Final = {"prepare_threshold": None}
 # All settings end with the transaction. A process that stalls in a transaction loses the lock
 # before the others time out.
-_BEGIN: Final = f"""
+BEGIN: Final = f"""
 SELECT set_config('lock_timeout', '30s', true),
        set_config('idle_in_transaction_session_timeout', '15s', true),
        set_config('synchronous_commit', CASE current_setting('synchronous_commit')
            WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true),
-       pg_advisory_xact_lock({_TURN})
+       pg_advisory_xact_lock({WRITE_LOCK})
 """
 
 
@@ -164,7 +164,7 @@ def _place(url: sa.URL) -> str:
 
 def _begin_postgres(connection: sa.Connection) -> None:
     if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql(_BEGIN)
+        connection.exec_driver_sql(BEGIN)
 
 
 _BUSY_PATIENCE = 30
@@ -217,7 +217,7 @@ def create_file(path: Path) -> None:
 def _prepare(connection: Any, _record: Any) -> None:
     # Transactions are begun below, not by the driver.
     connection.isolation_level = None
-    for pragma in (f"busy_timeout={_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={_BUSY_PATIENCE * 1000}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
     # SQLite ignores busy_timeout when two connections switch to WAL at once.
     for attempt in Retrying(
@@ -240,7 +240,7 @@ RECOVER = (
     "a store on a server from a backup."
 )
 
-_PATIENCE: Final = 30
+RESTART_PATIENCE: Final = 30
 """Seconds to wait for a server to restart."""
 
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -309,7 +309,7 @@ class Database:
         return Retrying(
             retry=retry_if_exception(is_unreachable),
             wait=wait_random(0.1, 0.5),
-            stop=stop_after_delay(_PATIENCE),
+            stop=stop_after_delay(RESTART_PATIENCE),
             reraise=True,
         )(engine.connect)
 
@@ -323,11 +323,12 @@ class Database:
         if path is not None:
             create_file(path)
         if not self._is_up_to_date():
-            # Imports alembic, which an up-to-date store does not need.
-            from training_backends.store.migrate import migrate  # noqa: PLC0415
-
             with self._turn:
-                migrate(self._writer)
+                if not _create(self._writer):
+                    # Imports alembic, which only an older store needs.
+                    from training_backends.store.migrate import migrate  # noqa: PLC0415
+
+                    migrate(self._writer)
         self._ready = True
 
     def _is_up_to_date(self) -> bool:
@@ -363,6 +364,21 @@ class Database:
             hint="Check free space and file permissions, or set TRAINING_BACKENDS_HOME.",
             retryable=code in _BUSY,
         )
+
+
+def _create(writer: sa.Engine) -> bool:
+    """Create the tables of the latest revision in an empty database, in one transaction.
+
+    Returns:
+        Whether the database was empty. Otherwise nothing changes.
+    """
+    with writer.begin() as connection:
+        if sa.inspect(connection).get_table_names():
+            return False
+        gateway_schema.jobs.metadata.create_all(connection, checkfirst=False)
+        connection.execute(schema.revision.insert().values(version_num=schema.REVISION))
+        connection.execute(schema.schema_version.insert().values(version=2))
+    return True
 
 
 def _engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:

@@ -10,7 +10,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from training_backends.core.errors import StoreError
-from training_backends.store.schema import REVISION, revision
+from training_backends.store.schema import REVISION, revision, schema_version
 
 __all__ = ["migrate"]
 
@@ -22,7 +22,7 @@ _BEFORE_ALEMBIC: Final = "0001"
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Upgrade a new or older store to the latest revision in one transaction.
+    """Upgrade an older store, or a database with other tables, to the latest revision at once.
 
     Safe to run in several processes at once: the first one migrates.
 
@@ -57,7 +57,7 @@ def _found(connection: sa.Connection) -> str | None:
     tables = sa.inspect(connection)
     if tables.has_table(revision.name):
         return connection.execute(sa.select(revision.c.version_num)).scalar()
-    if tables.has_table("schema_version"):
-        number = connection.execute(sa.text("SELECT version FROM schema_version")).scalar()
+    if tables.has_table(schema_version.name):
+        number = connection.execute(sa.select(schema_version.c.version)).scalar()
         return f"{number or 1:04}"
     return None

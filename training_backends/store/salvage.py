@@ -25,8 +25,9 @@ from training_backends.core.errors import StoreError
 from training_backends.core.files import sync_directory
 from training_backends.core.run import TrainingRun
 from training_backends.store.database import sqlite_file
+from training_backends.store.gateway_schema import GATEWAY_TABLES
 from training_backends.store.journal import SavedStep
-from training_backends.store.schema import GATEWAY_TABLES, REVISION
+from training_backends.store.schema import REVISION
 
 __all__ = ["Salvage", "check", "salvage", "set_aside"]
 

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 __all__ = [
-    "GATEWAY_TABLES",
     "IS_STATUS",
     "REVISION",
     "BigInteger",
@@ -22,6 +21,7 @@ __all__ = [
     "records",
     "revision",
     "runs",
+    "schema_version",
     "short_text",
     "uploads",
 ]
@@ -43,15 +43,6 @@ def short_text(length: int) -> sa.String:
 REVISION = "0005"
 """Latest revision in `migrations/versions`."""
 
-GATEWAY_TABLES = (
-    "gateway_keys",
-    "gateway_files",
-    "gateway_jobs",
-    "gateway_events",
-    "gateway_models",
-)
-"""Tables that `gateway.schema` defines in the same database."""
-
 metadata = sa.MetaData()
 
 
@@ -67,6 +58,10 @@ def _of_run(*, key: bool = True) -> sa.Column[str]:
 
 revision = sa.Table(
     "alembic_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True)
+)
+# Versions before alembic check this table and reject newer stores.
+schema_version = sa.Table(
+    "schema_version", metadata, sa.Column("version", sa.Integer, nullable=False)
 )
 # Columns for queries, separate from the documents, so that a sweep over thousands of runs reads
 # and writes short rows.

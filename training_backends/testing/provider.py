@@ -67,6 +67,7 @@ class ScriptedProvider(LoopbackServer):
         owner: Stored as `StoredJob.owner` of jobs created from now on.
         clock: Returns Unix seconds.
         cost: Cost in the quote, in USD.
+        quotes: Whether a validated job has a quote.
     """
 
     key: str | None = "test-key"
@@ -78,6 +79,7 @@ class ScriptedProvider(LoopbackServer):
     lists_lag: int = 0
     owner = ""
     cost: float | None = 2.5
+    quotes = True
     models: ClassVar[tuple[str, ...]] = ("open-mistral-7b", "ministral-3b-latest", "tiny-mistral")
 
     def __init__(self) -> None:
@@ -108,7 +110,7 @@ class ScriptedProvider(LoopbackServer):
                     {"name": "status-updated", "data": entry, "created_at": job.modified_at}
                 )
             if word == "VALIDATED":
-                job.metadata = self._metadata(job)
+                job.metadata = self._quote(job) if self.quotes else None
             if word == "SUCCESS":
                 job.fine_tuned_model = f"ft:{job.asked['model']}:0a1b2c3d:20260101:{job.id[:8]}"
 
@@ -135,7 +137,7 @@ class ScriptedProvider(LoopbackServer):
                 late.left = 0
             self._carry_out_late()
 
-    def _metadata(self, job: StoredJob) -> dict[str, Any]:
+    def _quote(self, job: StoredJob) -> dict[str, Any]:
         steps = job.asked["hyperparameters"].get("training_steps") or 10
         return {
             "expected_duration_seconds": 60,

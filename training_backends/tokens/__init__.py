@@ -5,7 +5,11 @@
     mistral_layout  layout of conversations in Mistral's tokenizer versions
     counters        tokens of a row; mistral-common is the reference
     count           tokens of files, in several processes or sampled
+    jinja           compile and interrupt chat templates
+    chat_template   render conversations, and locate their answers
     encoders        rows as token ids with a loss mask
+    examples        lines of data files as training examples
+    preview         show what rows become
 
 Tokenizers are optional dependencies and take up to a second to load, so they are loaded on demand.
 """

@@ -6,9 +6,6 @@ It produces the same ids as `datasets.rows.byte_encode`.
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from training_backends.core.config import TINY_POSITIONS
 from training_backends.datasets.rows import CONTROL_TEXT, Control
 
@@ -65,6 +62,16 @@ CHAT_TEMPLATE: Final = (
 
 def _make_tiny_tokenizer() -> Any:
     """Build the tokenizer, whose ids are bytes and control tokens, with its chat template."""
+    from tokenizers import (  # noqa: PLC0415  # optional
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  # loads torch
+
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[], fuse_unk=False))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(marked, plain) for plain, marked in reversed(_ESCAPES)]

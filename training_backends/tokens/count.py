@@ -55,7 +55,7 @@ _PART_BYTES: Final = 4 << 20
 _PARALLEL_BYTES: Final = 16 << 20
 """Bytes below which starting more processes is slower."""
 
-_VERSION: Final = "tokens 2"
+_VERSION: Final = "tokens 3"
 """Increment the number when counting or `Lengths` changes."""
 
 _TASK: Final = "training_backends.tokens.count_part:run"
@@ -82,6 +82,7 @@ def count_tokens(
     model: str,
     *,
     seq_len: int | None = None,
+    chat_template: str | None = None,
     processes: int | None = None,
 ) -> TokenCount:
     """Count the tokens of the training files with the tokenizer of `model`.
@@ -93,22 +94,31 @@ def count_tokens(
 
     Args:
         seq_len: Also count the rows longer than this.
+        chat_template: Jinja template that replaces the model's own.
         processes: Maximum number of processes; None chooses by size.
     """
     try:
-        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=processes)
+        tokenizer = find_tokenizer(model, chat_template=chat_template)
+        counting = _Counting(tokenizer, dataset, seq_len=seq_len, processes=processes)
         return counting.total(counting.count())
     except (Uncountable, DatasetError, OSError) as error:
         return _uncounted(model, error)
 
 
-def count_files(dataset: Dataset, model: str, *, seq_len: int | None = None) -> list[TokenCount]:
+def count_files(
+    dataset: Dataset,
+    model: str,
+    *,
+    seq_len: int | None = None,
+    chat_template: str | None = None,
+) -> list[TokenCount]:
     """Count the tokens of each training file like `count_tokens`, which counts their total.
 
     If one of the files cannot be counted, none has a count.
     """
     try:
-        counting = _Counting(find_tokenizer(model), dataset, seq_len=seq_len, processes=None)
+        tokenizer = find_tokenizer(model, chat_template=chat_template)
+        counting = _Counting(tokenizer, dataset, seq_len=seq_len, processes=None)
         return [counting.total([estimate]) for estimate in counting.count()]
     except (Uncountable, DatasetError, OSError) as error:
         return [_uncounted(model, error) for _ in dataset.train]
@@ -320,6 +330,7 @@ class _Counting:
             interval=interval,
             tokenizer=self._tokenizer.name,
             rows=sum(each.rows for each in estimates),
+            sequences=round(sum(_sequences(each) for each in estimates)),
             shortest=lengths.shortest,
             longest=lengths.longest,
             histogram=lengths.histogram(),
@@ -340,6 +351,11 @@ def _with_lines(job: CountJob, size: int) -> Iterator[CountJob]:
             if end >= size or not lines:
                 return
             start = end
+
+
+def _sequences(estimate: _Estimate) -> float:
+    lengths = estimate.lengths
+    return lengths.sequences / lengths.rows * estimate.rows if lengths.rows else 0
 
 
 def _exactly(lengths: Lengths) -> _Estimate:

@@ -148,7 +148,7 @@ def _lines(job: CountJob) -> Iterator[bytes]:
 def _count_line(counter: Counter, line: bytes, job: CountJob) -> tuple[int, ...]:
     if len(line) >= _PIECE_BYTES:
         raise Uncountable("the line is too long")
-    row = read_row(line)
+    row = read_row(line, keep_source=job.tokenizer.kind == "template")
     if job.texts_only:
         return (sum(map(counter.text, texts_of(row))),)
     return count_row(counter, row)

@@ -1,24 +1,20 @@
 """Count the tokens of one row with the tokenizer of a model."""
 
-import ctypes
-import threading
 import warnings
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
-import msgspec
-
-from training_backends.datasets.rows import ChatRow, Message, TextRow, byte_token_count
+from training_backends.datasets.rows import ChatRow, TextRow, byte_token_count
 from training_backends.tokens.counts import AnyRow, Row, Uncountable, parts_of
+from training_backends.tokens.encoders import TokenizerError, UnusableRow, encoder_for
 from training_backends.tokens.images import (
     image_count,
     refuse_distant_images,
     refuse_images,
 )
-from training_backends.tokens.mistral_layout import VERSIONS, Layout
+from training_backends.tokens.mistral_layout import VERSIONS, Layout, chat_request
 from training_backends.tokens.text_counters import (
     TextCount,
     missing,
@@ -29,20 +25,14 @@ from training_backends.tokens.tokenizers import Tokenizer
 
 __all__ = [
     "NOTE",
-    "RENDER_SECONDS",
     "Counter",
-    "EndlessTemplate",
     "OpenAICounter",
     "Reference",
-    "TemplateCheck",
     "TemplateCounter",
-    "chat_request",
     "count_row",
     "counter_of",
     "has_reference",
-    "has_template",
     "is_fast",
-    "rendered",
 ]
 
 
@@ -131,141 +121,23 @@ def _load_reference(path: Path) -> Reference:
     return Reference(path)
 
 
-def chat_request(row: ChatRow) -> dict[str, Any]:
-    """Return the content of mistral-common's request for a conversation."""
-    request: dict[str, Any] = {"messages": [_message(message) for message in row.messages]}
-    if row.tools:
-        request["tools"] = [
-            {
-                "type": tool.type,
-                "function": {
-                    "name": tool.function.name,
-                    "description": tool.function.description or "",
-                    "parameters": tool.function.parameters or {},
-                },
-            }
-            for tool in row.tools
-        ]
-    return request
-
-
-def _message(message: Message) -> dict[str, Any]:
-    """Return a message in mistral-common's format: without weight, which it rejects."""
-    role = "system" if message.role == "developer" else message.role
-    content: Any = message.content
-    if isinstance(content, list):
-        # Missing keys must not be null.
-        content = [
-            {key: value for key, value in msgspec.to_builtins(part).items() if value is not None}
-            for part in content
-        ]
-    written: dict[str, Any] = {"role": role, "content": content}
-    if message.tool_calls:
-        written["tool_calls"] = [
-            {
-                "type": call.type,
-                "function": msgspec.to_builtins(call.function),
-                **({"id": call.id} if call.id is not None else {}),
-            }
-            for call in message.tool_calls
-        ]
-    if message.role == "tool":
-        written["tool_call_id"] = message.tool_call_id
-        if message.name is not None:
-            written["name"] = message.name
-    return written
-
-
-T = TypeVar("T")
-
-_TEMPLATE_FILES: Final = ("chat_template.jinja", "additional_chat_templates")
-
-RENDER_SECONDS: Final = 5.0
-"""Time limit of a chat template per row; common templates take a millisecond."""
-
-
-class EndlessTemplate(Uncountable):
-    """A chat template exceeded its time limit."""
-
-
-class _Interrupt(BaseException):
-    """Raised asynchronously in a rendering thread; not caught by `except Exception`."""
-
-
-def rendered(render: Callable[[], T]) -> T:
-    """Render a chat template; interrupt it after `RENDER_SECONDS`.
-
-    Templates are untrusted. Jinja's sandbox limits each loop, but nested loops multiply and can
-    run for years. They run as Python code, which another thread can interrupt.
-
-    Args:
-        render: Renders the template; called in this thread.
-
-    Raises:
-        EndlessTemplate: The time limit was exceeded.
-    """
-    thread, guard = threading.get_ident(), threading.Lock()
-    is_done = is_late = False
-
-    def interrupt() -> None:
-        nonlocal is_late
-        with guard:
-            if not is_done:
-                is_late = True
-                _raise_in(thread, _Interrupt)
-
-    timer = threading.Timer(RENDER_SECONDS, interrupt)
-    timer.daemon = True
-    try:
-        timer.start()
-        try:
-            return render()
-        finally:
-            with guard:
-                is_done = True
-            timer.cancel()
-            if is_late:
-                _raise_in(thread, None)  # cancel, so that it is not raised in other code
-                raise _Interrupt  # replaces the result
-    except _Interrupt:
-        raise EndlessTemplate(
-            f"the chat template did not finish within {RENDER_SECONDS:g} s for a row"
-        ) from None
-
-
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in another thread; None cancels one that is still pending."""
-    raised = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
-
-
 class TemplateCounter:
-    """Counts rows as the trainer encodes them: text never becomes a control token."""
+    """Counts rows as the trainer encodes them, with its encoder."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
         """Load the tokenizer from a model directory.
 
         Raises:
-            Uncountable: transformers is not installed, or the tokenizer cannot be loaded.
+            Uncountable: A package is not installed, or the tokenizer cannot be loaded.
         """
         try:
-            from transformers import AutoTokenizer  # noqa: PLC0415  # takes seconds to import
-        except ImportError as error:
-            reason = "counting requires transformers: pip install 'training-backends[local]'"
-            raise Uncountable(reason) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # untrusted files
-            first = str(error).partition("\n")[0]
-            raise Uncountable(f"could not load the tokenizer: {first}") from error
-        added = self._tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        self._special = sorted(special | {*self._tokenizer.all_special_tokens})
+            self._encoder = encoder_for(directory.name, directory, chat_template=chat_template)
+        except TokenizerError as error:
+            raise Uncountable(str(error)) from error
 
     def text(self, text: str) -> int:
         """Count a text on its own."""
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return len(encoded.input_ids)
+        return sum(self._encoder.encode(TextRow(text))[0].trained) - 1  # the end of the text
 
     def row(self, row: ChatRow | TextRow) -> int:
         """Count one row.
@@ -273,162 +145,18 @@ class TemplateCounter:
         Raises:
             Uncountable: The template rejects the row, or there is none.
         """
-        refuse_images(row)
-        if isinstance(row, TextRow):
-            return self.text(row.text) + 1 + (self._tokenizer.bos_token_id is not None)
-        if self._tokenizer.chat_template is None:
-            raise Uncountable("the tokenizer has no chat template")
-        content = msgspec.json.encode(row).decode()
-        for special in self._special:
-            if msgspec.json.encode(special).decode()[1:-1] in content:
-                raise Uncountable(f"the text contains the control token {special}")
-        try:
-            ids = rendered(
-                lambda: self._tokenizer.apply_chat_template(
-                    _messages(row),
-                    tools=msgspec.to_builtins(row.tools) if row.tools else None,
-                    tokenize=True,
-                    return_dict=False,
-                )
-            )
-        except EndlessTemplate:
-            raise
-        except Exception as error:  # templates raise arbitrary exceptions
-            first = str(error).partition("\n")[0]
-            raise Uncountable(f"the chat template rejects the row: {first}") from error
-        return len(ids)
+        return sum(self.lengths(row))
 
+    def lengths(self, row: ChatRow | TextRow) -> tuple[int, ...]:
+        """Count the tokens of each training example that a row becomes.
 
-def has_template(directory: Path) -> bool:
-    """Return whether a model directory has a chat template, without loading it."""
-    if any((directory / name).exists() for name in _TEMPLATE_FILES):
-        return True
-    return bool(_settings(directory).get("chat_template"))
-
-
-class TemplateCheck:
-    """Finds rows that certainly can be encoded, without importing transformers (seconds).
-
-    A row that plain Jinja renders and that contains no control token is accepted by the
-    tokenizer. Other rows have to be checked with the tokenizer.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Load the template and the control tokens."""
-        self._template: Any = None
-        settings = _settings(directory)
-        names = {key: _text(value) for key, value in settings.items() if key.endswith("_token")}
-        self._names = {key: value for key, value in names.items() if value}
-        self._special = {*self._names.values()}
-        added = settings.get("added_tokens_decoder")
-        try:
-            tokens = msgspec.json.decode((directory / "tokenizer.json").read_bytes(), type=_Added)
-            listed = [*tokens.added_tokens, *(added.values() if isinstance(added, dict) else ())]
-            self._special |= {token["content"] for token in listed if token.get("special")}
-            self._template = _compiled(_template_text(directory, settings))
-        except Exception:  # untrusted files
-            self._template = None
-
-    def accepts(self, row: AnyRow) -> bool:
-        """Return whether the tokenizer certainly accepts a row."""
-        try:
-            return all(map(self._renders, parts_of(row)))
-        except Uncountable:
-            return False
-
-    def rewrites(self, row: ChatRow) -> bool:
-        """Return whether the answers of an accepted row certainly cannot be located.
-
-        An answer can be located if the text before it and the text up to its end are prefixes.
+        Raises:
+            Uncountable: The template rejects the row, or there is none.
         """
-        count = len(row.messages)
         try:
-            complete = self._text(row, count, waiting=False)
-            return not all(
-                complete.startswith(self._text(row, end, waiting=end == index))
-                for index in range(count)
-                if row.messages[index].is_trained
-                for end in (index, index + 1)
-            )
-        except Exception:  # a part is rejected, at least by plain Jinja
-            return False
-
-    def _text(self, row: ChatRow, count: int, *, waiting: bool) -> str:
-        tools = msgspec.to_builtins(row.tools) if row.tools else None
-        values = {**self._names, "messages": _messages(row)[:count], "tools": tools}
-        text = rendered(lambda: self._template.render(**values, add_generation_prompt=waiting))
-        return str(text)
-
-    def _renders(self, row: ChatRow | TextRow) -> bool:
-        if isinstance(row, TextRow):
-            return True
-        if self._template is None or any(message.has_other_parts for message in row.messages):
-            return False
-        content = msgspec.json.encode(row).decode()
-        if any(msgspec.json.encode(each).decode()[1:-1] in content for each in self._special):
-            return False
-        try:
-            self._text(row, len(row.messages), waiting=False)
-        except Exception:  # templates raise arbitrary exceptions
-            return False
-        return True
-
-
-class _Added(msgspec.Struct):
-    """The added tokens in tokenizer.json."""
-
-    added_tokens: list[dict[str, Any]] = []
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode((directory / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(value: object) -> str:
-    """Return the text of a token, which may be an object."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
-
-
-def _template_text(directory: Path, settings: dict[str, Any]) -> str:
-    file = directory / "chat_template.jinja"
-    found = file.read_text(encoding="utf-8") if file.is_file() else settings["chat_template"]
-    if not isinstance(found, str):
-        raise TypeError("several templates")
-    return found
-
-
-def _compiled(text: str) -> Any:
-    from jinja2.ext import loopcontrols  # noqa: PLC0415  # comes with transformers
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **_: msgspec.json.encode(value).decode()
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
-    return environment.from_string(text)
-
-
-def _messages(row: ChatRow) -> list[dict[str, Any]]:
-    messages = []
-    for message in row.messages:
-        role = "system" if message.role == "developer" else message.role
-        plain: dict[str, Any] = {"role": role, "content": message.text}
-        if message.tool_calls:
-            plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
-        if message.tool_call_id is not None:
-            plain["tool_call_id"] = message.tool_call_id
-        messages.append(plain)
-    return messages
+            return tuple(len(example.ids) for example in self._encoder.encode(row))
+        except (TokenizerError, UnusableRow) as error:
+            raise Uncountable(str(error)) from error
 
 
 NOTE: Final = "Counted as in OpenAI's cookbook; billed tokens may differ."
@@ -566,7 +294,7 @@ def counter_of(tokenizer: Tokenizer, *, slow: bool = False) -> Counter:
         return _Mistral(tokenizer)
     if tokenizer.kind == "tiktoken":
         return OpenAICounter(_encoding_count(tokenizer.name))
-    return TemplateCounter(tokenizer.path)
+    return TemplateCounter(tokenizer.path, tokenizer.chat_template)
 
 
 def count_row(counter: Counter, row: AnyRow) -> tuple[int, ...]:
@@ -575,4 +303,7 @@ def count_row(counter: Counter, row: AnyRow) -> tuple[int, ...]:
     Raises:
         Uncountable: The row has no exact count.
     """
-    return tuple([counter.row(part) for part in parts_of(row)])
+    parts = parts_of(row)
+    if isinstance(counter, TemplateCounter):
+        return tuple(length for part in parts for length in counter.lengths(part))
+    return tuple([counter.row(part) for part in parts])

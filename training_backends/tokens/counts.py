@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from training_backends.datasets.rows import (
     ChatRow,
     ClassifierRow,
+    Message,
     PreferenceRow,
     TextRow,
     parse_any_row,
@@ -25,6 +27,7 @@ __all__ = [
     "Uncountable",
     "bucket_of",
     "has_images",
+    "pair_of",
     "parts_of",
     "read_row",
     "texts_of",
@@ -40,14 +43,17 @@ SAMPLE_NOTE = (
 UNKNOWN_LAYOUT = "the provider's encoding of classifier rows is not documented"
 
 
-def read_row(line: bytes) -> AnyRow:
+def read_row(line: bytes, *, keep_source: bool = False) -> AnyRow:
     """Decode a line.
+
+    Args:
+        keep_source: Keep the JSON of messages and tools, which chat templates render.
 
     Raises:
         Uncountable: The line is not a valid row.
     """
     try:
-        return parse_any_row(line)
+        return parse_any_row(line, keep_source=keep_source)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Uncountable("the row is invalid") from None
 
@@ -61,9 +67,27 @@ def parts_of(row: AnyRow) -> tuple[Row, ...]:
     if isinstance(row, ClassifierRow):
         raise Uncountable(UNKNOWN_LAYOUT)
     if isinstance(row, PreferenceRow):
-        answers = (row.chosen, row.rejected)
-        return tuple(ChatRow([*row.prompt, *answer], row.tools) for answer in answers)
+        return pair_of(row)[1]
     return (row,)
+
+
+def pair_of(row: PreferenceRow) -> tuple[int, tuple[ChatRow, ChatRow]]:
+    """Return the two conversations of a preference, and how many messages they share.
+
+    What they share is not in the loss.
+    """
+    chosen, rejected = ([*row.prompt, *answer] for answer in (row.chosen, row.rejected))
+    pairs = zip(chosen, rejected, strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def conversation(messages: list[Message]) -> ChatRow:
+        prompt = (
+            msgspec.structs.replace(message, weight=0) if message.role == "assistant" else message
+            for message in messages[:shared]
+        )
+        return ChatRow([*prompt, *messages[shared:]], row.tools)
+
+    return shared, (conversation(chosen), conversation(rejected))
 
 
 def texts_of(row: AnyRow) -> list[str]:
@@ -111,6 +135,7 @@ class Lengths(msgspec.Struct, kw_only=True):
     Attributes:
         tokens: Total over all rows.
         rows: Number of rows; for a sample, the estimated total.
+        sequences: Number of token sequences; a row may become several, a preference has two.
         longest: Length of the longest row; the longer answer counts for a pair.
         buckets: Number of rows by upper bound of the bucket.
         over: Number of rows longer than `seq_len`.
@@ -118,6 +143,7 @@ class Lengths(msgspec.Struct, kw_only=True):
 
     tokens: int = 0
     rows: float = 0
+    sequences: float = 0
     shortest: int | None = None
     longest: int = 0
     buckets: dict[int, float] = msgspec.field(default_factory=dict)
@@ -128,6 +154,7 @@ class Lengths(msgspec.Struct, kw_only=True):
         length = max(sequences)
         self.tokens += sum(sequences)
         self.rows += weight
+        self.sequences += len(sequences) * weight
         if self.shortest is None or length < self.shortest:
             self.shortest = length
         self.longest = max(self.longest, length)
@@ -140,6 +167,7 @@ class Lengths(msgspec.Struct, kw_only=True):
         """Add the rows of `other`."""
         self.tokens += other.tokens
         self.rows += other.rows
+        self.sequences += other.sequences
         shortest = [each for each in (self.shortest, other.shortest) if each is not None]
         self.shortest = min(shortest, default=None)
         self.longest = max(self.longest, other.longest)
@@ -172,6 +200,8 @@ class TokenCount:
         tokenizer: Name of the tokenizer, if known.
         rows: Number of rows; lengths are those of the sampled rows if `sampled`. A
             preference has the length of the longer of its two conversations.
+        sequences: Number of token sequences: more than `rows` if the chat template requires one
+            for each answer; a preference has two.
         histogram: Number of rows by upper bound of the length bucket.
         seq_len: The requested sequence length.
         over: Number of rows longer than `seq_len`.
@@ -185,6 +215,7 @@ class TokenCount:
     reason: str | None = None
     bad_row: bool = False
     rows: int | None = None
+    sequences: int | None = None
     shortest: int | None = None
     longest: int | None = None
     histogram: Mapping[int, int] | None = None

@@ -5,33 +5,50 @@ exactly raises `UnusableRow`; a model that can encode no row exactly raises `Tok
 """
 
 import shutil
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import cached_property
+from itertools import chain, groupby, pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-import msgspec
+from typing import Any, Final, NamedTuple, Protocol
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import (
+    CONTROL_TEXT,
     ChatRow,
     Control,
     Message,
     TextRow,
     byte_encode,
 )
-from training_backends.tokens.counters import EndlessTemplate, chat_request, rendered
+from training_backends.tokens.byte_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
+from training_backends.tokens.chat_template import (
+    ChatRenderer,
+    Conversation,
+    RejectedByTemplate,
+    RenderedExample,
+)
+from training_backends.tokens.jinja import EndlessTemplate
+from training_backends.tokens.mistral_layout import chat_request
+from training_backends.tokens.tokenizers import TokenizerSettings
 
 __all__ = [
     "ByteEncoder",
+    "Encoded",
     "Encoder",
     "MistralEncoder",
     "TemplateEncoder",
     "TokenizerError",
     "UnusableRow",
     "encoder_for",
+    "has_tokenizer",
 ]
 
 Row = ChatRow | TextRow
+_CONTROL_BYTES: Final = {int(control): text.encode() for control, text in CONTROL_TEXT.items()}
 _FILL_IN: Final = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
@@ -44,7 +61,28 @@ _FILL_IN: Final = (
 )
 """Control tokens for prefix, suffix and middle, in this order."""
 
-Encoded = tuple[list[int], list[bool]]
+_BLOCKS: Final = ("INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_RESULTS", "MODEL_SETTINGS")
+"""What mistral-common puts between `[NAME]` and `[/NAME]`: all but the answers."""
+
+_TOKENIZER_FILES: Final = (
+    *("tekken.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "SYSTEM_PROMPT.txt", "vocab.json", "merges.txt"),
+)
+_TEMPLATE_FILE: Final = "chat_template.jinja"
+_TEMPLATE_FOLDER: Final = "additional_chat_templates"
+
+
+class Encoded(NamedTuple):
+    """A training example: token ids, and for each whether it is in the loss."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has a tokenizer, which adapters of other programs often lack."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return bool(_mistral_tokenizer(directory)) or any((directory / n).is_file() for n in names)
 
 
 class TokenizerError(Exception):
@@ -68,8 +106,15 @@ class Encoder(Protocol):
         """Id of the end-of-sequence token."""
         ...
 
-    def encode(self, row: Row) -> Encoded:
-        """Return the token ids, and for each whether it is in the loss.
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer; the end-of-sequence token is one of them."""
+        ...
+
+    def encode(self, row: Row) -> list[Encoded]:
+        """Return the training example of a row, or one for each of its answers.
+
+        A pure function of the row, the tokenizer and the chat template.
 
         Raises:
             UnusableRow: The row cannot be encoded exactly.
@@ -96,8 +141,8 @@ class Encoder(Protocol):
         """Return the token ids of a user message as a generation prompt."""
         ...
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode an answer; invalid UTF-8 is replaced."""
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode an answer, usually without control tokens; invalid UTF-8 is replaced."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -105,33 +150,44 @@ class Encoder(Protocol):
         ...
 
 
-def encoder_for(model: str, directory: Path | None) -> Encoder:
-    """Return the encoder of a model.
+def encoder_for(model: str, directory: Path | None, *, chat_template: str | None = None) -> Encoder:
+    """Return the encoder of a model; loads neither torch nor weights.
 
     Args:
         model: Name of the model, for messages.
         directory: Directory of the model; None for `tiny-mistral`.
+        chat_template: Jinja template that replaces the model's own.
 
     Raises:
         TokenizerError: The model's chats cannot be encoded exactly.
     """
-    if directory is None or _is_byte_level(directory):
+    source = directory and _mistral_tokenizer(directory)
+    is_byte_level = directory is None or _is_byte_level(directory)
+    if chat_template is not None and (source or is_byte_level):
+        reason = "mistral-common lays out its chats" if source else "its template is built in"
+        raise TokenizerError(f"{model!r} takes no chat_template: {reason}. Remove it.")
+    if directory is None or is_byte_level:
         return ByteEncoder()
-    if source := _mistral_tokenizer(directory):
-        return MistralEncoder(source)
-    return TemplateEncoder(model, directory)
+    return MistralEncoder(source) if source else TemplateEncoder(model, directory, chat_template)
 
 
 def _is_byte_level(directory: Path) -> bool:
-    from training_backends.tokens.byte_tokenizer import CHAT_TEMPLATE  # noqa: PLC0415  # loads torch
-
-    template = directory / "chat_template.jinja"
+    template = directory / _TEMPLATE_FILE
     return template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
 
 
 def _mistral_tokenizer(directory: Path) -> Path | None:
     named = [directory / "tekken.json", *sorted(directory.glob("tokenizer.model.v*"))]
     return next((path for path in named if path.is_file()), None)
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, directory / path.name)
+    if (source / _TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, dirs_exist_ok=True)
 
 
 def _refuse_images(row: ChatRow) -> None:
@@ -151,16 +207,17 @@ class ByteEncoder:
 
     pad_id: Final = int(Control.PAD)
     eos_id: Final = int(Control.EOS)
+    end_ids: Final = (int(Control.EOS),)
 
-    def encode(self, row: Row) -> Encoded:
+    def encode(self, row: Row) -> list[Encoded]:
         """Encode with `datasets.rows.byte_encode`."""
         if isinstance(row, ChatRow):
             _refuse_images(row)
-        return byte_encode(row)
+        return [Encoded(*byte_encode(row))]
 
     def read(self, row: Row) -> list[int]:
         """Encode with `datasets.rows.byte_encode`."""
-        return self.encode(row)[0]
+        return self.encode(row)[0].ids
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
         """Raise: the vocabulary has no fill-in-the-middle tokens."""
@@ -171,14 +228,14 @@ class ByteEncoder:
         """Encode one user message."""
         return byte_encode(ChatRow([Message("user", text)]))[0]
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode the bytes, without control tokens."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode the bytes."""
+        controls = _CONTROL_BYTES if keep_controls else {}
+        pieces = (bytes([i]) if i < 256 else controls.get(i, b"") for i in ids)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
         """Save the equivalent transformers tokenizer."""
-        from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer  # noqa: PLC0415
-
         save_tiny_tokenizer(directory)
 
 
@@ -204,49 +261,59 @@ class MistralEncoder:
         self._tokens = self._training.instruct_tokenizer.tokenizer
         self.eos_id: int = self._tokens.eos_id
         self.pad_id: int = self._tokens.pad_id if self._tokens.pad_id >= 0 else self.eos_id
-        self._opening = {self._control("[/INST]")} | self._optional("[/TOOL_RESULTS]")
-        self._closing = {self._control("[INST]")} | self._optional(
-            "[TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]"
-        )
-
-    def _control(self, text: str) -> int:
-        found = self._optional(text)
-        if not found:
+        self.end_ids: tuple[int, ...] = (self.eos_id,)
+        self._stops = self._optional(*(f"[/{name}]" for name in _BLOCKS))
+        if not self._stops:
             raise TokenizerError(
-                f"{self._source.name} has no control token {text}, so its chats cannot be masked. "
-                "Use a model with a tokenizer of version 2 or later."
+                f"{source.name} has no control tokens around messages, so its chats cannot be "
+                "masked. Use a model with a tokenizer of version 2 or later."
             )
-        return found.pop()
+        self._bos = self._optional("<s>")
 
     def _optional(self, *texts: str) -> set[int]:
         found = set()
         for text in texts:
             try:
-                found.add(int(self._tokens.get_special_token(text)))
+                token = int(self._tokens.get_special_token(text))
             except (KeyError, ValueError, AttributeError):
                 continue  # not in every version
+            if self._tokens.id_to_piece(token) == text:  # else it is the unknown token
+                found.add(token)
         return found
 
-    def encode(self, row: Row) -> Encoded:
-        """Encode with mistral-common; tokens from `[/INST]` through `</s>` are in the loss."""
+    def encode(self, row: Row) -> list[Encoded]:
+        """Encode with mistral-common; the tokens of answers through `</s>` are in the loss."""
         if isinstance(row, TextRow):
             ids = self._tokens.encode(row.text, bos=True, eos=True)
-            return ids, [False] + [True] * (len(ids) - 1)
+            return [Encoded(ids, [False] + [True] * (len(ids) - 1))]
         _refuse_images(row)
         ids = self._encode_chat(row, self._training)
         spans = self._answers(ids)
-        messages = [message for message in row.messages if message.role == "assistant"]
-        if len(spans) != len(messages):
-            raise UnusableRow("consecutive assistant messages cannot be told apart")
+        # mistral-common joins assistant messages that follow each other.
+        answers = [
+            [message.is_trained for message in messages]
+            for role, messages in groupby(row.messages, lambda message: message.role)
+            if role == "assistant"
+        ]
+        if len(spans) != len(answers):
+            raise UnusableRow(
+                f"mistral-common lays out {len(spans)} answers for {len(answers)} of the row: "
+                "join assistant messages that follow each other"
+            )
         trained = [False] * len(ids)
-        for (start, end), message in zip(spans, messages, strict=True):
-            trained[start:end] = [message.is_trained] * (end - start)
-        return ids, trained
+        for (start, end), weights in zip(spans, answers, strict=True):
+            if len({*weights}) > 1:
+                raise UnusableRow(
+                    "assistant messages that follow each other are joined to one, so they must "
+                    "have the same weight"
+                )
+            trained[start:end] = [weights[0]] * (end - start)
+        return [Encoded(ids, trained)]
 
     def read(self, row: Row) -> list[int]:
         """Encode with mistral-common."""
         if isinstance(row, TextRow):
-            return self.encode(row)[0]
+            return self.encode(row)[0].ids
         _refuse_images(row)
         answered = bool(row.messages) and row.messages[-1].role == "assistant"
         return self._encode_chat(row, self._training if answered else self._asking)
@@ -258,7 +325,7 @@ class MistralEncoder:
         rest = self._fill_in_head("", middle)[2:-1]
         controls = {*self._optional("<s>", "[SUFFIX]", "[PREFIX]")}
         ids = [*head, *rest, self.eos_id]
-        return ids, [token not in controls for token in ids]
+        return Encoded(ids, [token not in controls for token in ids])
 
     def _fill_in_head(self, prefix: str, suffix: str) -> list[int]:
         from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415
@@ -280,16 +347,14 @@ class MistralEncoder:
             raise UnusableRow(first_line(error)) from error
 
     def _answers(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Return the spans outside of the blocks of other roles, each through its `</s>`."""
         spans = []
-        start: int | None = None
+        start = 0
         for position, token in enumerate(ids):
-            if token in self._closing:
-                start = None
-            elif token in self._opening:
+            if token in self._stops or token in self._bos:
                 start = position + 1
-            elif token == self.eos_id and start is not None:
+            elif token == self.eos_id:
                 spans.append((start, position + 1))
-                # `</s>` is followed by a user message, tool results or another answer.
                 start = position + 1
         return spans
 
@@ -299,158 +364,209 @@ class MistralEncoder:
         request = self._request.model_validate(chat_request(row))
         return list(self._asking.encode_chat_completion(request).tokens)
 
-    def decode(self, ids: list[int]) -> str:
-        """Decode without control tokens."""
-        return str(self._training.decode(ids))
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode with mistral-common."""
+        if not keep_controls:
+            return str(self._training.decode(ids))
+        return "".join(
+            "".join(map(self._tokens.id_to_piece, tokens)) if is_control else self.decode([*tokens])
+            for is_control, tokens in groupby(ids, self._tokens.is_special)
+        )
 
     def save(self, directory: Path) -> None:
-        """Copy the tokenizer files."""
-        for name in (self._source.name, "tokenizer_config.json", "tokenizer.json"):
-            if (self._source.parent / name).is_file():
-                shutil.copy(self._source.parent / name, directory / name)
+        """Copy the tokenizer files, and those for other programs, such as the chat template."""
+        _copy_tokenizer(self._source.parent, directory)
 
 
 class TemplateEncoder:
-    """Encodes with the chat template of a model, if answers can be located exactly."""
+    """Encodes with the chat template of a model, see `chat_template`."""
 
-    def __init__(self, model: str, directory: Path) -> None:
-        from transformers import AutoTokenizer  # noqa: PLC0415  # takes seconds to import
+    def __init__(self, model: str, directory: Path, chat_template: str | None = None) -> None:
+        """Load the tokenizer, with `tokenizers` alone if its files suffice.
 
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise TokenizerError(
-                f"Could not load the tokenizer of {model!r}: {first_line(error)}"
-            ) from error
-        if self._tokenizer.eos_token_id is None:
-            raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
+        Raises:
+            TokenizerError: The tokenizer or the template cannot be loaded.
+        """
         self._model = model
-        self.eos_id: int = int(self._tokenizer.eos_token_id)
-        pad = self._tokenizer.pad_token_id
-        self.pad_id: int = self.eos_id if pad is None else int(pad)
-        specials = {*self._tokenizer.all_special_tokens}
-        added = self._tokenizer.added_tokens_decoder.values()
-        self._specials = specials | {token.content for token in added if token.special}
+        self._directory = directory
+        self._own_template = chat_template
+        self._tokenizer, settings = _load_tokenizer(model, directory)
+        # Nothing is added to what the template writes, and offsets keep their white space.
+        self._tokenizer.post_processor = None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        eos = settings.named.get("eos_token")
+        if eos is None:
+            raise TokenizerError(f"The tokenizer of {model!r} has no end-of-text token.")
+        self.eos_id: int = self._id(eos)
+        pad = settings.named.get("pad_token")
+        self.pad_id: int = self.eos_id if pad is None else self._id(pad)
+        bos = settings.named.get("bos_token")
+        self._head: list[int] = [] if bos is None else [self._id(bos)]
+        self._template: ChatRenderer | None = None
+        if settings.templates or chat_template is not None:
+            try:
+                self._template = ChatRenderer(settings, chat_template)
+            except RejectedByTemplate as error:
+                raise TokenizerError(f"{model!r}: {error}.") from error
 
-    def encode(self, row: Row) -> Encoded:
-        """Encode with the template; an answer is the difference between two rendered prefixes."""
-        if isinstance(row, TextRow):
-            return self._encode_text(row.text)
-        self._require_plain(row)
-        content = _openai_row(row)
-        ids = self._render(content, len(row.messages), waiting=False)
-        trained = [False] * len(ids)
-        for index, message in enumerate(row.messages):
-            if message.is_trained:
-                start = self._render(content, index, waiting=True)
-                end = self._render(content, index + 1, waiting=False)
-                if ids[: len(start)] != start or ids[: len(end)] != end:
-                    raise UnusableRow(
-                        "the chat template rewrites earlier messages, so answers cannot be located"
-                    )
-                trained[len(start) : len(end)] = [True] * (len(end) - len(start))
-        return ids, trained
-
-    def _require_plain(self, row: ChatRow) -> None:
-        _refuse_images(row)
-        if self._tokenizer.chat_template is None:
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
             raise TokenizerError(
-                f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
-                "be encoded. Use the instruct version of the model, or rows with `text`."
+                f"The tokenizer of {self._model!r} has no token {token!r}, which its files name."
             )
-        self._refuse_control_text(row)
+        return int(found)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens with which the template ends answers, and of the end of text."""
+        ends = self._template.ends if self._template else ()
+        return tuple(sorted({self.eos_id, *map(self._id, ends)}))
+
+    def encode(self, row: Row) -> list[Encoded]:
+        """Encode with the template: one example, or one for each answer in the loss."""
+        if isinstance(row, TextRow):
+            return [self._encode_text(row.text)]
+        _refuse_images(row)
+        template = self._require_template()
+        with self._explaining():
+            return [self._encode_rendered(each) for each in template.examples(Conversation.of(row))]
+
+    def _encode_rendered(self, example: RenderedExample) -> Encoded:
+        encoding = self._tokenizer.encode(example.text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        trained = [False] * len(ids)
+        first = 0
+        for start, end in example.spans:
+            first = bisect_left(offsets, start, first, key=_start)
+            if first and offsets[first - 1][1] > start:
+                return self._encode_parts(example)
+            last = bisect_left(offsets, end, first, key=_start)
+            trained[first:last] = [True] * (last - first)
+        return Encoded(ids, trained)
+
+    def _encode_parts(self, example: RenderedExample) -> Encoded:
+        """Encode prompts and answers separately, as a token would be part of both."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        places = [0, *chain.from_iterable(example.spans), len(example.text)]
+        for number, (start, end) in enumerate(pairwise(places)):
+            part = self._tokenizer.encode(example.text[start:end], add_special_tokens=False)
+            if number and part.tokens[:1] and part.offsets[0] == (0, 0):
+                raise UnusableRow("an answer starts with white space that belongs to the prompt")
+            ids += part.ids
+            trained += [number % 2 == 1] * len(part.ids)
+        return Encoded(ids, trained)
 
     def read(self, row: Row) -> list[int]:
         """Encode with the template, which may rewrite earlier messages, since there is no mask."""
         if isinstance(row, TextRow):
-            return self._encode_text(row.text)[0]
-        self._require_plain(row)
-        return self._render(_openai_row(row), len(row.messages), waiting=False)
+            return self._encode_text(row.text).ids
+        _refuse_images(row)
+        template = self._require_template()
+        with self._explaining():
+            return self._ids(template.text(Conversation.of(row)))
 
     def fill_in(self, prefix: str, middle: str, suffix: str) -> Encoded:
         """Encode prefix, suffix and middle, each after its control token."""
-        vocabulary = self._tokenizer.get_vocab()
-        known = next((names for names in _FILL_IN if vocabulary.keys() >= {*names}), None)
+        find = self._tokenizer.token_to_id
+        known = next((names for names in _FILL_IN if None not in map(find, names)), None)
         if known is None:
             raise _no_filling_in(repr(self._model))
-        head = self._head()
-        ids, counts = list(head), [False] * len(head)
+        ids, counts = [*self._head], [False] * len(self._head)
         for name, text in zip(known, (prefix, suffix, middle), strict=True):
             tokens = self._plain(text)
-            ids += [int(vocabulary[name]), *tokens]
+            ids += [self._id(name), *tokens]
             counts += [False] + [True] * len(tokens)
-        return [*ids, self.eos_id], [*counts, True]
+        return Encoded([*ids, self.eos_id], [*counts, True])
 
-    def _head(self) -> list[int]:
-        bos = self._tokenizer.bos_token_id
-        return [] if bos is None else [int(bos)]
+    def prompt(self, text: str) -> list[int]:
+        """Encode one user message, or plain text for a model without a chat template."""
+        if self._template is None:
+            return self._encode_text(text).ids[:-1]
+        with self._explaining():
+            return self._ids(self._template.prompt([{"role": "user", "content": text}]))
+
+    def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
+        """Decode with the tokenizer."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not keep_controls))
+
+    def save(self, directory: Path) -> None:
+        """Copy the tokenizer files, with the template that was used."""
+        _copy_tokenizer(self._directory, directory)
+        if self._own_template is not None:
+            (directory / _TEMPLATE_FILE).write_text(self._own_template, encoding="utf-8")
+            shutil.rmtree(directory / _TEMPLATE_FOLDER, ignore_errors=True)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        """The tokenizer for texts in which nothing is a control token.
+
+        Another object, because the setting would also affect chats in other threads.
+        """
+        tokenizer = copy(self._tokenizer)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _plain(self, text: str) -> list[int]:
-        return list(
-            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        )
+        return list(self._text_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encode_text(self, text: str) -> Encoded:
-        ids, head = self._plain(text), self._head()
-        return [*head, *ids, self.eos_id], [False] * len(head) + [True] * (len(ids) + 1)
+        ids, head = self._plain(text), self._head
+        return Encoded([*head, *ids, self.eos_id], [False] * len(head) + [True] * (len(ids) + 1))
 
-    def _refuse_control_text(self, row: ChatRow) -> None:
-        text = msgspec.json.encode(row).decode()
-        escaped = (msgspec.json.encode(special).decode()[1:-1] for special in self._specials)
-        if found := next((special for special in escaped if special in text), None):
-            raise UnusableRow(f"the text contains the control token {found}")
-
-    def _render(self, content: dict[str, Any], count: int, *, waiting: bool) -> list[int]:
-        from jinja2.exceptions import TemplateError  # noqa: PLC0415  # comes with transformers
-
-        try:
-            return list(
-                rendered(
-                    lambda: self._tokenizer.apply_chat_template(
-                        content["messages"][:count],
-                        tools=content.get("tools"),
-                        add_generation_prompt=waiting,
-                        tokenize=True,
-                        return_dict=False,
-                    )
-                )
+    def _require_template(self) -> ChatRenderer:
+        if self._template is None:
+            raise TokenizerError(
+                f"The tokenizer of {self._model!r} has no chat template, so conversations cannot "
+                "be encoded. Use the instruct version of the model, set chat_template, or use "
+                "rows with `text`."
             )
+        return self._template
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except RejectedByTemplate as error:
+            raise UnusableRow(str(error)) from error
         except EndlessTemplate as error:
             # An error of the model, not of the row: every row would take as long.
             raise TokenizerError(
                 f"The tokenizer of {self._model!r} is not usable: {error}."
             ) from error
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template rejects the row: {first_line(error)}") from error
-
-    def prompt(self, text: str) -> list[int]:
-        """Encode one user message, or plain text for a model without a chat template."""
-        if self._tokenizer.chat_template is None:
-            return self._encode_text(text)[0][:-1]
-        content = _openai_row(ChatRow([Message("user", text)]))
-        return self._render(content, 1, waiting=True)
-
-    def decode(self, ids: list[int]) -> str:
-        """Decode without control tokens."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def save(self, directory: Path) -> None:
-        """Save the tokenizer in transformers format."""
-        self._tokenizer.save_pretrained(directory)
 
 
-def _openai_row(row: ChatRow) -> dict[str, Any]:
-    """Return a row in OpenAI's format, without weights and empty keys."""
-    messages = []
-    for message in row.messages:
-        plain: dict[str, Any] = {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.text,
-        }
-        if message.tool_calls:
-            plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
-        if message.tool_call_id is not None:
-            plain["tool_call_id"] = message.tool_call_id
-        messages.append(plain)
-    tools = msgspec.to_builtins(row.tools) if row.tools else None
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+def _start(offset: tuple[int, int]) -> int:
+    return offset[0]
+
+
+def _load_tokenizer(model: str, directory: Path) -> tuple[Any, TokenizerSettings]:
+    """Load a tokenizer; with transformers, which loads torch, only if it has to be converted."""
+    settings = TokenizerSettings.read(directory)
+    try:
+        if (directory / "tokenizer.json").is_file() and not settings.declared:
+            from tokenizers import Tokenizer  # noqa: PLC0415  # optional
+
+            return Tokenizer.from_file(str(directory / "tokenizer.json")), settings
+        from transformers import AutoTokenizer  # noqa: PLC0415  # takes seconds to import
+
+        loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: Any = loaded.backend_tokenizer
+    except ImportError as error:
+        raise TokenizerError(
+            f"The tokenizer of {model!r} requires {error.name}: "
+            "pip install 'training-backends[local]'"
+        ) from error
+    except Exception as error:  # untrusted files
+        raise TokenizerError(
+            f"Could not load the tokenizer of {model!r}: {first_line(error)}"
+        ) from error
+    added = (token.content for token in loaded.added_tokens_decoder.values() if token.special)
+    named = {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
+    special = frozenset({*loaded.all_special_tokens, *added})
+    return tokenizer, settings._replace(named=named, special=special)

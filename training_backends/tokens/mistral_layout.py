@@ -18,7 +18,7 @@ from training_backends.datasets.rows import ChatRow, FunctionCall, Message, Tool
 from training_backends.tokens.images import ImageCount
 from training_backends.tokens.text_counters import TextCount
 
-__all__ = ["VERSIONS", "Layout"]
+__all__ = ["VERSIONS", "Layout", "chat_request"]
 
 VERSIONS: Final = frozenset({"v1", "v2", "v3", "v7", "v11", "v13"})
 """Versions whose layout is implemented here; later ones are left to mistral-common."""
@@ -261,6 +261,51 @@ class Layout:
         ]
         written = [{"type": "function", "function": function} for function in functions]
         return 2 + self._count(_dumps(written))
+
+
+def chat_request(row: ChatRow) -> dict[str, Any]:
+    """Return the content of mistral-common's request for a conversation."""
+    request: dict[str, Any] = {"messages": [_message(message) for message in row.messages]}
+    if row.tools:
+        request["tools"] = [
+            {
+                "type": tool.type,
+                "function": {
+                    "name": tool.function.name,
+                    "description": tool.function.description or "",
+                    "parameters": tool.function.parameters or {},
+                },
+            }
+            for tool in row.tools
+        ]
+    return request
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return a message in mistral-common's format: without weight, which it rejects."""
+    role = "system" if message.role == "developer" else message.role
+    content: Any = message.content
+    if isinstance(content, list):
+        # Missing keys must not be null.
+        content = [
+            {key: value for key, value in msgspec.to_builtins(part).items() if value is not None}
+            for part in content
+        ]
+    written: dict[str, Any] = {"role": role, "content": content}
+    if message.tool_calls:
+        written["tool_calls"] = [
+            {
+                "type": call.type,
+                "function": msgspec.to_builtins(call.function),
+                **({"id": call.id} if call.id is not None else {}),
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        written["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            written["name"] = message.name
+    return written
 
 
 def _merged(*chunks: str | int) -> Sequence[str | int]:

@@ -10,7 +10,7 @@ from training_backends.tokens import count_tokens
 
 __all__ = ["overlong_rows"]
 
-_COUNTED_BYTES: Final = 8_000_000
+COUNTED_BYTES: Final = 8_000_000
 """Up to this size all rows are counted, which takes a second or two."""
 _SAMPLE_ROWS: Final = 500
 
@@ -21,6 +21,7 @@ def overlong_rows(
     seq_len: int,
     *,
     fix: str,
+    chat_template: str | None = None,
     unusable: Literal["error", "warning"] | None = None,
 ) -> Issue | None:
     """Return an issue if training rows are longer than `seq_len` tokens. Blocks.
@@ -31,15 +32,16 @@ def overlong_rows(
 
     Args:
         fix: Fix of the issue.
+        chat_template: Jinja template that replaces the model's own.
         unusable: Severity of a row that cannot be counted, if training rejects such rows;
             None ignores it.
     """
     if all(file.summary.longest_row <= seq_len for file in dataset.train):
         return None
-    is_small = sum(file.size for file in dataset.train) <= _COUNTED_BYTES
+    is_small = sum(file.size for file in dataset.train) <= COUNTED_BYTES
     counting = replace(dataset.counting, sample=None if is_small else _SAMPLE_ROWS, exact=is_small)
     dataset = dataset.model_copy(update={"counting": counting})
-    count = count_tokens(dataset, model, seq_len=seq_len)
+    count = count_tokens(dataset, model, seq_len=seq_len, chat_template=chat_template)
     if count.bad_row and unusable:
         return Issue(
             code="unusable_row",

@@ -7,12 +7,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha1, sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.files import digest_of
@@ -23,13 +25,16 @@ from training_backends.tokens.text_counters import shipped, tekken_facts
 __all__ = [
     "SHIPPED",
     "Tokenizer",
+    "TokenizerSettings",
     "find_tokenizer",
+    "has_template",
     "hub_failure",
     "hub_snapshot",
     "mistral_file",
     "tokenizer_of",
 ]
 
+Json = dict[str, Any]
 Kind = Literal["bytes", "tekken", "sentencepiece", "tiktoken", "template"]
 
 SHIPPED: Final[Mapping[str, str]] = MappingProxyType(
@@ -135,6 +140,7 @@ class Tokenizer:
         version: Mistral's tokenizer version, which determines the layout of conversations.
         path: The tokenizer file or the model directory.
         images: Image settings; None without image support.
+        chat_template: Jinja template that replaces the one in the directory.
     """
 
     name: str
@@ -142,12 +148,13 @@ class Tokenizer:
     version: str = ""
     path: Path | None = None
     images: ImageConfig | None = None
+    chat_template: str | None = None
 
     def fingerprint(self) -> str:
         """Return a digest of everything that affects counts: files and package versions."""
         parts = [self.kind, self.version, self.name if self.path is None else ""]
         # v7 and v7m1 have the same content and differ only in this.
-        parts.append(str(self.images))
+        parts += [str(self.images), str(self.chat_template)]
         paths = [self.path] if self.path else []
         if self.path and self.path.is_dir():
             suffixes = (".jinja", ".json", ".model", ".txt")
@@ -162,7 +169,7 @@ class Tokenizer:
 def _packages(kind: Kind) -> tuple[str, ...]:
     if kind in ("tekken", "sentencepiece"):
         return ("mistral-common",)
-    return {"template": ("transformers", "tokenizers"), "tiktoken": ("tiktoken",)}.get(kind, ())
+    return {"template": ("jinja2", "tokenizers"), "tiktoken": ("tiktoken",)}.get(kind, ())
 
 
 def tokenizer_of(model: str) -> str | None:
@@ -185,12 +192,20 @@ def _base_of(model: str) -> str:
     return model.split(":")[1] if model.startswith("ft:") and model.count(":") > 1 else model
 
 
-def find_tokenizer(model: str) -> Tokenizer:
+def find_tokenizer(model: str, *, chat_template: str | None = None) -> Tokenizer:
     """Return the tokenizer of a model.
+
+    Args:
+        chat_template: Jinja template that replaces the one in its directory.
 
     Raises:
         Uncountable: The tokenizer is unknown or not on this machine.
     """
+    found = _find(model)
+    return replace(found, chat_template=chat_template) if found.kind == "template" else found
+
+
+def _find(model: str) -> Tokenizer:
     if model == TINY_MODEL:
         return Tokenizer("bytes", "bytes")
     base = _base_of(model)
@@ -279,3 +294,86 @@ def _openai(name: str) -> Tokenizer:
             f"the encoding {name} is not cached on this machine; download it once: {fetch}"
         )
     return Tokenizer(name, "tiktoken", path=path)
+
+
+class TokenizerSettings(NamedTuple):
+    """What the files of a tokenizer say about its control tokens and chat templates.
+
+    Attributes:
+        named: Control tokens by name, such as `eos_token`.
+        special: All control tokens.
+        templates: Chat templates by name; the one of a model with only one is `default`.
+        declared: Tokens that tokenizer_config.json adds to those in tokenizer.json.
+    """
+
+    named: Mapping[str, str]
+    special: frozenset[str]
+    templates: Mapping[str, str]
+    declared: frozenset[str]
+
+    @classmethod
+    def read(cls, directory: Path) -> "TokenizerSettings":
+        """Read the files of a model directory; those that are missing or invalid are skipped."""
+        settings = _object(directory / "tokenizer_config.json")
+        older = _object(directory / "special_tokens_map.json")
+        named = {
+            key: text
+            for key, value in {**older, **settings}.items()
+            if key.endswith("_token") and (text := _token_text(value))
+        }
+        listed = _object(directory / "tokenizer.json", _Added).get("added_tokens") or []
+        decoder = settings.get("added_tokens_decoder")
+        declared = [*decoder.values()] if isinstance(decoder, dict) else []
+        special = {
+            _token_text(token)
+            for token in [*listed, *declared]
+            if isinstance(token, dict) and token.get("special")
+        }
+        known = {_token_text(token) for token in listed}
+        return cls(
+            named,
+            frozenset({*named.values(), *special} - {""}),
+            _templates(directory, settings),
+            frozenset({*map(_token_text, declared), *named.values()} - known - {""}),
+        )
+
+
+class _Added(msgspec.Struct):
+    """The added tokens of tokenizer.json, which has up to a million others."""
+
+    added_tokens: list[Json] = []
+
+
+def _object(path: Path, kind: type = dict) -> Json:
+    try:
+        found: Any = msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return msgspec.structs.asdict(found) if isinstance(found, msgspec.Struct) else found
+
+
+def _token_text(value: object) -> str:
+    """Return the text of a token, which may be an object."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else ""
+
+
+def _templates(directory: Path, settings: Json) -> dict[str, str]:
+    """Read the chat templates; files take precedence, as in transformers."""
+    found: dict[str, str] = {}
+    given = settings.get("chat_template")
+    if isinstance(given, str):
+        found["default"] = given
+    elif isinstance(given, list):
+        found |= {each["name"]: each["template"] for each in given if isinstance(each, dict)}
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = path.read_text(encoding="utf-8")
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    return found
+
+
+def has_template(directory: Path) -> bool:
+    """Return whether a model directory has a chat template."""
+    return bool(_templates(directory, _object(directory / "tokenizer_config.json")))

@@ -67,12 +67,14 @@ class LoadedFile:
 
     Attributes:
         truncated: Rows truncated to `seq_len`.
+        divided: Rows that became several examples, and how many.
         untrained: Rows left out because none of their tokens are in the loss.
         invalid: Rows left out because they are invalid, as (line, reason).
     """
 
     examples: list[Any]
     truncated: int
+    divided: tuple[int, int]
     untrained: int
     invalid: list[tuple[int, str]]
 
@@ -96,7 +98,7 @@ def load_file(
     """
     examples: list[Any] = []
     invalid: list[tuple[int, str]] = []
-    truncated = untrained = 0
+    truncated = untrained = divided = parts = 0
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -106,18 +108,19 @@ def load_file(
                 if not content.strip():
                     continue
                 try:
-                    example, is_truncated = read(content, f"{name}/{number}")
+                    found, is_truncated = read(content, f"{name}/{number}")
                 except (msgspec.DecodeError, UnusableRow) as error:
                     invalid.append((number, str(error)))
                     continue
                 truncated += is_truncated
-                if example is None:
-                    untrained += 1
-                else:
-                    examples.append(example)
+                untrained += not found
+                if len(found) > 1:
+                    divided += 1
+                    parts += len(found)
+                examples += found
     except OSError as error:
         raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
-    return LoadedFile(examples, truncated, untrained, invalid)
+    return LoadedFile(examples, truncated, (divided, parts), untrained, invalid)
 
 
 def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> EncodedRow | None:

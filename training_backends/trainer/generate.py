@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 from training_backends.tokens.encoders import Encoder
 
-__all__ = ["answer", "evaluating"]
+__all__ = ["answer", "end_ids", "evaluating"]
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
     Args:
         max_tokens: Maximum length of the answer.
     """
-    ids = encoder.prompt(prompt)
+    ids, ends = encoder.prompt(prompt), end_ids(model, encoder)
     start = torch.tensor([ids], device=model.device)
     with evaluating(model):
         out = model.generate(
@@ -39,7 +40,14 @@ def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
             do_sample=False,
             use_cache=True,
             pad_token_id=encoder.pad_id,
-            eos_token_id=encoder.eos_id,
+            eos_token_id=[*ends],
         )
     generated = [int(token) for token in out[0, len(ids) :]]
-    return encoder.decode([token for token in generated if token != encoder.eos_id])
+    return encoder.decode([*takewhile(lambda token: token not in ends, generated)])
+
+
+def end_ids(model: Any, encoder: Encoder) -> frozenset[int]:
+    """Return the tokens that end an answer: the model's own, and those that are trained."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    return frozenset(encoder.end_ids) | {*(own if isinstance(own, list) else [own])} - {None}

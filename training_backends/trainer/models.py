@@ -29,9 +29,10 @@ from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, Classifier
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
 from training_backends.rundir.directory import ResultRecord, RunDir
-from training_backends.tokens.encoders import Encoder, encoder_for
+from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
 from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.generate import end_ids
 from training_backends.trainer.objectives.classifier import (
     add_heads,
     describe_classifier,
@@ -195,6 +196,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
     targets: Sequence[ClassifierTarget] = (),
+    chat_template: str | None = None,
 ) -> LoadedModel:
     """Load a model: the built-in one, a directory, or one from the Hub.
 
@@ -205,6 +207,7 @@ def load_model(
         dtype: Compute dtype; None picks one for the device.
         attention: Attention implementation in transformers.
         targets: Make it a classifier with these targets.
+        chat_template: Jinja template that replaces the model's own.
 
     Raises:
         TrainerError: The model does not exist or cannot be fetched, or its chats cannot be
@@ -215,18 +218,22 @@ def load_model(
     if name == TINY_MODEL:
         model: Any = make_tiny_model(seed)
         model = add_heads(model, targets) if targets else model
-        encoder = encoder_for(name, None)
+        encoder = encoder_for(name, None, chat_template=chat_template)
     else:
         directory = _find_model(name)
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(name, directory, device)
-        encoder = encoder_for(name, directory)
+        encoder = encoder_for(name, directory, chat_template=chat_template)
         targets = _resolve_targets(name, directory, tuning, targets)
         model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
     if attention != "auto":
         _set_attention(model, name, attention)
     if targets:
         _name_outputs(model, targets, encoder.pad_id)
+    elif generation := getattr(model, "generation_config", None):
+        # Any program that generates with the result stops where its answers end.
+        ends = sorted(end_ids(model, encoder))
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     return LoadedModel(model, encoder, tuple(targets), directory)
 
 
@@ -270,7 +277,9 @@ def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedMod
         raise TrainerError(
             f"The adapter {name!r} does not fit {base_name!r}: {first_line(error)}"
         ) from error
-    return LoadedModel(model, base.encoder, targets, directory)
+    # Its tokenizer may have a chat template of its own.
+    encoder = encoder_for(name, directory) if has_tokenizer(directory) else base.encoder
+    return LoadedModel(model, encoder, targets, directory)
 
 
 def _base_of(directory: Path) -> str:
@@ -428,6 +437,8 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
+    if generation := getattr(model, "generation_config", None):
+        generation.save_pretrained(directory)  # peft saves none
     # peft stores the base model's local path here, and again in a model card.
     (directory / "README.md").unlink(missing_ok=True)
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -43,11 +43,12 @@ class EncodedLine(NamedTuple):
     """The result of encoding a line.
 
     Attributes:
-        example: None if none of its tokens are in the loss.
-        truncated: Whether it was truncated to the maximum length.
+        examples: Usually one; none if none of its tokens are in the loss, and several if the chat
+            template requires one for each answer.
+        truncated: Whether one was truncated to the maximum length.
     """
 
-    example: Any
+    examples: list[Any]
     truncated: bool
 
 

@@ -231,6 +231,7 @@ class TrainingProcess:
             dtype=choose_dtype(spec.dtype, device),
             attention=spec.attention,
             targets=spec.classifier_targets,
+            chat_template=spec.chat_template_text,
         )
 
     def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
@@ -412,12 +413,24 @@ class TrainingProcess:
         return loaded.examples
 
     def _report_rows(self, name: str, loaded: LoadedFile) -> None:
-        invalid, usable = len(loaded.invalid), len(loaded.examples) + loaded.untrained
+        invalid = len(loaded.invalid)
+        divided, parts = loaded.divided
+        usable = len(loaded.examples) - parts + divided + loaded.untrained
         shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
         if invalid > self._spec.max_invalid_fraction * (invalid + usable):
             raise TrainerError(f"{name}: {invalid} invalid rows: {shown}")
         if invalid:
             self._warn(f"{name}: skipped {invalid} invalid rows: {shown}", invalid=invalid)
+        if divided:
+            self._run.add_event(
+                Event(
+                    name="message",
+                    message=f"{name}: {divided:,} conversations became {parts:,} "
+                    "examples, because the chat template changes earlier answers: each answer is "
+                    "trained after the prompt that asks for it",
+                    data={"rows": divided, "examples": parts},
+                )
+            )
         if loaded.untrained:
             count = loaded.untrained
             self._warn(f"{name}: skipped {count} rows without tokens in the loss", untrained=count)

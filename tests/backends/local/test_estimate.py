@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from training_backends.backends.local.spec import build_spec
 from training_backends.core.dataset import Counting, Dataset, Summary
 from training_backends.core.run import TrainingRun, utc_now
 from training_backends.rundir.directory import Event, ExitRecord, MetricsRow, RunDir
+from training_backends.tokens.encoders import encoder_for
+from training_backends.tokens.examples import ExampleReader
 
 pytestmark = pytest.mark.anyio
 
@@ -41,6 +44,25 @@ async def test_other_models_are_counted_with_their_own_tokenizer(
     assert 40 * 10 < found.data_tokens < 40 * 30
     assert found.train_tokens == 2 * found.data_tokens
     assert len(list((tmp_path / "counts").iterdir())) == 1
+
+
+async def test_answers_that_become_examples_of_their_own_are_counted_so(
+    backend: LocalBackend, make_run: MakeRun, inspected: Inspected, tmp_path: Path
+) -> None:
+    """Steps and tokens are those of the examples that the trainer encodes."""
+    families: Any = import_module("benchmarks._template_families")
+    model = families.family_directory("qwen3", tmp_path / "model")
+    (model / "config.json").write_text("{}")
+    data = tmp_path / "chats.jsonl"
+    lines = [json.dumps(families.CASES[case]) for case in ("single turn", "multi-turn")] * 5
+    data.write_text("\n".join(lines))
+    run = make_run(model=str(model), data={"train": data}, hyperparameters=EPOCH)
+    reader = ExampleReader(encoder_for("qwen3", model), 2048)
+    examples = [each for line in lines for each in reader.supervised(line.encode(), "")[0]]
+    found = await backend.estimate(run.config, inspected(run))
+    assert (found.basis, found.steps) == ("exact", len(examples))
+    assert found.steps == 5 * (1 + 3)
+    assert found.train_tokens == sum(len(example.ids) for example in examples)
 
 
 async def test_steps_tell_the_epochs(

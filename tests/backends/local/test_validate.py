@@ -205,7 +205,7 @@ async def test_chats_need_a_template(check: Callable[..., Any], model: Path) -> 
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("template", "said"),
-    [(STRICT, "no sevens"), (ENDLESS, "did not finish"), ("{% if %}", "rejects")],
+    [(STRICT, "no sevens"), (ENDLESS, "did not finish")],
 )
 async def test_rows_that_the_template_rejects(
     check: Callable[..., Any],
@@ -216,7 +216,7 @@ async def test_rows_that_the_template_rejects(
 ) -> None:
     """With the line, as an estimate would say it; a warning where such rows are tolerated."""
     if template == ENDLESS:
-        monkeypatch.setattr("training_backends.tokens.counters.RENDER_SECONDS", 0.1)
+        monkeypatch.setattr("training_backends.tokens.jinja.RENDER_SECONDS", 0.1)
     (model / "chat_template.jinja").write_text(template)
     issues = await check(model)
     assert {issue.code for issue in issues} == {"unusable_row"}
@@ -280,26 +280,63 @@ async def test_a_configuration_tells_the_size_of_other_weights(
     assert "6979.6 billion weights" in issue.message
 
 
-@pytest.mark.parametrize(("turns", "codes"), [(1, []), (2, ["unusable_row"])])
-async def test_a_template_that_rewrites_earlier_answers(
+async def test_an_invalid_template_is_named(check: Callable[..., Any], model: Path) -> None:
+    """It is a problem of the model, not of a row."""
+    (model / "chat_template.jinja").write_text("{% if %}")
+    (issue,) = await check(model)
+    assert (issue.field, issue.severity) == ("model", "error")
+    assert "invalid chat template" in issue.message
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+DROPS_SYSTEM = PLAIN.replace("in messages", "in messages if m.role != 'system'")
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "said"),
+    [
+        (FORGETFUL, False, None),
+        (PLAIN, True, None),
+        (DROPS_SYSTEM, True, "messages[0].content: the chat template leaves it out"),
+    ],
+)
+async def test_rows_are_encoded_as_in_training(
     backend: LocalBackend,
     make_run: MakeRun,
     inspected: Inspected,
     model: Path,
     tmp_path: Path,
     *,
-    turns: int,
-    codes: list[str],
+    template: str,
+    system: bool,
+    said: str | None,
 ) -> None:
-    """The engine rejects such rows, where more than the last answer is to be learnt."""
-    (model / "chat_template.jinja").write_text(FORGETFUL)
+    """Rewritten answers become examples of their own; what a template leaves out is an error."""
+    (model / "chat_template.jinja").write_text(template)
     turn = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     data = tmp_path / "turns.jsonl"
-    data.write_text(json.dumps({"messages": turn * turns}) + "\n")
+    data.write_text(json.dumps({"messages": [SYSTEM] * system + turn * 2}) + "\n")
     run = make_run(model=str(model), data={"train": data})
     report = await backend.validate(run.config, inspected(run))
-    assert [issue.code for issue in report.errors] == codes
-    assert all("changes earlier messages" in issue.message for issue in report.errors)
+    assert [said in issue.message for issue in report.errors if said] == [True] * bool(said)
+    assert report.ok is (said is None)
+
+
+async def test_a_template_of_the_users_own(
+    backend: LocalBackend, make_run: MakeRun, inspected: Inspected, model: Path, tmp_path: Path
+) -> None:
+    """It replaces the model's own, or gives one to a base model; it is checked like it."""
+    (model / "chat_template.jinja").unlink()
+    own = tmp_path / "own.jinja"
+    own.write_text(PLAIN)
+    run = make_run(model=str(model), chat_template=str(own))
+    assert (await backend.validate(run.config, inspected(run))).ok
+    own.write_text("{% if %}")
+    report = await backend.validate(run.config, inspected(run))
+    assert [issue.field for issue in report.errors] == ["chat_template"]
+    tiny = make_run(chat_template=str(own))
+    report = await backend.validate(tiny.config, inspected(tiny))
+    assert [issue.field for issue in report.errors] == ["chat_template"]
 
 
 class HubServer(BaseHTTPRequestHandler):

@@ -172,10 +172,9 @@ async def test_missing_quote_is_judged_too(
     backend: MistralAPIBackend,
     provider: ScriptedProvider,
     make_journal: MakeJournal,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A server that gives no quote at all does not get around whoever decides on it."""
-    monkeypatch.setattr(provider, "_metadata", lambda _: None)
+    provider.quotes = False
     journal = make_journal()
     await backend.launch(journal.run, journal)
     (quote,) = journal.quotes

@@ -54,8 +54,9 @@ def objective() -> ClassifierObjective:
 
 
 def read(objective: ClassifierObjective, **row: Any) -> Any:
-    """Encode a row."""
-    return objective.read(json.dumps(row).encode(), "file/1")
+    """Encode a row; return its example or None, and whether it was truncated."""
+    examples, is_truncated = objective.read(json.dumps(row).encode(), "file/1")
+    return (examples[0] if examples else None), is_truncated
 
 
 def test_a_row_marks_the_outputs_that_are_right(objective: ClassifierObjective) -> None:

@@ -21,7 +21,8 @@ from training_backends.tokens.encoders import (
     TemplateEncoder,
     TokenizerError,
 )
-from training_backends.trainer.objectives.tokens import TokenObjective, cut_out
+from training_backends.tokens.examples import cut_out
+from training_backends.trainer.objectives.tokens import TokenObjective
 
 DATA = Path(mistral_common.__file__).parent / "data"
 SMALL = "mistral_instruct_tokenizer_240323.model.v3"
@@ -102,7 +103,7 @@ def test_a_model_without_the_tokens_is_refused_by_name(tmp_path: Path) -> None:
 
 def ids_of(objective: TokenObjective, row: dict[str, Any], place: str) -> list[int]:
     """Encode a row."""
-    example = objective.read(json.dumps(row).encode(), place).example
+    [example] = objective.read(json.dumps(row).encode(), place).examples
     return list(example.ids.tolist())
 
 
@@ -130,7 +131,7 @@ def test_a_long_text_is_shortened_before_it_is_cut(tmp_path: Path) -> None:
     objective = TokenObjective(encoder, 64, fim_ratio=1.0)
     text = "".join(chr(97 + n % 26) for n in range(999))
     for number in range(20):
-        example, cut = objective.read(json.dumps({"text": text}).encode(), str(number))
+        [example], cut = objective.read(json.dumps({"text": text}).encode(), str(number))
         ids = example.ids.tolist()
         assert cut
         assert 50 < len(ids) <= 64

@@ -41,8 +41,9 @@ def objective() -> PreferenceObjective:
 
 
 def read(objective: PreferenceObjective, row: dict[str, Any]) -> Any:
-    """Encode a row."""
-    return objective.read(json.dumps(row).encode(), "file/1")
+    """Encode a row; return its example or None, and whether it was truncated."""
+    examples, is_truncated = objective.read(json.dumps(row).encode(), "file/1")
+    return (examples[0] if examples else None), is_truncated
 
 
 @pytest.mark.parametrize("row", FORMS)

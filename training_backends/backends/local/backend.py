@@ -132,6 +132,7 @@ class LocalBackend(TrainingBackend):
             hyperparameters=None,
             weights=True,
             validation_files=True,
+            chat_template=True,
             keeps_checkpoint_on_stop=True,
             resumes="checkpoint",
             downloads=True,
@@ -163,14 +164,17 @@ class LocalBackend(TrainingBackend):
         issues += await self._model_issues(config, dataset)
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
-        overlong = partial(
-            overlong_rows,
-            dataset,
-            config.base_model,
-            int(resolved_values(config)["seq_len"]),
-            fix="longer rows are truncated in training: shorten them, or raise seq_len",
-            unusable=unusable_severity(config, issues),
-        )
+
+        def overlong() -> Issue | None:
+            return overlong_rows(
+                dataset,
+                config.base_model,
+                int(resolved_values(config)["seq_len"]),
+                fix="longer rows are truncated in training: shorten them, or raise seq_len",
+                chat_template=config.chat_template.read() if config.chat_template else None,
+                unusable=unusable_severity(config, issues),
+            )
+
         found = await to_thread.run_sync(overlong)
         return ValidationReport(issues=(*issues, found) if found else issues)
 

@@ -82,13 +82,18 @@ def _counts(spec: RunSpec, dataset: Dataset) -> list[_FileCount] | str:
     if spec.model == TINY_MODEL and spec.method == "sft":
         return [_count(source.local_path, spec.seq_len) for source in spec.train]
     found: list[_FileCount] = []
-    counts = count_files(dataset, spec.model, seq_len=spec.seq_len)
+    counts = count_files(
+        dataset, spec.model, seq_len=spec.seq_len, chat_template=spec.chat_template_text
+    )
     for file, counted in zip(dataset.train, counts, strict=True):
         if counted.data_tokens is None:
             return counted.reason or "no tokenizer is available"
+        rows = file.rows - file.bad_rows
+        if spec.method == "sft" and counted.sequences and counted.rows:
+            rows = round(rows * counted.sequences / counted.rows)
         found.append(
             _FileCount(
-                file.rows - file.bad_rows,
+                rows,
                 counted.data_tokens,
                 counted.interval,
                 counted.over or 0,

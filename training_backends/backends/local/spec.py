@@ -74,6 +74,10 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
                 config.base_model, [TINY_MODEL], f"supported: {_MODELS_OFFERED}", cutoff=0.8
             ),
         )
+    if config.chat_template is not None and config.base_model == TINY_MODEL:
+        yield _unsupported(
+            "chat_template", f"the template of {TINY_MODEL} is built in", "remove it"
+        )
     kind = config.tuning.kind if config.tuning else None
     if kind in {"lora", "qlora"} and config.base_model == TINY_MODEL:
         yield _unsupported(

@@ -15,22 +15,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 from anyio import to_thread
 
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalOptions
-from training_backends.backends.local.spec import has_gpu
+from training_backends.backends.local.spec import has_gpu, resolved_values
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.open_file import STDIN, opened
-from training_backends.datasets.rows import ChatRow, ClassifierRow
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.http.urls import is_loopback
-from training_backends.tokens import row_counter
-from training_backends.tokens.counters import TemplateCheck, has_template
-from training_backends.tokens.counts import AnyRow, Uncountable, read_row
-from training_backends.tokens.tokenizers import find_tokenizer, hub_failure, hub_snapshot
+from training_backends.tokens.encoders import (
+    TokenizerError,
+    UnusableRow,
+    encoder_for,
+    has_tokenizer,
+)
+from training_backends.tokens.examples import ExampleReader
+from training_backends.tokens.tokenizers import (
+    find_tokenizer,
+    has_template,
+    hub_failure,
+    hub_snapshot,
+)
 
 __all__ = [
     "files_issues",
@@ -168,7 +177,7 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
     elif weights and "quantization_config" not in described:  # several weights per value
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
-        yield from _row_issues(config, dataset, is_cached=is_cached)
+        yield from _row_issues(config, dataset, directory)
 
 
 def unusable_severity(
@@ -417,26 +426,33 @@ def _gpu_memory() -> tuple[int, ...]:
 # Tokenizer and rows
 
 
-def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) -> Iterator[Issue]:
-    try:
-        tokenizer = find_tokenizer(config.base_model)
-    except Uncountable as error:
-        if not is_cached:
-            yield _model_issue("model_files", str(error))
+def _row_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
+    """Encode the first rows of each file as the trainer does, without torch."""
+    is_cached = directory != Path(config.base_model).expanduser()
+    if not has_tokenizer(directory):
+        if not is_cached:  # the trainer downloads missing files
+            yield _model_issue("model_files", f"no tokenizer found in {directory}")
         return
     files = [file for file in dataset.files if file.sample_type in {"instruct", "preference"}]
-    check: TemplateCheck | None = None
-    if tokenizer.kind == "template" and tokenizer.path is not None and files:
-        if not has_template(tokenizer.path):
-            yield _model_issue(
-                "no_chat_template",
-                "the tokenizer has no chat template, which conversations require",
-                "use the instruct version of the model, or rows with `text`",
-            )
-            return
-        check = TemplateCheck(tokenizer.path)
+    template = config.chat_template.read() if config.chat_template else None
+    is_mistral = find_tokenizer(str(directory)).kind != "template"
+    if files and not (is_mistral or template or has_template(directory)):
+        yield _model_issue(
+            "no_chat_template",
+            "the tokenizer has no chat template, which conversations require",
+            "use the instruct version of the model, set chat_template, or use rows with `text`",
+        )
+        return
+    try:
+        encoder = encoder_for(config.base_model, directory, chat_template=template)
+    except TokenizerError as error:
+        if not isinstance(error.__cause__, ImportError):
+            field = "model" if template is None else "chat_template"
+            yield Issue(code="model_files", message=str(error), field=field)
+        return
+    reader = ExampleReader(encoder, int(resolved_values(config)["seq_len"]))
     for file in files:
-        if found := _first_unusable(config.base_model, file, check):
+        if found := _first_unusable(reader, file):
             line, reason = found
             yield Issue(
                 code="unusable_row",
@@ -448,29 +464,22 @@ def _row_issues(config: TrainingConfig, dataset: Dataset, *, is_cached: bool) ->
             )
 
 
-def _first_unusable(
-    model: str, file: DataFile, check: TemplateCheck | None
-) -> tuple[int, str] | None:
+def _first_unusable(reader: ExampleReader, file: DataFile) -> tuple[int, str] | None:
     """Return the first checked row that the trainer will reject, and why."""
-    count = None
-    for number, row in _first_rows(file):
-        if check is not None and check.accepts(row):
-            if isinstance(row, ChatRow) and check.rewrites(row):
-                return number, (
-                    "the chat template changes earlier messages, so the answers cannot be located"
-                )
-            continue
-        # If in doubt, use the tokenizer itself, which loads transformers.
-        if count is None and (count := row_counter(model)) is None:
-            return None
-        try:
-            count(row)
-        except Uncountable as error:
-            return number, str(error)
+    for number, line in _first_lines(file):
+        # Invalid rows were reported by the inspection.
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            try:
+                if file.sample_type == "preference":
+                    reader.pair(line)
+                else:
+                    reader.supervised(line, "")
+            except (TokenizerError, UnusableRow) as error:
+                return number, str(error)
     return None
 
 
-def _first_rows(file: DataFile) -> Iterator[tuple[int, AnyRow]]:
+def _first_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
     if file.path == STDIN:
         return  # cannot be read twice
     read = 0
@@ -479,10 +488,7 @@ def _first_rows(file: DataFile) -> Iterator[tuple[int, AnyRow]]:
             content = line.removeprefix(BOM) if number == 1 else line
             if not content.strip():
                 continue
-            with suppress(Uncountable):  # invalid rows were reported by the inspection
-                row = read_row(content)
-                if not isinstance(row, ClassifierRow):
-                    yield number, row
+            yield number, content
             read += 1
             if read == _CHECKED_ROWS:
                 return

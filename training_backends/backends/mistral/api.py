@@ -17,13 +17,13 @@ from training_backends.http.upload import FileUpload, HashedFile, Progress
 from training_backends.http.urls import path_segment
 from training_backends.protocols.mistral import wire
 
-__all__ = ["PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
+__all__ = ["MAX_PAGES", "PAGE_SIZE", "JobFilters", "JobHead", "MistralAPI"]
 
 log = get_logger()
 
 PAGE_SIZE: Final = 100
 """Entries per page; the specification's default."""
-_MOST_PAGES: Final = 1000
+MAX_PAGES: Final = 1000
 """Maximum pages of a list, in case a server never ends it."""
 
 _FILES: Final = "/v1/files"
@@ -225,7 +225,7 @@ async def _paged(
         ProtocolError: There are more than a thousand pages.
     """
     seen: set[str] = set()
-    for page in range(_MOST_PAGES):
+    for page in range(MAX_PAGES):
         found, total = await fetch(page)
         fresh = {identify(entry): entry for entry in found if identify(entry) not in seen}
         seen.update(fresh)
@@ -234,7 +234,7 @@ async def _paged(
         if not fresh or (len(found) < PAGE_SIZE and len(seen) >= total):
             return
     raise ProtocolError(
-        f"The server's list is too long: {_MOST_PAGES} pages, {len(seen)} entries.",
+        f"The server's list is too long: {MAX_PAGES} pages, {len(seen)} entries.",
         hint="Check that the base URL is that of a server of this protocol.",
     )
 

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.text import Text
 
 from training_backends.cli.exit_codes import Interrupted
 from training_backends.cli.views.console import (
@@ -25,20 +26,23 @@ from training_backends.cli.views.render import FileBars, issue_document, show_is
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import Issue
-from training_backends.core.escape import plural
+from training_backends.core.escape import escape_controls, plural
 from training_backends.core.redaction import redact, redact_value
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
 from training_backends.datasets.shard import ShardFile
 from training_backends.datasets.split import Split
 from training_backends.datasets.write import Progress as OnProgress
 from training_backends.tokens import TokenCount
+from training_backends.tokens.preview import PreviewExample
 
 __all__ = [
     "InspectView",
     "RepairLines",
     "RepairView",
     "bar",
+    "preview_document",
     "show_data",
+    "show_preview",
     "show_shards",
     "show_split",
 ]
@@ -331,3 +335,49 @@ def _bars(name: str, rows: Mapping[int, int], unit: str) -> Iterator[tuple[str, 
 
 def _style(severity: str) -> str:
     return "red" if severity == "error" else "yellow"
+
+
+_TRAINED: Final = "bold green"
+_MARKS: Final = ("⟦", "⟧")
+
+
+def show_preview(examples: Sequence[PreviewExample]) -> None:
+    """Print examples with what is in the loss coloured, or marked without colours."""
+    out = stdout()
+    marks = ("", "") if out.is_terminal and out.color_system else _MARKS
+    for example in examples:
+        out.print(Text(_preview_head(example), "bold red" if example.reason else "bold"))
+        if example.reason:
+            continue
+        text = Text()
+        for segment in example.segments:
+            shown = escape_controls(redact(segment.text), keep="\n")
+            if segment.trained:
+                text.append(f"{marks[0]}{shown}{marks[1]}", _TRAINED)
+            else:
+                text.append(shown, "dim")
+        for line in text.split("\n"):
+            out.print(Text("  ").append_text(line) if line else line)
+
+
+def _preview_head(example: PreviewExample) -> str:
+    here = Path.cwd()
+    path = example.path.relative_to(here) if example.path.is_relative_to(here) else example.path
+    place = f"{path}:{example.line}"
+    if example.reason is not None:
+        return f"{place}  rejected: {redact(example.reason)}"
+    if example.part:
+        place += f"  {example.part}"
+    elif example.examples > 1:
+        place += f"  example {example.example} of {example.examples}"
+    cut = ", truncated" if example.truncated else ""
+    return (
+        f"{place}  {plural(example.tokens, 'token')}, {example.trained_tokens:,} in the loss{cut}"
+    )
+
+
+def preview_document(example: PreviewExample) -> dict[str, Any]:
+    """Return an example as a JSON object."""
+    counts = {"tokens": example.tokens, "trained_tokens": example.trained_tokens}
+    document: dict[str, Any] = redact_value({**asdict(example), **counts})
+    return document

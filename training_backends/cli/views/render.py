@@ -69,7 +69,7 @@ _STYLES = {
     TrainingStatus.UNKNOWN: "magenta",
 }
 _MOST_ISSUES = 50
-_PATIENCE = 1.0
+PROGRESS_AFTER = 1.0
 """Seconds before a progress bar appears."""
 
 
@@ -205,7 +205,7 @@ class FileBars:
             done: Bytes processed.
             total: Size of the file in bytes.
         """
-        if time.monotonic() - self._began < _PATIENCE:
+        if time.monotonic() - self._began < PROGRESS_AFTER:
             return
         key = what, path
         if key not in self._tasks:

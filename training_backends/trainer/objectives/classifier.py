@@ -15,8 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
 from training_backends.core.config import ClassifierTarget
-from training_backends.datasets.rows import ClassifierRow, TextRow, parse_any_row
+from training_backends.datasets.rows import TextRow
 from training_backends.tokens.encoders import Encoder, UnusableRow
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
@@ -66,6 +67,7 @@ class ClassifierObjective:
 
     def __init__(self, encoder: Encoder, seq_len: int, targets: Sequence[ClassifierTarget]) -> None:
         self._encoder = encoder
+        self._reader = ExampleReader(encoder, seq_len)
         self._seq_len = seq_len
         self._targets = tuple(targets)
         self._sizes = [len(target.labels) for target in targets]
@@ -76,9 +78,7 @@ class ClassifierObjective:
     def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a text or a conversation with its labels."""
         del place
-        row = parse_any_row(line)
-        if not isinstance(row, ClassifierRow) or not row.labels:
-            raise UnusableRow("the row has no `labels`")
+        row, ids = self._reader.labelled(line)
         unknown = row.labels.keys() - {*self.parts}
         if unknown:
             raise UnusableRow(f"{min(unknown)!r} is not one of classifier_targets")
@@ -90,11 +90,8 @@ class ClassifierObjective:
                 for label in self._labels(target, row.labels[target.name]):
                     marks[start + self._place(index, label)] = 1
             start += self._sizes[index]
-        ids = self._encoder.read(row.content)
-        if not ids:
-            raise UnusableRow("the row has no content")
         tokens = torch.tensor(ids[: self._seq_len], dtype=torch.int32)
-        return EncodedLine(Labelled(tokens, marks, known.bool()), len(ids) > self._seq_len)
+        return EncodedLine([Labelled(tokens, marks, known.bool())], len(ids) > self._seq_len)
 
     def _labels(self, target: ClassifierTarget, given: str | list[str]) -> list[str]:
         labels = [given] if isinstance(given, str) else given

@@ -5,20 +5,18 @@ the first step. Its log probabilities never change, so they are computed once an
 each checkpoint, and no second model is kept in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 
-from training_backends.datasets.rows import ChatRow, PreferenceRow, parse_any_row
-from training_backends.tokens.encoders import Encoder, UnusableRow
+from training_backends.tokens.encoders import Encoder
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.data import EncodedRow, collate, make_sample
 from training_backends.trainer.distributed import ProcessGroup
 from training_backends.trainer.errors import Stopped, TrainerError
@@ -66,24 +64,19 @@ class PreferenceObjective:
     ) -> None:
         self._encoder = encoder
         self._seq_len = seq_len
+        self._reader = ExampleReader(encoder, seq_len)
         self._beta = beta
         self._smoothing = label_smoothing
 
     def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a pair in the OpenAI format (`input`) or the TRL format (`chosen`)."""
         del place
-        row = parse_any_row(line)
-        if not isinstance(row, PreferenceRow):
-            raise UnusableRow("not a preference pair: it needs one prompt and two answers")
-        samples, truncated = [], False
-        for conversation in _conversations(row):
-            ids, trained = self._encoder.encode(conversation)
-            samples.append(make_sample(ids, trained, self._seq_len))
-            truncated = truncated or len(ids) > self._seq_len
-        chosen, rejected = samples
+        pair = self._reader.pair(line)
+        truncated = any(len(each.ids) > self._seq_len for each in pair)
+        chosen, rejected = (make_sample(each.ids, each.trained, self._seq_len) for each in pair)
         if chosen is None or rejected is None:
-            return EncodedLine(None, truncated)
-        return EncodedLine(Pair(chosen, rejected), truncated)
+            return EncodedLine([], truncated)
+        return EncodedLine([Pair(chosen, rejected)], truncated)
 
     def collate(self, examples: Sequence[Pair]) -> Batch:
         """Stack the chosen answers above the rejected ones."""
@@ -115,22 +108,6 @@ class PreferenceObjective:
         counts = torch.tensor([len(rewards)], device=rewards.device)
         measures = {"reward_margin": rewards.detach().sum(), "reward_accuracy": right}
         return BatchLoss(losses.sum()[None], right[None], counts, measures)
-
-
-def _conversations(row: PreferenceRow) -> Iterator[ChatRow]:
-    """Yield the chosen and the rejected conversation; only the answers are in the loss."""
-    chosen, rejected = ([*row.prompt, *answer] for answer in (row.chosen, row.rejected))
-    shared = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    )
-    if not shared or shared in {len(chosen), len(rejected)}:
-        raise UnusableRow("the two answers of a pair must share a prompt and differ")
-    for messages in (chosen, rejected):
-        prompt = (
-            msgspec.structs.replace(message, weight=0) if message.role == "assistant" else message
-            for message in messages[:shared]
-        )
-        yield ChatRow([*prompt, *messages[shared:]], row.tools)
 
 
 _FILE: Final = "references.safetensors"

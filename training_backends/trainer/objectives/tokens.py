@@ -1,6 +1,5 @@
 """Next-token loss and accuracy over the tokens in the loss."""
 
-import random
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -8,8 +7,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from training_backends.datasets.rows import TextRow, parse_row
 from training_backends.tokens.encoders import Encoder
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.data import (
     IGNORED,
     EncodedRow,
@@ -21,29 +20,13 @@ from training_backends.trainer.data import (
 from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 
 __all__ = [
-    "Cut",
     "Predicted",
     "SummedLoss",
     "TokenObjective",
-    "cut_out",
     "fits_one_head",
     "predict",
     "sum_loss",
 ]
-
-
-class Cut(NamedTuple):
-    """A text split for fill-in-the-middle."""
-
-    prefix: str
-    middle: str
-    suffix: str
-
-
-def cut_out(text: str, rng: random.Random) -> Cut:
-    """Split a text at two random positions."""
-    first, last = sorted(rng.randint(0, len(text)) for _ in range(2))
-    return Cut(text[:first], text[first:last], text[last:])
 
 
 _LOGITS: Final = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -137,8 +120,6 @@ class _SummedLoss(torch.autograd.Function):
 _PLAIN_HEADS: Final = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3"})
 """Architectures whose logits are exactly `lm_head(hidden)`."""
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
-_SHORTER: Final = 0.98
-"""Slightly less than would fit if every character took the same number of tokens."""
 
 
 class Predicted(NamedTuple):
@@ -231,31 +212,17 @@ class TokenObjective:
     ) -> None:
         self._encoder = encoder
         self._seq_len = seq_len
-        self._fim_ratio = fim_ratio
-        self._seed = seed
+        self._reader = ExampleReader(encoder, seq_len, fim_ratio, seed)
         self._flat = flat
         if fim_ratio:
             encoder.fill_in("", "", "")  # raises if the tokenizer does not support it
 
     def read(self, line: bytes, place: str) -> EncodedLine:
         """Encode a conversation or a text."""
-        row = parse_row(line)
-        if self._fim_ratio and isinstance(row, TextRow):
-            rng = random.Random(f"{self._seed}/fim/{place}")  # noqa: S311  # not cryptographic
-            if rng.random() < self._fim_ratio:
-                return self._fill_in(row.text, rng)
-        ids, trained = self._encoder.encode(row)
-        return EncodedLine(make_sample(ids, trained, self._seq_len), len(ids) > self._seq_len)
-
-    def _fill_in(self, text: str, rng: random.Random) -> EncodedLine:
-        # Truncating the tokens would drop the middle, which comes last: shorten the text instead.
-        truncated = False
-        while True:
-            ids, trained = self._encoder.fill_in(*cut_out(text, rng))
-            if len(ids) <= self._seq_len:
-                return EncodedLine(make_sample(ids, trained, self._seq_len), truncated)
-            truncated = True
-            text = text[: int(_SHORTER * len(text) * self._seq_len / len(ids))]
+        found, is_shortened = self._reader.supervised(line, place)
+        samples = [make_sample(each.ids, each.trained, self._seq_len) for each in found]
+        is_truncated = is_shortened or any(len(each.ids) > self._seq_len for each in found)
+        return EncodedLine([sample for sample in samples if sample], is_truncated)
 
     def collate(self, examples: Sequence[EncodedRow | Pack]) -> Batch:
         """Pad samples, or lay out packs."""

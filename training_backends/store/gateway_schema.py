@@ -1,14 +1,10 @@
 """The gateway's tables, in the same database as its runs; a job's id is its run's id."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import sqlalchemy as sa
 
-from training_backends.gateway.errors import invalid
 from training_backends.store.schema import BigInteger, metadata
 
-__all__ = ["DEFAULT_PROJECT", "events", "files", "jobs", "keys", "models", "page_of"]
+__all__ = ["DEFAULT_PROJECT", "GATEWAY_TABLES", "events", "files", "jobs", "keys", "models"]
 
 DEFAULT_PROJECT = "default"
 """Owner of objects created before projects existed, and of keys created without one."""
@@ -125,31 +121,5 @@ keys = sa.Table(
     _project(),
 )
 
-
-def page_of(
-    connection: sa.Connection,
-    query: "sa.Select[Any]",
-    table: sa.Table,
-    *,
-    visible: sa.ColumnElement[bool],
-    after: str | None,
-    limit: int,
-    descending: bool = True,
-) -> Sequence[Any]:
-    """Return the rows of a query that follow a row by time, one more than `limit` if there are.
-
-    Args:
-        visible: The rows that `after` may name, whether or not the query returns them.
-
-    Raises:
-        HTTPProblem: `after` is no id of such a row.
-    """
-    at, key = table.c.created_at, table.c.id
-    order = (at.desc(), key) if descending else (at, key.desc())
-    if after is not None:
-        row = connection.execute(sa.select(at, key).where(key == after, visible)).first()
-        if row is None:
-            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
-        later, earlier = (at < row[0], key > row[1]) if descending else (at > row[0], key < row[1])
-        query = query.where(later | ((at == row[0]) & earlier))
-    return connection.execute(query.order_by(*order).limit(limit + 1)).all()
+GATEWAY_TABLES = tuple(table.name for table in (keys, files, jobs, events, models))
+"""Names of these tables."""
