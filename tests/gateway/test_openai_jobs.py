@@ -1,5 +1,6 @@
 """Jobs of the OpenAI API, driven by the official client."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from training_backends.core.errors import Issue
 from training_backends.core.estimate import Estimate
 from training_backends.core.run import ValidationReport
 from training_backends.core.status import TrainingStatus
+from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.testing.backend import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -195,6 +197,47 @@ async def test_dpo_trains_with_its_beta(tmp_path: Path) -> None:
             config = (await here.served.gateway.client.get(made.id)).config
             assert config.method == "dpo"
             assert config.options == ({"dpo_beta": 0.4} if asked else {})
+
+
+async def test_rows_are_converted_for_the_backend(tmp_path: Path) -> None:
+    """Rows of the OpenAI format that the backend does not accept; the file itself stays."""
+    system, user, assistant = (
+        {"role": role, "content": role} for role in ("developer", "user", "assistant")
+    )
+    rows = [
+        {"messages": [system, user, assistant]},
+        {"prompt": "Hello", "completion": "Hi"},
+    ]
+    backend = reporting(provider_format=MISTRAL)
+    async with site(tmp_path, backend) as here, openai_client(here) as sdk:
+        file_id = await upload(sdk, jsonl(rows))
+        made = await create(sdk, training_file=file_id)
+        await reached(sdk, made.id, "running")
+        config = (await here.served.gateway.client.get(made.id)).config
+        path = config.data.train[0].local_path
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [
+            {"messages": [{**system, "role": "system"}, user, assistant]},
+            {"messages": HELLO},
+        ]
+        assert (await sdk.files.content(file_id)).content == jsonl(rows)
+        # Its content is needed until the job ends.
+        await sdk.files.delete(file_id)
+        assert path.exists()
+        here.backend.finish(here.backend.created[-1])
+        await until(lambda: not path.exists())
+
+
+async def test_errors_name_the_file_and_no_path(tmp_path: Path) -> None:
+    """A row that no conversion makes valid is reported by line and name of the uploaded file."""
+    backend = reporting(provider_format=MISTRAL)
+    rows = [{"prompt": "Hello", "completion": "Hi"}, {"messages": [HELLO[0]]}]
+    async with site(tmp_path, backend) as here, openai_client(here) as sdk:
+        file_id = await upload(sdk, jsonl(rows))
+        job = await reached(sdk, (await create(sdk, training_file=file_id)).id, "failed")
+        assert job.error is not None
+        assert job.error.message.startswith("a.jsonl line 2: ")
+        assert job.error.code == "invalid_training_file"
+        assert str(here.home) not in job.to_json()
 
 
 async def test_a_running_job_is_paused_resumed_and_cancelled(here: Site, sdk: AsyncOpenAI) -> None:

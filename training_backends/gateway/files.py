@@ -14,6 +14,8 @@ import sqlalchemy as sa
 from anyio import to_thread
 from pydantic import ValidationError
 
+from training_backends.core.config import TrainingConfig
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
@@ -280,7 +282,36 @@ class FileService:
         query = sa.select(files).where(files.c.id.in_(ids))
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
         rows = sorted(rows, key=lambda row: ids.index(row.id))
-        return names_by_path(self._stored(row) for row in rows)
+        names = names_by_path(self._stored(row) for row in rows)
+        for row in rows:
+            for path in await to_thread.run_sync(self._blobs.conversions, row.sha256):
+                names[str(path)] = names[str(self._blobs.path(row.sha256))]
+        return names
+
+    async def converted(
+        self, config: TrainingConfig, provider_format: ProviderFormat
+    ) -> TrainingConfig:
+        """Return a job's configuration with its data in a provider's format.
+
+        Rows that have no such form are left as they are, for the validation to report.
+
+        Raises:
+            DatasetError: A file cannot be read.
+        """
+
+        def work() -> TrainingConfig:
+            parts = {
+                name: tuple(
+                    source.model_copy(
+                        update={"path": self._blobs.convert(source.local_path, provider_format)}
+                    )
+                    for source in getattr(config.data, name)
+                )
+                for name in ("train", "validation")
+            }
+            return config.model_copy(update={"data": config.data.model_copy(update=parts)})
+
+        return await to_thread.run_sync(work)
 
     async def _row(self, file_id: str, caller: Principal) -> Any:
         visible = *_present(), caller.sees(files.c.project)

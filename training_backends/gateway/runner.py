@@ -255,7 +255,10 @@ class JobRunner:
         async with self._validating:
             await self._move(job, "VALIDATING", "QUEUED")
             config = TrainingConfig.model_validate_json(job.config)
+            capabilities = self._client.backend(job.backend).capabilities
             try:
+                if job.openai is not None and capabilities.inspects:
+                    config = await self._files.converted(config, capabilities.provider_format)
                 report = await self._client.validate(config, backend=job.backend)
                 if not report.ok:
                     unfit = DatasetError(str(report.errors[0]), issues=report.errors)
@@ -275,7 +278,7 @@ class JobRunner:
                 "quote": quote(estimate).model_dump(),
                 "hyperparameters": effective(chosen, estimate),
             }
-            if chosen != job.hyperparameters:
+            if job.openai is not None:
                 hyperparameters = Hyperparameters(**chosen)
                 config = config.model_copy(update={"hyperparameters": hyperparameters})
                 values["config"] = config.model_dump_json()
