@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
+import anyio.to_thread
 import openai
 import pytest
 from mistralai.client import Mistral
@@ -370,6 +371,30 @@ async def test_errors_are_the_classes_of_the_client(tmp_path: Path) -> None:
         await reached(sdk, made.id, "running")
         with pytest.raises(openai.BadRequestError, match="cannot pause"):
             await jobs.pause(made.id)
+
+
+async def test_a_key_sees_its_project_only(here: Site, sdk: AsyncOpenAI) -> None:
+    """Files, jobs and models of another project do not exist, and a read-only key only reads."""
+    file_id = await upload(sdk)
+    made = await create(sdk, training_file=file_id)
+    keys = here.served.gateway.keys
+    other = await anyio.to_thread.run_sync(lambda: keys.create(project="other"))
+    theirs = sdk.with_options(api_key=other.key.get_secret_value())
+    assert (await theirs.files.list()).data == []
+    assert (await theirs.fine_tuning.jobs.list()).data == []
+    with pytest.raises(openai.NotFoundError, match="Could not find fine tune"):
+        await theirs.fine_tuning.jobs.cancel(made.id)
+    with pytest.raises(openai.BadRequestError, match="invalid training_file"):
+        await create(theirs, training_file=file_id)
+    lists: Any
+    for lists in (theirs.files.list, theirs.fine_tuning.jobs.list):
+        with pytest.raises(openai.BadRequestError, match="invalid after"):
+            await lists(after=made.id)
+    reader = await anyio.to_thread.run_sync(lambda: keys.create(scope="read"))
+    read_only = sdk.with_options(api_key=reader.key.get_secret_value())
+    assert (await read_only.fine_tuning.jobs.retrieve(made.id)).id == made.id
+    with pytest.raises(openai.PermissionDeniedError, match="read-only"):
+        await read_only.fine_tuning.jobs.cancel(made.id)
 
 
 async def test_a_multiplier_needs_a_known_learning_rate(here: Site, sdk: AsyncOpenAI) -> None:
