@@ -45,7 +45,7 @@ from training_backends.protocols.openai.wire import (
 __all__ = ["openai_router"]
 
 
-class _ErrorBody(BaseModel):
+class _OpenAIErrorBody(BaseModel):
     """What went wrong."""
 
     message: str
@@ -57,7 +57,7 @@ class _ErrorBody(BaseModel):
 class OpenAIProblem(BaseModel):
     """An error response."""
 
-    error: _ErrorBody
+    error: _OpenAIErrorBody
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

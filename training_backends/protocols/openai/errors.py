@@ -118,7 +118,7 @@ def not_jsonl(line: int) -> ErrorAnswer:
     Programs match its beginning (a handler of n8n, 2026).
     """
     message = f"{_DATA_TEXT}, where every line is a valid JSON dictionary. Line {line} is not."
-    return ErrorAnswer(status=400, message=message, param="file", code="invalid_file_format")
+    return ErrorAnswer(status=400, message=message, param="file")
 
 
 def invalid_training_file(file_id: str, param: str = "training_file") -> ErrorAnswer:
