@@ -43,6 +43,10 @@ example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environmen
 test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
+test-ray: $(VENV)/.dev ## Train on a real Ray cluster (minutes)
+	@$(INSTALL) --group ray
+	$(BIN)/pytest -m ray tests/backends/ray
+
 check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -80,7 +84,7 @@ chaos: $(VENV)/.dev ## Break a launch in every way and at every moment (about ha
 lock: ## Resolve every dependency anew into requirements.lock
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
 	.cache/lock/bin/pip install --quiet pip==$(PIP_VERSION)
-	.cache/lock/bin/pip install --quiet torch==2.13.0 '.[$(EXTRAS)]' --group dev --group docs
+	.cache/lock/bin/pip install --quiet torch==2.13.0 '.[$(EXTRAS)]' --group dev --group docs --group ray
 	{ echo '# Written by `make lock`: every version that this project is built and tested with.'; \
 	  .cache/lock/bin/pip freeze --exclude training-backends | sed 's/+cpu$$//'; } > requirements.lock
 	rm -rf .cache/lock

@@ -360,6 +360,26 @@ async def test_a_failed_run_is_resumed_as_a_new_one(
     assert (resumed.id, resumed.resumed_from) == ("second", run.id)
 
 
+async def test_a_resumed_run_is_resumed_at_the_same_estimate(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """However often: a price that was known is not asked about as unknown."""
+    backend.price = Money.model_validate("9 USD")
+    run = await client.launch(make_config(), backend="scripted")
+    estimates: list[Estimate] = []
+
+    async def agree(estimate: Estimate) -> bool:
+        estimates.append(estimate)
+        return True
+
+    for _ in range(2):
+        backend.fail(str(run.remote_id), "preempted")
+        await client.refresh(run.id)
+        run = await client.resume(run.id, confirm=agree)
+    assert estimates == [run.estimate, run.estimate]
+    assert run.estimate is not None
+
+
 async def test_a_running_run_is_not_resumed(
     client: AsyncTrainingClient, make_config: MakeConfig
 ) -> None:

@@ -342,4 +342,4 @@ async def test_backends_that_can_run_a_configuration(
         *await backends_for(client, config, source="mistral")
     }
     classifier = config.model_copy(update={"method": "classifier"})
-    assert await backends_for(client, classifier, source="mistral") == ["local"]
+    assert await backends_for(client, classifier, source="mistral") == ["local", "ray"]

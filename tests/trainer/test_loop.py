@@ -5,6 +5,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
+from training_backends.trainer.checkpoint import trained_weights
 from training_backends.trainer.loop import learning_rate, make_optimizer
 from training_backends.trainer.models import make_tiny_model
 
@@ -27,7 +28,9 @@ def test_matrices_decay_and_norms_do_not() -> None:
     """The trained weights are divided as transformers' Trainer divides them."""
     model = make_tiny_model(0)
     model.lm_head.weight.requires_grad_(False)
-    decaying, others = make_optimizer(model, weight_decay=0.1).param_groups
+    decaying, others = make_optimizer(
+        trained_weights(model).values(), weight_decay=0.1
+    ).param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     names = get_parameter_names(model, [torch.nn.LayerNorm], ["bias", "norm"])
     expected = {id(w) for n, w in model.named_parameters() if n in names and w.requires_grad}

@@ -321,12 +321,13 @@ class Steering:
         new_run = new_run_record(
             new_run_id() if new_id is None else new_id, run.backend, run.config
         )
-        new_run = new_run.model_copy(update={"resumed_from": run.id})
+        # The best available estimate is that of the run being continued.
+        update = {"resumed_from": run.id, "estimate": run.estimate}
+        new_run = new_run.model_copy(update=update)
         async with self._leases.hold(launch_lease(new_run.id)) as lease:
             known = await self._records.known(new_run.id)
             if known is None:
                 if not backend.capabilities.quotes:
-                    # The best available estimate is that of the run being continued.
                     await watch.decide(run.estimate or Estimate(), run.config.budget)
                 await to_thread.run_sync(self._store.insert, new_run)
                 watch.updated(new_run)

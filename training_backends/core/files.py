@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -149,11 +149,15 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
+def write_atomic(
+    path: Path, content: str | bytes, *, private: bool = False, replace: bool = True
+) -> None:
     """Write a file atomically: readers see the old or the new content, even after a crash.
 
     Args:
         private: Only the owner may read the file.
+        replace: Replace an existing file; otherwise it stays as it is, even on network storage
+            that does not show it yet.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -165,7 +169,11 @@ def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> 
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            with suppress(FileExistsError):
+                path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)

@@ -11,6 +11,7 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     checkpoints/step-N/   gets its name once complete; `state.json` lists the files
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
+    .processes/     what several processes of a run report to the one that started them
     log.txt         stdout and stderr of the process
     reserve         space for exit.json on a full disk; exists while the process trains
     stop            asks the process to save a checkpoint and exit
@@ -83,6 +84,8 @@ class RunSpec(_Record):
         batch_size: Rows per optimizer step; with `packing`, sequences of up to `seq_len` tokens.
         micro_batch_size: Rows per forward pass, reduced if they do not fit; divides `batch_size`.
         num_processes: Processes that share each step's rows, each on its own GPU.
+        sharding: What the processes divide among them: gradients and optimizer state (zero2), or
+            also the weights (zero3); auto depends on the GPU's memory.
         seq_len: Maximum tokens per row; longer rows are truncated.
         fim_ratio: Fraction of texts that are trained with fill-in-the-middle.
         packing: Pack several rows into one sequence, isolated from each other.
@@ -122,6 +125,7 @@ class RunSpec(_Record):
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     num_processes: int = Field(default=1, ge=1)
+    sharding: Literal["auto", "zero2", "zero3"] = "auto"
     seq_len: int = Field(default=2048, ge=16)
     fim_ratio: float | None = Field(default=None, ge=0, le=1)
     packing: bool = False

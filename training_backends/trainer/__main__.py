@@ -1,4 +1,4 @@
-"""`python -m training_backends.trainer train RUN_DIR` and `… sample MODEL <TEXT`."""
+"""`python -m training_backends.trainer train|ray RUN_DIR` and `… sample MODEL <TEXT`."""
 
 import json
 import sys
@@ -41,10 +41,15 @@ def _parsed(arguments: list[str]) -> "Namespace":
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train a run directory")
     training.add_argument("run_dir", type=Path)
-    following = commands.add_parser("follow", help="train as a follower; started by the leader")
-    following.add_argument("run_dir", type=Path)
-    for number in ("rank", "size"):
-        following.add_argument(f"--{number}", type=int, required=True)
+    working = commands.add_parser("work", help="train as one of several processes; see `launch`")
+    working.add_argument("run_dir", type=Path)
+    working.add_argument("parent", type=int, nargs="?", help="exit when this process has exited")
+    on_ray = commands.add_parser("ray", help="train on the Ray cluster that runs this")
+    on_ray.add_argument("run_dir", type=Path)
+    on_ray.add_argument("--cpus", type=float, default=1.0, help="of each worker")
+    on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
+    on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
+    on_ray.add_argument("--max-failures", type=int, default=0)
     sampling = commands.add_parser("sample", help="generate an answer to one prompt")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
@@ -59,10 +64,14 @@ def _other(given: "Namespace") -> int:
     take_token()
     if given.command == "train":
         return when_admitted(given.run_dir, _load_training)
-    if given.command == "follow":
-        from training_backends.trainer.workers import follow  # noqa: PLC0415
+    if given.command == "work":
+        from training_backends.trainer.process import work  # noqa: PLC0415
 
-        return int(follow(given.run_dir, given.rank, given.size))
+        return int(work(given.run_dir, given.parent))
+    if given.command == "ray":
+        from training_backends.trainer.ray import drive  # noqa: PLC0415
+
+        return int(drive(given.run_dir, given))
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
 

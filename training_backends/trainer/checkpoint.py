@@ -29,7 +29,8 @@ from training_backends.rundir.checkpoints import (
     step_of,
 )
 from training_backends.rundir.directory import CheckpointState, RunDir
-from training_backends.trainer.errors import ProcessLost, TrainerError, failure_of
+from training_backends.trainer.errors import TrainerError, failure_of
+from training_backends.trainer.world import has_lost_contact
 
 __all__ = [
     "load_tensors",
@@ -91,7 +92,8 @@ def _reported(step: int, temporary: Path) -> Iterator[None]:
         # The partial checkpoint takes up the space that is missing.
         shutil.rmtree(temporary, ignore_errors=True)
         failure = failure_of(error)
-        if isinstance(error, TrainerError | ProcessLost) or failure.kind == "out_of_memory":
+        is_known = isinstance(error, TrainerError) or failure.kind == "out_of_memory"
+        if is_known or has_lost_contact(error):
             raise
         raise TrainerError(
             f"Cannot write the checkpoint at step {step}: {failure.message.rstrip('.')}. "
@@ -139,25 +141,35 @@ def newest_checkpoint(run: RunDir) -> IntactCheckpoint | None:
     return intact
 
 
-def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+Weights = dict[str, torch.nn.Parameter]
+
+
+def trained_weights(model: Any) -> Weights:
     """Return the weights that are trained, by name; shared ones once."""
     return {name: w for name, w in model.named_parameters() if w.requires_grad}
 
 
-def save_tensors(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def save_tensors(directory: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
     """Write the trained weights and their optimizer state; called by all processes at once."""
     with _own_errors():
         save(
-            _tensors(model, optimizer),
+            _tensors(weights, optimizer),
             storage_writer=FileSystemWriter(directory, sync_files=False),
             no_dist=not distributed.is_initialized(),
         )
 
 
 def load_tensors(
-    directory: Path, model: Any, optimizer: torch.optim.Optimizer | None = None
+    directory: Path,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Load the trained weights, and their optimizer state, in place.
+
+    Args:
+        alone: Only this process loads, not all processes at once.
 
     Raises:
         TrainerError: The checkpoint has another format, or belongs to other weights.
@@ -170,9 +182,9 @@ def load_tensors(
     try:
         with _own_errors():
             load(
-                _tensors(model, optimizer),
+                _tensors(weights, optimizer),
                 storage_reader=FileSystemReader(directory),
-                no_dist=not distributed.is_initialized(),
+                no_dist=alone or not distributed.is_initialized(),
             )
     except (RuntimeError, ValueError) as error:
         raise TrainerError(
@@ -193,13 +205,8 @@ def _own_errors() -> Iterator[None]:
         raise error from None
 
 
-def _tensors(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    weights = trained_weights(model)
+def _tensors(weights: Weights, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     found: dict[str, Any] = {"model": {name: w.detach() for name, w in weights.items()}}
     if optimizer is not None:
-        found["optimizer"] = {
-            name: optimizer.state[weight]
-            for name, weight in weights.items()
-            if weight in optimizer.state
-        }
+        found["optimizer"] = {name: optimizer.state[w] for name, w in weights.items()}
     return found

@@ -9,7 +9,6 @@ from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.control import Stopped
 
 __all__ = [
-    "ProcessLost",
     "Stopped",
     "TrainerError",
     "exit_code_of",
@@ -35,10 +34,6 @@ class TrainerError(Exception):
         self.code: TrainerExitCode = code if code is not None else default
 
 
-class ProcessLost(Exception):
-    """Another process of the distributed run has died or does not respond."""
-
-
 def exit_code_of(error: BaseException) -> TrainerExitCode:
     """Return the exit code for a process that ends with this exception."""
     if isinstance(error, TrainerError):
@@ -54,9 +49,6 @@ def failure_of(error: BaseException) -> Failure:
         return error.failure
     if isinstance(error, TokenizerError):
         return Failure(kind="validation", message=str(error))
-    if isinstance(error, ProcessLost):
-        message = f"Lost contact with another training process: {first_line(error)}"
-        return Failure(kind="lost", message=message, retryable=True)
     if is_out_of_memory(error):
         message = (
             f"Out of memory: {first_line(error)} "

@@ -3,25 +3,24 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from training_backends.rundir.checkpoints import IntactCheckpoint
 from training_backends.rundir.directory import Event, MetricsRow, RunDir, RunSpec
 from training_backends.trainer.checkpoint import (
     load_tensors,
     save_tensors,
-    trained_weights,
     write_checkpoint,
 )
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.data import Order, PackedSchedule, Schedule
-from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup, ShardedUpdate
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch, peak_memory
@@ -33,6 +32,8 @@ from training_backends.trainer.objective import (
     longest_first,
     weigh,
 )
+from training_backends.trainer.sharding import RootModule
+from training_backends.trainer.world import ALONE, World
 
 __all__ = [
     "Due",
@@ -51,40 +52,39 @@ class Validation:
 
     def __init__(
         self,
-        model: Any,
+        root: RootModule,
         objective: Objective[Any],
         examples: list[Any],
         *,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
-        group: ProcessGroup = SINGLE_PROCESS,
+        world: World = ALONE,
     ) -> None:
-        self._model = model
+        self._root = root
         self._objective = objective
         self._examples = examples
-        self._group = group
         self._micro = micro
         self._precision = precision
+        self._world = world
 
     def measure(self) -> Means | None:
         """Return the mean loss and accuracy; None without validation rows.
 
         Draws no random numbers, so that validation does not change the run.
         """
-        totals = Totals(self._objective, self._group)
-        examples = self._group.shard(longest_first(self._examples))
-        done = 0
-        with evaluating(self._model), self._precision:
-            while done < len(examples):
+        return self._micro.attempt(self._measure)
 
-                def work(size: int, first: int = done) -> int:
-                    chunk = examples[first : first + size]
-                    batch = self._objective.collate(chunk)
-                    on_device = {key: value.to(self._model.device) for key, value in batch.items()}
-                    totals.add(self._objective.compute_loss(self._model, on_device))
-                    return first + len(chunk)
-
-                done = self._micro.attempt(work)
+    def _measure(self, size: int) -> Means | None:
+        totals = Totals(self._objective, self._world)
+        device = self._root.model.device
+        with evaluating(self._root.model), self._precision:
+            ordered = longest_first(self._examples)
+            for examples, counts in self._world.micro_batches(ordered, size):
+                batch = self._objective.collate(examples)
+                on_device = {name: value.to(device) for name, value in batch.items()}
+                found = self._root(self._objective.compute_loss, on_device)
+                if counts:
+                    totals.add(found)
         return totals.take()
 
 
@@ -176,19 +176,19 @@ class Reporter:
         validation: Validation,
         stop: StopRequest,
         device: torch.device,
-        group: ProcessGroup = SINGLE_PROCESS,
+        world: World = ALONE,
     ) -> None:
         self._run = run
         self._plan = plan
         self._validation = validation
         self._has_accuracy = objective.has_accuracy
         self._stop = stop
-        self._group = group
+        self._world = world
         self._device = device
         self._losses = {row.step: row.train_loss for row, _ in run.read_metrics()}
         self._measured: dict[str, float] = {}
         self._since: tuple[float, int] | None = None  # seconds, tokens
-        self.trained = Totals(objective, group)
+        self.trained = Totals(objective, world)
 
     def start_step(self, step: int) -> None:
         """Restart the clock after a row of metrics was written."""
@@ -197,11 +197,13 @@ class Reporter:
 
     def due(self, step: int) -> Due:
         """Return what is due after `step`; the same in every process."""
-        stops = step < self._plan.total_steps and self._stop.requested
-        saves = stops and self._stop.saves_checkpoint
-        stops, saves = self._group.broadcast((stops, saves))
-        saves = saves or self._plan.is_checkpoint(step)
-        return Due(log=saves or self._plan.is_logged(step), save=saves, stop=stops)
+        # One number: 0 continue, 1 stop without a checkpoint, 2 stop with one.
+        wish = 0
+        if step < self._plan.total_steps and self._stop.requested:
+            wish = 2 if self._stop.saves_checkpoint else 1
+        wish = int(self._world.max(wish))
+        saves = wish > 1 or self._plan.is_checkpoint(step)
+        return Due(log=saves or self._plan.is_logged(step), save=saves, stop=wish > 0)
 
     def log(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Write the step's metrics, including validation metrics at checkpoints.
@@ -303,12 +305,14 @@ _BETAS: Final = (0.9, 0.999)
 _MAX_GRAD_NORM: Final = 1.0
 
 
-def make_optimizer(model: Any, *, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    weights: Iterable[torch.nn.Parameter], *, weight_decay: float
+) -> torch.optim.AdamW:
     """Return AdamW over the trained weights; biases and norms do not decay.
 
     Its state exists from the start, so that a checkpoint can be loaded into it.
     """
-    weights = trained_weights(model).values()
+    weights = list(weights)
     decaying = [weight for weight in weights if weight.ndim > 1]
     others = [weight for weight in weights if weight.ndim <= 1]
     groups: list[dict[str, Any]] = [
@@ -341,8 +345,7 @@ class TrainingLoop:
     """Trains over an already ordered schedule.
 
     A step's rows are split into micro-batches, so that a step that ran out of memory can be
-    retried with smaller ones. In a distributed run the processes share each step's rows, see
-    `distributed`.
+    retried with smaller ones. Several processes share each step's rows, see `world`.
 
     Args:
         fill: Writes the additional checkpoint files into the given directory.
@@ -350,7 +353,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        model: Any,
+        root: RootModule,
         *,
         run: RunDir,
         spec: RunSpec,
@@ -360,13 +363,11 @@ class TrainingLoop:
         micro: MicroBatch,
         precision: AbstractContextManager[None],
         fill: Callable[[Path], None],
-        group: ProcessGroup = SINGLE_PROCESS,
+        world: World = ALONE,
     ) -> None:
-        self._model = model
-        self._weights = list(trained_weights(model).values())
-        self._optimizer = make_optimizer(model, weight_decay=spec.weight_decay)
-        if group.size > 1:
-            ShardedUpdate(group, self._weights).shard(self._optimizer)
+        self._root = root
+        self._weights = root.weights
+        self._optimizer = make_optimizer(self._weights.values(), weight_decay=spec.weight_decay)
         self._run = run
         self._plan = plan
         self._objective = objective
@@ -375,27 +376,27 @@ class TrainingLoop:
         self._micro = micro
         self._precision = precision
         self._fill_more = fill
-        self._group = group
+        self._world = world
 
     def train(self, start: IntactCheckpoint | None = None) -> tuple[int, bool]:
         """Train from a checkpoint or from the beginning; return the last step, and if stopped."""
         step = 0
         if start is not None:
-            load_tensors(start.path, self._model, self._optimizer)
+            load_tensors(start.path, self._weights, self._optimizer)
             step = start.state.step
-        total_loss, logged = torch.zeros((), device=self._model.device), step
+        total_loss, logged = torch.zeros((), device=self._root.model.device), step
         stopped = False
         while step < self._plan.total_steps and not stopped:
             step += 1
             self._reporter.start_step(step)
             total_loss += self._compute_gradients(step)
-            norm = torch.nn.utils.clip_grad_norm_(self._weights, _MAX_GRAD_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_GRAD_NORM)
             rate = self._learning_rate(step)
             self._update(rate)
             due = self._reporter.due(step)
             if due.log:
-                loss = total_loss.item() / (step - logged)
-                self._reporter.log(step, loss=loss, grad_norm=norm.item(), learning_rate=rate)
+                loss = self._world.sum(total_loss.item()) / (step - logged)
+                self._reporter.log(step, loss=loss, grad_norm=_number(norm), learning_rate=rate)
                 total_loss.zero_()
                 logged = step
             if due.save:
@@ -412,58 +413,46 @@ class TrainingLoop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        self._model.zero_grad()
+        self._optimizer.zero_grad()
 
     def _compute_gradients(self, step: int) -> torch.Tensor:
-        """Compute a step's loss and gradients; return the loss."""
-        self._model.train()
+        """Compute a step's gradients; return this process's share of the loss."""
+        self._root.model.train()
         # A pure function of the step, so that a resumed run draws the same dropout masks.
-        seed = random.Random(f"{self._spec.seed}/{step}/{self._group.rank}").getrandbits(63)  # noqa: S311  # not cryptographic
-        examples = self._plan.step_examples(step)
+        seed = random.Random(f"{self._spec.seed}/{step}/{self._world.rank}").getrandbits(63)  # noqa: S311  # not cryptographic
+        examples = longest_first(self._plan.step_examples(step))
         loss, results = self._micro.attempt(
-            lambda size: self._attempt(examples, size, seed), self._model.zero_grad
+            lambda size: self._attempt(examples, size, seed), self._optimizer.zero_grad
         )
         for result in results:
             self._reporter.trained.add(result)
-        if self._group.size > 1:
-            self._sum_gradients(loss)
         return loss
 
     def _attempt(
         self, examples: Sequence[Any], size: int, seed: int
     ) -> tuple[torch.Tensor, list[BatchLoss]]:
         torch.manual_seed(seed)
-        device = self._model.device
+        device = self._root.model.device
         counts = self._objective.count(examples)
-        share = self._group.shard(longest_first(examples))
         total = torch.zeros((), device=device)
         results = []
-        for first in range(0, len(share), size):
-            batch = self._objective.collate(share[first : first + size])
+        passes = self._world.micro_batches(examples, size)
+        for number, (part, is_counted) in enumerate(passes, 1):
+            batch = self._objective.collate(part)
             on_device = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            self._root.start_pass(is_last=number == len(passes))
             with self._precision:
-                result = self._objective.compute_loss(self._model, on_device)
+                result = self._root(self._objective.compute_loss, on_device)
             loss = weigh(self._objective, result.losses, counts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            results.append(result._replace(losses=result.losses.detach()))
+            torch.autograd.backward(loss if is_counted else loss * 0)
+            if is_counted:
+                total += loss.detach()
+                results.append(result._replace(losses=result.losses.detach()))
         return total, results
 
-    def _sum_gradients(self, loss: torch.Tensor) -> None:
-        weights = self._weights
-        unused = [n for n, weight in enumerate(weights) if weight.grad is None]
-        users = torch.ones(len(weights), device=loss.device)
-        for n in unused:  # in this process
-            users[n] = 0
-            weights[n].grad = torch.zeros_like(weights[n])
-        self._group.all_reduce([loss, users, *(w.grad for w in weights if w.grad is not None)])
-        for n in unused:
-            if not users[n]:  # otherwise weight decay would still apply
-                weights[n].grad = None
-
     def _save(self, step: int) -> None:
-        if not self._group.is_leader:
-            self._fill(Path(self._group.broadcast("")))
+        if not self._world.is_leader:
+            self._fill(Path(self._world.broadcast("")))
             return
         metrics = self._reporter.checkpoint_metrics(step)
         target = write_checkpoint(
@@ -477,7 +466,12 @@ class TrainingLoop:
         self._reporter.checkpoint_saved(step, target.name, metrics)
 
     def _fill(self, directory: Path) -> None:
-        if self._group.is_leader:
-            self._group.broadcast(str(directory))
+        if self._world.is_leader:
+            self._world.broadcast(str(directory))
             self._fill_more(directory)
-        save_tensors(directory, self._model, self._optimizer)
+        save_tensors(directory, self._weights, self._optimizer)
+
+
+def _number(norm: torch.Tensor) -> float:
+    """Return a norm's value; of sharded gradients, over the shards of all processes."""
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

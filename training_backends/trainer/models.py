@@ -46,6 +46,7 @@ __all__ = [
     "choose_dtype",
     "count_experts",
     "dequantized",
+    "find_model",
     "is_in_four_bits",
     "load_model",
     "make_tiny_model",
@@ -220,7 +221,7 @@ def load_model(
         model = add_heads(model, targets) if targets else model
         encoder = encoder_for(name, None, chat_template=chat_template)
     else:
-        directory = _find_model(name)
+        directory = find_model(name)
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(name, directory, device)
         encoder = encoder_for(name, directory, chat_template=chat_template)
@@ -291,7 +292,7 @@ def _base_of(directory: Path) -> str:
     return str(config["base_model_name_or_path"])
 
 
-def _find_model(name: str) -> Path:
+def find_model(name: str) -> Path:
     """Return the directory of a model, downloaded from the Hub if necessary.
 
     Raises:

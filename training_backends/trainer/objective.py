@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
+from training_backends.trainer.world import ALONE, World
 
 __all__ = [
     "Batch",
@@ -132,9 +132,9 @@ def weigh(objective: Objective[Any], losses: torch.Tensor, counts: Sequence[int]
 class Totals:
     """Sums over many batches, kept on the model's device until read."""
 
-    def __init__(self, objective: Objective[Any], group: ProcessGroup = SINGLE_PROCESS) -> None:
+    def __init__(self, objective: Objective[Any], world: World = ALONE) -> None:
         self._objective = objective
-        self._group = group
+        self._world = world
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, judged: BatchLoss) -> None:
@@ -149,7 +149,7 @@ class Totals:
         local_sums = {name: value.tolist() for name, value in self._sums.items()}
         self._sums = {}
         sums: dict[str, Any] = {}
-        for process_sums in self._group.all_gather(local_sums):
+        for process_sums in self._world.all_gather(local_sums):
             for name, value in process_sums.items():
                 sums[name] = _added(sums[name], value) if name in sums else value
         if not sums or not any(sums["counts"]):

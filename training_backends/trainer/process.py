@@ -1,11 +1,15 @@
 """Run one training process, from the spec to the result."""
 
 import os
+import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -13,6 +17,8 @@ from training_backends.core.errors import validation_issues
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
+    MetricsRow,
+    ResultRecord,
     RunDir,
     RunSpec,
     TrainerExitCode,
@@ -21,28 +27,36 @@ from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
 from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
-from training_backends.trainer.workers import followed
 
-__all__ = ["train", "train_admitted"]
+__all__ = ["Launch", "train", "train_admitted", "work"]
+
+_POLL: Final = 0.5
 
 
-def train(path: Path) -> TrainerExitCode:
+Launch = Callable[[RunDir, RunSpec, StopRequest, Sequence[str]], ExitRecord]
+"""Starts a run's processes and returns how the run ended, see `launch.launch`."""
+
+
+def train(path: Path, launch: Launch | None = None) -> TrainerExitCode:
     """Train a run directory, starting from its newest checkpoint if there is one.
 
     Safe to repeat: a completed run is left as it is, and so is one that another process trains.
+
+    Args:
+        launch: Starts the processes that train, instead of this one or those of this machine.
     """
-    return TrainerExitCode(when_admitted(path, lambda: train_admitted))
+    return TrainerExitCode(when_admitted(path, lambda: partial(train_admitted, launch=launch)))
 
 
-def train_admitted(admission: Admission) -> TrainerExitCode:
-    """Train with the directory lock and the devices that this process holds."""
+def train_admitted(admission: Admission, launch: Launch | None = None) -> TrainerExitCode:
+    """Train with the directory lock and the devices that this process holds; see `train`."""
     run = RunDir(admission.run)
     before = run.read_exit()
     if before is not None and before.status == "completed":
         return TrainerExitCode.DONE
     run.take_reserve()
     try:
-        record = _train(run, admission)
+        record = _train(run, admission, launch)
     except BaseException as error:
         if not isinstance(error, Exception):  # such as SystemExit: record it, then re-raise
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
@@ -76,7 +90,7 @@ def _end(run: RunDir, record: ExitRecord) -> None:
     run.stop.unlink(missing_ok=True)  # the request has been served
 
 
-def _train(run: RunDir, admission: Admission) -> ExitRecord:
+def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitRecord:
     spec = _read_spec(run)
     if isinstance(admission.error, ValueError):
         raise TrainerError(str(admission.error)) from admission.error
@@ -87,39 +101,97 @@ def _train(run: RunDir, admission: Admission) -> ExitRecord:
         os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(chosen)}"
     report_status(run, "initializing", f"Loading {spec.model}{where}")
+    if launch is None and spec.num_processes > 1:
+        from training_backends.trainer.launch import launch  # noqa: PLC0415
+    if launch is not None:
+        return launch(run, spec, admission.stop, chosen)
     prepare_threads()
     prepare_imports(spec.model)
-    return _train_group(run, spec, admission.stop, chosen)
+    # Imported here: torch takes seconds and memory, which a queued process should not take from
+    # the one that trains.
+    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+
+    process = TrainingProcess(run, spec, admission.stop)
+    return _record_of(process.run(), process.step)
 
 
-def _train_group(
-    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str]
-) -> ExitRecord:
-    with followed(partial(_end_at_once, run)) as followers:
-        others: Sequence[str | None] = devices[1:] or [None] * (spec.num_processes - 1)
-        followers.start(run.path, others)
-        # Imported here: torch takes seconds and memory, which a queued process should not take
-        # from the one that trains. The followers load it in parallel.
-        from training_backends.trainer.distributed import ProcessGroup  # noqa: PLC0415
-        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
-
-        group = ProcessGroup(size=spec.num_processes)
-        go = partial(followers.go, group.port)
-        process = TrainingProcess(run, spec, stop, group, on_loaded=go, on_trained=followers.end)
-        outcome = process.run()
-    if outcome is None:
-        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=process.step)
-    return ExitRecord(
-        status="completed", code=TrainerExitCode.DONE, step=process.step, result=outcome
-    )
+def _record_of(result: ResultRecord | None, step: int) -> ExitRecord:
+    if result is None:
+        return ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
+    return ExitRecord(status="completed", code=TrainerExitCode.DONE, step=step, result=result)
 
 
-def _end_at_once(run: RunDir, error: TrainerError) -> None:
-    """Exit even though the main thread may wait forever for a process that has died."""
+def work(path: Path, parent: int | None = None) -> TrainerExitCode:
+    """Train as one of several processes, as the environment describes; see `launch`.
+
+    How the run ended is reported to the process that holds the run directory's lock. Any exit code
+    but DONE makes torch's agent end the others.
+
+    Args:
+        parent: Id of the parent process; this process exits when that has exited.
+    """
+    if parent is not None:
+        Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    run = RunDir(path)
+    stop = StopRequest(run.stop)
+    spec = run.read_spec()
+    prepare_threads()
+    prepare_imports(spec.model)
+    from training_backends.trainer.launch import Outcome  # noqa: PLC0415
+    from training_backends.trainer.models import choose_device  # noqa: PLC0415
+    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+    from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
+
+    outcome = Outcome(run)
+
+    def restart(rows: int) -> None:
+        outcome.limit_rows(rows)
+        raise _OutOfMemory(rows)
+
     try:
-        _end(run, _failed(run, error))
-    finally:
-        os._exit(error.code)
+        # The agent ends processes with SIGTERM; a stop request of its parent is a file.
+        with nullcontext() if parent else stop.listening():
+            world = join_world(choose_device(spec.device))
+            process = TrainingProcess(
+                run if world.is_leader else _SilentRunDir(path),
+                spec,
+                stop,
+                world,
+                max_rows=outcome.max_rows(),
+                on_halved=restart,
+            )
+            result = process.run()
+    except Exception as error:
+        if isinstance(error, _OutOfMemory) or has_lost_contact(error):
+            print(repr(error), file=sys.stderr)  # noqa: T201  # the run's log
+        else:
+            outcome.report(_failed(run, error))
+        return TrainerExitCode.CRASHED
+    if world.is_leader:
+        outcome.report(_record_of(result, process.step))
+    return TrainerExitCode.DONE
+
+
+class _OutOfMemory(Exception):
+    """All processes must start again with fewer rows at a time."""
+
+
+class _SilentRunDir(RunDir):
+    """A run directory that only the leader writes; warnings go to the log."""
+
+    def add_event(self, event: Event) -> None:
+        if event.level == "warning":
+            print(event.message, file=sys.stderr)  # noqa: T201
+
+    def add_metrics(self, row: MetricsRow) -> None:
+        pass
+
+
+def _end_with(parent: int) -> None:
+    """Exit soon after the parent; the main thread may wait for another process forever."""
+    while os.getppid() == parent:
+        sleep(_POLL)
+    os._exit(TrainerExitCode.STOPPED)
 
 
 def _read_spec(run: RunDir) -> RunSpec:

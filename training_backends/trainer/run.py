@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -20,10 +20,9 @@ from transformers.utils import logging as transformers_logging
 from training_backends.core.config import TINY_MODEL
 from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
 from training_backends.tokens.encoders import Encoder
-from training_backends.trainer.checkpoint import newest_checkpoint
+from training_backends.trainer.checkpoint import load_tensors, newest_checkpoint, trained_weights
 from training_backends.trainer.control import StopRequest, report_status
 from training_backends.trainer.data import LoadedFile, load_file
-from training_backends.trainer.distributed import SINGLE_PROCESS, ProcessGroup
 from training_backends.trainer.environment import thread_count
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import answer, evaluating
@@ -53,6 +52,8 @@ from training_backends.trainer.objectives.classifier import (
 )
 from training_backends.trainer.objectives.preference import PreferenceObjective, References
 from training_backends.trainer.objectives.tokens import TokenObjective
+from training_backends.trainer.sharding import RootModule, choose_sharding, shard
+from training_backends.trainer.world import ALONE, World
 
 __all__ = [
     "TrainingProcess",
@@ -170,8 +171,8 @@ class TrainingProcess:
     """Loads, trains and saves; `step` is the last completed step.
 
     Args:
-        on_loaded: Called once the model is available locally.
-        on_trained: Called once the other processes are no longer needed.
+        on_halved: Called in a process of several that ran out of memory, with the number of rows
+            that may fit; raises an exception to start all of them again.
     """
 
     def __init__(
@@ -179,46 +180,38 @@ class TrainingProcess:
         run: RunDir,
         spec: RunSpec,
         stop: StopRequest,
-        group: ProcessGroup = SINGLE_PROCESS,
+        world: World = ALONE,
         *,
-        on_loaded: Callable[[], None] = lambda: None,
-        on_trained: Callable[[], None] = lambda: None,
+        max_rows: int | None = None,
+        on_halved: Callable[[int], None] | None = None,
     ) -> None:
         self._run = run
         self._spec = spec
         self._stop = stop
-        self._group = group
-        self._on_loaded = on_loaded
-        self._on_trained = on_trained
+        self._world = world
+        self._max_rows = max_rows
+        self._on_halved = on_halved or self._warn_of_halving
         self._data: list[DataFacts] = []
         self.step = 0
 
     def run(self) -> ResultRecord | None:
-        """Train to the end; return the result, or None if stopped.
+        """Train to the end; return the result, or None if stopped or if another process leads.
 
         Raises:
             Stopped: Stopped before the first step.
             TrainerError: The spec, the data or the model cannot be used.
         """
-        set_up_torch(self._spec.model, self._group.size)
+        set_up_torch(self._spec.model, self._world.size)
         device = choose_device(self._spec.device)
         loaded = self._load_model(device)
-        self._on_loaded()
-        self._group.connect(device)
-        try:
-            return self._run_on(loaded, device)
-        finally:
-            self._group.disconnect()
-
-    def _run_on(self, loaded: LoadedModel, device: torch.device) -> ResultRecord | None:
         objective = _make_objective(self._spec, loaded.encoder)
         files = self._load_training(objective)
         validating = self._load_validation(objective)
-        loaded = self._prepare(loaded, device)
+        loaded, root = self._prepare(loaded, device)
         plan = Plan(self._spec, files)
         if self._spec.packing:
-            require_separate_rows(loaded.model, self._spec.model)
-        return self._train(loaded, objective, plan, validating)
+            root(require_separate_rows, self._spec.model)
+        return self._train(loaded, root, objective, plan, validating)
 
     def _load_model(self, device: torch.device) -> LoadedModel:
         spec = self._spec
@@ -234,22 +227,34 @@ class TrainingProcess:
             chat_template=spec.chat_template_text,
         )
 
-    def _prepare(self, loaded: LoadedModel, device: torch.device) -> LoadedModel:
-        spec = self._spec
-        set_seed(spec.seed)  # seeds the random weights of new adapters
-        classifies = spec.method == "classifier"
-        model = prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
-        if spec.tuning.kind != "qlora":  # a 4-bit model is already on its device
+    def _prepare(self, loaded: LoadedModel, device: torch.device) -> tuple[LoadedModel, RootModule]:
+        """Add adapters, move the model to its device, and divide it among the processes."""
+        spec, dtype = self._spec, choose_dtype(self._spec.dtype, device)
+        model = self._adapted(loaded)
+        sharding = choose_sharding(spec.sharding, model, self._world, device, dtype)
+        # A 4-bit model is already on its device; zero3 moves one block at a time.
+        if spec.tuning.kind != "qlora" and sharding != "zero3":
             model = model.to(device)
-        elif left := count_experts(model):
+        if left := count_experts(model) if spec.tuning.kind == "qlora" else 0:
             self._warn(f"{left:,} expert weights are not quantized to 4 bits")
         if self._computes_twice(device):
             model.activation_checkpointing_enable()
         model.config.use_cache = True  # stored in the result; training does not use the cache
         if used := use_kernels(model, device, spec.kernels):
-            message = f"Using liger-kernel: {', '.join(used)}"
-            self._run.add_event(Event(name="message", message=message))
-        return replace(loaded, model=model)
+            self._report(f"Using liger-kernel: {', '.join(used)}")
+        if sharding != "none":
+            self._report(f"Training in {self._world.size} processes with {sharding}")
+        root = shard(model, sharding, self._world, device, dtype)
+        return replace(loaded, model=model), root
+
+    def _adapted(self, loaded: LoadedModel) -> Any:
+        spec = self._spec
+        set_seed(spec.seed)  # seeds the random weights of new adapters
+        classifies = spec.method == "classifier"
+        return prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
+
+    def _report(self, message: str) -> None:
+        self._run.add_event(Event(name="message", message=message))
 
     def _computes_twice(self, device: torch.device) -> bool:
         requested = self._spec.gradient_checkpointing
@@ -257,16 +262,22 @@ class TrainingProcess:
         return device.type == "cuda" if requested is None else requested
 
     def _train(
-        self, loaded: LoadedModel, objective: Objective[Any], plan: Plan, validating: list[Any]
+        self,
+        loaded: LoadedModel,
+        root: RootModule,
+        objective: Objective[Any],
+        plan: Plan,
+        validating: list[Any],
     ) -> ResultRecord | None:
-        spec, model, device, group = self._spec, loaded.model, loaded.model.device, self._group
+        spec, model, world = self._spec, loaded.model, self._world
+        device: torch.device = model.device
         precision = self._precision(device)
-        start = group.broadcast(newest_checkpoint(self._run) if group.is_leader else None)
+        start = world.broadcast(newest_checkpoint(self._run) if world.is_leader else None)
         before = json.loads((start.path / _STATE).read_bytes()) if start else {}
         self._compare(before)
         micro = self._micro_batch(model, before)
         validation = Validation(
-            model, objective, validating, micro=micro, precision=precision, group=group
+            root, objective, validating, micro=micro, precision=precision, world=world
         )
         reporter = Reporter(
             self._run,
@@ -275,10 +286,10 @@ class TrainingProcess:
             validation=validation,
             stop=self._stop,
             device=device,
-            group=group,
+            world=world,
         )
         if start is None:
-            self._sample(loaded, "before")
+            self._sample(loaded, root, "before")
         if self._stop.requested:
             raise Stopped
         references = None
@@ -287,10 +298,10 @@ class TrainingProcess:
             if start:
                 references.load(start.path)
             else:
-                self._ask_reference(references, objective, model, micro)
-        self._report_start(plan, start.state.step if start else 0, model)
+                self._ask_reference(references, objective, root, micro)
+        self._report_start(plan, start.state.step if start else 0, root)
         loop = TrainingLoop(
-            model,
+            root,
             run=self._run,
             spec=spec,
             plan=plan,
@@ -299,51 +310,69 @@ class TrainingProcess:
             micro=micro,
             precision=precision,
             fill=partial(_fill, micro, references, self._hashes()),
-            group=group,
+            world=world,
         )
         self.step, stopped = loop.train(start)
-        group.disconnect()
-        self._on_trained()
-        if stopped or not group.is_leader:
+        if not stopped:
+            self._sample(loaded, root, "after")
+        world.leave()
+        if stopped or not world.is_leader:
             return None
-        self._sample(loaded, "after")
-        return self._save(loaded)
+        return self._save(self._complete(loaded, root, device))
+
+    def _complete(self, loaded: LoadedModel, root: RootModule, device: torch.device) -> LoadedModel:
+        """Return the trained model; if it is sharded, from its last checkpoint, in one piece."""
+        if root.sharding == "none":
+            return loaded
+        fresh = self._load_model(device)
+        model = self._adapted(fresh)
+        checkpoint = self._run.checkpoints / f"step-{self.step}"
+        load_tensors(checkpoint, trained_weights(model), alone=True)
+        return replace(fresh, model=model)
 
     def _ask_reference(
-        self, references: References, objective: PreferenceObjective, model: Any, micro: MicroBatch
+        self,
+        references: References,
+        objective: PreferenceObjective,
+        root: RootModule,
+        micro: MicroBatch,
     ) -> None:
         references.compute(
             objective,
-            model,
+            root,
             micro,
-            self._precision(model.device),
-            group=self._group,
+            self._precision(root.model.device),
+            world=self._world,
             should_stop=lambda: self._stop.requested,
         )
 
     def _precision(self, device: torch.device) -> AbstractContextManager[None]:
+        if self._world.size > 1:  # the sharded weights are gathered in this dtype
+            return nullcontext()
         return precision_for(device, choose_dtype(self._spec.dtype, device))
 
     def _micro_batch(self, model: Any, before: Mapping[str, Any]) -> MicroBatch:
         spec, device = self._spec, model.device
-        size = spec.micro_batch_size or spec.batch_size
+        # The size that fitted before: results depend on it in the last digits.
+        size = int(before.get("micro_batch_size", spec.micro_batch_size or spec.batch_size))
+        share = -(-spec.batch_size // self._world.size)
         return MicroBatch(
-            # The size that fitted before: results depend on it in the last digits.
-            int(before.get("micro_batch_size", size)),
-            on_halved=lambda size: self._warn(
-                f"Out of memory: retrying with {size} rows at a time", micro_batch_size=size
-            ),
+            min(size, share, self._max_rows or size),
+            on_halved=self._on_halved,
             explain=lambda: what_would_fit(
                 spec, model, device, checkpointing=self._computes_twice(device)
             ),
         )
+
+    def _warn_of_halving(self, size: int) -> None:
+        self._warn(f"Out of memory: retrying with {size} rows at a time", micro_batch_size=size)
 
     def _hashes(self) -> list[str]:
         return [each.sha256 for each in self._data]
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Compare the data with that of the checkpoint, and across processes."""
-        if any(other != self._data for other in self._group.all_gather(self._data)):
+        if any(other != self._data for other in self._world.all_gather(self._data)):
             raise TrainerError(
                 "A data file changed while the processes were reading it, so they have different "
                 "rows. Resume without changing the data.",
@@ -353,8 +382,8 @@ class TrainingProcess:
         if before.get("data", self._hashes()) != self._hashes():
             self._warn("The data has changed since the checkpoint was saved")
 
-    def _report_start(self, plan: Plan, step: int, model: torch.nn.Module) -> None:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    def _report_start(self, plan: Plan, step: int, root: RootModule) -> None:
+        trained = sum(weight.numel() for weight in root.weights.values())
         head = f"Resuming at step {step}" if step else "Training"
         report_status(
             self._run,
@@ -366,14 +395,14 @@ class TrainingProcess:
             rows=plan.order.epoch_size,
         )
 
-    def _sample(self, loaded: LoadedModel, stage: str) -> None:
+    def _sample(self, loaded: LoadedModel, root: RootModule, stage: str) -> None:
         prompt = self._spec.sample_prompt
-        if prompt is None or not self._group.is_leader:
+        if prompt is None:
             return
         if loaded.targets:
-            text = format_labels(classify(loaded.model, loaded.encoder, loaded.targets, prompt))
+            text = format_labels(root(classify, loaded.encoder, loaded.targets, prompt))
         else:
-            text = answer(loaded.model, loaded.encoder, prompt, self._spec.sample_max_tokens)
+            text = root(answer, loaded.encoder, prompt, self._spec.sample_max_tokens)
         data = {"stage": stage, "prompt": prompt, "answer": text}
         self._run.add_event(Event(name="sample", message=f"{stage}: {text}", data=data))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from training_backends.backends.local import validate
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalSettings
@@ -257,6 +258,31 @@ async def test_a_model_that_does_not_fit_into_memory(
     issues = await check(model, tuning=tuning)
     assert [issue.severity for issue in issues] == ([severity] if severity else [])
     assert all("GiB" in issue.message for issue in issues)
+
+
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        ({}, "the GPU has 1.0 GiB"),
+        ({"num_processes": 2}, ""),
+        ({"num_processes": 2, "sharding": "zero2"}, "the GPU has 1.0 GiB"),
+        ({"num_processes": 2, "dtype": "float32"}, "2 GPUs have 2.0 GiB"),
+    ],
+)
+async def test_several_gpus_share_a_model(
+    check: Callable[..., Any],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    has: str,
+) -> None:
+    """Unless each of them holds all weights."""
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: (2**30, 2**30))
+    write_weights(model / "model.safetensors", (3 * 2**18, 1024))  # 1.5 GiB in bfloat16
+    issues = await check(model, tuning="lora", options=options)
+    (message,) = [issue.message for issue in issues if issue.code == "memory"] or [""]
+    assert has in message
+    assert bool(has) == bool(message)
 
 
 async def test_a_configuration_tells_the_size_of_other_weights(

@@ -85,7 +85,7 @@ from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
 
-__all__ = ["LocalBackend"]
+__all__ = ["LocalBackend", "require_same"]
 
 _NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
 _INSTALL: Final = "pip install 'training-backends[local]'"
@@ -106,13 +106,14 @@ class LocalBackend(TrainingBackend):
     summary: ClassVar[str] = "Trains on this machine, on CPUs or GPUs; no API key, no cost."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
     settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
+    _trains_here: ClassVar[bool] = True
 
     def __init__(
         self, home: Path, *, program: Sequence[str] = TRAINER, hub: Hub | None = None
     ) -> None:
         self._home = home
         self._runs = home / "runs"
-        self._slots = home / "slots"
+        self._slots: Path | None = home / "slots"
         self._program = program
         self._hub = hub or Hub()
         self._place: Place | None = None
@@ -157,8 +158,9 @@ class LocalBackend(TrainingBackend):
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
-        await to_thread.run_sync(_require_trainer)
-        issues = await to_thread.run_sync(lambda: tuple(find_issues(config, dataset)))
+        await self._require_trainer()
+        found = partial(find_issues, config, dataset, trains_here=self._trains_here)
+        issues = await to_thread.run_sync(lambda: tuple(found()))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
         issues += await self._model_issues(config, dataset)
@@ -175,8 +177,8 @@ class LocalBackend(TrainingBackend):
                 unusable=unusable_severity(config, issues),
             )
 
-        found = await to_thread.run_sync(overlong)
-        return ValidationReport(issues=(*issues, found) if found else issues)
+        rows = await to_thread.run_sync(overlong)
+        return ValidationReport(issues=(*issues, rows) if rows else issues)
 
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
         if config.base_model == TINY_MODEL:
@@ -184,7 +186,8 @@ class LocalBackend(TrainingBackend):
         directory = await to_thread.run_sync(find_directory, config.base_model)
         if directory is None:
             return tuple(await hub_issues(config, self._hub))
-        return await to_thread.run_sync(lambda: tuple(files_issues(config, dataset, directory)))
+        found = partial(files_issues, config, dataset, directory, trains_here=self._trains_here)
+        return await to_thread.run_sync(lambda: tuple(found()))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
         """Count tokens and steps; the duration is only known from earlier local runs."""
@@ -196,7 +199,7 @@ class LocalBackend(TrainingBackend):
 
     async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
         """See `TrainingBackend.launch`; the run may be queued until a slot is free."""
-        await to_thread.run_sync(_require_trainer)
+        await self._require_trainer()
         return await self._start(run, journal)
 
     async def _start(
@@ -214,18 +217,28 @@ class LocalBackend(TrainingBackend):
         await journal.record(
             RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
         )
-        child_env = await self._hub.child_environment(spec.model)
-
-        async def do() -> dict[str, int]:
-            start = partial(_start_process, directory, spec, run, self._program, child_env)
-            return {"pid": await to_thread.run_sync(start)}
-
-        async def find() -> dict[str, bool] | None:
-            begun = await to_thread.run_sync(has_begun, directory)
-            return {"found": True} if begun else None
-
-        await journal.step("start", do, find)
+        await journal.step(
+            "start",
+            partial(self._begin, run, directory, spec),
+            partial(self._find_begun, run, directory),
+        )
         return await self.status(run)
+
+    async def _begin(self, run: TrainingRun, directory: RunDir, spec: RunSpec) -> JSONValue:
+        """Write the spec and start the training process."""
+        child_env = await self._hub.child_environment(spec.model)
+        start = partial(_start_process, directory, spec, run, self._program, child_env)
+        return {"pid": await to_thread.run_sync(start)}
+
+    async def _find_begun(self, run: TrainingRun, directory: RunDir) -> JSONValue:
+        """Return something if an interrupted launch started the training process."""
+        del run
+        begun = await to_thread.run_sync(has_begun, directory)
+        return {"found": True} if begun else None
+
+    async def _require_trainer(self) -> None:
+        """Require the libraries that train on this machine."""
+        await to_thread.run_sync(_require_trainer)
 
     async def status(self, run: TrainingRun) -> RunState:
         """Read the state without the log, which grows with the run."""
@@ -329,7 +342,7 @@ class LocalBackend(TrainingBackend):
         Args:
             checkpoint: A step, such as `120` or `step-120`.
         """
-        await to_thread.run_sync(_require_trainer)
+        await self._require_trainer()
         source = await to_thread.run_sync(self._existing, run)
         target = self._directory(new_run)
 
@@ -342,7 +355,7 @@ class LocalBackend(TrainingBackend):
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory here."""
-        return await to_thread.run_sync(find_runs, self._runs, filters)
+        return await to_thread.run_sync(find_runs, self._runs, filters, self._opened)
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
         """Copy the trained model to `target`."""
@@ -405,7 +418,10 @@ class LocalBackend(TrainingBackend):
         return Health(ok=True, message="the training libraries are installed")
 
     def _directory(self, run: TrainingRun) -> RunDir:
-        return RunDir(self._runs / run.id)
+        return self._opened(self._runs / run.id)
+
+    def _opened(self, path: Path) -> RunDir:
+        return RunDir(path)
 
     def _existing(self, run: TrainingRun) -> RunDir:
         directory = self._directory(run)
@@ -443,20 +459,29 @@ def _start_process(
 ) -> int:
     """Start the run's process; return 0 if an earlier attempt has just started it."""
     if directory.spec.is_file():
-        if not _is_same(directory, spec, run):
-            raise DuplicateRun(
-                f"The directory of another run {run.id} already exists.",
-                other=run.id,
-                hint="Choose another id, or delete the earlier run.",
-                backend="local",
-                run_id=run.id,
-            )
+        require_same(directory, spec, run)
         if has_begun(directory):
             return 0
     with reporting_disk(run):
         require_space(directory.path.parent)
         directory.write_spec(spec)
         return spawn(directory, program, child_env)
+
+
+def require_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> None:
+    """Require that an existing directory belongs to this launch of the run.
+
+    Raises:
+        DuplicateRun: It belongs to another run with the same id.
+    """
+    if not _is_same(directory, spec, run):
+        raise DuplicateRun(
+            f"The directory of another run {run.id} already exists.",
+            other=run.id,
+            hint="Choose another id, or delete the earlier run.",
+            backend=run.backend,
+            run_id=run.id,
+        )
 
 
 def _is_same(directory: RunDir, spec: RunSpec, run: TrainingRun) -> bool:

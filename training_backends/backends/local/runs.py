@@ -1,7 +1,7 @@
 """Find the runs of this machine from their directories alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,11 @@ __all__ = ["find_runs", "revive"]
 
 
 def revive(
-    run: RunDir, spec: RunSpec, slots_dir: Path, program: Sequence[str], child_env: ChildEnvironment
+    run: RunDir,
+    spec: RunSpec,
+    slots_dir: Path | None,
+    program: Sequence[str],
+    child_env: ChildEnvironment,
 ) -> None:
     """Restart a queued run whose process has died; concurrent callers start only one process."""
     with suppress(BlockingIOError), hold_lock(run.path / ".reviving", patience=0):
@@ -33,7 +37,9 @@ def revive(
 log = get_logger()
 
 
-def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:
+def find_runs(
+    runs: Path, filters: RemoteFilters, opened: Callable[[Path], RunDir] = RunDir
+) -> list[RemoteRun]:
     """Read every run directory in `runs`; unreadable ones are logged and skipped."""
     if filters.suffix is not None:
         return []  # local runs have no suffix
@@ -41,7 +47,7 @@ def find_runs(runs: Path, filters: RemoteFilters) -> list[RemoteRun]:
     return [
         run
         for path in sorted(runs.glob("*/spec.json"), reverse=True)
-        if (run := _read(RunDir(path.parent)))
+        if (run := _read(opened(path.parent)))
         and model in {None, run.model}
         and filters.status in {None, run.state.status}
     ]

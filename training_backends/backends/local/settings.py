@@ -8,27 +8,12 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.settings import SectionSettings
 from training_backends.http.urls import normalize_base_url
 
-__all__ = ["LocalOptions", "LocalSettings"]
+__all__ = ["LocalOptions", "LocalSettings", "TrainingOptions"]
 
 
-class LocalOptions(BaseModel, frozen=True, extra="forbid"):
-    """How to train on this machine."""
+class TrainingOptions(BaseModel, frozen=True, extra="forbid"):
+    """How to train, wherever the trainer runs."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where to train; auto uses a GPU if there is one."
-    )
-    max_runs: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="Maximum concurrent runs; default: one per GPU, or one without a GPU.",
-    )
-    priority: int = Field(
-        default=0,
-        ge=-100,
-        le=100,
-        description="Higher priorities leave the queue first; equal ones in order of arrival.",
-    )
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
@@ -43,11 +28,10 @@ class LocalOptions(BaseModel, frozen=True, extra="forbid"):
         le=2**16,
         description="Rows per forward pass, halved if they do not fit; must divide batch_size.",
     )
-    num_processes: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="Number of GPUs for data-parallel training; they share each step's rows.",
+    sharding: Literal["auto", "zero2", "zero3"] = Field(
+        default="auto",
+        description="With several processes: zero2 divides gradients and optimizer state among "
+        "the GPUs, zero3 also the weights; auto is zero2 if that leaves half of the memory free.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -96,6 +80,32 @@ class LocalOptions(BaseModel, frozen=True, extra="forbid"):
     )
     sample_max_tokens: int = Field(
         default=64, ge=1, le=32_768, description="Maximum length of the answer, in tokens."
+    )
+
+
+class LocalOptions(TrainingOptions, frozen=True):
+    """How to train on this machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to train; auto uses a GPU if there is one."
+    )
+    max_runs: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Maximum concurrent runs; default: one per GPU, or one without a GPU.",
+    )
+    priority: int = Field(
+        default=0,
+        ge=-100,
+        le=100,
+        description="Higher priorities leave the queue first; equal ones in order of arrival.",
+    )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Number of GPUs for data-parallel training; they share each step's rows.",
     )
 
 

@@ -46,9 +46,15 @@ _SEEDS: Final = 2**32
 _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
-def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
-    """Yield everything in a configuration that this backend does not support."""
-    yield from _model_issues(config)
+def find_issues(
+    config: TrainingConfig, dataset: Dataset, *, trains_here: bool = True
+) -> Iterator[Issue]:
+    """Yield everything in a configuration that this backend does not support.
+
+    Args:
+        trains_here: Whether this machine's libraries and GPUs are those that train.
+    """
+    yield from _model_issues(config, trains_here=trains_here)
     yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
     yield from _option_issues(config)
@@ -64,7 +70,7 @@ def find_issues(config: TrainingConfig, dataset: Dataset) -> Iterator[Issue]:
             )
 
 
-def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
+def _model_issues(config: TrainingConfig, *, trains_here: bool) -> Iterator[Issue]:
     if not _is_model(config.base_model):
         yield Issue(
             code="unknown_model",
@@ -85,7 +91,7 @@ def _model_issues(config: TrainingConfig) -> Iterator[Issue]:
             f"{TINY_MODEL} has random weights and only supports full fine-tuning",
             "use full, or remove tuning",
         )
-    elif kind == "qlora" and find_spec("bitsandbytes") is None:
+    elif kind == "qlora" and trains_here and find_spec("bitsandbytes") is None:
         yield _unsupported(
             "tuning.kind",
             "qlora requires bitsandbytes",
@@ -178,6 +184,7 @@ def _option_issues(config: TrainingConfig) -> Iterator[Issue]:
             "options.packing", f"method {config.method} does not support packing", "remove it"
         )
     unused = {"result": kind == "full"}
+    unused["sharding"] = options.num_processes == 1
     unused |= dict.fromkeys(("dpo_beta", "dpo_label_smoothing"), config.method != "dpo")
     for name in unused:
         if unused[name] and name in options.model_fields_set:
@@ -268,7 +275,7 @@ def _resolved_tuning(config: TrainingConfig) -> Tuning:
 
 
 def build_spec(
-    run_id: str, config: TrainingConfig, slots_dir: Path, *, source: RunSpec | None = None
+    run_id: str, config: TrainingConfig, slots_dir: Path | None, *, source: RunSpec | None = None
 ) -> RunSpec:
     """Build the spec of a valid configuration, with every default resolved.
 

@@ -158,8 +158,14 @@ def _not_asked(model: str, why: str) -> Issue:
 # The model's files
 
 
-def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> Iterator[Issue]:
-    """Yield problems in a model's files; blocks while it reads them and some rows."""
+def files_issues(
+    config: TrainingConfig, dataset: Dataset, directory: Path, *, trains_here: bool = True
+) -> Iterator[Issue]:
+    """Yield problems in a model's files; blocks while it reads them and some rows.
+
+    Args:
+        trains_here: Whether this machine's libraries and memory are those that train.
+    """
     if (directory / "adapter_config.json").is_file():
         return  # the files are those of the base model
     described = _read_object(directory / "config.json")
@@ -167,14 +173,17 @@ def files_issues(config: TrainingConfig, dataset: Dataset, directory: Path) -> I
         yield _model_issue("model_files", f"config.json {described}")
         return
     model_type = described.get("model_type")
-    yield from _architecture_issues(config, model_type, described.get("architectures"))
-    yield from _quantization_issues(config, described.get("quantization_config"))
+    if trains_here:
+        yield from _architecture_issues(config, model_type, described.get("architectures"))
+        yield from _quantization_issues(config, described.get("quantization_config"))
     is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    elif weights and "quantization_config" not in described:  # several weights per value
+    elif (
+        weights and trains_here and "quantization_config" not in described
+    ):  # several weights per value
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, directory)
@@ -376,6 +385,10 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
     if available is None:
         return
     kind = config.tuning.kind if config.tuning else "lora"
+    where = "the GPU has" if gpus else "this machine has"
+    if gpus and options.num_processes > 1 and options.sharding != "zero2" and kind != "qlora":
+        available *= options.num_processes  # zero3 divides the weights
+        where = f"{options.num_processes} GPUs have"
     halves = options.dtype == "bfloat16" or (bool(gpus) and options.dtype == "auto")
     if kind == "full":
         least, needed = 4.0 * weights, float(_BYTES_FULL * weights)
@@ -385,14 +398,13 @@ def _memory_issues(config: TrainingConfig, weights: int) -> Iterator[Issue]:
         least = needed = (2.0 if halves else 4.0) * weights
     if needed <= available:
         return
-    where = "the GPU" if gpus else "this machine"
     fixes = {"full": "lora or qlora", "lora": "qlora"}
     other = f"use tuning: {fixes[kind]}, or a smaller model" if kind in fixes else ""
     beside = "" if kind == "full" else ", plus activations"
     yield Issue(
         code="memory",
         message=f"{weights / 1e9:.1f} billion weights take {least / _GIB:.1f} GiB, and training "
-        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} has "
+        f"({kind}) takes at least {needed / _GIB:.1f} GiB{beside}; {where} "
         f"{available / _GIB:.1f} GiB",
         field="model",
         fix=other or "use a smaller model",

@@ -8,6 +8,7 @@ each checkpoint, and no second model is kept in memory.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +19,13 @@ from torch.nn.functional import logsigmoid
 from training_backends.tokens.encoders import Encoder
 from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.data import EncodedRow, collate, make_sample
-from training_backends.trainer.distributed import ProcessGroup
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch
 from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
 from training_backends.trainer.objectives.tokens import predict
+from training_backends.trainer.sharding import RootModule
+from training_backends.trainer.world import World
 
 __all__ = ["Pair", "PreferenceObjective", "References"]
 
@@ -107,7 +109,7 @@ class PreferenceObjective:
         right = (rewards.detach() > 0).sum()
         counts = torch.tensor([len(rewards)], device=rewards.device)
         measures = {"reward_margin": rewards.detach().sum(), "reward_accuracy": right}
-        return BatchLoss(losses.sum()[None], right[None], counts, measures)
+        return BatchLoss(torch.stack([losses.sum()]), right[None], counts, measures)
 
 
 _FILE: Final = "references.safetensors"
@@ -122,11 +124,11 @@ class References:
     def compute(
         self,
         objective: PreferenceObjective,
-        model: Any,
+        root: RootModule,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
         *,
-        group: ProcessGroup,
+        world: World,
         should_stop: Callable[[], bool],
     ) -> None:
         """Compute the margins with the model, which must not have been trained yet.
@@ -134,22 +136,22 @@ class References:
         Raises:
             Stopped: `should_stop`, called between batches, returned True.
         """
-        for pairs in self._pairs.values():
-            own_pairs = group.shard(pairs)
+        device = root.model.device
+
+        def work(pairs: Sequence[Pair], size: int) -> list[float]:
             found: list[float] = []
-            while len(found) < len(own_pairs):
-                if should_stop():
-                    raise Stopped
+            with evaluating(root.model), precision:
+                for batch, counts in world.micro_batches(pairs, size):
+                    if should_stop():
+                        raise Stopped
+                    on_device = {k: v.to(device) for k, v in objective.collate(batch).items()}
+                    margins: list[float] = root(objective.margins, on_device).tolist()
+                    found += margins if counts else []
+            return found
 
-                def work(size: int, left: Sequence[Pair] = own_pairs[len(found) :]) -> list[float]:
-                    batch = objective.collate(left[:size])
-                    on_device = {name: value.to(model.device) for name, value in batch.items()}
-                    with evaluating(model), precision:
-                        margins: list[float] = objective.margins(model, on_device).tolist()
-                    return margins
-
-                found += micro.attempt(work)
-            margins = group.unshard(group.all_gather(found))
+        for pairs in self._pairs.values():
+            own_margins = micro.attempt(partial(work, pairs))
+            margins = world.unshard(world.all_gather(own_margins))
             pairs[:] = [replace(p, reference=m) for p, m in zip(pairs, margins, strict=True)]
 
     def save(self, directory: Path) -> None:

@@ -241,4 +241,4 @@ class TokenObjective:
         """Return the summed loss over the tokens in the loss."""
         found = _predict_sums(model, batch)
         counts = (batch["labels"][:, 1:] != IGNORED).sum()
-        return BatchLoss(found.loss[None], found.correct[None], counts[None], {})
+        return BatchLoss(torch.stack([found.loss]), found.correct[None], counts[None], {})

@@ -1,0 +1,74 @@
+"""Train run directories in groups of processes that have loaded torch already.
+
+Each line of standard input is a JSON object: `size` processes train the run directories in `runs`
+one after the other, each as `work` does under torch's agent. The answer is one line with the exit
+codes of all processes. With `fits`, more rows than that raise an out-of-memory error, and each run
+is started again once, as the agent would.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import training_backends.trainer.run  # noqa: F401  # loads what training needs
+from training_backends.rundir.directory import RunDir
+from training_backends.trainer.launch import Outcome, loopback_store
+from training_backends.trainer.objectives.tokens import TokenObjective
+from training_backends.trainer.process import work
+
+
+def main() -> None:
+    """Serve one request after the other."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        size, runs = request["size"], [RunDir(Path(path)) for path in request["runs"]]
+        for run in runs:
+            Outcome(run).directory.mkdir(exist_ok=True)
+        store = loopback_store()
+        children = []
+        for rank in range(size):
+            if (child := os.fork()) == 0:
+                os._exit(_train(rank, size, store.port, runs, request.get("fits")))
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        for run in runs:
+            if record := Outcome(run).read():
+                run.write_exit(record)
+        sys.stdout.write(json.dumps(codes) + "\n")
+        sys.stdout.flush()
+
+
+def _train(rank: int, size: int, port: int, runs: list[RunDir], fits: int | None) -> int:
+    group = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in group.items()}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if fits:
+        _limit_memory(fits)
+    code = 0
+    for number, run in enumerate(runs):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        code = work(run.path)
+        if code and fits:
+            code = work(run.path)
+        if code:
+            break
+    return int(code)
+
+
+def _limit_memory(fits: int) -> None:
+    compute_loss = TokenObjective.compute_loss
+
+    def limited(objective: TokenObjective, model: Any, batch: Any) -> Any:
+        if len(batch["input_ids"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return compute_loss(objective, model, batch)
+
+    TokenObjective.compute_loss = limited  # type: ignore[assignment, method-assign]
+
+
+if __name__ == "__main__":
+    main()

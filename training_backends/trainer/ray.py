@@ -1,0 +1,103 @@
+"""Train a run directory on the Ray cluster that runs this program.
+
+The driver holds the run directory's lock, and Ray Train takes the part that torch's elastic agent
+has on one machine: it starts the workers, and starts all of them again if one is lost. Each worker
+starts a training process of its own; they continue from the newest checkpoint.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
+from training_backends.trainer.control import StopRequest
+from training_backends.trainer.environment import VISIBLE
+from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.launch import Outcome
+from training_backends.trainer.process import train
+
+__all__ = ["drive"]
+
+_GROUP: Final = ("RANK", "LOCAL_", "WORLD_SIZE", "NODE_RANK", "MASTER_")
+"""How the variables begin by which torch finds the process group of Ray Train."""
+
+
+def drive(path: Path, wanted: Namespace) -> TrainerExitCode:
+    """Train with workers of the cluster; return how the run ended."""
+    return train(path, partial(_launch, wanted=wanted))
+
+
+def _launch(
+    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str], *, wanted: Namespace
+) -> ExitRecord:
+    """Train with workers of Ray Train; see `launch.launch`."""
+    import ray  # noqa: PLC0415
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
+    from ray.train.torch import TorchTrainer  # noqa: PLC0415
+
+    del stop, devices  # the processes read the request from the directory, and Ray assigns GPUs
+    ray.init()
+    # Only the driver receives a signal when the job is stopped; `ray.init` has set a handler.
+    signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    resources = {"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if wanted.gpus else {})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"run_dir": str(run.path)},
+        scaling_config=ScalingConfig(
+            num_workers=spec.num_processes,
+            use_gpu=bool(wanted.gpus),
+            resources_per_worker=resources,
+            accelerator_type=wanted.accelerator,
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(run.path / "ray"),
+            failure_config=FailureConfig(max_failures=wanted.max_failures),
+        ),
+    )
+    failure = None
+    with Outcome(run).collected() as outcome:
+        try:
+            trainer.fit()
+        except Exception as error:  # a training process may have reported the reason
+            failure = error
+        record = outcome.read()
+    if record is None:
+        message = f"Workers were lost, also after {wanted.max_failures} restarts: {failure}"
+        raise TrainerError(message, kind="lost", retryable=True) from failure
+    return record
+
+
+def _work(config: dict[str, Any]) -> None:
+    """Run a training process in this worker; an error makes Ray Train start all workers again."""
+    import ray  # noqa: PLC0415
+
+    run = RunDir(Path(config["run_dir"]))
+    command = [sys.executable, "-m", "training_backends.trainer", "work"]
+    done = subprocess.run(  # noqa: S603  # our own program
+        [*command, str(run.path), str(os.getpid())],
+        env=_environment(ray.get_gpu_ids()),
+        check=False,
+    )
+    if done.returncode != TrainerExitCode.DONE and Outcome(run).read() is None:
+        raise RuntimeError(f"the training process exited with {done.returncode}")
+
+
+def _environment(gpus: Sequence[object]) -> dict[str, str]:
+    """Return the environment of this worker's training process."""
+    found = dict(os.environ)
+    if int(found.get("WORLD_SIZE", "1")) == 1:
+        found = {name: value for name, value in found.items() if not name.startswith(_GROUP)}
+    else:
+        # The processes meet at the store that Ray Train has opened for the workers.
+        found |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "trainer"}
+    if gpus:
+        # Ray Train shows each worker those of all workers on its node.
+        found |= {VISIBLE: ",".join(map(str, gpus)), "LOCAL_RANK": "0"}
+    return found
