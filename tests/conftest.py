@@ -60,8 +60,15 @@ for _name, _parent, _examples, _steps in (
 hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses another
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the long tests, so that no worker of xdist has one left when the others end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start with the long tests, so that no worker of xdist has one left when the others end.
+
+    Those of a pretrained model take minutes, and are left out unless `-m` asks for them.
+    """
+    if "model" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("engine", "e2e"))))
 
 

@@ -45,6 +45,8 @@ def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
     assert run("download", "mine", "out").code == 0
     assert (tmp_path / "out" / "config.json").exists()
     assert run("download", "mine", "out").code != 0
+    unknown = run("download", "mine", "other", "--checkpoint", "1")
+    assert (unknown.code, "available: 40, 50, 60" in unknown.err) == (3, True)
 
 
 def test_a_running_run_is_stopped_by_another_command(run: Run, config_file: Path) -> None:

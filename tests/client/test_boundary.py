@@ -41,11 +41,13 @@ VERBS = (
     "stop",
     "resume",
     "download",
+    "download_checkpoint",
     "sample",
     "delete",
     "list_remote",
     "statuses",
     "observe",
+    "suspend",
     "health",
 )
 
@@ -81,9 +83,11 @@ async def call(backend: TrainingBackend, verb: str, run: TrainingRun) -> Any:
         "launch": (run, None),
         "resume": (run, run, None),
         "download": (run, Path("never-written")),
+        "download_checkpoint": (run, "step-1", Path("never-written")),
         "sample": (run, "hello"),
         "list_remote": (RemoteFilters(),),
         "statuses": ([run],),
+        "suspend": (),
         "health": (),
     }
     return await getattr(backend, verb)(*more.get(verb, (run,)))

@@ -402,6 +402,8 @@ async def test_only_a_completed_run_is_downloaded_or_asked(
     assert (await client.sample(run.id, "hello", max_tokens=4)).answer == "hell"
     path = await client.download(run.id, tmp_path / "model")
     assert (path / "model.txt").read_text() == run.id
+    with pytest.raises(UnsupportedOperation, match="download a checkpoint"):
+        await client.download(run.id, tmp_path / "other", checkpoint="1")
 
 
 async def test_a_deleted_run_is_gone(

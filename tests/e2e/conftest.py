@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,16 @@ class Served:
     home: Path
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Run `training-backends serve --backend local` for all tests that drive one."""
+@contextmanager
+def serving(home: Path, **variables: str) -> Iterator[Served]:
+    """Run `training-backends serve --backend local` for the block, with more variables."""
     key = secrets.token_urlsafe(24)
-    home = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
     environment = {
         **{name: text for name, text in os.environ.items() if "TRAINING_BACKENDS" not in name},
         "TRAINING_BACKENDS_HOME": str(home),
         "TRAINING_BACKENDS_GATEWAY__API_KEY": key,
+        **variables,
     }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
@@ -42,6 +43,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(30) == 0
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Run one gateway for all tests that drive one."""
+    with serving(tmp_path_factory.mktemp("served")) as found:
+        yield found
 
 
 @pytest.fixture

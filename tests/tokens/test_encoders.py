@@ -89,6 +89,20 @@ def make_chatml(directory: Path, template: str | None) -> Path:
     return directory
 
 
+def test_all_files_of_a_mistral_tokenizer_are_kept(small_tekken: Path, tmp_path: Path) -> None:
+    """Also those that other programs read: the chat template, special tokens, system prompt."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tekken.json").symlink_to(small_tekken)
+    kept = {"chat_template.jinja", "special_tokens_map.json", "SYSTEM_PROMPT.txt", "tokenizer.json"}
+    for name in (*kept, "config.json", "consolidated.safetensors"):
+        (source / name).write_text(name)
+    encoder_for("m", source).save(target)
+    assert {path.name for path in target.iterdir()} == kept | {"tekken.json"}
+    assert (target / "tekken.json").read_bytes() == small_tekken.read_bytes()
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(

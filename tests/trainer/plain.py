@@ -6,11 +6,11 @@ What the engine is held against: no batches, no padding, no masks, no Trainer.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import MistralForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, MistralForCausalLM
 
 from training_backends.datasets.rows import byte_encode, parse_row
 from training_backends.rundir.directory import RunSpec
@@ -103,5 +103,77 @@ def save_tiny(directory: Path) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
     MistralForCausalLM(config).save_pretrained(directory)
+    save_tiny_tokenizer(directory)
+    return directory
+
+
+_TEXT: Final = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": 259,
+}
+_GROUPED: Final = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS: Final = {
+    **_TEXT,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "v_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_TOWER: Final = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_PIXTRAL: Final = {**_TOWER, "model_type": "pixtral", "head_dim": 16}
+_QWEN_TOWER: Final = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0],
+}
+_OF_TODAY: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]]] = {
+    "mistral3": ("mistral3", {**_GROUPED, "model_type": "ministral3"}, _PIXTRAL),
+    "mistral3, experts": ("mistral3", {**_EXPERTS, "model_type": "mistral4"}, _PIXTRAL),
+    "mistral4": ("mistral4", _EXPERTS, None),
+    "gemma3": (
+        "gemma3",
+        {**_GROUPED, "model_type": "gemma3_text"},
+        {**_TOWER, "model_type": "siglip_vision_model"},
+    ),
+    "qwen3_vl": ("qwen3_vl", {**_GROUPED, "model_type": "qwen3_vl_text"}, _QWEN_TOWER),
+}
+MODELS_OF_TODAY: Final = tuple(_OF_TODAY)
+"""Architectures that are no plain language models, most with a vision tower."""
+
+
+def save_of_today(directory: Path, name: str) -> Path:
+    """Save a small random model of an architecture of today, in bfloat16."""
+    kind, text, tower = _OF_TODAY[name]
+    parts = {"text_config": text, "vision_config": tower} if tower else text
+    images = {"image_token_index": 10} if kind in {"mistral3", "gemma3"} else {}
+    config = CONFIG_MAPPING[kind](**parts, **images)
+    torch.manual_seed(5)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
     save_tiny_tokenizer(directory)
     return directory

@@ -20,6 +20,7 @@ from training_backends.trainer.control import StopRequest
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.launch import Outcome, launch, loopback_store
 from training_backends.trainer.process import train
+from training_backends.trainer.queue import Device
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -97,7 +98,8 @@ def test_each_process_sees_one_gpu(run: RunDir, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     keep = '(run / f"{rank}.gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])\n'
     command = (sys.executable, "-c", BEGINNING + keep + f'if rank == "0": {REPORT}')
-    launch(run, run.read_spec(), StopRequest(run.stop), ("3", "GPU-5"), command)
+    devices = [Device(name, name) for name in ("3", "GPU-5")]
+    launch(run, run.read_spec(), StopRequest(run.stop), devices, command)
     assert [(run.path / f"{rank}.gpu").read_text() for rank in "01"] == ["3", "GPU-5"]
 
 

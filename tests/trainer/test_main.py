@@ -16,6 +16,7 @@ from training_backends.core.files import hold_lock
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.rundir.handover import ON_STDIN
 from training_backends.trainer.__main__ import main
+from training_backends.trainer.queue import host_key
 
 pytestmark = pytest.mark.engine
 
@@ -83,7 +84,8 @@ def test_a_queued_process_has_loaded_the_standard_library_only(
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "run", slots_dir=slots, slots=2)
-    with hold_lock(slots / "0.lock"), hold_lock(slots / "1.lock"):
+    first, second = (slots / f"cpu-{host_key()}.{number}.lock" for number in range(2))
+    with hold_lock(first), hold_lock(second):
         child = engine.start("train", run.path)
         ((event, _),) = wait_until(run.read_events)
         assert event.data == {"status": "queued", "position": 1}
@@ -104,7 +106,7 @@ def test_a_queued_run_trains_once_there_is_a_slot(
     slots.mkdir()
     run = make_run(tmp_path / "run", slots_dir=slots, training_steps=1, validation=[])
     with ThreadPoolExecutor() as threads, ExitStack() as taken:
-        taken.enter_context(hold_lock(slots / "0.lock"))
+        taken.enter_context(hold_lock(slots / f"cpu-{host_key()}.0.lock"))
 
         def leave() -> None:
             wait_until(run.read_events)

@@ -17,6 +17,7 @@ from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCo
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import train
+from training_backends.trainer.queue import host_key
 
 pytestmark = pytest.mark.engine
 
@@ -149,9 +150,9 @@ def test_a_free_slot_is_taken(make_run: MakeRun, tmp_path: Path) -> None:
     slots = tmp_path / "slots"
     slots.mkdir()
     run = make_run(tmp_path / "r", slots_dir=slots, slots=2, training_steps=1)
-    with hold_lock(slots / "0.lock"):
+    with hold_lock(slots / f"cpu-{host_key()}.0.lock"):
         assert train(run.path) is TrainerExitCode.DONE
-    with hold_lock(slots / "1.lock", patience=0):
+    with hold_lock(slots / f"cpu-{host_key()}.1.lock", patience=0):
         pass
 
 

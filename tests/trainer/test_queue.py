@@ -13,7 +13,14 @@ import pytest
 from tests.waiting import wait_until
 from training_backends.core.files import hold_lock
 from training_backends.trainer.errors import Stopped
-from training_backends.trainer.queue import QueueEntry, Slot, hold_slots, slots_for
+from training_backends.trainer.queue import (
+    Device,
+    QueueEntry,
+    Slot,
+    hold_slots,
+    host_key,
+    slots_for,
+)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ONE = slots_for((), 1)
@@ -77,7 +84,10 @@ class Machine:
 
     def devices(self) -> dict[str, list[str | None]]:
         """Return the GPUs of each run that trains."""
-        return {name: [place.device for place in held] for name, held in self.at.copy().items()}
+        return {
+            name: [place.device and place.device.name for place in held]
+            for name, held in self.at.copy().items()
+        }
 
     def leave(self, run_id: str) -> None:
         """Have a run end that trains."""
@@ -201,9 +211,14 @@ def test_never_more_at_once_than_there_are_places(machine: Machine) -> None:
     assert machine.began == names
 
 
+def gpus(*names: str) -> tuple[Device, ...]:
+    """Make devices."""
+    return tuple(Device(name, f"key-{name}") for name in names)
+
+
 def test_each_gpu_has_one_run(machine: Machine) -> None:
     """A second run takes the other device, a third waits for whichever is free first."""
-    places = slots_for(("0", "GPU-8f2c"), None)
+    places = slots_for(gpus("0", "GPU-8f2c"), None)
     for minute, name in enumerate(["a", "b", "c"]):
         machine.add(turn(name, minutes=minute), places)
         wait_until(lambda name=name: name in machine.at or machine.positions[name] == [1])
@@ -215,7 +230,7 @@ def test_each_gpu_has_one_run(machine: Machine) -> None:
 
 def test_a_run_on_several_gpus_waits_for_all_of_them(machine: Machine) -> None:
     """Meanwhile it holds none, and nobody behind it overtakes it."""
-    devices = ("0", "1", "2")
+    devices = gpus("0", "1", "2")
     places = slots_for(devices, None)
     machine.add(turn("a"), places)
     wait_until(lambda: machine.devices() == {"a": ["0"]})
@@ -233,7 +248,7 @@ def test_a_run_on_several_gpus_waits_for_all_of_them(machine: Machine) -> None:
 
 def test_one_run_at_a_time_may_have_several_gpus(machine: Machine) -> None:
     """The most that may train at once counts runs, not GPUs."""
-    devices = ("0", "1")
+    devices = gpus("0", "1")
     machine.add(turn("two"), slots_for(devices, 1, 2), gpus=2)
     wait_until(lambda: "two" in machine.at)
     machine.add(turn("one", minutes=1), slots_for(devices, 1))
@@ -243,7 +258,7 @@ def test_one_run_at_a_time_may_have_several_gpus(machine: Machine) -> None:
 
 def test_as_many_runs_as_is_said_have_several_gpus_each(machine: Machine) -> None:
     """Two at once take all four; a third waits."""
-    places = slots_for(("0", "1", "2", "3"), 2, 2)
+    places = slots_for(gpus("0", "1", "2", "3"), 2, 2)
     for minute, name in enumerate(["a", "b", "c"]):
         machine.add(turn(name, minutes=minute), places, gpus=2)
         wait_until(lambda name=name: name in machine.at or machine.positions[name] == [1])
@@ -252,7 +267,7 @@ def test_as_many_runs_as_is_said_have_several_gpus_each(machine: Machine) -> Non
 
 def test_a_run_on_the_cpu_waits_for_no_gpu(machine: Machine) -> None:
     """The two have places, and queues, of their own."""
-    gpu = slots_for(("0",), None)
+    gpu = slots_for(gpus("0"), None)
     machine.add(turn("a"), gpu)
     wait_until(lambda: "a" in machine.at)
     machine.add(turn("b", minutes=1), gpu)
@@ -275,8 +290,8 @@ def test_places_are_shared_out_among_the_gpus(
     devices: tuple[str, ...], most: int | None, expected: list[str | None]
 ) -> None:
     """One a GPU unless told otherwise; more than there are GPUs share them."""
-    places = slots_for(devices, most)
-    assert [place.device for place in places] == expected
+    places = slots_for(gpus(*devices), most)
+    assert [place.device and place.device.name for place in places] == expected
     assert len({place.lock for place in places}) == len(places)
 
 
@@ -295,7 +310,7 @@ def test_without_a_directory_nobody_waits() -> None:
 def test_a_name_that_is_no_file_name_waits_too(machine: Machine) -> None:
     """A run may be called anything by who writes its spec."""
     machine.directory.mkdir()
-    with hold_lock(machine.directory / "0.lock"):
+    with hold_lock(machine.directory / f"cpu-{host_key()}.0.lock"):
         machine.add(turn("../a/b~c"))
         wait_until(lambda: machine.positions["../a/b~c"] == [1])
     wait_until(lambda: machine.at)

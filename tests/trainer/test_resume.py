@@ -65,6 +65,28 @@ def uninterrupted(
     return run, lambda path: make_run(path, **changes)
 
 
+def test_a_suspended_run_continues_in_place(
+    make_run: MakeRun, trainer: Trainer, tmp_path: Path
+) -> None:
+    """Like a queued run whose process has died: without an end, from its checkpoint."""
+    run = make_run(tmp_path / "r", training_steps=12, checkpoint_every=100)
+    pid = trainer.start(run)
+    wait_until(lambda: run.is_active() and last_step(run) >= 2)
+    run.request_suspension()
+    os.kill(pid, signal.SIGTERM)
+    assert trainer.end() == TrainerExitCode.STOPPED
+    ((_, state),) = run.read_checkpoints()
+    assert run.read_exit() is None
+    assert not run.stop.exists()
+    last = run.read_events()[-1][0]
+    assert (last.data["status"], last.data["step"]) == ("queued", state.step)
+    trainer.start(run)
+    assert trainer.end() == TrainerExitCode.DONE
+    said = [event.message for event, _ in run.read_events()]
+    assert any(text.startswith(f"Resuming at step {state.step}") for text in said)
+    assert [*rows_by_step(run)] == [*range(1, 13)]
+
+
 @pytest.mark.parametrize(
     ("uninterrupted", "number"),
     product(("full", "lora"), (signal.SIGKILL, signal.SIGTERM))

@@ -266,7 +266,7 @@ def logs(
 def checkpoints(run: RunArgument, cached: CachedOption = False, json: JsonOption = False) -> None:
     """List the checkpoints of a run, oldest first.
 
-    `resume --checkpoint` takes an id of this list.
+    `resume --checkpoint` and `download --checkpoint` take an id of this list.
     """
     from training_backends.cli.views.console import write_json
     from training_backends.cli.views.render import show_age, show_checkpoints
@@ -444,13 +444,18 @@ def pause(run: ExactRunArgument, json: JsonOption = False) -> None:
 def download(
     run: RunArgument,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Target directory.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the result."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Download the trained model of a run."""
+    """Download the trained model of a run, or one of its checkpoints."""
     from training_backends.cli.views.console import stderr, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
-        return await client.download(await complete_id(client, run), directory.absolute())
+        run_id = await complete_id(client, run)
+        return await client.download(run_id, directory.absolute(), checkpoint=checkpoint)
 
     path = with_client(fetch)
     if json:

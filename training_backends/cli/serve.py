@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 _DESCRIPTORS = 65_536
+_CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
+_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 
 
 def serve(
@@ -126,9 +128,21 @@ async def _serve(
                 say("  first API key, shown only once:")
                 typer.echo(new_key)
             say("  Press Ctrl-C to stop; training in progress keeps running.")
-            async for _ in signals:
+            async for number in signals:
+                if number == signal.SIGTERM and _ends_with_container():
+                    say("Saving the progress of the training in this container …")
+                    found = await served.gateway.client.backend(backend).suspend()
+                    say(f"Runs saved: {found}. They continue when the gateway starts again.")
                 break
     say("Gateway stopped.")
+
+
+def _ends_with_container() -> bool:
+    """Return whether this is the main process of a container, whose end ends all others."""
+    import os
+
+    marked = any(map(Path.exists, map(Path, _CONTAINER_MARKS))) or _KUBERNETES in os.environ
+    return os.getpid() == 1 or (os.getppid() == 1 and marked)  # or under an init process
 
 
 async def _first_key(gateway: "Gateway") -> str | None:

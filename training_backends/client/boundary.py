@@ -84,6 +84,7 @@ _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
         "capabilities": Capabilities,
         "create": TrainingBackend,
         "download": Path,
+        "download_checkpoint": Path,
         "estimate": Estimate,
         "health": Health,
         "launch": RunState,
@@ -95,6 +96,7 @@ _RETURNS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
         "sample": Reply,
         "status": RunState,
         "statuses": Mapping,
+        "suspend": int,
         "tolerated_bad_rows": (int, float),
         "validate": ValidationReport,
     }

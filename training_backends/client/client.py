@@ -559,15 +559,26 @@ class AsyncTrainingClient:
         await self._observer.require_here(run, "resume")
         return await self._steering.resume(run, watch, checkpoint=checkpoint, new_id=new_id)
 
-    async def download(self, run_id: str, target: Path | str) -> Path:
+    async def download(
+        self, run_id: str, target: Path | str, *, checkpoint: str | None = None
+    ) -> Path:
         """Download the trained model of a run into `target`, atomically.
+
+        Args:
+            checkpoint: Checkpoint whose model to download, also of a run that is in progress or
+                has failed; None: the run's result.
 
         Raises:
             UnsupportedOperation: The backend has no weight download, or the run has no model.
+            ConfigError: There is no such checkpoint.
         """
         run = await self.status(run_id)
         await self._observer.require_here(run, "download the model of")
         backend = await self._backend(run.backend)
+        if checkpoint is not None:
+            if not backend.capabilities.downloads_checkpoints:
+                raise backend.unsupported("download a checkpoint", "Omit the checkpoint.")
+            return await backend.download_checkpoint(run, checkpoint, Path(target))
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
         return await backend.download(run, Path(target))

@@ -480,6 +480,18 @@ class TrainingBackend(ABC):
         del run, target
         raise self.unsupported("download the trained model")
 
+    async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
+        """Download the model as it was at a checkpoint; override if supported.
+
+        The client calls this only if `Capabilities.downloads_checkpoints` is set. The run may be
+        in progress or have failed.
+
+        Raises:
+            ConfigError: There is no such checkpoint.
+        """
+        del run, checkpoint, target
+        raise self.unsupported("download a checkpoint")
+
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model; override if supported.
 
@@ -495,6 +507,14 @@ class TrainingBackend(ABC):
         """Delete a finished run and its model at the provider; override if supported."""
         del run
         raise self.unsupported("delete runs")
+
+    async def suspend(self) -> int:
+        """Save the progress of all runs that would end with this machine or container.
+
+        Called before it shuts down; the runs continue once they are observed again. Override if
+        runs are processes here. Returns when they are saved, with their number.
+        """
+        return 0
 
     async def health(self) -> Health:
         """Check that the backend works, at no cost; override to contact the provider."""

@@ -60,6 +60,7 @@ class Capabilities(BaseModel, frozen=True):
         resumes: Whether a stopped or failed run can be continued as a new run: `no`; `anew`, which
             trains from the start; or `checkpoint`, from any of its checkpoints.
         downloads: The trained model can be downloaded.
+        downloads_checkpoints: Any checkpoint can be downloaded as a model.
         names_result: Completed runs have a `result_model`.
         samples: The trained model can be prompted.
         deletes: Runs can be deleted.
@@ -89,6 +90,7 @@ class Capabilities(BaseModel, frozen=True):
     pauses: bool = False
     resumes: Literal["no", "anew", "checkpoint"] = "no"
     downloads: bool = False
+    downloads_checkpoints: bool = False
     names_result: bool = True
     samples: bool = False
     deletes: bool = False

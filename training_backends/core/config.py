@@ -259,6 +259,12 @@ class Hyperparameters(_Model):
     weight_decay: float | None = Field(default=None, ge=0, le=1)
     warmup_fraction: float | None = Field(default=None, ge=0, le=1)
     fim_ratio: float | None = Field(default=None, ge=0, le=1)
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Validations without a lower validation loss after which training stops.",
+    )
     seed: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ __all__ = [
     "IntactCheckpoint",
     "damage_of",
     "describe_files",
+    "find_best",
     "find_newest",
     "step_of",
 ]
@@ -80,6 +81,17 @@ def find_newest(run: RunDir) -> FoundCheckpoints:
             return FoundCheckpoints(IntactCheckpoint(path, _read_state(path)), tuple(damaged))
         damaged.append(DamagedCheckpoint(path, reason))
     return FoundCheckpoints(None, tuple(damaged))
+
+
+def find_best(run: RunDir) -> IntactCheckpoint | None:
+    """Return the checkpoint with the lowest validation loss, without reading all of its files."""
+    measured = [
+        IntactCheckpoint(path, state)
+        for path, state in run.read_checkpoints()
+        if "valid_loss" in state.metrics
+    ]
+    # Of equal ones the first, as with early stopping.
+    return min(measured, key=lambda each: each.state.metrics["valid_loss"], default=None)
 
 
 def damage_of(path: Path) -> str | None:

@@ -14,9 +14,11 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     .processes/     what several processes of a run report to the one that started them
     log.txt         stdout and stderr of the process
     reserve         space for exit.json on a full disk; exists while the process trains
-    stop            asks the process to save a checkpoint and exit
+    stop            asks the process to save a checkpoint and exit; or to suspend the run, which
+                    then continues in a new process, as a queued run whose process has died
 """
 
+import json
 import os
 from contextlib import suppress
 from enum import IntEnum
@@ -37,6 +39,7 @@ from training_backends.core.files import (
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "CheckpointState",
     "Event",
     "ExitRecord",
@@ -45,6 +48,7 @@ __all__ = [
     "RunDir",
     "RunSpec",
     "TrainerExitCode",
+    "adapter_base",
     "rows_per_epoch",
 ]
 
@@ -98,7 +102,9 @@ class RunSpec(_Record):
         chat_template: File and digest of the template that is used instead of the model's own.
         chat_template_text: Its text at launch.
         result: How to save an adapter.
-        result_checkpoint: Which state becomes the result.
+        early_stopping_patience: Validations without a lower loss after which training stops.
+        result_checkpoint: The trained model: the last state, or the checkpoint with the lowest
+            validation loss.
         checkpoint_every: Steps between checkpoints; None: a tenth of the run, at least 10.
         keep_checkpoints: How many of the newest checkpoints to keep.
         max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
@@ -138,6 +144,7 @@ class RunSpec(_Record):
     chat_template: ChatTemplate | None = None
     chat_template_text: str | None = None
     result: Literal["adapter", "merged", "both"] = "adapter"
+    early_stopping_patience: int | None = Field(default=None, ge=1)
     result_checkpoint: Literal["last", "best"] = "last"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -255,12 +262,14 @@ class ResultRecord(_Record):
         path: Relative to the run directory.
         format: A full model, or an adapter for `base_model`.
         adapter: Path of the separate adapter, if it was also merged into the model.
+        step: Step of the checkpoint that it is, if that is not the run's last state.
     """
 
     path: str
     format: Literal["full", "adapter"]
     base_model: str
     adapter: str | None = None
+    step: int | None = None
 
 
 class ExitRecord(_Record):
@@ -350,6 +359,10 @@ class RunDir:
         """Ask the process to exit, with a checkpoint if wanted; safe to repeat."""
         write_atomic(self.stop, "save" if save_checkpoint else "discard")
 
+    def request_suspension(self) -> None:
+        """Ask the process to save a checkpoint and exit, to be restarted later; safe to repeat."""
+        write_atomic(self.stop, "suspend")
+
     def add_event(self, event: Event) -> None:
         """Append to events.jsonl."""
         append_line(self.events, event.model_dump_json())
@@ -379,6 +392,30 @@ class RunDir:
             if (state := _checkpoint_state(path)) is not None
         ]
         return sorted(found, key=lambda item: item[1].step)
+
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file that makes a directory an adapter of peft."""
+
+
+def adapter_base(directory: Path) -> str:
+    """Return the base model of the adapter in `directory`: a name, or the path that its run used.
+
+    Raises:
+        ValueError: Its configuration cannot be read.
+    """
+    # An adapter names no local path; the run that it belongs to does.
+    for run in map(RunDir, directory.absolute().parents[:2]):
+        record = run.read_exit()
+        if record and record.result:
+            paths = {record.result.path, record.result.adapter}
+            if directory.absolute().relative_to(run.path).as_posix() in paths:
+                return record.result.base_model
+    try:
+        config = json.loads((directory / ADAPTER_CONFIG).read_bytes())
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{ADAPTER_CONFIG} names no base model") from None
 
 
 def _checkpoint_state(path: Path) -> CheckpointState | None:

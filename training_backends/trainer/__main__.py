@@ -1,4 +1,4 @@
-"""`python -m training_backends.trainer train|ray RUN_DIR` and `… sample MODEL <TEXT`."""
+"""`python -m training_backends.trainer train|work|ray RUN_DIR`, `… sample MODEL`, `… export …`."""
 
 import json
 import sys
@@ -50,6 +50,10 @@ def _parsed(arguments: list[str]) -> "Namespace":
     on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
     on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
     on_ray.add_argument("--max-failures", type=int, default=0)
+    exporting = commands.add_parser("export", help="write a checkpoint of a run as a model")
+    exporting.add_argument("run_dir", type=Path)
+    exporting.add_argument("checkpoint", help="its name, such as step-120")
+    exporting.add_argument("target", type=Path)
     sampling = commands.add_parser("sample", help="generate an answer to one prompt")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
@@ -72,8 +76,31 @@ def _other(given: "Namespace") -> int:
         from training_backends.trainer.ray import drive  # noqa: PLC0415
 
         return int(drive(given.run_dir, given))
+    if given.command == "export":
+        return _export(given.run_dir, given.checkpoint, given.target)
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
     return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
+
+
+def _export(path: Path, checkpoint: str, target: Path) -> int:
+    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
+
+    prepare_threads()
+    prepare_imports()
+    from training_backends.rundir.directory import RunDir, TrainerExitCode  # noqa: PLC0415
+    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+    from training_backends.trainer.control import StopRequest  # noqa: PLC0415
+    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+
+    run = RunDir(path)
+    try:
+        process = TrainingProcess(run, run.read_spec(), StopRequest(run.stop))
+        process.export(run.checkpoints / checkpoint, target)
+    except (TrainerError, TokenizerError) as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(exit_code_of(error))
+    return int(TrainerExitCode.DONE)
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from training_backends.core.files import append_line, hold_lock, read_lines
 from training_backends.trainer.control import StopRequest
-from training_backends.trainer.queue import QueueEntry, hold_slots, slots_for
+from training_backends.trainer.queue import Device, QueueEntry, hold_slots, slots_for
 
 __all__ = ["Admission", "when_admitted"]
 
@@ -29,13 +29,13 @@ class Admission(NamedTuple):
     """What a training process was granted.
 
     Attributes:
-        devices: The GPUs to train on, as in `CUDA_VISIBLE_DEVICES`; empty for the CPU.
+        devices: The GPUs to train on; empty for the CPU.
         error: Why it must not train: it was stopped, or the run directory cannot be used.
     """
 
     run: Path
     stop: StopRequest
-    devices: tuple[str, ...] = ()
+    devices: tuple[Device, ...] = ()
     error: Exception | None = None
 
 
@@ -72,7 +72,7 @@ def _admitted(path: Path) -> Iterator[Admission]:
         yield admission
 
 
-def _wait(path: Path, stop: StopRequest, held: ExitStack) -> tuple[str, ...]:
+def _wait(path: Path, stop: StopRequest, held: ExitStack) -> tuple[Device, ...]:
     """Take the slot that spec.json asks for; return its GPUs.
 
     Raises:
@@ -87,7 +87,7 @@ def _wait(path: Path, stop: StopRequest, held: ExitStack) -> tuple[str, ...]:
     spec = _read_object(path / "spec.json")
     directory = spec.get("slots_dir")
     processes = int(spec.get("num_processes", 1))
-    devices: tuple[str, ...] = ()
+    devices: tuple[Device, ...] = ()
     if spec.get("device") != "cpu" and (directory or processes > 1):
         from training_backends.trainer.environment import visible_devices  # noqa: PLC0415  # 2 MB
 

@@ -25,6 +25,7 @@ from training_backends.rundir.checkpoints import (
     STATE,
     IntactCheckpoint,
     describe_files,
+    find_best,
     find_newest,
     step_of,
 )
@@ -49,10 +50,12 @@ def write_checkpoint(
     metrics: dict[str, float],
     scheduled: bool,
     keep: int,
+    keep_best: bool = False,
 ) -> Path:
     """Write `checkpoints/step-N`, and remove the oldest beyond `keep`.
 
     Args:
+        keep_best: Keep the one with the lowest validation loss as well.
         fill: Writes the files into the (temporary) directory it is given.
         scheduled: Whether a checkpoint was due, see `CheckpointState`.
 
@@ -76,8 +79,10 @@ def write_checkpoint(
         _remove(target)
         temporary.rename(target)
         sync_directory(run.checkpoints)
+    best = find_best(run) if keep_best else None
     for path, _ in run.read_checkpoints()[:-keep]:
-        _remove(path)
+        if best is None or path != best.path:
+            _remove(path)
     _clean(run)
     return target
 

@@ -1,16 +1,16 @@
 """Stop requests: SIGTERM, SIGINT, or a `stop` file in the run directory."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from training_backends.rundir.directory import RunDir
 
-__all__ = ["STOP_SIGNALS", "StopRequest", "Stopped", "report_status"]
+__all__ = ["STOP_SIGNALS", "EarlyStopping", "StopRequest", "Stopped", "report_status"]
 
 
 def report_status(run: "RunDir", status: str, message: str, **data: object) -> None:
@@ -25,6 +25,31 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 class Stopped(Exception):
     """A stop was requested before this process's first step."""
+
+
+class EarlyStopping:
+    """Counts validations since the lowest validation loss; part of each checkpoint.
+
+    Args:
+        patience: Validations without a lower loss after which training stops; None: never.
+    """
+
+    def __init__(self, patience: int | None, state: Mapping[str, Any] | None = None) -> None:
+        self._patience = patience
+        self.state: dict[str, Any] = dict(state or {"loss": None, "step": 0, "since": 0})
+
+    def add(self, step: int, loss: float) -> None:
+        """Add the validation loss at a step."""
+        best = self.state["loss"]
+        if best is None or loss < best:
+            self.state = {"loss": loss, "step": step, "since": 0}
+        else:
+            self.state["since"] += 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to stop."""
+        return self._patience is not None and self.state["since"] >= self._patience
 
 
 class StopRequest:
@@ -59,6 +84,14 @@ class StopRequest:
             return self._file.read_text(encoding="ascii") != "discard"
         except FileNotFoundError:
             return True  # the default for a signal
+
+    @property
+    def suspends(self) -> bool:
+        """Whether the run continues later, in a new process."""
+        try:
+            return self._file.read_text(encoding="ascii") == "suspend"
+        except FileNotFoundError:
+            return False
 
     @property
     def requested(self) -> bool:

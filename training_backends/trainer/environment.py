@@ -5,16 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from training_backends.rundir.handover import ON_STDIN
+from training_backends.trainer.queue import Device, host_key
 
 __all__ = [
-    "VISIBLE",
     "environment_without_token",
     "prepare_imports",
     "prepare_threads",
+    "show_in_turn",
+    "show_only",
     "take_token",
     "thread_count",
     "visible_devices",
@@ -75,31 +77,71 @@ def thread_count(*, small: bool, processes: int = 1) -> int:
 
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+_VISIBLE_TO_HIP: Final = "HIP_VISIBLE_DEVICES"
+"""On ROCm it takes precedence over the former, which works there as well."""
 
 _PATIENCE: Final = 20.0
 """Seconds; a suspended driver takes some time to wake up."""
-_GPU: Final = re.compile(r"GPU (\d+):")
+_NVIDIA: Final = ("nvidia-smi", "-L")
+_GPU: Final = re.compile(r"GPU (\d+): (.*?)(?: \(UUID: (GPU-[^)]+)\))?$")
 _MIG: Final = re.compile(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)")
+_AMD: Final = (("amd-smi", "list"), ("rocm-smi", "--showuniqueid"))
+_AMD_GPU: Final = re.compile(
+    r"^GPU: (\d+)$(?:\n[ \t]+\w+: .*$)*?\n[ \t]+UUID: (\S+)"  # amd-smi
+    r"|^GPU\[(\d+)\]\s*: Unique ID: (\S+)",  # rocm-smi
+    re.MULTILINE,
+)
 
 
-def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the visible GPUs, as in `CUDA_VISIBLE_DEVICES`; () if there are none.
+def show_only(device: Device) -> dict[str, str]:
+    """Return the environment variables that make only this device visible."""
+    return {VISIBLE: device.name} | ({_VISIBLE_TO_HIP: device.name} if device.is_amd else {})
 
-    Takes that variable if it is set, else the driver's list.
+
+def show_in_turn(devices: Sequence[Device]) -> None:
+    """Set the variable that torch's agent divides among its processes; HIP reads it, too."""
+    os.environ[VISIBLE] = ",".join(device.name for device in devices)
+    os.environ.pop(_VISIBLE_TO_HIP, None)
+
+
+def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
+    """Return the visible GPUs; () if there are none.
+
+    Takes the variables that select some if they are set, else the driver's list.
     """
+    listed = _list_nvidia(_ask_driver(*_NVIDIA), environ)
+    is_amd = False
+    if not listed:
+        answers = (_list_amd(_ask_driver(*command)) for command in _AMD)
+        listed = next((found for found in answers if found), {})
+        is_amd = bool(listed)
     chosen = environ.get(VISIBLE)
-    if chosen is not None:
-        names = [name.strip() for name in chosen.split(",")]
-        # CUDA ignores everything after an invalid name.
-        end = next((at for at, name in enumerate(names) if name in {"", "-1"}), len(names))
-        return tuple(names[:end])
-    return _listed(_ask_driver())
+    if is_amd:
+        chosen = environ.get(_VISIBLE_TO_HIP, chosen)
+    names = [*listed] if chosen is None else _names(chosen)
+    return tuple(_device(name, listed, is_amd=is_amd) for name in names)
 
 
-def _ask_driver() -> str:
+def _names(chosen: str) -> list[str]:
+    names = [name.strip() for name in chosen.split(",")]
+    # CUDA ignores everything after an invalid name.
+    end = next((at for at, name in enumerate(names) if name in {"", "-1"}), len(names))
+    return names[:end]
+
+
+def _device(name: str, listed: Mapping[str, str | None], *, is_amd: bool) -> Device:
+    """Return a device by its name; a UUID may be shortened."""
+    key = listed.get(name)
+    if key is None and not name.isdecimal():
+        matching = [each for each in listed.values() if each and each.startswith(name)]
+        key = matching[0] if len(matching) == 1 else name
+    return Device(name, key or f"{host_key()}-{name}", is_amd)
+
+
+def _ask_driver(*command: str) -> str:
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "-L"],  # noqa: S607  # its path depends on the driver
+        done = subprocess.run(  # noqa: S603  # fixed commands; their path depends on the driver
+            command,
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
@@ -111,12 +153,29 @@ def _ask_driver() -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    """Parse `nvidia-smi -L`: a line per GPU, followed by a line for each of its MIG devices."""
+def _list_nvidia(text: str, environ: Mapping[str, str]) -> dict[str, str | None]:
+    """Parse `nvidia-smi -L`: a line per GPU, followed by a line for each of its MIG devices.
+
+    Returns the UUID of each device by its name, which is the UUID of a MIG device, else a number.
+    """
     found: dict[str, list[str]] = {}
+    keys: dict[str, str | None] = {}
+    models = set()
     for line in text.splitlines():
         if gpu := _GPU.match(line):
             found[gpu[1]] = []
+            keys[gpu[1]] = gpu[3]
+            models.add(gpu[2])
         elif found and (part := _MIG.match(line)):
             found[next(reversed(found))].append(part[1])
-    return tuple(name for gpu, parts in found.items() for name in (parts or [gpu]))
+            keys[part[1]] = part[1]
+    if len(models) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        # CUDA numbers unequal GPUs in another order than the driver.
+        keys = {name: key if key == name else None for name, key in keys.items()}
+    return {name: keys[name] for gpu, parts in found.items() for name in (parts or [gpu])}
+
+
+def _list_amd(text: str) -> dict[str, str | None]:
+    """Parse `amd-smi list` or `rocm-smi --showuniqueid`: the UUID of each GPU by its number."""
+    pairs = ((new or old, uuid or unique) for new, uuid, old, unique in _AMD_GPU.findall(text))
+    return {number: None if key == "N/A" else key for number, key in pairs}

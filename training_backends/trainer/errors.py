@@ -14,6 +14,7 @@ __all__ = [
     "exit_code_of",
     "failure_of",
     "is_out_of_memory",
+    "quotes_library",
 ]
 
 
@@ -59,6 +60,13 @@ def failure_of(error: BaseException) -> Failure:
         message = "The disk is full. Free some space, then resume from the last checkpoint."
         return Failure(kind="internal", message=message, retryable=True)
     return Failure(kind="internal", message=f"{type(error).__name__}: {first_line(error)}")
+
+
+def quotes_library(error: BaseException) -> bool:
+    """Return whether the failure's message is the first line of a library's error."""
+    if isinstance(error, TrainerError | TokenizerError):
+        return error.__cause__ is not None and first_line(error.__cause__) in str(error)
+    return failure_of(error).kind == "internal" and not _is_disk_full(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -32,8 +32,9 @@ from torch.distributed.elastic.rendezvous.api import (
 from training_backends.core.config import TINY_MODEL
 from training_backends.rundir.directory import Event, ExitRecord, RunDir, RunSpec
 from training_backends.trainer.control import StopRequest
-from training_backends.trainer.environment import VISIBLE
+from training_backends.trainer.environment import show_in_turn
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.queue import Device
 
 __all__ = ["Outcome", "launch", "loopback_store"]
 
@@ -105,13 +106,13 @@ def launch(
     run: RunDir,
     spec: RunSpec,
     stop: StopRequest,
-    devices: Sequence[str] = (),
+    devices: Sequence[Device] = (),
     program: Sequence[str] = _PROGRAM,
 ) -> ExitRecord:
     """Train in `num_processes` processes; return how the run ended.
 
     Args:
-        devices: A GPU for each process, as in `CUDA_VISIBLE_DEVICES`; empty for the CPU.
+        devices: A GPU for each process; empty for the CPU.
         program: What each process runs, with the run directory and this process's id appended.
 
     Raises:
@@ -119,7 +120,7 @@ def launch(
     """
     _fetch(spec.model)
     if devices:
-        os.environ[VISIBLE] = ",".join(devices)
+        show_in_turn(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     with Outcome(run).collected() as outcome:
         agent = LocalElasticAgent(

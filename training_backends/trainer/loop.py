@@ -19,7 +19,7 @@ from training_backends.trainer.checkpoint import (
     save_tensors,
     write_checkpoint,
 )
-from training_backends.trainer.control import StopRequest
+from training_backends.trainer.control import EarlyStopping, StopRequest
 from training_backends.trainer.data import Order, PackedSchedule, Schedule
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
@@ -177,9 +177,11 @@ class Reporter:
         stop: StopRequest,
         device: torch.device,
         world: World = ALONE,
+        early: EarlyStopping | None = None,
     ) -> None:
         self._run = run
         self._plan = plan
+        self._early = early or EarlyStopping(None)
         self._validation = validation
         self._has_accuracy = objective.has_accuracy
         self._stop = stop
@@ -239,6 +241,23 @@ class Reporter:
             )
         )
         self._measured = measured
+        if "valid_loss" in measured:  # the same in every process
+            self._early.add(step, measured["valid_loss"])
+
+    def stops_early(self, step: int) -> bool:
+        """Return whether the validation loss has not improved for too long, and report it."""
+        if not self._early.is_due or step == self._plan.total_steps:
+            return False
+        best = self._early.state
+        self._run.add_event(
+            Event(
+                name="message",
+                message=f"Stopping early at step {step}: the validation loss has not improved in "
+                f"{best['since']} validations since step {best['step']} ({best['loss']:.4f})",
+                step=step,
+            )
+        )
+        return True
 
     def _tokens_per_second(self, step: int) -> float | None:
         # Called after the loss was read, which synchronizes with the GPU.
@@ -402,6 +421,8 @@ class TrainingLoop:
             if due.save:
                 self._save(step)
             stopped = due.stop
+            if not stopped and self._reporter.stops_early(step):
+                break
         return step, stopped
 
     def _learning_rate(self, step: int) -> float:
@@ -462,6 +483,7 @@ class TrainingLoop:
             metrics=metrics,
             scheduled=self._plan.is_checkpoint(step),
             keep=self._spec.keep_checkpoints,
+            keep_best=self._spec.result_checkpoint == "best",
         )
         self._reporter.checkpoint_saved(step, target.name, metrics)
 

@@ -11,7 +11,13 @@ from yaml import YAMLError
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.files import digest_of
-from training_backends.rundir.directory import MetricsRow, ResultRecord, RunDir, RunSpec
+from training_backends.rundir.directory import (
+    ADAPTER_CONFIG,
+    MetricsRow,
+    ResultRecord,
+    RunDir,
+    RunSpec,
+)
 
 __all__ = ["DataFacts", "Licence", "describe_data", "read_licence", "write_card"]
 
@@ -106,13 +112,15 @@ def write_card(
     directory: Path, *, run: RunDir, spec: RunSpec, record: ResultRecord, data: Sequence[DataFacts]
 ) -> None:
     """Write README.md next to a finished model; it contains no local paths."""
+    continues = spec.model != record.base_model  # an adapter
+    spec = spec.model_copy(update={"model": record.base_model})
     licence = read_licence(spec.model)
     parts = [
         _head(spec, record, licence),
         f"# {run.path.name}\n",
-        _origin(spec, record),
-        _data(data),
-        _results(run),
+        _origin(spec, record, continues=continues),
+        _data(data) if data else "",
+        _results(run, record),
         _configuration(spec),
         _use(directory, spec, record),
         _licence(spec, licence),
@@ -145,14 +153,15 @@ def _head(spec: RunSpec, record: ResultRecord, licence: Licence | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _origin(spec: RunSpec, record: ResultRecord) -> str:
+def _origin(spec: RunSpec, record: ResultRecord, *, continues: bool) -> str:
     kind = "An adapter for" if record.format == "adapter" else "Fine-tuned from"
     package, libraries = (
         _version("training-backends"),
         ", ".join(filter(None, map(_version, _LIBRARIES))),
     )
     return (
-        f"{kind} `{_base_name(spec)}`: {_METHODS[spec.method]}, {_TUNINGS[spec.tuning.kind]}.\n\n"
+        f"{kind} `{_base_name(spec)}`: {_METHODS[spec.method]}, {_TUNINGS[spec.tuning.kind]}"
+        f"{', continuing an adapter' if continues else ''}.\n\n"
         f"{package or 'training-backends'} with {libraries}.\n"
     )
 
@@ -181,7 +190,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _results(run: RunDir) -> str:
+def _results(run: RunDir, record: ResultRecord) -> str:
     first, last = _first(run), run.read_newest_metrics()
     if first is None or not last:
         return ""
@@ -205,6 +214,8 @@ def _results(run: RunDir) -> str:
         lines.append(
             f"Lowest validation loss: {validated[best]['valid_loss']:.6g} at step {best}.\n"
         )
+    if record.step is not None:
+        lines.append(f"The weights are those of step {record.step:,}.\n")
     return "\n".join(lines)
 
 
@@ -232,12 +243,21 @@ def _use(directory: Path, spec: RunSpec, record: ResultRecord) -> str:
     options, served, note = "", "DIR", "DIR is this directory."
     if record.format == "adapter":
         served = _base_name(spec)
-        rank = next((rank for rank in _VLLM_RANKS if rank >= spec.tuning.rank), spec.tuning.rank)
+        own = _rank(directory, spec)
+        rank = next((rank for rank in _VLLM_RANKS if rank >= own), own)
         options = f" --enable-lora --max-lora-rank {rank} --lora-modules tuned=DIR"
         note += f" vLLM also needs the base model `{served}`."
     if _has_mistral_tokenizer(directory):
         options += " --tokenizer-mode mistral"
     return f"## Use\n\n{note}\n\n```sh\nvllm serve {served}{options}\n```\n"
+
+
+def _rank(directory: Path, spec: RunSpec) -> int:
+    """Return the adapter's rank, which is not the spec's if the run continued an adapter."""
+    try:
+        return int(json.loads((directory / ADAPTER_CONFIG).read_bytes())["r"])
+    except (OSError, ValueError, KeyError):
+        return spec.tuning.rank
 
 
 def _has_mistral_tokenizer(directory: Path) -> bool:

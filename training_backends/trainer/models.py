@@ -2,8 +2,10 @@
 
 import errno
 import json
+import re
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -17,8 +19,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     MistralConfig,
@@ -28,7 +32,7 @@ from transformers import (
 from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
-from training_backends.rundir.directory import ResultRecord, RunDir
+from training_backends.rundir.directory import ADAPTER_CONFIG, ResultRecord, adapter_base
 from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
 from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
@@ -130,6 +134,13 @@ _FILES: Final = [
     *("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"),
     "README.md",  # names the license
 ]
+_DESCRIPTIONS: Final = ("config.json", ADAPTER_CONFIG)
+_PROCESSORS: Final = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""How an image-text model prepares images."""
 _UNNEEDED: Final = ["consolidated*", "original/*", "onnx/*"]
 
 
@@ -138,14 +149,18 @@ class LoadedModel:
     """A model ready for fine-tuning or generation, and its encoder.
 
     Attributes:
+        base: Name of the model, or of an adapter's base model.
         targets: Its targets, if it is a classifier.
-        directory: Local directory of its files; None for the built-in model.
+        directory: Local directory of the base model's files; None for the built-in model.
+        dtype: Precision in which the base model is stored; None if its files do not name it.
     """
 
     model: Any
     encoder: Encoder
+    base: str
     targets: tuple[ClassifierTarget, ...] = ()
     directory: Path | None = None
+    dtype: torch.dtype | None = None
 
 
 def choose_device(requested: str) -> torch.device:
@@ -222,10 +237,20 @@ def load_model(
         encoder = encoder_for(name, None, chat_template=chat_template)
     else:
         directory = find_model(name)
-        if (directory / "adapter_config.json").is_file():
-            return _load_adapter(name, directory, device)
-        encoder = encoder_for(name, directory, chat_template=chat_template)
         targets = _resolve_targets(name, directory, tuning, targets)
+        if (directory / ADAPTER_CONFIG).is_file():
+            base = load_model(
+                _base_of(name, directory),
+                seed=seed,
+                tuning=tuning,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                targets=targets,
+                chat_template=chat_template,
+            )
+            return _load_adapter(base, name, directory, tuning, chat_template)
+        encoder = encoder_for(name, directory, chat_template=chat_template)
         model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
     if attention != "auto":
         _set_attention(model, name, attention)
@@ -235,7 +260,8 @@ def load_model(
         # Any program that generates with the result stops where its answers end.
         ends = sorted(end_ids(model, encoder))
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    return LoadedModel(model, encoder, tuple(targets), directory)
+    stored = _stored_dtype(directory) if directory else None
+    return LoadedModel(model, encoder, name, tuple(targets), directory, stored)
 
 
 def _resolve_targets(
@@ -269,27 +295,50 @@ def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) 
     model.config.get_text_config().pad_token_id = pad_id
 
 
-def _load_adapter(name: str, directory: Path, device: torch.device) -> LoadedModel:
-    base_name, targets = _base_of(directory), read_targets(directory)
-    base = load_model(base_name, seed=0, tuning=None, device=device, targets=targets)
+def _base_of(name: str, directory: Path) -> str:
     try:
-        model = PeftModel.from_pretrained(base.model, directory)
+        base = adapter_base(directory)
+    except ValueError as error:
+        raise TrainerError(f"The adapter {name!r} cannot be read: {error}.") from error
+    if "/" not in base and base != TINY_MODEL and not Path(base).is_dir():
+        raise TrainerError(
+            f"The base model {base!r} of the adapter {name!r} not found: an adapter that was "
+            "copied from its run does not know where its base model is. Set "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG}."
+        )
+    return base
+
+
+def _load_adapter(
+    base: LoadedModel,
+    name: str,
+    directory: Path,
+    tuning: Tuning | None,
+    chat_template: str | None,
+) -> LoadedModel:
+    """Apply an adapter to its base model; full fine-tuning trains the two merged."""
+    if base.targets and not read_targets(directory):
+        raise TrainerError(
+            f"The adapter {name!r} is that of a language model, and a classifier cannot start from "
+            "it. Merge it into its base model first (options.result: merged)."
+        )
+    trains_adapter = tuning is not None and tuning.kind != "full"
+    try:
+        model = PeftModel.from_pretrained(base.model, directory, is_trainable=trains_adapter)
     except (RuntimeError, ValueError) as error:
         raise TrainerError(
-            f"The adapter {name!r} does not fit {base_name!r}: {first_line(error)}"
+            f"The adapter {name!r} does not fit {base.base!r}: {first_line(error)}"
         ) from error
+    if tuning is not None and not trains_adapter:
+        model = model.merge_and_unload()
+    else:  # peft looks there, or on the Hub, when it saves the adapter
+        (config,) = model.peft_config.values()
+        config.base_model_name_or_path = str(base.directory)
+    if chat_template is not None:  # the base model was loaded with it
+        return replace(base, model=model)
     # Its tokenizer may have a chat template of its own.
     encoder = encoder_for(name, directory) if has_tokenizer(directory) else base.encoder
-    return LoadedModel(model, encoder, targets, directory)
-
-
-def _base_of(directory: Path) -> str:
-    # The adapter names no local path; the run it belongs to does.
-    record = RunDir(directory.parent).read_exit()
-    if record and record.result and record.result.path == directory.name:
-        return record.result.base_model
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    return str(config["base_model_name_or_path"])
+    return replace(base, model=model, encoder=encoder)
 
 
 def find_model(name: str) -> Path:
@@ -300,7 +349,7 @@ def find_model(name: str) -> Path:
     """
     local = Path(name).expanduser()
     if local.is_dir():
-        if not any((local / f).is_file() for f in ("config.json", "adapter_config.json")):
+        if not any((local / f).is_file() for f in _DESCRIPTIONS):
             raise TrainerError(f"{local} is not a model directory: it has no config.json.")
         return local
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
@@ -346,7 +395,7 @@ def _cached(name: str) -> Path | None:
         found = Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return found if (found / "config.json").is_file() else None
+    return found if any((found / each).is_file() for each in _DESCRIPTIONS) else None
 
 
 def _raise_offline(name: str) -> NoReturn:
@@ -379,10 +428,15 @@ def _load_weights(
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
         options |= _four_bit_options(device, dtype)
-    loader = AutoModelForSequenceClassification if targets else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("encoder-decoder models are not supported")  # noqa: TRY301
+        loader: Any = AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            loader = AutoModelForImageTextToText
         if targets:
+            loader = AutoModelForSequenceClassification
             config.num_labels = sum(len(target.labels) for target in targets)
         model = loader.from_pretrained(directory, config=config, local_files_only=True, **options)
     except (ImportError, OSError, ValueError, KeyError) as error:
@@ -406,26 +460,48 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
     Raises:
         TrainerError: The model has no such modules.
     """
+    outside = _outside_text(model)
     if tuning.kind == "full":
+        for each, parameter in model.named_parameters():
+            parameter.requires_grad = not (outside and re.match(outside, each))
         return model
     if name == TINY_MODEL:
         raise TrainerError(f"{TINY_MODEL} has random weights and only supports full fine-tuning.")
-    modules = list(tuning.target_modules) if tuning.target_modules else "all-linear"
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,
-        lora_dropout=tuning.dropout,
-        target_modules=modules,
-        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
-    )
+    adapted = model if isinstance(model, PeftModel) else None
     try:
-        adapted = get_peft_model(model, config)
+        adapted = adapted or get_peft_model(
+            model,
+            LoraConfig(
+                r=tuning.rank,
+                lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,
+                lora_dropout=tuning.dropout,
+                target_modules=list(tuning.target_modules or ()) or "all-linear",
+                exclude_modules=f"{outside}.*" if outside else None,
+                task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
+            ),
+        )
     except ValueError as error:
         raise TrainerError(f"LoRA cannot be added to {name!r}: {first_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _outside_text(model: Any) -> str | None:
+    """Return the pattern of the modules that precede an image-text model's language model.
+
+    Those are the vision tower and what projects its output; None for a language model.
+    """
+    if isinstance(model, PeftModel) or model.config.get_text_config() is model.config:
+        return None
+    text = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is text), "")
+    parent, _, leaf = path.rpartition(".")
+    heads = [name for name in ("lm_head", "score") if hasattr(model.get_submodule(parent), name)]
+    spared = "|".join(re.escape(name) for name in (leaf, *heads))
+    prefix = re.escape(f"{parent}.") if parent else ""
+    return rf"{prefix}(?!(?:{spared})(?:\.|$))"
 
 
 def save_model(model: Any, name: str, directory: Path) -> None:
@@ -448,13 +524,12 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def save_result(
-    loaded: LoadedModel, name: str, directory: Path, *, save_as: str = "adapter"
-) -> ResultRecord:
+def save_result(loaded: LoadedModel, directory: Path, *, save_as: str = "adapter") -> ResultRecord:
     """Write the trained model and its tokenizer into an empty directory.
 
+    A full model is written in the precision of its base.
+
     Args:
-        name: The base model as named in the run.
         save_as: How to save an adapter: `adapter`, `merged` into its base model (which leaves no
             adapter in memory), or `both`.
     """
@@ -463,15 +538,44 @@ def save_result(
     if isinstance(model, PeftModel) and save_as != "adapter":
         if save_as == "both":
             adapter = directory / "adapter"
-            _save_all(model, loaded, name, adapter)
+            _save_all(model, loaded, adapter)
         model = _merge(loaded)
-    _save_all(model, loaded, name, directory)
+    is_adapter = isinstance(model, PeftModel)
+    if not is_adapter:
+        _round_weights(model, loaded.dtype)
+    _save_all(model, loaded, directory)
     return ResultRecord(
         path=directory.name,
-        format="adapter" if isinstance(model, PeftModel) else "full",
-        base_model=name,
+        format="adapter" if is_adapter else "full",
+        base_model=loaded.base,
         adapter=f"{directory.name}/{adapter.name}" if adapter else None,
     )
+
+
+def _stored_dtype(directory: Path) -> torch.dtype | None:
+    """Return the precision in which a model's files say that its weights are stored."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    for part in (config, config.get("text_config") or {}):
+        found = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
+        if isinstance(found, torch.dtype):
+            return found
+    return None
+
+
+def _round_weights(model: Any, dtype: torch.dtype | None) -> None:
+    """Round trained weights to a half precision, except those that need more."""
+    if dtype not in {torch.bfloat16, torch.float16}:
+        return
+    exact = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and exact.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    for part in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
+        if part is not None:  # saved with the model, whose own precision transformers updates
+            part.dtype = dtype
 
 
 def _merge(loaded: LoadedModel) -> Any:
@@ -493,9 +597,13 @@ def _merge(loaded: LoadedModel) -> Any:
     return model.merge_and_unload()
 
 
-def _save_all(model: Any, loaded: LoadedModel, name: str, directory: Path) -> None:
+def _save_all(model: Any, loaded: LoadedModel, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    save_model(model, name, directory)
+    save_model(model, loaded.base, directory)
     loaded.encoder.save(directory)
+    if loaded.directory is not None and not isinstance(model, PeftModel):
+        for name in _PROCESSORS:
+            if (loaded.directory / name).is_file():
+                shutil.copy(loaded.directory / name, directory / name)
     if loaded.targets:
         describe_classifier(loaded.targets, loaded.encoder.pad_id, directory)

@@ -25,15 +25,22 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
-from training_backends.trainer.environment import VISIBLE, prepare_imports, prepare_threads
-from training_backends.trainer.errors import Stopped, TrainerError, exit_code_of, failure_of
+from training_backends.trainer.environment import prepare_imports, prepare_threads, show_only
+from training_backends.trainer.errors import (
+    Stopped,
+    TrainerError,
+    exit_code_of,
+    failure_of,
+    quotes_library,
+)
+from training_backends.trainer.queue import Device
 
 __all__ = ["Launch", "train", "train_admitted", "work"]
 
 _POLL: Final = 0.5
 
 
-Launch = Callable[[RunDir, RunSpec, StopRequest, Sequence[str]], ExitRecord]
+Launch = Callable[[RunDir, RunSpec, StopRequest, Sequence[Device]], ExitRecord]
 """Starts a run's processes and returns how the run ended, see `launch.launch`."""
 
 
@@ -62,7 +69,14 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
             raise
         record = _failed(run, error)
-    _end(run, record)
+    if record.status == "stopped" and admission.stop.suspends:
+        # Without an exit.json, whoever observes the run restarts it like any queued one.
+        message = f"Suspended at step {record.step}; continues when observed again"
+        run.reserve.unlink(missing_ok=True)
+        report_status(run, "queued", message, step=record.step)
+        admission.stop.clear()
+    else:
+        _end(run, record)
     return TrainerExitCode(record.code)
 
 
@@ -73,7 +87,13 @@ def _failed(run: RunDir, error: Exception) -> ExitRecord:
     with suppress(OSError):  # log.txt is on the disk that may be full
         traceback.print_exception(error)
     code = exit_code_of(error)
-    return ExitRecord(status="failed", code=code, step=step, failure=failure_of(error))
+    failure = failure_of(error)
+    if quotes_library(error):
+        # Relative to the home: a gateway shows the message to its clients.
+        log = "/".join(run.log.parts[-3:])
+        message = f"{failure.message.rstrip('.')}. The complete error is in {log}."
+        failure = failure.model_copy(update={"message": message})
+    return ExitRecord(status="failed", code=code, step=step, failure=failure)
 
 
 def _end(run: RunDir, record: ExitRecord) -> None:
@@ -98,8 +118,8 @@ def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitReco
         raise admission.error
     where = ""
     if chosen := admission.devices:
-        os.environ[VISIBLE] = chosen[0]  # has an effect only before torch is loaded
-        where = f", on GPU {', '.join(chosen)}"
+        os.environ.update(show_only(chosen[0]))  # has an effect only before torch is loaded
+        where = f", on GPU {', '.join(device.name for device in chosen)}"
     report_status(run, "initializing", f"Loading {spec.model}{where}")
     if launch is None and spec.num_processes > 1:
         from training_backends.trainer.launch import launch  # noqa: PLC0415

@@ -4,6 +4,9 @@ Each slot in `slots_dir` is a lock file. Each waiting process has a file in `tic
 that names sort in queue order, and holds a lock on it; an unlocked file belongs to a process that
 has died. The position depends on the priority and on when the run was first queued, which its run
 directory records: a process started again for the run, even after a reboot, keeps its position.
+
+Several machines or containers may share the files: GPUs are named by their UUID, everything else by
+the machine, so that no run waits for another machine's slots.
 """
 
 import fcntl
@@ -19,7 +22,7 @@ from urllib.parse import quote
 from training_backends.core.files import hold_lock, is_locked
 from training_backends.trainer.control import Stopped
 
-__all__ = ["QueueEntry", "Slot", "hold_slots", "slots_for"]
+__all__ = ["Device", "QueueEntry", "Slot", "hold_slots", "host_key", "slots_for"]
 
 _CHECK_EVERY: Final = 0.1
 """Seconds between two checks, multiplied by the position in the queue."""
@@ -27,7 +30,31 @@ _CHECK_AT_LEAST_EVERY: Final = 5.0
 _STOP_CHECK_EVERY: Final = 1.0
 """Maximum seconds between two checks for a stop request."""
 _TICKETS: Final = "tickets"
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _TOP_PRIORITY: Final = 1000
+
+
+class Device(NamedTuple):
+    """A GPU.
+
+    Attributes:
+        name: As in the variable that makes it visible, `CUDA_VISIBLE_DEVICES` or
+            `HIP_VISIBLE_DEVICES`.
+        key: Identifies it among all machines and containers that share a home.
+        is_amd: Whether it needs the latter variable.
+    """
+
+    name: str
+    key: str
+    is_amd: bool = False
+
+
+def host_key() -> str:
+    """Return what identifies this machine until it reboots; the same in all of its containers."""
+    try:
+        return _BOOT.read_text(encoding="ascii").partition("-")[0]
+    except OSError:
+        return os.uname().nodename
 
 
 class Slot(NamedTuple):
@@ -35,11 +62,11 @@ class Slot(NamedTuple):
 
     Attributes:
         lock: Name of its lock file.
-        device: Its GPU, as in `CUDA_VISIBLE_DEVICES`.
+        device: Its GPU; None for the CPU.
     """
 
     lock: str
-    device: str | None = None
+    device: Device | None = None
 
 
 class QueueEntry(NamedTuple):
@@ -60,7 +87,7 @@ class QueueEntry(NamedTuple):
         return f"{kind}~{rank:04d}~{micros:018d}~{quote(self.run_id, safe='')}"
 
 
-def slots_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[Slot]:
+def slots_for(devices: Sequence[Device], most: int | None, gpus: int = 1) -> list[Slot]:
     """Return a machine's slots, distributed over its GPUs.
 
     Args:
@@ -68,11 +95,11 @@ def slots_for(devices: Sequence[str], most: int | None, gpus: int = 1) -> list[S
         gpus: GPUs per run.
     """
     if not devices:
-        return [Slot(f"{number}.lock") for number in range(most or 1)]
+        return [Slot(f"cpu-{host_key()}.{number}.lock") for number in range(most or 1)]
     total = most * gpus if most else len(devices)
     rounds = [divmod(number, len(devices)) for number in range(total)]
     return [
-        Slot(f"gpu-{quote(devices[index], safe='')}.{again}.lock", devices[index])
+        Slot(f"gpu-{quote(devices[index].key, safe='')}.{again}.lock", devices[index])
         for again, index in rounds
     ]
 
@@ -102,7 +129,7 @@ def hold_slots(
     if directory is None:
         yield ()
         return
-    kind = "cpu" if slots[0].device is None else "gpu"
+    kind = f"{'cpu' if slots[0].device is None else 'gpu'}-{host_key()}"
     tickets = directory / _TICKETS
     tickets.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:

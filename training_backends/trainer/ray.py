@@ -21,6 +21,7 @@ from training_backends.trainer.environment import VISIBLE
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.launch import Outcome
 from training_backends.trainer.process import train
+from training_backends.trainer.queue import Device
 
 __all__ = ["drive"]
 
@@ -34,7 +35,7 @@ def drive(path: Path, wanted: Namespace) -> TrainerExitCode:
 
 
 def _launch(
-    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[str], *, wanted: Namespace
+    run: RunDir, spec: RunSpec, stop: StopRequest, devices: Sequence[Device], *, wanted: Namespace
 ) -> ExitRecord:
     """Train with workers of Ray Train; see `launch.launch`."""
     import ray  # noqa: PLC0415

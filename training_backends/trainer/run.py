@@ -18,10 +18,11 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from training_backends.core.config import TINY_MODEL
+from training_backends.rundir.checkpoints import damage_of, find_best, step_of
 from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunSpec
 from training_backends.tokens.encoders import Encoder
 from training_backends.trainer.checkpoint import load_tensors, newest_checkpoint, trained_weights
-from training_backends.trainer.control import StopRequest, report_status
+from training_backends.trainer.control import EarlyStopping, StopRequest, report_status
 from training_backends.trainer.data import LoadedFile, load_file
 from training_backends.trainer.environment import thread_count
 from training_backends.trainer.errors import Stopped, TrainerError
@@ -287,6 +288,7 @@ class TrainingProcess:
             stop=self._stop,
             device=device,
             world=world,
+            early=(early := EarlyStopping(spec.early_stopping_patience, before.get("early"))),
         )
         if start is None:
             self._sample(loaded, root, "before")
@@ -309,25 +311,47 @@ class TrainingProcess:
             reporter=reporter,
             micro=micro,
             precision=precision,
-            fill=partial(_fill, micro, references, self._hashes()),
+            fill=partial(_fill, micro, references, self._hashes(), early),
             world=world,
         )
         self.step, stopped = loop.train(start)
+        best = None
         if not stopped:
+            best = world.broadcast(self._best() if world.is_leader else None)
+            if best is not None and root.sharding == "none":
+                self._load_weights(loaded.model, best)
             self._sample(loaded, root, "after")
         world.leave()
         if stopped or not world.is_leader:
             return None
-        return self._save(self._complete(loaded, root, device))
+        return self._save(self._complete(loaded, root, device, best), self._run.result, best)
 
-    def _complete(self, loaded: LoadedModel, root: RootModule, device: torch.device) -> LoadedModel:
-        """Return the trained model; if it is sharded, from its last checkpoint, in one piece."""
+    def _best(self) -> int | None:
+        """Return the step of the lowest validation loss if that becomes the result."""
+        best = find_best(self._run) if self._spec.result_checkpoint == "best" else None
+        if best is None or best.state.step == self.step:
+            return None
+        if reason := damage_of(best.path):
+            self._warn(f"The best checkpoint, {best.path.name}, is damaged: {reason}")
+            return None
+        loss = best.state.metrics["valid_loss"]
+        self._report(
+            f"The result is the checkpoint at step {best.state.step}: validation loss {loss:.4f}"
+        )
+        return best.state.step
+
+    def _load_weights(self, model: Any, step: int) -> None:
+        load_tensors(self._run.checkpoints / f"step-{step}", trained_weights(model), alone=True)
+
+    def _complete(
+        self, loaded: LoadedModel, root: RootModule, device: torch.device, best: int | None
+    ) -> LoadedModel:
+        """Return the trained model; if it is sharded, from a checkpoint, in one piece."""
         if root.sharding == "none":
             return loaded
         fresh = self._load_model(device)
         model = self._adapted(fresh)
-        checkpoint = self._run.checkpoints / f"step-{self.step}"
-        load_tensors(checkpoint, trained_weights(model), alone=True)
+        self._load_weights(model, best or self.step)
         return replace(fresh, model=model)
 
     def _ask_reference(
@@ -406,15 +430,28 @@ class TrainingProcess:
         data = {"stage": stage, "prompt": prompt, "answer": text}
         self._run.add_event(Event(name="sample", message=f"{stage}: {text}", data=data))
 
-    def _save(self, loaded: LoadedModel) -> ResultRecord:
-        temporary = self._run.path / ".result.tmp"
+    def export(self, checkpoint: Path, target: Path) -> ResultRecord:
+        """Write the model as it was at a checkpoint to `target`, atomically; on the CPU.
+
+        Raises:
+            TrainerError: The model cannot be loaded, or the checkpoint does not fit it.
+        """
+        set_up_torch(self._spec.model)
+        device = torch.device("cpu")  # a GPU may be in use
+        loaded, _ = self._prepare(self._load_model(device), device)
+        load_tensors(checkpoint, trained_weights(loaded.model), alone=True)
+        return self._save(loaded, target, step_of(checkpoint))
+
+    def _save(self, loaded: LoadedModel, target: Path, step: int | None = None) -> ResultRecord:
+        temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        record = save_result(loaded, self._spec.model, temporary, save_as=self._spec.result)
+        record = save_result(loaded, temporary, save_as=self._spec.result)
+        record = record.model_copy(update={"step": step})
         write_card(temporary, run=self._run, spec=self._spec, record=record, data=self._data)
-        shutil.rmtree(self._run.result, ignore_errors=True)
-        temporary.rename(self._run.result)
-        adapter = record.adapter and f"{self._run.result.name}/{Path(record.adapter).name}"
-        return record.model_copy(update={"path": self._run.result.name, "adapter": adapter})
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        adapter = record.adapter and f"{target.name}/{Path(record.adapter).name}"
+        return record.model_copy(update={"path": target.name, "adapter": adapter})
 
     def _load_training(self, objective: Objective[Any]) -> list[list[Any]]:
         files = [
@@ -472,10 +509,14 @@ class TrainingProcess:
 
 
 def _fill(
-    micro: MicroBatch, references: References | None, data: list[str], directory: Path
+    micro: MicroBatch,
+    references: References | None,
+    data: list[str],
+    early: EarlyStopping,
+    directory: Path,
 ) -> None:
     """Write the checkpoint files other than the weights and the optimizer's state."""
-    state = json.dumps({"micro_batch_size": micro.size, "data": data})
+    state = json.dumps({"micro_batch_size": micro.size, "data": data, "early": early.state})
     (directory / _STATE).write_text(state, encoding="ascii")
     if references:
         references.save(directory)

@@ -300,7 +300,7 @@ async def test_a_client_alone_needs_no_training_libraries(
     backend: LocalBackend, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is missing is optional, until part of it is installed or a run is here."""
-    here = "training_backends.backends.local.backend.find_spec"
+    here = "training_backends.backends.local.interpreter.find_spec"
     monkeypatch.setattr(here, lambda name: None if name == "torch" else name)
     partly = await backend.health()
     assert (partly.ok, partly.configured, partly.message) == (False, True, "not installed: torch")

@@ -53,6 +53,21 @@ def test_the_newest_whole_one_is_taken(run: TrainingRun, source: RunDir, target:
     assert len(list(source.checkpoints.iterdir())) == 3, "the old run is left as it is"
 
 
+def test_the_best_one_is_taken_as_well(
+    make_run: Callable[..., TrainingRun], source: RunDir, target: RunDir
+) -> None:
+    """Where it is to be the result, also of the run that continues."""
+    for path, state in source.read_checkpoints():
+        measured = state.model_copy(update={"metrics": {"valid_loss": abs(state.step - 4.0)}})
+        (path / "state.json").write_text(measured.model_dump_json())
+    run = make_run(result={"checkpoint": "best"})
+    assert copy_checkpoint(run, source, target, None) == 10
+    assert [state.step for _, state in target.read_checkpoints()] == [4, 10]
+    newer = RunDir(target.path.with_name("newer"))
+    assert copy_checkpoint(run, source, newer, "2") == 2, "what came later does not count"
+    assert [state.step for _, state in newer.read_checkpoints()] == [2]
+
+
 def test_a_damaged_one_is_not_taken_by_name(
     run: TrainingRun, source: RunDir, target: RunDir
 ) -> None:

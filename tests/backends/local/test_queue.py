@@ -17,6 +17,7 @@ from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.rundir.directory import RunDir
 from training_backends.testing.journal import MemoryJournal
+from training_backends.trainer.queue import host_key
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 
@@ -28,7 +29,7 @@ def occupied(home: Path) -> ExitStack:
     """The machine's only place, held until this is closed."""
     (home / "slots").mkdir()
     stack = ExitStack()
-    stack.enter_context(hold_lock(home / "slots" / "0.lock"))
+    stack.enter_context(hold_lock(home / "slots" / f"cpu-{host_key()}.0.lock"))
     return stack
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from training_backends.backends.local import backend as module
-from training_backends.backends.local import spec
+from training_backends.backends.local import interpreter
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.spec import build_spec, config_of
 from training_backends.core.config import ChatTemplate
@@ -38,6 +37,13 @@ async def test_a_plain_configuration_has_no_issues(
         ({"tuning": "lora"}, ("tuning.kind", "use full")),
         ({"tuning": "qlora"}, ("tuning.kind", "use full")),
         ({"hyperparameters": {"fim_ratio": 0.5}}, ("hyperparameters.fim_ratio", "remove it")),
+        (
+            {
+                "hyperparameters": {"early_stopping_patience": 3},
+                "data": {"train": "/dev/null"},
+            },
+            ("hyperparameters.early_stopping_patience", "set data.validation"),
+        ),
         ({"hyperparameters": {"seed": 2**32}}, ("hyperparameters.seed", "2^32")),
         ({"hyperparameters": {"seq_len": 99999}}, ("hyperparameters.seq_len", "32768")),
         ({"options": {"micro_batch_size": 3}}, ("options.micro_batch_size", "divisor")),
@@ -165,12 +171,12 @@ async def test_qlora_is_taken_where_it_can_run(
 ) -> None:
     """Wherever bitsandbytes is installed, with any result."""
     run = make_run(tuning="qlora", model="org/model", options={"result": "merged"})
-    monkeypatch.setattr(spec, "find_spec", lambda _: None)
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name != "bitsandbytes" or None)
     (issue,) = (await backend.validate(run.config, inspected(run))).errors
     assert issue.field == "tuning.kind"
     assert issue.fix is not None
     assert "pip install 'training-backends[qlora]'" in issue.fix
-    monkeypatch.setattr(spec, "find_spec", lambda name: name)
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name)
     assert (await backend.validate(run.config, inspected(run))).ok
 
 
@@ -181,7 +187,7 @@ async def test_a_missing_library_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the engine's libraries the message says what to install."""
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: None if name == "peft" else name)
     run = make_run()
     with pytest.raises(BackendNotInstalled, match="peft") as raised:
         await backend.validate(run.config, inspected(run))

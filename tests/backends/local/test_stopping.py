@@ -1,5 +1,9 @@
-"""A stop that reaches the training process, wherever it runs, and no other process."""
+"""A stop, or a container's end, that reaches the training process, and no other process."""
 
+import json
+import os
+import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,11 +11,15 @@ from pathlib import Path
 
 import anyio
 import pytest
+from anyio import to_thread
+from mistralai.client import Mistral
 
 from tests.backends.local.conftest import is_over, until_state
+from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.rundir.directory import RunDir
 
 pytestmark = pytest.mark.anyio
 
@@ -102,3 +110,51 @@ async def test_a_process_of_another_container_with_the_same_id_is_left_alone(
         state = await until_state(LocalBackend(home), run, is_over)
         assert state.status is TrainingStatus.CANCELLED
         training.communicate(timeout=60)
+
+
+@pytest.mark.skipif(not _can_isolate(), reason="needs the right to make pid namespaces")
+@pytest.mark.engine
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+async def test_the_end_of_a_container_saves_the_training_in_it(home: Path, data: Path) -> None:
+    """`serve` is its process 1, whose end kills all others: a SIGTERM suspends them first."""
+    environment = {
+        **os.environ,
+        "TRAINING_BACKENDS_HOME": str(home),
+        "TRAINING_BACKENDS_GATEWAY__API_KEY": (key := secrets.token_urlsafe(24)),
+    }
+    command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
+    with subprocess.Popen(
+        [*ISOLATED, "--kill-child", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as container:
+        assert container.stdout is not None
+        assert container.stderr is not None
+        url = json.loads(container.stdout.readline())["url"]
+        client = Mistral(api_key=key, server_url=url)
+        with (data / "train.jsonl").open("rb") as handle:
+            file = await to_thread.run_sync(
+                lambda: client.files.upload(file={"file_name": "a.jsonl", "content": handle})
+            )
+        await to_thread.run_sync(
+            lambda: client.fine_tuning.jobs.create(
+                model="tiny-mistral",
+                training_files=[{"file_id": file.id, "weight": 1}],
+                hyperparameters={"training_steps": 10_000},
+                auto_start=True,
+            )
+        )
+        metrics = await until(lambda: [*home.glob("**/metrics.jsonl")])
+        run = RunDir(metrics[0].parent)
+        await until(run.read_newest_metrics)
+        children = Path(f"/proc/{container.pid}/task/{container.pid}/children")
+        os.kill(int(children.read_text()), signal.SIGTERM)
+        _, said = await to_thread.run_sync(container.communicate)
+    assert "Runs saved: 1." in said
+    assert not run.is_active()
+    assert run.read_exit() is None
+    assert run.read_events()[-1][0].data["status"] == "queued"
+    assert len(run.read_checkpoints()) == 1

@@ -86,6 +86,39 @@ def check(backend: LocalBackend, make_run: MakeRun, inspected: Inspected) -> Cal
     return found
 
 
+@pytest.mark.parametrize(
+    "model_type", ["mistral3", "mistral4", "ministral3", "qwen3_vl", "gemma3", "llava"]
+)
+async def test_image_text_models_are_known(
+    check: Callable[..., Any], model: Path, model_type: str
+) -> None:
+    """Their text part is trained; the size of the vocabulary may be one level down."""
+    described = {"model_type": model_type, "text_config": {**SHAPE, "vocab_size": 264}}
+    (model / "config.json").write_text(json.dumps(described))
+    (model / "chat_template.jinja").unlink()  # not needed: the vocabulary is that of bytes
+    assert await check(model) == ()
+
+
+async def test_the_files_of_an_adapter_are_those_of_its_base(
+    check: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    """A run may start from an adapter, with its rank; what its base lacks is found."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(model), "r": 8}))
+    assert await check(adapter, tuning="lora") == ()
+    (issue,) = await check(adapter, tuning={"kind": "lora", "rank": 16})
+    assert (issue.field, issue.severity) == ("tuning.rank", "warning")
+    (model / "chat_template.jinja").unlink()
+    (issue,) = await check(adapter)
+    assert issue.code == "no_chat_template"
+    config.write_text("{}")
+    (issue,) = await check(adapter)
+    assert (issue.code, issue.field) == ("model_files", "model")
+    assert "names no base model" in issue.message
+
+
 async def test_a_good_model_has_no_issues(check: Callable[..., Any], model: Path) -> None:
     """Neither its files nor its rows."""
     assert await check(model) == ()
@@ -116,9 +149,10 @@ async def test_an_architecture_that_cannot_be_loaded(
 ) -> None:
     """It is named, and so is a type that nobody knows; a classifier has its own list."""
     for described in (
-        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]},
+        {"model_type": "voxtral", "architectures": ["VoxtralForConditionalGeneration"]},
         {"model_type": "clip"},
         {"model_type": "no-such-type"},
+        {"model_type": "florence2", "is_encoder_decoder": True},
     ):
         (model / "config.json").write_text(json.dumps(described))
         (issue,) = await check(model)
@@ -132,18 +166,24 @@ def test_the_list_of_architectures_is_that_of_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: PLC0415
     from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
     from training_backends.backends.local import validate  # noqa: PLC0415
+    from training_backends.backends.local.interpreter import THIS_INTERPRETER  # noqa: PLC0415
 
-    for table, classifies in (
-        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, False),
-        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, True),
+    package = THIS_INTERPRETER.transformers()
+    assert package is not None
+    for tables, classifies in (
+        ((MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES), False),
+        ((MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,), True),
     ):
-        classes = {CONFIG_MAPPING_NAMES[name] for name in table if name in CONFIG_MAPPING_NAMES}
+        names = {name for table in tables for name in table}
+        classes = {CONFIG_MAPPING_NAMES[name] for name in names & CONFIG_MAPPING_NAMES.keys()}
         known = {name for name, each in CONFIG_MAPPING_NAMES.items() if each in classes}
-        found = validate.trainable_types(classifies=classifies)
+        known.discard("EvollaModel")  # a class's name among the types
+        found = validate.trainable_types(package, classifies=classifies)
         assert found is not None
         assert known <= found
         assert found & CONFIG_MAPPING_NAMES.keys() == known
@@ -376,7 +416,7 @@ class HubServer(BaseHTTPRequestHandler):
         if name.endswith("/auth-check"):
             code, error = 403, "GatedRepo"
         elif name in sizes:
-            described = {"model_type": "mistral3" if name == "odd" else "llama"}
+            described = {"model_type": "voxtral" if name == "odd" else "llama"}
             tensors = {"parameters": {"F32": sizes[name]}, "total": sizes[name]}
             body = {"id": f"org/{name}", "modelId": f"org/{name}", "config": described}
             body |= {"safetensors": tensors, "gated": "manual" if name == "gated" else False}

@@ -2,35 +2,39 @@
 
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Final, Self, cast
 
+import anyio
 from anyio import to_thread
 from pydantic import BaseModel
 
 from training_backends.backends.local.checkpoint_copy import (
     copy_atomically,
     copy_checkpoint,
+    named_checkpoint,
     reason_of,
     reporting_disk,
     require_space,
 )
 from training_backends.backends.local.estimate import estimate_run
+from training_backends.backends.local.interpreter import NEEDED, THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.process import (
-    TRAINER,
     ChildEnvironment,
     Hub,
     ask_model,
+    run_trainer,
     spawn,
 )
 from training_backends.backends.local.run_log import Cursor, read_records
 from training_backends.backends.local.runs import find_runs, revive
 from training_backends.backends.local.settings import LocalOptions, LocalSettings
 from training_backends.backends.local.spec import (
+    base_of,
     build_spec,
     defaults_taken,
     find_issues,
@@ -87,8 +91,10 @@ from training_backends.tokens.overlong import overlong_rows
 
 __all__ = ["LocalBackend", "require_same"]
 
-_NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
-_INSTALL: Final = "pip install 'training-backends[local]'"
+_SUSPENSION_CHECK: Final = 0.1
+"""Seconds between two checks for the end of a process."""
+_PROBE_CACHE: Final = "local-python.json"
+"""In the home: what is known of the interpreter in `local.python`."""
 
 
 class LocalBackend(TrainingBackend):
@@ -98,31 +104,41 @@ class LocalBackend(TrainingBackend):
     user can find it.
 
     Args:
-        program: Command that trains the run directory given as its last argument.
+        program: Command that trains the run directory given as its last argument; default: the
+            trainer, run by `interpreter`.
         hub: Access to models that are not on this machine.
+        interpreter: Python environment that trains.
     """
 
     name: ClassVar[str] = "local"
     summary: ClassVar[str] = "Trains on this machine, on CPUs or GPUs; no API key, no cost."
     options_model: ClassVar[type[BaseModel]] = LocalOptions
     settings_model: ClassVar[type[SectionSettings] | None] = LocalSettings
-    _trains_here: ClassVar[bool] = True
 
     def __init__(
-        self, home: Path, *, program: Sequence[str] = TRAINER, hub: Hub | None = None
+        self,
+        home: Path,
+        *,
+        program: Sequence[str] | None = None,
+        hub: Hub | None = None,
+        interpreter: Interpreter = THIS_INTERPRETER,
     ) -> None:
         self._home = home
         self._runs = home / "runs"
         self._slots: Path | None = home / "slots"
-        self._program = program
+        self._interpreter = interpreter
+        self._program = interpreter.command("train") if program is None else program
         self._hub = hub or Hub()
         self._place: Place | None = None
+        self._is_ending = False  # see `suspend`
 
     @classmethod
     def create(cls, context: BackendContext) -> Self:
         """Create the backend for the state in `context.home`."""
         settings = cast("LocalSettings", context.settings or load_settings(LocalSettings))
-        return cls(context.home, hub=Hub(settings, context.credentials))
+        interpreter = Interpreter(settings.python, context.home / _PROBE_CACHE)
+        hub = Hub(settings, context.credentials, interpreter)
+        return cls(context.home, hub=hub, interpreter=interpreter)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -136,7 +152,9 @@ class LocalBackend(TrainingBackend):
             chat_template=True,
             keeps_checkpoint_on_stop=True,
             resumes="checkpoint",
+            result_checkpoints=frozenset({"last", "best"}),
             downloads=True,
+            downloads_checkpoints=True,
             samples=True,
             deletes=True,
             lists_remote=True,
@@ -159,7 +177,7 @@ class LocalBackend(TrainingBackend):
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """See `TrainingBackend.validate`."""
         await self._require_trainer()
-        found = partial(find_issues, config, dataset, trains_here=self._trains_here)
+        found = partial(find_issues, config, dataset, self._checked_interpreter)
         issues = await to_thread.run_sync(lambda: tuple(found()))
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
@@ -183,10 +201,15 @@ class LocalBackend(TrainingBackend):
     async def _model_issues(self, config: TrainingConfig, dataset: Dataset) -> tuple[Issue, ...]:
         if config.base_model == TINY_MODEL:
             return ()
-        directory = await to_thread.run_sync(find_directory, config.base_model)
+        try:
+            base = await to_thread.run_sync(base_of, config.base_model)
+        except ValueError as error:
+            return (Issue(code="model_files", message=str(error), field="model"),)
+        config = config.model_copy(update={"model": base})
+        directory = await to_thread.run_sync(find_directory, base)
         if directory is None:
-            return tuple(await hub_issues(config, self._hub))
-        found = partial(files_issues, config, dataset, directory, trains_here=self._trains_here)
+            return tuple(await hub_issues(config, self._hub, self._checked_interpreter))
+        found = partial(files_issues, config, dataset, directory, self._checked_interpreter)
         return await to_thread.run_sync(lambda: tuple(found()))
 
     async def estimate(self, config: TrainingConfig, dataset: Dataset) -> Estimate:
@@ -238,7 +261,12 @@ class LocalBackend(TrainingBackend):
 
     async def _require_trainer(self) -> None:
         """Require the libraries that train on this machine."""
-        await to_thread.run_sync(_require_trainer)
+        await to_thread.run_sync(self._interpreter.require)
+
+    @property
+    def _checked_interpreter(self) -> Interpreter | None:
+        """The environment that `validate` checks; None: the trainer runs elsewhere."""
+        return self._interpreter
 
     async def status(self, run: TrainingRun) -> RunState:
         """Read the state without the log, which grows with the run."""
@@ -262,6 +290,8 @@ class LocalBackend(TrainingBackend):
 
     async def _revive(self, runs: Sequence[TrainingRun]) -> None:
         """Restart queued runs whose process has died, for example in a reboot."""
+        if self._is_ending:
+            return
 
         def find() -> list[RunDir]:
             return [found for run in runs if is_orphaned(found := self._directory(run))]
@@ -364,20 +394,19 @@ class LocalBackend(TrainingBackend):
     def _download(self, run: TrainingRun, target: Path) -> Path:
         directory = self._existing(run)
         result = self._result(directory, "download")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(
-                f"{target} exists and is not empty.", hint="Choose a new directory.", run_id=run.id
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with _writing_to(target, run):
             copy_atomically(directory.path / result.path, target, link=False)
-        except OSError as error:
-            raise TrainingBackendError(
-                f"Cannot copy the model to {target}: {reason_of(error)}.",
-                hint="Check free space and write permission.",
-                backend=self.name,
-                run_id=run.id,
-            ) from error
+        return target
+
+    async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
+        """Write a checkpoint as a model, in a separate process; on the CPU."""
+        directory = await to_thread.run_sync(self._existing, run)
+        path = await to_thread.run_sync(named_checkpoint, run, directory, checkpoint)
+        spec = await to_thread.run_sync(directory.read_spec)
+        child_env = await self._hub.child_environment(spec.model)
+        command = self._interpreter.command("export", str(directory.path), path.name, str(target))
+        with _writing_to(target, run):
+            await run_trainer(command, f"Cannot write {path.name} as a model", child_env)
         return target
 
     async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
@@ -386,7 +415,13 @@ class LocalBackend(TrainingBackend):
         result = await to_thread.run_sync(self._result, directory, "prompt")
         child_env = await self._hub.child_environment(result.base_model)
         model = directory.path / result.path
-        return await ask_model(str(model), prompt, max_tokens=max_tokens, child_env=child_env)
+        return await ask_model(
+            str(model),
+            prompt,
+            max_tokens=max_tokens,
+            child_env=child_env,
+            interpreter=self._interpreter,
+        )
 
     def _result(self, directory: RunDir, verb: str) -> ResultRecord:
         record = directory.read_exit()
@@ -395,6 +430,26 @@ class LocalBackend(TrainingBackend):
                 f"{verb} a model before the run has completed", "Wait for the run to complete."
             )
         return record.result
+
+    async def suspend(self) -> int:
+        """Have the training processes of this container save a checkpoint and exit."""
+        self._is_ending = True
+        suspended = await to_thread.run_sync(self._request_suspension)
+        for run in suspended:
+            while await to_thread.run_sync(run.is_active):  # noqa: ASYNC110  # a process, no event
+                await anyio.sleep(_SUSPENSION_CHECK)
+        return len(suspended)
+
+    def _request_suspension(self) -> list[RunDir]:
+        found = []
+        for path in self._runs.glob("*/spec.json"):
+            run = RunDir(path.parent)
+            # Not those of other containers or machines with the same home.
+            if run.is_active() and not run.stop.exists() and run.signal_process(0):
+                run.request_suspension()
+                run.signal_process(signal.SIGTERM)
+                found.append(run)
+        return found
 
     async def delete(self, run: TrainingRun) -> None:
         """Remove the run directory of a finished run."""
@@ -408,14 +463,20 @@ class LocalBackend(TrainingBackend):
 
     async def health(self) -> Health:
         """Report whether the training libraries are installed."""
-        missing = await to_thread.run_sync(_missing)
-        if missing:
+        return await to_thread.run_sync(self._health)
+
+    def _health(self) -> Health:
+        try:
+            return Health(ok=True, message=self._interpreter.describe())
+        except BackendNotInstalled as error:
+            if not self._interpreter.is_this:
+                return Health(ok=False, message=error.message, hint=error.hint)
+            missing = self._interpreter.missing()
             # Optional for a machine that only uses other backends.
-            is_used = len(missing) < len(_NEEDED) or await to_thread.run_sync(_has_any, self._runs)
+            is_used = len(missing) < len(NEEDED) or _has_any(self._runs)
             words = "not installed" if is_used else "not installed (optional)"
             message = f"{words}: {', '.join(missing)}"
-            return Health(ok=False, message=message, hint=_INSTALL, configured=is_used)
-        return Health(ok=True, message="the training libraries are installed")
+            return Health(ok=False, message=message, hint=error.hint, configured=is_used)
 
     def _directory(self, run: TrainingRun) -> RunDir:
         return self._opened(self._runs / run.id)
@@ -432,22 +493,29 @@ class LocalBackend(TrainingBackend):
         return directory
 
 
+@contextmanager
+def _writing_to(target: Path, run: TrainingRun) -> Iterator[None]:
+    """Check that a model can be written to `target`, and report file system errors."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            f"{target} exists and is not empty.", hint="Choose a new directory.", run_id=run.id
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except TrainingBackendError:
+        raise  # some are also OSErrors
+    except OSError as error:
+        raise TrainingBackendError(
+            f"Cannot write the model to {target}: {reason_of(error)}.",
+            hint="Check free space and write permission.",
+            backend=LocalBackend.name,
+            run_id=run.id,
+        ) from error
+
+
 def _has_any(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
-
-
-def _missing() -> list[str]:
-    return [name for name in _NEEDED if find_spec(name) is None]
-
-
-def _require_trainer() -> None:
-    if missing := _missing():
-        raise BackendNotInstalled(
-            f"The local backend requires {', '.join(missing)}; install training-backends[local].",
-            install=_INSTALL,
-            hint=_INSTALL,
-            backend="local",
-        )
 
 
 def _start_process(

@@ -12,10 +12,17 @@ from training_backends.backends.local.state import read_ending
 from training_backends.core.errors import ConfigError, DuplicateRun, Issue, StoreError
 from training_backends.core.files import make_private_directory
 from training_backends.core.run import TrainingRun
-from training_backends.rundir.checkpoints import damage_of, find_newest, step_of
+from training_backends.rundir.checkpoints import damage_of, find_best, find_newest, step_of
 from training_backends.rundir.directory import RunDir
 
-__all__ = ["copy_atomically", "copy_checkpoint", "reason_of", "reporting_disk", "require_space"]
+__all__ = [
+    "copy_atomically",
+    "copy_checkpoint",
+    "named_checkpoint",
+    "reason_of",
+    "reporting_disk",
+    "require_space",
+]
 
 _LEAST_SPACE: Final = 32 * 2**20
 """Bytes; with less, a training process could not even record why it failed."""
@@ -94,12 +101,19 @@ def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested:
             backend=run.backend,
             run_id=run.id,
         )
-    path = _newest(run, source, target) if requested is None else _named(run, source, requested)
+    if requested is None:
+        path = _newest(run, source, target)
+    else:
+        path = named_checkpoint(run, source, requested)
     if path is None:
         return 0
+    copied = {path}
+    if run.config.result.checkpoint == "best" and (best := find_best(source)):
+        copied |= {best.path} if best.state.step < step_of(path) else set()
     with reporting_disk(run):
         target.checkpoints.mkdir(parents=True, exist_ok=True)
-        copy_atomically(path, target.checkpoints / path.name)
+        for each in copied:
+            copy_atomically(each, target.checkpoints / each.name)
     return step_of(path)
 
 
@@ -112,7 +126,12 @@ def _newest(run: TrainingRun, source: RunDir, target: RunDir) -> Path | None:
     return intact.path if intact else None
 
 
-def _named(run: TrainingRun, source: RunDir, requested: str) -> Path:
+def named_checkpoint(run: TrainingRun, source: RunDir, requested: str) -> Path:
+    """Return the directory of a run's checkpoint.
+
+    Raises:
+        ConfigError: The checkpoint does not exist, or is damaged.
+    """
     found = {step_of(path): path for path in source.checkpoints.glob("step-*")}
     step = requested.removeprefix("step-")
     if not step.isdecimal() or int(step) not in found:
@@ -124,7 +143,7 @@ def _named(run: TrainingRun, source: RunDir, requested: str) -> Path:
         return found[int(step)]
     issue = Issue(code="unknown_checkpoint", message=message, field="checkpoint", fix=fix)
     raise ConfigError(
-        f"Cannot resume from checkpoint {requested!r}.",
+        f"Checkpoint {requested!r} cannot be used.",
         issues=[issue],
         backend=run.backend,
         run_id=run.id,

@@ -1,7 +1,6 @@
 """Start training processes that outlive their parent."""
 
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +12,9 @@ import anyio
 from anyio import to_thread
 from pydantic import SecretStr
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.spec import base_of
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import (
@@ -29,7 +30,14 @@ from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
 from training_backends.rundir.handover import ON_STDIN, safe_environment
 
-__all__ = ["TRAINER", "ChildEnvironment", "Hub", "ask_model", "sample_answer", "spawn", "took_lock"]
+__all__ = [
+    "ChildEnvironment",
+    "Hub",
+    "ask_model",
+    "run_trainer",
+    "spawn",
+    "took_lock",
+]
 
 log = get_logger()
 
@@ -64,10 +72,14 @@ class Hub:
     """Access to the Hugging Face Hub, from settings, environment and stored credentials."""
 
     def __init__(
-        self, settings: LocalSettings | None = None, credentials: CredentialSource | None = None
+        self,
+        settings: LocalSettings | None = None,
+        credentials: CredentialSource | None = None,
+        interpreter: Interpreter = THIS_INTERPRETER,
     ) -> None:
         self._settings = settings or LocalSettings.model_construct()
         self._credentials = credentials
+        self._interpreter = interpreter
 
     async def child_environment(self, model: str) -> ChildEnvironment:
         """Return what a process needs to load a model; a token only for models on the Hub.
@@ -93,7 +105,7 @@ class Hub:
             variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
             variables["HF_ENDPOINT"] = self._settings.hub_url
-        return safe_environment() | variables
+        return self._interpreter.variables(safe_environment()) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
         if self._credentials is None:
@@ -126,7 +138,11 @@ def _checked_endpoint(value: str | None) -> str:
 
 
 def _is_here(model: str) -> bool:
-    return model == TINY_MODEL or Path(model).expanduser().is_dir()
+    try:
+        base = base_of(model)
+    except ValueError:
+        return True  # the trainer reports it
+    return base == TINY_MODEL or Path(base).expanduser().is_dir()
 
 
 async def ask_model(
@@ -136,6 +152,7 @@ async def ask_model(
     seed: int = 0,
     max_tokens: int = 64,
     child_env: ChildEnvironment | None = None,
+    interpreter: Interpreter = THIS_INTERPRETER,
 ) -> Reply:
     """Return a model's answer to `prompt`, with greedy decoding.
 
@@ -147,27 +164,36 @@ async def ask_model(
     Raises:
         BackendUnavailable: The model cannot be loaded; includes the trainer's message.
     """
-    command = [sys.executable, "-P", "-m", "training_backends.trainer", "sample", model]
+    command = interpreter.command("sample", model)
     options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
     child_env = child_env or await Hub().child_environment(model)
     # Not as an argument: those are visible to all users and limited to 128 KiB.
     given = child_env.stdin + prompt.encode("utf-8", "replace")
-    done = await anyio.run_process(
-        [*command, *options], input=given, check=False, env=child_env.variables
-    )
+    out = await run_trainer([*command, *options], f"Cannot generate with {model}", child_env, given)
+    return Reply.model_validate_json(out)
+
+
+async def run_trainer(
+    command: Sequence[str],
+    failure: str,
+    child_env: ChildEnvironment,
+    given: bytes | None = None,
+) -> bytes:
+    """Run a command of the trainer to its end; return its standard output.
+
+    Args:
+        failure: What its failure means, for the message.
+        given: Its standard input; None: what `child_env` has for it.
+
+    Raises:
+        BackendUnavailable: It failed; includes its message.
+    """
+    given = child_env.stdin if given is None else given
+    done = await anyio.run_process(command, input=given, check=False, env=child_env.variables)
     if done.returncode:
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise BackendUnavailable(f"Cannot generate with {model}: {reason}", backend="local")
-    return Reply.model_validate_json(done.stdout)
-
-
-async def sample_answer(model: str, prompt: str) -> str:
-    """Return the text answer of a model; see `ask_model`."""
-    return str((await ask_model(model, prompt)).answer)
-
-
-TRAINER: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "train")
-"""Command of the trainer; the run directory is its last argument."""
+        raise BackendUnavailable(f"{failure}: {reason}", backend="local")
+    return done.stdout
 
 
 def spawn(run: RunDir, program: Sequence[str], child_env: ChildEnvironment) -> int:

@@ -1,5 +1,6 @@
 """Options and settings of the local backend."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -114,6 +115,11 @@ class LocalSettings(SectionSettings):
 
     section: ClassVar[str | None] = "local"
 
+    python: Path | None = Field(
+        default=None,
+        description="Python interpreter that trains, with training-backends[local] in its "
+        "environment; default: the current one.",
+    )
     offline: bool = Field(
         default=False, description="Never contact the model hub; same as HF_HUB_OFFLINE=1."
     )

@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from pydantic import ValidationError
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.core.config import (
     TINY_MODEL,
@@ -20,9 +20,10 @@ from training_backends.core.config import (
 )
 from training_backends.core.dataset import Dataset
 from training_backends.core.errors import Issue, suggest
-from training_backends.rundir.directory import RunSpec
+from training_backends.rundir.directory import ADAPTER_CONFIG, RunSpec, adapter_base
 
 __all__ = [
+    "base_of",
     "build_spec",
     "config_of",
     "defaults_taken",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 _MODELS_OFFERED: Final = (
-    f"{TINY_MODEL} (built in, offline), a model directory, or ORGANIZATION/NAME on the Hub"
+    f"{TINY_MODEL} (built in, offline), the directory of a model or an adapter, "
+    "or ORGANIZATION/NAME on the Hub"
 )
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEFAULT_EPOCHS: Final = 3.0
@@ -47,14 +49,14 @@ _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"
 
 
 def find_issues(
-    config: TrainingConfig, dataset: Dataset, *, trains_here: bool = True
+    config: TrainingConfig, dataset: Dataset, interpreter: Interpreter | None = THIS_INTERPRETER
 ) -> Iterator[Issue]:
     """Yield everything in a configuration that this backend does not support.
 
     Args:
-        trains_here: Whether this machine's libraries and GPUs are those that train.
+        interpreter: Python environment that trains; None: one that is not on this machine.
     """
-    yield from _model_issues(config, trains_here=trains_here)
+    yield from _model_issues(config, interpreter)
     yield from _method_issues(config)
     yield from _hyperparameter_issues(config)
     yield from _option_issues(config)
@@ -70,7 +72,7 @@ def find_issues(
             )
 
 
-def _model_issues(config: TrainingConfig, *, trains_here: bool) -> Iterator[Issue]:
+def _model_issues(config: TrainingConfig, interpreter: Interpreter | None) -> Iterator[Issue]:
     if not _is_model(config.base_model):
         yield Issue(
             code="unknown_model",
@@ -91,12 +93,34 @@ def _model_issues(config: TrainingConfig, *, trains_here: bool) -> Iterator[Issu
             f"{TINY_MODEL} has random weights and only supports full fine-tuning",
             "use full, or remove tuning",
         )
-    elif kind == "qlora" and trains_here and find_spec("bitsandbytes") is None:
+    elif kind == "qlora" and interpreter and not interpreter.has("bitsandbytes"):
         yield _unsupported(
             "tuning.kind",
             "qlora requires bitsandbytes",
             "use lora or full, or pip install 'training-backends[qlora]'",
         )
+
+    if config.tuning and kind in {"lora", "qlora"} and _is_adapter(config.base_model):
+        for name in sorted(config.tuning.model_fields_set - {"kind"}):
+            yield Issue(
+                code="unused_field",
+                message="has no effect: training continues the adapter with its own value",
+                field=f"tuning.{name}",
+                severity="warning",
+            )
+
+
+def _is_adapter(model: str) -> bool:
+    return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def base_of(model: str) -> str:
+    """Return the base model of an adapter's directory; other models unchanged.
+
+    Raises:
+        ValueError: The adapter's configuration cannot be read.
+    """
+    return adapter_base(Path(model).expanduser()) if _is_adapter(model) else model
 
 
 def has_gpu() -> bool:
@@ -112,6 +136,13 @@ def _method_issues(config: TrainingConfig) -> Iterator[Issue]:
             "hyperparameters.fim_ratio",
             f"{reason} does not support fill-in-the-middle",
             "remove it",
+        )
+    if given.early_stopping_patience and not config.data.validation:
+        yield Issue(
+            code="missing_field",
+            message="early stopping needs validation data",
+            field="hyperparameters.early_stopping_patience",
+            fix="set data.validation, or remove it",
         )
     if config.method != "classifier":
         return
@@ -160,7 +191,7 @@ def _is_model(name: str) -> bool:
         return True
     directory = Path(name).expanduser()
     if directory.is_dir():
-        return (directory / "config.json").is_file()
+        return any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     return bool(_HUB_NAME.fullmatch(name))
 
 
@@ -305,6 +336,7 @@ def build_spec(
         "slots_dir": slots_dir,
         "slots": options.max_runs,
         "fim_ratio": config.hyperparameters.fim_ratio or None,
+        "early_stopping_patience": config.hyperparameters.early_stopping_patience,
         **resolved_values(config),
         **options.model_dump(exclude={"max_runs"}),
     }

@@ -11,13 +11,13 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 from anyio import to_thread
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.local.spec import has_gpu, resolved_values
@@ -84,8 +84,14 @@ class _Found(NamedTuple):
     weights: int | None
 
 
-async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
-    """Look up a model on the Hub; if the Hub cannot be asked, return a warning."""
+async def hub_issues(
+    config: TrainingConfig, hub: Hub, interpreter: Interpreter | None = THIS_INTERPRETER
+) -> list[Issue]:
+    """Look up a model on the Hub; if the Hub cannot be asked, return a warning.
+
+    Args:
+        interpreter: See `files_issues`.
+    """
     try:
         child_env = await hub.child_environment(config.base_model)
     except ConfigError as error:
@@ -102,7 +108,9 @@ async def hub_issues(config: TrainingConfig, hub: Hub) -> list[Issue]:
     found = await to_thread.run_sync(_ask, config.base_model, endpoint, token)
     if isinstance(found, Issue):
         return [found]
-    issues = [*_architecture_issues(config, found.model_type, None)]
+    if interpreter is None:
+        return []
+    issues = [*_architecture_issues(config, found.model_type, None, interpreter)]
     if found.weights:
         issues += await to_thread.run_sync(lambda: [*_memory_issues(config, found.weights or 0)])
     return issues
@@ -159,31 +167,39 @@ def _not_asked(model: str, why: str) -> Issue:
 
 
 def files_issues(
-    config: TrainingConfig, dataset: Dataset, directory: Path, *, trains_here: bool = True
+    config: TrainingConfig,
+    dataset: Dataset,
+    directory: Path,
+    interpreter: Interpreter | None = THIS_INTERPRETER,
 ) -> Iterator[Issue]:
     """Yield problems in a model's files; blocks while it reads them and some rows.
 
     Args:
-        trains_here: Whether this machine's libraries and memory are those that train.
+        interpreter: Python environment that trains; None: one that is not on this machine.
     """
-    if (directory / "adapter_config.json").is_file():
-        return  # the files are those of the base model
     described = _read_object(directory / "config.json")
     if isinstance(described, str):
         yield _model_issue("model_files", f"config.json {described}")
         return
     model_type = described.get("model_type")
-    if trains_here:
-        yield from _architecture_issues(config, model_type, described.get("architectures"))
-        yield from _quantization_issues(config, described.get("quantization_config"))
+    if described.get("is_encoder_decoder"):
+        yield _model_issue(
+            "unsupported_architecture",
+            f"model type {model_type!r} is not supported: it is an encoder-decoder model",
+            "use another model",
+        )
+        return
+    if interpreter is not None:
+        architectures = described.get("architectures")
+        yield from _architecture_issues(config, model_type, architectures, interpreter)
+        yield from _quantization_issues(config, described.get("quantization_config"), interpreter)
     is_cached = directory != Path(config.base_model).expanduser()
     weights = _count_weights(directory, described)
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    elif (
-        weights and trains_here and "quantization_config" not in described
-    ):  # several weights per value
+    # A quantized value holds several weights.
+    elif weights and interpreter and "quantization_config" not in described:
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, directory)
@@ -207,7 +223,7 @@ def _severity(config: TrainingConfig) -> Literal["error", "warning"]:
 
 
 def _encodes_bytes(described: Mapping[str, Any]) -> bool:
-    size = described.get("vocab_size")
+    size = {**described, **(described.get("text_config") or {})}.get("vocab_size")
     return isinstance(size, int) and size < _SMALL_VOCABULARY
 
 
@@ -227,14 +243,15 @@ def _read_object(path: Path) -> dict[str, Any] | str:
 
 
 def _architecture_issues(
-    config: TrainingConfig, model_type: object, architectures: object
+    config: TrainingConfig, model_type: object, architectures: object, interpreter: Interpreter
 ) -> Iterator[Issue]:
     classifies = config.method == "classifier"
-    known = trainable_types(classifies=classifies)
+    package = interpreter.transformers()
+    known = trainable_types(package, classifies=classifies) if package else None
     if not isinstance(model_type, str) or known is None or model_type in known:
         return
     named = f" ({architectures[0]})" if isinstance(architectures, list) and architectures else ""
-    kind = "sequence classifier" if classifies else "causal language model"
+    kind = "sequence classifier" if classifies else "language model"
     yield _model_issue(
         "unsupported_architecture",
         f"model type {model_type!r}{named} is not supported: the installed version of "
@@ -244,17 +261,19 @@ def _architecture_issues(
 
 
 @lru_cache
-def trainable_types(*, classifies: bool) -> frozenset[str] | None:
+def trainable_types(package: Path, *, classifies: bool) -> frozenset[str] | None:
     """Return the `model_type`s that transformers can load; None if unknown.
 
     Its tables are parsed as text, because importing them loads torch.
+
+    Args:
+        package: Directory of the transformers package.
     """
-    spec = find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return None
-    auto = Path(spec.origin).parent / "models" / "auto"
-    task = "SEQUENCE_CLASSIFICATION" if classifies else "CAUSAL_LM"
-    heads = _table(auto / "modeling_auto.py", f"MODEL_FOR_{task}_MAPPING_NAMES")
+    auto = package / "models" / "auto"
+    tasks = ("SEQUENCE_CLASSIFICATION",) if classifies else ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+    heads: dict[str, str] = {}
+    for task in tasks:
+        heads |= _table(auto / "modeling_auto.py", f"MODEL_FOR_{task}_MAPPING_NAMES")
     configs = _table(auto / "auto_mappings.py", "CONFIG_MAPPING_NAMES")
     configs |= _table(auto / "configuration_auto.py", "CONFIG_MAPPING_NAMES")
     if not heads or not configs:
@@ -284,7 +303,9 @@ def _table(path: Path, name: str) -> dict[str, str]:
     return found
 
 
-def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[Issue]:
+def _quantization_issues(
+    config: TrainingConfig, described: object, interpreter: Interpreter
+) -> Iterator[Issue]:
     if not isinstance(described, dict):
         return
     method = described.get("quant_method", "bitsandbytes")
@@ -294,7 +315,7 @@ def _quantization_issues(config: TrainingConfig, described: object) -> Iterator[
             f"the model is quantized ({method}), which full fine-tuning does not support",
             "use tuning: qlora or lora, or the unquantized model",
         )
-    elif method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+    elif method == "bitsandbytes" and not interpreter.has("bitsandbytes"):
         yield _model_issue(
             "quantized_model",
             "the model is quantized, and bitsandbytes is not installed",
@@ -363,6 +384,7 @@ def _read_header(path: Path) -> int | str:
 
 def _described_weights(described: Mapping[str, Any]) -> int | None:
     """Count a plain transformer's weights from its configuration; None if it is not one."""
+    described = {**described, **(described.get("text_config") or {})}
     try:
         width, layers = int(described["hidden_size"]), int(described["num_hidden_layers"])
         heads = int(described["num_attention_heads"])

@@ -74,7 +74,6 @@ class RayBackend(LocalBackend):
     summary: ClassVar[str] = "Trains on a Ray cluster, on one node or many."
     options_model: ClassVar[type[BaseModel]] = RayOptions
     settings_model: ClassVar[type[SectionSettings] | None] = RaySettings
-    _trains_here: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,6 +141,10 @@ class RayBackend(LocalBackend):
 
     async def _require_trainer(self) -> None:
         """The libraries are the cluster's."""
+
+    @property
+    def _checked_interpreter(self) -> None:
+        return None
 
     async def validate(self, config: TrainingConfig, dataset: Dataset) -> ValidationReport:
         """Validate; also ask the cluster whether it can have the workers."""

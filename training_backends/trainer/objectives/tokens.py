@@ -117,7 +117,9 @@ class _SummedLoss(torch.autograd.Function):
         )
 
 
-_PLAIN_HEADS: Final = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3"})
+_PLAIN_HEADS: Final = frozenset(
+    {"llama", "ministral", "ministral3", "mistral", "mistral3", "mixtral", "qwen2", "qwen3"}
+)
 """Architectures whose logits are exactly `lm_head(hidden)`."""
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 
