@@ -13,6 +13,7 @@ import httpx
 import pytest
 from anyio.abc import ByteSendStream
 from blockbuster import blockbuster_ctx
+from openai import AsyncOpenAI
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
@@ -167,3 +168,19 @@ async def here(tmp_path: Path) -> AsyncIterator[Site]:
     """A gateway with a static key."""
     async with site(tmp_path / "home") as opened:
         yield opened
+
+
+@asynccontextmanager
+async def openai_client(here: Site) -> AsyncIterator[AsyncOpenAI]:
+    """The official client of the OpenAI API, which retries nothing."""
+    async with AsyncOpenAI(
+        api_key=KEY, base_url=f"{here.served.url}/openai/v1", max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+async def sdk(here: Site) -> AsyncIterator[AsyncOpenAI]:
+    """The official client of the OpenAI API in front of `here`."""
+    async with openai_client(here) as client:
+        yield client

@@ -23,6 +23,7 @@ from training_backends.gateway.app import create_app
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
+from training_backends.gateway.routes_openai import openai_router
 
 CHECKS = [
     not_a_server_error,
@@ -31,8 +32,8 @@ CHECKS = [
     status_code_conformance,
 ]
 OPERATIONS = [
-    (method, route.path)
-    for router in (files_router, links_router, jobs_router, models_router)
+    (method, route.path_format)
+    for router in (files_router, links_router, jobs_router, models_router, openai_router)
     for route in router.routes
     if isinstance(route, APIRoute)
     for method in sorted(route.methods or ())
@@ -64,6 +65,7 @@ async def filled(home: Path) -> AsyncIterator[Filled]:
         done = await here.finished(files=[file_id])
         await here.create(files=[file_id], suffix="waits")
         ids = {"file_id": file_id, "job_id": done["id"], "model_id": done["fine_tuned_model"]}
+        ids["name"] = ids["model_id"]
         yield Filled(here.served.url, create_app(here.served.gateway).openapi(), ids)
 
 
@@ -91,8 +93,18 @@ def test_answers_are_as_described(method: str, path: str, gateway: Filled) -> No
                 case.path_parameters[name] = gateway.ids[name]
         if "jobs" in path and isinstance(case.body, dict) and len(repr(case.body)) % 4:
             case.body["model"] = "tiny-mistral"
-            case.body["training_files"] = [gateway.ids["file_id"]]
-            for name in ("validation_files", "repositories", "integrations", "job_type"):
+            files = [gateway.ids["file_id"]]
+            case.body |= (
+                {"training_file": files[0]} if "openai" in path else {"training_files": files}
+            )
+            for name in (
+                "validation_files",
+                "repositories",
+                "integrations",
+                "job_type",
+                "method",
+                "validation_file",
+            ):
                 case.body.pop(name, None)
         case.call_and_validate(
             base_url=gateway.url, headers={"Authorization": f"Bearer {KEY}"}, checks=CHECKS

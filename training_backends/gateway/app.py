@@ -1,4 +1,7 @@
-"""The ASGI application: the Mistral files, fine-tuning and models API over one gateway."""
+"""The ASGI application: the Mistral and the OpenAI fine-tuning API over one gateway."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import anyio
 from fastapi import FastAPI, Request
@@ -11,12 +14,19 @@ from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.auth import Guard
-from training_backends.gateway.errors import HTTPProblem, failure_answer, field_errors, is_temporary
+from training_backends.gateway.errors import (
+    HTTPProblem,
+    failure_answer,
+    field_errors,
+    is_temporary,
+    wire_error,
+)
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.routes_chat import chat_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
+from training_backends.gateway.routes_openai import openai_router
 from training_backends.protocols.mistral.errors import error_items
 
 __all__ = ["create_app"]
@@ -31,7 +41,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     """Return the ASGI application for an open gateway."""
     app = FastAPI(
         title="training-backends gateway",
-        summary="The Mistral files, fine-tuning and models API in front of any backend.",
+        summary="The fine-tuning APIs of Mistral and OpenAI in front of any backend.",
         version=__version__,
         docs_url=None,
         redoc_url=None,
@@ -42,6 +52,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             *jobs_router.routes,
             *models_router.routes,
             *chat_router.routes,
+            *openai_router.routes,
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
@@ -104,24 +115,33 @@ class _Health:
         return True
 
 
-async def _rejected(_: Request, refusal: Exception) -> JSONResponse:
+def _error(
+    request: Request,
+    status: int,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    status, body = wire_error(request.scope["path"], status, body)
+    return JSONResponse(body, status, headers)
+
+
+async def _rejected(request: Request, refusal: Exception) -> JSONResponse:
     assert isinstance(refusal, HTTPProblem)  # noqa: S101  # registered for it only
-    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+    return _error(request, refusal.status, refusal.body, refusal.headers)
 
 
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for it only
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+    return _error(request, error.status_code, {"detail": error.detail}, error.headers)
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it only
-    return JSONResponse(field_errors(error_items(error.errors())), 422)
+    return _error(request, 422, field_errors(error_items(error.errors())))
 
 
 async def _backend_failed(request: Request, error: Exception) -> JSONResponse:
     """Answer with a 5xx that reveals no local paths."""
     assert isinstance(error, TrainingBackendError)  # noqa: S101  # registered for it only
     log.error("request failed", path=request.scope["path"], reason=error.message)
-    status, body, headers = failure_answer(error, request.state.request_id)
-    return JSONResponse(body, status, headers)
+    return _error(request, *failure_answer(error, request.state.request_id))

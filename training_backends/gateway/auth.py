@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logging import get_logger, redact
-from training_backends.gateway.errors import HTTPProblem, failure_answer
+from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
 
@@ -26,7 +26,7 @@ log = get_logger()
 _NEEDS_NO_KEY = "/health"
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
-_UPLOADS = "/v1/files"
+_UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
 _LONGEST_PATH = 300
 """Characters of a path to log."""
 _SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
@@ -51,7 +51,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, str(uuid4()))
+        answer = _Answer(send, str(uuid4()), scope["path"])
         scope.setdefault("state", {})["request_id"] = answer.request_id
         began = time.perf_counter()
         path = scope["path"]
@@ -93,7 +93,7 @@ class Guard:
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
-        if path == _UPLOADS:
+        if path in _UPLOADS:
             receive = _Confirmed(receive, admit)
         elif _length(headers) > self._max_bytes:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})
@@ -164,8 +164,9 @@ class _Bounded:
 class _Answer:
     """Sends the response and adds the request id header."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, path: str) -> None:
         self._send = send
+        self._path = path
         self.request_id = request_id
         self.status: int | None = None
 
@@ -179,7 +180,8 @@ class _Answer:
     async def json(
         self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a complete JSON response."""
+        """Send a complete error."""
+        status, body = wire_error(self._path, status, body)
         content = json.dumps(body).encode()
         fields = {
             "content-type": "application/json",

@@ -13,8 +13,10 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.protocols.mistral.errors import ErrorItem, error_items, validation_body
+from training_backends.protocols.openai.errors import ErrorAnswer, invalid_key
 
 __all__ = [
+    "OPENAI_PREFIX",
     "HTTPProblem",
     "failure_answer",
     "field_errors",
@@ -23,7 +25,12 @@ __all__ = [
     "misfit",
     "not_found",
     "plain",
+    "problem",
+    "wire_error",
 ]
+
+OPENAI_PREFIX: Final = "/openai/v1"
+"""Path of the OpenAI API; all other paths answer with errors in Mistral's format."""
 
 _MOST_ERRORS: Final = 20
 _LONGEST: Final = 500
@@ -49,6 +56,8 @@ _SHORTAGES: Final = frozenset(
 )
 """Errors of a system short of resources, or of a failing disk."""
 
+_OPENAI_CODES: Final = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+
 
 class HTTPProblem(Exception):
     """A request that is answered with an error.
@@ -62,7 +71,7 @@ class HTTPProblem(Exception):
     def __init__(
         self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(f"{status}: {body.get('detail')}")
+        super().__init__(f"{status}: {body.get('detail') or body.get('error')}")
         self.status = status
         self.body: dict[str, Any] = dict(body)
         self.headers: dict[str, str] = dict(headers or {})
@@ -148,3 +157,41 @@ def _is_shortage(error: BaseException) -> bool:
             isinstance(error, RuntimeError) and "can't start new thread" in str(error)
         )
     return found or (error.__cause__ is not None and _is_shortage(error.__cause__))
+
+
+def problem(answer: ErrorAnswer) -> HTTPProblem:
+    """Return an error of the OpenAI API."""
+    return HTTPProblem(answer.status, answer.body(), answer.headers)
+
+
+def wire_error(path: str, status: int, body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    """Return status and body of an error in the format of the API that the path belongs to.
+
+    The OpenAI clients retry a 409 and do not raise BadRequestError for a 422, so both become 400.
+    """
+    if not f"{path}/".startswith(f"{OPENAI_PREFIX}/") or "error" in body:
+        return status, body
+    answer = _openai_error(status, body)
+    return answer.status, answer.body()
+
+
+def _openai_error(status: int, body: Mapping[str, Any]) -> ErrorAnswer:
+    detail = body.get("detail") or body.get("message") or "The request failed."
+    param = None
+    if isinstance(detail, list):
+        item = detail[0]
+        param = ".".join(str(part) for part in item["loc"][1:]) or None
+        detail = item["msg"]
+        if param and item["type"] == "missing":
+            detail = f"'{param}' is a required property"
+        elif param:
+            detail = f"invalid {param}: {detail}"
+    if status == 401 and detail == "Unauthorized":
+        return invalid_key()
+    return ErrorAnswer(
+        status=400 if status in {409, 422} else status,
+        message=detail,
+        type="server_error" if status >= 500 else "invalid_request_error",
+        param=param,
+        code=_OPENAI_CODES.get(status),
+    )

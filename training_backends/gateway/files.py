@@ -3,27 +3,32 @@
 import errno
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import anyio
 import sqlalchemy as sa
 from anyio import to_thread
+from pydantic import ValidationError
 
+from training_backends.core.config import TrainingConfig
+from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
-from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
+from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.store import GatewayStore, page_of
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
+    FileFacts,
     Incoming,
     MinimumSpeed,
     Upload,
     read_facts,
+    read_openai_facts,
     receive,
     too_large,
 )
@@ -37,9 +42,18 @@ from training_backends.protocols.mistral.wire import (
     RetrieveFileOut,
     UploadFileOut,
 )
+from training_backends.protocols.openai.requests import ExpiresAfterIn
+from training_backends.protocols.openai.wire import FILE_PURPOSES as OPENAI_PURPOSES
 from training_backends.store.gateway_schema import files, jobs
 
-__all__ = ["FileFilters", "FileService", "StoredFile", "names_by_path"]
+__all__ = [
+    "OPENAI_UPLOAD",
+    "FileFilters",
+    "FileService",
+    "StoredFile",
+    "UploadRules",
+    "names_by_path",
+]
 
 log = get_logger()
 
@@ -58,6 +72,22 @@ class FileFilters:
     search: str | None = None
     purpose: str | None = None
     mimetypes: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadRules:
+    """What an API accepts as an upload.
+
+    Attributes:
+        default_purpose: None: the form must name one.
+        lifetime: Returns the seconds until the file expires; None: never.
+        read_facts: Checks the received file for its purpose.
+    """
+
+    purposes: Sequence[str]
+    default_purpose: str | None
+    lifetime: Callable[[Mapping[str, str]], int | None]
+    read_facts: Callable[[Path, str], FileFacts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +127,14 @@ class FileService:
         content_type: str,
         content_length: int | None,
         caller: Principal,
+        rules: UploadRules | None = None,
+        reuse_for: float | None = None,
     ) -> UploadFileOut:
         """Receive a file; uploading the same name and content again returns the same file.
+
+        Args:
+            rules: Default: those of the Mistral API.
+            reuse_for: Age in seconds up to which a file counts as the same; None: any.
 
         Raises:
             HTTPProblem: The file is too large, too slow, invalid, or does not fit on the disk.
@@ -114,7 +150,9 @@ class FileService:
                 form = await receive(
                     chunks, content_type, incoming, limit=self._limit, pace=self._pace
                 )
-                return await self._accept(form, incoming, caller)
+                return await self._accept(
+                    form, incoming, caller, rules or _MISTRAL_UPLOAD, reuse_for
+                )
             finally:
                 with anyio.CancelScope(shield=True):
                     await to_thread.run_sync(incoming.discard)
@@ -150,6 +188,41 @@ class FileService:
             return ListFilesOut(data=data, total=total)
 
         return await self._store.aread(work)
+
+    async def page(
+        self,
+        caller: Principal,
+        *,
+        after: str | None,
+        limit: int,
+        descending: bool = True,
+        purpose: str | None = None,
+    ) -> tuple[Sequence[FileSchema], bool]:
+        """Return the files that follow `after`, by time, and whether there are more.
+
+        Args:
+            after: Id of a file, which may be deleted by now.
+
+        Raises:
+            HTTPProblem: No file ever had the id `after`.
+        """
+        mine = caller.sees(files.c.project)
+        conditions = [*_present(), mine, *_conditions(FileFilters(purpose=purpose))]
+
+        def work(connection: sa.Connection) -> Sequence[Any]:
+            query = sa.select(files).where(*conditions)
+            return page_of(
+                connection,
+                query,
+                files,
+                visible=mine,
+                after=after,
+                limit=limit,
+                descending=descending,
+            )
+
+        rows = await self._store.aread(work)
+        return [FileSchema(**_wire(row)) for row in rows[:limit]], len(rows) > limit
 
     async def retrieve(self, file_id: str, caller: Principal) -> RetrieveFileOut:
         """Return a file's metadata."""
@@ -209,7 +282,36 @@ class FileService:
         query = sa.select(files).where(files.c.id.in_(ids))
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
         rows = sorted(rows, key=lambda row: ids.index(row.id))
-        return names_by_path(self._stored(row) for row in rows)
+        names = names_by_path(self._stored(row) for row in rows)
+        for row in rows:
+            for path in await to_thread.run_sync(self._blobs.conversions, row.sha256):
+                names[str(path)] = names[str(self._blobs.path(row.sha256))]
+        return names
+
+    async def converted(
+        self, config: TrainingConfig, provider_format: ProviderFormat
+    ) -> TrainingConfig:
+        """Return a job's configuration with its data in a provider's format.
+
+        Rows that have no such form are left as they are, for the validation to report.
+
+        Raises:
+            DatasetError: A file cannot be read.
+        """
+
+        def work() -> TrainingConfig:
+            parts = {
+                name: tuple(
+                    source.model_copy(
+                        update={"path": self._blobs.convert(source.local_path, provider_format)}
+                    )
+                    for source in getattr(config.data, name)
+                )
+                for name in ("train", "validation")
+            }
+            return config.model_copy(update={"data": config.data.model_copy(update=parts)})
+
+        return await to_thread.run_sync(work)
 
     async def _row(self, file_id: str, caller: Principal) -> Any:
         visible = *_present(), caller.sees(files.c.project)
@@ -219,14 +321,23 @@ class FileService:
             raise not_found("file")
         return row
 
-    async def _accept(self, form: Upload, incoming: Incoming, caller: Principal) -> UploadFileOut:
-        row = _new_row(form, incoming, caller)
-        facts = await to_thread.run_sync(read_facts, incoming.path, row["purpose"])
+    async def _accept(
+        self,
+        form: Upload,
+        incoming: Incoming,
+        caller: Principal,
+        rules: UploadRules,
+        reuse_for: float | None,
+    ) -> UploadFileOut:
+        row = _new_row(form, incoming, caller, rules)
+        facts = await to_thread.run_sync(rules.read_facts, incoming.path, row["purpose"])
         row.update(num_lines=facts.num_lines, sample_type=facts.sample_type)
 
         def work(connection: sa.Connection) -> Any:
             alike = ("project", "filename", "sha256", "purpose")
-            same = (files.c[name] == row[name] for name in alike)
+            same = [files.c[name] == row[name] for name in alike]
+            if reuse_for is not None:
+                same.append(files.c.created_at > row["created_at"] - reuse_for)
             found = connection.execute(sa.select(files).where(*same, *_present())).first()
             if found is None:
                 connection.execute(files.insert().values(row))
@@ -247,15 +358,19 @@ def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
     return {path: " / ".join(shared) for path, shared in names.items()}
 
 
-def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, Any]:
+def _new_row(
+    form: Upload, incoming: Incoming, caller: Principal, rules: UploadRules
+) -> dict[str, Any]:
     """Validate a form's fields and return the file's row."""
     if form.filename is None:
         raise invalid(["body", "file"], "Field required", "missing")
     if incoming.size == 0:
         raise invalid(["body", "file"], "The file is empty.")
-    purpose = form.fields.get("purpose") or "fine-tune"
+    purpose = form.fields.get("purpose") or rules.default_purpose
+    if purpose is None:
+        raise invalid(["body", "purpose"], "Field required", "missing")
     visibility = form.fields.get("visibility") or "workspace"
-    _one_of("purpose", purpose, FILE_PURPOSES)
+    _one_of("purpose", purpose, rules.purposes)
     _one_of("visibility", visibility, FILE_VISIBILITIES)
     if visibility == "user":
         raise invalid(
@@ -264,6 +379,7 @@ def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, A
             "Omit visibility, or use a key of a separate project.",
         )
     now = time.time()
+    lifetime = rules.lifetime(form.fields)
     return {
         "id": str(uuid4()),
         "filename": _clean(form.filename),
@@ -276,7 +392,7 @@ def _new_row(form: Upload, incoming: Incoming, caller: Principal) -> dict[str, A
         "created_at": now,
         "created_by": caller.key_id,
         "project": caller.project,
-        "expires_at": _expires(form.fields.get("expiry"), now),
+        "expires_at": None if lifetime is None else now + lifetime,
     }
 
 
@@ -286,14 +402,35 @@ def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
         raise invalid(["body", field], f"Input should be {wanted}", "enum")
 
 
-def _expires(hours: str | None, now: float) -> float | None:
+def _hours(fields: Mapping[str, str]) -> int | None:
+    hours = fields.get("expiry")
     if not hours:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", hours) or not 1 <= int(hours) <= _MAX_EXPIRY_HOURS:
         raise invalid(
             ["body", "expiry"], f"Input should be a number of hours, 1 to {_MAX_EXPIRY_HOURS}"
         )
-    return now + int(hours) * 3600
+    return int(hours) * 3600
+
+
+def _expires_after(fields: Mapping[str, str]) -> int | None:
+    names = ("anchor", "seconds")
+    given = {n: fields[f"expires_after[{n}]"] for n in names if f"expires_after[{n}]" in fields}
+    try:
+        return ExpiresAfterIn.model_validate(given).seconds if given else None
+    except ValidationError as error:
+        raise misfit(["body", "expires_after"], error) from None
+
+
+_MISTRAL_UPLOAD: Final = UploadRules(
+    purposes=FILE_PURPOSES, default_purpose="fine-tune", lifetime=_hours, read_facts=read_facts
+)
+OPENAI_UPLOAD: Final = UploadRules(
+    purposes=OPENAI_PURPOSES,
+    default_purpose=None,
+    lifetime=_expires_after,
+    read_facts=read_openai_facts,
+)
 
 
 def _clean(filename: str) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "job_checkpoints",
     "job_events",
     "reached",
+    "run_document",
 ]
 
 STATUS_EVENT: Final = "status-updated"
@@ -107,7 +108,7 @@ def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
             at = event.at
             words.add(event.data["status"])
             yield event
-    run = _run_document(connection, job)
+    run = run_document(connection, job)
     status, started, changed = (run.get(name) for name in ("status", "started_at", "changed_at"))
     if started and status in _STARTED and "RUNNING" not in words:
         yield from _event(TrainingStatus.RUNNING, max(_seconds(started), at))
@@ -121,7 +122,7 @@ def _event(status: str | None, at: float) -> Iterator[JobEvent]:
         yield JobEvent(STATUS_EVENT, {"status": word}, at)
 
 
-def _run_document(connection: sa.Connection, job: Any) -> dict[str, Any]:
+def run_document(connection: sa.Connection, job: Any) -> dict[str, Any]:
     """Return the record of a job's run; empty if there is none."""
     query = sa.select(documents.c.document).where(documents.c.run_id == job.id)
     found = connection.execute(query).scalar()
@@ -151,7 +152,7 @@ def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
 
 def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:
     planned = job.hyperparameters.get("training_steps")
-    total = int(_run_document(connection, job).get("total_steps") or planned or 0)
+    total = int(run_document(connection, job).get("total_steps") or planned or 0)
     tenth = max(_FEWEST_BETWEEN, math.ceil(total / 10))
     # Keep validation losses of a backend that evaluates more often.
     hundredth = max(_FEWEST_BETWEEN, math.ceil(total / 100))

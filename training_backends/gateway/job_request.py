@@ -4,7 +4,7 @@ import hashlib
 import json
 from base64 import b32decode, b32encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,7 +26,15 @@ from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
 
-__all__ = ["CheckedJob", "check_job", "job_of_profile", "make_config", "secret_profile"]
+__all__ = [
+    "CheckedJob",
+    "check_declared",
+    "check_job",
+    "digest",
+    "job_of_profile",
+    "make_config",
+    "secret_profile",
+]
 
 
 _PLACES = {"data.train": "training_files", "data.validation": "validation_files"}
@@ -38,20 +46,32 @@ class CheckedJob:
     """A request that passed all checks that need no files.
 
     Attributes:
+        method: `TrainingConfig.method`.
         hyperparameters: Only those that the client set.
         training_files: Each `{file_id, weight}`.
+        keys: The client's own keys of `integrations`, in their order; without them, the
+            integrations use the keys of the gateway.
+        tolerated: Fraction of invalid rows to skip.
+        options: Options of the backend.
+        openai: What only the OpenAI API has; None for jobs of the Mistral API.
         fingerprint: The same for similar jobs.
     """
 
-    request: JobIn
     offer: Offer
     job_type: str
+    method: str
     suffix: str | None
     hyperparameters: dict[str, Any]
     training_files: list[dict[str, Any]]
     validation_files: list[str]
     classifier_targets: list[dict[str, Any]]
     fingerprint: str
+    integrations: tuple[WandbIntegration, ...] = ()
+    keys: tuple[str, ...] = ()
+    auto_start: bool = True
+    tolerated: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    openai: dict[str, Any] | None = None
 
 
 def check_job(
@@ -76,30 +96,46 @@ def check_job(
     similar += [sorted(training_files, key=json.dumps), sorted(validation_files)]
     _check_bounds(hyperparameters, training_files, targets)
     job = CheckedJob(
-        request=request,
         offer=offer,
         job_type=job_type,
+        method=METHODS[job_type],
         suffix=suffix,
         hyperparameters=hyperparameters,
         training_files=training_files,
         validation_files=validation_files,
         classifier_targets=targets,
-        fingerprint=hashlib.sha256(json.dumps(similar, sort_keys=True).encode()).hexdigest(),
+        fingerprint=digest(similar),
+        integrations=tuple(
+            WandbIntegration(project=given.project, name=given.name, run_name=given.run_name)
+            for given in request.integrations or ()
+        ),
+        keys=tuple(given.api_key for given in request.integrations or ()),
+        auto_start=request.auto_start,
+        tolerated=request.invalid_sample_skip_percentage,
     )
-    _check_declared(job, capabilities)
+    check_declared(job, capabilities, _PLACES)
     return job
 
 
-def _check_declared(job: CheckedJob, capabilities: Capabilities) -> None:
-    """Reject fields that the backend does not declare."""
+def digest(values: Any) -> str:
+    """Return a digest of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def check_declared(job: CheckedJob, capabilities: Capabilities, places: Mapping[str, str]) -> None:
+    """Reject fields that the backend does not declare.
+
+    Args:
+        places: Fields of a request by those of a configuration, where they differ.
+    """
     names = (*(file["file_id"] for file in job.training_files), *job.validation_files)
     paths = {name: Path(name) for name in names}
     config = make_config(job, paths, str(UUID(int=0)), {}, capabilities)
     for issue in config_issues(config, capabilities, "this gateway's backend"):
-        field = issue.field or ""
-        for ours, theirs in _PLACES.items():
-            field = field.replace(ours, theirs)
-        place = [int(part) if part.isdigit() else part for part in field.split(".")]
+        name = issue.field or ""
+        for ours, theirs in places.items():
+            name = name.replace(ours, theirs)
+        place = [int(part) if part.isdigit() else part for part in name.split(".")]
         raise invalid(["body", *place], f"{issue.message[:1].upper()}{issue.message[1:]}.")
 
 
@@ -119,7 +155,7 @@ def make_config(
     """
     return TrainingConfig(
         model=job.offer.target,
-        method=METHODS[job.job_type],
+        method=job.method,
         data=Data(
             train=tuple(
                 DataSource(path=paths[file["file_id"]], weight=file["weight"])
@@ -134,7 +170,7 @@ def make_config(
         ),
         integrations=_integrations(job, job_id),
         tuning=job.offer.tuning,
-        options={**job.offer.options, **options},
+        options={**job.offer.options, **job.options, **options},
     )
 
 
@@ -224,15 +260,10 @@ def _target(target: ClassifierTargetIn) -> dict[str, Any]:
 
 
 def _integrations(job: CheckedJob, job_id: str) -> tuple[WandbIntegration, ...]:
-    return tuple(
-        WandbIntegration(
-            project=given.project,
-            name=given.name,
-            run_name=given.run_name,
-            credential=f"wandb/{secret_profile(job_id)}",
-        )
-        for given in job.request.integrations or ()
-    )
+    if not job.keys:
+        return job.integrations
+    credential = f"wandb/{secret_profile(job_id)}"
+    return tuple(given.model_copy(update={"credential": credential}) for given in job.integrations)
 
 
 def job_of_profile(profile: str) -> str | None:

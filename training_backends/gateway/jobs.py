@@ -15,7 +15,7 @@ from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
-from training_backends.gateway.errors import HTTPProblem, invalid, plain
+from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
 from training_backends.gateway.files import FileService, StoredFile, names_by_path
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
@@ -35,11 +35,18 @@ from training_backends.gateway.jobstore import (
     shown_notes,
 )
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_requests import Repetition, check_openai_job
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ENDED, UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
+from training_backends.protocols.openai.errors import (
+    answer_for,
+    invalid_training_file,
+    wrong_state,
+)
+from training_backends.protocols.openai.requests import FineTuningJobIn
 from training_backends.store.gateway_schema import jobs
 
 __all__ = ["JobQuery", "JobService"]
@@ -127,6 +134,53 @@ class JobService:
             raise
         self._runner.drive(job_id)
         return short_job(row)
+
+    async def create_openai(
+        self, request: FineTuningJobIn, caller: Principal, repetition: Repetition
+    ) -> str:
+        """Create and start a job of the OpenAI API, unless this repeats a request.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            HTTPProblem: The request is invalid.
+        """
+        job = check_openai_job(
+            request,
+            self._catalogue,
+            self._client.backend(self._backend),
+            default_epochs=self._settings.default_epochs,
+            repetition=repetition,
+        )
+        new_id = str(uuid4())
+
+        def work(connection: sa.Connection) -> str:
+            known = repetition.first(connection, job, caller)
+            if known is None:
+                self._insert(connection, job, new_id, caller)
+            return known or new_id
+
+        job_id = await self._store.awrite(work)
+        self._runner.drive(job_id)
+        return job_id
+
+    async def pause(self, job_id: str, caller: Principal, *, resume: bool = False) -> None:
+        """Pause a running job, or resume a paused one.
+
+        Raises:
+            HTTPProblem: The job is not running, or the backend cannot pause or rejects it.
+        """
+        job = await self._store.aread(lambda c: require_job(c, job_id, caller))
+        verb = "resumed" if resume else "paused"
+        if not self._client.backend(job.backend).capabilities.pauses:
+            raise plain(422, "This gateway's backend cannot pause a job.")
+        if job.status != "RUNNING":
+            raise problem(wrong_state(f"Only a running job can be {verb}."))
+        try:
+            await (self._client.unpause(job_id) if resume else self._client.pause(job_id))
+        except TrainingBackendError as error:
+            raise problem(answer_for(error)) from error
 
     async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
         """Estimate a job without creating it.
@@ -223,13 +277,12 @@ class JobService:
     def _make_config(
         self, job: CheckedJob, files: Mapping[str, StoredFile], job_id: str
     ) -> TrainingConfig:
-        tolerated = job.request.invalid_sample_skip_percentage
         backend = self._client.backend(self._backend)
         return make_config(
             job,
             {file_id: file.path for file_id, file in files.items()},
             job_id,
-            backend.options_tolerating(tolerated) if tolerated else {},
+            backend.options_tolerating(job.tolerated) if job.tolerated else {},
             backend.capabilities,
         )
 
@@ -241,6 +294,8 @@ class JobService:
         Only files of the job's own project count, even for a caller who can see others: every
         key of the project can read what the job reports about its files.
         """
+        if job.openai is not None:
+            return self._find_openai(connection, job, caller)
         places: dict[str, list[str | int]] = {}
         for index, entry in enumerate(job.training_files):
             places[entry["file_id"]] = ["body", "training_files", index, "file_id"]
@@ -257,6 +312,22 @@ class JobService:
                 raise invalid(place, message, "file_purpose")
         return {file_id: found[one] for file_id, one in canonical.items()}
 
+    def _find_openai(
+        self, connection: sa.Connection, job: CheckedJob, caller: Principal
+    ) -> Mapping[str, StoredFile]:
+        found = {}
+        given = {
+            "training_file": [entry["file_id"] for entry in job.training_files],
+            "validation_file": job.validation_files,
+        }
+        for param, file_ids in given.items():
+            for file_id in file_ids:
+                known = self._files.find(connection, [file_id], caller.project).get(file_id)
+                if known is None or known.purpose != "fine-tune":
+                    raise problem(invalid_training_file(file_id, param))
+                found[file_id] = known
+        return found
+
     def _insert(
         self, connection: sa.Connection, job: CheckedJob, job_id: str, caller: Principal
     ) -> Any:
@@ -268,7 +339,7 @@ class JobService:
                 jobs.c.status.in_(_CONFLICTING),
             )
         ).scalar()
-        if similar is not None:
+        if similar is not None and job.openai is None:  # the OpenAI API has no such rule
             raise plain(
                 409,
                 f"A similar job is queued, validated or running: {similar}.",
@@ -297,9 +368,8 @@ class JobService:
         caller: Principal,
         now: float,
     ) -> dict[str, Any]:
-        integrations = [
-            given.model_dump(exclude={"api_key"}) for given in job.request.integrations or ()
-        ]
+        shown = {"type", "project", "name", "run_name"}
+        integrations = [given.model_dump(include=shown) for given in job.integrations]
         wandb = integrations[0] if integrations else {}
         return {
             "id": job_id,
@@ -309,7 +379,7 @@ class JobService:
             "job_type": job.job_type,
             "status": "QUEUED",
             "suffix": job.suffix,
-            "auto_start": job.request.auto_start,
+            "auto_start": job.auto_start,
             "fingerprint": job.fingerprint,
             "created_at": now,
             "modified_at": now,
@@ -326,19 +396,20 @@ class JobService:
             "wandb_project": wandb.get("project"),
             "wandb_name": wandb.get("name"),
             "config": config.model_dump_json(),
+            "openai": job.openai,
         }
 
     async def _store_secret(self, job: CheckedJob, job_id: str) -> None:
-        for index, given in enumerate(job.request.integrations or ()):
+        for index, (given, key) in enumerate(zip(job.integrations, job.keys, strict=False)):
             try:
                 profile = secret_profile(job_id)
-                await self._secrets.set(given.type, SecretStr(given.api_key), profile)
+                await self._secrets.set(given.type, SecretStr(key), profile)
             except TrainingBackendError as error:
                 message = f"The gateway cannot store the key securely: {error.message}"
                 raise invalid(["body", "integrations", index, "api_key"], message) from error
 
     async def _delete_secret(self, job: CheckedJob, job_id: str) -> None:
-        for given in job.request.integrations or ():
+        for given in job.integrations:
             await self._ending.forget(given.type, job_id)
 
 

@@ -64,6 +64,8 @@ __all__ = [
 ]
 
 SHOWN_ISSUES = 20
+_SHOWN_PARAMETERS = frozenset({*CompletionTrainingParameters.model_fields, "batch_size"})
+"""Hyperparameters of either API."""
 _RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -92,9 +94,7 @@ def effective(chosen: Mapping[str, Any], estimate: Estimate) -> dict[str, Any]:
     """
     known = {"epochs": estimate.epochs, "training_steps": estimate.steps}
     known |= {
-        name: value
-        for name, value in estimate.hyperparameters.items()
-        if name in CompletionTrainingParameters.model_fields
+        name: value for name, value in estimate.hyperparameters.items() if name in _SHOWN_PARAMETERS
     }
     return {**{name: value for name, value in known.items() if value is not None}, **chosen}
 

@@ -25,7 +25,7 @@ from training_backends.protocols.mistral.wire import (
     UploadFileOut,
 )
 
-__all__ = ["files_router", "links_router"]
+__all__ = ["FILE_BYTES", "files_router", "links_router", "send_file"]
 
 files_router = APIRouter(prefix="/v1/files", tags=["files"])
 links_router = APIRouter(prefix="/files", tags=["files"])
@@ -54,7 +54,7 @@ _FORM: dict[str, Any] = {
         },
     }
 }
-_BYTES: dict[int | str, dict[str, Any]] = {
+FILE_BYTES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file's bytes.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -118,12 +118,12 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
 @files_router.get(
     "/{file_id}/content",
     response_class=FileResponse,
-    responses=_BYTES | answers(404),
+    responses=FILE_BYTES | answers(404),
     name="download_file",
 )
 async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
     """Return a file's content."""
-    return await _content(await gateway.files.stored(str(file_id), caller))
+    return await send_file(await gateway.files.stored(str(file_id), caller))
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
@@ -137,16 +137,20 @@ async def signed_url(
 
 
 @links_router.get(
-    "/{file_id}", response_class=FileResponse, responses=_BYTES | answers(403, 404), name="linked"
+    "/{file_id}",
+    response_class=FileResponse,
+    responses=FILE_BYTES | answers(403, 404),
+    name="linked",
 )
 async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -> FileResponse:
     """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is invalid or has expired.")
-    return await _content(await gateway.files.linked(str(file_id)))
+    return await send_file(await gateway.files.linked(str(file_id)))
 
 
-async def _content(file: StoredFile) -> FileResponse:
+async def send_file(file: StoredFile) -> FileResponse:
+    """Return a file's content."""
     if not await anyio.Path(file.path).exists():
         raise not_found("file")
     return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)

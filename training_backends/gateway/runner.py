@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backoff import Backoff
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import (
     BackendBroken,
     DatasetError,
@@ -42,6 +42,7 @@ from training_backends.gateway.jobstore import (
     load_job,
     quote,
 )
+from training_backends.gateway.openai_requests import multiplied_rate
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
 from training_backends.store.gateway_schema import jobs
@@ -254,7 +255,10 @@ class JobRunner:
         async with self._validating:
             await self._move(job, "VALIDATING", "QUEUED")
             config = TrainingConfig.model_validate_json(job.config)
+            capabilities = self._client.backend(job.backend).capabilities
             try:
+                if job.openai is not None and capabilities.inspects:
+                    config = await self._files.converted(config, capabilities.provider_format)
                 report = await self._client.validate(config, backend=job.backend)
                 if not report.ok:
                     unfit = DatasetError(str(report.errors[0]), issues=report.errors)
@@ -264,15 +268,20 @@ class JobRunner:
                     await self._reject(job, issue_data(report.errors, names))
                     return
                 estimate = await self._client.estimate(config, backend=job.backend)
+                chosen = {**job.hyperparameters, **multiplied_rate(job, config, estimate)}
             except TrainingBackendError as error:
                 if is_temporary(error):
                     raise
                 await self._reject(job, error_data(error, await self._files.names(job)))
                 return
-            values = {
+            values: dict[str, Any] = {
                 "quote": quote(estimate).model_dump(),
-                "hyperparameters": effective(job.hyperparameters, estimate),
+                "hyperparameters": effective(chosen, estimate),
             }
+            if job.openai is not None:
+                hyperparameters = Hyperparameters(**chosen)
+                config = config.model_copy(update={"hyperparameters": hyperparameters})
+                values["config"] = config.model_dump_json()
             await self._move(job, "VALIDATED", "VALIDATING", **values)
 
     async def _reject(self, job: Any, data: dict[str, Any]) -> None:

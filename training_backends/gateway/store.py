@@ -2,9 +2,9 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import sqlalchemy as sa
@@ -12,9 +12,10 @@ from anyio import to_thread
 
 from training_backends.core.errors import DuplicateRun
 from training_backends.core.files import make_private_directory
+from training_backends.gateway.errors import invalid
 from training_backends.store.database import Database
 
-__all__ = ["GatewayStore", "database_url", "lock_home"]
+__all__ = ["GatewayStore", "database_url", "lock_home", "page_of"]
 
 _T = TypeVar("_T")
 
@@ -78,3 +79,32 @@ def lock_home(root: Path) -> int:
             hint="Stop that gateway, or set TRAINING_BACKENDS_HOME to another directory.",
         ) from None
     return descriptor
+
+
+def page_of(
+    connection: sa.Connection,
+    query: "sa.Select[Any]",
+    table: sa.Table,
+    *,
+    visible: sa.ColumnElement[bool],
+    after: str | None,
+    limit: int,
+    descending: bool = True,
+) -> Sequence[Any]:
+    """Return the rows of a query that follow a row by time, one more than `limit` if there are.
+
+    Args:
+        visible: The rows that `after` may name, whether or not the query returns them.
+
+    Raises:
+        HTTPProblem: `after` is no id of such a row.
+    """
+    at, key = table.c.created_at, table.c.id
+    order = (at.desc(), key) if descending else (at, key.desc())
+    if after is not None:
+        row = connection.execute(sa.select(at, key).where(key == after, visible)).first()
+        if row is None:
+            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
+        later, earlier = (at < row[0], key > row[1]) if descending else (at > row[0], key < row[1])
+        query = query.where(later | ((at == row[0]) & earlier))
+    return connection.execute(query.order_by(*order).limit(limit + 1)).all()

@@ -18,13 +18,20 @@ from multipart import (
     PushMultipartParser,
     parse_options_header,
 )
+from pydantic_core import from_json
 
+from training_backends.core.data_rules import ProviderFormat
+from training_backends.core.errors import DatasetError
 from training_backends.core.escape import plural
 from training_backends.core.files import make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
+from training_backends.datasets.convert import convert
 from training_backends.datasets.inspect import LineError, check_upload
+from training_backends.datasets.open_file import opened
 from training_backends.datasets.provider_formats import MISTRAL
-from training_backends.gateway.errors import HTTPProblem, invalid, plain
+from training_backends.datasets.scan_part import BOM
+from training_backends.gateway.errors import HTTPProblem, invalid, is_temporary, plain, problem
+from training_backends.protocols.openai.errors import not_jsonl
 
 __all__ = [
     "FORM_OVERHEAD",
@@ -35,6 +42,7 @@ __all__ = [
     "OpenFile",
     "Upload",
     "read_facts",
+    "read_openai_facts",
     "receive",
     "too_large",
 ]
@@ -69,6 +77,38 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
     # The protocol has no sample type for classifier data.
     sample_type = "pretrain" if found.sample_type == "pretrain" else "instruct"
     return FileFacts(found.num_lines, sample_type)
+
+
+def read_openai_facts(path: Path, purpose: str) -> FileFacts:
+    """Check that a training file has JSON objects; their content is checked with the job.
+
+    Blocking; reads line by line, and no other file.
+
+    Raises:
+        HTTPProblem: A line is not a JSON object.
+    """
+    if purpose != "fine-tune":
+        return FileFacts(None, "instruct")
+    rows = 0
+    try:
+        with opened(path) as source:
+            for number, line in enumerate(source.lines, start=1):
+                if row := line.removeprefix(BOM).strip():
+                    rows += 1
+                    if not _is_object(row):
+                        raise problem(not_jsonl(number))
+    except DatasetError as error:
+        if is_temporary(error):
+            raise
+        raise problem(not_jsonl(1)) from error
+    return FileFacts(rows, "instruct")
+
+
+def _is_object(row: bytes) -> bool:
+    try:
+        return isinstance(from_json(row), dict)
+    except ValueError:
+        return False
 
 
 def _refusal(errors: Sequence[LineError]) -> HTTPProblem:
@@ -162,11 +202,12 @@ class BlobStore:
     def __init__(self, root: Path, *, open_file: OpenFile = _open) -> None:
         self._blobs = root / "files"
         self._incoming = root / "incoming"
+        self._converted = root / "converted"
         self._open_file = open_file
 
     def prepare(self) -> None:
         """Create the directories and remove interrupted uploads."""
-        for directory in (self._blobs, self._incoming):
+        for directory in (self._blobs, self._incoming, self._converted):
             make_private_directory(directory)
         for path in self._incoming.iterdir():
             if path.suffix == _PART:
@@ -190,6 +231,9 @@ class BlobStore:
                 unknown += 1
             elif (deleted_at := known[path.name]) is not None and _written_before(path, deleted_at):
                 _remove(path)
+        for path in self._converted.iterdir():
+            if not self.path(path.name.partition(".")[0]).exists():
+                _remove(path)
         if unknown:
             log.warning("kept files unknown to the database", files=unknown, path=str(self._blobs))
 
@@ -210,6 +254,26 @@ class BlobStore:
     def remove(self, sha256: str) -> None:
         """Remove a blob; safe to repeat."""
         self.path(sha256).unlink(missing_ok=True)
+        for path in self.conversions(sha256):
+            path.unlink(missing_ok=True)
+
+    def convert(self, blob: Path, provider_format: ProviderFormat) -> Path:
+        """Return a blob's rows in a provider's format: a new file, or the blob itself.
+
+        Raises:
+            DatasetError: The blob cannot be read.
+        """
+        target = self._converted / f"{blob.name}.{provider_format.name}"
+        if not target.exists():
+            fresh = self._incoming / f"{uuid4()}{_PART}"
+            if convert([blob], fresh, provider_format=provider_format).path is None:
+                return blob
+            fresh.replace(target)
+        return target
+
+    def conversions(self, sha256: str) -> Sequence[Path]:
+        """Return the files that `convert` made of a blob."""
+        return list(self._converted.glob(f"{sha256}.*"))
 
     def free(self) -> int:
         """Return the free disk space in bytes."""

@@ -72,6 +72,8 @@ jobs = sa.Table(
     sa.Column("fine_tuned_model", sa.String),
     # Events and checkpoints of a job whose run is no longer stored.
     sa.Column("history", sa.JSON(none_as_null=True)),
+    # What only the OpenAI API has; see `openai_jobs`. Null: created by the Mistral API.
+    sa.Column("openai", sa.JSON(none_as_null=True)),
     _project(),
     sa.Index("gateway_jobs_by_time", "created_at"),
     sa.Index("gateway_jobs_by_project", "project", "created_at"),

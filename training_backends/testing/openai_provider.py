@@ -212,11 +212,7 @@ class ScriptedOpenAIProvider(OpenAIState, LoopbackServer):
                 content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1
             ):
                 if line.strip() and not _is_json(line):
-                    raise _bad(
-                        "Expected file to have JSONL format, where every line is a valid JSON "
-                        f"dictionary. Line {number} is not.",
-                        param="file",
-                    )
+                    raise _Rejected(errors.not_jsonl(number))
         return self.add_file(content, filename=filename, purpose=purpose)
 
     def _upload_parts(self, request: Received, rest: list[str]) -> StubReply:

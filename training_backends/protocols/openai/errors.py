@@ -43,6 +43,7 @@ __all__ = [
     "no_file",
     "no_job",
     "no_model",
+    "not_jsonl",
     "wrong_state",
 ]
 
@@ -109,6 +110,15 @@ def no_model(name: str) -> ErrorAnswer:
         param="model",
         code="model_not_found",
     )
+
+
+def not_jsonl(line: int) -> ErrorAnswer:
+    """Return the response to a training file with a line that is not a JSON object.
+
+    Programs match its beginning (a handler of n8n, 2026).
+    """
+    message = f"{_DATA_TEXT}, where every line is a valid JSON dictionary. Line {line} is not."
+    return ErrorAnswer(status=400, message=message, param="file")
 
 
 def invalid_training_file(file_id: str, param: str = "training_file") -> ErrorAnswer:

@@ -1,0 +1,138 @@
+"""Files of the OpenAI API, driven by the official client."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.gateway.conftest import Site, jsonl
+
+pytestmark = pytest.mark.anyio
+
+
+async def upload(sdk: AsyncOpenAI, name: str = "train.jsonl", content: bytes = jsonl()) -> str:
+    """Upload a training file and return its id."""
+    return (await sdk.files.create(file=(name, content), purpose="fine-tune")).id
+
+
+async def test_a_file_lives(here: Site, sdk: AsyncOpenAI) -> None:
+    """Uploaded, retrieved, downloaded, seen by the other API, deleted."""
+    made = await sdk.files.create(
+        file=("été.jsonl", jsonl()),
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert (made.object, made.filename, made.purpose) == ("file", "été.jsonl", "fine-tune")
+    assert (made.bytes, made.status) == (len(jsonl()), "processed")
+    assert made.expires_at == made.created_at + 3600
+    assert await sdk.files.retrieve(made.id) == made
+    assert await sdk.files.wait_for_processing(made.id) == made
+    assert (await sdk.files.content(made.id)).content == jsonl()
+    seen = (await here.http.get(f"/v1/files/{made.id}")).json()
+    assert (seen["filename"], seen["num_lines"]) == ("été.jsonl", 8)
+    gone = await sdk.files.delete(made.id)
+    assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)
+    with pytest.raises(openai.NotFoundError):
+        await sdk.files.retrieve(made.id)
+
+
+async def test_the_parts_of_a_form_have_any_order(here: Site) -> None:
+    """The file may come before its purpose, in a chunked body, with any name."""
+    boundary = "b0"
+    parts = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="blob"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n".encode(),
+        jsonl(),
+        f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
+        f"fine-tune\r\n--{boundary}--\r\n".encode(),
+    )
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    answer = await here.http.post(
+        "/openai/v1/files",
+        content=chunks(),
+        headers={"content-type": f"multipart/form-data; boundary={boundary}"},
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["filename"] == "blob"
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_lists_have_pages(sdk: AsyncOpenAI) -> None:
+    """Newest first or oldest first, by purpose, also while the files of a page are deleted."""
+    ids = [await upload(sdk, f"{n}.jsonl") for n in range(5)]
+    other = await sdk.files.create(file=("notes.txt", b"not JSON"), purpose="user_data")
+    assert [file.id async for file in sdk.files.list(limit=2)] == [other.id, *reversed(ids)]
+    ascending = sdk.files.list(limit=2, order="asc", purpose="fine-tune")
+    assert [file.id async for file in ascending] == ids
+    page = await sdk.files.list(limit=3, after=ids[3])
+    assert [file.id for file in page.data] == [ids[2], ids[1], ids[0]]
+    assert page.has_more is False
+    async for file in sdk.files.list(limit=2):
+        await sdk.files.delete(file.id)
+    assert (await sdk.files.list()).data == []
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [(b'{"a": 1}\nnot json\n', 2), (b"[1]\n", 1), (b"\x00\xff", 1)]
+)
+async def test_only_lines_that_are_no_objects_are_rejected(
+    content: bytes, line: int, sdk: AsyncOpenAI
+) -> None:
+    """The service finds all other mistakes when it validates the job."""
+    with pytest.raises(
+        openai.BadRequestError, match="Expected file to have JSONL format"
+    ) as failed:
+        await upload(sdk, content=content)
+    assert f"Line {line} is not" in failed.value.message
+    assert failed.value.param == "file"
+    assert await upload(sdk, content=b'{"messages": []}\n')
+
+
+async def test_only_a_retried_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
+    """A client that repeats a lost request gets the first file, and any other a new one."""
+    form: dict[str, Any] = {"file": ("a.jsonl", jsonl()), "purpose": "fine-tune"}
+    first, second = [await sdk.files.create(**form) for _ in range(2)]
+    assert first.id != second.id
+    again = await sdk.files.create(**form, extra_headers={"x-stainless-retry-count": "1"})
+    assert again.id in {first.id, second.id}
+
+
+async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI) -> None:
+    """Every error has message, type, param, code and the id of its request."""
+    with pytest.raises(openai.NotFoundError, match="No such File object: nope") as missing:
+        await sdk.files.retrieve("nope")
+    assert (missing.value.param, missing.value.code) == ("id", None)
+    assert missing.value.type == "invalid_request_error"
+    assert missing.value.request_id
+    with pytest.raises(openai.AuthenticationError, match="Incorrect API key") as denied:
+        await sdk.with_options(api_key="wrong").files.list()
+    assert denied.value.code == "invalid_api_key"
+    with pytest.raises(openai.BadRequestError, match="invalid limit") as bad:
+        await sdk.files.list(limit=0)
+    assert bad.value.param == "limit"
+    with pytest.raises(openai.BadRequestError, match="invalid after"):
+        await sdk.files.list(after="nope")
+    with pytest.raises(openai.BadRequestError, match="invalid purpose"):
+        await sdk.files.create(file=b"x", purpose="dinner")  # type: ignore[arg-type]
+    early: Any = {"anchor": "created_at", "seconds": 1}
+    with pytest.raises(openai.BadRequestError, match=r"invalid expires_after\.seconds"):
+        await sdk.files.create(file=b"x", purpose="batch", expires_after=early)
+    answer = await here.http.post("/openai/v1/files", files={"file": ("a", jsonl())})
+    assert answer.json() == {
+        "error": {
+            "message": "'purpose' is a required property",
+            "type": "invalid_request_error",
+            "param": "purpose",
+            "code": None,
+        }
+    }
+    unknown = await here.http.get("/openai/v1/nothing")
+    assert (unknown.status_code, json.loads(unknown.text)["error"]["message"]) == (404, "Not Found")
+    assert (await here.http.get("/v1/nothing")).json() == {"detail": "Not Found"}
