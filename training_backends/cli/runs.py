@@ -450,7 +450,7 @@ def download(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Download the trained model of a run, or one of its checkpoints."""
+    """Download the model of a run or of a checkpoint."""
     from training_backends.cli.views.console import stderr, write_json
 
     async def fetch(client: "AsyncTrainingClient") -> Path:
