@@ -49,8 +49,7 @@ example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environmen
 test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
-test-ray: $(VENV)/.dev ## Train on a real Ray cluster (minutes)
-	@$(INSTALL) --group ray
+test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)
 	$(BIN)/pytest -m ray tests/backends/ray
 
 check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
@@ -109,4 +108,8 @@ $(VENV)/.run: pyproject.toml requirements.lock
 
 $(VENV)/.dev: $(VENV)/.run
 	@$(INSTALL) --group dev --group docs
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.dev
+	@$(INSTALL) --group ray
 	@touch $@

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import httpx
@@ -96,10 +97,13 @@ def _free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A cluster that all tests share."""
-    # Ray's sockets have long names, and a path is limited to 107 bytes.
-    cluster = Cluster(tmp_path_factory.mktemp("ray", numbered=True))
-    cluster.start()
-    yield cluster
-    cluster.kill()
+    # Not below pytest's directory: the path of a socket is limited to 107 bytes, and Ray adds 70.
+    with TemporaryDirectory(prefix="ray-") as directory:
+        cluster = Cluster(Path(directory))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.kill()
