@@ -355,7 +355,7 @@ async def test_a_key_to_read_sees_everything_and_changes_nothing(here: Site) -> 
                 assert answer.status_code != 403 or path == "/files/{file_id}"
             else:
                 assert answer.status_code == 403
-                assert "read-only" in answer.json()["detail"]
+                assert "read-only" in answer.text
                 changed += 1
     assert changed >= 8
     assert (await here.http.get(f"/v1/files/{file_id}")).status_code == 200

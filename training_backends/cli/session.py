@@ -127,7 +127,7 @@ def command(*arguments: str) -> str:
     started = Path(sys.argv[0])
     if started.name != "training-backends":
         program = "python -m training_backends"
-    elif (found := which(started.name)) and Path(found).samefile(started):
+    elif (found := which(started.name)) and started in {Path(started.name), Path(found)}:
         program = started.name
     else:
         program = shlex.quote(str(short_path(started.absolute())))
