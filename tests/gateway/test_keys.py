@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -349,7 +350,7 @@ async def test_a_key_to_read_sees_everything_and_changes_nothing(here: Site) -> 
     changed = 0
     for path, operations in create_app(here.served.gateway).openapi()["paths"].items():
         for method in operations:
-            url = path.format_map({"file_id": file_id, "job_id": file_id, "model_id": "none"})
+            url = path.format_map(defaultdict(lambda: "none", file_id=file_id, job_id=file_id))
             answer = await here.http.request(method, url, headers=headers, content=b"{")
             if method == "get":
                 assert answer.status_code != 403 or path == "/files/{file_id}"
