@@ -52,11 +52,13 @@ def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
 def test_a_running_run_is_stopped_by_another_command(run: Run, config_file: Path) -> None:
     """`stop` asks, `wait` tells when it is over: exit code 11."""
     many = "--set=hyperparameters.training_steps=100000"
-    assert run("launch", config_file.name, "--id=long", many).code == 0
+    launched = run("launch", config_file.name, "--id=long", many)
     conflict = run("launch", config_file.name, "--id=long")
     timed_out = run("wait", "long", "--timeout", "0.1")
     stopped = run("stop", "long", "--json").document
     waited = run("wait", "long", "--timeout", "60", "--json")
+    # After the stop, so that a failure leaves no run behind.
+    assert launched.code == 0
     assert conflict.code == 6
     assert timed_out.code == 124
     assert stopped["status"] in {"stopping", "cancelled"}

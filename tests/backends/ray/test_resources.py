@@ -1,11 +1,17 @@
-"""Whether a cluster has room for the workers of a run."""
+"""What the Ray backend decides without a cluster: room for workers, the package, suspension."""
+
+from pathlib import Path
 
 import pytest
 
 from training_backends.backends.ray.api import Node
+from training_backends.backends.ray.backend import RayBackend
 from training_backends.backends.ray.package import package_zip
 from training_backends.backends.ray.resources import Workers, resource_issues
+from training_backends.backends.ray.settings import RaySettings
 from training_backends.core.config import Resources
+from training_backends.core.files import hold_lock
+from training_backends.credentials.vault import CredentialVault
 
 CPUS = Node(state="ALIVE", resources_total={"CPU": 8})
 H100 = Node(state="ALIVE", resources_total={"CPU": 32, "GPU": 4, "accelerator_type:H100": 1})
@@ -47,3 +53,15 @@ def test_the_same_files_make_the_same_package() -> None:
     first = package_zip()
     package_zip.cache_clear()
     assert package_zip() == first
+
+
+@pytest.mark.anyio
+async def test_a_server_that_ends_suspends_no_run_of_the_cluster(tmp_path: Path) -> None:
+    """Not even one whose driver runs on this machine: it outlives the server."""
+    run = tmp_path / "ray" / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "spec.json").write_text("{}")
+    backend = RayBackend(tmp_path, credentials=CredentialVault(environ={}), settings=RaySettings())
+    with hold_lock(run / "lock"):
+        assert await backend.suspend() == 0
+    assert not (run / "stop").exists()

@@ -127,7 +127,9 @@ class RayBackend(LocalBackend):
         return super().capabilities.model_copy(
             update={
                 "resources": frozenset({"workers", "cpus", "gpus", "accelerator"}),
+                # These need the training libraries where the client runs.
                 "samples": False,
+                "downloads_checkpoints": False,
             }
         )
 
@@ -307,6 +309,10 @@ class RayBackend(LocalBackend):
         if job is not None and job.status == "PENDING":
             await (await self.api()).stop(run.id)
 
+    async def suspend(self) -> int:
+        """Suspend nothing: the cluster outlives this process."""
+        return 0
+
     async def resume(
         self,
         run: TrainingRun,
@@ -339,7 +345,7 @@ class RayBackend(LocalBackend):
 
         async def probe() -> HttpClient:
             api = await self.api()
-            await api.nodes()  # the version is told without a token
+            await api.nodes()  # the version needs no token
             return api.http
 
         return await server_health(probe, configured=True)
