@@ -74,13 +74,15 @@ from .core.run import (
     Observation as Observation,
     Place as Place,
     Reply as Reply,
+    RunFailed as RunFailed,
     RunState as RunState,
     Staleness as Staleness,
     TrainingRun as TrainingRun,
     ValidationReport as ValidationReport,
+    run_id_from as run_id_from,
 )
 from .core.status import TrainingStatus as TrainingStatus
 from .credentials.vault import CredentialVault as CredentialVault
-from .store import MetricPoint as MetricPoint
+from .store import MetricPoint as MetricPoint, Metrics as Metrics
 
 __version__: str
