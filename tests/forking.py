@@ -83,11 +83,11 @@ def serve(listener: socket.socket) -> None:
     import gc  # noqa: PLC0415  # a caller loads none of these
     import select  # noqa: PLC0415
 
-    from training_backends.trainer.environment import prepare_imports  # noqa: PLC0415
+    from training_backends.trainer.environment import importing  # noqa: PLC0415
 
-    prepare_imports("tiny-mistral")
-    import training_backends.trainer.run  # noqa: PLC0415, F401
-    from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
+    with importing("tiny-mistral"):
+        import training_backends.trainer.run  # noqa: PLC0415, F401
+        from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
 
     # What each process would do again: what transformers prepares for the first model that it
     # saves, and the search of all modules for garbage.
