@@ -69,6 +69,11 @@ class Trainer:
         """The command that trains a directory in a forked process, but for the directory."""
         return (sys.executable, "-I", "-S", __file__, self.address, *TRAINER, "train")
 
+    @property
+    def worker(self) -> tuple[str, ...]:
+        """The command that trains a directory as one of several processes."""
+        return (str(self.python), *TRAINER, "work")
+
     def start(self, run: "RunDir") -> int:
         """Return the id of the process that trains a run, the leader of a group of its own."""
         if self._pid is not None:  # left by a test that failed
@@ -161,10 +166,12 @@ def become(asked: dict[str, object], streams: Sequence[int]) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Do what an interpreter does with arguments; return the exit code."""
+    """Do what an interpreter does with its arguments; return the exit code."""
     from training_backends.trainer.__main__ import main  # noqa: PLC0415
 
     if arguments[:3] == [*TRAINER]:
+        if arguments[3] == "work":
+            arguments[5:] = [str(os.getppid())]  # in the place of the parent that asked
         return main(arguments[3:])
     unsafe, command, code, *rest = arguments
     assert (unsafe, command) == ("-P", "-c"), arguments
