@@ -25,7 +25,7 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
-from training_backends.trainer.environment import prepare_imports, prepare_threads, show_only
+from training_backends.trainer.environment import importing, show_only
 from training_backends.trainer.errors import (
     Stopped,
     TrainerError,
@@ -129,11 +129,10 @@ def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitReco
         from training_backends.trainer.launch import launch  # noqa: PLC0415
     if launch is not None:
         return launch(run, spec, admission.stop, chosen)
-    prepare_threads()
-    prepare_imports(spec.model)
-    # Imported here: torch takes seconds and memory, which a queued process should not take from
-    # the one that trains.
-    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+    with importing(spec.model):
+        # Imported here: torch takes seconds and memory, which a queued process should not take
+        # from the one that trains.
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
     process = TrainingProcess(run, spec, admission.stop)
     return _record_of(process.run(), process.step)
@@ -159,12 +158,11 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
     run = RunDir(path)
     stop = StopRequest(run.stop)
     spec = run.read_spec()
-    prepare_threads()
-    prepare_imports(spec.model)
-    from training_backends.trainer.launch import Outcome  # noqa: PLC0415
-    from training_backends.trainer.models import choose_device  # noqa: PLC0415
-    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
-    from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
+    with importing(spec.model):
+        from training_backends.trainer.launch import Outcome  # noqa: PLC0415
+        from training_backends.trainer.models import choose_device  # noqa: PLC0415
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+        from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
 
     outcome = Outcome(run)
 
