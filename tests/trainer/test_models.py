@@ -17,10 +17,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.trainer.encoding import examples_of
 from tests.trainer.plain import MODELS_OF_TODAY, save_of_today, save_tiny
 from training_backends.core.config import ClassifierTarget, Tuning
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import LoadedModel, load_model, prepare_tuning
 from training_backends.trainer.objectives.tokens import TokenObjective, predict
@@ -81,9 +83,10 @@ def test_the_loss_of_a_model_is_that_of_its_logits(
     """Whichever way it is computed, and every trained weight has a gradient."""
     found = loaded(of_today(name), "lora")
     model = prepare_tuning(found.model, Tuning.model_validate(LORA), name).eval()
-    objective = TokenObjective(found.encoder, 64)
+    objective = TokenObjective(found.encoder)
     row = {"messages": [{"role": r, "content": "2 plus 3?"} for r in ("user", "assistant")]}
-    batch = objective.collate([objective.read(json.dumps(row).encode(), "f/1").examples[0]])
+    [example], _ = examples_of(objective, ExampleReader(found.encoder, 64), row)
+    batch = objective.collate([example])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
     labels = batch["labels"][:, 1:]
