@@ -42,6 +42,7 @@ from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "DEQUANTIZED",
     "CheckpointState",
     "Event",
     "ExitRecord",
@@ -399,6 +400,9 @@ class RunDir:
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file that makes a directory an adapter of peft."""
+
+DEQUANTIZED: Final = frozenset({"fp8", "mxfp4"})
+"""Quantization methods whose models are dequantized when they are loaded, and saved so."""
 
 
 def adapter_base(directory: Path) -> str:

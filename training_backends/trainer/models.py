@@ -31,7 +31,7 @@ from transformers import (
 from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
-from training_backends.rundir.directory import ADAPTER_CONFIG, ResultRecord
+from training_backends.rundir.directory import ADAPTER_CONFIG, DEQUANTIZED, ResultRecord
 from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import end_ids
@@ -116,8 +116,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     if not is_in_four_bits(model):
         return model
     restored = model.dequantize(dtype)
-    # On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
-    restored._weight_conversions = None  # noqa: SLF001  # no public API
+    _forget_conversions(restored)
     return restored
 
 
@@ -326,6 +325,7 @@ def _load_weights(
         loader: Any = AutoModelForCausalLM
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             loader = AutoModelForImageTextToText
+        is_dequantized = _dequantize(config)
         if targets:
             loader = AutoModelForSequenceClassification
             config.num_labels = sum(len(target.labels) for target in targets)
@@ -339,7 +339,27 @@ def _load_weights(
                 f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
         _keep_as_loaded(model)
+    if is_dequantized:
+        _forget_conversions(model)
+        model = model.to(options["dtype"])  # transformers 5.23 keeps that of each stored tensor
     return model
+
+
+def _dequantize(config: Any) -> bool:
+    """Have a model dequantized when it is loaded; return whether that is supported."""
+    quantized = getattr(config, "quantization_config", None)
+    if not isinstance(quantized, dict) or quantized.get("quant_method") not in DEQUANTIZED:
+        return False
+    config.quantization_config = {**quantized, "dequantize": True}
+    return True
+
+
+def _forget_conversions(model: Any) -> None:
+    """Save the weights as they are.
+
+    On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
+    """
+    model._weight_conversions = None  # noqa: SLF001  # no public API
 
 
 def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = False) -> Any:
