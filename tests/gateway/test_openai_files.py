@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.gateway.conftest import Site, jsonl
+from tests.gateway.conftest import Site, jsonl, own_id
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +31,7 @@ async def test_a_file_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert await sdk.files.retrieve(made.id) == made
     assert await sdk.files.wait_for_processing(made.id) == made
     assert (await sdk.files.content(made.id)).content == jsonl()
-    seen = (await here.http.get(f"/v1/files/{made.id}")).json()
+    seen = (await here.http.get(f"/v1/files/{own_id(made.id)}")).json()
     assert (seen["filename"], seen["num_lines"]) == ("été.jsonl", 8)
     gone = await sdk.files.delete(made.id)
     assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)

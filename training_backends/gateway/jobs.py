@@ -35,6 +35,7 @@ from training_backends.gateway.jobstore import (
     shown_notes,
 )
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_ids import FILE, internal_id
 from training_backends.gateway.openai_requests import Repetition, check_openai_job
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
@@ -322,7 +323,8 @@ class JobService:
         }
         for param, file_ids in given.items():
             for file_id in file_ids:
-                known = self._files.find(connection, [file_id], caller.project).get(file_id)
+                own = internal_id(FILE, file_id) or ""
+                known = self._files.find(connection, [own], caller.project).get(own)
                 if known is None or known.purpose != "fine-tune":
                     raise problem(invalid_training_file(file_id, param))
                 found[file_id] = known

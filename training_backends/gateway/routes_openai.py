@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
@@ -13,6 +12,7 @@ from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_ids import FILE, JOB, internal_id, wire_id
 from training_backends.gateway.openai_jobs import (
     list_openai_jobs,
     openai_checkpoints,
@@ -106,12 +106,17 @@ def _missing(answer: ErrorAnswer) -> Iterator[None]:
         raise (problem(answer) if refusal.status == 404 else refusal) from None
 
 
-def _known_id(given: str, answer: ErrorAnswer) -> str:
-    """Return an id in canonical form; any other text is the id of nothing."""
-    try:
-        return str(UUID(given))
-    except ValueError:
-        raise problem(answer) from None
+def _known_id(prefix: str, given: str, answer: ErrorAnswer) -> str:
+    """Return an object's own id; any other text is the id of nothing."""
+    known = internal_id(prefix, given)
+    if known is None:
+        raise problem(answer)
+    return known
+
+
+def _after(prefix: str, given: str | None) -> str | None:
+    """Return the own id of the object after which a page begins; other text is kept."""
+    return given and (internal_id(prefix, given) or given)
 
 
 # -- files -----------------------------------------------------------------------------
@@ -145,7 +150,11 @@ async def list_openai_files(
 ) -> ListPage[FileObject]:
     """List files by time, newest first."""
     found, has_more = await gateway.files.page(
-        caller, after=after, limit=limit, descending=order == "desc", purpose=purpose
+        caller,
+        after=_after(FILE, after),
+        limit=limit,
+        descending=order == "desc",
+        purpose=purpose,
     )
     return _page([_file(file) for file in found], has_more=has_more)
 
@@ -155,7 +164,7 @@ async def retrieve_openai_file(file_id: str, gateway: Opened, caller: Caller) ->
     """Return a file's metadata."""
     missing = no_file(file_id)
     with _missing(missing):
-        return _file(await gateway.files.retrieve(_known_id(file_id, missing), caller))
+        return _file(await gateway.files.retrieve(_known_id(FILE, file_id, missing), caller))
 
 
 @openai_router.delete("/files/{file_id}", responses=_MISSING)
@@ -163,8 +172,8 @@ async def delete_openai_file(file_id: str, gateway: Opened, caller: Caller) -> F
     """Delete a file; unfinished jobs that use it keep running."""
     missing = no_file(file_id)
     with _missing(missing):
-        deleted = await gateway.files.delete(_known_id(file_id, missing), caller)
-    return FileDeleted(id=deleted.id)
+        deleted = await gateway.files.delete(_known_id(FILE, file_id, missing), caller)
+    return FileDeleted(id=wire_id(FILE, deleted.id))
 
 
 @openai_router.get(
@@ -174,12 +183,14 @@ async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) ->
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
-        return await send_file(await gateway.files.stored(_known_id(file_id, missing), caller))
+        return await send_file(
+            await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
+        )
 
 
 def _file(file: FileSchema) -> FileObject:
     return FileObject(
-        id=file.id,
+        id=wire_id(FILE, file.id),
         bytes=file.bytes,
         created_at=file.created_at,
         expires_at=file.expires_at,
@@ -220,7 +231,7 @@ async def list_all_openai_jobs(
             c,
             caller,
             gateway.settings.organization_id,
-            after=after,
+            after=_after(JOB, after),
             limit=limit,
             metadata=metadata,
         )
@@ -239,20 +250,20 @@ async def retrieve_openai_job(job_id: str, gateway: Opened, caller: Caller) -> J
 async def cancel_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Cancel a job: immediately before its start, asynchronously while it runs."""
     missing = no_job(job_id)
-    job_id = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     with _missing(missing):
-        job = await gateway.jobs.get(job_id, caller)
+        job = await gateway.jobs.get(known, caller)
         if job.status in ENDED:
             raise problem(wrong_state(f"Job {job_id} has finished; it cannot be cancelled."))
-        await gateway.jobs.cancel(job_id, caller)
-    return await _show(gateway, job_id, caller)
+        await gateway.jobs.cancel(known, caller)
+    return await _show(gateway, known, caller)
 
 
 @openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_MISSING)
 async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Pause a running job."""
     with _missing(no_job(job_id)):
-        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller)
+        await gateway.jobs.pause(_known_id(JOB, job_id, no_job(job_id)), caller)
     return await _show(gateway, job_id, caller)
 
 
@@ -260,7 +271,7 @@ async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSON
 async def resume_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Resume a paused job."""
     with _missing(no_job(job_id)):
-        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller, resume=True)
+        await gateway.jobs.pause(_known_id(JOB, job_id, no_job(job_id)), caller, resume=True)
     return await _show(gateway, job_id, caller)
 
 
@@ -275,7 +286,7 @@ async def list_openai_events(
 ) -> ListPage[FineTuningJobEvent]:
     """List a job's events, newest first, with the metrics of each step."""
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     with _missing(missing):
         found, has_more = await gateway.store.aread(
             lambda c: openai_events(c, known, caller, after=after, limit=limit)
@@ -294,7 +305,7 @@ async def list_openai_checkpoints(
 ) -> ListPage[FineTuningJobCheckpoint]:
     """List a job's checkpoints, newest first."""
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     mine = gateway.settings.organization_id
     with _missing(missing):
         found, has_more = await gateway.store.aread(
@@ -305,7 +316,7 @@ async def list_openai_checkpoints(
 
 async def _show(gateway: Gateway, job_id: str, caller: Principal) -> JSONResponse:
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     mine = gateway.settings.organization_id
     with _missing(missing):
         job = await gateway.store.aread(lambda c: openai_job(c, known, caller, mine))
