@@ -48,6 +48,7 @@ from training_backends.store.gateway_schema import files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
+    "RESULTS_PURPOSE",
     "FileFilters",
     "FileService",
     "StoredFile",
@@ -57,6 +58,8 @@ __all__ = [
 
 log = get_logger()
 
+RESULTS_PURPOSE: Final = "fine-tune-results"
+"""Of the files that the gateway writes; the Mistral API does not list them."""
 SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
@@ -172,7 +175,8 @@ class FileService:
         include_total: bool,
     ) -> ListFilesOut:
         """Return one page of files, newest first."""
-        conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
+        mine = caller.sees(files.c.project), files.c.purpose != RESULTS_PURPOSE
+        conditions = [*_present(), *mine, *_conditions(filters)]
         query = (
             sa.select(files)
             .where(*conditions)
@@ -268,6 +272,55 @@ class FileService:
             needed = await self._store.aread(_needed)
             for digest in set(digests) - needed:
                 await to_thread.run_sync(self._blobs.remove, digest)
+
+    async def add(
+        self,
+        content: bytes,
+        *,
+        file_id: str,
+        filename: str,
+        purpose: str,
+        mimetype: str,
+        owner: Any,
+    ) -> None:
+        """Store a file that the gateway itself has written; no effect if the id exists.
+
+        Args:
+            owner: Row of the job that it belongs to.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        row = {
+            "id": file_id,
+            "filename": filename,
+            "bytes": len(content),
+            "purpose": purpose,
+            "sample_type": "instruct",
+            "source": "mistral",  # the word for the service itself
+            "mimetype": mimetype,
+            "visibility": "workspace",
+            "created_at": time.time(),
+            "created_by": owner.created_by,
+            "project": owner.project,
+        }
+
+        def work(connection: sa.Connection) -> None:
+            mine = sa.select(files.c.id).where(files.c.id == file_id)
+            if connection.execute(mine).first() is None:
+                connection.execute(files.insert().values(row))
+
+        incoming = await to_thread.run_sync(self._blobs.receive)
+        try:
+            await to_thread.run_sync(incoming.write, content)
+            await to_thread.run_sync(incoming.finish)
+            row["sha256"] = incoming.sha256
+            async with self._lock:
+                await to_thread.run_sync(self._blobs.keep, incoming)
+                await self._store.awrite(work)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(incoming.discard)
 
     def _stored(self, row: Any) -> StoredFile:
         path = self._blobs.path(row.sha256)

@@ -30,6 +30,7 @@ from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
@@ -253,7 +254,13 @@ async def _start_jobs(
     stack.callback(tasks.cancel_scope.cancel)
     ending = JobEnding(files, secrets)
     runner = JobRunner(
-        store, client, files, tasks, organization_id=settings.organization_id, on_end=ending
+        store,
+        client,
+        files,
+        tasks,
+        organization_id=settings.organization_id,
+        results=ResultFiles(store, files, settings.openai_result_csv),
+        on_end=ending,
     )
     await runner.start()
     tasks.start_soon(files.sweep)

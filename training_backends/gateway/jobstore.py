@@ -144,14 +144,17 @@ def finish_job(
     job: Any,
     run: TrainingRun,
     organization_id: str,
+    *,
     names: Mapping[str, str],
+    results: Sequence[str],
 ) -> None:
     """Finish a job with the result of its run, and list the model of a completed one.
 
     Args:
         names: File names by local path.
+        results: Ids of its result files.
     """
-    values: dict[str, Any] = {"trained_tokens": _trained_tokens(run)}
+    values: dict[str, Any] = {"trained_tokens": _trained_tokens(run), "result_files": [*results]}
     data: dict[str, Any] = {}
     if run.status is TrainingStatus.COMPLETED:
         status = "SUCCESS"

@@ -129,6 +129,7 @@ def _job(
         seed=row.hyperparameters.get("seed"),
         fine_tuned_model=row.fine_tuned_model,
         trained_tokens=row.trained_tokens,
+        result_files=[wire_id(FILE, file_id) for file_id in row.result_files or ()],
         error=_error(connection, row),
         estimated_finish=int(row.started_at + duration)
         if status == "running" and duration

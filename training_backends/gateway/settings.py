@@ -3,7 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
@@ -97,6 +97,11 @@ class GatewaySettings(SectionSettings):
         default=3.0,
         gt=0,
         description="Epochs of a job that sets neither epochs nor training_steps.",
+    )
+    openai_result_csv: Literal["base64", "plain"] = Field(
+        default="base64",
+        description="Content of result files: base64 of the CSV, as OpenAI's service sends it, "
+        "or the plain CSV of its documentation.",
     )
 
     inference_url: str | None = Field(
