@@ -113,7 +113,7 @@ class Site:
 
 def own_id(wire_id: str) -> str:
     """Return the id that an object of the OpenAI API has in the Mistral API."""
-    return str(UUID(re.sub("^(file-|ftjob-)", "", wire_id)))
+    return str(UUID(re.sub("^(file-|ftjob-|upload_)", "", wire_id)))
 
 
 async def trickle(stream: ByteSendStream) -> None:

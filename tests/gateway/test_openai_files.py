@@ -98,13 +98,22 @@ async def test_only_lines_that_are_no_objects_are_rejected(
     assert await upload(sdk, content=b'{"messages": []}\n')
 
 
-async def test_only_a_retried_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
-    """A client that repeats a lost request gets the first file, and any other a new one."""
+async def test_only_a_repeated_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
+    """Known by the client's retry count, or by an idempotency key; any other is a new file."""
     form: dict[str, Any] = {"file": ("a.jsonl", jsonl()), "purpose": "fine-tune"}
     first, second = [await sdk.files.create(**form) for _ in range(2)]
     assert first.id != second.id
     again = await sdk.files.create(**form, extra_headers={"x-stainless-retry-count": "1"})
     assert again.id in {first.id, second.id}
+    key = {"Idempotency-Key": "k"}
+    keyed = await sdk.files.create(**form, extra_headers=key)
+    assert keyed.id not in {first.id, second.id}
+    assert (await sdk.files.create(**form, extra_headers=key)).id == keyed.id
+    with pytest.raises(openai.BadRequestError) as refused:
+        await sdk.files.create(file=("b.jsonl", jsonl()), purpose="fine-tune", extra_headers=key)
+    assert refused.value.code == "idempotency_error"
+    with pytest.raises(openai.BadRequestError, match="255 characters"):
+        await sdk.files.create(**form, extra_headers={"Idempotency-Key": "k" * 256})
 
 
 async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI) -> None:

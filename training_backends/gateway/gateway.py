@@ -30,6 +30,7 @@ from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.part_uploads import PartUploads
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
@@ -115,6 +116,7 @@ class Gateway:
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
+    uploads: PartUploads
     jobs: JobService
     models: ModelService
     chat: ChatService
@@ -164,13 +166,12 @@ async def open_gateway(
         store, client = await _open_database(stack, settings, root, vault, backends)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        files = FileService(
-            store,
-            blobs or BlobStore(root),
-            limit=settings.max_upload_bytes,
-            pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
-        )
+        blobs = blobs or BlobStore(root)
+        pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
+        files = FileService(store, blobs, limit=settings.max_upload_bytes, pace=pace)
         await files.open()
+        uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
+        await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
         chat = ChatService(
@@ -184,6 +185,7 @@ async def open_gateway(
         )
         stack.push_async_callback(chat.aclose)
         await chat.sweep()
+        tasks.start_soon(uploads.sweep)
         yield Gateway(
             settings=settings,
             home=root,
@@ -193,6 +195,7 @@ async def open_gateway(
             client=client,
             keys=KeyStore(store, settings.api_key),
             files=files,
+            uploads=uploads,
             jobs=await _start_jobs(
                 stack,
                 store,

@@ -36,7 +36,8 @@ from training_backends.gateway.jobstore import (
 )
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_ids import FILE, internal_id
-from training_backends.gateway.openai_requests import Repetition, check_openai_job
+from training_backends.gateway.openai_requests import check_openai_job
+from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
@@ -152,15 +153,23 @@ class JobService:
             self._catalogue,
             self._client.backend(self._backend),
             default_epochs=self._settings.default_epochs,
-            repetition=repetition,
+            idempotency_key=repetition.key,
         )
         new_id = str(uuid4())
 
         def work(connection: sa.Connection) -> str:
-            known = repetition.first(connection, job, caller)
-            if known is None:
-                self._insert(connection, job, new_id, caller)
-            return known or new_id
+            assert job.openai is not None  # noqa: S101  # made above
+            known = repetition.first(
+                connection,
+                jobs,
+                mine=caller.made(jobs) & jobs.c.openai.is_not(None),
+                same=jobs.c.openai["request"].as_string() == job.openai["request"],
+                key=jobs.c.openai["idempotency_key"].as_string(),
+            )
+            if known is not None:
+                return str(known.id)
+            self._insert(connection, job, new_id, caller)
+            return new_id
 
         job_id = await self._store.awrite(work)
         self._runner.drive(job_id)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
 from starlette.responses import FileResponse, JSONResponse
 
@@ -12,14 +12,15 @@ from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.openai_ids import FILE, JOB, internal_id, wire_id
+from training_backends.gateway.openai_ids import FILE, JOB, PART, UPLOAD, internal_id, wire_id
 from training_backends.gateway.openai_jobs import (
     list_openai_jobs,
     openai_checkpoints,
     openai_events,
     openai_job,
 )
-from training_backends.gateway.openai_requests import REPEATS_FOR, Repetition
+from training_backends.gateway.part_uploads import FoundUpload
+from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
@@ -29,9 +30,14 @@ from training_backends.protocols.openai.errors import (
     no_file,
     no_job,
     no_model,
+    no_upload,
     wrong_state,
 )
-from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.protocols.openai.requests import (
+    CompleteUploadIn,
+    FineTuningJobIn,
+    UploadIn,
+)
 from training_backends.protocols.openai.wire import (
     FileDeleted,
     FileObject,
@@ -40,6 +46,8 @@ from training_backends.protocols.openai.wire import (
     ListPage,
     ModelDeleted,
     ModelObject,
+    UploadObject,
+    UploadPart,
 )
 
 __all__ = ["openai_router"]
@@ -88,13 +96,38 @@ _FORM: dict[str, Any] = {
     }
 }
 
+_PART_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+_LONGEST_KEY = 255
+
 openai_router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"], responses=_ERRORS)
 
 
-def _repeats(request: Request) -> bool:
-    """Return whether an official client sends a request again."""
+async def _repetition(request: Request) -> Repetition:
+    """Return whether this request may repeat another: the official clients count their retries."""
     count = request.headers.get("x-stainless-retry-count", "")
-    return count.isascii() and count.isdigit() and int(count[:9]) > 0
+    key = request.headers.get("idempotency-key")
+    if key is not None and len(key) > _LONGEST_KEY:
+        message = f"The Idempotency-Key is too long; the limit is {_LONGEST_KEY} characters."
+        raise problem(ErrorAnswer(status=400, message=message, code="idempotency_error"))
+    return Repetition(
+        is_retry=count.isascii() and count.isdigit() and int(count[:9]) > 0, key=key or None
+    )
+
+
+Repeated = Annotated[Repetition, Depends(_repetition)]
 
 
 @contextmanager
@@ -123,7 +156,9 @@ def _after(prefix: str, given: str | None) -> str | None:
 
 
 @openai_router.post("/files", openapi_extra=_FORM, responses={507: {"model": OpenAIProblem}})
-async def upload_openai_file(request: Request, gateway: Opened, caller: Caller) -> FileObject:
+async def upload_openai_file(
+    request: Request, gateway: Opened, caller: Caller, repetition: Repeated
+) -> FileObject:
     """Upload a file; a retry of the same upload returns the same file."""
     length = request.headers.get("content-length", "")
     return _file(
@@ -133,7 +168,7 @@ async def upload_openai_file(request: Request, gateway: Opened, caller: Caller) 
             content_length=int(length) if length.isdigit() else None,
             caller=caller,
             rules=OPENAI_UPLOAD,
-            reuse_for=REPEATS_FOR if _repeats(request) else 0.0,
+            repetition=repetition,
         )
     )
 
@@ -200,6 +235,86 @@ def _file(file: FileSchema) -> FileObject:
     )
 
 
+# -- uploads in parts ------------------------------------------------------------------
+
+
+@openai_router.post(
+    "/uploads",
+    responses={429: {"model": OpenAIProblem}, 507: {"model": OpenAIProblem}},
+    dependencies=[SmallBody],
+)
+async def create_openai_upload(
+    upload: UploadIn, gateway: Opened, caller: Caller, repetition: Repeated
+) -> UploadObject:
+    """Begin to upload a file in parts, within an hour."""
+    return _upload(await gateway.uploads.create(upload, caller, repetition))
+
+
+@openai_router.post(
+    "/uploads/{upload_id}/parts",
+    openapi_extra=_PART_FORM,
+    responses=_MISSING | {507: {"model": OpenAIProblem}},
+)
+async def add_openai_upload_part(
+    upload_id: str, request: Request, gateway: Opened, caller: Caller, repetition: Repeated
+) -> UploadPart:
+    """Upload a part; the order is that of the completion."""
+    missing = no_upload(upload_id)
+    length = request.headers.get("content-length", "")
+    with _missing(missing):
+        part = await gateway.uploads.add(
+            _known_id(UPLOAD, upload_id, missing),
+            request.stream(),
+            content_type=request.headers.get("content-type", ""),
+            content_length=int(length) if length.isdigit() else None,
+            caller=caller,
+            repetition=repetition,
+        )
+    return UploadPart(
+        id=wire_id(PART, part.id),
+        created_at=part.created_at,
+        upload_id=wire_id(UPLOAD, part.upload_id),
+    )
+
+
+@openai_router.post(
+    "/uploads/{upload_id}/complete",
+    responses=_MISSING | {507: {"model": OpenAIProblem}},
+    dependencies=[SmallBody],
+)
+async def complete_openai_upload(
+    upload_id: str, given: CompleteUploadIn, gateway: Opened, caller: Caller
+) -> UploadObject:
+    """Join the parts to a file; a repeated request returns the same file."""
+    missing = no_upload(upload_id)
+    with _missing(missing):
+        known = _known_id(UPLOAD, upload_id, missing)
+        return _upload(await gateway.uploads.complete(known, given, caller))
+
+
+@openai_router.post("/uploads/{upload_id}/cancel", responses=_MISSING)
+async def cancel_openai_upload(upload_id: str, gateway: Opened, caller: Caller) -> UploadObject:
+    """Cancel an upload; its parts are deleted."""
+    missing = no_upload(upload_id)
+    with _missing(missing):
+        known = _known_id(UPLOAD, upload_id, missing)
+        return _upload(await gateway.uploads.cancel(known, caller))
+
+
+def _upload(found: FoundUpload) -> UploadObject:
+    row = found.row
+    return UploadObject(
+        id=wire_id(UPLOAD, row.id),
+        bytes=row.bytes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        filename=row.filename,
+        purpose=row.purpose,
+        status=row.status,
+        file=_file(found.file) if found.file else None,
+    )
+
+
 # -- jobs ------------------------------------------------------------------------------
 
 After = Annotated[str | None, Query(max_length=200)]
@@ -208,10 +323,9 @@ _JOBS = "/fine_tuning/jobs"
 
 @openai_router.post(_JOBS, responses={429: {"model": OpenAIProblem}}, dependencies=[SmallBody])
 async def create_openai_job(
-    job: FineTuningJobIn, request: Request, gateway: Opened, caller: Caller
+    job: FineTuningJobIn, gateway: Opened, caller: Caller, repetition: Repeated
 ) -> JSONResponse:
     """Create a job; a repeated request returns the job of the first one."""
-    repetition = Repetition(_repeats(request), request.headers.get("idempotency-key"))
     return await _show(gateway, await gateway.jobs.create_openai(job, caller, repetition), caller)
 
 

@@ -9,6 +9,7 @@ from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
+from training_backends.protocols.openai.wire import MAX_UPLOAD_BYTES
 
 __all__ = ["GatewaySettings"]
 
@@ -54,6 +55,9 @@ class GatewaySettings(SectionSettings):
         description="PEM file with CAs; requires client certificates signed by them (mTLS).",
     )
     max_upload_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, description="Maximum file size.")
+    max_parts_bytes: int = Field(
+        default=MAX_UPLOAD_BYTES, ge=1, description="Maximum size of a file uploaded in parts."
+    )
     max_request_bytes: int = Field(
         default=2**20, ge=1, description="Maximum request body size, except for uploads."
     )

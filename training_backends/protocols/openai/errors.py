@@ -43,6 +43,7 @@ __all__ = [
     "no_file",
     "no_job",
     "no_model",
+    "no_upload",
     "not_jsonl",
     "wrong_state",
 ]
@@ -100,6 +101,11 @@ def no_job(job_id: str) -> ErrorAnswer:
 def no_file(file_id: str) -> ErrorAnswer:
     """Return the response for an unknown file; it has no code (recorded)."""
     return ErrorAnswer(status=404, message=f"No such File object: {file_id}", param="id")
+
+
+def no_upload(upload_id: str) -> ErrorAnswer:
+    """Return the response for an unknown upload, like that for a file."""
+    return ErrorAnswer(status=404, message=f"No such Upload object: {upload_id}", param="id")
 
 
 def no_model(name: str) -> ErrorAnswer:
