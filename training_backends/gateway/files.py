@@ -58,6 +58,7 @@ __all__ = [
     "clean_name",
     "names_by_path",
     "one_of",
+    "tuned_path",
 ]
 
 log = get_logger()
@@ -383,7 +384,7 @@ class FileService:
         return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
 
     async def names(self, job: Any) -> dict[str, str]:
-        """Return the names of a job's files, including deleted ones, by path.
+        """Return the names of a job's files, including deleted ones, and of its model, by path.
 
         Other files of the same content have the same path, and are not this job's business.
         """
@@ -395,7 +396,7 @@ class FileService:
         for row in rows:
             for path in await to_thread.run_sync(self._blobs.conversions, row.sha256):
                 names[str(path)] = names[str(self._blobs.path(row.sha256))]
-        return names
+        return names | tuned_path(job.model, TrainingConfig.model_validate_json(job.config))
 
     async def converted(
         self, config: TrainingConfig, provider_format: ProviderFormat
@@ -444,6 +445,11 @@ def _uploaded_before(
         return connection.execute(sa.select(files).where(same, *_present())).first()
     mine = sa.and_(caller.made(files), *_present())
     return repetition.first(connection, files, mine=mine, same=same, key=files.c.idempotency_key)
+
+
+def tuned_path(name: str, config: TrainingConfig) -> dict[str, str]:
+    """Return the path and the name of the fine-tuned model that a job starts from, if it does."""
+    return {config.model: name} if config.model and name.startswith("ft:") else {}
 
 
 def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService
+from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
@@ -119,6 +120,7 @@ class Gateway:
     uploads: PartUploads
     jobs: JobService
     models: ModelService
+    checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
 
@@ -174,10 +176,18 @@ async def open_gateway(
         await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        checkpoints = CheckpointModels(
+            store,
+            client,
+            organization_id=settings.organization_id,
+            directory=root / "checkpoints",
+        )
+        await checkpoints.sweep()
         chat = ChatService(
             store,
             client,
             tasks,
+            checkpoints,
             backend=backend,
             catalogue=catalogue,
             settings=settings,
@@ -186,6 +196,16 @@ async def open_gateway(
         stack.push_async_callback(chat.aclose)
         await chat.sweep()
         tasks.start_soon(uploads.sweep)
+        models = ModelService(
+            store,
+            client,
+            backend=backend,
+            catalogue=catalogue,
+            organization_id=settings.organization_id,
+            opened_at=time.time(),
+            chat=chat,
+            checkpoints=checkpoints,
+        )
         yield Gateway(
             settings=settings,
             home=root,
@@ -201,20 +221,14 @@ async def open_gateway(
                 store,
                 client,
                 files,
+                models,
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
                 settings=settings,
             ),
-            models=ModelService(
-                store,
-                client,
-                backend=backend,
-                catalogue=catalogue,
-                organization_id=settings.organization_id,
-                opened_at=time.time(),
-                chat=chat,
-            ),
+            models=models,
+            checkpoints=checkpoints,
             chat=chat,
             links=links,
         )
@@ -246,6 +260,7 @@ async def _start_jobs(
     store: GatewayStore,
     client: AsyncTrainingClient,
     files: FileService,
+    models: ModelService,
     *,
     backend: str,
     catalogue: Catalogue,
@@ -274,6 +289,7 @@ async def _start_jobs(
         files,
         runner,
         ending,
+        models=models,
         backend=backend,
         catalogue=catalogue,
         secrets=secrets,

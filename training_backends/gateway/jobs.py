@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +17,7 @@ from training_backends.core.errors import ConfigError, DatasetError, TrainingBac
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
-from training_backends.gateway.files import FileService, StoredFile, names_by_path
+from training_backends.gateway.files import FileService, StoredFile, names_by_path, tuned_path
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -35,6 +36,7 @@ from training_backends.gateway.jobstore import (
     shown_notes,
 )
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.models import ModelService
 from training_backends.gateway.openai_ids import FILE, internal_id
 from training_backends.gateway.openai_requests import check_openai_job
 from training_backends.gateway.repetition import Repetition
@@ -85,6 +87,7 @@ class JobService:
         runner: JobRunner,
         ending: JobEnding,
         *,
+        models: ModelService,
         backend: str,
         catalogue: Catalogue,
         secrets: SecretKeeper,
@@ -95,6 +98,7 @@ class JobService:
         self._files = files
         self._runner = runner
         self._ending = ending
+        self._models = models
         self._backend = backend
         self._catalogue = catalogue
         self._secrets = secrets
@@ -126,7 +130,7 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid, or a similar job is unfinished (409).
         """
-        job = self._check(request)
+        job = await self._check(request, caller)
         job_id = str(uuid4())
         await self._store_secret(job, job_id)
         try:
@@ -150,7 +154,7 @@ class JobService:
         """
         job = check_openai_job(
             request,
-            self._catalogue,
+            await self._offered(request.model, caller),
             self._client.backend(self._backend),
             default_epochs=self._settings.default_epochs,
             idempotency_key=repetition.key,
@@ -198,10 +202,10 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = self._check(request)
+        job = await self._check(request, caller)
         found = await self._store.aread(lambda c: self._find(c, job, caller))
         config = self._make_config(job, found, "dry-run")
-        names = names_by_path(found.values())
+        names = {**names_by_path(found.values()), **tuned_path(job.offer.name, config)}
         try:
             report = await self._client.validate(config, backend=self._backend)
             if not report.ok:
@@ -272,17 +276,25 @@ class JobService:
         self._runner.drive(job_id)
         return job
 
-    def _check(self, request: JobIn) -> CheckedJob:
+    async def _check(self, request: JobIn, caller: Principal) -> CheckedJob:
         most = self._settings.max_training_steps
         if (request.hyperparameters.training_steps or 0) > most:
             place = ["body", "hyperparameters", "training_steps"]
             raise invalid(place, f"Input should be less than or equal to {most}", "less_than_equal")
         return check_job(
             request,
-            self._catalogue,
+            await self._offered(request.model, caller),
             self._client.backend(self._backend).capabilities,
             default_epochs=self._settings.default_epochs,
         )
+
+    async def _offered(self, name: str, caller: Principal) -> Catalogue:
+        """Return the catalogue, with the model of this name if it is a fine-tuned one."""
+        if self._catalogue.get(name) is None:
+            with suppress(ConfigError):  # a checkpoint that is gone
+                if offer := await self._models.offer(name, caller):
+                    return self._catalogue.extended(offer)
+        return self._catalogue
 
     def _make_config(
         self, job: CheckedJob, files: Mapping[str, StoredFile], job_id: str

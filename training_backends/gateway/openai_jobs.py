@@ -1,7 +1,7 @@
 """What the OpenAI API shows of a job: the job itself, its events and checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -13,9 +13,10 @@ from training_backends.gateway.job_events import (
     JobEvent,
     job_checkpoints,
     job_events,
+    kept_checkpoints,
     run_document,
 )
-from training_backends.gateway.jobstore import model_name, require_job
+from training_backends.gateway.jobstore import checkpoint_name, model_name, require_job
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_ids import FILE, JOB, wire_id
 from training_backends.gateway.store import page_of
@@ -341,35 +342,42 @@ def openai_checkpoints(
     caller: Principal,
     organization_id: str,
     *,
+    keeps: Callable[[Any], bool],
     after: str | None,
     limit: int,
 ) -> tuple[list[FineTuningJobCheckpoint], bool]:
     """Return the checkpoints that follow `after`, newest first, and whether there are more.
 
+    Args:
+        keeps: Whether a job's checkpoints can be used as models; then only those are shown that
+            are still there.
+
     Raises:
         HTTPProblem: There is no such job for this client, or `after` is none of its checkpoints.
     """
     row = require_job(connection, job_id, caller)
-    points = list(reversed(job_checkpoints(connection, row)))
-    created = datetime.fromtimestamp(row.created_at, UTC)
-    name = row.fine_tuned_model or model_name(row, organization_id, created)
+    of = kept_checkpoints if row.history is None and keeps(row) else job_checkpoints
+    points = of(connection, row)[::-1]
+    newest = points[0].step if points else None
+    prefix = wire_id("ftckpt_", row.id) + "-"
+    if after is not None:
+        number = after.removeprefix(prefix)
+        if not (after.startswith(prefix) and _step_of(f"step-{number}") is not None):
+            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
+        points = [point for point in points if point.step < int(number)]
+    name = row.fine_tuned_model or model_name(row, organization_id, row.created_at)
     shown = [
         FineTuningJobCheckpoint(
-            id=f"{wire_id('ftckpt_', row.id)}-{point.step}",
+            id=f"{prefix}{point.step}",
             created_at=int(point.at),
             # As at the service, the last one has the name of the final model.
             fine_tuned_model_checkpoint=name
-            if row.fine_tuned_model and number == 0
-            else f"{name}:ckpt-step-{point.step}",
+            if row.fine_tuned_model and point.step == newest
+            else checkpoint_name(name, point.step),
             fine_tuning_job_id=wire_id(JOB, row.id),
             step_number=point.step,
-            metrics=StepMetrics.model_validate({"step": point.step, **point.metrics}),
+            metrics=StepMetrics.model_validate({**point.metrics, "step": point.step}),
         )
-        for number, point in enumerate(points)
+        for point in points[:limit]
     ]
-    start = 0
-    if after is not None:
-        start = 1 + next((n for n, one in enumerate(shown) if one.id == after), -2)
-        if start < 0:
-            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
-    return shown[start : start + limit], len(shown) > start + limit
+    return shown, len(points) > limit

@@ -423,7 +423,15 @@ async def list_openai_checkpoints(
     mine = gateway.settings.organization_id
     with _missing(missing):
         found, has_more = await gateway.store.aread(
-            lambda c: openai_checkpoints(c, known, caller, mine, after=after, limit=limit)
+            lambda c: openai_checkpoints(
+                c,
+                known,
+                caller,
+                mine,
+                keeps=gateway.checkpoints.keeps,
+                after=after,
+                limit=limit,
+            )
         )
     return _page(found, has_more=has_more)
 
