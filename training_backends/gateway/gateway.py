@@ -37,6 +37,8 @@ from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
+from training_backends.gateway.webhooks import Webhooks
+from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store.gateway_schema import keys
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
@@ -221,7 +223,8 @@ async def open_gateway(
                 store,
                 client,
                 files,
-                models,
+                models=models,
+                webhooks=await _webhooks(store, settings, vault),
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
@@ -255,13 +258,30 @@ async def _open_database(
     return store, client
 
 
+async def _webhooks(
+    store: GatewayStore, settings: GatewaySettings, vault: CredentialVault
+) -> Webhooks | None:
+    """Return what reports finished jobs; None without a URL in the settings.
+
+    Raises:
+        ConfigError: The secret cannot be used.
+        CredentialNotFound: There is none.
+    """
+    if settings.webhook_url is None:
+        return None
+    secret = settings.webhook_secret or await vault.get("webhook")
+    key = signing_key(secret.get_secret_value())
+    return Webhooks(store, str(settings.webhook_url), key)
+
+
 async def _start_jobs(
     stack: AsyncExitStack,
     store: GatewayStore,
     client: AsyncTrainingClient,
     files: FileService,
-    models: ModelService,
     *,
+    models: ModelService,
+    webhooks: Webhooks | None,
     backend: str,
     catalogue: Catalogue,
     secrets: SecretKeeper,
@@ -270,7 +290,7 @@ async def _start_jobs(
     """Resume all jobs in tasks that end with the stack."""
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
-    ending = JobEnding(files, secrets)
+    ending = JobEnding(files, secrets, webhooks)
     runner = JobRunner(
         store,
         client,
@@ -282,6 +302,8 @@ async def _start_jobs(
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    if webhooks is not None:
+        tasks.start_soon(webhooks.run)
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
     return JobService(
         store,

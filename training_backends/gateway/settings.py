@@ -107,6 +107,13 @@ class GatewaySettings(SectionSettings):
         description="Content of result files: base64 of the CSV, as OpenAI's service sends it, "
         "or the plain CSV of its documentation.",
     )
+    webhook_url: AnyHttpUrl | None = Field(
+        default=None, description="URL that receives an event when a job has finished."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="Signs the events: `whsec_` and base64; default: the credential `webhook`.",
+    )
 
     inference_url: str | None = Field(
         default=None,
