@@ -48,6 +48,7 @@ from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMe
 from training_backends.protocols.openai.errors import (
     answer_for,
     invalid_training_file,
+    not_supported,
     wrong_state,
 )
 from training_backends.protocols.openai.requests import FineTuningJobIn
@@ -188,7 +189,7 @@ class JobService:
         job = await self._store.aread(lambda c: require_job(c, job_id, caller))
         verb = "resumed" if resume else "paused"
         if not self._client.backend(job.backend).capabilities.pauses:
-            raise plain(422, "This gateway's backend cannot pause a job.")
+            raise problem(not_supported("This gateway's backend cannot pause a job."))
         if job.status != "RUNNING":
             raise problem(wrong_state(f"Only a running job can be {verb}."))
         try:
@@ -220,7 +221,8 @@ class JobService:
             passes = round(estimate.train_tokens / estimate.data_tokens, 4)
         return LegacyJobMetadataOut(
             **quote(estimate).model_dump(),
-            details=shown_notes(estimate.notes, names) or "Dry run: no job was created.",
+            details=shown_notes([*job.notes, *estimate.notes], names)
+            or "Dry run: no job was created.",
             epochs=config.hyperparameters.epochs or passes,
             training_steps=estimate.steps or config.hyperparameters.training_steps,
         )
@@ -379,6 +381,8 @@ class JobService:
             )
         )
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
+        for note in job.notes:
+            add_event(connection, job_id, "note", {"message": note})
         return load_job(connection, job_id)
 
     def _row(

@@ -1,6 +1,7 @@
 """Validate a job request of the OpenAI API and convert it to a training configuration."""
 
 import re
+import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.errors import invalid, problem
 from training_backends.gateway.job_request import CheckedJob, check_declared, digest
 from training_backends.protocols.openai.errors import model_not_available
-from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.protocols.openai.requests import MAX_SEED, FineTuningJobIn
 from training_backends.protocols.openai.status import to_method
 
 __all__ = ["check_openai_job", "multiplied_rate"]
@@ -103,6 +104,8 @@ def _hyperparameters(
 ) -> dict[str, Any]:
     """Return the values in our names; what is `auto` is the backend's choice, except epochs."""
     known = capabilities.hyperparameters
+    if seed is None and (known is None or "seed" in known):
+        seed = secrets.randbelow(MAX_SEED + 1)  # as the service does
     found = {"epochs": given.get("n_epochs"), "batch_size": given.get("batch_size"), "seed": seed}
     if found["epochs"] is None and (known is None or "epochs" in known):
         found["epochs"] = default_epochs

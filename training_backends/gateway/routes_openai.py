@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.responses import FileResponse, JSONResponse
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
-from training_backends.gateway.files import OPENAI_UPLOAD
+from training_backends.gateway.files import OPENAI_UPLOAD, RESULTS_PURPOSE
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_ids import FILE, JOB, PART, UPLOAD, internal_id, wire_id
@@ -41,6 +41,7 @@ from training_backends.protocols.openai.requests import (
 from training_backends.protocols.openai.wire import (
     FileDeleted,
     FileObject,
+    FineTuningJob,
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
     ListPage,
@@ -110,6 +111,7 @@ _PART_FORM: dict[str, Any] = {
         },
     }
 }
+_SHOWN_PURPOSES = {*OPENAI_UPLOAD.purposes, RESULTS_PURPOSE}
 _LONGEST_KEY = 255
 
 openai_router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"], responses=_ERRORS)
@@ -191,7 +193,9 @@ async def list_openai_files(
         descending=order == "desc",
         purpose=purpose,
     )
-    return _page([_file(file) for file in found], has_more=has_more)
+    page = _page([_file(file) for file in found], has_more=has_more)
+    # The published schema does not allow null here.
+    return page.model_copy(update={"first_id": page.first_id or "", "last_id": page.last_id or ""})
 
 
 @openai_router.get("/files/{file_id}", responses=_MISSING)
@@ -230,7 +234,8 @@ def _file(file: FileSchema) -> FileObject:
         created_at=file.created_at,
         expires_at=file.expires_at,
         filename=file.filename,
-        purpose=file.purpose,
+        # The Mistral API has a purpose that the other one lacks.
+        purpose=file.purpose if file.purpose in _SHOWN_PURPOSES else "user_data",
         status="processed",
     )
 
@@ -319,9 +324,12 @@ def _upload(found: FoundUpload) -> UploadObject:
 
 After = Annotated[str | None, Query(max_length=200)]
 _JOBS = "/fine_tuning/jobs"
+_JOB: dict[int | str, dict[str, Any]] = {200: {"model": FineTuningJob}}
 
 
-@openai_router.post(_JOBS, responses={429: {"model": OpenAIProblem}}, dependencies=[SmallBody])
+@openai_router.post(
+    _JOBS, responses=_JOB | {429: {"model": OpenAIProblem}}, dependencies=[SmallBody]
+)
 async def create_openai_job(
     job: FineTuningJobIn, gateway: Opened, caller: Caller, repetition: Repeated
 ) -> JSONResponse:
@@ -329,7 +337,7 @@ async def create_openai_job(
     return await _show(gateway, await gateway.jobs.create_openai(job, caller, repetition), caller)
 
 
-@openai_router.get(_JOBS)
+@openai_router.get(_JOBS, responses={200: {"model": ListPage[FineTuningJob]}})
 async def list_all_openai_jobs(
     request: Request,
     gateway: Opened,
@@ -354,13 +362,13 @@ async def list_all_openai_jobs(
     return JSONResponse({"object": "list", "data": shown, "has_more": has_more})
 
 
-@openai_router.get(f"{_JOBS}/{{job_id}}", responses=_MISSING)
+@openai_router.get(f"{_JOBS}/{{job_id}}", responses=_JOB | _MISSING)
 async def retrieve_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Return a job."""
     return await _show(gateway, job_id, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/cancel", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/cancel", responses=_JOB | _MISSING)
 async def cancel_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Cancel a job: immediately before its start, asynchronously while it runs."""
     missing = no_job(job_id)
@@ -373,7 +381,7 @@ async def cancel_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSO
     return await _show(gateway, known, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_JOB | _MISSING)
 async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Pause a running job."""
     with _missing(no_job(job_id)):
@@ -381,7 +389,7 @@ async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSON
     return await _show(gateway, job_id, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/resume", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/resume", responses=_JOB | _MISSING)
 async def resume_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Resume a paused job."""
     with _missing(no_job(job_id)):

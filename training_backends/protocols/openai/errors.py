@@ -45,6 +45,7 @@ __all__ = [
     "no_model",
     "no_upload",
     "not_jsonl",
+    "not_supported",
     "wrong_state",
 ]
 
@@ -148,6 +149,11 @@ def wrong_state(message: str) -> ErrorAnswer:
     What the service answers is not documented; a 409 would be sent three times by the clients.
     """
     return ErrorAnswer(status=400, message=message, code="invalid_state")
+
+
+def not_supported(message: str) -> ErrorAnswer:
+    """Return the response to a request that the server can never fulfil."""
+    return ErrorAnswer(status=400, message=message, code="unsupported_operation")
 
 
 def answer_for(error: TrainingBackendError) -> ErrorAnswer:
