@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 
+# Compiled once, not each of the thousand times that a program is started.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Until everything is collected: what modules define stays, and each collection of garbage would
 # search it again.
 gc.disable()
