@@ -1,6 +1,5 @@
-"""Find, load and save models; fail fast if the Hub does not respond."""
+"""Load and save models."""
 
-import errno
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from transformers import (
@@ -26,16 +25,20 @@ from transformers import (
 from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
-from training_backends.rundir.directory import ADAPTER_CONFIG, ResultRecord, adapter_base
+from training_backends.rundir.directory import ADAPTER_CONFIG, DEQUANTIZED, ResultRecord
 from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
-from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import end_ids
+from training_backends.trainer.model_files import (
+    base_model_of,
+    find_model,
+    read_targets,
+    resolve_targets,
+)
 from training_backends.trainer.objectives.classifier import (
     add_heads,
     describe_classifier,
     label_names,
-    read_targets,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +50,6 @@ __all__ = [
     "choose_dtype",
     "count_experts",
     "dequantized",
-    "find_model",
     "is_in_four_bits",
     "load_model",
     "make_tiny_model",
@@ -111,8 +113,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     if not is_in_four_bits(model):
         return model
     restored = model.dequantize(dtype)
-    # On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
-    restored._weight_conversions = None  # noqa: SLF001  # no public API
+    _forget_conversions(restored)
     return restored
 
 
@@ -132,21 +133,12 @@ def _apply_same_adapter(base: Any, model: "PeftModel") -> "PeftModel":
     return adapted
 
 
-HUB_TIMEOUT: Final = 5.0
-"""Seconds to wait for the Hub to confirm that it has a model."""
-
-_FILES: Final = [
-    *("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"),
-    "README.md",  # names the license
-]
-_DESCRIPTIONS: Final = ("config.json", ADAPTER_CONFIG)
 _PROCESSORS: Final = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
 """How an image-text model prepares images."""
-_UNNEEDED: Final = ["consolidated*", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +234,10 @@ def load_model(
         encoder = encoder_for(name, None, chat_template=chat_template)
     else:
         directory = find_model(name)
-        targets = _resolve_targets(name, directory, tuning, targets)
+        targets = resolve_targets(name, directory, targets, trains=tuning is not None)
         if (directory / ADAPTER_CONFIG).is_file():
             base = load_model(
-                _base_of(name, directory),
+                base_model_of(name, directory),
                 seed=seed,
                 tuning=tuning,
                 device=device,
@@ -269,21 +261,6 @@ def load_model(
     return LoadedModel(model, encoder, name, tuple(targets), directory, stored)
 
 
-def _resolve_targets(
-    name: str, directory: Path, tuning: Tuning | None, requested: Sequence[ClassifierTarget]
-) -> Sequence[ClassifierTarget]:
-    """Return the model's targets, checked against the requested ones."""
-    existing = read_targets(directory)
-    if tuning is None or not existing:
-        return requested or existing
-    if [(t.name, t.labels) for t in existing] != [(t.name, t.labels) for t in requested]:
-        raise TrainerError(
-            f"{name!r} is a classifier with the targets {', '.join(t.name for t in existing)}; "
-            "it can only be trained further with the same targets and labels."
-        )
-    return requested
-
-
 def _set_attention(model: Any, name: str, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
@@ -298,20 +275,6 @@ def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) 
     model.config.label2id = {name: n for n, name in model.config.id2label.items()}
     # transformers finds the last token as the last one that is not padding.
     model.config.get_text_config().pad_token_id = pad_id
-
-
-def _base_of(name: str, directory: Path) -> str:
-    try:
-        base = adapter_base(directory)
-    except ValueError as error:
-        raise TrainerError(f"The adapter {name!r} cannot be read: {error}.") from error
-    if "/" not in base and base != TINY_MODEL and not Path(base).is_dir():
-        raise TrainerError(
-            f"The base model {base!r} of the adapter {name!r} not found: an adapter that was "
-            "copied from its run does not know where its base model is. Set "
-            f"base_model_name_or_path in its {ADAPTER_CONFIG}."
-        )
-    return base
 
 
 def _load_adapter(
@@ -348,79 +311,6 @@ def _load_adapter(
     return replace(base, model=model, encoder=encoder)
 
 
-def find_model(name: str) -> Path:
-    """Return the directory of a model, downloaded from the Hub if necessary.
-
-    Raises:
-        TrainerError: The model does not exist or cannot be fetched.
-    """
-    local = Path(name).expanduser()
-    if local.is_dir():
-        if not any((local / f).is_file() for f in _DESCRIPTIONS):
-            raise TrainerError(f"{local} is not a model directory: it has no config.json.")
-        return local
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise TrainerError(f"Model directory not found: {local}.")
-    return _from_hub(name)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
-    from huggingface_hub import errors as hub  # noqa: PLC0415
-    from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
-
-    try:
-        if HF_HUB_OFFLINE:
-            return _cached(name) or _raise_offline(name)
-        # Asked first, and once: snapshot_download retries for half a minute.
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_UNNEEDED))
-    except TrainerError:
-        raise
-    except hub.GatedRepoError as error:
-        raise TrainerError(
-            f"{name!r} is a gated model. Accept its license on the Hub, then store a token with "
-            "`training-backends credentials set huggingface`.",
-            kind="auth",
-        ) from error
-    except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
-        raise TrainerError(
-            f"Model {name!r} not found: neither a local directory nor a model on the Hub. "
-            f"Built-in model: {TINY_MODEL}."
-        ) from error
-    except Exception as error:  # the Hub client lets HTTP library errors through
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        return _cached(name) or _raise_unreachable(name, error)
-
-
-def _cached(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        found = Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return found if any((found / each).is_file() for each in _DESCRIPTIONS) else None
-
-
-def _raise_offline(name: str) -> NoReturn:
-    raise TrainerError(
-        f"The model {name!r} is not on this machine, and HF_HUB_OFFLINE is set. "
-        f"Built-in model: {TINY_MODEL}."
-    )
-
-
-def _raise_unreachable(name: str, error: Exception) -> NoReturn:
-    raise TrainerError(
-        f"The model {name!r} is not on this machine, and the Hub cannot be reached: "
-        f"{hub_failure(error)}",
-        kind="provider",
-        retryable=True,
-    ) from error
-
-
 def _load_weights(
     name: str,
     directory: Path,
@@ -442,6 +332,7 @@ def _load_weights(
         loader: Any = AutoModelForCausalLM
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             loader = AutoModelForImageTextToText
+        is_dequantized = _dequantize(config)
         if targets:
             loader = AutoModelForSequenceClassification
             config.num_labels = sum(len(target.labels) for target in targets)
@@ -455,7 +346,27 @@ def _load_weights(
                 f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
         _keep_as_loaded(model)
+    if is_dequantized:
+        _forget_conversions(model)
+        model = model.to(options["dtype"])  # transformers 5.23 keeps that of each stored tensor
     return model
+
+
+def _dequantize(config: Any) -> bool:
+    """Have a model dequantized when it is loaded; return whether that is supported."""
+    quantized = getattr(config, "quantization_config", None)
+    if not isinstance(quantized, dict) or quantized.get("quant_method") not in DEQUANTIZED:
+        return False
+    config.quantization_config = {**quantized, "dequantize": True}
+    return True
+
+
+def _forget_conversions(model: Any) -> None:
+    """Save the weights as they are.
+
+    On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
+    """
+    model._weight_conversions = None  # noqa: SLF001  # no public API
 
 
 def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = False) -> Any:

@@ -1,6 +1,7 @@
 """Run one training process, from the spec to the result."""
 
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -77,6 +78,8 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
         admission.stop.clear()
     else:
         _end(run, record)
+    if record.status == "completed":
+        shutil.rmtree(run.tokens, ignore_errors=True)  # nothing reads them any more
     return TrainerExitCode(record.code)
 
 
@@ -120,7 +123,14 @@ def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitReco
     if chosen := admission.devices:
         os.environ.update(show_only(chosen[0]))  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(device.name for device in chosen)}"
+    if spec.integrations:
+        from training_backends.trainer.tracking import start_tracking  # noqa: PLC0415
+
+        start_tracking(run)
     report_status(run, "initializing", f"Loading {spec.model}{where}")
+    from training_backends.trainer.encode import encode_data  # noqa: PLC0415  # see below
+
+    encode_data(run, spec, lambda: admission.stop.requested)
     if launch is None and spec.num_processes > 1:
         from training_backends.trainer.launch import launch  # noqa: PLC0415
     if launch is not None:
