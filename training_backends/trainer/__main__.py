@@ -115,6 +115,19 @@ def _export(path: Path, checkpoint: str, target: Path) -> int:
     return int(TrainerExitCode.DONE)
 
 
+def _fetch(model: str) -> int:
+    """Fetch a model before torch is loaded; return the exit code, 0 if it was found."""
+    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+    from training_backends.trainer.model_files import fetch_model  # noqa: PLC0415
+
+    try:
+        fetch_model(model)
+    except TrainerError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(exit_code_of(error))
+    return 0
+
+
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     # Imported here: a queued `train` must not load torch or pydantic.
     from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
@@ -124,6 +137,9 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
     from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
     from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
     from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+
+    if code := _fetch(model):
+        return code
     from training_backends.trainer.generate import answer  # noqa: PLC0415
     from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
     from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
@@ -154,6 +170,9 @@ def _merge(model: str, target: Path) -> int:
     from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
     from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
     from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+
+    if code := _fetch(model):
+        return code
     from training_backends.trainer.models import choose_device, load_model, save_result  # noqa: PLC0415
 
     try:
