@@ -3,20 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -46,6 +40,9 @@ from training_backends.trainer.objectives.classifier import (
     describe_classifier,
     label_names,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = [
     "LoadedModel",
@@ -120,8 +117,16 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     return restored
 
 
-def _apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
+def _is_adapted(model: Any) -> bool:
+    """Return whether a model has an adapter. A model has none before peft is loaded."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _apply_same_adapter(base: Any, model: "PeftModel") -> "PeftModel":
     """Apply a model's adapter to another base model."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
+
     (config,) = model.peft_config.values()
     adapted = type(model)(base, config)
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(model))
@@ -297,6 +302,8 @@ def _load_adapter(
             f"The adapter {name!r} is that of a language model, and a classifier cannot start from "
             "it. Merge it into its base model first (options.result: merged)."
         )
+    from peft import PeftModel  # noqa: PLC0415
+
     trains_adapter = tuning is not None and tuning.kind != "full"
     try:
         model = PeftModel.from_pretrained(base.model, directory, is_trainable=trains_adapter)
@@ -393,7 +400,9 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
         return model
     if name == TINY_MODEL:
         raise TrainerError(f"{TINY_MODEL} has random weights and only supports full fine-tuning.")
-    adapted = model if isinstance(model, PeftModel) else None
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  # full fine-tuning needs none
+
+    adapted = model if _is_adapted(model) else None
     try:
         adapted = adapted or get_peft_model(
             model,
@@ -419,7 +428,7 @@ def _outside_text(model: Any) -> str | None:
 
     Those are the vision tower and what projects its output; None for a language model.
     """
-    if isinstance(model, PeftModel) or model.config.get_text_config() is model.config:
+    if _is_adapted(model) or model.config.get_text_config() is model.config:
         return None
     text = model.get_decoder()
     path = next((name for name, module in model.named_modules() if module is text), "")
@@ -436,7 +445,9 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     Args:
         name: The base model as named in the run.
     """
-    model.save_pretrained(directory)
+    # transformers compiles the renamings of all architectures to look for those of one; the
+    # built-in model has none.
+    model.save_pretrained(directory, save_original_format=name != TINY_MODEL)
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
@@ -461,12 +472,12 @@ def save_result(loaded: LoadedModel, directory: Path, *, save_as: str = "adapter
     """
     model = loaded.model
     adapter = None
-    if isinstance(model, PeftModel) and save_as != "adapter":
+    if _is_adapted(model) and save_as != "adapter":
         if save_as == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, adapter)
         model = _merge(loaded)
-    is_adapter = isinstance(model, PeftModel)
+    is_adapter = _is_adapted(model)
     if not is_adapter:
         _round_weights(model, loaded.dtype)
     _save_all(model, loaded, directory)
@@ -527,7 +538,7 @@ def _save_all(model: Any, loaded: LoadedModel, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_model(model, loaded.base, directory)
     loaded.encoder.save(directory)
-    if loaded.directory is not None and not isinstance(model, PeftModel):
+    if loaded.directory is not None and not _is_adapted(model):
         for name in _PROCESSORS:
             if (loaded.directory / name).is_file():
                 shutil.copy(loaded.directory / name, directory / name)

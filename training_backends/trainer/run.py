@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, cast
 
+import numpy as np
 import torch
-from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from training_backends.core.config import TINY_MODEL
@@ -160,6 +161,13 @@ def set_up_torch(model: str, processes: int = 1) -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _seed(seed: int) -> None:
+    """Seed what models draw from, as `transformers.set_seed` does, whose module loads peft."""
+    random.seed(seed)
+    np.random.seed(seed)  # the generator that libraries share
+    torch.manual_seed(seed)
+
+
 class TrainingProcess:
     """Loads, trains and saves; `step` is the last completed step.
 
@@ -207,7 +215,7 @@ class TrainingProcess:
 
     def _load_model(self, device: torch.device) -> LoadedModel:
         spec = self._spec
-        set_seed(spec.seed)  # seeds the random weights of new heads
+        _seed(spec.seed)  # for the random weights of new heads
         return load_model(
             spec.model,
             seed=spec.seed,
@@ -258,7 +266,7 @@ class TrainingProcess:
 
     def _adapted(self, loaded: LoadedModel) -> Any:
         spec = self._spec
-        set_seed(spec.seed)  # seeds the random weights of new adapters
+        _seed(spec.seed)  # for the random weights of new adapters
         classifies = spec.method == "classifier"
         return prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
 
