@@ -23,7 +23,7 @@ from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
@@ -178,6 +178,9 @@ async def open_gateway(
         await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        interpreter = None
+        if settings.inference_url is None:
+            interpreter = await to_thread.run_sync(find_interpreter, found)
         checkpoints = CheckpointModels(
             store,
             client,
@@ -190,7 +193,7 @@ async def open_gateway(
             client,
             tasks,
             checkpoints,
-            backend=backend,
+            interpreter=interpreter,
             catalogue=catalogue,
             settings=settings,
             root=root,
