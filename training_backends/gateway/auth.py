@@ -1,8 +1,10 @@
 """Middleware for every request: request id, authentication, body limits and JSON errors."""
 
+import ipaddress
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -17,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from training_backends.core.logging import get_logger, redact
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
+from training_backends.gateway.projects import RateLimiter
 from training_backends.gateway.settings import GatewaySettings
 
 __all__ = ["Guard"]
@@ -43,6 +46,7 @@ class Guard:
     def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
         self._app = app
         self._keys = keys
+        self._rates = RateLimiter()
         self._max_bytes = settings.max_request_bytes
         self._timeout = settings.body_timeout
 
@@ -52,7 +56,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send, str(uuid4()), scope["path"])
-        scope.setdefault("state", {})["request_id"] = answer.request_id
+        state = scope.setdefault("state", {})
+        state.update(request_id=answer.request_id, address=_address(scope))
         began = time.perf_counter()
         path = scope["path"]
         if len(path) > _LONGEST_PATH:
@@ -89,7 +94,11 @@ class Guard:
         admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
         if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
             try:
-                scope["state"]["caller"] = await admit()
+                caller = await admit()
+                self._rates.check(caller)
+                scope["state"]["caller"] = replace(
+                    caller, address=scope["state"]["address"], request_id=answer.request_id
+                )
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
@@ -196,6 +205,14 @@ class _Answer:
             }
         )
         await self({"type": "http.response.body", "body": content})
+
+
+def _address(scope: Scope) -> str:
+    """Return the client's address; behind a trusted proxy, the one that the proxy reports."""
+    try:
+        return str(ipaddress.ip_address(scope["client"][0]))
+    except (KeyError, TypeError, ValueError):  # a UNIX socket, or nonsense from the proxy
+        return ""
 
 
 def _length(headers: Mapping[bytes, bytes]) -> int:

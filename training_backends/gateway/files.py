@@ -19,7 +19,8 @@ from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import GatewayStore, page_of
+from training_backends.gateway.projects import check_bytes
+from training_backends.gateway.store import GatewayStore, page_of, present
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -172,7 +173,7 @@ class FileService:
         include_total: bool,
     ) -> ListFilesOut:
         """Return one page of files, newest first."""
-        conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
+        conditions = [*present(), caller.sees(files.c.project), *_conditions(filters)]
         query = (
             sa.select(files)
             .where(*conditions)
@@ -207,7 +208,7 @@ class FileService:
             HTTPProblem: No file ever had the id `after`.
         """
         mine = caller.sees(files.c.project)
-        conditions = [*_present(), mine, *_conditions(FileFilters(purpose=purpose))]
+        conditions = [*present(), mine, *_conditions(FileFilters(purpose=purpose))]
 
         def work(connection: sa.Connection) -> Sequence[Any]:
             query = sa.select(files).where(*conditions)
@@ -241,15 +242,20 @@ class FileService:
     ) -> dict[str, StoredFile]:
         """Return the files that exist in the project, by id."""
         mine = files.c.id.in_(file_ids), files.c.project == project
-        query = sa.select(files).where(*mine, *_present())
+        query = sa.select(files).where(*mine, *present())
         return {row.id: self._stored(row) for row in connection.execute(query)}
 
     async def delete(self, file_id: str, caller: Principal) -> DeleteFileOut:
         """Delete a file; its content is kept while another file or an unfinished job needs it."""
         row = await self._row(file_id, caller)
         gone = files.update().where(files.c.id == file_id).values(deleted_at=time.time())
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(gone)
+            caller.record(connection, "file.delete", file_id)
+
         async with self._lock:
-            await self._store.awrite(lambda connection: connection.execute(gone))
+            await self._store.awrite(work)
         await self.collect([row.sha256])
         return DeleteFileOut(id=file_id)
 
@@ -314,7 +320,7 @@ class FileService:
         return await to_thread.run_sync(work)
 
     async def _row(self, file_id: str, caller: Principal) -> Any:
-        visible = *_present(), caller.sees(files.c.project)
+        visible = *present(), caller.sees(files.c.project)
         query = sa.select(files).where(files.c.id == file_id, *visible)
         row = await self._store.aread(lambda connection: connection.execute(query).first())
         if row is None:
@@ -338,9 +344,11 @@ class FileService:
             same = [files.c[name] == row[name] for name in alike]
             if reuse_for is not None:
                 same.append(files.c.created_at > row["created_at"] - reuse_for)
-            found = connection.execute(sa.select(files).where(*same, *_present())).first()
+            found = connection.execute(sa.select(files).where(*same, *present())).first()
             if found is None:
+                check_bytes(connection, caller.project, row["bytes"])
                 connection.execute(files.insert().values(row))
+                caller.record(connection, "file.create", row["id"])
                 mine = sa.select(files).where(files.c.id == row["id"])
                 found = connection.execute(mine).first()
             return found
@@ -452,12 +460,6 @@ def _disk_full() -> HTTPProblem:
     return plain(507, "Not enough disk space on the gateway for this file.")
 
 
-def _present() -> list[sa.ColumnElement[bool]]:
-    """Return the condition for files that are neither deleted nor expired."""
-    alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
-    return [files.c.deleted_at.is_(None), alive]
-
-
 def _delete_expired(connection: sa.Connection) -> Sequence[str]:
     """Mark expired files as deleted and return their digests."""
     over = files.c.deleted_at.is_(None), files.c.expires_at <= time.time()
@@ -468,7 +470,7 @@ def _delete_expired(connection: sa.Connection) -> Sequence[str]:
 
 def _needed(connection: sa.Connection) -> set[str]:
     """Return the digests that an existing file or an unfinished job refers to."""
-    found = set(connection.execute(sa.select(files.c.sha256).where(*_present())).scalars())
+    found = set(connection.execute(sa.select(files.c.sha256).where(*present())).scalars())
     for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
         found.update(blobs[0])
     return found

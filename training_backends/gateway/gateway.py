@@ -22,6 +22,7 @@ from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
+from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
@@ -253,10 +254,17 @@ async def _start_jobs(
     stack.callback(tasks.cancel_scope.cancel)
     ending = JobEnding(files, secrets)
     runner = JobRunner(
-        store, client, files, tasks, organization_id=settings.organization_id, on_end=ending
+        store,
+        client,
+        files,
+        tasks,
+        organization_id=settings.organization_id,
+        max_steps=settings.max_training_steps,
+        on_end=ending,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
     return JobService(
         store,

@@ -36,6 +36,7 @@ from training_backends.gateway.jobstore import (
 )
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_requests import Repetition, check_openai_job
+from training_backends.gateway.projects import check_job_limits
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
@@ -172,7 +173,7 @@ class JobService:
             HTTPProblem: The job is not running, or the backend cannot pause or rejects it.
         """
         job = await self._store.aread(lambda c: require_job(c, job_id, caller))
-        verb = "resumed" if resume else "paused"
+        verb, action = ("resumed", "job.resume") if resume else ("paused", "job.pause")
         if not self._client.backend(job.backend).capabilities.pauses:
             raise plain(422, "This gateway's backend cannot pause a job.")
         if job.status != "RUNNING":
@@ -181,6 +182,7 @@ class JobService:
             await (self._client.unpause(job_id) if resume else self._client.pause(job_id))
         except TrainingBackendError as error:
             raise problem(answer_for(error)) from error
+        await self._store.awrite(lambda c: caller.record(c, action, job_id))
 
     async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
         """Estimate a job without creating it.
@@ -227,6 +229,8 @@ class JobService:
             under_way = job.started_at is not None and job.status not in ENDED
             if not under_way and not accept_start(connection, job_id):
                 raise plain(422, f"Only a VALIDATED job can be started; this one is {job.status}.")
+            if not under_way:
+                caller.record(connection, "job.start", job_id)
             return detailed_job(connection, job_id, caller)
 
         started = await self._store.awrite(work)
@@ -254,6 +258,8 @@ class JobService:
                     "CANCELLATION_REQUESTED",
                     only_from=("QUEUED", "STARTED", "RUNNING"),
                 )
+            if job.status not in ENDED:
+                caller.record(connection, "job.cancel", job_id)
             return detailed_job(connection, job_id, caller), at_once
 
         job, at_once = await self._store.awrite(work)
@@ -346,6 +352,7 @@ class JobService:
                 job_id=similar,
             )
         _check_open_jobs(self._settings.max_open_jobs, connection, caller.key_id)
+        check_job_limits(connection, caller.project, job.hyperparameters.get("training_steps"))
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -356,6 +363,7 @@ class JobService:
             )
         )
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
+        caller.record(connection, "job.create", job_id)
         return load_job(connection, job_id)
 
     def _row(

@@ -488,8 +488,9 @@ async def _serving(
         ws="none",
         log_config=None,
         access_log=False,
-        # Unused, and clients could forge them.
-        proxy_headers=False,
+        # Only for logs, and from these proxies only: clients could forge them.
+        proxy_headers=bool(gateway.settings.trusted_proxies),
+        forwarded_allow_ips=[str(each) for each in gateway.settings.trusted_proxies],
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_PATIENCE,

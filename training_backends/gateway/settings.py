@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
@@ -86,6 +86,14 @@ class GatewaySettings(SectionSettings):
     max_open_jobs: int = Field(default=200, ge=1, description="Maximum unfinished jobs per key.")
     max_training_steps: int = Field(
         default=1_000_000, ge=1, description="Maximum training steps per job."
+    )
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
+        default=(),
+        description="Addresses or networks of proxies whose X-Forwarded-For names the client, for "
+        "the audit and access logs.",
+    )
+    audit_days: float = Field(
+        default=365.0, gt=0, description="Days after which entries of the audit log are deleted."
     )
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."
