@@ -56,7 +56,9 @@ def create_app(gateway: Gateway) -> FastAPI:
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
-        middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
+        middleware=[
+            Middleware(Guard, keys=gateway.keys, store=gateway.store, settings=gateway.settings)
+        ],
         exception_handlers={
             HTTPProblem: _rejected,
             HTTPException: _http_error,

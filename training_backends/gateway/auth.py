@@ -16,13 +16,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from training_backends.core.errors import StoreError
 from training_backends.core.logging import get_logger, redact
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.projects import RateLimiter
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.store import GatewayStore
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "route_of"]
 
 log = get_logger()
 
@@ -30,6 +32,8 @@ _NEEDS_NO_KEY = "/health"
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
 _UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
+_CHATS = "/chat/completions"
+"""End of the routes that change nothing, although they are POST requests."""
 _LONGEST_PATH = 300
 """Characters of a path to log."""
 _SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
@@ -43,9 +47,12 @@ class Guard:
     so their key is checked again at the end of the body.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyStore, store: GatewayStore, settings: GatewaySettings
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._store = store
         self._rates = RateLimiter()
         self._max_bytes = settings.max_request_bytes
         self._timeout = settings.body_timeout
@@ -79,6 +86,7 @@ class Guard:
                 if answer.status is not None:
                     raise
                 await answer.json(*failure_answer(error, answer.request_id))
+            await self._record_failure(scope, answer.status or 0)
             seconds = round(time.perf_counter() - began, 4)
             log.info(
                 "request",
@@ -110,6 +118,20 @@ class Guard:
         else:
             receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
+
+    async def _record_failure(self, scope: Scope, status: int) -> None:
+        """Record a rejected or failed change in the audit log, if the caller is known."""
+        caller = scope["state"].get("caller")
+        if status < 400 or caller is None or scope["method"] in _READS:
+            return
+        route = route_of(scope)
+        if route.endswith(_CHATS):
+            return
+        try:
+            target, outcome = f"{scope['method']} {route}", str(status)
+            await self._store.awrite(lambda c: caller.record(c, "request", target, outcome=outcome))
+        except StoreError as error:
+            log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
 
     async def _admit(self, method: str, authorization: bytes) -> Principal:
         scheme, _, key = authorization.decode("latin-1").partition(" ")
@@ -205,6 +227,12 @@ class _Answer:
             }
         )
         await self({"type": "http.response.body", "body": content})
+
+
+def route_of(scope: Scope) -> str:
+    """Return the path of a request's route, with the names of its parameters."""
+    path: str = getattr(scope.get("route"), "path", "unknown")
+    return path
 
 
 def _address(scope: Scope) -> str:
