@@ -180,10 +180,8 @@ async def test_a_job_beyond_the_limit_waits_until_another_ends(tmp_path: Path) -
         await here.until(later[0], "CANCELLED")
         here.backend.finish(remote)
         await here.until(first, "SUCCESS")
-        (_, second) = await until(
-            lambda: here.backend.created[:2] if here.backend.created[1:] else None
-        )
-        here.backend.finish(second)
+        await until(lambda: here.backend.created[1:])
+        here.backend.finish(here.backend.created[1])
         await here.until(later[1], "SUCCESS")
 
 
@@ -242,12 +240,14 @@ async def test_a_job_trains_no_more_steps_than_a_project_allows(tmp_path: Path) 
         asked = await here.try_create(hyperparameters={"training_steps": 11})
         assert asked.status_code == 422
         assert "equal to 9, the limit of this project" in asked.text
-        epochs = {"hyperparameters": {"epochs": 3}}  # which the backend estimates at 10 steps
-        rejected = await here.until((await here.create(**epochs))["id"], "FAILED_VALIDATION")
+        epochs = {"epochs": 3}  # which the backend estimates at 10 steps
+        created = await here.create(hyperparameters=epochs)
+        rejected = await here.until(created["id"], "FAILED_VALIDATION")
         told = "The job would train 10 steps; the limit is 9."
         assert rejected["events"][-1]["data"]["error"] == told
         await limit(here, steps=10)
-        assert await here.until((await here.create(**epochs))["id"], "VALIDATED")
+        created = await here.create(hyperparameters=epochs)
+        assert await here.until(created["id"], "VALIDATED")
 
 
 async def test_a_lifted_limit_is_none(here: Site) -> None:

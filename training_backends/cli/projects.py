@@ -128,17 +128,17 @@ def set_project(
         "steps": steps,
     }
     limits = {limit: value for limit, value in given.items() if value is not None}
-    limits |= dict.fromkeys((limit.replace("-", "_") for limit in lift or ()), None)
-    if not limits:
+    lifted = {limit.replace("-", "_"): None for limit in lift or ()}
+    if not limits and not lifted:
         raise UsageError("No limit given.", hint="See `training-backends projects set --help`.")
-    changed = ProjectStore(_store()).set(name, limits)
+    changed = ProjectStore(_store()).set(name, {**limits, **lifted})
     if json:
         write_json(asdict(changed))
         return
-    shown = ", ".join(
-        f"{limit.replace('_', ' ')} {'unlimited' if value is None else f'{value:,}'}"
-        for limit, value in limits.items()
+    told = {limit: f"{value:,}" for limit, value in limits.items()} | dict.fromkeys(
+        lifted, "lifted"
     )
+    shown = ", ".join(f"{limit.replace('_', ' ')} {what}" for limit, what in told.items())
     stderr().print(f"Project {name}: {shown}.", markup=False)
 
 
@@ -174,7 +174,7 @@ def export_audit(
 
 
 def _text(limit: float | None) -> str | None:
-    return None if limit is None else f"{limit:g}" if isinstance(limit, float) else f"{limit:,}"
+    return None if limit is None else f"{limit:,}"
 
 
 def _moment(option: str, text: str | None) -> "datetime | None":

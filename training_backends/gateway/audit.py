@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -59,12 +60,15 @@ class AuditLog:
     async def sweep(self, days: float) -> None:
         """Delete entries older than `days` every hour; runs until cancelled."""
         while True:
-            old = audit.delete().where(audit.c.at < time.time() - days * _DAY)
             try:
-                await self._store.awrite(lambda connection, old=old: connection.execute(old))
+                await self._store.awrite(partial(_delete_old, days=days))
             except Exception:  # must not stop the gateway
                 log.exception("old audit entries not deleted")
             await anyio.sleep(_SWEEP_EVERY)
+
+
+def _delete_old(connection: sa.Connection, days: float) -> None:
+    connection.execute(audit.delete().where(audit.c.at < time.time() - days * _DAY))
 
 
 def _document(row: Any) -> dict[str, Any]:

@@ -121,6 +121,14 @@ class FileService:
         await to_thread.run_sync(self._blobs.prepare)
         await to_thread.run_sync(self._blobs.collect, known)
 
+    def check(self) -> None:
+        """Check that files can be stored. Blocking.
+
+        Raises:
+            OSError: They cannot.
+        """
+        self._blobs.free()
+
     async def upload(
         self,
         chunks: AsyncIterator[bytes],

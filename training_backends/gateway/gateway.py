@@ -126,7 +126,15 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        await to_thread.run_sync(self.check_store)
+
+    def check_store(self) -> None:
+        """Check that the database can be read. Blocking.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
 
 
 @asynccontextmanager
