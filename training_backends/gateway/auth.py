@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.errors import StoreError
 from training_backends.core.logging import get_logger, json_log, redact
+from training_backends.core.tracing import Span, server_span
 from training_backends.gateway.errors import (
     OPENAI_PREFIX,
     HTTPProblem,
@@ -87,9 +88,13 @@ class Guard:
         if len(path) > _LONGEST_PATH:
             # Redact before truncating, or part of a secret could remain.
             path = redact(path[: 10 * _LONGEST_PATH])[:_LONGEST_PATH]
-        with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        with (
+            structlog.contextvars.bound_contextvars(request_id=answer.request_id),
+            server_span(headers) as span,
+        ):
             try:
-                await self._serve(scope, receive, answer)
+                await self._serve(scope, headers, receive, answer)
             except anyio.get_cancelled_exc_class():
                 # Shutdown timed out. Re-raising would make uvicorn answer 500 and log a traceback.
                 log.info("request cancelled by shutdown", method=scope["method"], path=path)
@@ -104,11 +109,17 @@ class Guard:
                     raise
                 await answer.json(*failure_answer(error, answer.request_id))
             await self._record_failure(scope, answer.status or 0)
+            _describe(span, scope, answer.status)
             self._report(scope, answer, path, time.perf_counter() - began)
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _serve(
+        self,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        answer: "_Answer",
+    ) -> None:
         path = scope["path"]
-        headers = {name.lower(): value for name, value in scope["headers"]}
         admit = partial(self._admit, path, scope["method"], headers.get(b"authorization", b""))
         if path not in _NEEDS_NO_KEY and not path.startswith(_LINKS):
             try:
@@ -285,6 +296,18 @@ class _Answer:
             }
         )
         await self({"type": "http.response.body", "body": content})
+
+
+def _describe(span: Span, scope: Scope, status: int | None) -> None:
+    route, method = _route(scope), scope["method"]
+    span.rename(f"{method} {route}")
+    span.set(
+        **{
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+        }
+    )
 
 
 def _route(scope: Scope) -> str:

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
+from training_backends.core.tracing import trace_headers
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
@@ -55,7 +56,9 @@ __all__ = ["JobQuery", "JobService"]
 _RETRY_AFTER = "60"
 """Seconds."""
 _CONFLICTING = (*UNSTARTED, "STARTED", "RUNNING")
-_LISTED = [column for column in jobs.c if column.name not in {"blobs", "config", "history"}]
+_LISTED = [
+    column for column in jobs.c if column.name not in {"blobs", "config", "history", "trace"}
+]
 """Without what is large and not shown."""
 
 
@@ -405,6 +408,7 @@ class JobService:
             "wandb_name": wandb.get("name"),
             "config": config.model_dump_json(),
             "openai": job.openai,
+            "trace": trace_headers() or None,
         }
 
     async def _store_secret(self, job: CheckedJob, job_id: str) -> None:

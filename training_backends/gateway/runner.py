@@ -27,6 +27,7 @@ from training_backends.core.errors import (
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.core.tracing import remote_parent
 from training_backends.gateway.errors import is_temporary
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_events import ORDER, reached
@@ -323,7 +324,8 @@ class JobRunner:
             return False
         else:
             config = TrainingConfig.model_validate_json(job.config)
-            await self._client.launch(config, backend=job.backend, run_id=job.id)
+            with remote_parent(job.trace):
+                await self._client.launch(config, backend=job.backend, run_id=job.id)
         await self._set(job, launched=True)
         self._watcher.wake()
         return True

@@ -88,6 +88,8 @@ jobs = sa.Table(
     sa.Column("history", sa.JSON(none_as_null=True)),
     # What only the OpenAI API has; see `openai_jobs`. Null: created by the Mistral API.
     sa.Column("openai", sa.JSON(none_as_null=True)),
+    # Headers of the trace in which the job was created.
+    sa.Column("trace", sa.JSON(none_as_null=True)),
     _project(),
     sa.Index("gateway_jobs_by_time", "created_at"),
     sa.Index("gateway_jobs_by_project", "project", "created_at"),

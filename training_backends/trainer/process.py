@@ -3,9 +3,11 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -14,6 +16,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from training_backends.core.errors import validation_issues
+from training_backends.core.tracing import TRACE_VARIABLES, remote_parent, span
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
@@ -25,7 +28,11 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
-from training_backends.trainer.environment import prepare_imports, prepare_threads, show_only
+from training_backends.trainer.environment import (
+    prepare_imports,
+    prepare_threads,
+    show_only,
+)
 from training_backends.trainer.errors import (
     Stopped,
     TrainerError,
@@ -63,7 +70,8 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
         return TrainerExitCode.DONE
     run.take_reserve()
     try:
-        record = _train(run, admission, launch)
+        with _traced("training_backends.train", run):
+            record = _train(run, admission, launch)
     except BaseException as error:
         if not isinstance(error, Exception):  # such as SystemExit: record it, then re-raise
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
@@ -78,6 +86,35 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
     else:
         _end(run, record)
     return TrainerExitCode(record.code)
+
+
+@contextmanager
+def _traced(name: str, run: RunDir) -> Iterator[None]:
+    """Record the block as a span of the trace that launched the run, if it was passed on.
+
+    OpenTelemetry is set up as `opentelemetry-instrument` does, by its environment variables. The
+    run's log names the trace.
+    """
+    headers = {name.lower(): os.environ.get(name, "") for name in TRACE_VARIABLES}
+    if not headers["traceparent"] or find_spec("opentelemetry.sdk") is None:
+        yield
+        return
+    from opentelemetry import trace  # noqa: PLC0415  # optional
+
+    try:
+        if "OTEL_TRACES_EXPORTER" in os.environ:
+            for each in entry_points(group="opentelemetry_configurator"):
+                each.load()().configure()
+    except Exception:  # must not fail the run, such as an exporter that is not installed
+        traceback.print_exc()
+    with remote_parent(headers), span(name, run_id=run.path.name):
+        found = trace.get_current_span().get_span_context()
+        ids = {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
+        run.add_event(Event(name="message", message=f"Trace {ids['trace_id']}", data=ids))
+        yield
+    # Before the end of the process; a provider that was not set up has nothing to send.
+    if (flush := getattr(trace.get_tracer_provider(), "force_flush", None)) is not None:
+        flush()
 
 
 def _failed(run: RunDir, error: Exception) -> ExitRecord:

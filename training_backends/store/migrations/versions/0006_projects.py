@@ -36,6 +36,7 @@ def upgrade() -> None:
     op.create_index("gateway_audit_by_time", "gateway_audit", ["at"])
     admitted = sa.Column("admitted", sa.Boolean, nullable=False, server_default=sa.false())
     op.add_column("gateway_jobs", admitted)
+    op.add_column("gateway_jobs", sa.Column("trace", sa.JSON))
     op.execute("UPDATE gateway_jobs SET admitted = launched")
     op.create_index("gateway_jobs_of_project", "gateway_jobs", ["project", "status"])
     size = ["project", "deleted_at", "expires_at", "bytes"]
