@@ -45,6 +45,7 @@ from training_backends.trainer.queue import Device
 __all__ = ["Launch", "train", "train_admitted", "work"]
 
 _POLL: Final = 0.5
+_EXPORTER: Final = "OTEL_TRACES_EXPORTER"
 
 
 Launch = Callable[[RunDir, RunSpec, StopRequest, Sequence[Device]], ExitRecord]
@@ -92,8 +93,7 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
 def _traced(name: str, run: RunDir) -> Iterator[None]:
     """Record the block as a span of the trace that launched the run, if it was passed on.
 
-    OpenTelemetry is set up as `opentelemetry-instrument` does, by its environment variables. The
-    run's log names the trace.
+    Spans are exported as `OTEL_TRACES_EXPORTER` says; the run's log names the trace.
     """
     headers = {name.lower(): os.environ.get(name, "") for name in TRACE_VARIABLES}
     if not headers["traceparent"] or find_spec("opentelemetry.sdk") is None:
@@ -102,19 +102,29 @@ def _traced(name: str, run: RunDir) -> Iterator[None]:
     from opentelemetry import trace  # noqa: PLC0415  # optional
 
     try:
-        if "OTEL_TRACES_EXPORTER" in os.environ:
-            for each in entry_points(group="opentelemetry_configurator"):
-                each.load()().configure()
-    except Exception:  # must not fail the run, such as an exporter that is not installed
+        _export_spans([each.strip() for each in os.environ.get(_EXPORTER, "").split(",")])
+    except Exception:  # must not fail the run
         traceback.print_exc()
     with remote_parent(headers), span(name, run_id=run.path.name):
         found = trace.get_current_span().get_span_context()
         ids = {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
         run.add_event(Event(name="message", message=f"Trace {ids['trace_id']}", data=ids))
         yield
-    # Before the end of the process; a provider that was not set up has nothing to send.
     if (flush := getattr(trace.get_tracer_provider(), "force_flush", None)) is not None:
         flush()
+
+
+def _export_spans(names: Sequence[str]) -> None:
+    from opentelemetry import trace  # noqa: PLC0415  # optional
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    installed = entry_points(group="opentelemetry_traces_exporter")
+    if found := [each for each in installed if each.name in names]:
+        provider = TracerProvider()
+        for each in found:
+            provider.add_span_processor(BatchSpanProcessor(each.load()()))
+        trace.set_tracer_provider(provider)
 
 
 def _failed(run: RunDir, error: Exception) -> ExitRecord:
