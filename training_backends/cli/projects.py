@@ -158,19 +158,21 @@ def export_audit(
     json: JsonOption = False,
 ) -> None:
     """Print who changed or downloaded what, oldest first."""
-    from training_backends.cli.views.console import stdout, write_json_line
+    from training_backends.cli.views.console import stderr, stdout, write_json_line
     from training_backends.gateway.audit import AuditLog
 
     entries = AuditLog(_store()).entries(
         since=_moment("--since", since), until=_moment("--until", until), project=project
     )
-    out = stdout()
+    out, entry = stdout(), None
     for entry in entries:
         if json:
             write_json_line(entry)
             continue
         names = ("at", "actor", "project", "action", "target", "outcome", "address")
         out.print("  ".join(str(entry[name]) or "-" for name in names), markup=False)
+    if entry is None and not json:
+        stderr().print("No entries.")
 
 
 def _text(limit: float | None) -> str | None:
