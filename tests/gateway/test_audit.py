@@ -4,6 +4,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -61,6 +62,7 @@ async def test_every_change_and_every_download_is_recorded(here: Site) -> None:
         second = await keyed.files.create(file=("t.jsonl", jsonl()), purpose="fine-tune")
         await keyed.files.content(second.id)
         await keyed.files.delete(second.id)
+    second_id = str(UUID(second.id.removeprefix("file-")))
     await here.http.delete(f"/v1/models/{model}")
     found = await entries(here)
     assert actions(found) == [
@@ -76,9 +78,9 @@ async def test_every_change_and_every_download_is_recorded(here: Site) -> None:
         ("file.download", file_id),
         ("file.link", file_id),
         ("file.download", file_id),
-        ("file.create", second.id),
-        ("file.download", second.id),
-        ("file.delete", second.id),
+        ("file.create", second_id),
+        ("file.download", second_id),
+        ("file.delete", second_id),
         ("model.delete", model),
     ]
     by_link = found[11]

@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -41,9 +42,10 @@ METRICS = "/metrics"
 _NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz"})
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
-_UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
 _CHATS = "/chat/completions"
 """End of the routes that change nothing, although they are POST requests."""
+_UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
+"""Paths whose bodies are as large as a file."""
 _LONGEST_PATH = 300
 """Characters of a path to log."""
 _SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
@@ -132,7 +134,7 @@ class Guard:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
         receive = _Counted(receive, scope["state"])
-        if path in _UPLOADS:
+        if _UPLOADS.fullmatch(path):
             receive = _Confirmed(receive, admit)
         elif _length(headers) > self._max_bytes:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})

@@ -142,6 +142,10 @@ class Principal:
             )
         )
 
+    def made(self, table: sa.Table) -> sa.ColumnElement[bool]:
+        """Return the condition for the rows that were created with this key."""
+        return (table.c.created_by == self.key_id) & (table.c.project == self.project)
+
 
 def local_operator(project: str = DEFAULT_PROJECT) -> Principal:
     """Return the caller that stands for a command run on this machine."""

@@ -17,7 +17,7 @@ from training_backends.gateway.errors import HTTPProblem, invalid
 from training_backends.gateway.keys import Principal, check_project, local_operator
 from training_backends.gateway.store import GatewayStore, present
 from training_backends.protocols.mistral.status import ACTIVE
-from training_backends.store.gateway_schema import files, jobs, keys, projects
+from training_backends.store.gateway_schema import files, jobs, keys, projects, uploads
 
 __all__ = [
     "Limits",
@@ -177,8 +177,13 @@ def _too_many_steps(limit: int) -> str:
     return f"Input should be less than or equal to {limit}, the limit of this project"
 
 
-def check_bytes(connection: sa.Connection, project: str, more: int) -> None:
+def check_bytes(
+    connection: sa.Connection, project: str, more: int, *, with_uploads: bool = False
+) -> None:
     """Require room for a file.
+
+    Args:
+        with_uploads: Count the sizes of the pending uploads as well.
 
     Raises:
         HTTPProblem: The file would exceed the limit of its project.
@@ -188,6 +193,10 @@ def check_bytes(connection: sa.Connection, project: str, more: int) -> None:
         return
     query = sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0))
     used = connection.execute(query.where(files.c.project == project, *present())).scalar_one()
+    if with_uploads:
+        query = sa.select(sa.func.coalesce(sa.func.sum(uploads.c.bytes), 0))
+        pending = uploads.c.status == "pending", uploads.c.project == project
+        used += connection.execute(query.where(*pending)).scalar_one()
     if used + more > limit:
         raise _exceeded(
             f"This file of {more} bytes would exceed this project's limit of {limit} stored "
