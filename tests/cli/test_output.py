@@ -66,6 +66,9 @@ RESULTS = (
     Case("keys create", "tb-", "shown only once"),
     Case("keys create --quiet", "tb-"),
     Case("keys list", "", "No keys yet."),
+    Case("projects list", "", "No projects yet."),
+    Case("projects set demo --bytes 5GB", "", "Project demo: bytes 5,000,000,000."),
+    Case("audit export", "", "No entries.", json=False),
     Case("doctor", "failed  mistral: ", code=1),
 )
 """Commands with a result."""
@@ -102,6 +105,10 @@ FAILURES = (
     "credentials test nothing",
     "keys revoke 00000000",
     "keys create --expires never",
+    "projects set demo",
+    "projects set Demo --steps 5",
+    "projects set demo --bytes much",
+    "audit export --since never",
     "serve --port 0",
 )
 """Commands that end with an error."""
