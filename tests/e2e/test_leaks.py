@@ -689,6 +689,8 @@ def test_keys_that_lie_in_data_files(world: World) -> None:
             command("data", "inspect", "bad.jsonl", "--provider-format", API_KEY, code=2),
             command("data", "repair", "bad.jsonl", code=3),
             command("data", "repair", "bad.jsonl", "--force", "--drop-invalid", "--json"),
+            command("data", "convert", "bad.jsonl", "--output", "out.jsonl", code=3),
+            command("data", "convert", "good.jsonl", "--output", "out.jsonl"),
             command("data", "split", "good.jsonl", "--rows", "1"),
             command("data", "shard", "bad.jsonl", "--limit", "1kB"),
             command("data", "shard", "bad.jsonl", "--limit", "10", code=3),
