@@ -88,9 +88,6 @@ class PartUploads:
     async def open(self) -> None:
         """Remove what a crash left behind."""
         await self._expire()
-        known = await self._store.aread(lambda c: c.execute(sa.select(parts.c.id)).scalars().all())
-        found = await to_thread.run_sync(self._blobs.parts)
-        await to_thread.run_sync(self._remove, [*({*found} - {*known})])
 
     async def sweep(self) -> None:
         """Expire uploads periodically; runs until cancelled."""
@@ -272,6 +269,12 @@ class PartUploads:
 
         await self._store.awrite(work)
         await self._collect()
+        # Younger ones may be waiting for their rows.
+        found = await to_thread.run_sync(self._blobs.parts, now - LASTS)
+        if found:
+            query = sa.select(parts.c.id)
+            known = await self._store.aread(lambda c: {*c.execute(query).scalars()})
+            await to_thread.run_sync(self._remove, [*({*found} - known)])
 
     async def _collect(self) -> None:
         """Remove the parts of uploads that are over; files first, then rows."""
@@ -373,8 +376,10 @@ def _chosen(
 
 
 def _end(connection: sa.Connection, upload_id: str, status: str, **values: Any) -> None:
-    mine = uploads.update().where(uploads.c.id == upload_id)
-    connection.execute(mine.values(status=status, **values))
+    pending = uploads.c.id == upload_id, uploads.c.status == "pending"
+    changed = connection.execute(uploads.update().where(*pending).values(status=status, **values))
+    if not changed.rowcount:  # by another gateway, meanwhile
+        raise problem(wrong_state("The upload is over."))
 
 
 def _form(row: Any) -> Upload:

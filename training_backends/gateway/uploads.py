@@ -261,9 +261,9 @@ class BlobStore:
         """Return the path of a part, which may not exist."""
         return self._parts / part_id
 
-    def parts(self) -> Sequence[str]:
-        """Return the ids of the parts that are stored."""
-        return [path.name for path in self._parts.iterdir()]
+    def parts(self, before: float) -> Sequence[str]:
+        """Return the ids of the parts that were stored before a time, in seconds."""
+        return [path.name for path in self._parts.iterdir() if _written_before(path, before)]
 
     def remove(self, sha256: str) -> None:
         """Remove a blob; safe to repeat."""
