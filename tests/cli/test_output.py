@@ -48,6 +48,7 @@ RESULTS = (
     Case("metrics live --cached", "", "No metrics yet"),
     Case("status done --watch", "done  completed, step 2/2", ""),
     Case("logs done --tail 1", "completed"),
+    Case("compare done live", "status"),
     Case("checkpoints done", "", "Run done has no checkpoints."),
     Case("wait done", "done  completed\n", "done  running\n"),
     Case("wait live --until running", "live  running\n", "live  running\n"),
@@ -66,6 +67,9 @@ RESULTS = (
     Case("keys create", "tb-", "shown only once"),
     Case("keys create --quiet", "tb-"),
     Case("keys list", "", "No keys yet."),
+    Case("projects list", "", "No projects yet."),
+    Case("projects set demo --bytes 5GB", "", "Project demo: bytes 5,000,000,000."),
+    Case("audit export", "", "No entries.", json=False),
     Case("doctor", "failed  mistral: ", code=1),
 )
 """Commands with a result."""
@@ -94,6 +98,8 @@ FAILURES = (
     "data inspect",
     "data preview none.yaml",
     "data repair none.jsonl",
+    "compare done",
+    "compare done none",
     "data convert none.jsonl -o new.jsonl",
     "data split none.jsonl",
     "data shard none.jsonl",
@@ -102,6 +108,10 @@ FAILURES = (
     "credentials test nothing",
     "keys revoke 00000000",
     "keys create --expires never",
+    "projects set demo",
+    "projects set Demo --steps 5",
+    "projects set demo --bytes much",
+    "audit export --since never",
     "serve --port 0",
 )
 """Commands that end with an error."""

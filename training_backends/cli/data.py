@@ -27,6 +27,7 @@ __all__ = [
     "inspect",
     "preview",
     "provider_format_named",
+    "read_size",
     "repair",
     "shard",
     "split",
@@ -448,7 +449,7 @@ def shard(
     if weight <= 0:
         raise UsageError("--weight must be greater than 0.")
     rules = provider_format_named(provider_format)
-    most = _size(limit) if limit is not None else rules.max_file_bytes
+    most = read_size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"{rules.name} has no file size limit: pass --limit.")
     found: dict[Path, Sequence[ShardFile]] = {}
@@ -488,7 +489,7 @@ def provider_format_named(name: str) -> "ProviderFormat":
     return PROVIDER_FORMATS[name]
 
 
-def _size(text: str) -> int:
+def read_size(text: str) -> int:
     """Parse a size in bytes; MB is 10**6 bytes, MiB is 2**20."""
     from training_backends.cli.exit_codes import UsageError
 
