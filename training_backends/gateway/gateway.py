@@ -22,6 +22,7 @@ from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
+from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
@@ -132,7 +133,15 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        await to_thread.run_sync(self.check_store)
+
+    def check_store(self) -> None:
+        """Check that the database can be read. Blocking.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
 
 
 @asynccontextmanager
@@ -300,11 +309,13 @@ async def _start_jobs(
         files,
         tasks,
         organization_id=settings.organization_id,
+        max_steps=settings.max_training_steps,
         results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     if webhooks is not None:
         tasks.start_soon(webhooks.run)
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))

@@ -86,7 +86,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "track":
         from training_backends.trainer.tracking import track  # noqa: PLC0415
 
-        return track(given.run_dir)
+        sys.exit(track(given.run_dir))  # libraries of trackers send what is left at exit
     if given.command == "merge":
         return _merge(given.model, given.target)
     if given.command == "serve":

@@ -28,6 +28,7 @@ from training_backends.core.errors import (
 from training_backends.core.integrations import Integration
 from training_backends.core.logging import get_logger
 from training_backends.core.run import Failure, Reply
+from training_backends.core.tracing import trace_environment
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
@@ -147,6 +148,7 @@ class Hub:
             variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
             variables["HF_ENDPOINT"] = self._settings.hub_url
+        variables |= trace_environment()
         return self._interpreter.variables(safe_environment()) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
