@@ -36,6 +36,7 @@ from training_backends.gateway.inference import InferenceServers, can_serve, inf
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.weights import WeightService
 from training_backends.http.client import HttpClient
 from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
@@ -186,12 +187,13 @@ class ChatService:
         *,
         backend: str,
         catalogue: Catalogue,
+        weights: WeightService,
         settings: GatewaySettings,
         root: Path,
     ) -> None:
         self._store = store
-        self._client = client
         self._catalogue = catalogue
+        self._weights = weights
         self._timeout = settings.inference_timeout
         self._limit = settings.inference_requests
         self._open = 0
@@ -298,12 +300,8 @@ class ChatService:
         return await self._plain(directory, f"base-{sha256(bytes(directory)).hexdigest()[:16]}")
 
     async def _result(self, job_id: str, name: str) -> Path:
-        try:
-            run = await self._client.get(job_id)
-        except RunNotFound:
-            run = None
-        path = Path(run.result_model) if run is not None and run.result_model else None
-        if path is None or not await anyio.Path(path).is_dir():
+        path = await self._weights.directory(job_id)
+        if path is None:
             raise ChatProblem(
                 404,
                 f"The weights of {name!r} are not on the machine of this gateway.",
@@ -338,16 +336,10 @@ class ChatService:
         if self._servers is None:
             return
         merged = self._merges / job_id
-        for directory in await self._directories(job_id, merged):
-            await self._servers.stop(directory)
+        for directory in (merged, await self._weights.directory(job_id)):
+            if directory is not None:
+                await self._servers.stop(directory)
         await to_thread.run_sync(_remove, merged)
-
-    async def _directories(self, job_id: str, merged: Path) -> list[Path]:
-        try:
-            run = await self._client.get(job_id)
-        except TrainingBackendError:
-            return [merged]
-        return [merged, Path(run.result_model)] if run.result_model else [merged]
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""

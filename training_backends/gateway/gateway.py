@@ -34,6 +34,7 @@ from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
+from training_backends.gateway.weights import WeightService
 from training_backends.store.gateway_schema import keys
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
@@ -116,6 +117,7 @@ class Gateway:
     files: FileService
     jobs: JobService
     models: ModelService
+    weights: WeightService
     chat: ChatService
     links: LinkSigner
 
@@ -172,12 +174,15 @@ async def open_gateway(
         await files.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
+        await weights.sweep()
         chat = ChatService(
             store,
             client,
             tasks,
             backend=backend,
             catalogue=catalogue,
+            weights=weights,
             settings=settings,
             root=root,
         )
@@ -209,8 +214,10 @@ async def open_gateway(
                 catalogue=catalogue,
                 organization_id=settings.organization_id,
                 opened_at=time.time(),
+                weights=weights,
                 chat=chat,
             ),
+            weights=weights,
             chat=chat,
             links=links,
         )

@@ -104,11 +104,13 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        writes: Whether the key does more than read.
     """
 
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    writes: bool = True
 
     def sees(self, owner: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         """Return the condition on a table's project column, part of every client query."""
@@ -231,7 +233,9 @@ class KeyStore:
         if writes and key.scope == "read":
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
-        return Principal(key.id, key.project, admin=key.scope == "admin")
+        return Principal(
+            key.id, key.project, admin=key.scope == "admin", writes=key.scope != "read"
+        )
 
     def _row(self, key_id: str) -> Any:
         query = sa.select(keys).where(keys.c.id == key_id)

@@ -16,6 +16,7 @@ from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.weights import WeightService
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
@@ -55,6 +56,7 @@ class ModelService:
         catalogue: Catalogue,
         organization_id: str,
         opened_at: float,
+        weights: WeightService,
         chat: ChatService,
     ) -> None:
         self._store = store
@@ -63,6 +65,7 @@ class ModelService:
         self._catalogue = catalogue
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
+        self._weights = weights
         self._chat = chat
 
     async def list(
@@ -125,6 +128,7 @@ class ModelService:
 
         row = await self._store.awrite(work)
         await self._chat.forget(row.job_id)
+        await self._weights.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
         except RunNotFound:

@@ -2,21 +2,20 @@
 
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from training_backends.core.errors import ProtocolError
 from training_backends.gateway.chat import ChatProblem, ChatRequest, ChatService, InferenceModel
 from training_backends.gateway.errors import HTTPProblem, field_errors, plain
-from training_backends.gateway.gateway import beside
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.routes import Caller, Opened
+from training_backends.gateway.routes import Caller, ComputedResponse, Opened
 from training_backends.protocols.mistral.errors import error_items
 
 __all__ = ["chat_router"]
@@ -106,27 +105,6 @@ class _OpenAIChat:
         return [chunk, chunk | {"choices": [], "usage": counted}] if counted else [chunk]
 
 
-class _ChatResponse(Response):
-    """A response that is computed while it is sent, and abandoned when the client disconnects."""
-
-    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
-        async with beside() as tasks:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await self._answer(send)
-            tasks.cancel_scope.cancel()
-
-
 @chat_router.post("/v1/chat/completions", name="chat")
 async def chat(request: Request, gateway: Opened, caller: Caller) -> Response:
     """Answer a chat in the Mistral protocol."""
@@ -166,7 +144,7 @@ async def _respond(
             await reply.event(found.body)
             await reply.end()
 
-    return _ChatResponse(answer)
+    return ComputedResponse(answer)
 
 
 class _ChatReply:
