@@ -5,13 +5,23 @@ import hashlib
 import io
 import os
 import tarfile
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
 import pytest
+from anyio.abc import SocketAttribute, SocketStream
+from pydantic import SecretStr
 
-from tests.gateway.conftest import Site, scripted, site
+from tests.gateway.conftest import KEY, Site, scripted, site
+from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.backends.mistral.settings import MistralSettings
+from training_backends.core.backend import CredentialSource
+from training_backends.core.config import TrainingConfig
+from training_backends.core.run import TrainingRun
 from training_backends.gateway.weights import TarArchive, read_range
 
 pytestmark = pytest.mark.anyio
@@ -134,6 +144,72 @@ async def test_a_backend_without_downloads_has_no_weights(tmp_path: Path) -> Non
         model = (await here.finished())["fine_tuned_model"]
         answer = await here.http.get(f"/v1/models/{model}/weights")
         assert (answer.status_code, "not on the machine" in answer.text) == (404, True)
+
+
+async def cutting(near: SocketStream, *, port: int, after: list[int]) -> None:
+    """Pass a connection on, and cut it after as many bytes of the answer as are left to allow."""
+    far = await anyio.connect_tcp("127.0.0.1", port)
+
+    async def send() -> None:
+        async for asked in near:
+            await far.send(asked)
+
+    async with near, far, anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        left = after.pop() if after else 2**40
+        async for answer in far:
+            await near.send(answer[:left])
+            left -= len(answer)
+            if left <= 0:
+                break
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def ours(here: Site) -> AsyncIterator[MistralAPIBackend]:
+    """Our own client, behind a network that cuts the first two answers."""
+    port = int(here.served.url.rpartition(":")[2])
+    cut = partial(cutting, port=port, after=[700_000, 1_200_000])
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    url = f"http://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
+    backend = MistralAPIBackend(
+        credentials=FixedKey(), settings=MistralSettings.model_validate({"base_url": url})
+    )
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, cut)
+        yield backend
+        await backend.aclose()
+        tasks.cancel_scope.cancel()
+
+
+class FixedKey(CredentialSource):
+    """The gateway's static key, whatever is asked for."""
+
+    async def get(self, provider: str, profile: str | None = None) -> SecretStr:
+        """Return it."""
+        del provider, profile
+        return SecretStr(KEY)
+
+
+async def test_our_client_downloads_exact_bytes_over_a_network_that_cuts(
+    here: Site, ours: MistralAPIBackend, directory: Path, tmp_path: Path, logs: list[Any]
+) -> None:
+    """What has arrived is not sent again, and only complete weights appear."""
+    model = (await trained(here, directory)).split("/")[3]
+    run = TrainingRun(
+        id="run", backend="mistral", config=TrainingConfig(model="x"), result_model=model
+    )
+    target = tmp_path / "out" / "model"
+    assert ours.capabilities.downloads
+    assert await ours.download(run, target) == target
+    assert {
+        path.relative_to(target).as_posix(): path.read_bytes()
+        for path in target.rglob("*")
+        if path.is_file()
+    } == FILES
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    asked = [each for each in logs if each["event"] == "request" and "weights" in each["path"]]
+    assert [each["status"] for each in asked] == [200, 206, 206]
 
 
 def test_a_file_that_changes_breaks_its_archive(directory: Path) -> None:

@@ -1,7 +1,10 @@
 """Downloads: whole or not at all."""
 
+import base64
+import hashlib
 import os
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -13,6 +16,7 @@ import pytest
 
 from training_backends import BackendUnavailable, ProtocolError, TrainingBackendError
 from training_backends.http.client import HttpClient
+from training_backends.http.download import unpack
 from training_backends.testing.faults import CutAnswer, OtherAnswer
 from training_backends.testing.server import LoopbackServer, Received, StubReply
 
@@ -126,6 +130,67 @@ async def test_a_range_that_was_not_asked_for_is_an_error(
     with pytest.raises(ProtocolError, match=r"another part of model\.bin"):
         await client.download("/x", tmp_path / "model.bin")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_download_with_another_checksum_is_repeated_and_then_given_up(
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy, tmp_path: Path
+) -> None:
+    """From the beginning: none of it can be trusted."""
+    digest = base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()
+    headers = {"Repr-Digest": f"sha-256=:{digest}:", "ETag": '"one"', "Accept-Ranges": "bytes"}
+    contents = [CONTENT, CONTENT[::-1], *[b"other"] * 3]
+
+    def answer(request: Received) -> StubReply:
+        assert "range" not in request.headers
+        return StubReply(content=contents.pop(), headers=headers)
+
+    answer_by(answer)
+    with pytest.raises(BackendUnavailable, match=r"checksum of model\.bin differs"):
+        await client.download("/x", tmp_path / "model.bin")
+    assert len(server.requests) == 3
+    assert list(tmp_path.iterdir()) == []
+    await client.download("/x", tmp_path / "model.bin")
+    assert (tmp_path / "model.bin").read_bytes() == CONTENT
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    """Make the head of an empty file in an archive."""
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, "/etc/passwd"
+    return made
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("../out")],
+        [member("/tmp/out")],
+        [member("a/../../out")],
+        [member("link", tarfile.SYMTYPE)],
+        [member("link", tarfile.LNKTYPE)],
+        [member("device", tarfile.CHRTYPE)],
+        [member("twice"), member("twice")],
+    ],
+)
+async def test_an_archive_stays_in_its_directory(
+    members: list[tarfile.TarInfo], tmp_path: Path
+) -> None:
+    """And has plain files only, each once."""
+    archive, target = tmp_path / "a.tar", tmp_path / "inner" / "target"
+    target.mkdir(parents=True)
+    with tarfile.open(archive, "w") as files:
+        for each in members:
+            files.addfile(each)
+    with pytest.raises(ProtocolError, match=r"archive|invalid name"):
+        await unpack(archive, target)
+    assert [path.name for path in tmp_path.rglob("out")] == []
+
+
+async def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
+    """Such as a truncated one."""
+    (tmp_path / "a.tar").write_bytes(b"x" * 1000)
+    with pytest.raises(ProtocolError, match="archive is invalid"):
+        await unpack(tmp_path / "a.tar", tmp_path)
 
 
 async def test_unwritable_target_is_said(client: HttpClient, tmp_path: Path) -> None:

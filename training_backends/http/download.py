@@ -1,13 +1,16 @@
 """Write a streamed response to a file, continued after a cut, and published when complete."""
 
+import base64
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import tarfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 import anyio
@@ -22,10 +25,11 @@ from training_backends.core.errors import (
 from training_backends.core.files import sync_directory
 from training_backends.http.upload import Progress
 
-__all__ = ["PartialFile", "new_directory", "partial_file"]
+__all__ = ["PartialFile", "new_directory", "partial_file", "unpack", "within"]
 
 _PARTIAL: Final = 206
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,20})-\d{1,20}/(\d{1,20})")
+_SHA256: Final = re.compile(r"(?:^|[, ])sha-256=:([A-Za-z0-9+/]{43}=):")
 _STRONG_TAG: Final = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
 """An entity tag that names bytes; a weak one names a meaning."""
 
@@ -65,6 +69,44 @@ def _publish_directory(part: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def within(directory: Path, name: str) -> Path:
+    """Return the path of a file with a server's name.
+
+    Raises:
+        ProtocolError: The name leads out of the directory.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ProtocolError(f"The server has a file with the invalid name {name[:200]!r}.")
+    return directory / path
+
+
+async def unpack(archive: Path, directory: Path) -> None:
+    """Write the files of a tar archive into a directory.
+
+    Raises:
+        ProtocolError: It is not such an archive, or has something other than files within it.
+    """
+    await anyio.to_thread.run_sync(_unpack, archive, directory)
+
+
+def _unpack(archive: Path, directory: Path) -> None:
+    try:
+        with tarfile.open(archive, "r:") as files:
+            for member in files:
+                content = files.extractfile(member) if member.isreg() else None
+                if content is None:
+                    name = member.name[:200]
+                    raise ProtocolError(f"The server's archive has {name!r}, which is no file.")
+                target = within(directory, member.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("xb") as file:
+                    shutil.copyfileobj(content, file, 2**20)
+                    os.fsync(file.fileno())
+    except (tarfile.TarError, FileExistsError) as error:
+        raise ProtocolError(f"The server's archive is invalid: {error}.") from None
+
+
 class PartialFile:
     """A download in progress, in a temporary file next to its target.
 
@@ -78,6 +120,7 @@ class PartialFile:
         self._path = path
         self._target = target
         self._tag: str | None = None
+        self._sha256: str | None = None
 
     @property
     def request_headers(self) -> dict[str, str]:
@@ -120,6 +163,8 @@ class PartialFile:
             if found is None or int(found[1]) != self.done:
                 raise ProtocolError(f"The server sent another part of {self._target.name}.")
             return int(found[2])
+        digest = _SHA256.search(headers.get("repr-digest", ""))
+        self._sha256 = digest[1] if digest else None
         tag = headers.get("etag", "")
         can_continue = headers.get("accept-ranges") == "bytes" and _STRONG_TAG.fullmatch(tag)
         self._tag = tag if can_continue else None
@@ -128,7 +173,17 @@ class PartialFile:
         return int(length[:20]) if plain else None
 
     async def publish(self) -> None:
-        """Flush the file to disk and rename it to its target."""
+        """Flush the file to disk and rename it to its target.
+
+        Raises:
+            BackendUnavailable: Its digest differs from the one that the server announced.
+        """
+        await anyio.to_thread.run_sync(self._file.flush)
+        if self._sha256 is not None:
+            found = await anyio.to_thread.run_sync(_sha256_of, self._path)
+            if found != self._sha256:
+                self._tag = None  # none of it can be trusted
+                raise BackendUnavailable(f"The checksum of {self._target.name} differs.")
         await anyio.to_thread.run_sync(_publish, self._file, self._path, self._target)
 
 
@@ -151,6 +206,11 @@ async def partial_file(target: Path) -> AsyncGenerator[PartialFile, None]:
         if isinstance(error, TrainingBackendError):
             raise
         raise TrainingBackendError(f"Cannot write {target}: {error.strerror or error}.") from error
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
 
 
 def _create(part: Path) -> BinaryIO:
