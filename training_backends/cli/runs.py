@@ -44,6 +44,7 @@ __all__ = [
     "logs",
     "metrics",
     "pause",
+    "push",
     "status",
     "stop",
     "wait",
@@ -462,6 +463,46 @@ def download(
         write_json({"path": str(path)})
     else:
         stderr().print(f"Saved the model to {path}", markup=False)
+
+
+def push(
+    run: RunArgument,
+    target: Annotated[
+        str, typer.Argument(metavar="hf://ORG/NAME", help="Repository on the Hugging Face Hub.")
+    ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the result."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or push to one.")
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME", help="Credential profile of huggingface."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Push the model of a run to the Hugging Face Hub.
+
+    Uploads it as one commit to a private repository, which is created if necessary.
+    """
+    from training_backends.cli.views.console import stderr, write_json
+
+    async def upload(client: "AsyncTrainingClient") -> str:
+        return await client.push(
+            await complete_id(client, run),
+            target,
+            checkpoint=checkpoint,
+            private=not public,
+            profile=profile,
+        )
+
+    url = with_client(upload)
+    if json:
+        write_json({"url": url})
+    else:
+        stderr().print(f"Pushed the model to {url}", markup=False)
 
 
 def delete(
