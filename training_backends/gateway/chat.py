@@ -1,11 +1,11 @@
 """Chat with base models and fine-tuned models: a reverse proxy to an inference server."""
 
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -18,6 +18,7 @@ from anyio.abc import TaskGroup
 from pydantic import BaseModel, Field, SecretStr
 
 from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.interpreter import THIS_INTERPRETER
 from training_backends.backends.local.validate import find_directory
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TINY_MODEL
@@ -32,7 +33,8 @@ from training_backends.core.errors import (
 from training_backends.core.files import make_private_directory
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
+from training_backends.gateway.external import ExternalServer, Seen
+from training_backends.gateway.inference import InferenceServers, inference_policy
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
@@ -42,11 +44,11 @@ from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
 
-__all__ = ["ChatProblem", "ChatRequest", "ChatService", "InferenceModel"]
+__all__ = ["Abilities", "ChatProblem", "ChatRequest", "ChatService", "InferenceModel"]
 
 log = get_logger()
 
-_MERGE: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "merge")
+_OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 _RETRY_AFTER: Final = 2
 """Seconds after which a chat may be answered that could not be now."""
 _JOB_DIGITS: Final = 8
@@ -171,6 +173,40 @@ def _for_transformers(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """Which models could answer at some moment.
+
+    Attributes:
+        runs: Directory of the runs whose models can be loaded, if there is a server for them.
+        seen: What the server in the settings has, if there is one.
+    """
+
+    runs: Path | None = None
+    seen: Seen | None = None
+
+    def has(self, offer: Offer) -> bool:
+        """Return whether a base model can answer. Blocking."""
+        if self.seen is not None:
+            return self._is_there(offer.target)
+        if self.runs is None:
+            return False
+        return offer.target == TINY_MODEL or find_directory(offer.target) is not None
+
+    def has_result(self, job_id: str, name: str) -> bool:
+        """Return whether a fine-tuned model can answer. Blocking."""
+        weights = self.runs / job_id / "result" if self.runs else None
+        if self.seen is None:
+            return weights is not None and weights.is_dir()
+        adapter = weights / "adapter_config.json" if weights and self.seen.loads else None
+        return self._is_there(name) or (adapter is not None and adapter.exists())
+
+    def _is_there(self, name: str) -> bool:
+        if self.seen is None or self.seen.failure is not None:
+            return False
+        return self.seen.names is None or name in self.seen.names
+
+
 class ChatService:
     """Finds the inference server of a model.
 
@@ -200,22 +236,32 @@ class ChatService:
         self._merges = root / "inference" / "models"
         self._preparing: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         policy = inference_policy(self._timeout, self._limit)
-        self._external: HttpClient | None = None
+        self._external: ExternalServer | None = None
         self._servers: InferenceServers | None = None
+        self._runs = root / "runs"
+        trainer = client.backend(backend)
+        # Weights are merged where models are trained, with the packages there.
+        interpreter = trainer.interpreter if isinstance(trainer, LocalBackend) else THIS_INTERPRETER
+        self._merge = interpreter.command("merge")
+        self._environment = interpreter.variables(safe_environment()) | _OFFLINE
         if settings.inference_url is not None:
             key = settings.inference_api_key
-            self._external = HttpClient(
-                normalize_base_url(settings.inference_url),
-                key=_source(key) if key else None,
-                policy=policy,
+            self._external = ExternalServer(
+                HttpClient(
+                    normalize_base_url(settings.inference_url),
+                    key=_source(key) if key else None,
+                    policy=policy,
+                )
             )
-        elif isinstance(client.backend(backend), LocalBackend) and can_serve():
+        elif isinstance(trainer, LocalBackend) and interpreter.can_serve():
             self._servers = InferenceServers(
                 tasks,
                 logs=root / "inference" / "logs",
                 limit=settings.inference_models,
                 idle=settings.inference_idle,
                 policy=policy,
+                program=interpreter.command("serve"),
+                environment=self._environment,
                 options=settings.inference_options,
             )
 
@@ -229,11 +275,11 @@ class ChatService:
         if self._external is not None:
             await self._external.aclose()
 
-    def has(self, offer: Offer) -> bool:
-        """Return whether a base model can answer now. Blocking."""
-        if self._servers is None or offer.target == TINY_MODEL:
-            return self.is_available
-        return find_directory(offer.target) is not None
+    async def abilities(self) -> "Abilities":
+        """Return which models can answer now."""
+        if self._external is not None:
+            return Abilities(runs=self._runs, seen=await self._external.look())
+        return Abilities(runs=self._runs if self._servers is not None else None)
 
     @asynccontextmanager
     async def asking(self, name: str, caller: Principal) -> AsyncIterator[InferenceModel]:
@@ -258,6 +304,8 @@ class ChatService:
                 503, f"The model did not answer within {self._timeout:g} s."
             ) from None
         except TrainingBackendError as error:
+            if self._external is not None:
+                self._external.doubt()
             raise _problem(error) from error
         finally:
             self._open -= 1
@@ -274,8 +322,8 @@ class ChatService:
                 code="model_not_found",
             )
         if self._external is not None:
-            target = offer.target if offer else name
-            yield InferenceModel(client=self._external, name=target, is_embedded=False)
+            target = offer.target if offer else await self._there(str(job_id), name)
+            yield InferenceModel(client=self._external.client, name=target, is_embedded=False)
             return
         assert self._servers is not None  # noqa: S101  # it is available
         if offer:
@@ -284,6 +332,12 @@ class ChatService:
             directory = await self._result(str(job_id), name)
         async with self._servers.using(directory) as client:
             yield InferenceModel(client=client, name=".", is_embedded=True)
+
+    async def _there(self, job_id: str, name: str) -> str:
+        """Return the name of a fine-tuned model on the server in the settings."""
+        assert self._external is not None  # noqa: S101  # it is
+        weights = await self._weights.directory(job_id)
+        return await self._external.name_of(name, weights, partial(self._result, job_id, name))
 
     async def _base(self, offer: Offer) -> Path:
         if offer.target == TINY_MODEL:
@@ -322,20 +376,31 @@ class ChatService:
             if await anyio.Path(target).is_dir():
                 return target
             await to_thread.run_sync(make_private_directory, self._merges)
-            partial = self._merges / f".{uuid4()}"
+            partly = self._merges / f".{uuid4()}"
             try:
-                await _merge(model, partial)
-                await anyio.Path(partial).rename(target)
+                await self._write_merged(model, partly)
+                await anyio.Path(partly).rename(target)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await to_thread.run_sync(_remove, partial)
+                    await to_thread.run_sync(_remove, partly)
         return target
 
-    async def forget(self, job_id: str) -> None:
+    async def _write_merged(self, model: str, target: Path) -> None:
+        command = [*self._merge, model, str(target)]
+        done = await anyio.run_process(command, check=False, env=self._environment)
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            log.error("model not merged", model=model, reason=said)
+            raise ChatProblem(503, "The model could not be loaded; see the log of the gateway.")
+
+    async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
+        merged = self._merges / job_id
+        if self._external is not None:
+            await self._external.forget(name)
+            await to_thread.run_sync(_remove, merged)
         if self._servers is None:
             return
-        merged = self._merges / job_id
         for directory in (merged, await self._weights.directory(job_id)):
             if directory is not None:
                 await self._servers.stop(directory)
@@ -356,18 +421,6 @@ def _sweep(directory: Path, kept: set[str]) -> None:
 
 def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
-
-
-async def _merge(model: str, target: Path) -> None:
-    done = await anyio.run_process(
-        [*_MERGE, model, str(target)],
-        check=False,
-        env=safe_environment() | {"HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        log.error("model not merged", model=model, reason=said)
-        raise ChatProblem(503, "The model could not be loaded; see the log of the gateway.")
 
 
 def _source(key: SecretStr) -> Any:

@@ -176,15 +176,19 @@ async def open_gateway(
         stack.callback(tasks.cancel_scope.cancel)
         weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
         await weights.sweep()
-        chat = ChatService(
-            store,
-            client,
-            tasks,
-            backend=backend,
-            catalogue=catalogue,
-            weights=weights,
-            settings=settings,
-            root=root,
+        # In a thread: may ask another Python interpreter which packages it has.
+        chat = await to_thread.run_sync(
+            partial(
+                ChatService,
+                store,
+                client,
+                tasks,
+                backend=backend,
+                catalogue=catalogue,
+                weights=weights,
+                settings=settings,
+                root=root,
+            )
         )
         stack.push_async_callback(chat.aclose)
         await chat.sweep()

@@ -11,7 +11,7 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import Abilities, ChatService
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import keep_history
 from training_backends.gateway.keys import Principal
@@ -80,8 +80,13 @@ class ModelService:
         query = sa.select(models).where(*_visible(caller))
         query = query.order_by(models.c.created_at.desc())
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
-        offers = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
-        cards = [*offers, *map(self._card, rows)]
+        can = await self._chat.abilities()
+
+        def make() -> list[BaseModelCard | FTModelCard]:
+            base = [self._base_card(offer, can) for offer in self._offers()]
+            return [*base, *(self._card(row, can) for row in rows)]
+
+        cards = await to_thread.run_sync(make)
         return ModelList(
             data=[
                 card
@@ -99,14 +104,16 @@ class ModelService:
         """
         for offer in self._offers():
             if offer.name == model_id:
-                return await to_thread.run_sync(self._base_card, offer)
-        return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
+                can = await self._chat.abilities()
+                return await to_thread.run_sync(self._base_card, offer, can)
+        row = await self._store.aread(lambda c: self._row(c, model_id, caller))
+        return await to_thread.run_sync(self._card, row, await self._chat.abilities())
 
     async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
         """Update the given fields of a fine-tuned model."""
         values = change.model_dump(exclude_unset=True)
         row = await self._store.awrite(lambda c: self._change(c, model_id, values, caller))
-        return self._updated(row)
+        return await to_thread.run_sync(self._updated, row, await self._chat.abilities())
 
     async def archive(self, model_id: str, caller: Principal) -> ArchiveFTModelOut:
         """Archive a fine-tuned model; safe to repeat."""
@@ -127,7 +134,7 @@ class ModelService:
             return row
 
         row = await self._store.awrite(work)
-        await self._chat.forget(row.job_id)
+        await self._chat.forget(row.job_id, row.id)
         await self._weights.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
@@ -168,13 +175,13 @@ class ModelService:
             connection.execute(models.update().where(mine).values(values))
         return connection.execute(models.select().where(mine)).first()
 
-    def _base_card(self, offer: Offer) -> BaseModelCard:
+    def _base_card(self, offer: Offer, can: Abilities) -> BaseModelCard:
         licence = f" License: {offer.licence}." if offer.licence else ""
         return BaseModelCard(
             id=offer.name,
             created=self._opened_at,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.has(offer),
+                completion_chat=can.has(offer),
                 fine_tuning=True,
                 classification="classifier" in offer.job_types,
             ),
@@ -183,14 +190,14 @@ class ModelService:
             max_context_length=offer.context_length,
         )
 
-    def _card(self, row: Any) -> FTModelCard:
+    def _card(self, row: Any, can: Abilities) -> FTModelCard:
         classifies = row.model_type == "classifier"
         return FTModelCard(
             id=row.id,
             created=int(row.created_at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             name=row.name,
@@ -201,7 +208,7 @@ class ModelService:
             archived=row.archived,
         )
 
-    def _updated(self, row: Any) -> FTModelOut:
+    def _updated(self, row: Any, can: Abilities) -> FTModelOut:
         classifies = row.model_type == "classifier"
         fields: dict[str, Any] = {
             "id": row.id,
@@ -214,7 +221,7 @@ class ModelService:
             "name": row.name,
             "description": row.description,
             "capabilities": FTModelCapabilitiesOut(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             "max_context_length": row.context_length,

@@ -147,6 +147,11 @@ class LocalBackend(TrainingBackend):
         return cls(context.home, hub=hub, interpreter=interpreter, warm=warm)
 
     @property
+    def interpreter(self) -> Interpreter:
+        """The Python environment that trains."""
+        return self._interpreter
+
+    @property
     def capabilities(self) -> Capabilities:
         """What this backend supports."""
         return Capabilities(

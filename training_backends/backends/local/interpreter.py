@@ -17,6 +17,8 @@ from training_backends.rundir.handover import safe_environment
 __all__ = ["NEEDED", "THIS_INTERPRETER", "Interpreter"]
 
 NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
+_SERVING: Final = ("torch", "transformers", "fastapi", "uvicorn", "openai")
+_OPTIONAL: Final = ("bitsandbytes", *_SERVING)
 _PACKAGE: Final = "training-backends"
 _INSTALL: Final = "pip install 'training-backends[local]'"
 _PATIENCE: Final = 300.0
@@ -26,12 +28,13 @@ _PROBE: Final = """
 import importlib, json, sys
 from importlib import metadata, util
 found = {"versions": {}, "broken": {}, "transformers": None}
-for name in ("training-backends", "bitsandbytes", *sys.argv[1:]):
+needed, optional = (text.split() for text in sys.argv[1:])
+for name in ("training-backends", *needed, *optional):
     try:
         found["versions"][name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-for name in sys.argv[1:]:
+for name in needed:
     if name in found["versions"]:
         try:
             importlib.import_module(name)
@@ -107,6 +110,10 @@ class Interpreter:
         """Return the training libraries that are not installed."""
         return [name for name in NEEDED if not self.has(name)]
 
+    def can_serve(self) -> bool:
+        """Return whether the packages of the extra `serving` are installed. Blocking."""
+        return all(self.has(name) for name in _SERVING)
+
     def require(self) -> None:
         """Check that the trainer can run; blocks, the first time for some seconds.
 
@@ -181,7 +188,8 @@ class Interpreter:
     def _cached(self, state: list[int]) -> _Report | None:
         try:
             kept: dict[str, Any] = json.loads(self._cache.read_bytes()) if self._cache else {}
-            if kept["python"] == str(self._python) and kept["state"] == state:
+            same = kept["python"] == str(self._python) and kept["state"] == state
+            if same and kept["asked"] == [*NEEDED, *_OPTIONAL]:
                 return _Report(**kept["report"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -190,7 +198,8 @@ class Interpreter:
     def _keep(self, state: list[int], report: _Report) -> None:
         if self._cache is None or report.broken or len(report.versions) < len(NEEDED):
             return  # asked again, so that a repair is noticed
-        kept = {"python": str(self._python), "state": state, "report": report._asdict()}
+        known = {"python": str(self._python), "asked": [*NEEDED, *_OPTIONAL]}
+        kept = {**known, "state": state, "report": report._asdict()}
         with suppress(OSError):
             make_private_directory(self._cache.parent)
             write_atomic(self._cache, json.dumps(kept))
@@ -198,7 +207,7 @@ class Interpreter:
     def _ask(self) -> _Report:
         try:
             done = subprocess.run(  # noqa: S603  # the interpreter from the user's settings
-                [str(self._python), "-P", "-c", _PROBE, *NEEDED],
+                [str(self._python), "-P", "-c", _PROBE, " ".join(NEEDED), " ".join(_OPTIONAL)],
                 capture_output=True,
                 text=True,
                 timeout=_PATIENCE,
