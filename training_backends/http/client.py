@@ -202,14 +202,25 @@ class HttpClient(HttpExchange):
         Raises:
             BackendUnavailable: The connection was lost, or silent for too long.
         """
-        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
-        async with (
-            stack,
-            aclosing(decoded(response)) as pieces,
-            aclosing(lines_of(pieces)) as lines,
-        ):
+        pieces = self.pieces(path, query=query, headers=headers, body=body, silence=silence)
+        async with aclosing(pieces), aclosing(lines_of(pieces)) as lines:
             async for line in lines:
                 yield line
+
+    async def pieces(
+        self,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        silence: float | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a response as they arrive; see `lines`."""
+        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
+        async with stack, aclosing(decoded(response)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def events(
         self,
