@@ -46,7 +46,7 @@ test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
-test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
+test-sdks: $(VENV)/.dev ## Drive the gateway with other official SDKs, LiteLLM and DSPy (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
 test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)

@@ -1,10 +1,11 @@
-"""Drive the gateway with official Mistral SDKs that cannot share an environment with ours.
+"""Drive the gateway with clients that cannot share an environment with ours.
 
-    python tests/e2e/sdks.py
+    python tests/e2e/sdks.py [NAME …]
 
 Brings mistralai 1.12.4 (Python) and @mistralai/mistralai 2.4.0 (TypeScript) into .cache/,
-starts `training-backends serve --backend local` and lives `sdk_life` with each. Ends with
-exit code 0 if both went through.
+starts `training-backends serve --backend local` and lives `sdk_life` with each; brings LiteLLM and
+DSPy, and runs the scripts of docs/other-clients.md. Ends with exit code 0 if all went through. A
+NAME is that of a directory in .cache/sdks.
 """
 
 import json
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -27,16 +29,25 @@ PYTHON_SDK = "mistralai==1.12.4"
 TYPESCRIPT_SDK = "@mistralai/mistralai@2.4.0"
 
 
-def bring() -> None:
-    """Install both SDKs, once."""
-    python, node = CACHE / "python", CACHE / "node"
-    if not (python / "mistralai").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(python)]
-        subprocess.run([*pip, PYTHON_SDK], check=True)
-    if not (node / "node_modules").is_dir():
+def bring(name: str) -> None:
+    """Install a client, once."""
+    here = CACHE / name
+    if name != "node" and not here.is_dir():
+        with tempfile.TemporaryDirectory(dir=make(CACHE)) as parent:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", f"{parent}/it"]
+            subprocess.run([*pip, {"python": PYTHON_SDK}.get(name, name)], check=True)
+            Path(parent, "it").rename(here)
+    node = CACHE / "node"
+    if name == "node" and not (node / "node_modules").is_dir():
         node.mkdir(parents=True, exist_ok=True)
         npm = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(node)]
         subprocess.run([*npm, TYPESCRIPT_SDK], check=True)
+
+
+def make(directory: Path) -> Path:
+    """Make a directory and return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 @contextmanager
@@ -67,25 +78,45 @@ def live(command: list[str], environment: Mapping[str, str]) -> bool:
     return done.returncode == 0
 
 
+def follow(name: str, title: str) -> bool:
+    """Run a script of docs/other-clients.md with its client; tell whether it went through."""
+    page = (ROOT / "docs" / "other-clients.md").read_text()
+    script = page.partition(f'title="{title}"\n')[2].partition("\n```")[0]
+    with tempfile.TemporaryDirectory() as home, serving(Path(home)) as (url, key):
+        rows = (SAMPLES / "train.jsonl").read_bytes()
+        Path(home, "chats.jsonl").write_bytes(rows)
+        given = {"GATEWAY": f"{url}/openai/v1", "GATEWAY_KEY": key, "MODEL": "tiny-mistral"}
+        environment = {**os.environ, **given, "PYTHONPATH": str(CACHE / name)}
+        # -S: only the client and what it needs.
+        command = [sys.executable, "-S", "-c", script]
+        return subprocess.run(command, cwd=home, env=environment, check=False).returncode == 0
+
+
 def main() -> int:
-    """Live with each SDK; return the exit code."""
-    bring()
+    """Live with each client; return the exit code."""
     module = CACHE / "node" / "node_modules" / "@mistralai" / "mistralai" / "esm" / "index.js"
-    lives = {
-        PYTHON_SDK: (
+    lives: dict[str, Callable[[], bool]] = {
+        "python": partial(
+            live,
             [sys.executable, str(HERE / "sdk_life.py")],
             {"PYTHONPATH": f"{CACHE}/python"},
         ),
-        TYPESCRIPT_SDK: (["node", str(HERE / "sdk_life.mjs")], {"MISTRAL_SDK": module.as_uri()}),
+        "node": partial(
+            live, ["node", str(HERE / "sdk_life.mjs")], {"MISTRAL_SDK": module.as_uri()}
+        ),
+        "litellm": partial(follow, "litellm", "with_litellm.py"),
+        "dspy": partial(follow, "dspy", "with_dspy.py"),
     }
+    chosen = {name: lives[name] for name in sys.argv[1:] or lives}
     failed = []
-    for name, (command, environment) in lives.items():
+    for name, work in chosen.items():
         print(f"== {name}", flush=True)
         start = time.monotonic()
-        if not live(command, environment):
+        bring(name)
+        if not work():
             failed.append(name)
         print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
-    print(f"{len(lives) - len(failed)} of {len(lives)} SDKs lived a whole life")
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} clients went through")
     return 1 if failed else 0
 
 
