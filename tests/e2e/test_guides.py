@@ -9,6 +9,7 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from tests.e2e.conftest import serving
+from tests.forking import Trainer
 from tests.pages import code_blocks
 from tests.trainer.plain import save_tiny
 
@@ -38,7 +39,9 @@ def run(page: str, directory: Path, samples: tuple[Path, Path], **variables: str
     return done.stdout.splitlines()
 
 
-def test_both_guides_lead_to_an_answer(tmp_path: Path, samples: tuple[Path, Path]) -> None:
+def test_both_guides_lead_to_an_answer(
+    tmp_path: Path, samples: tuple[Path, Path], trainer: Trainer
+) -> None:
     """Right after the end of the job, streamed and not, with the same words.
 
     OpenAI's script knows of its variables only.
@@ -49,7 +52,11 @@ def test_both_guides_lead_to_an_answer(tmp_path: Path, samples: tuple[Path, Path
     assert target in text
     catalogue.write_text(text.replace(target, str(save_tiny(tmp_path / "base"))))
     home = tmp_path / "home"
-    with serving(home, TRAINING_BACKENDS_GATEWAY__CATALOGUE=str(catalogue)) as served:
+    settings = {
+        "TRAINING_BACKENDS_GATEWAY__CATALOGUE": str(catalogue),
+        "TRAINING_BACKENDS_LOCAL__PYTHON": str(trainer.python),
+    }
+    with serving(home, **settings) as served:
         url, key = served.url, served.key
         said = [
             run(

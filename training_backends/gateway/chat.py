@@ -33,7 +33,12 @@ from training_backends.core.errors import (
 from training_backends.core.files import make_private_directory
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.external import ExternalServer, Seen
+from training_backends.gateway.checkpoint_models import (
+    CheckpointModel,
+    CheckpointModels,
+    job_of_key,
+)
+from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, inference_policy
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
@@ -201,6 +206,10 @@ class Abilities:
         adapter = weights / "adapter_config.json" if weights and self.seen.loads else None
         return self._is_there(name) or (adapter is not None and adapter.exists())
 
+    def has_checkpoint(self, name: str) -> bool:
+        """Return whether a checkpoint can answer; it is written when it is first asked."""
+        return self._is_there(name) if self.seen is not None else self.runs is not None
+
     def _is_there(self, name: str) -> bool:
         if self.seen is None or self.seen.failure is not None:
             return False
@@ -220,6 +229,7 @@ class ChatService:
         store: GatewayStore,
         client: AsyncTrainingClient,
         tasks: TaskGroup,
+        checkpoints: CheckpointModels,
         *,
         backend: str,
         catalogue: Catalogue,
@@ -228,6 +238,7 @@ class ChatService:
         root: Path,
     ) -> None:
         self._store = store
+        self._checkpoints = checkpoints
         self._catalogue = catalogue
         self._weights = weights
         self._timeout = settings.inference_timeout
@@ -313,7 +324,12 @@ class ChatService:
     @asynccontextmanager
     async def _found(self, name: str, caller: Principal) -> AsyncIterator[InferenceModel]:
         offer = self._catalogue.get(name)
-        job_id = None if offer else await self._store.aread(lambda c: _job_of(c, name, caller))
+        checkpoint = None if offer else await self._checkpoints.find(name, caller)
+        job_id = None
+        if checkpoint is not None:
+            _require_completion(name, checkpoint.job.job_type)
+        elif offer is None:
+            job_id = await self._store.aread(lambda c: _job_of(c, name, caller))
         if not self.is_available:
             raise ChatProblem(
                 404,
@@ -321,23 +337,24 @@ class ChatService:
                 "training-backends[serving], or set TRAINING_BACKENDS_GATEWAY__INFERENCE_URL.",
                 code="model_not_found",
             )
+        if checkpoint is not None:
+            find: Find = partial(self._checkpoints.path, checkpoint)
+            complete: Merge = partial(self._checkpoint, checkpoint)
+        else:
+            find = partial(self._weights.directory, str(job_id))
+            complete = partial(self._result, str(job_id), name)
         if self._external is not None:
-            target = offer.target if offer else await self._there(str(job_id), name)
-            yield InferenceModel(client=self._external.client, name=target, is_embedded=False)
+            there = self._external
+            target = offer.target if offer else await there.name_of(name, find, complete)
+            yield InferenceModel(client=there.client, name=target, is_embedded=False)
             return
         assert self._servers is not None  # noqa: S101  # it is available
-        if offer:
-            directory = await self._base(offer)
-        else:
-            directory = await self._result(str(job_id), name)
+        directory = await (self._base(offer) if offer else complete())
         async with self._servers.using(directory) as client:
             yield InferenceModel(client=client, name=".", is_embedded=True)
 
-    async def _there(self, job_id: str, name: str) -> str:
-        """Return the name of a fine-tuned model on the server in the settings."""
-        assert self._external is not None  # noqa: S101  # it is
-        weights = await self._weights.directory(job_id)
-        return await self._external.name_of(name, weights, partial(self._result, job_id, name))
+    async def _checkpoint(self, checkpoint: CheckpointModel) -> Path:
+        return await self._plain(await self._checkpoints.path(checkpoint), checkpoint.key)
 
     async def _base(self, offer: Offer) -> Path:
         if offer.target == TINY_MODEL:
@@ -395,16 +412,16 @@ class ChatService:
 
     async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
-        merged = self._merges / job_id
+        paths = await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
         if self._external is not None:
             await self._external.forget(name)
-            await to_thread.run_sync(_remove, merged)
-        if self._servers is None:
-            return
-        for directory in (merged, await self._weights.directory(job_id)):
-            if directory is not None:
+        if self._servers is not None:
+            weights = await self._weights.directory(job_id)
+            written = await self._checkpoints.paths(job_id)
+            for directory in (*paths, *written, *([weights] if weights else [])):
                 await self._servers.stop(directory)
-        await to_thread.run_sync(_remove, merged)
+        for merged in paths:
+            await to_thread.run_sync(_remove, merged)
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""
@@ -415,7 +432,7 @@ class ChatService:
 
 def _sweep(directory: Path, kept: set[str]) -> None:
     for path in directory.glob("*") if directory.is_dir() else ():
-        if path.name not in kept:
+        if path.name not in kept and job_of_key(path.name) not in kept:
             _remove(path)
 
 
@@ -440,11 +457,15 @@ def _job_of(connection: sa.Connection, name: str, caller: Principal) -> str:
     row = connection.execute(models.select().where(models.c.id == name, *visible)).first()
     if row is None:
         raise _unknown(connection, name, caller)
-    if row.model_type == "classifier":
+    _require_completion(name, row.model_type)
+    return str(row.job_id)
+
+
+def _require_completion(name: str, kind: str) -> None:
+    if kind == "classifier":
         raise ChatProblem(
             400, f"The model {name!r} is a classifier; it does not chat.", field="model"
         )
-    return str(row.job_id)
 
 
 def _unknown(connection: sa.Connection, name: str, caller: Principal) -> ChatProblem:

@@ -45,7 +45,7 @@ async def rewritten(
         *complete, rest = rest.split(b"\n\n")
         if len(rest) > _LONGEST_EVENT:
             raise ProtocolError(f"An event of the stream is larger than {_LONGEST_EVENT} bytes.")
-        out = []
+        out: list[bytes] = []
         for event in complete:
             if event == b"data: [DONE]":
                 if out:

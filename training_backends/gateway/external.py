@@ -11,7 +11,7 @@ from training_backends.core.logging import get_logger
 from training_backends.http.client import HttpClient
 from training_backends.http.urls import is_loopback
 
-__all__ = ["ExternalServer", "Seen"]
+__all__ = ["ExternalServer", "Find", "Merge", "Seen"]
 
 log = get_logger()
 
@@ -20,6 +20,7 @@ _UNLOAD: Final = "/unload_lora_adapter"
 _FRESH: Final = 10.0
 """Seconds for which the list of the server's models is cached."""
 
+Find = Callable[[], Awaitable[Path | None]]
 Merge = Callable[[], Awaitable[Path]]
 
 
@@ -82,11 +83,11 @@ class ExternalServer:
         probe = await self.client.send("POST", _LOAD, body={}, expect=range(200, 600))
         return Seen(now, names=names, loads=probe.status not in {404, 405} and probe.status < 500)
 
-    async def name_of(self, name: str, weights: Path | None, merge: Merge) -> str:
+    async def name_of(self, name: str, find: Find, merge: Merge) -> str:
         """Return the server's name of a fine-tuned model, which is loaded if necessary.
 
         Args:
-            weights: The directory of its weights, if they are on this machine.
+            find: Returns the directory of its weights, if they are on this machine.
             merge: Returns a directory with the complete model.
 
         Raises:
@@ -102,6 +103,7 @@ class ExternalServer:
             return name
         if name in self._directories:
             return self._directories[name]
+        weights = await find()
         if weights is None:
             raise RunNotFound(f"The inference server does not have {name!r}.")
         if seen.loads and await anyio.Path(weights / "adapter_config.json").exists():
@@ -122,13 +124,15 @@ class ExternalServer:
             raise RunNotFound(f"The inference server did not load the adapter of {name!r}.")
 
     async def forget(self, name: str) -> None:
-        """Unload the adapter of a model that is deleted."""
-        self._directories.pop(name, None)
+        """Unload the adapters of a model that is deleted, and of its checkpoints."""
+        self._directories = {
+            each: path for each, path in self._directories.items() if not each.startswith(name)
+        }
         seen = await self.look(again=True)
-        if not seen.loads or name not in (seen.names or ()):
-            return
-        try:
-            await self.client.send("POST", _UNLOAD, body={"lora_name": name})
-            await self.look(again=True)
-        except TrainingBackendError as error:
-            log.warning("adapter not unloaded", model=name, reason=error.message)
+        loaded = [each for each in seen.names or () if each.startswith(name)]
+        for each in loaded if seen.loads else ():
+            try:
+                await self.client.send("POST", _UNLOAD, body={"lora_name": each})
+            except TrainingBackendError as error:
+                log.warning("adapter not unloaded", model=each, reason=error.message)
+        self.doubt()
