@@ -18,9 +18,9 @@ from anyio.abc import TaskGroup
 from pydantic import BaseModel, Field, SecretStr
 
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.interpreter import THIS_INTERPRETER
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.validate import find_directory
-from training_backends.client.client import AsyncTrainingClient
+from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import (
     BackendUnavailable,
@@ -39,7 +39,7 @@ from training_backends.gateway.checkpoint_models import (
     job_of_key,
 )
 from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
-from training_backends.gateway.inference import InferenceServers, inference_policy
+from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
@@ -49,11 +49,17 @@ from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
 
-__all__ = ["Abilities", "ChatProblem", "ChatRequest", "ChatService", "InferenceModel"]
+__all__ = [
+    "Abilities",
+    "ChatProblem",
+    "ChatRequest",
+    "ChatService",
+    "InferenceModel",
+    "find_interpreter",
+]
 
 log = get_logger()
 
-_OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 _RETRY_AFTER: Final = 2
 """Seconds after which a chat may be answered that could not be now."""
 _JOB_DIGITS: Final = 8
@@ -227,11 +233,10 @@ class ChatService:
     def __init__(
         self,
         store: GatewayStore,
-        client: AsyncTrainingClient,
         tasks: TaskGroup,
         checkpoints: CheckpointModels,
         *,
-        backend: str,
+        interpreter: Interpreter | None,
         catalogue: Catalogue,
         weights: WeightService,
         settings: GatewaySettings,
@@ -250,11 +255,7 @@ class ChatService:
         self._external: ExternalServer | None = None
         self._servers: InferenceServers | None = None
         self._runs = root / "runs"
-        trainer = client.backend(backend)
-        # Weights are merged where models are trained, with the packages there.
-        interpreter = trainer.interpreter if isinstance(trainer, LocalBackend) else THIS_INTERPRETER
-        self._merge = interpreter.command("merge")
-        self._environment = interpreter.variables(safe_environment()) | _OFFLINE
+        self._interpreter = interpreter or THIS_INTERPRETER
         if settings.inference_url is not None:
             key = settings.inference_api_key
             self._external = ExternalServer(
@@ -264,15 +265,14 @@ class ChatService:
                     policy=policy,
                 )
             )
-        elif isinstance(trainer, LocalBackend) and interpreter.can_serve():
+        elif interpreter is not None:
             self._servers = InferenceServers(
                 tasks,
+                interpreter=interpreter,
                 logs=root / "inference" / "logs",
                 limit=settings.inference_models,
                 idle=settings.inference_idle,
                 policy=policy,
-                program=interpreter.command("serve"),
-                environment=self._environment,
                 options=settings.inference_options,
             )
 
@@ -395,20 +395,12 @@ class ChatService:
             await to_thread.run_sync(make_private_directory, self._merges)
             partly = self._merges / f".{uuid4()}"
             try:
-                await self._write_merged(model, partly)
+                await _merge(model, partly, self._interpreter)
                 await anyio.Path(partly).rename(target)
             finally:
                 with anyio.CancelScope(shield=True):
                     await to_thread.run_sync(_remove, partly)
         return target
-
-    async def _write_merged(self, model: str, target: Path) -> None:
-        command = [*self._merge, model, str(target)]
-        done = await anyio.run_process(command, check=False, env=self._environment)
-        if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            log.error("model not merged", model=model, reason=said)
-            raise ChatProblem(503, "The model could not be loaded; see the log of the gateway.")
 
     async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
@@ -430,6 +422,13 @@ class ChatService:
         await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *(row.job_id for row in rows)})
 
 
+def find_interpreter(backend: TrainingBackend) -> Interpreter | None:
+    """Return the Python environment that can serve the models of a backend. Blocking."""
+    if isinstance(backend, LocalBackend) and can_serve(backend.interpreter):
+        return backend.interpreter
+    return None
+
+
 def _sweep(directory: Path, kept: set[str]) -> None:
     for path in directory.glob("*") if directory.is_dir() else ():
         if path.name not in kept and job_of_key(path.name) not in kept:
@@ -438,6 +437,18 @@ def _sweep(directory: Path, kept: set[str]) -> None:
 
 def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _merge(model: str, target: Path, interpreter: Interpreter) -> None:
+    done = await anyio.run_process(
+        interpreter.command("merge", model, str(target)),
+        check=False,
+        env=interpreter.variables(safe_environment()) | {"HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        log.error("model not merged", model=model, reason=said)
+        raise ChatProblem(503, "The model could not be loaded; see the log of the gateway.")
 
 
 def _source(key: SecretStr) -> Any:

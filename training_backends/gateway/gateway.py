@@ -22,8 +22,9 @@ from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
+from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
@@ -134,7 +135,15 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        await to_thread.run_sync(self.check_store)
+
+    def check_store(self) -> None:
+        """Check that the database can be read. Blocking.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
 
 
 @asynccontextmanager
@@ -182,6 +191,9 @@ async def open_gateway(
         stack.callback(tasks.cancel_scope.cancel)
         weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
         await weights.sweep()
+        interpreter = None
+        if settings.inference_url is None:
+            interpreter = await to_thread.run_sync(find_interpreter, found)
         checkpoints = CheckpointModels(
             store,
             client,
@@ -189,20 +201,15 @@ async def open_gateway(
             directory=root / "checkpoints",
         )
         await checkpoints.sweep()
-        # In a thread: may ask another Python interpreter which packages it has.
-        chat = await to_thread.run_sync(
-            partial(
-                ChatService,
-                store,
-                client,
-                tasks,
-                checkpoints,
-                backend=backend,
-                catalogue=catalogue,
-                weights=weights,
-                settings=settings,
-                root=root,
-            )
+        chat = ChatService(
+            store,
+            tasks,
+            checkpoints,
+            interpreter=interpreter,
+            catalogue=catalogue,
+            weights=weights,
+            settings=settings,
+            root=root,
         )
         stack.push_async_callback(chat.aclose)
         await chat.sweep()
@@ -308,11 +315,13 @@ async def _start_jobs(
         files,
         tasks,
         organization_id=settings.organization_id,
+        max_steps=settings.max_training_steps,
         results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     if webhooks is not None:
         tasks.start_soon(webhooks.run)
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))

@@ -17,8 +17,6 @@ from training_backends.rundir.handover import safe_environment
 __all__ = ["NEEDED", "THIS_INTERPRETER", "Interpreter"]
 
 NEEDED: Final = ("torch", "transformers", "peft", "accelerate")
-_SERVING: Final = ("torch", "transformers", "fastapi", "uvicorn", "openai")
-_OPTIONAL: Final = ("bitsandbytes", *_SERVING)
 _PACKAGE: Final = "training-backends"
 _INSTALL: Final = "pip install 'training-backends[local]'"
 _PATIENCE: Final = 300.0
@@ -29,13 +27,12 @@ import gc, importlib, json, os, sys
 from importlib import metadata, util
 gc.disable()
 found = {"versions": {}, "broken": {}, "transformers": None}
-needed, optional = (text.split() for text in sys.argv[1:])
-for name in ("training-backends", *needed, *optional):
+for name in ("training-backends", "bitsandbytes", "fastapi", "uvicorn", "openai", *sys.argv[1:]):
     try:
         found["versions"][name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-for name in needed:
+for name in sys.argv[1:]:
     if name in found["versions"]:
         try:
             importlib.import_module(name)
@@ -113,10 +110,6 @@ class Interpreter:
         """Return the training libraries that are not installed."""
         return [name for name in NEEDED if not self.has(name)]
 
-    def can_serve(self) -> bool:
-        """Return whether the packages of the extra `serving` are installed. Blocking."""
-        return all(self.has(name) for name in _SERVING)
-
     def require(self) -> None:
         """Check that the trainer can run; blocks, the first time for some seconds.
 
@@ -191,8 +184,8 @@ class Interpreter:
     def _cached(self, state: list[int]) -> _Report | None:
         try:
             kept: dict[str, Any] = json.loads(self._cache.read_bytes()) if self._cache else {}
-            same = kept["python"] == str(self._python) and kept["state"] == state
-            if same and kept["asked"] == [*NEEDED, *_OPTIONAL]:
+            is_same = kept["python"] == str(self._python) and kept["probe"] == _PROBE
+            if is_same and kept["state"] == state:
                 return _Report(**kept["report"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -201,8 +194,12 @@ class Interpreter:
     def _keep(self, state: list[int], report: _Report) -> None:
         if self._cache is None or report.broken or len(report.versions) < len(NEEDED):
             return  # asked again, so that a repair is noticed
-        known = {"python": str(self._python), "asked": [*NEEDED, *_OPTIONAL]}
-        kept = {**known, "state": state, "report": report._asdict()}
+        kept = {
+            "python": str(self._python),
+            "probe": _PROBE,
+            "state": state,
+            "report": report._asdict(),
+        }
         with suppress(OSError):
             make_private_directory(self._cache.parent)
             write_atomic(self._cache, json.dumps(kept))
@@ -210,7 +207,7 @@ class Interpreter:
     def _ask(self) -> _Report:
         try:
             done = subprocess.run(  # noqa: S603  # the interpreter from the user's settings
-                [str(self._python), "-P", "-c", _PROBE, " ".join(NEEDED), " ".join(_OPTIONAL)],
+                [str(self._python), "-P", "-c", _PROBE, *NEEDED],
                 capture_output=True,
                 text=True,
                 timeout=_PATIENCE,
