@@ -54,7 +54,7 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
-test-sdks: $(VENV)/.dev ## Drive the gateway with official SDKs of Mistral and OpenAI (needs npm)
+test-sdks: $(VENV)/.dev ## Drive the gateway with official SDKs, LiteLLM and DSPy (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
 test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import anyio
@@ -25,6 +26,7 @@ from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
+from training_backends.client.push import push_to_hub, read_hub_target
 from training_backends.client.recovery import Recovery, recover
 from training_backends.client.run_record import (
     launch_lease,
@@ -654,6 +656,41 @@ class AsyncTrainingClient:
         if backend.capabilities.downloads:
             _require_model(backend, run, "download")
         return await backend.download(run, Path(target))
+
+    async def push(
+        self,
+        run_id: str,
+        target: str,
+        *,
+        checkpoint: str | None = None,
+        private: bool = True,
+        profile: str | None = None,
+    ) -> str:
+        """Upload the trained model of a run to the Hugging Face Hub, as one commit.
+
+        Args:
+            target: `hf://ORG/NAME`; the repository is created if necessary.
+            checkpoint: See `download`.
+            private: Create a private repository, and reject one that exists and is public.
+            profile: Credential profile of `huggingface`; None: the default one.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            ConfigError: The target is invalid, or the repository is public.
+            CredentialNotFound: No token is stored.
+            UnsupportedOperation: See `download`.
+        """
+        repository = read_hub_target(target)
+        token = await self._credentials.get("huggingface", profile)
+        message = f"Upload the model of {run_id}"
+        make = partial(
+            TemporaryDirectory, prefix="push-", dir=self.home, ignore_cleanup_errors=True
+        )
+        with await to_thread.run_sync(make) as directory:
+            model = await self.download(run_id, Path(directory, "model"), checkpoint=checkpoint)
+            return await push_to_hub(model, repository, token, private=private, message=message)
 
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.

@@ -219,6 +219,7 @@ class TrainingClient:
     unpause = _blocking(AsyncTrainingClient.unpause)
     resume = _blocking(AsyncTrainingClient.resume)
     download = _blocking(AsyncTrainingClient.download)
+    push = _blocking(AsyncTrainingClient.push)
     sample = _blocking(AsyncTrainingClient.sample)
     delete = _blocking(AsyncTrainingClient.delete)
     check_store = _blocking(AsyncTrainingClient.check_store)

@@ -39,6 +39,7 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.gateway.webhooks import Webhooks
+from training_backends.gateway.weights import WeightService
 from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store.gateway_schema import keys
 
@@ -123,6 +124,7 @@ class Gateway:
     uploads: PartUploads
     jobs: JobService
     models: ModelService
+    weights: WeightService
     checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
@@ -187,6 +189,8 @@ async def open_gateway(
         await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
+        await weights.sweep()
         interpreter = None
         if settings.inference_url is None:
             interpreter = await to_thread.run_sync(find_interpreter, found)
@@ -199,11 +203,11 @@ async def open_gateway(
         await checkpoints.sweep()
         chat = ChatService(
             store,
-            client,
             tasks,
             checkpoints,
             interpreter=interpreter,
             catalogue=catalogue,
+            weights=weights,
             settings=settings,
             root=root,
         )
@@ -217,6 +221,7 @@ async def open_gateway(
             catalogue=catalogue,
             organization_id=settings.organization_id,
             opened_at=time.time(),
+            weights=weights,
             chat=chat,
             checkpoints=checkpoints,
         )
@@ -243,6 +248,7 @@ async def open_gateway(
                 settings=settings,
             ),
             models=models,
+            weights=weights,
             checkpoints=checkpoints,
             chat=chat,
             links=links,

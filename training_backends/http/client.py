@@ -34,10 +34,10 @@ from training_backends.http.answer import (
     server_events,
 )
 from training_backends.http.call import Call, pacing
-from training_backends.http.download import save_stream
+from training_backends.http.download import partial_file
 from training_backends.http.error_table import ErrorTable
 from training_backends.http.exchange import SUCCESS, HttpExchange, Query, merged
-from training_backends.http.upload import FileBody, FileUpload, Progress
+from training_backends.http.upload import CHUNK_BYTES, FileBody, FileUpload, Progress
 from training_backends.http.urls import is_loopback, require_private_transport
 
 __all__ = ["HttpClient", "JsonRequest"]
@@ -202,14 +202,25 @@ class HttpClient(HttpExchange):
         Raises:
             BackendUnavailable: The connection was lost, or silent for too long.
         """
-        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
-        async with (
-            stack,
-            aclosing(decoded(response)) as pieces,
-            aclosing(lines_of(pieces)) as lines,
-        ):
+        pieces = self.pieces(path, query=query, headers=headers, body=body, silence=silence)
+        async with aclosing(pieces), aclosing(lines_of(pieces)) as lines:
             async for line in lines:
                 yield line
+
+    async def pieces(
+        self,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        silence: float | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a response as they arrive; see `lines`."""
+        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
+        async with stack, aclosing(decoded(response)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def events(
         self,
@@ -381,6 +392,8 @@ class HttpClient(HttpExchange):
     ) -> Path:
         """Download a response body to `target`, atomically.
 
+        A download that is cut is continued, if the server has strong entity tags and byte ranges.
+
         Args:
             follow: Follow redirects, without key and fixed headers, for files kept elsewhere.
         """
@@ -407,26 +420,33 @@ class HttpClient(HttpExchange):
         follow: bool,
     ) -> str | None:
         """Download to `target`; return None, or the URL of a redirect."""
-        expect = {200, *_REDIRECTS} if follow else SUCCESS
+        expect = {200, 206, *_REDIRECTS} if follow else SUCCESS
 
-        async def attempt(call: Call) -> str | None:
-            with pacing(self._policy.call_timeout, call.late) as pace:
-                request = await self._request("GET", path, call, query=query, headers=headers)
-                async with self._answer(request, call, expect=expect) as response:
-                    if response.status_code in _REDIRECTS:
-                        location = response.headers.get("location", "")
-                        return str(urljoin(str(request.url), location))
-                    length = response.headers.get("content-length")
-                    plain = "content-encoding" not in response.headers
-                    known = plain and length and length.isascii() and length.isdigit()
-                    expected = int(length[:20]) if known and length else None
-                    # Data already received may take longer to reach the disk.
-                    arriving = pace.over(decoded(response), then=math.inf)
-                    async with aclosing(arriving) as pieces:
-                        await save_stream(pieces, target, expected, on_progress)
-            return None
+        async with partial_file(target) as part:
 
-        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
+            async def attempt(call: Call) -> str | None:
+                with pacing(self._policy.call_timeout, call.late) as pace:
+                    given = merged(headers, part.request_headers)
+                    request = await self._request("GET", path, call, query=query, headers=given)
+                    async with self._answer(request, call, expect=expect) as response:
+                        if response.status_code in _REDIRECTS:
+                            location = response.headers.get("location", "")
+                            return str(urljoin(str(request.url), location))
+                        # Data already received may take longer to reach the disk.
+                        arriving = pace.over(decoded(response), then=math.inf)
+                        before = part.done
+                        try:
+                            async with aclosing(arriving) as pieces:
+                                await part.receive(
+                                    response.status_code, response.headers, pieces, on_progress
+                                )
+                        finally:
+                            if part.request_headers and part.done - before >= CHUNK_BYTES:
+                                call.progressed()
+                    await part.publish()
+                return None
+
+            return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     @asynccontextmanager
     async def _elsewhere(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:
