@@ -1,7 +1,7 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
 from training_backends.client.recovery import Recovery, recover
+from training_backends.client.remote_data import RemoteData, located
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
     require_same,
     unfit_fields,
+    with_known_data,
 )
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.core.backend import (
@@ -67,6 +69,8 @@ from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
+from training_backends.objects.cache import ObjectCache, objects_directory
+from training_backends.objects.settings import ObjectSettings
 from training_backends.store import Metrics, RunStore
 from training_backends.store.salvage import check
 
@@ -85,6 +89,7 @@ class AsyncTrainingClient:
         store_url: SQLAlchemy URL of the run store; default: SQLite in `home`.
         credentials: Source of secrets; default: the credential vault.
         backends: Backends by name, used instead of the registered ones.
+        objects: How remote data is read; default: from the settings.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class AsyncTrainingClient:
         store_url: str | None = None,
         credentials: CredentialSource | None = None,
         backends: Mapping[str, TrainingBackend] | None = None,
+        objects: ObjectSettings | None = None,
     ) -> None:
         settings = load_settings(Settings)
         self.home: Path = Path(home or settings.home).expanduser().absolute()
@@ -102,12 +108,15 @@ class AsyncTrainingClient:
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
         self._cache = self.home / "cache" / "data"
+        self._remote = RemoteData(
+            ObjectCache(objects_directory(self.home)), objects or load_settings(ObjectSettings)
+        )
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
-        self._records = RunRecords(self._store, self._leases)
+        self._records = RunRecords(self._store, self._leases, self._localized)
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
@@ -178,14 +187,18 @@ class AsyncTrainingClient:
             backend: Check the rows for this backend; None: for the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
-        return await self._read(await self._config(config, chosen), chosen)
+        recorded = await self._config(config, chosen)
+        local = self._local(recorded, chosen)
+        return _located(await self._read(local, chosen), recorded, local)
 
     async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """Check configuration and data without uploading or spending anything."""
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
-        dataset, report = await self._judged(chosen, config)
-        return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
+        recorded = await self._config(config, chosen)
+        local = self._local(recorded, chosen)
+        dataset, report = await self._judged(chosen, local)
+        issues = located((*dataset.issues, *report.issues), recorded, local)
+        return ValidationReport(issues=issues, dataset=_located(dataset, recorded, local))
 
     async def estimate(
         self,
@@ -209,10 +222,11 @@ class AsyncTrainingClient:
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
+        recorded = await self._config(config, chosen)
+        config = self._local(recorded, chosen)
         _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
-        raise_for_errors(dataset)
+        raise_for_errors(_located(dataset, recorded, config))
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
         return await self._estimated(chosen, config, dataset, wishes)
 
@@ -263,11 +277,14 @@ class AsyncTrainingClient:
                 dataset, estimate = await self._prepare(chosen, config, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
-                await self._records.remember_data(run_id, dataset.files)
+                named = {source.path for source in (*config.data.train, *config.data.validation)}
+                mine = [file for file in dataset.files if file.path in named]
+                await self._records.remember_data(run_id, mine)
                 watch.updated(run)
             else:
+                run, changed = with_known_data(known, run)
                 require_same(known, run)
-                await self._records.notice_known(known, watch)
+                await self._records.notice_known(known, watch, changed)
                 if not await self._records.was_launched(known):
                     await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
@@ -710,6 +727,13 @@ class AsyncTrainingClient:
         names = dict.fromkeys((*installed_backends(), *self._backends))
         return await recover(self._store_url, self._store, names, self._backend)
 
+    def exclusive(self, name: str) -> AbstractAsyncContextManager[object]:
+        """Exclude all other processes on this run store from a block, by a name.
+
+        Waits until a process that holds the name leaves its block or has ended.
+        """
+        return self._leases.hold(name)
+
     def _require_open(self) -> None:
         # A closed client no longer renews its leases, so a launch could be started twice.
         if self._closed:
@@ -721,10 +745,13 @@ class AsyncTrainingClient:
     async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
         """Return the configuration as it is recorded.
 
-        Without unset options, and with the digest of its chat template.
+        Without unset options, and with the digests of its chat template and of its remote data,
+        which is fetched.
         """
         options = None if backend is None else backend.options_model
         found = await to_thread.run_sync(to_config, config, options)
+        if backend is None or not _reads_uris(backend):
+            found = await self._fetched(found)
         if found.chat_template is not None:
             template = await to_thread.run_sync(found.chat_template.pinned)
             found = found.model_copy(update={"chat_template": template})
@@ -732,6 +759,36 @@ class AsyncTrainingClient:
             return found
         given = given_options(options, found.options)
         return found.model_copy(update={"options": given})
+
+    async def _fetched(self, config: TrainingConfig) -> TrainingConfig:
+        """Return a configuration with the digests of its remote data, which is then local."""
+        if all(each.uri is None for each in (*config.data.train, *config.data.validation)):
+            return config
+        found = await self._remote.recorded(config)
+        if await to_thread.run_sync(self._remote.is_full):
+            live = [run.config for run in await self.list() if not run.status.is_terminal]
+            needed = [
+                each.sha256
+                for config in (found, *live)
+                for each in (*config.data.train, *config.data.validation)
+                if each.sha256
+            ]
+            await to_thread.run_sync(self._remote.trim, needed)
+        return found
+
+    def _local(self, config: TrainingConfig, backend: TrainingBackend | None) -> TrainingConfig:
+        """Return a recorded configuration as a backend sees it."""
+        if backend is not None and _reads_uris(backend):
+            return config
+        return self._remote.local(config)
+
+    async def _localized(self, run: TrainingRun) -> TrainingRun:
+        """Return a recorded run as its backend sees it; fetches data that is not here (again)."""
+        backend = await self._backend(run.backend)
+        if _reads_uris(backend):
+            return run
+        config = await self._fetched(run.config)
+        return run.model_copy(update={"config": self._local(config, backend)})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         if backend is not None and not backend.capabilities.inspects:
@@ -760,9 +817,10 @@ class AsyncTrainingClient:
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
     ) -> tuple[Dataset, Estimate]:
         """Validate and estimate, before the run is recorded."""
+        recorded, config = config, self._local(config, backend)
         dataset, report = await self._judged(backend, config)
-        raise_for_errors(dataset)
-        _require_valid(backend, report.errors)
+        raise_for_errors(_located(dataset, recorded, config))
+        _require_valid(backend, located(report.errors, recorded, config))
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
             config.budget.check(estimate)  # the provider's quote is confirmed later
@@ -804,6 +862,16 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _reads_uris(backend: TrainingBackend) -> bool:
+    """Return whether a backend or its provider reads data by URI itself."""
+    return "uri" in backend.capabilities.data
+
+
+def _located(dataset: Dataset, config: TrainingConfig, local: TrainingConfig) -> Dataset:
+    """Return a dataset whose issues name the URL of remote data, not its path in the cache."""
+    return dataset.model_copy(update={"issues": located(dataset.issues, config, local)})
 
 
 def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:

@@ -3,12 +3,11 @@
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import anyio
 from fastapi import APIRouter, Query, Request
-from starlette.responses import FileResponse
+from starlette.responses import Response
 
-from training_backends.gateway.errors import not_found, plain
-from training_backends.gateway.files import FileFilters, StoredFile
+from training_backends.gateway.errors import plain
+from training_backends.gateway.files import FileFilters
 from training_backends.gateway.routes import (
     Caller,
     FileProblem,
@@ -25,7 +24,7 @@ from training_backends.protocols.mistral.wire import (
     UploadFileOut,
 )
 
-__all__ = ["FILE_BYTES", "files_router", "links_router", "send_file"]
+__all__ = ["FILE_BYTES", "files_router", "links_router"]
 
 files_router = APIRouter(prefix="/v1/files", tags=["files"])
 links_router = APIRouter(prefix="/files", tags=["files"])
@@ -117,13 +116,14 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
 
 @files_router.get(
     "/{file_id}/content",
-    response_class=FileResponse,
+    response_class=Response,
     responses=FILE_BYTES | answers(404),
     name="download_file",
 )
-async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
+async def download(request: Request, file_id: UUID, gateway: Opened, caller: Caller) -> Response:
     """Return a file's content."""
-    return await send_file(await gateway.files.stored(str(file_id), caller))
+    file = await gateway.files.stored(str(file_id), caller)
+    return await gateway.files.content(file, request.headers)
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
@@ -131,26 +131,23 @@ async def signed_url(
     file_id: UUID, gateway: Opened, caller: Caller, expiry: Hours = 24
 ) -> FileSignedURL:
     """Return a signed URL of a file, which needs no API key."""
-    await gateway.files.stored(str(file_id), caller)
+    file = await gateway.files.stored(str(file_id), caller)
+    if gateway.settings.presigned_urls and (url := await gateway.files.signed_url(file, expiry)):
+        return FileSignedURL(url=url)
     # Never from the request's Host header, which the client controls.
     return FileSignedURL(url=gateway.public_url + gateway.links.path(str(file_id), expiry))
 
 
 @links_router.get(
     "/{file_id}",
-    response_class=FileResponse,
+    response_class=Response,
     responses=FILE_BYTES | answers(403, 404),
     name="linked",
 )
-async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -> FileResponse:
+async def linked(
+    request: Request, file_id: UUID, gateway: Opened, expires: int, signature: str
+) -> Response:
     """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is invalid or has expired.")
-    return await send_file(await gateway.files.linked(str(file_id)))
-
-
-async def send_file(file: StoredFile) -> FileResponse:
-    """Return a file's content."""
-    if not await anyio.Path(file.path).exists():
-        raise not_found("file")
-    return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)
+    return await gateway.files.content(await gateway.files.linked(str(file_id)), request.headers)

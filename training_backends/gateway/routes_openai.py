@@ -7,7 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD
@@ -21,7 +21,7 @@ from training_backends.gateway.openai_jobs import (
 )
 from training_backends.gateway.openai_requests import REPEATS_FOR, Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody
-from training_backends.gateway.routes_files import FILE_BYTES, send_file
+from training_backends.gateway.routes_files import FILE_BYTES
 from training_backends.protocols.mistral.status import ENDED
 from training_backends.protocols.mistral.wire import FileSchema, ModelCard
 from training_backends.protocols.openai.errors import (
@@ -168,13 +168,16 @@ async def delete_openai_file(file_id: str, gateway: Opened, caller: Caller) -> F
 
 
 @openai_router.get(
-    "/files/{file_id}/content", response_class=FileResponse, responses=FILE_BYTES | _MISSING
+    "/files/{file_id}/content", response_class=Response, responses=FILE_BYTES | _MISSING
 )
-async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) -> FileResponse:
+async def download_openai_file(
+    request: Request, file_id: str, gateway: Opened, caller: Caller
+) -> Response:
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
-        return await send_file(await gateway.files.stored(_known_id(file_id, missing), caller))
+        file = await gateway.files.stored(_known_id(file_id, missing), caller)
+        return await gateway.files.content(file, request.headers)
 
 
 def _file(file: FileSchema) -> FileObject:
