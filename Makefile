@@ -10,7 +10,7 @@ LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
-EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help

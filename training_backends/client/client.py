@@ -1,11 +1,13 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
+import shutil
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Self
+from uuid import uuid4
 
 import anyio
 from anyio import from_thread, to_thread
@@ -26,7 +28,7 @@ from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
 from training_backends.client.recovery import Recovery, recover
-from training_backends.client.remote_data import RemoteData, located
+from training_backends.client.remote_data import RemoteData, located, require_plain_uris
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
@@ -70,7 +72,9 @@ from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
 from training_backends.objects.cache import ObjectCache, objects_directory
+from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.settings import ObjectSettings
+from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
 from training_backends.store.salvage import check
 
@@ -108,9 +112,9 @@ class AsyncTrainingClient:
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
         self._cache = self.home / "cache" / "data"
-        self._remote = RemoteData(
-            ObjectCache(objects_directory(self.home)), objects or load_settings(ObjectSettings)
-        )
+        objects = objects or load_settings(ObjectSettings)
+        self._object_options = objects.options
+        self._remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
@@ -665,6 +669,59 @@ class AsyncTrainingClient:
             _require_model(backend, run, "download")
         return await backend.download(run, Path(target))
 
+    async def publish(
+        self,
+        run_id: str,
+        url: str,
+        *,
+        checkpoint: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> str:
+        """Copy the trained model of a run to an object store; safe to repeat.
+
+        A `manifest.json` with the SHA-256 of each file is written last: a copy without it is
+        incomplete.
+
+        Args:
+            url: Such as `s3://bucket/models/support`, with nothing below it.
+            checkpoint: See `download`.
+            on_progress: Called with a name, the bytes copied and all bytes.
+
+        Returns:
+            The URL of the manifest.
+
+        Raises:
+            ConfigError: The URL is invalid, or has another result.
+            BackendNotInstalled: The package of the store is not installed.
+            TrainingBackendError: The store or the model cannot be used; see also `download`.
+        """
+        options = self._object_options.get(scheme_of(url))
+        store = await to_thread.run_sync(ObjectStore, url, options)
+        try:
+            await to_thread.run_sync(store.info, MANIFEST)
+        except RunNotFound as error:
+            if "bucket" in error.message:
+                raise ConfigError(error.message, hint="Create the bucket.") from None
+        directory = anyio.Path(self.home / "cache" / f"publish-{uuid4().hex}")
+        try:
+            target = Path(directory / run_id)
+            await directory.mkdir(parents=True)
+            path = await self.download(run_id, target, checkpoint=checkpoint)
+            about = {"run": run_id, **({"checkpoint": checkpoint} if checkpoint else {})}
+
+            def progress(name: str, done: int, total: int) -> None:
+                _check_cancelled()
+                if on_progress:
+                    with callers_own():
+                        from_thread.run_sync(on_progress, name, done, total)
+
+            await to_thread.run_sync(publish, path, store, about, progress)
+        finally:
+            with anyio.CancelScope(shield=True):
+                remove = partial(shutil.rmtree, directory, ignore_errors=True)
+                await to_thread.run_sync(remove)
+        return store.place(MANIFEST)
+
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
 
@@ -752,6 +809,8 @@ class AsyncTrainingClient:
         found = await to_thread.run_sync(to_config, config, options)
         if backend is None or not _reads_uris(backend):
             found = await self._fetched(found)
+        else:
+            require_plain_uris(found)
         if found.chat_template is not None:
             template = await to_thread.run_sync(found.chat_template.pinned)
             found = found.model_copy(update={"chat_template": template})

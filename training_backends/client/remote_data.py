@@ -27,7 +27,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.logging import get_logger
-from training_backends.core.redaction import register_secret
+from training_backends.core.redaction import redact, register_secret
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import is_loopback
@@ -35,7 +35,7 @@ from training_backends.objects.cache import ObjectCache
 from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import BLOCK, ObjectStore, is_object_url, scheme_of
 
-__all__ = ["DataProgress", "RemoteData", "located", "without_query"]
+__all__ = ["DataProgress", "RemoteData", "located", "require_plain_uris", "without_query"]
 
 log = get_logger()
 
@@ -321,8 +321,7 @@ class _Fetch:
         return sha256
 
     async def _receive(self, pieces: AsyncIterator[bytes], size: int | None) -> None:
-        require_room = partial(to_thread.run_sync, self._data.require_room)
-        await require_room(size or 0, self._size)
+        await to_thread.run_sync(self._data.require_room, size or 0, self._size)
         waiting: list[bytes] = []
         length = 0
         async with await anyio.open_file(self._part, "ab", buffering=0) as file:
@@ -335,7 +334,9 @@ class _Fetch:
                         await to_thread.run_sync(write, b"".join(waiting))
                         waiting, length = [], 0
                         if size is None:
-                            await require_room(self._size, self._size)
+                            await to_thread.run_sync(
+                                self._data.require_room, self._size, self._size
+                            )
                         if self._on_progress:
                             what = f"fetch {self._shown}"
                             self._on_progress(what, self._size, size or self._size)
@@ -437,6 +438,27 @@ def _name(uri: str) -> str:
     name = unquote(without_query(uri).rstrip("/").rpartition("/")[2])
     name = re.sub(r"[^\w.+-]", "_", name)[-200:]
     return name if name.strip(".") else "data"
+
+
+def require_plain_uris(config: TrainingConfig) -> None:
+    """Require that no URL of data has credentials, for a backend that reads and records it.
+
+    Raises:
+        ConfigError: One has.
+    """
+    issues = [
+        Issue(
+            code="credentials_in_url",
+            message="the URL has credentials, and this backend records it as it is",
+            field=f"data.{part}.{number}",
+            fix="use a URL without them, or download the file",
+        )
+        for part in ("train", "validation")
+        for number, source in enumerate(getattr(config.data, part))
+        if source.uri and redact(source.uri) != source.uri
+    ]
+    if issues:
+        raise ConfigError("The data cannot be used.", issues=issues)
 
 
 def _unusable(uri: str, field: str, code: str, message: str, fix: str) -> DatasetError:

@@ -169,7 +169,8 @@ async def open_gateway(
         store, client = await _open_database(stack, settings, root, vault, backends)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        blobs = blobs or await to_thread.run_sync(open_blobs, settings, root)
+        if blobs is None:
+            blobs = await to_thread.run_sync(open_blobs, settings, root)
         files = FileService(
             store,
             blobs,
