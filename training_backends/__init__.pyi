@@ -30,7 +30,13 @@ from .core.config import (
     Result as Result,
     TrainingConfig as TrainingConfig,
     Tuning as Tuning,
+)
+from .core.integrations import (
+    MLflowIntegration as MLflowIntegration,
+    PluginIntegration as PluginIntegration,
+    TensorBoardIntegration as TensorBoardIntegration,
     WandbIntegration as WandbIntegration,
+    WebhookIntegration as WebhookIntegration,
 )
 from .core.dataset import DataFile as DataFile, Dataset as Dataset
 from .core.errors import (

@@ -1,10 +1,7 @@
 """A run as HTML, for notebooks."""
 
 from html import escape
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from training_backends.core.run import TrainingRun
+from typing import Any, Final
 
 __all__ = ["run_html"]
 
@@ -14,8 +11,8 @@ _WIDTH, _HEIGHT = 160, 28
 """Pixels of the loss curve."""
 
 
-def run_html(run: "TrainingRun") -> str:
-    """Return a table with the status, the progress and the latest metrics of a run.
+def run_html(run: Any) -> str:
+    """Return a table with the status, the progress and the latest metrics of a `TrainingRun`.
 
     Without scripts and style sheets; every value is escaped.
     """
