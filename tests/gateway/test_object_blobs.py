@@ -228,3 +228,22 @@ async def test_gateways_may_share_a_directory(tmp_path: Path) -> None:
         assert (await content(two, file_id)).content == jsonl()
         await two.http.delete(f"/v1/files/{file_id}")
         assert not list((tmp_path / "shared" / "files").iterdir())
+
+
+async def test_gateways_do_not_delete_what_another_is_storing(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    """One deletes the last file of a content while the other uploads the same content."""
+    settings = {
+        **stored(bucket, bucket.url),
+        "store_url": f"sqlite:///{tmp_path / 'shared.db'}",
+    }
+    async with site(tmp_path / "one", **settings) as one, site(tmp_path / "two", **settings) as two:
+        for number in range(6):
+            old = await one.upload(name=f"old-{number}.jsonl")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(one.http.delete, f"/v1/files/{old}")
+                new = await two.upload(name=f"new-{number}.jsonl")
+            assert (await content(one, new)).content == jsonl()
+            await two.http.delete(f"/v1/files/{new}")
+            assert not bucket.names()

@@ -28,8 +28,6 @@ from training_backends.core.errors import (
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.logging import get_logger
 from training_backends.core.redaction import redact, register_secret
-from training_backends.http.client import HttpClient
-from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import is_loopback
 from training_backends.objects.cache import ObjectCache
 from training_backends.objects.settings import ObjectSettings
@@ -387,7 +385,11 @@ class _Fetch:
             headers = {"Range": f"bytes={self._size}-", "If-Range": mark}
         elif known:
             headers = {"If-None-Match" if _is_etag(known) else "If-Modified-Since": known}
+        from training_backends.http.client import HttpClient  # noqa: PLC0415  # slow to import
+        from training_backends.http.policy import HttpPolicy  # noqa: PLC0415
+
         parts = urlsplit(self._uri)
+        policy = HttpPolicy(attempts=_ATTEMPTS)
         if "@" in parts.netloc:
             raise ConfigError(
                 f"{parts.scheme}://{parts.hostname}: a URL must not contain a user name.",
@@ -399,7 +401,7 @@ class _Fetch:
                 hint="Use https.",
             )
         async with (
-            aclosing(HttpClient(f"{parts.scheme}://{parts.netloc}", policy=_POLICY)) as client,
+            aclosing(HttpClient(f"{parts.scheme}://{parts.netloc}", policy=policy)) as client,
             client.open_url(self._uri, headers, expect=_STATUSES) as opened,
         ):
             if opened.status == 304:
@@ -418,7 +420,8 @@ class _Fetch:
             yield _Opened(_Version(version, size), offset, opened.pieces)
 
 
-_POLICY: Final = HttpPolicy(attempts=3)
+_ATTEMPTS: Final = 3
+"""To open a URL."""
 _STATUSES: Final = frozenset({200, 206, 304, 416})
 
 
