@@ -26,6 +26,7 @@ from training_backends import (
 from training_backends.client import remote_data
 from training_backends.core.backend import Journal
 from training_backends.core.run import RunState
+from training_backends.objects.settings import ObjectSettings
 from training_backends.testing.backend import ScriptedBackend
 
 __all__ = ["bucket", "s3_server"]
@@ -59,6 +60,39 @@ class Reading(ScriptedBackend):
         path = run.config.data.train[0].local_path
         self.read.append((path.name, path.read_bytes()))
         return await super().launch(run, journal)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the API of the Hugging Face Hub answers about one file of a dataset."""
+
+    protocol_version = "HTTP/1.1"
+    content = ROWS
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer()
+
+    def answer(self) -> None:
+        oid = hashlib.sha256(self.content).hexdigest()[:40]
+        file = {"type": "file", "path": "train.jsonl", "size": len(self.content), "oid": oid}
+        start, status = 0, 200
+        if "/resolve/" in self.path:
+            start = int(self.headers["range"][6:].partition("-")[0])
+            out, status = self.content[start:], 206
+        elif "/tree/" in self.path or "/paths-info/" in self.path:
+            out = json.dumps([file]).encode()
+        else:
+            out = json.dumps({"id": "org/name", "sha": "f" * 40, "tags": []}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(out)))
+        self.end_headers()
+        self.wfile.write(out)
+
+    def log_message(self, *args: object) -> None:
+        pass
 
 
 class Web:
@@ -96,6 +130,20 @@ class Web:
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on loopback and return the URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
 def serving(content: bytes = ROWS) -> Iterator[Web]:
     """Serve a file on loopback."""
     web = Web(content)
@@ -109,16 +157,9 @@ def serving(content: bytes = ROWS) -> Iterator[Web]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.url = f"http://127.0.0.1:{server.server_port}/data/train.jsonl"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with listening(Handler) as url:
+        web.url = f"{url}/data/train.jsonl"
         yield web
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture
@@ -153,6 +194,20 @@ async def test_a_run_trains_on_an_object(
     assert backend.read == [("train.jsonl", ROWS)]
     (source,) = (await client.get(run.id)).config.data.train
     assert (source.uri, source.sha256) == (url, DIGEST)
+
+
+async def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new revision is fetched again."""
+    pytest.importorskip("huggingface_hub")
+    uri = "hf://datasets/org/name/train.jsonl"
+    monkeypatch.setattr(Hub, "content", ROWS)
+    with listening(Hub) as endpoint:
+        objects = ObjectSettings(options={"hf": {"endpoint": endpoint, "token": False}})
+        async with AsyncTrainingClient(home=tmp_path, objects=objects) as client:
+            first = await client.inspect(training(uri))
+            monkeypatch.setattr(Hub, "content", ROWS * 2)
+            second = await client.inspect(training(uri))
+    assert (first.train[0].rows, second.train[0].rows) == (12, 24)
 
 
 async def test_every_verb_reads_the_object(bucket: Bucket, client: AsyncTrainingClient) -> None:

@@ -173,11 +173,9 @@ class ObjectStore:
             RunNotFound: There is no such object or bucket.
         """
         with self.errors(name):
-            found = (
-                self._fs.info(self._key(name), refresh=True)
-                if self.scheme == "s3"
-                else (self._fs.info(self._key(name)))
-            )
+            if self.scheme in {"s3", "hf"}:  # these keep listings in any case
+                self._fs.invalidate_cache()
+            found = self._fs.info(self._key(name))
             if found.get("type") == "directory":
                 raise FileNotFoundError("it is a directory, not an object")
             return _info(name, found)
@@ -185,7 +183,9 @@ class ObjectStore:
     def read(self, name: str, start: int, end: int) -> bytes:
         """Return a range of an object's bytes."""
         with self.errors(name):
-            return bytes(self._fs.cat_file(self._key(name), start=start, end=end))
+            # The Hub's file system would read ahead.
+            more = {"cache_type": "none"} if self.scheme == "hf" else {}
+            return bytes(self._fs.cat_file(self._key(name), start=start, end=end, **more))
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a small object."""
