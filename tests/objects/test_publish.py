@@ -57,14 +57,14 @@ async def test_a_result_is_copied_with_its_digests(
     backend = scripted()
     async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
         run_id = await finished(client, backend, data)
-        manifests = [await client.publish(run_id, f"{bucket.url}/models/a") for _ in range(2)]
-    assert manifests == [f"{bucket.url}/models/a/manifest.json"] * 2
-    manifest = json.loads(bucket.get("models/a/manifest.json"))
+        manifests = [await client.publish(run_id, f"{bucket.url}/bucket/a") for _ in range(2)]
+    assert manifests == [f"{bucket.url}/bucket/a/manifest.json"] * 2
+    manifest = json.loads(bucket.get("bucket/a/manifest.json"))
     assert manifest["run"] == run_id
     assert {each["name"]: each["sha256"] for each in manifest["files"]} == {
         name: sha256(content).hexdigest() for name, content in FILES.items()
     }
-    assert {name: bucket.get(f"models/a/{name}") for name in FILES} == FILES
+    assert {name: bucket.get(f"bucket/a/{name}") for name in FILES} == FILES
     assert not list((tmp_path / "cache").glob("publish-*"))
 
 

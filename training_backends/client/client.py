@@ -698,10 +698,9 @@ class AsyncTrainingClient:
         options = self._object_options.get(scheme_of(url))
         store = await to_thread.run_sync(ObjectStore, url, options)
         try:
-            await to_thread.run_sync(store.info, MANIFEST)
+            await to_thread.run_sync(store.check)
         except RunNotFound as error:
-            if "bucket" in error.message:
-                raise ConfigError(error.message, hint="Create the bucket.") from None
+            raise ConfigError(error.message, hint="Create the bucket.") from None
         directory = anyio.Path(self.home / "cache" / f"publish-{uuid4().hex}")
         try:
             target = Path(directory / run_id)

@@ -233,12 +233,16 @@ class ObjectStore:
         ]
 
     def check(self) -> None:
-        """Make a request that fails if the store cannot be used."""
+        """Make a request that fails if the store cannot be used.
+
+        Raises:
+            RunNotFound: The bucket does not exist.
+        """
+        bucket = self._root.partition("/")[0]
         with self.errors(""):
-            bucket = self._root.partition("/")[0]
             if self.scheme == "s3":
                 self._fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-            else:
+            elif self.scheme != "hf":
                 self._fs.info(bucket)
 
     def sign(self, name: str, *, seconds: int, filename: str) -> str | None:
