@@ -86,6 +86,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/gateway_idle.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python benchmarks/engine_startup.py
 	$(BIN)/python benchmarks/engine.py
 

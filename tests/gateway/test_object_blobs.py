@@ -247,3 +247,28 @@ async def test_gateways_do_not_delete_what_another_is_storing(
             assert (await content(one, new)).content == jsonl()
             await two.http.delete(f"/v1/files/{new}")
             assert not bucket.names()
+
+
+async def test_parts_are_joined_by_another_gateway(bucket: Bucket, tmp_path: Path) -> None:
+    """An upload in parts of the OpenAI API, whose requests reach different gateways."""
+    database = f"sqlite:///{tmp_path / 'shared.db'}"
+    settings: dict[str, Any] = {**stored(bucket, bucket.url), "store_url": database}
+    async with (
+        site(tmp_path / "one", **settings) as one,
+        site(tmp_path / "two", **settings) as two,
+        openai_client(one) as first,
+        openai_client(two) as second,
+    ):
+        upload = await first.uploads.create(
+            bytes=len(LARGE), filename="a.jsonl", mime_type="text/jsonl", purpose="user_data"
+        )
+        middle = BLOCK + 1
+        parts = [
+            await sdk.uploads.parts.create(upload.id, data=data)
+            for sdk, data in ((first, LARGE[:middle]), (second, LARGE[middle:]))
+        ]
+        done = await second.uploads.complete(upload.id, part_ids=[part.id for part in parts])
+        assert done.file is not None
+        assert (await first.files.content(done.file.id)).content == LARGE
+    assert [name.partition("/")[0] for name in bucket.names()] == ["files"]
+    assert not bucket.uploads()

@@ -70,7 +70,6 @@ from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
-from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
 from training_backends.objects.cache import ObjectCache, objects_directory
 from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.settings import ObjectSettings
@@ -230,7 +229,7 @@ class AsyncTrainingClient:
         config = self._local(recorded, chosen)
         _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
-        raise_for_errors(_located(dataset, recorded, config))
+        _require_sound(_located(dataset, recorded, config))
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
         return await self._estimated(chosen, config, dataset, wishes)
 
@@ -849,11 +848,17 @@ class AsyncTrainingClient:
         return run.model_copy(update={"config": self._local(config, backend)})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        if backend is not None and not backend.capabilities.inspects:
-            return await to_thread.run_sync(list_files, config)
-        read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
-        if backend is not None:
-            read = partial(read, provider_format=backend.capabilities.provider_format)
+        def read() -> Dataset:
+            # In a thread, and not at all for commands that read no data.
+            from training_backends.datasets.inspect import inspect, list_files  # noqa: PLC0415
+
+            if backend is not None and not backend.capabilities.inspects:
+                return list_files(config)
+            observed = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
+            if backend is None:
+                return observed()
+            return observed(provider_format=backend.capabilities.provider_format)
+
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
@@ -877,7 +882,7 @@ class AsyncTrainingClient:
         """Validate and estimate, before the run is recorded."""
         recorded, config = config, self._local(config, backend)
         dataset, report = await self._judged(backend, config)
-        raise_for_errors(_located(dataset, recorded, config))
+        _require_sound(_located(dataset, recorded, config))
         _require_valid(backend, located(report.errors, recorded, config))
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
@@ -930,6 +935,12 @@ def _reads_uris(backend: TrainingBackend) -> bool:
 def _located(dataset: Dataset, config: TrainingConfig, local: TrainingConfig) -> Dataset:
     """Return a dataset whose issues name the URL of remote data, not its path in the cache."""
     return dataset.model_copy(update={"issues": located(dataset.issues, config, local)})
+
+
+def _require_sound(dataset: Dataset) -> None:
+    from training_backends.datasets.inspect import raise_for_errors  # noqa: PLC0415  # see `_read`
+
+    raise_for_errors(dataset)
 
 
 def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:

@@ -109,9 +109,12 @@ class ObjectBlobStore(BlobStore):
 
     def keep(self, incoming: Incoming) -> None:
         """Move a finished file to its permanent name; identical content is stored once."""
-        if not isinstance(incoming, _ObjectIncoming):
-            raise TypeError("the file was not received by this store")
-        name = _name(incoming.sha256)
+        self._publish(_own(incoming), _name(incoming.sha256))
+        # The jobs of this gateway need not fetch it.
+        self._cache.adopt(incoming.path, incoming.sha256, incoming.sha256)
+
+    def _publish(self, incoming: _ObjectIncoming, name: str) -> None:
+        """Make a received file the object of this name."""
         with _unavailable():
             if incoming.upload.is_begun:
                 incoming.upload.finish()
@@ -120,8 +123,33 @@ class ObjectBlobStore(BlobStore):
             else:
                 incoming.upload.abort()
                 self._objects.write(name, incoming.path.read_bytes())
-        # The jobs of this gateway need not fetch it.
-        self._cache.adopt(incoming.path, incoming.sha256, incoming.sha256)
+
+    def keep_part(self, incoming: Incoming, part_id: str) -> None:
+        """Store a finished file as a part, which any gateway can join."""
+        self._publish(_own(incoming), f"parts/{part_id}")
+
+    def read_part(self, part_id: str) -> Iterator[bytes]:
+        """Yield the content of a part."""
+        name = f"parts/{part_id}"
+        with _unavailable():
+            size = self._objects.info(name).size
+            for start in range(0, size, BLOCK):
+                yield self._objects.read(name, start, min(start + BLOCK, size))
+
+    def remove_part(self, part_id: str) -> None:
+        """Remove a part; safe to repeat."""
+        with _unavailable():
+            self._objects.remove(f"parts/{part_id}")
+
+    def parts(self) -> Sequence[str]:
+        """Return the ids of parts that nobody is storing at the moment."""
+        before = time.time() - ABANDONED
+        with _unavailable():
+            return [
+                found.name.rpartition("/")[2]
+                for found in self._objects.list("parts")
+                if found.modified is not None and found.modified < before
+            ]
 
     def remove(self, sha256: str) -> None:
         """Remove a blob with its conversions; safe to repeat."""
@@ -226,6 +254,12 @@ class ObjectBlobStore(BlobStore):
     def sign(self, sha256: str, *, seconds: int, filename: str) -> str | None:
         """Return a presigned URL of the store, if it makes any for so long."""
         return self._objects.sign(_name(sha256), seconds=seconds, filename=filename)
+
+
+def _own(incoming: Incoming) -> _ObjectIncoming:
+    if not isinstance(incoming, _ObjectIncoming):
+        raise TypeError("the file was not received by this store")
+    return incoming
 
 
 def _name(sha256: str) -> str:
