@@ -1,5 +1,6 @@
 """Uploaded files in an object store."""
 
+import base64
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["bucket", "s3_server"]
 
 pytestmark = pytest.mark.anyio
 
+METRICS = base64.b64encode(b"step")[:4]
+"""How the result file of a job begins."""
 LARGE = jsonl([{"text": "a" * 2**16}] * (BLOCK // 2**16 * 2))
 """More than two parts of an upload."""
 
@@ -201,7 +204,8 @@ async def test_converted_data_is_an_object_too(bucket: Bucket, tmp_path: Path) -
         await sdk.files.delete(file.id)
         assert len(bucket.names()) == 2  # the job needs them until its end
         backend.finish(backend.created[-1])
-        await until(lambda: not bucket.names())
+        (name,) = await until(bucket.names, lambda names: len(names) == 1)
+        assert bucket.get(name).startswith(METRICS)
 
 
 async def test_a_store_that_is_down_is_a_temporary_failure(

@@ -85,7 +85,11 @@ class PartUploads:
         self._locks: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
 
     async def open(self) -> None:
-        """Remove what a crash left behind."""
+        """Remove what a crash left behind; in shared storage, `sweep` does."""
+        if not self._blobs.is_shared:
+            await self._remove_leftovers()
+
+    async def _remove_leftovers(self) -> None:
         await self._expire()
         known = await self._store.aread(lambda c: c.execute(sa.select(parts.c.id)).scalars().all())
         found = await to_thread.run_sync(self._blobs.parts)
@@ -96,7 +100,7 @@ class PartUploads:
         while True:
             await anyio.sleep(SWEEP_EVERY)
             try:
-                await self._expire()
+                await (self._remove_leftovers() if self._blobs.is_shared else self._expire())
             except Exception:  # must not stop the gateway
                 log.exception("expired uploads not removed")
 
