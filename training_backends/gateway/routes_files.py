@@ -1,5 +1,6 @@
 """Routes of the files API."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -7,7 +8,9 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from training_backends.gateway.errors import plain
-from training_backends.gateway.files import FileFilters
+from training_backends.gateway.files import FileFilters, StoredFile
+from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.routes import (
     Caller,
     FileProblem,
@@ -24,7 +27,7 @@ from training_backends.protocols.mistral.wire import (
     UploadFileOut,
 )
 
-__all__ = ["FILE_BYTES", "files_router", "links_router"]
+__all__ = ["FILE_BYTES", "files_router", "links_router", "send_file"]
 
 files_router = APIRouter(prefix="/v1/files", tags=["files"])
 links_router = APIRouter(prefix="/files", tags=["files"])
@@ -123,7 +126,7 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
 async def download(request: Request, file_id: UUID, gateway: Opened, caller: Caller) -> Response:
     """Return a file's content."""
     file = await gateway.files.stored(str(file_id), caller)
-    return await gateway.files.content(file, request.headers)
+    return await send_file(gateway, file, caller, request.headers)
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
@@ -132,6 +135,7 @@ async def signed_url(
 ) -> FileSignedURL:
     """Return a signed URL of a file, which needs no API key."""
     file = await gateway.files.stored(str(file_id), caller)
+    await gateway.store.awrite(lambda c: caller.record(c, "file.link", str(file_id)))
     if gateway.settings.presigned_urls and (url := await gateway.files.signed_url(file, expiry)):
         return FileSignedURL(url=url)
     # Never from the request's Host header, which the client controls.
@@ -150,4 +154,16 @@ async def linked(
     """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is invalid or has expired.")
-    return await gateway.files.content(await gateway.files.linked(str(file_id)), request.headers)
+    state = request.state
+    anybody = Principal("link", "", address=state.address, request_id=state.request_id)
+    file = await gateway.files.linked(str(file_id))
+    return await send_file(gateway, file, anybody, request.headers)
+
+
+async def send_file(
+    gateway: Gateway, file: StoredFile, caller: Principal, headers: Mapping[str, str]
+) -> Response:
+    """Return a file's content, which the audit log reports."""
+    response = await gateway.files.content(file, headers)
+    await gateway.store.awrite(lambda c: caller.record(c, "file.download", file.id))
+    return response

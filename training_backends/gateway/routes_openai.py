@@ -22,7 +22,7 @@ from training_backends.gateway.openai_jobs import (
 from training_backends.gateway.part_uploads import FoundUpload
 from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody
-from training_backends.gateway.routes_files import FILE_BYTES
+from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
 from training_backends.protocols.mistral.wire import FileSchema, ModelCard
 from training_backends.protocols.openai.errors import (
@@ -224,8 +224,8 @@ async def download_openai_file(
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
-        file = await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
-        return await gateway.files.content(file, request.headers)
+        stored = await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
+        return await send_file(gateway, stored, caller, request.headers)
 
 
 def _file(file: FileSchema) -> FileObject:

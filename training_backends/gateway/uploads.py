@@ -243,7 +243,7 @@ class BlobStore:
         Raises:
             OSError: The directory cannot be read.
         """
-        self._blobs.stat()
+        self.free()
 
     def collect(self, known: Mapping[str, float | None]) -> None:
         """Remove blobs left behind by a crash.
