@@ -156,7 +156,7 @@ class RemoteData:
             raise _unusable(
                 shown, field, "missing_object", error.message, "check the URL"
             ) from None
-        except _Unfit as error:
+        except _UnusableObject as error:
             raise _unusable(shown, field, error.code, error.message, error.fix) from None
         except OSError as error:
             if isinstance(error, TrainingBackendError):
@@ -183,7 +183,9 @@ class RemoteData:
                 return known[1]
         if wanted not in {None, sha256}:
             message = f"the object has changed: its SHA-256 is {sha256}, not {wanted}"
-            raise _Unfit("changed_object", message, "restore the object, or launch a new run")
+            raise _UnusableObject(
+                "changed_object", message, "restore the object, or launch a new run"
+            )
         return sha256
 
     def _prepare(self) -> None:
@@ -226,10 +228,12 @@ class RemoteData:
         most = self._settings.max_object_bytes
         if size > most:
             message = f"the object has {size:,} bytes; the limit is {most:,}"
-            raise _Unfit("too_large", message, "raise objects.max_object_bytes")
+            raise _UnusableObject("too_large", message, "raise objects.max_object_bytes")
         if size - received > (free := shutil.disk_usage(self._incoming).free):
             message = f"the object has {size:,} bytes, and {free:,} are free for it"
-            raise _Unfit("disk_full", message, "free disk space, or set TRAINING_BACKENDS_HOME")
+            raise _UnusableObject(
+                "disk_full", message, "free disk space, or set TRAINING_BACKENDS_HOME"
+            )
 
     def part(self, key: str) -> Path:
         """Return the path of a download in progress."""
@@ -242,7 +246,7 @@ class RemoteData:
             write_atomic(self._index / key, json.dumps({"version": version, "sha256": sha256}))
 
 
-class _Unfit(Exception):
+class _UnusableObject(Exception):
     """An object that cannot be used as data."""
 
     def __init__(self, code: str, message: str, fix: str) -> None:
