@@ -12,7 +12,7 @@ LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/cl
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
-EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help

@@ -130,7 +130,7 @@ async def site(
     backend: ScriptedBackend | None = None,
     *,
     vault: Any = None,
-    blobs: BlobStore | None = None,
+    blob_store: BlobStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Site]:
     """Open a gateway on a free port."""
@@ -144,7 +144,7 @@ async def site(
             port=0,
             backends={"scripted": backend},
             vault=vault,
-            blobs=blobs,
+            blobs=blob_store,
         ) as served,
         httpx.AsyncClient(
             base_url=served.url,

@@ -522,25 +522,36 @@ def pause(run: ExactRunArgument, json: JsonOption = False) -> None:
 
 def download(
     run: RunArgument,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Target directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="DIR|URL", help="Target directory, or a URL such as s3://bucket/a."),
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the result."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Download the model of a run or of a checkpoint."""
+    """Download the model of a run or of a checkpoint.
+
+    To a URL it is copied with a manifest.json, which is written last.
+    """
     from training_backends.cli.views.console import stderr, write_json
 
-    async def fetch(client: "AsyncTrainingClient") -> Path:
-        run_id = await complete_id(client, run)
-        return await client.download(run_id, directory.absolute(), checkpoint=checkpoint)
+    directory = Path(target).absolute()
 
-    path = with_client(fetch)
+    async def fetch(client: "AsyncTrainingClient") -> Path | str:
+        run_id = await complete_id(client, run)
+        if "://" in target:
+            await client.publish(run_id, target, checkpoint=checkpoint)
+            return target
+        return await client.download(run_id, directory, checkpoint=checkpoint)
+
+    place = with_client(fetch)
     if json:
-        write_json({"path": str(path)})
+        write_json({"url" if isinstance(place, str) else "path": str(place)})
     else:
-        stderr().print(f"Saved the model to {path}", markup=False)
+        stderr().print(f"Saved the model to {place}", markup=False)
 
 
 def push(

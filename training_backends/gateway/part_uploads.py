@@ -48,7 +48,6 @@ _MAX_PART: Final = 64 * 2**20
 _MOST_PARTS: Final = 5000
 _MOST_PENDING: Final = 100
 _LONGEST_TYPE: Final = 255
-_BLOCK: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,16 +297,15 @@ class PartUploads:
 
     def _remove(self, part_ids: Sequence[str]) -> None:
         for part_id in part_ids:
-            self._blobs.part(part_id).unlink(missing_ok=True)
+            self._blobs.remove_part(part_id)
 
     def _join(self, part_ids: Sequence[str], incoming: Incoming) -> str:
         """Write parts to one file and return its MD5 checksum."""
         digest = hashlib.md5(usedforsecurity=False)
         for part_id in part_ids:
-            with self._blobs.part(part_id).open("rb", buffering=0) as part:
-                while block := part.read(_BLOCK):
-                    digest.update(block)
-                    incoming.write(block)
+            for block in self._blobs.read_part(part_id):
+                digest.update(block)
+                incoming.write(block)
         incoming.finish()
         return digest.hexdigest()
 

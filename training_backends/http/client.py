@@ -10,7 +10,7 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, Unpack, overload
+from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, overload
 from urllib.parse import unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import anyio
@@ -40,11 +40,24 @@ from training_backends.http.exchange import SUCCESS, HttpExchange, Query, merged
 from training_backends.http.upload import CHUNK_BYTES, FileBody, FileUpload, Progress
 from training_backends.http.urls import is_loopback, require_private_transport
 
-__all__ = ["HttpClient", "JsonRequest"]
+__all__ = ["HttpClient", "JsonRequest", "OpenedUrl"]
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_FOUND: Final = frozenset({200})
 _MOST_REDIRECTS: Final = 5
 _SHORTEST_SIGNATURE: Final = 8
+
+
+class OpenedUrl(NamedTuple):
+    """The response of `HttpClient.open_url`.
+
+    Attributes:
+        pieces: The body, decompressed if it was compressed for the transfer.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    pieces: AsyncGenerator[bytes, None]
 
 
 class JsonRequest(TypedDict, total=False):
@@ -251,8 +264,49 @@ class HttpClient(HttpExchange):
             async for event in events:
                 yield event
 
+    @asynccontextmanager
+    async def open_url(
+        self, url: str, headers: Mapping[str, str], *, expect: frozenset[int] = _FOUND
+    ) -> AsyncGenerator[OpenedUrl, None]:
+        """Open a file at any URL for reading, following redirects.
+
+        Neither key nor fixed headers of this client are sent. Opening is retried; a stream that
+        is lost is not reopened.
+
+        Args:
+            url: Its query is a secret that no error shows.
+            headers: Sent to every server on the way.
+            expect: Statuses that are no errors.
+
+        Raises:
+            ConfigError: The URL is plain http to another host.
+            ProtocolError: A URL is invalid, or leads from another host to this one.
+        """
+        given = merged({"Accept": "*/*", "Accept-Encoding": "identity"}, headers)
+        async with AsyncExitStack() as stack:
+            client: HttpClient = self
+            for _ in range(_MOST_REDIRECTS + 1):
+                client, path = await stack.enter_async_context(client._elsewhere(url))
+                opened, response = await client._open_stream(  # noqa: SLF001
+                    path, (), given, None, None, expect=_REDIRECTS | expect
+                )
+                await stack.enter_async_context(opened)
+                if response.status_code not in _REDIRECTS:
+                    pieces = await stack.enter_async_context(aclosing(decoded(response)))
+                    yield OpenedUrl(response.status_code, response.headers, pieces)
+                    return
+                url = str(urljoin(str(response.request.url), response.headers.get("location", "")))
+        raise ProtocolError("Too many redirects.", backend=self._backend)
+
     async def _open_stream(
-        self, path: str, query: Query, headers: Mapping[str, str], body: Any, silence: float | None
+        self,
+        path: str,
+        query: Query,
+        headers: Mapping[str, str],
+        body: Any,
+        silence: float | None,
+        *,
+        expect: Container[int] = SUCCESS,
     ) -> tuple[AsyncExitStack, httpx.Response]:
         content, kind = _encoded(body, None, None)
         method = "GET" if content is None else "POST"
@@ -269,7 +323,9 @@ class HttpClient(HttpExchange):
                 read_timeout=silence,
             )
             async with AsyncExitStack() as stack:
-                response = await stack.enter_async_context(self._answer(request, call))
+                response = await stack.enter_async_context(
+                    self._answer(request, call, expect=expect)
+                )
                 return stack.pop_all(), response
 
         call = self._call(
