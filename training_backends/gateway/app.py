@@ -23,6 +23,7 @@ from training_backends.gateway.errors import (
 )
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.routes_chat import chat_router
+from training_backends.gateway.routes_console import console_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
@@ -53,10 +54,15 @@ def create_app(gateway: Gateway) -> FastAPI:
             *models_router.routes,
             *chat_router.routes,
             *openai_router.routes,
+            *(console_router.routes if gateway.settings.console else ()),
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
-        middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
+        middleware=[
+            Middleware(
+                Guard, keys=gateway.keys, sessions=gateway.sessions, settings=gateway.settings
+            )
+        ],
         exception_handlers={
             HTTPProblem: _rejected,
             HTTPException: _http_error,

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_backends.core.logging import get_logger, redact
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
@@ -23,9 +24,11 @@ __all__ = ["Guard"]
 
 log = get_logger()
 
-_NEEDS_NO_KEY = "/health"
+_NEEDS_NO_KEY = frozenset({"/health", "/", "/console/session"})
+"""`/console/session` signs in, and answers who has signed in."""
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
+_ASSETS = "/console/assets/"
 _UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
 _LONGEST_PATH = 300
 """Characters of a path to log."""
@@ -40,9 +43,12 @@ class Guard:
     so their key is checked again at the end of the body.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyStore, sessions: ConsoleSessions, settings: GatewaySettings
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._sessions = sessions
         self._max_bytes = settings.max_request_bytes
         self._timeout = settings.body_timeout
 
@@ -86,8 +92,8 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         path = scope["path"]
         headers = {name.lower(): value for name, value in scope["headers"]}
-        admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
-        if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
+        admit = partial(self._admit, scope["method"], headers)
+        if path not in _NEEDS_NO_KEY and not path.startswith((_LINKS, _ASSETS)):
             try:
                 scope["state"]["caller"] = await admit()
             except HTTPProblem as refusal:
@@ -102,7 +108,10 @@ class Guard:
             receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
 
-    async def _admit(self, method: str, authorization: bytes) -> Principal:
+    async def _admit(self, method: str, headers: Mapping[bytes, bytes]) -> Principal:
+        authorization = headers.get(b"authorization", b"")
+        if not authorization and (caller := await self._sessions.admit_request(method, headers)):
+            return caller
         scheme, _, key = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise unauthorized()

@@ -25,6 +25,9 @@ from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
+from training_backends.gateway.console_data import DataLook
+from training_backends.gateway.console_feed import ConsoleFeed
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
@@ -34,7 +37,7 @@ from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
-from training_backends.store.gateway_schema import keys
+from training_backends.store import gateway_schema
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
 
@@ -118,6 +121,10 @@ class Gateway:
     models: ModelService
     chat: ChatService
     links: LinkSigner
+    catalogue: Catalogue
+    sessions: ConsoleSessions
+    feed: ConsoleFeed
+    data: DataLook
 
     async def check(self) -> None:
         """Check that the database can be read.
@@ -125,7 +132,9 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        await self.store.aread(
+            lambda connection: connection.execute(sa.select(gateway_schema.keys.c.id).limit(1))
+        )
 
 
 @asynccontextmanager
@@ -183,14 +192,18 @@ async def open_gateway(
         )
         stack.push_async_callback(chat.aclose)
         await chat.sweep()
+        public_url = str(settings.public_url or url).rstrip("/")
+        keys = KeyStore(store, settings.api_key)
+        feed = ConsoleFeed(store)
+        tasks.start_soon(feed.run)
         yield Gateway(
             settings=settings,
             home=root,
-            public_url=str(settings.public_url or url).rstrip("/"),
+            public_url=public_url,
             backend=backend,
             store=store,
             client=client,
-            keys=KeyStore(store, settings.api_key),
+            keys=keys,
             files=files,
             jobs=await _start_jobs(
                 stack,
@@ -213,6 +226,10 @@ async def open_gateway(
             ),
             chat=chat,
             links=links,
+            catalogue=catalogue,
+            sessions=ConsoleSessions(store, keys, public_url=public_url),
+            feed=feed,
+            data=DataLook(root / "cache" / "data"),
         )
 
 

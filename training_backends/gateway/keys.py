@@ -218,11 +218,14 @@ class KeyStore:
         Raises:
             HTTPProblem: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
-        given = _hash(presented)
+        found = _KEY.fullmatch(presented)
+        return self.admit_hash(found[1] if found else None, _hash(presented), writes=writes)
+
+    def admit_hash(self, key_id: str | None, given: str, *, writes: bool) -> Principal:
+        """Do what `admit` does, by the id in a key and the hash of the complete key."""
         if self._static is not None and hmac.compare_digest(self._static, given):
             return Principal(STATIC_KEY_ID, admin=True)
-        found = _KEY.fullmatch(presented)
-        row = self._row(found[1]) if found else None
+        row = self._row(key_id) if key_id else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
             raise unauthorized()
         key = _info(row)
@@ -232,6 +235,26 @@ class KeyStore:
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
         return Principal(key.id, key.project, admin=key.scope == "admin")
+
+    def hash_of(self, principal: Principal) -> str:
+        """Return the hash of the key that a caller presented."""
+        if principal.key_id == STATIC_KEY_ID:
+            return self._static or _NO_HASH
+        row = self._row(principal.key_id)
+        return str(row.sha256) if row else _NO_HASH
+
+    def info(self, principal: Principal) -> KeyInfo:
+        """Return what is public about the key that a caller presented."""
+        row = self._row(principal.key_id)
+        if row is not None:
+            return _info(row)
+        return KeyInfo(
+            id=principal.key_id,
+            name="static key",
+            scope="admin" if principal.admin else "read",
+            project=principal.project,
+            created_at=datetime.fromtimestamp(0, UTC),
+        )
 
     def _row(self, key_id: str) -> Any:
         query = sa.select(keys).where(keys.c.id == key_id)

@@ -506,6 +506,7 @@ async def _serving(
         try:
             yield
         finally:
+            gateway.feed.close()  # or shutdown would wait for the open pages
             server.should_exit = True
 
 

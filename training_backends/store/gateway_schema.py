@@ -4,7 +4,16 @@ import sqlalchemy as sa
 
 from training_backends.store.schema import BigInteger, metadata
 
-__all__ = ["DEFAULT_PROJECT", "GATEWAY_TABLES", "events", "files", "jobs", "keys", "models"]
+__all__ = [
+    "DEFAULT_PROJECT",
+    "GATEWAY_TABLES",
+    "events",
+    "files",
+    "jobs",
+    "keys",
+    "models",
+    "sessions",
+]
 
 DEFAULT_PROJECT = "default"
 """Owner of objects created before projects existed, and of keys created without one."""
@@ -79,6 +88,7 @@ jobs = sa.Table(
     sa.Index("gateway_jobs_by_project", "project", "created_at"),
     sa.Index("gateway_jobs_by_status", "status", "created_by"),
     sa.Index("gateway_jobs_by_content", "fingerprint"),
+    sa.Index("gateway_jobs_by_change", "modified_at"),
 )
 # Only what the gateway itself did: the rest is in the log of the run.
 events = sa.Table(
@@ -120,6 +130,16 @@ keys = sa.Table(
     sa.Column("last_used_at", sa.Float),
     _project(),
 )
+# Sign-ins at the console; the browser has the session's token, and this table its hash.
+sessions = sa.Table(
+    "gateway_sessions",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(8), nullable=False),
+    # Hash of the key: ends the session if the static key changes.
+    sa.Column("key_sha256", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+)
 
-GATEWAY_TABLES = tuple(table.name for table in (keys, files, jobs, events, models))
+GATEWAY_TABLES = tuple(table.name for table in (keys, files, jobs, events, models, sessions))
 """Names of these tables."""
