@@ -111,6 +111,15 @@ class ConsoleFeed:
         for page in self._pages:
             page.news.set()
 
+    def check_room(self) -> None:
+        """Check that one more page can be opened.
+
+        Raises:
+            HTTPProblem: 503: too many are open.
+        """
+        if len(self._pages) >= MOST_STREAMS or self._is_closed:
+            raise HTTPProblem(503, {"detail": "Too many open pages."}, {"retry-after": "10"})
+
     async def run(self) -> None:
         """Look for changes while a page is open; runs until cancelled."""
         while True:
@@ -143,9 +152,6 @@ class ConsoleFeed:
             followed: Runs whose logs to send, which the caller may see.
             is_admitted: Checks the session again.
             masks: Hides local paths in the log of each followed run.
-
-        Raises:
-            HTTPProblem: 503: too many pages are open.
         """
         with self._opened(caller, followed) as page:
             for event in await self._missed(page, cursor):
@@ -176,8 +182,6 @@ class ConsoleFeed:
 
     @contextmanager
     def _opened(self, caller: Principal, followed: Sequence[str]) -> Iterator[_Page]:
-        if len(self._pages) >= MOST_STREAMS or self._is_closed:
-            raise HTTPProblem(503, {"detail": "Too many open pages."}, {"retry-after": "10"})
         page = _Page(caller, followed)
         self._pages.add(page)
         self._wanted.set()

@@ -260,6 +260,7 @@ async def stream(
 
     `Last-Event-ID` says what has been seen.
     """
+    gateway.feed.check_room()
     cursor = FeedCursor.parse(request.headers.get("last-event-id") or "0")
     followed = list(dict.fromkeys(map(str, run)))
     masks = {run_id: await _mask(gateway, run_id, caller) for run_id in followed}

@@ -76,8 +76,6 @@ export async function launch(page, _, context) {
       model: model.value, hyperparameters, auto_start: true,
       training_files: [...training].map((id) => ({ file_id: id, weight: 1 })),
     };
-    // Null, because the protocol has a default that a backend need not share.
-    if (!("learning_rate" in hyperparameters)) hyperparameters.learning_rate = null;
     if (validation.size) body.validation_files = [...validation];
     if (name.value.trim()) body.suffix = name.value.trim();
     return body;

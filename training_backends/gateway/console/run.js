@@ -203,9 +203,11 @@ export async function run(page, id, context) {
     ], rows) : h("p", { class: "muted" }, "Checkpoints appear here while the run trains."));
   }
 
+  let described = null;
   async function drawCard() {
-    if (!state.fine_tuned_model) return;
     const model = state.fine_tuned_model;
+    if (!model || model === described) return;
+    described = model;
     let found = {};
     try { found = await api(`v1/models/${encodeURIComponent(model)}`); } catch (error) {
       if (!(error instanceof ApiError && error.status === 404)) throw error;
@@ -229,12 +231,11 @@ export async function run(page, id, context) {
     if (refreshing) return;
     refreshing = true;
     try {
-      const before = state.fine_tuned_model;
       [state, job] = await Promise.all([api(`console/runs/${state.id}`), api(path)]);
       if (!context.isShown()) return;
       drawState();
       drawJob();
-      if (state.fine_tuned_model !== before) await drawCard();
+      await drawCard();
     } catch (error) {
       if (error.name !== "AbortError" && context.isShown()) place.replaceChildren(alert("", error));
     } finally {
