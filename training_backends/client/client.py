@@ -10,6 +10,7 @@ from typing import Self
 import anyio
 from anyio import from_thread, to_thread
 
+from training_backends.client.attempts import Attempts, OnRecord
 from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.config_file import ConfigLike, to_config
 from training_backends.client.follow import Following, is_reached
@@ -66,7 +67,7 @@ from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
-from training_backends.store import MetricPoint, RunStore
+from training_backends.store import Metrics, RunStore
 from training_backends.store.salvage import check
 
 __all__ = ["AsyncTrainingClient"]
@@ -111,6 +112,9 @@ class AsyncTrainingClient:
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
             self._store, self._leases, self._records, self._observer, self._poller
+        )
+        self._attempts = Attempts(
+            self._store, self._records, self._following, stop=self.stop, resume=self.resume
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -267,6 +271,48 @@ class AsyncTrainingClient:
                 if not await self._records.was_launched(known):
                     await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
+
+    async def run(
+        self,
+        config: ConfigLike,
+        *,
+        backend: str,
+        run_id: str | None = None,
+        attempts: int = 3,
+        on_record: OnRecord | None = None,
+        stop_on_cancel: bool = True,
+        confirm: Confirm | None = None,
+    ) -> TrainingRun:
+        """Launch a run, follow it to its end and return it; the one call that a task needs.
+
+        A run whose failure is temporary is resumed as `ID-r1`, then `ID-r2`. Repeating the call
+        with the same `run_id`, in any process, continues with the newest of these runs, so that a
+        task that is retried or moved to another worker starts nothing twice.
+
+        Args:
+            run_id: Your own id, see `run_id_from`; default: a generated one.
+            attempts: Most runs in all, including those of earlier calls.
+            on_record: Called with every log record of the run that is followed, from its first.
+                An exception that it raises ends the call; the run keeps running.
+            stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
+                cancelled. A repeated call then resumes it.
+            confirm: See `launch`.
+
+        Raises:
+            RunFailed: The run has failed and is not resumed, or somebody else stopped it.
+            TrainingBackendError: As by `launch`, or the provider cannot be reached for longer than
+                the setting `watch.give_up_after`; the run keeps running.
+        """
+        if attempts < 1:
+            raise ValueError(f"attempts must be 1 or more, not {attempts}")
+        run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
+        return await self._attempts.run(
+            run_id,
+            partial(self.launch, config, backend=backend, run_id=run_id, confirm=confirm),
+            attempts=attempts,
+            on_record=on_record,
+            stop_on_cancel=stop_on_cancel,
+        )
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as stored, without asking its provider.
@@ -425,28 +471,47 @@ class AsyncTrainingClient:
             async for record in records:
                 yield record
 
-    async def metrics(self, run_id: str) -> Sequence[MetricPoint]:
-        """Return the stored metrics of a run, by step."""
+    async def metrics(
+        self, run_id: str, *, after_step: int | None = None, names: Collection[str] | None = None
+    ) -> Metrics:
+        """Return the stored metrics of a run, by step.
+
+        Args:
+            after_step: Only later steps, to read on where an earlier call ended.
+            names: Only these metrics, such as `train_loss`; None: all.
+        """
         run = await self.get(run_id)
-        return await to_thread.run_sync(self._store.metrics, run.id)
+        read = partial(self._store.metrics, run.id, after_step=after_step, names=names)
+        return await to_thread.run_sync(read)
 
     async def watch(
-        self, on_event: OnEvent | None = None, *, only: Collection[str] | None = None
+        self,
+        on_event: OnEvent | None = None,
+        *,
+        only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> None:
         """Keep all live runs of this store up to date until cancelled; see `Watcher`.
 
         Args:
             on_event: Called once per event, even with several watchers on the store.
             only: Names of the backends to watch; None: all.
+            sources: Only events of these sources, such as `status`; None: all.
         """
-        await self.watcher(on_event=on_event, only=only).run()
+        await self.watcher(on_event=on_event, only=only, sources=sources).run()
 
     def watcher(
-        self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
+        self,
+        *,
+        on_event: OnEvent | None = None,
+        only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> Watcher:
         """Return the watcher that `watch` runs, to call `sweep` yourself."""
         self._require_open()
-        return Watcher(self._store, self._leases, self._poller, on_event=on_event, only=only)
+        return Watcher(
+            self._store, self._leases, self._poller, on_event=on_event, only=only, sources=sources
+        )
 
     async def wait(
         self,

@@ -18,8 +18,8 @@ from training_backends.core.config import (
     DataSource,
     Hyperparameters,
     TrainingConfig,
-    WandbIntegration,
 )
+from training_backends.core.integrations import WandbIntegration
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.protocols.mistral.errors import no_model_message

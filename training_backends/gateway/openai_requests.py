@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import Hyperparameters, TrainingConfig, WandbIntegration
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import ConfigError
 from training_backends.core.estimate import Estimate
+from training_backends.core.integrations import WandbIntegration
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.errors import invalid, problem
 from training_backends.gateway.job_request import CheckedJob, check_declared, digest

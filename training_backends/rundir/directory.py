@@ -12,6 +12,7 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
     .processes/     what several processes of a run report to the one that started them
+    trackers.txt    output of the process that reports the run; see `trainer.tracking`
     log.txt         stdout and stderr of the process
     reserve         space for exit.json on a full disk; exists while the process trains
     stop            asks the process to save a checkpoint and exit; or to suspend the run, which
@@ -36,6 +37,7 @@ from training_backends.core.files import (
     signal_holder,
     write_atomic,
 )
+from training_backends.core.integrations import Integration
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
@@ -110,6 +112,7 @@ class RunSpec(_Record):
         max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
         sample_prompt: Prompt that is answered before the first and after the last step.
         sample_max_tokens: Maximum length of the answer.
+        integrations: Where the run is reported.
         slots_dir: Where processes coordinate their slots; None for no limit.
         slots: Maximum concurrent runs; None: one per GPU, or one without a GPU.
         priority: Higher priorities train first; equal ones in order of arrival.
@@ -153,6 +156,7 @@ class RunSpec(_Record):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sample_prompt: str | None = None
     sample_max_tokens: int = Field(default=64, ge=1)
+    integrations: tuple[Integration, ...] = ()
     slots_dir: Path | None = None
     slots: int | None = Field(default=None, ge=1)
     priority: int = Field(default=0, ge=-100, le=100)

@@ -1,4 +1,4 @@
-"""`python -m training_backends.trainer`: `train`, `ray`, `sample`, `export`, `merge`, `serve`."""
+"""`python -m training_backends.trainer`: `train`, `ray`, `track`, `sample`, `merge` and others."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from training_backends.trainer.admission import Admission, when_admitted
-from training_backends.trainer.environment import take_token
+from training_backends.trainer.environment import take_secrets
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) == 2 and given[0] == "train":
         # Handled without argparse and the other commands, to keep a queued process small.
-        take_token()
+        take_secrets()
         return when_admitted(Path(given[1]), _load_training)
     return _other(_parsed(given))
 
@@ -52,6 +52,8 @@ def _parsed(arguments: list[str]) -> "Namespace":
     on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
     on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
     on_ray.add_argument("--max-failures", type=int, default=0)
+    tracking = commands.add_parser("track", help="report a run to its trackers")
+    tracking.add_argument("run_dir", type=Path)
     exporting = commands.add_parser("export", help="write a checkpoint of a run as a model")
     exporting.add_argument("run_dir", type=Path)
     exporting.add_argument("checkpoint", help="its name, such as step-120")
@@ -73,13 +75,17 @@ def _parsed(arguments: list[str]) -> "Namespace":
 
 
 def _other(given: "Namespace") -> int:
-    take_token()
+    take_secrets()
     if given.command == "train":
         return when_admitted(given.run_dir, _load_training)
     if given.command == "work":
         from training_backends.trainer.process import work  # noqa: PLC0415
 
         return int(work(given.run_dir, given.parent))
+    if given.command == "track":
+        from training_backends.trainer.tracking import track  # noqa: PLC0415
+
+        return track(given.run_dir)
     if given.command == "merge":
         return _merge(given.model, given.target)
     if given.command == "serve":

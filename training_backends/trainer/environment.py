@@ -1,5 +1,6 @@
 """Set up the process environment, and list its GPUs, before torch is loaded."""
 
+import json
 import logging
 import os
 import re
@@ -8,33 +9,45 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from training_backends.rundir.handover import ON_STDIN
+from training_backends.rundir.handover import KEYS_ON_STDIN, ON_STDIN
 from training_backends.trainer.queue import Device, host_key
 
 __all__ = [
-    "environment_without_token",
+    "environment_without_secrets",
     "prepare_imports",
     "prepare_threads",
     "show_in_turn",
     "show_only",
-    "take_token",
+    "take_secrets",
     "thread_count",
+    "tracker_keys",
     "visible_devices",
 ]
 
 
-def take_token() -> None:
-    """Read the Hub token from standard input, if the parent sent one there.
+_TRACKER_KEYS: Final = "TRAINING_BACKENDS_TRACKER_KEYS"
+
+
+def take_secrets() -> None:
+    """Read the Hub token and the keys of integrations from standard input, if the parent sent some.
 
     A variable set here does not appear in `/proc/PID/environ`.
     """
-    if os.environ.pop(ON_STDIN, None):
-        os.environ["HF_TOKEN"] = sys.stdin.buffer.readline().decode().strip()
+    for announcing, name in ((ON_STDIN, "HF_TOKEN"), (KEYS_ON_STDIN, _TRACKER_KEYS)):
+        if os.environ.pop(announcing, None):
+            os.environ[name] = sys.stdin.buffer.readline().decode().strip()
 
 
-def environment_without_token() -> dict[str, str]:
+def tracker_keys() -> dict[str, str]:
+    """Return the keys of the run's integrations, by their numbers."""
+    keys: dict[str, str] = json.loads(os.environ.get(_TRACKER_KEYS, "{}"))
+    return keys
+
+
+def environment_without_secrets() -> dict[str, str]:
     """Return the environment for child processes, whose environment is readable."""
-    return {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    secrets = {"HF_TOKEN", _TRACKER_KEYS}
+    return {name: value for name, value in os.environ.items() if name not in secrets}
 
 
 def prepare_imports(model: str = "") -> None:
@@ -146,7 +159,7 @@ def _ask_driver(*command: str) -> str:
             text=True,
             timeout=_PATIENCE,
             check=False,
-            env=environment_without_token(),
+            env=environment_without_secrets(),
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

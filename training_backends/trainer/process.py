@@ -120,6 +120,10 @@ def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitReco
     if chosen := admission.devices:
         os.environ.update(show_only(chosen[0]))  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(device.name for device in chosen)}"
+    if spec.integrations:
+        from training_backends.trainer.tracking import start_tracking  # noqa: PLC0415
+
+        start_tracking(run)
     report_status(run, "initializing", f"Loading {spec.model}{where}")
     if launch is None and spec.num_processes > 1:
         from training_backends.trainer.launch import launch  # noqa: PLC0415
