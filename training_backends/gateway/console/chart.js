@@ -47,6 +47,7 @@ export class Chart {
   #dark = matchMedia("(prefers-color-scheme: dark)");
   #rebuild = () => this.#build();
 
+  /** Place `tools` and `element`. */
   constructor(title, series) {
     this.title = title;
     this.series = series;
@@ -57,7 +58,7 @@ export class Chart {
       toggle("Smooth", (on) => { this.#isSmooth = on; }),
       toggle("Log scale", (on) => { this.#isLog = on; }));
     this.nothing = h("p", { class: "muted quiet-space" }, "No measurements yet.");
-    this.element = h("div", { class: "chart" }, this.tools, this.area, this.nothing);
+    this.element = h("div", { class: "chart" }, this.area, this.nothing);
     this.#dark.addEventListener("change", this.#rebuild);
     this.observer = new ResizeObserver(() => this.#resize());
     this.observer.observe(this.area);

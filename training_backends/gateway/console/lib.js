@@ -107,7 +107,8 @@ export const number = (value) => (value === null || value === undefined ? "–" 
 export function measure(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size >= 1e6) return value.toExponential(2);
+  if (size !== 0 && size < 1e-3) return String(Number(value.toPrecision(3)));
   return Number.isInteger(value) ? NUMBER.format(value) : value.toPrecision(4);
 }
 

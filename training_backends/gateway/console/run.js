@@ -11,7 +11,7 @@ const LOSSES = { train_loss: "Training loss", valid_loss: "Validation loss" };
 const NAMES = { ...LOSSES, learning_rate: "Learning rate", grad_norm: "Gradient norm", valid_mean_token_accuracy: "Validation token accuracy", mean_train_loss: "Mean training loss", tokens: "Trained tokens", tokens_per_second: "Tokens per second", memory_bytes: "Memory" };
 const METHODS = { sft: "Supervised", dpo: "Preference (DPO)", classifier: "Classifier" };
 
-const readable = (name) => NAMES[name] ?? name.replaceAll("_", " ");
+const readable = (name) => NAMES[name] ?? name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
 
 export async function run(page, id, context) {
   const path = `v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
@@ -106,7 +106,7 @@ export async function run(page, id, context) {
   page.append(top, place, failure, facts,
     h("div", { class: "columns" },
       h("div", {},
-        h("section", { class: "panel" }, h("div", { class: "panel-head" }, h("h2", {}, "Metrics"), select), chart.element),
+        h("section", { class: "panel" }, h("div", { class: "panel-head" }, h("h2", {}, "Metrics"), chart.tools, select), chart.element),
         h("section", { class: "panel" }, h("div", { class: "panel-head" }, h("h2", {}, "Log"),
           h("label", { class: "check" }, withMetrics, "Metrics"), h("label", { class: "check" }, following, "Follow")),
         older, noLines, box)),
@@ -127,6 +127,7 @@ export async function run(page, id, context) {
     const elapsed = state.started_at ? ended - state.started_at : null;
     const left = part > 0.02 && !FINISHED.has(state.status) && elapsed ? elapsed / part - elapsed : null;
     const quote = job.metadata ?? {};
+    const tokens = state.trained_tokens ?? state.metrics?.tokens;
     const entries = [
       ["Progress", part === null ? (state.step ? `${number(state.step)} steps` : "–")
         : h("span", {}, h("progress", { value: part, max: 1, "aria-label": "Progress" }), `${number(state.step ?? 0)} / ${number(state.total_steps)} steps`)],
@@ -134,9 +135,8 @@ export async function run(page, id, context) {
       ["Validation loss", measure(state.valid_loss ?? losses[1].last)],
       [FINISHED.has(state.status) ? "Duration" : "Elapsed", duration(elapsed)],
       left !== null ? ["Remaining", `about ${duration(left)}`] : null,
-      ["Trained tokens", number(state.trained_tokens ?? state.metrics?.tokens)],
+      ["Trained tokens", tokens === undefined ? null : number(tokens)],
       quote.cost !== null && quote.cost !== undefined ? ["Estimated cost", `${number(quote.cost)} ${quote.cost_currency ?? ""}`] : null,
-      ["Created", time(state.created_at)],
     ];
     facts.replaceChildren(tiles(entries));
     drawActions();
@@ -191,14 +191,15 @@ export async function run(page, id, context) {
       ...Object.entries(job.hyperparameters ?? {}).filter(([, value]) => value !== null)
         .map(([key, value]) => [readable(key), typeof value === "number" ? measure(value) : String(value)]),
       ["Project", state.project], ["Backend", state.backend],
+      ["Created", time(state.created_at)],
       ["Started", state.started_at ? time(state.started_at) : null],
       ["Finished", state.finished_at ? time(state.finished_at) : null],
     ]));
     const rows = job.checkpoints ?? [];
     checkpoints.replaceChildren(rows.length ? table("Checkpoints", [
       ["Step", (point) => number(point.step_number)],
-      ["Training loss", (point) => measure(point.metrics.train_loss), "number"],
-      ["Validation loss", (point) => measure(point.metrics.valid_loss), "number"],
+      ["Training", (point) => measure(point.metrics.train_loss), "number"],
+      ["Validation", (point) => measure(point.metrics.valid_loss), "number"],
       ["Saved", (point) => time(point.created_at), "number"],
     ], rows) : h("p", { class: "muted" }, "Checkpoints appear here while the run trains."));
   }
@@ -335,7 +336,7 @@ export async function compare(page, _, context) {
   });
   const status = found.map(({ state }) => h("td", {}, badge(state)));
   page.append(
-    h("section", { class: "panel" }, h("div", { class: "panel-head" }, h("h2", {}, "Metrics"), select), chart.element),
+    h("section", { class: "panel" }, h("div", { class: "panel-head" }, h("h2", {}, "Metrics"), chart.tools, select), chart.element),
     h("section", { class: "panel" }, h("h2", {}, "Differences"),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Differences" },
         h("table", { class: "compare" },
