@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site
+from tests.waiting import until
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import console_feed, console_sessions
 from training_backends.gateway.console_sessions import CSRF_HEADER, SESSION_SECONDS
@@ -268,9 +269,7 @@ async def test_runs_are_filtered(here: Site, browser: Browser) -> None:
     async def ids(**query: str) -> set[str]:
         return {run["id"] for run in (await browser.get("/console/runs", **query))["data"]}
 
-    with anyio.fail_after(30):
-        while await ids(status="paused") != {paused}:
-            await anyio.sleep(0.02)
+    await until(lambda: ids(status="paused"), {paused}.__eq__)
     assert await ids(status="running") == {running}
     assert await ids(status="running,paused") == {running, paused}
     assert await ids(status="finished") == set()
@@ -282,6 +281,24 @@ async def test_runs_are_filtered(here: Site, browser: Browser) -> None:
     wanted = {"status": "running", "step": 3, "total_steps": 10, "train_loss": 2, "name": "alpha"}
     assert wanted.items() <= shown.items()
     assert (await browser.ask("GET", "/console/runs?status=odd")).status_code == 422
+
+
+async def test_a_queued_run_shows_its_position(
+    here: Site, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the backend reports it."""
+    adopt = here.backend.adopt
+
+    def enqueue(remote_id: str) -> None:
+        adopt(remote_id)
+        here.backend.say(remote_id, TrainingStatus.PENDING, raw_status="queued, position 3")
+
+    monkeypatch.setattr(here.backend, "adopt", enqueue)
+    job_id, _ = await here.started()
+    found = await until(
+        lambda: browser.get(f"/console/runs/{job_id}"), lambda run: run["queue_position"]
+    )
+    assert (found["status"], found["queue_position"]) == ("pending", 3)
 
 
 async def test_a_failed_run_says_why_and_what_to_do(here: Site, browser: Browser) -> None:
@@ -447,9 +464,7 @@ async def test_nobody_looking_costs_nothing(here: Site, browser: Browser) -> Non
     async with streaming(browser, "0") as stream:
         await stream.next()
         assert len(feed._pages) == 1
-    with anyio.fail_after(30):
-        while feed._pages:
-            await anyio.sleep(0.01)
+    await until(lambda: not feed._pages)
 
 
 async def test_open_pages_are_limited(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,13 @@ _MOST_CHANGED: Final = 500
 _BATCH: Final = 500
 """Log records per event."""
 _FORGOTTEN_AFTER: Final = 3600.0
+_RECENT: Final = 60.0
+"""Seconds after its end for which a run is compared; longer than a look can take."""
+
+_Found = list[tuple[str, dict[str, Any]]]
+"""Project and summary of runs."""
+_State = tuple[float, int | None]
+"""What changes with a run: when its job changed, and the version of its record."""
 
 
 @dataclass(slots=True)
@@ -86,7 +93,7 @@ class _Page:
         self.at = 0.0
         self.news = anyio.Event()
 
-    def offer(self, found: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    def offer(self, found: _Found) -> None:
         """Add runs that the page may see."""
         mine = self.caller
         new = {run["id"]: run for project, run in found if mine.admin or project == mine.project}
@@ -102,7 +109,8 @@ class ConsoleFeed:
         self._store = store
         self._pages: set[_Page] = set()
         self._wanted = anyio.Event()
-        self._known: dict[str, tuple[float, int | None]] = {}
+        self._known: dict[str, _State] = {}
+        self._has_looked = anyio.Event()
         self._is_closed = False
 
     def close(self) -> None:
@@ -125,6 +133,7 @@ class ConsoleFeed:
         while True:
             if not self._pages:
                 self._known.clear()
+                self._has_looked = anyio.Event()
                 await self._wanted.wait()
                 self._wanted = anyio.Event()
                 continue
@@ -154,6 +163,8 @@ class ConsoleFeed:
             masks: Hides local paths in the log of each followed run.
         """
         with self._opened(caller, followed) as page:
+            # Or a change between the two would be in neither.
+            await self._has_looked.wait()
             for event in await self._missed(page, cursor):
                 yield event
             sent = checked = anyio.current_time()
@@ -231,32 +242,25 @@ class ConsoleFeed:
         """Compare the database with what was known, and give each page its news."""
         now = time.time()
         followed = {run_id for page in self._pages for run_id in page.followed}
-        is_first = not self._known
-        recent = jobs.c.status.in_(ACTIVE) | (jobs.c.modified_at >= now - 60)
+        is_first = not self._has_looked.is_set()
+        recent = jobs.c.status.in_(ACTIVE) | (jobs.c.modified_at >= now - _RECENT)
         query = (
             sa.select(jobs.c.id, jobs.c.modified_at, runs.c.version)
             .select_from(jobs.outerjoin(runs, runs.c.id == jobs.c.id))
             .where(recent)
         )
 
-        def work(connection: sa.Connection) -> tuple[list[tuple[str, dict[str, Any]]], Any, Any]:
+        def work(connection: sa.Connection) -> tuple[_Found, dict[str, _State], dict[str, int]]:
             states = {row[0]: (row[1], row[2]) for row in connection.execute(query)}
             changed = [key for key, state in states.items() if self._known.get(key) != state]
-            found = []
-            for start in range(0, len(changed), _MOST_CHANGED):
+            found: _Found = []
+            # Pages that have just been opened read their list themselves.
+            for start in range(0, 0 if is_first else len(changed), _MOST_CHANGED):
                 found += summaries(connection, changed[start : start + _MOST_CHANGED])
             return found, states, last_records(connection, followed) if followed else {}
 
-        if is_first:  # pages have just loaded their list
-            states = await self._store.aread(
-                lambda c: {row[0]: (row[1], row[2]) for row in c.execute(query)}
-            )
-            self._known = states or {"": (0.0, None)}
-            seqs = await self._store.aread(lambda c: last_records(c, followed)) if followed else {}
-            found: list[tuple[str, dict[str, Any]]] = []
-        else:
-            found, states, seqs = await self._store.aread(work)
-            self._known = states or {"": (0.0, None)}
+        found, self._known, seqs = await self._store.aread(work)
+        self._has_looked.set()
         for page in list(self._pages):
             page.at = now
             page.offer(found)

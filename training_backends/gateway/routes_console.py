@@ -157,7 +157,7 @@ async def sign_out(request: Request, gateway: Opened) -> Response:
     token = gateway.sessions.checked_token(_raw(request), writes=True)
     if token is not None:
         await to_thread.run_sync(gateway.sessions.close, token)
-    headers = {"set-cookie": gateway.sessions.cookie(""), "clear-site-data": '"cache"'}
+    headers = {"set-cookie": gateway.sessions.cookie("")}
     return Response(status_code=204, headers=_NO_STORE | headers)
 
 

@@ -112,6 +112,10 @@ export function measure(value) {
   return Number.isInteger(value) ? NUMBER.format(value) : value.toPrecision(4);
 }
 
+/** A setting as somebody would write it. */
+export const plain = (value) => (typeof value !== "number" ? String(value)
+  : Number.isInteger(value) ? NUMBER.format(value) : String(Number(value.toPrecision(6))));
+
 export function bytes(value) {
   const units = ["B", "kB", "MB", "GB"];
   let unit = 0;
@@ -125,7 +129,8 @@ export function duration(seconds) {
   const [d, hours, m, s] = [Math.floor(whole / 86400), Math.floor(whole / 3600) % 24, Math.floor(whole / 60) % 60, whole % 60];
   if (d) return `${d} d ${hours} h`;
   if (hours) return `${hours} h ${m} min`;
-  return m ? `${m} min ${s} s` : `${s} s`;
+  if (m) return s ? `${m} min ${s} s` : `${m} min`;
+  return `${s} s`;
 }
 
 function relative(seconds) {
@@ -156,10 +161,12 @@ setInterval(() => {
 export const FINISHED = new Set(["completed", "failed", "cancelled"]);
 
 export function badge(run) {
-  const position = run.queue_position ? `, position ${run.queue_position}` : "";
   const word = run.status === "pending" && run.queue_position ? "queued" : run.status;
-  return h("span", { class: `badge ${run.status}` }, h("span", { class: "dot" }), word + position);
+  return h("span", { class: `badge ${run.status}` }, h("span", { class: "dot" }), word);
 }
+
+/** The place in the queue, if it waits in one. */
+export const position = (run) => (run.queue_position ? `position ${run.queue_position}` : null);
 
 export const nameOf = (run) => run.name || `${run.model}`;
 export const shortId = (id) => id.slice(0, 8);

@@ -1,6 +1,6 @@
 // The page of one run, and the comparison of several.
 
-import { act, alert, announce, api, ApiError, badge, button, confirm, copyButton, duration, empty, FINISHED, h, link, measure, nameOf, number, pairs, progressOf, session, shortId, table, tiles, time } from "./lib.js";
+import { act, alert, announce, api, ApiError, badge, button, confirm, copyButton, duration, empty, FINISHED, h, link, measure, nameOf, number, pairs, plain, progressOf, session, shortId, table, tiles, time } from "./lib.js";
 import { Chart, Series } from "./chart.js";
 import { live } from "./live.js";
 
@@ -79,7 +79,7 @@ export async function run(page, id, context) {
   let firstLine = Infinity;
   const line = (record) => h("li", { class: `${record.level} ${record.source}` },
     h("time", { datetime: new Date(record.at * 1000).toISOString(), title: new Date(record.at * 1000).toLocaleString("en") },
-      new Date(record.at * 1000).toLocaleTimeString("en", { hour12: false })),
+      new Date(record.at * 1000).toLocaleTimeString("en", { hourCycle: "h23" })),
     h("span", {}, record.message));
   function append(records) {
     const fresh = records.filter((record) => record.seq > lastLine);
@@ -121,7 +121,7 @@ export async function run(page, id, context) {
   // -- what changes --
   function drawState() {
     heading.textContent = nameOf(state);
-    status.replaceChildren(badge(state));
+    status.replaceChildren(badge(state), state.queue_position ? ` position ${state.queue_position} in the queue` : "");
     const part = progressOf(state);
     const ended = state.finished_at ?? Date.now() / 1000;
     const elapsed = state.started_at ? ended - state.started_at : null;
@@ -134,9 +134,9 @@ export async function run(page, id, context) {
       ["Training loss", measure(state.train_loss ?? losses[0].last)],
       ["Validation loss", measure(state.valid_loss ?? losses[1].last)],
       [FINISHED.has(state.status) ? "Duration" : "Elapsed", duration(elapsed)],
-      left !== null ? ["Remaining", `about ${duration(left)}`] : null,
+      left !== null ? ["Remaining", `about ${duration(left > 120 ? Math.round(left / 60) * 60 : left)}`] : null,
       ["Trained tokens", tokens === undefined ? null : number(tokens)],
-      quote.cost !== null && quote.cost !== undefined ? ["Estimated cost", `${number(quote.cost)} ${quote.cost_currency ?? ""}`] : null,
+      quote.cost ? ["Estimated cost", `${number(quote.cost)} ${quote.cost_currency ?? ""}`] : null,
     ];
     facts.replaceChildren(tiles(entries));
     drawActions();
@@ -189,7 +189,7 @@ export async function run(page, id, context) {
       ["Model", job.model], ["Method", METHODS[state.method] ?? state.method],
       ["Training data", list(job.training_files)], ["Validation data", list(job.validation_files)],
       ...Object.entries(job.hyperparameters ?? {}).filter(([, value]) => value !== null)
-        .map(([key, value]) => [readable(key), typeof value === "number" ? measure(value) : String(value)]),
+        .map(([key, value]) => [readable(key), plain(value)]),
       ["Project", state.project], ["Backend", state.backend],
       ["Created", time(state.created_at)],
       ["Started", state.started_at ? time(state.started_at) : null],
@@ -327,7 +327,7 @@ export async function compare(page, _, context) {
   found.forEach(({ state, job }, index) => {
     put("Model", index, job.model);
     put("Method", index, METHODS[state.method] ?? state.method);
-    for (const [name, value] of Object.entries(job.hyperparameters ?? {})) if (value !== null) put(readable(name), index, typeof value === "number" ? measure(value) : String(value));
+    for (const [name, value] of Object.entries(job.hyperparameters ?? {})) if (value !== null) put(readable(name), index, plain(value));
     put("Steps", index, number(state.step));
     put("Training loss", index, measure(state.train_loss));
     put("Validation loss", index, measure(state.valid_loss));

@@ -1,6 +1,6 @@
 // The list of runs. Only the rows on the screen are in the document, however many there are.
 
-import { alert, announce, api, badge, button, duration, empty, FINISHED, h, link, measure, nameOf, number, progressOf, session, shortId, time } from "./lib.js";
+import { alert, announce, api, badge, button, duration, empty, FINISHED, h, link, measure, nameOf, number, position, progressOf, session, shortId, time } from "./lib.js";
 import { live } from "./live.js";
 
 const PAGE = 100;
@@ -26,7 +26,7 @@ export async function runs(page, _, context) {
 
   const search = h("input", { type: "search", placeholder: "Name, model or id", "aria-label": "Search runs", value: filters.text });
   const count = h("p", { class: "count", role: "status" });
-  const place = h("div", {});
+  const notice = h("div", {});
   const compare = h("div", { class: "bar", hidden: true });
   const above = h("tr", { class: "space", "aria-hidden": "true" }, h("td", { colspan: 9 }));
   const below = h("tr", { class: "space", "aria-hidden": "true" }, h("td", { colspan: 9 }));
@@ -58,7 +58,7 @@ export async function runs(page, _, context) {
     h("div", { class: "head" }, h("h1", { tabindex: -1 }, "Runs"), count,
       session.value.key.scope === "read" ? null : link("Launch a run", "#/launch", { kind: "primary", symbol: "launch" })),
     h("div", { class: "filters" }, search, segments),
-    place, compare, table, nothing);
+    notice, compare, table, nothing);
 
   function cells(run) {
     const part = progressOf(run);
@@ -74,6 +74,7 @@ export async function runs(page, _, context) {
         h("a", { href: `#/run/${run.id}`, class: "name" }, nameOf(run)),
         h("span", { class: "sub" }, h("span", { class: "id" }, shortId(run.id)), h("span", { class: "narrow-only" }, time(run.created_at)))),
       h("td", {}, badge(run),
+        position(run) ? h("span", { class: "sub" }, position(run)) : null,
         FINISHED.has(run.status) || !steps ? null : h("span", { class: "sub" },
           part === null ? null : h("progress", { value: part, max: 1, "aria-label": "Progress" }), steps)),
       h("td", { class: "wide-only model" }, run.model),
@@ -172,13 +173,13 @@ export async function runs(page, _, context) {
         total = found.total;
         if (filters.text || filters.status) announce(`${total} runs match`);
       }
-      place.replaceChildren();
+      notice.replaceChildren();
       loading = null;
       summary();
       draw();
     } catch (error) {
       if (loading === abort) loading = null;
-      if (error.name !== "AbortError") place.replaceChildren(alert("", error, button("Try again", load, { kind: "small" })));
+      if (error.name !== "AbortError") notice.replaceChildren(alert("", error, button("Try again", load, { kind: "small" })));
     }
   }
 
