@@ -81,7 +81,7 @@ async def test_a_run_by_hand(here: Site, chromium: Any) -> None:
 
         here.backend.finish(remote_id)
         await shows(page, ".head .badge", "completed")
-        await page.get_by_role("link", name="Chat with it").click()
+        await page.locator(".head").get_by_role("link", name="Chat").click()
         await page.get_by_label("Message", exact=True).fill("Hello?")
         await page.keyboard.press("Enter")
         for side in ("tuned", "base"):

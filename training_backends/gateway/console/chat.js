@@ -3,6 +3,8 @@
 import { alert, announce, api, button, empty, field, h, link, measure, newId, send, session } from "./lib.js";
 
 const MOST_TOKENS = 512;
+/** Milliseconds without an answer after which the model is probably being loaded. */
+const LOADING_AFTER = 3000;
 
 export async function chat(page, _, context) {
   context.title("Chat");
@@ -101,6 +103,9 @@ function talk(title, model, kind) {
     const { item, body } = say("assistant", "");
     item.setAttribute("aria-busy", "true");
     const began = performance.now();
+    const loading = h("span", { class: "sub", role: "status" });
+    item.append(loading);
+    const timer = setTimeout(() => { loading.textContent = "Loading the model… The first answer can take a minute."; }, LOADING_AFTER);
     let answer = "";
     let usage = null;
     try {
@@ -110,12 +115,16 @@ function talk(title, model, kind) {
       });
       for await (const chunk of chunks(response)) {
         if (chunk.detail || chunk.message) throw new Error(chunk.detail ?? chunk.message);
+        clearTimeout(timer);
+        loading.remove();
         answer += chunk.choices?.[0]?.delta?.content ?? "";
         usage = chunk.usage ?? usage;
         body.textContent = answer;
         item.scrollIntoView({ block: "nearest" });
       }
     } catch (error) {
+      clearTimeout(timer);
+      loading.remove();
       if (error.name !== "AbortError") item.append(alert("", error));
       else item.append(h("p", { class: "sub" }, "Stopped"));
       if (!answer) { item.removeAttribute("aria-busy"); body.remove(); return false; }

@@ -215,16 +215,14 @@ export async function run(page, id, context) {
     }
     if (!context.isShown()) return;
     card.hidden = false;
-    card.replaceChildren(...[h("h2", {}, "Model"),
+    card.replaceChildren(h("h2", {}, "Model"),
       found.id ? pairs([
         ["Name", h("span", { class: "with-copy" }, h("code", {}, model), copyButton(model))],
         ["Base model", found.root], ["Context", found.max_context_length ? `${number(found.max_context_length)} tokens` : null],
         ["Answers chats", found.capabilities?.completion_chat ? "yes" : "no"],
         ["Description", found.description],
         ["Created", time(found.created)],
-      ]) : h("p", { class: "muted" }, "The model has been deleted."),
-      found.capabilities?.completion_chat ? h("div", { class: "actions" },
-        link("Chat with it", `#/chat?model=${encodeURIComponent(model)}`, { symbol: "chat" })) : null].filter(Boolean));
+      ]) : h("p", { class: "muted" }, "The model has been deleted."));
   }
 
   let refreshing = false;
