@@ -87,6 +87,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/console.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python benchmarks/engine_startup.py
 	$(BIN)/python benchmarks/engine.py
 

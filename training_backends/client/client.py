@@ -66,7 +66,6 @@ from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
-from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
 from training_backends.store import Metrics, RunStore
 from training_backends.store.salvage import check
 
@@ -212,7 +211,7 @@ class AsyncTrainingClient:
         config = await self._config(config, chosen)
         _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
-        raise_for_errors(dataset)
+        _require_sound(dataset)
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
         return await self._estimated(chosen, config, dataset, wishes)
 
@@ -734,11 +733,17 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": given})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        if backend is not None and not backend.capabilities.inspects:
-            return await to_thread.run_sync(list_files, config)
-        read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
-        if backend is not None:
-            read = partial(read, provider_format=backend.capabilities.provider_format)
+        def read() -> Dataset:
+            # In a thread, and not at all for commands that read no data.
+            from training_backends.datasets.inspect import inspect, list_files  # noqa: PLC0415
+
+            if backend is not None and not backend.capabilities.inspects:
+                return list_files(config)
+            observed = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
+            if backend is None:
+                return observed()
+            return observed(provider_format=backend.capabilities.provider_format)
+
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
@@ -761,7 +766,7 @@ class AsyncTrainingClient:
     ) -> tuple[Dataset, Estimate]:
         """Validate and estimate, before the run is recorded."""
         dataset, report = await self._judged(backend, config)
-        raise_for_errors(dataset)
+        _require_sound(dataset)
         _require_valid(backend, report.errors)
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
@@ -804,6 +809,12 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _require_sound(dataset: Dataset) -> None:
+    from training_backends.datasets.inspect import raise_for_errors  # noqa: PLC0415  # see `_read`
+
+    raise_for_errors(dataset)
 
 
 def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:

@@ -1,6 +1,7 @@
 """Middleware for every request: request id, authentication, body limits and JSON errors."""
 
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -29,7 +30,8 @@ _NEEDS_NO_KEY = frozenset({"/health", "/", "/console/session"})
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
 _ASSETS = "/console/assets/"
-_UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
+_UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
+"""Paths whose bodies are as large as a file."""
 _LONGEST_PATH = 300
 """Characters of a path to log."""
 _SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
@@ -99,7 +101,7 @@ class Guard:
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
-        if path in _UPLOADS:
+        if _UPLOADS.fullmatch(path):
             receive = _Confirmed(receive, admit)
         elif _length(headers) > self._max_bytes:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})

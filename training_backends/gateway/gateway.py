@@ -24,6 +24,7 @@ from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService
+from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.console_data import DataLook
 from training_backends.gateway.console_feed import ConsoleFeed
@@ -33,10 +34,14 @@ from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.part_uploads import PartUploads
+from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
+from training_backends.gateway.webhooks import Webhooks
+from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store import gateway_schema
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
@@ -117,8 +122,10 @@ class Gateway:
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
+    uploads: PartUploads
     jobs: JobService
     models: ModelService
+    checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
     catalogue: Catalogue
@@ -172,19 +179,26 @@ async def open_gateway(
         store, client = await _open_database(stack, settings, root, vault, backends)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        files = FileService(
-            store,
-            blobs or BlobStore(root),
-            limit=settings.max_upload_bytes,
-            pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
-        )
+        blobs = blobs or BlobStore(root)
+        pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
+        files = FileService(store, blobs, limit=settings.max_upload_bytes, pace=pace)
         await files.open()
+        uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
+        await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        checkpoints = CheckpointModels(
+            store,
+            client,
+            organization_id=settings.organization_id,
+            directory=root / "checkpoints",
+        )
+        await checkpoints.sweep()
         chat = ChatService(
             store,
             client,
             tasks,
+            checkpoints,
             backend=backend,
             catalogue=catalogue,
             settings=settings,
@@ -196,6 +210,17 @@ async def open_gateway(
         keys = KeyStore(store, settings.api_key)
         feed = ConsoleFeed(store)
         tasks.start_soon(feed.run)
+        tasks.start_soon(uploads.sweep)
+        models = ModelService(
+            store,
+            client,
+            backend=backend,
+            catalogue=catalogue,
+            organization_id=settings.organization_id,
+            opened_at=time.time(),
+            chat=chat,
+            checkpoints=checkpoints,
+        )
         yield Gateway(
             settings=settings,
             home=root,
@@ -205,25 +230,21 @@ async def open_gateway(
             client=client,
             keys=keys,
             files=files,
+            uploads=uploads,
             jobs=await _start_jobs(
                 stack,
                 store,
                 client,
                 files,
+                models=models,
+                webhooks=await _webhooks(store, settings, vault),
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
                 settings=settings,
             ),
-            models=ModelService(
-                store,
-                client,
-                backend=backend,
-                catalogue=catalogue,
-                organization_id=settings.organization_id,
-                opened_at=time.time(),
-                chat=chat,
-            ),
+            models=models,
+            checkpoints=checkpoints,
             chat=chat,
             links=links,
             catalogue=catalogue,
@@ -254,12 +275,30 @@ async def _open_database(
     return store, client
 
 
+async def _webhooks(
+    store: GatewayStore, settings: GatewaySettings, vault: CredentialVault
+) -> Webhooks | None:
+    """Return what reports finished jobs; None without a URL in the settings.
+
+    Raises:
+        ConfigError: The secret cannot be used.
+        CredentialNotFound: There is none.
+    """
+    if settings.webhook_url is None:
+        return None
+    secret = settings.webhook_secret or await vault.get("webhook")
+    key = signing_key(secret.get_secret_value())
+    return Webhooks(store, str(settings.webhook_url), key)
+
+
 async def _start_jobs(
     stack: AsyncExitStack,
     store: GatewayStore,
     client: AsyncTrainingClient,
     files: FileService,
     *,
+    models: ModelService,
+    webhooks: Webhooks | None,
     backend: str,
     catalogue: Catalogue,
     secrets: SecretKeeper,
@@ -268,12 +307,20 @@ async def _start_jobs(
     """Resume all jobs in tasks that end with the stack."""
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
-    ending = JobEnding(files, secrets)
+    ending = JobEnding(files, secrets, webhooks)
     runner = JobRunner(
-        store, client, files, tasks, organization_id=settings.organization_id, on_end=ending
+        store,
+        client,
+        files,
+        tasks,
+        organization_id=settings.organization_id,
+        results=ResultFiles(store, files, settings.openai_result_csv),
+        on_end=ending,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    if webhooks is not None:
+        tasks.start_soon(webhooks.run)
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
     return JobService(
         store,
@@ -281,6 +328,7 @@ async def _start_jobs(
         files,
         runner,
         ending,
+        models=models,
         backend=backend,
         catalogue=catalogue,
         secrets=secrets,

@@ -43,6 +43,7 @@ from training_backends.gateway.jobstore import (
     quote,
 )
 from training_backends.gateway.openai_requests import multiplied_rate
+from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
 from training_backends.store.gateway_schema import jobs
@@ -75,6 +76,7 @@ class JobRunner:
         tasks: TaskGroup,
         *,
         organization_id: str,
+        results: ResultFiles,
         on_end: OnEnd,
     ) -> None:
         self._store = store
@@ -82,6 +84,7 @@ class JobRunner:
         self._files = files
         self._tasks = tasks
         self._organization_id = organization_id
+        self._results = results
         self._on_end = on_end
         self._watcher = client.watcher(on_event=self._on_event)
         self._scopes: dict[str, anyio.CancelScope] = {}
@@ -308,7 +311,11 @@ class JobRunner:
         if run.status.is_terminal:
             await self._client.refresh(job.id)  # reads the log of a run that ended at its launch
             names, mine = await self._files.names(job), self._organization_id
-            await self._store.awrite(lambda c: finish_job(c, job, run, mine, names))
+            completed = run.status is TrainingStatus.COMPLETED
+            results = await self._results.write(job) if completed else []
+            await self._store.awrite(
+                lambda c: finish_job(c, job, run, mine, names=names, results=results)
+            )
             return True
         if await self._store.aread(lambda c: reached(c, job)) != job.status:
             await self._store.awrite(lambda c: advance_job(c, job))

@@ -8,6 +8,8 @@ trainer both use it and do not import each other. POSIX only (`flock`).
                     namespace and start time, see `core.files.signal_holder`
     events.jsonl    append-only: status changes, samples, checkpoints, messages
     metrics.jsonl   append-only: one row per logged step
+    tokens/train-0/   the encoded rows of the first training file, see `trainer.encode`; removed
+                    when the run completes
     checkpoints/step-N/   gets its name once complete; `state.json` lists the files
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
@@ -42,6 +44,7 @@ from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "DEQUANTIZED",
     "CheckpointState",
     "Event",
     "ExitRecord",
@@ -296,6 +299,7 @@ class RunDir:
         self.lock: Path = path / "lock"
         self.events: Path = path / "events.jsonl"
         self.metrics: Path = path / "metrics.jsonl"
+        self.tokens: Path = path / "tokens"
         self.checkpoints: Path = path / "checkpoints"
         self.result: Path = path / "result"
         self.exit: Path = path / "exit.json"
@@ -400,6 +404,9 @@ class RunDir:
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file that makes a directory an adapter of peft."""
+
+DEQUANTIZED: Final = frozenset({"fp8", "mxfp4"})
+"""Quantization methods whose models are dequantized when they are loaded, and saved so."""
 
 
 def adapter_base(directory: Path) -> str:
