@@ -4,10 +4,12 @@
 
 Chromium loads the page from a gateway with 100 runs and from one with RUNS (10,000), each five
 times with an empty cache. Printed are the median times to the first contentful paint and to the
-first row, the bytes transferred, and the JavaScript heap after scrolling through 1,000 rows.
+first row, the bytes transferred, and the JavaScript heap after scrolling through 1,000 rows; then
+the heap of the page of a live run after STEPS steps, as many as a run has in some hours.
 """
 
 import gzip
+import json
 import shutil
 import statistics
 import sys
@@ -22,7 +24,7 @@ from uuid import uuid4
 import httpx
 import sqlalchemy as sa
 from anyio.from_thread import start_blocking_portal
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from pydantic import SecretStr
 
 import training_backends.gateway
@@ -33,6 +35,7 @@ from training_backends.testing.backend import ScriptedBackend
 
 KEY = "a-key-for-the-benchmark"
 TIMES = 5
+STEPS = 20_000
 FIRST_ROW = """() => new Promise((done) => {
   const look = () => document.querySelector('.runs .name') ? done(performance.now())
     : requestAnimationFrame(look);
@@ -71,7 +74,7 @@ def row(number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def gateway(count: int) -> Iterator[str]:
+def gateway(count: int, backend: ScriptedBackend) -> Iterator[str]:
     """Serve so many runs and yield the URL."""
     settings = GatewaySettings(api_key=SecretStr(KEY))
     with tempfile.TemporaryDirectory() as home, start_blocking_portal() as portal:
@@ -80,23 +83,58 @@ def gateway(count: int) -> Iterator[str]:
             home=Path(home),
             backend="scripted",
             port=0,
-            backends={"scripted": ScriptedBackend()},
+            backends={"scripted": backend},
         )
         with portal.wrap_async_context_manager(opening) as served:
             rows = [row(number) for number in range(count)]
-            served.gateway.store.write(lambda c: c.execute(sa.insert(jobs), rows))
+            if rows:
+                served.gateway.store.write(lambda c: c.execute(sa.insert(jobs), rows))
             yield served.url
+
+
+def sign_in(browser: Browser, url: str) -> BrowserContext:
+    """Return a profile that has signed in."""
+    answer = httpx.post(f"{url}/console/session", json={"key": KEY})
+    name, _, value = answer.headers["set-cookie"].partition(";")[0].partition("=")
+    context = browser.new_context()
+    context.add_cookies([{"name": name, "value": value, "url": url}])
+    return context
+
+
+def follow(browser: Browser) -> None:
+    """Print the heap of a page that follows a run."""
+    backend = ScriptedBackend()
+    row = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    with gateway(0, backend) as url:
+        http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"})
+        file = http.post("/v1/files", files={"file": ("a.jsonl", json.dumps(row).encode())}).json()
+        job: dict[str, Any] = {"model": "tiny-mistral"}
+        job |= {"training_files": [{"file_id": file["id"]}]}
+        job |= {"hyperparameters": {"training_steps": STEPS}, "auto_start": True}
+        run = http.post("/v1/fine_tuning/jobs", json=job).json()["id"]
+        while not backend.created:
+            time.sleep(0.1)
+        page = sign_in(browser, url).new_page()
+        page.goto(f"{url}/#/run/{run}")
+        debugger = page.context.new_cdp_session(page)
+        heaps = []
+        for step in range(1, STEPS + 1):
+            backend.measure(backend.created[0], step, train_loss=1 / step)
+            if step % (STEPS // 4) == 0:
+                page.locator(".lines li", has_text=f"step {step}").wait_for(timeout=300_000)
+                debugger.send("HeapProfiler.collectGarbage")
+                heaps.append(page.evaluate(HEAP) / 1e6)
+    print(
+        f"live run: heap after each quarter of {STEPS:,} steps:", *(f"{n:.1f}" for n in heaps), "MB"
+    )
 
 
 def measure(browser: Browser, count: int) -> None:
     """Print one line."""
-    with gateway(count) as url:
-        answer = httpx.post(f"{url}/console/session", json={"key": KEY})
-        name, _, value = answer.headers["set-cookie"].partition(";")[0].partition("=")
+    with gateway(count, ScriptedBackend()) as url:
         paints, rows, sizes, heap = [], [], [], 0
         for _ in range(TIMES):
-            context = browser.new_context()
-            context.add_cookies([{"name": name, "value": value, "url": url}])
+            context = sign_in(browser, url)
             page = context.new_page()
             page.goto(url)
             rows.append(page.evaluate(FIRST_ROW))
@@ -139,6 +177,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program, args=options)
         for count in (100, int(sys.argv[1]) if len(sys.argv) > 1 else 10_000):
             measure(browser, count)
+        follow(browser)
         browser.close()
 
 

@@ -4,7 +4,7 @@ import re
 import time
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import anyio
 import pytest
@@ -162,7 +162,7 @@ async def test_an_injecting_name_is_only_text(here: Site, chromium: Any) -> None
     before = len(here.backend.created)
     body = {"model": "tiny-mistral", "training_file": file_id, "suffix": NASTY}
     created = await here.http.post("/openai/v1/fine_tuning/jobs", json=body)
-    job_id = created.json()["id"]
+    job_id = str(UUID(created.json()["id"].removeprefix("ftjob-")))
     await here.until(job_id, "RUNNING")
     (remote_id,) = here.backend.created[before:]
     here.backend.log(remote_id, "</li><script>document.title='owned'</script>")

@@ -5,6 +5,8 @@ import { h, measure, number } from "./lib.js";
 
 const COLORS = ["--chart-1", "--chart-2", "--chart-3", "--chart-4", "--chart-5", "--chart-6", "--chart-7", "--chart-8"];
 const SMOOTHING = 0.85;
+/** Points of a series; more than a screen shows, and few enough for a run of days. */
+const MOST_POINTS = 10_000;
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -19,11 +21,16 @@ export class Series {
 
   set(steps, values) {
     steps.forEach((step, at) => this.points.set(step, values[at]));
+    if (this.points.size <= MOST_POINTS) return;
+    const sorted = [...this.points].sort((a, b) => a[0] - b[0]);
+    this.points = new Map(sorted.filter((_, at) => at % 2 === 0 || at === sorted.length - 1));
   }
 
   /** The value of the last step, or undefined. */
   get last() {
-    return this.points.size ? this.points.get(Math.max(...this.points.keys())) : undefined;
+    let found;
+    for (const step of this.points.keys()) if (!(found > step)) found = step;
+    return this.points.get(found);
   }
 }
 
