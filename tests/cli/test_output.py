@@ -59,12 +59,16 @@ RESULTS = (
     Case("data inspect train.jsonl", "Valid for mistral."),
     Case("data preview run.yaml --rows 1", "⟦"),
     Case("data repair train.jsonl", "20 rows read, 20 written to train.repaired.jsonl", json=False),
+    Case("data convert train.jsonl -o new.jsonl", "data:\n  train:\n", "new.jsonl  20 rows"),
     Case("data split train.jsonl --rows 2", "data:\n  train:\n", "train.train.jsonl"),
     Case("data shard train.jsonl --limit 1KB", "data:\n  train:\n", "Add to the configuration"),
     Case("credentials list", "mistral   environment  MISTRAL_API_KEY", "Sources searched"),
     Case("keys create", "tb-", "shown only once"),
     Case("keys create --quiet", "tb-"),
     Case("keys list", "", "No keys yet."),
+    Case("projects list", "", "No projects yet."),
+    Case("projects set demo --bytes 5GB", "", "Project demo: bytes 5,000,000,000."),
+    Case("audit export", "", "No entries.", json=False),
     Case("doctor", "failed  mistral: ", code=1),
 )
 """Commands with a result."""
@@ -93,6 +97,7 @@ FAILURES = (
     "data inspect",
     "data preview none.yaml",
     "data repair none.jsonl",
+    "data convert none.jsonl -o new.jsonl",
     "data split none.jsonl",
     "data shard none.jsonl",
     "credentials set mistral",
@@ -100,6 +105,10 @@ FAILURES = (
     "credentials test nothing",
     "keys revoke 00000000",
     "keys create --expires never",
+    "projects set demo",
+    "projects set Demo --steps 5",
+    "projects set demo --bytes much",
+    "audit export --since never",
     "serve --port 0",
 )
 """Commands that end with an error."""

@@ -19,7 +19,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.gateway import console_feed, console_sessions
 from training_backends.gateway.console_sessions import CSRF_HEADER, SESSION_SECONDS
 from training_backends.gateway.keys import Scope
-from training_backends.store.gateway_schema import sessions
+from training_backends.store.gateway_schema import audit, sessions
 
 pytestmark = pytest.mark.anyio
 
@@ -549,6 +549,17 @@ async def test_keys_are_managed_by_an_admin(here: Site, browser: Browser) -> Non
         answer = await browser.ask("POST", "/console/keys", json=given | wrong)
         assert answer.status_code == 422
         assert "--" not in answer.text
+
+
+async def test_the_audit_log_names_who_changed_a_key(here: Site) -> None:
+    """The key of the session, not the machine."""
+    async with signed_in(here, await new_key(here, "admin")) as browser:
+        made = (await browser.ask("POST", "/console/keys", json={"name": "ci"})).json()
+        await browser.ask("DELETE", f"/console/keys/{made['id']}")
+        query = sa.select(audit.c.action, audit.c.actor).where(audit.c.target == made["id"])
+        rows = await here.served.gateway.store.aread(lambda c: c.execute(query).all())
+        actor = browser.session["key"]["id"]
+        assert [tuple(row) for row in rows] == [("key.create", actor), ("key.revoke", actor)]
 
 
 async def test_models_to_train_are_offered_with_their_methods(browser: Browser) -> None:

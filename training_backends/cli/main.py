@@ -14,7 +14,18 @@ import typer
 from typer.main import get_command
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, launch, port, quickstart, runs, serve
+from training_backends.cli import (
+    check,
+    data,
+    doctor,
+    keys,
+    launch,
+    port,
+    projects,
+    quickstart,
+    runs,
+    serve,
+)
 from training_backends.cli.exit_codes import (
     ExitCode,
     Interrupted,
@@ -96,6 +107,8 @@ app.add_typer(data.data, name="data")
 app.add_typer(keys.credentials, name="credentials")
 app.command()(serve.serve)
 app.add_typer(keys.keys, name="keys")
+app.add_typer(projects.projects, name="projects")
+app.add_typer(projects.audit, name="audit")
 app.command()(doctor.doctor)
 
 

@@ -538,7 +538,7 @@ class AsyncTrainingClient:
         wanted = statuses_of(*([until] if isinstance(until, str) else until))
         runs = [await self.get(run_id) for run_id in run_ids]
         reached: dict[str, TrainingRun] = {}
-        with anyio.move_on_after(timeout):
+        with anyio.move_on_after(timeout), span("training_backends.wait", runs=len(runs)):
             await self._following.wait(runs, wanted, reached)
         left = {run.id for run in runs} - reached.keys()
         now = {run_id: await self.get(run_id) for run_id in left}

@@ -6,10 +6,12 @@ costs one hash and at most one lookup by primary key. Nothing is cached: a chang
 process applies to the next request.
 """
 
+import getpass
 import hashlib
 import hmac
 import re
 import secrets
+import time as clock
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from training_backends.core.run import utc_now
 from training_backends.gateway.errors import HTTPProblem, plain
 from training_backends.gateway.legacy_store import import_legacy
 from training_backends.gateway.store import GatewayStore, database_url
-from training_backends.store.gateway_schema import DEFAULT_PROJECT, keys
+from training_backends.store.gateway_schema import DEFAULT_PROJECT, audit, keys, projects
 
 __all__ = [
     "STATIC_KEY_ID",
@@ -36,7 +38,10 @@ __all__ = [
     "NewKey",
     "Principal",
     "Scope",
+    "check_project",
+    "local_operator",
     "open_keys",
+    "open_store",
     "read_expiry",
     "unauthorized",
 ]
@@ -104,19 +109,65 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        requests_per_second: Limit of the project; None: unlimited.
+        address: Where the request comes from, for the audit log.
+        request_id: Which request it is, for the audit log.
     """
 
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    requests_per_second: float | None = None
+    address: str = ""
+    request_id: str = ""
 
     def sees(self, owner: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         """Return the condition on a table's project column, part of every client query."""
         return sa.true() if self.admin else owner == self.project
 
+    def record(
+        self, connection: sa.Connection, action: str, target: str, *, outcome: str = "ok"
+    ) -> None:
+        """Add an entry to the audit log, in the transaction of the change that it reports."""
+        connection.execute(
+            audit.insert().values(
+                at=clock.time(),
+                actor=self.key_id,
+                project=self.project,
+                action=action,
+                target=target,
+                outcome=outcome,
+                address=self.address,
+                request_id=self.request_id,
+            )
+        )
+
     def made(self, table: sa.Table) -> sa.ColumnElement[bool]:
         """Return the condition for the rows that were created with this key."""
         return (table.c.created_by == self.key_id) & (table.c.project == self.project)
+
+
+def local_operator(project: str = DEFAULT_PROJECT) -> Principal:
+    """Return the caller that stands for a command run on this machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for its user
+        user = "unknown"
+    return Principal(f"local:{user}", project, admin=True)
+
+
+def check_project(name: str) -> None:
+    """Require a valid name of a project.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not _PROJECT.fullmatch(name):
+        raise ConfigError(
+            f"Invalid project name {name!r}.",
+            hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores, "
+            "starting with a letter or digit.",
+        )
 
 
 class KeyStore:
@@ -133,22 +184,19 @@ class KeyStore:
         scope: Scope = "write",
         project: str = DEFAULT_PROJECT,
         expires_at: datetime | None = None,
+        by: Principal | None = None,
     ) -> NewKey:
         """Create a key.
 
         Args:
             project: Project it gives access to; created by its first key or object.
             expires_at: When it expires; None: never.
+            by: Who creates it, for the audit log; None: a command on this machine.
 
         Raises:
             ConfigError: The key name or project name is invalid, or `expires_at` is in the past.
         """
-        if not _PROJECT.fullmatch(project):
-            raise ConfigError(
-                f"Invalid project name {project!r}.",
-                hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores, "
-                "starting with a letter or digit.",
-            )
+        check_project(project)
         if len(name) > _MAX_NAME or (name and not name.isprintable()):
             raise ConfigError(f"Invalid key name: use at most {_MAX_NAME} printable characters.")
         now = utc_now()
@@ -176,7 +224,12 @@ class KeyStore:
             "created_at": now.timestamp(),
             "expires_at": expires_at and expires_at.timestamp(),
         }
-        self._store.write(lambda connection: connection.execute(keys.insert().values(row)))
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(keys.insert().values(row))
+            (by or local_operator(project)).record(connection, "key.create", key_id)
+
+        self._store.write(work)
         return NewKey(info, SecretStr(key))
 
     def list(self) -> Sequence[KeyInfo]:
@@ -184,8 +237,11 @@ class KeyStore:
         query = sa.select(keys).order_by(keys.c.created_at)
         return [_info(row) for row in self._store.read(lambda c: c.execute(query).all())]
 
-    def revoke(self, key_id: str) -> KeyInfo:
+    def revoke(self, key_id: str, *, by: Principal | None = None) -> KeyInfo:
         """Revoke a key, effective immediately; safe to repeat.
+
+        Args:
+            by: Who revokes it, for the audit log; None: a command on this machine.
 
         Raises:
             CredentialNotFound: No key has this id.
@@ -194,10 +250,13 @@ class KeyStore:
 
         def work(connection: sa.Connection) -> Any:
             mine = keys.c.id == key_id
-            connection.execute(
+            done = connection.execute(
                 keys.update().where(mine, keys.c.revoked_at.is_(None)).values(revoked_at=now)
             )
-            return connection.execute(sa.select(keys).where(mine)).first()
+            row = connection.execute(sa.select(keys).where(mine)).first()
+            if done.rowcount and row is not None:
+                (by or local_operator(row.project)).record(connection, "key.revoke", key_id)
+            return row
 
         row = self._store.write(work)
         if row is None:
@@ -228,7 +287,7 @@ class KeyStore:
     def admit_hash(self, key_id: str | None, given: str, *, writes: bool) -> Principal:
         """Do what `admit` does, by the id in a key and the hash of the complete key."""
         if self._static is not None and hmac.compare_digest(self._static, given):
-            return Principal(STATIC_KEY_ID, admin=True)
+            return Principal(STATIC_KEY_ID, admin=True, requests_per_second=self._static_rate())
         row = self._row(key_id) if key_id else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
             raise unauthorized()
@@ -238,7 +297,12 @@ class KeyStore:
         if writes and key.scope == "read":
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
-        return Principal(key.id, key.project, admin=key.scope == "admin")
+        return Principal(
+            key.id,
+            key.project,
+            admin=key.scope == "admin",
+            requests_per_second=row.requests_per_second,
+        )
 
     def hash_of(self, principal: Principal) -> str:
         """Return the hash of the key that a caller presented."""
@@ -261,8 +325,13 @@ class KeyStore:
         )
 
     def _row(self, key_id: str) -> Any:
-        query = sa.select(keys).where(keys.c.id == key_id)
+        query = sa.select(keys, projects.c.requests_per_second).where(keys.c.id == key_id)
+        query = query.outerjoin(projects, projects.c.id == keys.c.project)
         return self._store.read(lambda connection: connection.execute(query).first())
+
+    def _static_rate(self) -> float | None:
+        limit = sa.select(projects.c.requests_per_second).where(projects.c.id == DEFAULT_PROJECT)
+        return self._store.read(lambda connection: connection.execute(limit).scalar())
 
     def _note_use(self, key: KeyInfo) -> None:
         now = utc_now()
@@ -285,11 +354,20 @@ def open_keys(home: Path, store_url: str | None = None) -> KeyStore:
     Args:
         store_url: URL of its database; None: the file in `home`.
     """
+    return KeyStore(open_store(home, store_url))
+
+
+def open_store(home: Path, store_url: str | None = None) -> GatewayStore:
+    """Open the database of the gateway in `home`, running or not.
+
+    Args:
+        store_url: Its URL; None: the file in `home`.
+    """
     root = home.expanduser().absolute() / "gateway"
     store = GatewayStore(database_url(root, store_url))
     if store_url is None:
         import_legacy(store, root)
-    return KeyStore(store)
+    return store
 
 
 def read_expiry(text: str) -> datetime:

@@ -369,7 +369,7 @@ async def create_key(given: KeyIn, gateway: Opened, caller: Caller) -> JSONRespo
     def work() -> dict[str, Any]:
         expires = read_expiry(given.expires) if given.expires.strip() else None
         made = gateway.keys.create(
-            given.name, scope=given.scope, project=given.project, expires_at=expires
+            given.name, scope=given.scope, project=given.project, expires_at=expires, by=caller
         )
         return {**_key(made.info), "key": made.key.get_secret_value()}
 
@@ -386,7 +386,8 @@ async def revoke_key(key_id: str, gateway: Opened, caller: Caller) -> JSONRespon
     """Revoke a key; needs the admin scope."""
     _require_admin(caller)
     try:
-        return JSONResponse(_key(await to_thread.run_sync(gateway.keys.revoke, key_id)))
+        revoke = partial(gateway.keys.revoke, key_id, by=caller)
+        return JSONResponse(_key(await to_thread.run_sync(revoke)))
     except CredentialNotFound:
         raise not_found("key") from None
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ from training_backends.core.errors import DuplicateRun
 from training_backends.core.files import make_private_directory
 from training_backends.gateway.errors import invalid
 from training_backends.store.database import Database
+from training_backends.store.gateway_schema import files
 
-__all__ = ["GatewayStore", "database_url", "lock_home", "page_of"]
+__all__ = ["GatewayStore", "database_url", "lock_home", "page_of", "present"]
 
 _T = TypeVar("_T")
 
@@ -79,6 +81,12 @@ def lock_home(root: Path) -> int:
             hint="Stop that gateway, or set TRAINING_BACKENDS_HOME to another directory.",
         ) from None
     return descriptor
+
+
+def present() -> list[sa.ColumnElement[bool]]:
+    """Return the condition for files that are neither deleted nor expired."""
+    alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
+    return [files.c.deleted_at.is_(None), alive]
 
 
 def page_of(

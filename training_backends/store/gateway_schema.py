@@ -7,12 +7,14 @@ from training_backends.store.schema import BigInteger, metadata
 __all__ = [
     "DEFAULT_PROJECT",
     "GATEWAY_TABLES",
+    "audit",
     "events",
     "files",
     "jobs",
     "keys",
     "models",
     "parts",
+    "projects",
     "sessions",
     "uploads",
     "webhooks",
@@ -50,6 +52,8 @@ files = sa.Table(
     sa.Index("gateway_files_by_content", "sha256"),
     sa.Index("gateway_files_by_time", "created_at"),
     sa.Index("gateway_files_by_project", "project", "created_at"),
+    # Covers the sum of a project's bytes.
+    sa.Index("gateway_files_by_size", "project", "deleted_at", "expires_at", "bytes"),
 )
 jobs = sa.Table(
     "gateway_jobs",
@@ -68,6 +72,8 @@ jobs = sa.Table(
     sa.Column("modified_at", sa.Float, nullable=False),
     # When the start was accepted; `launched`: the backend has accepted it too.
     sa.Column("started_at", sa.Float),
+    # Whether it counts as running for its project, from just before its launch.
+    sa.Column("admitted", sa.Boolean, nullable=False, default=False, server_default=sa.false()),
     sa.Column("launched", sa.Boolean, nullable=False, default=False),
     # Whether files and keys that only this job needed were removed after its end.
     sa.Column("cleaned_up", sa.Boolean, nullable=False, default=False),
@@ -88,6 +94,8 @@ jobs = sa.Table(
     sa.Column("history", sa.JSON(none_as_null=True)),
     # What only the OpenAI API has; see `openai_jobs`. Null: created by the Mistral API.
     sa.Column("openai", sa.JSON(none_as_null=True)),
+    # Headers of the trace in which the job was created.
+    sa.Column("trace", sa.JSON(none_as_null=True)),
     # Ids of the files with the metrics of a job that succeeded.
     sa.Column("result_files", sa.JSON(none_as_null=True)),
     _project(),
@@ -96,6 +104,7 @@ jobs = sa.Table(
     sa.Index("gateway_jobs_by_status", "status", "created_by"),
     sa.Index("gateway_jobs_by_content", "fingerprint"),
     sa.Index("gateway_jobs_by_change", "modified_at"),
+    sa.Index("gateway_jobs_of_project", "project", "status"),
 )
 # Only what the gateway itself did: the rest is in the log of the run.
 events = sa.Table(
@@ -148,6 +157,34 @@ sessions = sa.Table(
     sa.Column("expires_at", sa.Float, nullable=False),
 )
 
+# Limits of projects; a project without a row has none. Null: unlimited.
+projects = sa.Table(
+    "gateway_projects",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("jobs_running", sa.Integer),
+    sa.Column("jobs_queued", sa.Integer),
+    sa.Column("bytes", sa.BigInteger),
+    sa.Column("requests_per_second", sa.Float),
+    sa.Column("steps", sa.BigInteger),
+    sa.Column("modified_at", sa.Float, nullable=False),
+)
+# Rows are inserted, and deleted by age; never updated.
+audit = sa.Table(
+    "gateway_audit",
+    metadata,
+    sa.Column("id", BigInteger, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("actor", sa.String, nullable=False),
+    sa.Column("project", sa.String, nullable=False),
+    sa.Column("action", sa.String, nullable=False),
+    sa.Column("target", sa.String, nullable=False),
+    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("address", sa.String, nullable=False),
+    sa.Column("request_id", sa.String, nullable=False),
+    sa.Index("gateway_audit_by_time", "at"),
+)
+
 # Files that are uploaded in parts; rows stay when an upload is over.
 uploads = sa.Table(
     "gateway_uploads",
@@ -195,6 +232,10 @@ webhooks = sa.Table(
 )
 
 GATEWAY_TABLES = tuple(
-    table.name for table in (keys, files, jobs, events, models, uploads, parts, webhooks, sessions)
+    table.name
+    for table in (
+        *(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),
+        sessions,
+    )
 )
 """Names of these tables."""
