@@ -120,6 +120,7 @@ LIFE = [
     command("logs", "first", "--follow"),
     command("metrics", "first"),
     command("checkpoints", "first"),
+    command("compare", "first", "first", code=2),
     command("pause", "first", code=9),
     command("stop", "first", "--json"),
     command("resume", "first", "--yes", code=9),

@@ -16,6 +16,7 @@ from typer.main import get_command
 from training_backends import __version__
 from training_backends.cli import (
     check,
+    compare,
     data,
     doctor,
     keys,
@@ -95,6 +96,7 @@ app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
 app.command()(runs.logs)
 app.command()(runs.metrics)
+app.command()(compare.compare)
 app.command()(runs.checkpoints)
 app.command()(runs.wait)
 app.command()(runs.stop)
