@@ -84,6 +84,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/upload.py
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/gateway_idle.py
+	$(BIN)/python benchmarks/console.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python -m benchmarks.encoding

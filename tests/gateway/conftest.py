@@ -131,9 +131,10 @@ async def site(
     *,
     vault: Any = None,
     blob_store: BlobStore | None = None,
+    at: int = 0,
     **settings: Any,
 ) -> AsyncIterator[Site]:
-    """Open a gateway on a free port."""
+    """Open a gateway at a port, by default a free one."""
     backend = backend or scripted()
     values: dict[str, Any] = {"api_key": SecretStr(KEY), **settings}
     async with (
@@ -141,7 +142,7 @@ async def site(
             GatewaySettings(**values),
             home=home,
             backend="scripted",
-            port=0,
+            port=at,
             backends={"scripted": backend},
             vault=vault,
             blobs=blob_store,

@@ -29,6 +29,9 @@ from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
+from training_backends.gateway.console_data import DataLook
+from training_backends.gateway.console_feed import ConsoleFeed
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
@@ -47,7 +50,7 @@ from training_backends.objects.cache import ObjectCache, objects_directory
 from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import ObjectStore, is_object_url, scheme_of
 from training_backends.protocols.openai.webhooks import signing_key
-from training_backends.store.gateway_schema import keys
+from training_backends.store import gateway_schema
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_blobs", "open_gateway"]
 
@@ -134,6 +137,10 @@ class Gateway:
     checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
+    catalogue: Catalogue
+    sessions: ConsoleSessions
+    feed: ConsoleFeed
+    data: DataLook
 
     async def check(self) -> None:
         """Check that the database can be read.
@@ -149,7 +156,9 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        self.store.read(
+            lambda connection: connection.execute(sa.select(gateway_schema.keys.c.id).limit(1))
+        )
 
 
 @asynccontextmanager
@@ -226,6 +235,10 @@ async def open_gateway(
         )
         stack.push_async_callback(chat.aclose)
         await chat.sweep()
+        public_url = str(settings.public_url or url).rstrip("/")
+        keys = KeyStore(store, settings.api_key)
+        feed = ConsoleFeed(store)
+        tasks.start_soon(feed.run)
         tasks.start_soon(uploads.sweep)
         models = ModelService(
             store,
@@ -241,11 +254,11 @@ async def open_gateway(
         yield Gateway(
             settings=settings,
             home=root,
-            public_url=str(settings.public_url or url).rstrip("/"),
+            public_url=public_url,
             backend=backend,
             store=store,
             client=client,
-            keys=KeyStore(store, settings.api_key),
+            keys=keys,
             files=files,
             uploads=uploads,
             jobs=await _start_jobs(
@@ -265,6 +278,10 @@ async def open_gateway(
             checkpoints=checkpoints,
             chat=chat,
             links=links,
+            catalogue=catalogue,
+            sessions=ConsoleSessions(store, keys, public_url=public_url),
+            feed=feed,
+            data=DataLook(root / "cache" / "data"),
         )
 
 

@@ -139,6 +139,7 @@ class GatewaySettings(SectionSettings):
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."
     )
+    console: bool = Field(default=True, description="Serve the console at `/`.")
     catalogue: Path | None = Field(
         default=None, description="TOML file with models to add to the built-in ones."
     )
