@@ -281,7 +281,7 @@ async def open_gateway(
             catalogue=catalogue,
             sessions=ConsoleSessions(store, keys, public_url=public_url),
             feed=feed,
-            data=DataLook(root / "cache" / "data"),
+            data=DataLook(root / "cache" / "data", blobs),
         )
 
 

@@ -177,7 +177,7 @@ class ObjectBlobStore(BlobStore):
                     return source.model_copy(
                         update={"uri": self._objects.place(known.name), "sha256": digest}
                     )
-            blob = self._cache.find(sha256, sha256) or self._fetched(sha256)
+            blob = self.local(sha256)
         fresh = self._incoming / f"{uuid4()}{PART}"
         try:
             if convert([blob], fresh, provider_format=provider_format).path is None:
@@ -191,8 +191,11 @@ class ObjectBlobStore(BlobStore):
             fresh.unlink(missing_ok=True)
         return source.model_copy(update={"uri": self._objects.place(name), "sha256": digest})
 
+    def local(self, sha256: str) -> Path:
+        """Return the path of a blob in the cache; fetched unless this gateway received it."""
+        return self._cache.find(sha256, sha256) or self._fetched(sha256)
+
     def _fetched(self, sha256: str) -> Path:
-        """Fetch a blob that this gateway did not receive itself."""
         fresh = self._incoming / f"{uuid4()}{PART}"
         name = _name(sha256)
         try:

@@ -271,6 +271,10 @@ class BlobStore:
         """Return the path of a blob, which may not exist."""
         return self._blobs / sha256
 
+    def local(self, sha256: str) -> Path:
+        """Return the path of a blob, fetched first if it is stored elsewhere."""
+        return self.path(sha256)
+
     def receive(self) -> Incoming:
         """Create a new temporary file."""
         return Incoming(self._incoming / f"{uuid4()}{PART}", self._open_file)
