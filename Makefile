@@ -82,6 +82,7 @@ docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/chat.py stub
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/gateway_idle.py
 	$(BIN)/python benchmarks/console.py
