@@ -13,7 +13,7 @@ LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/cl
 ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
-EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
@@ -63,7 +63,7 @@ test-orchestrators: $(VENV)/.dev ## Run the scripts of docs/orchestrators.md (mi
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
-test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
+test-sdks: $(VENV)/.dev ## Drive the gateway with official SDKs, LiteLLM and DSPy (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
 test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)
@@ -91,8 +91,10 @@ docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/chat.py stub
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/gateway_idle.py
+	$(BIN)/python benchmarks/console.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python -m benchmarks.encoding

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from training_backends.core.errors import StoreError
 from training_backends.core.logging import get_logger, json_log, redact
 from training_backends.core.tracing import Span, server_span
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.errors import (
     OPENAI_PREFIX,
     HTTPProblem,
@@ -39,9 +40,11 @@ __all__ = ["METRICS", "Guard"]
 log = get_logger()
 
 METRICS = "/metrics"
-_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz"})
+_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz", "/", "/console/session"})
+"""`/console/session` signs in, and answers who has signed in."""
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
+_ASSETS = "/console/assets/"
 _CHATS = "/chat/completions"
 """End of the routes that change nothing, although they are POST requests."""
 _UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
@@ -62,13 +65,16 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: KeyStore,
+        sessions: ConsoleSessions,
         store: GatewayStore,
         settings: GatewaySettings,
         metrics: GatewayMetrics,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._sessions = sessions
         self._store = store
         self._metrics = metrics
         self._metrics_token = settings.metrics_token
@@ -122,8 +128,8 @@ class Guard:
         answer: "_Answer",
     ) -> None:
         path = scope["path"]
-        admit = partial(self._admit, path, scope["method"], headers.get(b"authorization", b""))
-        if path not in _NEEDS_NO_KEY and not path.startswith(_LINKS):
+        admit = partial(self._admit, path, scope["method"], headers)
+        if path not in _NEEDS_NO_KEY and not path.startswith((_LINKS, _ASSETS)):
             try:
                 caller = await admit()
                 self._rates.check(caller)
@@ -177,14 +183,17 @@ class Guard:
         except StoreError as error:
             log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
 
-    async def _admit(self, path: str, method: str, authorization: bytes) -> Principal:
-        scheme, _, key = authorization.decode("latin-1").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise unauthorized()
-        if path == METRICS and self._opens_metrics(key.strip()):
-            return Principal("metrics", "")
-        check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
-        caller = await to_thread.run_sync(check)
+    async def _admit(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> Principal:
+        authorization = headers.get(b"authorization", b"")
+        caller = None if authorization else await self._sessions.admit_request(method, headers)
+        if caller is None:
+            scheme, _, key = authorization.decode("latin-1").partition(" ")
+            if scheme.lower() != "bearer" or not key.strip():
+                raise unauthorized()
+            if path == METRICS and self._opens_metrics(key.strip()):
+                return Principal("metrics", "")
+            check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
+            caller = await to_thread.run_sync(check)
         if path == METRICS and not caller.admin:
             raise plain(403, "This needs an API key of scope admin, or gateway.metrics_token.")
         return caller

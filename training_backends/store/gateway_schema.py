@@ -15,6 +15,7 @@ __all__ = [
     "models",
     "parts",
     "projects",
+    "sessions",
     "uploads",
     "webhooks",
 ]
@@ -102,6 +103,7 @@ jobs = sa.Table(
     sa.Index("gateway_jobs_by_project", "project", "created_at"),
     sa.Index("gateway_jobs_by_status", "status", "created_by"),
     sa.Index("gateway_jobs_by_content", "fingerprint"),
+    sa.Index("gateway_jobs_by_change", "modified_at"),
     sa.Index("gateway_jobs_of_project", "project", "status"),
 )
 # Only what the gateway itself did: the rest is in the log of the run.
@@ -143,6 +145,16 @@ keys = sa.Table(
     sa.Column("expires_at", sa.Float),
     sa.Column("last_used_at", sa.Float),
     _project(),
+)
+# Sign-ins at the console; the browser has the session's token, and this table its hash.
+sessions = sa.Table(
+    "gateway_sessions",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(8), nullable=False),
+    # Hash of the key: ends the session if the static key changes.
+    sa.Column("key_sha256", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
 )
 
 # Limits of projects; a project without a row has none. Null: unlimited.
@@ -221,6 +233,9 @@ webhooks = sa.Table(
 
 GATEWAY_TABLES = tuple(
     table.name
-    for table in (*(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),)
+    for table in (
+        *(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),
+        sessions,
+    )
 )
 """Names of these tables."""
