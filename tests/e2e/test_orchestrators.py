@@ -49,9 +49,9 @@ def test_the_script_trains_a_model(tool: str, tmp_path: Path) -> None:
         "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path),
     }
     if tool == "apache-airflow":
-        subprocess.run(
-            [python, "-m", "airflow", "db", "migrate"], cwd=tmp_path, env=environment, check=True
-        )
+        for words in ("db migrate", "dags reserialize"):
+            command = [python, "-m", "airflow", *words.split()]
+            subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     done = subprocess.run(
         [python, script.name],
         cwd=tmp_path,
