@@ -89,10 +89,10 @@ async def test_a_bug_is_answered_with_an_id_and_no_trace(
 ) -> None:
     """The log has the trace under the same id."""
 
-    async def bug(**_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("inner detail")
 
-    monkeypatch.setattr(here.served.gateway.models, "list", bug)
+    monkeypatch.setattr(here.served.gateway.models, "pages", bug)
     answer = await here.http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.json()["request_id"] == answer.headers["x-request-id"]

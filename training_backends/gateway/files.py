@@ -3,8 +3,9 @@
 import errno
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -19,7 +20,7 @@ from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.store import GatewayStore, page_of
+from training_backends.gateway.store import COUNTED_AHEAD, GatewayStore, page_at, page_of
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -44,7 +45,7 @@ from training_backends.protocols.mistral.wire import (
 )
 from training_backends.protocols.openai.requests import ExpiresAfterIn
 from training_backends.protocols.openai.wire import FILE_PURPOSES as OPENAI_PURPOSES
-from training_backends.store.gateway_schema import files, jobs
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
@@ -171,20 +172,25 @@ class FileService:
         page_size: int,
         include_total: bool,
     ) -> ListFilesOut:
-        """Return one page of files, newest first."""
+        """Return one page of files, newest first.
+
+        The total counts at most `COUNTED_AHEAD` files after the page.
+        """
         conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
-        query = (
-            sa.select(files)
-            .where(*conditions)
-            .order_by(files.c.created_at.desc(), files.c.id)
-            .limit(page_size)
-            .offset(page * page_size)
-        )
-        counting = sa.select(sa.func.count()).select_from(files).where(*conditions)
+        order = files.c.created_at.desc(), files.c.id.desc()
+        skip = page * page_size
+        found = sa.select(files.c.id).where(*conditions)
+        ahead = found.limit(skip + page_size + COUNTED_AHEAD).subquery()
 
         def work(connection: sa.Connection) -> ListFilesOut:
-            data = [FileSchema(**_wire(row)) for row in connection.execute(query)]
-            total = connection.execute(counting).scalar_one() if include_total else None
+            total = None
+            if include_total:
+                counting = sa.select(sa.func.count()).select_from(ahead)
+                total = connection.execute(counting).scalar_one()
+            rows = page_at(
+                connection, files, [*files.c], conditions, order, skip=skip, size=page_size
+            )
+            data = [FileSchema(**_wire(row)) for row in rows]
             return ListFilesOut(data=data, total=total)
 
         return await self._store.aread(work)
@@ -265,7 +271,7 @@ class FileService:
     async def collect(self, digests: Sequence[str]) -> None:
         """Remove those of the given blobs that nothing refers to."""
         async with self._lock:
-            needed = await self._store.aread(_needed)
+            needed = await self._store.aread(partial(_needed, digests=set(digests)))
             for digest in set(digests) - needed:
                 await to_thread.run_sync(self._blobs.remove, digest)
 
@@ -466,10 +472,19 @@ def _delete_expired(connection: sa.Connection) -> Sequence[str]:
     return digests
 
 
-def _needed(connection: sa.Connection) -> set[str]:
-    """Return the digests that an existing file or an unfinished job refers to."""
-    found = set(connection.execute(sa.select(files.c.sha256).where(*_present())).scalars())
-    for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
+def _needed(connection: sa.Connection, digests: Collection[str] | None = None) -> set[str]:
+    """Return the digests that an existing file or an unfinished job refers to.
+
+    Args:
+        digests: Look for these only; None: all.
+    """
+    query = sa.select(files.c.sha256).where(*_present())
+    if digests is not None:
+        query = query.where(files.c.sha256.in_(digests))
+    found = set(connection.execute(query).scalars())
+    for blobs in connection.execute(
+        sa.select(jobs.c.blobs).where(IS_OPEN, jobs.c.status.not_in(ENDED))
+    ):
         found.update(blobs[0])
     return found
 

@@ -177,7 +177,7 @@ class KeyStore:
 
     def list(self) -> Sequence[KeyInfo]:
         """Return all keys, including revoked and expired ones, oldest first."""
-        query = sa.select(keys).order_by(keys.c.created_at)
+        query = sa.select(keys).order_by(keys.c.created_at, keys.c.id)
         return [_info(row) for row in self._store.read(lambda c: c.execute(query).all())]
 
     def revoke(self, key_id: str) -> KeyInfo:
@@ -205,7 +205,13 @@ class KeyStore:
 
     def usable(self) -> bool:
         """Return whether any key is valid now."""
-        return self._static is not None or any(key.state == "active" for key in self.list())
+        now = utc_now().timestamp()
+        lasts = keys.c.expires_at.is_(None) | (keys.c.expires_at > now)
+        query = sa.select(keys.c.id).where(keys.c.revoked_at.is_(None), lasts).limit(1)
+        return (
+            self._static is not None
+            or self._store.read(lambda c: c.execute(query).first()) is not None
+        )
 
     def admit(self, presented: str, *, writes: bool) -> Principal:
         """Authenticate a presented key.

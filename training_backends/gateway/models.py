@@ -1,8 +1,9 @@
 """Base models and fine-tuned models of the gateway."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from typing import Any, Final
 
 import sqlalchemy as sa
 from anyio import to_thread
@@ -26,7 +27,6 @@ from training_backends.protocols.mistral.wire import (
     FTModelCapabilitiesOut,
     FTModelCard,
     ModelCapabilities,
-    ModelList,
     UnarchiveFTModelOut,
     UpdateFTModelIn,
 )
@@ -35,6 +35,9 @@ from training_backends.store.gateway_schema import models
 __all__ = ["ModelService"]
 
 log = get_logger()
+
+_PAGE: Final = 500
+"""Models per transaction, and per part of a response."""
 
 FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 
@@ -65,28 +68,38 @@ class ModelService:
         self._opened_at = int(opened_at)
         self._chat = chat
 
-    async def list(
+    async def pages(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
-    ) -> ModelList:
-        """Return base models first, then fine-tuned ones, newest first.
+    ) -> AsyncGenerator[Sequence[BaseModelCard | FTModelCard], None]:
+        """Yield base models first, then pages of fine-tuned ones, newest first.
 
         Args:
             provider: Filter by owner.
             model: Filter by id.
         """
-        query = sa.select(models).where(*_visible(caller))
-        query = query.order_by(models.c.created_at.desc())
-        rows = await self._store.aread(lambda connection: connection.execute(query).all())
-        offers = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
-        cards = [*offers, *map(self._card, rows)]
-        return ModelList(
-            data=[
-                card
-                for card in cards
-                if (provider is None or card.owned_by == provider)
-                and (model is None or card.id == model)
-            ]
-        )
+        cards = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
+        yield [
+            card for card in cards if provider in {None, card.owned_by} and model in {None, card.id}
+        ]
+        if provider not in {None, self._organization_id}:
+            return
+        mine = _visible(caller) if model is None else [*_visible(caller), models.c.id == model]
+        query = sa.select(models).where(*mine)
+        query = query.order_by(models.c.created_at.desc(), models.c.id.desc()).limit(_PAGE)
+        place = sa.tuple_(models.c.created_at, models.c.id)
+        rows: Sequence[Any] = []
+        while not rows or len(rows) == _PAGE:
+            after = query.where(place < (rows[-1].created_at, rows[-1].id)) if rows else query
+            rows, found = await self._store.aread(partial(self._read, after))
+            if not rows:
+                return
+            yield found
+
+    def _read(
+        self, query: "sa.Select[Any]", connection: sa.Connection
+    ) -> tuple[Sequence[Any], Sequence[FTModelCard]]:
+        rows = connection.execute(query).all()
+        return rows, [*map(self._card, rows)]
 
     async def retrieve(self, model_id: str, caller: Principal) -> BaseModelCard | FTModelCard:
         """Return one model.

@@ -1,8 +1,9 @@
 """Routes of the models API."""
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
-from training_backends.gateway.routes import Caller, Opened, SmallBody, answers
+from training_backends.gateway.routes import Caller, Opened, SmallBody, answers, list_response
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
     BaseModelCard,
@@ -20,12 +21,12 @@ __all__ = ["models_router"]
 models_router = APIRouter(prefix="/v1", tags=["models"])
 
 
-@models_router.get("/models", responses=answers(), name="list_models")
+@models_router.get("/models", responses=answers(), name="list_models", response_model=ModelList)
 async def list_models(
     gateway: Opened, caller: Caller, provider: str | None = None, model: str | None = None
-) -> ModelList:
+) -> Response:
     """List base models and fine-tuned models."""
-    return await gateway.models.list(caller, provider=provider, model=model)
+    return await list_response(gateway.models.pages(caller, provider=provider, model=model))
 
 
 @models_router.get("/models/{model_id}", responses=answers(404), name="retrieve_model")

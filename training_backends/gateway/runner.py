@@ -45,7 +45,7 @@ from training_backends.gateway.jobstore import (
 from training_backends.gateway.openai_requests import multiplied_rate
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
-from training_backends.store.gateway_schema import jobs
+from training_backends.store.gateway_schema import IS_OPEN, jobs
 from training_backends.store.schema import runs
 
 __all__ = ["JobRunner", "OnEnd"]
@@ -93,8 +93,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Resume every job that is not over and cleaned up, and watch the runs of all."""
-        open_jobs = sa.or_(jobs.c.status.not_in(ENDED), jobs.c.cleaned_up.is_(sa.false()))
-        query = sa.select(jobs.c.id).where(open_jobs).order_by(jobs.c.created_at)
+        query = sa.select(jobs.c.id).where(IS_OPEN).order_by(jobs.c.created_at)
         for job_id in await self._store.aread(lambda c: c.execute(query).scalars().all()):
             self.drive(job_id)
         self._tasks.start_soon(self._watch)
@@ -327,7 +326,7 @@ class JobRunner:
 def _behind(connection: sa.Connection) -> list[str]:
     """Return the ids of the launched jobs that do not show how far their runs are."""
     query = sa.select(jobs.c.id, jobs.c.status, runs.c.status.label("run")).where(
-        jobs.c.status.in_(ORDER), jobs.c.launched
+        IS_OPEN, jobs.c.status.in_(ORDER), jobs.c.launched
     )
     rows = connection.execute(query.outerjoin(runs, runs.c.id == jobs.c.id)).all()
     return [row.id for row in rows if row.run is None or _is_ahead(row.run, row.status)]

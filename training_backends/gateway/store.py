@@ -4,7 +4,7 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import sqlalchemy as sa
@@ -15,8 +15,10 @@ from training_backends.core.files import make_private_directory
 from training_backends.gateway.errors import invalid
 from training_backends.store.database import Database
 
-__all__ = ["GatewayStore", "database_url", "lock_home", "page_of"]
+__all__ = ["COUNTED_AHEAD", "GatewayStore", "database_url", "lock_home", "page_at", "page_of"]
 
+COUNTED_AHEAD: Final = 1000
+"""Rows after a page that are counted for a total that is not maintained."""
 _T = TypeVar("_T")
 
 
@@ -81,6 +83,26 @@ def lock_home(root: Path) -> int:
     return descriptor
 
 
+def page_at(
+    connection: sa.Connection,
+    table: sa.Table,
+    columns: Sequence["sa.Column[Any]"],
+    conditions: Sequence[sa.ColumnElement[bool]],
+    order: Sequence[sa.ColumnElement[Any]],
+    *,
+    skip: int,
+    size: int,
+) -> Sequence[Any]:
+    """Return a page of rows; only entries of an index are passed to reach it, not rows."""
+    query = sa.select(*columns)
+    if not skip:
+        return connection.execute(query.where(*conditions).order_by(*order).limit(size)).all()
+    found = sa.select(table.c.id).where(*conditions).order_by(*order).limit(size).offset(skip)
+    ids = connection.execute(found).scalars().all()
+    rows = {row.id: row for row in connection.execute(query.where(table.c.id.in_(ids)))}
+    return [rows[each] for each in ids]
+
+
 def page_of(
     connection: sa.Connection,
     query: "sa.Select[Any]",
@@ -100,11 +122,11 @@ def page_of(
         HTTPProblem: `after` is no id of such a row.
     """
     at, key = table.c.created_at, table.c.id
-    order = (at.desc(), key) if descending else (at, key.desc())
+    order = (at.desc(), key.desc()) if descending else (at, key)
     if after is not None:
         row = connection.execute(sa.select(at, key).where(key == after, visible)).first()
         if row is None:
             raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
-        later, earlier = (at < row[0], key > row[1]) if descending else (at > row[0], key < row[1])
-        query = query.where(later | ((at == row[0]) & earlier))
+        place = sa.tuple_(at, key)
+        query = query.where(place < tuple(row) if descending else place > tuple(row))
     return connection.execute(query.order_by(*order).limit(limit + 1)).all()
