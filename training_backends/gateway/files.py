@@ -179,7 +179,7 @@ class FileService:
         conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
         order = files.c.created_at.desc(), files.c.id.desc()
         skip = page * page_size
-        found = sa.select(files.c.id).where(*conditions)
+        found = sa.select(files.c.id).where(*conditions).order_by(*order)
         ahead = found.limit(skip + page_size + COUNTED_AHEAD).subquery()
 
         def work(connection: sa.Connection) -> ListFilesOut:

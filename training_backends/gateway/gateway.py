@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import anyio
 import sqlalchemy as sa
@@ -17,9 +19,10 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.leases import Leases
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
-from training_backends.core.files import make_private_directory, write_atomic
+from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
@@ -32,13 +35,15 @@ from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import GatewayStore, database_url, lock_home
+from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.store.gateway_schema import keys
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
 
 _SECRET_BYTES = 32
+_CREATING: Final = timedelta(minutes=5)
+"""Within this time, the key of a job's integration and the job itself are stored."""
 
 
 def load_secret(path: Path) -> bytes:
@@ -50,8 +55,11 @@ def load_secret(path: Path) -> bytes:
     if len(known) >= _SECRET_BYTES:
         return known  # a truncated secret could be guessed
     make_private_directory(path.parent)
-    secret = secrets.token_bytes(_SECRET_BYTES)
-    write_atomic(path, secret, private=True)
+    with hold_lock(path.with_name(f".{path.name}.lock")):  # of gateways that start at once
+        if path.exists() and path.stat().st_size >= _SECRET_BYTES:
+            return path.read_bytes()
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        write_atomic(path, secret, private=True)
     return secret
 
 
@@ -157,7 +165,9 @@ async def open_gateway(
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(lock_home, root))
+        shared = shares_home(settings.store_url)
+        lock = await to_thread.run_sync(partial(lock_home, root, shared=shared))
+        stack.callback(os.close, lock.descriptor)
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store, client = await _open_database(stack, settings, root, vault, backends)
@@ -169,7 +179,8 @@ async def open_gateway(
             limit=settings.max_upload_bytes,
             pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
         )
-        await files.open()
+        if lock.alone:
+            await files.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
         chat = ChatService(
@@ -182,7 +193,10 @@ async def open_gateway(
             root=root,
         )
         stack.push_async_callback(chat.aclose)
-        await chat.sweep()
+        if lock.alone:
+            await chat.sweep()
+        if shared:
+            lock.settle()
         yield Gateway(
             settings=settings,
             home=root,
@@ -252,12 +266,24 @@ async def _start_jobs(
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
     ending = JobEnding(files, secrets)
+    leases = None
+    if shares_home(settings.store_url):
+        leases = Leases(store, client.home / "leases")
+        stack.push_async_callback(to_thread.run_sync, leases.close)
     runner = JobRunner(
-        store, client, files, tasks, organization_id=settings.organization_id, on_end=ending
+        store,
+        client,
+        files,
+        tasks,
+        organization_id=settings.organization_id,
+        on_end=ending,
+        leases=leases,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
-    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
+    # Another gateway may be creating a job at this moment.
+    patience = timedelta(0) if leases is None else _CREATING
+    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now() - patience))
     return JobService(
         store,
         client,

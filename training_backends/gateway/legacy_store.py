@@ -43,7 +43,7 @@ def import_legacy(store: GatewayStore, root: Path) -> None:
     until = time.monotonic() + PATIENCE
     while (root / _FILE).exists():
         try:
-            descriptor = lock_home(root)
+            descriptor = lock_home(root).descriptor
         except DuplicateRun as error:
             if time.monotonic() < until:
                 time.sleep(0.05)

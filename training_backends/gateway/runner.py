@@ -7,14 +7,17 @@ never starts a second run.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Final
 
 import anyio
 import sqlalchemy as sa
 import structlog
+from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.leases import Leases
 from training_backends.core.backoff import Backoff
 from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import (
@@ -60,6 +63,8 @@ _LONGEST_PAUSE: Final = 60.0
 """Seconds between attempts while a backend, the store or the system is unavailable."""
 CATCH_UP_EVERY: Final = 60.0
 """Seconds between two searches for jobs whose events another watcher of this home received."""
+TAKE_OVER_EVERY: Final = 2.0
+"""The same for gateways that share a store, which also search for jobs of one that has ended."""
 _TRIES_BEFORE_EVENT: Final = 3
 _WAITING: Final = "The gateway cannot continue this job at the moment; it will retry."
 
@@ -76,6 +81,7 @@ class JobRunner:
         *,
         organization_id: str,
         on_end: OnEnd,
+        leases: Leases | None = None,
     ) -> None:
         self._store = store
         self._client = client
@@ -83,6 +89,7 @@ class JobRunner:
         self._tasks = tasks
         self._organization_id = organization_id
         self._on_end = on_end
+        self._leases = leases
         self._watcher = client.watcher(on_event=self._on_event)
         self._scopes: dict[str, anyio.CancelScope] = {}
         self._again: set[str] = set()
@@ -137,13 +144,32 @@ class JobRunner:
             self.drive(run.id)
 
     async def _catch_up(self) -> None:
+        """Drive the jobs whose events another watcher received, or whose gateway has ended."""
         while True:
-            await anyio.sleep(CATCH_UP_EVERY)
+            await anyio.sleep(CATCH_UP_EVERY if self._leases is None else TAKE_OVER_EVERY)
             try:
                 for job_id in await self._store.aread(_behind):
-                    self.drive(job_id)
+                    if not await self._is_driven(job_id):
+                        self.drive(job_id)
+                if self._leases is None:
+                    continue
+                for job_id in await self._store.aread(_pending):
+                    if job_id not in self._stopped and not await self._is_driven(job_id):
+                        self.drive(job_id)
             except Exception as error:  # must not stop the gateway
                 log.error("jobs not compared with their runs", reason=_reason(error))  # noqa: TRY400
+
+    async def _is_driven(self, job_id: str) -> bool:
+        """Return whether a task of this gateway, or of another one that lives, drives a job."""
+        if job_id in self._scopes:
+            return True
+        if self._leases is None:
+            return False
+        return await to_thread.run_sync(self._leases.is_held, _lease(job_id))
+
+    def _alone(self, job_id: str) -> AbstractAsyncContextManager[object]:
+        """Keep the other gateways of the store from driving a job; one that dies frees it."""
+        return nullcontext() if self._leases is None else self._leases.hold(_lease(job_id))
 
     async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
         # A task inherits the context of the request that started it.
@@ -168,7 +194,8 @@ class JobRunner:
         while True:
             began = anyio.current_time()
             try:
-                await self._drive_or_fail(job_id)
+                async with self._alone(job_id):
+                    await self._drive_or_fail(job_id)
             except Exception as error:
                 if anyio.current_time() - began > _LONGEST_PAUSE:
                     backoff.reset()
@@ -224,6 +251,8 @@ class JobRunner:
                 if not await self._follow(job):
                     return
             elif job.started_at is not None:
+                if not await self._is_here(job):
+                    return
                 await self._launch(job)
             elif job.status != "VALIDATED":
                 await self._validate(job)
@@ -301,6 +330,17 @@ class JobRunner:
         await self._set(job, launched=True)
         self._watcher.wake()
 
+    async def _is_here(self, job: Any) -> bool:
+        """Return whether a job's run, if there is one, belongs to this home or to no home.
+
+        Only the gateways of its home can continue its launch or stop it.
+        """
+        try:
+            run = await self._client.get(job.id)
+        except RunNotFound:
+            return True
+        return run.place is None or self._client.backend(run.backend).sees(run)
+
     async def _follow(self, job: Any) -> bool:
         """Take over what a job's run has become; return whether there is more to do."""
         run = await self._client.get(job.id)
@@ -312,6 +352,8 @@ class JobRunner:
         if await self._store.aread(lambda c: reached(c, job)) != job.status:
             await self._store.awrite(lambda c: advance_job(c, job))
         if job.status != "CANCELLATION_REQUESTED" or job.id in self._stopped:
+            return False
+        if not await self._is_here(job):
             return False
         try:
             await self._client.stop(job.id)
@@ -330,6 +372,25 @@ def _behind(connection: sa.Connection) -> list[str]:
     )
     rows = connection.execute(query.outerjoin(runs, runs.c.id == jobs.c.id)).all()
     return [row.id for row in rows if row.run is None or _is_ahead(row.run, row.status)]
+
+
+def _pending(connection: sa.Connection) -> list[str]:
+    """Return the ids of the jobs for which a gateway has something to do."""
+    stopping = jobs.c.status == "CANCELLATION_REQUESTED"
+    query = sa.select(jobs.c.id).where(
+        IS_OPEN,
+        sa.or_(
+            jobs.c.status.in_([*ENDED, "QUEUED", "VALIDATING"]),
+            (jobs.c.status == "VALIDATED") & jobs.c.auto_start,
+            stopping,
+        ),
+        sa.or_(jobs.c.launched.is_(sa.false()), stopping, jobs.c.status.in_(ENDED)),
+    )
+    return list(connection.execute(query).scalars())
+
+
+def _lease(job_id: str) -> str:
+    return f"job:{job_id}"
 
 
 def _is_ahead(run: str, job: str) -> bool:
