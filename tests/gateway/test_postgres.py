@@ -55,8 +55,9 @@ async def test_a_job_moves_to_another_gateway_of_the_home(
         async with site(tmp_path, backend, store_url=url) as first:
             job = await first.create()
             await second.until(job["id"], "VALIDATING")
-            leases = f"SELECT owner FROM {url.rpartition('%3D')[2]}.leases WHERE name = 'job:{job['id']}'"
-            assert len(postgres.execute(leases)) == 1
+            leases = f"{url.rpartition('%3D')[2]}.leases"
+            held = f"SELECT owner FROM {leases} WHERE name = 'job:{job['id']}'"
+            assert len(postgres.execute(held)) == 1
         backend.gate.set()
         moved = await second.until(job["id"], "VALIDATED")
         words = [event["data"]["status"] for event in moved["events"]]

@@ -22,7 +22,7 @@ from training_backends import StoreError, TrainingStatus
 from training_backends.core.run import RunState, utc_now
 from training_backends.store import JournalEntry, RunStore, gateway_schema, schema
 
-_NEW_INDEXES = ("records_of_status", "runs_by_time", "runs_by_backend", "runs_live")
+_NEW_INDEXES = ("records_of_status", "runs_by_time", "runs_live")
 """Of the tables of revision 0003."""
 
 

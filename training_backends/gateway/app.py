@@ -22,6 +22,7 @@ from training_backends.gateway.errors import (
     wire_error,
 )
 from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.read_cache import ReadCache
 from training_backends.gateway.routes_chat import chat_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -56,7 +57,15 @@ def create_app(gateway: Gateway) -> FastAPI:
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
-        middleware=[Middleware(Guard, keys=gateway.keys, settings=gateway.settings)],
+        middleware=[
+            Middleware(
+                Guard,
+                keys=gateway.keys,
+                versions=gateway.versions,
+                settings=gateway.settings,
+            ),
+            Middleware(ReadCache),
+        ],
         exception_handlers={
             HTTPProblem: _rejected,
             HTTPException: _http_error,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -18,6 +18,7 @@ from training_backends.core.logging import get_logger, redact
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.store.version import StoreVersion
 
 __all__ = ["Guard"]
 
@@ -40,9 +41,12 @@ class Guard:
     so their key is checked again at the end of the body.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyStore, settings: GatewaySettings) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyStore, versions: StoreVersion, settings: GatewaySettings
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._versions = versions
         self._max_bytes = settings.max_request_bytes
         self._timeout = settings.body_timeout
 
@@ -88,8 +92,11 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
         if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
+            version = None
+            if scope["method"] in _READS:
+                version = scope["state"]["version"] = await self._versions.current()
             try:
-                scope["state"]["caller"] = await admit()
+                scope["state"]["caller"] = await admit(version)
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
@@ -102,11 +109,16 @@ class Guard:
             receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
 
-    async def _admit(self, method: str, authorization: bytes) -> Principal:
+    async def _admit(
+        self, method: str, authorization: bytes, version: Hashable = None
+    ) -> Principal:
         scheme, _, key = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise unauthorized()
-        check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
+        if version is not None and (known := self._keys.recall(key.strip(), version)):
+            return known
+        writes = method not in _READS
+        check = partial(self._keys.admit, key.strip(), writes=writes, version=version)
         return await to_thread.run_sync(check)
 
 

@@ -38,6 +38,7 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.store.gateway_schema import keys
+from training_backends.store.version import StoreVersion
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
 
@@ -119,6 +120,7 @@ class Gateway:
     public_url: str
     backend: str
     store: GatewayStore
+    versions: StoreVersion
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
@@ -171,6 +173,8 @@ async def open_gateway(
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store, client = await _open_database(stack, settings, root, vault, backends)
+        versions = StoreVersion(database_url(root, settings.store_url))
+        stack.push_async_callback(versions.aclose)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
         files = FileService(
@@ -203,6 +207,7 @@ async def open_gateway(
             public_url=str(settings.public_url or url).rstrip("/"),
             backend=backend,
             store=store,
+            versions=versions,
             client=client,
             keys=KeyStore(store, settings.api_key),
             files=files,

@@ -2,15 +2,18 @@
 
 A key is `tb-<id>-<secret>`: the id selects the row, and the hash of the complete key is compared
 in constant time. The secret has 256 random bits, so a fast hash is enough, and each wrong key
-costs one hash and at most one lookup by primary key. Nothing is cached: a change by another
-process applies to the next request.
+costs one hash and at most one lookup by primary key. A valid key is looked up again only after the
+store has changed, which is asked for each request: a change by another process applies to the next
+one.
 """
 
 import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -55,6 +58,7 @@ _NO_HASH = "0" * 64
 _MAX_NAME = 80
 _LAST_YEAR = 9999
 """Excluded: its last day does not exist in every time zone."""
+_MOST_KNOWN = 10_000
 _USE_NOTED_EVERY = 60.0
 """Seconds; a durable write per request would cost more than the request."""
 
@@ -115,12 +119,23 @@ class Principal:
         return sa.true() if self.admin else owner == self.project
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A caller whose key was valid in a version of the store, until a time."""
+
+    version: Hashable
+    caller: Principal
+    until: datetime
+
+
 class KeyStore:
     """The keys of one gateway. Blocking; safe across processes."""
 
     def __init__(self, store: GatewayStore, static_key: SecretStr | None = None) -> None:
         self._store = store
         self._static = _hash(static_key.get_secret_value()) if static_key else None
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._lock = threading.Lock()
 
     def create(
         self,
@@ -213,20 +228,32 @@ class KeyStore:
             or self._store.read(lambda c: c.execute(query).first()) is not None
         )
 
-    def admit(self, presented: str, *, writes: bool) -> Principal:
+    def recall(self, presented: str, version: Hashable) -> Principal | None:
+        """Return who presents a key for a read, without asking the store; None: ask `admit`.
+
+        Args:
+            version: The present version of the store; see `StoreVersion`.
+        """
+        known = self._known.get(_hash(presented))
+        if known is None or known.version != version or utc_now() >= known.until:
+            return None
+        return known.caller
+
+    def admit(self, presented: str, *, writes: bool, version: Hashable = None) -> Principal:
         """Authenticate a presented key.
 
         Only a caller with the complete key learns that it has expired or been revoked.
 
         Args:
             writes: Whether the request does more than read.
+            version: Version of the store before, for `recall`; None: unknown.
 
         Raises:
             HTTPProblem: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
-            return Principal(STATIC_KEY_ID, admin=True)
+            return self._remember(given, version, Principal(STATIC_KEY_ID, admin=True))
         found = _KEY.fullmatch(presented)
         row = self._row(found[1]) if found else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
@@ -237,7 +264,20 @@ class KeyStore:
         if writes and key.scope == "read":
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
-        return Principal(key.id, key.project, admin=key.scope == "admin")
+        caller = Principal(key.id, key.project, admin=key.scope == "admin")
+        return self._remember(given, version, caller, key.expires_at)
+
+    def _remember(
+        self, given: str, version: Hashable, caller: Principal, ends: datetime | None = None
+    ) -> Principal:
+        if version is not None:
+            until = utc_now() + timedelta(seconds=_USE_NOTED_EVERY / 2)
+            known = _Known(version, caller, min(until, ends or until))
+            with self._lock:
+                self._known[given] = known
+                if len(self._known) > _MOST_KNOWN:
+                    self._known.popitem(last=False)
+        return caller
 
     def _row(self, key_id: str) -> Any:
         query = sa.select(keys).where(keys.c.id == key_id)

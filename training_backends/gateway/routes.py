@@ -38,6 +38,8 @@ class _HasId(Protocol):
         ...
 
 
+_LONG: Final = 64 * 1024
+"""Bytes above which a list is sent in parts."""
 _Listed = TypeVar("_Listed", bound=_HasId)
 
 
@@ -51,16 +53,17 @@ async def list_response(
         ending: Returns what follows the entries, given the ids of the first and the last one.
     """
     parts = _parts(pages, ending)
-    first = await anext(parts)
-    second = await anext(parts)
-    third = await anext(parts, None)
-    if third is None:
-        await parts.aclose()
-        return Response(first + second, media_type="application/json")
+    begun: list[bytes] = []
+    async for part in parts:
+        begun.append(part)
+        if sum(map(len, begun)) > _LONG:
+            break
+    else:
+        return Response(b"".join(begun), media_type="application/json")
 
     async def stream() -> AsyncGenerator[bytes, None]:
         async with aclosing(parts):
-            yield first + second + third
+            yield b"".join(begun)
             async for part in parts:
                 yield part
 

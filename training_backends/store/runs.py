@@ -280,7 +280,8 @@ def _moment(text: str | None) -> datetime | None:
 
 
 def _is_live() -> tuple[sa.ColumnElement[bool] | sa.TextClause, ...]:
-    return IS_LIVE, runs.c.remote_id.is_not(None)
+    # Not IS NOT NULL, for which SQLite may take the index of all job ids.
+    return IS_LIVE, sa.func.coalesce(runs.c.remote_id, "") != ""
 
 
 def _batches(values: Iterable[str]) -> Iterator[list[str]]:

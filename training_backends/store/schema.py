@@ -89,7 +89,6 @@ runs = sa.Table(
     sa.Index("runs_by_status", "status", "backend", "created_at"),
     sa.Index("runs_live", "backend", "id", sqlite_where=IS_LIVE, postgresql_where=IS_LIVE),
     sa.Index("runs_by_time", "created_at", "id"),
-    sa.Index("runs_by_backend", "backend", "created_at", "id"),
     sa.Index("runs_by_remote_id", "remote_id"),
 )
 documents = sa.Table(

@@ -22,7 +22,6 @@ _REPLACED = (
 )
 _INDEXES = (
     ("runs_by_time", "runs", "created_at", "id"),
-    ("runs_by_backend", "runs", "backend", "created_at", "id"),
     ("gateway_jobs_by_time", "gateway_jobs", "created_at", "id"),
     ("gateway_jobs_by_project", "gateway_jobs", "project", "created_at", "id"),
     ("gateway_jobs_by_state", "gateway_jobs", "project", "status", "created_at", "id"),
