@@ -10,11 +10,13 @@ LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
+TRACKERS := .cache/trackers
+TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
 EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-model example test-sdks check verifytypes \
+.PHONY: help quickstart test test-thorough test-lowest test-model test-trackers example test-sdks check verifytypes \
 	docs bench chaos lock clean
 
 help: ## Show this list
@@ -42,6 +44,12 @@ test-lowest: ## Run the client's tests with the lowest versions that pyproject.t
 test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several minutes)
 	@$(BIN)/pip install --quiet gguf==$(GGUF_VERSION)
 	$(BIN)/pytest -m model --timeout 3600
+
+# In an environment of its own: MLflow's server pins versions that differ from requirements.lock.
+test-trackers: ## Report runs to a real MLflow server and to offline W&B (minutes)
+	@test -x $(TRACKERS)/bin/python || $(PYTHON) -m venv $(TRACKERS)
+	@$(TRACKERS)/bin/pip install --quiet --editable '.[gateway,mlflow,tensorboard,wandb]' mlflow $(TRACKER_TOOLS)
+	$(TRACKERS)/bin/python -m pytest -m trackers --timeout 900 tests/trainer/test_tracking.py
 
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
@@ -78,6 +86,7 @@ bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/gateway_idle.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python benchmarks/engine_startup.py
 	$(BIN)/python benchmarks/engine.py
 

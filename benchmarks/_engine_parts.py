@@ -74,9 +74,8 @@ def prepare(directory: Path) -> dict[str, Any]:
 
     from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
     from training_backends.tokens.encoders import encoder_for
+    from training_backends.tokens.examples import ExampleReader
     from training_backends.trainer.data import Order
-    from training_backends.trainer.objectives.preference import PreferenceObjective
-    from training_backends.trainer.objectives.tokens import TokenObjective
 
     task = read_task(directory)
     torch.manual_seed(0)
@@ -105,36 +104,32 @@ def prepare(directory: Path) -> dict[str, Any]:
     ]
     (directory / "rows.jsonl").write_text("\n".join(lines))
     encoder = encoder_for("base", base)
-    if task.method == "dpo":
-        objective: Any = PreferenceObjective(encoder, task.seq_len, beta=0.1, label_smoothing=0.0)
-    else:
-        objective = TokenObjective(encoder, task.seq_len)
-    examples = [each for line in lines for each in objective.read(line.encode(), "").examples]
+    reader = ExampleReader(encoder, task.seq_len, method="dpo" if task.method == "dpo" else "sft")
+    examples = [each for line in lines for each in reader.read(line.encode(), "").examples]
     order = Order((len(examples),), (1.0,), 0)
     rows = [_for_peers(examples[order.row(position)]) for position in range(len(examples))]
     (directory / "rows.json").write_text(json.dumps(rows))
-    samples = [
-        s for e in examples for s in ((e.chosen, e.rejected) if task.method == "dpo" else [e])
-    ]
-    tokens = sum(s.length for s in samples)
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    tokens = sum(len(sequence.ids) for sequence in sequences)
     embedded = model.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "parameters": parameters,
         "multiplied": parameters - embedded,
         "tokens": tokens,
-        "in_loss": sum(int((s.labels != IGNORED).sum()) for s in samples) / tokens,
-        "width": tokens / len(samples),
+        "in_loss": sum(sum(sequence.trained) for sequence in sequences) / tokens,
+        "width": tokens / len(sequences),
     }
 
 
 def _for_peers(example: Any) -> dict[str, list[int]]:
-    if not hasattr(example, "chosen"):
-        return {"input_ids": example.ids.tolist(), "labels": example.labels.tolist()}
+    if len(example.sequences) == 1:
+        ids, trained = example.sequences[0]
+        labels = [n if counts else IGNORED for n, counts in zip(ids, trained, strict=True)]
+        return {"input_ids": ids, "labels": labels}
     (prompt, chosen), (_, rejected) = (
-        (each.ids[: each.length - in_loss].tolist(), each.ids[each.length - in_loss :].tolist())
-        for each in (example.chosen, example.rejected)
-        for in_loss in [int((each.labels != IGNORED).sum())]
+        (ids[: len(ids) - sum(trained)], ids[len(ids) - sum(trained) :])
+        for ids, trained in example.sequences
     )
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 

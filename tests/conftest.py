@@ -149,6 +149,12 @@ def trainer() -> Iterator[Trainer]:
     server.close()
 
 
+@pytest.fixture
+def forked(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this program, and those that this test starts, train in processes of that server."""
+    monkeypatch.setenv("TRAINING_BACKENDS_LOCAL__PYTHON", str(trainer.python))
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """Start a PostgreSQL server of our own."""

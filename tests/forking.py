@@ -1,13 +1,14 @@
 """A server that forks training processes with torch loaded, which takes seconds each time.
 
-`forking.py SOCKET train RUN_DIR` does what `python -m training_backends.trainer train RUN_DIR`
-does, in a process that the server forks, with the streams, the directory and the environment of
-the caller. Not for what libraries read from the environment when they are loaded, such as the
-address of the Hub, nor for 4-bit models.
+`forking.py SOCKET …` does what `python …` does for the trainer's commands and for `-c`, in a
+process that the server forks, with the streams, the directory and the environment of the caller.
+Not for what libraries read from the environment when they are loaded, such as the address of the
+Hub, nor for 4-bit models.
 """
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from training_backends.rundir.directory import RunDir
 
 __all__ = ["Trainer"]
+
+TRAINER = ("-P", "-m", "training_backends.trainer")
 
 
 def ask(address: str, arguments: Sequence[str]) -> socket.socket:
@@ -51,16 +54,32 @@ class Trainer:
         self._pid: int | None = None
 
     @property
+    def python(self) -> Path:
+        """An interpreter for the setting `local.python`."""
+        program = Path(self._directory.name, "bin", "python")
+        if not program.exists():
+            program.parent.mkdir()
+            words = shlex.join([sys.executable, "-I", "-S", __file__, self.address])
+            program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+            program.chmod(0o755)
+        return program
+
+    @property
     def program(self) -> tuple[str, ...]:
         """The command that trains a directory in a forked process, but for the directory."""
-        return (sys.executable, "-I", "-S", __file__, self.address, "train")
+        return (sys.executable, "-I", "-S", __file__, self.address, *TRAINER, "train")
+
+    @property
+    def worker(self) -> tuple[str, ...]:
+        """The command that trains a directory as one of several processes."""
+        return (str(self.python), *TRAINER, "work")
 
     def start(self, run: "RunDir") -> int:
         """Return the id of the process that trains a run, the leader of a group of its own."""
         if self._pid is not None:  # left by a test that failed
             os.killpg(self._pid, signal.SIGKILL)
             self.end()
-        self._answers = ask(self.address, ["train", str(run.path)]).makefile()
+        self._answers = ask(self.address, [*TRAINER, "train", str(run.path)]).makefile()
         self._pid = int(self._answers.readline())
         return self._pid
 
@@ -83,11 +102,11 @@ def serve(listener: socket.socket) -> None:
     import gc  # noqa: PLC0415  # a caller loads none of these
     import select  # noqa: PLC0415
 
-    from training_backends.trainer.environment import prepare_imports  # noqa: PLC0415
+    from training_backends.trainer.environment import importing  # noqa: PLC0415
 
-    prepare_imports("tiny-mistral")
-    import training_backends.trainer.run  # noqa: PLC0415, F401
-    from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
+    with importing("tiny-mistral"):
+        import training_backends.trainer.run  # noqa: PLC0415, F401
+        from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
 
     # What each process would do again: what transformers prepares for the first model that it
     # saves, and the search of all modules for garbage.
@@ -128,8 +147,6 @@ def become(asked: dict[str, object], streams: Sequence[int]) -> None:
     """Be the process of a request, to its end."""
     import traceback  # noqa: PLC0415
 
-    from training_backends.trainer.__main__ import main  # noqa: PLC0415
-
     code = 1
     try:
         os.setsid()
@@ -139,13 +156,28 @@ def become(asked: dict[str, object], streams: Sequence[int]) -> None:
         os.chdir(str(asked["directory"]))
         os.environ.clear()
         os.environ.update(asked["environment"])  # type: ignore[call-overload]
-        code = main(asked["arguments"])  # type: ignore[arg-type]
+        code = run(asked["arguments"])  # type: ignore[arg-type]
     except BaseException:  # as the interpreter does
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Do what an interpreter does with its arguments; return the exit code."""
+    from training_backends.trainer.__main__ import main  # noqa: PLC0415
+
+    if arguments[:3] == [*TRAINER]:
+        if arguments[3] == "work":
+            arguments[5:] = [str(os.getppid())]  # in the place of the parent that asked
+        return main(arguments[3:])
+    unsafe, command, code, *rest = arguments
+    assert (unsafe, command) == ("-P", "-c"), arguments
+    sys.argv = ["-c", *rest]
+    exec(code, {"__name__": "__main__"})
+    return 0
 
 
 if __name__ == "__main__":

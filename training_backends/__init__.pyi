@@ -30,7 +30,13 @@ from .core.config import (
     Result as Result,
     TrainingConfig as TrainingConfig,
     Tuning as Tuning,
+)
+from .core.integrations import (
+    MLflowIntegration as MLflowIntegration,
+    PluginIntegration as PluginIntegration,
+    TensorBoardIntegration as TensorBoardIntegration,
     WandbIntegration as WandbIntegration,
+    WebhookIntegration as WebhookIntegration,
 )
 from .core.dataset import DataFile as DataFile, Dataset as Dataset
 from .core.errors import (
@@ -74,13 +80,15 @@ from .core.run import (
     Observation as Observation,
     Place as Place,
     Reply as Reply,
+    RunFailed as RunFailed,
     RunState as RunState,
     Staleness as Staleness,
     TrainingRun as TrainingRun,
     ValidationReport as ValidationReport,
+    run_id_from as run_id_from,
 )
 from .core.status import TrainingStatus as TrainingStatus
 from .credentials.vault import CredentialVault as CredentialVault
-from .store import MetricPoint as MetricPoint
+from .store import MetricPoint as MetricPoint, Metrics as Metrics
 
 __version__: str

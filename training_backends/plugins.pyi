@@ -25,7 +25,6 @@ from .core.config import (
     Result as Result,
     TrainingConfig as TrainingConfig,
     Tuning as Tuning,
-    WandbIntegration as WandbIntegration,
     option_issues as option_issues,
 )
 from .core.data_rules import ProviderFormat as ProviderFormat
@@ -59,6 +58,7 @@ from .core.estimate import (
     Money as Money,
     PriceSource as PriceSource,
 )
+from .core.integrations import WandbIntegration as WandbIntegration
 from .core.logging import (
     get_logger as get_logger,
     redact as redact,

@@ -9,7 +9,12 @@ import pytest
 
 from tests.cli.conftest import needs_torch
 
-pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("forked"),
+]
 
 SAMPLES = Path(__file__).parents[2] / "training_backends" / "samples"
 CONFIG = """\

@@ -10,7 +10,12 @@ import pytest
 from tests.commands import Done, Run
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.engine,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("forked"),
+]
 
 
 def test_a_run_is_launched_followed_by_three_asked_and_downloaded(

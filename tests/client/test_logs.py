@@ -17,7 +17,6 @@ from training_backends import (
     TrainingRun,
     TrainingStatus,
 )
-from training_backends.client import observe
 from training_backends.core.run import utc_now
 from training_backends.testing.backend import ScriptedBackend
 
@@ -244,20 +243,18 @@ async def test_the_end_waits_for_a_log_of_very_many_parts(
     client: AsyncTrainingClient,
     backend: ScriptedBackend,
     make_config: MakeConfig,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each observation reads a bounded number of parts, and the next one continues."""
-    monkeypatch.setattr(observe, "_PAGES", 2)
+    """Each observation reads a hundred parts, and the next one continues."""
     run = await client.launch(make_config(), backend="scripted")
-    for number in range(5):
+    for number in range(250):
         backend.log(str(run.remote_id), str(number))
     backend.finish(str(run.remote_id))
     backend.page = 1
     seen = [(await client.status(run.id)).status.value for _ in range(3)]
     assert seen == ["running", "running", "completed"]
-    assert len(backend.looks) == 5
+    assert len(backend.looks) == 250
     messages = [record.message for record in await read_log(client, run.id)]
-    assert messages == [*map(str, range(5)), "completed"]
+    assert messages == [*map(str, range(250)), "completed"]
 
 
 async def test_records_without_a_time_are_older_than_the_end_of_the_run(
@@ -270,12 +267,13 @@ async def test_records_without_a_time_are_older_than_the_end_of_the_run(
     run = await client.launch(make_config(), backend="scripted")
     ended = utc_now() - timedelta(minutes=5)
     job = str(run.remote_id)
-    backend.say(job, TrainingStatus.COMPLETED)
-    backend._change(job, started_at=ended - timedelta(hours=1), finished_at=ended)
+    started = ended - timedelta(hours=1)
+    backend.say(job, TrainingStatus.COMPLETED, started_at=started, finished_at=ended)
     lines = tuple(LogRecord(message=text, source="output", cursor=text) for text in "ab")
+    state = await backend.status(run)
 
     async def late(asked: TrainingRun, *, after: str | None = None) -> Observation:
-        return Observation(backend._job(asked), lines, cursor="b")
+        return Observation(state, lines, cursor="b")
 
     monkeypatch.setattr(backend, "observe", late)
     done = await client.status(run.id)

@@ -201,7 +201,7 @@ async def test_field_of_an_integration_that_the_target_lacks_is_lost(data: Path)
             directory=data.parent / "out",
         )
     assert "integrations.0.credential" in dict(ported.lost)
-    (kept,) = ported.config.integrations
+    (kept,) = ported.config.wandb
     assert (kept.project, kept.tags, kept.credential) == ("p", ("a",), "wandb")
 
 

@@ -657,3 +657,22 @@ async def test_a_failure_that_no_log_tells_is_told(
         async for record in client.logs(failed.id)
         if record.message.startswith("failed")
     ] == [("status", "error", "failed")]
+
+
+async def test_a_watcher_may_take_events_of_some_sources_only(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """The others are left to other watchers."""
+    (run,) = await launch(client, make_config, 1)
+    backend.log(str(run.remote_id), "one")
+    backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+    some, rest = Told(), Told()
+    await swept(client.watcher(on_event=some.to("some"), sources={"status"}), 1)
+    await client.watcher(on_event=rest.to("rest")).sweep()
+    assert (some.events, rest.events) == ([(run.id, "completed")], [(run.id, "one")])
+
+
+async def test_a_source_that_is_not_delivered_is_refused(client: AsyncTrainingClient) -> None:
+    """Nobody waits for events that never come."""
+    with pytest.raises(ValueError, match="after_step"):
+        client.watcher(sources={"metrics"})

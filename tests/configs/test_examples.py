@@ -76,7 +76,7 @@ def test_the_integration_that_is_commented_out_is_valid(tmp_path: Path) -> None:
     assert block
     target = tmp_path / "config.yaml"
     target.write_text(head + "integrations:" + block.replace("\n# ", "\n"))
-    assert load_config(target).config.integrations[0].credential == "wandb"
+    assert load_config(target).config.wandb[0].credential == "wandb"
 
 
 def test_every_setting_of_the_example_is_real() -> None:

@@ -223,3 +223,9 @@ def test_anything_but_a_clear_refusal_may_have_happened(
 ) -> None:
     """A lost or unreadable response leaves the outcome open; a rejection does not."""
     assert errors.may_have_happened(error) is expected
+
+
+def test_a_service_can_answer_with_the_status_of_an_error() -> None:
+    """What its caller did wrong is 4xx, what is wrong behind it 5xx."""
+    assert [kind.http_status for kind in (errors.DatasetError, errors.RunNotFound)] == [422, 404]
+    assert [kind.http_status for kind in (errors.StoreError, errors.BackendBroken)] == [503, 500]

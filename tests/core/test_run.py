@@ -225,3 +225,34 @@ async def test_a_log_that_is_listed_newest_first_is_read_back_to_the_cursor() ->
     assert await cursors("c3") == ([], "c3")
     with pytest.raises(ConfigError, match="'c9' is not a cursor"):
         await cursors("c9")
+
+
+def test_the_repr_of_a_run_is_one_short_line() -> None:
+    """A list of runs can be read in a console."""
+    run = make(status="running", step=4, total_steps=10, metrics={"train_loss": 1.5})
+    assert repr(run) == "<TrainingRun r-1 local running step 4/10 train_loss=1.5>"
+
+
+def test_a_notebook_shows_progress_and_metrics() -> None:
+    """What one looks for while a run trains."""
+    html = make(step=4, total_steps=10, metrics={"train_loss": 1.5})._repr_html_()
+    assert '<progress max="10" value="4">' in html
+    assert "1.5" in html
+
+
+def test_a_notebook_shows_the_losses_at_checkpoints_as_a_line() -> None:
+    """One point for each checkpoint that has a loss."""
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    points = tuple(Checkpoint(step=n, at=at, metrics={"train_loss": 3.0 - n}) for n in (1, 2))
+    assert "loss from 2 to 1" in make(checkpoints=points)._repr_html_()
+
+
+def test_a_notebook_executes_nothing_that_a_provider_wrote() -> None:
+    """Names and messages of others are text."""
+    html = make(
+        result_model="<script>alert(1)</script>",
+        result_uri="javascript:alert(1)",
+        metrics={"<img src=x onerror=alert(1)>": 1.0},
+        failure={"kind": "provider", "message": "<b>&"},
+    )._repr_html_()
+    assert not re.search(r"<(script|img|b>&|a )", html)

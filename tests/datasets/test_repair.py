@@ -566,7 +566,7 @@ def test_a_flood_of_blank_lines_is_not_read_to_its_end(
     assert [issue.code for issue in caught.value.issues] == ["only_blank_lines"]
     assert len(seen) == 100
     assert not (tmp_path / "new.jsonl").exists()
-    monkeypatch.setattr(module, "_MOST_BLANK_BYTES", 50)
+    monkeypatch.setattr(module, "MOST_BLANK_BYTES", 50)
     path.write_bytes(gzip.compress(row + (b" " * 30 + b"\n") * 2))
     with pytest.raises(DatasetError):
         repair(path, tmp_path / "new.jsonl")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import training_backends
+from tests.forking import Trainer
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def serving(home: Path, **variables: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, trainer: Trainer) -> Iterator[Served]:
     """Run one gateway for all tests that drive one."""
-    with serving(tmp_path_factory.mktemp("served")) as found:
+    python = {"TRAINING_BACKENDS_LOCAL__PYTHON": str(trainer.python)}
+    with serving(tmp_path_factory.mktemp("served"), **python) as found:
         yield found
 
 

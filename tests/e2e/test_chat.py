@@ -22,6 +22,7 @@ MESSAGES: Any = [{"role": "user", "content": "What is 2 plus 2?"}]
 @pytest.mark.e2e
 @pytest.mark.engine
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("forked")
 async def test_an_adapter_answers_both_sdks(tmp_path: Path, samples: tuple[Path, Path]) -> None:
     """Right after SUCCESS, streamed and not, with the same words; deleted, it is gone."""
     catalogue, home = tmp_path / "catalogue.toml", tmp_path / "ho:me@here"

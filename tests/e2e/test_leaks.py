@@ -39,6 +39,7 @@ from tests.e2e.leaks import (
     settings,
     watched_processes,
 )
+from tests.forking import Trainer
 from tests.plugins import install_backend
 from tests.waiting import wait_until
 from training_backends import AsyncTrainingClient, TrainingBackendError, TrainingConfig
@@ -701,7 +702,7 @@ def test_keys_that_lie_in_data_files(world: World) -> None:
 
 
 @pytest.mark.engine
-def test_training_on_this_machine(world: World) -> None:
+def test_training_on_this_machine(world: World, trainer: Trainer) -> None:
     """The process that trains needs no secret: it is given none, by argument or environment."""
     world.config(backend="local")
     with watched_processes(world) as children:
@@ -713,7 +714,8 @@ def test_training_on_this_machine(world: World) -> None:
                 command("generate", "here", "What is it?"),
                 command("download", "here", str(world.seen / "model")),
                 command("resume", "here", "--yes", code=9),
-            ]
+            ],
+            settings(LOCAL__PYTHON=str(trainer.python)),
         )
     assert children
     world.assert_clean()

@@ -82,6 +82,7 @@ def is_healthy(http: httpx.Client) -> bool:
 @pytest.mark.e2e
 @pytest.mark.engine
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("forked")
 def test_a_job_outlives_a_shortage_of_file_descriptors(
     tmp_path: Path, samples: tuple[Path, Path]
 ) -> None:

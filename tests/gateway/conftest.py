@@ -1,12 +1,14 @@
 """A gateway on loopback in front of a backend whose runs move when a test says so."""
 
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import anyio
 import httpx
@@ -107,6 +109,11 @@ class Site:
         self.backend.measure(remote_id, 10, train_loss=1.0)
         self.backend.finish(remote_id)
         return await self.until(job_id, "SUCCESS")
+
+
+def own_id(wire_id: str) -> str:
+    """Return the id that an object of the OpenAI API has in the Mistral API."""
+    return str(UUID(re.sub("^(file-|ftjob-|upload_)", "", wire_id)))
 
 
 async def trickle(stream: ByteSendStream) -> None:

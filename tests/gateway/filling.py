@@ -17,7 +17,7 @@ LIVE: Final = 20
 """Jobs that run, whatever the number of those that have finished."""
 _DAYS: Final = 1000.0
 _MODELS: Final = 2
-_FILES: Final = 10
+_FILES: Final = 1
 """Of so many jobs one has a model, or a file of its own."""
 
 
@@ -79,7 +79,7 @@ def _fill(connection: sa.Connection, job_id: str, count: int, now: float) -> Non
             _MODELS,
         ),
         (files, "", {"id": new_id, "created_at": age, "sha256": new_id}, _FILES),
-        (keys, "", {"id": hexed, "created_at": age}, _FILES),
+        (keys, "", {"id": hexed, "created_at": age}, 10),
     ]
     for table, key, changed, every in tables:
         names = [c.name for c in table.c if c.name not in changed or changed[c.name] is not None]

@@ -9,6 +9,7 @@ import anyio
 import pytest
 import sqlalchemy as sa
 from anyio import to_thread
+from mistralai.client import Mistral
 from pydantic import BaseModel, SecretStr
 
 from tests.gateway.conftest import KEY, Site, jsonl, scripted, site
@@ -217,6 +218,27 @@ async def test_what_the_backend_does_not_declare_is_refused_at_once(
     (detail,) = answer.json()["detail"]
     assert detail["loc"] == ["body", *place]
     assert message in detail["msg"]
+
+
+async def test_a_learning_rate_that_only_the_sdk_has_set_is_ignored(tmp_path: Path) -> None:
+    """The Python SDK sends 0.0001 with every job; an event says that it is not used."""
+    backend = Noting()
+    backend._capabilities = backend.capabilities.model_copy(
+        update={"hyperparameters": frozenset({"training_steps"})}
+    )
+    async with site(tmp_path, backend) as here:
+        mistral = Mistral(api_key=KEY, server_url=here.served.url)
+        made: Any = await mistral.fine_tuning.jobs.create_async(
+            model="tiny-mistral",
+            training_files=[{"file_id": await here.upload(), "weight": 1}],
+            hyperparameters={"training_steps": 5},
+            auto_start=True,
+        )
+        job = await here.until(made.id, "STARTED", "RUNNING")
+        (note,) = [event for event in job["events"] if event["name"] == "note"]
+    assert "learning rate 0.0001" in note["data"]["message"]
+    (config,) = backend.configs
+    assert config.hyperparameters.model_dump(exclude_none=True) == {"training_steps": 5}
 
 
 async def test_a_backend_receives_neither_an_undeclared_suffix_nor_a_default_length(

@@ -590,12 +590,18 @@ async def test_a_job_keeps_what_it_shows_when_its_model_is_deleted(here: Site) -
 
 async def test_only_what_the_gateway_does_itself_is_stored_in_its_tables(here: Site) -> None:
     """The log of a run is stored once by the client; events are computed from it."""
-    job_id, remote = await here.started()
-    here.backend.tell(remote, TrainingStatus.INITIALIZING)
-    here.backend.tell(remote, TrainingStatus.RUNNING)
-    for step in range(10, 60, 10):
-        here.backend.measure(remote, step, train_loss=1.0)
-    here.backend.finish(remote)
+
+    def train() -> None:
+        (remote,) = here.backend.created
+        here.backend.tell(remote, TrainingStatus.INITIALIZING)
+        here.backend.tell(remote, TrainingStatus.RUNNING)
+        for step in range(10, 60, 10):
+            here.backend.measure(remote, step, train_loss=1.0)
+        here.backend.finish(remote)
+
+    # Before the run is first observed, which would be running without a log.
+    here.backend.after_create = train
+    job_id, _ = await here.started()
     job = await here.until(job_id, "SUCCESS")
     query = "SELECT data FROM gateway_events ORDER BY id"
     rows = await here.served.gateway.store.aread(lambda c: c.exec_driver_sql(query).scalars().all())

@@ -14,6 +14,7 @@ import pytest
 from anyio import to_thread
 
 from tests.gateway.conftest import scripted, site
+from tests.waiting import until
 from training_backends.core.errors import StoreError
 from training_backends.gateway.keys import open_keys
 from training_backends.gateway.store import lock_home
@@ -76,8 +77,10 @@ async def test_finished_and_running_jobs_continue_in_the_new_database(home: Path
         assert words(live) == ["QUEUED", "VALIDATING", "VALIDATED", "RUNNING"]
         assert [point["step_number"] for point in live["checkpoints"]] == [10]
         backend.finish(REMOTE)
-        # The older the run, the longer until it is observed by itself.
-        await here.served.gateway.client.status(LIVE)
+        # The older the run, the longer until it is observed by itself; an observation that
+        # began before counts for this one, too.
+        client = here.served.gateway.client
+        await until(lambda: client.status(LIVE), lambda run: run.status.is_terminal)
         ended = await here.until(LIVE, "SUCCESS")
         assert words(ended) == [*words(live), "SUCCESS"]
         assert (await here.http.get(JOBS)).json()["total"] == 4

@@ -1,14 +1,17 @@
 """Files of the OpenAI API, driven by the official client."""
 
 import json
+from base64 import b64decode
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.gateway.conftest import Site, jsonl
+from tests.gateway.conftest import Site, jsonl, openai_client, own_id, site
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +34,7 @@ async def test_a_file_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert await sdk.files.retrieve(made.id) == made
     assert await sdk.files.wait_for_processing(made.id) == made
     assert (await sdk.files.content(made.id)).content == jsonl()
-    seen = (await here.http.get(f"/v1/files/{made.id}")).json()
+    seen = (await here.http.get(f"/v1/files/{own_id(made.id)}")).json()
     assert (seen["filename"], seen["num_lines"]) == ("été.jsonl", 8)
     gone = await sdk.files.delete(made.id)
     assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)
@@ -95,13 +98,22 @@ async def test_only_lines_that_are_no_objects_are_rejected(
     assert await upload(sdk, content=b'{"messages": []}\n')
 
 
-async def test_only_a_retried_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
-    """A client that repeats a lost request gets the first file, and any other a new one."""
+async def test_only_a_repeated_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
+    """Known by the client's retry count, or by an idempotency key; any other is a new file."""
     form: dict[str, Any] = {"file": ("a.jsonl", jsonl()), "purpose": "fine-tune"}
     first, second = [await sdk.files.create(**form) for _ in range(2)]
     assert first.id != second.id
     again = await sdk.files.create(**form, extra_headers={"x-stainless-retry-count": "1"})
     assert again.id in {first.id, second.id}
+    key = {"Idempotency-Key": "k"}
+    keyed = await sdk.files.create(**form, extra_headers=key)
+    assert keyed.id not in {first.id, second.id}
+    assert (await sdk.files.create(**form, extra_headers=key)).id == keyed.id
+    with pytest.raises(openai.BadRequestError) as refused:
+        await sdk.files.create(file=("b.jsonl", jsonl()), purpose="fine-tune", extra_headers=key)
+    assert refused.value.code == "idempotency_error"
+    with pytest.raises(openai.BadRequestError, match="255 characters"):
+        await sdk.files.create(**form, extra_headers={"Idempotency-Key": "k" * 256})
 
 
 async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI) -> None:
@@ -136,3 +148,34 @@ async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI
     unknown = await here.http.get("/openai/v1/nothing")
     assert (unknown.status_code, json.loads(unknown.text)["error"]["message"]) == (404, "Not Found")
     assert (await here.http.get("/v1/nothing")).json() == {"detail": "Not Found"}
+
+
+@pytest.mark.parametrize("coding", ["base64", "plain"])
+async def test_a_finished_job_has_a_file_of_its_metrics(coding: str, tmp_path: Path) -> None:
+    """A CSV with a row for each step, in base64 unless the settings say otherwise."""
+    async with site(tmp_path, openai_result_csv=coding) as here, openai_client(here) as sdk:
+        file_id = await upload(sdk)
+        job = await sdk.fine_tuning.jobs.create(model="tiny-mistral", training_file=file_id)
+        assert job.result_files == []
+        (remote,) = await until(lambda: here.backend.created)
+        here.backend.measure(remote, 1, train_loss=2.5, train_mean_token_accuracy=0.25)
+        here.backend.measure(remote, 2, train_loss=2.0, valid_loss=2.25, grad_norm=1.0)
+        here.backend.finish(remote)
+        done = await until(
+            lambda: sdk.fine_tuning.jobs.retrieve(job.id), lambda job: job.status == "succeeded"
+        )
+        (result,) = done.result_files
+        file = await sdk.files.retrieve(result)
+        assert (file.purpose, file.filename) == ("fine-tune-results", "step_metrics.csv")
+        content = (await sdk.files.content(result)).read()
+        assert file.bytes == len(content)
+        text = b64decode(content, validate=True) if coding == "base64" else content
+        assert text.decode().splitlines() == [
+            "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
+            "1,2.5,0.25,,",
+            "2,2.0,,2.25,",
+        ]
+        found = await sdk.files.list(purpose="fine-tune-results")
+        assert [each.id for each in found.data] == [result]
+        listed = (await here.http.get("/v1/files")).json()["data"]
+        assert [each["id"] for each in listed] == [own_id(file_id)]

@@ -1,6 +1,7 @@
 """Jobs of the OpenAI API, driven by the official client."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from openai import AsyncOpenAI
 from openai.types.fine_tuning import FineTuningJob
 from pydantic import BaseModel
 
-from tests.gateway.conftest import KEY, Site, jsonl, openai_client, scripted, site
+from tests.gateway.conftest import KEY, Site, jsonl, openai_client, own_id, scripted, site
 from tests.waiting import until
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
@@ -144,6 +145,7 @@ async def test_a_job_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert points[1].fine_tuned_model_checkpoint.endswith(":ckpt-step-20")
     assert points[0].metrics.train_loss == 1.5
     assert points[0].fine_tuning_job_id == made.id
+    assert points[0].id.startswith("ftckpt_")
     with pytest.raises(openai.BadRequestError, match="invalid after"):
         await sdk.fine_tuning.jobs.checkpoints.list(made.id, after="nope")
 
@@ -161,10 +163,10 @@ async def test_auto_becomes_numbers(place: str, tmp_path: Path) -> None:
         assert job.method is not None
         expected = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
         assert job.method.to_dict() == expected
-        run = await here.served.gateway.client.get(made.id)
+        run = await here.served.gateway.client.get(own_id(made.id))
         assert run.config.hyperparameters.learning_rate == 5e-5
         assert run.config.hyperparameters.batch_size is None
-        assert (await here.get(made.id))["hyperparameters"]["learning_rate"] == 5e-5
+        assert (await here.get(own_id(made.id)))["hyperparameters"]["learning_rate"] == 5e-5
 
 
 async def test_values_are_auto_until_the_job_runs(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ async def test_dpo_trains_with_its_beta(tmp_path: Path) -> None:
             assert job.method.dpo is not None
             assert job.method.dpo.hyperparameters is not None
             assert job.method.dpo.hyperparameters.beta == shown
-            config = (await here.served.gateway.client.get(made.id)).config
+            config = (await here.served.gateway.client.get(own_id(made.id))).config
             assert config.method == "dpo"
             assert config.options == ({"dpo_beta": 0.4} if asked else {})
 
@@ -214,7 +216,7 @@ async def test_rows_are_converted_for_the_backend(tmp_path: Path) -> None:
         file_id = await upload(sdk, jsonl(rows))
         made = await create(sdk, training_file=file_id)
         await reached(sdk, made.id, "running")
-        config = (await here.served.gateway.client.get(made.id)).config
+        config = (await here.served.gateway.client.get(own_id(made.id))).config
         path = config.data.train[0].local_path
         assert [json.loads(line) for line in path.read_text().splitlines()] == [
             {"messages": [{**system, "role": "system"}, user, assistant]},
@@ -247,7 +249,7 @@ async def test_a_running_job_is_paused_resumed_and_cancelled(here: Site, sdk: As
     made = await create(sdk)
     remote = await run_of(here, sdk, made.id)
     assert (await jobs.pause(made.id)).to_dict()["status"] == "paused"
-    assert (await here.get(made.id))["status"] == "RUNNING"
+    assert (await here.get(own_id(made.id)))["status"] == "RUNNING"
     assert (await jobs.resume(made.id)).status == "running"
     assert (await jobs.cancel(made.id)).status == "running"
     await cancelled_by(here, sdk, made.id, remote)
@@ -323,7 +325,7 @@ async def test_both_apis_show_the_same_jobs(here: Site, sdk: AsyncOpenAI) -> Non
     file_id = await upload(sdk)
     theirs: Any = await mistral.fine_tuning.jobs.create_async(
         model="tiny-mistral",
-        training_files=[{"file_id": file_id, "weight": 1}],
+        training_files=[{"file_id": own_id(file_id), "weight": 1}],
         hyperparameters={"training_steps": 10, "learning_rate": 1e-4},
         auto_start=True,
     )
@@ -333,8 +335,8 @@ async def test_both_apis_show_the_same_jobs(here: Site, sdk: AsyncOpenAI) -> Non
     ours = await create(sdk, training_file=file_id, seed=1)
     remote = await run_of(here, sdk, ours.id)
     listed: Any = await mistral.fine_tuning.jobs.list_async()
-    assert {job.id for job in listed.data} == {ours.id, seen.id}
-    await mistral.fine_tuning.jobs.cancel_async(job_id=ours.id)
+    assert {job.id for job in listed.data} == {own_id(ours.id), theirs.id}
+    await mistral.fine_tuning.jobs.cancel_async(job_id=own_id(ours.id))
     await cancelled_by(here, sdk, ours.id, remote)
 
 
@@ -405,3 +407,26 @@ async def test_a_multiplier_needs_a_known_learning_rate(here: Site, sdk: AsyncOp
     assert "does not report its default learning rate" in job.error.message
     rate = {"learning_rate_multiplier": 1.0}
     await reached(sdk, (await create(sdk, hyperparameters=rate)).id, "running")
+
+
+async def test_ids_have_a_prefix_here_and_none_in_the_other_api(
+    here: Site, sdk: AsyncOpenAI
+) -> None:
+    """Pure mapping: this API reads either form, of a path, a body or the start of a page."""
+    file_id = await upload(sdk)
+    assert re.fullmatch("file-[0-9a-f]{32}", file_id)
+    first = await create(sdk, training_file=own_id(file_id))
+    second = await create(sdk, training_file=file_id)
+    assert re.fullmatch("ftjob-[0-9a-f]{32}", first.id)
+    assert first.training_file == second.training_file == file_id
+    assert (await here.get(own_id(first.id)))["training_files"] == [own_id(file_id)]
+    assert (await sdk.files.retrieve(own_id(file_id))).id == file_id
+    for form in (second.id, own_id(second.id)):
+        assert (await sdk.fine_tuning.jobs.retrieve(form)).id == second.id
+        page = await sdk.fine_tuning.jobs.list(after=form)
+        assert [job.id for job in page.data] == [first.id]
+    event = (await sdk.fine_tuning.jobs.list_events(own_id(first.id))).data[-1]
+    assert event.id.startswith("ftevent-")
+    assert event.message == f"Created fine-tuning job: {first.id}"
+    with pytest.raises(openai.NotFoundError):
+        await sdk.fine_tuning.jobs.retrieve(file_id)

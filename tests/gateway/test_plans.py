@@ -88,11 +88,16 @@ async def test_no_list_or_status_reads_more_than_its_page(
     here, job_id, file_id = filled
     store = here.served.gateway.store
     paths = [
-        *(JOBS, f"{JOBS}?page=20", f"{JOBS}?status=RUNNING", f"{JOBS}?status=SUCCESS&page=9"),
+        *(
+            JOBS,
+            f"{JOBS}?page=400&page_size=5",
+            f"{JOBS}?status=RUNNING",
+            f"{JOBS}?status=SUCCESS&page=90&page_size=5",
+        ),
         *(f"{JOBS}?model=tiny-mistral", f"{JOBS}?created_by_me=true", f"{JOBS}?suffix=none"),
         *(f"{JOBS}/{job_id}", OPENAI, f"{OPENAI}/{job_id}", f"{OPENAI}?after={job_id}"),
         *(f"{OPENAI}/{job_id}/events", f"{OPENAI}/{job_id}/checkpoints"),
-        *("/v1/models/ft:m:00000002", "/v1/files?page=2"),
+        *("/v1/models/ft:m:00000002", "/v1/files?page=50&page_size=5"),
         *("/v1/files?purpose=fine-tune", "/openai/v1/files?limit=50", f"/v1/files/{file_id}"),
     ]
     made = await to_thread.run_sync(here.served.gateway.keys.create, "reader")

@@ -53,7 +53,7 @@ def test_whenever_it_is_killed_a_store_holds_what_was_done_and_nothing_half_done
     done_in_order = states(places, run, statements)
 
     # Both kinds of stores are killed at points of their own, unless there is time for all.
-    first, apart = (0, 1) if is_thorough() else (int(places.startswith("sqlite")) * 5, 10)
+    first, apart = (0, 1) if is_thorough() else (int(places.startswith("sqlite")) * 10, 20)
     points = (str(first), str(apart))
     subprocess.run([sys.executable, crashing.__file__, tmp_path, places, *points], check=True)
 

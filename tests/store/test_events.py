@@ -223,6 +223,27 @@ def test_metrics_are_taken_from_records_with_a_step(
     ]
 
 
+def test_metrics_are_read_on_from_a_step(store: RunStore, look: Callable[..., None]) -> None:
+    """A tracker reads each value once, and only what it shows."""
+    measured = [told("m", n, "metrics", train_loss=1.0, lr=0.1) for n in (1, 2, 3)]
+    look(*(record.model_copy(update={"step": n}) for n, record in enumerate(measured, 1)))
+    found = store.metrics("r", after_step=1, names=["train_loss"])
+    assert [(it.step, it.name) for it in found] == [(2, "train_loss"), (3, "train_loss")]
+
+
+def test_metrics_become_a_table(store: RunStore, look: Callable[..., None]) -> None:
+    """A row for each step, a column for each metric; what a step lacks is missing."""
+    pytest.importorskip("pandas")
+    look(
+        told("m", 1, "metrics", a=1.0).model_copy(update={"step": 1}),
+        told("m", 2, "metrics", a=2.0, b=3.0).model_copy(update={"step": 2}),
+    )
+    frame = store.metrics("r").to_frame()
+    assert (list(frame.index), list(frame.columns)) == ([1, 2], ["a", "b"])
+    assert frame["a"].tolist() == [1.0, 2.0]
+    assert frame["b"].isna().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("together", [True, False], ids=["one look", "two looks"])
 @pytest.mark.parametrize("order", [1, -1], ids=["step first", "checkpoint first"])
 def test_a_checkpoint_changes_no_measure_of_its_step(

@@ -16,6 +16,7 @@ import torch
 
 import training_backends.trainer.run  # noqa: F401  # loads what training needs
 from training_backends.rundir.directory import RunDir
+from training_backends.trainer.encode import encode_data
 from training_backends.trainer.launch import Outcome, loopback_store
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import work
@@ -28,6 +29,7 @@ def main() -> None:
         size, runs = request["size"], [RunDir(Path(path)) for path in request["runs"]]
         for run in runs:
             Outcome(run).directory.mkdir(exist_ok=True)
+            encode_data(run, run.read_spec(), lambda: False)
         store = loopback_store()
         children = []
         for rank in range(size):

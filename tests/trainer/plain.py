@@ -3,12 +3,14 @@
 What the engine is held against: no batches, no padding, no masks, no Trainer.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, MistralForCausalLM
 
@@ -105,6 +107,31 @@ def save_tiny(directory: Path) -> Path:
     MistralForCausalLM(config).save_pretrained(directory)
     save_tiny_tokenizer(directory)
     return directory
+
+
+def save_fp8(directory: Path) -> dict[str, torch.Tensor]:
+    """Save a small model in 8 bits, as DeepSeek and Mistral do; return its exact weights."""
+    save_tiny(directory)
+    path, size = directory / "model.safetensors", 32
+    stored, exact = {}, {}
+    for name, weight in load_file(path).items():
+        if "proj" not in name:
+            stored[name] = weight.to(torch.bfloat16)
+            exact[name] = stored[name].float()
+            continue
+        rows, columns = (number // size for number in weight.shape)
+        blocks = weight.reshape(rows, size, columns, size)
+        scales = blocks.abs().amax((1, 3)) / 448
+        quantized = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        exact[name] = (quantized.float() * scales[:, None, :, None]).reshape(weight.shape)
+        stored[name] = quantized.reshape(weight.shape)
+        stored[f"{name}_scale_inv"] = scales
+    save_file(stored, path, metadata={"format": "pt"})
+    described = {"quant_method": "fp8", "weight_block_size": [size, size]}
+    config = json.loads((directory / "config.json").read_bytes())
+    config |= {"dtype": "bfloat16", "quantization_config": described}
+    (directory / "config.json").write_text(json.dumps(config))
+    return exact
 
 
 _TEXT: Final = {

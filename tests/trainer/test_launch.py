@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,13 @@ def test_fewer_gpus_than_processes_fail_the_run(
     assert "num_processes is 2, but only 1" in record.failure.message
 
 
-def test_data_that_cannot_be_used_fails_the_run_at_once(run: RunDir) -> None:
+def test_data_that_cannot_be_used_fails_the_run_at_once(run: RunDir, trainer: Trainer) -> None:
     """All processes find the same fault; the failure is not retried."""
     (source,) = run.read_spec().train
     spec = run.read_spec().model_dump() | {"train": [source.local_path.with_name("none.jsonl")]}
     run.write_spec(RunSpec.model_validate(spec))
-    assert train(run.path) is TrainerExitCode.BAD_INPUT
+    forked = partial(launch, program=trainer.worker)
+    assert train(run.path, forked) is TrainerExitCode.BAD_INPUT
     record = run.read_exit()
     assert record is not None
     assert record.failure is not None

@@ -98,6 +98,29 @@ def test_a_queued_process_has_loaded_the_standard_library_only(
     assert (record.status, record.step) == ("stopped", 0)
 
 
+UNNEEDED = {
+    *("peft", "bitsandbytes", "trl", "datasets", "pandas", "sklearn", "scipy", "mistral_common"),
+    *("sqlalchemy", "httpx"),
+}
+
+
+def test_full_fine_tuning_loads_no_library_that_it_does_not_need(
+    make_run: Callable[..., RunDir],
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each would take up to a second of every run; Python reports what it imports."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    run = make_run(tmp_path / "run", training_steps=1, validation=[])
+    child = engine.start("train", run.path)
+    _, imports = child.communicate()
+    assert child.returncode == TrainerExitCode.DONE
+    loaded = {line.rpartition("|")[2].strip() for line in imports.splitlines()}
+    assert {"torch", "transformers"} < loaded
+    assert not loaded & UNNEEDED
+
+
 def test_a_queued_run_trains_once_there_is_a_slot(
     make_run: Callable[..., RunDir], tmp_path: Path
 ) -> None:

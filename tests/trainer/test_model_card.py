@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.trainer.plain import save_tiny
+from training_backends.core.files import digest_of
 from training_backends.rundir.directory import (
     Event,
     MetricsRow,
@@ -17,7 +18,7 @@ from training_backends.rundir.directory import (
     RunDir,
     TrainerExitCode,
 )
-from training_backends.trainer.model_card import Licence, describe_data, read_licence, write_card
+from training_backends.trainer.model_card import DataFacts, Licence, read_licence, write_card
 from training_backends.trainer.process import train
 
 pytestmark = pytest.mark.engine
@@ -82,7 +83,9 @@ def card_of(make_run: MakeRun, path: Path, record: ResultRecord, **changes: Any)
     spec = run.read_spec()
     result = path / "result"
     result.mkdir()
-    data = [describe_data(spec.train[0].local_path, "training", 60)]
+    file = spec.train[0].local_path
+    digest = digest_of(file)
+    data = [DataFacts(file.name, "training", 60, digest.size, digest.sha256)]
     write_card(result, run=run, spec=spec, record=record, data=data)
     return Card.of(result)
 

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -17,12 +19,19 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.trainer.plain import MODELS_OF_TODAY, save_of_today, save_tiny
+from tests.trainer.encoding import examples_of
+from tests.trainer.plain import MODELS_OF_TODAY, save_fp8, save_of_today, save_tiny
 from training_backends.core.config import ClassifierTarget, Tuning
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.errors import TrainerError
-from training_backends.trainer.models import LoadedModel, load_model, prepare_tuning
+from training_backends.trainer.models import (
+    LoadedModel,
+    load_model,
+    prepare_tuning,
+    save_result,
+)
 from training_backends.trainer.objectives.tokens import TokenObjective, predict
 from training_backends.trainer.process import train
 
@@ -74,6 +83,27 @@ def test_only_the_text_part_of_an_image_text_model_is_trained(
     assert {weight.dtype for weight in adapted.parameters()} == {torch.float32}
 
 
+def test_a_model_in_8_bits_is_trained_and_saved_dequantized(tmp_path: Path) -> None:
+    """In the precision that was asked for; its merged result is a plain model in bfloat16."""
+    exact = save_fp8(tmp_path / "base")
+    found = loaded(tmp_path / "base", "full")
+    weights = dict(found.model.named_parameters())
+    assert weights.keys() == exact.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, exact[name]), name
+    found = loaded(tmp_path / "base", "lora")
+    tuned = prepare_tuning(found.model, Tuning.model_validate(LORA), "base")
+    save_result(replace(found, model=tuned), tmp_path / "merged", save_as="merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_bytes())
+    assert "quantization_config" not in config
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert saved.keys() == exact.keys()
+    for name, weight in saved.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, exact[name].to(torch.bfloat16)), name
+
+
 @pytest.mark.parametrize("name", MODELS_OF_TODAY)
 def test_the_loss_of_a_model_is_that_of_its_logits(
     of_today: Callable[[str], Path], name: str
@@ -81,9 +111,10 @@ def test_the_loss_of_a_model_is_that_of_its_logits(
     """Whichever way it is computed, and every trained weight has a gradient."""
     found = loaded(of_today(name), "lora")
     model = prepare_tuning(found.model, Tuning.model_validate(LORA), name).eval()
-    objective = TokenObjective(found.encoder, 64)
+    objective = TokenObjective(found.encoder)
     row = {"messages": [{"role": r, "content": "2 plus 3?"} for r in ("user", "assistant")]}
-    batch = objective.collate([objective.read(json.dumps(row).encode(), "f/1").examples[0]])
+    [example], _ = examples_of(objective, ExampleReader(found.encoder, 64), row)
+    batch = objective.collate([example])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
     labels = batch["labels"][:, 1:]

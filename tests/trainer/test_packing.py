@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from tests.trainer.continuing import assert_continues_bit_equal
-from training_backends.datasets.rows import ChatRow, Message, byte_encode
+from tests.trainer.encoding import row_of
+from training_backends.datasets.rows import ChatRow, Message
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder
 from training_backends.trainer.data import (
@@ -19,7 +20,6 @@ from training_backends.trainer.data import (
     Pack,
     PackedSchedule,
     collate_packs,
-    make_sample,
 )
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import make_tiny_model
@@ -86,10 +86,8 @@ def test_packed_rows_have_the_loss_of_rows_by_themselves(attention: str, *, flat
     samples = []
     for n in range(7):
         row = ChatRow([Message("user", "ab" * n), Message("assistant", "c" * (n + 1))])
-        sample = make_sample(*byte_encode(row), 100)
-        assert sample is not None
-        samples.append(sample)
-    objective = TokenObjective(ByteEncoder(), 100, flat=flat)
+        samples.append(row_of(ByteEncoder().encode(row)[0]))
+    objective = TokenObjective(ByteEncoder(), flat=flat)
     packs = [Pack(tuple(samples[:4])), Pack(tuple(samples[4:]))]
     with torch.no_grad():
         packed = objective.compute_loss(model, objective.collate(packs))

@@ -20,7 +20,7 @@ from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.trainer import models
 from training_backends.trainer.__main__ import main
-from training_backends.trainer.environment import prepare_imports
+from training_backends.trainer.environment import importing
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import load_model
 from training_backends.trainer.objectives.classifier import classify
@@ -268,7 +268,7 @@ def test_without_the_package_it_is_said_how_to_install_it(
 def test_the_built_in_model_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts without it, as it is never quantized; any other model may be."""
     monkeypatch.delitem(sys.modules, "bitsandbytes")
-    prepare_imports("org/model")
-    assert "bitsandbytes" not in sys.modules, "it can be loaded"
-    prepare_imports("tiny-mistral")
-    assert sys.modules["bitsandbytes"] is None
+    with importing("org/model"):
+        assert "bitsandbytes" not in sys.modules, "it can be loaded"
+    with importing("tiny-mistral"):
+        assert sys.modules["bitsandbytes"] is None

@@ -110,6 +110,7 @@ def test_every_step_is_told_and_validation_now_and_then(both: RunDir) -> None:
 def test_checkpoints_are_a_tenth_apart_and_ten_steps(steps: int, every: int) -> None:
     """Unless the spec says something else."""
     values = {"run_id": "r", "model": "m", "train": ["x"], "training_steps": steps}
-    plan = Plan(RunSpec.model_validate(values), [[]])
+    plan = Plan(RunSpec.model_validate(values), [], (0,))
     assert plan.checkpoint_every == every
-    assert Plan(RunSpec.model_validate({**values, "checkpoint_every": 3}), [[]]).is_checkpoint(3)
+    plan = Plan(RunSpec.model_validate({**values, "checkpoint_every": 3}), [], (0,))
+    assert plan.is_checkpoint(3)

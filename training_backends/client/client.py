@@ -10,6 +10,7 @@ from typing import Self
 import anyio
 from anyio import from_thread, to_thread
 
+from training_backends.client.attempts import Attempts, OnRecord
 from training_backends.client.boundary import callers_own, guarded, make_backend
 from training_backends.client.config_file import ConfigLike, to_config
 from training_backends.client.follow import Following, is_reached
@@ -65,8 +66,8 @@ from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
-from training_backends.datasets.inspect import inspect, list_files, raise_for_errors
-from training_backends.store import MetricPoint, RunStore
+from training_backends.store import Metrics, RunStore
+from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
 
 __all__ = ["AsyncTrainingClient"]
@@ -110,7 +111,15 @@ class AsyncTrainingClient:
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._observer, self._poller
+            self._store,
+            self._leases,
+            self._records,
+            self._observer,
+            self._poller,
+            changes=Changes(self._store, self._store_url),
+        )
+        self._attempts = Attempts(
+            self._store, self._records, self._following, stop=self.stop, resume=self.resume
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -208,7 +217,7 @@ class AsyncTrainingClient:
         config = await self._config(config, chosen)
         _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
-        raise_for_errors(dataset)
+        _require_sound(dataset)
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
         return await self._estimated(chosen, config, dataset, wishes)
 
@@ -267,6 +276,48 @@ class AsyncTrainingClient:
                 if not await self._records.was_launched(known):
                     await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
+
+    async def run(
+        self,
+        config: ConfigLike,
+        *,
+        backend: str,
+        run_id: str | None = None,
+        attempts: int = 3,
+        on_record: OnRecord | None = None,
+        stop_on_cancel: bool = True,
+        confirm: Confirm | None = None,
+    ) -> TrainingRun:
+        """Launch a run, follow it to its end and return it; the one call that a task needs.
+
+        A run whose failure is temporary is resumed as `ID-r1`, then `ID-r2`. Repeating the call
+        with the same `run_id`, in any process, continues with the newest of these runs, so that a
+        task that is retried or moved to another worker starts nothing twice.
+
+        Args:
+            run_id: Your own id, see `run_id_from`; default: a generated one.
+            attempts: Most runs in all, including those of earlier calls.
+            on_record: Called with every log record of the run that is followed, from its first.
+                An exception that it raises ends the call; the run keeps running.
+            stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
+                cancelled. A repeated call then resumes it.
+            confirm: See `launch`.
+
+        Raises:
+            RunFailed: The run has failed and is not resumed, or somebody else stopped it.
+            TrainingBackendError: As by `launch`, or the provider cannot be reached for longer than
+                the setting `watch.give_up_after`; the run keeps running.
+        """
+        if attempts < 1:
+            raise ValueError(f"attempts must be 1 or more, not {attempts}")
+        run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
+        return await self._attempts.run(
+            run_id,
+            partial(self.launch, config, backend=backend, run_id=run_id, confirm=confirm),
+            attempts=attempts,
+            on_record=on_record,
+            stop_on_cancel=stop_on_cancel,
+        )
 
     async def get(self, run_id: str) -> TrainingRun:
         """Return a run as stored, without asking its provider.
@@ -425,28 +476,47 @@ class AsyncTrainingClient:
             async for record in records:
                 yield record
 
-    async def metrics(self, run_id: str) -> Sequence[MetricPoint]:
-        """Return the stored metrics of a run, by step."""
+    async def metrics(
+        self, run_id: str, *, after_step: int | None = None, names: Collection[str] | None = None
+    ) -> Metrics:
+        """Return the stored metrics of a run, by step.
+
+        Args:
+            after_step: Only later steps, to read on where an earlier call ended.
+            names: Only these metrics, such as `train_loss`; None: all.
+        """
         run = await self.get(run_id)
-        return await to_thread.run_sync(self._store.metrics, run.id)
+        read = partial(self._store.metrics, run.id, after_step=after_step, names=names)
+        return await to_thread.run_sync(read)
 
     async def watch(
-        self, on_event: OnEvent | None = None, *, only: Collection[str] | None = None
+        self,
+        on_event: OnEvent | None = None,
+        *,
+        only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> None:
         """Keep all live runs of this store up to date until cancelled; see `Watcher`.
 
         Args:
             on_event: Called once per event, even with several watchers on the store.
             only: Names of the backends to watch; None: all.
+            sources: Only events of these sources, such as `status`; None: all.
         """
-        await self.watcher(on_event=on_event, only=only).run()
+        await self.watcher(on_event=on_event, only=only, sources=sources).run()
 
     def watcher(
-        self, *, on_event: OnEvent | None = None, only: Collection[str] | None = None
+        self,
+        *,
+        on_event: OnEvent | None = None,
+        only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> Watcher:
         """Return the watcher that `watch` runs, to call `sweep` yourself."""
         self._require_open()
-        return Watcher(self._store, self._leases, self._poller, on_event=on_event, only=only)
+        return Watcher(
+            self._store, self._leases, self._poller, on_event=on_event, only=only, sources=sources
+        )
 
     async def wait(
         self,
@@ -669,11 +739,17 @@ class AsyncTrainingClient:
         return found.model_copy(update={"options": given})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        if backend is not None and not backend.capabilities.inspects:
-            return await to_thread.run_sync(list_files, config)
-        read = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
-        if backend is not None:
-            read = partial(read, provider_format=backend.capabilities.provider_format)
+        def read() -> Dataset:
+            # In a thread, and not at all for commands that read no data.
+            from training_backends.datasets.inspect import inspect, list_files  # noqa: PLC0415
+
+            if backend is not None and not backend.capabilities.inspects:
+                return list_files(config)
+            observed = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
+            if backend is None:
+                return observed()
+            return observed(provider_format=backend.capabilities.provider_format)
+
         return await to_thread.run_sync(read)
 
     async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
@@ -696,7 +772,7 @@ class AsyncTrainingClient:
     ) -> tuple[Dataset, Estimate]:
         """Validate and estimate, before the run is recorded."""
         dataset, report = await self._judged(backend, config)
-        raise_for_errors(dataset)
+        _require_sound(dataset)
         _require_valid(backend, report.errors)
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
@@ -739,6 +815,12 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _require_sound(dataset: Dataset) -> None:
+    from training_backends.datasets.inspect import raise_for_errors  # noqa: PLC0415  # see `_read`
+
+    raise_for_errors(dataset)
 
 
 def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:

@@ -207,6 +207,7 @@ class TrainingClient:
     validate = _blocking(AsyncTrainingClient.validate)
     estimate = _blocking(AsyncTrainingClient.estimate)
     launch = _blocking(AsyncTrainingClient.launch)
+    run = _blocking(AsyncTrainingClient.run)
     get = _blocking(AsyncTrainingClient.get)
     status = _blocking(AsyncTrainingClient.status)
     list = _blocking(AsyncTrainingClient.list)
@@ -267,6 +268,7 @@ class TrainingClient:
         on_event: Callable[[TrainingRun, LogRecord], None] | None = None,
         *,
         only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> None:
         """See `AsyncTrainingClient.watch`; ends on Ctrl-C.
 
@@ -278,7 +280,9 @@ class TrainingClient:
             if on_event is not None:
                 await to_thread.run_sync(on_event, run, record)
 
-        watcher = self._client.watcher(on_event=deliver if on_event else None, only=only)
+        watcher = self._client.watcher(
+            on_event=deliver if on_event else None, only=only, sources=sources
+        )
         self._call(watcher.run)
 
 

@@ -14,7 +14,7 @@ from training_backends.core.backoff import Backoff
 from training_backends.core.errors import RunNotFound, StoreError, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
-from training_backends.store import Delivery, RunStore
+from training_backends.store import EVENT_SOURCES, Delivery, RunStore
 
 __all__ = ["OnEvent", "Watcher"]
 
@@ -43,6 +43,11 @@ class Watcher:
     Args:
         on_event: Called with each event.
         only: Names of the backends to watch; None: all.
+        sources: Deliver only events of these sources, see `LogRecord`, and leave others to other
+            watchers; None: all.
+
+    Raises:
+        ValueError: Records of a source are not delivered.
     """
 
     def __init__(
@@ -53,12 +58,21 @@ class Watcher:
         *,
         on_event: OnEvent | None = None,
         only: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
     ) -> None:
+        sources = {sources} if isinstance(sources, str) else sources
+        if sources is not None and (others := set(sources) - EVENT_SOURCES):
+            raise ValueError(
+                f"sources has {', '.join(sorted(others))}, but only "
+                f"{', '.join(sorted(EVENT_SOURCES))} are delivered; read metrics with "
+                "`metrics(run, after_step=...)`, and everything with `logs`"
+            )
         self._store = store
         self._leases = leases
         self._new_poller = new_poller
         self._on_event = on_event
         self._only = only
+        self._sources = sources
         self._pollers: dict[str, Poller] = {}
         self._woken = anyio.Event()
 
@@ -150,7 +164,8 @@ class Watcher:
                     return
 
     async def _undelivered(self, name: str, *, limit: int) -> Sequence[Delivery]:
-        return await to_thread.run_sync(partial(self._store.undelivered, backend=name, limit=limit))
+        read = partial(self._store.undelivered, backend=name, limit=limit, sources=self._sources)
+        return await to_thread.run_sync(read)
 
 
 async def _rest(seconds: float, woken: anyio.Event) -> None:

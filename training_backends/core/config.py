@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from training_backends.core.errors import ConfigError, Issue, suggest, validation_issues
 from training_backends.core.estimate import Budget, Duration
+from training_backends.core.integrations import Integration, WandbIntegration
 
 __all__ = [
     "TINY_MODEL",
@@ -34,7 +35,6 @@ __all__ = [
     "Result",
     "TrainingConfig",
     "Tuning",
-    "WandbIntegration",
     "absolute_options",
     "given_options",
     "option_issues",
@@ -44,8 +44,6 @@ __all__ = [
 _URI: Final = r"^[a-z][a-z0-9+.-]*://"
 _FORMER_REMOTE: Final = "remote:"
 """Prefix of a provider's file id in the paths of earlier versions."""
-_LONGEST_NAME: Final = 30
-"""Maximum characters of a provider's name; keys are longer."""
 TINY_MODEL: Final = "tiny-mistral"
 """Name of the demo model, which is created locally without network access."""
 TINY_POSITIONS: Final = 32768
@@ -283,33 +281,6 @@ class ClassifierTarget(_Model):
     loss_function: Literal["single_class", "multi_class"] | None = None
 
 
-class WandbIntegration(_Model):
-    """Report the run to Weights & Biases.
-
-    The key is taken from the credential vault, unless the provider has its own (OpenAI).
-    """
-
-    type: Literal["wandb"] = "wandb"
-    project: str
-    name: str | None = None
-    run_name: str | None = None
-    entity: str | None = Field(default=None, description="Team or user that owns the project.")
-    tags: tuple[str, ...] = Field(default=(), description="Tags of the run at W&B.")
-    credential: str = Field(
-        default="wandb",
-        description="Name of the key in the vault: PROVIDER or PROVIDER/PROFILE.",
-    )
-
-    @field_validator("credential")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        provider = value.partition("/")[0]
-        if not provider.isascii() or len(provider) > _LONGEST_NAME:
-            # Probably a key, so the value is not repeated.
-            raise ValueError("give the name of a stored key, such as wandb, not the key itself")
-        return value
-
-
 class TrainingConfig(_Model):
     """The configuration of a run. Immutable; `model_json_schema()` returns its JSON schema."""
 
@@ -331,7 +302,10 @@ class TrainingConfig(_Model):
     )
     classifier_targets: tuple[ClassifierTarget, ...] = ()
     resources: Resources = Resources()
-    integrations: tuple[WandbIntegration, ...] = ()
+    integrations: tuple[Integration, ...] = Field(
+        default=(),
+        description="Where the run is reported while it trains; see [Trackers](trackers.md).",
+    )
     budget: Budget = Budget()
     tags: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(
@@ -364,6 +338,11 @@ class TrainingConfig(_Model):
             raise ConfigError("The configuration has no model.", hint="Set `model`.")
         return self.model
 
+    @property
+    def wandb(self) -> tuple[WandbIntegration, ...]:
+        """The integrations with Weights & Biases, the only ones that hosted providers have."""
+        return tuple(each for each in self.integrations if isinstance(each, WandbIntegration))
+
     def resolved(self, base: Path) -> Self:
         """Return the configuration with paths made absolute, relative to `base`."""
 
@@ -385,7 +364,9 @@ class TrainingConfig(_Model):
         template = self.chat_template
         if template is not None:
             template = template.model_copy(update=placed(template.path))
-        return self.model_copy(update={"data": data, "chat_template": template})
+        reported = tuple(each.resolved(base) for each in self.integrations)
+        update = {"data": data, "chat_template": template, "integrations": reported}
+        return self.model_copy(update=update)
 
 
 class _RelativeToConfig:

@@ -20,6 +20,7 @@ TrainingBackendError
 ├── BackendNotInstalled         an extra or plugin is missing          (.install)
 ├── BackendBroken               an unexpected exception in a backend   (.package)
 ├── StoreError                  the run store cannot be read or written
+├── RunFailed                   `run`: the run failed; in `core.run`   (.run, .failure)
 └── WaitTimeout                 `wait` timed out; the run keeps running
 
 Errors take one positional message and keyword-only context, so they can be pickled. Issues and
@@ -119,11 +120,13 @@ class TrainingBackendError(Exception):
         backend: Name of the backend involved, or None.
         run_id: Id of the run involved, or None.
         retryable: Whether the same call may succeed later.
+        http_status: The HTTP status for a service that answers its own callers with this error.
         issues: The individual problems, for errors that list them.
         install: The command that installs what is missing, for errors of that kind.
     """
 
     retryable_by_default: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
     issues: tuple[Issue, ...] = ()
     install: str | None = None
     _added_notes: tuple[str, ...] = ()
@@ -172,27 +175,38 @@ class _IssuesError(TrainingBackendError, ValueError):
 class ConfigError(_IssuesError):
     """The configuration is invalid; `issues` lists the fields."""
 
+    http_status = 422
+
 
 class DatasetError(_IssuesError):
     """The training data is invalid; `issues` lists the lines."""
+
+    http_status = 422
 
 
 class CredentialNotFound(TrainingBackendError, LookupError):
     """No key was found in any source."""
 
+    http_status = 502
+
 
 class VaultLocked(TrainingBackendError):
     """The keyring was not unlocked within the timeout."""
 
+    http_status = 503
     retryable_by_default = True
 
 
 class AuthenticationFailed(TrainingBackendError):
     """The provider rejected the key (401)."""
 
+    http_status = 502
+
 
 class PermissionDenied(TrainingBackendError):
     """The key is valid but lacks permission (403)."""
+
+    http_status = 502
 
 
 class RunNotFound(TrainingBackendError, LookupError):
@@ -202,6 +216,8 @@ class RunNotFound(TrainingBackendError, LookupError):
         candidates: Up to six run ids that start with the given one; ids must match exactly, so
             none of them was used.
     """
+
+    http_status = 404
 
     def __init__(
         self, message: str, *, candidates: Sequence[str] = (), **context: Unpack[ErrorContext]
@@ -217,6 +233,8 @@ class DuplicateRun(TrainingBackendError):
         other: Id of the existing one, or None if the provider did not return it.
     """
 
+    http_status = 409
+
     def __init__(
         self, message: str, *, other: str | None = None, **context: Unpack[ErrorContext]
     ) -> None:
@@ -227,9 +245,13 @@ class DuplicateRun(TrainingBackendError):
 class BackendRetired(TrainingBackendError):
     """The provider has discontinued this service (410, 501)."""
 
+    http_status = 502
+
 
 class PayloadTooLarge(TrainingBackendError):
     """A file or request exceeds the provider's size limit (413)."""
+
+    http_status = 413
 
 
 class RateLimited(TrainingBackendError):
@@ -239,6 +261,7 @@ class RateLimited(TrainingBackendError):
         retry_after: Seconds to wait, as given by the provider, or None.
     """
 
+    http_status = 429
     retryable_by_default = True
 
     def __init__(
@@ -255,6 +278,7 @@ class BackendUnavailable(TrainingBackendError, ConnectionError):
         sent: Whether the request may have reached the provider and taken effect.
     """
 
+    http_status = 503
     retryable_by_default = True
 
     def __init__(self, message: str, *, sent: bool = True, **context: Unpack[ErrorContext]) -> None:
@@ -269,6 +293,8 @@ class ProtocolError(TrainingBackendError):
         excerpt: The beginning of the response, at most 500 characters.
     """
 
+    http_status = 502
+
     def __init__(self, message: str, *, excerpt: str = "", **context: Unpack[ErrorContext]) -> None:
         super().__init__(message, **context)
         self.excerpt: str = excerpt[:500]
@@ -282,6 +308,8 @@ class BudgetExceeded(TrainingBackendError):
         found: The value of the estimate or quote, as text.
     """
 
+    http_status = 402
+
     def __init__(
         self, message: str, *, limit: str = "", found: str = "", **context: Unpack[ErrorContext]
     ) -> None:
@@ -293,9 +321,13 @@ class BudgetExceeded(TrainingBackendError):
 class UnsupportedOperation(TrainingBackendError, NotImplementedError):
     """The backend does not support the operation; see `Capabilities`."""
 
+    http_status = 409
+
 
 class AmbiguousLaunch(TrainingBackendError):
     """It is unknown whether an interrupted step took effect; the hint says what to check."""
+
+    http_status = 409
 
 
 class BackendNotInstalled(TrainingBackendError, ImportError):
@@ -323,10 +355,13 @@ class BackendBroken(TrainingBackendError):
 class StoreError(TrainingBackendError):
     """The run store cannot be read or written."""
 
+    http_status = 503
+
 
 class WaitTimeout(TrainingBackendError, TimeoutError):
     """`wait` timed out before the runs finished; they keep running."""
 
+    http_status = 504
     retryable_by_default = True
 
 

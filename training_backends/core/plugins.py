@@ -7,21 +7,26 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["backend_entries", "installed_backends", "owner_of"]
+__all__ = ["backend_entries", "entries_of", "installed_backends", "owner_of"]
 
 _GROUP = "training_backends.backends"
 
 
 def backend_entries() -> Sequence[EntryPoint]:
-    """Return the registered backends, sorted; cached until a package is installed or removed."""
-    return _read(tuple((place, _modified(place)) for place in sys.path))
+    """Return the registered backends, sorted."""
+    return entries_of(_GROUP)
 
 
-@lru_cache(maxsize=2)
-def _read(places: tuple[tuple[str, int], ...]) -> Sequence[EntryPoint]:
+def entries_of(group: str) -> Sequence[EntryPoint]:
+    """Return the entry points of a group, sorted; cached until a package is added or removed."""
+    return _read(group, tuple((place, _modified(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=4)
+def _read(group: str, places: tuple[tuple[str, int], ...]) -> Sequence[EntryPoint]:
     """Read the metadata of every package in these places, 0.1 ms each."""
-    del places  # the key of the cache
-    return tuple(sorted(entry_points(group=_GROUP)))
+    del places  # part of the key of the cache
+    return tuple(sorted(entry_points(group=group)))
 
 
 def _modified(place: str) -> int:

@@ -2,19 +2,20 @@
 
 import hashlib
 import secrets
+import string
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, cast, get_args
+from typing import Annotated, Any, Final, Literal, Self, Unpack, cast, get_args
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
 
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.errors import ConfigError, ErrorContext, Issue, TrainingBackendError
 from training_backends.core.estimate import Estimate, Money
 from training_backends.core.redaction import redact
 from training_backends.core.status import ON_THE_WAY, TrainingStatus, may_follow
@@ -30,6 +31,7 @@ __all__ = [
     "Observation",
     "Place",
     "Reply",
+    "RunFailed",
     "RunState",
     "Staleness",
     "TrainingRun",
@@ -37,6 +39,7 @@ __all__ = [
     "ValidationReport",
     "new_run_id",
     "provider_name",
+    "run_id_from",
     "to_source",
     "utc_now",
 ]
@@ -76,6 +79,15 @@ def new_run_id() -> str:
     return f"{utc_now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
+def run_id_from(text: str) -> str:
+    """Return the run id for any text, such as the id of an orchestrator's task.
+
+    The same for every call. A text that is a valid run id is returned unchanged; any other gets a
+    suffix computed from all of it, so that different texts keep different ids.
+    """
+    return provider_name(text, longest=_LONGEST_ID, allowed=_ID_ALPHABET)
+
+
 def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
     """Return a name for a run at a provider whose names have narrower rules than run ids.
 
@@ -86,7 +98,7 @@ def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
         longest: Maximum characters, at least 10.
         allowed: All characters allowed; at least ten of them letters or digits.
     """
-    if len(run_id) <= longest and all(char in allowed for char in run_id):
+    if run_id[:1].isalnum() and len(run_id) <= longest and all(char in allowed for char in run_id):
         return run_id
     alphabet = "".join(sorted({char for char in allowed if char.isalnum()}))
     joint = next((char for char in "-_." if char in allowed), "")
@@ -103,6 +115,8 @@ def provider_name(run_id: str, *, longest: int, allowed: str) -> str:
     return f"{text}{joint}{mark}" if text else mark
 
 
+_LONGEST_ID: Final = 128
+_ID_ALPHABET: Final = string.ascii_letters + string.digits + "._-"
 _HASHED: Final = 8
 """Characters of the suffix of a changed name."""
 _FEWEST: Final = 10
@@ -220,6 +234,10 @@ class RunState(BaseModel, frozen=True):
     place: Place | None = None
 
 
+_IN_REPR: Final = 4
+"""Most metrics in the repr of a run."""
+
+
 class TrainingRun(BaseModel, frozen=True):
     """The record of a run.
 
@@ -264,6 +282,21 @@ class TrainingRun(BaseModel, frozen=True):
     last_seen_at: UtcDatetime | None = None
     stale: Staleness | None = None
 
+    def __repr__(self) -> str:
+        words = [self.id, self.backend, self.status.value]
+        if self.step is not None:
+            words.append(f"step {self.step}" + (f"/{self.total_steps}" if self.total_steps else ""))
+        words += [f"{name}={value:.6g}" for name, value in sorted(self.metrics.items())[:_IN_REPR]]
+        return f"<TrainingRun {' '.join(words)}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """Return the run as a notebook shows it."""
+        from training_backends.core.run_html import run_html  # noqa: PLC0415 - only in notebooks
+
+        return run_html(self)
+
     def has_reached(self, status: TrainingStatus) -> bool:
         """Return whether the run has this status, or is past it by its record.
 
@@ -298,6 +331,25 @@ class TrainingRun(BaseModel, frozen=True):
             changes = {"raw_status": state.raw_status or state.status.value}
         seen = {"last_seen_at": seen_at or utc_now(), "stale": None}
         return self.model_copy(update={**changes, **seen})
+
+
+class RunFailed(TrainingBackendError):
+    """A run that `run` followed has failed or was cancelled; `retryable` is that of the failure.
+
+    Attributes:
+        run: The run as it finished.
+    """
+
+    def __init__(
+        self, message: str, *, run: TrainingRun | None = None, **context: Unpack[ErrorContext]
+    ) -> None:
+        super().__init__(message, **context)
+        self.run = run
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the run failed; None if it was cancelled."""
+        return self.run.failure if self.run else None
 
 
 LogSource = Literal["status", "event", "metrics", "checkpoint", "output", "engine", "watch"]

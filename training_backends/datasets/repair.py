@@ -23,7 +23,7 @@ from training_backends.datasets.repair_row import is_empty, mend
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, UTF16
 from training_backends.datasets.write import Meter, NewFiles, Progress, refuse_existing
 
-__all__ = ["REPAIRS", "Repair", "Repaired", "SeenRows", "repair"]
+__all__ = ["MOST_BLANK_BYTES", "REPAIRS", "Repair", "Repaired", "SeenRows", "repair"]
 
 _IN_MEMORY: Final = 1 << 18
 """Rows kept in a set of about 30 MB; beyond it, hashes are stored on disk (slower)."""
@@ -109,7 +109,7 @@ REPAIRS: Final[Mapping[str, str]] = MappingProxyType(
 """Repairs by code, with the label of their count."""
 
 _PIECE: Final = 1 << 20
-_MOST_BLANK_BYTES: Final = 1 << 30
+MOST_BLANK_BYTES: Final = 1 << 30
 """Consecutive bytes of blank lines; a small compressed file can contain any number."""
 _ROUNDS: Final = 4
 """Maximum number of passes over a row."""
@@ -319,7 +319,7 @@ class _Repairing:
     def _blank_line(self, number: int, size: int) -> None:
         before = self._blank if self._blank.last == number - 1 else _Blank(number, 0, 0)
         self._blank = _Blank(number, before.lines + 1, before.size + size)
-        if self._blank.lines > MOST_BLANK_LINES or self._blank.size > _MOST_BLANK_BYTES:
+        if self._blank.lines > MOST_BLANK_LINES or self._blank.size > MOST_BLANK_BYTES:
             message = f"more than {MOST_BLANK_LINES:,} blank lines, or 1 GiB of them, in a row"
             raise _unusable(self._path, "only_blank_lines", message, "check that it is JSON Lines")
         self._done(number, "blank_line", "removed blank line")

@@ -1,6 +1,7 @@
 """Middleware for every request: request id, authentication, body limits and JSON errors."""
 
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
@@ -27,7 +28,8 @@ log = get_logger()
 _NEEDS_NO_KEY = "/health"
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
-_UPLOADS = frozenset({"/v1/files", f"{OPENAI_PREFIX}/files"})
+_UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
+"""Paths whose bodies are as large as a file."""
 _LONGEST_PATH = 300
 """Characters of a path to log."""
 _SHUTTING_DOWN = "The gateway is shutting down; retry the request later."
@@ -100,7 +102,7 @@ class Guard:
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
-        if path in _UPLOADS:
+        if _UPLOADS.fullmatch(path):
             receive = _Confirmed(receive, admit)
         elif _length(headers) > self._max_bytes:
             await answer.json(413, {"detail": _too_large(self._max_bytes)})

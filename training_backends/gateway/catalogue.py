@@ -163,6 +163,10 @@ class Catalogue:
         """Return the model with this name, or None."""
         return self._offers.get(name)
 
+    def extended(self, offer: Offer) -> Self:
+        """Return a catalogue that also has this model."""
+        return type(self)({**self._offers, offer.name: offer}, self._path)
+
     def names(self, job_type: str) -> list[str]:
         """Return the names of the models that support a job type."""
         return [offer.name for offer in self.all() if job_type in offer.job_types]

@@ -32,6 +32,7 @@ from training_backends.core.errors import (
 from training_backends.core.files import make_private_directory
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
+from training_backends.gateway.checkpoint_models import CheckpointModels, job_of_key
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
@@ -183,6 +184,7 @@ class ChatService:
         store: GatewayStore,
         client: AsyncTrainingClient,
         tasks: TaskGroup,
+        checkpoints: CheckpointModels,
         *,
         backend: str,
         catalogue: Catalogue,
@@ -191,6 +193,7 @@ class ChatService:
     ) -> None:
         self._store = store
         self._client = client
+        self._checkpoints = checkpoints
         self._catalogue = catalogue
         self._timeout = settings.inference_timeout
         self._limit = settings.inference_requests
@@ -263,7 +266,12 @@ class ChatService:
     @asynccontextmanager
     async def _found(self, name: str, caller: Principal) -> AsyncIterator[InferenceModel]:
         offer = self._catalogue.get(name)
-        job_id = None if offer else await self._store.aread(lambda c: _job_of(c, name, caller))
+        checkpoint = None if offer else await self._checkpoints.find(name, caller)
+        job_id = None
+        if checkpoint is not None:
+            _require_completion(name, checkpoint.job.job_type)
+        elif offer is None:
+            job_id = await self._store.aread(lambda c: _job_of(c, name, caller))
         if not self.is_available:
             raise ChatProblem(
                 404,
@@ -278,6 +286,9 @@ class ChatService:
         assert self._servers is not None  # noqa: S101  # it is available
         if offer:
             directory = await self._base(offer)
+        elif checkpoint:
+            path = await self._checkpoints.path(checkpoint)
+            directory = await self._plain(path, checkpoint.key)
         else:
             directory = await self._result(str(job_id), name)
         async with self._servers.using(directory) as client:
@@ -337,17 +348,19 @@ class ChatService:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
         if self._servers is None:
             return
-        merged = self._merges / job_id
-        for directory in await self._directories(job_id, merged):
+        paths = await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
+        for directory in [*paths, *await self._directories(job_id)]:
             await self._servers.stop(directory)
-        await to_thread.run_sync(_remove, merged)
+        for merged in paths:
+            await to_thread.run_sync(_remove, merged)
 
-    async def _directories(self, job_id: str, merged: Path) -> list[Path]:
+    async def _directories(self, job_id: str) -> list[Path]:
+        written = await self._checkpoints.paths(job_id)
         try:
             run = await self._client.get(job_id)
         except TrainingBackendError:
-            return [merged]
-        return [merged, Path(run.result_model)] if run.result_model else [merged]
+            return written
+        return [*written, Path(run.result_model)] if run.result_model else written
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""
@@ -358,7 +371,7 @@ class ChatService:
 
 def _sweep(directory: Path, kept: set[str]) -> None:
     for path in directory.glob("*") if directory.is_dir() else ():
-        if path.name not in kept:
+        if path.name not in kept and job_of_key(path.name) not in kept:
             _remove(path)
 
 
@@ -395,11 +408,15 @@ def _job_of(connection: sa.Connection, name: str, caller: Principal) -> str:
     row = connection.execute(models.select().where(models.c.id == name, *visible)).first()
     if row is None:
         raise _unknown(connection, name, caller)
-    if row.model_type == "classifier":
+    _require_completion(name, row.model_type)
+    return str(row.job_id)
+
+
+def _require_completion(name: str, kind: str) -> None:
+    if kind == "classifier":
         raise ChatProblem(
             400, f"The model {name!r} is a classifier; it does not chat.", field="model"
         )
-    return str(row.job_id)
 
 
 def _unknown(connection: sa.Connection, name: str, caller: Principal) -> ChatProblem:

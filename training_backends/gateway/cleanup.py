@@ -1,4 +1,4 @@
-"""Clean-up after a job finishes: its files and its stored keys."""
+"""What follows when a job finishes: its files and stored keys are removed, its end reported."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,6 +13,7 @@ from training_backends.credentials.vault import CredentialInfo
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_request import job_of_profile, secret_profile
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.webhooks import Webhooks
 from training_backends.store.gateway_schema import jobs
 
 __all__ = ["JobEnding", "SecretKeeper"]
@@ -37,14 +38,23 @@ class SecretKeeper(Protocol):
 
 
 class JobEnding:
-    """Cleans up after a finished job; safe to repeat."""
+    """Cleans up after a finished job; safe to repeat.
 
-    def __init__(self, files: FileService, secrets: SecretKeeper) -> None:
+    Args:
+        webhooks: Reports the end of each job.
+    """
+
+    def __init__(
+        self, files: FileService, secrets: SecretKeeper, webhooks: Webhooks | None = None
+    ) -> None:
         self._files = files
         self._secrets = secrets
+        self._webhooks = webhooks
 
     async def __call__(self, job: Any) -> None:
-        """Delete the files that only this job needed, and its stored keys."""
+        """Delete the files that only this job needed, and its stored keys; report its end."""
+        if self._webhooks is not None:
+            await self._webhooks.add(job)
         await self._files.collect(job.blobs)
         for integration in job.integrations:
             await self.forget(integration["type"], job.id)

@@ -4,6 +4,7 @@ import errno
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.store import COUNTED_AHEAD, GatewayStore, page_at, page_of
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
@@ -49,15 +51,21 @@ from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
+    "RESULTS_PURPOSE",
     "FileFilters",
     "FileService",
     "StoredFile",
     "UploadRules",
+    "clean_name",
     "names_by_path",
+    "one_of",
+    "tuned_path",
 ]
 
 log = get_logger()
 
+RESULTS_PURPOSE: Final = "fine-tune-results"
+"""Of the files that the gateway writes; the Mistral API does not list them."""
 SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
@@ -129,39 +137,95 @@ class FileService:
         content_length: int | None,
         caller: Principal,
         rules: UploadRules | None = None,
-        reuse_for: float | None = None,
+        repetition: Repetition | None = None,
     ) -> UploadFileOut:
         """Receive a file; uploading the same name and content again returns the same file.
 
         Args:
             rules: Default: those of the Mistral API.
-            reuse_for: Age in seconds up to which a file counts as the same; None: any.
+            repetition: What alone makes an upload refer to the same file; None: nothing else.
 
         Raises:
             HTTPProblem: The file is too large, too slow, invalid, or does not fit on the disk.
         """
-        if content_length is not None:
-            if content_length > self._limit + FORM_OVERHEAD:
-                raise too_large(self._limit)
-            if content_length > await to_thread.run_sync(self._blobs.free):
+        async with self.receiving(content_length, self._limit) as incoming:
+            form = await receive(chunks, content_type, incoming, limit=self._limit, pace=self._pace)
+            return await self.accept(
+                form, incoming, caller, rules or _MISTRAL_UPLOAD, repetition=repetition
+            )
+
+    @asynccontextmanager
+    async def receiving(self, length: int | None, limit: int) -> AsyncIterator[Incoming]:
+        """Yield a new temporary file, deleted at the end unless it was kept.
+
+        Args:
+            length: Bytes that will arrive, if known.
+            limit: Maximum bytes of the file.
+
+        Raises:
+            HTTPProblem: It is too large, or does not fit on the disk.
+        """
+        if length is not None:
+            if length > limit + FORM_OVERHEAD:
+                raise too_large(limit)
+            if length > await to_thread.run_sync(self._blobs.free):
                 raise _disk_full()
         try:
-            incoming = await to_thread.run_sync(self._blobs.receive)
-            try:
-                form = await receive(
-                    chunks, content_type, incoming, limit=self._limit, pace=self._pace
-                )
-                return await self._accept(
-                    form, incoming, caller, rules or _MISTRAL_UPLOAD, reuse_for
-                )
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await to_thread.run_sync(incoming.discard)
+            async with self._temporary() as incoming:
+                yield incoming
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
             log.error("disk full during upload", reason=str(error))  # noqa: TRY400
             raise _disk_full() from error
+
+    @asynccontextmanager
+    async def _temporary(self) -> AsyncIterator[Incoming]:
+        incoming = await to_thread.run_sync(self._blobs.receive)
+        try:
+            yield incoming
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(incoming.discard)
+
+    async def accept(
+        self,
+        form: Upload,
+        incoming: Incoming,
+        caller: Principal,
+        rules: UploadRules,
+        *,
+        repetition: Repetition | None = None,
+        also: Callable[[sa.Connection, str], object] | None = None,
+    ) -> UploadFileOut:
+        """Check a received file and store it.
+
+        Args:
+            form: Its name and purpose.
+            repetition: As for `upload`.
+            also: Called in the same transaction with the id of the file.
+
+        Raises:
+            HTTPProblem: It is invalid.
+        """
+        row = _new_row(form, incoming, caller, rules)
+        facts = await to_thread.run_sync(rules.read_facts, incoming.path, row["purpose"])
+        row.update(num_lines=facts.num_lines, sample_type=facts.sample_type)
+        row["idempotency_key"] = repetition.key if repetition else None
+
+        def work(connection: sa.Connection) -> Any:
+            found = _uploaded_before(connection, row, caller, repetition)
+            if found is None:
+                connection.execute(files.insert().values(row))
+                mine = sa.select(files).where(files.c.id == row["id"])
+                found = connection.execute(mine).first()
+            if also is not None:
+                also(connection, found.id)
+            return found
+
+        async with self._lock:
+            await to_thread.run_sync(self._blobs.keep, incoming)
+            return UploadFileOut(**_wire(await self._store.awrite(work)))
 
     async def list(
         self,
@@ -176,7 +240,8 @@ class FileService:
 
         The total counts at most `COUNTED_AHEAD` files after the page.
         """
-        conditions = [*_present(), caller.sees(files.c.project), *_conditions(filters)]
+        mine = caller.sees(files.c.project), files.c.purpose != RESULTS_PURPOSE
+        conditions = [*_present(), *mine, *_conditions(filters)]
         order = files.c.created_at.desc(), files.c.id.desc()
         skip = page * page_size
         found = sa.select(files.c.id).where(*conditions).order_by(*order)
@@ -275,12 +340,57 @@ class FileService:
             for digest in set(digests) - needed:
                 await to_thread.run_sync(self._blobs.remove, digest)
 
+    async def add(
+        self,
+        content: bytes,
+        *,
+        file_id: str,
+        filename: str,
+        purpose: str,
+        mimetype: str,
+        owner: Any,
+    ) -> None:
+        """Store a file that the gateway itself has written; no effect if the id exists.
+
+        Args:
+            owner: Row of the job that it belongs to.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        row = {
+            "id": file_id,
+            "filename": filename,
+            "bytes": len(content),
+            "purpose": purpose,
+            "sample_type": "instruct",
+            "source": "mistral",  # the word for the service itself
+            "mimetype": mimetype,
+            "visibility": "workspace",
+            "created_at": time.time(),
+            "created_by": owner.created_by,
+            "project": owner.project,
+        }
+
+        def work(connection: sa.Connection) -> None:
+            mine = sa.select(files.c.id).where(files.c.id == file_id)
+            if connection.execute(mine).first() is None:
+                connection.execute(files.insert().values(row))
+
+        async with self._temporary() as incoming:
+            await to_thread.run_sync(incoming.write, content)
+            await to_thread.run_sync(incoming.finish)
+            row["sha256"] = incoming.sha256
+            async with self._lock:
+                await to_thread.run_sync(self._blobs.keep, incoming)
+                await self._store.awrite(work)
+
     def _stored(self, row: Any) -> StoredFile:
         path = self._blobs.path(row.sha256)
         return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
 
     async def names(self, job: Any) -> dict[str, str]:
-        """Return the names of a job's files, including deleted ones, by path.
+        """Return the names of a job's files, including deleted ones, and of its model, by path.
 
         Other files of the same content have the same path, and are not this job's business.
         """
@@ -292,7 +402,7 @@ class FileService:
         for row in rows:
             for path in await to_thread.run_sync(self._blobs.conversions, row.sha256):
                 names[str(path)] = names[str(self._blobs.path(row.sha256))]
-        return names
+        return names | tuned_path(job.model, TrainingConfig.model_validate_json(job.config))
 
     async def converted(
         self, config: TrainingConfig, provider_format: ProviderFormat
@@ -327,33 +437,25 @@ class FileService:
             raise not_found("file")
         return row
 
-    async def _accept(
-        self,
-        form: Upload,
-        incoming: Incoming,
-        caller: Principal,
-        rules: UploadRules,
-        reuse_for: float | None,
-    ) -> UploadFileOut:
-        row = _new_row(form, incoming, caller, rules)
-        facts = await to_thread.run_sync(rules.read_facts, incoming.path, row["purpose"])
-        row.update(num_lines=facts.num_lines, sample_type=facts.sample_type)
 
-        def work(connection: sa.Connection) -> Any:
-            alike = ("project", "filename", "sha256", "purpose")
-            same = [files.c[name] == row[name] for name in alike]
-            if reuse_for is not None:
-                same.append(files.c.created_at > row["created_at"] - reuse_for)
-            found = connection.execute(sa.select(files).where(*same, *_present())).first()
-            if found is None:
-                connection.execute(files.insert().values(row))
-                mine = sa.select(files).where(files.c.id == row["id"])
-                found = connection.execute(mine).first()
-            return found
+def _uploaded_before(
+    connection: sa.Connection,
+    row: Mapping[str, Any],
+    caller: Principal,
+    repetition: Repetition | None,
+) -> Any:
+    """Return the row of the file that an upload repeats, or None."""
+    alike = ("project", "filename", "sha256", "purpose")
+    same = sa.and_(*(files.c[name] == row[name] for name in alike))
+    if repetition is None:
+        return connection.execute(sa.select(files).where(same, *_present())).first()
+    mine = sa.and_(caller.made(files), *_present())
+    return repetition.first(connection, files, mine=mine, same=same, key=files.c.idempotency_key)
 
-        async with self._lock:
-            await to_thread.run_sync(self._blobs.keep, incoming)
-            return UploadFileOut(**_wire(await self._store.awrite(work)))
+
+def tuned_path(name: str, config: TrainingConfig) -> dict[str, str]:
+    """Return the path and the name of the fine-tuned model that a job starts from, if it does."""
+    return {config.model: name} if config.model and name.startswith("ft:") else {}
 
 
 def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
@@ -376,8 +478,8 @@ def _new_row(
     if purpose is None:
         raise invalid(["body", "purpose"], "Field required", "missing")
     visibility = form.fields.get("visibility") or "workspace"
-    _one_of("purpose", purpose, rules.purposes)
-    _one_of("visibility", visibility, FILE_VISIBILITIES)
+    one_of("purpose", purpose, rules.purposes)
+    one_of("visibility", visibility, FILE_VISIBILITIES)
     if visibility == "user":
         raise invalid(
             ["body", "visibility"],
@@ -388,7 +490,7 @@ def _new_row(
     lifetime = rules.lifetime(form.fields)
     return {
         "id": str(uuid4()),
-        "filename": _clean(form.filename),
+        "filename": clean_name(form.filename),
         "sha256": incoming.sha256,
         "bytes": incoming.size,
         "purpose": purpose,
@@ -402,7 +504,8 @@ def _new_row(
     }
 
 
-def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    """Reject a value that is none of those allowed."""
     if value not in allowed:
         wanted = " or ".join(repr(word) for word in allowed)
         raise invalid(["body", field], f"Input should be {wanted}", "enum")
@@ -439,12 +542,16 @@ OPENAI_UPLOAD: Final = UploadRules(
 )
 
 
-def _clean(filename: str) -> str:
-    """Return the last part of a name, without the client's directories."""
+def clean_name(filename: str, field: str = "file") -> str:
+    """Return the last part of a name, without the client's directories.
+
+    Args:
+        field: Field of the request that has the name.
+    """
     name = re.split(r"[\\/]", filename)[-1].strip()
     name = "".join(char for char in name if char.isprintable())[:255]
     if name in {"", ".", ".."}:
-        raise invalid(["body", "file"], "The file name is empty.")
+        raise invalid(["body", field], "The file name is empty.")
     return name
 
 

@@ -22,21 +22,26 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.client.leases import Leases
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
-from training_backends.core.files import hold_lock, make_private_directory, write_atomic
+from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService
+from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.part_uploads import PartUploads
+from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
+from training_backends.gateway.webhooks import Webhooks
+from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store.gateway_schema import keys
 from training_backends.store.version import StoreVersion
 
@@ -48,7 +53,10 @@ _CREATING: Final = timedelta(minutes=5)
 
 
 def load_secret(path: Path) -> bytes:
-    """Return the gateway's signing secret, created on first use with mode 0600."""
+    """Return the gateway's signing secret, created on first use with mode 0600.
+
+    The lock of the home must be held: gateways that share it start one after the other.
+    """
     try:
         known = path.read_bytes()
     except FileNotFoundError:
@@ -56,11 +64,8 @@ def load_secret(path: Path) -> bytes:
     if len(known) >= _SECRET_BYTES:
         return known  # a truncated secret could be guessed
     make_private_directory(path.parent)
-    with hold_lock(path.with_name(f".{path.name}.lock")):  # of gateways that start at once
-        if path.exists() and path.stat().st_size >= _SECRET_BYTES:
-            return path.read_bytes()
-        secret = secrets.token_bytes(_SECRET_BYTES)
-        write_atomic(path, secret, private=True)
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    write_atomic(path, secret, private=True)
     return secret
 
 
@@ -124,8 +129,10 @@ class Gateway:
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
+    uploads: PartUploads
     jobs: JobService
     models: ModelService
+    checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
 
@@ -177,20 +184,28 @@ async def open_gateway(
         stack.push_async_callback(versions.aclose)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        files = FileService(
-            store,
-            blobs or BlobStore(root),
-            limit=settings.max_upload_bytes,
-            pace=MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate),
-        )
+        blobs = blobs or BlobStore(root)
+        pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
+        files = FileService(store, blobs, limit=settings.max_upload_bytes, pace=pace)
+        uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
         if lock.alone:
             await files.open()
+            await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        checkpoints = CheckpointModels(
+            store,
+            client,
+            organization_id=settings.organization_id,
+            directory=root / "checkpoints",
+        )
+        if lock.alone:
+            await checkpoints.sweep()
         chat = ChatService(
             store,
             client,
             tasks,
+            checkpoints,
             backend=backend,
             catalogue=catalogue,
             settings=settings,
@@ -201,6 +216,17 @@ async def open_gateway(
             await chat.sweep()
         if shared:
             lock.settle()
+        tasks.start_soon(uploads.sweep)
+        models = ModelService(
+            store,
+            client,
+            backend=backend,
+            catalogue=catalogue,
+            organization_id=settings.organization_id,
+            opened_at=time.time(),
+            chat=chat,
+            checkpoints=checkpoints,
+        )
         yield Gateway(
             settings=settings,
             home=root,
@@ -211,25 +237,21 @@ async def open_gateway(
             client=client,
             keys=KeyStore(store, settings.api_key),
             files=files,
+            uploads=uploads,
             jobs=await _start_jobs(
                 stack,
                 store,
                 client,
                 files,
+                models=models,
+                webhooks=await _webhooks(store, settings, vault),
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
                 settings=settings,
             ),
-            models=ModelService(
-                store,
-                client,
-                backend=backend,
-                catalogue=catalogue,
-                organization_id=settings.organization_id,
-                opened_at=time.time(),
-                chat=chat,
-            ),
+            models=models,
+            checkpoints=checkpoints,
             chat=chat,
             links=links,
         )
@@ -256,12 +278,30 @@ async def _open_database(
     return store, client
 
 
+async def _webhooks(
+    store: GatewayStore, settings: GatewaySettings, vault: CredentialVault
+) -> Webhooks | None:
+    """Return what reports finished jobs; None without a URL in the settings.
+
+    Raises:
+        ConfigError: The secret cannot be used.
+        CredentialNotFound: There is none.
+    """
+    if settings.webhook_url is None:
+        return None
+    secret = settings.webhook_secret or await vault.get("webhook")
+    key = signing_key(secret.get_secret_value())
+    return Webhooks(store, str(settings.webhook_url), key)
+
+
 async def _start_jobs(
     stack: AsyncExitStack,
     store: GatewayStore,
     client: AsyncTrainingClient,
     files: FileService,
     *,
+    models: ModelService,
+    webhooks: Webhooks | None,
     backend: str,
     catalogue: Catalogue,
     secrets: SecretKeeper,
@@ -270,7 +310,7 @@ async def _start_jobs(
     """Resume all jobs in tasks that end with the stack."""
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
-    ending = JobEnding(files, secrets)
+    ending = JobEnding(files, secrets, webhooks)
     leases = None
     if shares_home(settings.store_url):
         leases = Leases(store, client.home / "leases")
@@ -281,11 +321,14 @@ async def _start_jobs(
         files,
         tasks,
         organization_id=settings.organization_id,
+        results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
         leases=leases,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    if webhooks is not None:
+        tasks.start_soon(webhooks.run, leases)
     # Another gateway may be creating a job at this moment.
     patience = timedelta(0) if leases is None else _CREATING
     tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now() - patience))
@@ -295,6 +338,7 @@ async def _start_jobs(
         files,
         runner,
         ending,
+        models=models,
         backend=backend,
         catalogue=catalogue,
         secrets=secrets,

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ __all__ = [
     "history",
     "job_checkpoints",
     "job_events",
+    "kept_checkpoints",
     "reached",
     "run_document",
 ]
@@ -148,6 +150,15 @@ def job_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
             point = points.setdefault(row.step, JobCheckpoint(row.step, at, values))
             point.metrics[row.name] = row.value
     return list(points.values())
+
+
+def kept_checkpoints(connection: sa.Connection, job: Any) -> list[JobCheckpoint]:
+    """Return the checkpoints whose files are on this machine, by step."""
+    return [
+        JobCheckpoint(point["step"], _seconds(point["at"]), point["metrics"])
+        for point in run_document(connection, job).get("checkpoints", ())
+        if point.get("path") and Path(point["path"]).is_dir()
+    ]
 
 
 def _due_steps(connection: sa.Connection, job: Any) -> Iterator[int]:

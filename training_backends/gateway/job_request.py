@@ -6,7 +6,7 @@ from base64 import b32decode, b32encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
@@ -18,13 +18,17 @@ from training_backends.core.config import (
     DataSource,
     Hyperparameters,
     TrainingConfig,
-    WandbIntegration,
 )
+from training_backends.core.integrations import WandbIntegration
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.errors import invalid, misfit, plain
 from training_backends.protocols.mistral.errors import no_model_message
 from training_backends.protocols.mistral.status import METHODS
-from training_backends.protocols.mistral.wire import ClassifierTargetIn, JobIn
+from training_backends.protocols.mistral.wire import (
+    ClassifierTargetIn,
+    CompletionTrainingParametersIn,
+    JobIn,
+)
 
 __all__ = [
     "CheckedJob",
@@ -37,6 +41,12 @@ __all__ = [
 ]
 
 
+_SDK_RATE: Final = CompletionTrainingParametersIn().learning_rate
+"""What the SDKs send for a learning rate that their user has not set."""
+_RATE_IGNORED: Final = (
+    f"The learning rate {_SDK_RATE:g}, which is the default of the SDKs, is ignored: the backend "
+    "chooses the learning rate."
+)
 _PLACES = {"data.train": "training_files", "data.validation": "validation_files"}
 """Fields of a request by those of a configuration, where they differ."""
 
@@ -55,6 +65,7 @@ class CheckedJob:
         options: Options of the backend.
         openai: What only the OpenAI API has; None for jobs of the Mistral API.
         fingerprint: The same for similar jobs.
+        notes: What the client should know about how its request was read.
     """
 
     offer: Offer
@@ -72,6 +83,7 @@ class CheckedJob:
     tolerated: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     openai: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def check_job(
@@ -87,7 +99,7 @@ def check_job(
     _check_supported(request, job_type, capabilities)
     if not request.training_files:
         raise invalid(["body", "training_files"], "At least one file is required.", "missing")
-    hyperparameters = _hyperparameters(request, capabilities, default_epochs)
+    hyperparameters, notes = _hyperparameters(request, capabilities, default_epochs)
     training_files = [file.model_dump() for file in request.training_files]
     targets = [_target(target) for target in request.classifier_targets or ()]
     validation_files = list(request.validation_files or ())
@@ -112,6 +124,7 @@ def check_job(
         keys=tuple(given.api_key for given in request.integrations or ()),
         auto_start=request.auto_start,
         tolerated=request.invalid_sample_skip_percentage,
+        notes=notes,
     )
     check_declared(job, capabilities, _PLACES)
     return job
@@ -239,7 +252,8 @@ def _is_suffix(text: str) -> bool:
 
 def _hyperparameters(
     request: JobIn, capabilities: Capabilities, default_epochs: float
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the hyperparameters to use, and notes about those that are not."""
     given = request.hyperparameters
     if given.epochs is not None and given.training_steps is not None:
         raise invalid(["body", "hyperparameters"], "Set epochs or training_steps, not both.")
@@ -252,7 +266,11 @@ def _hyperparameters(
         and (known is None or "epochs" in known)
     ):
         chosen["epochs"] = default_epochs
-    return chosen
+    rate = chosen.get("learning_rate")
+    if known is not None and "learning_rate" not in known and rate == _SDK_RATE:
+        del chosen["learning_rate"]
+        return chosen, (_RATE_IGNORED,)
+    return chosen, ()
 
 
 def _target(target: ClassifierTargetIn) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,7 @@ from training_backends.core.errors import ConfigError, DatasetError, TrainingBac
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
-from training_backends.gateway.files import FileService, StoredFile, names_by_path
+from training_backends.gateway.files import FileService, StoredFile, names_by_path, tuned_path
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -36,7 +37,10 @@ from training_backends.gateway.jobstore import (
     shown_notes,
 )
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.openai_requests import Repetition, check_openai_job
+from training_backends.gateway.models import ModelService
+from training_backends.gateway.openai_ids import FILE, internal_id
+from training_backends.gateway.openai_requests import check_openai_job
+from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import COUNTED_AHEAD, GatewayStore, page_at
@@ -45,6 +49,7 @@ from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMe
 from training_backends.protocols.openai.errors import (
     answer_for,
     invalid_training_file,
+    not_supported,
     wrong_state,
 )
 from training_backends.protocols.openai.requests import FineTuningJobIn
@@ -85,6 +90,7 @@ class JobService:
         runner: JobRunner,
         ending: JobEnding,
         *,
+        models: ModelService,
         backend: str,
         catalogue: Catalogue,
         secrets: SecretKeeper,
@@ -95,6 +101,7 @@ class JobService:
         self._files = files
         self._runner = runner
         self._ending = ending
+        self._models = models
         self._backend = backend
         self._catalogue = catalogue
         self._secrets = secrets
@@ -119,7 +126,7 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid, or a similar job is unfinished (409).
         """
-        job = self._check(request)
+        job = await self._check(request, caller)
         job_id = str(uuid4())
         await self._store_secret(job, job_id)
         try:
@@ -143,18 +150,26 @@ class JobService:
         """
         job = check_openai_job(
             request,
-            self._catalogue,
+            await self._offered(request.model, caller),
             self._client.backend(self._backend),
             default_epochs=self._settings.default_epochs,
-            repetition=repetition,
+            idempotency_key=repetition.key,
         )
         new_id = str(uuid4())
 
         def work(connection: sa.Connection) -> str:
-            known = repetition.first(connection, job, caller)
-            if known is None:
-                self._insert(connection, job, new_id, caller)
-            return known or new_id
+            assert job.openai is not None  # noqa: S101  # made above
+            known = repetition.first(
+                connection,
+                jobs,
+                mine=caller.made(jobs) & jobs.c.openai.is_not(None),
+                same=jobs.c.openai["request"].as_string() == job.openai["request"],
+                key=jobs.c.openai["idempotency_key"].as_string(),
+            )
+            if known is not None:
+                return str(known.id)
+            self._insert(connection, job, new_id, caller)
+            return new_id
 
         job_id = await self._store.awrite(work)
         self._runner.drive(job_id)
@@ -169,7 +184,7 @@ class JobService:
         job = await self._store.aread(lambda c: require_job(c, job_id, caller))
         verb = "resumed" if resume else "paused"
         if not self._client.backend(job.backend).capabilities.pauses:
-            raise plain(422, "This gateway's backend cannot pause a job.")
+            raise problem(not_supported("This gateway's backend cannot pause a job."))
         if job.status != "RUNNING":
             raise problem(wrong_state(f"Only a running job can be {verb}."))
         try:
@@ -183,10 +198,10 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = self._check(request)
+        job = await self._check(request, caller)
         found = await self._store.aread(lambda c: self._find(c, job, caller))
         config = self._make_config(job, found, "dry-run")
-        names = names_by_path(found.values())
+        names = {**names_by_path(found.values()), **tuned_path(job.offer.name, config)}
         try:
             report = await self._client.validate(config, backend=self._backend)
             if not report.ok:
@@ -201,7 +216,8 @@ class JobService:
             passes = round(estimate.train_tokens / estimate.data_tokens, 4)
         return LegacyJobMetadataOut(
             **quote(estimate).model_dump(),
-            details=shown_notes(estimate.notes, names) or "Dry run: no job was created.",
+            details=shown_notes([*job.notes, *estimate.notes], names)
+            or "Dry run: no job was created.",
             epochs=config.hyperparameters.epochs or passes,
             training_steps=estimate.steps or config.hyperparameters.training_steps,
         )
@@ -257,17 +273,25 @@ class JobService:
         self._runner.drive(job_id)
         return job
 
-    def _check(self, request: JobIn) -> CheckedJob:
+    async def _check(self, request: JobIn, caller: Principal) -> CheckedJob:
         most = self._settings.max_training_steps
         if (request.hyperparameters.training_steps or 0) > most:
             place = ["body", "hyperparameters", "training_steps"]
             raise invalid(place, f"Input should be less than or equal to {most}", "less_than_equal")
         return check_job(
             request,
-            self._catalogue,
+            await self._offered(request.model, caller),
             self._client.backend(self._backend).capabilities,
             default_epochs=self._settings.default_epochs,
         )
+
+    async def _offered(self, name: str, caller: Principal) -> Catalogue:
+        """Return the catalogue, with the model of this name if it is a fine-tuned one."""
+        if self._catalogue.get(name) is None:
+            with suppress(ConfigError):  # a checkpoint that is gone
+                if offer := await self._models.offer(name, caller):
+                    return self._catalogue.extended(offer)
+        return self._catalogue
 
     def _make_config(
         self, job: CheckedJob, files: Mapping[str, StoredFile], job_id: str
@@ -317,7 +341,8 @@ class JobService:
         }
         for param, file_ids in given.items():
             for file_id in file_ids:
-                known = self._files.find(connection, [file_id], caller.project).get(file_id)
+                own = internal_id(FILE, file_id) or ""
+                known = self._files.find(connection, [own], caller.project).get(own)
                 if known is None or known.purpose != "fine-tune":
                     raise problem(invalid_training_file(file_id, param))
                 found[file_id] = known
@@ -354,6 +379,8 @@ class JobService:
         row = load_job(connection, job_id)
         change_counts(connection, row, before=None, after=row.status)
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
+        for note in job.notes:
+            add_event(connection, job_id, "note", {"message": note})
         return row
 
     def _row(

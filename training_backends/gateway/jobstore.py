@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -46,10 +46,14 @@ from training_backends.store.gateway_schema import events, jobs, models
 from training_backends.store.job_counts import change_counts
 
 __all__ = [
+    "CHECKPOINT_MARK",
+    "JOB_DIGITS",
     "accept_start",
     "add_event",
     "advance_job",
+    "base_model",
     "change_status",
+    "checkpoint_name",
     "detailed_job",
     "effective",
     "error_data",
@@ -64,6 +68,10 @@ __all__ = [
     "shown_notes",
 ]
 
+CHECKPOINT_MARK: Final = ":ckpt-step-"
+"""Between the name of a model and the step of one of its checkpoints."""
+JOB_DIGITS: Final = 8
+"""Characters of the job's id at the end of a model's name."""
 SHOWN_ISSUES = 20
 _SHOWN_PARAMETERS = frozenset({*CompletionTrainingParameters.model_fields, "batch_size"})
 """Hyperparameters of either API."""
@@ -145,18 +153,21 @@ def finish_job(
     job: Any,
     run: TrainingRun,
     organization_id: str,
+    *,
     names: Mapping[str, str],
+    results: Sequence[str],
 ) -> None:
     """Finish a job with the result of its run, and list the model of a completed one.
 
     Args:
         names: File names by local path.
+        results: Ids of its result files.
     """
-    values: dict[str, Any] = {"trained_tokens": _trained_tokens(run)}
+    values: dict[str, Any] = {"trained_tokens": _trained_tokens(run), "result_files": [*results]}
     data: dict[str, Any] = {}
     if run.status is TrainingStatus.COMPLETED:
         status = "SUCCESS"
-        values["fine_tuned_model"] = model_name(job, organization_id, datetime.now(UTC))
+        values["fine_tuned_model"] = model_name(job, organization_id, time.time())
     elif run.status is TrainingStatus.CANCELLED:
         status = "CANCELLED"
     else:
@@ -170,15 +181,33 @@ def finish_job(
         _list_model(connection, job, values["fine_tuned_model"])
 
 
-def model_name(job: Any, organization_id: str, finished: datetime) -> str:
-    """Return `ft:[classifier:]<base>:<org>:<yyyymmdd>[:<suffix>]:<first 8 of the job id>`."""
+def model_name(job: Any, organization_id: str, finished: float) -> str:
+    """Return `ft:[classifier:]<base>:<org>:<yyyymmdd>[:<suffix>]:<first 8 of the job id>`.
+
+    Args:
+        finished: In seconds since the epoch.
+    """
     parts = ["ft"]
     if job.job_type == "classifier":
         parts.append("classifier")
-    parts += [job.model, organization_id, f"{finished:%Y%m%d}"]
+    date = datetime.fromtimestamp(finished, UTC)
+    parts += [base_model(job.model), organization_id, f"{date:%Y%m%d}"]
     if job.suffix:
         parts.append(job.suffix)
-    return ":".join([*parts, job.id[:8]])
+    return ":".join([*parts, job.id[:JOB_DIGITS]])
+
+
+def checkpoint_name(model: str, step: int) -> str:
+    """Return the name of a checkpoint of a model."""
+    return f"{model}{CHECKPOINT_MARK}{step}"
+
+
+def base_model(name: str) -> str:
+    """Return the base model in the name of a fine-tuned model or a checkpoint, or the name."""
+    kind, *parts = name.split(":")
+    if kind != "ft" or not parts:
+        return name
+    return parts[1] if parts[0] == "classifier" and len(parts) > 1 else parts[0]
 
 
 def _list_model(connection: sa.Connection, job: Any, name: str) -> None:
@@ -187,7 +216,7 @@ def _list_model(connection: sa.Connection, job: Any, name: str) -> None:
             id=name,
             job_id=job.id,
             project=job.project,
-            root=job.model,
+            root=base_model(job.model),
             model_type=job.job_type,
             context_length=job.context_length,
             classifier_targets=job.classifier_targets,

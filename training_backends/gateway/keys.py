@@ -118,6 +118,10 @@ class Principal:
         """Return the condition on a table's project column, part of every client query."""
         return sa.true() if self.admin else owner == self.project
 
+    def made(self, table: sa.Table) -> sa.ColumnElement[bool]:
+        """Return the condition for the rows that were created with this key."""
+        return (table.c.created_by == self.key_id) & (table.c.project == self.project)
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:

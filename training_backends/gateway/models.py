@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -9,12 +10,14 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.core.config import TINY_MODEL, Tuning
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.chat import ChatService
+from training_backends.gateway.checkpoint_models import CheckpointModel, CheckpointModels
 from training_backends.gateway.errors import not_found, plain
-from training_backends.gateway.jobstore import keep_history
+from training_backends.gateway.jobstore import base_model, keep_history
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import METHODS
@@ -59,6 +62,7 @@ class ModelService:
         organization_id: str,
         opened_at: float,
         chat: ChatService,
+        checkpoints: CheckpointModels,
     ) -> None:
         self._store = store
         self._client = client
@@ -67,6 +71,7 @@ class ModelService:
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
         self._chat = chat
+        self._checkpoints = checkpoints
 
     async def pages(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
@@ -110,7 +115,37 @@ class ModelService:
         for offer in self._offers():
             if offer.name == model_id:
                 return await to_thread.run_sync(self._base_card, offer)
+        if checkpoint := await self._checkpoints.find(model_id, caller):
+            return self._checkpoint_card(model_id, checkpoint)
         return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
+
+    async def offer(self, name: str, caller: Principal) -> Offer | None:
+        """Return a fine-tuned model or a checkpoint as what a job can start from, or None."""
+        query = models.select().where(models.c.id == name, *_visible(caller))
+        row = await self._store.aread(lambda connection: connection.execute(query).first())
+        if row is not None:
+            kind, length, target = row.model_type, row.context_length, None
+            with suppress(RunNotFound):
+                target = (await self._client.get(row.job_id)).result_model
+        elif checkpoint := await self._checkpoints.find(name, caller):
+            kind, length = checkpoint.job.job_type, checkpoint.job.context_length
+            target = str(await self._checkpoints.path(checkpoint))
+        else:
+            return None
+        if target is None:
+            return None
+        base = self._catalogue.get(base_model(name))
+        tuning = base.tuning if base else None
+        if tuning is None and base is not None and base.target == TINY_MODEL:
+            tuning = Tuning(kind="full")  # as its own default is; that of a directory is not
+        return Offer(
+            name=name,
+            target=target,
+            job_types=frozenset({kind}),
+            context_length=length,
+            tuning=tuning,
+            options=base.options if base else {},
+        )
 
     async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
         """Update the given fields of a fine-tuned model."""
@@ -138,6 +173,7 @@ class ModelService:
 
         row = await self._store.awrite(work)
         await self._chat.forget(row.job_id)
+        await self._checkpoints.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
         except RunNotFound:
@@ -208,6 +244,23 @@ class ModelService:
             job=row.job_id,
             root=row.root,
             archived=row.archived,
+        )
+
+    def _checkpoint_card(self, name: str, checkpoint: CheckpointModel) -> FTModelCard:
+        job = checkpoint.job
+        classifies = job.job_type == "classifier"
+        return FTModelCard(
+            id=name,
+            created=int(checkpoint.point.at),
+            owned_by=self._organization_id,
+            capabilities=ModelCapabilities(
+                completion_chat=self._chat.is_available and not classifies,
+                classification=classifies,
+            ),
+            max_context_length=job.context_length,
+            job=job.id,
+            root=base_model(job.model),
+            archived=False,
         )
 
     def _updated(self, row: Any) -> FTModelOut:

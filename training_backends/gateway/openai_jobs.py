@@ -1,9 +1,8 @@
 """What the OpenAI API shows of a job: the job itself, its events and checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
-from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -14,10 +13,12 @@ from training_backends.gateway.job_events import (
     JobEvent,
     job_checkpoints,
     job_events,
+    kept_checkpoints,
     run_document,
 )
-from training_backends.gateway.jobstore import model_name, require_job
+from training_backends.gateway.jobstore import checkpoint_name, model_name, require_job
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_ids import FILE, JOB, wire_id
 from training_backends.gateway.store import page_of
 from training_backends.protocols.mistral import status as mistral
 from training_backends.protocols.openai import events
@@ -114,11 +115,12 @@ def _job(
     ended = row.status in mistral.ENDED
     numbers = _numbers(row, method, decided=status not in {"validating_files", "queued"})
     duration = (row.quote or {}).get("expected_duration_seconds")
+    training_file, validation_file = _files(row)
     return FineTuningJob(
-        id=row.id,
+        id=wire_id(JOB, row.id),
         model=row.model,
-        training_file=row.training_files[0]["file_id"],
-        validation_file=next(iter(row.validation_files), None),
+        training_file=training_file,
+        validation_file=validation_file,
         created_at=int(row.created_at),
         finished_at=int(row.modified_at) if ended else None,
         status=status,
@@ -128,6 +130,7 @@ def _job(
         seed=row.hyperparameters.get("seed"),
         fine_tuned_model=row.fine_tuned_model,
         trained_tokens=row.trained_tokens,
+        result_files=[wire_id(FILE, file_id) for file_id in row.result_files or ()],
         error=_error(connection, row),
         estimated_finish=int(row.started_at + duration)
         if status == "running" and duration
@@ -135,6 +138,15 @@ def _job(
         integrations=own.get("integrations") or _integrations(row),
         metadata=own.get("metadata"),
         user_provided_suffix=own.get("suffix") or row.suffix,
+    )
+
+
+def _files(row: Any) -> tuple[str, str | None]:
+    """Return the ids of the first training file and of the first validation file."""
+    validation_file = next(iter(row.validation_files), None)
+    return (
+        wire_id(FILE, row.training_files[0]["file_id"]),
+        validation_file and wire_id(FILE, validation_file),
     )
 
 
@@ -223,12 +235,16 @@ def openai_events(
 def _event(row: Any, key: str, at: float, message: str, **more: Any) -> FineTuningJobEvent:
     fields = {"level": "info", "type": "message", "data": {}, **more}
     return FineTuningJobEvent(
-        id=f"ftevent-{UUID(row.id).hex}-{key}", created_at=int(at), message=message, **fields
+        id=f"{_event_prefix(row)}{key}", created_at=int(at), message=message, **fields
     )
 
 
+def _event_prefix(row: Any) -> str:
+    return wire_id("ftevent-", row.id) + "-"
+
+
 def _key_of(row: Any, event_id: str | None) -> str | None:
-    return None if event_id is None else event_id.removeprefix(f"ftevent-{UUID(row.id).hex}-")
+    return None if event_id is None else event_id.removeprefix(_event_prefix(row))
 
 
 def _step_of(key: str | None) -> int | None:
@@ -241,10 +257,9 @@ def _messages(
     connection: sa.Connection, row: Any
 ) -> tuple[dict[str, FineTuningJobEvent], dict[str, FineTuningJobEvent]]:
     """Return the messages before the metrics and after them, by key, oldest first."""
-    files = row.training_files[0]["file_id"], next(iter(row.validation_files), None)
     first = (
-        ("created", events.created_message(row.id)),
-        ("validating", events.validating_message(*files)),
+        ("created", events.created_message(wire_id(JOB, row.id))),
+        ("validating", events.validating_message(*_files(row))),
     )
     before = {key: _event(row, key, row.created_at, text) for key, text in first}
     later: dict[str, FineTuningJobEvent] = {}
@@ -327,35 +342,42 @@ def openai_checkpoints(
     caller: Principal,
     organization_id: str,
     *,
+    keeps: Callable[[Any], bool],
     after: str | None,
     limit: int,
 ) -> tuple[list[FineTuningJobCheckpoint], bool]:
     """Return the checkpoints that follow `after`, newest first, and whether there are more.
 
+    Args:
+        keeps: Whether a job's checkpoints can be used as models; then only those are shown that
+            are still there.
+
     Raises:
         HTTPProblem: There is no such job for this client, or `after` is none of its checkpoints.
     """
     row = require_job(connection, job_id, caller)
-    points = list(reversed(job_checkpoints(connection, row)))
-    created = datetime.fromtimestamp(row.created_at, UTC)
-    name = row.fine_tuned_model or model_name(row, organization_id, created)
+    of = kept_checkpoints if row.history is None and keeps(row) else job_checkpoints
+    points = of(connection, row)[::-1]
+    newest = points[0].step if points else None
+    prefix = wire_id("ftckpt_", row.id) + "-"
+    if after is not None:
+        number = after.removeprefix(prefix)
+        if not (after.startswith(prefix) and _step_of(f"step-{number}") is not None):
+            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
+        points = [point for point in points if point.step < int(number)]
+    name = row.fine_tuned_model or model_name(row, organization_id, row.created_at)
     shown = [
         FineTuningJobCheckpoint(
-            id=f"ftckpt_{UUID(row.id).hex}-{point.step}",
+            id=f"{prefix}{point.step}",
             created_at=int(point.at),
             # As at the service, the last one has the name of the final model.
             fine_tuned_model_checkpoint=name
-            if row.fine_tuned_model and number == 0
-            else f"{name}:ckpt-step-{point.step}",
-            fine_tuning_job_id=row.id,
+            if row.fine_tuned_model and point.step == newest
+            else checkpoint_name(name, point.step),
+            fine_tuning_job_id=wire_id(JOB, row.id),
             step_number=point.step,
-            metrics=StepMetrics.model_validate({"step": point.step, **point.metrics}),
+            metrics=StepMetrics.model_validate({**point.metrics, "step": point.step}),
         )
-        for number, point in enumerate(points)
+        for point in points[:limit]
     ]
-    start = 0
-    if after is not None:
-        start = 1 + next((n for n, one in enumerate(shown) if one.id == after), -2)
-        if start < 0:
-            raise invalid(["query", "after"], f"{after} is not in this list", "unknown_id")
-    return shown[start : start + limit], len(shown) > start + limit
+    return shown, len(points) > limit

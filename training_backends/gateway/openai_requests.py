@@ -1,34 +1,27 @@
 """Validate a job request of the OpenAI API and convert it to a training configuration."""
 
 import re
-import time
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
-import sqlalchemy as sa
 from pydantic import BaseModel, ValidationError
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.capabilities import Capabilities
-from training_backends.core.config import Hyperparameters, TrainingConfig, WandbIntegration
+from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import ConfigError
 from training_backends.core.estimate import Estimate
+from training_backends.core.integrations import WandbIntegration
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.errors import invalid, problem
 from training_backends.gateway.job_request import CheckedJob, check_declared, digest
-from training_backends.gateway.keys import Principal
-from training_backends.protocols.openai.errors import ErrorAnswer, model_not_available
-from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.protocols.openai.errors import model_not_available
+from training_backends.protocols.openai.requests import MAX_SEED, FineTuningJobIn
 from training_backends.protocols.openai.status import to_method
-from training_backends.store.gateway_schema import jobs
 
-__all__ = ["REPEATS_FOR", "Repetition", "check_openai_job", "multiplied_rate"]
+__all__ = ["check_openai_job", "multiplied_rate"]
 
-REPEATS_FOR: Final = 600.0
-"""Seconds within which a client's retry refers to the object of its first request."""
-_KEY_LASTS: Final = 86400.0
-"""Seconds for which an idempotency key is known."""
 _PLACES: Final = {
     "data.train.0": "training_file",
     "data.validation.0": "validation_file",
@@ -40,61 +33,13 @@ _BETA: Final = ("dpo_beta", "beta")
 """Names of the backends' options for the KL penalty of DPO."""
 
 
-@dataclass(frozen=True, slots=True)
-class Repetition:
-    """How a client marks a request that it may have sent before.
-
-    Attributes:
-        is_retry: One of the official clients repeats it by itself.
-        key: Value of `Idempotency-Key`.
-    """
-
-    is_retry: bool = False
-    key: str | None = None
-
-    def first(self, connection: sa.Connection, job: CheckedJob, caller: Principal) -> str | None:
-        """Return the id of the job that the first request created, if there was one.
-
-        Raises:
-            HTTPProblem: The key was sent with another request.
-        """
-        assert job.openai is not None  # noqa: S101  # a job of the OpenAI API
-        asked, now = job.openai["request"], time.time()
-        mine = sa.select(jobs.c.id, jobs.c.openai).where(
-            jobs.c.created_by == caller.key_id,
-            jobs.c.project == caller.project,
-            jobs.c.openai.is_not(None),
-        )
-        mine = mine.order_by(jobs.c.created_at.desc())
-        if self.key is not None:
-            same = mine.where(
-                jobs.c.created_at > now - _KEY_LASTS,
-                jobs.c.openai["idempotency_key"].as_string() == self.key,
-            )
-            if (row := connection.execute(same).first()) is not None:
-                if row.openai["request"] != asked:
-                    message = "This Idempotency-Key was used for another request."
-                    raise problem(
-                        ErrorAnswer(status=400, message=message, code="idempotency_error")
-                    )
-                return str(row.id)
-        if self.is_retry:
-            same = mine.where(
-                jobs.c.created_at > now - REPEATS_FOR,
-                jobs.c.openai["request"].as_string() == asked,
-            )
-            if (row := connection.execute(same).first()) is not None:
-                return str(row.id)
-        return None
-
-
 def check_openai_job(
     request: FineTuningJobIn,
     catalogue: Catalogue,
     backend: TrainingBackend,
     *,
     default_epochs: float,
-    repetition: Repetition,
+    idempotency_key: str | None,
 ) -> CheckedJob:
     """Check everything in a request that can be checked without its files.
 
@@ -148,7 +93,7 @@ def check_openai_job(
             "metadata": request.metadata or None,
             "integrations": request.to_wire().get("integrations", []),
             "request": digest(request.to_wire()),
-            "idempotency_key": repetition.key,
+            "idempotency_key": idempotency_key,
         },
     )
     check_declared(job, capabilities, _PLACES)
@@ -160,6 +105,8 @@ def _hyperparameters(
 ) -> dict[str, Any]:
     """Return the values in our names; what is `auto` is the backend's choice, except epochs."""
     known = capabilities.hyperparameters
+    if seed is None and (known is None or "seed" in known):
+        seed = secrets.randbelow(MAX_SEED + 1)  # as the service does
     found = {"epochs": given.get("n_epochs"), "batch_size": given.get("batch_size"), "seed": seed}
     if found["epochs"] is None and (known is None or "epochs" in known):
         found["epochs"] = default_epochs

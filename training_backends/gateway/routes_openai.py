@@ -3,23 +3,24 @@
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
-from training_backends.gateway.files import OPENAI_UPLOAD
+from training_backends.gateway.files import OPENAI_UPLOAD, RESULTS_PURPOSE
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.openai_ids import FILE, JOB, PART, UPLOAD, internal_id, wire_id
 from training_backends.gateway.openai_jobs import (
     list_openai_jobs,
     openai_checkpoints,
     openai_events,
     openai_job,
 )
-from training_backends.gateway.openai_requests import REPEATS_FOR, Repetition
+from training_backends.gateway.part_uploads import FoundUpload
+from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody, list_response
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
@@ -29,17 +30,25 @@ from training_backends.protocols.openai.errors import (
     no_file,
     no_job,
     no_model,
+    no_upload,
     wrong_state,
 )
-from training_backends.protocols.openai.requests import FineTuningJobIn
+from training_backends.protocols.openai.requests import (
+    CompleteUploadIn,
+    FineTuningJobIn,
+    UploadIn,
+)
 from training_backends.protocols.openai.wire import (
     FileDeleted,
     FileObject,
+    FineTuningJob,
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
     ListPage,
     ModelDeleted,
     ModelObject,
+    UploadObject,
+    UploadPart,
 )
 
 __all__ = ["openai_router"]
@@ -88,13 +97,39 @@ _FORM: dict[str, Any] = {
     }
 }
 
+_PART_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+_SHOWN_PURPOSES = {*OPENAI_UPLOAD.purposes, RESULTS_PURPOSE}
+_LONGEST_KEY = 255
+
 openai_router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"], responses=_ERRORS)
 
 
-def _repeats(request: Request) -> bool:
-    """Return whether an official client sends a request again."""
+async def _repetition(request: Request) -> Repetition:
+    """Return whether this request may repeat another: the official clients count their retries."""
     count = request.headers.get("x-stainless-retry-count", "")
-    return count.isascii() and count.isdigit() and int(count[:9]) > 0
+    key = request.headers.get("idempotency-key")
+    if key is not None and len(key) > _LONGEST_KEY:
+        message = f"The Idempotency-Key is too long; the limit is {_LONGEST_KEY} characters."
+        raise problem(ErrorAnswer(status=400, message=message, code="idempotency_error"))
+    return Repetition(
+        is_retry=count.isascii() and count.isdigit() and int(count[:9]) > 0, key=key or None
+    )
+
+
+Repeated = Annotated[Repetition, Depends(_repetition)]
 
 
 @contextmanager
@@ -106,19 +141,26 @@ def _missing(answer: ErrorAnswer) -> Iterator[None]:
         raise (problem(answer) if refusal.status == 404 else refusal) from None
 
 
-def _known_id(given: str, answer: ErrorAnswer) -> str:
-    """Return an id in canonical form; any other text is the id of nothing."""
-    try:
-        return str(UUID(given))
-    except ValueError:
-        raise problem(answer) from None
+def _known_id(prefix: str, given: str, answer: ErrorAnswer) -> str:
+    """Return an object's own id; any other text is the id of nothing."""
+    known = internal_id(prefix, given)
+    if known is None:
+        raise problem(answer)
+    return known
+
+
+def _after(prefix: str, given: str | None) -> str | None:
+    """Return the own id of the object after which a page begins; other text is kept."""
+    return given and (internal_id(prefix, given) or given)
 
 
 # -- files -----------------------------------------------------------------------------
 
 
 @openai_router.post("/files", openapi_extra=_FORM, responses={507: {"model": OpenAIProblem}})
-async def upload_openai_file(request: Request, gateway: Opened, caller: Caller) -> FileObject:
+async def upload_openai_file(
+    request: Request, gateway: Opened, caller: Caller, repetition: Repeated
+) -> FileObject:
     """Upload a file; a retry of the same upload returns the same file."""
     length = request.headers.get("content-length", "")
     return _file(
@@ -128,7 +170,7 @@ async def upload_openai_file(request: Request, gateway: Opened, caller: Caller) 
             content_length=int(length) if length.isdigit() else None,
             caller=caller,
             rules=OPENAI_UPLOAD,
-            reuse_for=REPEATS_FOR if _repeats(request) else 0.0,
+            repetition=repetition,
         )
     )
 
@@ -145,9 +187,15 @@ async def list_openai_files(
 ) -> ListPage[FileObject]:
     """List files by time, newest first."""
     found, has_more = await gateway.files.page(
-        caller, after=after, limit=limit, descending=order == "desc", purpose=purpose
+        caller,
+        after=_after(FILE, after),
+        limit=limit,
+        descending=order == "desc",
+        purpose=purpose,
     )
-    return _page([_file(file) for file in found], has_more=has_more)
+    page = _page([_file(file) for file in found], has_more=has_more)
+    # The published schema does not allow null here.
+    return page.model_copy(update={"first_id": page.first_id or "", "last_id": page.last_id or ""})
 
 
 @openai_router.get("/files/{file_id}", responses=_MISSING)
@@ -155,7 +203,7 @@ async def retrieve_openai_file(file_id: str, gateway: Opened, caller: Caller) ->
     """Return a file's metadata."""
     missing = no_file(file_id)
     with _missing(missing):
-        return _file(await gateway.files.retrieve(_known_id(file_id, missing), caller))
+        return _file(await gateway.files.retrieve(_known_id(FILE, file_id, missing), caller))
 
 
 @openai_router.delete("/files/{file_id}", responses=_MISSING)
@@ -163,8 +211,8 @@ async def delete_openai_file(file_id: str, gateway: Opened, caller: Caller) -> F
     """Delete a file; unfinished jobs that use it keep running."""
     missing = no_file(file_id)
     with _missing(missing):
-        deleted = await gateway.files.delete(_known_id(file_id, missing), caller)
-    return FileDeleted(id=deleted.id)
+        deleted = await gateway.files.delete(_known_id(FILE, file_id, missing), caller)
+    return FileDeleted(id=wire_id(FILE, deleted.id))
 
 
 @openai_router.get(
@@ -174,18 +222,101 @@ async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) ->
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
-        return await send_file(await gateway.files.stored(_known_id(file_id, missing), caller))
+        return await send_file(
+            await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
+        )
 
 
 def _file(file: FileSchema) -> FileObject:
     return FileObject(
-        id=file.id,
+        id=wire_id(FILE, file.id),
         bytes=file.bytes,
         created_at=file.created_at,
         expires_at=file.expires_at,
         filename=file.filename,
-        purpose=file.purpose,
+        # The Mistral API has a purpose that the other one lacks.
+        purpose=file.purpose if file.purpose in _SHOWN_PURPOSES else "user_data",
         status="processed",
+    )
+
+
+# -- uploads in parts ------------------------------------------------------------------
+
+
+@openai_router.post(
+    "/uploads",
+    responses={429: {"model": OpenAIProblem}, 507: {"model": OpenAIProblem}},
+    dependencies=[SmallBody],
+)
+async def create_openai_upload(
+    upload: UploadIn, gateway: Opened, caller: Caller, repetition: Repeated
+) -> UploadObject:
+    """Begin to upload a file in parts, within an hour."""
+    return _upload(await gateway.uploads.create(upload, caller, repetition))
+
+
+@openai_router.post(
+    "/uploads/{upload_id}/parts",
+    openapi_extra=_PART_FORM,
+    responses=_MISSING | {507: {"model": OpenAIProblem}},
+)
+async def add_openai_upload_part(
+    upload_id: str, request: Request, gateway: Opened, caller: Caller, repetition: Repeated
+) -> UploadPart:
+    """Upload a part; the order is that of the completion."""
+    missing = no_upload(upload_id)
+    length = request.headers.get("content-length", "")
+    with _missing(missing):
+        part = await gateway.uploads.add(
+            _known_id(UPLOAD, upload_id, missing),
+            request.stream(),
+            content_type=request.headers.get("content-type", ""),
+            content_length=int(length) if length.isdigit() else None,
+            caller=caller,
+            repetition=repetition,
+        )
+    return UploadPart(
+        id=wire_id(PART, part.id),
+        created_at=part.created_at,
+        upload_id=wire_id(UPLOAD, part.upload_id),
+    )
+
+
+@openai_router.post(
+    "/uploads/{upload_id}/complete",
+    responses=_MISSING | {507: {"model": OpenAIProblem}},
+    dependencies=[SmallBody],
+)
+async def complete_openai_upload(
+    upload_id: str, given: CompleteUploadIn, gateway: Opened, caller: Caller
+) -> UploadObject:
+    """Join the parts to a file; a repeated request returns the same file."""
+    missing = no_upload(upload_id)
+    with _missing(missing):
+        known = _known_id(UPLOAD, upload_id, missing)
+        return _upload(await gateway.uploads.complete(known, given, caller))
+
+
+@openai_router.post("/uploads/{upload_id}/cancel", responses=_MISSING)
+async def cancel_openai_upload(upload_id: str, gateway: Opened, caller: Caller) -> UploadObject:
+    """Cancel an upload; its parts are deleted."""
+    missing = no_upload(upload_id)
+    with _missing(missing):
+        known = _known_id(UPLOAD, upload_id, missing)
+        return _upload(await gateway.uploads.cancel(known, caller))
+
+
+def _upload(found: FoundUpload) -> UploadObject:
+    row = found.row
+    return UploadObject(
+        id=wire_id(UPLOAD, row.id),
+        bytes=row.bytes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        filename=row.filename,
+        purpose=row.purpose,
+        status=row.status,
+        file=_file(found.file) if found.file else None,
     )
 
 
@@ -193,18 +324,20 @@ def _file(file: FileSchema) -> FileObject:
 
 After = Annotated[str | None, Query(max_length=200)]
 _JOBS = "/fine_tuning/jobs"
+_JOB: dict[int | str, dict[str, Any]] = {200: {"model": FineTuningJob}}
 
 
-@openai_router.post(_JOBS, responses={429: {"model": OpenAIProblem}}, dependencies=[SmallBody])
+@openai_router.post(
+    _JOBS, responses=_JOB | {429: {"model": OpenAIProblem}}, dependencies=[SmallBody]
+)
 async def create_openai_job(
-    job: FineTuningJobIn, request: Request, gateway: Opened, caller: Caller
+    job: FineTuningJobIn, gateway: Opened, caller: Caller, repetition: Repeated
 ) -> JSONResponse:
     """Create a job; a repeated request returns the job of the first one."""
-    repetition = Repetition(_repeats(request), request.headers.get("idempotency-key"))
     return await _show(gateway, await gateway.jobs.create_openai(job, caller, repetition), caller)
 
 
-@openai_router.get(_JOBS)
+@openai_router.get(_JOBS, responses={200: {"model": ListPage[FineTuningJob]}})
 async def list_all_openai_jobs(
     request: Request,
     gateway: Opened,
@@ -220,7 +353,7 @@ async def list_all_openai_jobs(
             c,
             caller,
             gateway.settings.organization_id,
-            after=after,
+            after=_after(JOB, after),
             limit=limit,
             metadata=metadata,
         )
@@ -229,38 +362,38 @@ async def list_all_openai_jobs(
     return JSONResponse({"object": "list", "data": shown, "has_more": has_more})
 
 
-@openai_router.get(f"{_JOBS}/{{job_id}}", responses=_MISSING)
+@openai_router.get(f"{_JOBS}/{{job_id}}", responses=_JOB | _MISSING)
 async def retrieve_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Return a job."""
     return await _show(gateway, job_id, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/cancel", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/cancel", responses=_JOB | _MISSING)
 async def cancel_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Cancel a job: immediately before its start, asynchronously while it runs."""
     missing = no_job(job_id)
-    job_id = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     with _missing(missing):
-        job = await gateway.jobs.get(job_id, caller)
+        job = await gateway.jobs.get(known, caller)
         if job.status in ENDED:
             raise problem(wrong_state(f"Job {job_id} has finished; it cannot be cancelled."))
-        await gateway.jobs.cancel(job_id, caller)
-    return await _show(gateway, job_id, caller)
+        await gateway.jobs.cancel(known, caller)
+    return await _show(gateway, known, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/pause", responses=_JOB | _MISSING)
 async def pause_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Pause a running job."""
     with _missing(no_job(job_id)):
-        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller)
+        await gateway.jobs.pause(_known_id(JOB, job_id, no_job(job_id)), caller)
     return await _show(gateway, job_id, caller)
 
 
-@openai_router.post(f"{_JOBS}/{{job_id}}/resume", responses=_MISSING)
+@openai_router.post(f"{_JOBS}/{{job_id}}/resume", responses=_JOB | _MISSING)
 async def resume_openai_job(job_id: str, gateway: Opened, caller: Caller) -> JSONResponse:
     """Resume a paused job."""
     with _missing(no_job(job_id)):
-        await gateway.jobs.pause(_known_id(job_id, no_job(job_id)), caller, resume=True)
+        await gateway.jobs.pause(_known_id(JOB, job_id, no_job(job_id)), caller, resume=True)
     return await _show(gateway, job_id, caller)
 
 
@@ -275,7 +408,7 @@ async def list_openai_events(
 ) -> ListPage[FineTuningJobEvent]:
     """List a job's events, newest first, with the metrics of each step."""
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     with _missing(missing):
         found, has_more = await gateway.store.aread(
             lambda c: openai_events(c, known, caller, after=after, limit=limit)
@@ -294,18 +427,26 @@ async def list_openai_checkpoints(
 ) -> ListPage[FineTuningJobCheckpoint]:
     """List a job's checkpoints, newest first."""
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     mine = gateway.settings.organization_id
     with _missing(missing):
         found, has_more = await gateway.store.aread(
-            lambda c: openai_checkpoints(c, known, caller, mine, after=after, limit=limit)
+            lambda c: openai_checkpoints(
+                c,
+                known,
+                caller,
+                mine,
+                keeps=gateway.checkpoints.keeps,
+                after=after,
+                limit=limit,
+            )
         )
     return _page(found, has_more=has_more)
 
 
 async def _show(gateway: Gateway, job_id: str, caller: Principal) -> JSONResponse:
     missing = no_job(job_id)
-    known = _known_id(job_id, missing)
+    known = _known_id(JOB, job_id, missing)
     mine = gateway.settings.organization_id
     with _missing(missing):
         job = await gateway.store.aread(lambda c: openai_job(c, known, caller, mine))

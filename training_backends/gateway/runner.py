@@ -46,6 +46,7 @@ from training_backends.gateway.jobstore import (
     quote,
 )
 from training_backends.gateway.openai_requests import multiplied_rate
+from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
 from training_backends.store.gateway_schema import IS_OPEN, jobs
@@ -80,6 +81,7 @@ class JobRunner:
         tasks: TaskGroup,
         *,
         organization_id: str,
+        results: ResultFiles,
         on_end: OnEnd,
         leases: Leases | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class JobRunner:
         self._files = files
         self._tasks = tasks
         self._organization_id = organization_id
+        self._results = results
         self._on_end = on_end
         self._leases = leases
         self._watcher = client.watcher(on_event=self._on_event)
@@ -347,7 +350,11 @@ class JobRunner:
         if run.status.is_terminal:
             await self._client.refresh(job.id)  # reads the log of a run that ended at its launch
             names, mine = await self._files.names(job), self._organization_id
-            await self._store.awrite(lambda c: finish_job(c, job, run, mine, names))
+            completed = run.status is TrainingStatus.COMPLETED
+            results = await self._results.write(job) if completed else []
+            await self._store.awrite(
+                lambda c: finish_job(c, job, run, mine, names=names, results=results)
+            )
             return True
         if await self._store.aread(lambda c: reached(c, job)) != job.status:
             await self._store.awrite(lambda c: advance_job(c, job))

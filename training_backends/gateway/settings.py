@@ -3,12 +3,13 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
+from training_backends.protocols.openai.wire import MAX_UPLOAD_BYTES
 
 __all__ = ["GatewaySettings"]
 
@@ -54,6 +55,9 @@ class GatewaySettings(SectionSettings):
         description="PEM file with CAs; requires client certificates signed by them (mTLS).",
     )
     max_upload_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, description="Maximum file size.")
+    max_parts_bytes: int = Field(
+        default=MAX_UPLOAD_BYTES, ge=1, description="Maximum size of a file uploaded in parts."
+    )
     max_request_bytes: int = Field(
         default=2**20, ge=1, description="Maximum request body size, except for uploads."
     )
@@ -97,6 +101,18 @@ class GatewaySettings(SectionSettings):
         default=3.0,
         gt=0,
         description="Epochs of a job that sets neither epochs nor training_steps.",
+    )
+    openai_result_csv: Literal["base64", "plain"] = Field(
+        default="base64",
+        description="Content of result files: base64 of the CSV, as OpenAI's service sends it, "
+        "or the plain CSV of its documentation.",
+    )
+    webhook_url: AnyHttpUrl | None = Field(
+        default=None, description="URL that receives an event when a job has finished."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="Signs the events: `whsec_` and base64; default: the credential `webhook`.",
     )
 
     inference_url: str | None = Field(

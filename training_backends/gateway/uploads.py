@@ -203,11 +203,12 @@ class BlobStore:
         self._blobs = root / "files"
         self._incoming = root / "incoming"
         self._converted = root / "converted"
+        self._parts = root / "parts"
         self._open_file = open_file
 
     def prepare(self) -> None:
         """Create the directories and remove interrupted uploads."""
-        for directory in (self._blobs, self._incoming, self._converted):
+        for directory in (self._blobs, self._incoming, self._converted, self._parts):
             make_private_directory(directory)
         for path in self._incoming.iterdir():
             if path.suffix == _PART:
@@ -250,6 +251,19 @@ class BlobStore:
         # Replace even if it exists, so that timing does not reveal whether it did.
         incoming.path.replace(self.path(incoming.sha256))
         sync_directory(self._blobs)
+
+    def keep_part(self, incoming: Incoming, part_id: str) -> None:
+        """Move a finished file to the path of a part."""
+        incoming.path.replace(self.part(part_id))
+        sync_directory(self._parts)
+
+    def part(self, part_id: str) -> Path:
+        """Return the path of a part, which may not exist."""
+        return self._parts / part_id
+
+    def parts(self) -> Sequence[str]:
+        """Return the ids of the parts that are stored."""
+        return [path.name for path in self._parts.iterdir()]
 
     def remove(self, sha256: str) -> None:
         """Remove a blob; safe to repeat."""
@@ -345,13 +359,15 @@ async def receive(
     *,
     limit: int,
     pace: MinimumSpeed,
+    name: str = "file",
 ) -> Upload:
-    """Read a form, streaming the part named `file` to disk.
+    """Read a form, streaming one of its parts to disk.
 
     Memory use is one or two blocks for any file size: reading waits for the disk.
 
     Args:
         limit: Maximum file size in bytes.
+        name: Name of the part with the file.
 
     Raises:
         HTTPProblem: The body is not a form, a part is too large, or the client is too slow.
@@ -359,8 +375,8 @@ async def receive(
     """
     kind, options = parse_options_header(content_type)
     if kind != "multipart/form-data" or not options.get("boundary"):
-        raise invalid(["body", "file"], "Send the file as multipart/form-data.", "missing")
-    form = _Form(into, limit)
+        raise invalid(["body", name], "Send the file as multipart/form-data.", "missing")
+    form = _Form(into, limit, name)
     try:
         await form.read(_paced(chunks, pace), options["boundary"])
     except MultipartError as error:
@@ -400,10 +416,11 @@ def _too_slow(pace: MinimumSpeed, *, silent: bool) -> HTTPProblem:
 class _Form:
     """Collects a form's fields and writes its file in blocks."""
 
-    def __init__(self, into: Incoming, limit: int) -> None:
+    def __init__(self, into: Incoming, limit: int, name: str) -> None:
         self.upload = Upload()
         self._into = into
         self._limit = limit
+        self._name = name
         self._part: MultipartSegment | None = None
         self._text = b""
         self._pending: list[bytes] = []
@@ -437,7 +454,7 @@ class _Form:
             self._begin(event)
         elif event is None:
             self._end()
-        elif self._part is not None and self._part.name == "file":
+        elif self._part is not None and self._part.name == self._name:
             if self._part.bytes_received > self._limit:
                 raise too_large(self._limit)
             self._beside -= len(event)
@@ -450,17 +467,18 @@ class _Form:
 
     def _begin(self, part: MultipartSegment) -> None:
         self._part, self._text = part, b""
-        if part.name != "file":
+        if part.name != self._name:
             return
         if self.upload.filename is not None:
-            raise invalid(["body", "file"], "Send one file per request.")
+            raise invalid(["body", self._name], "Send one file per request.")
         filename = _extended_filename(part) or part.filename
         if filename is None:
-            raise invalid(["body", "file"], "Send `file` as a file part with a file name.")
+            message = f"Send `{self._name}` as a file part with a file name."
+            raise invalid(["body", self._name], message)
         self.upload.filename, self.upload.content_type = filename, part.content_type
 
     def _end(self) -> None:
-        if self._part is not None and self._part.name != "file":
+        if self._part is not None and self._part.name != self._name:
             self.upload.fields[self._part.name] = self._text.decode("utf-8", "replace")
         self._part = None
 

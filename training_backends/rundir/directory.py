@@ -8,10 +8,13 @@ trainer both use it and do not import each other. POSIX only (`flock`).
                     namespace and start time, see `core.files.signal_holder`
     events.jsonl    append-only: status changes, samples, checkpoints, messages
     metrics.jsonl   append-only: one row per logged step
+    tokens/train-0/   the encoded rows of the first training file, see `trainer.encode`; removed
+                    when the run completes
     checkpoints/step-N/   gets its name once complete; `state.json` lists the files
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
     .processes/     what several processes of a run report to the one that started them
+    trackers.txt    output of the process that reports the run; see `trainer.tracking`
     log.txt         stdout and stderr of the process
     reserve         space for exit.json on a full disk; exists while the process trains
     stop            asks the process to save a checkpoint and exit; or to suspend the run, which
@@ -36,10 +39,12 @@ from training_backends.core.files import (
     signal_holder,
     write_atomic,
 )
+from training_backends.core.integrations import Integration
 from training_backends.core.run import Failure, UtcDatetime, utc_now
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "DEQUANTIZED",
     "CheckpointState",
     "Event",
     "ExitRecord",
@@ -110,6 +115,7 @@ class RunSpec(_Record):
         max_invalid_fraction: Fraction of invalid rows up to which the run is not rejected.
         sample_prompt: Prompt that is answered before the first and after the last step.
         sample_max_tokens: Maximum length of the answer.
+        integrations: Where the run is reported.
         slots_dir: Where processes coordinate their slots; None for no limit.
         slots: Maximum concurrent runs; None: one per GPU, or one without a GPU.
         priority: Higher priorities train first; equal ones in order of arrival.
@@ -153,6 +159,7 @@ class RunSpec(_Record):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sample_prompt: str | None = None
     sample_max_tokens: int = Field(default=64, ge=1)
+    integrations: tuple[Integration, ...] = ()
     slots_dir: Path | None = None
     slots: int | None = Field(default=None, ge=1)
     priority: int = Field(default=0, ge=-100, le=100)
@@ -292,6 +299,7 @@ class RunDir:
         self.lock: Path = path / "lock"
         self.events: Path = path / "events.jsonl"
         self.metrics: Path = path / "metrics.jsonl"
+        self.tokens: Path = path / "tokens"
         self.checkpoints: Path = path / "checkpoints"
         self.result: Path = path / "result"
         self.exit: Path = path / "exit.json"
@@ -396,6 +404,9 @@ class RunDir:
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file that makes a directory an adapter of peft."""
+
+DEQUANTIZED: Final = frozenset({"fp8", "mxfp4"})
+"""Quantization methods whose models are dequantized when they are loaded, and saved so."""
 
 
 def adapter_base(directory: Path) -> str:

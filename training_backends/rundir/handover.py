@@ -4,10 +4,13 @@ import os
 import re
 from typing import Final
 
-__all__ = ["ON_STDIN", "is_secret_name", "safe_environment"]
+__all__ = ["KEYS_ON_STDIN", "ON_STDIN", "is_secret_name", "safe_environment"]
 
 ON_STDIN: Final = "HF_TOKEN_ON_STDIN"
 """Environment variable; if set, the first line of standard input is the Hub token."""
+
+KEYS_ON_STDIN: Final = "TRACKER_KEYS_ON_STDIN"
+"""Likewise; the next line is a JSON object with the keys of the run's integrations, by number."""
 
 # Allowlist, so that no API key reaches the child: it may run for days, and any process of the
 # same user can read its environment.

@@ -14,15 +14,15 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun, to_source, utc_now
 from training_backends.core.status import TrainingStatus
-from training_backends.store.database import Database
+from training_backends.store.database import Database, announce
 from training_backends.store.leases import Lease, require
 from training_backends.store.runs import change_run, find_run
 from training_backends.store.schema import IS_STATUS, as_text, deliveries, metrics, records, runs
 
-__all__ = ["Delivery", "MetricPoint", "Timeline"]
+__all__ = ["EVENT_SOURCES", "Delivery", "MetricPoint", "Metrics", "Timeline"]
 
 _STATUS: Final = "status"
-_EVENTS: Final = frozenset({"status", "event", "checkpoint", "watch"})
+EVENT_SOURCES: Final = frozenset({"status", "event", "checkpoint", "watch"})
 """Sources of records that are delivered as events."""
 _MEASURED: Final = frozenset({"metrics", "checkpoint"})
 _COUNTS: Final = frozenset({"step", "total_steps"})
@@ -40,6 +40,23 @@ class MetricPoint:
     at: datetime
     name: str
     value: float
+
+
+class Metrics(list[MetricPoint]):
+    """The metrics of a run, by step."""
+
+    def to_frame(self) -> Any:
+        """Return a pandas `DataFrame` with a row per step and a column per metric.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from pandas import DataFrame  # noqa: PLC0415 - optional, and slow to import
+
+        rows: dict[int, dict[str, float]] = {}
+        for point in self:
+            rows.setdefault(point.step, {})[point.name] = point.value
+        return DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,23 +202,42 @@ class Timeline(Database):
             ).scalar()
         return None if found is None else str(found)
 
-    def metrics(self, run_id: str) -> list[MetricPoint]:
+    def metrics(
+        self, run_id: str, *, after_step: int | None = None, names: Collection[str] | None = None
+    ) -> Metrics:
         """Return the metrics by step; a later value of the same step wins.
 
         A value from a checkpoint counts only if the step has no metrics record: a provider may
         report a mean since the previous checkpoint under the same name.
+
+        Args:
+            after_step: Only later steps.
+            names: Only these metrics; None: all.
         """
         query = sa.select(metrics).where(metrics.c.run_id == run_id)
+        if after_step is not None:
+            query = query.where(metrics.c.step > after_step)
+        if names is not None:
+            names = {names} if isinstance(names, str) else names
+            query = query.where(metrics.c.name.in_(names))
         with self._reading() as connection:
             rows = connection.execute(query.order_by(metrics.c.step, metrics.c.name)).all()
-        return [
+        return Metrics(
             MetricPoint(row.step, datetime.fromisoformat(row.at), row.name, row.value)
             for row in rows
-        ]
+        )
 
-    def undelivered(self, *, backend: str, limit: int) -> list[Delivery]:
-        """Return undelivered events of a backend's runs, oldest first."""
+    def undelivered(
+        self, *, backend: str, limit: int, sources: Collection[str] | None = None
+    ) -> list[Delivery]:
+        """Return undelivered events of a backend's runs, oldest first.
+
+        Args:
+            sources: Only events of these sources; None: all.
+        """
         query = sa.select(records).join(deliveries).where(deliveries.c.backend == backend)
+        if sources is not None:
+            query = query.where(records.c.source.in_(sources))
         with self._reading() as connection:
             rows = connection.execute(query.order_by(deliveries.c.id).limit(limit)).all()
         return [Delivery(row.id, row.run_id, _record(row)) for row in rows]
@@ -320,12 +356,13 @@ def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> 
     rows = [_row(run.id, seq, record, latest) for seq, record in enumerate(in_time, last + 1)]
     connection.execute(records.insert(), rows)
     waiting = sa.select(records.c.id, sa.literal(run.backend)).where(
-        records.c.run_id == run.id, records.c.seq > last, records.c.source.in_(_EVENTS)
+        records.c.run_id == run.id, records.c.seq > last, records.c.source.in_(EVENT_SOURCES)
     )
     connection.execute(
         deliveries.insert().from_select([deliveries.c.id, deliveries.c.backend], waiting)
     )
     _measure(connection, run.id, in_time)
+    announce(connection, run.id)
 
 
 def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any]:

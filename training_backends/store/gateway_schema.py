@@ -14,6 +14,9 @@ __all__ = [
     "jobs",
     "keys",
     "models",
+    "parts",
+    "uploads",
+    "webhooks",
 ]
 
 DEFAULT_PROJECT = "default"
@@ -55,6 +58,8 @@ files = sa.Table(
     sa.Column("created_by", sa.String, nullable=False),
     sa.Column("expires_at", sa.Float),
     sa.Column("deleted_at", sa.Float),
+    # What a client of the OpenAI API sent with the upload.
+    sa.Column("idempotency_key", sa.String),
     _project(),
     sa.Index("gateway_files_by_content", "sha256"),
     _index("gateway_files_by_time", *_PAGED, "expires_at", where=_EXISTS),
@@ -99,6 +104,8 @@ jobs = sa.Table(
     sa.Column("history", sa.JSON(none_as_null=True)),
     # What only the OpenAI API has; see `openai_jobs`. Null: created by the Mistral API.
     sa.Column("openai", sa.JSON(none_as_null=True)),
+    # Ids of the files with the metrics of a job that succeeded.
+    sa.Column("result_files", sa.JSON(none_as_null=True)),
     _project(),
     sa.Index("gateway_jobs_by_time", *_PAGED),
     sa.Index("gateway_jobs_by_project", "project", *_PAGED),
@@ -167,5 +174,53 @@ keys = sa.Table(
     sa.Index("gateway_keys_by_time", *_PAGED),
 )
 
-GATEWAY_TABLES = tuple(table.name for table in (keys, files, jobs, events, models))
+# Files that are uploaded in parts; rows stay when an upload is over.
+uploads = sa.Table(
+    "gateway_uploads",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("filename", sa.String, nullable=False),
+    sa.Column("purpose", sa.String, nullable=False),
+    sa.Column("mimetype", sa.String, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    # Seconds until the file expires; null: never.
+    sa.Column("lifetime", sa.Integer),
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+    sa.Column("file_id", sa.String(36)),
+    sa.Column("part_ids", sa.JSON(none_as_null=True)),
+    sa.Column("idempotency_key", sa.String),
+    _project(),
+    sa.Index("gateway_uploads_by_status", "status", "created_by"),
+)
+# The parts of pending uploads; the content is in a file named by the id.
+parts = sa.Table(
+    "gateway_upload_parts",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("upload_id", sa.String(36), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("idempotency_key", sa.String),
+    sa.Index("gateway_upload_parts_by_upload", "upload_id"),
+)
+# Events that the webhook has not received yet.
+webhooks = sa.Table(
+    "gateway_webhooks",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False),
+    sa.Column("type", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due_at", sa.Float, nullable=False),
+    sa.Index("gateway_webhooks_by_time", "due_at"),
+)
+
+GATEWAY_TABLES = tuple(
+    table.name for table in (keys, files, jobs, events, models, uploads, parts, webhooks)
+)
 """Names of these tables, without those that follow from others."""

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError, validation_issues
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.store.database import RECOVER, Database
+from training_backends.store.database import RECOVER, Database, announce
 from training_backends.store.job_counts import recount_jobs
 from training_backends.store.journal import SavedStep, put_back
 from training_backends.store.schema import IS_LIVE, as_text, deliveries, documents, runs
@@ -237,6 +237,7 @@ def change_run(
     new = {name: value for name, value in values.items() if value != getattr(row, name)}
     if new:
         connection.execute(runs.update().where(runs.c.id == row.id).values(**new))
+        announce(connection, row.id)
     return run.model_copy(update={"last_seen_at": _moment(values["seen_at"])})
 
 

@@ -207,10 +207,10 @@ class ScriptedBackend(TrainingBackend):
 
     def say(self, remote_id: str, status: TrainingStatus, **state: Any) -> None:
         """Set a job's status."""
-        moments = {"changed_at": utc_now()}
+        moments: dict[str, Any] = {"changed_at": utc_now()}
         if status.is_terminal:
             moments["finished_at"] = utc_now()
-        self._change(remote_id, status=status, **moments, **state)
+        self._change(remote_id, status=status, **(moments | state))
 
     def finish(self, remote_id: str, result_model: str = "model") -> None:
         """Complete a job."""

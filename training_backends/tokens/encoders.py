@@ -7,15 +7,18 @@ exactly raises `UnusableRow`; a model that can encode no row exactly raises `Tok
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import first_line
+from training_backends.core.files import digest_of
 from training_backends.datasets.rows import (
     CONTROL_TEXT,
     ChatRow,
@@ -45,6 +48,7 @@ __all__ = [
     "UnusableRow",
     "encoder_for",
     "has_tokenizer",
+    "tokenizer_digest",
 ]
 
 Row = ChatRow | TextRow
@@ -67,6 +71,10 @@ _BLOCKS: Final = ("INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_RESULTS", "M
 _TOKENIZER_FILES: Final = (
     *("tekken.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "SYSTEM_PROMPT.txt", "vocab.json", "merges.txt"),
+)
+_LIBRARIES: Final = (
+    *("training-backends", "jinja2", "mistral-common", "sentencepiece", "tiktoken", "tokenizers"),
+    "transformers",
 )
 _TEMPLATE_FILE: Final = "chat_template.jinja"
 _TEMPLATE_FOLDER: Final = "additional_chat_templates"
@@ -181,11 +189,34 @@ def _mistral_tokenizer(directory: Path) -> Path | None:
     return next((path for path in named if path.is_file()), None)
 
 
+def tokenizer_digest(directory: Path | None) -> str:
+    """Return a digest of all that the encoder of a model in a directory depends on.
+
+    Those are its files and the versions of the libraries that read them.
+
+    Args:
+        directory: None for `tiny-mistral`.
+    """
+    found = sha256()
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found.update(f"{name} {version(name)}\n".encode())
+    files = [*_tokenizer_files(directory), directory / "config.json"] if directory else []
+    folder = directory / _TEMPLATE_FOLDER if directory else None
+    for path in [*files, *(sorted(folder.glob("*")) if folder else [])]:
+        if path.is_file():
+            found.update(f"{path.name} {digest_of(path).sha256}\n".encode())
+    return found.hexdigest()
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
 def _copy_tokenizer(source: Path, directory: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, directory / path.name)
+    for path in _tokenizer_files(source):
+        shutil.copy(path, directory / path.name)
     if (source / _TEMPLATE_FOLDER).is_dir():
         shutil.copytree(source / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, dirs_exist_ok=True)
 
@@ -435,15 +466,13 @@ class TemplateEncoder:
 
     def _encode_rendered(self, example: RenderedExample) -> Encoded:
         encoding = self._tokenizer.encode(example.text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
+        ids = encoding.ids
         trained = [False] * len(ids)
-        first = 0
-        for start, end in example.spans:
-            first = bisect_left(offsets, start, first, key=_start)
-            if first and offsets[first - 1][1] > start:
+        for span in example.spans:
+            tokens = _tokens_between(encoding, *span, len(example.text))
+            if tokens is None:
                 return self._encode_parts(example)
-            last = bisect_left(offsets, end, first, key=_start)
-            trained[first:last] = [True] * (last - first)
+            trained[tokens] = [True] * (tokens.stop - tokens.start)
         return Encoded(ids, trained)
 
     def _encode_parts(self, example: RenderedExample) -> Encoded:
@@ -539,6 +568,32 @@ class TemplateEncoder:
             raise TokenizerError(
                 f"The tokenizer of {self._model!r} is not usable: {error}."
             ) from error
+
+
+def _tokens_between(encoding: Any, start: int, end: int, length: int) -> slice | None:
+    """Return the tokens that start in a span; None if one before them extends into it."""
+    # Asked for single tokens where possible: a list of all offsets costs more than the encoding.
+    first = _token_at(encoding, start)
+    last = len(encoding) if end == length else _token_at(encoding, end)
+    if first is not None and last is not None and encoding.token_to_chars(last - 1)[0] < end:
+        return slice(first, last)
+    offsets = encoding.offsets
+    first = bisect_left(offsets, start, key=_start)
+    if first and offsets[first - 1][1] > start:
+        return None
+    return slice(first, bisect_left(offsets, end, first, key=_start))
+
+
+def _token_at(encoding: Any, place: int) -> int | None:
+    """Return the first token that starts at a character, if the one before it ends there."""
+    found: int | None = encoding.char_to_token(place)
+    if found is None or encoding.token_to_chars(found)[0] != place:
+        return None
+    if found:
+        start, end = encoding.token_to_chars(found - 1)
+        if start >= place or end > place:
+            return None
+    return found
 
 
 def _start(offset: tuple[int, int]) -> int:

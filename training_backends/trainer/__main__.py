@@ -1,15 +1,16 @@
-"""`python -m training_backends.trainer`: `train`, `ray`, `sample`, `export`, `merge`, `serve`."""
+"""`python -m training_backends.trainer`: `train`, `ray`, `track`, `sample`, `merge` and others."""
 
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from training_backends.trainer.admission import Admission, when_admitted
-from training_backends.trainer.environment import take_token
+from training_backends.trainer.environment import importing, take_secrets
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) == 2 and given[0] == "train":
         # Handled without argparse and the other commands, to keep a queued process small.
-        take_token()
+        take_secrets()
         return when_admitted(Path(given[1]), _load_training)
     return _other(_parsed(given))
 
@@ -52,6 +53,8 @@ def _parsed(arguments: list[str]) -> "Namespace":
     on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
     on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
     on_ray.add_argument("--max-failures", type=int, default=0)
+    tracking = commands.add_parser("track", help="report a run to its trackers")
+    tracking.add_argument("run_dir", type=Path)
     exporting = commands.add_parser("export", help="write a checkpoint of a run as a model")
     exporting.add_argument("run_dir", type=Path)
     exporting.add_argument("checkpoint", help="its name, such as step-120")
@@ -73,13 +76,17 @@ def _parsed(arguments: list[str]) -> "Namespace":
 
 
 def _other(given: "Namespace") -> int:
-    take_token()
+    take_secrets()
     if given.command == "train":
         return when_admitted(given.run_dir, _load_training)
     if given.command == "work":
         from training_backends.trainer.process import work  # noqa: PLC0415
 
         return int(work(given.run_dir, given.parent))
+    if given.command == "track":
+        from training_backends.trainer.tracking import track  # noqa: PLC0415
+
+        return track(given.run_dir)
     if given.command == "merge":
         return _merge(given.model, given.target)
     if given.command == "serve":
@@ -87,7 +94,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "ray":
         from training_backends.trainer.ray import drive  # noqa: PLC0415
 
-        return int(drive(given.run_dir, given))
+        sys.exit(int(drive(given.run_dir, given)))  # Ray ends its own processes at exit
     if given.command == "export":
         return _export(given.run_dir, given.checkpoint, given.target)
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
@@ -95,15 +102,12 @@ def _other(given: "Namespace") -> int:
 
 
 def _export(path: Path, checkpoint: str, target: Path) -> int:
-    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
-
-    prepare_threads()
-    prepare_imports()
-    from training_backends.rundir.directory import RunDir, TrainerExitCode  # noqa: PLC0415
-    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
-    from training_backends.trainer.control import StopRequest  # noqa: PLC0415
-    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
-    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+    with importing():
+        from training_backends.rundir.directory import RunDir, TrainerExitCode  # noqa: PLC0415
+        from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+        from training_backends.trainer.control import StopRequest  # noqa: PLC0415
+        from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
     run = RunDir(path)
     try:
@@ -116,18 +120,14 @@ def _export(path: Path, checkpoint: str, target: Path) -> int:
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
-    # Imported here: a queued `train` must not load torch or pydantic.
-    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
-
-    prepare_threads()
-    prepare_imports(model)
-    from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
-    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
-    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
-    from training_backends.trainer.generate import answer  # noqa: PLC0415
-    from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
-    from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
-    from training_backends.trainer.run import set_up_torch  # noqa: PLC0415
+    with importing(model):
+        from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
+        from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+        from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+        from training_backends.trainer.generate import answer  # noqa: PLC0415
+        from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
+        from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
+        from training_backends.trainer.run import set_up_torch  # noqa: PLC0415
 
     set_up_torch(model)
     device = choose_device("auto")
@@ -147,14 +147,11 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
 
 
 def _merge(model: str, target: Path) -> int:
-    from training_backends.trainer.environment import prepare_imports, prepare_threads  # noqa: PLC0415
-
-    prepare_threads()
-    prepare_imports(model)
-    from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
-    from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
-    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
-    from training_backends.trainer.models import choose_device, load_model, save_result  # noqa: PLC0415
+    with importing(model):
+        from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
+        from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
+        from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+        from training_backends.trainer.models import choose_device, load_model, save_result  # noqa: PLC0415
 
     try:
         loaded = load_model(model, seed=0, tuning=None, device=choose_device("cpu"))
@@ -183,5 +180,13 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
+def _exit(code: int) -> NoReturn:
+    """Exit without freeing what the kernel frees, which takes torch a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the disk is full, or nobody reads
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

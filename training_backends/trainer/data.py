@@ -1,40 +1,39 @@
 """Encoded rows, their order, and batches of them."""
 
-import codecs
 import random
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch.utils.data import Dataset
 
 from training_backends.rundir.directory import rows_per_epoch
-from training_backends.tokens.encoders import UnusableRow
-from training_backends.trainer.errors import Stopped, TrainerError
-from training_backends.trainer.objective import Batch, EncodedLine, Example
+from training_backends.trainer.encode import Manifest, array_path, read_manifest
+from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.objective import Batch, Example
 
 __all__ = [
     "IGNORED",
+    "Build",
     "EncodedRow",
-    "LoadedFile",
+    "Examples",
     "Order",
     "Pack",
     "PackedSchedule",
     "Schedule",
     "collate",
     "collate_packs",
-    "load_file",
-    "make_sample",
+    "lengths_of",
+    "make_row",
 ]
 
 IGNORED = -100
 """The label of a token that is not in the loss, as in transformers."""
-
-_ASK_EVERY = 1000
 
 
 class EncodedRow(NamedTuple):
@@ -61,77 +60,100 @@ class Pack:
         return sum(sample.length for sample in self.samples)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedFile:
-    """The usable rows of a file, and counts of the others.
+Build = Callable[[tuple[EncodedRow, ...], torch.Tensor], Any]
+"""Makes an example of its sequences and its labels."""
+
+
+class Examples(Sequence[Any]):
+    """The encoded rows of files, made from memory-mapped arrays when they are used.
 
     Attributes:
-        truncated: Rows truncated to `seq_len`.
-        divided: Rows that became several examples, and how many.
-        untrained: Rows left out because none of their tokens are in the loss.
-        invalid: Rows left out because they are invalid, as (line, reason).
+        manifests: What each file contains.
+        lengths: Number of tokens of each example.
     """
 
-    examples: list[Any]
-    truncated: int
-    divided: tuple[int, int]
-    untrained: int
-    invalid: list[tuple[int, str]]
+    def __init__(self, directories: Sequence[Path], build: Build) -> None:
+        """Map the arrays.
+
+        Raises:
+            TrainerError: They are missing or incomplete.
+        """
+        self._files = [_MappedFile(directory) for directory in directories]
+        self._build = build
+        self._firsts = [0, *accumulate(len(file.lengths) for file in self._files)]
+        self.manifests: tuple[Manifest, ...] = tuple(file.manifest for file in self._files)
+        self.lengths: array[int] = array("q")
+        for file in self._files:
+            self.lengths.extend(file.lengths)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Number of examples of each file."""
+        return tuple(len(file.lengths) for file in self._files)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        number = bisect_right(self._firsts, at) - 1
+        return self._build(*self._files[number].read(at - self._firsts[number]))
 
 
-def load_file(
-    path: Path,
-    read: Callable[[bytes, str], EncodedLine],
-    *,
-    name: str = "",
-    should_stop: Callable[[], bool] = lambda: False,
-) -> LoadedFile:
-    """Read and encode a JSONL file.
+class _MappedFile:
+    """The arrays of a file."""
 
-    Args:
-        read: Encodes one line, see `Objective.read`.
-        name: Identifies the file within the run, independent of its path.
+    def __init__(self, directory: Path) -> None:
+        manifest = read_manifest(directory)
+        if manifest is None:
+            raise TrainerError(
+                f"{directory.name}: the encoded rows are missing or incomplete. Resume the run.",
+                kind="internal",
+                retryable=True,
+            )
+        self.manifest = manifest
+        self._ids = self._map(directory, "ids", torch.int32)
+        self._trained = self._map(directory, "trained", torch.bool)
+        self._labels = self._map(directory, "labels", torch.uint8)
+        self._starts = array("q")
+        self._starts.frombytes(array_path(directory, "starts").read_bytes())
+        examples = manifest.counts.examples
+        self._width = (len(self._starts) - 1) // examples if examples else 1
+        firsts = self._starts[:: self._width]
+        self.lengths = array("q", (end - start for start, end in pairwise(firsts)))
 
-    Raises:
-        Stopped: `should_stop`, called from time to time, returned True.
-        TrainerError: The file cannot be read.
-    """
-    examples: list[Any] = []
-    invalid: list[tuple[int, str]] = []
-    truncated = untrained = divided = parts = 0
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if number % _ASK_EVERY == 0 and should_stop():
-                    raise Stopped
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not content.strip():
-                    continue
-                try:
-                    found, is_truncated = read(content, f"{name}/{number}")
-                except (msgspec.DecodeError, UnusableRow) as error:
-                    invalid.append((number, str(error)))
-                    continue
-                truncated += is_truncated
-                untrained += not found
-                if len(found) > 1:
-                    divided += 1
-                    parts += len(found)
-                examples += found
-    except OSError as error:
-        raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
-    return LoadedFile(examples, truncated, (divided, parts), untrained, invalid)
+    def _map(self, directory: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+        size = self.manifest.sizes[name] // dtype.itemsize
+        if not size:  # nothing can be mapped
+            return torch.empty(0, dtype=dtype)
+        return torch.from_file(str(array_path(directory, name)), size=size, dtype=dtype)
+
+    def read(self, index: int) -> tuple[tuple[EncodedRow, ...], torch.Tensor]:
+        """Return the sequences and the labels of an example."""
+        first = index * self._width
+        places = pairwise(self._starts[first : first + self._width + 1])
+        width = len(self._labels) // len(self.lengths)
+        return (
+            tuple(self._sequence(start, end) for start, end in places),
+            self._labels[index * width : (index + 1) * width],
+        )
+
+    def _sequence(self, start: int, end: int) -> EncodedRow:
+        return make_row(self._ids[start:end], self._trained[start:end])
 
 
-def make_sample(ids: list[int], trained: list[bool], seq_len: int) -> EncodedRow | None:
-    """Truncate a row to `seq_len`; None if none of the remaining tokens are in the loss."""
-    # The first token is never predicted, so it is never in the loss.
-    if not any(trained[1:seq_len]):
-        return None
-    tokens = torch.tensor(ids[:seq_len], dtype=torch.int32)
-    in_loss = torch.tensor(trained[:seq_len])
-    in_loss[0] = False
-    return EncodedRow(tokens, torch.where(in_loss, tokens, IGNORED))
+def make_row(ids: torch.Tensor, trained: torch.Tensor) -> EncodedRow:
+    """Return a row, given which tokens are in the loss."""
+    return EncodedRow(ids, torch.where(trained, ids, IGNORED))
+
+
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """Return the number of tokens of each example."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return [example.length for example in examples]
 
 
 def collate(samples: Sequence[EncodedRow], pad_id: int) -> Batch:
@@ -220,6 +242,7 @@ class Schedule(Dataset[Any]):
 
     def __init__(self, examples: Sequence[Example], order: Order, length: int) -> None:
         self._examples = examples
+        self._lengths = lengths_of(examples)
         self._order = order
         self._length = length
 
@@ -235,7 +258,7 @@ class Schedule(Dataset[Any]):
 
     def tokens(self, first: int, last: int) -> int:
         """Return the tokens from position `first` to `last`, exclusive."""
-        return sum(self[position].length for position in range(first, last))
+        return sum(self._lengths[self._order.row(at)] for at in range(first, last))
 
 
 class PackedSchedule(Schedule):
@@ -257,7 +280,7 @@ class PackedSchedule(Schedule):
         steps: int | None = None,
     ) -> None:
         self._first = array("q", [0])
-        lengths = [example.length for example in examples]
+        lengths = lengths_of(examples)
         position = filled = 0
         target_packs = None if steps is None else steps * batch_size
         while True:
@@ -282,3 +305,7 @@ class PackedSchedule(Schedule):
     def rows(self, position: int) -> int:
         """Return how many rows precede a position."""
         return self._first[position]
+
+    def tokens(self, first: int, last: int) -> int:
+        """Return the tokens from sequence `first` to `last`, exclusive."""
+        return super().tokens(self._first[first], self._first[last])

@@ -29,11 +29,11 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from training_backends.core.config import TINY_MODEL
 from training_backends.rundir.directory import Event, ExitRecord, RunDir, RunSpec
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.environment import show_in_turn
 from training_backends.trainer.errors import TrainerError
+from training_backends.trainer.model_files import fetch_model
 from training_backends.trainer.queue import Device
 
 __all__ = ["Outcome", "launch", "loopback_store"]
@@ -118,7 +118,10 @@ def launch(
     Raises:
         TrainerError: Processes died too often, or the model cannot be fetched.
     """
-    _fetch(spec.model)
+    # The processes receive no token, and do not ask the Hub.
+    fetch_model(spec.model)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("HF_TOKEN", None)
     if devices:
         show_in_turn(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
@@ -140,16 +143,6 @@ def launch(
     if record is None:
         raise _lost(result, spec.num_processes)
     return record
-
-
-def _fetch(model: str) -> None:
-    """Download a model if necessary: the processes receive no token, and do not ask the Hub."""
-    if model != TINY_MODEL:
-        from training_backends.trainer.models import find_model  # noqa: PLC0415  # takes seconds
-
-        find_model(model)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.pop("HF_TOKEN", None)
 
 
 def _run(agent: LocalElasticAgent, run: RunDir, stop: StopRequest) -> RunResult | None:

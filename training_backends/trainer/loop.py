@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +19,7 @@ from training_backends.trainer.checkpoint import (
     write_checkpoint,
 )
 from training_backends.trainer.control import EarlyStopping, StopRequest
-from training_backends.trainer.data import Order, PackedSchedule, Schedule
+from training_backends.trainer.data import Order, PackedSchedule, Schedule, lengths_of
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch, peak_memory
@@ -54,7 +53,7 @@ class Validation:
         self,
         root: RootModule,
         objective: Objective[Any],
-        examples: list[Any],
+        examples: Sequence[Any],
         *,
         micro: MicroBatch,
         precision: AbstractContextManager[None],
@@ -78,9 +77,10 @@ class Validation:
         totals = Totals(self._objective, self._world)
         device = self._root.model.device
         with evaluating(self._root.model), self._precision:
-            ordered = longest_first(self._examples)
-            for examples, counts in self._world.micro_batches(ordered, size):
-                batch = self._objective.collate(examples)
+            lengths = lengths_of(self._examples)
+            ordered = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+            for places, counts in self._world.micro_batches(ordered, size):
+                batch = self._objective.collate([self._examples[place] for place in places])
                 on_device = {name: value.to(device) for name, value in batch.items()}
                 found = self._root(self._objective.compute_loss, on_device)
                 if counts:
@@ -97,15 +97,15 @@ _FEWEST_BETWEEN = 10
 class Plan:
     """The length of a run, and when it logs and saves; the same in every process.
 
-    Attributes:
+    Args:
         examples: The rows of all files.
+        rows: How many of them each file has.
     """
 
-    def __init__(self, spec: RunSpec, files: list[list[Any]]) -> None:
-        rows = tuple(len(examples) for examples in files)
+    def __init__(self, spec: RunSpec, examples: Sequence[Any], rows: tuple[int, ...]) -> None:
         weights = tuple(source.weight for source in spec.train)
         self._batch_size = spec.batch_size
-        self.examples: list[Any] = list(chain.from_iterable(files))
+        self.examples: Sequence[Any] = examples
         self.order: Order = Order(rows, weights, spec.seed)
         self.schedule = self._lay_out(spec, rows)
         self.total_steps: int = len(self.schedule) // spec.batch_size

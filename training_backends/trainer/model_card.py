@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 from yaml import YAMLError
 
 from training_backends.core.config import TINY_MODEL
-from training_backends.core.files import digest_of
 from training_backends.rundir.directory import (
     ADAPTER_CONFIG,
     MetricsRow,
@@ -19,7 +18,7 @@ from training_backends.rundir.directory import (
     RunSpec,
 )
 
-__all__ = ["DataFacts", "Licence", "describe_data", "read_licence", "write_card"]
+__all__ = ["DataFacts", "Licence", "read_licence", "write_card"]
 
 _METHODS: Final = {
     "sft": "supervised fine-tuning",
@@ -58,12 +57,6 @@ class Licence(NamedTuple):
     def __str__(self) -> str:
         name = self.title or self.name
         return f"[{name}]({self.link})" if self.link and "://" in self.link else name
-
-
-def describe_data(path: Path, role: str, rows: int) -> DataFacts:
-    """Return a data file's name, size and SHA-256."""
-    found = digest_of(path)
-    return DataFacts(path.name, role, rows, found.size, found.sha256)
 
 
 def read_licence(model: str) -> Licence | None:

@@ -1,23 +1,16 @@
-"""Find, load and save models; fail fast if the Hub does not respond."""
+"""Load and save models."""
 
-import errno
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -32,17 +25,24 @@ from transformers import (
 from training_backends.core.config import TINY_MODEL, TINY_POSITIONS, ClassifierTarget, Tuning
 from training_backends.core.errors import first_line
 from training_backends.datasets.rows import BYTE_VOCABULARY_SIZE, Control
-from training_backends.rundir.directory import ADAPTER_CONFIG, ResultRecord, adapter_base
+from training_backends.rundir.directory import ADAPTER_CONFIG, DEQUANTIZED, ResultRecord
 from training_backends.tokens.encoders import Encoder, encoder_for, has_tokenizer
-from training_backends.tokens.tokenizers import hub_failure
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.generate import end_ids
+from training_backends.trainer.model_files import (
+    base_model_of,
+    find_model,
+    read_targets,
+    resolve_targets,
+)
 from training_backends.trainer.objectives.classifier import (
     add_heads,
     describe_classifier,
     label_names,
-    read_targets,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = [
     "LoadedModel",
@@ -50,7 +50,6 @@ __all__ = [
     "choose_dtype",
     "count_experts",
     "dequantized",
-    "find_model",
     "is_in_four_bits",
     "load_model",
     "make_tiny_model",
@@ -114,34 +113,32 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     if not is_in_four_bits(model):
         return model
     restored = model.dequantize(dtype)
-    # On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
-    restored._weight_conversions = None  # noqa: SLF001  # no public API
+    _forget_conversions(restored)
     return restored
 
 
-def _apply_same_adapter(base: Any, model: PeftModel) -> PeftModel:
+def _is_adapted(model: Any) -> bool:
+    """Return whether a model has an adapter. A model has none before peft is loaded."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _apply_same_adapter(base: Any, model: "PeftModel") -> "PeftModel":
     """Apply a model's adapter to another base model."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
+
     (config,) = model.peft_config.values()
     adapted = type(model)(base, config)
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(model))
     return adapted
 
 
-HUB_TIMEOUT: Final = 5.0
-"""Seconds to wait for the Hub to confirm that it has a model."""
-
-_FILES: Final = [
-    *("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.model.v*"),
-    "README.md",  # names the license
-]
-_DESCRIPTIONS: Final = ("config.json", ADAPTER_CONFIG)
 _PROCESSORS: Final = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
 """How an image-text model prepares images."""
-_UNNEEDED: Final = ["consolidated*", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +234,10 @@ def load_model(
         encoder = encoder_for(name, None, chat_template=chat_template)
     else:
         directory = find_model(name)
-        targets = _resolve_targets(name, directory, tuning, targets)
+        targets = resolve_targets(name, directory, targets, trains=tuning is not None)
         if (directory / ADAPTER_CONFIG).is_file():
             base = load_model(
-                _base_of(name, directory),
+                base_model_of(name, directory),
                 seed=seed,
                 tuning=tuning,
                 device=device,
@@ -264,21 +261,6 @@ def load_model(
     return LoadedModel(model, encoder, name, tuple(targets), directory, stored)
 
 
-def _resolve_targets(
-    name: str, directory: Path, tuning: Tuning | None, requested: Sequence[ClassifierTarget]
-) -> Sequence[ClassifierTarget]:
-    """Return the model's targets, checked against the requested ones."""
-    existing = read_targets(directory)
-    if tuning is None or not existing:
-        return requested or existing
-    if [(t.name, t.labels) for t in existing] != [(t.name, t.labels) for t in requested]:
-        raise TrainerError(
-            f"{name!r} is a classifier with the targets {', '.join(t.name for t in existing)}; "
-            "it can only be trained further with the same targets and labels."
-        )
-    return requested
-
-
 def _set_attention(model: Any, name: str, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
@@ -295,20 +277,6 @@ def _name_outputs(model: Any, targets: Sequence[ClassifierTarget], pad_id: int) 
     model.config.get_text_config().pad_token_id = pad_id
 
 
-def _base_of(name: str, directory: Path) -> str:
-    try:
-        base = adapter_base(directory)
-    except ValueError as error:
-        raise TrainerError(f"The adapter {name!r} cannot be read: {error}.") from error
-    if "/" not in base and base != TINY_MODEL and not Path(base).is_dir():
-        raise TrainerError(
-            f"The base model {base!r} of the adapter {name!r} not found: an adapter that was "
-            "copied from its run does not know where its base model is. Set "
-            f"base_model_name_or_path in its {ADAPTER_CONFIG}."
-        )
-    return base
-
-
 def _load_adapter(
     base: LoadedModel,
     name: str,
@@ -322,6 +290,8 @@ def _load_adapter(
             f"The adapter {name!r} is that of a language model, and a classifier cannot start from "
             "it. Merge it into its base model first (options.result: merged)."
         )
+    from peft import PeftModel  # noqa: PLC0415
+
     trains_adapter = tuning is not None and tuning.kind != "full"
     try:
         model = PeftModel.from_pretrained(base.model, directory, is_trainable=trains_adapter)
@@ -339,79 +309,6 @@ def _load_adapter(
     # Its tokenizer may have a chat template of its own.
     encoder = encoder_for(name, directory) if has_tokenizer(directory) else base.encoder
     return replace(base, model=model, encoder=encoder)
-
-
-def find_model(name: str) -> Path:
-    """Return the directory of a model, downloaded from the Hub if necessary.
-
-    Raises:
-        TrainerError: The model does not exist or cannot be fetched.
-    """
-    local = Path(name).expanduser()
-    if local.is_dir():
-        if not any((local / f).is_file() for f in _DESCRIPTIONS):
-            raise TrainerError(f"{local} is not a model directory: it has no config.json.")
-        return local
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise TrainerError(f"Model directory not found: {local}.")
-    return _from_hub(name)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
-    from huggingface_hub import errors as hub  # noqa: PLC0415
-    from huggingface_hub.constants import HF_HUB_OFFLINE  # noqa: PLC0415
-
-    try:
-        if HF_HUB_OFFLINE:
-            return _cached(name) or _raise_offline(name)
-        # Asked first, and once: snapshot_download retries for half a minute.
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_UNNEEDED))
-    except TrainerError:
-        raise
-    except hub.GatedRepoError as error:
-        raise TrainerError(
-            f"{name!r} is a gated model. Accept its license on the Hub, then store a token with "
-            "`training-backends credentials set huggingface`.",
-            kind="auth",
-        ) from error
-    except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
-        raise TrainerError(
-            f"Model {name!r} not found: neither a local directory nor a model on the Hub. "
-            f"Built-in model: {TINY_MODEL}."
-        ) from error
-    except Exception as error:  # the Hub client lets HTTP library errors through
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        return _cached(name) or _raise_unreachable(name, error)
-
-
-def _cached(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        found = Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return found if any((found / each).is_file() for each in _DESCRIPTIONS) else None
-
-
-def _raise_offline(name: str) -> NoReturn:
-    raise TrainerError(
-        f"The model {name!r} is not on this machine, and HF_HUB_OFFLINE is set. "
-        f"Built-in model: {TINY_MODEL}."
-    )
-
-
-def _raise_unreachable(name: str, error: Exception) -> NoReturn:
-    raise TrainerError(
-        f"The model {name!r} is not on this machine, and the Hub cannot be reached: "
-        f"{hub_failure(error)}",
-        kind="provider",
-        retryable=True,
-    ) from error
 
 
 def _load_weights(
@@ -435,6 +332,7 @@ def _load_weights(
         loader: Any = AutoModelForCausalLM
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             loader = AutoModelForImageTextToText
+        is_dequantized = _dequantize(config)
         if targets:
             loader = AutoModelForSequenceClassification
             config.num_labels = sum(len(target.labels) for target in targets)
@@ -448,7 +346,27 @@ def _load_weights(
                 f"{name!r} is stored in 4 bits, which full fine-tuning does not support. Use qlora."
             )
         _keep_as_loaded(model)
+    if is_dequantized:
+        _forget_conversions(model)
+        model = model.to(options["dtype"])  # transformers 5.23 keeps that of each stored tensor
     return model
+
+
+def _dequantize(config: Any) -> bool:
+    """Have a model dequantized when it is loaded; return whether that is supported."""
+    quantized = getattr(config, "quantization_config", None)
+    if not isinstance(quantized, dict) or quantized.get("quant_method") not in DEQUANTIZED:
+        return False
+    config.quantization_config = {**quantized, "dequantize": True}
+    return True
+
+
+def _forget_conversions(model: Any) -> None:
+    """Save the weights as they are.
+
+    On saving, transformers 5.23 reverts conversions made on loading, and cannot revert this one.
+    """
+    model._weight_conversions = None  # noqa: SLF001  # no public API
 
 
 def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = False) -> Any:
@@ -467,7 +385,9 @@ def prepare_tuning(model: Any, tuning: Tuning, name: str, *, classifies: bool = 
         return model
     if name == TINY_MODEL:
         raise TrainerError(f"{TINY_MODEL} has random weights and only supports full fine-tuning.")
-    adapted = model if isinstance(model, PeftModel) else None
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  # full fine-tuning needs none
+
+    adapted = model if _is_adapted(model) else None
     try:
         adapted = adapted or get_peft_model(
             model,
@@ -493,7 +413,7 @@ def _outside_text(model: Any) -> str | None:
 
     Those are the vision tower and what projects its output; None for a language model.
     """
-    if isinstance(model, PeftModel) or model.config.get_text_config() is model.config:
+    if _is_adapted(model) or model.config.get_text_config() is model.config:
         return None
     text = model.get_decoder()
     path = next((name for name, module in model.named_modules() if module is text), "")
@@ -510,7 +430,9 @@ def save_model(model: Any, name: str, directory: Path) -> None:
     Args:
         name: The base model as named in the run.
     """
-    model.save_pretrained(directory)
+    # transformers compiles the renamings of all architectures to look for those of one; the
+    # built-in model has none.
+    model.save_pretrained(directory, save_original_format=name != TINY_MODEL)
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
@@ -535,12 +457,12 @@ def save_result(loaded: LoadedModel, directory: Path, *, save_as: str = "adapter
     """
     model = loaded.model
     adapter = None
-    if isinstance(model, PeftModel) and save_as != "adapter":
+    if _is_adapted(model) and save_as != "adapter":
         if save_as == "both":
             adapter = directory / "adapter"
             _save_all(model, loaded, adapter)
         model = _merge(loaded)
-    is_adapter = isinstance(model, PeftModel)
+    is_adapter = _is_adapted(model)
     if not is_adapter:
         _round_weights(model, loaded.dtype)
     _save_all(model, loaded, directory)
@@ -601,7 +523,7 @@ def _save_all(model: Any, loaded: LoadedModel, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_model(model, loaded.base, directory)
     loaded.encoder.save(directory)
-    if loaded.directory is not None and not isinstance(model, PeftModel):
+    if loaded.directory is not None and not _is_adapted(model):
         for name in _PROCESSORS:
             if (loaded.directory / name).is_file():
                 shutil.copy(loaded.directory / name, directory / name)

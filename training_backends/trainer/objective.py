@@ -14,7 +14,6 @@ from training_backends.trainer.world import ALONE, World
 __all__ = [
     "Batch",
     "BatchLoss",
-    "EncodedLine",
     "Example",
     "Means",
     "Objective",
@@ -37,19 +36,6 @@ class Example(Protocol):
 
 E = TypeVar("E", bound=Example)
 E_contra = TypeVar("E_contra", bound=Example, contravariant=True)
-
-
-class EncodedLine(NamedTuple):
-    """The result of encoding a line.
-
-    Attributes:
-        examples: Usually one; none if none of its tokens are in the loss, and several if the chat
-            template requires one for each answer.
-        truncated: Whether one was truncated to the maximum length.
-    """
-
-    examples: list[Any]
-    truncated: bool
 
 
 class BatchLoss(NamedTuple):
@@ -86,16 +72,8 @@ class Objective(Protocol[E_contra]):
         """Whether `correct` counts top predictions, so that it yields an accuracy."""
         ...
 
-    def read(self, line: bytes, place: str) -> EncodedLine:
-        """Encode one line of a file.
-
-        Args:
-            place: Identifies the line, as a seed for randomness in its encoding.
-
-        Raises:
-            msgspec.DecodeError: The line is not a row.
-            UnusableRow: The row cannot be trained on.
-        """
+    def make_example(self, sequences: tuple[Any, ...], labels: torch.Tensor) -> Any:
+        """Make an example of what is stored of it, see `tokens.examples.TrainingExample`."""
         ...
 
     def collate(self, examples: Sequence[E_contra]) -> Batch:

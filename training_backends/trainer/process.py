@@ -1,6 +1,7 @@
 """Run one training process, from the spec to the result."""
 
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trainer.admission import Admission, when_admitted
 from training_backends.trainer.control import StopRequest, report_status
-from training_backends.trainer.environment import prepare_imports, prepare_threads, show_only
+from training_backends.trainer.environment import importing, show_only
 from training_backends.trainer.errors import (
     Stopped,
     TrainerError,
@@ -77,6 +78,8 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
         admission.stop.clear()
     else:
         _end(run, record)
+    if record.status == "completed":
+        shutil.rmtree(run.tokens, ignore_errors=True)  # nothing reads them any more
     return TrainerExitCode(record.code)
 
 
@@ -120,16 +123,22 @@ def _train(run: RunDir, admission: Admission, launch: Launch | None) -> ExitReco
     if chosen := admission.devices:
         os.environ.update(show_only(chosen[0]))  # has an effect only before torch is loaded
         where = f", on GPU {', '.join(device.name for device in chosen)}"
+    if spec.integrations:
+        from training_backends.trainer.tracking import start_tracking  # noqa: PLC0415
+
+        start_tracking(run)
     report_status(run, "initializing", f"Loading {spec.model}{where}")
+    from training_backends.trainer.encode import encode_data  # noqa: PLC0415  # see below
+
+    encode_data(run, spec, lambda: admission.stop.requested)
     if launch is None and spec.num_processes > 1:
         from training_backends.trainer.launch import launch  # noqa: PLC0415
     if launch is not None:
         return launch(run, spec, admission.stop, chosen)
-    prepare_threads()
-    prepare_imports(spec.model)
-    # Imported here: torch takes seconds and memory, which a queued process should not take from
-    # the one that trains.
-    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+    with importing(spec.model):
+        # Imported here: torch takes seconds and memory, which a queued process should not take
+        # from the one that trains.
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
 
     process = TrainingProcess(run, spec, admission.stop)
     return _record_of(process.run(), process.step)
@@ -155,12 +164,11 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
     run = RunDir(path)
     stop = StopRequest(run.stop)
     spec = run.read_spec()
-    prepare_threads()
-    prepare_imports(spec.model)
-    from training_backends.trainer.launch import Outcome  # noqa: PLC0415
-    from training_backends.trainer.models import choose_device  # noqa: PLC0415
-    from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
-    from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
+    with importing(spec.model):
+        from training_backends.trainer.launch import Outcome  # noqa: PLC0415
+        from training_backends.trainer.models import choose_device  # noqa: PLC0415
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415
+        from training_backends.trainer.world import has_lost_contact, join_world  # noqa: PLC0415
 
     outcome = Outcome(run)
 

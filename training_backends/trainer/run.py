@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import numpy as np
 import torch
-from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from training_backends.core.config import TINY_MODEL
@@ -23,7 +24,8 @@ from training_backends.rundir.directory import Event, ResultRecord, RunDir, RunS
 from training_backends.tokens.encoders import Encoder
 from training_backends.trainer.checkpoint import load_tensors, newest_checkpoint, trained_weights
 from training_backends.trainer.control import EarlyStopping, StopRequest, report_status
-from training_backends.trainer.data import LoadedFile, load_file
+from training_backends.trainer.data import Examples
+from training_backends.trainer.encode import data_directories
 from training_backends.trainer.environment import thread_count
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import answer, evaluating
@@ -35,7 +37,7 @@ from training_backends.trainer.loop import (
     precision_for,
 )
 from training_backends.trainer.memory import MicroBatch, what_would_fit
-from training_backends.trainer.model_card import DataFacts, describe_data, write_card
+from training_backends.trainer.model_card import DataFacts, write_card
 from training_backends.trainer.models import (
     LoadedModel,
     choose_device,
@@ -51,7 +53,11 @@ from training_backends.trainer.objectives.classifier import (
     classify,
     format_labels,
 )
-from training_backends.trainer.objectives.preference import PreferenceObjective, References
+from training_backends.trainer.objectives.preference import (
+    PairExamples,
+    PreferenceObjective,
+    References,
+)
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.sharding import RootModule, choose_sharding, shard
 from training_backends.trainer.world import ALONE, World
@@ -133,30 +139,17 @@ def _difference(model: Any, positions: list[int]) -> float:
 
 
 def _make_objective(spec: RunSpec, encoder: Encoder) -> Objective[Any]:
-    """Create the objective for a spec's method.
-
-    Raises:
-        TrainerError: The spec is incomplete.
-        TokenizerError: The tokenizer does not support the method.
-    """
+    """Create the objective for a spec's method."""
     if spec.method == "classifier":
-        if not spec.classifier_targets:
-            raise TrainerError("A classifier needs classifier_targets.")
-        return ClassifierObjective(encoder, spec.seq_len, spec.classifier_targets)
+        return ClassifierObjective(encoder, spec.classifier_targets)
     if spec.method == "dpo":
         return PreferenceObjective(
-            encoder, spec.seq_len, beta=spec.dpo_beta, label_smoothing=spec.dpo_label_smoothing
+            encoder, beta=spec.dpo_beta, label_smoothing=spec.dpo_label_smoothing
         )
-    return TokenObjective(
-        encoder,
-        spec.seq_len,
-        fim_ratio=spec.fim_ratio or 0.0,
-        seed=spec.seed,
-        flat=spec.attention == "flash_attention_2",
-    )
+    return TokenObjective(encoder, flat=spec.attention == "flash_attention_2")
 
 
-_SHOWN_ROWS = 3
+_ROLES: Final = ("training", "validation")
 _STATE: Final = "engine.json"
 """In a checkpoint: the micro-batch size that fitted, and hashes of the data files."""
 
@@ -166,6 +159,13 @@ def set_up_torch(model: str, processes: int = 1) -> None:
     torch.set_num_threads(thread_count(small=model == TINY_MODEL, processes=processes))
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
+
+
+def _seed(seed: int) -> None:
+    """Seed what models draw from, as `transformers.set_seed` does, whose module loads peft."""
+    random.seed(seed)
+    np.random.seed(seed)  # the generator that libraries share
+    torch.manual_seed(seed)
 
 
 class TrainingProcess:
@@ -206,17 +206,16 @@ class TrainingProcess:
         device = choose_device(self._spec.device)
         loaded = self._load_model(device)
         objective = _make_objective(self._spec, loaded.encoder)
-        files = self._load_training(objective)
-        validating = self._load_validation(objective)
+        training, validating = self._load(objective)
         loaded, root = self._prepare(loaded, device)
-        plan = Plan(self._spec, files)
+        plan = Plan(self._spec, training, training.rows)
         if self._spec.packing:
             root(require_separate_rows, self._spec.model)
         return self._train(loaded, root, objective, plan, validating)
 
     def _load_model(self, device: torch.device) -> LoadedModel:
         spec = self._spec
-        set_seed(spec.seed)  # seeds the random weights of new heads
+        _seed(spec.seed)  # for the random weights of new heads
         return load_model(
             spec.model,
             seed=spec.seed,
@@ -250,7 +249,7 @@ class TrainingProcess:
 
     def _adapted(self, loaded: LoadedModel) -> Any:
         spec = self._spec
-        set_seed(spec.seed)  # seeds the random weights of new adapters
+        _seed(spec.seed)  # for the random weights of new adapters
         classifies = spec.method == "classifier"
         return prepare_tuning(loaded.model, spec.tuning, spec.model, classifies=classifies)
 
@@ -268,7 +267,7 @@ class TrainingProcess:
         root: RootModule,
         objective: Objective[Any],
         plan: Plan,
-        validating: list[Any],
+        validating: Examples,
     ) -> ResultRecord | None:
         spec, model, world = self._spec, loaded.model, self._world
         device: torch.device = model.device
@@ -296,7 +295,8 @@ class TrainingProcess:
             raise Stopped
         references = None
         if isinstance(objective, PreferenceObjective):
-            references = References(train=plan.examples, valid=validating)
+            pairs = {"train": plan.examples, "valid": validating}
+            references = References(**cast("dict[str, PairExamples]", pairs))
             if start:
                 references.load(start.path)
             else:
@@ -453,56 +453,18 @@ class TrainingProcess:
         adapter = record.adapter and f"{target.name}/{Path(record.adapter).name}"
         return record.model_copy(update={"path": target.name, "adapter": adapter})
 
-    def _load_training(self, objective: Objective[Any]) -> list[list[Any]]:
-        files = [
-            self._load(source.local_path, objective, f"train/{index}")
-            for index, source in enumerate(self._spec.train)
-        ]
-        if not any(files):
-            raise TrainerError("The training files have no rows that can be trained on.")
-        return files
-
-    def _load_validation(self, objective: Objective[Any]) -> list[Any]:
-        return [
-            example
-            for index, source in enumerate(self._spec.validation)
-            for example in self._load(source.local_path, objective, f"valid/{index}")
-        ]
-
-    def _load(self, path: Path, objective: Objective[Any], name: str) -> list[Any]:
-        loaded = load_file(
-            path, objective.read, name=name, should_stop=lambda: self._stop.requested
-        )
-        self._report_rows(str(path), loaded)
-        role = "training" if name.startswith("train/") else "validation"
-        self._data.append(describe_data(path, role, len(loaded.examples)))
-        return loaded.examples
-
-    def _report_rows(self, name: str, loaded: LoadedFile) -> None:
-        invalid = len(loaded.invalid)
-        divided, parts = loaded.divided
-        usable = len(loaded.examples) - parts + divided + loaded.untrained
-        shown = "; ".join(f"line {line}: {why}" for line, why in loaded.invalid[:_SHOWN_ROWS])
-        if invalid > self._spec.max_invalid_fraction * (invalid + usable):
-            raise TrainerError(f"{name}: {invalid} invalid rows: {shown}")
-        if invalid:
-            self._warn(f"{name}: skipped {invalid} invalid rows: {shown}", invalid=invalid)
-        if divided:
-            self._run.add_event(
-                Event(
-                    name="message",
-                    message=f"{name}: {divided:,} conversations became {parts:,} "
-                    "examples, because the chat template changes earlier answers: each answer is "
-                    "trained after the prompt that asks for it",
-                    data={"rows": divided, "examples": parts},
-                )
-            )
-        if loaded.untrained:
-            count = loaded.untrained
-            self._warn(f"{name}: skipped {count} rows without tokens in the loss", untrained=count)
-        if loaded.truncated:
-            length, count = self._spec.seq_len, loaded.truncated
-            self._warn(f"{name}: truncated {count} rows to {length} tokens", truncated=count)
+    def _load(self, objective: Objective[Any]) -> tuple[Examples, Examples]:
+        """Return the examples for training and for validation."""
+        make = PairExamples if isinstance(objective, PreferenceObjective) else Examples
+        found = []
+        for role, paths in zip(_ROLES, data_directories(self._run, self._spec), strict=True):
+            examples = make(paths, objective.make_example)
+            self._data += [
+                DataFacts(each.name, role, each.counts.examples, each.size, each.sha256)
+                for each in examples.manifests
+            ]
+            found.append(examples)
+        return found[0], found[1]
 
     def _warn(self, message: str, **data: int) -> None:
         self._run.add_event(Event(name="message", level="warning", message=message, data=data))

@@ -16,6 +16,7 @@ from training_backends.backends.local import validate
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.settings import LocalSettings
+from training_backends.backends.local.validate import amd_memory
 from training_backends.core.errors import Issue
 from training_backends.core.run import TrainingRun
 
@@ -273,16 +274,36 @@ async def test_rows_that_the_template_rejects(
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "full", "error"),
         ({"quant_method": "gptq"}, "full", "error"),
-        ({"quant_method": "gptq"}, "lora", "warning"),
+        ({"quant_method": "gptq"}, "lora", "error"),
+        ({"quant_method": "of tomorrow"}, "lora", "warning"),
+        ({"quant_method": "fp8"}, "qlora", "error"),
+        ({"quant_method": "fp8"}, "lora", None),
+        ({"quant_method": "fp8"}, "full", None),
+        ({"quant_method": "mxfp4"}, "lora", None),
     ],
 )
 async def test_a_quantized_model(
-    check: Callable[..., Any], model: Path, described: dict[str, Any], tuning: str, severity: str
+    check: Callable[..., Any],
+    model: Path,
+    described: dict[str, Any],
+    tuning: str,
+    severity: str | None,
 ) -> None:
-    """Its weights are rounded, so they cannot be trained themselves."""
+    """Some are dequantized; others need a package, and cannot be trained themselves."""
     (model / "config.json").write_text(json.dumps({**SHAPE, "quantization_config": described}))
-    (issue,) = await check(model, tuning=tuning)
-    assert (issue.code, issue.severity) == ("quantized_model", severity)
+    issues = await check(model, tuning=tuning)
+    expected = [("quantized_model", severity)] if severity else []
+    assert [(issue.code, issue.severity) for issue in issues] == expected
+
+
+def test_the_memory_of_amd_gpus_is_what_their_driver_reports(tmp_path: Path) -> None:
+    """Without torch; a processor with graphics has no memory of its own."""
+    for number, size in enumerate((2**29, 192 * 2**30, "?")):
+        device = tmp_path / f"card{number}" / "device"
+        device.mkdir(parents=True)
+        (device / "mem_info_vram_total").write_text(f"{size}\n")
+    assert amd_memory(tmp_path) == (192 * 2**30,)
+    assert amd_memory(tmp_path / "none") == ()
 
 
 @pytest.mark.parametrize(

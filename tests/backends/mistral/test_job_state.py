@@ -320,7 +320,7 @@ def test_configuration_is_read_back() -> None:
     assert config.hyperparameters.training_steps == 10
     assert config.hyperparameters.epochs is None  # only one of both can have been asked for
     assert config.hyperparameters.learning_rate == 1e-5
-    assert [entry.run_name for entry in config.integrations] == ["r"]
+    assert [entry.run_name for entry in config.wandb] == ["r"]
     assert config.options["repositories"][0]["owner"] == "o"
 
 

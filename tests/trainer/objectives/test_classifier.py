@@ -13,10 +13,12 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.trainer.continuing import assert_continues_bit_equal
+from tests.trainer.encoding import examples_of
 from tests.trainer.plain import save_tiny
 from training_backends.core.config import ClassifierTarget
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder, UnusableRow
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import load_model
@@ -50,12 +52,15 @@ def write_topics(path: Path, count: int, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def objective() -> ClassifierObjective:
     """What learns both targets."""
-    return ClassifierObjective(ByteEncoder(), 32, (TOPIC, WORDS))
+    return ClassifierObjective(ByteEncoder(), (TOPIC, WORDS))
+
+
+READER = ExampleReader(ByteEncoder(), 32, method="classifier", targets=(TOPIC, WORDS))
 
 
 def read(objective: ClassifierObjective, **row: Any) -> Any:
     """Encode a row; return its example or None, and whether it was truncated."""
-    examples, is_truncated = objective.read(json.dumps(row).encode(), "file/1")
+    examples, is_truncated = examples_of(objective, READER, row)
     return (examples[0] if examples else None), is_truncated
 
 

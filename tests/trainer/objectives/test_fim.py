@@ -21,8 +21,7 @@ from training_backends.tokens.encoders import (
     TemplateEncoder,
     TokenizerError,
 )
-from training_backends.tokens.examples import cut_out
-from training_backends.trainer.objectives.tokens import TokenObjective
+from training_backends.tokens.examples import ExampleReader, cut_out
 
 DATA = Path(mistral_common.__file__).parent / "data"
 SMALL = "mistral_instruct_tokenizer_240323.model.v3"
@@ -91,20 +90,20 @@ def test_other_models_have_their_own_tokens(tmp_path: Path, specials: list[str])
 
 
 def test_a_model_without_the_tokens_is_refused_by_name(tmp_path: Path) -> None:
-    """Before any row is read."""
+    """Not trained on whole texts instead."""
     encoders: list[tuple[Encoder, str]] = [
         (ByteEncoder(), "tiny-mistral"),
         (make_coder(tmp_path, []).encoder, "'coder'"),
     ]
     for encoder, name in encoders:
         with pytest.raises(TokenizerError, match=f"{name} has no fill-in-the-middle tokens"):
-            TokenObjective(encoder, 100, fim_ratio=0.5)
+            ids_of(ExampleReader(encoder, 100, fim_ratio=1.0), {"text": CODE}, "p")
 
 
-def ids_of(objective: TokenObjective, row: dict[str, Any], place: str) -> list[int]:
+def ids_of(reader: ExampleReader, row: dict[str, Any], place: str) -> list[int]:
     """Encode a row."""
-    [example] = objective.read(json.dumps(row).encode(), place).examples
-    return list(example.ids.tolist())
+    [example] = reader.read(json.dumps(row).encode(), place).examples
+    return example.sequences[0].ids
 
 
 def test_which_texts_and_where_depends_on_seed_and_place(tmp_path: Path) -> None:
@@ -112,27 +111,27 @@ def test_which_texts_and_where_depends_on_seed_and_place(tmp_path: Path) -> None
     tokenizer, encoder = make_coder(tmp_path, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
     token = tokenizer.convert_tokens_to_ids("<fim_middle>")
     places = [f"train/0/{n}" for n in range(200)]
-    half = TokenObjective(encoder, 100, fim_ratio=0.5, seed=1)
+    half = ExampleReader(encoder, 100, fim_ratio=0.5, seed=1)
     rows = [ids_of(half, {"text": CODE}, place) for place in places]
     assert rows == [ids_of(half, {"text": CODE}, place) for place in places]
     assert 70 < sum(token in ids for ids in rows) < 130
     assert len({tuple(ids) for ids in rows if token in ids}) > 50, "cut at many places"
-    other = TokenObjective(encoder, 100, fim_ratio=0.5, seed=2)
+    other = ExampleReader(encoder, 100, fim_ratio=0.5, seed=2)
     assert rows != [ids_of(other, {"text": CODE}, place) for place in places]
     mistral = MistralEncoder(DATA / SMALL)
-    always = TokenObjective(mistral, 100, fim_ratio=1.0)
+    always = ExampleReader(mistral, 100, fim_ratio=1.0)
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    assert ids_of(always, chat, "p") == ids_of(TokenObjective(mistral, 100), chat, "p")
+    assert ids_of(always, chat, "p") == ids_of(ExampleReader(mistral, 100), chat, "p")
 
 
 def test_a_long_text_is_shortened_before_it_is_cut(tmp_path: Path) -> None:
     """The middle stands last and would be what is lost; here the row ends as all do."""
     tokenizer, encoder = make_coder(tmp_path, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
-    objective = TokenObjective(encoder, 64, fim_ratio=1.0)
+    reader = ExampleReader(encoder, 64, fim_ratio=1.0)
     text = "".join(chr(97 + n % 26) for n in range(999))
     for number in range(20):
-        [example], cut = objective.read(json.dumps({"text": text}).encode(), str(number))
-        ids = example.ids.tolist()
+        [example], cut = reader.read(json.dumps({"text": text}).encode(), str(number))
+        ids = example.sequences[0].ids
         assert cut
         assert 50 < len(ids) <= 64
         assert ids[-1] == encoder.eos_id

@@ -11,9 +11,11 @@ import torch
 from msgspec import DecodeError
 
 from tests.trainer.continuing import assert_continues_bit_equal
+from tests.trainer.encoding import examples_of
 from training_backends.datasets.rows import ChatRow, Message, byte_encode
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.encoders import ByteEncoder, UnusableRow
+from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.objectives.preference import Pair, PreferenceObjective
 from training_backends.trainer.process import train
 
@@ -36,13 +38,17 @@ FORMS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def objective() -> PreferenceObjective:
-    """What learns from pairs of at most 64 tokens an answer."""
-    return PreferenceObjective(ByteEncoder(), 64, beta=0.1, label_smoothing=0.0)
+    """What learns from pairs."""
+    return PreferenceObjective(ByteEncoder(), beta=0.1, label_smoothing=0.0)
+
+
+READER = ExampleReader(ByteEncoder(), 64, method="dpo")
+"""Reads pairs of at most 64 tokens an answer."""
 
 
 def read(objective: PreferenceObjective, row: dict[str, Any]) -> Any:
     """Encode a row; return its example or None, and whether it was truncated."""
-    examples, is_truncated = objective.read(json.dumps(row).encode(), "file/1")
+    examples, is_truncated = examples_of(objective, READER, row)
     return (examples[0] if examples else None), is_truncated
 
 
@@ -99,7 +105,7 @@ def test_smoothing_takes_some_pairs_to_be_wrong() -> None:
             del model, batch
             return rewards / 0.1
 
-    objective = Fixed(ByteEncoder(), 64, beta=0.1, label_smoothing=0.2)
+    objective = Fixed(ByteEncoder(), beta=0.1, label_smoothing=0.2)
     judged = objective.compute_loss(None, {"reference": torch.zeros(1)})
     right, wrong = (-(sign * rewards).sigmoid().log() for sign in (1, -1))
     assert judged.losses.item() == pytest.approx((0.8 * right + 0.2 * wrong).item())

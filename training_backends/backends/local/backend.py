@@ -47,6 +47,7 @@ from training_backends.backends.local.state import (
     read_ending,
     read_state,
 )
+from training_backends.backends.local.trackers import tracker_issues
 from training_backends.backends.local.validate import (
     files_issues,
     find_directory,
@@ -74,6 +75,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate
+from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Observation,
     Place,
@@ -88,6 +90,7 @@ from training_backends.datasets.provider_formats import LOCAL
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
+from training_backends.trackers.tracker import tracker_names
 
 __all__ = ["LocalBackend", "require_same"]
 
@@ -150,6 +153,8 @@ class LocalBackend(TrainingBackend):
             weights=True,
             validation_files=True,
             chat_template=True,
+            integrations=frozenset(tracker_names()),
+            integration_fields=INTEGRATION_FIELDS,
             keeps_checkpoint_on_stop=True,
             resumes="checkpoint",
             result_checkpoints=frozenset({"last", "best"}),
@@ -179,6 +184,7 @@ class LocalBackend(TrainingBackend):
         await self._require_trainer()
         found = partial(find_issues, config, dataset, self._checked_interpreter)
         issues = await to_thread.run_sync(lambda: tuple(found()))
+        issues += await tracker_issues(config, self._hub, self._checked_interpreter)
         if any(issue.severity == "error" for issue in issues):
             return ValidationReport(issues=issues)
         issues += await self._model_issues(config, dataset)
@@ -249,7 +255,7 @@ class LocalBackend(TrainingBackend):
 
     async def _begin(self, run: TrainingRun, directory: RunDir, spec: RunSpec) -> JSONValue:
         """Write the spec and start the training process."""
-        child_env = await self._hub.child_environment(spec.model)
+        child_env = await self._hub.child_environment(spec.model, spec.integrations)
         start = partial(_start_process, directory, spec, run, self._program, child_env)
         return {"pid": await to_thread.run_sync(start)}
 
@@ -298,7 +304,7 @@ class LocalBackend(TrainingBackend):
 
         for directory in await to_thread.run_sync(find):
             spec = await to_thread.run_sync(directory.read_spec)
-            child_env = await self._hub.child_environment(spec.model)
+            child_env = await self._hub.child_environment(spec.model, spec.integrations)
             await to_thread.run_sync(revive, directory, spec, self._slots, self._program, child_env)
 
     def _read(self, run: TrainingRun) -> RunState:

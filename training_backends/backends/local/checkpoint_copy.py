@@ -84,7 +84,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested: str | None) -> int:
-    """Copy a checkpoint of a finished run; return its step, 0 if there is none.
+    """Copy a checkpoint and the encoded rows of a finished run; return the step, 0 if none.
 
     Args:
         requested: A step, such as `120` or `step-120`; None for the newest intact one.
@@ -105,6 +105,9 @@ def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested:
         path = _newest(run, source, target)
     else:
         path = named_checkpoint(run, source, requested)
+    if source.tokens.is_dir():  # used if the data is still the same
+        with reporting_disk(run):
+            copy_atomically(source.tokens, target.tokens)
     if path is None:
         return 0
     copied = {path}

@@ -1,10 +1,11 @@
 """Start training processes that outlive their parent."""
 
+import json
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -23,12 +24,13 @@ from training_backends.core.errors import (
     CredentialNotFound,
     VaultLocked,
 )
+from training_backends.core.integrations import Integration
 from training_backends.core.logging import get_logger
 from training_backends.core.run import Failure, Reply
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
-from training_backends.rundir.handover import ON_STDIN, safe_environment
+from training_backends.rundir.handover import KEYS_ON_STDIN, ON_STDIN, safe_environment
 
 __all__ = [
     "ChildEnvironment",
@@ -52,10 +54,12 @@ class ChildEnvironment:
     Attributes:
         variables: All environment variables; no secrets.
         token: Hub token, passed on standard input.
+        keys: Keys of the run's integrations by their numbers, passed likewise.
     """
 
     variables: dict[str, str]
     token: SecretStr | None = None
+    keys: Mapping[int, SecretStr] = field(default_factory=dict)
 
     @property
     def is_offline(self) -> bool:
@@ -65,7 +69,11 @@ class ChildEnvironment:
     @property
     def stdin(self) -> bytes:
         """Bytes to write to standard input."""
-        return f"{self.token.get_secret_value()}\n".encode() if self.token else b""
+        lines = [self.token.get_secret_value()] if self.token else []
+        if self.keys:
+            keys = {number: key.get_secret_value() for number, key in self.keys.items()}
+            lines.append(json.dumps(keys))
+        return "".join(f"{line}\n" for line in lines).encode()
 
 
 class Hub:
@@ -81,12 +89,44 @@ class Hub:
         self._credentials = credentials
         self._interpreter = interpreter
 
-    async def child_environment(self, model: str) -> ChildEnvironment:
+    async def child_environment(
+        self, model: str, integrations: Sequence[Integration] = ()
+    ) -> ChildEnvironment:
         """Return what a process needs to load a model; a token only for models on the Hub.
+
+        Args:
+            integrations: Where it reports; their keys are added.
 
         Raises:
             ConfigError: A network variable is invalid. The Hub's library would print its value.
+            CredentialNotFound: The key of an integration does not exist.
         """
+        child_env = await self._for_model(model)
+        if not integrations:
+            return child_env
+        keys = {
+            number: key
+            for number, entry in enumerate(integrations)
+            if (key := await self.tracker_key(entry)) is not None
+        }
+        variables = child_env.variables | proxy_environment()
+        if keys:
+            variables[KEYS_ON_STDIN] = "1"
+        return replace(child_env, variables=variables, keys=keys)
+
+    async def tracker_key(self, entry: Integration) -> SecretStr | None:
+        """Return the key that an integration names; None if it needs none.
+
+        Raises:
+            CredentialNotFound: There is no such key.
+        """
+        name = getattr(entry, "credential", None)
+        if not name or self._credentials is None or getattr(entry, "mode", "") == "offline":
+            return None
+        provider, _, profile = name.partition("/")
+        return await self._credentials.get(provider, profile or None)
+
+    async def _for_model(self, model: str) -> ChildEnvironment:
         environment = self._environment()
         if ChildEnvironment(environment).is_offline or await to_thread.run_sync(_is_here, model):
             return ChildEnvironment(environment)

@@ -333,6 +333,7 @@ def build_spec(
         "tuning": _resolved_tuning(config),
         "train": config.data.train,
         "validation": config.data.validation,
+        "integrations": config.integrations,
         "slots_dir": slots_dir,
         "slots": options.max_runs,
         "fim_ratio": config.hyperparameters.fim_ratio or None,
@@ -357,6 +358,7 @@ def config_of(spec: RunSpec) -> TrainingConfig | None:
         "chat_template": spec.chat_template,
         "result": {"checkpoint": spec.result_checkpoint},
         "data": {"train": spec.train, "validation": spec.validation},
+        "integrations": spec.integrations,
         "hyperparameters": {
             name: settled[name] for name in Hyperparameters.model_fields if name in settled
         },

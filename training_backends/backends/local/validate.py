@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -27,6 +28,7 @@ from training_backends.core.errors import ConfigError, DatasetError, Issue
 from training_backends.datasets.open_file import STDIN, opened
 from training_backends.datasets.scan_part import BOM, MAX_LINE_BYTES, lines_up_to
 from training_backends.http.urls import is_loopback
+from training_backends.rundir.directory import DEQUANTIZED
 from training_backends.tokens.encoders import (
     TokenizerError,
     UnusableRow,
@@ -42,6 +44,7 @@ from training_backends.tokens.tokenizers import (
 )
 
 __all__ = [
+    "amd_memory",
     "files_issues",
     "find_directory",
     "hub_issues",
@@ -62,6 +65,22 @@ _BYTES_FULL: Final = 16
 """Bytes per weight in full fine-tuning: weight, gradient and AdamW's two moments in float32."""
 _BYTES_QUANTIZED: Final = 0.6
 """Bytes per weight of a 4-bit base model, including quantization constants."""
+_QUANTIZERS: Final[Mapping[object, str]] = MappingProxyType(
+    {
+        "aqlm": "aqlm",
+        "awq": "gptqmodel",
+        "compressed-tensors": "compressed_tensors",
+        "eetq": "eetq",
+        "gptq": "gptqmodel",
+        "hqq": "hqq",
+        "quark": "quark",
+        "torchao": "torchao",
+    }
+)
+"""Packages with which transformers loads quantized models."""
+_DRM: Final = Path("/sys/class/drm")
+_LEAST_VRAM: Final = 4 * _GIB
+"""Less is what a processor with graphics reserves, which does not limit what it can use."""
 _SMI: Final = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 
 
@@ -82,6 +101,7 @@ class _Found(NamedTuple):
 
     model_type: str | None
     weights: int | None
+    quantization: object = None
 
 
 async def hub_issues(
@@ -110,8 +130,11 @@ async def hub_issues(
         return [found]
     if interpreter is None:
         return []
-    issues = [*_architecture_issues(config, found.model_type, None, interpreter)]
-    if found.weights:
+    issues = [
+        *_architecture_issues(config, found.model_type, None, interpreter),
+        *_quantization_issues(config, found.quantization, interpreter),
+    ]
+    if found.weights and _has_countable_weights(found.quantization):
         issues += await to_thread.run_sync(lambda: [*_memory_issues(config, found.weights or 0)])
     return issues
 
@@ -150,7 +173,8 @@ def _ask(model: str, endpoint: str | None, token: str | None) -> _Found | Issue:
     described: Mapping[str, Any] = info.config or {}
     model_type = described.get("model_type")
     weights = getattr(info.safetensors, "total", None)
-    return _Found(model_type if isinstance(model_type, str) else None, weights)
+    model_type = model_type if isinstance(model_type, str) else None
+    return _Found(model_type, weights, described.get("quantization_config"))
 
 
 def _not_asked(model: str, why: str) -> Issue:
@@ -198,8 +222,7 @@ def files_issues(
     if isinstance(weights, str):
         if not is_cached:  # the trainer downloads missing files
             yield _model_issue("model_files", weights)
-    # A quantized value holds several weights.
-    elif weights and interpreter and "quantization_config" not in described:
+    elif weights and interpreter and _has_countable_weights(described.get("quantization_config")):
         yield from _memory_issues(config, weights)
     if config.method != "classifier" and not _encodes_bytes(described):
         yield from _row_issues(config, dataset, directory)
@@ -309,7 +332,16 @@ def _quantization_issues(
     if not isinstance(described, dict):
         return
     method = described.get("quant_method", "bitsandbytes")
-    if config.tuning is not None and config.tuning.kind == "full":
+    kind = config.tuning.kind if config.tuning else None
+    package = _QUANTIZERS.get(method)
+    if method in DEQUANTIZED:
+        if kind == "qlora":
+            yield _model_issue(
+                "quantized_model",
+                f"the model is quantized ({method}), so it cannot be quantized to 4 bits",
+                "use tuning: lora, which dequantizes it to bfloat16, or the unquantized model",
+            )
+    elif kind == "full":
         yield _model_issue(
             "quantized_model",
             f"the model is quantized ({method}), which full fine-tuning does not support",
@@ -321,6 +353,12 @@ def _quantization_issues(
             "the model is quantized, and bitsandbytes is not installed",
             "pip install 'training-backends[qlora]'",
         )
+    elif package and interpreter.is_this and not interpreter.has(package):
+        yield _model_issue(
+            "quantized_model",
+            f"the model is quantized with {method}, which requires the package {package}",
+            "use the unquantized model, or one quantized with fp8, mxfp4 or bitsandbytes",
+        )
     elif method != "bitsandbytes":
         yield Issue(
             code="quantized_model",
@@ -330,6 +368,11 @@ def _quantization_issues(
             fix="use the unquantized model",
             severity="warning",
         )
+
+
+def _has_countable_weights(quantization: object) -> bool:
+    """Return whether each stored value is a weight; with most methods it holds several."""
+    return not isinstance(quantization, dict) or quantization.get("quant_method") == "fp8"
 
 
 # Weights and memory
@@ -454,7 +497,16 @@ def _gpu_memory() -> tuple[int, ...]:
         lines = done.stdout.split() if done.returncode == 0 else []
         return tuple(int(line) * 2**20 for line in lines)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        return ()
+        return amd_memory(_DRM)
+
+
+def amd_memory(drm: Path) -> tuple[int, ...]:
+    """Return the memory of each AMD GPU, as the kernel's driver reports it, in bytes."""
+    found = []
+    for path in sorted(drm.glob("card*/device/mem_info_vram_total")):
+        with suppress(OSError, ValueError):
+            found.append(int(path.read_text(encoding="ascii")))
+    return tuple(size for size in found if size >= _LEAST_VRAM)
 
 
 # Tokenizer and rows

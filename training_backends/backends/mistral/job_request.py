@@ -100,7 +100,7 @@ async def _with_secrets(
     config: TrainingConfig, options: MistralOptions, credentials: CredentialSource
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    if config.integrations:
+    if config.wandb:
         values["integrations"] = [
             WandbIntegrationIn(
                 project=entry.project,
@@ -108,7 +108,7 @@ async def _with_secrets(
                 run_name=entry.run_name,
                 api_key=check_wandb_key(await find_credential(credentials, entry.credential)),
             )
-            for entry in config.integrations
+            for entry in config.wandb
         ]
     if options.repositories:
         values["repositories"] = [

@@ -58,7 +58,7 @@ async def check_secrets(config: TrainingConfig, credentials: CredentialSource) -
     """Return issues with the credentials that the configuration names."""
     wanted = [
         (f"integrations.{index}.credential", entry.credential, True)
-        for index, entry in enumerate(config.integrations)
+        for index, entry in enumerate(config.wandb)
     ]
     wanted += [
         (f"options.repositories.{index}.credential", entry.credential, False)

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 from training_backends.backends.openai.settings import OpenAIOptions, OpenAISettings, Variant
 from training_backends.core.config import (
     TrainingConfig,
-    WandbIntegration,
     given_options,
     option_issues,
 )
 from training_backends.core.errors import ConfigError, Issue
+from training_backends.core.integrations import WandbIntegration
 from training_backends.protocols.openai.requests import (
     AzureFineTuningJobIn,
     FineTuningJobIn,
@@ -124,7 +124,7 @@ def make_job(
         "suffix": config.suffix,
         "seed": seed if config.hyperparameters.seed is None else config.hyperparameters.seed,
         "metadata": dict(metadata) if metadata else None,
-        "integrations": [_wandb(entry) for entry in config.integrations] or None,
+        "integrations": [_wandb(entry) for entry in config.wandb] or None,
         "trainingType": options.training_type,
     }
     body = {name: value for name, value in values.items() if value is not None}

@@ -44,6 +44,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.files import make_private_directory, write_atomic
+from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import Failure, RunState, TrainingRun, ValidationReport
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.http.backend import server_health
@@ -127,6 +128,8 @@ class RayBackend(LocalBackend):
         return super().capabilities.model_copy(
             update={
                 "resources": frozenset({"workers", "cpus", "gpus", "accelerator"}),
+                # The cluster's environment has the keys: a job's data is shown to all of its users.
+                "integration_fields": INTEGRATION_FIELDS - {"credential"},
                 # These need the training libraries where the client runs.
                 "samples": False,
                 "downloads_checkpoints": False,

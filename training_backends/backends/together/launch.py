@@ -193,7 +193,7 @@ async def wandb_fields(config: TrainingConfig, credentials: CredentialSource) ->
     Raises:
         CredentialNotFound: The key that the configuration names does not exist.
     """
-    for entry in config.integrations:
+    for entry in config.wandb:
         provider, _, profile = entry.credential.partition("/")
         key = (await credentials.get(provider, profile or None)).get_secret_value()
         name = entry.run_name or entry.name

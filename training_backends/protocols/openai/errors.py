@@ -43,7 +43,9 @@ __all__ = [
     "no_file",
     "no_job",
     "no_model",
+    "no_upload",
     "not_jsonl",
+    "not_supported",
     "wrong_state",
 ]
 
@@ -102,6 +104,11 @@ def no_file(file_id: str) -> ErrorAnswer:
     return ErrorAnswer(status=404, message=f"No such File object: {file_id}", param="id")
 
 
+def no_upload(upload_id: str) -> ErrorAnswer:
+    """Return the response for an unknown upload, like that for a file."""
+    return ErrorAnswer(status=404, message=f"No such Upload object: {upload_id}", param="id")
+
+
 def no_model(name: str) -> ErrorAnswer:
     """Return the response for an unknown model (recorded 2025-03)."""
     return ErrorAnswer(
@@ -142,6 +149,11 @@ def wrong_state(message: str) -> ErrorAnswer:
     What the service answers is not documented; a 409 would be sent three times by the clients.
     """
     return ErrorAnswer(status=400, message=message, code="invalid_state")
+
+
+def not_supported(message: str) -> ErrorAnswer:
+    """Return the response to a request that the server can never fulfil."""
+    return ErrorAnswer(status=400, message=message, code="unsupported_operation")
 
 
 def answer_for(error: TrainingBackendError) -> ErrorAnswer:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 __all__ = [
+    "MAX_SEED",
     "MAX_SUFFIX",
     "MAX_SUFFIX_AZURE",
     "AzureFineTuningJobIn",
@@ -38,6 +39,7 @@ __all__ = [
     "WandbJobIntegrationIn",
 ]
 
+MAX_SEED: Final = 2**31 - 1
 MAX_SUFFIX: Final = 64
 MAX_SUFFIX_AZURE: Final = 40
 """Maximum length of a suffix at OpenAI (18 until 2023) and at Azure."""
@@ -154,7 +156,7 @@ class FineTuningJobIn(_WireRequest):
         default=None, description="Superseded by `method`; supervised only."
     )
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SUFFIX)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
     integrations: Annotated[list[WandbJobIntegrationIn], Field(max_length=5)] | None = None
 

@@ -11,7 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Generic, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 __all__ = [
     "FILE_PURPOSES",
@@ -130,6 +137,13 @@ class FileObject(_WireAnswer):
     purpose: str
     status: str | None = None
     status_details: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what the published schema does not allow to be null."""
+        fields: dict[str, Any] = serialize(self)
+        optional = ("expires_at", "status_details")
+        return {name: v for name, v in fields.items() if v is not None or name not in optional}
 
 
 class FileDeleted(_WireAnswer):

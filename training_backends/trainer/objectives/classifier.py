@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -16,11 +16,11 @@ from transformers import AutoModelForSequenceClassification
 
 from training_backends.core.config import ClassifierTarget
 from training_backends.datasets.rows import TextRow
-from training_backends.tokens.encoders import Encoder, UnusableRow
-from training_backends.tokens.examples import ExampleReader
-from training_backends.trainer.errors import TrainerError
+from training_backends.tokens.encoders import Encoder
+from training_backends.trainer.data import EncodedRow
 from training_backends.trainer.generate import evaluating
-from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
+from training_backends.trainer.model_files import CLASSIFIER_FILE
+from training_backends.trainer.objective import Batch, BatchLoss
 
 __all__ = [
     "ClassifierObjective",
@@ -30,11 +30,7 @@ __all__ = [
     "describe_classifier",
     "format_labels",
     "label_names",
-    "read_targets",
 ]
-
-_CLASSIFIER_FILE: Final = "classifier.json"
-"""Stored with the weights: `targets` as in the configuration, in output order."""
 
 
 class Labelled(NamedTuple):
@@ -65,44 +61,17 @@ class ClassifierObjective:
 
     has_accuracy = True
 
-    def __init__(self, encoder: Encoder, seq_len: int, targets: Sequence[ClassifierTarget]) -> None:
+    def __init__(self, encoder: Encoder, targets: Sequence[ClassifierTarget]) -> None:
         self._encoder = encoder
-        self._reader = ExampleReader(encoder, seq_len)
-        self._seq_len = seq_len
         self._targets = tuple(targets)
         self._sizes = [len(target.labels) for target in targets]
-        self._places = [{label: n for n, label in enumerate(t.labels)} for t in targets]
         self.parts: tuple[str, ...] = tuple(target.name for target in targets)
         self.weights: tuple[float, ...] = tuple(target.weight for target in targets)
 
-    def read(self, line: bytes, place: str) -> EncodedLine:
-        """Encode a text or a conversation with its labels."""
-        del place
-        row, ids = self._reader.labelled(line)
-        unknown = row.labels.keys() - {*self.parts}
-        if unknown:
-            raise UnusableRow(f"{min(unknown)!r} is not one of classifier_targets")
-        marks, known = torch.zeros(sum(self._sizes)), torch.zeros(len(self._sizes))
-        start = 0
-        for index, target in enumerate(self._targets):
-            if target.name in row.labels:
-                known[index] = 1
-                for label in self._labels(target, row.labels[target.name]):
-                    marks[start + self._place(index, label)] = 1
-            start += self._sizes[index]
-        tokens = torch.tensor(ids[: self._seq_len], dtype=torch.int32)
-        return EncodedLine([Labelled(tokens, marks, known.bool())], len(ids) > self._seq_len)
-
-    def _labels(self, target: ClassifierTarget, given: str | list[str]) -> list[str]:
-        labels = [given] if isinstance(given, str) else given
-        if not _is_multi(target) and len(labels) != 1:
-            raise UnusableRow(f"{target.name!r} takes one label; the row has {len(labels)}")
-        return labels
-
-    def _place(self, index: int, label: str) -> int:
-        if label not in self._places[index]:
-            raise UnusableRow(f"{label[:40]!r} is not a label of {self.parts[index]!r}")
-        return self._places[index][label]
+    def make_example(self, sequences: tuple[EncodedRow], labels: torch.Tensor) -> Labelled:
+        """Return the text or conversation with its labels."""
+        outputs = sum(self._sizes)
+        return Labelled(sequences[0].ids, labels[:outputs].float(), labels[outputs:].bool())
 
     def collate(self, examples: Sequence[Labelled]) -> Batch:
         """Pad rows on the right to the longest."""
@@ -187,24 +156,8 @@ def describe_classifier(targets: Sequence[ClassifierTarget], pad_id: int, direct
         ],
         "pad_token_id": pad_id,
     }
-    path = directory / _CLASSIFIER_FILE
+    path = directory / CLASSIFIER_FILE
     path.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def read_targets(directory: Path) -> tuple[ClassifierTarget, ...]:
-    """Return the targets of the model in `directory`; empty if it is not a classifier.
-
-    Raises:
-        TrainerError: classifier.json cannot be read.
-    """
-    path = directory / _CLASSIFIER_FILE
-    if not path.is_file():
-        return ()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["targets"]
-        return tuple(ClassifierTarget.model_validate(target) for target in found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{path} cannot be read: {error}") from error
 
 
 def format_labels(found: Mapping[str, Mapping[str, float]]) -> str:

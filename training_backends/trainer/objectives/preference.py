@@ -5,6 +5,7 @@ the first step. Its log probabilities never change, so they are computed once an
 each checkpoint, and no second model is kept in memory.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,17 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 
 from training_backends.tokens.encoders import Encoder
-from training_backends.tokens.examples import ExampleReader
-from training_backends.trainer.data import EncodedRow, collate, make_sample
+from training_backends.trainer.data import Build, EncodedRow, Examples, collate
 from training_backends.trainer.errors import Stopped, TrainerError
 from training_backends.trainer.generate import evaluating
 from training_backends.trainer.memory import MicroBatch
-from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
+from training_backends.trainer.objective import Batch, BatchLoss
 from training_backends.trainer.objectives.tokens import predict
 from training_backends.trainer.sharding import RootModule
 from training_backends.trainer.world import World
 
-__all__ = ["Pair", "PreferenceObjective", "References"]
+__all__ = ["Pair", "PairExamples", "PreferenceObjective", "References"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +61,15 @@ class PreferenceObjective:
     weights: tuple[float, ...] = (1.0,)
     has_accuracy: bool = False
 
-    def __init__(
-        self, encoder: Encoder, seq_len: int, *, beta: float, label_smoothing: float
-    ) -> None:
+    def __init__(self, encoder: Encoder, *, beta: float, label_smoothing: float) -> None:
         self._encoder = encoder
-        self._seq_len = seq_len
-        self._reader = ExampleReader(encoder, seq_len)
         self._beta = beta
         self._smoothing = label_smoothing
 
-    def read(self, line: bytes, place: str) -> EncodedLine:
-        """Encode a pair in the OpenAI format (`input`) or the TRL format (`chosen`)."""
-        del place
-        pair = self._reader.pair(line)
-        truncated = any(len(each.ids) > self._seq_len for each in pair)
-        chosen, rejected = (make_sample(each.ids, each.trained, self._seq_len) for each in pair)
-        if chosen is None or rejected is None:
-            return EncodedLine([], truncated)
-        return EncodedLine([Pair(chosen, rejected)], truncated)
+    def make_example(self, sequences: tuple[EncodedRow, EncodedRow], labels: torch.Tensor) -> Pair:
+        """Return a pair whose reference is not known yet."""
+        del labels
+        return Pair(*sequences)
 
     def collate(self, examples: Sequence[Pair]) -> Batch:
         """Stack the chosen answers above the rejected ones."""
@@ -115,10 +106,28 @@ class PreferenceObjective:
 _FILE: Final = "references.safetensors"
 
 
-class References:
-    """Computes the reference margins and sets them on the pairs of the given lists, in place."""
+class PairExamples(Examples):
+    """Pairs with their references.
 
-    def __init__(self, **pairs: list[Pair]) -> None:
+    Attributes:
+        references: See `Pair.reference`; empty until they are known.
+    """
+
+    def __init__(self, directories: Sequence[Path], build: Build) -> None:
+        super().__init__(directories, build)
+        self.references: array[float] = array("d")
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(found, list) or not self.references:
+            return found
+        return replace(found, reference=self.references[index])
+
+
+class References:
+    """Computes the reference margins of pairs, and sets them there."""
+
+    def __init__(self, **pairs: PairExamples) -> None:
         self._pairs = pairs
 
     def compute(
@@ -138,28 +147,25 @@ class References:
         """
         device = root.model.device
 
-        def work(pairs: Sequence[Pair], size: int) -> list[float]:
+        def work(pairs: PairExamples, size: int) -> list[float]:
             found: list[float] = []
             with evaluating(root.model), precision:
-                for batch, counts in world.micro_batches(pairs, size):
+                for batch, counts in world.micro_batches(range(len(pairs)), size):
                     if should_stop():
                         raise Stopped
-                    on_device = {k: v.to(device) for k, v in objective.collate(batch).items()}
+                    collated = objective.collate([pairs[at] for at in batch])
+                    on_device = {k: v.to(device) for k, v in collated.items()}
                     margins: list[float] = root(objective.margins, on_device).tolist()
                     found += margins if counts else []
             return found
 
         for pairs in self._pairs.values():
             own_margins = micro.attempt(partial(work, pairs))
-            margins = world.unshard(world.all_gather(own_margins))
-            pairs[:] = [replace(p, reference=m) for p, m in zip(pairs, margins, strict=True)]
+            pairs.references = array("d", world.unshard(world.all_gather(own_margins)))
 
     def save(self, directory: Path) -> None:
         """Write the margins into a checkpoint."""
-        margins = {
-            name: torch.tensor([pair.reference for pair in pairs])
-            for name, pairs in self._pairs.items()
-        }
+        margins = {name: torch.tensor(each.references) for name, each in self._pairs.items()}
         save_file(margins, directory / _FILE)
 
     def load(self, directory: Path) -> None:
@@ -175,7 +181,4 @@ class References:
                     f"The checkpoint {directory.name} has {len(margins[name])} pairs, but the data "
                     f"now has {len(pairs)}. Restore the data, or start a new run."
                 )
-            pairs[:] = [
-                replace(pair, reference=margin)
-                for pair, margin in zip(pairs, margins[name].tolist(), strict=True)
-            ]
+            pairs.references = array("d", margins[name].tolist())

@@ -8,16 +8,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from training_backends.tokens.encoders import Encoder
-from training_backends.tokens.examples import ExampleReader
 from training_backends.trainer.data import (
     IGNORED,
     EncodedRow,
     Pack,
     collate,
     collate_packs,
-    make_sample,
 )
-from training_backends.trainer.objective import Batch, BatchLoss, EncodedLine
+from training_backends.trainer.objective import Batch, BatchLoss
 
 __all__ = [
     "Predicted",
@@ -194,8 +192,6 @@ class TokenObjective:
     """Train on the tokens of texts and of conversations.
 
     Args:
-        fim_ratio: Fraction of texts that are trained with fill-in-the-middle.
-        seed: Selects these texts and where they are split.
         flat: Batch layout of packed rows, see `collate_packs`.
     """
 
@@ -203,28 +199,14 @@ class TokenObjective:
     weights: tuple[float, ...] = (1.0,)
     has_accuracy: bool = True
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        seq_len: int,
-        *,
-        fim_ratio: float = 0.0,
-        seed: int = 0,
-        flat: bool = False,
-    ) -> None:
+    def __init__(self, encoder: Encoder, *, flat: bool = False) -> None:
         self._encoder = encoder
-        self._seq_len = seq_len
-        self._reader = ExampleReader(encoder, seq_len, fim_ratio, seed)
         self._flat = flat
-        if fim_ratio:
-            encoder.fill_in("", "", "")  # raises if the tokenizer does not support it
 
-    def read(self, line: bytes, place: str) -> EncodedLine:
-        """Encode a conversation or a text."""
-        found, is_shortened = self._reader.supervised(line, place)
-        samples = [make_sample(each.ids, each.trained, self._seq_len) for each in found]
-        is_truncated = is_shortened or any(len(each.ids) > self._seq_len for each in found)
-        return EncodedLine([sample for sample in samples if sample], is_truncated)
+    def make_example(self, sequences: tuple[EncodedRow], labels: torch.Tensor) -> EncodedRow:
+        """Return the only sequence."""
+        del labels
+        return sequences[0]
 
     def collate(self, examples: Sequence[EncodedRow | Pack]) -> Batch:
         """Pad samples, or lay out packs."""

@@ -1,0 +1,1 @@
+"""Trackers: plugins that report a run to other systems while it trains."""
