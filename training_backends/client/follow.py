@@ -24,7 +24,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import FINISHED, ON_THE_WAY, TrainingStatus
 from training_backends.store import RunStore
-from training_backends.store.changes import Change, Changes
+from training_backends.store.changes import Changes, RunChange
 
 __all__ = ["Following", "is_reached"]
 
@@ -75,7 +75,7 @@ class Following:
     async def _logs(
         self,
         run: TrainingRun,
-        change: Change,
+        change: RunChange,
         *,
         after: str | None,
         tail: int | None,
@@ -160,7 +160,7 @@ class Following:
                 return
             after = page[-1].cursor
 
-    async def _follow(self, run: TrainingRun, backoff: Backoff, change: Change) -> None:
+    async def _follow(self, run: TrainingRun, backoff: Backoff, change: RunChange) -> None:
         """Observe a run if it is due and not being observed, else wait a moment."""
         await self._require_launch(run)
         if not await self._records.may_be_at_provider(run):
@@ -204,7 +204,7 @@ class Following:
         run_ids: set[str],
         until: Collection[TrainingStatus],
         reached: dict[str, TrainingRun],
-        change: Change,
+        change: RunChange,
     ) -> None:
         poller = self._new_poller(name, only=run_ids)
         backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
@@ -270,7 +270,7 @@ class Following:
             raise error
         log.warning("run cannot be observed", run_id=run.id, reason=error.message)
 
-    async def _launched(self, run_id: str, change: Change) -> None:
+    async def _launched(self, run_id: str, change: RunChange) -> None:
         """Return once a run has a job or has finished."""
         while True:
             run = await to_thread.run_sync(self._store.get, run_id)

@@ -12,7 +12,7 @@ from anyio import to_thread
 from training_backends.core.errors import StoreError
 from training_backends.store.database import CHANNEL, Database, is_postgres
 
-__all__ = ["Change", "Changes"]
+__all__ = ["Changes", "RunChange"]
 
 _PATIENCE: Final = 2.0
 """Seconds for the first notification; a pooler that shares sessions passes none on."""
@@ -22,7 +22,7 @@ _RETRY_AFTER: Final = 60.0
 """Seconds of polling after the server could not be listened to."""
 
 
-class Change:
+class RunChange:
     """Wakes one task when one of its runs has changed since it last waited."""
 
     def __init__(self, changes: "Changes", run_ids: Collection[str]) -> None:
@@ -56,7 +56,7 @@ class Changes:
     def __init__(self, database: Database, url: str) -> None:
         self._database = database
         self._url = sa.make_url(url)
-        self._waiting: set[Change] = set()
+        self._waiting: set[RunChange] = set()
         self._connection: Any = None
         self._opening = anyio.Lock()
         self._reading = anyio.Lock()
@@ -68,9 +68,9 @@ class Changes:
         return self._connection is not None
 
     @asynccontextmanager
-    async def of(self, run_ids: Collection[str]) -> AsyncGenerator[Change, None]:
+    async def of(self, run_ids: Collection[str]) -> AsyncGenerator[RunChange, None]:
         """Collect the changes of runs from now on."""
-        change = Change(self, run_ids)
+        change = RunChange(self, run_ids)
         self._waiting.add(change)
         try:
             if is_postgres(self._url):
@@ -82,7 +82,7 @@ class Changes:
                 with anyio.CancelScope(shield=True):
                     await self._disconnect()
 
-    async def until(self, change: Change) -> None:
+    async def until(self, change: RunChange) -> None:
         """Return once a change is told. One of the waiting tasks reads for all."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read)
