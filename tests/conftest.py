@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 
+# Compiled once, not each of the thousand times that a program is started.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Until everything is collected: what modules define stays, and each collection of garbage would
+# search it again.
+gc.disable()
+
 # Before torch is loaded: so small a model gains nothing from a second thread, and threads that
 # wait for each other on a busy machine took four times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,8 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Spare every collection of garbage the search through all modules, torch among them."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -175,6 +175,26 @@ def test_each_provider_has_its_variables(
     assert environment_names(provider, profile) == names
 
 
+@pytest.mark.parametrize(
+    ("provider", "local", "served"),
+    [
+        ("mistral", True, True),
+        ("openai", True, True),
+        ("together", True, False),
+        ("wandb", False, False),
+    ],
+)
+async def test_the_hint_on_a_missing_key_names_only_what_replaces_its_provider(
+    tmp_path: Path, provider: str, local: bool, served: bool
+) -> None:
+    """The gateway serves the protocols of two; a tracker has no replacement."""
+    with pytest.raises(CredentialNotFound) as caught:
+        await CredentialVault(home=tmp_path).get(provider)
+    hint = caught.value.hint or ""
+    assert f"credentials set {provider}" in hint
+    assert ("--backend local" in hint, "serve" in hint) == (local, served)
+
+
 async def test_a_profile_never_gets_another_profiles_secret(
     tmp_path: Path, ring: MemoryKeyring
 ) -> None:

@@ -15,7 +15,7 @@ from pydantic import SecretStr, ValidationError
 from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
-from training_backends.gateway import app, server
+from training_backends.gateway import app
 from training_backends.gateway.gateway import Gateway, load_secret
 from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
@@ -193,16 +193,15 @@ async def test_a_request_under_way_is_answered_before_the_server_ends(
 
 
 async def test_an_upload_under_way_at_the_end_is_answered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be sent again later, and is no error of the server's."""
-    monkeypatch.setattr(server, "SHUTDOWN_PATIENCE", 0.1)
     head = (
         f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 5000000\r\n\r\n"
     )
     incoming = tmp_path / "gateway" / "incoming"
-    async with site(tmp_path) as here:
+    async with site(tmp_path, shutdown_timeout=0.1) as here:
         host, port = here.served.url.removeprefix("http://").split(":")
         stream = await anyio.connect_tcp(host, int(port))
         await stream.send(head.encode())

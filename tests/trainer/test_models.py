@@ -104,6 +104,26 @@ def test_a_model_in_8_bits_is_trained_and_saved_dequantized(tmp_path: Path) -> N
         assert torch.equal(weight, exact[name].to(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["mistral3", "8 bits"])
+def test_a_model_without_weights_has_the_structure_of_one_with_them(
+    of_today: Callable[[str], Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    """So that its weights can be received from another process."""
+    directory = of_today(name) if name in MODELS_OF_TODAY else tmp_path / "base"
+    if not directory.exists():
+        save_fp8(directory)
+    tuning = Tuning.model_validate({"kind": kind, "rank": 4})
+    empty = load_model(str(directory), seed=0, tuning=tuning, device=CPU, is_empty=True)
+    found = [
+        [(key, weight.shape, weight.dtype, weight.requires_grad) for key, weight in weights]
+        for each in (empty, loaded(directory, kind))
+        for weights in [prepare_tuning(each.model, tuning, name).named_parameters()]
+    ]
+    assert found[0] == found[1]
+    assert {weight.device.type for weight in empty.model.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("name", MODELS_OF_TODAY)
 def test_the_loss_of_a_model_is_that_of_its_logits(
     of_today: Callable[[str], Path], name: str

@@ -162,6 +162,19 @@ def test_a_failing_tracker_is_mentioned_in_the_log_of_the_run(
     assert "answered 500" in warnings[0]
 
 
+def test_what_the_library_of_a_tracker_does_at_exit_is_done(
+    run: RunDir, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as sending what is left."""
+    sent = tmp_path / "sent"
+    code = f"import atexit, pathlib; atexit.register(pathlib.Path({str(sent)!r}).touch)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    _complete(run)
+    assert start(run).wait(60) == 0
+    assert sent.exists()
+
+
 def test_a_killed_process_is_continued_where_it_was(
     run: RunDir, receiver: Receiver, start: Start
 ) -> None:

@@ -1,4 +1,4 @@
-"""The `data` command group: inspect, preview, repair, split and shard data files."""
+"""The `data` command group: inspect, preview, convert, repair, split and shard data files."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from training_backends.datasets.split import SplitFile
     from training_backends.tokens import TokenCount
 
-__all__ = ["data", "inspect", "preview", "provider_format_named", "repair", "shard", "split"]
+__all__ = [
+    "convert",
+    "data",
+    "inspect",
+    "preview",
+    "provider_format_named",
+    "read_size",
+    "repair",
+    "shard",
+    "split",
+]
 
 
 def inspect(
@@ -278,6 +288,61 @@ def repair(
         raise typer.Exit(ExitCode.INVALID)
 
 
+def convert(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Files and directories of data.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Output file.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column with the user's text.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column with the assistant's text.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column with the system message.")
+    ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out rows that cannot be converted.")
+    ] = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Convert data of other tools to JSON Lines of chats.
+
+    Reads Alpaca, ShareGPT, Gemini, prompts with answers; as JSON Lines, a JSON array, CSV, TSV,
+    Parquet or a saved Hugging Face dataset. Exits with 3 if a row cannot be converted.
+    """
+    from training_backends.cli.exit_codes import UsageError
+    from training_backends.cli.views.console import write_json
+    from training_backends.cli.views.data import show_converted
+    from training_backends.datasets.foreign import Columns, convert_data
+
+    if bool(prompt) != bool(answer) or (system and not prompt):
+        raise UsageError("Pass --prompt and --answer together; --system needs both.")
+    if output.name.endswith((".gz", ".zst", ".parquet")):
+        raise UsageError(f"Output is uncompressed JSON Lines: use .jsonl, not {output.suffix}.")
+    done = convert_data(
+        files,
+        output,
+        columns=Columns(prompt, answer, system),
+        skip_invalid=skip_invalid,
+        force=force,
+    )
+    if json:
+        write_json(
+            {
+                "path": done.path,
+                "rows": done.rows,
+                "formats": done.formats,
+                "left_out": [str(issue) for issue in done.issues],
+            }
+        )
+    else:
+        show_converted(done)
+
+
 def split(
     files: FilesArgument,
     fraction: Annotated[
@@ -384,7 +449,7 @@ def shard(
     if weight <= 0:
         raise UsageError("--weight must be greater than 0.")
     rules = provider_format_named(provider_format)
-    most = _size(limit) if limit is not None else rules.max_file_bytes
+    most = read_size(limit) if limit is not None else rules.max_file_bytes
     if most is None:
         raise UsageError(f"{rules.name} has no file size limit: pass --limit.")
     found: dict[Path, Sequence[ShardFile]] = {}
@@ -424,7 +489,7 @@ def provider_format_named(name: str) -> "ProviderFormat":
     return PROVIDER_FORMATS[name]
 
 
-def _size(text: str) -> int:
+def read_size(text: str) -> int:
     """Parse a size in bytes; MB is 10**6 bytes, MiB is 2**20."""
     from training_backends.cli.exit_codes import UsageError
 
@@ -458,12 +523,13 @@ def _note(
 
 
 data = typer.Typer(
-    help="Inspect, preview, repair, split and shard data files.",
+    help="Inspect, preview, convert, repair, split and shard data.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 data.command()(inspect)
 data.command()(preview)
 data.command()(repair)
+data.command()(convert)
 data.command()(split)
 data.command()(shard)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training_backends.credentials.vault import CredentialInfo
     from training_backends.gateway.keys import KeyInfo, KeyStore
 
-__all__ = ["credentials", "keys"]
+__all__ = ["credentials", "home_directory", "keys"]
 
 credentials = typer.Typer(
     help="Manage provider API keys.",
@@ -64,7 +64,7 @@ def set_credential(
         secret = SecretStr(typer.prompt(f"Key for {provider}", hide_input=True, err=True))
     else:
         secret = SecretStr(sys.stdin.readline())
-    vault = terminal_vault(_home())
+    vault = terminal_vault(home_directory())
 
     async def store() -> "CredentialInfo | None":
         await vault.set(provider, secret, profile=profile)
@@ -93,7 +93,7 @@ def list_credentials(json: JsonOption = False) -> None:
         write_json,
     )
 
-    vault = terminal_vault(_home())
+    vault = terminal_vault(home_directory())
 
     async def read() -> "tuple[tuple[CredentialInfo, ...], tuple[str, ...]]":
         return await vault.list(), await vault.sources()
@@ -135,7 +135,7 @@ def delete_credential(
     from training_backends.cli.vault import terminal_vault
     from training_backends.cli.views.console import stderr, write_json
 
-    vault = terminal_vault(_home())
+    vault = terminal_vault(home_directory())
     run_async(lambda: vault.delete(provider, profile=profile))
     if json:
         write_json({"provider": provider, "profile": profile, "deleted": True})
@@ -153,7 +153,7 @@ def try_credential(provider: Provider, profile: Profile = None, json: JsonOption
     from training_backends.cli.views.console import stdout, write_json
     from training_backends.client.doctor import server_of, try_key
 
-    vault = terminal_vault(_home())
+    vault = terminal_vault(home_directory())
     server = server_of(provider)
     if server and not json:
         typer.echo(f"Testing the key for {_name(provider, profile)} at {server} …", err=True)
@@ -300,10 +300,11 @@ def _keys() -> "KeyStore":
     from training_backends.gateway.keys import open_keys
     from training_backends.gateway.settings import GatewaySettings
 
-    return open_keys(_home(), load_settings(GatewaySettings).store_url)
+    return open_keys(home_directory(), load_settings(GatewaySettings).store_url)
 
 
-def _home() -> "Path":
+def home_directory() -> "Path":
+    """Return the home of the settings."""
     from training_backends.core.settings import Settings, load_settings
 
     return load_settings(Settings).home.expanduser().absolute()

@@ -14,7 +14,19 @@ import typer
 from typer.main import get_command
 
 from training_backends import __version__
-from training_backends.cli import check, data, doctor, keys, launch, port, quickstart, runs, serve
+from training_backends.cli import (
+    check,
+    compare,
+    data,
+    doctor,
+    keys,
+    launch,
+    port,
+    projects,
+    quickstart,
+    runs,
+    serve,
+)
 from training_backends.cli.exit_codes import (
     ExitCode,
     Interrupted,
@@ -84,6 +96,7 @@ app.command(name="list")(runs.list_runs)
 app.command()(runs.status)
 app.command()(runs.logs)
 app.command()(runs.metrics)
+app.command()(compare.compare)
 app.command()(runs.checkpoints)
 app.command()(runs.wait)
 app.command()(runs.stop)
@@ -96,6 +109,8 @@ app.add_typer(data.data, name="data")
 app.add_typer(keys.credentials, name="credentials")
 app.command()(serve.serve)
 app.add_typer(keys.keys, name="keys")
+app.add_typer(projects.projects, name="projects")
+app.add_typer(projects.audit, name="audit")
 app.command()(doctor.doctor)
 
 

@@ -100,6 +100,10 @@ def list_runs(
             autocompletion=complete_status,
         ),
     ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option("--tag", "-t", metavar="NAME=VALUE", help="Filter by tag (repeatable)."),
+    ] = None,
     watch: WatchOption = False,
     cached: CachedOption = False,
     json: JsonOption = False,
@@ -117,29 +121,45 @@ def list_runs(
         words = ", ".join(TrainingStatus)
         raise typer.BadParameter(f"{status!r} is not one of: {words}", param_hint="--status")
     wanted = TrainingStatus(status) if status else None
+    tags = _tags(tag or [])
+    filtered = bool(backend or status or tags)
+
+    async def listed(client: "AsyncTrainingClient") -> "Sequence[TrainingRun]":
+        return await client.list(backend=backend, status=wanted, tags=tags)
+
     if watch:
         _refuse_cached(cached=cached)
-        with_client(lambda client: _watch_list(client, backend, wanted, json=json))
+        with_client(
+            lambda client: _watch_list(client, listed, backend, filtered=filtered, json=json)
+        )
 
     async def read(
         client: "AsyncTrainingClient",
     ) -> "tuple[Mapping[str, str] | None, Sequence[TrainingRun]]":
         missed = await refreshed(client, backend=backend, cached=cached)
-        return missed, await client.list(backend=backend, status=wanted)
+        return missed, await listed(client)
 
     missed, runs = with_client(read)
     show_age(runs, missed)
     if json:
         write_json([run.model_dump(mode="json") for run in runs])
     else:
-        show_runs(runs, missed, filtered=bool(backend or status))
+        show_runs(runs, missed, filtered=filtered)
+
+
+def _tags(given: "Sequence[str]") -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    if wrong := next((text for text in given if "=" not in text), None):
+        raise typer.BadParameter(f"{wrong!r} is not NAME=VALUE", param_hint="--tag")
+    return {name: value for name, _, value in pairs}
 
 
 async def _watch_list(
     client: "AsyncTrainingClient",
+    listed: "Callable[[AsyncTrainingClient], Awaitable[Sequence[TrainingRun]]]",
     backend: str | None,
-    status: "TrainingStatus | None",
     *,
+    filtered: bool,
     json: bool,
 ) -> None:
     from training_backends.cli.views.console import stdout
@@ -147,12 +167,12 @@ async def _watch_list(
     from training_backends.cli.views.watch import RunsView, repeated
 
     def draw(runs: "Sequence[TrainingRun]", out: "Console") -> None:
-        show_runs(runs, {}, filtered=bool(backend or status), out=out)
+        show_runs(runs, {}, filtered=filtered, out=out)
 
     with RunsView(draw, stdout(), json=json) as view:
 
         async def show() -> None:
-            view.show(await client.list(backend=backend, status=status))
+            view.show(await listed(client))
 
         await repeated(show, lambda: client.watch(only={backend} if backend else None))
 

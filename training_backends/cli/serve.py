@@ -167,7 +167,9 @@ def _need_extra() -> None:
 
     from training_backends import BackendNotInstalled
 
-    if not all(map(find_spec, ("fastapi", "httptools", "multipart", "uvicorn"))):
+    if not all(
+        map(find_spec, ("fastapi", "httptools", "multipart", "prometheus_client", "uvicorn"))
+    ):
         raise BackendNotInstalled(
             "The gateway's dependencies are not installed.",
             install="pip install 'training-backends[gateway]'",

@@ -353,20 +353,28 @@ class AsyncTrainingClient:
             return run  # its launch was interrupted before the provider had the job
 
     async def list(
-        self, *, backend: str | None = None, status: TrainingStatus | str | None = None
+        self,
+        *,
+        backend: str | None = None,
+        status: TrainingStatus | str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[TrainingRun]:
         """Return the runs as stored, newest first.
 
         Args:
             backend: Only runs of this backend.
             status: Only runs with this status; may be a string such as `completed`.
+            tags: Only runs with all of these tags.
 
         Raises:
             ValueError: There is no such status.
         """
         self._require_open()
         status = None if status is None else _as_status(status)
-        return await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
+        found = await to_thread.run_sync(lambda: self._store.list(backend=backend, status=status))
+        if not tags:
+            return found
+        return [run for run in found if tags.items() <= run.config.tags.items()]
 
     async def refresh(
         self, *run_ids: str, backend: str | None = None, timeout: float | None = None
@@ -544,7 +552,7 @@ class AsyncTrainingClient:
         wanted = statuses_of(*([until] if isinstance(until, str) else until))
         runs = [await self.get(run_id) for run_id in run_ids]
         reached: dict[str, TrainingRun] = {}
-        with anyio.move_on_after(timeout):
+        with anyio.move_on_after(timeout), span("training_backends.wait", runs=len(runs)):
             await self._following.wait(runs, wanted, reached)
         left = {run.id for run in runs} - reached.keys()
         now = {run_id: await self.get(run_id) for run_id in left}

@@ -10,7 +10,7 @@ from anyio import to_thread
 from pydantic import Field
 
 from training_backends.client.boundary import is_about_server, time_limit
-from training_backends.client.run_record import LAUNCHED, about, with_state
+from training_backends.client.run_record import LAUNCHED, about, identity, with_state
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import (
     BackendUnavailable,
@@ -31,6 +31,7 @@ from training_backends.core.run import (
 )
 from training_backends.core.settings import SectionSettings
 from training_backends.core.status import TrainingStatus
+from training_backends.core.tracing import poll_span
 from training_backends.store import RunStore
 
 __all__ = [
@@ -169,7 +170,10 @@ class Observer:
             TrainingBackendError: The provider cannot be reached.
         """
         try:
-            run = await self.observe(run, patience=patience)
+            with poll_span("training_backends.observe", **identity(run)) as poll:
+                seen = await self.observe(run, patience=patience)
+                poll.has_changed = seen.status is not run.status
+            run = seen
         except RunNotFound:
             return
         except StoreError:

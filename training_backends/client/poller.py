@@ -19,7 +19,7 @@ from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendUnavailable, StoreError, TrainingBackendError
 from training_backends.core.logging import bound, get_logger
 from training_backends.core.run import RunState, TrainingRun, utc_now
-from training_backends.core.tracing import span
+from training_backends.core.tracing import poll_span
 from training_backends.store import RunStore
 
 __all__ = ["PollResult", "Poller", "PollerFactory", "due_at", "interval"]
@@ -263,7 +263,8 @@ class Poller:
         """
         began = anyio.current_time()
         try:
-            with bound(backend=self._name), span("training_backends.statuses", backend=self._name):
+            name = self._name
+            with bound(backend=name), poll_span("training_backends.statuses", backend=name):
                 listed = await backend.statuses(runs)
         except TrainingBackendError as error:
             if is_about_server(error):

@@ -31,6 +31,7 @@ __all__ = [
     "about",
     "ended_state",
     "failure_kind",
+    "identity",
     "launch_lease",
     "new_run_record",
     "require_same",
@@ -47,17 +48,17 @@ def launch_lease(run_id: str) -> str:
     return f"launch:{run_id}"
 
 
+def identity(run: TrainingRun) -> dict[str, Any]:
+    """Return what identifies a run in logs and spans."""
+    return {"run_id": run.id, "backend": run.backend, "remote_id": run.remote_id}
+
+
 @contextmanager
 def about(verb: str, run: TrainingRun) -> Iterator[None]:
     """Bind the run to all log lines inside, and record an OpenTelemetry span."""
     with (
-        bound(run_id=run.id, backend=run.backend, remote_id=run.remote_id),
-        span(
-            f"training_backends.{verb}",
-            run_id=run.id,
-            backend=run.backend,
-            remote_id=run.remote_id,
-        ),
+        bound(**identity(run)),
+        span(f"training_backends.{verb}", **identity(run)),
     ):
         yield
 

@@ -24,6 +24,7 @@ __all__ = [
     "bound",
     "configure_logs",
     "get_logger",
+    "json_log",
     "redact",
     "redact_event",
     "register_secret",
@@ -105,6 +106,25 @@ def configure_logs(
     root.handlers[:] = [handler]
     root.setLevel(max(numeric, logging.WARNING))
     logging.captureWarnings(capture=True)
+
+
+def json_log(stream: TextIO | None = None) -> Any:
+    """Return a logger that writes every event as a JSON line, whatever `configure_logs` was told.
+
+    Args:
+        stream: Default: standard error.
+    """
+    note = json.dumps({"event": "some log lines could not be written", "level": "warning"})
+    target: Any = _SafeStream(stream or sys.stderr, note)
+    return structlog.wrap_logger(
+        structlog.PrintLogger(target),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            redact_event,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
 
 
 class _SafeStream:

@@ -351,15 +351,29 @@ def _label(provider: str, profile: str) -> str:
     return provider if profile == DEFAULT_PROFILE else f"{provider} (profile {profile})"
 
 
+_SERVED: Final = frozenset({"mistral", "openai"})
+"""Providers whose protocol the gateway serves."""
+_NOT_FOR_TRAINING: Final = frozenset({"huggingface", "wandb"})
+
+
 def _not_found(provider: str, profile: str) -> CredentialNotFound:
     variable = environment_names(provider, profile)[0]
     option = "" if profile == DEFAULT_PROFILE else f" --profile {profile}"
     return CredentialNotFound(
         f"No API key for {_label(provider, profile)} found in the environment or the keyring.",
         hint=f"Set {variable}, or store the key with `training-backends credentials set "
-        f"{provider}{option}`. Without a key, use `--backend local` to train on this machine, or "
-        "`training-backends serve` for your own server of the same protocol.",
+        f"{provider}{option}`.{_alternative(provider)}",
     )
+
+
+def _alternative(provider: str) -> str:
+    """Return how to train without the key of a provider."""
+    if provider in _NOT_FOR_TRAINING:
+        return ""
+    found = " Without a key, use `--backend local` to train on this machine"
+    if provider in _SERVED:
+        found += ", or `training-backends serve` for your own server of the same protocol"
+    return f"{found}."
 
 
 def _known(secret: SecretStr) -> SecretStr:

@@ -73,9 +73,9 @@ _WORDS: Final[Mapping[RowFormat, str]] = {
     "chosen": "`prompt`, `chosen` and `rejected` (preference)",
 }
 _FOREIGN: Final[Mapping[str, str]] = {
-    "conversations": "this looks like ShareGPT: convert `from` and `value` to `role` and `content`",
-    "contents": "this looks like Gemini: convert `parts` to `content`, `model` to `assistant`",
-    "instruction": "this looks like Alpaca: convert each row to `messages`",
+    "conversations": "this looks like ShareGPT: convert it with `training-backends data convert`",
+    "contents": "this looks like Gemini: convert it with `training-backends data convert`",
+    "instruction": "this looks like Alpaca: convert it with `training-backends data convert`",
     "interactions": "rename `interactions` to `messages`",
     "question": "convert question and answer to `messages`",
 }

@@ -57,7 +57,7 @@ _ARRAY: Final = re.compile(rb"\[\s*\{")
 _BATCH_BYTES: Final = 4 << 20
 _LAYOUT_BYTES: Final = 1 << 16
 """Bytes read at most to distinguish JSON Lines from other JSON."""
-_CONVERT: Final = "convert it to JSON Lines: one JSON object per line"
+_CONVERT: Final = "convert it to JSON Lines with `training-backends data convert`"
 _WINDOW_LOG: Final = 27
 """128 MiB, the default limit of the `zstd` command; a frame may request any window size."""
 

@@ -6,14 +6,15 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from training_backends import __version__
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
-from training_backends.gateway.auth import Guard
+from training_backends.gateway.auth import METRICS, Guard
 from training_backends.gateway.errors import (
     HTTPProblem,
     failure_answer,
@@ -22,7 +23,10 @@ from training_backends.gateway.errors import (
     wire_error,
 )
 from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.metrics import GatewayMetrics
 from training_backends.gateway.read_cache import ReadCache
+from training_backends.gateway.readiness import Readiness
+from training_backends.gateway.routes import answers
 from training_backends.gateway.routes_chat import chat_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -40,6 +44,7 @@ HEALTH_SECONDS = 1.0
 
 def create_app(gateway: Gateway) -> FastAPI:
     """Return the ASGI application for an open gateway."""
+    metrics = GatewayMetrics(gateway.store)
     app = FastAPI(
         title="training-backends gateway",
         summary="The fine-tuning APIs of Mistral and OpenAI in front of any backend.",
@@ -61,8 +66,10 @@ def create_app(gateway: Gateway) -> FastAPI:
             Middleware(
                 Guard,
                 keys=gateway.keys,
+                store=gateway.store,
                 versions=gateway.versions,
                 settings=gateway.settings,
+                metrics=metrics,
             ),
             Middleware(ReadCache),
         ],
@@ -74,14 +81,44 @@ def create_app(gateway: Gateway) -> FastAPI:
         },
     )
     app.state.gateway = gateway
+    app.state.is_stopping = False
     health = _Health(gateway)
+    readiness = Readiness(gateway)
 
     @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})
     async def get_health() -> JSONResponse:
         """Return the health of the gateway and its databases, and the supported integrations."""
         return await health.answer()
 
+    @app.get("/healthz", tags=["health"])
+    async def get_liveness() -> dict[str, str]:
+        """Return 200 while the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"], responses={503: {"model": ReadinessOut}})
+    async def get_readiness() -> JSONResponse:
+        """Return whether requests should be sent here, and the state of each part."""
+        checks = await readiness.check()
+        status = "ready" if set(checks.values()) == {"ok"} else "unavailable"
+        if app.state.is_stopping:
+            status = "stopping"
+        found = ReadinessOut(status=status, checks=dict(checks))
+        return JSONResponse(found.model_dump(), 200 if status == "ready" else 503)
+
+    @app.get(METRICS, tags=["health"], response_class=PlainTextResponse, responses=answers())
+    async def get_metrics(request: Request) -> Response:
+        """Return metrics for Prometheus."""
+        content, content_type = await metrics.exposition(request.headers.get("accept", ""))
+        return Response(content, media_type=content_type)
+
     return app
+
+
+class ReadinessOut(BaseModel):
+    """Whether the gateway can serve."""
+
+    status: str
+    checks: dict[str, str]
 
 
 class _Health:

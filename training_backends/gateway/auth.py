@@ -1,9 +1,12 @@
 """Middleware for every request: request id, authentication, body limits and JSON errors."""
 
+import hmac
+import ipaddress
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -15,19 +18,33 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from training_backends.core.logging import get_logger, redact
-from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, failure_answer, wire_error
+from training_backends.core.errors import StoreError
+from training_backends.core.logging import get_logger, json_log, redact
+from training_backends.core.tracing import Span, server_span
+from training_backends.gateway.errors import (
+    OPENAI_PREFIX,
+    HTTPProblem,
+    failure_answer,
+    plain,
+    wire_error,
+)
 from training_backends.gateway.keys import KeyStore, Principal, unauthorized
+from training_backends.gateway.metrics import GatewayMetrics
+from training_backends.gateway.projects import RateLimiter
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.gateway.store import GatewayStore
 from training_backends.store.version import StoreVersion
 
-__all__ = ["Guard"]
+__all__ = ["METRICS", "Guard"]
 
 log = get_logger()
 
-_NEEDS_NO_KEY = "/health"
+METRICS = "/metrics"
+_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz"})
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
+_CHATS = "/chat/completions"
+"""End of the routes that change nothing, although they are POST requests."""
 _UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
 """Paths whose bodies are as large as a file."""
 _LONGEST_PATH = 300
@@ -44,11 +61,23 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, keys: KeyStore, versions: StoreVersion, settings: GatewaySettings
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyStore,
+        store: GatewayStore,
+        versions: StoreVersion,
+        settings: GatewaySettings,
+        metrics: GatewayMetrics,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._store = store
         self._versions = versions
+        self._metrics = metrics
+        self._metrics_token = settings.metrics_token
+        self._access_log = json_log() if settings.access_log else log
+        self._rates = RateLimiter()
         self._max_bytes = settings.max_request_bytes
         self._timeout = settings.body_timeout
 
@@ -58,15 +87,20 @@ class Guard:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send, str(uuid4()), scope["path"])
-        scope.setdefault("state", {})["request_id"] = answer.request_id
+        state = scope.setdefault("state", {})
+        state.update(request_id=answer.request_id, address=_address(scope))
         began = time.perf_counter()
         path = scope["path"]
         if len(path) > _LONGEST_PATH:
             # Redact before truncating, or part of a secret could remain.
             path = redact(path[: 10 * _LONGEST_PATH])[:_LONGEST_PATH]
-        with structlog.contextvars.bound_contextvars(request_id=answer.request_id):
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        with (
+            structlog.contextvars.bound_contextvars(request_id=answer.request_id),
+            server_span(headers) as span,
+        ):
             try:
-                await self._serve(scope, receive, answer)
+                await self._serve(scope, headers, receive, answer)
             except anyio.get_cancelled_exc_class():
                 # Shutdown timed out. Re-raising would make uvicorn answer 500 and log a traceback.
                 log.info("request cancelled by shutdown", method=scope["method"], path=path)
@@ -80,28 +114,33 @@ class Guard:
                 if answer.status is not None:
                     raise
                 await answer.json(*failure_answer(error, answer.request_id))
-            seconds = round(time.perf_counter() - began, 4)
-            log.info(
-                "request",
-                method=scope["method"],
-                path=path,
-                status=answer.status,
-                seconds=seconds,
-            )
+            await self._record_failure(scope, answer.status or 0)
+            _describe(span, scope, answer.status)
+            self._report(scope, answer, path, time.perf_counter() - began)
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _serve(
+        self,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        answer: "_Answer",
+    ) -> None:
         path = scope["path"]
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        admit = partial(self._admit, scope["method"], headers.get(b"authorization", b""))
-        if path != _NEEDS_NO_KEY and not path.startswith(_LINKS):
+        admit = partial(self._admit, path, scope["method"], headers.get(b"authorization", b""))
+        if path not in _NEEDS_NO_KEY and not path.startswith(_LINKS):
             version = None
             if scope["method"] in _READS:
                 version = scope["state"]["version"] = await self._versions.current()
             try:
-                scope["state"]["caller"] = await admit(version)
+                caller = await admit(version)
+                self._rates.check(caller)
+                scope["state"]["caller"] = replace(
+                    caller, address=scope["state"]["address"], request_id=answer.request_id
+                )
             except HTTPProblem as refusal:
                 await answer.json(refusal.status, refusal.body, refusal.headers)
                 return
+        receive = _Counted(receive, scope["state"])
         if _UPLOADS.fullmatch(path):
             receive = _Confirmed(receive, admit)
         elif _length(headers) > self._max_bytes:
@@ -111,21 +150,80 @@ class Guard:
             receive = _Bounded(receive, self._max_bytes, self._timeout)
         await self._app(scope, receive, answer)
 
+    def _report(self, scope: Scope, answer: "_Answer", path: str, seconds: float) -> None:
+        """Count a request and log it, without its query, which may hold a signature."""
+        route, method, state = _route(scope), scope["method"], scope["state"]
+        caller, received = state.get("caller"), state.get("received", 0)
+        code = answer.status or 499
+        self._metrics.count(method, route, code, seconds, received=received, sent=answer.size)
+        self._access_log.info(
+            "request",
+            method=method,
+            route=route,
+            path=path,
+            status=answer.status,
+            seconds=round(seconds, 4),
+            received=received,
+            sent=answer.size,
+            key_id=caller and caller.key_id,
+            project=caller and caller.project,
+            address=state["address"],
+        )
+
+    async def _record_failure(self, scope: Scope, status: int) -> None:
+        """Record a rejected or failed change in the audit log, if the caller is known."""
+        caller = scope["state"].get("caller")
+        if status < 400 or caller is None or scope["method"] in _READS:
+            return
+        route = _route(scope)
+        if route.endswith(_CHATS):
+            return
+        try:
+            target, outcome = f"{scope['method']} {route}", str(status)
+            await self._store.awrite(lambda c: caller.record(c, "request", target, outcome=outcome))
+        except StoreError as error:
+            log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
+
     async def _admit(
-        self, method: str, authorization: bytes, version: Hashable = None
+        self, path: str, method: str, authorization: bytes, version: Hashable = None
     ) -> Principal:
         scheme, _, key = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise unauthorized()
-        if version is not None and (known := self._keys.recall(key.strip(), version)):
-            return known
-        writes = method not in _READS
-        check = partial(self._keys.admit, key.strip(), writes=writes, version=version)
-        return await to_thread.run_sync(check)
+        if path == METRICS and self._opens_metrics(key.strip()):
+            return Principal("metrics", "")
+        caller = None if version is None else self._keys.recall(key.strip(), version)
+        if caller is None:
+            writes = method not in _READS
+            check = partial(self._keys.admit, key.strip(), writes=writes, version=version)
+            caller = await to_thread.run_sync(check)
+        if path == METRICS and not caller.admin:
+            raise plain(403, "This needs an API key of scope admin, or gateway.metrics_token.")
+        return caller
+
+    def _opens_metrics(self, presented: str) -> bool:
+        token = self._metrics_token
+        return token is not None and hmac.compare_digest(
+            token.get_secret_value().encode(), presented.encode("latin-1")
+        )
 
 
 def _too_large(limit: int) -> str:
     return f"Request body too large; the limit is {limit} bytes."
+
+
+class _Counted:
+    """Passes a request's body through and counts its bytes."""
+
+    def __init__(self, receive: Receive, state: dict[str, Any]) -> None:
+        self._receive = receive
+        self._state = state
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self._state["received"] = self._state.get("received", 0) + size
+        return message
 
 
 class _Confirmed:
@@ -183,12 +281,14 @@ class _Answer:
         self._path = path
         self.request_id = request_id
         self.status: int | None = None
+        self.size = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own = (b"x-request-id", self.request_id.encode())
             message = {**message, "headers": [*message.get("headers", ()), own]}
+        self.size += len(message.get("body", b""))
         await self._send(message)
 
     async def json(
@@ -210,6 +310,32 @@ class _Answer:
             }
         )
         await self({"type": "http.response.body", "body": content})
+
+
+def _describe(span: Span, scope: Scope, status: int | None) -> None:
+    route, method = _route(scope), scope["method"]
+    span.rename(f"{method} {route}")
+    span.set(
+        **{
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+        }
+    )
+
+
+def _route(scope: Scope) -> str:
+    """Return the path of a request's route, with the names of its parameters."""
+    path: str = getattr(scope.get("route"), "path", "unknown")
+    return path
+
+
+def _address(scope: Scope) -> str:
+    """Return the client's address; behind a trusted proxy, the one that the proxy reports."""
+    try:
+        return str(ipaddress.ip_address(scope["client"][0]))
+    except (KeyError, TypeError, ValueError):  # a UNIX socket, or nonsense from the proxy
+        return ""
 
 
 def _length(headers: Mapping[bytes, bytes]) -> int:

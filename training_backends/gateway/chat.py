@@ -1,7 +1,6 @@
 """Chat with base models and fine-tuned models: a reverse proxy to an inference server."""
 
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,8 +17,10 @@ from anyio.abc import TaskGroup
 from pydantic import BaseModel, Field, SecretStr
 
 from training_backends.backends.local.backend import LocalBackend
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.validate import find_directory
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import (
     BackendUnavailable,
@@ -42,11 +43,16 @@ from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
 
-__all__ = ["ChatProblem", "ChatRequest", "ChatService", "InferenceModel"]
+__all__ = [
+    "ChatProblem",
+    "ChatRequest",
+    "ChatService",
+    "InferenceModel",
+    "find_interpreter",
+]
 
 log = get_logger()
 
-_MERGE: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "merge")
 _RETRY_AFTER: Final = 2
 """Seconds after which a chat may be answered that could not be now."""
 _JOB_DIGITS: Final = 8
@@ -186,7 +192,7 @@ class ChatService:
         tasks: TaskGroup,
         checkpoints: CheckpointModels,
         *,
-        backend: str,
+        interpreter: Interpreter | None,
         catalogue: Catalogue,
         settings: GatewaySettings,
         root: Path,
@@ -203,6 +209,7 @@ class ChatService:
         policy = inference_policy(self._timeout, self._limit)
         self._external: HttpClient | None = None
         self._servers: InferenceServers | None = None
+        self._interpreter = interpreter or THIS_INTERPRETER
         if settings.inference_url is not None:
             key = settings.inference_api_key
             self._external = HttpClient(
@@ -210,9 +217,10 @@ class ChatService:
                 key=_source(key) if key else None,
                 policy=policy,
             )
-        elif isinstance(client.backend(backend), LocalBackend) and can_serve():
+        elif interpreter is not None:
             self._servers = InferenceServers(
                 tasks,
+                interpreter=interpreter,
                 logs=root / "inference" / "logs",
                 limit=settings.inference_models,
                 idle=settings.inference_idle,
@@ -337,7 +345,7 @@ class ChatService:
             await to_thread.run_sync(make_private_directory, self._merges)
             partial = self._merges / f".{uuid4()}"
             try:
-                await _merge(model, partial)
+                await _merge(model, partial, self._interpreter)
                 await anyio.Path(partial).rename(target)
             finally:
                 with anyio.CancelScope(shield=True):
@@ -369,6 +377,13 @@ class ChatService:
         await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *(row.job_id for row in rows)})
 
 
+def find_interpreter(backend: TrainingBackend) -> Interpreter | None:
+    """Return the Python environment that can serve the models of a backend. Blocking."""
+    if isinstance(backend, LocalBackend) and can_serve(backend.interpreter):
+        return backend.interpreter
+    return None
+
+
 def _sweep(directory: Path, kept: set[str]) -> None:
     for path in directory.glob("*") if directory.is_dir() else ():
         if path.name not in kept and job_of_key(path.name) not in kept:
@@ -379,11 +394,11 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _merge(model: str, target: Path) -> None:
+async def _merge(model: str, target: Path, interpreter: Interpreter) -> None:
     done = await anyio.run_process(
-        [*_MERGE, model, str(target)],
+        interpreter.command("merge", model, str(target)),
         check=False,
-        env=safe_environment() | {"HF_HUB_OFFLINE": "1"},
+        env=interpreter.variables(safe_environment()) | {"HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]

@@ -188,10 +188,14 @@ def _openai_error(status: int, body: Mapping[str, Any]) -> ErrorAnswer:
             detail = f"invalid {param}: {detail}"
     if status == 401 and detail == "Unauthorized":
         return invalid_key()
+    code = body.get("code") or _OPENAI_CODES.get(status)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "insufficient_quota" if code == "insufficient_quota" else "rate_limit_error"
     return ErrorAnswer(
         status=400 if status in {409, 422} else status,
         message=detail,
-        type="server_error" if status >= 500 else "invalid_request_error",
+        type=kind,
         param=param,
-        code=_OPENAI_CODES.get(status),
+        code=code,
     )

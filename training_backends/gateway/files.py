@@ -21,8 +21,15 @@ from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.projects import check_bytes
 from training_backends.gateway.repetition import Repetition
-from training_backends.gateway.store import COUNTED_AHEAD, GatewayStore, page_at, page_of
+from training_backends.gateway.store import (
+    COUNTED_AHEAD,
+    GatewayStore,
+    page_at,
+    page_of,
+    present,
+)
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -129,6 +136,14 @@ class FileService:
         await to_thread.run_sync(self._blobs.prepare)
         await to_thread.run_sync(self._blobs.collect, known)
 
+    def check(self) -> None:
+        """Check that files can be stored. Blocking.
+
+        Raises:
+            OSError: They cannot.
+        """
+        self._blobs.free()
+
     async def upload(
         self,
         chunks: AsyncIterator[bytes],
@@ -216,7 +231,9 @@ class FileService:
         def work(connection: sa.Connection) -> Any:
             found = _uploaded_before(connection, row, caller, repetition)
             if found is None:
+                check_bytes(connection, caller.project, row["bytes"])
                 connection.execute(files.insert().values(row))
+                caller.record(connection, "file.create", row["id"])
                 mine = sa.select(files).where(files.c.id == row["id"])
                 found = connection.execute(mine).first()
             if also is not None:
@@ -241,7 +258,7 @@ class FileService:
         The total counts at most `COUNTED_AHEAD` files after the page.
         """
         mine = caller.sees(files.c.project), files.c.purpose != RESULTS_PURPOSE
-        conditions = [*_present(), *mine, *_conditions(filters)]
+        conditions = [*present(), *mine, *_conditions(filters)]
         order = files.c.created_at.desc(), files.c.id.desc()
         skip = page * page_size
         found = sa.select(files.c.id).where(*conditions).order_by(*order)
@@ -278,7 +295,7 @@ class FileService:
             HTTPProblem: No file ever had the id `after`.
         """
         mine = caller.sees(files.c.project)
-        conditions = [*_present(), mine, *_conditions(FileFilters(purpose=purpose))]
+        conditions = [*present(), mine, *_conditions(FileFilters(purpose=purpose))]
 
         def work(connection: sa.Connection) -> Sequence[Any]:
             query = sa.select(files).where(*conditions)
@@ -312,15 +329,20 @@ class FileService:
     ) -> dict[str, StoredFile]:
         """Return the files that exist in the project, by id."""
         mine = files.c.id.in_(file_ids), files.c.project == project
-        query = sa.select(files).where(*mine, *_present())
+        query = sa.select(files).where(*mine, *present())
         return {row.id: self._stored(row) for row in connection.execute(query)}
 
     async def delete(self, file_id: str, caller: Principal) -> DeleteFileOut:
         """Delete a file; its content is kept while another file or an unfinished job needs it."""
         row = await self._row(file_id, caller)
         gone = files.update().where(files.c.id == file_id).values(deleted_at=time.time())
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(gone)
+            caller.record(connection, "file.delete", file_id)
+
         async with self._lock:
-            await self._store.awrite(lambda connection: connection.execute(gone))
+            await self._store.awrite(work)
         await self.collect([row.sha256])
         return DeleteFileOut(id=file_id)
 
@@ -430,7 +452,7 @@ class FileService:
         return await to_thread.run_sync(work)
 
     async def _row(self, file_id: str, caller: Principal) -> Any:
-        visible = *_present(), caller.sees(files.c.project)
+        visible = *present(), caller.sees(files.c.project)
         query = sa.select(files).where(files.c.id == file_id, *visible)
         row = await self._store.aread(lambda connection: connection.execute(query).first())
         if row is None:
@@ -448,8 +470,8 @@ def _uploaded_before(
     alike = ("project", "filename", "sha256", "purpose")
     same = sa.and_(*(files.c[name] == row[name] for name in alike))
     if repetition is None:
-        return connection.execute(sa.select(files).where(same, *_present())).first()
-    mine = sa.and_(caller.made(files), *_present())
+        return connection.execute(sa.select(files).where(same, *present())).first()
+    mine = sa.and_(caller.made(files), *present())
     return repetition.first(connection, files, mine=mine, same=same, key=files.c.idempotency_key)
 
 
@@ -565,12 +587,6 @@ def _disk_full() -> HTTPProblem:
     return plain(507, "Not enough disk space on the gateway for this file.")
 
 
-def _present() -> list[sa.ColumnElement[bool]]:
-    """Return the condition for files that are neither deleted nor expired."""
-    alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
-    return [files.c.deleted_at.is_(None), alive]
-
-
 def _delete_expired(connection: sa.Connection) -> Sequence[str]:
     """Mark expired files as deleted and return their digests."""
     over = files.c.deleted_at.is_(None), files.c.expires_at <= time.time()
@@ -585,7 +601,7 @@ def _needed(connection: sa.Connection, digests: Collection[str] | None = None) -
     Args:
         digests: Look for these only; None: all.
     """
-    query = sa.select(files.c.sha256).where(*_present())
+    query = sa.select(files.c.sha256).where(*present())
     if digests is not None:
         query = query.where(files.c.sha256.in_(digests))
     found = set(connection.execute(query).scalars())

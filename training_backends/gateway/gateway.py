@@ -25,8 +25,9 @@ from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
 from training_backends.credentials.vault import CredentialVault
+from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.files import FileService
@@ -142,7 +143,15 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        await self.store.aread(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        await to_thread.run_sync(self.check_store)
+
+    def check_store(self) -> None:
+        """Check that the database can be read. Blocking.
+
+        Raises:
+            StoreError: The database cannot be used.
+        """
+        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
 
 
 @asynccontextmanager
@@ -193,6 +202,9 @@ async def open_gateway(
             await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        interpreter = None
+        if settings.inference_url is None:
+            interpreter = await to_thread.run_sync(find_interpreter, found)
         checkpoints = CheckpointModels(
             store,
             client,
@@ -206,7 +218,7 @@ async def open_gateway(
             client,
             tasks,
             checkpoints,
-            backend=backend,
+            interpreter=interpreter,
             catalogue=catalogue,
             settings=settings,
             root=root,
@@ -321,12 +333,14 @@ async def _start_jobs(
         files,
         tasks,
         organization_id=settings.organization_id,
+        max_steps=settings.max_training_steps,
         results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
         leases=leases,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
+    tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     if webhooks is not None:
         tasks.start_soon(webhooks.run, leases)
     # Another gateway may be creating a job at this moment.

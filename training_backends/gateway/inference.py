@@ -2,11 +2,9 @@
 
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Final
 
@@ -14,6 +12,7 @@ import anyio
 from anyio import to_thread
 from anyio.abc import Process, TaskGroup
 
+from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.core.errors import BackendUnavailable
 from training_backends.core.files import make_private_directory
 from training_backends.core.logging import get_logger
@@ -21,21 +20,18 @@ from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
 from training_backends.rundir.handover import safe_environment
 
-__all__ = ["SERVE", "InferenceServers", "can_serve", "inference_policy"]
+__all__ = ["InferenceServers", "can_serve", "inference_policy"]
 
 log = get_logger()
-
-SERVE: Final = (sys.executable, "-P", "-m", "training_backends.trainer", "serve")
-"""Command that serves the model in its working directory; a port and options follow."""
 
 _NEEDED: Final = ("torch", "transformers", "fastapi", "uvicorn", "openai")
 _LOOK_AGAIN: Final = 0.05
 """Seconds between two attempts to connect to a server that starts."""
 
 
-def can_serve() -> bool:
-    """Return whether the packages of the extra `serving` are installed."""
-    return all(find_spec(name) is not None for name in _NEEDED)
+def can_serve(interpreter: Interpreter) -> bool:
+    """Return whether an environment has the packages of the extra `serving`. Blocking."""
+    return all(map(interpreter.has, _NEEDED))
 
 
 def inference_policy(timeout: float, connections: int) -> HttpPolicy:
@@ -78,7 +74,8 @@ class InferenceServers:
         logs: Directory for the output of the servers.
         limit: Maximum number of servers.
         idle: Seconds without a chat after which a server is stopped.
-        program: Starts a server, see `SERVE`.
+        interpreter: Python environment of the servers.
+        program: Starts a server instead; a port and options are appended.
         options: Appended to the command.
     """
 
@@ -90,7 +87,8 @@ class InferenceServers:
         limit: int,
         idle: float,
         policy: HttpPolicy,
-        program: Sequence[str] = SERVE,
+        interpreter: Interpreter = THIS_INTERPRETER,
+        program: Sequence[str] | None = None,
         options: Sequence[str] = (),
     ) -> None:
         self._tasks = tasks
@@ -98,7 +96,8 @@ class InferenceServers:
         self._limit = limit
         self._idle = idle
         self._policy = policy
-        self._program = program
+        self._interpreter = interpreter
+        self._program = interpreter.command("serve") if program is None else program
         self._options = ["--", *options] if options else []
         self._servers: dict[Path, _ModelServer] = {}
         self._changed = anyio.Condition()
@@ -175,7 +174,8 @@ class InferenceServers:
             process = server.process = await anyio.open_process(
                 [*self._program, str(port), *self._options],
                 cwd=server.directory,
-                env=safe_environment() | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+                env=self._interpreter.variables(safe_environment())
+                | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
                 # It ends when this pipe closes, even if the gateway is killed.
                 stdin=subprocess.PIPE,
                 stdout=output,

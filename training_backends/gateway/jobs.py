@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.config import TrainingConfig
 from training_backends.core.errors import ConfigError, DatasetError, TrainingBackendError
+from training_backends.core.tracing import trace_headers
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
@@ -40,6 +41,7 @@ from training_backends.gateway.keys import Principal
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.openai_ids import FILE, internal_id
 from training_backends.gateway.openai_requests import check_openai_job
+from training_backends.gateway.projects import check_job_limits
 from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
@@ -61,7 +63,9 @@ __all__ = ["JobQuery", "JobService"]
 _RETRY_AFTER = "60"
 """Seconds."""
 _CONFLICTING = (*UNSTARTED, "STARTED", "RUNNING")
-_LISTED = [column for column in jobs.c if column.name not in {"blobs", "config", "history"}]
+_LISTED = [
+    column for column in jobs.c if column.name not in {"blobs", "config", "history", "trace"}
+]
 """Without what is large and not shown."""
 
 
@@ -182,7 +186,7 @@ class JobService:
             HTTPProblem: The job is not running, or the backend cannot pause or rejects it.
         """
         job = await self._store.aread(lambda c: require_job(c, job_id, caller))
-        verb = "resumed" if resume else "paused"
+        verb, action = ("resumed", "job.resume") if resume else ("paused", "job.pause")
         if not self._client.backend(job.backend).capabilities.pauses:
             raise problem(not_supported("This gateway's backend cannot pause a job."))
         if job.status != "RUNNING":
@@ -191,6 +195,7 @@ class JobService:
             await (self._client.unpause(job_id) if resume else self._client.pause(job_id))
         except TrainingBackendError as error:
             raise problem(answer_for(error)) from error
+        await self._store.awrite(lambda c: caller.record(c, action, job_id))
 
     async def dry_run(self, request: JobIn, caller: Principal) -> LegacyJobMetadataOut:
         """Estimate a job without creating it.
@@ -238,6 +243,8 @@ class JobService:
             under_way = job.started_at is not None and job.status not in ENDED
             if not under_way and not accept_start(connection, job_id):
                 raise plain(422, f"Only a VALIDATED job can be started; this one is {job.status}.")
+            if not under_way:
+                caller.record(connection, "job.start", job_id)
             return detailed_job(connection, job_id, caller)
 
         started = await self._store.awrite(work)
@@ -265,6 +272,8 @@ class JobService:
                     "CANCELLATION_REQUESTED",
                     only_from=("QUEUED", "STARTED", "RUNNING"),
                 )
+            if job.status not in ENDED:
+                caller.record(connection, "job.cancel", job_id)
             return detailed_job(connection, job_id, caller), at_once
 
         job, at_once = await self._store.awrite(work)
@@ -367,6 +376,7 @@ class JobService:
                 job_id=similar,
             )
         _check_open_jobs(self._settings.max_open_jobs, connection, caller.key_id)
+        check_job_limits(connection, caller.project, job.hyperparameters.get("training_steps"))
         config = self._make_config(job, found, job_id)
         now = time.time()
         connection.execute(
@@ -379,6 +389,7 @@ class JobService:
         row = load_job(connection, job_id)
         change_counts(connection, row, before=None, after=row.status)
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
+        caller.record(connection, "job.create", job_id)
         for note in job.notes:
             add_event(connection, job_id, "note", {"message": note})
         return row
@@ -422,6 +433,7 @@ class JobService:
             "wandb_name": wandb.get("name"),
             "config": config.model_dump_json(),
             "openai": job.openai,
+            "trace": trace_headers() or None,
         }
 
     async def _store_secret(self, job: CheckedJob, job_id: str) -> None:

@@ -7,11 +7,13 @@ store has changed, which is asked for each request: a change by another process 
 one.
 """
 
+import getpass
 import hashlib
 import hmac
 import re
 import secrets
 import threading
+import time as clock
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -29,7 +31,7 @@ from training_backends.core.run import utc_now
 from training_backends.gateway.errors import HTTPProblem, plain
 from training_backends.gateway.legacy_store import import_legacy
 from training_backends.gateway.store import GatewayStore, database_url
-from training_backends.store.gateway_schema import DEFAULT_PROJECT, keys
+from training_backends.store.gateway_schema import DEFAULT_PROJECT, audit, keys, projects
 
 __all__ = [
     "STATIC_KEY_ID",
@@ -39,7 +41,10 @@ __all__ = [
     "NewKey",
     "Principal",
     "Scope",
+    "check_project",
+    "local_operator",
     "open_keys",
+    "open_store",
     "read_expiry",
     "unauthorized",
 ]
@@ -108,15 +113,38 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        requests_per_second: Limit of the project; None: unlimited.
+        address: Where the request comes from, for the audit log.
+        request_id: Which request it is, for the audit log.
     """
 
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    requests_per_second: float | None = None
+    address: str = ""
+    request_id: str = ""
 
     def sees(self, owner: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         """Return the condition on a table's project column, part of every client query."""
         return sa.true() if self.admin else owner == self.project
+
+    def record(
+        self, connection: sa.Connection, action: str, target: str, *, outcome: str = "ok"
+    ) -> None:
+        """Add an entry to the audit log, in the transaction of the change that it reports."""
+        connection.execute(
+            audit.insert().values(
+                at=clock.time(),
+                actor=self.key_id,
+                project=self.project,
+                action=action,
+                target=target,
+                outcome=outcome,
+                address=self.address,
+                request_id=self.request_id,
+            )
+        )
 
     def made(self, table: sa.Table) -> sa.ColumnElement[bool]:
         """Return the condition for the rows that were created with this key."""
@@ -130,6 +158,29 @@ class _Known:
     version: Hashable
     caller: Principal
     until: datetime
+
+
+def local_operator(project: str = DEFAULT_PROJECT) -> Principal:
+    """Return the caller that stands for a command run on this machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for its user
+        user = "unknown"
+    return Principal(f"local:{user}", project, admin=True)
+
+
+def check_project(name: str) -> None:
+    """Require a valid name of a project.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not _PROJECT.fullmatch(name):
+        raise ConfigError(
+            f"Invalid project name {name!r}.",
+            hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores, "
+            "starting with a letter or digit.",
+        )
 
 
 class KeyStore:
@@ -158,12 +209,7 @@ class KeyStore:
         Raises:
             ConfigError: The key name or project name is invalid, or `expires_at` is in the past.
         """
-        if not _PROJECT.fullmatch(project):
-            raise ConfigError(
-                f"Invalid project name {project!r}.",
-                hint="Use 1 to 64 lowercase letters, digits, dots, dashes and underscores, "
-                "starting with a letter or digit.",
-            )
+        check_project(project)
         if len(name) > _MAX_NAME or (name and not name.isprintable()):
             raise ConfigError(f"Invalid key name: use at most {_MAX_NAME} printable characters.")
         now = utc_now()
@@ -191,7 +237,12 @@ class KeyStore:
             "created_at": now.timestamp(),
             "expires_at": expires_at and expires_at.timestamp(),
         }
-        self._store.write(lambda connection: connection.execute(keys.insert().values(row)))
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(keys.insert().values(row))
+            local_operator(project).record(connection, "key.create", key_id)
+
+        self._store.write(work)
         return NewKey(info, SecretStr(key))
 
     def list(self) -> Sequence[KeyInfo]:
@@ -209,10 +260,13 @@ class KeyStore:
 
         def work(connection: sa.Connection) -> Any:
             mine = keys.c.id == key_id
-            connection.execute(
+            done = connection.execute(
                 keys.update().where(mine, keys.c.revoked_at.is_(None)).values(revoked_at=now)
             )
-            return connection.execute(sa.select(keys).where(mine)).first()
+            row = connection.execute(sa.select(keys).where(mine)).first()
+            if done.rowcount and row is not None:
+                local_operator(row.project).record(connection, "key.revoke", key_id)
+            return row
 
         row = self._store.write(work)
         if row is None:
@@ -257,7 +311,8 @@ class KeyStore:
         """
         given = _hash(presented)
         if self._static is not None and hmac.compare_digest(self._static, given):
-            return self._remember(given, version, Principal(STATIC_KEY_ID, admin=True))
+            caller = Principal(STATIC_KEY_ID, admin=True, requests_per_second=self._static_rate())
+            return self._remember(given, version, caller)
         found = _KEY.fullmatch(presented)
         row = self._row(found[1]) if found else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
@@ -268,7 +323,12 @@ class KeyStore:
         if writes and key.scope == "read":
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
-        caller = Principal(key.id, key.project, admin=key.scope == "admin")
+        caller = Principal(
+            key.id,
+            key.project,
+            admin=key.scope == "admin",
+            requests_per_second=row.requests_per_second,
+        )
         return self._remember(given, version, caller, key.expires_at)
 
     def _remember(
@@ -284,8 +344,13 @@ class KeyStore:
         return caller
 
     def _row(self, key_id: str) -> Any:
-        query = sa.select(keys).where(keys.c.id == key_id)
+        query = sa.select(keys, projects.c.requests_per_second).where(keys.c.id == key_id)
+        query = query.outerjoin(projects, projects.c.id == keys.c.project)
         return self._store.read(lambda connection: connection.execute(query).first())
+
+    def _static_rate(self) -> float | None:
+        limit = sa.select(projects.c.requests_per_second).where(projects.c.id == DEFAULT_PROJECT)
+        return self._store.read(lambda connection: connection.execute(limit).scalar())
 
     def _note_use(self, key: KeyInfo) -> None:
         now = utc_now()
@@ -308,11 +373,20 @@ def open_keys(home: Path, store_url: str | None = None) -> KeyStore:
     Args:
         store_url: URL of its database; None: the file in `home`.
     """
+    return KeyStore(open_store(home, store_url))
+
+
+def open_store(home: Path, store_url: str | None = None) -> GatewayStore:
+    """Open the database of the gateway in `home`, running or not.
+
+    Args:
+        store_url: Its URL; None: the file in `home`.
+    """
     root = home.expanduser().absolute() / "gateway"
     store = GatewayStore(database_url(root, store_url))
     if store_url is None:
         import_legacy(store, root)
-    return KeyStore(store)
+    return store
 
 
 def read_expiry(text: str) -> datetime:

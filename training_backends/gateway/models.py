@@ -150,24 +150,33 @@ class ModelService:
     async def update(self, model_id: str, change: UpdateFTModelIn, caller: Principal) -> FTModelOut:
         """Update the given fields of a fine-tuned model."""
         values = change.model_dump(exclude_unset=True)
-        row = await self._store.awrite(lambda c: self._change(c, model_id, values, caller))
+        row = await self._store.awrite(
+            lambda c: self._change(c, model_id, values, caller, "model.update")
+        )
         return self._updated(row)
 
     async def archive(self, model_id: str, caller: Principal) -> ArchiveFTModelOut:
         """Archive a fine-tuned model; safe to repeat."""
-        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": True}, caller))
+        change = {"archived": True}
+        await self._store.awrite(
+            lambda c: self._change(c, model_id, change, caller, "model.archive")
+        )
         return ArchiveFTModelOut(id=model_id)
 
     async def unarchive(self, model_id: str, caller: Principal) -> UnarchiveFTModelOut:
         """Unarchive a fine-tuned model; safe to repeat."""
-        await self._store.awrite(lambda c: self._change(c, model_id, {"archived": False}, caller))
+        change = {"archived": False}
+        await self._store.awrite(
+            lambda c: self._change(c, model_id, change, caller, "model.unarchive")
+        )
         return UnarchiveFTModelOut(id=model_id)
 
     async def delete(self, model_id: str, caller: Principal) -> DeleteModelOut:
         """Delete a fine-tuned model, and its weights if the backend can."""
 
         def work(connection: sa.Connection) -> Any:
-            row = self._change(connection, model_id, {"deleted_at": time.time()}, caller)
+            change = {"deleted_at": time.time()}
+            row = self._change(connection, model_id, change, caller, "model.delete")
             keep_history(connection, row.job_id)
             return row
 
@@ -204,6 +213,7 @@ class ModelService:
         model_id: str,
         values: dict[str, Any],
         caller: Principal,
+        action: str,
     ) -> Any:
         if any(offer.name == model_id for offer in self._catalogue.all()):
             raise plain(403, f"{model_id} is a base model; only fine-tuned models can be changed.")
@@ -211,6 +221,7 @@ class ModelService:
         mine = models.c.id == model_id
         if values:
             connection.execute(models.update().where(mine).values(values))
+            caller.record(connection, action, model_id)
         return connection.execute(models.select().where(mine)).first()
 
     def _base_card(self, offer: Offer) -> BaseModelCard:

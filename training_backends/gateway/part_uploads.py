@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from uuid import uuid4
 
@@ -18,6 +18,7 @@ from training_backends.gateway.errors import HTTPProblem, invalid, not_found, pr
 from training_backends.gateway.files import OPENAI_UPLOAD, FileService, clean_name, one_of
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_ids import PART, internal_id
+from training_backends.gateway.projects import check_bytes
 from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.uploads import (
@@ -141,7 +142,9 @@ class PartUploads:
             if known is not None:
                 return known
             _check_pending(connection, caller)
+            check_bytes(connection, caller.project, request.bytes, with_uploads=True)
             connection.execute(uploads.insert().values(row))
+            caller.record(connection, "upload.create", str(row["id"]))
             return _find(connection, str(row["id"]), caller)
 
         return await self._shown(await self._store.awrite(work))
@@ -217,7 +220,7 @@ class PartUploads:
                 await self._files.accept(
                     _form(row),
                     incoming,
-                    Principal(row.created_by, row.project),
+                    replace(caller, key_id=row.created_by, project=row.project),
                     OPENAI_UPLOAD,
                     repetition=Repetition(),
                     also=lambda c, file_id: _end(
@@ -237,6 +240,7 @@ class PartUploads:
             if _find(connection, upload_id, caller).status != "cancelled":
                 _pending(connection, upload_id, caller)
                 _end(connection, upload_id, "cancelled")
+                caller.record(connection, "upload.cancel", upload_id)
 
         await self._store.aread(lambda c: _find(c, upload_id, caller))
         async with self._locks[upload_id]:

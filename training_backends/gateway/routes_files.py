@@ -9,6 +9,8 @@ from starlette.responses import FileResponse
 
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.files import FileFilters, StoredFile
+from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.keys import Principal
 from training_backends.gateway.routes import (
     Caller,
     FileProblem,
@@ -123,7 +125,7 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
 )
 async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
     """Return a file's content."""
-    return await send_file(await gateway.files.stored(str(file_id), caller))
+    return await send_file(gateway, await gateway.files.stored(str(file_id), caller), caller)
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
@@ -132,6 +134,7 @@ async def signed_url(
 ) -> FileSignedURL:
     """Return a signed URL of a file, which needs no API key."""
     await gateway.files.stored(str(file_id), caller)
+    await gateway.store.awrite(lambda c: caller.record(c, "file.link", str(file_id)))
     # Never from the request's Host header, which the client controls.
     return FileSignedURL(url=gateway.public_url + gateway.links.path(str(file_id), expiry))
 
@@ -142,15 +145,20 @@ async def signed_url(
     responses=FILE_BYTES | answers(403, 404),
     name="linked",
 )
-async def linked(file_id: UUID, gateway: Opened, expires: int, signature: str) -> FileResponse:
+async def linked(
+    request: Request, file_id: UUID, gateway: Opened, expires: int, signature: str
+) -> FileResponse:
     """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is invalid or has expired.")
-    return await send_file(await gateway.files.linked(str(file_id)))
+    state = request.state
+    anybody = Principal("link", "", address=state.address, request_id=state.request_id)
+    return await send_file(gateway, await gateway.files.linked(str(file_id)), anybody)
 
 
-async def send_file(file: StoredFile) -> FileResponse:
-    """Return a file's content."""
+async def send_file(gateway: Gateway, file: StoredFile, caller: Principal) -> FileResponse:
+    """Return a file's content, which the audit log reports."""
     if not await anyio.Path(file.path).exists():
         raise not_found("file")
+    await gateway.store.awrite(lambda c: caller.record(c, "file.download", file.id))
     return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)

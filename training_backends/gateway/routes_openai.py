@@ -222,9 +222,8 @@ async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) ->
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
-        return await send_file(
-            await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
-        )
+        stored = await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
+        return await send_file(gateway, stored, caller)
 
 
 def _file(file: FileSchema) -> FileObject:

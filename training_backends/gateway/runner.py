@@ -30,6 +30,7 @@ from training_backends.core.errors import (
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.core.tracing import remote_parent
 from training_backends.gateway.errors import is_temporary
 from training_backends.gateway.files import FileService
 from training_backends.gateway.job_events import ORDER, reached
@@ -46,6 +47,7 @@ from training_backends.gateway.jobstore import (
     quote,
 )
 from training_backends.gateway.openai_requests import multiplied_rate
+from training_backends.gateway.projects import admit_job, admit_waiting, limits_of, waiting_jobs
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
@@ -81,6 +83,7 @@ class JobRunner:
         tasks: TaskGroup,
         *,
         organization_id: str,
+        max_steps: int,
         results: ResultFiles,
         on_end: OnEnd,
         leases: Leases | None = None,
@@ -90,6 +93,7 @@ class JobRunner:
         self._files = files
         self._tasks = tasks
         self._organization_id = organization_id
+        self._max_steps = max_steps
         self._results = results
         self._on_end = on_end
         self._leases = leases
@@ -151,7 +155,8 @@ class JobRunner:
         while True:
             await anyio.sleep(CATCH_UP_EVERY if self._leases is None else TAKE_OVER_EVERY)
             try:
-                for job_id in await self._store.aread(_behind):
+                behind = await self._store.aread(lambda c: [*_behind(c), *waiting_jobs(c)])
+                for job_id in behind:
                     if not await self._is_driven(job_id):
                         self.drive(job_id)
                 if self._leases is None:
@@ -254,9 +259,8 @@ class JobRunner:
                 if not await self._follow(job):
                     return
             elif job.started_at is not None:
-                if not await self._is_here(job):
+                if not await self._is_here(job) or not await self._launch(job):
                     return
-                await self._launch(job)
             elif job.status != "VALIDATED":
                 await self._validate(job)
             elif job.auto_start:
@@ -281,6 +285,9 @@ class JobRunner:
         if not job.cleaned_up:
             await self._on_end(job)
             await self._set(job, cleaned_up=True)
+            if await self._store.aread(lambda c: waiting_jobs(c, job.project)):
+                for job_id in await self._store.awrite(lambda c: admit_waiting(c, job.project)):
+                    self.drive(job_id)
 
     async def _validate(self, job: Any) -> None:
         async with self._validating:
@@ -299,6 +306,11 @@ class JobRunner:
                     await self._reject(job, issue_data(report.errors, names))
                     return
                 estimate = await self._client.estimate(config, backend=job.backend)
+                most = await self._most_steps(job)
+                if estimate.steps is not None and estimate.steps > most:
+                    sentence = f"The job would train {estimate.steps} steps; the limit is {most}."
+                    await self._reject(job, {"error": sentence})
+                    return
                 chosen = {**job.hyperparameters, **multiplied_rate(job, config, estimate)}
             except TrainingBackendError as error:
                 if is_temporary(error):
@@ -315,23 +327,37 @@ class JobRunner:
                 values["config"] = config.model_dump_json()
             await self._move(job, "VALIDATED", "VALIDATING", **values)
 
+    async def _most_steps(self, job: Any) -> int:
+        limits = await self._store.aread(lambda c: limits_of(c, job.project))
+        if limits.steps is None:
+            return self._max_steps
+        return min(limits.steps, self._max_steps)
+
     async def _reject(self, job: Any, data: dict[str, Any]) -> None:
         await self._move(job, "FAILED_VALIDATION", "VALIDATING", data=data)
 
-    async def _launch(self, job: Any) -> None:
-        """Launch a job's run, unless the job was cancelled before its backend accepted it."""
+    async def _launch(self, job: Any) -> bool:
+        """Launch a job's run, unless the job was cancelled before its backend accepted it.
+
+        Returns:
+            Whether there is more to do: not while the project has too many running jobs.
+        """
         if job.status == "CANCELLATION_REQUESTED":
             try:
                 await self._client.stop(job.id)
             except RunNotFound:
                 await self._move(job, "CANCELLED", *ACTIVE)
-                return
+                return True
             self._stopped.add(job.id)
+        elif not await self._store.awrite(lambda c: admit_job(c, job)):
+            return False
         else:
             config = TrainingConfig.model_validate_json(job.config)
-            await self._client.launch(config, backend=job.backend, run_id=job.id)
+            with remote_parent(job.trace):
+                await self._client.launch(config, backend=job.backend, run_id=job.id)
         await self._set(job, launched=True)
         self._watcher.wake()
+        return True
 
     async def _is_here(self, job: Any) -> bool:
         """Return whether a job's run, if there is one, belongs to this home or to no home.

@@ -354,8 +354,6 @@ class _BoundedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-SHUTDOWN_PATIENCE = 5
-"""Seconds that open requests get to finish on shutdown."""
 _BACKLOG = 64
 """Maximum length of the queue of connections to accept."""
 _LOG_EVERY = 60.0
@@ -482,17 +480,20 @@ async def running(
 async def _serving(
     gateway: Gateway, listener: socket.socket, tls: Mapping[str, Any]
 ) -> AsyncIterator[None]:
+    app = create_app(gateway)
+    settings = gateway.settings
     config = uvicorn.Config(
-        create_app(gateway),
-        http=bounded_protocol(_bounds(gateway.settings)),
+        app,
+        http=bounded_protocol(_bounds(settings)),
         ws="none",
         log_config=None,
         access_log=False,
-        # Unused, and clients could forge them.
-        proxy_headers=False,
+        # Only for logs, and from these proxies only: clients could forge them.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=[str(each) for each in settings.trusted_proxies],
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_PATIENCE,
+        timeout_graceful_shutdown=settings.shutdown_timeout,  # type: ignore[arg-type]  # seconds
         backlog=_BACKLOG,
         # Longer than common client pools, so that none reuses a closing connection.
         timeout_keep_alive=75,
@@ -506,6 +507,9 @@ async def _serving(
         try:
             yield
         finally:
+            app.state.is_stopping = True
+            if settings.shutdown_delay:
+                await anyio.sleep(settings.shutdown_delay)
             server.should_exit = True
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
@@ -87,9 +87,37 @@ class GatewaySettings(SectionSettings):
     answer_timeout: float = Field(
         default=60.0, gt=0, description="Seconds a client may take to read a response."
     )
+    shutdown_delay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds between the stop signal, from which /readyz says 503, and the end of "
+        "new connections.",
+    )
+    shutdown_timeout: float = Field(
+        default=10.0,
+        ge=0,
+        description="Seconds that uploads and other requests get to finish when the gateway stops.",
+    )
+    access_log: bool = Field(
+        default=False,
+        description="Write a JSON line to standard error for each request.",
+    )
+    metrics_token: SecretStr | None = Field(
+        default=None,
+        description="Bearer token for /metrics, at least 16 characters; keys of scope admin work "
+        "as well.",
+    )
     max_open_jobs: int = Field(default=200, ge=1, description="Maximum unfinished jobs per key.")
     max_training_steps: int = Field(
         default=1_000_000, ge=1, description="Maximum training steps per job."
+    )
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
+        default=(),
+        description="Addresses or networks of proxies whose X-Forwarded-For names the client, for "
+        "the audit and access logs.",
+    )
+    audit_days: float = Field(
+        default=365.0, gt=0, description="Days after which entries of the audit log are deleted."
     )
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."
@@ -146,7 +174,7 @@ class GatewaySettings(SectionSettings):
             raise ValueError("use scheme, host, port and path only, as in https://ft.example.org")
         return value
 
-    @field_validator("api_key")
+    @field_validator("api_key", "metrics_token")
     @classmethod
     def _not_guessable(cls, key: SecretStr | None) -> SecretStr | None:
         if key and len(key) < _SHORTEST_KEY:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from training_backends.core.errors import DuplicateRun
 from training_backends.core.files import make_private_directory
 from training_backends.gateway.errors import invalid
 from training_backends.store.database import is_postgres
+from training_backends.store.gateway_schema import files
 from training_backends.store.leases import LeaseTable
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "lock_home",
     "page_at",
     "page_of",
+    "present",
     "shares_home",
 ]
 
@@ -138,6 +141,12 @@ def page_at(
     ids = connection.execute(found).scalars().all()
     rows = {row.id: row for row in connection.execute(query.where(table.c.id.in_(ids)))}
     return [rows[each] for each in ids]
+
+
+def present() -> list[sa.ColumnElement[bool]]:
+    """Return the condition for files that are neither deleted nor expired."""
+    alive = files.c.expires_at.is_(None) | (files.c.expires_at > time.time())
+    return [files.c.deleted_at.is_(None), alive]
 
 
 def page_of(

@@ -12,6 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from training_backends.core.errors import BackendUnavailable, RateLimited, TrainingBackendError
 from training_backends.core.logging import get_logger
+from training_backends.core.tracing import Span
 from training_backends.http.limits import Limiter
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.retry import RetryRule, read_retry_after
@@ -86,6 +87,7 @@ class Call:
         retry_after: Seconds from the response's Retry-After.
         request_id: Request id assigned by the server.
         hidden: Secrets of the current attempt, which a server may repeat.
+        span: Of the current attempt.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Call:
         self.retry_after: float | None = None
         self.request_id: str | None = None
         self.hidden: Sequence[str] = ()
+        self.span = Span()
         self._seconds = math.inf if seconds is None else seconds
         self._latest = time.monotonic() + self._seconds
         self._longest_pause = policy.call_timeout

@@ -11,7 +11,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl
@@ -28,7 +28,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.logging import REDACTED, get_logger, redact, register_secret
-from training_backends.core.tracing import span
+from training_backends.core.tracing import Span, span, trace_headers
 from training_backends.http.answer import (
     LARGEST_BODY,
     Answer,
@@ -43,7 +43,7 @@ from training_backends.http.errors import error_from_transport
 from training_backends.http.limits import Limiter, limiter_of
 from training_backends.http.policy import HttpPolicy, make_pool, timeouts
 from training_backends.http.retry import read_date_ahead
-from training_backends.http.urls import require_private_transport
+from training_backends.http.urls import path_template, require_private_transport
 
 __all__ = ["SUCCESS", "HttpExchange", "Query", "merged"]
 
@@ -139,12 +139,24 @@ class HttpExchange:
                 with turn:
                     call.begin()
                     try:
-                        with span(call.name, outgoing=True, **{"server.address": self.base_url}):
+                        with self._span(call) as call.span:
                             return await self._with_current_key(attempt, call)
                     except TrainingBackendError as error:
                         call.failed(error)
                         raise
         raise AssertionError("attempts end with a response or an error")
+
+    def _span(self, call: Call) -> AbstractContextManager[Span]:
+        method, _, path = call.name.partition(" ")
+        route = path_template(path)
+        server = httpx.URL(self.base_url)
+        attributes = {
+            "http.request.method": method,
+            "url.template": route,
+            "server.address": server.host,
+            "server.port": server.port,
+        }
+        return span(f"{method} {route}", outgoing=True, **attributes)
 
     async def _current_limiter(self) -> Limiter:
         if self._limiter is None:
@@ -197,7 +209,7 @@ class HttpExchange:
                 method,
                 self.base_url + place,
                 params=parameters,
-                headers=merged(self._headers, headers, own),
+                headers=merged(self._headers, trace_headers(), headers, own),
                 content=content,
                 timeout=timeouts(self._policy, read_timeout, write_timeout),
                 extensions={"trace": call.trace},
@@ -257,6 +269,7 @@ class HttpExchange:
         try:
             response = await client.send(request, stream=True)
             call.answered(response.status_code, response.headers, limiter)
+            call.span.set(**{"http.response.status_code": response.status_code})
             self.clock_offset = read_date_ahead(response.headers.get("date"))
             self._log.debug(
                 "http.answered",

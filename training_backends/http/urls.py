@@ -1,11 +1,34 @@
 """Base URLs of servers, and whether a key may be sent there."""
 
+import re
 from ipaddress import ip_address
 from urllib.parse import quote, urlsplit
 
 from training_backends.core.errors import ConfigError, Issue, RunNotFound
 
-__all__ = ["is_loopback", "normalize_base_url", "path_segment", "require_private_transport"]
+__all__ = [
+    "is_loopback",
+    "normalize_base_url",
+    "path_segment",
+    "path_template",
+    "require_private_transport",
+]
+
+_WORD = re.compile(r"v\d+|[a-z][a-z_-]{0,39}")
+
+
+def path_template(path: str) -> str:
+    """Return a path without its query and with `{id}` for each id or name, for spans.
+
+    What follows a plural is a name, as in `/v1/files/train`, and so is what has other characters
+    than those of a word.
+    """
+    before, found = "", []
+    for each in path.partition("?")[0].split("/"):
+        is_word = not before.endswith("s") and (not each or _WORD.fullmatch(each))
+        found.append(each if is_word else "{id}")
+        before = each
+    return "/".join(found)
 
 
 def normalize_base_url(text: str, *, drop_suffix: str = "") -> str:

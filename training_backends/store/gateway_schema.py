@@ -8,6 +8,7 @@ __all__ = [
     "DEFAULT_PROJECT",
     "GATEWAY_TABLES",
     "IS_OPEN",
+    "audit",
     "events",
     "files",
     "job_counts",
@@ -15,6 +16,7 @@ __all__ = [
     "keys",
     "models",
     "parts",
+    "projects",
     "uploads",
     "webhooks",
 ]
@@ -66,6 +68,8 @@ files = sa.Table(
     _index("gateway_files_by_project", "project", *_PAGED, "expires_at", where=_EXISTS),
     _index("gateway_files_by_purpose", "project", "purpose", *_PAGED, "expires_at", where=_EXISTS),
     _index("gateway_files_by_expiry", "expires_at", where=_EXISTS),
+    # Covers the sum of a project's bytes.
+    sa.Index("gateway_files_by_size", "project", "deleted_at", "expires_at", "bytes"),
 )
 jobs = sa.Table(
     "gateway_jobs",
@@ -84,6 +88,8 @@ jobs = sa.Table(
     sa.Column("modified_at", sa.Float, nullable=False),
     # When the start was accepted; `launched`: the backend has accepted it too.
     sa.Column("started_at", sa.Float),
+    # Whether it counts as running for its project, from just before its launch.
+    sa.Column("admitted", sa.Boolean, nullable=False, default=False, server_default=sa.false()),
     sa.Column("launched", sa.Boolean, nullable=False, default=False),
     # Whether files and keys that only this job needed were removed after its end.
     sa.Column("cleaned_up", sa.Boolean, nullable=False, default=False),
@@ -104,6 +110,8 @@ jobs = sa.Table(
     sa.Column("history", sa.JSON(none_as_null=True)),
     # What only the OpenAI API has; see `openai_jobs`. Null: created by the Mistral API.
     sa.Column("openai", sa.JSON(none_as_null=True)),
+    # Headers of the trace in which the job was created.
+    sa.Column("trace", sa.JSON(none_as_null=True)),
     # Ids of the files with the metrics of a job that succeeded.
     sa.Column("result_files", sa.JSON(none_as_null=True)),
     _project(),
@@ -115,6 +123,7 @@ jobs = sa.Table(
     sa.Index("gateway_jobs_by_key", "created_by", *_PAGED),
     _index("gateway_jobs_open", "created_by", "status", where=IS_OPEN),
     _index("gateway_jobs_by_content", "fingerprint", where=IS_OPEN),
+    sa.Index("gateway_jobs_of_project", "project", "status"),
 )
 # How many jobs there are, so that no list counts them: by the day of their creation, in days since
 # the epoch, and in total as day -1. Written in the transaction that changes a job's status.
@@ -174,6 +183,34 @@ keys = sa.Table(
     sa.Index("gateway_keys_by_time", *_PAGED),
 )
 
+# Limits of projects; a project without a row has none. Null: unlimited.
+projects = sa.Table(
+    "gateway_projects",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("jobs_running", sa.Integer),
+    sa.Column("jobs_queued", sa.Integer),
+    sa.Column("bytes", sa.BigInteger),
+    sa.Column("requests_per_second", sa.Float),
+    sa.Column("steps", sa.BigInteger),
+    sa.Column("modified_at", sa.Float, nullable=False),
+)
+# Rows are inserted, and deleted by age; never updated.
+audit = sa.Table(
+    "gateway_audit",
+    metadata,
+    sa.Column("id", BigInteger, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("actor", sa.String, nullable=False),
+    sa.Column("project", sa.String, nullable=False),
+    sa.Column("action", sa.String, nullable=False),
+    sa.Column("target", sa.String, nullable=False),
+    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("address", sa.String, nullable=False),
+    sa.Column("request_id", sa.String, nullable=False),
+    sa.Index("gateway_audit_by_time", "at"),
+)
+
 # Files that are uploaded in parts; rows stay when an upload is over.
 uploads = sa.Table(
     "gateway_uploads",
@@ -221,6 +258,7 @@ webhooks = sa.Table(
 )
 
 GATEWAY_TABLES = tuple(
-    table.name for table in (keys, files, jobs, events, models, uploads, parts, webhooks)
+    table.name
+    for table in (*(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),)
 )
 """Names of these tables, without those that follow from others."""

@@ -8,7 +8,7 @@ fencing token, so a former holder cannot write.
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 
@@ -46,6 +46,9 @@ class LeaseLost(StoreError):
 class LeaseTable(Database):
     """Leases in the run store."""
 
+    moves: ClassVar[int] = 0
+    """How many leases of others this process has taken over."""
+
     def take(self, name: str, owner: str, ttl: timedelta, *, is_gone: IsGone) -> Lease | None:
         """Take a lease; None while it is held, even by the same owner.
 
@@ -59,6 +62,7 @@ class LeaseTable(Database):
                 if _holds(row, is_gone):
                     return None
                 connection.execute(leases.delete().where(leases.c.token == row.token))
+                LeaseTable.moves += row.owner != owner
             until = as_text(utc_now() + ttl)
             connection.execute(leases.insert().values(name=name, owner=owner, until=until))
             token = connection.execute(sa.select(leases.c.token).where(leases.c.name == name))

@@ -86,7 +86,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "track":
         from training_backends.trainer.tracking import track  # noqa: PLC0415
 
-        return track(given.run_dir)
+        sys.exit(track(given.run_dir))  # libraries of trackers send what is left at exit
     if given.command == "merge":
         return _merge(given.model, given.target)
     if given.command == "serve":
@@ -119,7 +119,22 @@ def _export(path: Path, checkpoint: str, target: Path) -> int:
     return int(TrainerExitCode.DONE)
 
 
+def _fetch(model: str) -> int:
+    """Fetch a model before torch is loaded; return the exit code, 0 if it was found."""
+    from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
+    from training_backends.trainer.model_files import fetch_model  # noqa: PLC0415
+
+    try:
+        fetch_model(model)
+    except TrainerError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # this is a command
+        return int(exit_code_of(error))
+    return 0
+
+
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+    if code := _fetch(model):
+        return code
     with importing(model):
         from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
         from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
@@ -147,6 +162,8 @@ def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
 
 
 def _merge(model: str, target: Path) -> int:
+    if code := _fetch(model):
+        return code
     with importing(model):
         from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
         from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415

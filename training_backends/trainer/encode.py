@@ -43,6 +43,7 @@ from training_backends.tokens.encode_part import (
 from training_backends.tokens.encoders import tokenizer_digest
 from training_backends.trainer.errors import Stopped, TrainerError, failure_of
 from training_backends.trainer.model_files import (
+    fetch_model,
     find_model,
     find_tokenizer_of,
     resolve_targets,
@@ -123,6 +124,7 @@ def encode_data(
     """
     if spec.method == "classifier" and not spec.classifier_targets:
         raise TrainerError("A classifier needs classifier_targets.")
+    fetch_model(spec.model)
     if spec.method == "classifier" and spec.model != TINY_MODEL:
         resolve_targets(spec.model, find_model(spec.model), spec.classifier_targets, trains=True)
     template = spec.chat_template_text

@@ -33,7 +33,6 @@ from training_backends.rundir.directory import Event, ExitRecord, RunDir, RunSpe
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.environment import show_in_turn
 from training_backends.trainer.errors import TrainerError
-from training_backends.trainer.model_files import fetch_model
 from training_backends.trainer.queue import Device
 
 __all__ = ["Outcome", "launch", "loopback_store"]
@@ -118,8 +117,7 @@ def launch(
     Raises:
         TrainerError: Processes died too often, or the model cannot be fetched.
     """
-    # The processes receive no token, and do not ask the Hub.
-    fetch_model(spec.model)
+    # The model is on this machine: the processes receive no token, and do not ask the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("HF_TOKEN", None)
     if devices:

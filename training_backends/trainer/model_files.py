@@ -48,7 +48,11 @@ def find_model(name: str) -> Path:
         return local
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise TrainerError(f"Model directory not found: {local}.")
-    return _from_hub(name)
+    return _fetched.get(name) or _from_hub(name)
+
+
+_fetched: dict[str, Path] = {}
+"""Models from the Hub that `fetch_model` found."""
 
 
 def _from_hub(name: str) -> Path:
@@ -133,12 +137,17 @@ def base_model_of(name: str, directory: Path) -> str:
 def fetch_model(name: str) -> None:
     """Download a model, and an adapter's base model, if necessary.
 
+    From then on `find_model` returns what was found: the Hub may have another revision later.
+
     Raises:
         TrainerError: A model does not exist or cannot be fetched.
     """
+    _fetched.pop(name, None)
     if name == TINY_MODEL:
         return
     directory = find_model(name)
+    if not Path(name).expanduser().is_dir():
+        _fetched[name] = directory
     if (directory / ADAPTER_CONFIG).is_file():
         fetch_model(base_model_of(name, directory))
 

@@ -210,6 +210,7 @@ def load_model(
     attention: str = "auto",
     targets: Sequence[ClassifierTarget] = (),
     chat_template: str | None = None,
+    is_empty: bool = False,
 ) -> LoadedModel:
     """Load a model: the built-in one, a directory, or one from the Hub.
 
@@ -221,6 +222,8 @@ def load_model(
         attention: Attention implementation in transformers.
         targets: Make it a classifier with these targets.
         chat_template: Jinja template that replaces the model's own.
+        is_empty: Load no weights (but those of the built-in model): its tensors are on the meta
+            device, to be received from another process.
 
     Raises:
         TrainerError: The model does not exist or cannot be fetched, or its chats cannot be
@@ -245,10 +248,19 @@ def load_model(
                 attention=attention,
                 targets=targets,
                 chat_template=chat_template,
+                is_empty=is_empty,
             )
             return _load_adapter(base, name, directory, tuning, chat_template)
         encoder = encoder_for(name, directory, chat_template=chat_template)
-        model = _load_weights(name, directory, tuning, device=device, dtype=dtype, targets=targets)
+        model = _load_weights(
+            name,
+            directory,
+            tuning,
+            device=device,
+            dtype=dtype,
+            targets=targets,
+            is_empty=is_empty,
+        )
     if attention != "auto":
         _set_attention(model, name, attention)
     if targets:
@@ -319,12 +331,15 @@ def _load_weights(
     device: torch.device,
     dtype: torch.dtype,
     targets: Sequence[ClassifierTarget],
+    is_empty: bool,
 ) -> Any:
     # Trained weights need full precision; frozen ones only the compute dtype.
     trained_fully = tuning is not None and tuning.kind == "full"
     options: dict[str, Any] = {"dtype": torch.float32 if trained_fully else dtype}
     if tuning is not None and tuning.kind == "qlora":
         options |= _four_bit_options(device, dtype)
+    elif is_empty:
+        options["device_map"] = "meta"
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         if getattr(config, "is_encoder_decoder", False):

@@ -4,9 +4,11 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -15,6 +17,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from training_backends.core.errors import validation_issues
+from training_backends.core.tracing import TRACE_VARIABLES, remote_parent, span
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
@@ -39,6 +42,7 @@ from training_backends.trainer.queue import Device
 __all__ = ["Launch", "train", "train_admitted", "work"]
 
 _POLL: Final = 0.5
+_EXPORTER: Final = "OTEL_TRACES_EXPORTER"
 
 
 Launch = Callable[[RunDir, RunSpec, StopRequest, Sequence[Device]], ExitRecord]
@@ -64,7 +68,8 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
         return TrainerExitCode.DONE
     run.take_reserve()
     try:
-        record = _train(run, admission, launch)
+        with _traced("training_backends.train", run):
+            record = _train(run, admission, launch)
     except BaseException as error:
         if not isinstance(error, Exception):  # such as SystemExit: record it, then re-raise
             _end(run, ExitRecord(status="failed", code=1, failure=failure_of(error)))
@@ -81,6 +86,44 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
     if record.status == "completed":
         shutil.rmtree(run.tokens, ignore_errors=True)  # nothing reads them any more
     return TrainerExitCode(record.code)
+
+
+@contextmanager
+def _traced(name: str, run: RunDir) -> Iterator[None]:
+    """Record the block as a span of the trace that launched the run, if it was passed on.
+
+    Spans are exported as `OTEL_TRACES_EXPORTER` says; the run's log names the trace.
+    """
+    headers = {name.lower(): os.environ.get(name, "") for name in TRACE_VARIABLES}
+    if not headers["traceparent"] or find_spec("opentelemetry.sdk") is None:
+        yield
+        return
+    from opentelemetry import trace  # noqa: PLC0415  # optional
+
+    try:
+        _export_spans([each.strip() for each in os.environ.get(_EXPORTER, "").split(",")])
+    except Exception:  # must not fail the run
+        traceback.print_exc()
+    with remote_parent(headers), span(name, run_id=run.path.name):
+        found = trace.get_current_span().get_span_context()
+        ids = {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
+        run.add_event(Event(name="message", message=f"Trace {ids['trace_id']}", data=ids))
+        yield
+    if (flush := getattr(trace.get_tracer_provider(), "force_flush", None)) is not None:
+        flush()
+
+
+def _export_spans(names: Sequence[str]) -> None:
+    from opentelemetry import trace  # noqa: PLC0415  # optional
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    installed = entry_points(group="opentelemetry_traces_exporter")
+    if found := [each for each in installed if each.name in names]:
+        provider = TracerProvider()
+        for each in found:
+            provider.add_span_processor(BatchSpanProcessor(each.load()()))
+        trace.set_tracer_provider(provider)
 
 
 def _failed(run: RunDir, error: Exception) -> ExitRecord:

@@ -225,15 +225,32 @@ class TrainingProcess:
             attention=spec.attention,
             targets=spec.classifier_targets,
             chat_template=spec.chat_template_text,
+            is_empty=self._transfers(device) and not self._world.is_leader,
         )
+
+    def _transfers(self, device: torch.device) -> bool:
+        """Return whether the leader alone loads weights, and the others receive theirs from it.
+
+        Not 4-bit ones, which are not divided; nor complete ones on a CPU, where all processes map
+        the same files into memory.
+        """
+        spec = self._spec
+        if self._world.size == 1 or spec.tuning.kind == "qlora":
+            return False
+        is_divided = spec.tuning.kind == "full" or spec.sharding == "zero3"
+        return is_divided or device.type == "cuda"
 
     def _prepare(self, loaded: LoadedModel, device: torch.device) -> tuple[LoadedModel, RootModule]:
         """Add adapters, move the model to its device, and divide it among the processes."""
         spec, dtype = self._spec, choose_dtype(self._spec.dtype, device)
         model = self._adapted(loaded)
-        sharding = choose_sharding(spec.sharding, model, self._world, device, dtype)
+        sharding = self._world.broadcast(
+            choose_sharding(spec.sharding, model, self._world, device, dtype)
+        )
         # A 4-bit model is already on its device; zero3 moves one block at a time.
-        if spec.tuning.kind != "qlora" and sharding != "zero3":
+        is_placed = spec.tuning.kind == "qlora" or sharding == "zero3"
+        transfers = self._transfers(device)
+        if not is_placed and (self._world.is_leader or not transfers):
             model = model.to(device)
         if left := count_experts(model) if spec.tuning.kind == "qlora" else 0:
             self._warn(f"{left:,} expert weights are not quantized to 4 bits")
@@ -244,7 +261,7 @@ class TrainingProcess:
             self._report(f"Using liger-kernel: {', '.join(used)}")
         if sharding != "none":
             self._report(f"Training in {self._world.size} processes with {sharding}")
-        root = shard(model, sharding, self._world, device, dtype)
+        root = shard(model, sharding, self._world, device, dtype, transfers=transfers)
         return replace(loaded, model=model), root
 
     def _adapted(self, loaded: LoadedModel) -> Any:

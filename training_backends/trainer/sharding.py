@@ -77,36 +77,82 @@ def _zero2_bytes(model: Any, size: int, dtype: torch.dtype) -> float:
     return needed
 
 
+class _Transfer:
+    """Copies the weights of the leader's model to the other processes, a part at a time.
+
+    Only the leader has to hold a complete model: the others keep their share of each part before
+    they receive the next one.
+    """
+
+    def __init__(self, world: World, device: torch.device) -> None:
+        self._world = world
+        self._device = device
+        self._modules: set[torch.nn.Module] = set()
+
+    def receive(self, part: torch.nn.Module) -> None:
+        """Give a part the leader's weights and buffers; collective."""
+        modules = [each for each in part.modules() if each not in self._modules]
+        self._modules.update(modules)
+        slots: list[tuple[dict[str, Any], str]] = [
+            (tensors, name)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)  # noqa: SLF001  # as torch does
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        # Shared weights, such as those of tied embeddings, stay shared.
+        own = {id(tensors[name]): tensors[name] for tensors, name in slots}
+        facts = self._world.broadcast([(each.shape, each.dtype) for each in own.values()])
+        received = {
+            key: self._received(tensor, *fact)
+            for (key, tensor), fact in zip(own.items(), facts, strict=True)
+        }
+        for tensors, name in slots:
+            tensors[name] = received[id(tensors[name])]
+
+    def _received(self, tensor: Any, shape: torch.Size, dtype: torch.dtype) -> Any:
+        if self._world.is_leader:
+            self._world.broadcast_tensor(tensor.data.to(self._device).contiguous())
+            return tensor
+        data = torch.empty(shape, dtype=dtype, device=self._device)
+        self._world.broadcast_tensor(data)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
+        return data
+
+
 def shard(
-    model: Any, sharding: Sharding, world: World, device: torch.device, dtype: torch.dtype
+    model: Any,
+    sharding: Sharding,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    transfers: bool = True,
 ) -> RootModule:
     """Return the root module of a model; shard the model in place unless `sharding` is none.
 
     Args:
         dtype: Compute dtype of the trained weights, which are kept in float32.
+        transfers: The leader's weights replace those of the other processes, which may be empty.
     """
     root = RootModule(model, sharding)
     if sharding == "none":
         return root
-    # FSDP2 cannot divide 4-bit weights, which are stored as integers.
-    replicated = {
-        weight
-        for weight in model.parameters()
-        if not weight.requires_grad and (sharding == "zero2" or not weight.is_floating_point())
-    }
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world.size,)),
         "reshard_after_forward": sharding == "zero3",
-        "ignored_params": replicated,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         ),
     }
-    for block in _blocks(model):
-        fully_shard(block, **options)
-    fully_shard(root, **options)
+    transfer = _Transfer(world, device)
+    for part in (*_blocks(model), root):
+        if transfers:
+            transfer.receive(part)
+        fully_shard(part, **options, ignored_params=_replicated(part, sharding))
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # Losses are sums over the step. Without the second setting gloo rejects the operation.
@@ -114,6 +160,16 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)  # its signature
     root.weights = trained_weights(model)
     return root
+
+
+def _replicated(part: torch.nn.Module, sharding: Sharding) -> set[torch.nn.Parameter]:
+    """Return the weights that every process keeps complete."""
+    # FSDP2 cannot divide 4-bit weights, which are stored as integers.
+    return {
+        weight
+        for weight in part.parameters()
+        if not weight.requires_grad and (sharding == "zero2" or not weight.is_floating_point())
+    }
 
 
 def _blocks(model: Any) -> list[torch.nn.Module]:

@@ -97,7 +97,7 @@ def track(path: Path) -> int:
     return 0
 
 
-class _Progress(BaseModel):
+class _TrackingPosition(BaseModel):
     """How far a tracker got.
 
     Attributes:
@@ -198,11 +198,11 @@ class _Follower:
         self._position = self._position.model_copy(update=change)
         write_atomic(self._file, self._position.model_dump_json())
 
-    def _read_position(self) -> _Progress:
+    def _read_position(self) -> _TrackingPosition:
         try:
-            found = _Progress.model_validate_json(self._file.read_bytes())
+            found = _TrackingPosition.model_validate_json(self._file.read_bytes())
         except (OSError, ValueError):
-            return _Progress()
+            return _TrackingPosition()
         # A run that is trained again after it was stopped has another end.
         return found.model_copy(update={"finished": False})
 

@@ -72,6 +72,12 @@ class World:
         distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None:
+        """Copy the leader's values into a contiguous tensor of every process."""
+        if self.size > 1 and tensor.numel():
+            # As bytes, because not every backend knows every type.
+            distributed.broadcast(tensor.reshape(-1).view(torch.uint8), src=0)
+
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all processes in every process."""
         if self.size == 1:

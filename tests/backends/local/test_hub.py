@@ -1,6 +1,7 @@
 """The environment and token that a training process receives to download a model."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -8,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import anyio
 import pytest
 
 from tests.waiting import until
 from training_backends.backends.local.backend import LocalBackend
-from training_backends.backends.local.process import Hub, ask_model
+from training_backends.backends.local.interpreter import Interpreter
+from training_backends.backends.local.process import ChildEnvironment, Hub, ask_model, communicate
 from training_backends.backends.local.settings import LocalSettings
 from training_backends.core.backend import CredentialSource
 from training_backends.core.errors import (
@@ -219,17 +220,30 @@ async def test_the_hub_is_asked_with_the_token(
 ) -> None:
     """What the vault has reaches the hub; what the hub refuses is all that the process says."""
     said: list[bytes] = []
-    run_process = anyio.run_process
 
-    async def recorded(*arguments: Any, **options: Any) -> Any:
-        done = await run_process(*arguments, **options)
-        said.append(done.stderr)
+    async def recorded(*arguments: Any) -> Any:
+        done = await communicate(*arguments)
+        said.append(done[2])
         return done
 
-    monkeypatch.setattr(anyio, "run_process", recorded)
+    monkeypatch.setattr("training_backends.backends.local.process.communicate", recorded)
     hub = Hub(LocalSettings(hub_url=gated), vault(tmp_path, HF_TOKEN=TOKEN))
     child_env = await hub.child_environment("org/gated")
     with pytest.raises(BackendUnavailable, match="credentials set huggingface"):
         await ask_model("org/gated", "hello", child_env=child_env)
     assert set(Gated.seen) == {f"Bearer {TOKEN}"}
     assert len(said[0].splitlines()) == 1, "libraries are loaded in silence"
+
+
+async def test_a_program_that_ends_at_once_is_reported(tmp_path: Path) -> None:
+    """With its last words, though it has not read the prompt, which fills the pipe."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec <&-\necho a library is broken >&2\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(BackendUnavailable, match="Cannot generate with m: a library is broken"):
+        await ask_model(
+            "m",
+            "x" * 2**20,
+            child_env=ChildEnvironment(dict(os.environ)),
+            interpreter=Interpreter(python),
+        )

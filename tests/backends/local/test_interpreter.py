@@ -20,6 +20,7 @@ from training_backends.backends.local.spec import build_spec
 from training_backends.core.errors import BackendNotInstalled, BackendUnavailable, ConfigError
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
+from training_backends.gateway.inference import can_serve
 from training_backends.rundir.directory import CheckpointState, RunDir
 from training_backends.testing.journal import MemoryJournal
 
@@ -233,3 +234,11 @@ async def test_a_checkpoint_is_written_as_a_model_by_the_other_environment(
     program.write_text("#!/bin/sh\ncat >/dev/null\necho 'no such thing' >&2\nexit 4\n")
     with pytest.raises(BackendUnavailable, match="Cannot write step-4 as a model: no such thing"):
         await backend.download_checkpoint(run, "4", tmp_path / "other")
+
+
+def test_an_environment_with_the_packages_of_serving_can_serve(environment: Environment) -> None:
+    """A gateway runs the inference servers of trained models in it."""
+    assert not can_serve(Interpreter(environment.python))
+    for name in ("fastapi", "uvicorn", "openai"):
+        environment.install(name, "1.2")
+    assert can_serve(Interpreter(environment.python))

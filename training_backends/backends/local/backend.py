@@ -270,6 +270,11 @@ class LocalBackend(TrainingBackend):
         await to_thread.run_sync(self._interpreter.require)
 
     @property
+    def interpreter(self) -> Interpreter:
+        """The Python environment that trains."""
+        return self._interpreter
+
+    @property
     def _checked_interpreter(self) -> Interpreter | None:
         """The environment that `validate` checks; None: the trainer runs elsewhere."""
         return self._interpreter

@@ -27,7 +27,7 @@ import gc, importlib, json, os, sys
 from importlib import metadata, util
 gc.disable()
 found = {"versions": {}, "broken": {}, "transformers": None}
-for name in ("training-backends", "bitsandbytes", *sys.argv[1:]):
+for name in ("training-backends", "bitsandbytes", "fastapi", "uvicorn", "openai", *sys.argv[1:]):
     try:
         found["versions"][name] = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -184,7 +184,8 @@ class Interpreter:
     def _cached(self, state: list[int]) -> _Report | None:
         try:
             kept: dict[str, Any] = json.loads(self._cache.read_bytes()) if self._cache else {}
-            if kept["python"] == str(self._python) and kept["state"] == state:
+            is_same = kept["python"] == str(self._python) and kept["probe"] == _PROBE
+            if is_same and kept["state"] == state:
                 return _Report(**kept["report"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -193,7 +194,12 @@ class Interpreter:
     def _keep(self, state: list[int], report: _Report) -> None:
         if self._cache is None or report.broken or len(report.versions) < len(NEEDED):
             return  # asked again, so that a repair is noticed
-        kept = {"python": str(self._python), "state": state, "report": report._asdict()}
+        kept = {
+            "python": str(self._python),
+            "probe": _PROBE,
+            "state": state,
+            "report": report._asdict(),
+        }
         with suppress(OSError):
             make_private_directory(self._cache.parent)
             write_atomic(self._cache, json.dumps(kept))

@@ -11,6 +11,7 @@ from typing import Final
 
 import anyio
 from anyio import to_thread
+from anyio.abc import ByteReceiveStream
 from pydantic import SecretStr
 
 from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
@@ -27,6 +28,7 @@ from training_backends.core.errors import (
 from training_backends.core.integrations import Integration
 from training_backends.core.logging import get_logger
 from training_backends.core.run import Failure, Reply
+from training_backends.core.tracing import trace_environment
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
 from training_backends.rundir.directory import ExitRecord, RunDir
@@ -36,6 +38,7 @@ __all__ = [
     "ChildEnvironment",
     "Hub",
     "ask_model",
+    "communicate",
     "run_trainer",
     "spawn",
     "took_lock",
@@ -145,6 +148,7 @@ class Hub:
             variables["HF_HUB_OFFLINE"] = "1"
         if self._settings.hub_url is not None:
             variables["HF_ENDPOINT"] = self._settings.hub_url
+        variables |= trace_environment()
         return self._interpreter.variables(safe_environment()) | variables
 
     async def _token(self, endpoint: str) -> SecretStr | None:
@@ -229,11 +233,41 @@ async def run_trainer(
         BackendUnavailable: It failed; includes its message.
     """
     given = child_env.stdin if given is None else given
-    done = await anyio.run_process(command, input=given, check=False, env=child_env.variables)
-    if done.returncode:
-        reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    code, out, said = await communicate(command, given, child_env.variables)
+    if code:
+        reason = said.decode("utf-8", "replace").strip().rpartition("\n")[2] or f"exit code {code}"
         raise BackendUnavailable(f"{failure}: {reason}", backend="local")
-    return done.stdout
+    return out
+
+
+async def communicate(
+    command: Sequence[str], given: bytes, variables: Mapping[str, str]
+) -> tuple[int, bytes, bytes]:
+    """Run a command to its end; return its exit code, standard output and standard error.
+
+    Unlike `anyio.run_process`, also if it ends without having read its input.
+
+    Args:
+        given: Its standard input.
+        variables: All of its environment variables.
+    """
+    out, said = bytearray(), bytearray()
+
+    async def read(stream: ByteReceiveStream | None, target: bytearray) -> None:
+        if stream is not None:
+            async for part in stream:
+                target.extend(part)
+
+    async with await anyio.open_process(command, env=variables) as process:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read, process.stdout, out)
+            tasks.start_soon(read, process.stderr, said)
+            if process.stdin is not None:
+                with suppress(anyio.BrokenResourceError, ConnectionError):
+                    await process.stdin.send(given)
+                with suppress(anyio.BrokenResourceError, ConnectionError):
+                    await process.stdin.aclose()
+        return await process.wait(), bytes(out), bytes(said)
 
 
 def spawn(run: RunDir, program: Sequence[str], child_env: ChildEnvironment) -> int:

@@ -17,7 +17,7 @@ from training_backends.core.escape import escape_controls
 if TYPE_CHECKING:
     from training_backends.store import MetricPoint
 
-__all__ = ["Series", "by_name", "chart", "choose", "plot", "write_csv"]
+__all__ = ["Series", "by_name", "chart", "choose", "plot", "plot_together", "write_csv"]
 
 Series = Mapping[int, float]
 """A metric's values by step."""
@@ -75,17 +75,27 @@ def plot(series: Mapping[str, Series], out: Console, *, all_given: bool) -> None
     shown = series if all_given else {name: series[name] for name in _SHOWN if name in series}
     if not shown:
         shown = series
+    for names in _together(shown):
+        _draw({name: shown[name] for name in names}, out)
+
+
+def plot_together(series: Mapping[str, Series], out: Console) -> None:
+    """Draw one metric of several runs in one chart."""
+    if series:
+        _draw(series, out)
+
+
+def _draw(series: Mapping[str, Series], out: Console) -> None:
     width = min(out.width if out.is_terminal else _WITHOUT_TERMINAL, _WIDEST) - _AXIS
     coloured = out.is_terminal and not out.no_color
-    for names in _together(shown):
-        with _colours(coloured):
-            text = chart(
-                {name: shown[name] for name in names},
-                width=max(width, _NARROWEST),
-                coloured=coloured,
-                plain=not _can_show_dots(out),
-            )
-        write(f"{text}\n\n", out.file)
+    with _colours(coloured):
+        text = chart(
+            series,
+            width=max(width, _NARROWEST),
+            coloured=coloured,
+            plain=not _can_show_dots(out),
+        )
+    write(f"{text}\n\n", out.file)
 
 
 @contextmanager

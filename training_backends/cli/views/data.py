@@ -28,6 +28,7 @@ from training_backends.core.dataset import DataFile, Dataset
 from training_backends.core.errors import Issue
 from training_backends.core.escape import escape_controls, plural
 from training_backends.core.redaction import redact, redact_value
+from training_backends.datasets.foreign import ConvertedData
 from training_backends.datasets.repair import REPAIRS, Repair, Repaired
 from training_backends.datasets.shard import ShardFile
 from training_backends.datasets.split import Split
@@ -41,6 +42,7 @@ __all__ = [
     "RepairView",
     "bar",
     "preview_document",
+    "show_converted",
     "show_data",
     "show_preview",
     "show_shards",
@@ -142,6 +144,14 @@ def show_split(found: Split, out: Console) -> None:
     for side in (found.train, found.validation):
         if side:
             _show_file(side.path, side.rows, side.size, out)
+
+
+def show_converted(done: ConvertedData) -> None:
+    """Print what a conversion wrote, and the rows that it left out."""
+    formats = ", ".join(f"{rows:,} {name}" for name, rows in done.formats.items())
+    stderr().print(escape(f"{done.path}  {plural(done.rows, 'row')}: {formats}"))
+    show_issues(done.issues, stderr())
+    show_data({"train": [str(done.path)]})
 
 
 def show_shards(source: Path, parts: Sequence[ShardFile], out: Console) -> None:

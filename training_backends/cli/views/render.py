@@ -50,6 +50,7 @@ __all__ = [
     "remark",
     "show_age",
     "show_checkpoints",
+    "show_comparison",
     "show_dataset",
     "show_error",
     "show_estimate",
@@ -382,6 +383,29 @@ def show_runs(
             )
         )
     show_table(_RUNS, rows, out or stdout())
+
+
+def show_comparison(run_ids: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
+    """Print what differs between runs: a column for each, or a block for each name if too wide."""
+    if not rows:
+        stderr().print("The runs do not differ.")
+        return
+    cells = [[name, *(_compared(name, value) for value in row)] for name, row in rows.items()]
+    out = stdout()
+    columns = [Column(""), *map(Column, run_ids)]
+    widest = [max(map(len, column)) for column in zip(("", *run_ids), *cells, strict=True)]
+    if not out.is_terminal or sum(widest) + 2 * len(widest) <= out.width:
+        show_table(columns, cells, out)
+        return
+    for name, *values in cells:
+        out.print(Text(name, "bold"))
+        show_fields(zip(run_ids, values, strict=True), out)
+
+
+def _compared(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return metric_text(name, value) if isinstance(value, float) else escape_controls(str(value))
 
 
 def _stale_word(stale: Staleness) -> str:
