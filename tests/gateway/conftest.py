@@ -130,10 +130,11 @@ async def site(
     backend: ScriptedBackend | None = None,
     *,
     vault: Any = None,
-    blobs: BlobStore | None = None,
+    blob_store: BlobStore | None = None,
+    at: int = 0,
     **settings: Any,
 ) -> AsyncIterator[Site]:
-    """Open a gateway on a free port."""
+    """Open a gateway at a port, by default a free one."""
     backend = backend or scripted()
     values: dict[str, Any] = {"api_key": SecretStr(KEY), **settings}
     async with (
@@ -141,10 +142,10 @@ async def site(
             GatewaySettings(**values),
             home=home,
             backend="scripted",
-            port=0,
+            port=at,
             backends={"scripted": backend},
             vault=vault,
-            blobs=blobs,
+            blobs=blob_store,
         ) as served,
         httpx.AsyncClient(
             base_url=served.url,

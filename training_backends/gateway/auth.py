@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from training_backends.core.errors import StoreError
 from training_backends.core.logging import get_logger, json_log, redact
 from training_backends.core.tracing import Span, server_span
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.errors import (
     OPENAI_PREFIX,
     HTTPProblem,
@@ -40,9 +41,11 @@ __all__ = ["METRICS", "Guard"]
 log = get_logger()
 
 METRICS = "/metrics"
-_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz"})
+_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz", "/", "/console/session"})
+"""`/console/session` signs in, and answers who has signed in."""
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
+_ASSETS = "/console/assets/"
 _CHATS = "/chat/completions"
 """End of the routes that change nothing, although they are POST requests."""
 _UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
@@ -65,6 +68,7 @@ class Guard:
         app: ASGIApp,
         *,
         keys: KeyStore,
+        sessions: ConsoleSessions,
         store: GatewayStore,
         versions: StoreVersion,
         settings: GatewaySettings,
@@ -72,6 +76,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._keys = keys
+        self._sessions = sessions
         self._store = store
         self._versions = versions
         self._metrics = metrics
@@ -126,8 +131,8 @@ class Guard:
         answer: "_Answer",
     ) -> None:
         path = scope["path"]
-        admit = partial(self._admit, path, scope["method"], headers.get(b"authorization", b""))
-        if path not in _NEEDS_NO_KEY and not path.startswith(_LINKS):
+        admit = partial(self._admit, path, scope["method"], headers)
+        if path not in _NEEDS_NO_KEY and not path.startswith((_LINKS, _ASSETS)):
             version = None
             if scope["method"] in _READS:
                 version = scope["state"]["version"] = await self._versions.current()
@@ -185,14 +190,22 @@ class Guard:
             log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
 
     async def _admit(
-        self, path: str, method: str, authorization: bytes, version: Hashable = None
+        self,
+        path: str,
+        method: str,
+        headers: Mapping[bytes, bytes],
+        version: Hashable = None,
     ) -> Principal:
-        scheme, _, key = authorization.decode("latin-1").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise unauthorized()
-        if path == METRICS and self._opens_metrics(key.strip()):
-            return Principal("metrics", "")
-        caller = None if version is None else self._keys.recall(key.strip(), version)
+        authorization = headers.get(b"authorization", b"")
+        caller = None if authorization else await self._sessions.admit_request(method, headers)
+        if caller is None:
+            scheme, _, key = authorization.decode("latin-1").partition(" ")
+            if scheme.lower() != "bearer" or not key.strip():
+                raise unauthorized()
+            if path == METRICS and self._opens_metrics(key.strip()):
+                return Principal("metrics", "")
+            if version is not None:
+                caller = self._keys.recall(key.strip(), version)
         if caller is None:
             writes = method not in _READS
             check = partial(self._keys.admit, key.strip(), writes=writes, version=version)

@@ -113,6 +113,7 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        writes: Whether the key does more than read.
         requests_per_second: Limit of the project; None: unlimited.
         address: Where the request comes from, for the audit log.
         request_id: Which request it is, for the audit log.
@@ -121,6 +122,7 @@ class Principal:
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    writes: bool = True
     requests_per_second: float | None = None
     address: str = ""
     request_id: str = ""
@@ -199,12 +201,14 @@ class KeyStore:
         scope: Scope = "write",
         project: str = DEFAULT_PROJECT,
         expires_at: datetime | None = None,
+        by: Principal | None = None,
     ) -> NewKey:
         """Create a key.
 
         Args:
             project: Project it gives access to; created by its first key or object.
             expires_at: When it expires; None: never.
+            by: Who creates it, for the audit log; None: a command on this machine.
 
         Raises:
             ConfigError: The key name or project name is invalid, or `expires_at` is in the past.
@@ -240,7 +244,7 @@ class KeyStore:
 
         def work(connection: sa.Connection) -> None:
             connection.execute(keys.insert().values(row))
-            local_operator(project).record(connection, "key.create", key_id)
+            (by or local_operator(project)).record(connection, "key.create", key_id)
 
         self._store.write(work)
         return NewKey(info, SecretStr(key))
@@ -250,8 +254,11 @@ class KeyStore:
         query = sa.select(keys).order_by(keys.c.created_at, keys.c.id)
         return [_info(row) for row in self._store.read(lambda c: c.execute(query).all())]
 
-    def revoke(self, key_id: str) -> KeyInfo:
+    def revoke(self, key_id: str, *, by: Principal | None = None) -> KeyInfo:
         """Revoke a key, effective immediately; safe to repeat.
+
+        Args:
+            by: Who revokes it, for the audit log; None: a command on this machine.
 
         Raises:
             CredentialNotFound: No key has this id.
@@ -265,7 +272,7 @@ class KeyStore:
             )
             row = connection.execute(sa.select(keys).where(mine)).first()
             if done.rowcount and row is not None:
-                local_operator(row.project).record(connection, "key.revoke", key_id)
+                (by or local_operator(row.project)).record(connection, "key.revoke", key_id)
             return row
 
         row = self._store.write(work)
@@ -309,12 +316,18 @@ class KeyStore:
         Raises:
             HTTPProblem: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
-        given = _hash(presented)
+        found = _KEY.fullmatch(presented)
+        key_id = found[1] if found else None
+        return self.admit_hash(key_id, _hash(presented), writes=writes, version=version)
+
+    def admit_hash(
+        self, key_id: str | None, given: str, *, writes: bool, version: Hashable = None
+    ) -> Principal:
+        """Do what `admit` does, by the id in a key and the hash of the complete key."""
         if self._static is not None and hmac.compare_digest(self._static, given):
             caller = Principal(STATIC_KEY_ID, admin=True, requests_per_second=self._static_rate())
             return self._remember(given, version, caller)
-        found = _KEY.fullmatch(presented)
-        row = self._row(found[1]) if found else None
+        row = self._row(key_id) if key_id else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
             raise unauthorized()
         key = _info(row)
@@ -327,6 +340,7 @@ class KeyStore:
             key.id,
             key.project,
             admin=key.scope == "admin",
+            writes=key.scope != "read",
             requests_per_second=row.requests_per_second,
         )
         return self._remember(given, version, caller, key.expires_at)
@@ -342,6 +356,26 @@ class KeyStore:
                 if len(self._known) > _MOST_KNOWN:
                     self._known.popitem(last=False)
         return caller
+
+    def hash_of(self, principal: Principal) -> str:
+        """Return the hash of the key that a caller presented."""
+        if principal.key_id == STATIC_KEY_ID:
+            return self._static or _NO_HASH
+        row = self._row(principal.key_id)
+        return str(row.sha256) if row else _NO_HASH
+
+    def info(self, principal: Principal) -> KeyInfo:
+        """Return what is public about the key that a caller presented."""
+        row = self._row(principal.key_id)
+        if row is not None:
+            return _info(row)
+        return KeyInfo(
+            id=principal.key_id,
+            name="static key",
+            scope="admin" if principal.admin else "read",
+            project=principal.project,
+            created_at=datetime.fromtimestamp(0, UTC),
+        )
 
     def _row(self, key_id: str) -> Any:
         query = sa.select(keys, projects.c.requests_per_second).where(keys.c.id == key_id)

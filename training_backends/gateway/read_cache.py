@@ -99,6 +99,8 @@ class ReadCache:
                 entry.body = message if len(message.get("body", b"")) <= _LARGEST else None
             else:  # sent in parts
                 entry.start = None
+            if entry.start is None:
+                entry.done.set()  # nobody waits for what is not kept, such as a download
             await send(message)
 
         try:

@@ -17,6 +17,7 @@ __all__ = [
     "models",
     "parts",
     "projects",
+    "sessions",
     "uploads",
     "webhooks",
 ]
@@ -121,6 +122,7 @@ jobs = sa.Table(
     sa.Index("gateway_jobs_by_model", "project", "model", *_PAGED),
     sa.Index("gateway_jobs_by_suffix", "project", "suffix", *_PAGED),
     sa.Index("gateway_jobs_by_key", "created_by", *_PAGED),
+    sa.Index("gateway_jobs_by_change", "modified_at"),
     _index("gateway_jobs_open", "created_by", "status", where=IS_OPEN),
     _index("gateway_jobs_by_content", "fingerprint", where=IS_OPEN),
     sa.Index("gateway_jobs_of_project", "project", "status"),
@@ -181,6 +183,16 @@ keys = sa.Table(
     sa.Column("last_used_at", sa.Float),
     _project(),
     sa.Index("gateway_keys_by_time", *_PAGED),
+)
+# Sign-ins at the console; the browser has the session's token, and this table its hash.
+sessions = sa.Table(
+    "gateway_sessions",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(8), nullable=False),
+    # Hash of the key: ends the session if the static key changes.
+    sa.Column("key_sha256", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
 )
 
 # Limits of projects; a project without a row has none. Null: unlimited.
@@ -259,6 +271,9 @@ webhooks = sa.Table(
 
 GATEWAY_TABLES = tuple(
     table.name
-    for table in (*(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),)
+    for table in (
+        *(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),
+        sessions,
+    )
 )
 """Names of these tables, without those that follow from others."""
