@@ -77,6 +77,7 @@ from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
+from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
 
 __all__ = ["AsyncTrainingClient"]
@@ -125,7 +126,12 @@ class AsyncTrainingClient:
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._observer, self._poller
+            self._store,
+            self._leases,
+            self._records,
+            self._observer,
+            self._poller,
+            changes=Changes(self._store, self._store_url),
         )
         self._attempts = Attempts(
             self._store, self._records, self._following, stop=self.stop, resume=self.resume

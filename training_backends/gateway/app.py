@@ -24,6 +24,7 @@ from training_backends.gateway.errors import (
 )
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.metrics import GatewayMetrics
+from training_backends.gateway.read_cache import ReadCache
 from training_backends.gateway.readiness import Readiness
 from training_backends.gateway.routes import answers
 from training_backends.gateway.routes_chat import chat_router
@@ -69,9 +70,11 @@ def create_app(gateway: Gateway) -> FastAPI:
                 keys=gateway.keys,
                 sessions=gateway.sessions,
                 store=gateway.store,
+                versions=gateway.versions,
                 settings=gateway.settings,
                 metrics=metrics,
-            )
+            ),
+            Middleware(ReadCache),
         ],
         exception_handlers={
             HTTPProblem: _rejected,

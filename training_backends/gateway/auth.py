@@ -5,7 +5,7 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from training_backends.gateway.metrics import GatewayMetrics
 from training_backends.gateway.projects import RateLimiter
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
+from training_backends.store.version import StoreVersion
 
 __all__ = ["METRICS", "Guard"]
 
@@ -69,6 +70,7 @@ class Guard:
         keys: KeyStore,
         sessions: ConsoleSessions,
         store: GatewayStore,
+        versions: StoreVersion,
         settings: GatewaySettings,
         metrics: GatewayMetrics,
     ) -> None:
@@ -76,6 +78,7 @@ class Guard:
         self._keys = keys
         self._sessions = sessions
         self._store = store
+        self._versions = versions
         self._metrics = metrics
         self._metrics_token = settings.metrics_token
         self._access_log = json_log() if settings.access_log else log
@@ -130,8 +133,11 @@ class Guard:
         path = scope["path"]
         admit = partial(self._admit, path, scope["method"], headers)
         if path not in _NEEDS_NO_KEY and not path.startswith((_LINKS, _ASSETS)):
+            version = None
+            if scope["method"] in _READS:
+                version = scope["state"]["version"] = await self._versions.current()
             try:
-                caller = await admit()
+                caller = await admit(version)
                 self._rates.check(caller)
                 scope["state"]["caller"] = replace(
                     caller, address=scope["state"]["address"], request_id=answer.request_id
@@ -183,7 +189,13 @@ class Guard:
         except StoreError as error:
             log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
 
-    async def _admit(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> Principal:
+    async def _admit(
+        self,
+        path: str,
+        method: str,
+        headers: Mapping[bytes, bytes],
+        version: Hashable = None,
+    ) -> Principal:
         authorization = headers.get(b"authorization", b"")
         caller = None if authorization else await self._sessions.admit_request(method, headers)
         if caller is None:
@@ -192,7 +204,11 @@ class Guard:
                 raise unauthorized()
             if path == METRICS and self._opens_metrics(key.strip()):
                 return Principal("metrics", "")
-            check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
+            if version is not None:
+                caller = self._keys.recall(key.strip(), version)
+        if caller is None:
+            writes = method not in _READS
+            check = partial(self._keys.admit, key.strip(), writes=writes, version=version)
             caller = await to_thread.run_sync(check)
         if path == METRICS and not caller.admin:
             raise plain(403, "This needs an API key of scope admin, or gateway.metrics_token.")

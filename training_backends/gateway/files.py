@@ -32,7 +32,13 @@ from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_f
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.projects import check_bytes
 from training_backends.gateway.repetition import Repetition
-from training_backends.gateway.store import GatewayStore, page_of, present
+from training_backends.gateway.store import (
+    COUNTED_AHEAD,
+    GatewayStore,
+    page_at,
+    page_of,
+    present,
+)
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -57,7 +63,7 @@ from training_backends.protocols.mistral.wire import (
 )
 from training_backends.protocols.openai.requests import ExpiresAfterIn
 from training_backends.protocols.openai.wire import FILE_PURPOSES as OPENAI_PURPOSES
-from training_backends.store.gateway_schema import files, jobs
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
@@ -286,21 +292,26 @@ class FileService:
         page_size: int,
         include_total: bool,
     ) -> ListFilesOut:
-        """Return one page of files, newest first."""
+        """Return one page of files, newest first.
+
+        The total counts at most `COUNTED_AHEAD` files after the page.
+        """
         mine = caller.sees(files.c.project), files.c.purpose != RESULTS_PURPOSE
         conditions = [*present(), *mine, *_conditions(filters)]
-        query = (
-            sa.select(files)
-            .where(*conditions)
-            .order_by(files.c.created_at.desc(), files.c.id)
-            .limit(page_size)
-            .offset(page * page_size)
-        )
-        counting = sa.select(sa.func.count()).select_from(files).where(*conditions)
+        order = files.c.created_at.desc(), files.c.id.desc()
+        skip = page * page_size
+        found = sa.select(files.c.id).where(*conditions).order_by(*order)
+        ahead = found.limit(skip + page_size + COUNTED_AHEAD).subquery()
 
         def work(connection: sa.Connection) -> ListFilesOut:
-            data = [FileSchema(**_wire(row)) for row in connection.execute(query)]
-            total = connection.execute(counting).scalar_one() if include_total else None
+            total = None
+            if include_total:
+                counting = sa.select(sa.func.count()).select_from(ahead)
+                total = connection.execute(counting).scalar_one()
+            rows = page_at(
+                connection, files, [*files.c], conditions, order, skip=skip, size=page_size
+            )
+            data = [FileSchema(**_wire(row)) for row in rows]
             return ListFilesOut(data=data, total=total)
 
         return await self._store.aread(work)
@@ -650,7 +661,9 @@ def _needed(connection: sa.Connection, digests: Collection[str] | None = None) -
     if digests is not None:
         query = query.where(files.c.sha256.in_(digests))
     found = set(connection.execute(query).scalars())
-    for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
+    for blobs in connection.execute(
+        sa.select(jobs.c.blobs).where(IS_OPEN, jobs.c.status.not_in(ENDED))
+    ):
         found.update(blobs[0])
     return found
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -18,6 +20,7 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.leases import Leases
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
@@ -42,7 +45,7 @@ from training_backends.gateway.part_uploads import PartUploads
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import GatewayStore, database_url, lock_home
+from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.gateway.webhooks import Webhooks
 from training_backends.gateway.weights import WeightService
@@ -51,14 +54,20 @@ from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import ObjectStore, is_object_url, scheme_of
 from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store import gateway_schema
+from training_backends.store.version import StoreVersion
 
 __all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_blobs", "open_gateway"]
 
 _SECRET_BYTES = 32
+_CREATING: Final = timedelta(minutes=5)
+"""Within this time, the key of a job's integration and the job itself are stored."""
 
 
 def load_secret(path: Path) -> bytes:
-    """Return the gateway's signing secret, created on first use with mode 0600."""
+    """Return the gateway's signing secret, created on first use with mode 0600.
+
+    The lock of the home must be held: gateways that share it start one after the other.
+    """
     try:
         known = path.read_bytes()
     except FileNotFoundError:
@@ -127,6 +136,7 @@ class Gateway:
     public_url: str
     backend: str
     store: GatewayStore
+    versions: StoreVersion
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
@@ -190,10 +200,14 @@ async def open_gateway(
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(lock_home, root))
+        shared = shares_home(settings.store_url)
+        lock = await to_thread.run_sync(partial(lock_home, root, shared=shared))
+        stack.callback(os.close, lock.descriptor)
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store, client = await _open_database(stack, settings, root, vault, backends)
+        versions = StoreVersion(database_url(root, settings.store_url))
+        stack.push_async_callback(versions.aclose)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
         if blobs is None:
@@ -206,13 +220,15 @@ async def open_gateway(
             pace=pace,
             exclusive=client.exclusive,
         )
-        await files.open()
         uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
-        await uploads.open()
+        if lock.alone:
+            await files.open()
+            await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
         weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
-        await weights.sweep()
+        if lock.alone:
+            await weights.sweep()
         interpreter = None
         if settings.inference_url is None:
             interpreter = await to_thread.run_sync(find_interpreter, found)
@@ -222,7 +238,8 @@ async def open_gateway(
             organization_id=settings.organization_id,
             directory=root / "checkpoints",
         )
-        await checkpoints.sweep()
+        if lock.alone:
+            await checkpoints.sweep()
         chat = ChatService(
             store,
             tasks,
@@ -234,7 +251,10 @@ async def open_gateway(
             root=root,
         )
         stack.push_async_callback(chat.aclose)
-        await chat.sweep()
+        if lock.alone:
+            await chat.sweep()
+        if shared:
+            lock.settle()
         public_url = str(settings.public_url or url).rstrip("/")
         keys = KeyStore(store, settings.api_key)
         feed = ConsoleFeed(store)
@@ -257,6 +277,7 @@ async def open_gateway(
             public_url=public_url,
             backend=backend,
             store=store,
+            versions=versions,
             client=client,
             keys=keys,
             files=files,
@@ -369,6 +390,10 @@ async def _start_jobs(
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
     ending = JobEnding(files, secrets, webhooks)
+    leases = None
+    if shares_home(settings.store_url):
+        leases = Leases(store, client.home / "leases")
+        stack.push_async_callback(to_thread.run_sync, leases.close)
     runner = JobRunner(
         store,
         client,
@@ -378,13 +403,16 @@ async def _start_jobs(
         max_steps=settings.max_training_steps,
         results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
+        leases=leases,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
     tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     if webhooks is not None:
-        tasks.start_soon(webhooks.run)
-    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
+        tasks.start_soon(webhooks.run, leases)
+    # Another gateway may be creating a job at this moment.
+    patience = timedelta(0) if leases is None else _CREATING
+    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now() - patience))
     return JobService(
         store,
         client,

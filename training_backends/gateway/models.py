@@ -1,9 +1,10 @@
 """Base models and fine-tuned models of the gateway."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import sqlalchemy as sa
 from anyio import to_thread
@@ -30,7 +31,6 @@ from training_backends.protocols.mistral.wire import (
     FTModelCapabilitiesOut,
     FTModelCard,
     ModelCapabilities,
-    ModelList,
     UnarchiveFTModelOut,
     UpdateFTModelIn,
 )
@@ -39,6 +39,9 @@ from training_backends.store.gateway_schema import models
 __all__ = ["ModelService"]
 
 log = get_logger()
+
+_PAGE: Final = 500
+"""Models per transaction, and per part of a response."""
 
 FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 
@@ -73,33 +76,38 @@ class ModelService:
         self._chat = chat
         self._checkpoints = checkpoints
 
-    async def list(
+    async def pages(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
-    ) -> ModelList:
-        """Return base models first, then fine-tuned ones, newest first.
+    ) -> AsyncGenerator[Sequence[BaseModelCard | FTModelCard], None]:
+        """Yield base models first, then pages of fine-tuned ones, newest first.
 
         Args:
             provider: Filter by owner.
             model: Filter by id.
         """
-        query = sa.select(models).where(*_visible(caller))
-        query = query.order_by(models.c.created_at.desc())
-        rows = await self._store.aread(lambda connection: connection.execute(query).all())
         can = await self._chat.abilities()
-
-        def make() -> list[BaseModelCard | FTModelCard]:
-            base = [self._base_card(offer, can) for offer in self._offers()]
-            return [*base, *(self._card(row, can) for row in rows)]
-
-        cards = await to_thread.run_sync(make)
-        return ModelList(
-            data=[
-                card
-                for card in cards
-                if (provider is None or card.owned_by == provider)
-                and (model is None or card.id == model)
-            ]
+        cards = await to_thread.run_sync(
+            lambda: [self._base_card(offer, can) for offer in self._offers()]
         )
+        yield [
+            card for card in cards if provider in {None, card.owned_by} and model in {None, card.id}
+        ]
+        if provider not in {None, self._organization_id}:
+            return
+        mine = _visible(caller) if model is None else [*_visible(caller), models.c.id == model]
+        query = sa.select(models).where(*mine)
+        query = query.order_by(models.c.created_at.desc(), models.c.id.desc()).limit(_PAGE)
+        place = sa.tuple_(models.c.created_at, models.c.id)
+        rows: Sequence[Any] = []
+        while not rows or len(rows) == _PAGE:
+            after = query.where(place < (rows[-1].created_at, rows[-1].id)) if rows else query
+            rows = await self._store.aread(partial(_rows, after))
+            if not rows:
+                return
+            yield await to_thread.run_sync(partial(self._cards, rows, can))
+
+    def _cards(self, rows: Sequence[Any], can: Any) -> Sequence[FTModelCard]:
+        return [self._card(row, can) for row in rows]
 
     async def retrieve(self, model_id: str, caller: Principal) -> BaseModelCard | FTModelCard:
         """Return one model.
@@ -297,6 +305,10 @@ class ModelService:
         if classifies:
             return ClassifierFTModelOut(**fields, classifier_targets=row.classifier_targets)
         return CompletionFTModelOut(**fields)
+
+
+def _rows(query: "sa.Select[Any]", connection: sa.Connection) -> Sequence[Any]:
+    return connection.execute(query).all()
 
 
 def _visible(caller: Principal) -> list[sa.ColumnElement[bool]]:

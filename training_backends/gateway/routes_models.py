@@ -16,6 +16,7 @@ from training_backends.gateway.routes import (
     Opened,
     SmallBody,
     answers,
+    list_response,
 )
 from training_backends.gateway.weights import read_range
 from training_backends.protocols.mistral.wire import (
@@ -44,12 +45,12 @@ _WEIGHTS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@models_router.get("/models", responses=answers(), name="list_models")
+@models_router.get("/models", responses=answers(), name="list_models", response_model=ModelList)
 async def list_models(
     gateway: Opened, caller: Caller, provider: str | None = None, model: str | None = None
-) -> ModelList:
+) -> Response:
     """List base models and fine-tuned models."""
-    return await gateway.models.list(caller, provider=provider, model=model)
+    return await list_response(gateway.models.pages(caller, provider=provider, model=model))
 
 
 @models_router.get("/models/{model_id}", responses=answers(404), name="retrieve_model")
