@@ -50,7 +50,7 @@ def test_the_script_trains_a_model(tool: str, tmp_path: Path) -> None:
     }
     if tool == "apache-airflow":
         for words in ("db migrate", "dags reserialize"):
-            command = [python, "-m", "airflow", *words.split()]
+            command = [str(python), "-m", "airflow", *words.split()]
             subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     done = subprocess.run(
         [python, script.name],

@@ -49,10 +49,10 @@ from training_backends.gateway.store import GatewayStore, database_url, lock_hom
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.gateway.webhooks import Webhooks
 from training_backends.gateway.weights import WeightService
+from training_backends.http.webhook import signing_key
 from training_backends.objects.cache import ObjectCache, objects_directory
 from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import ObjectStore, is_object_url, scheme_of
-from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store import gateway_schema
 from training_backends.store.version import StoreVersion
 

@@ -19,9 +19,10 @@ from training_backends.gateway.store import GatewayStore
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import normalize_base_url
+from training_backends.http.webhook import signed_headers
 from training_backends.protocols.mistral.status import to_status
 from training_backends.protocols.openai.status import to_wire
-from training_backends.protocols.openai.webhooks import JOB_EVENTS, job_event, signed_headers
+from training_backends.protocols.openai.webhooks import JOB_EVENTS, job_event
 from training_backends.store.gateway_schema import webhooks
 
 __all__ = ["Webhooks"]
