@@ -551,6 +551,13 @@ async def test_keys_are_managed_by_an_admin(here: Site, browser: Browser) -> Non
         assert "--" not in answer.text
 
 
+async def test_signing_in_is_in_the_audit_log(here: Site, browser: Browser) -> None:
+    """With the address that it came from."""
+    query = sa.select(audit.c.actor, audit.c.address).where(audit.c.action == "session.open")
+    rows = await here.served.gateway.store.aread(lambda c: c.execute(query).all())
+    assert [tuple(row) for row in rows] == [(browser.session["key"]["id"], "127.0.0.1")]
+
+
 async def test_the_audit_log_names_who_changed_a_key(here: Site) -> None:
     """The key of the session, not the machine."""
     async with signed_in(here, await new_key(here, "admin")) as browser:
